@@ -1,0 +1,119 @@
+"""Rules that hold between keys of a run file. Each finds its problems and repairs none."""
+
+import re
+from collections.abc import Iterator
+
+from configs.schema import RunConfig
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Return every broken rule, one line each: what must hold, the value seen, what to do."""
+    found: list[str] = []
+    for rule in (_model, _split, _data, _schedule, _evaluation, _not_available):
+        found.extend(rule(config))
+    return found
+
+
+def divisors(number: int) -> str:
+    """Return the divisors of a number in words: `1, 2, 4 or 8`."""
+    found = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.hidden % model.heads:
+        yield f"model.heads must divide model.hidden ({model.hidden}), got {model.heads}: use {divisors(model.hidden)}"
+    if model.position == "sinusoidal" and model.hidden % 2:
+        yield f"model.hidden must be even for sinusoidal positions, got {model.hidden}: use {model.hidden + 1}"
+
+
+def _split(config: RunConfig) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    if model.heads % parallel.tensor:
+        yield (
+            f"parallel.tensor must divide model.heads ({model.heads}), "
+            f"got {parallel.tensor}: use {divisors(model.heads)}"
+        )
+    if model.inner % parallel.tensor:
+        yield (
+            f"parallel.tensor must divide model.feed_forward ({model.inner}), "
+            f"got {parallel.tensor}: use {divisors(model.inner)}"
+        )
+    if parallel.pipeline > model.layers:
+        yield (
+            f"parallel.pipeline must be at most model.layers ({model.layers}), "
+            f"got {parallel.pipeline}: use {model.layers} stages or fewer"
+        )
+    if parallel.pipeline > 1 and parallel.zero != 1:
+        yield (
+            f"parallel.zero must be 1 with pipeline stages (parallel.pipeline is {parallel.pipeline}), got "
+            f"{parallel.zero}: DeepSpeed's pipeline refuses ZeRO 2 and 3 and clips wrongly at ZeRO 0; "
+            "set parallel.zero to 1, or parallel.pipeline to 1"
+        )
+    if parallel.zero == 0 and config.train.precision != "fp32":
+        yield (
+            f"parallel.zero must be 1 or more with train.precision {config.train.precision}, got 0: "
+            "ZeRO keeps the fp32 master weights"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    weighted = [source for source in config.data.sources if source.weight is not None]
+    if weighted and len(weighted) < len(config.data.sources):
+        yield (
+            f"data.sources must all have a weight or none, got {len(weighted)} of {len(config.data.sources)} "
+            "with one: write each as {path: ..., weight: ...}"
+        )
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.global_batch % train.micro_batch:
+        yield (
+            f"train.micro_batch must divide train.global_batch ({train.global_batch}), "
+            f"got {train.micro_batch}: use {divisors(train.global_batch)}"
+        )
+    decay_steps = train.decay_steps or train.steps
+    if train.warmup_steps >= decay_steps:
+        yield (
+            f"train.warmup_steps must be less than the {decay_steps} steps of the schedule, got {train.warmup_steps}: "
+            "lower it or raise train.decay_steps"
+        )
+    if train.min_learning_rate > train.learning_rate:
+        yield (
+            f"train.min_learning_rate must be at most train.learning_rate ({train.learning_rate}), "
+            f"got {train.min_learning_rate}: lower it"
+        )
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    for protocol in config.evaluate.protocols:
+        if not re.fullmatch(r"nonoverlapping|sliding:[1-9]\d*", protocol):
+            yield f"evaluate.protocols has {protocol!r}: use nonoverlapping or sliding:STRIDE"
+        elif protocol.startswith("sliding:") and int(protocol[8:]) > min(config.evaluation_lengths):
+            yield (
+                f"evaluate.protocols has {protocol!r}, a stride over the shortest evaluated length "
+                f"({min(config.evaluation_lengths)}): use a stride of at most that"
+            )
+    if config.evaluate.every and not config.data.split:
+        yield f"evaluate.every is {config.evaluate.every} but data.split is 0, so nothing is held out: set data.split to 0.02"
+
+
+def _not_available(config: RunConfig) -> Iterator[str]:
+    """Yield the values that this version knows but cannot do: refused, never replaced."""
+    asked = {
+        "model.position": (config.model.position, ("alibi", "sinusoidal", "none")),
+        "model.family": (config.model.family, ("bloom",)),
+        "model.attention": (config.model.attention, ("auto", "reference", "sdpa")),
+        "model.windows": (config.model.windows, ("off",)),
+        "data.mask_documents": (config.data.mask_documents, (False,)),
+        "parallel.sequence": (config.parallel.sequence, (False,)),
+        "parallel.offload": (config.parallel.offload, ("none",)),
+        "train.precision": (config.train.precision, ("fp32", "bf16")),
+        "checkpoint.background": (config.checkpoint.background, (False,)),
+    }
+    for key, (value, available) in asked.items():
+        if value not in available:
+            shown = [str(v).lower() if isinstance(v, bool) else str(v) for v in (value, *available)]
+            yield f"{key} {shown[0]} is not available in this version: use {' or '.join(shown[1:])}"

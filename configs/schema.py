@@ -1,0 +1,193 @@
+"""What a run file may say: one frozen section per concern, every key with its meaning.
+
+A key's type, range and default stand here and nowhere else. What no single key can
+tell (heads that do not divide, a warm-up longer than the decay) is in `configs.rules`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Position = Literal["alibi", "sinusoidal", "rotary", "t5", "none"]
+AttentionBackend = Literal["auto", "reference", "sdpa", "flex", "flash"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def _tuple_of_list(value: Any) -> Any:
+    # YAML has lists; strict pydantic wants the tuple that a frozen section holds.
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _source_of_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+TUPLE = BeforeValidator(_tuple_of_list)
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys; unknown keys, wrong types, nan and inf are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """What the run is called and where it lives."""
+
+    name: str = Field(
+        min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, shown in MLflow and SLURM."
+    )
+    seed: NotNegative = Field(default=1, description="Seed of weights, sample order and dropout.")
+    dir: str = Field(min_length=1, description="The run folder; relative to where the command is started.")
+
+
+class Model(Section):
+    """The decoder's shape."""
+
+    layers: Count = Field(description="Transformer blocks.")
+    hidden: Count = Field(description="Width of the residual stream.")
+    heads: Count = Field(description="Attention heads, over all tensor ranks.")
+    feed_forward: Count | None = Field(default=None, description="Width of the feed-forward; 4 x hidden unless set.")
+    position: Position = Field(default="alibi", description="How order enters the model.")
+    family: Literal["bloom", "mpt"] = Field(default="bloom", description="Block design, and so the export format.")
+    attention: AttentionBackend = Field(default="auto", description="Attention backend; auto takes the best there is.")
+    windows: Literal["auto", "off"] = Field(default="off", description="Lossless windows per head (off: none).")
+    init_std: Annotated[float, Field(gt=0.0)] = Field(default=0.02, description="Std of the initial weights.")
+    dropout: Fraction = Field(default=0.0, description="Dropout on embedding, attention output and feed-forward output.")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden // self.heads
+
+    @property
+    def inner(self) -> int:
+        """Width of the feed-forward."""
+        return self.feed_forward or 4 * self.hidden
+
+
+class Source(Section):
+    """One source of text; in a run file a bare path will do."""
+
+    path: str = Field(min_length=1, description="A file, a glob, a prepared .bin, or `python-docs`.")
+    weight: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="Share of the samples, relative to the other weights; as much as there is unless set."
+    )
+
+
+class Data(Section):
+    """Text, tokenizer and samples."""
+
+    sources: Annotated[tuple[Annotated[Source, BeforeValidator(_source_of_path)], ...], TUPLE] = Field(
+        min_length=1,
+        description="Paths, globs, `python-docs` (text of the installed Python), or {path, weight} for a blend.",
+    )
+    dir: str | None = Field(default=None, description="Where prepared data lies; RUN_DIR/data unless set.")
+    tokenizer: str | None = Field(
+        default=None, description="An existing sentencepiece .model; one is trained unless set."
+    )
+    vocab_size: Annotated[int, Field(ge=300)] = Field(description="Pieces of the tokenizer.")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(description="Training length in tokens.")
+    split: Fraction = Field(default=0.02, description="Share of the documents held out for validation; 0 for none.")
+    document_separator: str | None = Field(
+        default=None, min_length=1, description="Cuts a text file into documents; one document unless set."
+    )
+    mask_documents: bool = Field(default=False, description="Keep attention inside a document.")
+
+
+class Parallel(Section):
+    """How the model is split; what is left of the world is data parallel."""
+
+    tensor: Count = Field(default=1, description="Ranks that share each layer's heads and columns.")
+    pipeline: Count = Field(default=1, description="Stages that share the layers.")
+    sequence: bool = Field(default=False, description="Split norms and dropout along the sequence over tensor ranks.")
+    zero: Annotated[int, Field(ge=0, le=3)] = Field(default=1, description="DeepSpeed ZeRO stage.")
+    offload: Literal["none", "cpu"] = Field(default="none", description="Where ZeRO keeps the optimizer state.")
+
+
+class Train(Section):
+    """Optimization."""
+
+    micro_batch: Count = Field(description="Sequences of one forward pass on one data rank.")
+    global_batch: Count = Field(description="Sequences of one optimizer step, over all data ranks.")
+    steps: Count = Field(description="Optimizer steps of the whole run.")
+    decay_steps: Count | None = Field(default=None, description="Steps to the end of the cosine; train.steps at the first start.")
+    warmup_steps: NotNegative = Field(default=0, description="Steps of linear warm-up.")
+    learning_rate: Annotated[float, Field(gt=0.0)] = Field(description="Peak learning rate.")
+    min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="Learning rate after the decay.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.1, description="AdamW decay of matrices.")
+    beta1: Fraction = Field(default=0.9, description="AdamW beta 1.")
+    beta2: Fraction = Field(default=0.95, description="AdamW beta 2.")
+    epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-8, description="AdamW epsilon.")
+    clip: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="Largest global gradient norm.")
+    precision: Precision = Field(default="fp32", description="Type of the forward and backward pass.")
+    recompute: bool = Field(default=False, description="Recompute each block in the backward pass: less memory, more time.")
+    init_from: str | None = Field(default=None, description="A checkpoint whose weights start this run.")
+
+
+class Checkpoint(Section):
+    """When the state is saved."""
+
+    every: Count = Field(default=1000, description="Steps between checkpoints.")
+    keep: Count = Field(default=3, description="Newest checkpoints to keep.")
+    background: bool = Field(default=False, description="Write while training goes on.")
+
+
+class Evaluate(Section):
+    """Perplexity, during training and after it."""
+
+    lengths: Annotated[tuple[Count, ...], TUPLE] | None = Field(
+        default=None, description="Lengths of `evaluate`; 1x, 2x, 4x and 8x the training length unless set."
+    )
+    protocols: Annotated[tuple[str, ...], TUPLE] = Field(
+        default=("nonoverlapping",), min_length=1, description="nonoverlapping, or sliding:STRIDE."
+    )
+    every: NotNegative = Field(default=0, description="Steps between validations during training; 0 for none.")
+    samples: Count = Field(default=64, description="Held-out sequences of one validation.")
+
+
+class Track(Section):
+    """MLflow."""
+
+    uri: str | None = Field(default=None, description="MLflow tracking URI; a sqlite file beside the run folder unless set.")
+    experiment: str = Field(default="trainshort", min_length=1, description="MLflow experiment.")
+
+
+class Slurm(Section):
+    """What `trainshort slurm` writes into its sbatch scripts."""
+
+    partition: str | None = Field(default=None, description="Partition; the cluster's default unless set.")
+    account: str | None = Field(default=None, description="Account to charge.")
+    qos: str | None = Field(default=None, description="Quality of service.")
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$|^\d+$")] = Field(
+        default="24:00:00", description="Time limit, quoted: [days-]hours:minutes:seconds."
+    )
+    gpus_per_node: NotNegative = Field(default=8, description="GPUs of a node; 0 for CPU ranks.")
+    ranks_per_node: Count | None = Field(default=None, description="Ranks of a node; gpus_per_node unless set.")
+    constraint: str | None = Field(default=None, description="Node features to ask for.")
+    container: str | None = Field(default=None, description="Image that srun starts the ranks in (enroot/pyxis).")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of the ranks.")
+    extra: Annotated[tuple[str, ...], TUPLE] = Field(default=(), description="Further #SBATCH options, verbatim.")
+
+
+class RunConfig(Section):
+    """One whole run."""
+
+    run: Run
+    model: Model
+    data: Data
+    parallel: Parallel = Field(default_factory=Parallel)
+    train: Train
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    track: Track = Field(default_factory=Track)
+    slurm: Slurm = Field(default_factory=Slurm)
+
+    @property
+    def evaluation_lengths(self) -> tuple[int, ...]:
+        """Lengths that `evaluate` takes when none are asked for."""
+        return self.evaluate.lengths or tuple(n * self.data.sequence_length for n in (1, 2, 4, 8))
