@@ -44,7 +44,9 @@ def check_run(data: dict[str, Any], *, name: str) -> RunConfig:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
         # too_short only repeats that the items of a list were wrong
-        found = [_explain(problem) for problem in error.errors() if problem["type"] != "too_short" or not problem["input"]]
+        found = [
+            _explain(problem) for problem in error.errors() if problem["type"] != "too_short" or not problem["input"]
+        ]
         raise InputError(_message(name, found)) from None
     if found := problems(config):
         raise InputError(_message(name, found))
@@ -72,7 +74,7 @@ def dump_run(config: RunConfig) -> str:
 class _StrictLoader(yaml.SafeLoader):
     """YAML as one reads it: no repeated keys, no sexagesimals, no dates, `on` is a word, 1e-3 a number."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -107,7 +109,7 @@ def read_yaml(text: str, *, name: str) -> Any:
         InputError: not YAML, a repeated key, or a Python tag.
     """
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+        return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{name}{line}: {error.problem or error.context}") from None

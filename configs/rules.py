@@ -97,7 +97,10 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
                 f"({min(config.evaluation_lengths)}): use a stride of at most that"
             )
     if config.evaluate.every and not config.data.split:
-        yield f"evaluate.every is {config.evaluate.every} but data.split is 0, so nothing is held out: set data.split to 0.02"
+        yield (
+            f"evaluate.every is {config.evaluate.every} but data.split is 0, so nothing is held out: "
+            "set data.split to 0.02"
+        )
 
 
 def _not_available(config: RunConfig) -> Iterator[str]:

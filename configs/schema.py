@@ -57,7 +57,9 @@ class Model(Section):
     attention: AttentionBackend = Field(default="auto", description="Attention backend; auto takes the best there is.")
     windows: Literal["auto", "off"] = Field(default="off", description="Lossless windows per head (off: none).")
     init_std: Annotated[float, Field(gt=0.0)] = Field(default=0.02, description="Std of the initial weights.")
-    dropout: Fraction = Field(default=0.0, description="Dropout on embedding, attention output and feed-forward output.")
+    dropout: Fraction = Field(
+        default=0.0, description="Dropout on embedding, attention output and feed-forward output."
+    )
 
     @property
     def head_dim(self) -> int:
@@ -115,17 +117,23 @@ class Train(Section):
     micro_batch: Count = Field(description="Sequences of one forward pass on one data rank.")
     global_batch: Count = Field(description="Sequences of one optimizer step, over all data ranks.")
     steps: Count = Field(description="Optimizer steps of the whole run.")
-    decay_steps: Count | None = Field(default=None, description="Steps to the end of the cosine; train.steps at the first start.")
+    decay_steps: Count | None = Field(
+        default=None, description="Steps to the end of the cosine; train.steps at the first start."
+    )
     warmup_steps: NotNegative = Field(default=0, description="Steps of linear warm-up.")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(description="Peak learning rate.")
-    min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="Learning rate after the decay.")
+    min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="Learning rate after the decay."
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.1, description="AdamW decay of matrices.")
     beta1: Fraction = Field(default=0.9, description="AdamW beta 1.")
     beta2: Fraction = Field(default=0.95, description="AdamW beta 2.")
     epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-8, description="AdamW epsilon.")
     clip: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="Largest global gradient norm.")
     precision: Precision = Field(default="fp32", description="Type of the forward and backward pass.")
-    recompute: bool = Field(default=False, description="Recompute each block in the backward pass: less memory, more time.")
+    recompute: bool = Field(
+        default=False, description="Recompute each block in the backward pass: less memory, more time."
+    )
     init_from: str | None = Field(default=None, description="A checkpoint whose weights start this run.")
 
 
@@ -153,7 +161,9 @@ class Evaluate(Section):
 class Track(Section):
     """MLflow."""
 
-    uri: str | None = Field(default=None, description="MLflow tracking URI; a sqlite file beside the run folder unless set.")
+    uri: str | None = Field(
+        default=None, description="MLflow tracking URI; a sqlite file beside the run folder unless set."
+    )
     experiment: str = Field(default="trainshort", min_length=1, description="MLflow experiment.")
 
 
