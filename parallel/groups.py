@@ -1,0 +1,85 @@
+"""Process groups as values: who asks for a rank or a size is handed a `Group`."""
+
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.comm import torch as deepspeed_backend
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from megatron.core import parallel_state
+
+from parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process's place on one axis.
+
+    Attributes:
+        rank: Place in the group.
+        size: Ranks in the group.
+        handle: The torch process group.
+    """
+
+    rank: int
+    size: int
+    handle: Any
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The axes of a layout; `grid` is the same for DeepSpeed."""
+
+    world: Group
+    tensor: Group
+    pipeline: Group
+    data: Group
+    grid: Any
+
+
+def make_groups(layout: Layout) -> Groups:
+    """Create the groups of a layout; every rank of the world must call it at the same point.
+
+    megatron-core and DeepSpeed each make their own groups, since their layers look them up by
+    themselves; both number the ranks alike (tensor fastest, then data, then pipeline). The values
+    here are megatron's.
+    """
+    join_deepspeed()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        create_gloo_process_groups=False,
+    )
+    with redirect_stdout(StringIO()):
+        grid = PipelineParallelGrid(
+            topology=PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
+        )
+    return Groups(
+        world=_group(dist.group.WORLD),
+        tensor=_group(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_group(parallel_state.get_pipeline_model_parallel_group()),
+        data=_group(parallel_state.get_data_parallel_group()),
+        grid=grid,
+    )
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed use the process group that is there; nothing is compiled."""
+    # On CPU ranks DeepSpeed would build a shared-memory all-reduce with g++ at the first start: a minute.
+    deepspeed_backend.build_shm_op = lambda: None
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def lone_tensor_group() -> Group:
+    """Return the tensor group of a world of one, for a model in one process."""
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    return _group(parallel_state.get_tensor_model_parallel_group())
+
+
+def _group(handle: Any) -> Group:
+    return Group(rank=dist.get_rank(handle), size=dist.get_world_size(handle), handle=handle)

@@ -1,0 +1,30 @@
+"""A decoder as a list of layers not yet built, so that each pipeline stage builds only its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Maker = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Makers of layers in order.
+
+    Attributes:
+        embedding: Makes the word embedding, which the last stage shares.
+        head: From the word embedding and states [batch, seq, hidden] to local logits.
+        before: Layers between the word embedding and the blocks; they live on the first stage.
+        blocks: The blocks, spread over the stages.
+        after: Layers between the blocks and the head; they live on the last stage.
+        loss: From local logits and targets [batch, seq] to a scalar.
+    """
+
+    embedding: Maker
+    head: Callable[[Any, Tensor], Tensor]
+    before: tuple[Maker, ...]
+    blocks: tuple[Maker, ...]
+    after: tuple[Maker, ...]
+    loss: Callable[[Tensor, Tensor], Tensor]

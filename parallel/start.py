@@ -1,0 +1,127 @@
+"""Start and stop a rank: who am I, where do the ranks meet. The only reader of the environment.
+
+Torch is imported inside `start`, so that a launcher asks `find_place` at no cost.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from configs.errors import MachineError
+
+if TYPE_CHECKING:
+    import torch
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the ranks of a job.
+
+    Attributes:
+        rank, size: Place in the world.
+        local_rank: Place on this machine, which picks the GPU.
+        rendezvous: Where the ranks meet, as torch's init_method takes it.
+        starter: local, torchrun or slurm.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    rendezvous: str
+    starter: str
+
+
+def find_place(environ: Mapping[str, str]) -> Place | None:
+    """Return this process's place, or None when it is no rank of a job.
+
+    A multi-task srun step and torchrun make ranks; a batch script or a shell in an allocation is none.
+
+    Raises:
+        MachineError: a variable that the starter should have set is missing or no number.
+    """
+    try:
+        if "TRAINSHORT_RANK" in environ:
+            rank = int(environ["TRAINSHORT_RANK"])
+            meet = f"file://{environ['TRAINSHORT_RENDEZVOUS']}"
+            return Place(rank, int(environ["TRAINSHORT_RANKS"]), rank, meet, "local")
+        if "TORCHELASTIC_RUN_ID" in environ:
+            return Place(
+                int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]), "env://", "torchrun"
+            )
+        if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+            rank, size = int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"])
+            return Place(rank, size, int(environ["SLURM_LOCALID"]), _slurm_rendezvous(environ), "slurm")
+    except (KeyError, ValueError) as error:
+        raise MachineError(
+            f"this looks like a rank of a job, but {error} is missing or no number: start the ranks with "
+            "trainshort, torchrun or srun"
+        ) from None
+    return None
+
+
+def _slurm_rendezvous(environ: Mapping[str, str]) -> str:
+    # The batch script computes both at each start; an srun typed by hand has the batch host alone.
+    host = environ.get("MASTER_ADDR") or environ["SLURM_LAUNCH_NODE_IPADDR"]
+    port = environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 20000
+    return f"tcp://{host}:{port}"
+
+
+def start(place: Place) -> "torch.device":
+    """Join the other ranks and return this rank's device. NCCL where there are GPUs, gloo otherwise."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed's pipeline reads it
+    if place.starter == "local":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop may have no resolvable hostname
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", place.local_rank % gpus) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quiet_libraries()
+    dist.init_process_group(
+        "nccl" if gpus else "gloo",
+        init_method=place.rendezvous,
+        rank=place.rank,
+        world_size=place.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if gpus else None,
+    )
+    return device
+
+
+def start_alone() -> "torch.device":
+    """Become a world of one rank, for evaluation and export; a second call changes nothing."""
+    import torch
+    import torch.distributed as dist
+
+    quiet_libraries()
+    if not dist.is_initialized():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def stop() -> None:
+    """Leave the job; safe to call when `start` failed."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """Keep third-party chatter off the user's terminal; warnings about our own code still show."""
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for package in ("deepspeed", "megatron"):
+        warnings.filterwarnings("ignore", module=rf"{package}\..*")

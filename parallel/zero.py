@@ -1,0 +1,168 @@
+"""DeepSpeed's side of an engine: its configuration, and a door to the state that ZeRO shards.
+
+ZeRO flattens and cuts fp32 weights and Adam's moments over the data ranks. Outside this file they are
+one tensor per parameter, whatever the stage.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from configs.schema import Train
+from parallel.layout import Layout
+from parallel.shards import Shard
+
+Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+
+REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed allocates as many, by default ten times more
+
+
+def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a run."""
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": layout.micro_batches,
+        "gradient_clipping": train.clip,
+        "zero_optimization": {
+            "stage": layout.zero,
+            "reduce_bucket_size": REDUCE_BUCKET,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+        },
+        "bf16": {"enabled": train.precision == "bf16"},
+        # Without it micro-batches add up in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"} if train.precision == "bf16" else {},
+        # Partitioned activations save little and go wrong with sequence parallelism and changing lengths.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        "steps_per_print": 10**12,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def adamw(parameters: Iterable[nn.Parameter], *, train: Train) -> torch.optim.AdamW:
+    """Return AdamW with BLOOM's groups: matrices decay, norms and biases do not."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon)
+
+
+def start_optimizer(engine: Any) -> None:
+    """Give Adam its zero moments now instead of at the first step, so that a checkpoint can be read into them."""
+    base = _base(engine)
+    for master in _masters(engine):
+        zeros = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+        base.state[master] = {"step": torch.tensor(0.0), **zeros}
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def set_optimizer_step(engine: Any, step: int) -> None:
+    """Set how many steps Adam has taken, which its bias correction needs."""
+    for state in _base(engine).state.values():
+        state["step"].fill_(float(step))
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set the learning rate of every group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def read_state(engine: Any, parameter: nn.Parameter, kind: Kind) -> Tensor:
+    """Return one tensor rank's fp32 weight or moment, in the parameter's shape.
+
+    A collective over the data ranks: each calls it for the same parameters in the same order.
+    """
+    if not _is_sharded(engine):
+        state = parameter.data if kind == "weight" else _base(engine).state[parameter][kind]
+        return state.detach().float().clone()
+    whole = safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
+    assert whole is not None, f"ZeRO holds no {kind} of {_name(parameter)}"
+    return whole.detach()
+
+
+def write_state(engine: Any, parameter: nn.Parameter, kind: Kind, value: Tensor) -> None:
+    """Set one tensor rank's fp32 weight or moment; the model's own copy follows a weight."""
+    value = value.to(parameter.device, torch.float32)
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        part = _stage3_part(parameter, value)
+        if kind == "weight":
+            safe_set_local_fp32_param(parameter, part)
+            parameter.ds_tensor.data.copy_(part)  # type: ignore[attr-defined]
+        else:
+            safe_set_local_optimizer_state(parameter, part, kind)
+    elif _is_sharded(engine):
+        if kind == "weight":
+            safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+    else:
+        target = parameter.data if kind == "weight" else _base(engine).state[parameter][kind]
+        target.copy_(value)
+
+
+def report_norm_without_zero(engine: Any, *, clip: float) -> None:
+    """Let an engine at ZeRO 0 report the gradient norm that it clips by; DeepSpeed drops it."""
+
+    def clip_gradients() -> None:
+        norm = clip_grad_norm_(parameters=engine.module.parameters(), max_norm=clip, mpu=engine.mpu)
+        engine._global_grad_norm = norm
+
+    engine.clip_fp32_gradients = clip_gradients
+
+
+def _is_sharded(engine: Any) -> bool:
+    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer | DeepSpeedZeroOptimizer_Stage3)
+
+
+def _base(engine: Any) -> torch.optim.Optimizer:
+    base: torch.optim.Optimizer = engine.optimizer.optimizer if _is_sharded(engine) else engine.optimizer
+    return base
+
+
+def _masters(engine: Any) -> list[Tensor]:
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if isinstance(optimizer, BF16_Optimizer):
+        return list(optimizer.fp32_groups_flat_partition)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return list(optimizer.single_partition_of_fp32_groups)
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _stage3_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    # ZeRO-3 cuts the flat parameter evenly over its data ranks and pads the last cut.
+    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    start = dist.get_rank(group) * size
+    flat = value.flatten()
+    part = flat[min(start, flat.numel()) : start + size]
+    return torch.cat([part, part.new_zeros(size - part.numel())])
+
+
+def _name(parameter: nn.Parameter) -> str:
+    shard = getattr(parameter, "shard", None)
+    return shard.name if isinstance(shard, Shard) else "an undeclared parameter"
