@@ -130,7 +130,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     match = re.fullmatch(r"([a-z0-9_]+)\.([a-z0-9_.]+)=(.*)", override, re.DOTALL)
     if match is None:
         raise InputError(f"--set {override!r} is not an override: write section.key=value")
-    section, keys, text = match.groups()
+    section, keys, text = map(str, match.groups())
     *parents, last = [section, *keys.split(".")]
     target = data
     for key in parents:

@@ -1,0 +1,37 @@
+# Everything starts here; each target is a line or two. `make demo` and `make test` install what they need.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench test-gpu test-layouts
+
+help:
+	@echo "make demo | test | lint | install | test-gpu | test-layouts | bench"
+
+install: $(INSTALLED)
+
+# The stamp is newer than what it was made from: installed already means nothing to do.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -P -m launch.demo
+
+test: lint
+	$(BIN)/python -P -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check -q . && $(BIN)/ruff format --check -q .
+	$(BIN)/mypy
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -P -m pytest -q -m gpu
+
+test-layouts: $(INSTALLED)
+	$(BIN)/python -P -m pytest -q -m slow tests/distributed
+
+bench: $(INSTALLED)
+	for script in benchmarks/*.py; do $(BIN)/python -P "$$script"; done

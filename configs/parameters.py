@@ -1,0 +1,20 @@
+"""How many parameters a model of a given shape has, counted without building it."""
+
+from configs.schema import Model
+
+
+def parameter_count(model: Model, *, vocab_size: int) -> int:
+    """Return the trained numbers of the bloom family: tied head, biases, embedding LayerNorm.
+
+    No position method has parameters: ALiBi's slopes and sinusoids are derived.
+
+    Args:
+        model: The decoder's shape.
+        vocab_size: Rows of the embedding.
+    """
+    hidden, inner = model.hidden, model.inner
+    norm = 2 * hidden
+    attention = (hidden + 1) * 3 * hidden + (hidden + 1) * hidden
+    feed_forward = (hidden + 1) * inner + (inner + 1) * hidden
+    block = norm + attention + norm + feed_forward
+    return vocab_size * hidden + norm + model.layers * block + norm

@@ -1,0 +1,54 @@
+"""Where things lie in a run folder: the one place that knows the names."""
+
+from pathlib import Path
+
+from configs.errors import InputError
+from configs.schema import RunConfig
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return the run folder, RUN_DIR."""
+    return Path(config.run.dir)
+
+
+def data_folder(config: RunConfig) -> Path:
+    """Return the folder of the prepared data: `data.dir`, or RUN_DIR/data."""
+    return Path(config.data.dir) if config.data.dir else run_folder(config) / "data"
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def evaluation_folder(run_dir: Path) -> Path:
+    """Return the folder of a run's last evaluation."""
+    return run_dir / "evaluation"
+
+
+def export_folder(run_dir: Path, *, form: str) -> Path:
+    """Return the folder that a run's model is exported to by default."""
+    return run_dir / "export" / form
+
+
+def logs_folder(run_dir: Path) -> Path:
+    """Return the folder of a run's logs."""
+    return run_dir / "logs"
+
+
+def slurm_folder(run_dir: Path) -> Path:
+    """Return the folder of a run's submitted sbatch scripts."""
+    return run_dir / "slurm"
+
+
+def check_run_folder(config: RunConfig) -> Path:
+    """Return the run folder if one can be there.
+
+    Raises:
+        InputError: a file is in its place, or in the place of a folder above it.
+    """
+    folder = run_folder(config)
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"run.dir {folder}: {path} is a file, not a folder: move it away or set another run.dir")
+    return folder

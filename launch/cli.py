@@ -1,0 +1,243 @@
+"""The command line. Each command imports what it needs when it runs: a user waits for start-up every time."""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from configs.errors import InputError, TrainshortError
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train decoder language models short, test them long.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+checkpoint_app = typer.Typer(no_args_is_help=True, help="What a run has saved.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+RunFile = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A run file, or the name of a shipped run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="section.key=value", help="Override one key; may be repeated, the last one wins."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Where = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder for its newest one.")]
+
+
+class Format(StrEnum):
+    """What a model can be exported to."""
+
+    HF = "hf"
+    GGUF = "gguf"
+
+
+def main() -> None:
+    """Run the command line; what a user can mend ends in one message and its exit code."""
+    try:
+        app()
+    except TrainshortError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+@app.command()
+def check(run: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Validate what a run file says, all problems at once."""
+    from launch.show import run_summary, show_json, show_summary
+
+    config = _load(run, overrides)
+    if as_json:
+        show_json(run_summary(config))
+    else:
+        show_summary(config)
+
+
+@app.command()
+def prepare(run: RunFile, overrides: Overrides = None) -> None:
+    """Turn the sources into a tokenizer and training data; done parts are not done again."""
+    from configs.paths import check_run_folder, data_folder
+
+    config = _load(run, overrides)
+    check_run_folder(config)
+
+    from data_pipeline.prepare import prepare as prepare_data
+    from launch.show import show_prepared
+
+    show_prepared(prepare_data(config.data, folder=data_folder(config), progress=True))
+
+
+@app.command()
+def train(
+    run: RunFile,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Local ranks to start.  [default: this machine's GPUs, else tensor x pipeline]"),
+    ] = None,
+) -> None:
+    """Train, resuming from the newest checkpoint; starts local ranks, or joins those of srun and torchrun."""
+    from parallel.start import find_place
+
+    config = _load(run, overrides)
+    place = find_place(os.environ)
+    if place is None:
+        raise SystemExit(_start_local(config, run=run, overrides=overrides or [], ranks=ranks))
+    if ranks is not None:
+        raise InputError(
+            f"--ranks {ranks} starts local ranks, but this is rank {place.rank} of {place.size} already: "
+            f"leave --ranks out under {place.starter}"
+        )
+
+    from training.run import train as train_rank
+
+    train_rank(config, place)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Where,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,L,...", help="Lengths in tokens.  [default: the run file's, else 1, 2, 4, 8 x trained]"
+        ),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="nonoverlapping or sliding:STRIDE; may be repeated.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="A text file.  [default: the run's held-out text]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity at each length; writes the run's evaluation folder."""
+    asked = _lengths(lengths)
+
+    from launch.show import show_json, show_report
+    from training.evaluation.run import evaluate as evaluate_checkpoint
+
+    report = evaluate_checkpoint(
+        _checkpoint(checkpoint), lengths=asked, protocols=tuple(protocol) if protocol else None, data=data
+    )
+    if as_json:
+        show_json(report)
+    else:
+        show_report(report)
+
+
+@app.command()
+def export(
+    checkpoint: Where,
+    form: Annotated[Format, typer.Option("--format", help="hf: transformers' BloomForCausalLM.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+) -> None:
+    """Write the model for inference engines; logits are compared before it says done."""
+    from training.export.run import export as export_checkpoint
+
+    export_checkpoint(_checkpoint(checkpoint), format=form.value, out=out)
+
+
+@app.command()
+def slurm(
+    run: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes to train on.  [default: the fewest that the layout fits]")
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit the scripts instead of printing them.")] = False,
+) -> None:
+    """Write sbatch scripts that train, then evaluate, then export."""
+    from configs.paths import check_run_folder, logs_folder
+    from launch.show import show_lines
+    from launch.slurm import fewest_nodes, program_of, render
+    from launch.slurm import submit as submit_chain
+
+    config = _load(run, overrides)
+    scripts = render(
+        config,
+        run_file=run,
+        nodes=nodes or fewest_nodes(config),
+        overrides=overrides or [],
+        folder=Path.cwd(),
+        program=program_of(config),
+    )
+    logs = logs_folder(check_run_folder(config))
+    if submit:
+        jobs = submit_chain(scripts, config=config)
+        show_lines(*(f"submitted {name}: job {job}" for name, job in jobs.items()), f"logs: {logs}")
+        return
+    for name, script in scripts.items():
+        show_lines(f"# ----- {name}.sbatch (its log needs the folder {logs}; --submit makes it) -----", script)
+
+
+@checkpoint_app.command("list")
+def list_(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")], as_json: AsJson = False
+) -> None:
+    """List the checkpoints of a run, oldest first."""
+    from launch.show import show_checkpoints, show_json
+    from training.checkpoint.read import list_checkpoints
+
+    if not folder.is_dir():
+        raise InputError(f"run folder {folder} does not exist: give the run.dir of a run")
+    found = list_checkpoints(folder)
+    if as_json:
+        show_json([{"step": checkpoint.step, "path": str(checkpoint.path)} for checkpoint in found])
+    else:
+        show_checkpoints(found, folder=folder)
+
+
+def _load(run: str, overrides: list[str] | None) -> "RunConfig":
+    from configs.load import load_run
+
+    return load_run(run, overrides=overrides or [])
+
+
+def _start_local(config: "RunConfig", *, run: str, overrides: list[str], ranks: int | None) -> int:
+    """Refuse what can be refused before any process starts, then start the ranks."""
+    from configs.paths import check_run_folder, data_folder, logs_folder
+    from data_pipeline.manifest import load_prepared
+    from launch.local import start_ranks
+    from launch.machine import gpu_count
+    from parallel.layout import Layout
+
+    ranks = ranks or gpu_count(os.environ) or config.parallel.tensor * config.parallel.pipeline
+    Layout.of(config, world_size=ranks)
+    run_dir = check_run_folder(config)
+    load_prepared(config.data, folder=data_folder(config))
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    # -P: a folder of the user's that is called training or configs is not ours.
+    command = [sys.executable, "-P", "-m", "trainshort", "train", *sets, "--", run]
+    return start_ranks(command, ranks=ranks, logs=logs_folder(run_dir), environment=os.environ)
+
+
+def _lengths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 1 for part in parts):
+        raise InputError(f"--lengths must be whole numbers from 2 with commas between, got {text!r}: write 1024,2048")
+    return tuple(int(part) for part in parts)
+
+
+def _checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a path means: itself, or a run folder's newest one."""
+    from configs.paths import checkpoints_folder
+    from training.checkpoint.read import list_checkpoints
+
+    if not path.is_dir():
+        raise InputError(f"checkpoint {path} does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
+    if not checkpoints_folder(path).is_dir():
+        return path
+    found = list_checkpoints(path)
+    if not found:
+        raise InputError(f"{path} has no checkpoint yet: train it first")
+    newest: Path = found[-1].path
+    return newest

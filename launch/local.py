@@ -1,0 +1,187 @@
+"""Start the ranks of one machine, pass signals on to them, and tell how they ended.
+
+Torch is not imported: the launcher only starts Python processes, waits and forwards. Each rank has a session of
+its own, so that a terminal's Ctrl-C reaches the launcher alone, and is tied to the launcher's life by the kernel
+(see launch/tether.py). docs/decisions/0002 tells why this is not torchrun.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from launch.machine import core_count
+
+POLL_SECONDS = 0.05
+TAIL_LINES = 20
+STOPPED_BY_HAND = 130
+
+
+@dataclass
+class Rank:
+    """One started rank.
+
+    Attributes:
+        number: Its place among the ranks.
+        process: The process.
+        log: File that its output goes to; None where that is the terminal.
+        log_start: Where this start's output begins in the log.
+    """
+
+    number: int
+    process: "subprocess.Popen[bytes]"
+    log: Path | None
+    log_start: int
+
+
+@dataclass
+class Signals:
+    """What was asked of the launcher, as its signal handlers leave it."""
+
+    ranks: list[Rank] = field(default_factory=list)
+    asked: int = 0
+    killed: bool = False
+
+    def handle(self, number: int, _frame: Any) -> None:
+        """Pass a request to stop on to the ranks, which save and end; a second Ctrl-C does not wait for them."""
+        self.asked += 1
+        if number == signal.SIGINT and self.asked > 1:
+            self.killed = True
+            send(self.ranks, signal.SIGKILL)
+        else:
+            send(self.ranks, signal.SIGTERM)
+
+
+def start_ranks(
+    command: Sequence[str],
+    *,
+    ranks: int,
+    logs: Path,
+    environment: Mapping[str, str],
+    grace_seconds: float = 10.0,
+) -> int:
+    """Run a command once per rank until all have ended; return the exit code of the whole.
+
+    Rank 0 has the launcher's terminal, the others append to logs/rank_N.log. Ctrl-C, SIGTERM and SIGHUP become
+    SIGTERM to all ranks, with no limit on the time that they take to save.
+
+    Args:
+        command: Program and arguments, the same for all ranks.
+        ranks: How many to start.
+        logs: Folder of the log files.
+        environment: Environment of the ranks, to which their place is added.
+        grace_seconds: When a rank has failed, how long the others may take to end by themselves, and again after
+            they were asked to.
+    Returns:
+        0 when all ended well; 2 or 3 when a rank ended so; 130 when they were stopped and could not save; else 1.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="trainshort-") as folder, _handled_signals() as signals:
+        shared = {
+            **environment,
+            "TRAINSHORT_RANKS": str(ranks),
+            "TRAINSHORT_RENDEZVOUS": str(Path(folder) / "rendezvous"),
+        }
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, core_count() // ranks)))
+        started: list[Rank] = []
+        try:
+            for number in range(ranks):
+                started.append(_start(command, number=number, logs=logs, environment=shared))
+            signals.ranks = started
+            if signals.asked:  # while they were being started
+                send(started, signal.SIGTERM)
+            failed = _wait(started, grace_seconds=grace_seconds)
+        finally:
+            send(started, signal.SIGKILL)
+    if signals.killed or (signals.asked and failed and failed.process.returncode == -signal.SIGTERM):
+        return STOPPED_BY_HAND  # by force, or before there was anything to save
+    return _explain(failed)
+
+
+def send(ranks: Sequence[Rank], number: signal.Signals) -> None:
+    """Send a signal to the process group of each rank that still runs."""
+    for rank in ranks:
+        if rank.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.process.pid, number)
+
+
+@contextlib.contextmanager
+def _handled_signals() -> Iterator[Signals]:
+    signals = Signals()
+    # Under nohup SIGHUP is ignored, and stays so.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapping[str, str]) -> Rank:
+    # -I -S: the tether needs nothing from site-packages and starts faster without.
+    tether = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tether.py")), str(os.getpid())]
+    log = logs / f"rank_{number}.log" if number else None
+    log_start = log.stat().st_size if log and log.exists() else 0
+    with contextlib.ExitStack() as stack:
+        output: IO[bytes] | None = stack.enter_context(log.open("ab")) if log else None
+        process = subprocess.Popen(
+            [*tether, *command],
+            env={**environment, "TRAINSHORT_RANK": str(number)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            start_new_session=True,
+        )
+    return Rank(number=number, process=process, log=log, log_start=log_start)
+
+
+def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> Rank | None:
+    """Wait for all ranks; once one has failed, stop the others. Return the rank to blame, if any."""
+    failed: list[Rank] = []
+    deadline, asked = float("inf"), False
+    while True:
+        running = [rank for rank in ranks if rank.process.poll() is None]
+        failed += [rank for rank in ranks if rank.process.returncode and rank not in failed]
+        if not running:
+            # The input's or the machine's fault is the cause; a lost connection elsewhere is its echo.
+            return next((rank for rank in failed if rank.process.returncode in (2, 3)), failed[0] if failed else None)
+        now = time.monotonic()
+        if failed and deadline == float("inf"):
+            deadline = now + grace_seconds
+        if now >= deadline:
+            send(running, signal.SIGKILL if asked else signal.SIGTERM)
+            deadline, asked = now + grace_seconds, True
+        time.sleep(POLL_SECONDS)
+
+
+def _explain(failed: Rank | None) -> int:
+    if failed is None:
+        return 0
+    code = failed.process.returncode
+    if failed.log is None and code in (1, 2, 3):
+        return int(code)  # rank 0 has said it on the terminal
+    how = f"exit code {code}" if code > 0 else f"signal {-code} ({signal.Signals(-code).name})"
+    console = Console(stderr=True)
+    message = f"error: rank {failed.number} ended with {how}"
+    if failed.log:
+        message += f"; the end of {failed.log}:\n" + _tail(failed.log, start=failed.log_start)
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    return int(code) if code in (2, 3) else 1
+
+
+def _tail(log: Path, *, start: int) -> str:
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 20_000))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])

@@ -1,0 +1,31 @@
+"""What this machine has, found without importing torch."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def gpu_count(environment: Mapping[str, str], *, devices: Path = Path("/dev")) -> int:
+    """Return the GPUs that a process started here would see.
+
+    Args:
+        environment: Its environment; CUDA_VISIBLE_DEVICES narrows the choice.
+        devices: Folder of the device files.
+    """
+    present = sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    # As CUDA does: what follows an invalid entry is not seen.
+    chosen = 0
+    for entry in visible.split(","):
+        if not entry.strip() or entry.strip() == "-1":
+            break
+        chosen += 1
+    return min(present, chosen)
+
+
+def core_count() -> int:
+    """Return the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))

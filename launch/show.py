@@ -1,0 +1,116 @@
+"""What the command line shows: summaries and tables, on standard output."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.parameters import parameter_count
+from configs.paths import data_folder, run_folder
+from configs.schema import RunConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.manifest import Prepared
+    from training.checkpoint.read import Listed
+
+
+def show_json(document: Any) -> None:
+    """Write one JSON document."""
+    Console().print(json.dumps(document, indent=2, allow_nan=False), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_lines(*lines: str) -> None:
+    """Write plain lines, never wrapped or styled."""
+    console = Console()
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def run_summary(config: RunConfig) -> dict[str, Any]:
+    """Return what `check` tells of a valid run."""
+    parallel, model = config.parallel, config.model
+    return {
+        "run": config.run.name,
+        "dir": str(run_folder(config)),
+        "layers": model.layers,
+        "hidden": model.hidden,
+        "heads": model.heads,
+        "position": model.position,
+        "parameters": parameter_count(model, vocab_size=config.data.vocab_size),
+        "sequence_length": config.data.sequence_length,
+        "tokens_per_step": config.train.global_batch * config.data.sequence_length,
+        "tokens": config.train.steps * config.train.global_batch * config.data.sequence_length,
+        "steps": config.train.steps,
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "zero": parallel.zero,
+        "data": str(data_folder(config)),
+    }
+
+
+def show_summary(config: RunConfig) -> None:
+    """Write the summary of a valid run."""
+    found = run_summary(config)
+    model_ranks = found["tensor"] * found["pipeline"]
+    show_lines(
+        f"{found['run']} is valid",
+        f"  model     {found['layers']} layers x {found['hidden']} x {found['heads']} heads, {found['position']}: "
+        f"{found['parameters']:,} parameters",
+        f"  training  {found['steps']:,} steps of {found['tokens_per_step']:,} tokens "
+        f"({found['tokens'] / 1e9:,.3g}G in all) at length {found['sequence_length']:,}",
+        f"  layout    tensor {found['tensor']} x pipeline {found['pipeline']}, ZeRO-{found['zero']}: "
+        f"ranks in multiples of {model_ranks}",
+        f"  folders   run {found['dir']}, data {found['data']}",
+    )
+
+
+def show_prepared(prepared: "Prepared") -> None:
+    """Write what prepared data there is."""
+    table = Table(title=f"{prepared.folder}: {prepared.tokens:,} tokens of {prepared.vocab_size:,} pieces")
+    table.add_column("part")
+    table.add_column("documents", justify="right")
+    table.add_column("tokens", justify="right")
+    for part in prepared.parts:
+        table.add_row(part.name, f"{part.documents:,}", f"{part.tokens:,}")
+    Console().print(table)
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Write the perplexity table of an evaluation's report."""
+    per_word = any("word_perplexity" in result for result in report["results"])
+    table = Table(title=f"{report['checkpoint']}, trained at {report['train_length']:,} tokens")
+    for name in ("length", "x training", "scored tokens", "loss", "perplexity", *(["per word"] if per_word else [])):
+        table.add_column(name, justify="right")
+    table.add_column("protocol")
+    for result in report["results"]:
+        cells = [
+            f"{result['length']:,}",
+            f"{result['length'] / report['train_length']:g}",
+            f"{result['tokens']:,}",
+            f"{result['loss']:.4f}",
+            f"{result['perplexity']:,.2f}",
+        ]
+        if per_word:
+            cells.append(f"{result['word_perplexity']:,.4g}" if "word_perplexity" in result else "-")
+        sliding = result["protocol"] != "nonoverlapping"
+        table.add_row(*cells, f"sliding:{result['stride']}" if sliding else "nonoverlapping")
+    if report.get("unigram_perplexity") is not None:
+        gap = ["-"] if per_word else []
+        table.add_section()
+        table.add_row("any", "-", "-", "-", f"{report['unigram_perplexity']:,.2f}", *gap, "a unigram model")
+    Console().print(table)
+
+
+def show_checkpoints(checkpoints: "list[Listed]", *, folder: Path) -> None:
+    """Write the checkpoints of a run."""
+    if not checkpoints:
+        show_lines(f"{folder} has no checkpoint yet")
+        return
+    table = Table()
+    table.add_column("step", justify="right")
+    table.add_column("checkpoint")
+    for checkpoint in checkpoints:
+        table.add_row(f"{checkpoint.step:,}", str(checkpoint.path))
+    Console(soft_wrap=True).print(table)
