@@ -1,0 +1,93 @@
+"""Which predictions of a text each window scores. Pure arithmetic: no tensor, no model."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import InputError
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How windows move over a text: by their own length (stride None), or by a stride.
+
+    Source: Press et al. 2022, appendix B.
+    """
+
+    stride: int | None
+
+    @property
+    def name(self) -> str:
+        """The name in a report: nonoverlapping or sliding."""
+        return "nonoverlapping" if self.stride is None else "sliding"
+
+    def __str__(self) -> str:
+        return self.name if self.stride is None else f"{self.name}:{self.stride}"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of `length` inputs; window i starts at token i * stride.
+
+    The first window scores all its predictions, each later one its last `stride`: these were not scored before,
+    and each has more than `length - stride` tokens before it. So every prediction is scored once.
+    """
+
+    length: int
+    stride: int
+    count: int
+
+    @property
+    def scored(self) -> int:
+        """Predictions scored by all windows together: those of tokens 1 to `scored`."""
+        return self.length + (self.count - 1) * self.stride
+
+    def starts(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Return the first token of windows `first` to `last - 1`, [last - first], int64."""
+        return np.arange(first, min(last, self.count), dtype=np.int64) * self.stride
+
+    def first_scored(self, window: int) -> int:
+        """Return the place in a window, counted in predictions, from which on it scores."""
+        return 0 if window == 0 else self.length - self.stride
+
+
+def parse_protocol(text: str) -> Protocol:
+    """Return the protocol named `nonoverlapping` or `sliding:STRIDE`.
+
+    Raises:
+        InputError: another name, or a stride that is not a whole number above 0.
+    """
+    if text == "nonoverlapping":
+        return Protocol(stride=None)
+    match = re.fullmatch(r"sliding:(\d+)", text, re.ASCII)
+    if match is None:
+        raise InputError(f"protocol {text!r} is not known: use nonoverlapping or sliding:STRIDE")
+    if int(match[1]) == 0:
+        raise InputError(f"protocol {text!r} has stride 0, so its window would not move: use a stride of 1 or more")
+    return Protocol(stride=int(match[1]))
+
+
+def place_windows(tokens: int, *, length: int, protocol: Protocol) -> Windows:
+    """Return the whole windows that fit into a text; a last partial one is dropped.
+
+    Args:
+        tokens: Tokens of the text.
+        length: Inputs of a window, and so predictions: a window reads `length + 1` tokens.
+        protocol: How the window moves.
+    Raises:
+        InputError: length below 1, a stride over the length, or a text shorter than one window.
+    """
+    if length < 1:
+        raise InputError(f"evaluation length must be 1 or more, got {length}")
+    stride = length if protocol.stride is None else protocol.stride
+    if stride > length:
+        raise InputError(
+            f"protocol {protocol} moves further than its window of {length} tokens, so it would skip some: "
+            f"use a stride of at most {length}"
+        )
+    if tokens < length + 1:
+        hint = f"use at most {tokens - 1}, or more text" if tokens > 1 else "give more text"
+        raise InputError(f"length {length} needs a text of {length + 1} tokens, this one has {tokens}: {hint}")
+    return Windows(length=length, stride=stride, count=(tokens - 1 - length) // stride + 1)
