@@ -1,0 +1,189 @@
+"""MLflow's sqlite file is read with sqlite3, not with MLflow."""
+
+import json
+import logging
+import sqlite3
+import time
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from training.tracking import tracker as tracker_module
+from training.tracking.record import flatten, read_record, without_password
+from training.tracking.tracker import MlflowTracker, attach
+
+# what mlflow's own queries make sqlalchemy say
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+UNREACHABLE = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs here" / "first"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("model: {heads: 4}\n")
+    return folder
+
+
+@pytest.fixture
+def database(run_dir: Path) -> "Database":
+    return Database(run_dir.parent / "mlflow.db")
+
+
+class Database:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self, query: str) -> list[tuple[object, ...]]:
+        connection = sqlite3.connect(self.path)
+        try:
+            return connection.execute(query).fetchall()
+        finally:
+            connection.close()
+
+
+def start(run_dir: Path, *, uri: str | None = None, heads: int = 4) -> MlflowTracker:
+    tracker = MlflowTracker(run_dir, name="first", experiment="tests", uri=uri)
+    tracker.start({"model": {"heads": heads}}, run_dir / "config.yaml")
+    return tracker
+
+
+def test_a_run_and_its_restart_are_one_mlflow_run(run_dir: Path, database: Database) -> None:
+    first = start(run_dir)
+    for step in (1, 2, 3):
+        first.metrics(step, {"loss": 10.0 - step, "grad_norm": None})
+    first.metrics(2, {"validation_loss": 8.5})
+    first.finish("FAILED")
+    assert database.rows("select name, status from runs") == [("first", "FAILED")]
+
+    # the restart begins at a checkpoint of step 1, so it repeats 2 and 3
+    second = start(run_dir, heads=8)
+    for step in (2, 3, 4):
+        second.metrics(step, {"loss": 20.0 - step})
+    second.metrics(4, {"validation_loss": 8.0})
+    second.artifact(run_dir / "config.yaml", folder="again")
+    second.artifact(run_dir / "missing.png")
+    second.finish("FINISHED")
+
+    assert database.rows("select name, status from runs") == [("first", "FINISHED")]
+    assert database.rows("select key, step, value from metrics order by key, step") == [
+        ("loss", 1, 9.0),
+        ("loss", 2, 8.0),
+        ("loss", 3, 7.0),
+        ("loss", 4, 16.0),
+        ("validation_loss", 2, 8.5),
+        ("validation_loss", 4, 8.0),
+    ]
+    assert database.rows("select key, value from params") == [("model.heads", "4")]
+    assert database.rows("select value from tags where key = 'resumed.model.heads'") == [("8",)]
+    [(location,)] = database.rows("select artifact_uri from runs")
+    artifacts = Path(unquote(urlsplit(str(location)).path))
+    assert artifacts.is_relative_to(run_dir.parent / "mlartifacts")
+    assert {str(path.relative_to(artifacts)) for path in artifacts.rglob("*.yaml")} == {
+        "config.yaml",
+        "again/config.yaml",
+    }
+    [(run_id,)] = database.rows("select run_uuid from runs")
+    assert json.loads((run_dir / "mlflow_run.json").read_text()) == {"run_id": run_id, "uri": None}
+
+
+def test_a_run_deleted_from_the_database_starts_anew(run_dir: Path, database: Database) -> None:
+    start(run_dir).finish("FINISHED")
+    before = read_record(run_dir)
+    connection = sqlite3.connect(database.path)
+    connection.execute("update runs set lifecycle_stage = 'deleted'")
+    connection.commit()
+    connection.close()
+    start(run_dir).finish("KILLED")
+    after = read_record(run_dir)
+    assert before is not None
+    assert after is not None
+    assert after.run_id != before.run_id
+    assert database.rows("select status from runs where lifecycle_stage = 'active'") == [("KILLED",)]
+
+
+def test_attached_tracker_adds_to_the_run_and_leaves_its_status(run_dir: Path, database: Database) -> None:
+    assert attach(run_dir, uri=None) is None
+    start(run_dir).finish("FAILED")
+    for value in (3.0, 2.0):
+        attached = attach(run_dir, uri=None)
+        assert attached is not None
+        attached.metrics(100, {"evaluation/perplexity": value})
+        attached.close()
+    assert database.rows("select name, status from runs") == [("first", "FAILED")]
+    assert database.rows("select step, value from metrics order by timestamp") == [(100, 3.0), (100, 2.0)]
+
+
+def test_unreachable_server_is_one_warning_and_no_delay(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = time.monotonic()
+    tracker = start(run_dir, uri=UNREACHABLE)
+    for step in range(2000):
+        tracker.metrics(step, {"loss": 1.0})
+    assert time.monotonic() - before < 1.0
+    tracker.finish("FINISHED")
+    assert time.monotonic() - before < 20.0
+    [warning] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.getMessage().startswith(f"MLflow at {UNREACHABLE} cannot be reached")
+    assert not (run_dir / "mlflow_run.json").exists()
+
+
+def test_what_an_outage_held_back_is_sent_when_it_ends(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracker_module, "_FIRST_PAUSE_SECONDS", 0.2)
+    folder = run_dir.parent / "server"
+    folder.write_text("a file where the database's folder has to be")
+    tracker = start(run_dir, uri=f"sqlite:///{folder}/mlflow.db")
+    tracker.metrics(1, {"loss": 5.0})
+    _wait_for(lambda: "cannot be reached" in caplog.text)
+    folder.unlink()
+    folder.mkdir()
+    tracker.metrics(2, {"loss": 4.0})
+    _wait_for((folder / "mlflow.db").exists)
+    tracker.finish("FINISHED")
+    database = Database(folder / "mlflow.db")
+    assert database.rows("select step, value from metrics order by step") == [(1, 5.0), (2, 4.0)]
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+def test_more_metrics_than_one_request_takes_all_arrive(run_dir: Path, database: Database) -> None:
+    tracker = start(run_dir)
+    for step in range(1, 701):
+        tracker.metrics(step, {"loss": float(step), "grad_norm": 1.0})
+    tracker.finish("FINISHED")
+    assert database.rows("select key, count(*), sum(value) from metrics group by key") == [
+        ("grad_norm", 700, 700.0),
+        ("loss", 700, 700 * 701 / 2),
+    ]
+
+
+def test_finish_without_start_or_twice_does_nothing(run_dir: Path) -> None:
+    tracker = MlflowTracker(run_dir, name="first", experiment="tests", uri=UNREACHABLE)
+    tracker.finish("FAILED")
+    tracker.finish("FINISHED")
+
+
+def test_nested_parameters_become_dotted_keys_within_mlflows_limits() -> None:
+    flat = flatten({"model": {"heads": 4, "dir": None}, "lengths": (1, 2), "long": "x" * 7000})
+    assert {key: value[:10] for key, value in flat.items()} == {
+        "model.heads": "4",
+        "model.dir": "None",
+        "lengths": "[1, 2]",
+        "long": "x" * 10,
+    }
+    assert len(flat["long"]) == 6000
+
+
+def test_password_of_a_server_is_not_shown() -> None:
+    assert without_password("https://me:secret@host:5000/path?x=1") == "https://host:5000/path?x=1"
+    assert without_password("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
+
+
+def _wait_for(condition: object, *, seconds: float = 30.0) -> None:
+    assert callable(condition)
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "timed out"
+        time.sleep(0.05)
