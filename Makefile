@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python -P -m launch.demo
+	$(BIN)/python -P examples/demo.py
 
 test: lint
 	$(BIN)/python -P -m pytest -q

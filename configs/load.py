@@ -80,6 +80,10 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"a key must be a word, got {key!r}", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is there twice: remove one", key_node.start_mark
@@ -97,7 +101,7 @@ _resolve("null", r"^(?:~|null|)$", ["~", "n", ""])
 _resolve("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789")
 _resolve(
     "float",
-    r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+    r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
     "-+.0123456789",
 )
 
@@ -127,7 +131,7 @@ def _read_text(path: Path) -> str:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    match = re.fullmatch(r"([a-z0-9_]+)\.([a-z0-9_.]+)=(.*)", override, re.DOTALL)
+    match = re.fullmatch(r"([a-z0-9_]+)\.([A-Za-z0-9_.]+)=(.*)", override, re.DOTALL)
     if match is None:
         raise InputError(f"--set {override!r} is not an override: write section.key=value")
     section, keys, text = map(str, match.groups())

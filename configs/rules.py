@@ -9,7 +9,7 @@ from configs.schema import RunConfig
 def problems(config: RunConfig) -> list[str]:
     """Return every broken rule, one line each: what must hold, the value seen, what to do."""
     found: list[str] = []
-    for rule in (_model, _split, _data, _schedule, _evaluation, _not_available):
+    for rule in (_model, _split, _data, _schedule, _evaluation, _slurm, _not_available):
         found.extend(rule(config))
     return found
 
@@ -101,6 +101,18 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
             f"evaluate.every is {config.evaluate.every} but data.split is 0, so nothing is held out: "
             "set data.split to 0.02"
         )
+
+
+def _slurm(config: RunConfig) -> Iterator[str]:
+    for name in config.slurm.env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            yield f"slurm.env has {name!r}, no name of an environment variable: use letters, digits and _"
+    for option in config.slurm.extra:
+        if not re.fullmatch(r"-.+", option):
+            yield f"slurm.extra has {option!r}: write one option a line, as in --exclusive"
+    for key in ("partition", "account", "qos", "constraint"):
+        if "\n" in (value := getattr(config.slurm, key) or ""):
+            yield f"slurm.{key} must be one line, got {value!r}: remove the line break"
 
 
 def _not_available(config: RunConfig) -> Iterator[str]:

@@ -1,0 +1,17 @@
+"""Fixtures that several tests share."""
+
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def run_values(tmp_path: Any) -> dict[str, Any]:
+    """Plain values of a valid small run whose folder is the test's own."""
+    return {
+        "run": {"name": "small", "dir": str(tmp_path / "run")},
+        "model": {"layers": 4, "hidden": 64, "heads": 4},
+        "data": {"sources": ["python-docs"], "vocab_size": 512, "sequence_length": 32},
+        "parallel": {"tensor": 2, "pipeline": 2},
+        "train": {"micro_batch": 2, "global_batch": 8, "steps": 10, "learning_rate": 0.001},
+    }

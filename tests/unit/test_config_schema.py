@@ -1,0 +1,191 @@
+"""What a run file may not say, and the words that tell so."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from configs.errors import InputError
+from configs.load import check_run
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    found = copy.deepcopy(values)
+    for where, value in changes.items():
+        section, key = where.split(".")
+        found.setdefault(section, {})[key] = value
+    return found
+
+
+def message_of(values: dict[str, Any], changes: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        check_run(changed(values, changes), name="small")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("model.head", 4, "unknown key model.head: did you mean heads?"),
+        ("model.zzz", 4, "unknown key model.zzz: remove it"),
+        ("model.layers", "four", "model.layers: must be a valid integer, got 'four'"),
+        ("model.layers", 4.0, "model.layers: must be a valid integer, got 4.0"),
+        ("model.layers", True, "model.layers: must be a valid integer, got True"),
+        ("model.layers", 0, "model.layers: must be greater than or equal to 1, got 0"),
+        ("model.position", "alibbi", "model.position: must be 'alibi', 'sinusoidal', 'rotary', 't5' or 'none', got"),
+        ("model.dropout", 1.0, "model.dropout: must be less than 1, got 1.0"),
+        ("train.learning_rate", float("nan"), "train.learning_rate must be a finite number, got nan"),
+        ("train.learning_rate", float("inf"), "train.learning_rate must be a finite number, got inf"),
+        ("train.learning_rate", 0.0, "train.learning_rate: must be greater than 0, got 0.0"),
+        ("train.learning_rate", "fast", "train.learning_rate: must be a valid number, got 'fast'"),
+        ("train.recompute", "on", "train.recompute: must be a valid boolean, got 'on'"),
+        ("data.sources", "text.txt", "data.sources must be a list, got 'text.txt': write ['text.txt']"),
+        ("data.sources", [], "data.sources: "),
+        ("data.sources", [3], "data.sources.0: "),
+        ("data.sources", [{"path": "a", "wait": 1.0}], "unknown key data.sources.0.wait"),
+        ("data.vocab_size", 200, "data.vocab_size: must be greater than or equal to 300, got 200"),
+        ("parallel.zero", 4, "parallel.zero: must be less than or equal to 3, got 4"),
+        ("run.name", "a b", "run.name: string should match pattern"),
+        ("slurm.time", 45000, "slurm.time: must be a valid string, got 45000"),
+        ("slurm.time", "soon", "slurm.time: string should match pattern"),
+        ("slurm.env", {"A": 1}, "slurm.env.A: must be a valid string, got 1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_seen(
+    run_values: dict[str, Any], where: str, value: Any, message: str
+) -> None:
+    found = message_of(run_values, {where: value})
+    assert found.startswith(f"small: {message}")
+    assert "\n" not in found
+
+
+def test_what_is_missing_is_named(run_values: dict[str, Any]) -> None:
+    del run_values["train"]["steps"]
+    del run_values["model"]
+    with pytest.raises(InputError) as caught:
+        check_run(run_values, name="small")
+    assert str(caught.value) == ("small has 2 problems:\n  model is missing: add it\n  train.steps is missing: add it")
+
+
+def test_a_section_that_is_no_section_is_refused(run_values: dict[str, Any]) -> None:
+    run_values["train"] = 3
+    with pytest.raises(InputError, match="small: train: .*got 3"):
+        check_run(run_values, name="small")
+
+
+RULES = [
+    ({"model.hidden": 66}, "model.heads must divide model.hidden (66), got 4: use 1, 2, 3, 6, 11, 22, 33 or 66"),
+    (
+        {"parallel.tensor": 3},
+        "parallel.tensor must divide model.heads (4), got 3: use 1, 2 or 4\n"
+        "  parallel.tensor must divide model.feed_forward (256), "
+        "got 3: use 1, 2, 4, 8, 16, 32, 64, 128 or 256",
+    ),
+    (
+        {"model.feed_forward": 101},
+        "parallel.tensor must divide model.feed_forward (101), got 2: use 1 or 101",
+    ),
+    (
+        {"model.layers": 1},
+        "parallel.pipeline must be at most model.layers (1), got 2: use 1 stages or fewer",
+    ),
+    (
+        {"parallel.zero": 2},
+        "parallel.zero must be 1 with pipeline stages (parallel.pipeline is 2), got 2: DeepSpeed's pipeline refuses "
+        "ZeRO 2 and 3 and clips wrongly at ZeRO 0; set parallel.zero to 1, or parallel.pipeline to 1",
+    ),
+    (
+        {"parallel.zero": 0},
+        "parallel.zero must be 1 with pipeline stages (parallel.pipeline is 2), got 0: DeepSpeed's pipeline refuses "
+        "ZeRO 2 and 3 and clips wrongly at ZeRO 0; set parallel.zero to 1, or parallel.pipeline to 1",
+    ),
+    (
+        {"parallel.zero": 0, "parallel.pipeline": 1, "train.precision": "bf16"},
+        "parallel.zero must be 1 or more with train.precision bf16, got 0: ZeRO keeps the fp32 master weights",
+    ),
+    (
+        {"data.sources": ["a", {"path": "b", "weight": 1.0}]},
+        "data.sources must all have a weight or none, got 1 of 2 with one: write each as {path: ..., weight: ...}",
+    ),
+    (
+        {"train.micro_batch": 3},
+        "train.micro_batch must divide train.global_batch (8), got 3: use 1, 2, 4 or 8",
+    ),
+    (
+        {"train.warmup_steps": 10},
+        "train.warmup_steps must be less than the 10 steps of the schedule, got 10: lower it or raise "
+        "train.decay_steps",
+    ),
+    (
+        {"train.min_learning_rate": 0.1},
+        "train.min_learning_rate must be at most train.learning_rate (0.001), got 0.1: lower it",
+    ),
+    (
+        {"evaluate.protocols": ["overlapping"]},
+        "evaluate.protocols has 'overlapping': use nonoverlapping or sliding:STRIDE",
+    ),
+    ({"evaluate.protocols": ["sliding:0"]}, "evaluate.protocols has 'sliding:0': use nonoverlapping or sliding:STRIDE"),
+    (
+        {"evaluate.protocols": ["sliding:33"]},
+        "evaluate.protocols has 'sliding:33', a stride over the shortest evaluated length (32): use a stride of at "
+        "most that",
+    ),
+    (
+        {"evaluate.every": 5, "data.split": 0.0},
+        "evaluate.every is 5 but data.split is 0, so nothing is held out: set data.split to 0.02",
+    ),
+    (
+        {"slurm.env": {"NOT A NAME": "1"}},
+        "slurm.env has 'NOT A NAME', no name of an environment variable: use letters, digits and _",
+    ),
+    ({"slurm.extra": ["exclusive"]}, "slurm.extra has 'exclusive': write one option a line, as in --exclusive"),
+    ({"slurm.extra": ["--a\nrm"]}, "slurm.extra has '--a\\nrm': write one option a line, as in --exclusive"),
+    ({"slurm.qos": "a\nb"}, "slurm.qos must be one line, got 'a\\nb': remove the line break"),
+    (
+        {"model.position": "sinusoidal", "model.hidden": 63, "model.heads": 1, "parallel.tensor": 1},
+        "model.hidden must be even for sinusoidal positions, got 63: use 64",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), RULES)
+def test_a_broken_rule_says_what_holds_what_was_seen_and_what_to_do(
+    run_values: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    found = message_of(run_values, changes)
+    assert found in (f"small: {message}", f"small has {message.count(chr(10)) + 1} problems:\n  {message}")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("model.position", "rotary", "model.position rotary is not available in this version: use alibi or"),
+        ("model.family", "mpt", "model.family mpt is not available in this version: use bloom"),
+        ("model.attention", "flash", "model.attention flash is not available in this version: use auto or"),
+        ("model.windows", "auto", "model.windows auto is not available in this version: use off"),
+        ("data.mask_documents", True, "data.mask_documents true is not available in this version: use false"),
+        ("parallel.sequence", True, "parallel.sequence true is not available in this version: use false"),
+        ("parallel.offload", "cpu", "parallel.offload cpu is not available in this version: use none"),
+        ("train.precision", "fp16", "train.precision fp16 is not available in this version: use fp32 or bf16"),
+        ("checkpoint.background", True, "checkpoint.background true is not available in this version: use false"),
+    ],
+)
+def test_what_this_version_cannot_do_is_refused(
+    run_values: dict[str, Any], where: str, value: Any, message: str
+) -> None:
+    # A value that becomes available leaves this list together with the rule.
+    assert message_of(run_values, {where: value}).startswith(f"small: {message}")
+
+
+def test_all_problems_come_at_once(run_values: dict[str, Any]) -> None:
+    in_the_schema = message_of(run_values, {"model.layers": "x", "train.steps": 0, "data.colour": 1})
+    assert in_the_schema.splitlines()[0] == "small has 3 problems:"
+    between_keys = message_of(run_values, {"parallel.tensor": 3, "train.micro_batch": 3, "train.warmup_steps": 99})
+    assert between_keys.splitlines()[0] == "small has 4 problems:"
+    assert all(line.startswith("  ") for line in between_keys.splitlines()[1:])
+
+
+def test_defaults_follow_the_training_length(run_values: dict[str, Any]) -> None:
+    assert check_run(run_values, name="small").evaluation_lengths == (32, 64, 128, 256)
+    lengths = changed(run_values, {"evaluate.lengths": [7]})
+    assert check_run(lengths, name="small").evaluation_lengths == (7,)
