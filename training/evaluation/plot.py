@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from data_pipeline.atomic import whole_file
+
 # Okabe and Ito's colours, told apart by colour-blind readers; the markers tell the lines apart in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -49,9 +51,8 @@ def draw_plot(document: dict[str, Any], path: Path) -> Path:
     _annotate(axes, document, lines)
     _describe(axes, document, several=len(lines) > 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path
 
 

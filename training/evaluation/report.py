@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import whole_file
 from training.evaluation.perplexity import Result
 
 
@@ -79,8 +80,10 @@ def write_report(document: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write report.json and report.md into a folder, each whole or not at all; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_table = folder / "report.json", folder / "report.md"
-    _write_whole(as_json, json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    _write_whole(as_table, format_table(document))
+    text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    for path, content in ((as_json, text), (as_table, format_table(document))):
+        with whole_file(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     return as_json, as_table
 
 
@@ -140,10 +143,3 @@ def _row(result: dict[str, Any], *, train_length: int, words: bool) -> str:
     if words:
         cells.append(f"{result['word_perplexity']:,.4g}" if "word_perplexity" in result else "-")
     return f"| {' | '.join(cells)} |"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write to a file beside and rename, so that a reader never sees half a report."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

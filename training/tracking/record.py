@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from data_pipeline.atomic import whole_file
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -52,9 +54,8 @@ def read_record(run_dir: Path) -> RunRecord | None:
 
 def write_record(run_dir: Path, record: RunRecord) -> None:
     """Write the run that a run folder names, whole or not at all."""
-    beside = run_dir / ".mlflow_run.json.partial"
-    beside.write_text(json.dumps({"run_id": record.run_id, "uri": record.uri}) + "\n", encoding="utf-8")
-    beside.replace(run_dir / "mlflow_run.json")
+    with whole_file(run_dir / "mlflow_run.json") as temporary:
+        temporary.write_text(json.dumps({"run_id": record.run_id, "uri": record.uri}) + "\n", encoding="utf-8")
 
 
 def flatten(params: dict[str, Any]) -> dict[str, str]:

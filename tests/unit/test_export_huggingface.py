@@ -1,0 +1,266 @@
+"""The exported folder is loaded with transformers and compared with arithmetic by hand."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+import safetensors
+import sentencepiece
+import torch
+import transformers
+
+from configs.errors import InputError, TrainshortError
+from configs.schema import Model
+from data_pipeline.pieces import PieceType, read_pieces
+from tests.unit.bloom_by_hand import bloom_logits
+from tests.unit.export_samples import SHAPE, random_weights, train_sentencepiece
+from training.export.generate import generate_text
+from training.export.huggingface import huggingface_name, write_huggingface
+from training.export.parity import TRICKY, comparable_length, compare_logits, compare_tokenizers
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_sentencepiece(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def vocab_size(tokenizer: Path) -> int:
+    return len(read_pieces(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path, vocab_size: int) -> Path:
+    out = tmp_path_factory.mktemp("export") / "deeper" / "hf"
+    write(out, tokenizer=tokenizer, vocab_size=vocab_size)
+    return out
+
+
+def write(out: Path, *, tokenizer: Path, vocab_size: int, model: Model = SHAPE) -> None:
+    write_huggingface(
+        random_weights(SHAPE, vocab_size=vocab_size),
+        model=model,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        sequence_length=32,
+        out=out,
+    )
+
+
+def by_hand(tokens: torch.Tensor, *, vocab_size: int) -> torch.Tensor:
+    weights = random_weights(SHAPE, vocab_size=vocab_size)
+    return bloom_logits(weights, tokens, layers=SHAPE.layers, heads=SHAPE.heads)
+
+
+def random_tokens(count: int, *, vocab_size: int) -> torch.Tensor:
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(1))
+
+
+def test_transformers_gives_the_logits_that_arithmetic_by_hand_gives(exported: Path, vocab_size: int) -> None:
+    tokens = random_tokens(128, vocab_size=vocab_size)
+    parity = compare_logits(
+        exported, logits=lambda batch: by_hand(batch, vocab_size=vocab_size), tokens=tokens, lengths=(32, 128)
+    )
+    assert parity.lengths == (32, 128)
+    assert parity.difference < parity.tolerance
+    assert parity.scale > 3
+
+
+@pytest.mark.parametrize("wrong", [0.05, float("nan")])
+def test_logits_that_differ_are_refused_with_the_figures(exported: Path, vocab_size: int, wrong: float) -> None:
+    def almost(batch: torch.Tensor) -> torch.Tensor:
+        logits = by_hand(batch, vocab_size=vocab_size)
+        if batch.shape[1] == 16:
+            logits[0, 7, 3] += wrong
+        return logits
+
+    with pytest.raises(TrainshortError, match=r"differ from the trained model's by (0\.05|nan) at lengths 16, 32"):
+        compare_logits(exported, logits=almost, tokens=random_tokens(32, vocab_size=vocab_size), lengths=(16, 32))
+
+
+def test_tokenizer_gives_sentencepieces_ids_and_text(exported: Path, tokenizer: Path) -> None:
+    ours = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    chance = random.Random(0)
+    alphabet = "abcdefgh \n\t.,=éя日👍\x00\u200b" + "the of and "
+    texts = [*TRICKY, *("".join(chance.choices(alphabet, k=chance.randint(1, 60))) for _ in range(500))]
+    for text in texts:
+        ids = ours.encode(text)
+        assert theirs(text, split_special_tokens=True)["input_ids"] == ids, repr(text)
+        assert theirs.decode(ids) == text, repr(text)
+    assert len(theirs) == ours.get_piece_size()
+    assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
+    assert "<s>" in TRICKY
+    assert theirs("<s>")["input_ids"] == [1]
+
+
+def test_folder_holds_what_engines_read(exported: Path, tokenizer: Path, vocab_size: int) -> None:
+    assert {path.name for path in exported.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    config = json.loads((exported / "config.json").read_text())
+    expected = {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "hidden_size": 48,
+        "n_layer": 2,
+        "n_head": 6,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": True,
+        "apply_residual_connection_post_layernorm": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "seq_length": 128,
+        "train_length": 32,
+        "dtype": "float32",
+    }
+    assert {key: config[key] for key in expected} == expected
+    with safetensors.safe_open(exported / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+        assert weights.metadata() == {"format": "pt"}
+    assert "lm_head.weight" not in names
+    assert all(name.startswith("transformer.") for name in names)
+    assert (exported / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    assert json.loads((exported / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not [path for path in exported.parent.iterdir() if path != exported]
+
+
+def test_generated_text_is_the_likeliest_by_hand(exported: Path, tokenizer: Path, vocab_size: int) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    ids = processor.encode("The quick")
+    for _ in range(6):
+        ids.append(int(by_hand(torch.tensor([ids]), vocab_size=vocab_size)[0, -1].argmax()))
+    assert 2 not in ids
+    assert generate_text(exported, prompt="The quick", tokens=6) == processor.decode(ids)
+
+
+def test_generation_without_a_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no exported model"):
+        generate_text(tmp_path, prompt="x", tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"position": "sinusoidal"}, r"model\.position sinusoidal \(it holds alibi\)"),
+        ({"position": "none"}, r"model\.position none"),
+        ({"feed_forward": 100}, r"model\.feed_forward 100 \(it holds 4 x hidden, 192\)"),
+        ({"family": "mpt"}, r"model\.family mpt"),
+        ({"family": "mpt", "position": "none"}, r"model\.family mpt .*; model\.position none"),
+    ],
+)
+def test_what_bloom_cannot_hold_is_refused_by_name_and_nothing_is_written(
+    changed: dict[str, object], named: str, tokenizer: Path, vocab_size: int, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=named):
+        write(tmp_path / "hf", tokenizer=tokenizer, vocab_size=vocab_size, model=SHAPE.model_copy(update=changed))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_with_files_and_a_file_are_refused_untouched(tokenizer: Path, vocab_size: int, tmp_path: Path) -> None:
+    full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"
+    full.mkdir()
+    empty.mkdir()
+    (full / "mine.txt").write_text("kept")
+    file.write_text("kept")
+    with pytest.raises(InputError, match="full has files in it"):
+        write(full, tokenizer=tokenizer, vocab_size=vocab_size)
+    with pytest.raises(InputError, match="file is a file"):
+        write(file, tokenizer=tokenizer, vocab_size=vocab_size)
+    with pytest.raises(InputError, match="cannot write beside"):
+        write(file / "hf", tokenizer=tokenizer, vocab_size=vocab_size)
+    assert sorted(tmp_path.rglob("*")) == sorted([empty, file, full, full / "mine.txt"])
+    write(empty, tokenizer=tokenizer, vocab_size=vocab_size)
+    assert (empty / "config.json").is_file()
+
+
+def test_weights_that_do_not_fit_leave_nothing_behind(tokenizer: Path, vocab_size: int, tmp_path: Path) -> None:
+    weights = random_weights(SHAPE, vocab_size=vocab_size)
+    del weights["blocks.1.attention_norm.bias"]
+    with pytest.raises(AssertionError, match=r"h\.1\.input_layernorm\.bias"):
+        write_huggingface(
+            weights, model=SHAPE, vocab_size=vocab_size, tokenizer=tokenizer, sequence_length=32, out=tmp_path / "hf"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["blocks.0.rotary.weight", "embedding.position.weight", "blocks.0.final_norm.bias"])
+def test_unknown_parameter_has_no_name(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        huggingface_name(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"model_type": "unigram"}, "model type unigram"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalization nmt_nfkc"),
+        ({"add_dummy_prefix": True}, "add_dummy_prefix"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
+        ({"byte_fallback": False}, "no byte_fallback"),
+    ],
+)
+def test_tokenizer_that_is_not_portable_is_refused(options: dict[str, object], named: str, tmp_path: Path) -> None:
+    model = train_sentencepiece(tmp_path, **options)
+    with pytest.raises(InputError, match=named):
+        read_pieces(model)
+
+
+def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    for name, content in {"text": b"not a tokenizer at all", "empty": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name} (is not a sentencepiece model|has no pieces)"):
+            read_pieces(tmp_path / name)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_pieces(tmp_path / "missing")
+
+
+def test_pieces_are_those_sentencepiece_reports(tokenizer: Path) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    pieces = read_pieces(tokenizer)
+    assert (pieces.unknown_id, pieces.begin_id, pieces.end_id, pieces.pad_id) == (0, 1, 2, None)
+    for number, piece in enumerate(pieces.pieces):
+        assert piece.text == processor.id_to_piece(number)
+        assert piece.score == processor.get_score(number)
+        assert (piece.type is PieceType.BYTE) == processor.is_byte(number)
+        assert (piece.type is PieceType.CONTROL) == processor.is_control(number)
+
+
+def test_control_and_user_defined_symbols_survive(tmp_path: Path, vocab_size: int) -> None:
+    model = train_sentencepiece(tmp_path, user_defined_symbols=["<|user|>", "\t"], control_symbols=["<ctl>"], pad_id=3)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    size = processor.get_piece_size()
+    write(tmp_path / "hf", tokenizer=model, vocab_size=size)
+    assert compare_tokenizers(tmp_path / "hf", tokenizer=processor, texts=[*TRICKY, "a<|user|>\tb<ctl> c"]) > 60
+
+
+def test_other_tokenizer_is_noticed(exported: Path, tmp_path: Path) -> None:
+    other = train_sentencepiece(tmp_path, vocab_size=340)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(other))
+    with pytest.raises(TrainshortError, match="gives other ids for 'The quick"):
+        compare_tokenizers(exported, tokenizer=processor, texts=["The quick brown fox"])
+
+
+def test_compared_length_keeps_scores_within_memory() -> None:
+    assert comparable_length(4096, heads=16) == 4096
+    capped = comparable_length(8192, heads=112)
+    assert capped < 8192
+    assert 112 * capped**2 * 4 <= 2_000_000_000 < 112 * (capped + 1) ** 2 * 4
+
+
+def test_parity_figures_are_frozen(exported: Path, vocab_size: int) -> None:
+    parity = compare_logits(
+        exported,
+        logits=lambda batch: by_hand(batch, vocab_size=vocab_size),
+        tokens=random_tokens(8, vocab_size=vocab_size),
+        lengths=(8,),
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parity.difference = 0.0  # type: ignore[misc]
