@@ -174,7 +174,9 @@ def slurm(
         show_lines(*(f"submitted {name}: job {job}" for name, job in jobs.items()), f"logs: {logs}")
         return
     for name, script in scripts.items():
-        show_lines(f"# ----- {name}.sbatch (its log needs the folder {logs}; --submit makes it) -----", script)
+        show_lines(
+            f"# ----- {name}.sbatch (its log needs the folder {logs}; --submit makes it) -----", script.rstrip(), ""
+        )
 
 
 @checkpoint_app.command("list")

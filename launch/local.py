@@ -56,9 +56,9 @@ class Signals:
         self.asked += 1
         if number == signal.SIGINT and self.asked > 1:
             self.killed = True
-            send(self.ranks, signal.SIGKILL)
+            kill(self.ranks)
         else:
-            send(self.ranks, signal.SIGTERM)
+            ask_to_stop(self.ranks)
 
 
 def start_ranks(
@@ -98,21 +98,27 @@ def start_ranks(
                 started.append(_start(command, number=number, logs=logs, environment=shared))
             signals.ranks = started
             if signals.asked:  # while they were being started
-                send(started, signal.SIGTERM)
+                ask_to_stop(started)
             failed = _wait(started, grace_seconds=grace_seconds)
         finally:
-            send(started, signal.SIGKILL)
+            kill(started)
     if signals.killed or (signals.asked and failed and failed.process.returncode == -signal.SIGTERM):
         return STOPPED_BY_HAND  # by force, or before there was anything to save
     return _explain(failed)
 
 
-def send(ranks: Sequence[Rank], number: signal.Signals) -> None:
-    """Send a signal to the process group of each rank that still runs."""
+def ask_to_stop(ranks: Sequence[Rank]) -> None:
+    """Send SIGTERM to each rank that still runs, not to its helper processes: it may need them to save."""
+    for rank in ranks:
+        rank.process.send_signal(signal.SIGTERM)
+
+
+def kill(ranks: Sequence[Rank]) -> None:
+    """Kill each rank that still runs, with its helper processes."""
     for rank in ranks:
         if rank.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.process.pid, number)
+                os.killpg(rank.process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -160,7 +166,8 @@ def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> Rank | None:
         if failed and deadline == float("inf"):
             deadline = now + grace_seconds
         if now >= deadline:
-            send(running, signal.SIGKILL if asked else signal.SIGTERM)
+            stop = kill if asked else ask_to_stop
+            stop(running)
             deadline, asked = now + grace_seconds, True
         time.sleep(POLL_SECONDS)
 

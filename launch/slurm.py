@@ -63,13 +63,9 @@ def render(
         "evaluate": [program, "evaluate", str(run_dir)],
         "export": [program, "export", str(run_dir), "--format", "hf", "--out", str(export)],
     }
-    environment = Environment(
-        loader=PackageLoader("launch"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["quote"] = shlex.quote
-    environment.filters["option"] = option_value
+    templates = _templates()
     return {
-        name: environment.get_template("train.sbatch.j2" if name == "train" else "after.sbatch.j2").render(
+        name: templates.get_template("train.sbatch.j2" if name == "train" else "after.sbatch.j2").render(
             name=name,
             run=config.run.name,
             slurm=config.slurm,
@@ -81,8 +77,18 @@ def render(
             log=log_pattern(folder / logs_folder(run_dir), name=name),
             command=shlex.join(commands[name]),
         )
+        + "\n"
         for name in CHAIN
     }
+
+
+def _templates() -> Environment:
+    templates = Environment(
+        loader=PackageLoader("launch"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters["quote"] = shlex.quote
+    templates.filters["option"] = option_value
+    return templates
 
 
 def option_value(value: str) -> str:
