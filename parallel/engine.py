@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Protocol
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from configs.schema import Train
 from parallel import zero
 from parallel.groups import Groups
 from parallel.layout import Layout
+from parallel.libraries import deepspeed
 from parallel.pipeline import StagedModule
 from parallel.plan import LayerPlan
 from parallel.shards import declared
@@ -175,5 +175,3 @@ def split_batch(batch: Tensor, *, device: torch.device) -> tuple[Tensor, Tensor]
     """Return inputs and targets [batch, seq] of a micro-batch [batch, seq + 1]."""
     batch = batch.to(device, non_blocking=True)
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
-import deepspeed
 import torch.distributed as dist
-from deepspeed.comm import torch as deepspeed_backend
-from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-from megatron.core import parallel_state
 
 from parallel.layout import Layout
+from parallel.libraries import (
+    PipelineParallelGrid,
+    PipeModelDataParallelTopology,
+    deepspeed,
+    deepspeed_backend,
+    parallel_state,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def make_groups(layout: Layout) -> Groups:
 def join_deepspeed() -> None:
     """Let DeepSpeed use the process group that is there; nothing is compiled."""
     # On CPU ranks DeepSpeed would build a shared-memory all-reduce with g++ at the first start: a minute.
-    deepspeed_backend.build_shm_op = lambda: None
+    deepspeed_backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 

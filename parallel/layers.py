@@ -3,18 +3,18 @@
 from typing import Any
 
 import torch
-from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
-)
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 
 from parallel.groups import Group
 from parallel.layout import padded_vocabulary
+from parallel.libraries import (
+    ColumnParallelLinear,
+    ModelParallelConfig,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    linear_with_grad_accumulation_and_async_allreduce,
+    vocab_parallel_cross_entropy,
+)
 from parallel.shards import Shard, declare
 
 # Initial weights come from parallel.seeds, drawn whole on the CPU; megatron only allocates.
@@ -27,17 +27,20 @@ def _unused(_: Tensor) -> None:
 
 def column_linear(name: str, *, inputs: int, outputs: int, init_std: float, tensor: Group) -> nn.Module:
     """Return a linear whose outputs are split: [batch, seq, inputs] -> ([batch, seq, outputs / tensor], None)."""
-    layer = ColumnParallelLinear(
+    layer: nn.Module = ColumnParallelLinear(
         inputs, outputs, config=_CONFIG, init_method=_unused, gather_output=False, tp_group=tensor.handle
     )
-    declare(layer.weight, Shard(f"{name}.weight", (outputs, inputs), "column", init_std))
-    declare(layer.bias, Shard(f"{name}.bias", (outputs,), "column"))
+    _declare_linear(
+        layer,
+        Shard(f"{name}.weight", (outputs, inputs), "column", init_std),
+        Shard(f"{name}.bias", (outputs,), "column"),
+    )
     return layer
 
 
 def row_linear(name: str, *, inputs: int, outputs: int, init_std: float, tensor: Group) -> nn.Module:
     """Return a linear whose inputs are split: [batch, seq, inputs / tensor] -> ([batch, seq, outputs], None)."""
-    layer = RowParallelLinear(
+    layer: nn.Module = RowParallelLinear(
         inputs,
         outputs,
         config=_CONFIG,
@@ -47,9 +50,17 @@ def row_linear(name: str, *, inputs: int, outputs: int, init_std: float, tensor:
         skip_bias_add=False,
         tp_group=tensor.handle,
     )
-    declare(layer.weight, Shard(f"{name}.weight", (outputs, inputs), "row", init_std))
-    declare(layer.bias, Shard(f"{name}.bias", (outputs,), "replicated"))
+    _declare_linear(
+        layer,
+        Shard(f"{name}.weight", (outputs, inputs), "row", init_std),
+        Shard(f"{name}.bias", (outputs,), "replicated"),
+    )
     return layer
+
+
+def _declare_linear(layer: nn.Module, weight: Shard, bias: Shard) -> None:
+    declare(layer.get_parameter("weight"), weight)
+    declare(layer.get_parameter("bias"), bias)
 
 
 def layer_norm(name: str, *, hidden: int) -> nn.LayerNorm:

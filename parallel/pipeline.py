@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 from parallel.groups import Groups
 from parallel.layout import stage_bounds
+from parallel.libraries import LayerSpec, PipelineModule, TiedLayerSpec
 from parallel.plan import LayerPlan, Maker
 
 

@@ -63,23 +63,30 @@ def declared(module: nn.Module) -> dict[str, tuple[nn.Parameter, Shard]]:
     return found
 
 
+def span(shard: Shard, *, tensor_rank: int, tensor_size: int) -> tuple[int, int]:
+    """Return the [start, stop) of the split dimension that a tensor rank holds, padding left out."""
+    assert shard.dim is not None, f"{shard.name} is not split"
+    length = shard.shape[shard.dim]
+    size = -(-length // tensor_size)
+    start = min(tensor_rank * size, length)
+    return start, min(start + size, length)
+
+
 def cut(whole: Tensor, *, shard: Shard, tensor: Group) -> Tensor:
     """Return a tensor rank's slice of a whole tensor, padded with zero rows where the vocabulary needs it."""
     assert tuple(whole.shape) == shard.shape, f"{shard.name} is {tuple(whole.shape)}, declared {shard.shape}"
     if shard.dim is None:
         return whole
-    size = -(-whole.shape[shard.dim] // tensor.size)
-    start = min(tensor.rank * size, whole.shape[shard.dim])
-    stop = min(start + size, whole.shape[shard.dim])
-    part = whole.narrow(shard.dim, start, stop - start)
-    if stop - start < size:
-        assert shard.rule == "vocabulary", f"{shard.name} does not divide over {tensor.size} tensor ranks"
-        part = torch.cat([part, part.new_zeros(size - (stop - start), *whole.shape[1:])])
-    return part
+    start, stop = span(shard, tensor_rank=tensor.rank, tensor_size=tensor.size)
+    return pad(whole.narrow(shard.dim, start, stop - start), shard=shard, tensor=tensor)
 
 
-def join(parts: list[Tensor], *, shard: Shard) -> Tensor:
-    """Return the whole tensor of the slices of all tensor ranks in order; padding is dropped."""
+def pad(part: Tensor, *, shard: Shard, tensor: Group) -> Tensor:
+    """Return a tensor rank's real rows with the zero rows that make all ranks' slices equal."""
     if shard.dim is None:
-        return parts[0]
-    return torch.cat(parts, dim=shard.dim).narrow(shard.dim, 0, shard.shape[shard.dim])
+        return part
+    missing = -(-shard.shape[shard.dim] // tensor.size) - part.shape[shard.dim]
+    if not missing:
+        return part
+    assert shard.rule == "vocabulary", f"{shard.name} does not divide over {tensor.size} tensor ranks"
+    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])])

@@ -84,9 +84,6 @@ def start(place: Place) -> "torch.device":
     device = torch.device("cuda", place.local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    quiet_libraries()
     dist.init_process_group(
         "nccl" if gpus else "gloo",
         init_method=place.rendezvous,
@@ -103,10 +100,9 @@ def start_alone() -> "torch.device":
     import torch
     import torch.distributed as dist
 
-    quiet_libraries()
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -116,6 +112,14 @@ def stop() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed to use the CPU where there is no GPU; it warns when it finds that out itself."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def quiet_libraries() -> None:

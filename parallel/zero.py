@@ -7,25 +7,19 @@ one tensor per parameter, whatever the stage.
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import clip_grad_norm_
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
 from configs.schema import Train
 from parallel.layout import Layout
+from parallel.libraries import (
+    BF16_Optimizer,
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    clip_grad_norm_,
+    deepspeed,
+)
 from parallel.shards import Shard
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -97,8 +91,12 @@ def read_state(engine: Any, parameter: nn.Parameter, kind: Kind) -> Tensor:
     if not _is_sharded(engine):
         state = parameter.data if kind == "weight" else _base(engine).state[parameter][kind]
         return state.detach().float().clone()
-    whole = safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
-    assert whole is not None, f"ZeRO holds no {kind} of {_name(parameter)}"
+    whole = (
+        deepspeed.utils.safe_get_full_fp32_param(parameter)
+        if kind == "weight"
+        else deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
+    )
+    assert isinstance(whole, Tensor), f"ZeRO holds no {kind} of {_name(parameter)}"
     return whole.detach()
 
 
@@ -108,16 +106,16 @@ def write_state(engine: Any, parameter: nn.Parameter, kind: Kind, value: Tensor)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         part = _stage3_part(parameter, value)
         if kind == "weight":
-            safe_set_local_fp32_param(parameter, part)
+            deepspeed.utils.safe_set_local_fp32_param(parameter, part)
             parameter.ds_tensor.data.copy_(part)  # type: ignore[attr-defined]
         else:
-            safe_set_local_optimizer_state(parameter, part, kind)
+            deepspeed.utils.safe_set_local_optimizer_state(parameter, part, kind)
     elif _is_sharded(engine):
         if kind == "weight":
-            safe_set_full_fp32_param(parameter, value)
+            deepspeed.utils.safe_set_full_fp32_param(parameter, value)
             parameter.data.copy_(value)
         else:
-            safe_set_full_optimizer_state(parameter, value, kind)
+            deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
     else:
         target = parameter.data if kind == "weight" else _base(engine).state[parameter][kind]
         target.copy_(value)

@@ -40,7 +40,8 @@ class BiasStrip:
         ):
             strip = causal_bias(self.slopes.to(like.device, dtype), queries=rows, keys=keys)
             self._strip = strip
-        return strip[None, :, strip.shape[1] - queries :, strip.shape[2] - keys :]
+        block: Tensor = strip[None, :, strip.shape[1] - queries :, strip.shape[2] - keys :]
+        return block
 
 
 def reference(bias: BiasStrip) -> Attention:
@@ -50,7 +51,8 @@ def reference(bias: BiasStrip) -> Attention:
         wide = torch.promote_types(torch.float32, q.dtype)
         scores = (q.to(wide) @ k.to(wide).mT) / q.shape[-1] ** 0.5
         scores = scores + bias.block(queries=q.shape[2], keys=k.shape[2], like=scores)
-        return (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
+        joined: Tensor = scores.softmax(-1) @ v.to(wide)
+        return joined.to(q.dtype)
 
     return attend
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Model
-from parallel.plan import LayerPlan
 from parallel.groups import Group
 from parallel.layers import WordEmbedding, column_linear, layer_norm, row_linear, split_cross_entropy
+from parallel.plan import LayerPlan
 from training.model.alibi import local_slopes
 from training.model.attention import AUTO, BACKENDS, Attention, BiasStrip
 from training.model.sinusoidal import sinusoids
@@ -72,7 +72,8 @@ class Block(nn.Module):
         x = x + self.dropout(self._attention(self.attention_norm(x)))
         up, _ = self.up(self.feed_forward_norm(x))
         down, _ = self.down(F.gelu(up, approximate="tanh"))
-        return x + self.dropout(down)
+        out: Tensor = x + self.dropout(down)
+        return out
 
     def _attention(self, x: Tensor) -> Tensor:
         batch, seq, _ = x.shape
@@ -143,6 +144,7 @@ class Decoder(nn.Module):
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__()
         self.embedding = plan.embedding()
+        self.head = plan.head
         self.layers = nn.ModuleList(make() for make in (*plan.before, *plan.blocks, *plan.after))
 
     def hidden(self, tokens: Tensor) -> Tensor:
@@ -154,5 +156,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return this rank's logits: [batch, seq] -> [batch, seq, local_vocab]."""
-        logits: Tensor = self.embedding.logits(self.hidden(tokens))
-        return logits
+        return self.logits(self.hidden(tokens))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return this rank's logits of states [..., hidden]: [..., local_vocab]."""
+        return self.head(self.embedding, x)

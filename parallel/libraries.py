@@ -1,0 +1,75 @@
+"""What is used of DeepSpeed and megatron-core, in one list, imported without what is not used.
+
+DeepSpeed imports mlflow for its autotuner and megatron-core compiles fused operations through
+torch.compile while it is imported: together more than half of a rank's start-up. Neither is used here.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from parallel.start import choose_accelerator, quiet_libraries
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    return function if function is not None else lambda later: later
+
+
+@contextmanager
+def _lean() -> Iterator[None]:
+    choose_accelerator()
+    quiet_libraries()
+    mlflow_is_there = "mlflow" in sys.modules
+    if not mlflow_is_there:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails, as where it is not installed
+    with patch.object(torch, "compile", _uncompiled):
+        yield
+    if not mlflow_is_there:
+        del sys.modules["mlflow"]
+
+
+with _lean():
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+    from deepspeed.runtime.utils import clip_grad_norm_
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from megatron.core import ModelParallelConfig, parallel_state
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        vocab_parallel_cross_entropy,
+    )
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+
+    # By name: deepspeed.comm has an attribute `torch` that is torch itself.
+    deepspeed_backend = importlib.import_module("deepspeed.comm.torch")
+
+__all__ = [
+    "BF16_Optimizer",
+    "ColumnParallelLinear",
+    "DeepSpeedZeroOptimizer",
+    "DeepSpeedZeroOptimizer_Stage3",
+    "LayerSpec",
+    "ModelParallelConfig",
+    "PipeModelDataParallelTopology",
+    "PipelineModule",
+    "PipelineParallelGrid",
+    "RowParallelLinear",
+    "TiedLayerSpec",
+    "VocabParallelEmbedding",
+    "clip_grad_norm_",
+    "deepspeed",
+    "deepspeed_backend",
+    "linear_with_grad_accumulation_and_async_allreduce",
+    "parallel_state",
+    "vocab_parallel_cross_entropy",
+]

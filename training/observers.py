@@ -1,0 +1,136 @@
+"""Who is told of each step. An observer lives on rank 0 and never changes training."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+QUIET_SECONDS = 10.0  # between two lines of progress where the output is no terminal
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One finished optimizer step, as it stands in metrics.jsonl.
+
+    Attributes:
+        loss: Mean over the global batch, nats per token.
+        grad_norm: Global, before clipping.
+        step_seconds: From the end of the step before to the end of this one.
+        model_flops_utilization: Share of all ranks' peak; None where the peak is unknown.
+        memory_gb: The largest rank's peak, 1e9 bytes: resident set on a CPU, allocated on a GPU.
+        validation_loss: Mean over the held-out samples, in the steps that measured it.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_seen: int
+    consumed_samples: int
+    step_seconds: float
+    tokens_per_second: float
+    model_flops_utilization: float | None
+    memory_gb: float
+    validation_loss: float | None = None
+
+    def values(self) -> dict[str, float]:
+        """Return what was measured, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Observer(Protocol):
+    """Is told of each step."""
+
+    def on_step(self, result: StepResult) -> None:
+        """Take note of a finished step."""
+        ...
+
+    def close(self, status: Status) -> None:
+        """Release what it holds; training has ended, and how."""
+        ...
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a step, each step once."""
+
+    def __init__(self, run_dir: Path, *, last_step: int) -> None:
+        """Open the file after `last_step`; later or torn lines of a broken run are moved to logs/."""
+        path = run_dir / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if _is_step_up_to(line, last_step)]
+        if len(kept) < len(lines):
+            (run_dir / "logs").mkdir(exist_ok=True)
+            with (run_dir / "logs" / "metrics_discarded.jsonl").open("a", encoding="utf-8") as discarded:
+                discarded.writelines(line for line in lines if not _is_step_up_to(line, last_step))
+            beside = run_dir / ".metrics.jsonl"
+            beside.write_text("".join(kept), encoding="utf-8")
+            beside.rename(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_step(self, result: StepResult) -> None:
+        """Append one line."""
+        known = {
+            name: value for name, value in asdict(result).items() if name != "validation_loss" or value is not None
+        }
+        self._file.write(json.dumps(known) + "\n")
+        self._file.flush()
+
+    def close(self, status: Status) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _is_step_up_to(line: str, last_step: int) -> bool:
+    try:
+        return line.endswith("\n") and int(json.loads(line)["step"]) <= last_step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+class ProgressLine:
+    """What a person sees: a live line on a terminal, a plain line now and then in a log file."""
+
+    def __init__(self, *, first_step: int, steps: int) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._steps, self._printed_at = steps, 0.0
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=first_step, figures="")
+        self._progress.start()
+
+    def on_step(self, result: StepResult) -> None:
+        """Show the step's figures."""
+        figures = describe(result)
+        self._progress.update(self._task, completed=result.step, figures=figures)
+        late = time.monotonic() - self._printed_at > QUIET_SECONDS or result.step == self._steps
+        if not self._console.is_terminal and late:
+            self._printed_at = time.monotonic()
+            left = (self._steps - result.step) * result.step_seconds
+            self._console.print(f"step {result.step}/{self._steps}  {figures}  {left:.0f} s left", soft_wrap=True)
+
+    def close(self, status: Status) -> None:
+        """Leave the line as it is."""
+        self._progress.stop()
+
+
+def describe(result: StepResult) -> str:
+    """Return a step's figures in one line."""
+    parts = [f"loss {result.loss:.3f}", f"{result.tokens_per_second:,.0f} tokens/s"]
+    if result.model_flops_utilization is not None:
+        parts.append(f"utilization {result.model_flops_utilization:.0%}")
+    parts.append(f"{result.memory_gb:.1f} GB")
+    if result.validation_loss is not None:
+        parts.append(f"validation {result.validation_loss:.3f}")
+    return "  ".join(parts)

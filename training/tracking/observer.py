@@ -1,0 +1,25 @@
+"""The observer that sends each step to MLflow."""
+
+from pathlib import Path
+
+from configs.schema import RunConfig
+from training.observers import Status, StepResult
+from training.tracking.tracker import MlflowTracker
+
+
+class TrackingObserver:
+    """One MLflow run per run folder: parameters and the resolved config at the start, metrics each step."""
+
+    def __init__(self, config: RunConfig, *, run_dir: Path) -> None:
+        self._tracker = MlflowTracker(
+            run_dir, name=config.run.name, experiment=config.track.experiment, uri=config.track.uri
+        )
+        self._tracker.start(config.model_dump(mode="json"), run_dir / "config.yaml")
+
+    def on_step(self, result: StepResult) -> None:
+        """Queue the step's values; the tracker's own thread sends them."""
+        self._tracker.metrics(result.step, result.values())
+
+    def close(self, status: Status) -> None:
+        """Send the rest and end the MLflow run with a true status."""
+        self._tracker.finish(status)
