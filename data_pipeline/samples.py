@@ -1,0 +1,171 @@
+"""Samples of fixed length from prepared data, through megatron-core's GPTDataset. Imports torch."""
+
+import hashlib
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import InputError
+from data_pipeline.indexed import read_index
+from data_pipeline.manifest import Part, Prepared
+from data_pipeline.order import shares
+from data_pipeline.split import held_out_sequences, training_sequences
+
+with warnings.catch_warnings():
+    # megatron-core tells that optional GPU libraries are missing, which reading tokens does not need
+    warnings.simplefilter("ignore")
+    import torch
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+_HELD_OUT_SEED = 1
+
+
+class Samples:
+    """One epoch of samples of `sequence_length` + 1 tokens, each token at most once a target.
+
+    Neighbouring samples share one token: the last target of one is the first input of the next.
+    """
+
+    def __init__(
+        self, datasets: Sequence[GPTDataset | None], *, sequence_length: int, weights: tuple[float, ...] | None
+    ) -> None:
+        self._datasets = tuple(datasets)
+        self.sequence_length = sequence_length
+        self.weights = weights
+        self.sizes = tuple(0 if dataset is None else len(dataset) for dataset in self._datasets)
+        """Samples of each part."""
+        self._ends = np.cumsum(self.sizes)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def read(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return samples, [len(ids), sequence_length + 1]: inputs are [:, :-1] and targets [:, 1:].
+
+        Args:
+            ids: Place of each sample in the epoch, [0, len(self)).
+        """
+        rows = np.empty((len(ids), self.sequence_length + 1), np.int64)
+        for row, sample in zip(rows, ids, strict=True):
+            part = int(np.searchsorted(self._ends, sample, side="right"))
+            dataset = self._datasets[part]
+            assert dataset is not None, f"there is no sample {sample}"
+            item = dataset[int(sample) - int(self._ends[part]) + self.sizes[part]]
+            row[:-1], row[-1] = item["tokens"], item["labels"][-1]
+        return rows
+
+
+def open_samples(prepared: Prepared, *, sequence_length: int, split: float, seed: int, held_out: bool) -> Samples:
+    """Return the samples of the training or the held-out text.
+
+    The index of samples is built once and kept beside the data. With several ranks, call it on rank 0 first, then
+    a barrier, then on the others: megatron-core builds on rank 0 only.
+
+    Args:
+        prepared: Prepared data.
+        sequence_length: Tokens of a sample's input.
+        split: Share of the sequences held out, the same for training and for held-out samples.
+        seed: Decides which documents follow each other in a training sample; held-out samples do not depend on it.
+        held_out: Whether the held-out samples are wanted.
+    Raises:
+        InputError: the text is shorter than one sample.
+    """
+    datasets = []
+    for part in prepared.parts:
+        indices = _sequences(prepared, part, split=split, held_out=held_out)
+        tokens = int(read_index(prepared.prefix(part)).lengths[indices].sum(dtype=np.int64))
+        if tokens > sequence_length:
+            wanted = _HELD_OUT_SEED if held_out else seed
+            datasets.append(_open(prepared, part, indices, (sequence_length, split, wanted, held_out)))
+        elif prepared.weights is not None or len(prepared.parts) == 1:
+            raise _too_short(part.name, tokens, sequence_length, held_out)
+        else:
+            # shorter than a sample, as the rest at the end of a longer text
+            datasets.append(None)
+    samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights)
+    if not len(samples):
+        raise _too_short("every data source", max(part.tokens for part in prepared.parts), sequence_length, held_out)
+    if prepared.weights is not None:
+        _check_shares(prepared, len(samples))
+    return samples
+
+
+def _sequences(prepared: Prepared, part: Part, *, split: float, held_out: bool) -> NDArray[np.int64]:
+    chosen = held_out_sequences if held_out else training_sequences
+    return chosen(part.sequences, share=split)
+
+
+def _too_short(name: str, tokens: int, sequence_length: int, held_out: bool) -> InputError:
+    kind = "held-out" if held_out else "training"
+    more = "add text, raise data.split" if held_out else "add text"
+    return InputError(
+        f"{name} has {tokens} {kind} tokens and one sample needs {sequence_length + 1}: "
+        f"{more} or lower data.sequence_length"
+    )
+
+
+def _check_shares(prepared: Prepared, total: int) -> None:
+    weights = prepared.weights or ()
+    for part, share in zip(prepared.parts, shares(weights, total=total), strict=True):
+        if not share:
+            raise InputError(
+                f"data source {part.name} with weight {part.weight} gets none of {total} samples: raise its weight"
+            )
+
+
+def _open(prepared: Prepared, part: Part, indices: NDArray[np.int64], key: tuple[int, float, int, bool]) -> GPTDataset:
+    """Return the dataset of one part, its index built if need be."""
+    sequence_length, split, seed, held_out = key
+    # megatron-core's own name of a cached index knows nothing of the chosen sequences: the folder's name does
+    text = f"{prepared.fingerprint} {part.prefix} {part.bin_bytes} {key}"
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    cache = prepared.folder / "index" / f"{'held-out' if held_out else 'training'}-{sequence_length}-{name}"
+    dataset = IndexedDataset(str(prepared.prefix(part)), multimodal=False, mmap=True)
+
+    def build(folder: Path) -> GPTDataset:
+        config = _config(sequence_length, seed, prepared, folder)
+        kind = Split.valid if held_out else Split.train
+        # num_samples None is one epoch: asked for more, it repeats tokens, and the order depends on the number
+        return GPTDataset(dataset, part.name, indices.astype(np.int32), None, kind, config)
+
+    if not cache.is_dir():
+        _build(build, cache)
+    return build(cache)
+
+
+def _build(build: Any, cache: Path) -> None:
+    """Build an index under another name, so that one cut short is never taken for whole."""
+    ranks = torch.distributed
+    assert not (ranks.is_available() and ranks.is_initialized() and ranks.get_rank()), "rank 0 opens samples first"
+    temporary = cache.with_name(f".{cache.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    build(temporary)
+    temporary.replace(cache)
+
+
+def _config(sequence_length: int, seed: int, prepared: Prepared, cache: Path) -> GPTDatasetConfig:
+    # Only what GPTDataset asks for. It has no `pad`, so that no token of the text is taken for padding.
+    tokenizer = SimpleNamespace(
+        vocab_size=prepared.vocab_size,
+        eod=prepared.end_of_document,
+        unique_identifiers={"sha256": prepared.tokenizer_sha256},
+    )
+    return GPTDatasetConfig(
+        # megatron-core draws with RandomState, which takes 32 bits
+        random_seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
+        sequence_length=sequence_length,
+        tokenizer=tokenizer,
+        path_to_cache=str(cache),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
