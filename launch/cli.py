@@ -118,14 +118,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity at each length; writes the run's evaluation folder."""
-    asked = _lengths(lengths)
+    asked, found = _lengths(lengths), _checkpoint(checkpoint)
 
     from launch.show import show_json, show_report
     from training.evaluation.run import evaluate as evaluate_checkpoint
 
-    report = evaluate_checkpoint(
-        _checkpoint(checkpoint), lengths=asked, protocols=tuple(protocol) if protocol else None, data=data
-    )
+    report = evaluate_checkpoint(found, lengths=asked, protocols=tuple(protocol) if protocol else None, data=data)
     if as_json:
         show_json(report)
     else:
@@ -139,9 +137,11 @@ def export(
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
 ) -> None:
     """Write the model for inference engines; logits are compared before it says done."""
+    found = _checkpoint(checkpoint)
+
     from training.export.run import export as export_checkpoint
 
-    export_checkpoint(_checkpoint(checkpoint), format=form.value, out=out)
+    export_checkpoint(found, format=form.value, out=out)
 
 
 @app.command()
@@ -185,7 +185,7 @@ def list_(
 ) -> None:
     """List the checkpoints of a run, oldest first."""
     from launch.show import show_checkpoints, show_json
-    from training.checkpoint.read import list_checkpoints
+    from training.checkpoint.manifest import list_checkpoints
 
     if not folder.is_dir():
         raise InputError(f"run folder {folder} does not exist: give the run.dir of a run")
@@ -232,7 +232,7 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
 def _checkpoint(path: Path) -> Path:
     """Return the checkpoint that a path means: itself, or a run folder's newest one."""
     from configs.paths import checkpoints_folder
-    from training.checkpoint.read import list_checkpoints
+    from training.checkpoint.manifest import list_checkpoints
 
     if not path.is_dir():
         raise InputError(f"checkpoint {path} does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR")

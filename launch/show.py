@@ -13,7 +13,7 @@ from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Prepared
-    from training.checkpoint.read import Listed
+    from training.checkpoint.manifest import Found
 
 
 def show_json(document: Any) -> None:
@@ -103,7 +103,7 @@ def show_report(report: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def show_checkpoints(checkpoints: "list[Listed]", *, folder: Path) -> None:
+def show_checkpoints(checkpoints: "list[Found]", *, folder: Path) -> None:
     """Write the checkpoints of a run."""
     if not checkpoints:
         show_lines(f"{folder} has no checkpoint yet")

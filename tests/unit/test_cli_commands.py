@@ -1,0 +1,205 @@
+"""The command line as a user meets it: what it prints, its exit codes, how long it takes to start."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+SOON = 0.7
+
+
+def trainshort(*arguments: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "trainshort", *arguments],
+        cwd=folder,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def run_file(folder: Path, values: dict[str, Any]) -> str:
+    (folder / "small.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return "small.yaml"
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("check", "alibi-1b3"), ("slurm", "alibi-1b3", "--nodes", "4")])
+def test_login_node_commands_start_fast_and_without_torch(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    taken = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = trainshort(*arguments, folder=tmp_path)
+        taken.append(time.monotonic() - began)
+        assert done.returncode == 0, done.stderr
+    code = (
+        "import sys, trainshort\n"
+        "try: trainshort.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'deepspeed', 'megatron', 'mlflow', 'transformers', 'matplotlib'}\n"
+        "sys.stderr.write(repr(sorted(heavy & set(sys.modules))))\n"
+    )
+    wrapped = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert wrapped.stderr == "[]"
+    # The least of three: what else the machine does meanwhile is not ours.
+    assert min(taken) < SOON
+
+
+def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
+    shown = trainshort("--help", folder=tmp_path).stdout
+    commands = [line.split()[1] for line in shown.split("Commands")[1].splitlines() if line[2:3].isalpha()]
+    assert commands == ["check", "prepare", "train", "evaluate", "export", "slurm", "checkpoint"]
+
+
+def test_check_tells_what_the_run_is(tmp_path: Path) -> None:
+    done = trainshort("check", "alibi-1b3", folder=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for part in ("alibi-1b3 is valid", "1,361,987,584 parameters", "1,048,576 tokens", "tensor 2 x pipeline 2, ZeRO-1"):
+        assert part in done.stdout
+
+
+def test_check_prints_one_json_document(tmp_path: Path) -> None:
+    done = trainshort("check", "demo", "--json", "--set", "run.dir=here", folder=tmp_path)
+    found = json.loads(done.stdout)
+    assert found["parameters"] > 1_000_000
+    assert (found["dir"], found["data"]) == ("here", "here/data")
+
+
+def test_a_wrong_run_is_one_message_and_exit_2(tmp_path: Path, run_values: dict[str, Any]) -> None:
+    run_values["model"]["heads"] = 5
+    run = run_file(tmp_path, run_values)
+    done = trainshort("check", run, "--set", "train.micro_batch=3", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: small.yaml has 3 problems:",
+        "  model.heads must divide model.hidden (64), got 5: use 1, 2, 4, 8, 16, 32 or 64",
+        "  parallel.tensor must divide model.heads (5), got 2: use 1 or 5",
+        "  train.micro_batch must divide train.global_batch (8), got 3: use 1, 2, 4 or 8",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("check",), ("chekc", "demo"), ("train", "demo", "--ranks", "0"), ("train", "demo", "--ranks", "two"), ("slurm",)],
+)
+def test_a_wrong_usage_is_exit_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = trainshort(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def one_line(done: "subprocess.CompletedProcess[str]", code: int = 2) -> str:
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr.removeprefix("error: ").rstrip("\n")
+
+
+def test_train_refuses_before_any_process_starts(tmp_path: Path, run_values: dict[str, Any]) -> None:
+    run_values["run"]["dir"] = "run"
+    run = run_file(tmp_path, run_values)
+    assert one_line(trainshort("train", run, "--ranks", "3", folder=tmp_path)).startswith(
+        "ranks must be a multiple of parallel.tensor x parallel.pipeline (2 x 2 = 4), got 3: start 4 or 8 ranks"
+    )
+    assert one_line(trainshort("train", run, folder=tmp_path)) == (
+        "data is not prepared in run/data: run `trainshort prepare`"
+    )
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").write_text("")
+    for command in ("train", "prepare", "slurm"):
+        assert one_line(trainshort(command, run, folder=tmp_path)).startswith(
+            "run.dir run: run is a file, not a folder"
+        )
+
+
+def test_ranks_inside_a_job_are_refused(tmp_path: Path) -> None:
+    done = trainshort(
+        "train", "demo", "--ranks", "2", folder=tmp_path,
+        TRAINSHORT_RANK="1", TRAINSHORT_RANKS="4", TRAINSHORT_RENDEZVOUS="/tmp/none",
+    )  # fmt: skip
+    assert one_line(done) == (
+        "--ranks 2 starts local ranks, but this is rank 1 of 4 already: leave --ranks out under local"
+    )
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+    missing = "checkpoint run does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    assert one_line(trainshort("checkpoint", "list", "run", folder=tmp_path)) == (
+        "run folder run does not exist: give the run.dir of a run"
+    )
+    assert trainshort("checkpoint", "list", "new", folder=tmp_path).stdout == "new has no checkpoint yet\n"
+    assert json.loads(trainshort("checkpoint", "list", "new", "--json", folder=tmp_path).stdout) == []
+    assert one_line(trainshort("evaluate", "run", folder=tmp_path)) == missing
+    assert one_line(trainshort("evaluate", "new", folder=tmp_path)) == "new has no checkpoint yet: train it first"
+    assert one_line(trainshort("export", "run", "--format", "hf", "--out", "x", folder=tmp_path)) == missing
+
+
+@pytest.mark.parametrize("lengths", ["", "12,", "1", "1k", "64;128", "-5", "1.5"])
+def test_lengths_that_are_no_lengths_are_refused(lengths: str, tmp_path: Path) -> None:
+    assert one_line(trainshort("evaluate", "run", f"--lengths={lengths}", folder=tmp_path)) == (
+        f"--lengths must be whole numbers from 2 with commas between, got {lengths!r}: write 1024,2048"
+    )
+
+
+def test_slurm_prints_scripts_with_the_users_overrides(tmp_path: Path) -> None:
+    done = trainshort("slurm", "demo", "--nodes", "2", "--set", "run.name=two words", folder=tmp_path)
+    assert one_line(done).startswith("demo: run.name: string should match pattern")
+    done = trainshort("slurm", "demo", "--nodes", "2", "--set", "track.experiment=two words", folder=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.count("#!/bin/bash") == 3
+    assert f"cd {tmp_path}" in done.stdout
+    assert "train demo --set 'track.experiment=two words' &" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_slurm_refuses_ranks_that_do_not_fit(tmp_path: Path) -> None:
+    done = trainshort("slurm", "bloom-176b", "--nodes", "4", folder=tmp_path)
+    assert one_line(done).startswith("ranks must be a multiple of parallel.tensor x parallel.pipeline (4 x 12 = 48)")
+    assert done.stdout == ""
+    assert "#SBATCH --nodes=6\n" in trainshort("slurm", "bloom-176b", folder=tmp_path).stdout
+
+
+def test_submit_without_slurm_is_the_machines_fault(tmp_path: Path) -> None:
+    done = trainshort("slurm", "demo", "--submit", folder=tmp_path, PATH=str(tmp_path))
+    assert one_line(done, code=3).startswith("sbatch is not on this machine")
+
+
+@pytest.mark.parametrize("regular", [True, False])
+def test_a_foreign_package_is_named_and_not_imported(tmp_path: Path, regular: bool) -> None:
+    foreign = tmp_path / "their code" / "training"
+    foreign.mkdir(parents=True)
+    if regular:
+        (foreign / "__init__.py").write_text("raise SystemExit('imported')")
+    message = one_line(trainshort("check", "demo", folder=tmp_path, PYTHONPATH=str(foreign.parent)), code=3)
+    assert message.startswith(f"Python would import the package training from {foreign}, not from ")
+    assert message.endswith(f": take {foreign.parent} out of PYTHONPATH, or rename training there")
+
+
+def test_a_folder_of_the_same_name_where_one_works_does_no_harm(tmp_path: Path) -> None:
+    for name in ("training", "configs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported')")
+    assert trainshort("check", "demo", folder=tmp_path).returncode == 0
+
+
+def test_a_fault_of_ours_shows_its_traceback_and_is_exit_1(tmp_path: Path) -> None:
+    code = "import configs.load, trainshort\ndef broken(*a, **k): raise RuntimeError('ours')\n"
+    code += "configs.load.load_run = broken\ntrainshort.main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "check", "demo"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.rstrip().endswith("RuntimeError: ours")
