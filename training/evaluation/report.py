@@ -3,29 +3,12 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.atomic import whole_file
 from training.evaluation.perplexity import Result
-
-
-@dataclass(frozen=True)
-class Text:
-    """The text that was evaluated.
-
-    Attributes:
-        name: Where it comes from.
-        tokens: Its tokens.
-        words: Its words, separated by white space; None where only tokens are known.
-        unigram_perplexity: Per-token perplexity of a model that knows only how frequent each token is.
-    """
-
-    name: str
-    tokens: int
-    words: int | None
-    unigram_perplexity: float | None
+from training.evaluation.text import Text
 
 
 def build_document(
@@ -50,7 +33,7 @@ def build_document(
         "step": step,
         "train_length": train_length,
         "position": position,
-        "data": {"name": text.name, "tokens": text.tokens, "words": text.words},
+        "data": {"name": text.name, "tokens": len(text.tokens), "words": text.words},
         "unigram_perplexity": text.unigram_perplexity,
         "results": [_result(result, text=text) for result in results],
     }
@@ -124,7 +107,7 @@ def _result(result: Result, *, text: Text) -> dict[str, Any]:
         "perplexity": result.perplexity,
     }
     if text.words is not None:
-        per_word = word_perplexity(result.loss, tokens=text.tokens, words=text.words)
+        per_word = word_perplexity(result.loss, tokens=len(text.tokens), words=text.words)
         if per_word is not None:
             found["word_perplexity"] = per_word
     return found

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -100,9 +101,13 @@ def fill_folder(
         )
     config = _config(model, vocab_size=vocab_size, sequence_length=sequence_length, pieces=pieces)
     config.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=pieces.begin_id, eos_token_id=pieces.end_id, pad_token_id=config.pad_token_id
-    ).save_pretrained(folder)
+    generation: Any = GenerationConfig  # untyped in transformers
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+    generation(**ids).save_pretrained(folder)
     renamed = {huggingface_name(name): weight.contiguous() for name, weight in weights.items()}
     _require_whole(renamed, config)
     # the head is the word embedding: written once, tied again when loaded
@@ -137,24 +142,25 @@ def _require_whole(weights: Mapping[str, torch.Tensor], config: BloomConfig) -> 
 
 
 def _config(model: Model, *, vocab_size: int, sequence_length: int, pieces: Pieces) -> BloomConfig:
-    return BloomConfig(
-        architectures=["BloomForCausalLM"],
-        vocab_size=vocab_size,
-        hidden_size=model.hidden,
-        n_layer=model.layers,
-        n_head=model.heads,
-        layer_norm_epsilon=1e-5,
-        initializer_range=model.init_std,
-        hidden_dropout=model.dropout,
-        attention_dropout=0.0,
-        apply_residual_connection_post_layernorm=False,
-        tie_word_embeddings=True,
-        bos_token_id=pieces.begin_id,
-        eos_token_id=pieces.end_id,
-        pad_token_id=pieces.pad_id if pieces.pad_id is not None else pieces.end_id,
-        dtype="float32",
+    settings: dict[str, Any] = {
+        "architectures": ["BloomForCausalLM"],
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": model.init_std,
+        "hidden_dropout": model.dropout,
+        "attention_dropout": 0.0,
+        "apply_residual_connection_post_layernorm": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": pieces.begin_id,
+        "eos_token_id": pieces.end_id,
+        "pad_token_id": pieces.pad_id if pieces.pad_id is not None else pieces.end_id,
+        "dtype": "float32",
         # transformers sets no limit; engines that do read seq_length, and ALiBi is there to go past the training
         # length: as far as an export is compared
-        seq_length=LONGEST_COMPARED * sequence_length,
-        train_length=sequence_length,
-    )
+        "seq_length": LONGEST_COMPARED * sequence_length,
+        "train_length": sequence_length,
+    }
+    return BloomConfig(**settings)

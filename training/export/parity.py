@@ -129,8 +129,9 @@ def load_exported(folder: Path) -> Any:
     Raises:
         TrainshortError: transformers misses weights, or does not know some.
     """
+    loader: Any = transformers.AutoModelForCausalLM  # its types leave out output_loading_info
     with quiet_transformers():
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = loader.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     wrong = sorted(found["missing_keys"]) + sorted(found["unexpected_keys"]) + sorted(found["mismatched_keys"])
@@ -142,7 +143,7 @@ def load_exported(folder: Path) -> Any:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars and remarks off the standard error stream."""
-    logging = transformers.utils.logging
+    logging: Any = transformers.utils.logging  # untyped
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

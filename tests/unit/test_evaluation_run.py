@@ -1,0 +1,183 @@
+"""The command's own part: what is refused before work starts, and what is left in the run folder."""
+
+import json
+import math
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import InputError
+from configs.load import check_run
+from training.evaluation import run as evaluation
+from training.evaluation.perplexity import Result
+from training.evaluation.plot import draw_plot
+from training.evaluation.report import build_document, format_table, word_perplexity, write_report
+from training.evaluation.run import evaluate, plan_jobs
+from training.evaluation.text import Text
+from training.evaluation.windows import Protocol, parse_protocol
+from training.tracking.tracker import MlflowTracker
+
+VOCAB = 32
+
+
+class Uniform:
+    """Finds every token equally likely."""
+
+    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.full(tokens[:, 1:].shape, math.log(VOCAB))
+
+
+def text(tokens: int, *, words: int | None = 100, unigram: float | None = 40.0) -> Text:
+    return Text("held-out", np.zeros(tokens, dtype=np.int64), words, unigram)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder whose checkpoint of step 7 has a uniform model and 1000 held-out tokens."""
+    folder = tmp_path / "runs" / "one"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text("{}")
+    opened = SimpleNamespace(
+        path=folder / "checkpoints" / "step_0000007",
+        run_dir=folder,
+        step=7,
+        config=check_run(run_values, name="small"),
+    )
+    monkeypatch.setattr(evaluation, "open_checkpoint", lambda path: opened)
+    monkeypatch.setattr(evaluation, "held_out_text", lambda checkpoint: text(1000))
+    monkeypatch.setattr(evaluation, "load_single", lambda checkpoint: Uniform())
+    return folder
+
+
+def test_defaults_come_from_the_run_and_the_folder_holds_report_table_and_plot(run_dir: Path) -> None:
+    document = evaluate(run_dir, lengths=None, protocols=None, data=None)
+    folder = run_dir / "evaluation"
+    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "perplexity.png"}
+    assert json.loads((folder / "report.json").read_text()) == document
+    assert document["checkpoint"] == str(run_dir / "checkpoints" / "step_0000007")
+    assert (document["train_length"], document["step"], document["position"]) == (32, 7, "alibi")
+    assert document["unigram_perplexity"] == 40.0
+    assert document["data"] == {"name": "held-out", "tokens": 1000, "words": 100}
+    assert [(r["length"], r["protocol"], r["stride"], r["tokens"]) for r in document["results"]] == [
+        (32, "nonoverlapping", 32, 31 * 32),
+        (64, "nonoverlapping", 64, 15 * 64),
+        (128, "nonoverlapping", 128, 7 * 128),
+        (256, "nonoverlapping", 256, 3 * 256),
+    ]
+    for result in document["results"]:
+        assert result["loss"] == pytest.approx(math.log(VOCAB), rel=1e-6)
+        assert result["perplexity"] == pytest.approx(VOCAB, rel=1e-5)
+        # ten tokens a word
+        assert result["word_perplexity"] == pytest.approx(VOCAB**10, rel=1e-4)
+    assert not (run_dir / "mlflow_run.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+def test_results_and_files_are_added_to_the_runs_mlflow_run(run_dir: Path) -> None:
+    tracker = MlflowTracker(run_dir, name="one", experiment="tests", uri=None)
+    tracker.start({}, run_dir / "config.yaml")
+    tracker.finish("FINISHED")
+    evaluate(run_dir, lengths=(64,), protocols=("nonoverlapping", "sliding:16"), data=None)
+    connection = sqlite3.connect(run_dir.parent / "mlflow.db")
+    rows = connection.execute("select key, step, round(value, 3) from metrics order by key").fetchall()
+    statuses = connection.execute("select name, status from runs").fetchall()
+    connection.close()
+    assert statuses == [("one", "FINISHED")]
+    assert rows == [
+        ("evaluation/nonoverlapping/64/loss", 7, 3.466),
+        ("evaluation/nonoverlapping/64/perplexity", 7, 32.0),
+        ("evaluation/sliding_16/64/loss", 7, 3.466),
+        ("evaluation/sliding_16/64/perplexity", 7, 32.0),
+    ]
+    artifacts = run_dir.parent / "mlartifacts"
+    assert {path.name for path in artifacts.rglob("evaluation/*")} == {"report.json", "report.md", "perplexity.png"}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "protocols", "message"),
+    [
+        ((32, 1000, 2000), None, "the text has 1000 tokens, too short for length 1000 and 2000: use lengths up to 999"),
+        ((64, 32), ("sliding:40",), "sliding:40 moves further than its window of 32 tokens"),
+        ((0,), None, "length must be 1 or more, got 0"),
+        (None, ("rolling",), "protocol 'rolling' is not known"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: tuple[int, ...] | None,
+    protocols: tuple[str, ...] | None,
+    message: str,
+) -> None:
+    def load(_: object) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(evaluation, "load_single", load)
+    with pytest.raises(InputError, match=message):
+        evaluate(run_dir, lengths=lengths, protocols=protocols, data=None)
+    assert not (run_dir / "evaluation").exists()
+
+
+def test_longest_possible_length_is_accepted_and_repeated_ones_are_measured_once() -> None:
+    jobs = plan_jobs((999, 10, 999), [parse_protocol("nonoverlapping")] * 2, tokens=1000)
+    assert [(job.length, job.inputs) for job in jobs] == [(999, 999), (10, 990)]
+
+
+def test_word_perplexity_is_the_texts_likelihood_per_word() -> None:
+    # 12 tokens of loss 0.5 in 4 words: exp(12 * 0.5 / 4)
+    assert word_perplexity(0.5, tokens=12, words=4) == pytest.approx(math.exp(1.5))
+    assert word_perplexity(0.5, tokens=12, words=0) is None
+    assert word_perplexity(5.0, tokens=100_000, words=1) is None
+
+
+def document(*results: Result, of: Text | None = None) -> dict[str, Any]:
+    return build_document(
+        results,
+        checkpoint=Path("runs/one/checkpoints/step_0000007"),
+        step=7,
+        train_length=32,
+        position="alibi",
+        text=of or text(1000),
+    )
+
+
+def test_report_without_words_or_baseline_leaves_them_out(tmp_path: Path) -> None:
+    bare = document(Result(32, Protocol(stride=None), 992, 2.0), of=text(1000, words=None, unigram=None))
+    assert bare["unigram_perplexity"] is None
+    assert "word_perplexity" not in bare["results"][0]
+    as_json, as_table = write_report(bare, tmp_path / "new")
+    assert json.loads(as_json.read_text()) == bare
+    assert "per word" not in as_table.read_text()
+    assert "unigram" not in as_table.read_text()
+
+
+def test_table_has_a_row_per_result() -> None:
+    table = format_table(
+        document(Result(32, Protocol(stride=None), 992, 2.0), Result(80, Protocol(stride=16), 976, 1.5))
+    )
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        "| 32 | 1 | nonoverlapping | 992 | 2.0000 | 7.39 | 4.852e+08 |",
+        "| 80 | 2.5 | sliding:16 | 976 | 1.5000 | 4.48 | 3.269e+06 |",
+    ]
+
+
+@pytest.mark.parametrize("make", [lambda n: 30.0 - n, lambda n: 20.0 * 3**n, lambda n: 20.0])
+def test_plot_is_a_picture_whatever_the_curve(tmp_path: Path, make: Callable[[int], float]) -> None:
+    results = [
+        Result(32 * 2**n, protocol, 1000, math.log(make(n)))
+        for protocol in (Protocol(stride=None), Protocol(stride=16))
+        for n in range(4)
+    ]
+    for number, shown in enumerate((results, results[:4], results[:1])):
+        path = draw_plot(document(*shown, of=text(1000, unigram=25.0)), tmp_path / f"{number}.png")
+        picture = matplotlib.image.imread(path)
+        assert picture.shape[0] > 400
+        assert picture.std() > 0.01

@@ -1,0 +1,90 @@
+"""Which predictions are scored, by placing every window in plain lists."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import InputError
+from training.evaluation.windows import Protocol, parse_protocol, place_windows
+
+PLACED = st.integers(1, 40).flatmap(
+    lambda length: st.tuples(
+        st.just(length), st.none() | st.integers(1, length), st.integers(length + 1, 5 * length + 50)
+    )
+)
+
+
+@given(PLACED)
+def test_each_prediction_is_scored_once_in_order_and_with_the_context_promised(
+    placed: tuple[int, int | None, int],
+) -> None:
+    length, stride, tokens = placed
+    windows = place_windows(tokens, length=length, protocol=Protocol(stride=stride))
+    scored = []
+    for window, start in enumerate(windows.starts(0, windows.count)):
+        for place in range(windows.first_scored(window), length):
+            # prediction of token start + place + 1, from the place + 1 tokens before it in the window
+            scored.append(int(start) + place + 1)
+            if window > 0 and stride is not None:
+                assert place + 1 > length - stride
+    assert scored == list(range(1, windows.scored + 1))
+    assert scored[-1] <= tokens - 1
+    # what is dropped would not have filled one more window
+    assert tokens - 1 - scored[-1] < (stride or length)
+
+
+@given(st.integers(1, 50), st.integers(2, 500))
+def test_nonoverlapping_windows_are_as_many_as_the_formula_says(length: int, tokens: int) -> None:
+    count = (tokens - 1) // length
+    if count == 0:
+        with pytest.raises(InputError):
+            place_windows(tokens, length=length, protocol=Protocol(stride=None))
+        return
+    windows = place_windows(tokens, length=length, protocol=Protocol(stride=None))
+    assert (windows.count, windows.scored) == (count, count * length)
+    assert windows == place_windows(tokens, length=length, protocol=Protocol(stride=length))
+
+
+def test_part_of_the_windows_starts_where_the_whole_does() -> None:
+    windows = place_windows(100, length=10, protocol=Protocol(stride=4))
+    assert windows.starts(3, 6).tolist() == [12, 16, 20]
+    assert windows.starts(windows.count - 1, windows.count + 5).tolist() == [(windows.count - 1) * 4]
+
+
+def test_protocols_are_read_as_they_are_written() -> None:
+    for text in ("nonoverlapping", "sliding:1", "sliding:512"):
+        assert str(parse_protocol(text)) == text
+    assert parse_protocol("sliding:64") == Protocol(stride=64)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sliding:0", "stride 0, so its window would not move: use a stride of 1 or more"),
+        ("sliding", "'sliding' is not known: use nonoverlapping or sliding:STRIDE"),
+        ("sliding:-1", "is not known"),
+        ("sliding:1.5", "is not known"),
+        ("sliding:٣", "is not known"),
+        ("Nonoverlapping", "is not known"),
+        ("", "is not known"),
+    ],
+)
+def test_protocol_that_is_none_says_what_there_is(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_protocol(text)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "protocol", "message"),
+    [
+        (100, 0, "nonoverlapping", "length must be 1 or more, got 0"),
+        (100, 10, "sliding:11", "sliding:11 moves further than its window of 10 tokens.*at most 10"),
+        (10, 10, "nonoverlapping", "length 10 needs a text of 11 tokens, this one has 10: use at most 9"),
+        (1, 10, "sliding:1", "needs a text of 11 tokens, this one has 1: give more text"),
+    ],
+)
+def test_windows_that_do_not_fit_say_what_is_seen_and_needed(
+    tokens: int, length: int, protocol: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        place_windows(tokens, length=length, protocol=parse_protocol(protocol))
