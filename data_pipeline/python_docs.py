@@ -43,8 +43,8 @@ def python_docs(*, limit: int = LIMIT) -> Iterator[str]:
 
 
 def _all_documents(seen: set[bytes]) -> Iterator[str]:
-    for name in sorted(topics):
-        yield topics[name].strip() + "\n"
+    for text in dict.fromkeys(topics[name].strip() for name in sorted(topics)):
+        yield text + "\n"
     paths = sysconfig.get_paths()
     # the same folder may be named twice (purelib is platlib on most machines)
     for folder in dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib", "platlib")):

@@ -1,0 +1,173 @@
+"""Samples hold every token once, the held-out ones none of the training text, in the same order for any ranks."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from configs.errors import InputError
+from data_pipeline.loader import Loader, held_out_batches
+from data_pipeline.manifest import Part, Prepared
+from data_pipeline.order import sample_ids
+from data_pipeline.samples import Samples, open_samples
+
+LENGTHS = [int(size) for size in np.random.default_rng(3).integers(1, 120, 60)]
+
+
+def numbered(folder: Path, *lengths: list[int], weights: tuple[float, ...] | None = None) -> Prepared:
+    """Data whose tokens are 0, 1, 2 ... so that a token tells its place."""
+    parts = []
+    token = 0
+    for number, sizes in enumerate(lengths):
+        builder = IndexedDatasetBuilder(str(folder / f"part-{number}.bin"), dtype=np.int32)
+        for size in sizes:
+            builder.add_item(torch.arange(token, token + size))
+            builder.end_document()
+            token += size
+        builder.finalize(str(folder / f"part-{number}.idx"))
+        part = Part(f"source{number}", f"part-{number}", False, len(sizes), len(sizes), sum(sizes), 0, 0, None)
+        parts.append(replace(part, weight=None if weights is None else weights[number]))
+    return Prepared(folder, folder / "no.model", "sha", token, 2, tuple(parts), 0.1, "fingerprint")
+
+
+def training(prepared: Prepared, *, length: int = 16, seed: int = 1, split: float = 0.1) -> Samples:
+    return open_samples(prepared, sequence_length=length, split=split, seed=seed, held_out=False)
+
+
+def held_out(prepared: Prepared, *, length: int = 16, seed: int = 1, split: float = 0.1) -> Samples:
+    return open_samples(prepared, sequence_length=length, split=split, seed=seed, held_out=True)
+
+
+def all_tokens(samples: Samples) -> set[int]:
+    return set(samples.read(range(len(samples))).ravel().tolist())
+
+
+@pytest.mark.parametrize("length", [2, 16, 500])
+def test_an_epoch_has_every_token_once(tmp_path: Path, length: int) -> None:
+    prepared = numbered(tmp_path, LENGTHS)
+    samples = training(prepared, length=length, split=0.0)
+    rows = samples.read(range(len(samples)))
+    assert rows.shape == ((sum(LENGTHS) - 1) // length, length + 1)
+    assert rows.dtype == np.int64
+    targets = rows[:, 1:].ravel().tolist()
+    assert len(set(targets)) == len(targets)
+    assert sum(LENGTHS) - len(targets) <= length
+    # inside a document tokens follow each other, and a document is followed by the begin of another
+    begins = {0, *np.cumsum(LENGTHS).tolist()}
+    for row in rows.tolist():
+        assert all(after == before + 1 or after in begins for before, after in pairwise(row))
+
+
+def test_held_out_text_is_in_no_training_sample_whatever_the_seed_and_length(tmp_path: Path) -> None:
+    prepared = numbered(tmp_path, LENGTHS)
+    first = held_out(prepared)
+    assert np.array_equal(first.read(range(len(first))), held_out(prepared, seed=9).read(range(len(first))))
+    kept = set().union(*(all_tokens(held_out(prepared, length=length)) for length in (2, 16, 40)))
+    for seed, length in ((1, 2), (1, 16), (9, 16), (9, 40)):
+        assert not kept & all_tokens(training(prepared, length=length, seed=seed))
+    assert len(kept) + len(all_tokens(training(prepared, length=2))) >= sum(LENGTHS) - 4
+
+
+def test_an_index_is_built_once_for_each_seed_length_and_split(tmp_path: Path) -> None:
+    prepared = numbered(tmp_path, LENGTHS)
+    first = training(prepared, split=0.1)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "index").rglob("*")}
+    again = training(prepared, split=0.1)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "index").rglob("*")} == files
+    assert np.array_equal(first.read(range(len(first))), again.read(range(len(first))))
+    # megatron's own name for an index would be the same for another split
+    assert len(training(prepared, split=0.5)) < 0.8 * len(first)
+    # one cut short lies under another name
+    assert not list((tmp_path / "index").glob(".*"))
+
+
+def test_an_index_that_was_cut_short_is_built_again(tmp_path: Path) -> None:
+    prepared = numbered(tmp_path, LENGTHS)
+    expected = training(prepared).read([0, 1, 2])
+    (folder,) = (tmp_path / "index").iterdir()
+    cut = folder.rename(folder.with_name(f".{folder.name}.tmp"))
+    for file in cut.iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    assert np.array_equal(training(prepared).read([0, 1, 2]), expected)
+
+
+def test_text_shorter_than_one_sample_says_what_is_there_and_needed(tmp_path: Path) -> None:
+    prepared = numbered(tmp_path, [10, 10])
+    with pytest.raises(InputError, match="source0 has 10 training tokens and one sample needs 11: add text or lower"):
+        training(prepared, length=10, split=0.5)
+    with pytest.raises(InputError, match="source0 has 10 held-out tokens and one sample needs 11: add text, raise"):
+        held_out(prepared, length=10, split=0.5)
+    assert len(training(prepared, length=9, split=0.5)) == 1
+    assert len(training(prepared, length=19, split=0.0)) == 1
+    with pytest.raises(InputError, match="source0 has 20 training tokens and one sample needs 21"):
+        training(prepared, length=20, split=0.0)
+
+
+def test_a_blend_has_its_shares_and_a_short_source_is_named(tmp_path: Path) -> None:
+    prepared = numbered(tmp_path, LENGTHS, LENGTHS[:30], weights=(1.0, 3.0))
+    samples = training(prepared)
+    loader = Loader(samples, seed=1, global_batch=len(samples), micro_batch=len(samples), data_rank=0, data_size=1)
+    (batch,) = loader.step(0)
+    second = (batch[:, 0] >= sum(LENGTHS)).float().mean()
+    assert abs(second - 0.75) < 1 / len(samples)
+    with pytest.raises(InputError, match="source0 with weight 1e-09 gets none of"):
+        training(numbered(tmp_path, LENGTHS, LENGTHS, weights=(1e-9, 1.0)))
+    with pytest.raises(InputError, match="source1 has 5 training tokens"):
+        training(numbered(tmp_path, LENGTHS, [5], weights=(1.0, 1.0)))
+    # without weights it is like the rest at the end of a text
+    assert training(numbered(tmp_path, LENGTHS, [5])).sizes[1] == 0
+    with pytest.raises(InputError, match="every data source"):
+        training(numbered(tmp_path, [5], [6]))
+
+
+def test_samples_of_several_sources_are_found_by_their_id(tmp_path: Path) -> None:
+    samples = training(numbered(tmp_path, LENGTHS, LENGTHS[:5], LENGTHS))
+    first, second, third = samples.sizes
+    begins = samples.read([0, first - 1, first, first + second - 1, first + second, len(samples) - 1])[:, 0]
+    ends = np.cumsum([sum(LENGTHS), sum(LENGTHS[:5]), sum(LENGTHS)])
+    assert np.searchsorted(ends, begins, side="right").tolist() == [0, 0, 1, 1, 2, 2]
+    assert third == first
+    with pytest.raises(IndexError):
+        samples.read([len(samples)])
+
+
+@pytest.mark.parametrize(("micro_batch", "data_size"), [(1, 1), (4, 2), (2, 4), (1, 8), (3, 1)])
+def test_a_step_has_the_same_samples_for_any_ranks(tmp_path: Path, micro_batch: int, data_size: int) -> None:
+    samples = training(numbered(tmp_path, LENGTHS))
+    global_batch = 24
+    loaders = [
+        Loader(samples, seed=5, global_batch=24, micro_batch=micro_batch, data_rank=rank, data_size=data_size)
+        for rank in range(data_size)
+    ]
+    # the last crosses from one epoch to the next
+    for consumed in (0, 24, len(samples) - 7):
+        ids = sample_ids(seed=5, sizes=samples.sizes, weights=None, start=consumed, count=global_batch)
+        batches = [loader.step(consumed) for loader in loaders]
+        assert {tuple(batch.shape) for rank in batches for batch in rank} == {(micro_batch, 17)}
+        assert all(batch.dtype == torch.int64 for rank in batches for batch in rank)
+        joined = torch.cat([batch for together in zip(*batches, strict=True) for batch in together])
+        assert np.array_equal(joined.numpy(), samples.read(ids))
+
+
+def test_held_out_batches_are_the_same_samples_for_any_ranks(tmp_path: Path) -> None:
+    samples = held_out(numbered(tmp_path, LENGTHS, LENGTHS))
+
+    def batches(count: int, micro_batch: int, data_size: int) -> list[list[int]]:
+        ranks = [
+            list(held_out_batches(samples, count=count, micro_batch=micro_batch, data_rank=rank, data_size=data_size))
+            for rank in range(data_size)
+        ]
+        joined = torch.cat([batch for together in zip(*ranks, strict=True) for batch in together])
+        return joined.tolist()
+
+    one = batches(8, 1, 1)
+    assert len(one) == len({tuple(row) for row in one}) == 8
+    assert batches(8, 2, 2) == batches(9, 2, 4) == batches(8, 4, 2) == one
+    # at least one micro-batch a rank, repeated where there are too few
+    assert batches(1, 2, 2) == one[:4]
+    many = batches(2 * len(samples), 1, 1)
+    assert len({tuple(row) for row in many}) == len(samples)

@@ -1,0 +1,174 @@
+"""Text comes out of files as it went in; what is wrong with a file is said in one line."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import InputError
+from configs.schema import Source
+from data_pipeline import sources
+from data_pipeline.python_docs import python_docs
+from data_pipeline.sources import documents, pieces
+
+TEXT = "Zwölf Boxkämpfer\r\njagen  Viktor\n\n\tquer \U0001f600 über\n"
+
+
+def read(path: Path | str, *, separator: str | None = None) -> list[str]:
+    return list(documents(Source(path=str(path)), separator=separator))
+
+
+def problem(path: Path | str) -> str:
+    with pytest.raises(InputError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def jsonl(*texts: str) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("ending", "pack"),
+    [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor().compress)],
+)
+def test_plain_and_compressed_files_give_their_text_verbatim(tmp_path: Path, ending: str, pack) -> None:
+    text = tmp_path / f"book.txt{ending}"
+    # two streams one after the other are one file, as `cat a.gz b.gz` makes them
+    text.write_bytes(pack(TEXT.encode()) + pack(b"more\n"))
+    assert read(text) == [TEXT + "more\n"]
+    records = tmp_path / f"book.jsonl{ending}"
+    records.write_bytes(pack(jsonl(TEXT, "second")) + pack(b"\n"))
+    assert read(records) == [TEXT, "second"]
+
+
+def test_parquet_gives_its_text_column(tmp_path: Path) -> None:
+    table = pyarrow.table({"id": [1, 2, 3], "text": [TEXT, "second", "third"]})
+    pyarrow.parquet.write_table(table, tmp_path / "book.parquet", row_group_size=2)
+    assert read(tmp_path / "book.parquet") == [TEXT, "second", "third"]
+
+
+def test_a_glob_is_read_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+
+
+def test_a_separator_cuts_a_text_file_into_documents(tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text("one<end><end>two<end>\nthree")
+    assert read(file, separator="<end>") == ["one", "two", "\nthree"]
+
+
+@given(st.text("ab \n|", max_size=300), st.integers(1, 20), st.integers(1, 40), st.sampled_from([None, "|", "|a|"]))
+def test_pieces_of_any_size_join_to_the_documents(text: str, chunk: int, size: int, separator: str | None) -> None:
+    chunks = [text[start : start + chunk] for start in range(0, len(text), chunk)]
+    joined, document = [], ""
+    for piece in sources._cut(chunks, size=size, separator=separator):
+        assert len(piece.text) <= size + len(separator or "")
+        document += piece.text
+        if piece.last:
+            joined.append(document)
+            document = ""
+    assert document == ""
+    assert joined == [part for part in (text.split(separator) if separator else [text]) if part]
+
+
+def test_a_long_file_comes_in_pieces_cut_after_newlines(tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("a line of this book\n" * 20_000)
+    found = list(pieces(Source(path=str(file)), separator=None))
+    assert len(found) > 10
+    assert all(piece.text.endswith("\n") for piece in found)
+    assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
+
+
+def test_python_docs_are_real_text_and_the_same_each_time() -> None:
+    first, second = list(python_docs(limit=600_000)), list(python_docs(limit=600_000))
+    assert first == second
+    assert 600_000 <= sum(map(len, first)) < 2_000_000
+    assert any("docstring" in text for text in first)
+    assert len(set(first)) == len(first)
+
+
+def test_missing_files_and_folders_say_what_to_do(tmp_path: Path) -> None:
+    assert "does not exist: check the path" in problem(tmp_path / "no.txt")
+    assert "matches no file: check the pattern" in problem(tmp_path / "*.txt")
+    assert f"is a folder: give its files, for example {tmp_path}/*.txt" in problem(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", b""), ("a.txt", b" \n\n"), ("a.txt.gz", b""), ("a.txt.zst", b""), ("a.jsonl", b"\n"), ("a.xz", b"")],
+)
+def test_a_source_without_text_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert "holds no text: remove it" in problem(tmp_path / name)
+
+
+@pytest.mark.parametrize("before", [0, 7, 65_535, 65_536, 200_001])
+def test_text_that_is_not_utf8_is_refused_with_its_byte(tmp_path: Path, before: int) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * before + "ä".encode("latin-1") + b"bc")
+    assert f"is not UTF-8 at byte {before}: convert it" in problem(tmp_path / "a.txt")
+    # cut inside a character
+    (tmp_path / "a.txt").write_bytes(b"x" * before + "ä".encode()[:1])
+    assert f"is not UTF-8 at byte {before}: convert it" in problem(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a"', "line 2 is not JSON (Expecting ',' delimiter at column 13)"),
+        (b'{"content": "a"}', "line 2 has no `text`"),
+        (b'["a"]', "line 2 has no `text`"),
+        (b'{"text": 5}', "line 2: `text` must be a string, got '5'"),
+        (b'{"text": null}', "line 2: `text` must be a string, got 'None'"),
+        (b'{"text": "\xe4"}', "line 2 is not UTF-8 at byte 10 of the line"),
+        (b'{"text": "\\ud83d"}', r"line 2: `text` holds half a surrogate pair ('\ud83d')"),
+        (b'{"text": ' + b"[" * 100_000, "line 2 is nested too deeply"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("first") + line + b"\n" + jsonl("third"))
+    assert message in problem(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("ending", "pack"),
+    # a checksum, as the zstd command writes it and this library does not by itself
+    [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor(write_checksum=True).compress)],
+)
+def test_broken_and_cut_archives_are_refused(tmp_path: Path, ending: str, pack) -> None:
+    file = tmp_path / f"a.txt{ending}"
+    whole = pack("".join(f"line {n * n}\n" for n in range(5000)).encode())
+    for size in (len(whole) - 3, len(whole) // 2, 20):
+        file.write_bytes(whole[:size])
+        assert "is cut short: copy or compress it again" in problem(file)
+    file.write_bytes(whole[:50] + bytes(100) + whole[150:])
+    assert "is broken (" in problem(file)
+    file.write_bytes(b"not compressed at all")
+    assert "is broken (" in problem(file)
+    file.write_bytes(whole + b"rubbish")
+    assert "is broken (" in problem(file)
+
+
+def test_broken_parquet_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), file)
+    assert "has no column `text` (it has content)" in problem(file)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), file)
+    assert "row 2: `text` must be a string, got 'None'" in problem(file)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [str(n) * 9 for n in range(999)]}), file)
+    whole = file.read_bytes()
+    for content in (whole[:-5], whole[: len(whole) // 2], b"", b"not parquet", whole[:40] + bytes(400) + whole[440:]):
+        file.write_bytes(content)
+        assert "is broken after row" in problem(file)

@@ -1,0 +1,89 @@
+"""Evaluation text is the file's text and nothing else."""
+
+import gzip
+import json
+import lzma
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.errors import InputError
+from data_pipeline.manifest import Prepared
+from data_pipeline.prepare import prepare
+from data_pipeline.split import held_out_sequences, training_sequences
+from data_pipeline.text import file_stream, held_out_stream, unigram_perplexity
+from data_pipeline.tokenizer import Tokenizer
+from tests.unit.data_samples import BOOK, small_data, write_book
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = tmp_path_factory.mktemp("prepared")
+    return prepare(small_data(write_book(folder)), folder=folder / "data", progress=False)
+
+
+def test_a_file_is_one_stream_verbatim(prepared: Prepared, tmp_path: Path) -> None:
+    text = BOOK.replace("\n", "\r\n") + "no newline at the end"
+    for name, content in (
+        ("a.txt", text.encode()),
+        ("a.txt.gz", gzip.compress(text.encode())),
+        ("a.raw.xz", lzma.compress(text.encode())),
+    ):
+        (tmp_path / name).write_bytes(content)
+        stream = file_stream(tmp_path / name, prepared.tokenizer)
+        tokenizer = Tokenizer.load(prepared.tokenizer)
+        assert tokenizer.decode(stream.tokens) == text
+        assert stream.tokens.tolist() == tokenizer.encode(text)
+        assert (stream.name, stream.words, stream.tokens.dtype) == (name, len(text.split()), np.int64)
+
+
+def test_records_are_joined_by_the_end_token(prepared: Prepared, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one two", "three", BOOK)))
+    tokenizer = Tokenizer.load(prepared.tokenizer)
+    one, three, book = (tokenizer.encode(text) for text in ("one two", "three", BOOK))
+    stream = file_stream(file, prepared.tokenizer)
+    assert stream.tokens.tolist() == [*one, 2, *three, 2, *book]
+    assert stream.words == 3 + len(BOOK.split())
+
+
+def test_a_wrong_file_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    def problem(path: Path) -> str:
+        with pytest.raises(InputError) as caught:
+            file_stream(path, prepared.tokenizer)
+        return str(caught.value)
+
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "latin.txt").write_bytes(b"abc\xe4")
+    assert "holds no text" in problem(tmp_path / "empty.txt")
+    assert "is not UTF-8 at byte 3" in problem(tmp_path / "latin.txt")
+    assert "does not exist" in problem(tmp_path / "no.txt")
+    assert "is a folder" in problem(tmp_path)
+    assert "must be one file" in problem(tmp_path / "*.txt")
+
+
+def test_the_held_out_stream_is_the_held_out_sequences(prepared: Prepared) -> None:
+    stream = held_out_stream(prepared, split=0.2)
+    count = prepared.parts[0].sequences
+    assert len(stream.tokens) == pytest.approx(0.2 * prepared.tokens, rel=0.5)
+    text = Tokenizer.load(prepared.tokenizer).decode(stream.tokens)
+    assert stream.words == len(text.split())
+    assert len(held_out_sequences(count, share=0.2)) == round(count * 0.2)
+    with pytest.raises(InputError, match="data.split is 0"):
+        held_out_stream(prepared, split=0.0)
+
+
+def test_unigram_perplexity_is_that_of_the_training_text_alone(prepared: Prepared) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prepared.prefix(prepared.parts[0])))
+    training = Counter()
+    for sequence in training_sequences(len(dataset), share=prepared.split):
+        training.update(dataset[int(sequence)].tolist())
+    tokens = held_out_stream(prepared, split=prepared.split).tokens
+    total = sum(training.values()) + prepared.vocab_size
+    loss = -sum(math.log((training[token] + 1) / total) for token in tokens.tolist()) / len(tokens)
+    assert unigram_perplexity(prepared, tokens) == pytest.approx(math.exp(loss), rel=1e-9)

@@ -1,0 +1,105 @@
+"""The tokenizer gives text back to the byte; what does not, or does not fit, is refused."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import InputError
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from tests.unit.data_samples import BOOK
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer([BOOK], vocab_size=600, out=tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def foreign_model(folder: Path, **options: object) -> Path:
+    model = io.BytesIO()
+    exact = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(BOOK.split("\n")), model_writer=model, vocab_size=500, minloglevel=3, **exact | options
+    )
+    file = folder / "foreign.model"
+    file.write_bytes(model.getvalue())
+    return file
+
+
+@given(st.text(max_size=200).map(lambda text: text.replace("\u2581", "")))
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+    assert tokenizer.end_of_document not in tokens
+
+
+def test_encoding_by_lines_is_encoding_in_one_go(tokenizer: Tokenizer) -> None:
+    whole = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(BOOK)
+    assert tokenizer.encode(BOOK) == whole
+    assert len(whole) < 0.6 * len(BOOK)
+
+
+def test_a_model_whose_pieces_hold_newlines_is_encoded_in_one_go(tmp_path: Path) -> None:
+    model = foreign_model(tmp_path, user_defined_symbols=["\n\n"])
+    whole = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("one\n\ntwo\n")
+    assert Tokenizer.load(model).encode("one\n\ntwo\n") == whole
+
+
+def test_the_same_text_gives_the_same_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    again = train_tokenizer(iter([BOOK]), vocab_size=600, out=tmp_path / "again.model")
+    assert again.path.read_bytes() == tokenizer.path.read_bytes()
+    assert again.sha256 == tokenizer.sha256
+    assert again.vocab_size == 600
+    assert [file.name for file in tmp_path.iterdir()] == ["again.model"]
+
+
+def test_a_vocabulary_larger_than_the_text_allows_names_the_largest(tmp_path: Path) -> None:
+    out = tmp_path / "tokenizer.model"
+    with pytest.raises(InputError, match=r"data.vocab_size 9999 is larger than the \d+ the text allows: use") as caught:
+        train_tokenizer([BOOK[:3000]], vocab_size=9999, out=out)
+    assert not out.exists()
+    largest = int(re.findall(r"use (\d+) or less", str(caught.value))[0])
+    assert train_tokenizer([BOOK[:3000]], vocab_size=largest, out=out).vocab_size == largest
+
+
+def test_a_vocabulary_smaller_than_the_characters_names_the_smallest(tmp_path: Path) -> None:
+    text = "".join(map(chr, range(0x4E00, 0x5200)))
+    with pytest.raises(InputError, match="use 1283 or more"):
+        train_tokenizer([text], vocab_size=300, out=tmp_path / "tokenizer.model")
+    with pytest.raises(InputError, match="no tokenizer of data.vocab_size 300 can be trained on this text"):
+        train_tokenizer(["\n"], vocab_size=300, out=tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "unigram"}, "model type unigram"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalization nmt_nfkc"),
+        ({"add_dummy_prefix": True}, "add_dummy_prefix"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
+        ({"byte_fallback": False}, "no byte_fallback"),
+        ({"eos_id": -1}, "no end piece"),
+    ],
+)
+def test_a_model_that_loses_text_or_is_not_portable_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(foreign_model(tmp_path, **options))
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        Tokenizer.load(tmp_path / "no.model")
+    (tmp_path / "text.model").write_text("some text")
+    with pytest.raises(InputError, match="not a sentencepiece model"):
+        Tokenizer.load(tmp_path / "text.model")
