@@ -69,7 +69,12 @@ def test_a_separator_cuts_a_text_file_into_documents(tmp_path: Path) -> None:
     assert read(file, separator="<end>") == ["one", "two", "\nthree"]
 
 
-@given(st.text("ab \n|", max_size=300), st.integers(1, 20), st.integers(1, 40), st.sampled_from([None, "|", "|a|"]))
+@given(
+    st.lists(st.sampled_from(["|a|", "|", "a", "bb", " ", "\n"]), max_size=80).map("".join),
+    st.integers(1, 20),
+    st.integers(1, 40),
+    st.sampled_from([None, "|", "|a|"]),
+)
 def test_pieces_of_any_size_join_to_the_documents(text: str, chunk: int, size: int, separator: str | None) -> None:
     chunks = [text[start : start + chunk] for start in range(0, len(text), chunk)]
     joined, document = [], ""
