@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -155,9 +156,10 @@ class _PipelineEngine:
 
     def local_logits(self, tokens: Tensor) -> Tensor | None:
         batch = torch.cat([tokens, tokens[:, :1]], dim=1)  # a target for each position; its loss is not asked for
-        _, logits = self._engine.eval_batch(
-            self._batches([batch]), return_logits=True, compute_loss=False, num_micro_batches=1
-        )
+        # The loss shifts logits in place, and DeepSpeed wants a scalar whatever is asked: give it another.
+        module = self._engine.module
+        with patch.object(module, "loss_fn", lambda logits, targets: logits.new_zeros(())):
+            _, logits = self._engine.eval_batch(self._batches([batch]), return_logits=True, num_micro_batches=1)
         return logits  # type: ignore[no-any-return]
 
     def state(self) -> State:

@@ -1,5 +1,7 @@
 """Pipeline stages: DeepSpeed's PipelineModule over a plan, cut where our layout says."""
 
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 from torch import nn
@@ -44,10 +46,16 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
             *map(_Layer, (*plan.before, *plan.blocks, *plan.after)),
             _TiedLayer(plan.embedding, forward_fn=plan.head),
         ]
-        super().__init__(layers, topology=groups.grid.topology(), loss_fn=plan.loss)
+        with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
+            super().__init__(layers, topology=groups.grid.topology(), loss_fn=plan.loss)
 
     def _partition_layers(self, method: str = "") -> None:
         # DeepSpeed's own methods weigh layers by size or name; ours is stated once, in the layout.
         bounds = [self._lead + bound for bound in stage_bounds(self._blocks, stages=self.num_stages)]
         self.parts = [0, *bounds[1:-1], len(self._layer_specs)]
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def _synchronize_tied_weights(self) -> None:
+        # Nothing to do: both stages draw, or load, the same weight by its name. DeepSpeed would broadcast
+        # a parameter that has a gradient, which torch warns of at each start.
+        pass

@@ -1,5 +1,7 @@
-"""Train a few steps in several layouts on one set of ranks."""
+"""Train a few steps in several layouts on one set of ranks, each from the same saved state."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +15,52 @@ from parallel.layout import Layout
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_weights
 from parallel.start import Place
+from parallel.zero import KINDS
+from training.checkpoint.read import load_slices, open_checkpoint
+from training.checkpoint.write import save_checkpoint
 from training.model.decoder import Decoder, plan_layers
 
-SHAPE = ["model.layers=4", "model.hidden=64", "model.heads=4", "data.sequence_length=32", "train.clip=0.3"]
-BATCH = ["train.global_batch=8", "train.micro_batch=2", "model.init_std=0.08"]
-VOCABULARY = 301  # odd: every tensor size pads
+LENGTH = 32
+VOCABULARY = 331  # prime: every tensor size above one pads
+SMALL = (
+    "model.layers=4",
+    "model.hidden=64",
+    "model.heads=4",
+    "model.init_std=0.08",
+    f"data.sequence_length={LENGTH}",
+    f"data.vocab_size={VOCABULARY}",
+    "train.global_batch=8",
+    "train.micro_batch=2",
+    "train.clip=0.3",  # below the norms seen, so that wrong clipping shows in the losses
+)
 
 
-def config_of(layout: dict[str, int], *, more: tuple[str, ...] = ()) -> RunConfig:
+@dataclass(frozen=True)
+class Trained:
+    """What one rank saw of one layout.
+
+    Attributes:
+        rank, size: Of the tensor axis.
+        stage: Of the pipeline axis.
+        initial: This rank's slices of the initial weights, by name.
+        steps: (loss, gradient norm) of each step.
+        logits: This rank's columns at each asked length, [1, length, local_vocab]; None but on the last stage.
+        held_out_loss: Mean loss at four times the training length.
+    """
+
+    rank: int
+    size: int
+    stage: int
+    initial: dict[str, torch.Tensor]
+    steps: list[tuple[float, float]]
+    logits: dict[int, torch.Tensor | None]
+    held_out_loss: float
+
+
+def config_of(layout: dict[str, int], *, run_dir: Path, more: tuple[str, ...] = ()) -> RunConfig:
     """Return the small run in one layout."""
     keys = [f"parallel.{key}={value}" for key, value in layout.items()]
-    return load_run("demo", overrides=[*SHAPE, *BATCH, *keys, *more])
+    return load_run("demo", overrides=[*SMALL, *keys, *more, f"run.dir={run_dir}"])
 
 
 def build(config: RunConfig, *, world_size: int) -> tuple[Engine, Groups, Layout]:
@@ -37,27 +74,91 @@ def build(config: RunConfig, *, world_size: int) -> tuple[Engine, Groups, Layout
     return engine, groups, layout
 
 
-def tokens_of(step: int, *, samples: int = 8, length: int = 33) -> torch.Tensor:
-    """Return the global batch of a step, [samples, length]."""
+def tokens_of(step: int, *, samples: int = 8, length: int = LENGTH) -> torch.Tensor:
+    """Return the global batch of a step, [samples, length + 1]."""
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, VOCABULARY, (samples, length), generator=generator)
+    return torch.randint(0, VOCABULARY, (samples, length + 1), generator=generator)
 
 
-def micro_batches_of(batch: torch.Tensor, *, groups: Groups, layout: Layout) -> list[torch.Tensor]:
-    """Return a data rank's share of a global batch."""
-    mine = batch.chunk(groups.data.size)[groups.data.rank]
-    return list(mine.chunk(layout.micro_batches))
+def train_layouts(
+    place: Place,
+    *,
+    layouts: list[dict[str, int]],
+    steps: range,
+    folder: Path,
+    tokenizer: Path,
+    start_from: Path | None,
+    more: tuple[str, ...] = (),
+) -> list[Trained]:
+    """Return what this rank saw of each layout; each is saved to a run folder named after it.
+
+    Args:
+        place: This process among the ranks.
+        layouts: Keys of the `parallel` section.
+        steps: The batches to train on.
+        folder: Where run folders go.
+        tokenizer: A sentencepiece model, for the checkpoints.
+        start_from: A checkpoint to load first; None starts from the initial weights.
+        more: Further overrides.
+    """
+    return [
+        _train(
+            place,
+            config_of(keys, run_dir=folder / name_of(keys, ranks=place.size), more=more),
+            steps=steps,
+            tokenizer=tokenizer,
+            start_from=start_from,
+        )
+        for keys in layouts
+    ]
 
 
-def train_layouts(place: Place, *, layouts: list[dict[str, int]], steps: int, more: tuple[str, ...] = ()) -> Any:
-    """Return for each layout the (loss, gradient norm) of each step, as seen by this rank."""
-    found = []
-    for overrides in layouts:
-        engine, groups, layout = build(config_of(overrides, more=more), world_size=place.size)
-        outcomes = []
-        for step in range(steps):
-            batches = micro_batches_of(tokens_of(step), groups=groups, layout=layout)
-            outcomes.append(engine.train_step(batches, learning_rate=3e-3))
-        found.append([(outcome.loss, outcome.grad_norm) for outcome in outcomes])
-        dist.barrier()
-    return found
+def name_of(keys: dict[str, int], *, ranks: int) -> str:
+    """Return a layout's name: tensor 2, pipeline 1, ZeRO 3 on four ranks is t2p1z3w4."""
+    return f"t{keys['tensor']}p{keys['pipeline']}z{keys['zero']}w{ranks}"
+
+
+def _train(place: Place, config: RunConfig, *, steps: range, tokenizer: Path, start_from: Path | None) -> Trained:
+    engine, groups, layout = build(config, world_size=place.size)
+    state = engine.state()
+    initial = {name: state.read(name, "weight").clone() for name in state.parameters}
+    if start_from is not None:
+        checkpoint = open_checkpoint(start_from)
+        load_slices(state, checkpoint, kinds=KINDS, tensor=groups.tensor)
+        state.set_step(checkpoint.step)
+    outcomes = []
+    for step in steps:
+        mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
+        outcomes.append(engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3))
+    logits = {length: _logits(engine, length=length) for length in (LENGTH, 4 * LENGTH)}
+    held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
+    after = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)  # back at the first length
+    outcomes.append(after)
+    _save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
+    dist.barrier()
+    return Trained(
+        rank=groups.tensor.rank,
+        size=groups.tensor.size,
+        stage=groups.pipeline.rank,
+        initial=initial,
+        steps=[(outcome.loss, outcome.grad_norm) for outcome in outcomes],
+        logits=logits,
+        held_out_loss=held_out,
+    )
+
+
+def _logits(engine: Engine, *, length: int) -> torch.Tensor | None:
+    local = engine.local_logits(tokens_of(7, samples=1, length=length - 1))
+    return None if local is None else local.clone()
+
+
+def _save(engine: Any, config: RunConfig, *, groups: Groups, tokenizer: Path, step: int) -> None:
+    save_checkpoint(
+        engine.state(),
+        config=config,
+        groups=groups,
+        tokenizer=tokenizer,
+        vocab_size=VOCABULARY,
+        step=step,
+        samples=step * config.train.global_batch,
+    )

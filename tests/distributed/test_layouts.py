@@ -1,0 +1,134 @@
+"""One model, one saved state, many layouts: the same weights, losses, gradient norms and logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.tokenizer import train_tokenizer
+from tests.distributed.layouts import LENGTH, VOCABULARY, Trained, name_of, tokens_of, train_layouts
+from tests.distributed.spawn import run_ranks
+from training.checkpoint.manifest import list_checkpoints
+from training.checkpoint.read import open_checkpoint
+
+WARM_STEPS = range(3)  # so that Adam's moments are not zero in the saved state
+STEPS = range(3, 13)
+
+
+def _layout(tensor: int, pipeline: int, zero: int) -> dict[str, int]:
+    return {"tensor": tensor, "pipeline": pipeline, "zero": zero}
+
+
+REFERENCE = _layout(1, 1, 0)
+LAYOUTS = {
+    1: [REFERENCE],
+    2: [_layout(2, 1, 1), _layout(1, 2, 1), _layout(1, 1, 2), _layout(1, 1, 3)],
+    4: [_layout(2, 2, 1), _layout(4, 1, 0), _layout(2, 1, 3), _layout(1, 2, 1), _layout(2, 1, 2)],
+}
+NAMES = [name_of(keys, ranks=ranks) for ranks, some in LAYOUTS.items() for keys in some]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    words = ["".join(chr(97 + (i * k) % 26) for k in range(1, 9)) for i in range(1, 400)]
+    train_tokenizer([" ".join(words)] * 20, vocab_size=VOCABULARY, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(runs: Path, tokenizer: Path) -> dict[str, list[Trained]]:
+    """Each layout's ranks, all trained from the state that one rank saved after a few steps."""
+    base = {"folder": runs / "warm", "tokenizer": tokenizer, "start_from": None}
+    run_ranks(train_layouts, ranks=1, arguments={**base, "layouts": [REFERENCE], "steps": WARM_STEPS})
+    saved = runs / "warm" / name_of(REFERENCE, ranks=1)
+    found = {}
+    for ranks, layouts in LAYOUTS.items():
+        arguments = {**base, "folder": runs, "layouts": layouts, "steps": STEPS, "start_from": saved}
+        by_rank = run_ranks(train_layouts, ranks=ranks, arguments=arguments)
+        for index, keys in enumerate(layouts):
+            found[name_of(keys, ranks=ranks)] = [results[index] for results in by_rank]
+    return found
+
+
+def whole(ranks: list[Trained], pick: str, key: str | int) -> torch.Tensor:
+    """Join the tensor ranks' columns of logits, or rows of the embedding, and drop the padding."""
+    parts = {r.rank: getattr(r, pick)[key] for r in ranks if getattr(r, pick).get(key) is not None}
+    dim = -1 if pick == "logits" else 0
+    return torch.cat([parts[rank] for rank in sorted(parts)], dim=dim).narrow(dim, 0, VOCABULARY)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_has_the_same_losses_and_gradient_norms(trained: dict[str, list[Trained]], name: str) -> None:
+    expected = trained[name_of(REFERENCE, ranks=1)][0].steps
+    assert all(norm > 0.3 for _, norm in expected), "clipping must be at work, or this test sees less"
+    for rank in trained[name]:
+        for (loss, norm), (expected_loss, expected_norm) in zip(rank.steps, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_starts_from_the_same_weights(trained: dict[str, list[Trained]], name: str) -> None:
+    expected = trained[name_of(REFERENCE, ranks=1)][0].initial
+    seen: set[str] = set()
+    for rank in trained[name]:
+        for parameter, part in rank.initial.items():
+            seen.add(parameter)
+            full = expected[parameter]
+            if part.shape == full.shape:
+                assert torch.equal(part, full), parameter
+            elif parameter == "embedding.word.weight":
+                continue  # padded: joined below
+            else:
+                dim = 0 if part.shape[0] != full.shape[0] else 1
+                assert torch.equal(part, full.chunk(rank.size, dim=dim)[rank.rank]), parameter
+    assert seen == set(expected)
+    assert torch.equal(whole(trained[name], "initial", "embedding.word.weight"), expected["embedding.word.weight"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_scores_any_length_alike(trained: dict[str, list[Trained]], name: str) -> None:
+    reference = trained[name_of(REFERENCE, ranks=1)]
+    for length in (LENGTH, 4 * LENGTH):
+        torch.testing.assert_close(
+            whole(trained[name], "logits", length), whole(reference, "logits", length), atol=1e-4, rtol=0
+        )
+    for rank in trained[name]:
+        assert rank.held_out_loss == pytest.approx(reference[0].held_out_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoints_of_every_layout_hold_the_same_tensors(
+    trained: dict[str, list[Trained]], runs: Path, name: str
+) -> None:
+    expected = open_checkpoint(runs / name_of(REFERENCE, ranks=1))
+    checkpoint = open_checkpoint(runs / name)
+    assert [found.step for found in list_checkpoints(runs / name)] == [STEPS.stop]
+    assert checkpoint.manifest.tensors.keys() == expected.manifest.tensors.keys()
+    for parameter in expected.manifest.tensors:
+        for kind, tolerance in (("weight", 1e-4), ("exp_avg", 1e-4), ("exp_avg_sq", 1e-4)):
+            one, other = checkpoint.tensor(parameter, kind=kind), expected.tensor(parameter, kind=kind)
+            torch.testing.assert_close(one, other, atol=tolerance, rtol=0, msg=f"{parameter} {kind}")
+
+
+@pytest.mark.parametrize("name", ["t2p2z1w4", "t4p1z0w4"])
+def test_exported_model_equals_the_trained_ranks_in_transformers(
+    trained: dict[str, list[Trained]], runs: Path, tmp_path: Path, name: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from training.export.run import export
+
+    out = tmp_path / "exported"
+    export(runs / name, format="hf", out=out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for length in (LENGTH, 4 * LENGTH):
+        with torch.no_grad():
+            logits = model(tokens_of(7, samples=1, length=length - 1)).logits
+        torch.testing.assert_close(logits, whole(trained[name], "logits", length), atol=1e-4, rtol=0)
