@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from itertools import product
 from pathlib import Path
 
 import pyarrow
@@ -69,23 +70,31 @@ def test_a_separator_cuts_a_text_file_into_documents(tmp_path: Path) -> None:
     assert read(file, separator="<end>") == ["one", "two", "\nthree"]
 
 
-@given(
-    st.lists(st.sampled_from(["|a|", "|", "a", "bb", " ", "\n"]), max_size=80).map("".join),
-    st.integers(1, 20),
-    st.integers(1, 40),
-    st.sampled_from([None, "|", "|a|"]),
-)
-def test_pieces_of_any_size_join_to_the_documents(text: str, chunk: int, size: int, separator: str | None) -> None:
-    chunks = [text[start : start + chunk] for start in range(0, len(text), chunk)]
-    joined, document = [], ""
+def joined(chunks: list[str], *, size: int, separator: str | None) -> list[str]:
+    found, document = [], ""
     for piece in sources._cut(chunks, size=size, separator=separator):
         assert len(piece.text) <= size + len(separator or "")
         document += piece.text
         if piece.last:
-            joined.append(document)
+            found.append(document)
             document = ""
     assert document == ""
-    assert joined == [part for part in (text.split(separator) if separator else [text]) if part]
+    return found
+
+
+@given(st.text("ab \n", max_size=300), st.integers(1, 20), st.integers(1, 40))
+def test_pieces_of_any_size_join_to_the_text(text: str, chunk: int, size: int) -> None:
+    chunks = [text[start : start + chunk] for start in range(0, len(text), chunk)]
+    assert joined(chunks, size=size, separator=None) == ([text] if text else [])
+
+
+@pytest.mark.parametrize("separator", ["|", "||", "|a|"])
+def test_a_separator_is_found_across_chunks_and_pieces(separator: str) -> None:
+    for text in map("".join, product("|a", repeat=7)):
+        expected = [part for part in text.split(separator) if part]
+        for chunk, size in product(range(1, 6), range(1, 5)):
+            chunks = [text[start : start + chunk] for start in range(0, len(text), chunk)]
+            assert joined(chunks, size=size, separator=separator) == expected
 
 
 def test_a_long_file_comes_in_pieces_cut_after_newlines(tmp_path: Path) -> None:
