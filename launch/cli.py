@@ -139,9 +139,10 @@ def export(
     """Write the model for inference engines; logits are compared before it says done."""
     found = _checkpoint(checkpoint)
 
+    from launch.show import show_lines
     from training.export.run import export as export_checkpoint
 
-    export_checkpoint(found, format=form.value, out=out)
+    show_lines(f"exported {export_checkpoint(found, format=form.value, out=out)}")
 
 
 @app.command()
