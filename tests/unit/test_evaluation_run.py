@@ -103,7 +103,7 @@ def test_results_and_files_are_added_to_the_runs_mlflow_run(run_dir: Path) -> No
 @pytest.mark.parametrize(
     ("lengths", "protocols", "message"),
     [
-        ((32, 1000, 2000), None, "the text has 1000 tokens, too short for length 1000 and 2000: use lengths up to 999"),
+        ((32, 1000, 2000), None, "the text has 1000 tokens, too short for length 1000, 2000: use lengths up to 999"),
         ((64, 32), ("sliding:40",), "sliding:40 moves further than its window of 32 tokens"),
         ((0,), None, "length must be 1 or more, got 0"),
         (None, ("rolling",), "protocol 'rolling' is not known"),

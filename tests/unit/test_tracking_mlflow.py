@@ -4,6 +4,7 @@ import json
 import logging
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -60,6 +61,7 @@ def test_a_run_and_its_restart_are_one_mlflow_run(run_dir: Path, database: Datab
 
     # the restart begins at a checkpoint of step 1, so it repeats 2 and 3
     second = start(run_dir, heads=8)
+    _wait_for(lambda: database.rows("select status from runs") == [("RUNNING",)])
     for step in (2, 3, 4):
         second.metrics(step, {"loss": 20.0 - step})
     second.metrics(4, {"validation_loss": 8.0})
@@ -181,8 +183,7 @@ def test_password_of_a_server_is_not_shown() -> None:
     assert without_password("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
 
 
-def _wait_for(condition: object, *, seconds: float = 30.0) -> None:
-    assert callable(condition)
+def _wait_for(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "timed out"

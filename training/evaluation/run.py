@@ -76,7 +76,7 @@ def plan_jobs(lengths: Sequence[int], protocols: Sequence[Protocol], *, tokens: 
     """
     too_long = [length for length in dict.fromkeys(lengths) if length > tokens - 1]
     if too_long and tokens > 1:
-        named = " and ".join(map(str, too_long))
+        named = ", ".join(map(str, too_long))
         raise InputError(
             f"the text has {tokens} tokens, too short for length {named}: use lengths up to {tokens - 1}, "
             "or give a longer text with --data"
