@@ -40,8 +40,8 @@ class StepResult:
     validation_loss: float | None = None
 
     def values(self) -> dict[str, float]:
-        """Return what was measured, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Return what was measured, by name; the step itself is no measurement."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "step"}
 
 
 class Observer(Protocol):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -70,21 +71,36 @@ def _train(
     groups = make_groups(layout)
     if groups.world.rank == 0:
         folder.record(config, run_dir=run_dir, layout=layout, device=device)
-    samples = _open(config, prepared=prepared, groups=groups, held_out=False)
-    held_out = _open(config, prepared=prepared, groups=groups, held_out=True) if config.evaluate.every else None
+    loader = Loader(
+        _open(config, prepared=prepared, groups=groups, held_out=False),
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        data_rank=groups.data.rank,
+        data_size=groups.data.size,
+    )
     engine = _build(config, layout=layout, groups=groups, prepared=prepared, device=device)
     position = _resume(engine, config=config, run_dir=run_dir, groups=groups)
+    parameters = parameter_count(config.model, vocab_size=prepared.vocab_size)
+    loop = Loop(
+        config=config,
+        engine=engine,
+        loader=loader,
+        groups=groups,
+        device=device,
+        observers=_observers(config, run_dir=run_dir, position=position) if groups.world.rank == 0 else (),
+        validate=_validator(engine, config=config, prepared=prepared, groups=groups),
+        save=_saver(engine, config=config, prepared=prepared, groups=groups),
+        stop=stopping,
+        flops_per_token=flops_per_token(config.model, parameters=parameters, length=config.data.sequence_length),
+        peak_flops=_world_peak(config, device=device),
+    )
+    _run(loop, start=position)
 
-    def save(at: Position) -> None:
-        save_checkpoint(
-            engine.state(),
-            config=config,
-            groups=groups,
-            tokenizer=prepared.tokenizer,
-            vocab_size=prepared.vocab_size,
-            step=at.step,
-            samples=at.consumed_samples,
-        )
+
+def _validator(engine: Engine, *, config: RunConfig, prepared: Prepared, groups: Groups) -> Callable[[], float]:
+    """Return what measures the mean loss on the held-out samples."""
+    held_out = _open(config, prepared=prepared, groups=groups, held_out=True) if config.evaluate.every else None
 
     def validate() -> float:
         assert held_out is not None
@@ -97,28 +113,24 @@ def _train(
         )
         return engine.mean_loss(list(batches))
 
-    parameters = parameter_count(config.model, vocab_size=prepared.vocab_size)
-    loop = Loop(
-        config=config,
-        engine=engine,
-        loader=Loader(
-            samples,
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            data_rank=groups.data.rank,
-            data_size=groups.data.size,
-        ),
-        groups=groups,
-        device=device,
-        observers=_observers(config, run_dir=run_dir, position=position) if groups.world.rank == 0 else (),
-        validate=validate,
-        save=save,
-        stop=stopping,
-        flops_per_token=flops_per_token(config.model, parameters=parameters, length=config.data.sequence_length),
-        peak_flops=_world_peak(config, device=device),
-    )
-    _run(loop, start=position)
+    return validate
+
+
+def _saver(engine: Engine, *, config: RunConfig, prepared: Prepared, groups: Groups) -> Callable[[Position], None]:
+    """Return what saves a checkpoint at a position."""
+
+    def save(position: Position) -> None:
+        save_checkpoint(
+            engine.state(),
+            config=config,
+            groups=groups,
+            tokenizer=prepared.tokenizer,
+            vocab_size=prepared.vocab_size,
+            step=position.step,
+            samples=position.consumed_samples,
+        )
+
+    return save
 
 
 def _run(loop: Loop, *, start: Position) -> None:

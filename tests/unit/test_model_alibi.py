@@ -1,0 +1,105 @@
+"""ALiBi and attention against transformers and against formulas written out here."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+from parallel.groups import Group
+from training.model import attention
+from training.model.alibi import causal_bias, local_slopes, slopes
+from training.model.attention import BiasStrip, reference, sdpa
+from training.model.sinusoidal import sinusoids
+
+
+@pytest.mark.parametrize("heads", range(1, 129))
+def test_slopes_equal_transformers_for_every_head_count(heads: int) -> None:
+    theirs = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(torch.tensor(slopes(heads)), theirs, rtol=1e-6, atol=0)
+
+
+def test_eight_heads_have_the_slopes_of_the_paper() -> None:
+    assert slopes(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+
+
+@given(st.integers(1, 8), st.integers(1, 16))
+def test_slices_of_any_tensor_size_join_to_the_whole(size: int, local: int) -> None:
+    parts = [local_slopes(size * local, tensor=Group(rank, size, None)) for rank in range(size)]
+    assert torch.equal(torch.cat(parts), torch.tensor(slopes(size * local), dtype=torch.float32))
+
+
+def test_bias_is_minus_slope_times_distance_and_nothing_ahead() -> None:
+    bias = causal_bias(torch.tensor([0.5, 0.25]), queries=2, keys=3)
+    inf = float("inf")
+    assert bias.tolist() == [[[-0.5, 0.0, -inf], [-1.0, -0.5, 0.0]], [[-0.25, 0.0, -inf], [-0.5, -0.25, 0.0]]]
+
+
+def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: list[float]) -> torch.Tensor:
+    """Attention row by row, from the paper's formula."""
+    out = torch.zeros_like(q)
+    before = k.shape[2] - q.shape[2]
+    for head, slope in enumerate(heads):
+        for row in range(q.shape[2]):
+            seen = before + row + 1
+            scores = q[:, head, row : row + 1] @ k[:, head, :seen].mT / q.shape[-1] ** 0.5
+            scores = scores - slope * torch.arange(seen - 1, -1, -1, dtype=q.dtype)
+            out[:, head, row : row + 1] = scores.softmax(-1) @ v[:, head, :seen]
+    return out
+
+
+@settings(max_examples=20, deadline=None)
+@given(queries=st.integers(1, 24), before=st.integers(0, 20), block=st.integers(1, 9), seed=st.integers(0, 99))
+def test_both_backends_equal_the_formula_in_fp64(queries: int, before: int, block: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, 3, queries, 8, dtype=torch.float64, generator=generator)
+    k, v = torch.randn(2, 2, 3, before + queries, 8, dtype=torch.float64, generator=generator)
+    # Multiples of a power of two: exact in fp32, so that the formula sees the very same slopes.
+    chosen = [0.5, 0.0625, 0.00390625]
+    expected = explicit(q, k, v, chosen)
+    strip = BiasStrip(torch.tensor(chosen))
+    torch.testing.assert_close(reference(strip)(q, k, v), expected, atol=1e-12, rtol=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERY_BLOCK", block)
+        torch.testing.assert_close(sdpa(BiasStrip(torch.tensor(chosen)))(q, k, v), expected, atol=1e-12, rtol=0)
+
+
+def test_backends_agree_past_a_block_in_fp32_with_gradients() -> None:
+    torch.manual_seed(0)
+    strip = BiasStrip(torch.tensor(slopes(4)))
+    q, k, v = (torch.randn(1, 4, 600, 16, requires_grad=True) for _ in range(3))
+    weight = torch.randn(1, 4, 600, 16)
+    for backend in (reference, sdpa):
+        (backend(strip)(q, k, v) * weight).sum().backward()
+    torch.testing.assert_close(sdpa(strip)(q, k, v), reference(strip)(q, k, v), atol=1e-5, rtol=0)
+    grads = [x.grad.clone() for x in (q, k, v) if x.grad is not None]
+    for x in (q, k, v):
+        x.grad = None
+    (reference(strip)(q, k, v) * weight).sum().backward()
+    for both, x in zip(grads, (q, k, v), strict=True):
+        assert x.grad is not None
+        torch.testing.assert_close(both, 2 * x.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_bias_strip_grows_and_shrinks_with_the_length() -> None:
+    strip = BiasStrip(torch.tensor([0.5]))
+    like = torch.zeros(1)
+    for queries, keys in ((2, 3), (256, 700), (1, 1), (5, 640)):
+        torch.testing.assert_close(
+            strip.block(queries=queries, keys=keys, like=like)[0],
+            causal_bias(torch.tensor([0.5]), queries=queries, keys=keys),
+        )
+
+
+def test_half_precision_queries_get_an_fp32_bias() -> None:
+    strip = BiasStrip(torch.tensor([0.5]))
+    assert strip.block(queries=1, keys=4, like=torch.zeros(1, dtype=torch.bfloat16)).dtype is torch.float32
+
+
+def test_sinusoids_equal_the_formula() -> None:
+    table = sinusoids(7, hidden=6, device=torch.device("cpu"))
+    for position in range(7):
+        for i in range(3):
+            angle = torch.tensor(position / 10000 ** (i / 2), dtype=torch.float64)
+            assert table[position, i] == pytest.approx(float(angle.sin()), abs=1e-6)
+            assert table[position, 3 + i] == pytest.approx(float(angle.cos()), abs=1e-6)
