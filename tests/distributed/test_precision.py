@@ -1,0 +1,76 @@
+"""bf16 keeps fp32 weights, gives almost the fp32 losses, and resumes from an fp32 checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.layouts import Trained, name_of, train_layouts
+from tests.distributed.spawn import run_ranks
+from training.checkpoint.read import open_checkpoint
+
+LAYOUTS = [
+    {"tensor": 2, "pipeline": 1, "zero": 1},
+    {"tensor": 1, "pipeline": 2, "zero": 1},
+    {"tensor": 1, "pipeline": 1, "zero": 2},
+    {"tensor": 1, "pipeline": 1, "zero": 3},
+]
+STEPS = range(5)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bf16")
+
+
+@pytest.fixture(scope="module")
+def trained(runs: Path) -> dict[str, dict[str, list[Trained]]]:
+    """Ranks by layout, for each precision."""
+    tokenizer = runs / "tokenizer.model"
+    tokenizer.write_bytes(b"no test here reads it")
+    found: dict[str, dict[str, list[Trained]]] = {}
+    for precision in ("fp32", "bf16"):
+        arguments = {
+            "layouts": LAYOUTS if precision == "bf16" else LAYOUTS[:1],
+            "steps": STEPS,
+            "folder": runs / precision,
+            "tokenizer": tokenizer,
+            "start_from": None,
+            "more": (f"train.precision={precision}", "train.recompute=true"),
+        }
+        by_rank = run_ranks(train_layouts, ranks=2, arguments=arguments)
+        names = [name_of(keys, ranks=2) for keys in LAYOUTS]
+        found[precision] = {name: [r[i] for r in by_rank] for i, name in enumerate(names) if i < len(by_rank[0])}
+    return found
+
+
+@pytest.mark.parametrize("name", [name_of(keys, ranks=2) for keys in LAYOUTS])
+def test_master_weights_never_went_through_16_bits(trained: dict[str, dict[str, list[Trained]]], name: str) -> None:
+    exact = trained["fp32"][name_of(LAYOUTS[0], ranks=2)][0].initial  # tensor rank 0: every slice begins at 0
+    for rank in trained["bf16"][name]:
+        if rank.rank == 0:
+            for parameter, weight in rank.initial.items():
+                part = exact[parameter]
+                assert torch.equal(weight[tuple(slice(0, size) for size in part.shape)], part), parameter
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in exact.values())
+
+
+@pytest.mark.parametrize("name", [name_of(keys, ranks=2) for keys in LAYOUTS])
+def test_losses_stay_close_to_fp32(trained: dict[str, dict[str, list[Trained]]], name: str) -> None:
+    expected = trained["fp32"][name_of(LAYOUTS[0], ranks=2)][0].steps
+    for rank in trained["bf16"][name]:
+        for (loss, norm), (expected_loss, expected_norm) in zip(rank.steps, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=3e-3)
+            assert norm == pytest.approx(expected_norm, rel=3e-2)
+
+
+@pytest.mark.parametrize("name", [name_of(keys, ranks=2) for keys in LAYOUTS])
+def test_saved_weights_are_the_fp32_ones(trained: dict[str, dict[str, list[Trained]]], runs: Path, name: str) -> None:
+    assert name in trained["bf16"]
+    checkpoint = open_checkpoint(runs / "bf16" / name)
+    exact = open_checkpoint(runs / "fp32" / name_of(LAYOUTS[0], ranks=2))
+    for parameter in exact.manifest.tensors:
+        weight = checkpoint.tensor(parameter, kind="weight")
+        torch.testing.assert_close(weight, exact.tensor(parameter, kind="weight"), atol=2e-2, rtol=0, msg=parameter)
+        if weight.ndim > 1:
+            assert not torch.equal(weight, weight.bfloat16().float()), parameter
