@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -68,7 +69,8 @@ def show_summary(config: RunConfig) -> None:
 
 def show_prepared(prepared: "Prepared") -> None:
     """Write what prepared data there is."""
-    table = Table(title=f"{prepared.folder}: {prepared.tokens:,} tokens of {prepared.vocab_size:,} pieces")
+    show_lines(f"{prepared.folder}: {prepared.tokens:,} tokens of {prepared.vocab_size:,} pieces")
+    table = Table(box=box.SIMPLE)
     table.add_column("part")
     table.add_column("documents", justify="right")
     table.add_column("tokens", justify="right")
@@ -80,10 +82,11 @@ def show_prepared(prepared: "Prepared") -> None:
 def show_report(report: dict[str, Any]) -> None:
     """Write the perplexity table of an evaluation's report."""
     per_word = any("word_perplexity" in result for result in report["results"])
-    table = Table(title=f"{report['checkpoint']}, trained at {report['train_length']:,} tokens")
-    for name in ("length", "x training", "scored tokens", "loss", "perplexity", *(["per word"] if per_word else [])):
+    show_lines(f"{report['checkpoint']}, trained at {report['train_length']:,} tokens")
+    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
+    for name in ("length", "x trained", "tokens", "loss", "perplexity", *(["per word"] if per_word else [])):
         table.add_column(name, justify="right")
-    table.add_column("protocol")
+    table.add_column("protocol", no_wrap=True)
     for result in report["results"]:
         cells = [
             f"{result['length']:,}",
@@ -99,7 +102,7 @@ def show_report(report: dict[str, Any]) -> None:
     if report.get("unigram_perplexity") is not None:
         gap = ["-"] if per_word else []
         table.add_section()
-        table.add_row("any", "-", "-", "-", f"{report['unigram_perplexity']:,.2f}", *gap, "a unigram model")
+        table.add_row("-", "-", "-", "-", f"{report['unigram_perplexity']:,.2f}", *gap, "unigram model")
     Console().print(table)
 
 
@@ -108,7 +111,7 @@ def show_checkpoints(checkpoints: "list[Found]", *, folder: Path) -> None:
     if not checkpoints:
         show_lines(f"{folder} has no checkpoint yet")
         return
-    table = Table()
+    table = Table(box=box.SIMPLE)
     table.add_column("step", justify="right")
     table.add_column("checkpoint")
     for checkpoint in checkpoints:
