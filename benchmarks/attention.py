@@ -1,0 +1,51 @@
+"""Attention alone, forward and backward: ours against what else one would write. One JSON line.
+
+16 heads of 128, fp32, batch 1, all cores. Ratios travel to another machine, milliseconds do not.
+"""
+
+import json
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.model.alibi import causal_bias, slopes
+from training.model.attention import BiasStrip, reference, sdpa
+
+HEADS, HEAD_DIM, REPEATS = 16, 128, 5
+
+
+def main() -> None:
+    """Measure each at 1024 and 2048 tokens; the fastest of some repeats counts."""
+    found = {
+        length: {name: _milliseconds(attend, length) for name, attend in _ways(length).items()}
+        for length in (1024, 2048)
+    }
+    print(json.dumps({"benchmark": "attention", "unit": "ms", "threads": torch.get_num_threads(), "lengths": found}))
+
+
+def _ways(length: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    strip = BiasStrip(torch.tensor(slopes(HEADS)))
+    whole = causal_bias(strip.slopes, queries=length, keys=length)[None]
+    return {
+        "trainshort sdpa": sdpa(strip),
+        "trainshort reference": reference(strip),
+        "sdpa with a whole bias": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=whole),
+        "sdpa causal, no positions": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    }
+
+
+def _milliseconds(attend: Callable[[Tensor, Tensor, Tensor], Tensor], length: int) -> float:
+    q, k, v = (torch.randn(1, HEADS, length, HEAD_DIM, requires_grad=True) for _ in range(3))
+    fastest = float("inf")
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        attend(q, k, v).sum().backward()
+        fastest = min(fastest, time.perf_counter() - started)
+    return round(1000 * fastest, 1)
+
+
+if __name__ == "__main__":
+    main()

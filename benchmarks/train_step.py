@@ -1,0 +1,99 @@
+"""One training step in one process: our decoder against transformers' Bloom of the same shape. One JSON line.
+
+Forward, loss, backward and AdamW, fp32, all cores. Each model runs in a process of its own, so that the
+peak of its resident set is its own. Ratios travel to another machine, seconds do not.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import Model
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained: the model's shape, and tokens of a step."""
+
+    hidden: int
+    heads: int
+    layers: int
+    length: int
+    batch: int
+    vocab: int
+
+
+SHAPES = (Shape(512, 8, 6, 512, 4, 8192), Shape(1024, 16, 4, 1024, 1, 8192), Shape(1024, 16, 4, 2048, 1, 8192))
+
+
+def main() -> None:
+    """Measure each shape with each model, or, in a child, the one that the arguments name."""
+    if len(sys.argv) == 3:
+        print(json.dumps(_measure(sys.argv[1], SHAPES[int(sys.argv[2])])))
+        return
+    found = []
+    for index, shape in enumerate(SHAPES):
+        row = {who: _child(who, index) for who in ("trainshort", "transformers")}
+        found.append({**asdict(shape), **row, "speedup": row["transformers"]["seconds"] / row["trainshort"]["seconds"]})
+    print(json.dumps({"benchmark": "train_step", "threads": torch.get_num_threads(), "shapes": found}))
+
+
+def _child(who: str, index: int) -> dict[str, float]:
+    done = subprocess.run([sys.executable, __file__, who, str(index)], capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _measure(who: str, shape: Shape) -> dict[str, float]:
+    module, loss_of = _trainshort(shape) if who == "trainshort" else _transformers(shape)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.length + 1))
+    fastest = float("inf")
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        loss_of(tokens[:, :-1], tokens[:, 1:].contiguous()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fastest = min(fastest, time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"seconds": round(fastest, 3), "peak_gb": round(peak, 2)}
+
+
+def _trainshort(shape: Shape) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    from parallel.groups import lone_tensor_group
+    from parallel.seeds import initial_weights
+    from parallel.start import start_alone
+    from training.model.decoder import Decoder, mean_loss, plan_layers
+
+    start_alone()
+    tensor = lone_tensor_group()
+    model = Model(layers=shape.layers, hidden=shape.hidden, heads=shape.heads)
+    decoder = Decoder(plan_layers(model, vocab_size=shape.vocab, tensor=tensor, recompute=False))
+    initial_weights(decoder, seed=1, tensor=tensor)
+    return decoder, lambda inputs, targets: mean_loss(decoder(inputs), targets)
+
+
+def _transformers(shape: Shape) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=shape.layers, n_head=shape.heads)
+    bloom = BloomForCausalLM(config)
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(bloom(inputs, use_cache=False).logits.flatten(0, 1), targets.flatten())
+
+    return bloom, loss_of
+
+
+if __name__ == "__main__":
+    main()
