@@ -1,10 +1,12 @@
 """The local launcher: ranks that live, save, fail and die with it. The ranks here are small shells and Pythons."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,17 +51,35 @@ sys.exit(start_ranks(sys.argv[2:], ranks=2, logs=Path(sys.argv[1]), environment=
 """
 
 
-def launcher(folder: Path, script: str) -> "subprocess.Popen[bytes]":
-    """Start a launcher whose two ranks say in `folder` that they are ready, each with its pid."""
-    ready = f'trap "exit 9" HUP; {script}; echo $$ >{folder}/.pid$TRAINSHORT_RANK; '
-    ready += f"mv {folder}/.pid$TRAINSHORT_RANK {folder}/pid$TRAINSHORT_RANK; while true; do sleep 0.05; done"
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", LAUNCHER, str(folder / "logs"), *bash(ready)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    wait_until(lambda: (folder / "pid0").exists() and (folder / "pid1").exists())
-    return process
+Launch = Callable[[str], "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Start a launcher whose two ranks say in the test's folder that they are ready, each with its pid."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_launcher(script: str) -> "subprocess.Popen[bytes]":
+        ready = f'trap "exit 9" HUP; {script}; echo $$ >{tmp_path}/.pid$TRAINSHORT_RANK; '
+        ready += f"mv {tmp_path}/.pid$TRAINSHORT_RANK {tmp_path}/pid$TRAINSHORT_RANK; while true; do sleep 0.05; done"
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", LAUNCHER, str(tmp_path / "logs"), *bash(ready)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        started.append(process)
+        wait_until(lambda: (tmp_path / "pid0").exists() and (tmp_path / "pid1").exists())
+        return process
+
+    yield start_launcher
+    # A test that failed half way leaves nothing behind: its launcher, and each rank's process group.
+    for process in started:
+        process.kill()
+        process.communicate()
+    for pid in (int(file.read_text()) for file in tmp_path.glob("pid[01]")):
+        if alive(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
 
 def pids(folder: Path) -> list[int]:
@@ -126,18 +146,18 @@ def test_ranks_that_ignore_the_request_are_killed_after_a_failure(tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_request_to_stop_lets_every_rank_save(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_request_to_stop_lets_every_rank_save(launch: Launch, tmp_path: Path, number: signal.Signals) -> None:
     # Saving takes longer than the grace that follows a failure; nothing cuts it short.
     save = f"sleep 1; echo saved >{tmp_path}/saved$TRAINSHORT_RANK; exit 0"
-    process = launcher(tmp_path, f"trap '{save}' TERM; trap '' INT")
+    process = launch(f"trap '{save}' TERM; trap '' INT")
     process.send_signal(number)
     assert end(process) == (0, "")
     assert (tmp_path / "saved0").exists()
     assert (tmp_path / "saved1").exists()
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    process = launcher(tmp_path, f"trap 'echo x >>{tmp_path}/asked' TERM")
+def test_a_second_ctrl_c_does_not_wait(launch: Launch, tmp_path: Path) -> None:
+    process = launch(f"trap 'echo x >>{tmp_path}/asked' TERM")
     process.send_signal(signal.SIGINT)
     wait_until(lambda: (tmp_path / "asked").exists())
     process.send_signal(signal.SIGINT)
@@ -145,14 +165,14 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     assert not any(alive(pid) for pid in pids(tmp_path))
 
 
-def test_a_stop_before_there_is_anything_to_save_is_no_fault(tmp_path: Path) -> None:
-    process = launcher(tmp_path, "true")  # TERM ends such a rank at once
+def test_a_stop_before_there_is_anything_to_save_is_no_fault(launch: Launch) -> None:
+    process = launch("true")  # TERM ends such a rank at once
     process.send_signal(signal.SIGTERM)
     assert end(process) == (STOPPED_BY_HAND, "")
 
 
-def test_a_terminals_ctrl_c_reaches_the_launcher_alone(tmp_path: Path) -> None:
-    process = launcher(tmp_path, "trap 'exit 0' TERM; trap 'exit 7' INT")
+def test_a_terminals_ctrl_c_reaches_the_launcher_alone(launch: Launch, tmp_path: Path) -> None:
+    process = launch("trap 'exit 0' TERM; trap 'exit 7' INT")
     groups = {os.getpgid(pid) for pid in pids(tmp_path)}
     assert len(groups) == 2
     assert os.getpgid(process.pid) not in groups
@@ -160,15 +180,13 @@ def test_a_terminals_ctrl_c_reaches_the_launcher_alone(tmp_path: Path) -> None:
     assert end(process) == (0, "")
 
 
-def test_ranks_die_with_a_killed_launcher(tmp_path: Path) -> None:
-    process = launcher(tmp_path, "trap '' TERM INT HUP")
+def test_ranks_die_with_a_killed_launcher(launch: Launch, tmp_path: Path) -> None:
+    process = launch("trap '' TERM INT HUP")
     ranks = pids(tmp_path)
     assert all(alive(pid) for pid in ranks)
     process.kill()
     process.wait(timeout=10)
     wait_until(lambda: not any(alive(pid) for pid in ranks), seconds=5)
-    if process.stdout:
-        process.stdout.close()
 
 
 def test_a_rank_whose_launcher_is_gone_never_starts(tmp_path: Path) -> None:
