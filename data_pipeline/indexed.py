@@ -55,6 +55,8 @@ def find_prefix(path: str) -> Path | None:
         InputError: a .bin without its .idx.
     """
     file = Path(path).expanduser()
+    if not file.name:  # `.` and `/` are folders
+        return None
     prefix = file.with_suffix("") if file.suffix == ".bin" else file
     if file.suffix == ".bin" and bin_path(prefix).is_file() and not idx_path(prefix).is_file():
         raise InputError(f"data source {path} has no index {idx_path(prefix)} beside it: copy that too")

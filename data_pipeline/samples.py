@@ -11,11 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import InputError
-from data_pipeline.indexed import read_index
+from data_pipeline.counts import chosen_sequences, sample_counts
 from data_pipeline.manifest import Part, Prepared
-from data_pipeline.order import shares
-from data_pipeline.split import held_out_sequences, training_sequences
 
 with warnings.catch_warnings():
     # megatron-core tells that optional GPU libraries are missing, which reading tokens does not need
@@ -76,49 +73,18 @@ def open_samples(prepared: Prepared, *, sequence_length: int, split: float, seed
         seed: Decides which documents follow each other in a training sample; held-out samples do not depend on it.
         held_out: Whether the held-out samples are wanted.
     Raises:
-        InputError: the text is shorter than one sample.
+        InputError: see `sample_counts`.
     """
+    counts = sample_counts(prepared, sequence_length=sequence_length, split=split, held_out=held_out)
+    wanted = _HELD_OUT_SEED if held_out else seed
     datasets = []
-    for part in prepared.parts:
-        indices = _sequences(prepared, part, split=split, held_out=held_out)
-        tokens = int(read_index(prepared.prefix(part)).lengths[indices].sum(dtype=np.int64))
-        if tokens > sequence_length:
-            wanted = _HELD_OUT_SEED if held_out else seed
-            datasets.append(_open(prepared, part, indices, (sequence_length, split, wanted, held_out)))
-        elif prepared.weights is not None or len(prepared.parts) == 1:
-            raise _too_short(part.name, tokens, sequence_length, held_out)
-        else:
-            # shorter than a sample, as the rest at the end of a longer text
-            datasets.append(None)
+    for part, count in zip(prepared.parts, counts, strict=True):
+        indices = chosen_sequences(part, split=split, held_out=held_out)
+        key = (sequence_length, split, wanted, held_out)
+        datasets.append(_open(prepared, part, indices, key) if count else None)
     samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights)
-    if not len(samples):
-        raise _too_short("every data source", max(part.tokens for part in prepared.parts), sequence_length, held_out)
-    if prepared.weights is not None:
-        _check_shares(prepared, len(samples))
+    assert samples.sizes == counts, f"megatron-core makes {samples.sizes} samples where {counts} were counted"
     return samples
-
-
-def _sequences(prepared: Prepared, part: Part, *, split: float, held_out: bool) -> NDArray[np.int64]:
-    chosen = held_out_sequences if held_out else training_sequences
-    return chosen(part.sequences, share=split)
-
-
-def _too_short(name: str, tokens: int, sequence_length: int, held_out: bool) -> InputError:
-    kind = "held-out" if held_out else "training"
-    more = "add text, raise data.split" if held_out else "add text"
-    return InputError(
-        f"{name} has {tokens} {kind} tokens and one sample needs {sequence_length + 1}: "
-        f"{more} or lower data.sequence_length"
-    )
-
-
-def _check_shares(prepared: Prepared, total: int) -> None:
-    weights = prepared.weights or ()
-    for part, share in zip(prepared.parts, shares(weights, total=total), strict=True):
-        if not share:
-            raise InputError(
-                f"data source {part.name} with weight {part.weight} gets none of {total} samples: raise its weight"
-            )
 
 
 def _open(prepared: Prepared, part: Part, indices: NDArray[np.int64], key: tuple[int, float, int, bool]) -> GPTDataset:

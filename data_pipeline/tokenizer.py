@@ -84,24 +84,34 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: Path) -> Toke
         vocab_size: Pieces, the 256 bytes and 3 control pieces among them.
         out: The .model file.
     Raises:
-        InputError: the text allows fewer pieces, or needs more for its characters.
+        InputError: the text allows fewer pieces, or needs more for its characters; and what `texts` raises.
     """
     model = io.BytesIO()
+    raised: list[BaseException] = []
     # sentencepiece says on the standard error stream what its exception says too
     sentencepiece.set_min_log_level(3)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=_watched(_sentences(texts), raised),
             model_writer=model,
             vocab_size=vocab_size,
             max_sentence_length=4 * _LONGEST_SENTENCE,
             **_OPTIONS,
         )
     except RuntimeError as error:
-        raise _explained(str(error), vocab_size) from None
+        raise (raised[0] if raised else _explained(str(error), vocab_size)) from None
     with whole_file(out) as temporary:
         temporary.write_bytes(model.getvalue())
     return Tokenizer.load(out)
+
+
+def _watched(sentences: Iterator[str], raised: list[BaseException]) -> Iterator[str]:
+    """Yield sentences, keeping what they raise: sentencepiece makes a RuntimeError of it, of Ctrl-C too."""
+    try:
+        yield from sentences
+    except BaseException as error:
+        raised.append(error)
+        raise
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

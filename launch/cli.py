@@ -2,9 +2,8 @@
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -32,21 +31,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 Where = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder for its newest one.")]
 
 
-class Format(StrEnum):
-    """What a model can be exported to."""
-
-    HF = "hf"
-    GGUF = "gguf"
+# What typer raises for a wrong command line. Its name is not typer's to give: some versions bring their own click.
+UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
+STOPPED_BY_HAND = 130
 
 
 def main() -> None:
     """Run the command line; what a user can mend ends in one message and its exit code."""
     try:
-        app()
+        code = app(standalone_mode=False, prog_name="trainshort")
     except TrainshortError as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
+        code = _fail(str(error), code=error.exit_code)
+    except typer.Abort:
+        code = STOPPED_BY_HAND
+    except UsageError as error:
+        code = _fail(_usage(error), code=InputError.exit_code)
+    raise SystemExit(code)
 
 
 @app.command()
@@ -80,17 +80,18 @@ def train(
     run: RunFile,
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Local ranks to start.  [default: this machine's GPUs, else tensor x pipeline]"),
+        str | None,
+        typer.Option(metavar="N", help="Local ranks to start.  [default: this machine's GPUs, else tensor x pipeline]"),
     ] = None,
 ) -> None:
     """Train, resuming from the newest checkpoint; starts local ranks, or joins those of srun and torchrun."""
     from parallel.start import find_place
 
+    asked = _count(ranks, option="--ranks")
     config = _load(run, overrides)
     place = find_place(os.environ)
     if place is None:
-        raise SystemExit(_start_local(config, run=run, overrides=overrides or [], ranks=ranks))
+        raise SystemExit(_start_local(config, run=run, overrides=overrides or [], ranks=asked))
     if ranks is not None:
         raise InputError(
             f"--ranks {ranks} starts local ranks, but this is rank {place.rank} of {place.size} already: "
@@ -133,7 +134,7 @@ def evaluate(
 @app.command()
 def export(
     checkpoint: Where,
-    form: Annotated[Format, typer.Option("--format", help="hf: transformers' BloomForCausalLM.")],
+    form: Annotated[str, typer.Option("--format", metavar="hf", help="hf: transformers' BloomForCausalLM.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
 ) -> None:
     """Write the model for inference engines; logits are compared before it says done."""
@@ -142,7 +143,7 @@ def export(
     from launch.show import show_lines
     from training.export.run import export as export_checkpoint
 
-    show_lines(f"exported {export_checkpoint(found, format=form.value, out=out)}")
+    show_lines(f"exported {export_checkpoint(found, format=form, out=out)}")
 
 
 @app.command()
@@ -150,7 +151,7 @@ def slurm(
     run: RunFile,
     overrides: Overrides = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Nodes to train on.  [default: the fewest that the layout fits]")
+        str | None, typer.Option(metavar="N", help="Nodes to train on.  [default: the fewest that the layout fits]")
     ] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Submit the scripts instead of printing them.")] = False,
 ) -> None:
@@ -160,11 +161,12 @@ def slurm(
     from launch.slurm import fewest_nodes, program_of, render
     from launch.slurm import submit as submit_chain
 
+    asked = _count(nodes, option="--nodes")
     config = _load(run, overrides)
     scripts = render(
         config,
         run_file=run,
-        nodes=nodes or fewest_nodes(config),
+        nodes=asked or fewest_nodes(config),
         overrides=overrides or [],
         folder=Path.cwd(),
         program=program_of(config),
@@ -205,20 +207,44 @@ def _load(run: str, overrides: list[str] | None) -> "RunConfig":
 
 def _start_local(config: "RunConfig", *, run: str, overrides: list[str], ranks: int | None) -> int:
     """Refuse what can be refused before any process starts, then start the ranks."""
-    from configs.paths import check_run_folder, data_folder, logs_folder
-    from data_pipeline.manifest import load_prepared
+    from configs.paths import logs_folder
     from launch.local import start_ranks
     from launch.machine import gpu_count
-    from parallel.layout import Layout
+    from launch.show import show_lines
+    from training.preflight import make_ready
 
     ranks = ranks or gpu_count(os.environ) or config.parallel.tensor * config.parallel.pipeline
-    Layout.of(config, world_size=ranks)
-    run_dir = check_run_folder(config)
-    load_prepared(config.data, folder=data_folder(config))
+    ready = make_ready(config, world_size=ranks)
+    if ready.finished:
+        show_lines(f"{ready.run_dir} is trained to its last step, {config.train.steps}: raise train.steps to go on")
+        return 0
     sets = [argument for override in overrides for argument in ("--set", override)]
     # -P: a folder of the user's that is called training or configs is not ours.
     command = [sys.executable, "-P", "-m", "trainshort", "train", *sets, "--", run]
-    return start_ranks(command, ranks=ranks, logs=logs_folder(run_dir), environment=os.environ)
+    return start_ranks(command, ranks=ranks, logs=logs_folder(ready.run_dir), environment=os.environ)
+
+
+def _fail(message: str, *, code: int) -> int:
+    """Write an error, and an empty one not: what typer says itself, the help of a lone `trainshort`, comes so."""
+    sys.stdout.flush()
+    if message:
+        sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+def _usage(error: Any) -> str:
+    """Return a wrong command line's message in one line, with what to do."""
+    message = " ".join(str(error.format_message()).split()).rstrip(".?")
+    command = error.ctx.command_path if error.ctx else "trainshort"
+    return f"{message[0].lower()}{message[1:]}: see `{command} --help`" if message else ""
+
+
+def _count(text: str | None, *, option: str) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise InputError(f"{option} must be a whole number from 1, got {text!r}: write {option} 4")
+    return int(text)
 
 
 def _lengths(text: str | None) -> tuple[int, ...] | None:

@@ -5,15 +5,16 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError
 from configs.load import dump_run, load_run
 from configs.schema import RunConfig
 from parallel.layout import Layout
 from training.checkpoint.manifest import write_durably
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "config.yaml"
 MAY_CHANGE = ("parallel", "train.steps", "train.micro_batch", "checkpoint", "evaluate", "track", "slurm", "run.dir")
@@ -27,8 +28,6 @@ def settle(config: RunConfig, *, run_dir: Path) -> RunConfig:
         InputError: the folder holds a run that differs in a key that must not change; names each.
     """
     first = run_dir / CONFIG
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"run.dir {run_dir} is a file: choose a folder")
     before = load_run(str(first)) if first.is_file() else None
     fixed = before.train.decay_steps if before else config.train.steps
     if config.train.decay_steps is None:
@@ -38,8 +37,10 @@ def settle(config: RunConfig, *, run_dir: Path) -> RunConfig:
     return config
 
 
-def record(config: RunConfig, *, run_dir: Path, layout: Layout, device: torch.device) -> None:
+def record(config: RunConfig, *, run_dir: Path, layout: Layout, device: "torch.device") -> None:
     """Write config.yaml and environment.json."""
+    import torch  # the launcher asks `settle` without
+
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     beside = run_dir / f".{CONFIG}"
     write_durably(beside, dump_run(config).encode())

@@ -11,10 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.parameters import parameter_count
-from configs.paths import check_run_folder, data_folder
 from configs.schema import RunConfig
 from data_pipeline.loader import Loader, held_out_batches
-from data_pipeline.manifest import Prepared, load_prepared
+from data_pipeline.manifest import Prepared
 from data_pipeline.samples import Samples, open_samples
 from parallel.engine import Engine, make_engine
 from parallel.groups import Groups, make_groups
@@ -30,6 +29,7 @@ from training.checkpoint.write import save_checkpoint
 from training.loop import Loop, Position
 from training.model.decoder import Decoder, plan_layers
 from training.observers import MetricsFile, Observer, ProgressLine, Status
+from training.preflight import Ready, make_ready
 from training.stopping import StopRequest
 from training.tracking.observer import TrackingObserver
 from training.utilization import flops_per_token, peak_flops
@@ -48,26 +48,16 @@ def train(config: RunConfig, place: Place) -> None:
     """
     stopping = StopRequest()
     stopping.listen()  # before the slow part: a signal during start-up must not kill
-    run_dir = check_run_folder(config)
-    layout = Layout.of(config, world_size=place.size)
-    config = folder.settle(config, run_dir=run_dir)
-    prepared = load_prepared(config.data, folder=data_folder(config))
+    ready = make_ready(config, world_size=place.size)
     device = start(place)
     try:
-        _train(config, run_dir=run_dir, layout=layout, prepared=prepared, device=device, stopping=stopping)
+        _train(ready, device=device, stopping=stopping)
     finally:
         stop()
 
 
-def _train(
-    config: RunConfig,
-    *,
-    run_dir: Path,
-    layout: Layout,
-    prepared: Prepared,
-    device: torch.device,
-    stopping: StopRequest,
-) -> None:
+def _train(ready: Ready, *, device: torch.device, stopping: StopRequest) -> None:
+    config, run_dir, layout, prepared = ready.config, ready.run_dir, ready.layout, ready.prepared
     groups = make_groups(layout)
     if groups.world.rank == 0:
         folder.record(config, run_dir=run_dir, layout=layout, device=device)

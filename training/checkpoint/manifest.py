@@ -94,6 +94,19 @@ def list_checkpoints(run_dir: Path) -> list[Found]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
+def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
+    """Return a checkpoint folder, or the newest of a run folder, and what it holds.
+
+    Raises:
+        InputError: there is none, or it is broken.
+    """
+    if not path.is_dir():
+        raise InputError(f"checkpoint {path} does not exist: give a checkpoint folder or a run folder")
+    found = list_checkpoints(path)
+    folder = (found[-1].path if found else path).absolute()
+    return folder, read_manifest(folder)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint folder.
 
@@ -111,7 +124,9 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
         manifest = Manifest(tensors=tensors, files=files, **data)
     except FileNotFoundError:
-        raise InputError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+        raise InputError(
+            f"{folder} is no checkpoint, it has no {MANIFEST}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise InputError(f"checkpoint {folder} has a broken {MANIFEST} ({error}): use another checkpoint") from None
     for name, entry in manifest.files.items():

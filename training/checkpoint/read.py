@@ -15,7 +15,7 @@ from parallel.engine import State
 from parallel.groups import Group
 from parallel.shards import Rule, Shard, pad, span
 from parallel.zero import Kind
-from training.checkpoint.manifest import CONFIG, TOKENIZER, Manifest, file_name, list_checkpoints, read_manifest
+from training.checkpoint.manifest import CONFIG, TOKENIZER, Manifest, file_name, find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputError: there is none, or it is broken.
     """
-    if not path.is_dir():
-        raise InputError(f"checkpoint {path} does not exist: give a checkpoint folder or a run folder")
-    found = list_checkpoints(path)
-    folder = found[-1].path if found else path
-    manifest = read_manifest(folder.absolute())
-    return Checkpoint(folder.absolute(), manifest, load_run(str(folder / CONFIG)))
+    folder, manifest = find_checkpoint(path)
+    return Checkpoint(folder, manifest, load_run(str(folder / CONFIG)))
 
 
 def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[Kind], tensor: Group) -> None:

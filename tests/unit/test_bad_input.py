@@ -1,0 +1,295 @@
+"""What a user can get wrong in a run, through the real command line: one clear line, exit 2, nothing written.
+
+Nothing here may start a rank: all of it is said before. Broken sources have a file of their own.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.load import dump_run, load_run
+from tests.unit.command_line import Answer, Call, contents, refused, run_here, write_run
+from tests.unit.data_samples import write_book
+from training.checkpoint.manifest import FileEntry, Manifest, describe_file, write_manifest
+from training.folder import settle
+
+
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder whose data was prepared by the command line."""
+    found = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(found)
+        write_run(found)
+        write_book(found)
+        assert run_here("prepare", "run.yaml") == 0
+    return found
+
+
+@pytest.fixture
+def prepared(prepared_once: Path, folder: Path) -> Path:
+    shutil.copytree(prepared_once, folder, dirs_exist_ok=True)
+    (folder / "empty").mkdir()
+    return folder
+
+
+CHECKED = {
+    "heads that do not divide": (
+        ["model.heads=5", "parallel.tensor=1"],
+        "run.yaml: model.heads must divide model.hidden (64), got 5: use 1, 2, 4, 8, 16, 32 or 64",
+    ),
+    "tensor ranks that do not divide the heads": (
+        ["parallel.tensor=8"],
+        "run.yaml: parallel.tensor must divide model.heads (4), got 8: use 1, 2 or 4",
+    ),
+    "layers fewer than stages": (
+        ["model.layers=1"],
+        "run.yaml: parallel.pipeline must be at most model.layers (1), got 2: use 1 stages or fewer",
+    ),
+    "unknown key": (["model.head=4"], "run.yaml: unknown key model.head: did you mean heads?"),
+    "unknown section": (["modle.heads=4"], "run.yaml: unknown key modle: did you mean model?"),
+    "wrong type": (
+        ["model.layers=four"],
+        "run.yaml: model.layers: must be a valid integer, got 'four'",
+    ),
+    "not a number": (
+        ["train.learning_rate=.nan"],
+        "run.yaml: train.learning_rate must be a finite number, got nan",
+    ),
+    "infinity": (["train.clip=.inf"], "run.yaml: train.clip must be a finite number, got inf"),
+    "no override": (["model.heads"], "--set 'model.heads' is not an override: write section.key=value"),
+}
+
+
+@pytest.mark.parametrize("command", ["check", "prepare", "train", "slurm"])
+@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.usefixtures("folder")
+def test_a_wrong_run_file_is_refused_by_every_command(trainshort: Call, name: str, command: str) -> None:
+    overrides, expected = CHECKED[name]
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    assert refused(trainshort, command, "run.yaml", *sets) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"run: {name: a\n", "run.yaml, line 2: expected ',' or '}', but got '<stream end>'"),
+        (b"run: {name: \xff}\n", "run file run.yaml is not UTF-8 at byte 12: save it as UTF-8"),
+        (b"model: {heads: 2}\nmodel: {heads: 4}\n", "run.yaml, line 2: key 'model' is there twice: remove one"),
+        (b"just words\n", "run.yaml must hold sections of keys, got str: see configs/runs/demo.yaml"),
+    ],
+)
+def test_a_run_file_that_is_no_run_file_is_refused(trainshort: Call, folder: Path, text: bytes, expected: str) -> None:
+    (folder / "run.yaml").write_bytes(text)
+    assert refused(trainshort, "check", "run.yaml") == expected
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_run_file_that_is_not_there_is_named_with_those_that_are(trainshort: Call) -> None:
+    message = refused(trainshort, "check", "no.yaml")
+    assert message.startswith("run file no.yaml does not exist: give a YAML file or one of ")
+    assert "demo" in message
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(trainshort: Call, prepared: Path) -> None:
+    shutil.copy(prepared / "data" / "tokenizer.model", prepared / "own.model")
+    sets = ["--set", "data.tokenizer=own.model", "--set", "data.dir=other"]
+    assert refused(trainshort, "prepare", "run.yaml", *sets, "--set", "data.vocab_size=800") == (
+        "data.vocab_size must be that of data.tokenizer own.model (600), got 800: use 600"
+    )
+    assert trainshort("prepare", "run.yaml", *sets).code == 0
+    (prepared / "own.model").write_bytes(b"another")
+    assert refused(trainshort, "train", "run.yaml", *sets) == (
+        "data.tokenizer own.model is not the one that other was prepared with: "
+        "set data.dir to another folder, or delete that one and run `trainshort prepare`"
+    )
+    assert refused(trainshort, "prepare", "run.yaml", "--set", "data.tokenizer=no.model") == (
+        "tokenizer no.model cannot be read (No such file or directory): check the path"
+    )
+
+
+def cut(file: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "data" / file
+        path.write_bytes(path.read_bytes()[:-2])
+
+    return apply
+
+
+def file_in_place_of_the_run(folder: Path) -> None:
+    (folder / "run").write_text("mine")
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+AGAIN = "set data.dir to another folder, or delete that one and run `trainshort prepare`"
+TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
+    "a cut .bin": (
+        cut("part-000.bin"),
+        [],
+        rf"prepared data data/part-000.bin has \d+ bytes, \d+ were written: {AGAIN}",
+    ),
+    "a cut .idx": (
+        cut("part-000.idx"),
+        [],
+        rf"prepared data data/part-000.idx has \d+ bytes, \d+ were written: {AGAIN}",
+    ),
+    "another tokenizer": (
+        cut("tokenizer.model"),
+        [],
+        f"tokenizer data/tokenizer.model is not the one that the data was prepared with: {AGAIN}",
+    ),
+    "another vocabulary": (
+        nothing,
+        ["--set", "data.vocab_size=700"],
+        rf"data holds data for another run file: data.vocab_size was 600 then and is 700 now; {AGAIN}",
+    ),
+    "data that is not prepared": (
+        nothing,
+        ["--set", "data.dir=elsewhere"],
+        "data is not prepared in elsewhere: run `trainshort prepare`",
+    ),
+    "text shorter than a sample": (
+        nothing,
+        ["--set", "data.sequence_length=1000000"],
+        r"book.txt has \d+ training tokens and one sample needs 1000001: add text or lower data.sequence_length",
+    ),
+    "held-out text shorter than a sample": (
+        nothing,
+        ["--set", "data.sequence_length=20000", "--set", "evaluate.every=5"],
+        r"book.txt has \d+ held-out tokens and one sample needs 20001: "
+        r"add text, raise data.split or lower data.sequence_length",
+    ),
+    "ranks that do not fit": (
+        nothing,
+        ["--ranks", "3"],
+        r"ranks must be a multiple of parallel.tensor x parallel.pipeline \(2 x 2 = 4\), got 3: "
+        r"start 4 or 8 ranks, or change parallel",
+    ),
+    "a batch that does not divide over the ranks": (
+        nothing,
+        ["--ranks", "12"],
+        r"train.global_batch must be a multiple of train.micro_batch x data ranks \(2 x 3 = 6\), got 8: "
+        r"change one of them",
+    ),
+    "a run folder that is a file": (
+        file_in_place_of_the_run,
+        [],
+        "run.dir run: run is a file, not a folder: move it away or set another run.dir",
+    ),
+    "first weights that are not there": (
+        nothing,
+        ["--set", "train.init_from=no/checkpoint"],
+        "checkpoint no/checkpoint does not exist: give a checkpoint folder or a run folder",
+    ),
+    "first weights that are none": (
+        nothing,
+        ["--set", "train.init_from=empty"],
+        ".*/empty is no checkpoint, it has no manifest.json: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_train_refuses_before_any_rank_starts(trainshort: Call, prepared: Path, name: str) -> None:
+    break_it, arguments, expected = TRAINED[name]
+    break_it(prepared)
+    assert_matches(refused(trainshort, "train", "run.yaml", *arguments), expected)
+
+
+def assert_matches(message: str, expected: str) -> None:
+    assert re.fullmatch(expected, message), message
+
+
+@pytest.fixture
+def trained(prepared: Path) -> Path:
+    """What a first start left: its run file, and a checkpoint of step 4 as far as it is read without a model."""
+    config = settle(load_run("run.yaml"), run_dir=Path("run"))
+    checkpoint = prepared / "run" / "checkpoints" / "step_0000004"
+    checkpoint.mkdir(parents=True)
+    (prepared / "run" / "config.yaml").write_text(dump_run(config), encoding="utf-8")
+    (checkpoint / "config.yaml").write_text(dump_run(config), encoding="utf-8")
+    shutil.copy(prepared / "data" / "tokenizer.model", checkpoint)
+    files = {name: FileEntry(**describe_file(checkpoint / name)) for name in ("config.yaml", "tokenizer.model")}
+    write_manifest(checkpoint, Manifest(4, 32, tensor=2, pipeline=2, vocab_size=600, tensors={}, files=files))
+    return prepared
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_second_start_with_other_keys_is_refused_by_name(trainshort: Call) -> None:
+    sets = ["--set", "train.learning_rate=0.5", "--set", "run.seed=3", "--set", "train.steps=20"]
+    assert refused(trainshort, "train", "run.yaml", *sets) == (
+        "run holds a run that this one would change: run.seed was 1, is 3; train.learning_rate was 0.001, is 0.5: "
+        "set the old values, or choose another run.dir"
+    )
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_run_that_has_taken_its_steps_is_left_as_it_is(trainshort: Call) -> None:
+    before = contents(Path.cwd())
+    assert trainshort("train", "run.yaml", "--set", "train.steps=4") == Answer(
+        0, "run is trained to its last step, 4: raise train.steps to go on\n", ""
+    )
+    assert contents(Path.cwd()) == before
+
+
+def test_a_broken_newest_checkpoint_is_refused(trainshort: Call, trained: Path) -> None:
+    checkpoint = trained / "run" / "checkpoints" / "step_0000004"
+    cut_file = checkpoint / "tokenizer.model"
+    size = len(cut_file.read_bytes())
+    cut_file.write_bytes(b"")
+    expected = f"checkpoint file .*/step_0000004/tokenizer.model has 0 bytes, expected {size}: use another checkpoint"
+    assert_matches(refused(trainshort, "train", "run.yaml"), expected)
+    assert_matches(refused(trainshort, "evaluate", "run"), expected)
+    assert_matches(refused(trainshort, "export", "run", "--format", "hf", "--out", "out"), expected)
+    (checkpoint / "manifest.json").write_text("{")
+    expected = r"checkpoint .* has a broken manifest.json \(.*\): use another checkpoint"
+    assert_matches(refused(trainshort, "train", "run.yaml"), expected)
+
+
+def test_an_evaluation_longer_than_the_text_is_refused(trainshort: Call, trained: Path) -> None:
+    message = refused(trainshort, "evaluate", "run", "--lengths", "16,50000,100000")
+    assert_matches(
+        message,
+        r"the text has \d+ tokens, too short for length 50000, 100000: use lengths up to \d+, "
+        r"or give a longer text with --data",
+    )
+    (trained / "short.txt").write_text("Two words")
+    message = refused(trainshort, "evaluate", "run", "--lengths", "64", "--data", "short.txt")
+    assert_matches(message, r"the text has \d+ tokens, too short for length 64: use lengths up to \d+, or .*--data")
+    assert refused(trainshort, "evaluate", "run", "--data", "no.txt").startswith("data source no.txt ")
+    message = refused(trainshort, "evaluate", "run", "--protocol", "rolling")
+    assert message.startswith("protocol 'rolling' is not known: ")
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("command", [("evaluate",), ("export", "--format", "hf", "--out", "out")])
+def test_a_checkpoint_that_is_not_there_is_refused(trainshort: Call, command: tuple[str, ...]) -> None:
+    name, *options = command
+    for path, expected in (
+        ("no/run", "checkpoint no/run does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR"),
+        ("run.yaml", "checkpoint run.yaml does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR"),
+        (
+            "empty",
+            ".*/empty is no checkpoint, it has no manifest.json: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
+        ),
+    ):
+        assert_matches(refused(trainshort, name, path, *options), expected)
+
+
+def test_an_export_does_not_write_over_what_is_there(trainshort: Call, trained: Path) -> None:
+    (trained / "out").mkdir()
+    (trained / "out" / "mine.txt").write_text("kept")
+    for out, expected in (
+        ("out", "export folder out has files in it: remove them or choose another --out"),
+        ("out/mine.txt", "export folder out/mine.txt is a file: choose another --out"),
+    ):
+        assert refused(trainshort, "export", "run", "--format", "hf", "--out", out) == expected
+    assert refused(trainshort, "export", "run", "--format", "onnx", "--out", "new") == (
+        "format 'onnx' is not known: use hf"
+    )
