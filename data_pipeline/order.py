@@ -32,9 +32,11 @@ class SampleOrder:
     def ids(self, *, start: int, count: int) -> NDArray[np.int64]:
         """Return the ids at positions [start, start + count) of the stream, [count]."""
         first, last = start // self.epoch_size, (start + max(count, 1) - 1) // self.epoch_size
-        stream = [self._epoch_ids(epoch) for epoch in range(first, last + 1)]
-        begin = start - first * self.epoch_size
-        return np.concatenate(stream)[begin : begin + count]
+        cuts = []
+        for epoch in range(first, last + 1):
+            begin = epoch * self.epoch_size
+            cuts.append(self._epoch_ids(epoch)[max(start - begin, 0) : max(start + count - begin, 0)])
+        return np.concatenate(cuts)
 
     def _ids_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         if self.shares is None:

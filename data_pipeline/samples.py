@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.atomic import one_writer
 from data_pipeline.counts import chosen_sequences, sample_counts
 from data_pipeline.manifest import Part, Prepared
 
@@ -111,10 +112,13 @@ def _build(build: Any, cache: Path) -> None:
     """Build an index under another name, so that one cut short is never taken for whole."""
     ranks = torch.distributed
     assert not (ranks.is_available() and ranks.is_initialized() and ranks.get_rank()), "rank 0 opens samples first"
-    temporary = cache.with_name(f".{cache.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    build(temporary)
-    temporary.replace(cache)
+    with one_writer(cache.parent.parent, on_wait=lambda: None):  # two runs may share the data
+        if cache.is_dir():
+            return
+        temporary = cache.with_name(f".{cache.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        build(temporary)
+        temporary.replace(cache)
 
 
 def _config(sequence_length: int, seed: int, prepared: Prepared, cache: Path) -> GPTDatasetConfig:

@@ -83,7 +83,8 @@ def make_engine(module: nn.Module, plan: LayerPlan, *, train: Train, layout: Lay
         layout: How the ranks are cut.
         groups: Their process groups.
     """
-    masters = {name: p.detach().clone() for name, (p, _) in declared(module).items()}
+    rounded = train.precision != "fp32"
+    exact = {name: p.detach().clone() for name, (p, _) in declared(module).items()} if rounded else {}
     staged = isinstance(module, StagedModule)
     with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
         engine, *_ = deepspeed.initialize(
@@ -95,10 +96,8 @@ def make_engine(module: nn.Module, plan: LayerPlan, *, train: Train, layout: Lay
         )
     zero.start_optimizer(engine)
     made = _PipelineEngine(engine, plan) if staged else _PlainEngine(engine, plan, groups=groups, clip=train.clip)
-    if train.precision != "fp32":  # the fp32 weights must not be those that went through 16 bits
-        state = made.state()
-        for name, weight in masters.items():
-            state.write(name, "weight", weight)
+    for name, weight in exact.items():  # the fp32 weights must not be those that went through 16 bits
+        made.state().write(name, "weight", weight)
     return made
 
 

@@ -5,6 +5,7 @@ Torch is imported inside `start`, so that a launcher asks `find_place` at no cos
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,17 +60,25 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
             return Place(rank, size, int(environ["SLURM_LOCALID"]), _slurm_rendezvous(environ), "slurm")
     except (KeyError, ValueError) as error:
         raise MachineError(
-            f"this looks like a rank of a job, but {error} is missing or no number: start the ranks with "
+            f"this looks like a rank of a job, but its environment is incomplete ({error}): start the ranks with "
             "trainshort, torchrun or srun"
         ) from None
     return None
 
 
 def _slurm_rendezvous(environ: Mapping[str, str]) -> str:
-    # The batch script computes both at each start; an srun typed by hand has the batch host alone.
-    host = environ.get("MASTER_ADDR") or environ["SLURM_LAUNCH_NODE_IPADDR"]
+    # The batch script computes both at each start; an srun typed by hand leaves it to us.
+    host = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])
     port = environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 20000
     return f"tcp://{host}:{port}"
+
+
+def _first_host(node_list: str) -> str:
+    """Return the first of SLURM's host names: gpu-[001-004,007] is gpu-001."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST {node_list!r}")
+    return match[1] + (match[2] or "")
 
 
 def start(place: Place) -> "torch.device":
@@ -77,13 +86,14 @@ def start(place: Place) -> "torch.device":
     import torch
     import torch.distributed as dist
 
-    os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed's pipeline reads it
     if place.starter == "local":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop may have no resolvable hostname
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", place.local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+    # DeepSpeed takes it for the device's index: with one GPU visible to each process that is 0 on every rank.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
     dist.init_process_group(
         "nccl" if gpus else "gloo",
         init_method=place.rendezvous,

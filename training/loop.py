@@ -56,7 +56,7 @@ class Loop:
         """Train from a position and return the last one; it is saved.
 
         Raises:
-            TrainshortError: the loss is no longer a number.
+            TrainshortError: the loss or the gradient norm is no longer a number.
         """
         train, checkpoint = self.config.train, self.config.checkpoint
         position, saved, ended_at = start, start, time.perf_counter()
@@ -64,12 +64,13 @@ class Loop:
             position, result = self._step(position)
             every = self.config.evaluate.every
             validation = self.validate() if every and (position.step % every == 0) else None
+            now = time.perf_counter()
+            self._tell(result, seconds=now - ended_at, validation=validation)
+            ended_at = now
+            # After the step is told: a resume drops what was told past its checkpoint, but cannot make up a lost step.
             if position.step % checkpoint.every == 0 or position.step == train.steps:
                 self.save(position)
                 saved = position
-            now = time.perf_counter()
-            self._tell(position, result, seconds=now - ended_at, validation=validation)
-            ended_at = now
         if position != saved:
             self.save(position)
         return position
@@ -81,10 +82,10 @@ class Loop:
         # they must drop the same elements of the residual stream.
         torch.manual_seed(seed_for(config.run.seed, "dropout", step, self.groups.data.rank, self.groups.pipeline.rank))
         outcome = self.engine.train_step(self.loader.step(position.consumed_samples), learning_rate=rate)
-        if not math.isfinite(outcome.loss):
+        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
             raise TrainshortError(
-                f"the loss is {outcome.loss} at step {step}: nothing was saved since; start again from the last "
-                "checkpoint with a lower train.learning_rate or more warm-up"
+                f"the loss is {outcome.loss} and the gradient norm {outcome.grad_norm} at step {step}: nothing was "
+                "saved since the last checkpoint; use a lower train.learning_rate or more warm-up in another run.dir"
             )
         samples = position.consumed_samples + config.train.global_batch
         result = StepResult(
@@ -101,7 +102,7 @@ class Loop:
         )
         return Position(step, samples), result
 
-    def _tell(self, position: Position, result: StepResult, *, seconds: float, validation: float | None) -> None:
+    def _tell(self, result: StepResult, *, seconds: float, validation: float | None) -> None:
         tokens = self.config.train.global_batch * self.config.data.sequence_length
         speed = tokens / seconds
         used = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None

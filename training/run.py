@@ -50,10 +50,8 @@ def train(config: RunConfig, place: Place) -> None:
     stopping.listen()  # before the slow part: a signal during start-up must not kill
     ready = make_ready(config, world_size=place.size)
     device = start(place)
-    try:
-        _train(ready, device=device, stopping=stopping)
-    finally:
-        stop()
+    _train(ready, device=device, stopping=stopping)
+    stop()  # not after an error: the others may sit in a collective, and this rank must end for them to be ended
 
 
 def _train(ready: Ready, *, device: torch.device, stopping: StopRequest) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from parallel.start import Place, start, stop
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 900
 ROOT = Path(__file__).parents[2]
 
 

@@ -13,13 +13,18 @@ split it and which stage wrote it, so that any layout can read what any other sa
 
 import hashlib
 import json
+import logging
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from configs.paths import checkpoints_folder
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -86,7 +91,7 @@ def step_folder(checkpoints: Path, *, step: int) -> Path:
 
 def list_checkpoints(run_dir: Path) -> list[Found]:
     """Return a run folder's checkpoints, oldest first; unfinished ones, which begin with a dot, are none."""
-    folder = run_dir / "checkpoints"
+    folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         return []
     matches = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -95,16 +100,26 @@ def list_checkpoints(run_dir: Path) -> list[Found]:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
-    """Return a checkpoint folder, or the newest of a run folder, and what it holds.
+    """Return a checkpoint folder, or the newest whole one of a run folder, and what it holds.
+
+    A broken one of a run folder is named in a warning and passed over; it is left where it is.
 
     Raises:
-        InputError: there is none, or it is broken.
+        InputError: there is none, or none is whole.
     """
     if not path.is_dir():
         raise InputError(f"checkpoint {path} does not exist: give a checkpoint folder or a run folder")
-    found = list_checkpoints(path)
-    folder = (found[-1].path if found else path).absolute()
-    return folder, read_manifest(folder)
+    *older, newest = [found.path.absolute() for found in list_checkpoints(path)] or [path.absolute()]
+    try:
+        return newest, read_manifest(newest)
+    except InputError as error:
+        if not older:
+            raise
+        logger.warning("%s; trying the one before", error)
+    for folder in reversed(older):
+        with suppress(InputError):
+            return folder, read_manifest(folder)
+    raise InputError(f"no checkpoint of {path} is whole: move its checkpoints folder away to start anew")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.load import dump_run
+from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
 from parallel.engine import State
 from parallel.groups import Groups
@@ -46,7 +47,7 @@ def save_checkpoint(
     Returns:
         The checkpoint folder.
     """
-    checkpoints = Path(config.run.dir) / "checkpoints"
+    checkpoints = checkpoints_folder(Path(config.run.dir))
     folder = step_folder(checkpoints, step=step)
     beside = checkpoints / f".{folder.name}"
     if groups.world.rank == 0:
@@ -73,7 +74,8 @@ def save_checkpoint(
         write_manifest(beside, manifest)
         _publish(beside, folder)
         for old in list_checkpoints(Path(config.run.dir))[: -config.checkpoint.keep]:
-            shutil.rmtree(old.path)
+            # Renamed first: a removal cut short must not leave a manifest without its files.
+            shutil.rmtree(old.path.rename(old.path.with_name(f".{old.path.name}")))
     dist.barrier()
     return folder
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.model.alibi import causal_bias
 
@@ -67,10 +68,19 @@ def sdpa(bias: BiasStrip) -> Attention:
             query = q[:, :, start : start + QUERY_BLOCK]
             keys = before + start + query.shape[2]
             mask = bias.block(queries=query.shape[2], keys=keys, like=q)
-            blocks.append(F.scaled_dot_product_attention(query, k[:, :, :keys], v[:, :, :keys], attn_mask=mask))
+            blocks.append(_attend_block(query, k[:, :, :keys], v[:, :, :keys], mask))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
     return attend
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # CUDA kernels want the mask in the queries' type, and aligned; rounding a relative bias loses little. cuDNN is left
+    # out: it has read fp32 masks as bf16 and given NaN gradients with masks at some lengths (pytorch#191612, #196678).
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype).contiguous())
 
 
 BACKENDS: dict[str, Callable[[BiasStrip], Attention]] = {"reference": reference, "sdpa": sdpa}

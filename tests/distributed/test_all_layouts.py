@@ -1,0 +1,62 @@
+"""Every legal layout of up to eight ranks trains alike: `make test-layouts`, some minutes."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from parallel.layout import Layout
+from tests.distributed.layouts import config_of, name_of, train_layouts
+from tests.distributed.spawn import run_ranks
+
+MORE = ("train.micro_batch=1",)  # so that eight data ranks have a micro-batch each
+STEPS = range(10)
+AXES = (1, 2, 4, 8)
+
+
+def legal_layouts(ranks: int) -> list[dict[str, int]]:
+    """Return the layouts that a run's rules and the number of ranks allow."""
+    found = []
+    for tensor, pipeline, zero in product(AXES, AXES, range(4)):
+        keys = {"tensor": tensor, "pipeline": pipeline, "zero": zero}
+        try:
+            Layout.of(config_of(keys, run_dir=Path("unused"), more=MORE), world_size=ranks)
+        except InputError:
+            continue
+        found.append(keys)
+    return found
+
+
+def test_rules_leave_the_layouts_that_are_known_to_work() -> None:
+    assert [len(legal_layouts(ranks)) for ranks in (1, 2, 4, 8)] == [4, 9, 15, 17]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("all_layouts")
+
+
+def _train(runs: Path, *, ranks: int, layouts: list[dict[str, int]]) -> dict[str, list[list[tuple[float, float]]]]:
+    tokenizer = runs / "tokenizer.model"
+    tokenizer.write_bytes(b"no test here reads it")
+    arguments = {"steps": STEPS, "folder": runs, "tokenizer": tokenizer, "start_from": None, "more": MORE}
+    by_rank = run_ranks(train_layouts, ranks=ranks, arguments={**arguments, "layouts": layouts})
+    return {name_of(keys, ranks=ranks): [r[i].steps for r in by_rank] for i, keys in enumerate(layouts)}
+
+
+@pytest.fixture(scope="module")
+def expected(runs: Path) -> list[tuple[float, float]]:
+    reference = {"tensor": 1, "pipeline": 1, "zero": 0}
+    return _train(runs, ranks=1, layouts=[reference])["t1p1z0w1"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_legal_layout_has_the_same_losses_and_norms(
+    runs: Path, expected: list[tuple[float, float]], ranks: int
+) -> None:
+    for name, by_rank in _train(runs, ranks=ranks, layouts=legal_layouts(ranks)).items():
+        for steps in by_rank:
+            assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], rel=1e-5), name
+            assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], rel=1e-5), name

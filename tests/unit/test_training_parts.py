@@ -1,0 +1,93 @@
+"""The learning rate, utilization, metrics.jsonl and the progress line."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.load import load_run
+from configs.parameters import parameter_count
+from training.observers import MetricsFile, StepResult, describe
+from training.schedule import learning_rate
+from training.utilization import flops_per_token, peak_flops
+
+RESULT = StepResult(
+    step=1,
+    loss=2.0,
+    learning_rate=1e-3,
+    grad_norm=0.5,
+    tokens_seen=64,
+    consumed_samples=4,
+    step_seconds=0.1,
+    tokens_per_second=640.0,
+    model_flops_utilization=0.25,
+    memory_gb=1.0,
+)
+
+
+def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
+    overrides = ["train.learning_rate=1.0", "train.min_learning_rate=0.1", "train.warmup_steps=10"]
+    train = load_run("demo", overrides=[*overrides, "train.steps=500", "train.decay_steps=110"]).train
+    assert [learning_rate(step, train=train) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    for step in range(11, 111):
+        expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 100))
+        assert learning_rate(step, train=train) == pytest.approx(expected)
+    assert learning_rate(111, train=train) == learning_rate(500, train=train) == pytest.approx(0.1)
+
+
+def test_flops_of_the_reference_model_follow_the_published_convention() -> None:
+    model = load_run("alibi-1b3").model
+    parameters = parameter_count(model, vocab_size=50304)
+    assert flops_per_token(model, parameters=parameters, length=1024) == 6 * 1_361_987_584 + 12 * 25 * 2048 * 1024
+
+
+def test_peak_of_a_cpu_is_measured() -> None:
+    peak = peak_flops(torch.device("cpu"), precision="fp32")
+    assert peak is not None
+    assert 1e8 < peak < 1e14
+
+
+def test_metrics_keep_each_step_once_over_restarts(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, last_step=0)
+    for step in (1, 2, 3):
+        file.on_step(dataclasses.replace(RESULT, step=step))
+    file.close("KILLED")
+    with (tmp_path / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 4, "los')
+    again = MetricsFile(tmp_path, last_step=2)
+    again.on_step(dataclasses.replace(RESULT, step=3, validation_loss=1.5))
+    again.close("FINISHED")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[2]["validation_loss"] == 1.5
+    assert "validation_loss" not in lines[1]
+    discarded = (tmp_path / "logs" / "metrics_discarded.jsonl").read_text()
+    assert discarded.count("\n") == 1
+    assert discarded.endswith('{"step": 4, "los')
+
+
+def test_metrics_have_the_fields_that_other_tools_read(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, last_step=0)
+    file.on_step(RESULT)
+    file.close("FINISHED")
+    assert list(json.loads((tmp_path / "metrics.jsonl").read_text())) == [
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_seen",
+        "consumed_samples",
+        "step_seconds",
+        "tokens_per_second",
+        "model_flops_utilization",
+        "memory_gb",
+    ]
+
+
+def test_the_progress_line_leaves_out_what_is_not_known() -> None:
+    assert describe(RESULT) == "loss 2.000  640 tokens/s  utilization 25%  1.0 GB"
+    unknown = dataclasses.replace(RESULT, model_flops_utilization=None, validation_loss=3.0)
+    assert describe(unknown) == "loss 2.000  640 tokens/s  1.0 GB  validation 3.000"
