@@ -1,0 +1,229 @@
+"""The shipped demo as a user types it, small: prepare, train, stop it, train on, evaluate, export."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+
+from training.checkpoint.manifest import list_checkpoints
+from training.checkpoint.read import open_checkpoint
+from training.model.single import load_single
+
+STEPS = 12
+LENGTH = 128
+PATIENCE_SECONDS = 240
+SMALL = [
+    "data.sources=[book.txt]",
+    "data.dir=data",
+    "data.vocab_size=2048",
+    f"data.sequence_length={LENGTH}",
+    "data.split=0.1",
+    "train.global_batch=16",
+    "train.micro_batch=8",
+    f"train.steps={STEPS}",
+    "train.warmup_steps=2",
+    "checkpoint.every=4",
+    "checkpoint.keep=100",
+    "evaluate.every=5",
+    "evaluate.samples=16",
+]
+EXACT = ("step", "loss", "grad_norm", "validation_loss", "learning_rate", "tokens_seen", "consumed_samples")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the commands left and said.
+
+    Attributes:
+        folder: Where they were typed; the run folders are one/run and two/run.
+        stopped: The metrics when the first start had ended on SIGTERM.
+        saved: The steps of its checkpoints then.
+        report: What `evaluate --json` printed.
+        exported: What `export` printed.
+        again: What `train` printed when there was nothing left to do.
+        changed: Files that it changed.
+    """
+
+    folder: Path
+    stopped: list[dict[str, Any]]
+    saved: list[int]
+    report: str
+    exported: str
+    again: str
+    changed: set[Path]
+
+    @property
+    def broken(self) -> Path:
+        return self.folder / "one" / "run"
+
+    @property
+    def unbroken(self) -> Path:
+        return self.folder / "two" / "run"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "trainshort", *arguments]
+
+
+def trainshort(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        command(*arguments), cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+    )
+    assert done.returncode == 0, f"{arguments}:\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def run(run_dir: str) -> list[str]:
+    return ["demo", *(word for value in [*SMALL, f"run.dir={run_dir}"] for word in ("--set", value))]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def train_and_stop(folder: Path, run_dir: str, *, after_lines: int) -> None:
+    """Train until there are some lines of metrics, then ask the launcher to end."""
+    with (folder / "first.log").open("w+") as log:
+        process = subprocess.Popen(command("train", *run(run_dir)), cwd=folder, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            file = folder / run_dir / "metrics.jsonl"
+            while not (file.exists() and file.read_bytes().count(b"\n") >= after_lines):
+                assert process.poll() is None, log.read()
+                assert time.monotonic() < deadline, "no metrics"
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=PATIENCE_SECONDS) == 0, log.read()
+        finally:
+            process.kill()
+            process.wait()
+
+
+def states(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Everything a user types, once."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "book.txt").write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    trainshort(folder, "prepare", *run("one/run"))
+    train_and_stop(folder, "one/run", after_lines=2)
+    stopped = metrics(folder / "one" / "run")
+    saved = [found.step for found in list_checkpoints(folder / "one" / "run")]
+    trainshort(folder, "train", *run("one/run"))
+    trainshort(folder, "train", *run("two/run"))
+    before = states(folder)
+    again = trainshort(folder, "train", *run("one/run"))
+    after = states(folder)
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    report = trainshort(folder, "evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
+    exported = trainshort(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
+    return Job(folder, stopped, saved, report, exported, again, changed)
+
+
+def test_a_stopped_run_has_saved_the_last_step_that_it_finished(job: Job) -> None:
+    steps = [line["step"] for line in job.stopped]
+    assert 2 <= len(steps) < STEPS, "the stop came too late to test anything"
+    assert steps == list(range(1, len(steps) + 1))
+    assert job.saved == sorted({*range(4, len(steps) + 1, 4), len(steps)})
+
+
+def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None:
+    broken, unbroken = metrics(job.broken), metrics(job.unbroken)
+    assert [line["step"] for line in unbroken] == list(range(1, STEPS + 1))
+    assert [[line.get(key) for key in EXACT] for line in broken] == [
+        [line.get(key) for key in EXACT] for line in unbroken
+    ]
+    assert broken[: len(job.stopped)] == job.stopped, "a line that stood there has changed"
+    assert [line["step"] for line in broken if "validation_loss" in line] == [5, 10]
+    one, two = open_checkpoint(job.broken), open_checkpoint(job.unbroken)
+    assert (one.step, two.step) == (STEPS, STEPS)
+    for name, weight in one.weights().items():
+        assert torch.equal(weight, two.tensor(name, kind="weight")), name
+
+
+def test_a_finished_run_is_left_alone(job: Job) -> None:
+    assert job.again == f"one/run is trained to its last step, {STEPS}: raise train.steps to go on\n"
+    # every start of ranks writes config.yaml anew: none was started
+    assert job.changed == set()
+
+
+def test_the_model_has_learned(job: Job) -> None:
+    losses = [line["loss"] for line in metrics(job.unbroken)]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_evaluation_prints_its_report_and_leaves_it_in_the_run_folder(job: Job) -> None:
+    report = json.loads(job.report)
+    assert report == json.loads((job.broken / "evaluation" / "report.json").read_text())
+    assert report["train_length"] == LENGTH
+    assert [result["length"] for result in report["results"]] == [LENGTH, 2 * LENGTH]
+    assert report["checkpoint"] == str(job.broken / "checkpoints" / f"step_{STEPS:07d}")
+    (plot,) = (job.broken / "evaluation").glob("*.png")
+    assert matplotlib.image.imread(plot).std() > 0.01
+    # held-out text after so few steps: better than the first step, not by chance far better than the training text
+    losses = [line["loss"] for line in metrics(job.broken)]
+    assert all(losses[-1] - 1 < result["loss"] < losses[0] for result in report["results"])
+
+
+def test_the_exported_model_has_the_logits_of_the_trained_one(job: Job) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = job.broken / "export" / "hf"
+    assert job.exported.startswith(f"exported one/run/export/hf: at lengths {LENGTH} and {4 * LENGTH} logits differ by")
+    text = topics["with"]
+    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, : 4 * LENGTH]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(tokens).logits
+    assert tokens.shape == (1, 4 * LENGTH)
+    torch.testing.assert_close(logits, load_single(open_checkpoint(job.broken)).logits(tokens), atol=1e-4, rtol=0)
+
+
+def test_mlflow_has_one_run_of_all_starts_with_the_evaluation(job: Job) -> None:
+    with closing(sqlite3.connect(job.folder / "one" / "mlflow.db")) as database:
+        runs = database.execute("select run_uuid, name, status from runs").fetchall()
+        losses = database.execute("select step, value from metrics where key = 'loss' order by step").fetchall()
+        evaluated = database.execute("select distinct key from metrics where key like 'evaluation/%'").fetchall()
+    ((run_id, name, status),) = runs
+    assert (name, status) == ("demo", "FINISHED")
+    assert json.loads((job.broken / "mlflow_run.json").read_text())["run_id"] == run_id
+    assert losses == [(line["step"], line["loss"]) for line in metrics(job.broken)]
+    assert len(evaluated) == 4
+    artifacts = job.folder / "one" / "mlartifacts" / run_id / "artifacts"
+    assert {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()} == {
+        "config.yaml",
+        "evaluation/report.json",
+        "evaluation/report.md",
+        "evaluation/perplexity.png",
+    }
+
+
+def test_nothing_lies_where_the_commands_were_typed_but_what_was_asked_for(job: Job) -> None:
+    assert sorted(os.listdir(job.folder)) == ["book.txt", "data", "first.log", "one", "two"]
+    assert sorted(os.listdir(job.folder / "one")) == ["mlartifacts", "mlflow.db", "run"]
+    assert sorted(os.listdir(job.broken)) == [
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "evaluation",
+        "export",
+        "logs",
+        "metrics.jsonl",
+        "mlflow_run.json",
+    ]
