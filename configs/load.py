@@ -56,8 +56,11 @@ def check_run(data: dict[str, Any], *, name: str) -> RunConfig:
 def find_run(name_or_path: str) -> Path:
     """Return the file of a run given as a path or as the name of a shipped run."""
     path = Path(name_or_path)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise InputError(f"run file {name_or_path[:80]} cannot be read ({error.strerror}): check the path") from None
     shipped = RUNS / f"{name_or_path}.yaml"
     if "/" not in name_or_path and shipped.is_file():
         return shipped
@@ -117,7 +120,7 @@ def read_yaml(text: str, *, name: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{name}{line}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
 
 

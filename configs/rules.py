@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from math import isqrt
 
 from configs.schema import RunConfig
 
@@ -16,7 +17,8 @@ def problems(config: RunConfig) -> list[str]:
 
 def divisors(number: int) -> str:
     """Return the divisors of a number in words: `1, 2, 4 or 8`."""
-    found = [str(n) for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    found = [str(n) for n in sorted({*small, *(number // n for n in small)})]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
 
 

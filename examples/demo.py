@@ -1,6 +1,7 @@
 """The whole job, small: prepare, train, evaluate and export the shipped run `demo`, then generate. See `make demo`."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def trainshort(*arguments: str, quiet: bool = False) -> None:
     """Run one command of the command line; a failure ends the demo with the same code."""
     print(f"$ trainshort {' '.join(arguments)}", flush=True)
     command = [sys.executable, "-P", "-m", "trainshort", *arguments]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL if quiet else None, check=False)
+    cpu_ranks = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # four of them, however many GPUs there are
+    done = subprocess.run(command, env=cpu_ranks, stdout=subprocess.DEVNULL if quiet else None, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 

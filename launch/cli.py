@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs when it runs: a user waits for start-up every time."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -119,12 +120,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity at each length; writes the run's evaluation folder."""
-    asked, found = _lengths(lengths), _checkpoint(checkpoint)
+    asked = _lengths(lengths)
 
     from launch.show import show_json, show_report
     from training.evaluation.run import evaluate as evaluate_checkpoint
 
-    report = evaluate_checkpoint(found, lengths=asked, protocols=tuple(protocol) if protocol else None, data=data)
+    report = evaluate_checkpoint(checkpoint, lengths=asked, protocols=tuple(protocol) if protocol else None, data=data)
     if as_json:
         show_json(report)
     else:
@@ -138,12 +139,11 @@ def export(
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
 ) -> None:
     """Write the model for inference engines; logits are compared before it says done."""
-    found = _checkpoint(checkpoint)
 
     from launch.show import show_lines
     from training.export.run import export as export_checkpoint
 
-    show_lines(f"exported {export_checkpoint(found, format=form, out=out)}")
+    show_lines(f"exported {export_checkpoint(checkpoint, format=form, out=out)}")
 
 
 @app.command()
@@ -213,7 +213,13 @@ def _start_local(config: "RunConfig", *, run: str, overrides: list[str], ranks: 
     from launch.show import show_lines
     from training.preflight import make_ready
 
-    ranks = ranks or gpu_count(os.environ) or config.parallel.tensor * config.parallel.pipeline
+    gpus = gpu_count(os.environ)
+    ranks = ranks or gpus or config.parallel.tensor * config.parallel.pipeline
+    if 0 < gpus < ranks:
+        raise InputError(
+            f"--ranks {ranks} is more than this machine's GPUs ({gpus}): start {gpus} or fewer, "
+            'or set CUDA_VISIBLE_DEVICES="" for CPU ranks'
+        )
     ready = make_ready(config, world_size=ranks)
     if ready.finished:
         show_lines(f"{ready.run_dir} is trained to its last step, {config.train.steps}: raise train.steps to go on")
@@ -242,7 +248,7 @@ def _usage(error: Any) -> str:
 def _count(text: str | None, *, option: str) -> int | None:
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and int(text)):
+    if not (re.fullmatch(r"[0-9]{1,9}", text) and int(text)):
         raise InputError(f"{option} must be a whole number from 1, got {text!r}: write {option} 4")
     return int(text)
 
@@ -251,22 +257,6 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 1 for part in parts):
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) > 1 for part in parts):
         raise InputError(f"--lengths must be whole numbers from 2 with commas between, got {text!r}: write 1024,2048")
     return tuple(int(part) for part in parts)
-
-
-def _checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a path means: itself, or a run folder's newest one."""
-    from configs.paths import checkpoints_folder
-    from training.checkpoint.manifest import list_checkpoints
-
-    if not path.is_dir():
-        raise InputError(f"checkpoint {path} does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
-    if not checkpoints_folder(path).is_dir():
-        return path
-    found = list_checkpoints(path)
-    if not found:
-        raise InputError(f"{path} has no checkpoint yet: train it first")
-    newest: Path = found[-1].path
-    return newest

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from configs.errors import MachineError
 from launch.machine import core_count
 
 POLL_SECONDS = 0.05
@@ -81,10 +82,15 @@ def start_ranks(
         environment: Environment of the ranks, to which their place is added.
         grace_seconds: When a rank has failed, how long the others may take to end by themselves, and again after
             they were asked to.
+    Raises:
+        MachineError: the folder of the logs cannot be made.
     Returns:
         0 when all ended well; 2 or 3 when a rank ended so; 130 when they were stopped and could not save; else 1.
     """
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"folder {logs} cannot be made ({error.strerror}): choose another run.dir") from None
     with tempfile.TemporaryDirectory(prefix="trainshort-") as folder, _handled_signals() as signals:
         shared = {
             **environment,
@@ -160,8 +166,10 @@ def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> Rank | None:
         running = [rank for rank in ranks if rank.process.poll() is None]
         failed += [rank for rank in ranks if rank.process.returncode and rank not in failed]
         if not running:
-            # The input's or the machine's fault is the cause; a lost connection elsewhere is its echo.
-            return next((rank for rank in failed if rank.process.returncode in (2, 3)), failed[0] if failed else None)
+            # The input's or the machine's fault is the cause; a lost connection elsewhere is its echo. Of ranks that
+            # all say so, rank 0 has said it on the terminal.
+            causes = [rank for rank in failed if rank.process.returncode in (2, 3)]
+            return min(causes, key=lambda rank: rank.number) if causes else next(iter(failed), None)
         now = time.monotonic()
         if failed and deadline == float("inf"):
             deadline = now + grace_seconds

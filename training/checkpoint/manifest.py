@@ -108,7 +108,9 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
         InputError: there is none, or none is whole.
     """
     if not path.is_dir():
-        raise InputError(f"checkpoint {path} does not exist: give a checkpoint folder or a run folder")
+        raise InputError(f"checkpoint {path} does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
+    if checkpoints_folder(path).is_dir() and not list_checkpoints(path):
+        raise InputError(f"{path} has no checkpoint yet: train it first")
     *older, newest = [found.path.absolute() for found in list_checkpoints(path)] or [path.absolute()]
     try:
         return newest, read_manifest(newest)
