@@ -1,6 +1,6 @@
 """Train a few steps in several layouts on one set of ranks, each from the same saved state."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from parallel.groups import Groups, make_groups
 from parallel.layout import Layout
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_weights
-from parallel.start import Place
+from parallel.start import Place, start, stop
 from parallel.zero import KINDS
 from training.checkpoint.read import load_slices, open_checkpoint
 from training.checkpoint.write import save_checkpoint
@@ -101,16 +101,14 @@ def train_layouts(
         start_from: A checkpoint to load first; None starts from the initial weights.
         more: Further overrides.
     """
-    return [
-        _train(
-            place,
-            config_of(keys, run_dir=folder / name_of(keys, ranks=place.size), more=more),
-            steps=steps,
-            tokenizer=tokenizer,
-            start_from=start_from,
-        )
-        for keys in layouts
-    ]
+    found = []
+    for index, keys in enumerate(layouts):
+        if index:  # groups of their own: the threads of all layouts' groups together would starve two cores
+            stop()
+            start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
+        config = config_of(keys, run_dir=folder / name_of(keys, ranks=place.size), more=more)
+        found.append(_train(place, config, steps=steps, tokenizer=tokenizer, start_from=start_from))
+    return found
 
 
 def name_of(keys: dict[str, int], *, ranks: int) -> str:

@@ -185,7 +185,7 @@ TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "first weights that are not there": (
         nothing,
         ["--set", "train.init_from=no/checkpoint"],
-        "checkpoint no/checkpoint does not exist: give a checkpoint folder or a run folder",
+        "checkpoint no/checkpoint does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
     ),
     "first weights that are none": (
         nothing,

@@ -173,12 +173,18 @@ def is_outage(error: Exception) -> bool:
     return isinstance(error, OSError)
 
 
-def _client(uri: str) -> Any:
+def import_client() -> type[Any]:
+    """Import mlflow, which takes seconds, and return its client's class."""
     from mlflow.tracking import MlflowClient
 
+    return MlflowClient
+
+
+def _client(uri: str) -> Any:
+    client = import_client()
     # one line for every migration of a new database
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+    return client(tracking_uri=uri)
 
 
 def _find(client: Any, run_id: str) -> Any | None:

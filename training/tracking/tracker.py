@@ -6,22 +6,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from training.observers import Status
 from training.tracking.client import (
     Measured,
     MlflowRun,
     Place,
+    import_client,
     is_outage,
     open_recorded_run,
     open_run,
     quiet_mlflow,
 )
 from training.tracking.record import default_uri, flatten, read_record, without_password
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _logger = logging.getLogger(__name__)
 
@@ -161,6 +162,8 @@ class _Sender:
 
     def run(self) -> None:
         """Send until a record closes the run."""
+        with suppress(ImportError):  # said when a record is to be sent
+            import_client()
         while not self._done:
             self._collect()
             try:
