@@ -74,18 +74,3 @@ def shares(weights: tuple[float, ...], *, total: int) -> tuple[int, ...]:
     for source in by_remainder[: total - sum(given)]:
         given[source] += 1
     return tuple(given)
-
-
-def sample_ids(
-    *, seed: int, sizes: tuple[int, ...], weights: tuple[float, ...] | None, start: int, count: int
-) -> NDArray[np.int64]:
-    """Return the ids at positions [start, start + count) of the endless stream of samples, [count].
-
-    Args:
-        seed: The run's seed.
-        sizes: Samples of each source.
-        weights: Share of each source; None: every sample once an epoch.
-        start: Samples consumed before.
-        count: Positions wanted.
-    """
-    return SampleOrder(seed=seed, sizes=sizes, weights=weights).ids(start=start, count=count)

@@ -26,20 +26,6 @@ class Piece(NamedTuple):
     last: bool
 
 
-def documents(source: Source, *, separator: str | None) -> Iterator[str]:
-    """Yield the documents of a source, each whole in memory.
-
-    Raises:
-        InputError: see `pieces`.
-    """
-    parts = []
-    for piece in pieces(source, separator=separator):
-        parts.append(piece.text)
-        if piece.last:
-            yield "".join(parts)
-            parts = []
-
-
 def pieces(source: Source, *, separator: str | None, advance: Advance = lambda _: None) -> Iterator[Piece]:
     """Yield the documents of a source in pieces, so that a file need not fit into memory.
 

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from configs.errors import InputError
 from data_pipeline.loader import Loader, held_out_batches
 from data_pipeline.manifest import Part, Prepared
-from data_pipeline.order import sample_ids
+from data_pipeline.order import SampleOrder
 from data_pipeline.samples import Samples, open_samples
 
 LENGTHS = [int(size) for size in np.random.default_rng(3).integers(1, 120, 60)]
@@ -145,7 +145,7 @@ def test_a_step_has_the_same_samples_for_any_ranks(tmp_path: Path, micro_batch: 
     ]
     # the last crosses from one epoch to the next
     for consumed in (0, 24, len(samples) - 7):
-        ids = sample_ids(seed=5, sizes=samples.sizes, weights=None, start=consumed, count=global_batch)
+        ids = SampleOrder(seed=5, sizes=samples.sizes, weights=None).ids(start=consumed, count=global_batch)
         batches = [loader.step(consumed) for loader in loaders]
         assert {tuple(batch.shape) for rank in batches for batch in rank} == {(micro_batch, 17)}
         assert all(batch.dtype == torch.int64 for rank in batches for batch in rank)

@@ -17,13 +17,19 @@ from configs.errors import InputError
 from configs.schema import Source
 from data_pipeline import sources
 from data_pipeline.python_docs import python_docs
-from data_pipeline.sources import documents, pieces
+from data_pipeline.sources import pieces
 
 TEXT = "Zwölf Boxkämpfer\r\njagen  Viktor\n\n\tquer \U0001f600 über\n"
 
 
 def read(path: Path | str, *, separator: str | None = None) -> list[str]:
-    return list(documents(Source(path=str(path)), separator=separator))
+    found, parts = [], []
+    for piece in pieces(Source(path=str(path)), separator=separator):
+        parts.append(piece.text)
+        if piece.last:
+            found.append("".join(parts))
+            parts = []
+    return found
 
 
 def problem(path: Path | str) -> str:

@@ -16,8 +16,9 @@ from configs.schema import Model
 from data_pipeline.pieces import PieceType, read_pieces
 from tests.unit.bloom_by_hand import bloom_logits
 from tests.unit.export_samples import SHAPE, random_weights, train_sentencepiece
+from training.export.folder import new_folder
 from training.export.generate import generate_text
-from training.export.huggingface import huggingface_name, write_huggingface
+from training.export.huggingface import fill_folder, huggingface_name, require_bloom
 from training.export.parity import TRICKY, comparable_length, compare_logits, compare_tokenizers
 
 
@@ -39,14 +40,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path, vocab_si
 
 
 def write(out: Path, *, tokenizer: Path, vocab_size: int, model: Model = SHAPE) -> None:
-    write_huggingface(
-        random_weights(SHAPE, vocab_size=vocab_size),
-        model=model,
-        vocab_size=vocab_size,
-        tokenizer=tokenizer,
-        sequence_length=32,
-        out=out,
-    )
+    require_bloom(model)
+    with new_folder(out) as folder:
+        fill_folder(
+            folder,
+            weights=random_weights(SHAPE, vocab_size=vocab_size),
+            model=model,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            sequence_length=32,
+        )
 
 
 def by_hand(tokens: torch.Tensor, *, vocab_size: int) -> torch.Tensor:
@@ -185,10 +188,9 @@ def test_weights_that_do_not_fit_leave_nothing_behind(tokenizer: Path, vocab_siz
     weights = random_weights(SHAPE, vocab_size=vocab_size)
     del weights["blocks.1.attention_norm.bias"]
     with pytest.raises(AssertionError, match=r"h\.1\.input_layernorm\.bias"):
-        write_huggingface(
-            weights, model=SHAPE, vocab_size=vocab_size, tokenizer=tokenizer, sequence_length=32, out=tmp_path / "hf"
+        fill_folder(
+            tmp_path, weights=weights, model=SHAPE, vocab_size=vocab_size, tokenizer=tokenizer, sequence_length=32
         )
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["blocks.0.rotary.weight", "embedding.position.weight", "blocks.0.final_norm.bias"])

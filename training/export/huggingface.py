@@ -12,7 +12,6 @@ from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
 from configs.errors import InputError
 from configs.schema import Model
 from data_pipeline.pieces import Pieces
-from training.export.folder import new_folder
 from training.export.tokenizer_json import write_tokenizer
 
 # an exported model's logits are compared up to this many times the training length
@@ -31,39 +30,6 @@ _BLOCK = {
     "feed_forward.up": "mlp.dense_h_to_4h",
     "feed_forward.down": "mlp.dense_4h_to_h",
 }
-
-
-def write_huggingface(
-    weights: Mapping[str, torch.Tensor],
-    *,
-    model: Model,
-    vocab_size: int,
-    tokenizer: Path,
-    sequence_length: int,
-    out: Path,
-) -> None:
-    """Write a model as a Hugging Face folder, whole or not at all.
-
-    Args:
-        weights: Every parameter in full by its logical name, fp32.
-        model: The decoder's shape.
-        vocab_size: Rows of the word embedding.
-        tokenizer: The sentencepiece .model.
-        sequence_length: Training length in tokens.
-        out: A folder that does not exist or is empty.
-    Raises:
-        InputError: the format cannot hold the model or the tokenizer, or `out` has files; nothing is written.
-    """
-    require_bloom(model)
-    with new_folder(out) as folder:
-        fill_folder(
-            folder,
-            weights=weights,
-            model=model,
-            vocab_size=vocab_size,
-            tokenizer=tokenizer,
-            sequence_length=sequence_length,
-        )
 
 
 def require_bloom(model: Model) -> None:
@@ -92,8 +58,8 @@ def fill_folder(
     tokenizer: Path,
     sequence_length: int,
 ) -> None:
-    """Write the files of `write_huggingface` into a folder that exists."""
-    pieces = write_tokenizer(tokenizer, folder, longest=LONGEST_COMPARED * sequence_length)
+    """Write the files of a Hugging Face model into a folder that exists."""
+    pieces = write_tokenizer(tokenizer, folder)
     if len(pieces) > vocab_size:
         raise InputError(
             f"tokenizer {tokenizer} has {len(pieces)} pieces, the model's embedding {vocab_size} rows: "

@@ -11,15 +11,16 @@ from configs.errors import InputError
 from data_pipeline.pieces import Pieces, PieceType, read_pieces
 
 _SPACE = "\u2581"
+# what transformers takes for "no limit": ALiBi has none, and any other number makes it warn of long texts
+NO_LIMIT = int(1e30)
 
 
-def write_tokenizer(model: Path, out: Path, *, longest: int) -> Pieces:
+def write_tokenizer(model: Path, out: Path) -> Pieces:
     """Write tokenizer.json, tokenizer_config.json and tokenizer.model; return the pieces.
 
     Args:
         model: A sentencepiece .model file.
         out: The folder.
-        longest: Tokens that the model's users may expect to fit, `model_max_length`.
     Raises:
         InputError: the model would give other ids there.
     """
@@ -33,7 +34,7 @@ def write_tokenizer(model: Path, out: Path, *, longest: int) -> Pieces:
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": longest,
+        "model_max_length": NO_LIMIT,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(model, out / "tokenizer.model")
