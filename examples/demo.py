@@ -13,7 +13,7 @@ from training.export.generate import generate_text
 
 RUN_DIR = Path("runs/demo")
 EXPORTED = RUN_DIR / "export" / "hf"
-PROMPT = "Return the number of"
+PROMPT = "This module provides"
 
 
 def main() -> None:
