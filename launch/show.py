@@ -60,7 +60,7 @@ def show_summary(config: RunConfig) -> None:
         f"  model     {found['layers']} layers x {found['hidden']} x {found['heads']} heads, {found['position']}: "
         f"{found['parameters']:,} parameters",
         f"  training  {found['steps']:,} steps of {found['tokens_per_step']:,} tokens "
-        f"({found['tokens'] / 1e9:,.3g}G in all) at length {found['sequence_length']:,}",
+        f"({found['tokens']:,} in all) at length {found['sequence_length']:,}",
         f"  layout    tensor {found['tensor']} x pipeline {found['pipeline']}, ZeRO-{found['zero']}: "
         f"ranks in multiples of {model_ranks}",
         f"  folders   run {found['dir']}, data {found['data']}",

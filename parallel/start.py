@@ -139,3 +139,5 @@ def quiet_libraries() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     for package in ("deepspeed", "megatron"):
         warnings.filterwarnings("ignore", module=rf"{package}\..*")
+    # DeepSpeed's calls, which torch blames on itself.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
