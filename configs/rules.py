@@ -26,6 +26,8 @@ def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     if model.hidden % model.heads:
         yield f"model.heads must divide model.hidden ({model.hidden}), got {model.heads}: use {divisors(model.hidden)}"
+    if model.position == "rotary" and model.hidden % model.heads == 0 and model.head_dim % 2:
+        yield f"model.hidden / model.heads must be even for rotary positions, got {model.head_dim}: use fewer heads"
     if model.position == "sinusoidal" and model.hidden % 2:
         yield f"model.hidden must be even for sinusoidal positions, got {model.hidden}: use {model.hidden + 1}"
 
@@ -120,7 +122,7 @@ def _slurm(config: RunConfig) -> Iterator[str]:
 def _not_available(config: RunConfig) -> Iterator[str]:
     """Yield the values that this version knows but cannot do: refused, never replaced."""
     asked = {
-        "model.position": (config.model.position, ("alibi", "sinusoidal", "none")),
+        "model.position": (config.model.position, ("alibi", "sinusoidal", "rotary", "none")),
         "model.family": (config.model.family, ("bloom",)),
         "model.attention": (config.model.attention, ("auto", "reference", "sdpa")),
         "model.windows": (config.model.windows, ("off",)),

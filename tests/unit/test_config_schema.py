@@ -74,6 +74,10 @@ def test_a_section_that_is_no_section_is_refused(run_values: dict[str, Any]) -> 
 
 
 RULES = [
+    (
+        {"model.position": "rotary", "model.hidden": 60},
+        "model.hidden / model.heads must be even for rotary positions, got 15: use fewer heads",
+    ),
     ({"model.hidden": 66}, "model.heads must divide model.hidden (66), got 4: use 1, 2, 3, 6, 11, 22, 33 or 66"),
     (
         {"parallel.tensor": 3},
@@ -159,7 +163,7 @@ def test_a_broken_rule_says_what_holds_what_was_seen_and_what_to_do(
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        ("model.position", "rotary", "model.position rotary is not available in this version: use alibi or"),
+        ("model.position", "t5", "model.position t5 is not available in this version: use alibi or"),
         ("model.family", "mpt", "model.family mpt is not available in this version: use bloom"),
         ("model.attention", "flash", "model.attention flash is not available in this version: use auto or"),
         ("model.windows", "auto", "model.windows auto is not available in this version: use off"),

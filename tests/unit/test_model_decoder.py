@@ -74,7 +74,7 @@ def test_recomputing_changes_no_gradient() -> None:
         assert torch.equal(plain, recomputed)
 
 
-@pytest.mark.parametrize("position", ["alibi", "sinusoidal", "none"])
+@pytest.mark.parametrize("position", ["alibi", "sinusoidal", "rotary", "none"])
 def test_a_later_token_never_changes_an_earlier_logit(position: str) -> None:
     decoder = make(4, position=position)
     tokens = torch.randint(0, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -89,7 +89,7 @@ def test_order_matters_with_positions_and_only_then() -> None:
     tokens = torch.randint(0, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
     swapped = tokens.clone()
     swapped[0, 2], swapped[0, 7] = tokens[0, 7], tokens[0, 2]
-    for position, expected in (("alibi", False), ("sinusoidal", False), ("none", True)):
+    for position, expected in (("alibi", False), ("sinusoidal", False), ("rotary", False), ("none", True)):
         decoder = make(4, position=position)
         # one block, so that the last token sees the others as a set unless positions tell them apart
         decoder.layers = torch.nn.ModuleList([decoder.layers[0], decoder.layers[1], decoder.layers[3]])

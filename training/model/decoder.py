@@ -15,6 +15,7 @@ from parallel.layers import WordEmbedding, column_linear, layer_norm, row_linear
 from parallel.plan import LayerPlan
 from training.model.alibi import local_slopes
 from training.model.attention import AUTO, BACKENDS, Attention, BiasStrip
+from training.model.rotary import rotate
 from training.model.sinusoidal import sinusoids
 
 
@@ -45,6 +46,7 @@ class Block(nn.Module):
         out_std = std / (2 * model.layers) ** 0.5  # keeps the residual stream's variance independent of depth
         self.local_heads, self.head_dim = model.heads // tensor.size, model.head_dim
         self.attend, self.recompute = attend, recompute
+        self.rotary = model.position == "rotary"
         self.attention_norm = layer_norm(f"{name}.attention_norm", hidden=hidden)
         self.query_key_value = column_linear(
             f"{name}.attention.query_key_value", inputs=hidden, outputs=3 * hidden, init_std=std, tensor=tensor
@@ -80,6 +82,8 @@ class Block(nn.Module):
         # The columns are [local_heads][q, k, v][head_dim], so that a tensor rank's slice is whole heads.
         qkv = self.query_key_value(x)[0].view(batch, seq, self.local_heads, 3, self.head_dim)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
         joined = self.attend(q, k, v).transpose(1, 2).reshape(batch, seq, self.local_heads * self.head_dim)
         out: Tensor = self.output(joined)[0]
         return out

@@ -1,0 +1,38 @@
+"""Rotary positions against transformers' Llama and against what they promise."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from training.model.rotary import rotate
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "seq"), [(1, 2, 5), (4, 16, 33), (3, 64, 700)])
+def test_turned_queries_and_keys_equal_llamas(heads: int, head_dim: int, seq: int) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, heads, seq, head_dim)
+    config = LlamaConfig(hidden_size=heads * head_dim, num_attention_heads=heads, max_position_embeddings=seq)
+    cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(seq)[None])
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    for ours, theirs in zip((rotate(q), rotate(k)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(first=st.integers(0, 30), second=st.integers(0, 30), shift=st.integers(0, 60), seed=st.integers(0, 99))
+def test_a_score_depends_on_the_distance_alone(first: int, second: int, shift: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=generator)
+    turned_q, turned_k = (rotate(x.expand(1, 1, 91, 8))[0, 0] for x in (q, k))
+    score = turned_q[first] @ turned_k[second]
+    torch.testing.assert_close(turned_q[first + shift] @ turned_k[second + shift], score, atol=1e-5, rtol=0)
+
+
+def test_type_is_kept_and_position_zero_is_not_turned() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = torch.randn(1, 2, 3, 8, dtype=dtype)
+        assert rotate(x).dtype is dtype
+        assert torch.equal(rotate(x)[:, :, 0], x[:, :, 0])
