@@ -11,6 +11,11 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.run.dir)
 
 
+def config_file(run_dir: Path) -> Path:
+    """Return the resolved run, as its last start wrote it."""
+    return run_dir / "config.yaml"
+
+
 def data_folder(config: RunConfig) -> Path:
     """Return the folder of the prepared data: `data.dir`, or RUN_DIR/data."""
     return Path(config.data.dir) if config.data.dir else run_folder(config) / "data"

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from data_pipeline.order import SampleOrder
-from data_pipeline.samples import Samples
-
-_HELD_OUT_SEED = 1
+from data_pipeline.samples import HELD_OUT_SEED, Samples
 
 
 class Loader:
@@ -61,7 +59,7 @@ def held_out_batches(
         data_size: Number of data ranks.
     """
     run = micro_batch * data_size
-    order = SampleOrder(seed=_HELD_OUT_SEED, sizes=samples.sizes, weights=samples.weights)
+    order = SampleOrder(seed=HELD_OUT_SEED, sizes=samples.sizes, weights=samples.weights)
     ids = order.ids(start=0, count=max(count // run, 1) * run)
     for batch in ids.reshape(-1, data_size, micro_batch)[:, data_rank]:
         yield torch.from_numpy(samples.read(batch))

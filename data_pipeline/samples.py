@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-_HELD_OUT_SEED = 1
+HELD_OUT_SEED = 1
 
 
 class Samples:
@@ -77,7 +77,7 @@ def open_samples(prepared: Prepared, *, sequence_length: int, split: float, seed
         InputError: see `sample_counts`.
     """
     counts = sample_counts(prepared, sequence_length=sequence_length, split=split, held_out=held_out)
-    wanted = _HELD_OUT_SEED if held_out else seed
+    wanted = HELD_OUT_SEED if held_out else seed
     datasets = []
     for part, count in zip(prepared.parts, counts, strict=True):
         indices = chosen_sequences(part, split=split, held_out=held_out)

@@ -139,7 +139,6 @@ def export(
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
 ) -> None:
     """Write the model for inference engines; logits are compared before it says done."""
-
     from launch.show import show_lines
     from training.export.run import export as export_checkpoint
 

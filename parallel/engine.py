@@ -95,9 +95,10 @@ def make_engine(module: nn.Module, plan: LayerPlan, *, train: Train, layout: Lay
             dist_init_required=False,
         )
     zero.start_optimizer(engine)
-    made = _PipelineEngine(engine, plan) if staged else _PlainEngine(engine, plan, groups=groups, clip=train.clip)
+    made = _PipelineEngine(engine) if staged else _PlainEngine(engine, plan, groups=groups, clip=train.clip)
+    state = made.state()
     for name, weight in exact.items():  # the fp32 weights must not be those that went through 16 bits
-        made.state().write(name, "weight", weight)
+        state.write(name, "weight", weight)
     return made
 
 
@@ -140,8 +141,8 @@ class _PlainEngine:
 
 
 class _PipelineEngine:
-    def __init__(self, engine: Any, plan: LayerPlan) -> None:
-        self._engine, self._loss = engine, plan.loss
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
         self._shape: tuple[int, ...] | None = None
 
     def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError
 from configs.load import dump_run, load_run
+from configs.paths import config_file, logs_folder
 from configs.schema import RunConfig
+from data_pipeline.atomic import whole_file
 from parallel.layout import Layout
-from training.checkpoint.manifest import write_durably
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "config.yaml"
 MAY_CHANGE = ("parallel", "train.steps", "train.micro_batch", "checkpoint", "evaluate", "track", "slurm", "run.dir")
 PACKAGES = ("trainshort", "torch", "deepspeed", "megatron-core", "sentencepiece", "mlflow", "transformers", "numpy")
 
@@ -27,7 +27,7 @@ def settle(config: RunConfig, *, run_dir: Path) -> RunConfig:
     Raises:
         InputError: the folder holds a run that differs in a key that must not change; names each.
     """
-    first = run_dir / CONFIG
+    first = config_file(run_dir)
     before = load_run(str(first)) if first.is_file() else None
     fixed = before.train.decay_steps if before else config.train.steps
     if config.train.decay_steps is None:
@@ -41,10 +41,9 @@ def record(config: RunConfig, *, run_dir: Path, layout: Layout, device: "torch.d
     """Write config.yaml and environment.json."""
     import torch  # the launcher asks `settle` without
 
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    beside = run_dir / f".{CONFIG}"
-    write_durably(beside, dump_run(config).encode())
-    beside.rename(run_dir / CONFIG)
+    logs_folder(run_dir).mkdir(parents=True, exist_ok=True)
+    with whole_file(config_file(run_dir)) as temporary:
+        temporary.write_text(dump_run(config), encoding="utf-8")
     environment = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -9,6 +9,9 @@ from typing import Literal, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs.paths import logs_folder
+from data_pipeline.atomic import whole_file
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 QUIET_SECONDS = 10.0  # between two lines of progress where the output is no terminal
@@ -65,12 +68,11 @@ class MetricsFile:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if _is_step_up_to(line, last_step)]
         if len(kept) < len(lines):
-            (run_dir / "logs").mkdir(exist_ok=True)
-            with (run_dir / "logs" / "metrics_discarded.jsonl").open("a", encoding="utf-8") as discarded:
+            logs_folder(run_dir).mkdir(exist_ok=True)
+            with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("a", encoding="utf-8") as discarded:
                 discarded.writelines(line for line in lines if not _is_step_up_to(line, last_step))
-            beside = run_dir / ".metrics.jsonl"
-            beside.write_text("".join(kept), encoding="utf-8")
-            beside.rename(path)
+            with whole_file(path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def on_step(self, result: StepResult) -> None:

@@ -67,7 +67,7 @@ def _train(ready: Ready, *, device: torch.device, stopping: StopRequest) -> None
         data_rank=groups.data.rank,
         data_size=groups.data.size,
     )
-    engine = _build(config, layout=layout, groups=groups, prepared=prepared, device=device)
+    engine = build_engine(config, layout=layout, groups=groups, vocab_size=prepared.vocab_size, device=device)
     position = _resume(engine, config=config, run_dir=run_dir, groups=groups)
     parameters = parameter_count(config.model, vocab_size=prepared.vocab_size)
     loop = Loop(
@@ -149,10 +149,9 @@ def _open(config: RunConfig, *, prepared: Prepared, groups: Groups, held_out: bo
     return samples or open_now()
 
 
-def _build(config: RunConfig, *, layout: Layout, groups: Groups, prepared: Prepared, device: torch.device) -> Engine:
-    plan = plan_layers(
-        config.model, vocab_size=prepared.vocab_size, tensor=groups.tensor, recompute=config.train.recompute
-    )
+def build_engine(config: RunConfig, *, layout: Layout, groups: Groups, vocab_size: int, device: torch.device) -> Engine:
+    """Return the engine of a run on this rank, with the run's initial weights."""
+    plan = plan_layers(config.model, vocab_size=vocab_size, tensor=groups.tensor, recompute=config.train.recompute)
     module: nn.Module = StagedModule(plan, groups=groups) if layout.pipeline > 1 else Decoder(plan)
     initial_weights(module, seed=config.run.seed, tensor=groups.tensor)
     return make_engine(module.to(device), plan, train=config.train, layout=layout, groups=groups)

@@ -9,16 +9,14 @@ import torch.distributed as dist
 
 from configs.load import load_run
 from configs.schema import RunConfig
-from parallel.engine import Engine, make_engine
+from parallel.engine import Engine
 from parallel.groups import Groups, make_groups
 from parallel.layout import Layout
-from parallel.pipeline import StagedModule
-from parallel.seeds import initial_weights
 from parallel.start import Place, start, stop
 from parallel.zero import KINDS
 from training.checkpoint.read import load_slices, open_checkpoint
 from training.checkpoint.write import save_checkpoint
-from training.model.decoder import Decoder, plan_layers
+from training.run import build_engine
 
 LENGTH = 32
 VOCABULARY = 331  # prime: every tensor size above one pads
@@ -67,10 +65,7 @@ def build(config: RunConfig, *, world_size: int) -> tuple[Engine, Groups, Layout
     """Return the engine of a run, with the run's initial weights."""
     layout = Layout.of(config, world_size=world_size)
     groups = make_groups(layout)
-    plan = plan_layers(config.model, vocab_size=VOCABULARY, tensor=groups.tensor, recompute=config.train.recompute)
-    module = StagedModule(plan, groups=groups) if layout.pipeline > 1 else Decoder(plan)
-    initial_weights(module, seed=config.run.seed, tensor=groups.tensor)
-    engine = make_engine(module, plan, train=config.train, layout=layout, groups=groups)
+    engine = build_engine(config, layout=layout, groups=groups, vocab_size=VOCABULARY, device=torch.device("cpu"))
     return engine, groups, layout
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.paths import checkpoints_folder
+from data_pipeline.atomic import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -157,15 +158,8 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, the last file of a checkpoint, to disk."""
     text = json.dumps({"format": FORMAT_VERSION, **asdict(manifest)}, indent=1)
-    write_durably(folder / MANIFEST, text.encode())
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with whole_file(folder / MANIFEST) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Save a checkpoint from all ranks: beside first, then renamed. A folder with a manifest is whole."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from configs.load import dump_run
 from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
+from data_pipeline.atomic import sync_folder
 from parallel.engine import State
 from parallel.groups import Groups
 from parallel.shards import Shard, span
@@ -26,7 +26,6 @@ from training.checkpoint.manifest import (
     file_name,
     list_checkpoints,
     step_folder,
-    write_durably,
     write_manifest,
 )
 
@@ -54,19 +53,19 @@ def save_checkpoint(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    mine = {kind: _write_kind(state, kind, folder=beside, groups=groups) for kind in KINDS}
+    mine: dict[str, FileEntry] = {}
+    for kind in KINDS:
+        mine |= _write_kind(state, kind, folder=beside, groups=groups)
     tensors = {name: TensorEntry(s.shape, s.rule, groups.pipeline.rank) for name, (_, s) in state.parameters.items()}
     everyone: list[Any] = [None] * groups.world.size
-    dist.all_gather_object(
-        everyone, (tensors, {name: entry for files in mine.values() for name, entry in files.items()})
-    )
+    dist.all_gather_object(everyone, (tensors, mine))
     if groups.world.rank == 0:
         merged: dict[str, TensorEntry] = {}
         files: dict[str, FileEntry] = {}
         for rank_tensors, rank_files in everyone:
             merged = {**rank_tensors, **merged}  # a tied tensor belongs to the first stage that holds it
             files.update(rank_files)
-        write_durably(beside / CONFIG, dump_run(config).encode())
+        (beside / CONFIG).write_text(dump_run(config), encoding="utf-8")
         shutil.copyfile(tokenizer, beside / TOKENIZER)
         for name in (CONFIG, TOKENIZER):
             files[name] = FileEntry(**describe_file(beside / name))
@@ -109,6 +108,4 @@ def _without_padding(part: Tensor, *, shard: Shard, groups: Groups) -> Tensor:
 def _publish(beside: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # the same step saved again, after a resume from an older one
     beside.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)  # the rename too must survive a power cut
-    os.close(descriptor)
+    sync_folder(folder.parent)  # the rename too must survive a power cut

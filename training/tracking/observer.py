@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from configs.paths import config_file
 from configs.schema import RunConfig
 from training.observers import Status, StepResult
 from training.tracking.tracker import MlflowTracker
@@ -14,7 +15,7 @@ class TrackingObserver:
         self._tracker = MlflowTracker(
             run_dir, name=config.run.name, experiment=config.track.experiment, uri=config.track.uri
         )
-        self._tracker.start(config.model_dump(mode="json"), run_dir / "config.yaml")
+        self._tracker.start(config.model_dump(mode="json"), config_file(run_dir))
 
     def on_step(self, result: StepResult) -> None:
         """Queue the step's values; the tracker's own thread sends them."""
