@@ -4,10 +4,10 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench test-gpu test-layouts
+.PHONY: help install demo test lint bench test-gpu test-layouts test-faults test-slurm
 
 help:
-	@echo "make demo | test | lint | install | test-gpu | test-layouts | bench"
+	@echo "make demo | test | lint | install | test-gpu | test-layouts | test-faults | test-slurm | bench"
 
 install: $(INSTALLED)
 
@@ -32,6 +32,12 @@ test-gpu: $(INSTALLED)
 
 test-layouts: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q -m slow tests/distributed
+
+test-faults: $(INSTALLED)
+	$(BIN)/python -P -m pytest -q -m faults tests
+
+test-slurm: $(INSTALLED)
+	tests/slurm/test.sh $(BIN)/python
 
 bench: $(INSTALLED)
 	for script in benchmarks/*.py; do $(BIN)/python -P "$$script"; done

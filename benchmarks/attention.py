@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.model.alibi import causal_bias, slopes
-from training.model.attention import BiasStrip, reference, sdpa
+from training.model.attention import Reference, Sdpa
+from training.model.bias import SlopeBias
 
 HEADS, HEAD_DIM, REPEATS = 16, 128, 5
 
@@ -27,11 +28,11 @@ def main() -> None:
 
 
 def _ways(length: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    strip = BiasStrip(torch.tensor(slopes(HEADS)))
-    whole = causal_bias(strip.slopes, queries=length, keys=length)[None]
+    strip = SlopeBias(torch.tensor(slopes(HEADS)))
+    whole = causal_bias(torch.tensor(slopes(HEADS)), queries=length, keys=length)[None]
     return {
-        "trainshort sdpa": sdpa(strip),
-        "trainshort reference": reference(strip),
+        "trainshort sdpa": Sdpa(strip),
+        "trainshort reference": Reference(strip),
         "sdpa with a whole bias": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=whole),
         "sdpa causal, no positions": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     }

@@ -70,16 +70,14 @@ def _measure(who: str, shape: Shape) -> dict[str, float]:
 
 
 def _trainshort(shape: Shape) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    from parallel.groups import lone_tensor_group
+    from parallel.groups import lone_groups
     from parallel.seeds import initial_weights
-    from parallel.start import start_alone
-    from training.model.decoder import Decoder, mean_loss, plan_layers
+    from training.model.decoder import mean_loss
+    from training.model.single import lone_decoder
 
-    start_alone()
-    tensor = lone_tensor_group()
     model = Model(layers=shape.layers, hidden=shape.hidden, heads=shape.heads)
-    decoder = Decoder(plan_layers(model, vocab_size=shape.vocab, tensor=tensor, recompute=False))
-    initial_weights(decoder, seed=1, tensor=tensor)
+    decoder = lone_decoder(model, vocab_size=shape.vocab)
+    initial_weights(decoder, seed=1, tensor=lone_groups().tensor)
     return decoder, lambda inputs, targets: mean_loss(decoder(inputs), targets)
 
 

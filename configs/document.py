@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the schema: `python -m configs.document`."""
+"""Write what the docs take from code, all of docs/configuration.md and a table: `python -m configs.document`."""
 
 import sys
 import types
@@ -9,9 +9,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from configs.backends import BACKENDS
 from configs.schema import RunConfig
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
+ATTENTION = TARGET.parent / "attention.md"
+BEGIN, END = "<!-- made by `python -m configs.document` -->\n", "<!-- end -->\n"
 
 HEAD = """\
 # The run file
@@ -32,6 +35,25 @@ def document() -> str:
         section: Any = field.annotation
         parts.append(f"## `{name}`\n\n{section.__doc__.strip()}\n\n{table(section)}")
     return "\n".join(parts)
+
+
+def backend_table() -> str:
+    """Return the Markdown table of the attention backends."""
+    rows = [
+        "| backend | what it is | positions | precisions | devices | memory grows with | has run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for backend in BACKENDS.values():
+        lists = [", ".join(words) for words in (backend.positions, backend.precisions, backend.devices)]
+        cells = (f"`{backend.name}`", backend.what, *lists, backend.memory, backend.has_run)
+        rows.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def with_backends(page: str) -> str:
+    """Return a page with the table of backends between its two marks made anew."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}{backend_table()}{END}{rest.split(END)[1]}"
 
 
 def table(section: type[BaseModel]) -> str:
@@ -97,4 +119,5 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     TARGET.write_text(document(), encoding="utf-8")
-    sys.stderr.write(f"wrote {TARGET}\n")
+    ATTENTION.write_text(with_backends(ATTENTION.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.stderr.write(f"wrote {TARGET} and the table in {ATTENTION}\n")

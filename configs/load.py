@@ -4,6 +4,7 @@ import re
 from collections.abc import Hashable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 import yaml
@@ -14,6 +15,9 @@ from configs.rules import problems
 from configs.schema import RunConfig
 
 RUNS = Path(__file__).parent / "runs"
+# A few lines of YAML can name a list of lists of lists so large that writing it out would end this process.
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 4, 4, 80, 80
 
 
 def load_run(name_or_path: str, *, overrides: Sequence[str] = ()) -> RunConfig:
@@ -151,7 +155,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
-    seen = repr(problem["input"])
+    seen = _SHORT.repr(problem["input"])
     if problem["type"] == "extra_forbidden":
         near = get_close_matches(str(problem["loc"][-1]), _keys(problem["loc"][:-1]), n=1)
         return f"unknown key {where}" + (f": did you mean {near[0]}?" if near else ": remove it")

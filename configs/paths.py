@@ -41,9 +41,39 @@ def logs_folder(run_dir: Path) -> Path:
     return run_dir / "logs"
 
 
+def incarnation_file(run_dir: Path) -> Path:
+    """Return the file that names the newest start of a run."""
+    return run_dir / "incarnation"
+
+
+def stop_file(run_dir: Path) -> Path:
+    """Return the file that asks a run to save and end, by being there."""
+    return run_dir / "STOP"
+
+
 def slurm_folder(run_dir: Path) -> Path:
-    """Return the folder of a run's submitted sbatch scripts."""
+    """Return the folder of what a run submitted to SLURM: the scripts, and what their jobs run."""
     return run_dir / "slurm"
+
+
+def frozen_config(run_dir: Path) -> Path:
+    """Return the run as it was submitted to SLURM."""
+    return slurm_folder(run_dir) / "config.yaml"
+
+
+def frozen_code(run_dir: Path) -> Path:
+    """Return the code as it was submitted to SLURM, where it was a checkout."""
+    return slurm_folder(run_dir) / "code"
+
+
+def frozen_versions(run_dir: Path) -> Path:
+    """Return the versions that were installed when the run was submitted to SLURM."""
+    return slurm_folder(run_dir) / "versions.json"
+
+
+def chain_file(run_dir: Path) -> Path:
+    """Return the record of the submitted jobs."""
+    return slurm_folder(run_dir) / "jobs.json"
 
 
 def check_run_folder(config: RunConfig) -> Path:

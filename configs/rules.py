@@ -4,13 +4,15 @@ import re
 from collections.abc import Iterator
 from math import isqrt
 
+from configs.backends import backend_of, misfit
 from configs.schema import RunConfig
+from configs.times import time_limit_seconds
 
 
 def problems(config: RunConfig) -> list[str]:
     """Return every broken rule, one line each: what must hold, the value seen, what to do."""
     found: list[str] = []
-    for rule in (_model, _split, _data, _schedule, _evaluation, _slurm, _not_available):
+    for rule in (_model, _split, _data, _schedule, _checkpoint, _evaluation, _slurm, _time_limit, _not_available):
         found.extend(rule(config))
     return found
 
@@ -30,6 +32,10 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"model.hidden / model.heads must be even for rotary positions, got {model.head_dim}: use fewer heads"
     if model.position == "sinusoidal" and model.hidden % 2:
         yield f"model.hidden must be even for sinusoidal positions, got {model.hidden}: use {model.hidden + 1}"
+    backend = backend_of(model.attention)
+    why = misfit(backend, position=model.position, precision=config.train.precision, head_dim=model.head_dim)
+    if why is not None:
+        yield f"model.attention {why}"
 
 
 def _split(config: RunConfig) -> Iterator[str]:
@@ -54,6 +60,11 @@ def _split(config: RunConfig) -> Iterator[str]:
             f"parallel.zero must be 1 with pipeline stages (parallel.pipeline is {parallel.pipeline}), got "
             f"{parallel.zero}: DeepSpeed's pipeline refuses ZeRO 2 and 3 and clips wrongly at ZeRO 0; "
             "set parallel.zero to 1, or parallel.pipeline to 1"
+        )
+    if parallel.zero == 0 and parallel.offload != "none":
+        yield (
+            f"parallel.zero must be 1 or more with parallel.offload {parallel.offload}, got 0: "
+            "ZeRO keeps the state that is offloaded"
         )
     if parallel.zero == 0 and config.train.precision != "fp32":
         yield (
@@ -91,6 +102,20 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _checkpoint(config: RunConfig) -> Iterator[str]:
+    checkpoint, measured = config.checkpoint, config.evaluate.every
+    if checkpoint.keep_every % checkpoint.every:
+        yield (
+            f"checkpoint.keep_every must be a multiple of checkpoint.every ({checkpoint.every}), "
+            f"got {checkpoint.keep_every}: no other step is saved"
+        )
+    if checkpoint.keep_best and (not measured or checkpoint.every % measured):
+        yield (
+            f"checkpoint.keep_best is {checkpoint.keep_best}, but not every saved step has a validation loss: "
+            f"set evaluate.every ({measured}) to checkpoint.every ({checkpoint.every}) or a divisor of it"
+        )
+
+
 def _evaluation(config: RunConfig) -> Iterator[str]:
     for protocol in config.evaluate.protocols:
         if not re.fullmatch(r"nonoverlapping|sliding:[1-9]\d*", protocol):
@@ -108,27 +133,46 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 
 
 def _slurm(config: RunConfig) -> Iterator[str]:
-    for name in config.slurm.env:
+    slurm = config.slurm
+    if slurm.memory and not re.fullmatch(r"[1-9]\d*[MGT]", slurm.memory):
+        yield f"slurm.memory must be a number with M, G or T, got {slurm.memory!r}: write 500G"
+    if slurm.mounts and not slurm.container:
+        yield f"slurm.mounts is {list(slurm.mounts)} but slurm.container is not set: set it or remove slurm.mounts"
+    for name in slurm.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield f"slurm.env has {name!r}, no name of an environment variable: use letters, digits and _"
-    for option in config.slurm.extra:
+    for option in slurm.extra:
         if not re.fullmatch(r"-.+", option):
             yield f"slurm.extra has {option!r}: write one option a line, as in --exclusive"
-    for key in ("partition", "account", "qos", "constraint"):
-        if "\n" in (value := getattr(config.slurm, key) or ""):
-            yield f"slurm.{key} must be one line, got {value!r}: remove the line break"
+    for key in ("partition", "account", "qos", "constraint", "container", "mounts", "modules", "setup"):
+        values = getattr(slurm, key) or ()
+        for value in (values,) if isinstance(values, str) else values:
+            if "\n" in value:
+                yield f"slurm.{key} must be one line, got {value!r}: remove the line break"
+
+
+def _time_limit(config: RunConfig) -> Iterator[str]:
+    slurm = config.slurm
+    limit = time_limit_seconds(slurm.time)
+    if not limit:
+        yield (
+            f'slurm.time must be hours:minutes:seconds in quotes, got {slurm.time}: write "1:30:00" or "2-00:00:00" '
+            "(SLURM takes a number alone for minutes, and YAML may make a number of 1:30:00)"
+        )
+    elif limit <= slurm.signal_seconds:
+        yield (
+            f"slurm.signal_seconds must be less than slurm.time ({slurm.time}, {limit} seconds), "
+            f"got {slurm.signal_seconds}: lower it or raise slurm.time"
+        )
 
 
 def _not_available(config: RunConfig) -> Iterator[str]:
     """Yield the values that this version knows but cannot do: refused, never replaced."""
     asked = {
-        "model.position": (config.model.position, ("alibi", "sinusoidal", "rotary", "none")),
         "model.family": (config.model.family, ("bloom",)),
-        "model.attention": (config.model.attention, ("auto", "reference", "sdpa")),
         "model.windows": (config.model.windows, ("off",)),
         "data.mask_documents": (config.data.mask_documents, (False,)),
         "parallel.sequence": (config.parallel.sequence, (False,)),
-        "parallel.offload": (config.parallel.offload, ("none",)),
         "train.precision": (config.train.precision, ("fp32", "bf16")),
         "checkpoint.background": (config.checkpoint.background, (False,)),
     }

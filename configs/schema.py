@@ -22,6 +22,11 @@ def _source_of_path(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _text_of_number(value: Any) -> Any:
+    # A time limit without quotes may come as a number; the rule on times says what to write.
+    return str(value) if type(value) in (int, float) else value
+
+
 TUPLE = BeforeValidator(_tuple_of_list)
 
 Count = Annotated[int, Field(ge=1)]
@@ -54,7 +59,7 @@ class Model(Section):
     feed_forward: Count | None = Field(default=None, description="Width of the feed-forward; 4 x hidden unless set.")
     position: Position = Field(default="alibi", description="How order enters the model.")
     family: Literal["bloom", "mpt"] = Field(default="bloom", description="Block design, and so the export format.")
-    attention: AttentionBackend = Field(default="auto", description="Attention backend; auto takes the best there is.")
+    attention: AttentionBackend = Field(default="auto", description="Attention backend; auto is sdpa.")
     windows: Literal["auto", "off"] = Field(default="off", description="Lossless windows per head (off: none).")
     init_std: Annotated[float, Field(gt=0.0)] = Field(default=0.02, description="Std of the initial weights.")
     dropout: Fraction = Field(
@@ -142,6 +147,8 @@ class Checkpoint(Section):
 
     every: Count = Field(default=1000, description="Steps between checkpoints.")
     keep: Count = Field(default=3, description="Newest checkpoints to keep.")
+    keep_every: NotNegative = Field(default=0, description="Steps between checkpoints that stay for good; 0 for none.")
+    keep_best: NotNegative = Field(default=0, description="Checkpoints of the lowest validation loss to keep.")
     background: bool = Field(default=False, description="Write while training goes on.")
 
 
@@ -173,14 +180,36 @@ class Slurm(Section):
     partition: str | None = Field(default=None, description="Partition; the cluster's default unless set.")
     account: str | None = Field(default=None, description="Account to charge.")
     qos: str | None = Field(default=None, description="Quality of service.")
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$|^\d+$")] = Field(
-        default="24:00:00", description="Time limit, quoted: [days-]hours:minutes:seconds."
+    time: Annotated[str, BeforeValidator(_text_of_number)] = Field(
+        default="24:00:00", description='Time limit, quoted: "hours:minutes:seconds" or "days-hours:minutes:seconds".'
+    )
+    signal_seconds: Count = Field(
+        default=120, description="Seconds before the time limit at which the ranks save and the job queues again."
     )
     gpus_per_node: NotNegative = Field(default=8, description="GPUs of a node; 0 for CPU ranks.")
     ranks_per_node: Count | None = Field(default=None, description="Ranks of a node; gpus_per_node unless set.")
+    cpus_per_rank: Count | None = Field(default=None, description="CPUs of a rank; the cluster's default unless set.")
+    memory: str | None = Field(
+        default=None, description="Memory of a node, as in `500G`; the cluster's default unless set."
+    )
     constraint: str | None = Field(default=None, description="Node features to ask for.")
-    container: str | None = Field(default=None, description="Image that srun starts the ranks in (enroot/pyxis).")
+    starter: Literal["srun", "torchrun"] = Field(
+        default="srun", description="One srun task a rank, or one torchrun a node."
+    )
+    container: str | None = Field(default=None, description="Image that the ranks run in; it holds trainshort.")
+    container_kind: Literal["pyxis", "apptainer"] = Field(
+        default="pyxis", description="What runs the image: enroot by srun's pyxis plugin, or apptainer."
+    )
+    mounts: Annotated[tuple[str, ...], TUPLE] = Field(
+        default=(), description="Folders that the container sees, beside those that the run names."
+    )
+    modules: Annotated[tuple[str, ...], TUPLE] = Field(
+        default=(), description="Environment modules to load, in this order."
+    )
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of the ranks.")
+    setup: Annotated[tuple[str, ...], TUPLE] = Field(
+        default=(), description="Lines of shell before the ranks start, verbatim."
+    )
     extra: Annotated[tuple[str, ...], TUPLE] = Field(default=(), description="Further #SBATCH options, verbatim.")
 
 

@@ -8,9 +8,14 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a dot-temp name to write to; on success the file gets its own name, otherwise nothing stays."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def whole_file(path: Path, *, mark: str = "") -> Iterator[Path]:
+    """Give a dot-temp name to write to; on success the file gets its own name, otherwise nothing stays.
+
+    Args:
+        path: The file.
+        mark: Part of the dot-temp name, where two writers may come at one moment: they must not share it.
+    """
+    temporary = path.with_name(f".{path.name}{mark}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as written:

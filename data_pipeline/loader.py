@@ -1,11 +1,14 @@
 """A data rank's micro-batches of any step, from the number of samples consumed before it. Imports torch."""
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
 
 from data_pipeline.order import SampleOrder
 from data_pipeline.samples import HELD_OUT_SEED, Samples
+
+_HASHED_IDS, _HASHED_SAMPLES = 1024, 16
 
 
 class Loader:
@@ -43,6 +46,18 @@ class Loader:
         ids = self._order.ids(start=consumed_samples, count=self._global_batch)
         by_rank = ids.reshape(-1, self._data_size, self._micro_batch)[:, self._data_rank]
         return [torch.from_numpy(self._samples.read(batch)) for batch in by_rank]
+
+    def first_samples(self, count: int) -> list[torch.Tensor]:
+        """Return the stream's first samples, the same on every data rank, each [1, seq + 1], int64."""
+        return [torch.from_numpy(self._samples.read([sample])) for sample in self._order.ids(start=0, count=count)]
+
+    def order_hash(self, consumed_samples: int) -> str:
+        """Return a hash of the samples that follow a position: which they are, and the tokens of the first."""
+        ids = self._order.ids(start=consumed_samples, count=_HASHED_IDS)
+        digest = hashlib.sha256(repr((self._samples.sizes, self._samples.sequence_length)).encode())
+        digest.update(ids.astype("<i8").tobytes())
+        digest.update(self._samples.read(ids[:_HASHED_SAMPLES]).astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def held_out_batches(

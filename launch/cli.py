@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from configs.errors import InputError, TrainshortError
+from launch.jobs_commands import app as jobs_app
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 checkpoint_app = typer.Typer(no_args_is_help=True, help="What a run has saved.")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(jobs_app, name="jobs")
 
 RunFile = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A run file, or the name of a shipped run.")]
 Overrides = Annotated[
@@ -84,24 +86,34 @@ def train(
         str | None,
         typer.Option(metavar="N", help="Local ranks to start.  [default: this machine's GPUs, else tensor x pipeline]"),
     ] = None,
+    accept_change: Annotated[
+        bool, typer.Option("--accept-change", help="Resume also where model or data are not what they were.")
+    ] = False,
 ) -> None:
     """Train, resuming from the newest checkpoint; starts local ranks, or joins those of srun and torchrun."""
-    from parallel.start import find_place
+    from parallel.start import find_place, hold_stop_signals
 
     asked = _count(ranks, option="--ranks")
     config = _load(run, overrides)
     place = find_place(os.environ)
     if place is None:
-        raise SystemExit(_start_local(config, run=run, overrides=overrides or [], ranks=asked))
+        options = ["--accept-change"] if accept_change else []
+        raise SystemExit(_start_local(config, run=run, overrides=overrides or [], ranks=asked, options=options))
     if ranks is not None:
         raise InputError(
             f"--ranks {ranks} starts local ranks, but this is rank {place.rank} of {place.size} already: "
             f"leave --ranks out under {place.starter}"
         )
 
+    hold_stop_signals()  # before what imports for seconds
+
+    from launch.chain import check_frozen
+
+    check_frozen(config, run=run)
+
     from training.run import train as train_rank
 
-    train_rank(config, place)
+    train_rank(config, place, accept_change=accept_change)
 
 
 @app.command()
@@ -133,6 +145,28 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    checkpoint: Where,
+    prompt: Annotated[str, typer.Option(help="Text to continue; empty for the start of a document.")],
+    tokens: Annotated[str, typer.Option(metavar="N", help="New tokens at most.")] = "64",
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability together.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the draws.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, with a key-value cache; past the training length too."""
+    count = _count(tokens, option="--tokens")
+    assert count is not None
+
+    from launch.show import show_generated
+    from training.generation import Sampling
+    from training.generation import generate as generate_text
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    show_generated(generate_text(checkpoint, prompt=prompt, tokens=count, sampling=sampling), as_json=as_json)
+
+
+@app.command()
 def export(
     checkpoint: Where,
     form: Annotated[str, typer.Option("--format", metavar="hf", help="hf: transformers' BloomForCausalLM.")],
@@ -158,44 +192,115 @@ def slurm(
     from configs.paths import check_run_folder, logs_folder
     from launch.show import show_lines
     from launch.slurm import fewest_nodes, program_of, render
-    from launch.slurm import submit as submit_chain
 
     asked = _count(nodes, option="--nodes")
     config = _load(run, overrides)
+    run_dir = check_run_folder(config)
+    node_count = asked or fewest_nodes(config)
+    if submit:
+        from launch.chain import submit_run
+        from launch.show_jobs import show_submitted
+
+        show_submitted(submit_run(config, nodes=node_count, folder=Path.cwd()), run_dir=run_dir)
+        return
     scripts = render(
         config,
         run_file=run,
-        nodes=asked or fewest_nodes(config),
+        nodes=node_count,
         overrides=overrides or [],
         folder=Path.cwd(),
         program=program_of(config),
     )
-    logs = logs_folder(check_run_folder(config))
-    if submit:
-        jobs = submit_chain(scripts, config=config)
-        show_lines(*(f"submitted {name}: job {job}" for name, job in jobs.items()), f"logs: {logs}")
-        return
+    needs = f"its log needs the folder {logs_folder(run_dir)}; --submit makes it"
     for name, script in scripts.items():
-        show_lines(
-            f"# ----- {name}.sbatch (its log needs the folder {logs}; --submit makes it) -----", script.rstrip(), ""
-        )
+        show_lines(f"# ----- {name}.sbatch ({needs}) -----", script.rstrip(), "")
+
+
+@app.command()
+def doctor(
+    alibi: Annotated[
+        str | None, typer.Option(metavar="RUN.yaml", help="Audit how exact this run's ALiBi is here, at its lengths.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine can do; with --alibi, measure a run's attention against exact ALiBi."""
+    if overrides and alibi is None:
+        raise InputError(f"--set {overrides[0]} changes a run file, and none is given: add --alibi RUN.yaml")
+    config = None if alibi is None else _load(alibi, overrides)
+
+    from launch.doctor import alibi_report, check_audit, machine_report
+    from launch.show import show_json
+    from launch.show_machine import show_audit, show_machine
+
+    found = machine_report() if config is None else alibi_report(config)
+    if as_json:
+        show_json(found)
+    elif config is None:
+        show_machine(found)
+    else:
+        show_audit(found)
+    if config is not None:
+        check_audit(found)
 
 
 @checkpoint_app.command("list")
 def list_(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")], as_json: AsJson = False
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder, or a checkpoint.")],
+    as_json: AsJson = False,
 ) -> None:
-    """List the checkpoints of a run, oldest first."""
+    """List the checkpoints of a run, oldest first; their bytes are not read."""
     from launch.show import show_checkpoints, show_json
-    from training.checkpoint.manifest import list_checkpoints
+    from training.checkpoint.verify import glance
 
-    if not folder.is_dir():
-        raise InputError(f"run folder {folder} does not exist: give the run.dir of a run")
-    found = list_checkpoints(folder)
+    found = glance(folder)
     if as_json:
-        show_json([{"step": checkpoint.step, "path": str(checkpoint.path)} for checkpoint in found])
+        show_json([verdict.as_json() for verdict in found])
     else:
         show_checkpoints(found, folder=folder)
+
+
+@checkpoint_app.command()
+def verify(checkpoint: Where, as_json: AsJson = False) -> None:
+    """Read every byte of a checkpoint, or of each one of a run folder; exit 2 where one is not whole."""
+    from launch.show import show_json, show_verdicts
+    from training.checkpoint.verify import verify as verify_checkpoints
+
+    found = verify_checkpoints(checkpoint)
+    if as_json:
+        show_json([verdict.as_json() for verdict in found])
+    else:
+        show_verdicts(found)
+    if any(verdict.problems for verdict in found):
+        raise SystemExit(InputError.exit_code)
+
+
+@checkpoint_app.command()
+def reshape(
+    checkpoint: Where,
+    overrides: Overrides = None,
+    ranks: Annotated[str | None, typer.Option(metavar="N", help="Ranks in all.  [default: tensor x pipeline]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show how each tensor would be cut.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what another layout does to a checkpoint. None has to be converted: any layout resumes from it as it is."""
+    from launch.show import show_json, show_lines, show_reshape
+
+    asked = _count(ranks, option="--ranks")
+    if not dry_run:
+        show_lines(
+            "nothing has to be done: a run resumes from any checkpoint in any layout; start it there, as in "
+            "`trainshort train RUN.yaml --set parallel.tensor=4`, or see what is read with --dry-run"
+        )
+        return
+
+    from training.checkpoint.reshape import plan_reshape
+
+    plan = plan_reshape(checkpoint, overrides=overrides or [], ranks=asked)
+    if as_json:
+        show_json(plan.as_json())
+    else:
+        show_reshape(plan)
 
 
 def _load(run: str, overrides: list[str] | None) -> "RunConfig":
@@ -204,12 +309,13 @@ def _load(run: str, overrides: list[str] | None) -> "RunConfig":
     return load_run(run, overrides=overrides or [])
 
 
-def _start_local(config: "RunConfig", *, run: str, overrides: list[str], ranks: int | None) -> int:
+def _start_local(config: "RunConfig", *, run: str, overrides: list[str], ranks: int | None, options: list[str]) -> int:
     """Refuse what can be refused before any process starts, then start the ranks."""
     from configs.paths import logs_folder
     from launch.local import start_ranks
     from launch.machine import gpu_count
     from launch.show import show_lines
+    from training.incarnation import refuse_second_start, sole_launcher
     from training.preflight import make_ready
 
     gpus = gpu_count(os.environ)
@@ -219,14 +325,16 @@ def _start_local(config: "RunConfig", *, run: str, overrides: list[str], ranks: 
             f"--ranks {ranks} is more than this machine's GPUs ({gpus}): start {gpus} or fewer, "
             'or set CUDA_VISIBLE_DEVICES="" for CPU ranks'
         )
-    ready = make_ready(config, world_size=ranks)
+    ready = make_ready(config, world_size=ranks, device="cuda" if gpus else "cpu")
     if ready.finished:
         show_lines(f"{ready.run_dir} is trained to its last step, {config.train.steps}: raise train.steps to go on")
         return 0
+    refuse_second_start(ready.run_dir)
     sets = [argument for override in overrides for argument in ("--set", override)]
     # -P: a folder of the user's that is called training or configs is not ours.
-    command = [sys.executable, "-P", "-m", "trainshort", "train", *sets, "--", run]
-    return start_ranks(command, ranks=ranks, logs=logs_folder(ready.run_dir), environment=os.environ)
+    command = [sys.executable, "-P", "-m", "trainshort", "train", *options, *sets, "--", run]
+    with sole_launcher(ready.run_dir):
+        return start_ranks(command, ranks=ranks, logs=logs_folder(ready.run_dir), environment=os.environ)
 
 
 def _fail(message: str, *, code: int) -> int:

@@ -83,14 +83,11 @@ def start_ranks(
         grace_seconds: When a rank has failed, how long the others may take to end by themselves, and again after
             they were asked to.
     Raises:
-        MachineError: the folder of the logs cannot be made.
+        MachineError: the folder of the logs cannot be made or written.
     Returns:
         0 when all ended well; 2 or 3 when a rank ended so; 130 when they were stopped and could not save; else 1.
     """
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(f"folder {logs} cannot be made ({error.strerror}): choose another run.dir") from None
+    _make_folder(logs)
     with tempfile.TemporaryDirectory(prefix="trainshort-") as folder, _handled_signals() as signals:
         shared = {
             **environment,
@@ -111,6 +108,15 @@ def start_ranks(
     if signals.killed or (signals.asked and failed and failed.process.returncode == -signal.SIGTERM):
         return STOPPED_BY_HAND  # by force, or before there was anything to save
     return _explain(failed)
+
+
+def _make_folder(logs: Path) -> None:
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"folder {logs} cannot be made ({error.strerror}): choose another run.dir") from None
+    if not os.access(logs, os.W_OK):
+        raise MachineError(f"folder {logs} cannot be written: mend its permissions, or choose another run.dir")
 
 
 def ask_to_stop(ranks: Sequence[Rank]) -> None:
@@ -161,15 +167,18 @@ def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapp
 def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> Rank | None:
     """Wait for all ranks; once one has failed, stop the others. Return the rank to blame, if any."""
     failed: list[Rank] = []
+    killed: list[Rank] = []
     deadline, asked = float("inf"), False
     while True:
         running = [rank for rank in ranks if rank.process.poll() is None]
         failed += [rank for rank in ranks if rank.process.returncode and rank not in failed]
+        if not asked:
+            killed = [rank for rank in failed if rank.process.returncode < 0]
         if not running:
-            # The input's or the machine's fault is the cause; a lost connection elsewhere is its echo. Of ranks that
-            # all say so, rank 0 has said it on the terminal.
+            # The input's or the machine's fault is the cause, or a rank that was killed; a lost connection elsewhere is
+            # its echo. Of ranks that all say so, rank 0 has said it on the terminal.
             causes = [rank for rank in failed if rank.process.returncode in (2, 3)]
-            return min(causes, key=lambda rank: rank.number) if causes else next(iter(failed), None)
+            return min(causes, key=lambda rank: rank.number) if causes else next(iter([*killed, *failed]), None)
         now = time.monotonic()
         if failed and deadline == float("inf"):
             deadline = now + grace_seconds

@@ -1,6 +1,7 @@
 """What the command line shows: summaries and tables, on standard output."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Prepared
-    from training.checkpoint.manifest import Found
+    from training.checkpoint.reshape import Reshape
+    from training.checkpoint.verify import Verdict
+    from training.generation import Generated
 
 
 def show_json(document: Any) -> None:
@@ -106,14 +109,70 @@ def show_report(report: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def show_checkpoints(checkpoints: "list[Found]", *, folder: Path) -> None:
+def show_generated(generated: "Generated", *, as_json: bool) -> None:
+    """Write a generated text, and on the standard error stream what it cost."""
+    if as_json:
+        show_json(asdict(generated))
+        return
+    show_lines(generated.text)
+    each = "" if generated.token_seconds is None else f", {1000 * generated.token_seconds:.1f} ms for each further one"
+    total = generated.prompt_tokens + generated.tokens
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"{generated.prompt_tokens} tokens of prompt in {generated.prefill_seconds:.2f} s, "
+        f"{generated.tokens} new{each}; "
+        f"{total:,} in all, {total / generated.train_length:.3g} x the training length"
+        f"{'; the document ended' if generated.ended else ''}",
+        markup=False,
+    )
+
+
+def show_checkpoints(checkpoints: "list[Verdict]", *, folder: Path) -> None:
     """Write the checkpoints of a run."""
     if not checkpoints:
         show_lines(f"{folder} has no checkpoint yet")
         return
     table = Table(box=box.SIMPLE)
-    table.add_column("step", justify="right")
+    for name in ("step", "MB", "validation"):
+        table.add_column(name, justify="right")
     table.add_column("checkpoint")
     for checkpoint in checkpoints:
-        table.add_row(f"{checkpoint.step:,}", str(checkpoint.path))
+        found = checkpoint.as_json()
+        step, loss = found["step"], found["validation_loss"]
+        size = "broken" if checkpoint.problems else f"{checkpoint.bytes / 1e6:,.1f}"
+        table.add_row(
+            "-" if step is None else f"{step:,}", size, "-" if loss is None else f"{loss:.4f}", str(checkpoint.path)
+        )
     Console(soft_wrap=True).print(table)
+    show_lines(*(problem for checkpoint in checkpoints for problem in checkpoint.problems))
+
+
+def show_verdicts(checkpoints: "list[Verdict]") -> None:
+    """Write which checkpoints are whole, and what is wrong with the others."""
+    for checkpoint in checkpoints:
+        if checkpoint.problems:
+            show_lines(f"broken  {checkpoint.path}", *(f"        {problem}" for problem in checkpoint.problems))
+        else:
+            show_lines(f"whole   {checkpoint.path}  ({checkpoint.bytes / 1e6:,.1f} MB read)")
+
+
+def show_reshape(plan: "Reshape") -> None:
+    """Write how each tensor of a checkpoint would be cut."""
+    show_lines(
+        f"{plan.path}: saved with tensor {plan.tensor} x pipeline {plan.pipeline}, read by {plan.layout}; "
+        f"{plan.state_bytes / 1e6:,.1f} MB of weights and moments"
+    )
+    table = Table(box=box.SIMPLE)
+    for name in ("tensor", "rule", "shape", "saved", "read", "padding"):
+        table.add_column(name, no_wrap=True)
+    for cut in plan.cuts:
+        rule = f"{cut.rule}, tied" if cut.tied else cut.rule
+        parts = (_parts(cut.saved), _parts(cut.wanted))
+        table.add_row(cut.name, rule, " x ".join(map(str, cut.shape)), *parts, str(cut.padding or ""))
+    Console(width=120).print(table)
+
+
+def _parts(parts: tuple[int, ...]) -> str:
+    """Return slices in words: 2 x 200, or 200 + 199."""
+    if not parts:
+        return "whole"
+    return f"{len(parts)} x {parts[0]}" if len(set(parts)) == 1 else " + ".join(map(str, parts))

@@ -1,22 +1,23 @@
-"""sbatch scripts of a run: train, then evaluate, then export, chained by dependency."""
+"""sbatch scripts of a run: train, then evaluate, then export."""
 
 import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from configs.errors import MachineError
-from configs.paths import export_folder, logs_folder, run_folder, slurm_folder
-from configs.schema import RunConfig
+from configs.paths import checkpoints_folder, data_folder, export_folder, logs_folder, run_folder
+from configs.schema import RunConfig, Slurm
 from parallel.layout import Layout
+from training.checkpoint.manifest import step_folder
 
 CHAIN = ("train", "evaluate", "export")
+STOPPED = 130  # how a training job ends that was asked to stop; the template tells why
 
 
 def ranks_per_node(config: RunConfig, *, nodes: int) -> int:
@@ -40,55 +41,47 @@ def render(
     overrides: Sequence[str] = (),
     folder: Path,
     program: str = "trainshort",
+    code: Path | None = None,
 ) -> dict[str, str]:
     """Return the scripts by name, in the order of the chain.
 
     Args:
         config: The run, overrides applied.
-        run_file: What the user called it; the script says the same.
+        run_file: What the training job runs.
         nodes: Nodes of the training job.
         overrides: The user's `--set` values, carried along.
         folder: Where the scripts start, so that relative paths mean what they mean here.
         program: How the nodes call trainshort.
+        code: A frozen copy of the code to run; what is installed otherwise.
     Raises:
         InputError: the ranks do not fit the layout.
     """
     ranks = ranks_per_node(config, nodes=nodes)
     layout = Layout.of(config, world_size=nodes * ranks)
-    run_dir = run_folder(config)
-    sets = [argument for override in overrides for argument in ("--set", override)]
-    export = export_folder(run_dir, form="hf")
-    commands = {
-        "train": [program, "train", run_file, *sets],
-        "evaluate": [program, "evaluate", str(run_dir)],
-        "export": [program, "export", str(run_dir), "--format", "hf", "--out", str(export)],
+    template, logs = _template(), _escape(folder / logs_folder(run_folder(config)))
+    commands = _commands(config, run_file=run_file, overrides=overrides, program=program)
+    shared = {
+        "slurm": config.slurm,
+        "folder": str(folder),
+        "code": str(code) if code else None,
+        "ranks": ranks,
+        "rank_log": shlex.quote(f"{logs}/rank_%t.log"),
+        "torchrun": shlex.quote(program.removesuffix("trainshort") + "torchrun"),
+        **_names(config),
+        **_container(config, folder=folder),
     }
-    templates = _templates()
     return {
-        name: templates.get_template("train.sbatch.j2" if name == "train" else "after.sbatch.j2").render(
+        name: template.render(
             name=name,
-            run=config.run.name,
-            slurm=config.slurm,
-            layout=layout,
+            what=f"{layout.world_size} ranks, {layout}" if name == "train" else f"{name} the last step's checkpoint",
             nodes=nodes if name == "train" else 1,
-            ranks=ranks if name == "train" else 1,
-            gpus=config.slurm.gpus_per_node if name == "train" else min(1, config.slurm.gpus_per_node),
-            folder=str(folder),
-            log=log_pattern(folder / logs_folder(run_dir), name=name),
+            log=f"{logs}/slurm-{name}-%j.log",
             command=shlex.join(commands[name]),
+            **_sizes(config.slurm, ranks=ranks if name == "train" else None),
+            **shared,
         )
-        + "\n"
         for name in CHAIN
     }
-
-
-def _templates() -> Environment:
-    templates = Environment(
-        loader=PackageLoader("launch"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    templates.filters["quote"] = shlex.quote
-    templates.filters["option"] = option_value
-    return templates
 
 
 def option_value(value: str) -> str:
@@ -101,38 +94,6 @@ def option_value(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def log_pattern(logs: Path, *, name: str) -> str:
-    """Return the log file of a job; sbatch puts its number for %j, and %% stands for a % of the path."""
-    return f"{str(logs).replace('%', '%%')}/slurm-{name}-%j.log"
-
-
-def submit(scripts: dict[str, str], *, config: RunConfig) -> dict[str, str]:
-    """Write the scripts to RUN_DIR/slurm, submit them as a chain, and return the job numbers by name.
-
-    Raises:
-        MachineError: there is no sbatch here, or it refuses a script.
-    """
-    sbatch = shutil.which("sbatch")
-    if sbatch is None:
-        raise MachineError("sbatch is not on this machine: run this on a SLURM login node, or leave out --submit")
-    folder = slurm_folder(run_folder(config))
-    for needed in (folder, logs_folder(run_folder(config))):
-        needed.mkdir(parents=True, exist_ok=True)
-    jobs: dict[str, str] = {}
-    for name, script in scripts.items():
-        path = folder / f"{name}.sbatch"
-        path.write_text(script, encoding="utf-8")
-        # Without kill-on-invalid-dep a chain whose first job failed would wait for ever.
-        after = [f"--dependency=afterok:{list(jobs.values())[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
-        done = subprocess.run([sbatch, "--parsable", *after, str(path)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            why = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-            earlier = f" (submitted before it: {', '.join(jobs.values())})" if jobs else ""
-            raise MachineError(f"sbatch refused {path}{earlier}: {why}: mend the slurm section and submit again")
-        jobs[name] = done.stdout.strip().split(";")[0]
-    return jobs
-
-
 def program_of(config: RunConfig) -> str:
     """Return how the nodes call trainshort: by its name where that finds this one, else by its path here."""
     here = Path(sys.executable).with_name("trainshort")
@@ -140,3 +101,73 @@ def program_of(config: RunConfig) -> str:
     if config.slurm.container or not here.exists() or (on_path and Path(on_path).resolve() == here.resolve()):
         return "trainshort"
     return str(here)
+
+
+def _names(config: RunConfig) -> dict[str, Any]:
+    """Return what the scripts call the run and what it leaves."""
+    run_dir = run_folder(config)
+    return {
+        "run": config.run.name,
+        "run_dir": str(run_dir),
+        "last": _last(config).name,
+        "export": str(export_folder(run_dir, form="hf")),
+        "stopped": STOPPED,
+    }
+
+
+def _commands(config: RunConfig, *, run_file: str, overrides: Sequence[str], program: str) -> dict[str, Sequence[str]]:
+    # By its name: where it is broken, the one before it is not the trained model.
+    last = str(_last(config))
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    lengths = ",".join(map(str, config.evaluation_lengths))
+    protocols = [argument for protocol in config.evaluate.protocols for argument in ("--protocol", protocol)]
+    out = str(export_folder(run_folder(config), form="hf"))
+    return {
+        "train": [program, "train", run_file, *sets],
+        "evaluate": [program, "evaluate", last, "--lengths", lengths, *protocols],
+        "export": [program, "export", last, "--format", "hf", "--out", out],
+    }
+
+
+def _last(config: RunConfig) -> Path:
+    return step_folder(checkpoints_folder(run_folder(config)), step=config.train.steps)
+
+
+def _template() -> Any:
+    templates = Environment(
+        loader=PackageLoader("launch"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters["quote"] = shlex.quote
+    templates.filters["option"] = option_value
+    return templates.get_template("job.sbatch.j2")
+
+
+def _sizes(slurm: Slurm, *, ranks: int | None) -> dict[str, int | None]:
+    """Return what a job asks of each node, srun tasks, their CPUs, GPUs; None for the one process of an evaluation."""
+    if ranks is None:
+        return {"tasks": 1, "cpus_per_task": slurm.cpus_per_rank, "gpus": min(1, slurm.gpus_per_node)}
+    if slurm.starter == "torchrun":  # one task has all ranks of a node
+        return {"tasks": 1, "cpus_per_task": ranks * (slurm.cpus_per_rank or 1), "gpus": slurm.gpus_per_node}
+    return {"tasks": ranks, "cpus_per_task": slurm.cpus_per_rank, "gpus": slurm.gpus_per_node}
+
+
+def _container(config: RunConfig, *, folder: Path) -> dict[str, str]:
+    """Return the options of srun and the words before a command that put it into the container."""
+    slurm = config.slurm
+    if slurm.container is None:
+        return {"srun_options": "", "prefix": ""}
+    named = [Path(folder), *(folder / path for path in (run_folder(config), data_folder(config)))]
+    inside = [path for path in named if path == folder or folder not in path.parents]
+    mounts = list(dict.fromkeys([*map(str, inside), *slurm.mounts]))
+    if slurm.container_kind == "apptainer":
+        words = ["apptainer", "exec", *(["--nv"] if slurm.gpus_per_node else []), "--pwd", str(folder)]
+        words += [word for mount in mounts for word in ("--bind", mount)] + [slurm.container]
+        return {"srun_options": "", "prefix": shlex.join(words) + " "}
+    pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
+    options = [f"--container-image={slurm.container}", f"--container-mounts={pairs}", f"--container-workdir={folder}"]
+    return {"srun_options": "".join(f" \\\n  {shlex.quote(option)}" for option in options), "prefix": ""}
+
+
+def _escape(path: Path) -> str:
+    """Return a path as SLURM's log patterns take it: %% stands for a %."""
+    return str(path).replace("%", "%%")

@@ -34,7 +34,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The axes of a layout; `grid` is the same for DeepSpeed."""
+    """The axes of a layout; `grid` is the same for DeepSpeed, None in a world without it."""
 
     world: Group
     tensor: Group
@@ -61,13 +61,7 @@ def make_groups(layout: Layout) -> Groups:
         grid = PipelineParallelGrid(
             topology=PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
         )
-    return Groups(
-        world=_group(dist.group.WORLD),
-        tensor=_group(parallel_state.get_tensor_model_parallel_group()),
-        pipeline=_group(parallel_state.get_pipeline_model_parallel_group()),
-        data=_group(parallel_state.get_data_parallel_group()),
-        grid=grid,
-    )
+    return _groups(grid=grid)
 
 
 def join_deepspeed() -> None:
@@ -77,11 +71,21 @@ def join_deepspeed() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def lone_tensor_group() -> Group:
-    """Return the tensor group of a world of one, for a model in one process."""
+def lone_groups() -> Groups:
+    """Return the groups of a world of one, for a model in one process."""
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    return _group(parallel_state.get_tensor_model_parallel_group())
+    return _groups(grid=None)
+
+
+def _groups(*, grid: Any) -> Groups:
+    return Groups(
+        world=_group(dist.group.WORLD),
+        tensor=_group(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_group(parallel_state.get_pipeline_model_parallel_group()),
+        data=_group(parallel_state.get_data_parallel_group()),
+        grid=grid,
+    )
 
 
 def _group(handle: Any) -> Group:

@@ -80,7 +80,7 @@ class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
     def __init__(self, *, vocab_size: int, hidden: int, init_std: float, tensor: Group) -> None:
         padded = padded_vocabulary(vocab_size, tensor=tensor.size)
         super().__init__(padded, hidden, init_method=_unused, config=_CONFIG, tp_group=tensor.handle)
-        declare(self.weight, Shard("embedding.word.weight", (vocab_size, hidden), "vocabulary", init_std))
+        declare(self.weight, Shard("embedding.word.weight", (vocab_size, hidden), "vocabulary", init_std, tied=True))
         real = min(max(vocab_size - self.vocab_start_index, 0), self.num_embeddings_per_partition)
         self.padding = self.num_embeddings_per_partition - real
 

@@ -15,6 +15,7 @@ class Layout:
     data: int
     zero: int
     micro_batches: int
+    offload: str = "none"
 
     @classmethod
     def of(cls, config: RunConfig, *, world_size: int) -> "Layout":
@@ -43,6 +44,7 @@ class Layout:
             data=data,
             zero=parallel.zero,
             micro_batches=train.global_batch // (train.micro_batch * data),
+            offload=parallel.offload,
         )
 
     @property

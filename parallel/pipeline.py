@@ -2,9 +2,10 @@
 
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from parallel.groups import Groups
 from parallel.layout import stage_bounds
@@ -25,10 +26,10 @@ class _Layer(LayerSpec):  # type: ignore[misc]
 
 
 class _TiedLayer(TiedLayerSpec):  # type: ignore[misc]
-    """The word embedding, whose weight the first and the last stage keep equal."""
+    """A layer whose weight several stages hold and DeepSpeed keeps equal, by summing its gradients."""
 
-    def __init__(self, make: Maker, *, forward_fn: Any = None) -> None:
-        super().__init__("embedding", nn.Module, forward_fn=forward_fn, tied_weight_attr=["weight"])
+    def __init__(self, key: str, make: Maker, *, forward_fn: Any = None) -> None:
+        super().__init__(key, nn.Module, forward_fn=forward_fn, tied_weight_attr=["weight"])
         self._make = make
 
     def build(self, log: bool = False) -> nn.Module:
@@ -36,23 +37,29 @@ class _TiedLayer(TiedLayerSpec):  # type: ignore[misc]
         return self._make()
 
 
+def _pass(_: nn.Module, x: Tensor) -> Tensor:
+    return x
+
+
 class StagedModule(PipelineModule):  # type: ignore[misc]
     """This stage's layers of a plan."""
 
     def __init__(self, plan: LayerPlan, *, groups: Groups) -> None:
-        self._blocks, self._lead = len(plan.blocks), 1 + len(plan.before)
-        layers = [
-            _TiedLayer(plan.embedding),
-            *map(_Layer, (*plan.before, *plan.blocks, *plan.after)),
-            _TiedLayer(plan.embedding, forward_fn=plan.head),
-        ]
+        blocks = list(map(_Layer, plan.blocks))
+        bounds = stage_bounds(len(blocks), stages=groups.pipeline.size)
+        stages: list[list[LayerSpec]] = [blocks[start:stop] for start, stop in pairwise(bounds)]
+        if (shared := plan.shared) is not None:
+            # Its place among the layers only puts it on every stage: the blocks call it themselves.
+            stages = [[_TiedLayer("shared", lambda: shared, forward_fn=_pass), *stage] for stage in stages]
+        stages[0] = [_TiedLayer("embedding", plan.embedding), *map(_Layer, plan.before), *stages[0]]
+        stages[-1] += [*map(_Layer, plan.after), _TiedLayer("embedding", plan.embedding, forward_fn=plan.head)]
+        self._bounds = list(accumulate(map(len, stages), initial=0))
         with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
-            super().__init__(layers, topology=groups.grid.topology(), loss_fn=plan.loss)
+            super().__init__(list(chain(*stages)), topology=groups.grid.topology(), loss_fn=plan.loss)
 
     def _partition_layers(self, method: str = "") -> None:
         # DeepSpeed's own methods weigh layers by size or name; ours is stated once, in the layout.
-        bounds = [self._lead + bound for bound in stage_bounds(self._blocks, stages=self.num_stages)]
-        self.parts = [0, *bounds[1:-1], len(self._layer_specs)]
+        self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     def _synchronize_tied_weights(self) -> None:

@@ -20,6 +20,7 @@ class LayerPlan:
         blocks: The blocks, spread over the stages.
         after: Layers between the blocks and the head; they live on the last stage.
         loss: From local logits and targets [batch, seq] to a scalar.
+        shared: A module whose weights all blocks use, or None; every stage holds a copy, and they stay equal.
     """
 
     embedding: Maker
@@ -28,3 +29,4 @@ class LayerPlan:
     blocks: tuple[Maker, ...]
     after: tuple[Maker, ...]
     loss: Callable[[Tensor, Tensor], Tensor]
+    shared: nn.Module | None = None

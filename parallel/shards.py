@@ -25,6 +25,7 @@ class Shard:
         rule: How tensor ranks split it; vocabulary is padded with rows of zeros to divide.
         init_std: Std of the initial normal values; None for a constant.
         constant: Initial value where init_std is None.
+        tied: Several pipeline stages hold it and keep it equal; the first one's is saved.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Shard:
     rule: Rule
     init_std: float | None = None
     constant: float = 0.0
+    tied: bool = False
 
     @property
     def dim(self) -> int | None:
@@ -70,6 +72,11 @@ def span(shard: Shard, *, tensor_rank: int, tensor_size: int) -> tuple[int, int]
     size = -(-length // tensor_size)
     start = min(tensor_rank * size, length)
     return start, min(start + size, length)
+
+
+def padded_rows(shard: Shard, *, tensor_size: int) -> int:
+    """Return the rows of zeros that make all tensor ranks' slices equal."""
+    return 0 if shard.dim is None else -shard.shape[shard.dim] % tensor_size
 
 
 def cut(whole: Tensor, *, shard: Shard, tensor: Group) -> Tensor:

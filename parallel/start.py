@@ -6,6 +6,7 @@ Torch is imported inside `start`, so that a launcher asks `find_place` at no cos
 import logging
 import os
 import re
+import signal
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from configs.errors import MachineError
 if TYPE_CHECKING:
     import torch
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -79,6 +81,11 @@ def _first_host(node_list: str) -> str:
     if match is None:
         raise ValueError(f"SLURM_STEP_NODELIST {node_list!r}")
     return match[1] + (match[2] or "")
+
+
+def hold_stop_signals() -> None:
+    """Let SIGTERM and SIGINT wait: a rank hears them once it can save, and the slow imports before are no end of it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def start(place: Place) -> "torch.device":

@@ -39,6 +39,7 @@ def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
             "reduce_bucket_size": REDUCE_BUCKET,
             "overlap_comm": False,
             "contiguous_gradients": True,
+            "offload_optimizer": {"device": layout.offload},
         },
         "bf16": {"enabled": train.precision == "bf16"},
         # Without it micro-batches add up in bf16.

@@ -3,22 +3,25 @@
 import json
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import InputError
+from configs.errors import InputError, MachineError
 from configs.load import dump_run, load_run
-from configs.paths import config_file, logs_folder
+from configs.paths import config_file, logs_folder, run_folder
 from configs.schema import RunConfig
 from data_pipeline.atomic import whole_file
 from parallel.layout import Layout
+from training.incarnation import Fence, begin
+from training.versions import installed_versions, source_code
 
 if TYPE_CHECKING:
     import torch
 
 MAY_CHANGE = ("parallel", "train.steps", "train.micro_batch", "checkpoint", "evaluate", "track", "slurm", "run.dir")
-PACKAGES = ("trainshort", "torch", "deepspeed", "megatron-core", "sentencepiece", "mlflow", "transformers", "numpy")
 
 
 def settle(config: RunConfig, *, run_dir: Path) -> RunConfig:
@@ -37,21 +40,61 @@ def settle(config: RunConfig, *, run_dir: Path) -> RunConfig:
     return config
 
 
-def record(config: RunConfig, *, run_dir: Path, layout: Layout, device: "torch.device") -> None:
-    """Write config.yaml and environment.json."""
+def take_over(config: RunConfig, *, layout: Layout, device: "torch.device") -> Fence:
+    """Make the run folder this start's, and record in it what runs: config.yaml and environment.json.
+
+    Raises:
+        MachineError: the folder cannot be written.
+    """
+    run_dir = run_folder(config)
+    with writing(run_dir):
+        logs_folder(run_dir).mkdir(parents=True, exist_ok=True)
+        fence = begin(run_dir)
+        _record(config, fence=fence, layout=layout, device=device)
+    return fence
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Turn what the disk says against writing into the run folder into an error that a user can read.
+
+    Raises:
+        MachineError: the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(
+            f"run folder {run_dir} cannot be written ({error.strerror}): free space, mend its permissions, or set "
+            "another run.dir"
+        ) from None
+
+
+def _record(config: RunConfig, *, fence: Fence, layout: Layout, device: "torch.device") -> None:
     import torch  # the launcher asks `settle` without
 
-    logs_folder(run_dir).mkdir(parents=True, exist_ok=True)
-    with whole_file(config_file(run_dir)) as temporary:
+    run_dir = fence.run_dir
+
+    with whole_file(config_file(run_dir), mark=f".{fence.token}") as temporary:
         temporary.write_text(dump_run(config), encoding="utf-8")
     environment = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data, "zero": layout.zero},
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": installed_versions(),
+        "code": source_code(),
     }
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+
+
+def record_certificate(document: dict[str, Any], *, run_dir: Path, step: int) -> Path:
+    """Add a start's certificate to certificates.jsonl, one line a start, and return the file."""
+    path = run_dir / "certificates.jsonl"
+    line = {"started_at": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, **document}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return path
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], *, run_dir: Path) -> None:
@@ -74,10 +117,3 @@ def _flat(value: Any, *, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         found.update(_flat(inner, prefix=f"{prefix}.{key}" if prefix else key))
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

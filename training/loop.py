@@ -1,5 +1,6 @@
 """The loop: one optimizer step after the other, until the steps are done or someone asks to stop."""
 
+import logging
 import math
 import resource
 import time
@@ -15,9 +16,13 @@ from data_pipeline.loader import Loader
 from parallel.engine import Engine
 from parallel.groups import Groups
 from parallel.seeds import seed_for
+from training.checkpoint.write import SaveError
+from training.incarnation import Fence
 from training.observers import Observer, StepResult
 from training.schedule import learning_rate
 from training.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,9 @@ class Loop:
 
     Attributes:
         validate: Mean loss on the held-out samples, over all ranks.
-        save: Save a checkpoint at a position; every rank calls it.
+        save: Save a checkpoint at a position, with the validation loss measured there; every rank calls it.
         stop: Whether someone asked to end.
+        fence: Whether this start of the run is still the newest.
         flops_per_token: Of forward and backward.
         peak_flops: Of all ranks together; None where unknown.
     """
@@ -47,33 +53,54 @@ class Loop:
     device: torch.device
     observers: Sequence[Observer]
     validate: Callable[[], float]
-    save: Callable[[Position], None]
+    save: Callable[[Position, float | None], None]
     stop: StopRequest
+    fence: Fence
     flops_per_token: float
     peak_flops: float | None
 
     def run(self, start: Position) -> Position:
         """Train from a position and return the last one; it is saved.
 
+        A checkpoint on the way that cannot be saved costs nothing but itself.
+
         Raises:
+            SaveError: the last position cannot be saved.
+            Superseded: a newer start of the run has taken over.
             TrainshortError: the loss or the gradient norm is no longer a number.
         """
         train, checkpoint = self.config.train, self.config.checkpoint
         position, saved, ended_at = start, start, time.perf_counter()
-        while position.step < train.steps and not self.stop.agreed(device=self.device):
+        validation, failed = None, 0
+        while position.step < train.steps and not self._must_stop():
             position, result = self._step(position)
             every = self.config.evaluate.every
             validation = self.validate() if every and (position.step % every == 0) else None
             now = time.perf_counter()
-            self._tell(result, seconds=now - ended_at, validation=validation)
+            result = replace(result, validation_loss=validation, failed_saves=failed or None)
+            self._tell(result, seconds=now - ended_at)
             ended_at = now
             # After the step is told: a resume drops what was told past its checkpoint, but cannot make up a lost step.
             if position.step % checkpoint.every == 0 or position.step == train.steps:
-                self.save(position)
-                saved = position
+                if self._try_to_save(position, validation):
+                    saved = position
+                else:
+                    failed += 1
         if position != saved:
-            self.save(position)
+            self.save(position, validation)
         return position
+
+    def _must_stop(self) -> bool:
+        return self.stop.agreed(fence=self.fence, looks=self.groups.world.rank == 0, device=self.device)
+
+    def _try_to_save(self, position: Position, validation: float | None) -> bool:
+        try:
+            self.save(position, validation)
+        except SaveError as error:
+            if self.groups.world.rank == 0:
+                logger.error("NOT SAVED: %s; training goes on, and the next checkpoint is tried as planned", error)
+            return False
+        return True
 
     def _step(self, position: Position) -> tuple[Position, StepResult]:
         config, step = self.config, position.step + 1
@@ -102,7 +129,9 @@ class Loop:
         )
         return Position(step, samples), result
 
-    def _tell(self, result: StepResult, *, seconds: float, validation: float | None) -> None:
+    def _tell(self, result: StepResult, *, seconds: float) -> None:
+        if self.observers and not self.fence.is_ours():
+            return  # the ranks end before the next step, together
         tokens = self.config.train.global_batch * self.config.data.sequence_length
         speed = tokens / seconds
         used = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
@@ -111,7 +140,6 @@ class Loop:
             step_seconds=seconds,
             tokens_per_second=speed,
             model_flops_utilization=used,
-            validation_loss=validation,
         )
         for observer in self.observers:
             observer.on_step(result)

@@ -1,7 +1,11 @@
 """Who is told of each step. An observer lives on rank 0 and never changes training."""
 
+import errno
 import json
+import logging
+import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,8 +16,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from configs.paths import logs_folder
 from data_pipeline.atomic import whole_file
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+logger = logging.getLogger(__name__)
 
+Status = Literal["FINISHED", "FAILED", "KILLED", "SUPERSEDED"]
+
+SOMETIMES = ("validation_loss", "failed_saves")  # not in every line
 QUIET_SECONDS = 10.0  # between two lines of progress where the output is no terminal
 
 
@@ -28,6 +35,7 @@ class StepResult:
         model_flops_utilization: Share of all ranks' peak; None where the peak is unknown.
         memory_gb: The largest rank's peak, 1e9 bytes: resident set on a CPU, allocated on a GPU.
         validation_loss: Mean over the held-out samples, in the steps that measured it.
+        failed_saves: Checkpoints since the start that could not be saved; None where there is none.
     """
 
     step: int
@@ -41,6 +49,7 @@ class StepResult:
     model_flops_utilization: float | None
     memory_gb: float
     validation_loss: float | None = None
+    failed_saves: int | None = None
 
     def values(self) -> dict[str, float]:
         """Return what was measured, by name; the step itself is no measurement."""
@@ -71,21 +80,39 @@ class MetricsFile:
             logs_folder(run_dir).mkdir(exist_ok=True)
             with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("a", encoding="utf-8") as discarded:
                 discarded.writelines(line for line in lines if not _is_step_up_to(line, last_step))
-            with whole_file(path) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        # A new file each time: what an older start still appends goes to the old one, which nobody sees.
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+        self._path, self._handle = path, os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._size = os.fstat(self._handle).st_size
+        self._waiting = b""
 
     def on_step(self, result: StepResult) -> None:
-        """Append one line."""
-        known = {
-            name: value for name, value in asdict(result).items() if name != "validation_loss" or value is not None
-        }
-        self._file.write(json.dumps(known) + "\n")
-        self._file.flush()
+        """Append one line; while the disk is full, lines wait in memory."""
+        known = {name: value for name, value in asdict(result).items() if name not in SOMETIMES or value is not None}
+        warned = bool(self._waiting)
+        self._waiting += json.dumps(known).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not warned:
+                logger.error("%s cannot be written (%s): its lines wait in memory", self._path, error.strerror)
 
     def close(self, status: Status) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):
+            self._write()
+        if self._waiting:
+            lines = self._waiting.count(b"\n")
+            logger.error("%s lacks its last %d lines: the disk did not take them", self._path, lines)
+        os.close(self._handle)
+
+    def _write(self) -> None:
+        os.ftruncate(self._handle, self._size)  # what was cut short by a full disk
+        written = os.write(self._handle, self._waiting)
+        if written < len(self._waiting):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._size, self._waiting = self._size + written, b""
 
 
 def _is_step_up_to(line: str, last_step: int) -> bool:
@@ -98,7 +125,7 @@ def _is_step_up_to(line: str, last_step: int) -> bool:
 class ProgressLine:
     """What a person sees: a live line on a terminal, a plain line now and then in a log file."""
 
-    def __init__(self, *, first_step: int, steps: int) -> None:
+    def __init__(self, headline: str, *, first_step: int, steps: int) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._steps, self._printed_at = steps, 0.0
         self._progress = Progress(
@@ -110,10 +137,15 @@ class ProgressLine:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=steps, completed=first_step, figures="")
+        self._console.print(headline, markup=False, soft_wrap=True)
         self._progress.start()
 
     def on_step(self, result: StepResult) -> None:
-        """Show the step's figures."""
+        """Show the step's figures; where they go may be full, or closed."""
+        with suppress(OSError):
+            self._show(result)
+
+    def _show(self, result: StepResult) -> None:
         figures = describe(result)
         self._progress.update(self._task, completed=result.step, figures=figures)
         late = time.monotonic() - self._printed_at > QUIET_SECONDS or result.step == self._steps
@@ -124,7 +156,8 @@ class ProgressLine:
 
     def close(self, status: Status) -> None:
         """Leave the line as it is."""
-        self._progress.stop()
+        with suppress(OSError):
+            self._progress.stop()
 
 
 def describe(result: StepResult) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.parameters import parameter_count
+from configs.paths import run_folder
 from configs.schema import RunConfig
 from data_pipeline.loader import Loader, held_out_batches
 from data_pipeline.manifest import Prepared
@@ -21,44 +22,50 @@ from parallel.layout import Layout
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_weights
 from parallel.start import Place, start, stop
+from parallel.together import from_first
 from parallel.zero import KINDS
 from training import folder
-from training.checkpoint.manifest import list_checkpoints
-from training.checkpoint.read import load_slices, open_checkpoint
-from training.checkpoint.write import save_checkpoint
+from training.checkpoint.manifest import Moment, list_checkpoints
+from training.checkpoint.read import load_slices, open_together
+from training.checkpoint.write import SaveError, save_checkpoint
+from training.continuity import probe_loss, require_continuity
+from training.incarnation import Fence, Superseded
 from training.loop import Loop, Position
+from training.model.certificate import Certificate, certify, document
 from training.model.decoder import Decoder, plan_layers
+from training.model.probe import DTYPES
 from training.observers import MetricsFile, Observer, ProgressLine, Status
 from training.preflight import Ready, make_ready
-from training.stopping import StopRequest
+from training.stopping import StopRequest, obey_stop_file
 from training.tracking.observer import TrackingObserver
 from training.utilization import flops_per_token, peak_flops
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, place: Place) -> None:
+def train(config: RunConfig, place: Place, *, accept_change: bool = False) -> None:
     """Train one rank of a run, from its newest checkpoint if it has one, to its last step or until asked to stop.
 
     Args:
         config: The run as its file and overrides say.
         place: This process among the ranks.
+        accept_change: Go on from a checkpoint also where model or data are not what they were.
     Raises:
         InputError: the run folder, the data or a checkpoint does not fit the run.
+        MachineError: the last state cannot be saved, or a newer start of the run has taken over.
     """
     stopping = StopRequest()
     stopping.listen()  # before the slow part: a signal during start-up must not kill
-    ready = make_ready(config, world_size=place.size)
+    ready = make_ready(config, world_size=place.size, device="cuda" if torch.cuda.is_available() else "cpu")
     device = start(place)
-    _train(ready, device=device, stopping=stopping)
+    _train(ready, device=device, stopping=stopping, accept_change=accept_change)
     stop()  # not after an error: the others may sit in a collective, and this rank must end for them to be ended
 
 
-def _train(ready: Ready, *, device: torch.device, stopping: StopRequest) -> None:
-    config, run_dir, layout, prepared = ready.config, ready.run_dir, ready.layout, ready.prepared
+def _train(ready: Ready, *, device: torch.device, stopping: StopRequest, accept_change: bool) -> None:
+    config, layout, prepared = ready.config, ready.layout, ready.prepared
     groups = make_groups(layout)
-    if groups.world.rank == 0:
-        folder.record(config, run_dir=run_dir, layout=layout, device=device)
+    fence = from_first(lambda: folder.take_over(config, layout=layout, device=device), group=groups.world)
     loader = Loader(
         _open(config, prepared=prepared, groups=groups, held_out=False),
         seed=config.run.seed,
@@ -67,8 +74,12 @@ def _train(ready: Ready, *, device: torch.device, stopping: StopRequest) -> None
         data_rank=groups.data.rank,
         data_size=groups.data.size,
     )
-    engine = build_engine(config, layout=layout, groups=groups, vocab_size=prepared.vocab_size, device=device)
-    position = _resume(engine, config=config, run_dir=run_dir, groups=groups)
+    engine, certificates = build_engine(
+        config, layout=layout, groups=groups, vocab_size=prepared.vocab_size, device=device
+    )
+    position = _resume(engine, loader, config=config, groups=groups, accept_change=accept_change)
+    # Building takes minutes: a start that was overtaken meanwhile must not replace the newer one's metrics.
+    from_first(fence.check, group=groups.world)
     parameters = parameter_count(config.model, vocab_size=prepared.vocab_size)
     loop = Loop(
         config=config,
@@ -76,10 +87,11 @@ def _train(ready: Ready, *, device: torch.device, stopping: StopRequest) -> None
         loader=loader,
         groups=groups,
         device=device,
-        observers=_observers(config, run_dir=run_dir, position=position) if groups.world.rank == 0 else (),
+        observers=_observers(ready, position=position, certificates=certificates) if groups.world.rank == 0 else (),
         validate=_validator(engine, config=config, prepared=prepared, groups=groups),
-        save=_saver(engine, config=config, prepared=prepared, groups=groups),
+        save=_saver(engine, loader, config=config, prepared=prepared, groups=groups, fence=fence, start=position),
         stop=stopping,
+        fence=fence,
         flops_per_token=flops_per_token(config.model, parameters=parameters, length=config.data.sequence_length),
         peak_flops=_world_peak(config, device=device),
     )
@@ -104,19 +116,39 @@ def _validator(engine: Engine, *, config: RunConfig, prepared: Prepared, groups:
     return validate
 
 
-def _saver(engine: Engine, *, config: RunConfig, prepared: Prepared, groups: Groups) -> Callable[[Position], None]:
+def _saver(
+    engine: Engine,
+    loader: Loader,
+    *,
+    config: RunConfig,
+    prepared: Prepared,
+    groups: Groups,
+    fence: Fence,
+    start: Position,
+) -> Callable[[Position, float | None], None]:
     """Return what saves a checkpoint at a position."""
+    # Newer than the one that was resumed: a resume has found them broken.
+    broken = {found.path.absolute() for found in list_checkpoints(fence.run_dir) if found.step > start.step}
 
-    def save(position: Position) -> None:
-        save_checkpoint(
+    def save(position: Position, validation: float | None) -> None:
+        moment = Moment(
+            step=position.step,
+            consumed_samples=position.consumed_samples,
+            probe_loss=probe_loss(engine, loader),
+            order_hash=loader.order_hash(position.consumed_samples),
+            validation_loss=validation,
+        )
+        saved = save_checkpoint(
             engine.state(),
             config=config,
             groups=groups,
             tokenizer=prepared.tokenizer,
             vocab_size=prepared.vocab_size,
-            step=position.step,
-            samples=position.consumed_samples,
+            moment=moment,
+            fence=fence,
+            broken=broken,
         )
+        broken.discard(saved.absolute())
 
     return save
 
@@ -127,8 +159,18 @@ def _run(loop: Loop, *, start: Position) -> None:
     try:
         end = loop.run(start)
         status = "FINISHED" if end.step >= loop.config.train.steps else "KILLED"
-        if loop.observers and status == "KILLED":
-            logger.warning("stopped after step %d, saved: start again to go on", end.step)
+        if loop.groups.world.rank == 0:
+            obey_stop_file(loop.fence)
+            if status == "KILLED":
+                saved = ", saved" if end.step else ""  # before the first step there is nothing to save
+                logger.warning("stopped after step %d%s: start again to go on", end.step, saved)
+    except SaveError:
+        if loop.groups.world.rank == 0:
+            obey_stop_file(loop.fence)  # the run has ended all the same: the next start goes on
+        raise
+    except Superseded:
+        status = "SUPERSEDED"
+        raise
     finally:
         with ExitStack() as stack:  # each is closed, also when another one fails
             for observer in loop.observers:
@@ -149,33 +191,54 @@ def _open(config: RunConfig, *, prepared: Prepared, groups: Groups, held_out: bo
     return samples or open_now()
 
 
-def build_engine(config: RunConfig, *, layout: Layout, groups: Groups, vocab_size: int, device: torch.device) -> Engine:
-    """Return the engine of a run on this rank, with the run's initial weights."""
+def build_engine(
+    config: RunConfig, *, layout: Layout, groups: Groups, vocab_size: int, device: torch.device
+) -> tuple[Engine, list[Certificate]]:
+    """Return the engine of a run on this rank, with the run's initial weights, and all ranks' certificates.
+
+    Raises:
+        TrainshortError: a rank's positions are not what they must be; on every rank.
+    """
     plan = plan_layers(config.model, vocab_size=vocab_size, tensor=groups.tensor, recompute=config.train.recompute)
     module: nn.Module = StagedModule(plan, groups=groups) if layout.pipeline > 1 else Decoder(plan)
     initial_weights(module, seed=config.run.seed, tensor=groups.tensor)
-    return make_engine(module.to(device), plan, train=config.train, layout=layout, groups=groups)
+    module.to(device)
+    dtype = DTYPES[config.train.precision]
+    certificates = certify(module, config.model, groups=groups, dtype=dtype, device=device)
+    return make_engine(module, plan, train=config.train, layout=layout, groups=groups), certificates
 
 
-def _resume(engine: Engine, *, config: RunConfig, run_dir: Path, groups: Groups) -> Position:
+def _resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups, accept_change: bool) -> Position:
     """Load the newest checkpoint of the run folder, or else the weights that the run starts from."""
-    state = engine.state()
-    if list_checkpoints(run_dir):
-        checkpoint = open_checkpoint(run_dir)
+    state, run_dir = engine.state(), run_folder(config)
+    if from_first(lambda: bool(list_checkpoints(run_dir)), group=groups.world):
+        checkpoint = open_together(run_dir, kinds=KINDS, world=groups.world)
         load_slices(state, checkpoint, kinds=KINDS, tensor=groups.tensor)
         state.set_step(checkpoint.step)
+        if not accept_change:
+            require_continuity(engine, loader, checkpoint=checkpoint, precision=config.train.precision)
         return Position(checkpoint.step, checkpoint.manifest.consumed_samples)
     if config.train.init_from is not None:
-        source = open_checkpoint(Path(config.train.init_from))
+        source = open_together(Path(config.train.init_from), kinds=("weight",), world=groups.world)
         load_slices(state, source, kinds=("weight",), tensor=groups.tensor)
     return Position(0, 0)
 
 
-def _observers(config: RunConfig, *, run_dir: Path, position: Position) -> list[Observer]:
+def _observers(ready: Ready, *, position: Position, certificates: Sequence[Certificate]) -> list[Observer]:
+    config, run_dir = ready.config, ready.run_dir
+    with folder.writing(run_dir):
+        text = document(certificates, config.model)
+        certificate = folder.record_certificate(text, run_dir=run_dir, step=position.step)
+        metrics = MetricsFile(run_dir, last_step=position.step)
+    mine = certificates[0]
     return [
-        MetricsFile(run_dir, last_step=position.step),
-        ProgressLine(first_step=position.step, steps=config.train.steps),
-        TrackingObserver(config, run_dir=run_dir),
+        metrics,
+        ProgressLine(
+            f"{ready.layout}; {mine.position} positions, attention {mine.backend} in {mine.precision} on {mine.device}",
+            first_step=position.step,
+            steps=config.train.steps,
+        ),
+        TrackingObserver(config, run_dir=run_dir, certificate=certificate),
     ]
 
 

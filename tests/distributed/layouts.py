@@ -1,5 +1,6 @@
 """Train a few steps in several layouts on one set of ranks, each from the same saved state."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,18 @@ import torch
 import torch.distributed as dist
 
 from configs.load import load_run
+from configs.paths import run_folder
 from configs.schema import RunConfig
 from parallel.engine import Engine
 from parallel.groups import Groups, make_groups
 from parallel.layout import Layout
 from parallel.start import Place, start, stop
+from parallel.together import from_first
 from parallel.zero import KINDS
+from training.checkpoint.manifest import Moment
 from training.checkpoint.read import load_slices, open_checkpoint
 from training.checkpoint.write import save_checkpoint
+from training.incarnation import Fence, begin
 from training.run import build_engine
 
 LENGTH = 32
@@ -55,7 +60,7 @@ class Trained:
     held_out_loss: float
 
 
-def config_of(layout: dict[str, int], *, run_dir: Path, more: tuple[str, ...] = ()) -> RunConfig:
+def config_of(layout: Mapping[str, object], *, run_dir: Path, more: tuple[str, ...] = ()) -> RunConfig:
     """Return the small run in one layout."""
     keys = [f"parallel.{key}={value}" for key, value in layout.items()]
     return load_run("demo", overrides=[*SMALL, *keys, *more, f"run.dir={run_dir}"])
@@ -65,7 +70,7 @@ def build(config: RunConfig, *, world_size: int) -> tuple[Engine, Groups, Layout
     """Return the engine of a run, with the run's initial weights."""
     layout = Layout.of(config, world_size=world_size)
     groups = make_groups(layout)
-    engine = build_engine(config, layout=layout, groups=groups, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    engine, _ = build_engine(config, layout=layout, groups=groups, vocab_size=VOCABULARY, device=torch.device("cpu"))
     return engine, groups, layout
 
 
@@ -78,7 +83,7 @@ def tokens_of(step: int, *, samples: int = 8, length: int = LENGTH) -> torch.Ten
 def train_layouts(
     place: Place,
     *,
-    layouts: list[dict[str, int]],
+    layouts: list[dict[str, Any]],
     steps: range,
     folder: Path,
     tokenizer: Path,
@@ -102,16 +107,18 @@ def train_layouts(
             stop()
             start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
         config = config_of(keys, run_dir=folder / name_of(keys, ranks=place.size), more=more)
-        found.append(_train(place, config, steps=steps, tokenizer=tokenizer, start_from=start_from))
+        found.append(train_one(place, config, steps=steps, tokenizer=tokenizer, start_from=start_from))
     return found
 
 
-def name_of(keys: dict[str, int], *, ranks: int) -> str:
+def name_of(keys: Mapping[str, Any], *, ranks: int) -> str:
     """Return a layout's name: tensor 2, pipeline 1, ZeRO 3 on four ranks is t2p1z3w4."""
-    return f"t{keys['tensor']}p{keys['pipeline']}z{keys['zero']}w{ranks}"
+    offloaded = "-offload" if keys.get("offload") == "cpu" else ""
+    return f"t{keys['tensor']}p{keys['pipeline']}z{keys['zero']}w{ranks}{offloaded}"
 
 
-def _train(place: Place, config: RunConfig, *, steps: range, tokenizer: Path, start_from: Path | None) -> Trained:
+def train_one(place: Place, config: RunConfig, *, steps: range, tokenizer: Path, start_from: Path | None) -> Trained:
+    """Return what this rank saw of one run; it is saved at the end."""
     engine, groups, layout = build(config, world_size=place.size)
     state = engine.state()
     initial = {name: state.read(name, "weight").clone() for name in state.parameters}
@@ -127,7 +134,7 @@ def _train(place: Place, config: RunConfig, *, steps: range, tokenizer: Path, st
     held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
     after = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)  # back at the first length
     outcomes.append(after)
-    _save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
+    save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
     dist.barrier()
     return Trained(
         rank=groups.tensor.rank,
@@ -145,13 +152,26 @@ def _logits(engine: Engine, *, length: int) -> torch.Tensor | None:
     return None if local is None else local.clone()
 
 
-def _save(engine: Any, config: RunConfig, *, groups: Groups, tokenizer: Path, step: int) -> None:
+def save(engine: Engine, config: RunConfig, *, groups: Groups, tokenizer: Path, step: int) -> None:
+    """Save the state after a step to the run folder."""
     save_checkpoint(
         engine.state(),
         config=config,
         groups=groups,
         tokenizer=tokenizer,
         vocab_size=VOCABULARY,
-        step=step,
-        samples=step * config.train.global_batch,
+        moment=Moment(step, step * config.train.global_batch, 0.0, "", None),
+        fence=from_first(lambda: _begin(config), group=groups.world),
     )
+
+
+def whole_of(ranks: list[Trained], pick: str, key: str | int) -> torch.Tensor:
+    """Join the tensor ranks' columns of logits, or rows of the embedding, and drop the padding."""
+    parts = {r.rank: getattr(r, pick)[key] for r in ranks if getattr(r, pick).get(key) is not None}
+    dim = -1 if pick == "logits" else 0
+    return torch.cat([parts[rank] for rank in sorted(parts)], dim=dim).narrow(dim, 0, VOCABULARY)
+
+
+def _begin(config: RunConfig) -> Fence:
+    run_folder(config).mkdir(parents=True, exist_ok=True)
+    return begin(run_folder(config))

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.tokenizer import train_tokenizer
-from tests.distributed.layouts import LENGTH, VOCABULARY, Trained, name_of, tokens_of, train_layouts
+from tests.distributed.layouts import LENGTH, Trained, name_of, tokens_of, train_layouts, whole_of
 from tests.distributed.spawn import run_ranks
 from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import open_checkpoint
@@ -29,14 +28,6 @@ NAMES = [name_of(keys, ranks=ranks) for ranks, some in LAYOUTS.items() for keys 
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    words = ["".join(chr(97 + (i * k) % 26) for k in range(1, 9)) for i in range(1, 400)]
-    train_tokenizer([" ".join(words)] * 20, vocab_size=VOCABULARY, out=out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
@@ -54,13 +45,6 @@ def trained(runs: Path, tokenizer: Path) -> dict[str, list[Trained]]:
         for index, keys in enumerate(layouts):
             found[name_of(keys, ranks=ranks)] = [results[index] for results in by_rank]
     return found
-
-
-def whole(ranks: list[Trained], pick: str, key: str | int) -> torch.Tensor:
-    """Join the tensor ranks' columns of logits, or rows of the embedding, and drop the padding."""
-    parts = {r.rank: getattr(r, pick)[key] for r in ranks if getattr(r, pick).get(key) is not None}
-    dim = -1 if pick == "logits" else 0
-    return torch.cat([parts[rank] for rank in sorted(parts)], dim=dim).narrow(dim, 0, VOCABULARY)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +73,7 @@ def test_every_layout_starts_from_the_same_weights(trained: dict[str, list[Train
                 dim = 0 if part.shape[0] != full.shape[0] else 1
                 assert torch.equal(part, full.chunk(rank.size, dim=dim)[rank.rank]), parameter
     assert seen == set(expected)
-    assert torch.equal(whole(trained[name], "initial", "embedding.word.weight"), expected["embedding.word.weight"])
+    assert torch.equal(whole_of(trained[name], "initial", "embedding.word.weight"), expected["embedding.word.weight"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +81,7 @@ def test_every_layout_scores_any_length_alike(trained: dict[str, list[Trained]],
     reference = trained[name_of(REFERENCE, ranks=1)]
     for length in (LENGTH, 4 * LENGTH):
         torch.testing.assert_close(
-            whole(trained[name], "logits", length), whole(reference, "logits", length), atol=1e-4, rtol=0
+            whole_of(trained[name], "logits", length), whole_of(reference, "logits", length), atol=1e-4, rtol=0
         )
     for rank in trained[name]:
         assert rank.held_out_loss == pytest.approx(reference[0].held_out_loss, rel=1e-5)
@@ -131,4 +115,4 @@ def test_exported_model_equals_the_trained_ranks_in_transformers(
     for length in (LENGTH, 4 * LENGTH):
         with torch.no_grad():
             logits = model(tokens_of(7, samples=1, length=length - 1)).logits
-        torch.testing.assert_close(logits, whole(trained[name], "logits", length), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, whole_of(trained[name], "logits", length), atol=1e-4, rtol=0)

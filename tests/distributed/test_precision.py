@@ -14,6 +14,7 @@ LAYOUTS = [
     {"tensor": 1, "pipeline": 2, "zero": 1},
     {"tensor": 1, "pipeline": 1, "zero": 2},
     {"tensor": 1, "pipeline": 1, "zero": 3},
+    {"tensor": 1, "pipeline": 1, "zero": 3, "offload": "cpu"},
 ]
 STEPS = range(5)
 

@@ -1,9 +1,11 @@
 """The shipped demo as a user types it, small: prepare, train, stop it, train on, evaluate, export."""
 
+import hashlib
 import json
 import os
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from training.model.single import load_single
 STEPS = 12
 LENGTH = 128
 PATIENCE_SECONDS = 240
+PROMPT = topics["with"][:1200]  # longer than the training length
 SMALL = [
     "data.sources=[book.txt]",
     "data.dir=data",
@@ -52,6 +55,7 @@ class Job:
         saved: The steps of its checkpoints then.
         report: What `evaluate --json` printed.
         exported: What `export` printed.
+        generated: What `generate --json` printed for a prompt longer than the training length.
         again: What `train` printed when there was nothing left to do.
         changed: Files that it changed.
     """
@@ -61,6 +65,7 @@ class Job:
     saved: list[int]
     report: str
     exported: str
+    generated: str
     again: str
     changed: set[Path]
 
@@ -133,7 +138,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     report = trainshort(folder, "evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
     exported = trainshort(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
-    return Job(folder, stopped, saved, report, exported, again, changed)
+    generated = trainshort(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--json")
+    return Job(folder, stopped, saved, report, exported, generated, again, changed)
 
 
 def test_a_stopped_run_has_saved_the_last_step_that_it_finished(job: Job) -> None:
@@ -195,6 +201,37 @@ def test_the_exported_model_has_the_logits_of_the_trained_one(job: Job) -> None:
     torch.testing.assert_close(logits, load_single(open_checkpoint(job.broken)).logits(tokens), atol=1e-4, rtol=0)
 
 
+def test_generated_tokens_are_those_of_transformers_past_the_training_length(job: Job) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = job.broken / "export" / "hf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    expected = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0]
+    found = json.loads(job.generated)
+    assert prompt.input_ids.shape[1] == found["prompt_tokens"] > LENGTH
+    assert found["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert found["tokens"] == 40
+
+
+def test_every_start_and_the_export_left_a_certificate(job: Job) -> None:
+    lines = [json.loads(line) for line in (job.broken / "certificates.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, job.saved[-1], STEPS]
+    *starts, exported = lines
+    assert [rank["heads"] for rank in exported["ranks"]] == [[0, 1, 2, 3]]
+    assert json.loads((job.broken / "export" / "hf" / "certificate.json").read_text())["ranks"] == exported["ranks"]
+    for start in starts:
+        # tensor 2 x pipeline 2: each stage has each head once
+        assert [rank["heads"] for rank in start["ranks"]] == [[0, 1], [2, 3], [0, 1], [2, 3]]
+        assert [rank["stage"] for rank in start["ranks"]] == [0, 0, 1, 1]
+        for rank in start["ranks"]:
+            slopes = [2.0 ** -(2 * (head + 1)) for head in rank["heads"]]
+            assert rank["slopes_sha256"] == hashlib.sha256(struct.pack("<2f", *slopes)).hexdigest()
+            assert rank["error"] < 1e-6
+            assert rank["recency"] > 0
+
+
 def test_mlflow_has_one_run_of_all_starts_with_the_evaluation(job: Job) -> None:
     with closing(sqlite3.connect(job.folder / "one" / "mlflow.db")) as database:
         runs = database.execute("select run_uuid, name, status from runs").fetchall()
@@ -207,10 +244,12 @@ def test_mlflow_has_one_run_of_all_starts_with_the_evaluation(job: Job) -> None:
     assert len(evaluated) == 4
     artifacts = job.folder / "one" / "mlartifacts" / run_id / "artifacts"
     assert {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()} == {
+        "certificates.jsonl",
         "config.yaml",
         "evaluation/report.json",
         "evaluation/report.md",
         "evaluation/perplexity.png",
+        "export/certificate.json",
     }
 
 
@@ -218,11 +257,13 @@ def test_nothing_lies_where_the_commands_were_typed_but_what_was_asked_for(job: 
     assert sorted(os.listdir(job.folder)) == ["book.txt", "data", "first.log", "one", "two"]
     assert sorted(os.listdir(job.folder / "one")) == ["mlartifacts", "mlflow.db", "run"]
     assert sorted(os.listdir(job.broken)) == [
+        "certificates.jsonl",
         "checkpoints",
         "config.yaml",
         "environment.json",
         "evaluation",
         "export",
+        "incarnation",
         "logs",
         "metrics.jsonl",
         "mlflow_run.json",

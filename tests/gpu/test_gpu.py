@@ -7,23 +7,40 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.backends import BACKENDS, misfit, missing
 from training.model.alibi import slopes
-from training.model.attention import BiasStrip, reference, sdpa
+from training.model.attention import MAKERS, Reference
+from training.model.audit import audit
+from training.model.bias import SlopeBias
+from training.model.probe import TOLERANCE
+from training.preflight import installed_packages
 
 pytestmark = pytest.mark.gpu
 
 
+# Those of the table that this machine can run: flash-attn is an extra, and has no fp32.
+CASES = [
+    (name, dtype, tolerance)
+    for name in BACKENDS
+    for precision, dtype, tolerance in (("fp32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 3e-2))
+    if misfit(BACKENDS[name], position="alibi", precision=precision, head_dim=128) is None
+    and missing(BACKENDS[name], device="cuda", packages=installed_packages()) is None
+]
+
+
 @pytest.mark.parametrize("length", [64, 192, 1001, 1024, 2112])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_sdpa_equals_the_reference_with_gradients(length: int, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), CASES)
+def test_a_backend_equals_the_reference_with_gradients(
+    backend: str, length: int, dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
-    strip = BiasStrip(torch.tensor(slopes(16)))
-    strip.block(queries=1, keys=4096, like=torch.zeros(1, device="cuda"))  # longer than the call needs
+    strip = SlopeBias(torch.tensor(slopes(16), dtype=torch.float64))
+    strip(rows=2, keys=4096, device=torch.device("cuda"), dtype=dtype)  # longer than the call needs
     exact = [torch.randn(1, 16, length, 128, device="cuda", dtype=dtype).double().requires_grad_() for _ in range(3)]
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in exact)
     weight = torch.randn(1, 16, length, 128, device="cuda", dtype=torch.float64)
-    expected = reference(BiasStrip(strip.slopes))(*exact)
-    found = sdpa(strip)(q, k, v)
+    expected = Reference(SlopeBias(strip.local_slopes))(*exact)
+    found = MAKERS[backend](strip)(q, k, v)
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
     (expected * weight).sum().backward()
     (found.double() * weight).sum().backward()
@@ -31,6 +48,15 @@ def test_sdpa_equals_the_reference_with_gradients(length: int, dtype: torch.dtyp
         assert x.grad is not None
         assert y.grad is not None
         torch.testing.assert_close(x.grad.double(), y.grad, atol=10 * tolerance, rtol=10 * tolerance)
+
+
+@pytest.mark.parametrize("length", [1024, 4096, 16384])
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), CASES)
+def test_rows_are_within_the_limit(backend: str, length: int, dtype: torch.dtype, tolerance: float) -> None:
+    cuda = torch.device("cuda")
+    for heads in (16, 112):
+        found = audit(backend, heads=heads, head_dim=128, length=length, dtype=dtype, device=cuda)
+        assert found.worst.measured.worst <= TOLERANCE[dtype], tolerance
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -6,8 +6,23 @@ import torch
 from torch.nn import functional
 
 
-def bloom_logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor, *, layers: int, heads: int) -> torch.Tensor:
-    """Return logits, [batch, seq, vocab], fp32, of tokens [batch, seq]."""
+def bloom_logits(
+    weights: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    *,
+    layers: int,
+    heads: int,
+    penalty: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return logits, [batch, seq, vocab], in the weights' type, of tokens [batch, seq].
+
+    Args:
+        weights: By logical name.
+        tokens: Token ids.
+        layers: Blocks.
+        heads: Of each block.
+        penalty: What is added to scores, [heads, seq, seq]; ALiBi's unless given.
+    """
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
@@ -17,9 +32,9 @@ def bloom_logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor, *, laye
 
     batch, seq = tokens.shape
     places = torch.arange(seq)
-    distance = (places[None, :] - places[:, None]).float()
-    bias = _slopes(heads)[:, None, None] * distance
-    bias = bias.masked_fill(distance > 0, -math.inf)
+    distance = places[None, :] - places[:, None]
+    bias = _slopes(heads)[:, None, None] * distance if penalty is None else penalty
+    bias = bias.masked_fill(distance > 0, -math.inf).to(weights["embedding.word.weight"].dtype)
     x = norm(weights["embedding.word.weight"][tokens], "embedding.norm")
     for block in range(layers):
         prefix = f"blocks.{block}"
@@ -33,8 +48,15 @@ def bloom_logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor, *, laye
     return norm(x, "final_norm") @ weights["embedding.word.weight"].T
 
 
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss in nats of logits [batch, seq, vocab] and targets [batch, seq], in the logits' type."""
+    largest = logits.max(-1, keepdim=True).values.detach()
+    total = (logits - largest).exp().sum(-1, keepdim=True).log() + largest
+    return (total - logits.gather(-1, targets[..., None])).mean()
+
+
 def _slopes(heads: int) -> torch.Tensor:
     power = 2 ** int(math.log2(heads))
     first = [2 ** (-8 * (n + 1) / power) for n in range(power)]
     between = [2 ** (-4 * (2 * n + 1) / power) for n in range(heads - power)]
-    return torch.tensor(first + between)
+    return torch.tensor(first + between, dtype=torch.float64)

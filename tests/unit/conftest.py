@@ -1,12 +1,26 @@
-"""Fixtures of the tests that speak to the command line."""
+"""Fixtures that unit tests share: the command line, and a tiny run of one rank."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from launch import local
 from tests.unit.command_line import Answer, Call, run_here, write_run
 from tests.unit.data_samples import write_book
+
+if TYPE_CHECKING:
+    from tests.unit.one_rank import OneRank
+
+
+@pytest.fixture(scope="module")
+def rank(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[OneRank]":
+    """A tiny run whose engine is built once for a file of tests."""
+    from tests.unit.one_rank import one_rank  # torch and DeepSpeed, which most tests here need not import
+
+    with one_rank(tmp_path_factory.mktemp("one_rank")) as rank:
+        yield rank
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from configs.load import dump_run, load_run
+from launch import local
 from tests.unit.command_line import Answer, Call, contents, refused, run_here, write_run
 from tests.unit.data_samples import write_book
-from training.checkpoint.manifest import FileEntry, Manifest, describe_file, write_manifest
+from training.checkpoint.disk import describe_file
+from training.checkpoint.manifest import Manifest, write_manifest
 from training.folder import settle
 
 
@@ -60,6 +62,14 @@ CHECKED = {
         "run.yaml: train.learning_rate must be a finite number, got nan",
     ),
     "infinity": (["train.clip=.inf"], "run.yaml: train.clip must be a finite number, got inf"),
+    "a kernel without learned biases": (
+        ["model.attention=flex", "model.position=t5"],
+        "run.yaml: model.attention flex cannot compute model.position t5: use reference or sdpa",
+    ),
+    "a kernel without fp32": (
+        ["model.attention=flash"],
+        "run.yaml: model.attention flash cannot compute train.precision fp32: use reference or sdpa or flex",
+    ),
     "no override": (["model.heads"], "--set 'model.heads' is not an override: write section.key=value"),
 }
 
@@ -149,6 +159,16 @@ TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
         ["--set", "data.vocab_size=700"],
         rf"data holds data for another run file: data.vocab_size was 600 then and is 700 now; {AGAIN}",
     ),
+    "a kernel for GPUs": (
+        nothing,
+        ["--set", "model.attention=flex"],
+        "model.attention flex needs a GPU and this machine's ranks run on cpu: use sdpa",
+    ),
+    "a kernel of a package for GPUs": (
+        nothing,
+        ["--set", "model.attention=flash", "--set", "train.precision=bf16"],
+        "model.attention flash needs a GPU and this machine's ranks run on cpu: use sdpa",
+    ),
     "data that is not prepared": (
         nothing,
         ["--set", "data.dir=elsewhere"],
@@ -215,8 +235,9 @@ def trained(prepared: Path) -> Path:
     (prepared / "run" / "config.yaml").write_text(dump_run(config), encoding="utf-8")
     (checkpoint / "config.yaml").write_text(dump_run(config), encoding="utf-8")
     shutil.copy(prepared / "data" / "tokenizer.model", checkpoint)
-    files = {name: FileEntry(**describe_file(checkpoint / name)) for name in ("config.yaml", "tokenizer.model")}
-    write_manifest(checkpoint, Manifest(4, 32, tensor=2, pipeline=2, vocab_size=600, tensors={}, files=files))
+    files = {name: describe_file(checkpoint / name) for name in ("config.yaml", "tokenizer.model")}
+    layout = {"tensor": 2, "pipeline": 2, "vocab_size": 600}
+    write_manifest(checkpoint, Manifest(4, 32, 6.0, "", None, **layout, tensors={}, files=files))
     return prepared
 
 
@@ -227,6 +248,17 @@ def test_a_second_start_with_other_keys_is_refused_by_name(trainshort: Call) -> 
         "run holds a run that this one would change: run.seed was 1, is 3; train.learning_rate was 0.001, is 0.5: "
         "set the old values, or choose another run.dir"
     )
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("options", [(), ("--accept-change",)])
+def test_what_is_accepted_is_told_to_every_rank(
+    trainshort: Call, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(local, "start_ranks", lambda command, **_: commands.append(command) or 0)
+    assert trainshort("train", "run.yaml", *options).code == 0
+    assert [word for word in commands[0] if word == "--accept-change"] == list(options)
 
 
 @pytest.mark.usefixtures("trained")
@@ -273,7 +305,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(trainshort: Call, command: tu
     name, *options = command
     for path, expected in (
         ("no/run", "checkpoint no/run does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR"),
-        ("run.yaml", "checkpoint run.yaml does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR"),
+        ("run.yaml", "checkpoint run.yaml is a file: give a folder of RUN_DIR/checkpoints, or RUN_DIR"),
         (
             "empty",
             ".*/empty is no checkpoint, it has no manifest.json: give a folder of RUN_DIR/checkpoints, or RUN_DIR",

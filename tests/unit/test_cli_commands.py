@@ -57,7 +57,9 @@ def test_login_node_commands_start_fast_and_without_torch(arguments: tuple[str, 
 def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
     shown = trainshort("--help", folder=tmp_path).stdout
     commands = [line.split()[1] for line in shown.split("Commands")[1].splitlines() if line[2:3].isalpha()]
-    assert commands == ["check", "prepare", "train", "evaluate", "export", "slurm", "checkpoint"]
+    assert commands == [
+        *("check", "prepare", "train", "evaluate", "generate", "export", "slurm", "doctor", "checkpoint", "jobs")
+    ]
 
 
 def test_check_tells_what_the_run_is(tmp_path: Path) -> None:

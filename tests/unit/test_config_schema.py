@@ -46,8 +46,11 @@ def message_of(values: dict[str, Any], changes: dict[str, Any]) -> str:
         ("data.vocab_size", 200, "data.vocab_size: must be greater than or equal to 300, got 200"),
         ("parallel.zero", 4, "parallel.zero: must be less than or equal to 3, got 4"),
         ("run.name", "a b", "run.name: string should match pattern"),
-        ("slurm.time", 45000, "slurm.time: must be a valid string, got 45000"),
-        ("slurm.time", "soon", "slurm.time: string should match pattern"),
+        ("slurm.time", 5400, "slurm.time must be hours:minutes:seconds in quotes, got 5400: write "),
+        ("slurm.time", "90", "slurm.time must be hours:minutes:seconds in quotes, got 90: write "),
+        ("slurm.time", "24:00", "slurm.time must be hours:minutes:seconds in quotes, got 24:00: write "),
+        ("slurm.time", "soon", "slurm.time must be hours:minutes:seconds in quotes, got soon: write "),
+        ("slurm.time", True, "slurm.time: must be a valid string, got True"),
         ("slurm.env", {"A": 1}, "slurm.env.A: must be a valid string, got 1"),
     ],
 )
@@ -144,6 +147,17 @@ RULES = [
     ),
     ({"slurm.extra": ["exclusive"]}, "slurm.extra has 'exclusive': write one option a line, as in --exclusive"),
     ({"slurm.extra": ["--a\nrm"]}, "slurm.extra has '--a\\nrm': write one option a line, as in --exclusive"),
+    (
+        {"slurm.time": "0:02:00"},
+        "slurm.signal_seconds must be less than slurm.time (0:02:00, 120 seconds), got 120: lower it or raise "
+        "slurm.time",
+    ),
+    ({"slurm.memory": "500"}, "slurm.memory must be a number with M, G or T, got '500': write 500G"),
+    (
+        {"slurm.mounts": ["/scratch"]},
+        "slurm.mounts is ['/scratch'] but slurm.container is not set: set it or remove slurm.mounts",
+    ),
+    ({"slurm.setup": ["a\nb"]}, "slurm.setup must be one line, got 'a\\nb': remove the line break"),
     ({"slurm.qos": "a\nb"}, "slurm.qos must be one line, got 'a\\nb': remove the line break"),
     (
         {"model.position": "sinusoidal", "model.hidden": 63, "model.heads": 1, "parallel.tensor": 1},
@@ -163,13 +177,10 @@ def test_a_broken_rule_says_what_holds_what_was_seen_and_what_to_do(
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        ("model.position", "t5", "model.position t5 is not available in this version: use alibi or"),
         ("model.family", "mpt", "model.family mpt is not available in this version: use bloom"),
-        ("model.attention", "flash", "model.attention flash is not available in this version: use auto or"),
         ("model.windows", "auto", "model.windows auto is not available in this version: use off"),
         ("data.mask_documents", True, "data.mask_documents true is not available in this version: use false"),
         ("parallel.sequence", True, "parallel.sequence true is not available in this version: use false"),
-        ("parallel.offload", "cpu", "parallel.offload cpu is not available in this version: use none"),
         ("train.precision", "fp16", "train.precision fp16 is not available in this version: use fp32 or bf16"),
         ("checkpoint.background", True, "checkpoint.background true is not available in this version: use false"),
     ],
@@ -179,6 +190,12 @@ def test_what_this_version_cannot_do_is_refused(
 ) -> None:
     # A value that becomes available leaves this list together with the rule.
     assert message_of(run_values, {where: value}).startswith(f"small: {message}")
+
+
+def test_offload_needs_state_that_zero_keeps(run_values: dict[str, Any]) -> None:
+    values = {"parallel.pipeline": 1, "parallel.zero": 0, "parallel.offload": "cpu"}
+    message = "parallel.zero must be 1 or more with parallel.offload cpu, got 0: ZeRO keeps the state that is offloaded"
+    assert message_of(run_values, values) == f"small: {message}"
 
 
 def test_all_problems_come_at_once(run_values: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ class ByHand:
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         self.weights = weights
+        self.certificate = {"position": "alibi"}
         self.wrong = 0.0
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -45,6 +46,7 @@ def model(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.Monkey
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         weights=lambda: weights,
+        run_dir=tmp_path / "no run",
     )
     tokens = np.array(Tokenizer.load(tokenizer).encode(SENTENCE), dtype=np.int64)
     by_hand = ByHand(weights)

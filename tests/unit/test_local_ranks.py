@@ -137,6 +137,16 @@ def test_a_killed_rank_is_named_with_the_signal(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr().err == "error: rank 0 ended with signal 9 (SIGKILL)\n"
 
 
+def test_a_killed_rank_is_named_before_those_that_lost_their_connection(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = "[[ $TRAINSHORT_RANK == 2 ]] && { sleep 0.3; kill -KILL $$; }; exit 1"
+    assert start(script, tmp_path, grace_seconds=5) == 1
+    assert (
+        capfd.readouterr().err == f"error: rank 2 ended with signal 9 (SIGKILL); the end of {tmp_path}/rank_2.log:\n\n"
+    )
+
+
 def test_ranks_that_ignore_the_request_are_killed_after_a_failure(tmp_path: Path) -> None:
     script = (
         f"[[ $TRAINSHORT_RANK == 1 ]] && exit 1; trap '' TERM; echo $$ >{tmp_path}/pid; while true; do sleep 1; done"
@@ -198,7 +208,7 @@ def test_a_rank_whose_launcher_is_gone_never_starts(tmp_path: Path) -> None:
 
 
 def test_the_launcher_does_without_torch() -> None:
-    code = "import sys, launch.local, launch.slurm, parallel.start; sys.exit('torch' in sys.modules)"
+    code = "import sys, launch.local, launch.chain, launch.jobs, parallel.start; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 

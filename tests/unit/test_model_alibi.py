@@ -9,7 +9,8 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from parallel.groups import Group
 from training.model import attention
 from training.model.alibi import causal_bias, local_slopes, slopes
-from training.model.attention import BiasStrip, reference, sdpa
+from training.model.attention import Reference, Sdpa
+from training.model.bias import SlopeBias
 from training.model.sinusoidal import sinusoids
 
 
@@ -26,13 +27,21 @@ def test_eight_heads_have_the_slopes_of_the_paper() -> None:
 @given(st.integers(1, 8), st.integers(1, 16))
 def test_slices_of_any_tensor_size_join_to_the_whole(size: int, local: int) -> None:
     parts = [local_slopes(size * local, tensor=Group(rank, size, None)) for rank in range(size)]
-    assert torch.equal(torch.cat(parts), torch.tensor(slopes(size * local), dtype=torch.float32))
+    assert torch.equal(torch.cat(parts), torch.tensor(slopes(size * local), dtype=torch.float64))
 
 
 def test_bias_is_minus_slope_times_distance_and_nothing_ahead() -> None:
     bias = causal_bias(torch.tensor([0.5, 0.25]), queries=2, keys=3)
     inf = float("inf")
     assert bias.tolist() == [[[-0.5, 0.0, -inf], [-1.0, -0.5, 0.0]], [[-0.25, 0.0, -inf], [-0.5, -0.25, 0.0]]]
+
+
+def test_bias_is_exact_at_distances_past_65536() -> None:
+    # bf16 holds no odd number past 256: rounded positions or distances lose the sharp heads.
+    keys, sharpest = 70_001, torch.tensor([2**-0.5, 2**-8])
+    bias = causal_bias(sharpest, queries=1, keys=keys)[:, 0]
+    expected = -sharpest.double()[:, None] * torch.arange(keys - 1, -1, -1)
+    torch.testing.assert_close(bias.double(), expected, atol=0, rtol=1e-7)
 
 
 def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: list[float]) -> torch.Tensor:
@@ -57,43 +66,58 @@ def test_both_backends_equal_the_formula_in_fp64(queries: int, before: int, bloc
     # Multiples of a power of two: exact in fp32, so that the formula sees the very same slopes.
     chosen = [0.5, 0.0625, 0.00390625]
     expected = explicit(q, k, v, chosen)
-    strip = BiasStrip(torch.tensor(chosen))
-    torch.testing.assert_close(reference(strip)(q, k, v), expected, atol=1e-12, rtol=0)
+    strip = SlopeBias(torch.tensor(chosen))
+    torch.testing.assert_close(Reference(strip)(q, k, v), expected, atol=1e-12, rtol=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", block)
-        torch.testing.assert_close(sdpa(BiasStrip(torch.tensor(chosen)))(q, k, v), expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(Sdpa(SlopeBias(torch.tensor(chosen)))(q, k, v), expected, atol=1e-12, rtol=0)
 
 
 def test_backends_agree_past_a_block_in_fp32_with_gradients() -> None:
     torch.manual_seed(0)
-    strip = BiasStrip(torch.tensor(slopes(4)))
+    strip = SlopeBias(torch.tensor(slopes(4)))
     q, k, v = (torch.randn(1, 4, 600, 16, requires_grad=True) for _ in range(3))
     weight = torch.randn(1, 4, 600, 16)
-    for backend in (reference, sdpa):
+    for backend in (Reference, Sdpa):
         (backend(strip)(q, k, v) * weight).sum().backward()
-    torch.testing.assert_close(sdpa(strip)(q, k, v), reference(strip)(q, k, v), atol=1e-5, rtol=0)
+    torch.testing.assert_close(Sdpa(strip)(q, k, v), Reference(strip)(q, k, v), atol=1e-5, rtol=0)
     grads = [x.grad.clone() for x in (q, k, v) if x.grad is not None]
     for x in (q, k, v):
         x.grad = None
-    (reference(strip)(q, k, v) * weight).sum().backward()
+    (Reference(strip)(q, k, v) * weight).sum().backward()
     for both, x in zip(grads, (q, k, v), strict=True):
         assert x.grad is not None
         torch.testing.assert_close(both, 2 * x.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_bias_strip_grows_and_shrinks_with_the_length() -> None:
-    strip = BiasStrip(torch.tensor([0.5]))
-    like = torch.zeros(1)
-    for queries, keys in ((2, 3), (256, 700), (1, 1), (5, 640)):
+    strip = SlopeBias(torch.tensor([0.5]))
+    for queries, keys in ((2, 3), (256, 700), (1, 1), (5, 640), (300, 300), (3, 900)):
         torch.testing.assert_close(
-            strip.block(queries=queries, keys=keys, like=like)[0],
+            strip(rows=queries, keys=keys, device=torch.device("cpu"), dtype=torch.float32)[0],
             causal_bias(torch.tensor([0.5]), queries=queries, keys=keys),
         )
 
 
-def test_half_precision_queries_get_an_fp32_bias() -> None:
-    strip = BiasStrip(torch.tensor([0.5]))
-    assert strip.block(queries=1, keys=4, like=torch.zeros(1, dtype=torch.bfloat16)).dtype is torch.float32
+class Watched(SlopeBias):
+    """Remembers the types that were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.tensor([0.5], dtype=torch.float64))
+        self.asked: list[torch.dtype] = []
+
+    def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        self.asked.append(dtype)
+        return super().__call__(rows=rows, keys=keys, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", [Reference, Sdpa])
+def test_half_precision_queries_get_an_fp32_bias_and_wider_ones_a_wider(backend: type[Reference] | type[Sdpa]) -> None:
+    for type_, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        bias = Watched()
+        x = torch.zeros(1, 1, 4, 8, dtype=type_)
+        assert backend(bias)(x, x, x).dtype is type_
+        assert bias.asked == [expected]
 
 
 def test_sinusoids_equal_the_formula() -> None:

@@ -1,5 +1,6 @@
-"""The sbatch scripts: what they ask for, that bash reads them, that odd names survive, how they are submitted."""
+"""The sbatch scripts: what they ask for, that bash reads them, that odd names survive, how a training job ends."""
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from configs.errors import InputError, MachineError
+from configs.errors import InputError
 from configs.load import RUNS, check_run, load_run
-from launch.slurm import fewest_nodes, option_value, ranks_per_node, render, submit
+from launch.slurm import fewest_nodes, option_value, ranks_per_node, render
 
 SHIPPED = sorted(file.stem for file in RUNS.glob("*.yaml"))
 
@@ -39,7 +40,8 @@ def test_every_shipped_run_renders_scripts_that_bash_reads(run: str) -> None:
         assert "--partition" not in script
         assert script.endswith("\n")
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-        assert len(script.splitlines()) < 45
+        assert len(script.splitlines()) < 90
+        assert max(map(len, script.splitlines())) < 170
 
 
 def test_the_reference_job_asks_for_its_nodes_and_gpus() -> None:
@@ -58,7 +60,8 @@ def test_the_reference_job_asks_for_its_nodes_and_gpus() -> None:
         "--signal=B:USR1@120",
     ]
     assert "# alibi-1b3: 128 ranks, tensor 2 x pipeline 2 x data 32, ZeRO-1." in scripts["train"]
-    assert "srun --kill-on-bad-exit=1 \\\n  trainshort train alibi-1b3 --set " in scripts["train"]
+    log = "--output=/home/someone/runs/alibi-1b3/logs/rank_%t.log --open-mode=append"
+    assert f"srun --kill-on-bad-exit=1 {log} \\\n  trainshort train alibi-1b3 --set " in scripts["train"]
     for name in ("evaluate", "export"):
         assert sbatch_lines(scripts[name])[:4] == [
             f"--job-name=alibi-1b3-{name}",
@@ -66,8 +69,10 @@ def test_the_reference_job_asks_for_its_nodes_and_gpus() -> None:
             "--ntasks-per-node=1",
             "--gpus-per-node=1",
         ]
-    assert "  trainshort evaluate runs/alibi-1b3\n" in scripts["evaluate"]
-    assert "  trainshort export runs/alibi-1b3 --format hf --out runs/alibi-1b3/export/hf\n" in scripts["export"]
+    lengths = "1024,2048,4096,8192,16384"
+    last = f"runs/alibi-1b3/checkpoints/step_{load_run('alibi-1b3').train.steps:07d}"  # no other one, also if broken
+    assert f"  trainshort evaluate {last} --lengths {lengths} --protocol nonoverlapping\n" in scripts["evaluate"]
+    assert f"  trainshort export {last} --format hf --out runs/alibi-1b3/export/hf\n" in scripts["export"]
 
 
 def test_cpu_ranks_ask_for_no_gpu() -> None:
@@ -99,21 +104,50 @@ def test_ranks_that_do_not_fit_are_refused() -> None:
         render_run("alibi-1b3", nodes=3)
 
 
-def words_of(script: str, program: str) -> list[str]:
-    """Return the arguments that bash gives a program, by running the script with everything else stubbed."""
-    stubs = """
-    scontrol() { echo node1; }
-    scancel() { :; }
-    srun() { printf '%s\\0' "$PWD" "$ODD" "$MASTER_ADDR:$MASTER_PORT" "$OMP_NUM_THREADS" "$@"; }
-    """
-    done = subprocess.run(
-        ["bash", "-c", stubs + script],
-        env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n", "SLURM_CPUS_ON_NODE": "16"},
+STUBS = """
+scontrol() { # as much as of a large job: who stops reading early ends it
+  [[ $1 == show && $2 == hostnames ]] && printf 'node%d\\n' {1..20000}
+  [[ $1 == show && $2 == job ]] && printf '%s\\n' "PreemptTime=$PREEMPTED" {1..20000}
+  [[ $1 == requeue ]] && { echo >>requeues; (($(wc -l <requeues) > REFUSALS)); return; }
+  return 0
+}
+scancel() { echo "$@" >>told; return 1; }
+sleep() { command sleep 0.1; }
+module() { printf 'module\\0%s\\0' "$@" >>calls; }
+srun() {
+  printf '%s\\0' "$PWD" "$ODD" "$MASTER_ADDR:$MASTER_PORT" "$OMP_NUM_THREADS" "$@" >>calls
+  eval "$DURING"
+}
+"""
+JOB = {
+    "PATH": "/usr/bin:/bin",
+    "SLURM_JOB_ID": "20007",
+    "SLURM_JOB_NODELIST": "n",
+    "SLURM_CPUS_ON_NODE": "16",
+    "SLURM_NODEID": "3",
+    "DURING": "",
+    "REFUSALS": "0",
+    "PREEMPTED": "None",
+}
+
+
+def run_script(script: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script with SLURM stubbed; srun does what DURING says and writes its arguments to `calls`."""
+    return subprocess.run(
+        ["bash", "-c", STUBS + script],
+        env={**JOB, **environment},
+        cwd=folder,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
+        timeout=60,
     )
-    return done.stdout.split("\0")[:-1]
+
+
+def words_of(script: str, folder: Path) -> list[str]:
+    """Return where and how srun is called."""
+    run_script(script, folder)
+    return (folder / "calls").read_text().split("\0")[:-1]
 
 
 def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path: Path) -> None:
@@ -126,13 +160,18 @@ def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path
     scripts = render(
         check_run(run_values, name="small"), run_file=f"{odd}.yaml", nodes=1, overrides=overrides, folder=folder
     )
-    assert words_of(scripts["train"], "srun") == [
+    logs = f"{folder}/runs/{odd.replace('%', '%%')}/logs"
+    assert words_of(scripts["train"], folder) == [
         str(folder),
         odd,
         "node1:12007",
         "4",
         "--kill-on-bad-exit=1",
+        f"--output={logs}/rank_%t.log",
+        "--open-mode=append",
         f"--container-image=/images/{odd}.sqsh",
+        f"--container-mounts={folder}:{folder}",
+        f"--container-workdir={folder}",
         "trainshort",
         "train",
         f"{odd}.yaml",
@@ -143,48 +182,176 @@ def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path
     ]
     output = next(line for line in sbatch_lines(scripts["train"]) if line.startswith("--output="))
     # sbatch takes an #SBATCH line apart like the shell, expanding nothing; %% is its way to write a %.
-    assert shlex.split(output) == [f"--output={folder}/runs/{odd.replace('%', '%%')}/logs/slurm-train-%j.log"]
+    assert shlex.split(output) == [f"--output={logs}/slurm-train-%j.log"]
+
+
+def test_apptainer_runs_the_ranks_and_sees_the_runs_folders(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_values["data"]["dir"] = "/big/data"
+    run_values["slurm"] = {
+        "gpus_per_node": 4,
+        "container": "image.sif",
+        "container_kind": "apptainer",
+        "mounts": ["/scratch"],
+        "modules": ["apptainer", "cuda/13"],
+        "setup": ["touch 'set up'"],
+    }
+    scripts = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)
+    apptainer = ["apptainer", "exec", "--nv", "--pwd", str(tmp_path), "--bind", str(tmp_path), "--bind", "/big/data"]
+    words = words_of(scripts["train"], tmp_path)
+    assert words[:3] == ["module", "load", "module"], "modules come first"
+    run = [*apptainer, "--bind", "/scratch", "image.sif", "trainshort", "train", "small.yaml"]
+    assert words[-len(run) :] == run
+    assert (tmp_path / "set up").exists()
+    assert all(script.startswith("#!/bin/bash -l\n") for script in scripts.values())
+
+
+def test_torchrun_is_one_task_a_node_with_all_its_cpus(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_values["slurm"] = {"gpus_per_node": 4, "cpus_per_rank": 6, "starter": "torchrun", "memory": "500G"}
+    scripts = render(
+        check_run(run_values, name="small"),
+        run_file="small.yaml",
+        nodes=2,
+        folder=tmp_path,
+        program="/bin/x/trainshort",
+    )
+    assert sbatch_lines(scripts["train"])[1:6] == [
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=24",
+        "--gpus-per-node=4",
+        "--mem=500G",
+    ]
+    assert "--cpus-per-task=6" in sbatch_lines(scripts["export"])
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK " in scripts["train"]
+    *_, deaf, torchrun, program, command, run_file = words_of(scripts["train"], tmp_path)
+    assert (torchrun, program, command, run_file) == ("/bin/x/torchrun", "/bin/x/trainshort", "train", "small.yaml")
+    assert deaf.startswith('trap "" TERM\nexec "$0" --nnodes=2 --nproc-per-node=4 --node-rank="$SLURM_NODEID" ')
+
+
+SAVE_4 = "mkdir -p run/checkpoints/step_0000004;"
+SAVE_ALL = "mkdir -p run/checkpoints/step_0000010;"
+LIMIT, STOP = "kill -USR1 $$; command sleep 0.3;", "kill -USR2 $$; command sleep 0.3;"
+PREEMPTED = "2026-11-24T12:00:00"
+QUEUED = "saved step_0000004, queueing again"
+
+
+@pytest.mark.parametrize(
+    ("during", "preempted", "code", "line"),
+    [
+        (SAVE_ALL, "None", 0, "trained to the last step: run/checkpoints/step_0000010"),
+        (SAVE_ALL + "exit 1", "None", 0, "trained to the last step: run/checkpoints/step_0000010"),
+        (LIMIT + SAVE_4, "None", 0, QUEUED),
+        (LIMIT + SAVE_4 + "exit 143", "None", 143, QUEUED),
+        (LIMIT, "None", 1, "no progress: nothing was saved since step 0, so the job is not queued again"),
+        (STOP + SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run"),
+        (STOP + "exit 143", "None", 130, "stopped, the newest checkpoint is "),
+        (STOP + LIMIT + SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004"),
+        (LIMIT + STOP + SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004"),
+        (STOP + SAVE_4, PREEMPTED, 130, "stopped, the newest checkpoint is step_0000004"),
+        (STOP + "exit 3", "None", 3, "asked to stop, but the save failed with exit code 3: read run/logs/rank_*.log"),
+        (SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run"),
+        (SAVE_4, PREEMPTED, 0, QUEUED),
+        (SAVE_4 + "exit 1", "None", 1, "failed with exit code 1: read run/logs/rank_*.log"),
+        ("exit 2", "None", 2, "failed with exit code 2: read run/logs/rank_*.log"),
+    ],
+)
+def test_a_training_job_ends_as_its_checkpoints_say(
+    run_values: dict[str, Any], tmp_path: Path, during: str, preempted: str, code: int, line: str
+) -> None:
+    run_values["run"]["dir"] = "run"
+    scripts = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)
+    done = run_script(scripts["train"], tmp_path, DURING=during, PREEMPTED=preempted)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert line in done.stdout.splitlines()[-1]
+    assert "start 0 from step 0 on n, job 20007" in done.stdout
+
+
+def render_small(run_values: dict[str, Any], folder: Path, **slurm: Any) -> str:
+    run_values["run"]["dir"] = "run"
+    run_values["slurm"] = slurm
+    return render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=folder)["train"]
+
+
+def test_what_was_asked_before_there_are_ranks_is_passed_on(run_values: dict[str, Any], tmp_path: Path) -> None:
+    heard = f"for _ in {{1..40}}; do [[ -s told ]] && break; sleep; done; {SAVE_4}"
+    for signal, code, line in (("USR2", 130, "stopped, the newest checkpoint is step_0000004"), ("USR1", 0, QUEUED)):
+        folder = tmp_path / signal
+        folder.mkdir()
+        train = render_small(run_values, folder, setup=[f"kill -{signal} $$"])
+        done = run_script(train, folder, DURING=heard)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert line in done.stdout.splitlines()[-1]
+        assert (folder / "told").read_text().startswith("--signal=TERM 20007\n")
+
+
+def test_ranks_are_told_again_after_a_scancel_that_failed(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small(run_values, tmp_path)
+    heard = f"kill -USR1 $$; for _ in {{1..40}}; do (($(wc -l <told) > 2)) && break; sleep; done; {SAVE_4}"
+    assert QUEUED in run_script(train, tmp_path, DURING=heard).stdout
+    assert (tmp_path / "told").read_text().splitlines()[:3] == ["--signal=TERM 20007"] * 3
+
+
+def test_a_requeue_that_fails_is_tried_again_within_bounds(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small(run_values, tmp_path)
+    done = run_script(train, tmp_path, DURING=LIMIT + SAVE_4, REFUSALS="2")
+    assert (done.returncode, len((tmp_path / "requeues").read_text())) == (0, 3)
+    assert QUEUED in done.stdout.splitlines()[-1]
+    done = run_script(train, tmp_path, DURING=LIMIT + "mkdir run/checkpoints/step_0000006", REFUSALS="99")
+    assert (done.returncode, len((tmp_path / "requeues").read_text())) == (1, 15)
+    assert "queueing" not in done.stdout
+    assert done.stdout.endswith("saved step_0000006, but SLURM does not queue this again: trainshort jobs resume run\n")
+
+
+def test_progress_is_what_was_saved_last_whatever_its_step(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small(run_values, tmp_path)
+    broken = tmp_path / "run" / "checkpoints" / "step_0000008"
+    broken.mkdir(parents=True)
+    os.utime(broken, (1, 1))
+    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + SAVE_4).stdout
+    again = "sleep; touch run/checkpoints/step_0000004"
+    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + again).stdout, "the same step, saved anew"
+    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + again).stdout
+    assert "no progress" in run_script(train, tmp_path, DURING=LIMIT).stdout
+
+
+def test_a_failed_save_is_told_with_the_ranks_errors(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small(run_values, tmp_path)
+    said = "echo 'error: the disk is full' >run/logs/rank_0.log; exit 3"
+    for asked, code in ((STOP, 3), (LIMIT, 1)):
+        done = run_script(train, tmp_path, DURING=asked + said)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "error: the disk is full")
+
+
+def test_the_third_start_from_one_checkpoint_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_values["run"]["dir"] = "run"
+    train = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)["train"]
+    for _ in range(2):
+        assert "failed with exit code 9" in run_script(train, tmp_path, DURING="exit 9").stdout
+    refused = run_script(train, tmp_path, DURING="exit 9")
+    assert refused.returncode == 1
+    assert "no progress: two starts went no further than step 0; read run/logs/rank_*.log, then: " in refused.stdout
+    assert "start" in run_script(train, tmp_path, SLURM_JOB_ID="20008").stdout, "another job starts anew"
+    (tmp_path / "run" / "checkpoints" / "step_0000004").mkdir(parents=True)
+    assert "from step_0000004" in run_script(train, tmp_path).stdout, "a checkpoint is progress"
+
+
+def test_an_older_export_makes_room(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_values["run"]["dir"] = "run"
+    export = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)["export"]
+    (tmp_path / "run" / "export" / "hf").mkdir(parents=True)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000010"
+    checkpoint.mkdir(parents=True)
+    os.utime(checkpoint, (0, 0))
+    assert "step_0000010 is exported already: run/export/hf" in run_script(export, tmp_path).stdout
+    assert not (tmp_path / "calls").exists()
+    os.utime(checkpoint)
+    os.utime(tmp_path / "run" / "export" / "hf", (0, 0))
+    run_script(export, tmp_path)
+    assert (tmp_path / "calls").exists()
+    assert [path.name for path in (tmp_path / "run" / "export").iterdir()] == ["hf.before-20007"]
 
 
 @pytest.mark.parametrize("value", ["gpu", "a100|h100", "2-00:00:00", "two words", 'a"b', "back\\slash", "it's"])
 def test_option_values_are_quoted_only_where_needed(value: str) -> None:
     assert shlex.split(option_value(value), comments=True) == [value]
     assert option_value("a100|h100") == "a100|h100"
-
-
-def fake_sbatch(folder: Path, body: str) -> None:
-    program = folder / "sbatch"
-    program.write_text(f"#!/bin/bash\n{body}\n")
-    program.chmod(0o755)
-
-
-def test_submitted_jobs_wait_for_each_other(
-    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_sbatch(tmp_path, f'echo "$@" >>{tmp_path}/calls; echo "$((100 + $(wc -l <{tmp_path}/calls)));cluster"')
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    config = check_run(run_values, name="small")
-    scripts = render(config, run_file="small.yaml", nodes=1, folder=tmp_path)
-    assert submit(scripts, config=config) == {"train": "101", "evaluate": "102", "export": "103"}
-    folder = tmp_path / "run" / "slurm"
-    assert (tmp_path / "calls").read_text().splitlines() == [
-        f"--parsable {folder}/train.sbatch",
-        f"--parsable --dependency=afterok:101 --kill-on-invalid-dep=yes {folder}/evaluate.sbatch",
-        f"--parsable --dependency=afterok:102 --kill-on-invalid-dep=yes {folder}/export.sbatch",
-    ]
-    assert (folder / "train.sbatch").read_text() == scripts["train"]
-    assert (tmp_path / "run" / "logs").is_dir()
-
-
-def test_a_refusing_or_missing_sbatch_is_named(
-    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = check_run(run_values, name="small")
-    scripts = render(config, run_file="small.yaml", nodes=1, folder=tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MachineError, match="sbatch is not on this machine: run this on a SLURM login node"):
-        submit(scripts, config=config)
-    fake_sbatch(tmp_path, '[[ $2 == --dep* ]] || { echo 7; exit 0; }; echo "sbatch: error: no such qos" >&2; exit 1')
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(MachineError, match=r"sbatch refused .*evaluate.sbatch \(submitted before it: 7\): .*such qos"):
-        submit(scripts, config=config)

@@ -8,76 +8,95 @@
         stage_00_tensor_01.exp_avg_sq.safetensors
 
 A tensor's logical name and whole shape are the same in every layout; the manifest says which rule
-split it and which stage wrote it, so that any layout can read what any other saved.
+split it and which stage wrote it, so that any layout can read what any other saved. A checkpoint may come from
+a stranger: nothing that it says is believed before it is checked, and nothing outside its folder is opened.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
-from contextlib import suppress
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import InputError
 from configs.paths import checkpoints_folder
-from data_pipeline.atomic import whole_file
+from training.checkpoint.disk import FileEntry, describe_file, write_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.model"
-_NAME = re.compile(r"step_(\d{7,})")
+MOST_BYTES = 1 << 26  # of a manifest; that of a 176B model has a few hundred kilobytes
+_NAME = re.compile(r"step_(\d{7,18})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class TensorEntry:
     """One logical tensor: whole shape, split rule, and the pipeline stage whose files hold it."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     rule: str
-    stage: int
+    stage: Count
 
 
 @dataclass(frozen=True)
-class FileEntry:
-    """One file: size in bytes and SHA-256."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A checkpoint's table of contents.
+class Moment:
+    """Where training was, and what a resume must find again.
 
     Attributes:
         step: Optimizer steps taken.
         consumed_samples: Position in the stream of samples: the data's whole resume state.
+        probe_loss: Mean loss of a fixed small batch, nats per token.
+        order_hash: Hash of the samples that come next.
+        validation_loss: Measured after this very step; None where it was not.
+    """
+
+    step: Count
+    consumed_samples: Count
+    probe_loss: Number
+    order_hash: str
+    validation_loss: Number | None
+
+
+@dataclass(frozen=True)
+class Manifest(Moment):
+    """A checkpoint's table of contents.
+
+    Attributes:
         tensor: Tensor ranks that wrote it.
         pipeline: Stages that wrote it.
         vocab_size: Tokens, without padding.
     """
 
-    step: int
-    consumed_samples: int
-    tensor: int
-    pipeline: int
-    vocab_size: int
+    tensor: Annotated[int, Field(ge=1, lt=2**20)]
+    pipeline: Annotated[int, Field(ge=1, lt=2**20)]
+    vocab_size: Count
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint folder with a manifest."""
+    """A folder with the name of a checkpoint, whole or not."""
 
     path: Path
     step: int
+
+
+Check = Callable[[Path], Manifest]
+"""Returns what a folder holds, or raises InputError where it is not whole."""
 
 
 def file_name(*, stage: int, tensor: int, kind: str) -> str:
@@ -91,38 +110,61 @@ def step_folder(checkpoints: Path, *, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Found]:
-    """Return a run folder's checkpoints, oldest first; unfinished ones, which begin with a dot, are none."""
+    """Return a run folder's checkpoints, oldest first; unfinished ones, which begin with a dot, are none.
+
+    One that has lost its manifest is among them: it is broken, and must be named and not overlooked.
+    """
     folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         return []
     matches = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    found = [Found(path, int(match[1])) for match, path in matches if (path / MANIFEST).is_file()]
+    found = [Found(path, int(match[1])) for match, path in matches if path.is_dir()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
-    """Return a checkpoint folder, or the newest whole one of a run folder, and what it holds.
+def candidates(path: Path) -> list[Path]:
+    """Return a checkpoint folder, or those of a run folder, newest first.
 
-    A broken one of a run folder is named in a warning and passed over; it is left where it is.
+    Raises:
+        InputError: there is none.
+    """
+    if not path.is_dir():
+        seen = "is a file" if path.is_file() else "does not exist"
+        raise InputError(f"checkpoint {path} {seen}: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
+    found = [found.path.absolute() for found in reversed(list_checkpoints(path))]
+    if checkpoints_folder(path).is_dir() and not found:
+        raise InputError(f"{path} has no checkpoint yet: train it first")
+    return found or [path.absolute()]
+
+
+def first_whole(folders: Sequence[Path], *, check: Check) -> tuple[Path, Manifest]:
+    """Return the first checkpoint that is whole, and what it holds.
+
+    A broken one is named in a warning and passed over; it is left where it is.
+
+    Args:
+        folders: Where to look, one at least.
+        check: How thoroughly.
+    Raises:
+        InputError: none is whole.
+    """
+    for folder in folders:
+        try:
+            return folder, check(folder)
+        except InputError as error:
+            if len(folders) == 1:
+                raise
+            logger.warning("%s; trying the one before", error)
+    raise InputError(f"no checkpoint in {folders[0].parent} is whole: move that folder away to start anew")
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
+    """Return a checkpoint folder, or the newest of a run folder whose files have their sizes, and what it holds.
 
     Raises:
         InputError: there is none, or none is whole.
     """
-    if not path.is_dir():
-        raise InputError(f"checkpoint {path} does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
-    if checkpoints_folder(path).is_dir() and not list_checkpoints(path):
-        raise InputError(f"{path} has no checkpoint yet: train it first")
-    *older, newest = [found.path.absolute() for found in list_checkpoints(path)] or [path.absolute()]
-    try:
-        return newest, read_manifest(newest)
-    except InputError as error:
-        if not older:
-            raise
-        logger.warning("%s; trying the one before", error)
-    for folder in reversed(older):
-        with suppress(InputError):
-            return folder, read_manifest(folder)
-    raise InputError(f"no checkpoint of {path} is whole: move its checkpoints folder away to start anew")
+    return first_whole(candidates(path), check=read_manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -132,39 +174,103 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: no checkpoint, of another format, or a file that is missing or of another size.
     """
     try:
+        size = _regular_size(folder / MANIFEST)
+        if size is None:
+            raise FileNotFoundError
+        if size > MOST_BYTES:
+            raise ValueError(f"it has {size} bytes")
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if data.pop("format") != FORMAT_VERSION:
-            raise InputError(f"checkpoint {folder} is of another format: use the version that wrote it")
-        tensors = {
-            name: TensorEntry(tuple(entry["shape"]), entry["rule"], entry["stage"])
-            for name, entry in data.pop("tensors").items()
-        }
-        files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
-        manifest = Manifest(tensors=tensors, files=files, **data)
+        if data["format"] != FORMAT_VERSION:
+            raise InputError(
+                f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {FORMAT_VERSION}: "
+                "use the version that wrote it"
+            )
+        manifest = _ADAPTER.validate_python(data)
     except FileNotFoundError:
         raise InputError(
             f"{folder} is no checkpoint, it has no {MANIFEST}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise InputError(f"checkpoint {folder} has a broken {MANIFEST} ({error}): use another checkpoint") from None
-    for name, entry in manifest.files.items():
-        path = folder / name
-        size = path.stat().st_size if path.parent == folder and path.is_file() else None
-        if size != entry.bytes:
-            raise InputError(f"checkpoint file {path} has {size} bytes, expected {entry.bytes}: use another checkpoint")
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
+        reason = _first(error) if isinstance(error, ValidationError) else repr(error)[:200]
+        raise InputError(f"checkpoint {folder} has a broken {MANIFEST} ({reason}): use another checkpoint") from None
+    for problem in _size_problems(folder, manifest):
+        raise InputError(f"{problem}: use another checkpoint")
     return manifest
+
+
+def hash_problems(folder: Path, files: dict[str, FileEntry]) -> Iterator[str]:
+    """Yield what is wrong with the bytes of a checkpoint's files, whose sizes are right."""
+    for name, entry in files.items():
+        try:
+            found = describe_file(folder / name)
+        except OSError as error:
+            yield f"checkpoint file {folder / name} cannot be read ({error.strerror})"
+            continue
+        if found != entry:
+            yield (
+                f"checkpoint file {folder / name} was altered: its SHA-256 begins with {found.sha256[:12]}, "
+                f"{entry.sha256[:12]} was written"
+            )
+
+
+def check_whole(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint folder after reading every byte of it.
+
+    Raises:
+        InputError: it is not whole.
+    """
+    manifest = read_manifest(folder)
+    for problem in hash_problems(folder, manifest.files):
+        raise InputError(f"{problem}: use another checkpoint")
+    return manifest
+
+
+def needed_files(manifest: Manifest, *, kinds: Collection[str]) -> dict[str, FileEntry]:
+    """Return the files that hold some kinds of state, and those that are always needed."""
+    return {
+        name: entry
+        for name, entry in manifest.files.items()
+        if not name.endswith(".safetensors") or name.split(".")[1] in kinds
+    }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, the last file of a checkpoint, to disk."""
     text = json.dumps({"format": FORMAT_VERSION, **asdict(manifest)}, indent=1)
-    with whole_file(folder / MANIFEST) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(folder / MANIFEST, [text.encode()])
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return the size and hash of a file, waiting until the disk has it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield the files that are not there as they were written, and those that no checkpoint can have."""
+    for name, entry in manifest.files.items():
+        if not _FILE_NAME.fullmatch(name):
+            yield f"checkpoint {folder} names a file {name[:80]!r} that cannot lie in it"
+            return
+        size = _regular_size(folder / name)
+        if size != entry.bytes:
+            seen = "is missing or no regular file" if size is None else f"has {size} bytes"
+            yield f"checkpoint file {folder / name} {seen}, expected {entry.bytes}"
+    names = {CONFIG, TOKENIZER}
+    for stage in {entry.stage for entry in manifest.tensors.values()}:
+        # a layout of more ranks than there are files is missing one among the first
+        ranks = range(min(manifest.tensor, len(manifest.files) + 1))
+        names |= {file_name(stage=stage, tensor=rank, kind="weight") for rank in ranks}
+    for name in sorted(names - manifest.files.keys()):
+        yield f"checkpoint {folder} has no file {name}"
+
+
+def _regular_size(path: Path) -> int | None:
+    """Return a file's size in bytes; None for what is missing, and for a link, which may lead anywhere."""
+    try:
+        state = os.lstat(path)
+    except OSError:
+        return None
+    return state.st_size if stat.S_ISREG(state.st_mode) else None
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}"
+
+
+_ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.errors import InputError
@@ -14,8 +14,19 @@ from configs.schema import RunConfig
 from parallel.engine import State
 from parallel.groups import Group
 from parallel.shards import Rule, Shard, pad, span
+from parallel.together import agree, from_first
 from parallel.zero import Kind
-from training.checkpoint.manifest import CONFIG, TOKENIZER, Manifest, file_name, find_checkpoint
+from training.checkpoint.manifest import (
+    CONFIG,
+    TOKENIZER,
+    Manifest,
+    candidates,
+    file_name,
+    first_whole,
+    hash_problems,
+    needed_files,
+    read_manifest,
+)
 
 
 @dataclass(frozen=True)
@@ -50,47 +61,114 @@ class Checkpoint:
         """Return every tensor whole, fp32, by logical name."""
         return {name: self.tensor(name, kind="weight") for name in self.manifest.tensors}
 
-    def tensor(self, name: str, *, kind: str, part: tuple[int, int] | None = None) -> Tensor:
-        """Return one tensor, or the [start, stop) of its split dimension; only those bytes are read.
+    def tensor(self, name: str, *, kind: str) -> Tensor:
+        """Return one whole tensor.
 
         Raises:
-            InputError: the checkpoint has no such tensor.
+            InputError: the checkpoint has no such tensor, or its files do not hold what the manifest says.
         """
+        return self._slice(name, kind=kind, part=None)
+
+    def slice(self, shard: Shard, *, kind: str, part: tuple[int, int] | None) -> Tensor:
+        """Return a model's tensor, or the [start, stop) of its split dimension; only those bytes are read.
+
+        Raises:
+            InputError: the checkpoint has another tensor, or its files do not hold what the manifest says.
+        """
+        entry = self.manifest.tensors.get(shard.name)
+        if entry is None or entry.shape != shard.shape:
+            seen = "nothing" if entry is None else f"{list(entry.shape)}"
+            raise InputError(
+                f"checkpoint {self.path} has {seen} for {shard.name}, the model needs {list(shard.shape)}: "
+                "it is of another model"
+            )
+        return self._slice(shard.name, kind=kind, part=part)
+
+    def _slice(self, name: str, *, kind: str, part: tuple[int, int] | None) -> Tensor:
         entry = self.manifest.tensors.get(name)
         if entry is None:
             raise InputError(f"checkpoint {self.path} has no tensor {name}: it is of another model")
-        shard = Shard(name, entry.shape, _rule(entry.rule, path=self.path))
+        shard = Shard(name, entry.shape, rule_of(entry.rule, path=self.path))
         if shard.dim is None:
-            return self._read(name, kind=kind, stage=entry.stage, tensor=0)
+            return self._read(shard, kind=kind, stage=entry.stage, tensor=0, rows=None)
         wanted = part or (0, shard.shape[shard.dim])
-        pieces = []
+        pieces = [torch.zeros(_cut_shape(shard, rows=(0, 0)))]
         for rank in range(self.manifest.tensor):
             start, stop = span(shard, tensor_rank=rank, tensor_size=self.manifest.tensor)
             first, last = max(start, wanted[0]), min(stop, wanted[1])
             if first < last:
                 rows = (first - start, last - start)
-                pieces.append(self._read(name, kind=kind, stage=entry.stage, tensor=rank, dim=shard.dim, part=rows))
+                pieces.append(self._read(shard, kind=kind, stage=entry.stage, tensor=rank, rows=rows))
         return torch.cat(pieces, dim=shard.dim)
 
-    def _read(
-        self, name: str, *, kind: str, stage: int, tensor: int, dim: int = 0, part: tuple[int, int] | None = None
-    ) -> Tensor:
-        with safe_open(self.path / file_name(stage=stage, tensor=tensor, kind=kind), framework="pt") as file:
-            if part is None:
-                whole: Tensor = file.get_tensor(name)
-                return whole
-            window = slice(*part)
-            piece: Tensor = file.get_slice(name)[window] if dim == 0 else file.get_slice(name)[:, window]
-            return piece
+    def _read(self, shard: Shard, *, kind: str, stage: int, tensor: int, rows: tuple[int, int] | None) -> Tensor:
+        path = self.path / file_name(stage=stage, tensor=tensor, kind=kind)
+        if path.name not in self.manifest.files:
+            raise InputError(f"checkpoint {self.path} has no file {path.name}: use another checkpoint")
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.get_slice(shard.name)
+                window = slice(None) if rows is None else slice(*rows)
+                value: Tensor = found[:, window] if shard.dim == 1 else found[window]
+        except (SafetensorError, OSError, IndexError) as error:
+            raise InputError(f"checkpoint file {path} cannot be read ({error}): use another checkpoint") from None
+        expected = _cut_shape(shard, rows=rows)
+        if value.dtype != torch.float32 or tuple(value.shape) != expected:
+            raise InputError(
+                f"checkpoint file {path} has {shard.name} as {value.dtype} {list(value.shape)} where its manifest says "
+                f"fp32 {list(expected)}: use another checkpoint"
+            )
+        return value
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint folder, or the newest of a run folder.
+    """Open a checkpoint folder, or the newest whole one of a run folder, to read weights; their bytes are checked.
 
     Raises:
-        InputError: there is none, or it is broken.
+        InputError: there is none, or none is whole.
     """
-    folder, manifest = find_checkpoint(path)
+
+    def check(folder: Path) -> Manifest:
+        manifest = read_manifest(folder)
+        for problem in hash_problems(folder, needed_files(manifest, kinds=("weight",))):
+            raise InputError(f"{problem}: use another checkpoint")
+        return manifest
+
+    return _opened(*first_whole(candidates(path), check=check))
+
+
+def open_together(path: Path, *, kinds: Sequence[Kind], world: Group) -> Checkpoint:
+    """Open the same checkpoint on every rank: a folder, or the newest whole one of a run folder; a collective.
+
+    Every byte that loading needs is checked, each by one rank.
+
+    Args:
+        path: A checkpoint or a run folder.
+        kinds: State that will be loaded.
+        world: All ranks.
+    Raises:
+        InputError: there is none, or none is whole; raised on every rank.
+    """
+
+    def check(folder: Path) -> Manifest:
+        manifest, problem = None, None
+        try:
+            manifest = read_manifest(folder)
+            needed = sorted(needed_files(manifest, kinds=kinds).items())
+            for found in hash_problems(folder, dict(needed[world.rank :: world.size])):
+                raise InputError(f"{found}: use another checkpoint")
+        except InputError as error:
+            problem = error
+        agree(problem, group=world)
+        assert manifest is not None, "without a problem there is a manifest"
+        return manifest
+
+    # One rank looks: on a shared file system the others may still see yesterday's folder.
+    folders = from_first(lambda: candidates(path), group=world)
+    return _opened(*first_whole(folders, check=check))
+
+
+def _opened(folder: Path, manifest: Manifest) -> Checkpoint:
     return Checkpoint(folder, manifest, load_run(str(folder / CONFIG)))
 
 
@@ -101,24 +179,24 @@ def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[Kind], 
         InputError: the checkpoint is of another model.
     """
     for name, (_, shard) in state.parameters.items():
-        _check(checkpoint, shard)
         part = None if shard.dim is None else span(shard, tensor_rank=tensor.rank, tensor_size=tensor.size)
         for kind in kinds:
-            value = checkpoint.tensor(name, kind=kind, part=part)
+            value = checkpoint.slice(shard, kind=kind, part=part)
             state.write(name, kind, pad(value, shard=shard, tensor=tensor))
 
 
-def _check(checkpoint: Checkpoint, shard: Shard) -> None:
-    entry = checkpoint.manifest.tensors.get(shard.name)
-    if entry is None or entry.shape != shard.shape:
-        seen = "nothing" if entry is None else f"{list(entry.shape)}"
-        raise InputError(
-            f"checkpoint {checkpoint.path} has {seen} for {shard.name}, the model needs {list(shard.shape)}: "
-            "it is of another model"
-        )
+def _cut_shape(shard: Shard, *, rows: tuple[int, int] | None) -> tuple[int, ...]:
+    if shard.dim is None or rows is None:
+        return shard.shape
+    return (*shard.shape[: shard.dim], rows[1] - rows[0], *shard.shape[shard.dim + 1 :])
 
 
-def _rule(text: str, *, path: Path) -> Rule:
+def rule_of(text: str, *, path: Path) -> Rule:
+    """Return a checkpoint's word for a rule as a rule.
+
+    Raises:
+        InputError: there is no such rule.
+    """
     if text not in ("replicated", "column", "row", "vocabulary"):
         raise InputError(
             f"checkpoint {path} has a tensor with the unknown rule {text!r}: use the version that wrote it"

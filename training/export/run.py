@@ -1,12 +1,16 @@
 """`trainshort export`: a checkpoint as inference engines read it, compared before it takes its name."""
 
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from configs.errors import InputError
+from configs.paths import config_file
 from data_pipeline.tokenizer import Tokenizer
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.text import held_out_text
@@ -19,7 +23,11 @@ from training.export.parity import (
     compare_logits,
     compare_tokenizers,
 )
-from training.model.single import load_single
+from training.folder import record_certificate
+from training.model.single import SingleModel, load_single
+from training.tracking.tracker import attach
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Exported:
 def export(checkpoint: Path, *, format: str, out: Path) -> Exported:
     """Write a checkpoint's model for inference engines, whole and compared or not at all.
 
+    The folder also holds the certificate of the positions that were exported, certificate.json.
+
     Args:
         checkpoint: A step folder, or a run folder for its newest.
         format: `hf`, a folder of transformers' BloomForCausalLM.
@@ -73,6 +83,7 @@ def export(checkpoint: Path, *, format: str, out: Path) -> Exported:
     require_new(out)
     opened = open_checkpoint(checkpoint)
     require_bloom(opened.config.model)
+    model = load_single(opened)
     with new_folder(out) as folder:
         fill_folder(
             folder,
@@ -82,10 +93,29 @@ def export(checkpoint: Path, *, format: str, out: Path) -> Exported:
             tokenizer=opened.tokenizer,
             sequence_length=opened.config.data.sequence_length,
         )
-        return _compare(opened, folder, out=out)
+        text = json.dumps(model.certificate, indent=1)
+        (folder / "certificate.json").write_text(f"{text}\n", encoding="utf-8")
+        exported = _compare(opened, model, folder, out=out)
+    _record(opened, model.certificate, file=out / "certificate.json")
+    return exported
 
 
-def _compare(checkpoint: Checkpoint, folder: Path, *, out: Path) -> Exported:
+def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, file: Path) -> None:
+    """Add the certificate to the run's own and to its MLflow run, where the checkpoint still lies in its run folder."""
+    run_dir = checkpoint.run_dir
+    if not config_file(run_dir).is_file():
+        return
+    try:
+        record_certificate(certificate, run_dir=run_dir, step=checkpoint.step)
+    except OSError as error:
+        logger.warning("the certificate is not added to %s (%s): it is in %s", run_dir, error.strerror, file)
+    tracker = attach(run_dir, uri=checkpoint.config.track.uri)
+    if tracker is not None:
+        tracker.artifact(file, folder="export")
+        tracker.close()
+
+
+def _compare(checkpoint: Checkpoint, model: SingleModel, folder: Path, *, out: Path) -> Exported:
     length = checkpoint.config.data.sequence_length
     wanted = (length, LONGEST_COMPARED * length)
     lengths = tuple(dict.fromkeys(comparable_length(n, heads=checkpoint.config.model.heads) for n in wanted))
@@ -94,7 +124,7 @@ def _compare(checkpoint: Checkpoint, folder: Path, *, out: Path) -> Exported:
     tokenizer = Tokenizer.load(checkpoint.tokenizer)
     texts = TRICKY if held_out is None else (*TRICKY, tokenizer.decode(held_out.tolist()))
     compared = compare_tokenizers(folder, tokenizer=tokenizer, texts=texts)
-    parity = compare_logits(folder, logits=load_single(checkpoint).logits, tokens=tokens, lengths=lengths)
+    parity = compare_logits(folder, logits=model.logits, tokens=tokens, lengths=lengths)
     return Exported(folder=out, logits=parity, asked_length=wanted[-1], texts=compared, real_text=held_out is not None)
 
 

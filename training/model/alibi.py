@@ -23,10 +23,16 @@ def slopes(heads: int) -> list[float]:
     return first + between
 
 
-def local_slopes(heads: int, *, tensor: Group) -> Tensor:
-    """Return the slopes of this tensor rank's heads, [local_heads] fp32: heads [rank * local, (rank + 1) * local)."""
+def local_heads(heads: int, *, tensor: Group) -> range:
+    """Return the global numbers of this tensor rank's heads, [rank * local, (rank + 1) * local)."""
     local = heads // tensor.size
-    return torch.tensor(slopes(heads)[tensor.rank * local : (tensor.rank + 1) * local], dtype=torch.float32)
+    return range(tensor.rank * local, (tensor.rank + 1) * local)
+
+
+def local_slopes(heads: int, *, tensor: Group) -> Tensor:
+    """Return the slopes of this tensor rank's heads, [local_heads] fp64; rounded to fp32 where they are used."""
+    mine = local_heads(heads, tensor=tensor)
+    return torch.tensor(slopes(heads)[mine.start : mine.stop], dtype=torch.float64)
 
 
 def causal_bias(local_slopes: Tensor, *, queries: int, keys: int) -> Tensor:
@@ -36,8 +42,8 @@ def causal_bias(local_slopes: Tensor, *, queries: int, keys: int) -> Tensor:
     write it loses the sharp heads to rounding in bf16.
 
     Args:
-        local_slopes: Slopes, [local_heads].
-        queries: The last so many positions of the sequence.
+        local_slopes: Slopes, [local_heads], fp32 or wider.
+        queries: The last so many positions of the sequence; more than there are get rows of -inf in front.
         keys: Length of the sequence.
     Returns:
         [local_heads, queries, keys], slope times minus the distance, -inf where the key is ahead.

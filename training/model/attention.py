@@ -1,87 +1,167 @@
-"""Causal attention with a bias, in blocks of queries so that memory grows linearly with length.
+"""Causal attention with a bias, by several backends behind one call. `configs.backends` says what each can do.
 
-A bias depends on distance alone, so the block of queries that ends at key k needs the last k columns of
-one strip, the strip of the sequence's last block. The strip is shared by all layers and kept between
-calls; no layer keeps anything of size [seq, seq].
+Only `Reference` computes anything of size [heads, seq, seq], and keeps it for the backward pass.
 """
 
-from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
-from training.model.alibi import causal_bias
-
-QUERY_BLOCK = 256
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+from configs.errors import MachineError
+from training.model.bias import QUERY_BLOCK, Bias
 
 
-class BiasStrip:
-    """The bias of a block of queries on all keys before it, made once for a length."""
+class Attention(Protocol):
+    """One backend with one bias."""
 
-    def __init__(self, local_slopes: Tensor) -> None:
-        self.slopes = local_slopes
-        self._strip: Tensor | None = None
+    bias: Bias
 
-    def block(self, *, queries: int, keys: int, like: Tensor) -> Tensor:
-        """Return the bias [1, local_heads, queries, keys] of the queries that end at the last key."""
-        strip = self._strip
-        # The strip's type is at least fp32: a bf16 bias would lose mass, and fp64 must stay fp64.
-        dtype = torch.promote_types(torch.float32, like.dtype)
-        rows = max(queries, min(QUERY_BLOCK, keys))
-        if (
-            strip is None
-            or strip.device != like.device
-            or strip.dtype != dtype
-            or strip.shape[1] < rows
-            or strip.shape[2] < keys
-        ):
-            strip = causal_bias(self.slopes.to(like.device, dtype), queries=rows, keys=keys)
-            self._strip = strip
-        block: Tensor = strip[None, :, strip.shape[1] - queries :, strip.shape[2] - keys :]
-        return block
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return what each query reads from the keys before it; the queries are the last positions.
+
+        Args:
+            q: [batch, local_heads, queries, head_dim].
+            k: [batch, local_heads, keys, head_dim].
+            v: Like k.
+        Returns:
+            [batch, local_heads, queries, head_dim], in q's type.
+        """
+        ...
 
 
-def reference(bias: BiasStrip) -> Attention:
-    """Return attention written out: softmax(q k^T / sqrt(d) + bias) v, in one piece, in fp32 or wider."""
+class Reference:
+    """Attention written out: softmax(q k^T / sqrt(d) + bias) v, in one piece, in fp32 or wider."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __init__(self, bias: Bias) -> None:
+        self.bias = bias
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [batch, local_heads, queries, head_dim]."""
         wide = torch.promote_types(torch.float32, q.dtype)
         scores = (q.to(wide) @ k.to(wide).mT) / q.shape[-1] ** 0.5
-        scores = scores + bias.block(queries=q.shape[2], keys=k.shape[2], like=scores)
+        scores = scores + self.bias(rows=q.shape[2], keys=k.shape[2], device=q.device, dtype=wide)
         joined: Tensor = scores.softmax(-1) @ v.to(wide)
         return joined.to(q.dtype)
 
-    return attend
 
+class Sdpa:
+    """Attention by torch's scaled_dot_product_attention, a block of queries at a time."""
 
-def sdpa(bias: BiasStrip) -> Attention:
-    """Return attention by torch's scaled_dot_product_attention, a block of queries at a time."""
+    def __init__(self, bias: Bias) -> None:
+        self.bias = bias
+        self._causal_only = bias.local_slopes is None and not bias.learned
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        before = k.shape[2] - q.shape[2]
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [batch, local_heads, queries, head_dim]."""
+        queries, keys = q.shape[2], k.shape[2]
+        if self._causal_only and queries in (1, keys):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)
+        rows = min(queries, QUERY_BLOCK)
+        # On a GPU in the queries' type, as its kernels want it: rounding a relative bias loses little.
+        dtype = q.dtype if q.is_cuda else torch.promote_types(torch.float32, q.dtype)
+        strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)
+        # A mask with a gradient makes torch write the scores out, and keep them: each block is computed again instead.
+        again = self.bias.learned and torch.is_grad_enabled()
         blocks = []
-        for start in range(0, q.shape[2], QUERY_BLOCK):
+        for start in range(0, queries, QUERY_BLOCK):
             query = q[:, :, start : start + QUERY_BLOCK]
-            keys = before + start + query.shape[2]
-            mask = bias.block(queries=query.shape[2], keys=keys, like=q)
-            blocks.append(_attend_block(query, k[:, :, :keys], v[:, :, :keys], mask))
+            seen = keys - queries + start + query.shape[2]
+            mask = strip[:, :, rows - query.shape[2] :, keys - seen :]
+            block = (query, k[:, :, :seen], v[:, :, :seen], mask)
+            blocks.append(checkpoint(_attend_block, *block, use_reentrant=False) if again else _attend_block(*block))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-
-    return attend
 
 
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # CUDA kernels want the mask in the queries' type, and aligned; rounding a relative bias loses little. cuDNN is left
-    # out: it has read fp32 masks as bf16 and given NaN gradients with masks at some lengths (pytorch#191612, #196678).
+    # Kernels read the mask 16 bytes at a time. A slice of the shared strip costs no memory in any layer, a copy does.
+    aligned = all(offset * mask.element_size() % 16 == 0 for offset in (mask.storage_offset(), *mask.stride()[1:-1]))
+    # cuDNN is left out: it has read fp32 masks as bf16 and given NaN gradients with masks at some lengths
+    # (pytorch#191612, #196678).
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype).contiguous())
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if aligned else mask.contiguous())
 
 
-BACKENDS: dict[str, Callable[[BiasStrip], Attention]] = {"reference": reference, "sdpa": sdpa}
-AUTO = "sdpa"
+class Flex:
+    """Attention by torch's FlexAttention, compiled on a GPU; the bias is computed inside the kernel."""
+
+    def __init__(self, bias: Bias) -> None:
+        self.bias, self._slopes = bias, _Slopes(bias)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [batch, local_heads, queries, head_dim]."""
+        queries, keys = q.shape[2], k.shape[2]
+        here = self._slopes.on(q.device)
+
+        def penalized(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score if here is None else score - here[head] * (query + (keys - queries) - key)
+
+        flex_attention, mask = _flex_kernel(q.device.type), _flex_mask(queries, keys, device=q.device)
+        out: Tensor = flex_attention(q, k, v, score_mod=penalized, block_mask=mask)
+        return out
+
+
+@lru_cache(maxsize=2)
+def _flex_kernel(device: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+@lru_cache(maxsize=8)
+def _flex_mask(queries: int, keys: int, *, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query + (keys - queries) >= key
+
+    # Compiled it is computed block by block; else [queries, keys] would exist for a moment.
+    return create_block_mask(seen, None, None, queries, keys, device=str(device), _compile=device.type == "cuda")
+
+
+class Flash:
+    """Attention by flash-attn 2, whose kernel takes ALiBi's slopes."""
+
+    def __init__(self, bias: Bias) -> None:
+        try:
+            from flash_attn import flash_attn_func
+        except ImportError as error:
+            raise MachineError(
+                f"model.attention flash: the installed flash_attn cannot be imported ({error}): install one that is "
+                "built for this torch, or use sdpa"
+            ) from None
+        self.bias, self._slopes, self._attend = bias, _Slopes(bias), flash_attn_func
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [batch, local_heads, queries, head_dim]."""
+        here = self._slopes.on(q.device)
+        # Its order is [batch, seq, heads, head_dim].
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out: Tensor = self._attend(q, k, v, causal=True, alibi_slopes=here)
+        return out.transpose(1, 2)
+
+
+class _Slopes:
+    """ALiBi's slopes where a kernel wants them, in fp32; sent there once."""
+
+    def __init__(self, bias: Bias) -> None:
+        self._slopes = bias.local_slopes
+
+    def on(self, device: torch.device) -> Tensor | None:
+        if self._slopes is not None and (self._slopes.device, self._slopes.dtype) != (device, torch.float32):
+            self._slopes = self._slopes.to(device, torch.float32)
+        return self._slopes
+
+
+MAKERS: dict[str, type[Reference] | type[Sdpa] | type[Flex] | type[Flash]] = {
+    "reference": Reference,
+    "sdpa": Sdpa,
+    "flex": Flex,
+    "flash": Flash,
+}

@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from configs.backends import backend_of
 from configs.schema import Model
 from parallel.groups import Group
 from parallel.layers import WordEmbedding, column_linear, layer_norm, row_linear, split_cross_entropy
 from parallel.plan import LayerPlan
 from training.model.alibi import local_slopes
-from training.model.attention import AUTO, BACKENDS, Attention, BiasStrip
+from training.model.attention import MAKERS, Attention
+from training.model.bias import Bias, SlopeBias
+from training.model.cache import KeyValueCache
 from training.model.rotary import rotate
 from training.model.sinusoidal import sinusoids
+from training.model.t5 import LearnedBias
 
 
 class EmbeddingNorm(nn.Module):
@@ -28,11 +32,14 @@ class EmbeddingNorm(nn.Module):
         self.norm = layer_norm("embedding.norm", hidden=model.hidden)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [batch, seq, hidden] -> [batch, seq, hidden]."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Return [batch, seq, hidden] -> [batch, seq, hidden]; a cache says how many tokens came before."""
         if self.sinusoidal:
+            start = cache.length if cache else 0
+            end = start + x.shape[1]
+            table = sinusoids(1 << (end - 1).bit_length(), hidden=x.shape[2], device=x.device)[start:end]
             # Scaled as in the source: else unit-sized sines would drown the small initial embeddings.
-            x = x * x.shape[2] ** 0.5 + sinusoids(x.shape[1], hidden=x.shape[2], device=x.device).to(x.dtype)
+            x = x * x.shape[2] ** 0.5 + table.to(x.dtype)
         out: Tensor = self.dropout(self.norm(x))
         return out
 
@@ -45,7 +52,7 @@ class Block(nn.Module):
         name, hidden, std = f"blocks.{index}", model.hidden, model.init_std
         out_std = std / (2 * model.layers) ** 0.5  # keeps the residual stream's variance independent of depth
         self.local_heads, self.head_dim = model.heads // tensor.size, model.head_dim
-        self.attend, self.recompute = attend, recompute
+        self.index, self.attend, self.recompute = index, attend, recompute
         self.rotary = model.position == "rotary"
         self.attention_norm = layer_norm(f"{name}.attention_norm", hidden=hidden)
         self.query_key_value = column_linear(
@@ -63,27 +70,30 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [batch, seq, hidden] -> [batch, seq, hidden]."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Return [batch, seq, hidden] -> [batch, seq, hidden]; with a cache, of tokens that follow those in it."""
         if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._forward, x, use_reentrant=False)
+            out: Tensor = checkpoint(self._forward, x, cache, use_reentrant=False)
             return out
-        return self._forward(x)
+        return self._forward(x, cache)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self._attention(self.attention_norm(x)))
+    def _forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.dropout(self._attention(self.attention_norm(x), cache))
         up, _ = self.up(self.feed_forward_norm(x))
         down, _ = self.down(F.gelu(up, approximate="tanh"))
         out: Tensor = x + self.dropout(down)
         return out
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
         batch, seq, _ = x.shape
         # The columns are [local_heads][q, k, v][head_dim], so that a tensor rank's slice is whole heads.
         qkv = self.query_key_value(x)[0].view(batch, seq, self.local_heads, 3, self.head_dim)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            start = cache.length if cache else 0
+            q, k = rotate(q, start=start), rotate(k, start=start)
+        if cache is not None:
+            k, v = cache.extend(self.index, k, v)
         joined = self.attend(q, k, v).transpose(1, 2).reshape(batch, seq, self.local_heads * self.head_dim)
         out: Tensor = self.output(joined)[0]
         return out
@@ -96,8 +106,8 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.norm = layer_norm("final_norm", hidden=model.hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [batch, seq, hidden] -> [batch, seq, hidden]."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Return [batch, seq, hidden] -> [batch, seq, hidden]; a norm needs no token before."""
         out: Tensor = self.norm(x)
         return out
 
@@ -111,7 +121,8 @@ def plan_layers(model: Model, *, vocab_size: int, tensor: Group, recompute: bool
         tensor: The tensor axis; each rank builds its own heads, columns and rows.
         recompute: Recompute each block in the backward pass.
     """
-    attend = _attention_of(model, tensor=tensor)
+    bias = _bias_of(model, tensor=tensor)
+    attend = MAKERS[backend_of(model.attention).name](bias)
 
     def block(index: int) -> Block:
         return Block(model, index=index, tensor=tensor, attend=attend, recompute=recompute)
@@ -125,6 +136,7 @@ def plan_layers(model: Model, *, vocab_size: int, tensor: Group, recompute: bool
         blocks=tuple(lambda index=index: block(index) for index in range(model.layers)),  # type: ignore[misc]
         after=(lambda: FinalNorm(model),),
         loss=mean_loss,
+        shared=bias if isinstance(bias, LearnedBias) else None,
     )
 
 
@@ -133,13 +145,12 @@ def mean_loss(local_logits: Tensor, targets: Tensor) -> Tensor:
     return split_cross_entropy(local_logits, targets).mean()
 
 
-def _attention_of(model: Model, *, tensor: Group) -> Attention:
-    backend = BACKENDS[AUTO if model.attention == "auto" else model.attention]
+def _bias_of(model: Model, *, tensor: Group) -> Bias:
     if model.position == "alibi":
-        slopes = local_slopes(model.heads, tensor=tensor)
-    else:
-        slopes = torch.zeros(model.heads // tensor.size)  # a bias of zero: causal attention without positions
-    return backend(BiasStrip(slopes))
+        return SlopeBias(local_slopes(model.heads, tensor=tensor))
+    if model.position == "t5":
+        return LearnedBias(model.heads, init_std=model.init_std, tensor=tensor)
+    return SlopeBias(None)
 
 
 class Decoder(nn.Module):
@@ -150,12 +161,18 @@ class Decoder(nn.Module):
         self.embedding = plan.embedding()
         self.head = plan.head
         self.layers = nn.ModuleList(make() for make in (*plan.before, *plan.blocks, *plan.after))
+        self.shared = plan.shared
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Return the states before the head: [batch, seq] -> [batch, seq, hidden]."""
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Return the states before the head: [batch, seq] -> [batch, seq, hidden].
+
+        With a cache the tokens follow those in it, and are in it afterwards.
+        """
         x: Tensor = self.embedding(tokens)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
         return x
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -11,20 +11,28 @@ from torch import Tensor
 BASE = 10000.0
 
 
-def rotate(x: Tensor) -> Tensor:
+def rotate(x: Tensor, *, start: int = 0) -> Tensor:
     """Return queries or keys turned by their positions, [batch, local_heads, seq, head_dim], in their own type.
 
     A score then depends on the distance of query and key alone.
+
+    Args:
+        x: Queries or keys.
+        start: Position of the first.
     """
-    cos, sin = turns(x.shape[2], head_dim=x.shape[3], device=x.device)
-    first, second = x.float().chunk(2, dim=-1) if x.dtype != torch.float64 else x.chunk(2, dim=-1)
+    end = start + x.shape[2]
+    # A table of the next power of two: a generation that grows by a token makes no new one each time.
+    wide = torch.promote_types(torch.float32, x.dtype)
+    table = turns(1 << (end - 1).bit_length(), head_dim=x.shape[3], device=x.device, dtype=wide)
+    cos, sin = (part[start:end] for part in table)
+    first, second = x.to(wide).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 @lru_cache(maxsize=8)
-def turns(seq: int, *, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, [seq, head_dim / 2] fp32 each; angles are made in fp64, so exact at any length."""
+def turns(seq: int, *, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, [seq, head_dim / 2] each; angles are made in fp64, so exact at any length."""
     half = head_dim // 2
     rates = BASE ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(seq, dtype=torch.float64)[:, None] * rates
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)

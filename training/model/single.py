@@ -1,23 +1,37 @@
 """A trained decoder in one process, for evaluation, export and generation: no engine, no ranks."""
 
+import logging
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from parallel.groups import lone_tensor_group
+from configs.backends import backend_of
+from configs.schema import Model
+from parallel.groups import lone_groups
 from parallel.layers import split_cross_entropy
 from parallel.shards import declared
 from parallel.start import start_alone
 from training.checkpoint.read import Checkpoint
+from training.model.cache import KeyValueCache
+from training.model.certificate import certify, document
 from training.model.decoder import Decoder, plan_layers
+
+logger = logging.getLogger(__name__)
 
 HEAD_TOKENS = 1024  # tokens whose logits exist at one time
 
 
 class SingleModel:
-    """A decoder with whole weights on one device."""
+    """A decoder with whole weights on one device.
 
-    def __init__(self, decoder: Decoder, *, device: torch.device) -> None:
+    Attributes:
+        certificate: What its positions were measured to be.
+    """
+
+    def __init__(self, decoder: Decoder, *, device: torch.device, certificate: dict[str, Any]) -> None:
         self._decoder, self._device = decoder.to(device).eval(), device
+        self.certificate = certificate
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:
@@ -38,6 +52,17 @@ class SingleModel:
         return torch.cat(losses).view(tokens.shape[0], -1).cpu()
 
     @torch.no_grad()
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return the logits of the token after the last, [batch, vocab] fp32 on the CPU.
+
+        Args:
+            tokens: Those that follow the ones in the cache, [batch, new] int64.
+            cache: What was seen before; the new tokens are in it afterwards.
+        """
+        x = self._decoder.hidden(tokens.to(self._device), cache)
+        return self._decoder.logits(x[:, -1]).cpu()
+
+    @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """Return [batch, seq, vocab] fp32 on the CPU, of tokens [batch, seq]."""
         logits: Tensor = self._decoder(tokens.to(self._device))
@@ -45,11 +70,26 @@ class SingleModel:
 
 
 def load_single(checkpoint: Checkpoint) -> SingleModel:
-    """Return the model of a checkpoint of any layout, in fp32."""
+    """Return the model of a checkpoint of any layout, in fp32; by `sdpa`, or by `reference` where the run asks for it.
+
+    Raises:
+        TrainshortError: its positions are not what they must be; see `training.model.certificate`.
+    """
+    asked = checkpoint.config.model
+    model = asked if asked.attention == "reference" else asked.model_copy(update={"attention": "auto"})
+    used, trained = backend_of(model.attention).name, backend_of(asked.attention).name
+    if used != trained:
+        logger.warning("attention %s in fp32 reads what was trained with %s", used, trained)
+    decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
+    for parameter, shard in declared(decoder).values():
+        parameter.data = checkpoint.slice(shard, kind="weight", part=None)
     device = start_alone()
-    tensor = lone_tensor_group()
-    plan = plan_layers(checkpoint.config.model, vocab_size=checkpoint.vocab_size, tensor=tensor, recompute=False)
-    decoder = Decoder(plan)
-    for name, (parameter, _) in declared(decoder).items():
-        parameter.data = checkpoint.tensor(name, kind="weight")
-    return SingleModel(decoder, device=device)
+    decoder.to(device)
+    certificates = certify(decoder, model, groups=lone_groups(), dtype=torch.float32, device=device)
+    return SingleModel(decoder, device=device, certificate=document(certificates, model))
+
+
+def lone_decoder(model: Model, *, vocab_size: int) -> Decoder:
+    """Return a decoder in a world of one, its weights not yet set, on the CPU."""
+    start_alone()
+    return Decoder(plan_layers(model, vocab_size=vocab_size, tensor=lone_groups().tensor, recompute=False))

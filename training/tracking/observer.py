@@ -9,18 +9,21 @@ from training.tracking.tracker import MlflowTracker
 
 
 class TrackingObserver:
-    """One MLflow run per run folder: parameters and the resolved config at the start, metrics each step."""
+    """One MLflow run per run folder: parameters, config and certificate at the start, metrics each step."""
 
-    def __init__(self, config: RunConfig, *, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, *, run_dir: Path, certificate: Path) -> None:
         self._tracker = MlflowTracker(
             run_dir, name=config.run.name, experiment=config.track.experiment, uri=config.track.uri
         )
         self._tracker.start(config.model_dump(mode="json"), config_file(run_dir))
+        self._tracker.artifact(certificate)
 
     def on_step(self, result: StepResult) -> None:
         """Queue the step's values; the tracker's own thread sends them."""
         self._tracker.metrics(result.step, result.values())
 
     def close(self, status: Status) -> None:
-        """Send the rest and end the MLflow run with a true status."""
+        """Send the rest and end the MLflow run with a true status; leave it to the newer start where there is one."""
+        if status == "SUPERSEDED":
+            return
         self._tracker.finish(status)

@@ -1,0 +1,120 @@
+"""Save and load a checkpoint on one rank, beside a plain copy of its files and torch's own format. One JSON line.
+
+The plain copy reads from the page cache and waits for the disk, as a save does; it neither hashes nor gathers. Ratios
+travel to another machine, seconds do not.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+
+from configs.load import load_run
+from parallel.groups import make_groups
+from parallel.layout import Layout
+from parallel.start import Place, start, stop
+from parallel.zero import KINDS
+from training.checkpoint.manifest import Moment, check_whole
+from training.checkpoint.read import load_slices, open_together
+from training.checkpoint.write import save_checkpoint
+from training.incarnation import begin
+from training.run import build_engine
+
+VOCABULARY = 8192
+SHAPE = ["model.layers=6", "model.hidden=768", "model.heads=12", f"data.vocab_size={VOCABULARY}"]
+ALONE = ["parallel.tensor=1", "parallel.pipeline=1"]
+ROUNDS = 3
+CHUNK = 1 << 23
+
+
+def main() -> None:
+    """Measure the least of some rounds of each."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as home:  # the temporary folder may be memory
+        run_dir = Path(home) / "run"
+        run_dir.mkdir()
+        config = load_run("demo", overrides=[*SHAPE, *ALONE, f"run.dir={run_dir}"])
+        device = start(Place(rank=0, size=1, local_rank=0, rendezvous=f"file://{home}/meet", starter="local"))
+        layout = Layout.of(config, world_size=1)
+        groups = make_groups(layout)
+        engine, _ = build_engine(config, layout=layout, groups=groups, vocab_size=VOCABULARY, device=device)
+        state, fence = engine.state(), begin(run_dir)
+        tokenizer = Path(home) / "tokenizer.model"
+        tokenizer.write_bytes(b"nothing here reads it")
+
+        def save() -> Path:
+            return save_checkpoint(
+                state,
+                config=config,
+                groups=groups,
+                tokenizer=tokenizer,
+                vocab_size=VOCABULARY,
+                moment=Moment(1, 16, 0.0, "", None),
+                fence=fence,
+            )
+
+        def load() -> None:
+            opened = open_together(run_dir, kinds=KINDS, world=groups.world)
+            load_slices(state, opened, kinds=KINDS, tensor=groups.tensor)
+
+        def save_by_torch() -> None:
+            tensors = {f"{name}.{kind}": state.read(name, kind) for name in state.parameters for kind in KINDS}
+            dcp.save(tensors, checkpoint_id=Path(home) / "torch", no_dist=True)
+            for file in (Path(home) / "torch").iterdir():
+                _sync(file)
+
+        seconds = {"save": _least(save)}
+        folder = save()
+        seconds |= {
+            "load": _least(load),
+            "verify": _least(lambda: check_whole(folder)),
+            "plain_copy": _least(lambda: _copy(folder, Path(home) / "copy")),
+            "torch_save": _least(save_by_torch),
+        }
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        parameters = sum(parameter.numel() for parameter, _ in state.parameters.values())
+        stop()
+    print(
+        json.dumps(
+            {
+                "benchmark": "checkpoint",
+                "parameters": parameters,
+                "bytes_per_parameter": round(size / parameters, 3),
+                "of_16_bytes": round(size / parameters / 16, 3),
+                "seconds": {name: round(value, 3) for name, value in seconds.items()},
+                "megabytes_per_second": {name: round(size / value / 1e6) for name, value in seconds.items()},
+                "save_against_plain_copy": round(seconds["save"] / seconds["plain_copy"], 2),
+            }
+        )
+    )
+
+
+def _least(action: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        action()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def _copy(folder: Path, new: Path) -> None:
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    for file in folder.iterdir():
+        with file.open("rb") as source, (new / file.name).open("wb") as target:
+            shutil.copyfileobj(source, target, CHUNK)
+        _sync(new / file.name)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+if __name__ == "__main__":
+    main()

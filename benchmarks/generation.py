@@ -1,0 +1,73 @@
+"""Greedy generation with a key-value cache, ours and transformers' from the same weights. One JSON line.
+
+12 layers x 768, 12 heads, fp32, all cores; the prompt's length grows, 64 new tokens each. Seconds do not travel.
+"""
+
+import json
+import time
+
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+
+from configs.schema import Model
+from parallel.groups import lone_groups
+from parallel.seeds import initial_weights
+from parallel.shards import declared
+from training.export.huggingface import huggingface_name
+from training.generation import Sampling, continue_tokens
+from training.model.single import SingleModel, lone_decoder
+
+VOCABULARY, NEW = 8192, 64
+MODEL = Model(layers=12, hidden=768, heads=12, init_std=0.05)
+
+
+def main() -> None:
+    """Measure the prompt and each further token after it, at several prompt lengths."""
+    decoder = lone_decoder(MODEL, vocab_size=VOCABULARY)
+    initial_weights(decoder, seed=1, tensor=lone_groups().tensor)
+    bloom = BloomForCausalLM(
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=MODEL.hidden, n_layer=MODEL.layers, n_head=MODEL.heads)
+    ).eval()
+    theirs = dict(bloom.named_parameters())
+    with torch.no_grad():
+        for name, (parameter, _) in declared(decoder).items():
+            theirs[huggingface_name(name)].copy_(parameter)
+    single = SingleModel(decoder, device=torch.device("cpu"), certificate={})
+    prompts = {length: torch.randint(3, VOCABULARY, (1, length)) for length in (128, 512, 2048)}
+    found = {
+        length: {"trainshort": _ours(single, ids), "transformers": _theirs(bloom, ids)}
+        for length, ids in prompts.items()
+    }
+    print(json.dumps({"benchmark": "generation", "threads": torch.get_num_threads(), "prompts": found}))
+
+
+def _ours(model: SingleModel, ids: torch.Tensor) -> dict[str, float]:
+    stream = continue_tokens(model, ids[0].tolist(), sampling=Sampling(), end=None)
+    started = time.perf_counter()
+    next(stream)
+    first = time.perf_counter()
+    for _ in range(NEW - 1):
+        next(stream)
+    return _figures(started, first, time.perf_counter())
+
+
+@torch.no_grad()
+def _theirs(bloom: BloomForCausalLM, ids: torch.Tensor) -> dict[str, float]:
+    started = time.perf_counter()
+    out = bloom(ids, use_cache=True)
+    token = out.logits[:, -1:].argmax(-1)
+    first = time.perf_counter()
+    mask = torch.ones_like(ids)
+    for _ in range(NEW - 1):
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        out = bloom(token, past_key_values=out.past_key_values, attention_mask=mask, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return _figures(started, first, time.perf_counter())
+
+
+def _figures(started: float, first: float, ended: float) -> dict[str, float]:
+    return {"prefill_ms": round(1000 * (first - started)), "token_ms": round(1000 * (ended - first) / (NEW - 1), 1)}
+
+
+if __name__ == "__main__":
+    main()

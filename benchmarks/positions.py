@@ -1,0 +1,48 @@
+"""One training step with each position method, all else equal. One JSON line; the step without positions is 1.
+
+Forward, loss and backward, fp32, all cores: 4 layers x 512, 8 heads of 64. Ratios travel, milliseconds do not.
+"""
+
+import json
+import time
+
+import torch
+
+from configs.schema import Model
+from parallel.groups import lone_groups
+from parallel.seeds import initial_weights
+from training.model.decoder import mean_loss
+from training.model.single import lone_decoder
+
+POSITIONS = ("none", "alibi", "sinusoidal", "rotary", "t5")
+VOCABULARY, REPEATS = 4096, 7
+
+
+def main() -> None:
+    """Measure each at 1024 and 2048 tokens, by turns so that all see the same minutes; the fastest counts."""
+    found = {}
+    for length in (1024, 2048):
+        fastest = dict.fromkeys(POSITIONS, float("inf"))
+        decoders = {position: _decoder(position) for position in POSITIONS}
+        tokens = torch.randint(0, VOCABULARY, (1, length + 1))
+        for _ in range(REPEATS):
+            for position, decoder in decoders.items():
+                started = time.perf_counter()
+                mean_loss(decoder(tokens[:, :-1]), tokens[:, 1:].contiguous()).backward()
+                fastest[position] = min(fastest[position], time.perf_counter() - started)
+        found[length] = {
+            name: {"ms": round(1000 * seconds), "ratio": round(seconds / fastest["none"], 3)}
+            for name, seconds in fastest.items()
+        }
+    print(json.dumps({"benchmark": "positions", "threads": torch.get_num_threads(), "lengths": found}))
+
+
+def _decoder(position: str) -> torch.nn.Module:
+    model = Model(layers=4, hidden=512, heads=8, position=position)  # type: ignore[arg-type]
+    decoder = lone_decoder(model, vocab_size=VOCABULARY)
+    initial_weights(decoder, seed=1, tensor=lone_groups().tensor)
+    return decoder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What each attention backend can do. No torch: rules, the launcher and `doctor` read it."""
+
+from dataclasses import dataclass
+
+Device = str
+
+EVERY_POSITION = ("alibi", "sinusoidal", "rotary", "t5", "none")
+ANY_WIDTH = 1 << 20
+WITHOUT_LEARNED = ("alibi", "sinusoidal", "rotary", "none")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention.
+
+    Attributes:
+        name: What `model.attention` says.
+        what: In a few words, how it adds the bias.
+        positions: Values of `model.position` that it can compute.
+        precisions: Values of `train.precision` that it can compute.
+        head_dims: The smallest and the largest width of a head.
+        devices: Kinds of device that it trains on.
+        package: A module that must be installed beside torch, or None.
+        memory: How its memory grows with the length.
+        has_run: Where its tests have run.
+    """
+
+    name: str
+    what: str
+    positions: tuple[str, ...]
+    precisions: tuple[str, ...]
+    head_dims: tuple[int, int]
+    devices: tuple[Device, ...]
+    package: str | None
+    memory: str
+    has_run: str
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            name="reference",
+            what="written out, one piece, fp32 or wider; the oracle",
+            positions=EVERY_POSITION,
+            precisions=("fp32", "bf16", "fp16"),
+            head_dims=(1, ANY_WIDTH),
+            devices=("cpu", "cuda"),
+            package=None,
+            memory="length x length",
+            has_run="CPU: fp64, fp32, bf16",
+        ),
+        Backend(
+            name="sdpa",
+            what="torch's scaled_dot_product_attention, blocks of queries over one shared strip of bias",
+            positions=EVERY_POSITION,
+            precisions=("fp32", "bf16", "fp16"),
+            head_dims=(1, ANY_WIDTH),
+            devices=("cpu", "cuda"),
+            package=None,
+            memory="length",
+            has_run="CPU: fp64, fp32, bf16",
+        ),
+        Backend(
+            name="flex",
+            what="torch's FlexAttention, compiled; the bias is computed inside the kernel",
+            positions=WITHOUT_LEARNED,
+            precisions=("fp32", "bf16", "fp16"),
+            head_dims=(16, ANY_WIDTH),
+            devices=("cuda",),
+            package=None,
+            memory="length",
+            has_run="CPU: its formula, uncompiled, forward; never on a GPU",
+        ),
+        Backend(
+            name="flash",
+            what="flash-attn 2 with alibi_slopes",
+            positions=WITHOUT_LEARNED,
+            precisions=("bf16", "fp16"),
+            head_dims=(1, 256),
+            devices=("cuda",),
+            package="flash_attn",
+            memory="length",
+            has_run="never; written against its documentation",
+        ),
+    )
+}
+AUTO = "sdpa"  # the others have not been seen on hardware: nobody gets them without asking
+
+
+def backend_of(attention: str) -> Backend:
+    """Return the backend that a value of `model.attention` means."""
+    return BACKENDS[AUTO if attention == "auto" else attention]
+
+
+def misfit(backend: Backend, *, position: str, precision: str, head_dim: int) -> str | None:
+    """Return why a backend cannot do what a run asks, on any machine, with what to do; None where it can."""
+    if position not in backend.positions:
+        fitting = [other.name for other in BACKENDS.values() if position in other.positions]
+        return f"{backend.name} cannot compute model.position {position}: use {' or '.join(fitting)}"
+    if precision not in backend.precisions:
+        fitting = [other.name for other in BACKENDS.values() if precision in other.precisions]
+        return f"{backend.name} cannot compute train.precision {precision}: use {' or '.join(fitting)}"
+    smallest, largest = backend.head_dims
+    if not smallest <= head_dim <= largest:
+        return (
+            f"{backend.name} cannot compute heads of {head_dim} (model.hidden / model.heads), only {smallest} to "
+            f"{largest}: use {AUTO} or other heads"
+        )
+    return None
+
+
+def missing(backend: Backend, *, device: Device, packages: frozenset[str]) -> str | None:
+    """Return what a machine lacks for a backend, with what to do; None where it lacks nothing.
+
+    Args:
+        backend: The backend.
+        device: Kind of device of the ranks: cpu or cuda.
+        packages: Those of the backends' packages that are installed.
+    """
+    if device not in backend.devices:
+        return f"{backend.name} needs a GPU and this machine's ranks run on {device}: use {AUTO}"
+    if backend.package is not None and backend.package not in packages:
+        return f"{backend.name} needs the package {backend.package}, which is not installed: install it or use {AUTO}"
+    return None

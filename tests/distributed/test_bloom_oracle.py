@@ -1,0 +1,123 @@
+"""The decoder over tensor ranks and pipeline stages against random-weight Bloom: logits and every gradient."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.schema import Model, RunConfig
+from parallel.shards import Shard, cut
+from parallel.start import Place, start, stop
+from tests.distributed.layouts import LENGTH, VOCABULARY, build, config_of, tokens_of
+from tests.distributed.spawn import run_ranks
+from tests.unit.decoder_samples import bloom_of
+from tests.unit.export_samples import random_weights
+from training.export.huggingface import huggingface_name
+
+HEADS = (8, 12, 24)
+HEAD_DIM = 8
+LAYERS = 2
+LENGTHS = (LENGTH, 4 * LENGTH)
+# (tensor, pipeline) by ranks; what is left is data parallel.
+LAYOUTS = {4: [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)], 8: [(4, 2)]}
+UNCLIPPED = ("train.clip=1e9", f"model.layers={LAYERS}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank holds of one model in one layout.
+
+    Attributes:
+        rank: Of the tensor axis.
+        shards: Declarations of this rank's parameters, by name.
+        gradients: Of the mean loss of the batch, this rank's slices by name.
+        logits: This rank's columns at each length, [1, length, local_vocab]; None but on the last stage.
+    """
+
+    rank: int
+    shards: dict[str, Shard]
+    gradients: dict[str, Tensor]
+    logits: dict[int, Tensor | None]
+
+
+def weights_for(heads: int) -> dict[str, Tensor]:
+    """Return whole weights that all move the logits."""
+    return random_weights(Model(layers=LAYERS, hidden=HEAD_DIM * heads, heads=heads), vocab_size=VOCABULARY)
+
+
+def parts_of_layouts(place: Place, *, layouts: list[tuple[int, int]], folder: Path) -> dict[tuple[int, int, int], Part]:
+    """Return this rank's parts by (tensor, pipeline, heads)."""
+    found = {}
+    for index, (tensor, pipeline) in enumerate(layouts):
+        if index:  # groups of their own, as in `train_layouts`
+            stop()
+            start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
+        for heads in HEADS:
+            shape = (*UNCLIPPED, f"model.heads={heads}", f"model.hidden={HEAD_DIM * heads}")
+            keys = {"tensor": tensor, "pipeline": pipeline, "zero": 1}
+            found[tensor, pipeline, heads] = _part(config_of(keys, run_dir=folder, more=shape), place, heads=heads)
+    return found
+
+
+def _part(config: RunConfig, place: Place, *, heads: int) -> Part:
+    engine, groups, layout = build(config, world_size=place.size)
+    state, whole = engine.state(), weights_for(heads)
+    shards = {name: shard for name, (_, shard) in state.parameters.items()}
+    for name, shard in shards.items():
+        state.write(name, "weight", cut(whole[name], shard=shard, tensor=groups.tensor))
+    logits: dict[int, Tensor | None] = {}
+    for length in LENGTHS:
+        local = engine.local_logits(tokens_of(7, samples=1, length=length - 1))
+        logits[length] = None if local is None else local.clone()
+    mine = tokens_of(0).chunk(groups.data.size)[groups.data.rank]
+    engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)
+    # One step from zero: the first moment is the gradient, scaled.
+    scale = 1 - config.train.beta1
+    gradients = {name: state.read(name, "exp_avg") / scale for name in shards}
+    return Part(rank=groups.tensor.rank, shards=shards, gradients=gradients, logits=logits)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], list[Part]]:
+    """All ranks' parts by (tensor, pipeline, heads)."""
+    found: dict[tuple[int, int, int], list[Part]] = {}
+    for ranks, layouts in LAYOUTS.items():
+        arguments = {"layouts": layouts, "folder": tmp_path_factory.mktemp("runs")}
+        by_rank = run_ranks(parts_of_layouts, ranks=ranks, arguments=arguments)
+        found |= {key: [parts[key] for parts in by_rank] for key in by_rank[0]}
+    return found
+
+
+def joined(slices: dict[int, Tensor], shard: Shard) -> Tensor:
+    """Join the tensor ranks' slices of a parameter and drop the vocabulary's padding."""
+    if shard.dim is None:
+        return slices[0]
+    whole = torch.cat([slices[rank] for rank in sorted(slices)], dim=shard.dim)
+    return whole.narrow(shard.dim, 0, shard.shape[shard.dim])
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [*LAYOUTS[4], *LAYOUTS[8]])
+@pytest.mark.parametrize("heads", HEADS)
+def test_logits_and_gradients_of_every_layout_equal_bloom(
+    parts: dict[tuple[int, int, int], list[Part]], tensor: int, pipeline: int, heads: int
+) -> None:
+    ranks, weights = parts[tensor, pipeline, heads], weights_for(heads)
+    bloom = bloom_of(weights, heads=heads, layers=LAYERS)
+    for length in LENGTHS:
+        columns = {rank.rank: rank.logits[length] for rank in ranks if rank.logits[length] is not None}
+        assert sorted(columns) == list(range(tensor))
+        found = torch.cat([columns[rank] for rank in range(tensor)], dim=-1)[..., :VOCABULARY]  # type: ignore[misc]
+        with torch.no_grad():
+            expected = bloom(tokens_of(7, samples=1, length=length - 1)).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    batch = tokens_of(0)
+    F.cross_entropy(bloom(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+    theirs = dict(bloom.named_parameters())
+    for name in weights:
+        holders = [rank for rank in ranks if name in rank.shards]
+        whole = joined({rank.rank: rank.gradients[name] for rank in holders}, holders[0].shards[name])
+        gradient = theirs[huggingface_name(name)].grad
+        torch.testing.assert_close(whole, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0, msg=name)

@@ -1,0 +1,125 @@
+"""Saved in one layout, resumed in another, TP, PP, DP and ZeRO each up and down: `make test-faults`, minutes."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from parallel.start import Place, start, stop
+from parallel.zero import KINDS
+from tests.distributed.layouts import build, config_of, save, tokens_of
+from tests.distributed.spawn import run_ranks
+from training.checkpoint.read import load_slices, open_together
+
+BEFORE, AFTER = range(3), range(3, 13)
+Steps = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A run in one layout: what it resumes from, by name, or None to begin and be saved."""
+
+    layout: str
+    ranks: int
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout}w{self.ranks}"
+
+    @property
+    def keys(self) -> dict[str, object]:
+        tensor, pipeline, zero = (int(self.layout[index]) for index in (1, 3, 5))
+        offload = "cpu" if self.layout.endswith("-offload") else "none"
+        return {"tensor": tensor, "pipeline": pipeline, "zero": zero, "offload": offload}
+
+
+def of(ranks: int, *changes: str) -> list[Change]:
+    """Return the changes that begin on so many ranks: `to` and `from > to`."""
+    parts = [[part.strip() for part in change.split(">")] for change in changes]
+    return [Change(part[-1], ranks, part[0] if len(part) == 2 else None) for part in parts]
+
+
+# In this order: each spawn's sources are those of the ones before, or its own.
+SPAWNS = [
+    of(1, "t1p1z0"),
+    of(4, "t2p2z1", "t4p1z0", "t2p1z3", "t2p1z2", "t1p2z1"),
+    of(
+        2,
+        "t2p1z1",
+        "t1p1z2",
+        "t1p1z3",
+        "t4p1z0w4 > t2p1z1",  # TP down, ZeRO up
+        "t2p1z3w4 > t1p1z2",  # TP down, ZeRO 3 to 2
+        "t1p2z1w4 > t1p2z1",  # DP down
+        "t2p1z1w2 > t1p2z1",  # TP down, PP up
+        "t1p1z2w2 > t1p1z3",  # ZeRO 2 to 3
+        "t1p1z3w2 > t1p1z1",  # ZeRO 3 to 1
+        "t1p1z0w1 > t1p1z3",  # DP up, ZeRO 0 to 3
+        "t1p1z3w2 > t1p1z2-offload",  # ZeRO 3 to 2, optimizer state to the CPU
+        "t1p1z2w2 > t1p1z3-offload",
+        "t2p1z1w2 > t1p2z1-offload",
+    ),
+    of(
+        1, "t2p2z1w4 > t1p1z1-offload", "t1p1z3w2 > t1p1z1", "t1p1z3w2 > t1p1z0"
+    ),  # TP and PP down; DP down, ZeRO 3 to 1 and 0
+    of(
+        4,
+        "t2p1z1w2 > t2p2z1",  # PP up
+        "t2p2z1w4 > t4p1z1",  # TP up, PP down
+        "t1p2z1w4 > t2p1z3",  # PP down, TP up, ZeRO 1 to 3
+        "t2p1z3w4 > t2p1z2",  # ZeRO 3 to 2 with TP
+        "t2p1z2w4 > t2p1z3",  # ZeRO 2 to 3 with TP
+        "t2p1z3w4 > t2p2z1",  # DP down, PP up, ZeRO 3 to 1
+        "t1p1z2w2 > t1p1z1",  # DP up, ZeRO 2 to 1
+    ),
+]
+
+
+def run_changes(place: Place, *, changes: list[Change], folder: Path) -> list[Steps]:
+    """Return the (loss, gradient norm) of each step of each run on these ranks."""
+    found = []
+    for index, change in enumerate(changes):
+        if index:
+            stop()
+            start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
+        config = config_of(change.keys, run_dir=folder / change.name)
+        engine, groups, layout = build(config, world_size=place.size)
+        state = engine.state()
+        if change.source is not None:
+            checkpoint = open_together(folder / change.source, kinds=KINDS, world=groups.world)
+            load_slices(state, checkpoint, kinds=KINDS, tensor=groups.tensor)
+            state.set_step(checkpoint.step)
+        steps = []
+        for step in BEFORE if change.source is None else AFTER:
+            mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
+            outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3)
+            steps.append((outcome.loss, outcome.grad_norm))
+        if change.source is None:
+            save(engine, config, groups=groups, tokenizer=folder / "tokenizer.model", step=BEFORE.stop)
+            if change.name == "t1p1z0w1":  # the unbroken run goes on
+                for step in AFTER:
+                    mine = list(tokens_of(step).chunk(layout.micro_batches))
+                    outcome = engine.train_step(mine, learning_rate=3e-3)
+                    steps.append((outcome.loss, outcome.grad_norm))
+        found.append(steps)
+    return found
+
+
+@pytest.mark.faults
+def test_the_next_ten_losses_are_the_unbroken_runs_after_any_change_of_layout(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"no test here reads it")
+    expected: Steps = []
+    changed = 0
+    for changes in SPAWNS:
+        by_rank = run_ranks(run_changes, ranks=changes[0].ranks, arguments={"changes": changes, "folder": tmp_path})
+        expected = expected or by_rank[0][0]
+        for index, change in enumerate(changes):
+            for rank in by_rank:
+                steps = rank[index]
+                wanted = expected[AFTER.start :] if change.source else expected[: len(steps)]
+                for (loss, norm), (expected_loss, expected_norm) in zip(steps, wanted, strict=True):
+                    assert loss == pytest.approx(expected_loss, rel=1e-5), change
+                    assert norm == pytest.approx(expected_norm, rel=1e-5), change
+            changed += change.source is not None
+    assert changed == 20

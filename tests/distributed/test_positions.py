@@ -1,0 +1,85 @@
+"""Every position method of the paper in several layouts: the same losses, norms and logits as on one rank."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.start import Place, start, stop
+from tests.distributed.layouts import LENGTH, Trained, config_of, name_of, train_one, whole_of
+from tests.distributed.spawn import run_ranks
+from training.checkpoint.read import open_checkpoint
+
+LONE = {"tensor": 1, "pipeline": 1, "zero": 1}
+STAGED = {"tensor": 2, "pipeline": 2, "zero": 1}
+SPREAD = {"tensor": 1, "pipeline": 4, "zero": 1}  # the learned bias on four stages
+SHARDED = {"tensor": 2, "pipeline": 1, "zero": 3}
+CASES = [("t5", STAGED), ("t5", SPREAD), ("t5", SHARDED), ("rotary", STAGED), ("sinusoidal", STAGED), ("none", STAGED)]
+
+
+def train_positions(
+    place: Place, *, cases: list[tuple[str, dict[str, int]]], folder: Path, tokenizer: Path
+) -> list[Trained]:
+    """Return what this rank saw of each case, a position method in a layout."""
+    found = []
+    for index, (position, keys) in enumerate(cases):
+        if index:
+            stop()
+            start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
+        run_dir = folder / f"{position}_{name_of(keys, ranks=place.size)}"
+        config = config_of(keys, run_dir=run_dir, more=(f"model.position={position}",))
+        found.append(train_one(place, config, steps=range(4), tokenizer=tokenizer, start_from=None))
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("positions")
+
+
+@pytest.fixture(scope="module")
+def trained(runs: Path, tokenizer: Path) -> dict[tuple[str, int], list[Trained]]:
+    """Each case's ranks, by position method and number of the case; number -1 is one rank alone."""
+    lone = [(position, LONE) for position in dict.fromkeys(position for position, _ in CASES)]
+    found = {}
+    for ranks, cases in ((1, lone), (4, CASES)):
+        by_rank = run_ranks(
+            train_positions, ranks=ranks, arguments={"cases": cases, "folder": runs, "tokenizer": tokenizer}
+        )
+        for index, (position, _) in enumerate(cases):
+            found[position, index if ranks > 1 else -1] = [results[index] for results in by_rank]
+    return found
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_a_layout_changes_nothing(trained: dict[tuple[str, int], list[Trained]], case: int) -> None:
+    position = CASES[case][0]
+    lone = trained[position, -1][0]
+    for rank in trained[position, case]:
+        for (loss, norm), (expected_loss, expected_norm) in zip(rank.steps, lone.steps, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
+        assert rank.held_out_loss == pytest.approx(lone.held_out_loss, rel=1e-5)
+    for length in (LENGTH, 4 * LENGTH):
+        found, expected = (
+            whole_of(ranks, "logits", length) for ranks in (trained[position, case], trained[position, -1])
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_learned_bias_is_saved_once_and_only_it_is_learned(
+    trained: dict[tuple[str, int], list[Trained]], runs: Path
+) -> None:
+    lone = open_checkpoint(runs / f"t5_{name_of(LONE, ranks=1)}")
+    for keys in (STAGED, SPREAD, SHARDED):
+        checkpoint = open_checkpoint(runs / f"t5_{name_of(keys, ranks=4)}")
+        assert checkpoint.manifest.tensors["positions.t5.weight"].shape == (4, 32)
+        assert checkpoint.manifest.tensors["positions.t5.weight"].stage == 0
+        for kind in ("weight", "exp_avg"):
+            one, other = (some.tensor("positions.t5.weight", kind=kind) for some in (checkpoint, lone))
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert lone.tensor("positions.t5.weight", kind="exp_avg").abs().max() > 0
+    for position in ("rotary", "sinusoidal", "none"):
+        names = open_checkpoint(runs / f"{position}_{name_of(LONE, ranks=1)}").manifest.tensors
+        assert names.keys() == lone.manifest.tensors.keys() - {"positions.t5.weight"}

@@ -1,0 +1,100 @@
+"""What one rank meets while all save or resume, all know: none waits for ever, none goes on alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from configs.errors import InputError, TrainshortError
+from parallel.start import Place
+from parallel.zero import KINDS
+from tests.distributed.layouts import build, config_of, save
+from tests.distributed.spawn import run_ranks
+from tests.unit.broken_disk import CountedOs, once
+from training.checkpoint import disk
+from training.checkpoint.manifest import check_whole, list_checkpoints
+from training.checkpoint.read import open_together
+from training.incarnation import Fence
+
+RANKS = 2
+OPERATIONS = {
+    "a folder cannot be made": (0, 1),
+    "a file cannot be opened on rank 0": (0, 2),
+    "a file cannot be opened on rank 1": (1, 1),
+    "a tensor cannot be written on rank 1": (1, 20),
+    "a file cannot be synced on rank 1": (1, -2),
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank saw: the error of each broken save, the counts of operations, what it opened."""
+
+    errors: dict[str, str]
+    opened: list[str]
+
+
+def break_saves(place: Place, *, keys: dict[str, int], folder: Path) -> Seen:
+    config = config_of(keys, run_dir=folder / "run")
+    engine, groups, _ = build(config, world_size=place.size)
+    arguments: dict[str, Any] = {"groups": groups, "tokenizer": folder / "tokenizer.model"}
+    with patch.object(disk, "os", counted := CountedOs()):
+        save(engine, config, **arguments, step=1)
+    errors = {}
+    for name, (rank, number) in OPERATIONS.items():
+        number = number if number > 0 else len(counted.names) + number + 1
+        fails = CountedOs(once(number)) if place.rank == rank else CountedOs()
+        with patch.object(disk, "os", fails):
+            errors[name] = _error_of(lambda: save(engine, config, **arguments, step=2))
+    check, looks = Fence.check, []
+
+    def overtaken(fence: Fence) -> None:
+        looks.append(fence)
+        if place.rank == 1:
+            raise fence.superseded()
+        check(fence)
+
+    with patch.object(Fence, "check", overtaken):
+        errors["rank 1 is overtaken"] = _error_of(lambda: save(engine, config, **arguments, step=2))
+    save(engine, config, **arguments, step=2)
+    opened = [_opened(folder / "run", groups)]
+    # The second file in the order of names is rank 1's to check.
+    second = sorted(list_checkpoints(folder / "run")[-1].path.glob("*[!n]"))[1]
+    if place.rank == 0:
+        content = bytearray(second.read_bytes())
+        content[-1] ^= 1
+        second.write_bytes(content)
+    opened.append(_opened(folder / "run", groups))
+    return Seen(errors, opened)
+
+
+def _error_of(action: Any) -> str:
+    try:
+        action()
+    except TrainshortError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _opened(run_dir: Path, groups: Any) -> str:
+    try:
+        return open_together(run_dir, kinds=KINDS, world=groups.world).path.name
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("keys", [{"tensor": 2, "pipeline": 1, "zero": 1}, {"tensor": 1, "pipeline": 1, "zero": 3}])
+def test_what_one_rank_meets_all_ranks_know(tmp_path: Path, keys: dict[str, int]) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"no test here reads it")
+    one, two = run_ranks(break_saves, ranks=RANKS, arguments={"keys": keys, "folder": tmp_path})
+    assert one.errors == two.errors
+    for name in OPERATIONS:
+        assert one.errors[name].startswith(f"SaveError: {tmp_path}/run/checkpoints/"), name
+        assert one.errors[name].endswith("was not saved (Input/output error): free space, or mend the disk"), name
+    assert one.errors["rank 1 is overtaken"].startswith("Superseded: ")
+    assert one.opened == two.opened == ["step_0000002", "step_0000001"]
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step_0000001", "step_0000002"]
+    assert check_whole(tmp_path / "run" / "checkpoints" / "step_0000001").step == 1

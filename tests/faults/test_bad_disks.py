@@ -1,0 +1,114 @@
+"""A disk that is full, and one that cannot be written, through the real command line."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.spawn import ROOT
+from tests.unit.data_samples import write_book
+from training.checkpoint.manifest import check_whole, list_checkpoints
+
+STEPS = 14
+SMALL = [
+    "model.layers=1",
+    "model.hidden=64",
+    "model.heads=2",
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "data.sources=[book.txt]",
+    "data.dir=data",
+    "data.vocab_size=600",
+    "data.sequence_length=16",
+    "data.split=0",
+    "train.global_batch=4",
+    "train.micro_batch=4",
+    f"train.steps={STEPS}",
+    "train.warmup_steps=1",
+    "checkpoint.every=1",
+    "checkpoint.keep=100",
+    "evaluate.every=0",
+]
+MEGABYTES = 9  # some eight checkpoints
+
+
+def trainshort(command: str, folder: Path, run_dir: Path) -> "subprocess.CompletedProcess[str]":
+    sets = [word for value in [*SMALL, f"run.dir={run_dir}"] for word in ("--set", value)]
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "trainshort", command, "demo", *sets],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def mount(*options: str) -> None:
+    subprocess.run(["mount", *options], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount("-t", "tmpfs", "-o", f"size={MEGABYTES}m", "tmpfs", str(folder))
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the commands are typed; the data are prepared."""
+    write_book(tmp_path)
+    assert trainshort("prepare", tmp_path, tmp_path / "elsewhere").returncode == 0
+    return tmp_path
+
+
+def figures(run_dir: Path) -> list[list[Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [[line[key] for key in ("step", "loss", "grad_norm")] for line in lines]
+
+
+@pytest.mark.faults
+def test_a_full_disk_stops_saving_and_not_training_and_a_larger_one_goes_on(folder: Path, disk: Path) -> None:
+    unbroken, run_dir = folder / "unbroken", disk / "run"
+    assert trainshort("train", folder, unbroken).returncode == 0
+    done = trainshort("train", folder, run_dir)
+    assert done.returncode == 3, done.stderr
+    assert "NOT SAVED: " in done.stderr
+    assert "(No space left on device" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {run_dir}/checkpoints/step_{STEPS:07d} was not saved (No space left on device")
+    assert "Traceback" not in done.stderr
+    saved = [check_whole(found.path).step for found in list_checkpoints(run_dir)]
+    assert saved == list(range(1, len(saved) + 1))
+    assert 2 <= len(saved) < STEPS - 2
+    # what lines the disk took are the unbroken run's
+    lines = figures(run_dir)
+    assert lines == figures(unbroken)[: len(lines)]
+    assert len(lines) >= len(saved)
+    mount("-o", f"remount,size={10 * MEGABYTES}m", str(disk))
+    assert trainshort("train", folder, run_dir).returncode == 0
+    assert figures(run_dir) == figures(unbroken)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
+def test_a_disk_that_cannot_be_written_is_said_in_one_line(folder: Path, disk: Path, begun: bool) -> None:
+    run_dir = disk / "run"
+    if begun:
+        (run_dir / "logs").mkdir(parents=True)
+    mount("-o", "remount,ro", str(disk))
+    done = trainshort("train", folder, run_dir)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"error: folder {run_dir}/logs cannot be ")
+    assert len(done.stderr.splitlines()) == 1

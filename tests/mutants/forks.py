@@ -1,0 +1,67 @@
+"""Run pytest in copies of the code, each in a fork of one process that has imported the libraries already.
+
+Libraries take most of a small test's time. `python -m tests.mutants.forks FOLDER...`: each folder holds a copy of the
+code and a file of test ids; what pytest says and its exit code are written there.
+"""
+
+import gc
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+AT_ONCE = 2
+ALREADY = "pytest.PytestAssertRewriteWarning"
+IDS, SAID, CODE = "mutant_ids", "mutant_said", "mutant_code"
+PROJECT = ("configs", "parallel", "data_pipeline", "training", "launch", "tests")
+# Whatever of these is the project's is forgotten again.
+WARM = ("training.model.single", "transformers.models.bloom.modeling_bloom", "transformers.models.t5.modeling_t5")
+
+
+def forget_project() -> None:
+    """Drop the project's modules, so that a copy's are imported in their place; the libraries stay."""
+    for name in [name for name in sys.modules if name.split(".")[0] in PROJECT]:
+        del sys.modules[name]
+
+
+def run_copy(folder: Path, *, house: str) -> int:
+    """Run a copy's tests in this process, which is a fork; return pytest's exit code."""
+    os.chdir(folder)
+    sys.path[:] = [str(folder), *(entry for entry in sys.path if entry != house)]
+    said = os.open(folder / SAID, os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    ids = (folder / IDS).read_text(encoding="utf-8").splitlines()
+    # Plugins of pytest are among the libraries that are imported already, which it warns of.
+    return pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", "-W", f"ignore::{ALREADY}", *ids])
+
+
+def main(folders: list[Path]) -> None:
+    """Run all copies, so many at a time."""
+    house = str(Path(__file__).parents[2])
+    for name in WARM:
+        importlib.import_module(name)
+    forget_project()
+    gc.freeze()  # else each fork's first collection would copy every page
+    running: dict[int, Path] = {}
+
+    def finish_one() -> None:
+        process, status = os.wait()
+        (running.pop(process) / CODE).write_text(str(os.waitstatus_to_exitcode(status)))
+
+    for folder in folders:
+        if len(running) == AT_ONCE:
+            finish_one()
+        if (process := os.fork()) == 0:
+            code = run_copy(folder, house=house)
+            sys.stdout.flush()
+            os._exit(code)  # taking all libraries down again would cost as much as a test
+        running[process] = folder
+    while running:
+        finish_one()
+
+
+if __name__ == "__main__":
+    main([Path(argument) for argument in sys.argv[1:]])

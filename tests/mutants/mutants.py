@@ -1,0 +1,154 @@
+"""Mistakes that train without a word, each with the test that must catch it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One wrong change of the code.
+
+    Attributes:
+        name: What is wrong with it.
+        file: Where, from the repository's root.
+        right: Text that stands there, exactly once.
+        wrong: What takes its place.
+        caught_by: Id of the test that must fail.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    caught_by: str
+
+
+ALIBI, ATTENTION = "training/model/alibi.py", "training/model/attention.py"
+DECODER, CERTIFICATE = "training/model/decoder.py", "training/model/certificate.py"
+BY_FORMULA = "tests/unit/test_model_alibi.py::test_both_backends_equal_the_formula_in_fp64"
+BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join_to_the_whole"
+BY_BIAS = "tests/unit/test_model_alibi.py::test_bias_is_minus_slope_times_distance_and_nothing_ahead"
+BY_LENGTH = "tests/unit/test_model_alibi.py::test_bias_is_exact_at_distances_past_65536"
+BY_CACHE = "tests/unit/test_model_properties.py::test_token_by_token_past_a_query_block_equals_the_whole"
+REFUSED = "tests/unit/test_model_certificate.py"
+
+MUTANTS = (
+    Mutant(
+        "every rank takes the first heads' slopes",
+        ALIBI,
+        "slopes(heads)[mine.start : mine.stop]",
+        "slopes(heads)[: len(mine)]",
+        BY_SLICES,
+    ),
+    Mutant(
+        "slopes of the local head count",
+        ALIBI,
+        "slopes(heads)[mine.start : mine.stop]",
+        "slopes(len(mine))",
+        BY_SLICES,
+    ),
+    Mutant(
+        "wrong sign",
+        ALIBI,
+        "bias = -local_slopes[:, None, None] * distance",
+        "bias = local_slopes[:, None, None] * distance",
+        BY_BIAS,
+    ),
+    Mutant(
+        "off-by-one distance",
+        ALIBI,
+        "query = torch.arange(keys - queries, keys, device=device)",
+        "query = torch.arange(keys - queries, keys, device=device) + 1",
+        BY_BIAS,
+    ),
+    Mutant(
+        "bf16 positions",
+        ALIBI,
+        "distance = query[:, None] - torch.arange(keys, device=device)[None, :]",
+        "distance = query[:, None].bfloat16() - torch.arange(keys, device=device).bfloat16()[None, :]",
+        BY_LENGTH,
+    ),
+    Mutant(
+        "bf16 distances",
+        ALIBI,
+        "* distance\n",
+        "* distance.bfloat16()\n",
+        BY_LENGTH,
+    ),
+    Mutant(
+        "reference: bias scaled by 1 / sqrt(head_dim)",
+        ATTENTION,
+        "keys=k.shape[2], device=q.device, dtype=wide)\n",
+        "keys=k.shape[2], device=q.device, dtype=wide) / q.shape[-1] ** 0.5\n",
+        f"{REFUSED}::test_a_real_decoder_is_certified_to_rounding[6-alibi-reference]",
+    ),
+    Mutant(
+        "sdpa: bias scaled by 1 / sqrt(head_dim)",
+        ATTENTION,
+        "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)",
+        "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype) / q.shape[-1] ** 0.5",
+        f"{REFUSED}::test_a_real_decoder_is_certified_to_rounding[6-alibi-sdpa]",
+    ),
+    Mutant(
+        "sdpa: a short block takes the strip's first rows",
+        ATTENTION,
+        "strip[:, :, rows - query.shape[2] :, keys - seen :]",
+        "strip[:, :, : query.shape[2], keys - seen :]",
+        BY_FORMULA,
+    ),
+    Mutant(
+        "sdpa: a block takes the strip's first columns",
+        ATTENTION,
+        "strip[:, :, rows - query.shape[2] :, keys - seen :]",
+        "strip[:, :, rows - query.shape[2] :, :seen]",
+        BY_FORMULA,
+    ),
+    Mutant(
+        "t5: far buckets off by one",
+        "training/model/t5.py",
+        "far = exact + (",
+        "far = exact + 1 + (",
+        "tests/unit/test_model_t5.py::test_buckets_of_distances_to_5000_equal_transformers",
+    ),
+    Mutant(
+        "rotary: position off by one behind a cache",
+        DECODER,
+        "start = cache.length if cache else 0\n            q, k = rotate",
+        "start = max(cache.length - 1, 0) if cache else 0\n            q, k = rotate",
+        f"{BY_CACHE}[rotary-sdpa]",
+    ),
+    Mutant(
+        "sinusoidal: position off by one behind a cache",
+        DECODER,
+        "start = cache.length if cache else 0\n            end",
+        "start = cache.length + 1 if cache else 0\n            end",
+        f"{BY_CACHE}[sinusoidal-sdpa]",
+    ),
+    Mutant(
+        "certificate: slopes not checked",
+        CERTIFICATE,
+        "if certificate.slopes_sha256 != expected:",
+        "if False:",
+        f"{REFUSED}::test_slopes_that_are_not_the_heads_are_refused_whatever_was_measured",
+    ),
+    Mutant(
+        "certificate: sign not checked",
+        CERTIFICATE,
+        "if not certificate.recency > 0:",
+        "if False:",
+        f"{REFUSED}::test_a_sign_is_refused_whatever_the_error",
+    ),
+    Mutant(
+        "certificate: shape not checked",
+        CERTIFICATE,
+        "if certificate.error is not None and not certificate.error <= tolerance:",
+        "if False:",
+        f"{REFUSED}::test_a_shape_that_is_not_the_slopes_is_refused[1.01]",
+    ),
+    Mutant(
+        "certificate: heads need not be complete",
+        CERTIFICATE,
+        "if sorted(heads) != list(range(model.heads)):",
+        "if False:",
+        f"{REFUSED}::test_heads_held_twice_are_refused",
+    ),
+)

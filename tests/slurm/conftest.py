@@ -1,0 +1,30 @@
+"""What all tests on the cluster share: the user's folder with prepared data, and one run that nothing disturbed."""
+
+import os
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import yaml
+
+from tests.slurm.runs import VALUES, Submitted, slurm, submit
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder on the login node, where the data was prepared by a job."""
+    assert os.uname().nodename == "login", "this is no login node: run `make test-slurm`"
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "book.txt").write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    (folder / "small.yaml").write_text(yaml.safe_dump(VALUES))
+    slurm("srun", f"--chdir={folder}", "--cpus-per-task=2", "trainshort", "prepare", "small.yaml")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken(home: Path) -> Submitted:
+    """A run of two nodes x two ranks, one srun task each, whose chain ran to its end."""
+    run = submit(home, "unbroken")
+    for name in ("train", "evaluate", "export"):
+        run.wait_for(name)
+    return run

@@ -1,0 +1,134 @@
+"""The whole chain on two nodes x two ranks, from the submission to the exported model."""
+
+import json
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.slurm.runs import STEPS, Submitted, slurm, submit, trainshort, wait_until
+
+pytestmark = pytest.mark.slurm
+
+
+def test_one_command_ends_in_an_evaluated_and_exported_model(unbroken: Submitted) -> None:
+    assert [line["step"] for line in unbroken.metrics()] == list(range(1, STEPS + 1))
+    assert unbroken.metrics()[-1]["loss"] < unbroken.metrics()[0]["loss"] - 1
+    report = json.loads((unbroken.folder / "evaluation" / "report.json").read_text())
+    assert [result["length"] for result in report["results"]] == [128, 2048]
+    assert (unbroken.folder / "export" / "hf" / "model.safetensors").is_file()
+    assert "logits differ by" in unbroken.log("export")
+
+
+def test_status_is_one_table_of_the_chain(unbroken: Submitted) -> None:
+    found = unbroken.status()
+    assert {job["name"]: job["state"] for job in found["jobs"]} == dict.fromkeys(
+        ("train", "evaluate", "export"), "COMPLETED"
+    )
+    assert [job["job"] for job in found["jobs"]] == [unbroken.job(name) for name in ("train", "evaluate", "export")]
+    assert found["jobs"][0]["nodes"] == "node[1-2]"
+    assert (found["step"], found["steps"], found["loss"]) == (STEPS, STEPS, unbroken.metrics()[-1]["loss"])
+    assert found["advice"] is None
+    table = unbroken.jobs("status")
+    assert "COMPLETED" in table
+    assert f"{STEPS}/{STEPS}" in table
+
+
+def test_each_rank_has_a_log_of_its_own(unbroken: Submitted) -> None:
+    logs = unbroken.folder / "logs"
+    jobs = {f"slurm-{name}-{unbroken.job(name)}.log" for name in ("train", "evaluate", "export")}
+    assert {file.name for file in logs.iterdir()} == {*(f"rank_{rank}.log" for rank in range(4)), *jobs}
+    assert f"step {STEPS}/{STEPS}" in (logs / "rank_0.log").read_text()
+    first, last = unbroken.log().splitlines()
+    assert first.endswith(f"start 0 from step 0 on node[1-2], job {unbroken.job()}")
+    assert last.endswith(f"trained to the last step: runs/unbroken/checkpoints/step_{STEPS:07d}")
+
+
+def test_what_ran_is_frozen_in_the_run_folder(unbroken: Submitted) -> None:
+    frozen = unbroken.folder / "slurm"
+    config = yaml.safe_load((frozen / "config.yaml").read_text())
+    assert config == yaml.safe_load((unbroken.folder / "config.yaml").read_text())
+    assert config["train"]["decay_steps"] == STEPS
+    environment = json.loads((unbroken.folder / "environment.json").read_text())
+    assert environment["packages"] == json.loads((frozen / "versions.json").read_text())
+    assert environment["packages"]["torch"] == version("torch")
+    source = json.loads((frozen / "code" / "source.json").read_text())
+    assert environment["code"] == source
+    assert len(source["commit"]) == 40
+    assert (frozen / "code" / "training" / "run.py").is_file()
+    assert "trainshort train runs/unbroken/slurm/config.yaml &" in (frozen / "train.sbatch").read_text()
+
+
+def test_finished_is_finished(unbroken: Submitted) -> None:
+    before = unbroken.exact()
+    lines = len((unbroken.folder / "logs" / "rank_0.log").read_text().splitlines())
+    assert unbroken.jobs("resume") == "runs/unbroken is trained, evaluated and exported: nothing is left to do\n"
+    assert unbroken.jobs("stop") == "runs/unbroken has no job that runs or waits\n"
+    again = submit(unbroken.home, "unbroken")
+    again.wait_for(seconds=30)
+    assert "trained to the last step" in again.log()
+    for name in ("evaluate", "export"):
+        again.wait_for(name)
+    assert "step_0000012 is exported already: runs/unbroken/export/hf" in again.log("export")
+    assert again.exact() == before
+    assert len((again.folder / "logs" / "rank_0.log").read_text().splitlines()) == lines
+
+
+def test_two_jobs_share_a_node(home: Path) -> None:
+    small = ("parallel.pipeline=1", "train.steps=4", "slurm.extra=[--nodelist=node1]", "evaluate.every=0")
+    # Something else listens where the first of them, the next job, would meet.
+    listen = (
+        "import os, pathlib, socket, time; port = 12001 + int(os.environ['SLURM_JOB_ID']); "
+        "listening = socket.create_server(('', port)); pathlib.Path('listening').touch(); time.sleep(600)"
+    )
+    wrap = shlex.join([sys.executable, "-c", listen])
+    listener = slurm(
+        *("sbatch", "--parsable", "--nodelist=node1", f"--chdir={home}", "--output=/dev/null", f"--wrap=exec {wrap}")
+    )
+    wait_until((home / "listening").exists, lambda: slurm("squeue"))
+    runs = [submit(home, name, *small, nodes=1) for name in ("one", "two")]
+    for run in runs:
+        run.wait_for()
+        assert run.field("NodeList") == "node1"
+        run.jobs("stop")
+    slurm("scancel", listener.strip())
+    one, two = runs
+    assert int(one.job()) == int(listener) + 1
+    assert len(one.metrics()) == 4
+    assert one.exact() == two.exact()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("slurm.partition=nosuch",),
+            "slurm.partition 'nosuch' is not on this cluster: set slurm.partition to main",
+        ),
+        (("slurm.memory=65G",), "slurm.memory 65G is more than a node of partition main has (64000M): use 64000M or"),
+        (
+            ("slurm.extra=[--mem=65000]",),
+            "sbatch refused runs/refused/slurm/train.sbatch: Memory specification can not be satisfied; Requested node "
+            "configuration is not available: mend the slurm section and submit again",
+        ),
+        (("slurm.time=5400",), 'slurm.time must be hours:minutes:seconds in quotes, got 5400: write "1:30:00" or'),
+        (("slurm.time='90'",), 'slurm.time must be hours:minutes:seconds in quotes, got 90: write "1:30:00" or'),
+        (("data.dir=elsewhere",), "elsewhere"),
+    ],
+)
+def test_what_the_cluster_cannot_give_is_one_line(home: Path, arguments: tuple[str, ...], message: str) -> None:
+    words = [word for value in ("run.dir=runs/refused", *arguments) for word in ("--set", value)]
+    done = trainshort(home, "slurm", "small.yaml", "--nodes", "2", "--submit", *words)
+    assert done.returncode in (2, 3)
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert slurm("squeue", "--noheader") == ""
+
+
+def test_more_nodes_than_there_are_is_one_line(home: Path) -> None:
+    done = trainshort(home, "slurm", "small.yaml", "--nodes", "4", "--submit", "--set", "train.global_batch=64")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --nodes 4 is more than partition main gives a job (3): use 3 or fewer\n"

@@ -1,0 +1,139 @@
+"""Ends that are no end: time limits, stops, failures, nodes that go away. What comes out is that of an unbroken run."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.runs import CLUSTER, STEPS, Submitted, slurm, submit, trainshort, wait_until
+
+pytestmark = pytest.mark.slurm
+
+
+def on_nodes(*command: str) -> None:
+    subprocess.run([CLUSTER, *command], check=True)
+
+
+def test_a_time_limit_saves_queues_again_and_changes_no_loss(home: Path, unbroken: Submitted) -> None:
+    run = submit(home, "limited", "slurm.time='0:02:00'", "slurm.signal_seconds=60")
+    run.freeze(3)
+    # What the user does to the run file meanwhile is for the next submission.
+    (home / "limited.yaml").write_text("not: [a run file")
+    assert 60 < run.status()["jobs"][0]["seconds_left"] <= 120
+    wait_until(lambda: (run.status()["jobs"][0]["seconds_left"] or 0) < 59, run.told)
+    run.thaw()
+    run.wait_for_line("queueing again")
+    saved = run.status()["checkpoint"]
+    assert saved > "step_0000000"
+    assert run.states()["evaluate"] == "PENDING"
+    run.wait_for(state="RUNNING", seconds=60)
+    assert run.field("Restarts") == "1"
+    run.wait_for()
+    run.jobs("stop")
+    assert f"start 1 from {saved} on node" in run.log()
+    assert run.exact() == unbroken.exact()
+    logs = run.folder / "logs"
+    assert {file.name for file in logs.glob("rank_*")} == {f"rank_{rank}.log" for rank in range(4)}
+    text = (logs / "rank_0.log").read_text()
+    assert "stopped after step" in text
+    assert f"step {STEPS}/{STEPS}" in text
+
+
+def test_torchrun_starts_the_ranks_and_jobs_stop_and_resume_change_no_loss(home: Path, unbroken: Submitted) -> None:
+    run = submit(home, "torchrun", "slurm.starter=torchrun")
+    assert "srun --kill-on-bad-exit=1 \\\n  bash -c" in (run.folder / "slurm" / "train.sbatch").read_text()
+    run.freeze(2)
+    refused = trainshort(home, "slurm", "torchrun.yaml", "--submit")
+    assert refused.returncode == 2
+    assert f"runs/torchrun has job {run.job()} (train, RUNNING) already: wait for it, or end it" in refused.stderr
+    first = run.job()
+    assert run.jobs("stop").splitlines() == [
+        f"export: job {run.job('export')} is cancelled",
+        f"evaluate: job {run.job('evaluate')} is cancelled",
+        f"train: job {first} is asked to save and end",
+    ]
+    run.thaw()
+    wait_until(lambda: run.states() == {"train": "STOPPED", "evaluate": "CANCELLED", "export": "CANCELLED"}, run.told)
+    steps = len(run.metrics())
+    assert 2 <= steps < STEPS
+    assert run.status()["checkpoint"] == f"step_{steps:07d}"
+    assert run.status()["advice"] == "stopped: trainshort jobs resume runs/torchrun goes on"
+    assert run.jobs("resume").startswith("submitted train: job ")
+    assert run.job() != first
+    run.wait_for()
+    run.jobs("stop")
+    assert f"start 0 from step_{steps:07d} on node" in run.log()
+    assert run.exact() == unbroken.exact()
+    text = (run.folder / "logs" / "rank_0.log").read_text()
+    assert f"stopped after step {steps}, saved" in text
+    assert f"step {STEPS}/{STEPS}" in text
+
+
+def test_a_failed_training_leaves_nothing_waiting(home: Path) -> None:
+    run = submit(home, "failed", "parallel.pipeline=1", "train.learning_rate=1e30", nodes=1)
+    run.wait_for(state="FAILED")
+    wait_until(lambda: run.states() == {"train": "FAILED", "evaluate": "CANCELLED", "export": "CANCELLED"}, run.told)
+    assert run.field("Restarts") == "0"
+    *_, summary, error = run.log().splitlines()
+    assert summary.endswith(": read runs/failed/logs/rank_*.log")
+    assert error.startswith("error: the loss is nan")
+    log = f"runs/failed/logs/slurm-train-{run.job()}.log"
+    assert run.status()["advice"] == f"train ended FAILED: read {log}, then trainshort jobs resume runs/failed"
+    assert slurm("squeue", "--noheader") == ""
+
+
+def test_a_run_without_progress_is_not_queued_for_ever(home: Path) -> None:
+    run = submit(home, "stuck")
+    for start in range(2):
+        run.wait_for_line(f"start {start} from step 0 on node")
+        slurm("scontrol", "requeue", run.job())  # as SLURM does when a node fails
+    run.wait_for(state="FAILED")
+    assert "no progress: two starts went no further than step 0; read runs/stuck/logs/rank_*.log" in run.log()
+    wait_until(lambda: slurm("squeue", "--noheader") == "", run.told)
+    run.jobs("resume")
+    run.wait_for_line("start 0 from step 0 on node")
+    slurm("scancel", "--batch", "--signal=USR1", run.job())  # as SLURM does before the time limit
+    run.wait_for(state="FAILED")
+    assert "no progress: nothing was saved since step 0, so the job is not queued again" in run.log()
+    wait_until(lambda: slurm("squeue", "--noheader") == "", run.told)
+
+
+def test_a_node_that_goes_away_is_left_behind(home: Path, unbroken: Submitted) -> None:
+    run = submit(home, "crashed")
+    run.freeze(6)
+    assert run.field("NodeList") == "node[1-2]"
+    on_nodes("crash", "node2")
+    try:
+        wait_until(lambda: run.field("Restarts") == "1", run.told)
+        needy = submit(home, "needy", "train.global_batch=24", "train.micro_batch=1", "parallel.pipeline=3", nodes=3)
+        wait_until(lambda: needy.status()["advice"], needy.told)
+        advice = needy.status()["advice"]
+        assert advice.startswith("train waits for 3 nodes with what its script asks for (")
+        assert "DOWN" in advice or "ReqNodeNotAvail" in advice
+        needy.jobs("stop")
+        run.wait_for()
+        run.jobs("stop")
+    finally:
+        on_nodes("boot", "node2")
+        wait_until(lambda: "node2 idle" in slurm("sinfo", "-hN", "-p", "main", "-o", "%N %T"), run.told)
+    assert run.field("NodeList") == "node[1,3]"
+    assert "start 1 from step_0000004 on node[1,3]" in run.log()
+    assert run.exact() == unbroken.exact()
+    assert os.path.exists(run.folder / "logs" / "metrics_discarded.jsonl")
+
+
+def test_a_job_that_is_pushed_out_saves_and_queues_again(home: Path, unbroken: Submitted) -> None:
+    run = submit(home, "preempted", "slurm.partition=spot")
+    run.freeze(2)
+    # The ranks are told at once and have ten seconds of grace; ending well in them must not count as the end.
+    push = ["sbatch", "--parsable", "--partition=main", "--nodes=3", "--exclusive", "--wrap=true", "--output=/dev/null"]
+    slurm(*push)
+    wait_until(lambda: run.field("PreemptTime") != "None", run.told, seconds=30)
+    run.thaw()
+    run.wait_for_line("queueing again")
+    saved = run.status()["checkpoint"]
+    run.wait_for()
+    run.jobs("stop")
+    assert f"start 1 from {saved} on node" in run.log()
+    assert run.exact() == unbroken.exact()

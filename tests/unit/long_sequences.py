@@ -1,0 +1,70 @@
+"""Losses of one long sequence, in a process of its own so that the peak of its memory is its own. Prints JSON."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from configs.schema import Model
+from parallel.groups import lone_groups
+from parallel.seeds import initial_weights
+from training.model.cache import KeyValueCache
+from training.model.decoder import Decoder
+from training.model.single import SingleModel, lone_decoder
+
+VOCABULARY = 97
+SHORTEST = 8192
+CHUNK = 512
+
+
+def make(backend: str) -> Decoder:
+    """Return a small decoder, the same weights with any backend."""
+    model = Model(layers=2, hidden=64, heads=4, init_std=0.1, attention=backend)  # type: ignore[arg-type]
+    decoder = lone_decoder(model, vocab_size=VOCABULARY)
+    initial_weights(decoder, seed=1, tensor=lone_groups().tensor)
+    return decoder
+
+
+def whole(tokens: torch.Tensor) -> torch.Tensor:
+    """Return losses [1, length] by the reference backend: every score of a chunk of queries, written out."""
+    decoder, cache = make("reference"), KeyValueCache()
+    with torch.no_grad():
+        parts = [decoder.logits(decoder.hidden(part, cache)) for part in torch.split(tokens[:, :-1], CHUNK, dim=1)]
+    return torch.nn.functional.cross_entropy(torch.cat(parts, dim=1)[0], tokens[0, 1:], reduction="none")[None]
+
+
+def peak_gb() -> float:
+    """Return the peak of this process's memory; getrusage would count that of the process that started it."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found
+    return int(found[1]) * 1024 / 1e9
+
+
+def main() -> None:
+    """Score one sequence at doubling lengths."""
+    tokens = torch.randint(0, VOCABULARY, (1, int(sys.argv[1]) + 1), generator=torch.Generator().manual_seed(0))
+    model = SingleModel(make("sdpa"), device=torch.device("cpu"), certificate={})
+    peaks, losses, length = {}, {}, SHORTEST
+    while length < tokens.shape[1]:
+        losses[length] = model.losses(tokens[:, : length + 1])
+        peaks[length] = peak_gb()
+        length *= 2
+    longest = losses[max(losses)]
+    sys.stdout.write(
+        json.dumps(
+            {
+                "peaks_gb": peaks,
+                "mean_loss": longest.mean().item(),
+                "prefix_difference": max(
+                    (longest[:, :length] - some).abs().max().item() for length, some in losses.items()
+                ),
+                "whole_difference": (losses[SHORTEST] - whole(tokens[:, : SHORTEST + 1])).abs().max().item(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Every file operation of a save fails once, one after the other: nothing is lost but that save."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.broken_disk import CountedOs, Fail, from_then_on, once
+from tests.unit.one_rank import STEPS, OneRank
+from training.checkpoint import disk
+from training.checkpoint.manifest import check_whole, list_checkpoints
+from training.checkpoint.write import SaveError
+
+BEFORE = 2  # steps of the run whose next save meets the failing disk
+EXACT = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "consumed_samples")
+
+
+@pytest.fixture(scope="module")
+def begun(rank: OneRank, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with two checkpoints, so that the next save also removes one."""
+    run_dir = tmp_path_factory.mktemp("begun") / "run"
+    rank.start(run_dir, steps=BEFORE)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def unbroken(rank: OneRank, tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    rank.start(run_dir)
+    return figures(run_dir)
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(run_dir: Path) -> list[list[Any]]:
+    return [[line[key] for key in EXACT] for line in lines(run_dir)]
+
+
+def steps_of_whole(run_dir: Path) -> list[int]:
+    """Return the steps that are saved; each must be whole, to the last byte."""
+    return [check_whole(found.path).step for found in list_checkpoints(run_dir)]
+
+
+def unfinished(run_dir: Path) -> list[str]:
+    return [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def count_of_a_save(rank: OneRank, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    run_dir = tmp_path / "counted"
+    shutil.copytree(begun, run_dir)
+    monkeypatch.setattr(disk, "os", counted := CountedOs())
+    rank.start(run_dir, steps=BEFORE + 1)
+    assert {"mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir"} <= set(counted.names)
+    assert steps_of_whole(run_dir) == [BEFORE, BEFORE + 1]
+    return len(counted.names)
+
+
+def start(rank: OneRank, begun: Path, run_dir: Path, fail: Fail, *, steps: int) -> None:
+    shutil.copytree(begun, run_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "os", CountedOs(fail))
+        rank.start(run_dir, steps=steps)
+
+
+def test_training_goes_on_whatever_operation_of_a_save_fails(
+    rank: OneRank, begun: Path, unbroken: list[list[Any]], count_of_a_save: int, tmp_path: Path
+) -> None:
+    failed = 0
+    for number in range(1, count_of_a_save + 1):
+        run_dir = tmp_path / f"run_{number}"
+        start(rank, begun, run_dir, once(number), steps=STEPS)
+        assert figures(run_dir) == unbroken, number
+        assert steps_of_whole(run_dir)[-1] == STEPS, number
+        assert unfinished(run_dir) == [], number
+        signs = [line.get("failed_saves") for line in lines(run_dir)]
+        assert signs in ([None] * STEPS, [None] * (BEFORE + 1) + [1] * (STEPS - BEFORE - 1)), number
+        failed += signs[-1] is not None
+        shutil.rmtree(run_dir)
+    # the others were the removal of an older checkpoint, once the new one was there
+    assert count_of_a_save - failed < 12
+
+
+def test_a_disk_that_fails_for_good_leaves_the_last_whole_checkpoint_to_resume_from(
+    rank: OneRank,
+    begun: Path,
+    unbroken: list[list[Any]],
+    count_of_a_save: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    newest: set[int] = set()
+    for number in range(1, count_of_a_save + 1):
+        run_dir = tmp_path / f"run_{number}"
+        error = None
+        try:
+            start(rank, begun, run_dir, from_then_on(number), steps=BEFORE + 1)
+        except SaveError as raised:
+            error = raised
+        if error is not None:
+            assert error.exit_code == 3
+            assert str(error).endswith("(Input/output error): free space, or mend the disk")
+            assert "NOT SAVED" in caplog.text
+        saved = steps_of_whole(run_dir)
+        assert saved[-1] >= BEFORE, number
+        newest.add(saved[-1])
+        assert rank.start(run_dir).step == saved[-1], number
+        assert figures(run_dir) == unbroken, number
+        assert steps_of_whole(run_dir)[-2:] == [STEPS - 1, STEPS], number
+        assert unfinished(run_dir) == [], number
+        shutil.rmtree(run_dir)
+        caplog.clear()
+    assert newest == {BEFORE, BEFORE + 1}
+
+
+def test_a_step_saved_again_replaces_the_old_folder_whatever_fails(
+    rank: OneRank, begun: Path, unbroken: list[list[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The newest checkpoint is altered: a resume passes over it, and trains and saves its step again."""
+    caplog.set_level(logging.CRITICAL)
+    altered = tmp_path / "altered"
+    shutil.copytree(begun, altered)
+    weights = altered / "checkpoints" / f"step_{BEFORE:07d}" / "stage_00_tensor_00.exp_avg.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    shutil.copytree(altered, counted_dir := tmp_path / "counted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "os", counted := CountedOs())
+        rank.start(counted_dir, steps=BEFORE)
+    # up to the first renaming it is a save like any other
+    for number in range(counted.names.index("rename") + 1, len(counted.names) + 1):
+        run_dir = tmp_path / f"run_{number}"
+        start(rank, altered, run_dir, once(number), steps=BEFORE)
+        assert steps_of_whole(run_dir)[-1] == BEFORE, number
+        rank.start(run_dir)
+        assert figures(run_dir) == unbroken, number
+        assert unfinished(run_dir) == [], number
+        shutil.rmtree(run_dir)

@@ -1,0 +1,272 @@
+"""What a run keeps, when it stops, and what a resume must find again."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import InputError, MachineError
+from configs.load import load_run
+from configs.schema import Checkpoint
+from data_pipeline.prepare import prepare
+from tests.unit.one_rank import STEPS, OneRank
+from training import folder
+from training.checkpoint import disk, read
+from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
+from training.checkpoint.read import open_checkpoint
+from training.checkpoint.retention import superfluous
+from training.checkpoint.write import SaveError
+from training.observers import MetricsFile, StepResult
+from training.preflight import make_ready
+
+SAVED = 2
+
+
+@pytest.fixture(scope="module")
+def trained(rank: OneRank, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    rank.start(run_dir, steps=SAVED)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def saved(losses: dict[int, float | None]) -> dict[Path, Manifest]:
+    layout = {"tensor": 1, "pipeline": 1, "vocab_size": 9}
+    return {
+        Path(f"{step}"): Manifest(step, step, 0.0, "", loss, **layout, tensors={}, files={})
+        for step, loss in losses.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        ({"keep": 2}, [50, 60]),
+        ({"keep": 100}, [10, 20, 30, 40, 50, 60]),
+        ({"keep": 1, "keep_every": 20}, [20, 40, 60]),
+        ({"keep": 1, "keep_best": 1}, [30, 60]),
+        ({"keep": 1, "keep_best": 2}, [30, 50, 60]),
+        ({"keep": 2, "keep_every": 30, "keep_best": 3}, [20, 30, 50, 60]),
+    ],
+)
+def test_the_last_every_nth_and_the_best_stay(rules: dict[str, int], kept: list[int]) -> None:
+    # the best of equals is the newer one
+    whole = saved({10: 3.0, 20: 2.5, 30: 2.0, 40: None, 50: 2.5, 60: 2.6})
+    gone = superfluous(whole, rules=Checkpoint(**rules))
+    assert [manifest.step for path, manifest in whole.items() if path not in gone] == kept
+
+
+def test_a_run_keeps_every_nth_checkpoint(rank: OneRank, tmp_path: Path) -> None:
+    rank.start(tmp_path / "run", "checkpoint.keep=1", "checkpoint.keep_every=2", steps=5)
+    assert [found.step for found in list_checkpoints(tmp_path / "run")] == [2, 4, 5]
+
+
+def test_steps_that_stay_must_be_saved_ones() -> None:
+    with pytest.raises(InputError) as error:
+        load_run("demo", overrides=["checkpoint.every=100", "checkpoint.keep_every=250"])
+    assert str(error.value) == (
+        "demo: checkpoint.keep_every must be a multiple of checkpoint.every (100), got 250: no other step is saved"
+    )
+
+
+@pytest.mark.parametrize("measured", [0, 30])
+def test_the_best_needs_a_validation_at_each_saved_step(measured: int) -> None:
+    overrides = ["checkpoint.every=100", "checkpoint.keep_best=2", f"evaluate.every={measured}"]
+    with pytest.raises(InputError) as error:
+        load_run("demo", overrides=overrides)
+    assert str(error.value) == (
+        "demo: checkpoint.keep_best is 2, but not every saved step has a validation loss: "
+        f"set evaluate.every ({measured}) to checkpoint.every (100) or a divisor of it"
+    )
+
+
+def test_a_stop_file_saves_and_ends_once(
+    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = MetricsFile.on_step
+
+    def then_stop(self: MetricsFile, step: StepResult) -> None:
+        real(self, step)
+        (run_dir / "STOP").touch()
+
+    monkeypatch.setattr(MetricsFile, "on_step", then_stop)
+    rank.start(run_dir, "checkpoint.every=100")
+    assert [found.step for found in list_checkpoints(run_dir)] == [2, 3]
+    assert "stopped after step 3, saved: start again to go on" in caplog.text
+    assert not (run_dir / "STOP").exists(), "the next start must go on"
+    monkeypatch.undo()
+    rank.start(run_dir)
+    assert list_checkpoints(run_dir)[-1].step == STEPS
+
+
+def test_a_stop_file_that_waits_for_a_start_ends_it_before_its_first_step(rank: OneRank, run_dir: Path) -> None:
+    (run_dir / "STOP").touch()
+    rank.start(run_dir)
+    assert list_checkpoints(run_dir)[-1].step == 2
+    assert not (run_dir / "STOP").exists()
+
+
+def test_another_model_under_the_same_checkpoint_is_refused_unless_it_is_accepted(
+    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = read.Checkpoint.slice
+
+    def changed(self: read.Checkpoint, *arguments: object, **more: object) -> torch.Tensor:
+        return real(self, *arguments, **more) * 1.01  # type: ignore[arg-type]
+
+    monkeypatch.setattr(read.Checkpoint, "slice", changed)
+    with pytest.raises(InputError) as error:
+        rank.start(run_dir)
+    message = str(error.value)
+    loss = read_manifest(list_checkpoints(run_dir)[-1].path).probe_loss
+    assert f"gave the probe batch a loss of {loss:.6f} when it was saved, now " in message
+    assert message.endswith("or accept it with `trainshort train --accept-change`")
+    rank.start(run_dir, accept_change=True)
+    assert list_checkpoints(run_dir)[-1].step == STEPS
+
+
+def test_other_data_under_the_same_checkpoint_are_refused_by_their_hash(rank: OneRank, run_dir: Path) -> None:
+    folder = list_checkpoints(run_dir)[-1].path
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["order_hash"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"followed by other samples when it was saved \(hash 000000000000, now "):
+        rank.start(run_dir)
+
+
+def test_the_hash_of_the_order_tells_positions_seeds_and_tokens_apart(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = rank.config(tmp_path / "run")
+    loader = rank.loader(config)
+    hashes = {
+        loader.order_hash(0),
+        loader.order_hash(4),
+        rank.loader(rank.config(tmp_path, "run.seed=2")).order_hash(0),
+    }
+    assert len(hashes) == 3
+    assert rank.loader(config).order_hash(4) in hashes
+    real = loader._samples.read
+    monkeypatch.setattr(loader._samples, "read", lambda ids: np.asarray(real(ids)) + 1)
+    assert loader.order_hash(4) not in hashes
+
+
+def test_init_from_takes_weights_alone_to_another_length_and_other_data(
+    rank: OneRank, trained: Path, tmp_path: Path
+) -> None:
+    config = rank.config(tmp_path / "run")
+    text = tmp_path / "other.txt"
+    text.write_text("".join(f"line {i} of other data counts {i * i}\n" for i in range(500)), encoding="utf-8")
+    more = [
+        f"train.init_from={trained}",
+        f"data.sources=[{text}]",
+        f"data.dir={tmp_path / 'data'}",
+        f"data.tokenizer={open_checkpoint(trained).tokenizer}",
+        "data.sequence_length=16",
+    ]
+    other = rank.config(tmp_path / "run", *more)
+    prepared = prepare(other.data, folder=tmp_path / "data", progress=False)
+    longer = OneRank([*rank.overrides, *more], prepared, rank.engine, rank.groups, rank.initial)
+    assert longer.start(tmp_path / "run", "train.learning_rate=1e-12", "train.min_learning_rate=0", steps=1).step == 0
+    assert config.data.sequence_length == 8
+    began, now = open_checkpoint(trained), open_checkpoint(tmp_path / "run")
+    assert (now.step, now.manifest.consumed_samples) == (1, 4)
+    for name, weight in began.weights().items():
+        torch.testing.assert_close(now.tensor(name, kind="weight"), weight, atol=1e-9, rtol=1e-6)
+    moments = now.tensor("embedding.word.weight", kind="exp_avg")
+    assert not torch.equal(moments, began.tensor("embedding.word.weight", kind="exp_avg"))
+    # altered weights are not taken
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    for found in list_checkpoints(copy):
+        path = found.path / "stage_00_tensor_00.weight.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(InputError, match="no checkpoint in .* is whole"):
+        longer.start(tmp_path / "again", f"train.init_from={copy}", steps=1)
+
+
+def test_lines_of_metrics_wait_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, real = MetricsFile(tmp_path, last_step=0), os.write
+    file.on_step(result(1))
+
+    def half(handle: int, data: bytes) -> int:
+        real(handle, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", half)
+        file.on_step(result(2))
+        file.on_step(result(3))
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
+    file.on_step(result(4))
+    file.close("FINISHED")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
+        file = MetricsFile(tmp_path, last_step=4)
+        patch.setattr(os, "write", half)
+        file.on_step(result(5))
+        file.close("FINISHED")
+    assert "lacks its last 1 lines" in caplog.text
+
+
+def result(step: int) -> StepResult:
+    return StepResult(step, 1.0, 0.1, 1.0, step, step, 0.1, 1.0, None, 0.1)
+
+
+def test_a_run_whose_last_checkpoint_was_altered_is_not_finished(rank: OneRank, run_dir: Path) -> None:
+    config = rank.config(run_dir, f"train.steps={SAVED}", f"train.decay_steps={STEPS}")
+    assert make_ready(config, world_size=1, device="cpu").finished
+    weights = next((run_dir / "checkpoints" / f"step_{SAVED:07d}").glob("*.weight.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert not make_ready(config, world_size=1, device="cpu").finished
+
+
+def test_fewer_steps_than_were_taken_are_refused(rank: OneRank, run_dir: Path) -> None:
+    config = rank.config(run_dir, f"train.steps={SAVED - 1}", f"train.decay_steps={STEPS}")
+    with pytest.raises(InputError) as caught:
+        make_ready(config, world_size=1, device="cpu")
+    assert str(caught.value) == (
+        f"train.steps is {SAVED - 1}, but {run_dir} is trained to step {SAVED}: set train.steps to {SAVED} or more, "
+        "or choose another run.dir"
+    )
+
+
+def test_a_stop_file_goes_also_when_the_last_save_fails(
+    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = MetricsFile.on_step
+
+    def then_stop(self: MetricsFile, step: StepResult) -> None:
+        real(self, step)
+        (run_dir / "STOP").touch()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(MetricsFile, "on_step", then_stop)
+    monkeypatch.setattr(disk, "make_folder", full)
+    with pytest.raises(SaveError):
+        rank.start(run_dir, "checkpoint.every=100")
+    assert not (run_dir / "STOP").exists(), "the next start, with a mended disk, must go on"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"run folder .* cannot be written \(No space left on device\)"):
+        with folder.writing(tmp_path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,110 @@
+"""`trainshort doctor` as a user meets it."""
+
+import json
+import socket
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.backends import BACKENDS
+from launch import doctor
+from tests.unit.command_line import Call, refused
+from training.model import bias
+from training.model.alibi import causal_bias
+
+HOUSE = Path(__file__).parents[2]
+
+
+def test_it_tells_what_the_machine_has(trainshort: Call) -> None:
+    answer = trainshort("doctor", "--json")
+    assert (answer.code, answer.error) == (0, "")
+    found = json.loads(answer.out)
+    assert list(found) == ["python", "packages", "cpu", "gpus", "network", "slurm", "attention"]
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["cpu"]["memory_bytes"] > found["cpu"]["available_bytes"] > 0
+    assert found["network"]["free_port"] > 0
+    assert [backend["name"] for backend in found["attention"]] == list(BACKENDS)
+    lacks = {backend["name"]: backend["lacks"] for backend in found["attention"]}
+    assert lacks["sdpa"] is None
+    if not found["gpus"]["usable"]:
+        assert "needs a GPU" in lacks["flex"]
+
+
+def test_its_tables_fit_80_columns_and_lose_nothing(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    answer = trainshort("doctor")
+    assert max(len(line) for line in answer.out.splitlines()) <= 80
+    assert "…" not in answer.out
+    words = " ".join(answer.out.split())
+    for backend in BACKENDS.values():
+        assert backend.has_run in words
+        assert backend.what in words
+
+
+def test_packages_are_those_of_the_project() -> None:
+    project = tomllib.loads((HOUSE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {dependency.split(">")[0] for dependency in project["dependencies"]}
+    assert named == set(doctor.PACKAGES) - {"flash_attn"}
+
+
+def test_a_name_that_does_not_resolve_is_told(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert "does not resolve" in " ".join(trainshort("doctor").out.split())
+
+
+def test_memory_is_unknown_where_the_system_does_not_say(tmp_path: Path) -> None:
+    assert doctor.memory_report(tmp_path / "none") == {"memory_bytes": None, "available_bytes": None}
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_audit_takes_the_run_s_lengths_and_precision(trainshort: Call) -> None:
+    sets = ("--set", "train.precision=bf16", "--set", "evaluate.lengths=[24, 512]")
+    answer = trainshort("doctor", "--alibi", "run.yaml", *sets, "--json")
+    assert (answer.code, answer.error) == (0, "")
+    found = json.loads(answer.out)
+    assert (found["backend"], found["precision"], found["heads"], found["limit"]) == ("sdpa", "bf16", 4, 3e-3)
+    assert [one["length"] for one in found["lengths"]] == [16, 24, 512]
+    assert found["within"]
+    assert set(found["lengths"][0]["heads"][0]) == {"head", "slope", "measured", "absolute", "relative"}
+    shown = trainshort("doctor", "--alibi", "run.yaml", *sets)
+    assert "every row is within the limit for bf16, 0.003" in shown.out
+    assert max(len(line) for line in shown.out.splitlines()) <= 80
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_an_audit_over_the_limit_fails(trainshort: Call, monkeypatch: pytest.MonkeyPatch, form: tuple[str]) -> None:
+    monkeypatch.setattr(bias, "causal_bias", lambda *args, **keys: causal_bias(*args, **keys) * torch.nan)
+    answer = trainshort("doctor", "--alibi", "run.yaml", *form)
+    assert answer.code == 1
+    assert answer.error.startswith("error: ALiBi is not exact here: sdpa in fp32 puts 1 of a row's attention of head ")
+    assert len(answer.error.splitlines()) == 1
+    assert answer.out
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "a.b=1"), "--set a.b=1 changes a run file, and none is given: add --alibi RUN.yaml"),
+        (
+            ("--alibi", "run.yaml", "--set", "model.position=rotary"),
+            "--alibi audits ALiBi, but model.position is rotary: give a run with model.position alibi",
+        ),
+        (("--alibi", "nowhere.yaml"), "nowhere.yaml"),
+    ],
+)
+def test_bad_input_is_one_line(trainshort: Call, arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused(trainshort, "doctor", *arguments)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_backend_that_the_machine_lacks_is_refused(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    message = refused(trainshort, "doctor", "--alibi", "run.yaml", "--set", "model.attention=flex")
+    assert message.startswith("model.attention flex needs a GPU")

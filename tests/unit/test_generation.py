@@ -1,0 +1,106 @@
+"""How the next token is chosen, and when generation ends; what a whole model generates is in the whole job."""
+
+import math
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import InputError, TrainshortError
+from tests.unit.decoder_samples import VOCABULARY, make_decoder
+from training import generation
+from training.generation import Sampling, choose, continue_tokens, generate
+from training.model.cache import KeyValueCache
+from training.model.single import SingleModel
+
+LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()  # tokens 1, 3, 2, 0 from the likeliest on
+
+
+def drawn(sampling: Sampling, *, draws: int = 2000) -> list[int]:
+    generator = torch.Generator().manual_seed(sampling.seed)
+    return [choose(LOGITS, sampling=sampling, generator=generator) for _ in range(draws)]
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert set(drawn(Sampling())) == {1}
+    assert set(drawn(Sampling(temperature=1e-300))) == {1}
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.01, {1}), (0.4, {1}), (0.41, {1, 3}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})]
+)
+def test_top_p_keeps_the_likeliest_that_reach_it_together(top_p: float, kept: set[int]) -> None:
+    assert set(drawn(Sampling(temperature=1.0, top_p=top_p))) == kept
+
+
+def test_draws_follow_the_probabilities_and_the_temperature() -> None:
+    plain = drawn(Sampling(temperature=1.0), draws=8000)
+    assert plain.count(1) / 8000 == pytest.approx(0.4, abs=0.03)
+    assert plain.count(0) / 8000 == pytest.approx(0.1, abs=0.03)
+    cold = drawn(Sampling(temperature=0.5), draws=8000)  # probabilities squared
+    assert cold.count(1) / 8000 == pytest.approx(0.16 / 0.30, abs=0.03)
+
+
+def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
+    first = drawn(Sampling(temperature=1.0, seed=5))
+    assert first == drawn(Sampling(temperature=1.0, seed=5))
+    assert first != drawn(Sampling(temperature=1.0, seed=6))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.1}, "--temperature must be 0 or more, got -0.1: 0 takes the likeliest token"),
+        ({"temperature": math.nan}, "--temperature must be 0 or more, got nan: 0 takes the likeliest token"),
+        ({"top_p": 0.0}, "--top-p must be above 0 and at most 1, got 0.0: 1 draws from all tokens"),
+        ({"top_p": 1.5}, "--top-p must be above 0 and at most 1, got 1.5: 1 draws from all tokens"),
+        ({"top_p": 0.5}, "--top-p 0.5 draws, but --temperature is 0: add --temperature 1 or drop it"),
+    ],
+)
+def test_what_means_nothing_is_refused(values: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Sampling(**values)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
+    with pytest.raises(TrainshortError, match="the model's logits are no numbers"):
+        choose(torch.tensor([0.0, value]), sampling=Sampling(), generator=torch.Generator())
+
+
+def test_bad_questions_are_refused_before_a_checkpoint_is_read(tmp_path: Path) -> None:
+    for prompt, tokens, message in (
+        ("x", 0, "tokens to generate must be 1 or more, got 0"),
+        ("a\udcff", 1, "not UTF-8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generate(tmp_path / "none", prompt=prompt, tokens=tokens, sampling=Sampling())
+
+
+@pytest.mark.parametrize("position", ["alibi", "sinusoidal", "rotary", "t5", "none"])
+def test_greedy_tokens_are_those_of_the_whole_sequence_however_the_prompt_is_read(
+    monkeypatch: pytest.MonkeyPatch, position: str
+) -> None:
+    decoder = make_decoder(4, position=position)
+    model = SingleModel(decoder, device=torch.device("cpu"), certificate={})
+    prompt = torch.randint(0, VOCABULARY, (11,), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = list(prompt)
+    for _ in range(8):
+        expected.append(int(model.logits(torch.tensor([expected]))[0, -1].argmax()))
+    for part in (4096, 4, 1):
+        monkeypatch.setattr(generation, "PREFILL_TOKENS", part)
+        stream = continue_tokens(model, prompt, sampling=Sampling(), end=None)
+        assert prompt + list(islice(stream, 8)) == expected
+
+
+class Counting:
+    """Always finds the next number likeliest."""
+
+    def next_logits(self, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+        return torch.nn.functional.one_hot(tokens[:, -1] + 1, 10).float()
+
+
+def test_a_document_that_ends_ends_generation() -> None:
+    assert list(continue_tokens(Counting(), [3], sampling=Sampling(), end=6)) == [4, 5, 6]

@@ -1,0 +1,91 @@
+"""The backends made for GPUs, as far as a CPU can tell: their formula and their calls."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from training.model.alibi import slopes
+from training.model.attention import Flash, Flex, Reference
+from training.model.bias import SlopeBias
+
+HEADS = 3
+
+
+def bias_of(position: str) -> SlopeBias:
+    return SlopeBias(torch.tensor(slopes(HEADS), dtype=torch.float64) if position == "alibi" else None)
+
+
+def random_qkv(queries: int, keys: int, *, seed: int, head_dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, HEADS, queries, head_dim, generator=generator)
+    k, v = torch.randn(2, 2, HEADS, keys, head_dim, generator=generator)
+    return q, k, v
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("position", ["alibi", "none"])
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (200, 200), (5, 40), (1, 150), (130, 300)])
+@torch.no_grad()
+def test_flex_on_the_cpu_equals_the_reference(position: str, queries: int, keys: int) -> None:
+    bias, inputs = bias_of(position), random_qkv(queries, keys, seed=0)
+    torch.testing.assert_close(Flex(bias)(*inputs), Reference(bias)(*inputs), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A stand-in for flash-attn, and what it was called with.
+
+    It follows flash_attn_func's documentation: layout [batch, seq, heads, head_dim]; scale 1 / sqrt(head_dim); causal
+    and ALiBi aligned to the bottom right, the bias being -slope * |i + keys - queries - j|; slopes fp32. It says
+    whether our call means what we want by that documentation. It does not replace a run on hardware.
+    """
+    calls: list[dict[str, Any]] = []
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, alibi_slopes: Tensor | None) -> Tensor:
+        calls.append({"q": q, "k": k, "v": v, "causal": causal, "alibi_slopes": alibi_slopes})
+        (_, queries, heads, head_dim), keys = q.shape, k.shape[1]
+        assert heads == k.shape[2] == v.shape[2], "flash-attn's layout is [batch, seq, heads, head_dim]"
+        aligned = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)[None, :]
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / head_dim**0.5
+        if alibi_slopes is not None:
+            assert alibi_slopes.dtype is torch.float32, "flash-attn takes fp32 slopes"
+            assert tuple(alibi_slopes.shape) in ((heads,), (q.shape[0], heads))
+            scores = scores - alibi_slopes[..., None, None] * aligned.abs()
+        if causal:
+            scores = scores.masked_fill(aligned < 0, -torch.inf)
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return calls
+
+
+@pytest.mark.parametrize("position", ["alibi", "none"])
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (5, 40), (1, 30)])
+@torch.no_grad()
+def test_the_call_of_flash_means_the_reference_by_its_documentation(
+    flash_calls: list[dict[str, Any]], position: str, queries: int, keys: int
+) -> None:
+    bias, inputs = bias_of(position), random_qkv(queries, keys, seed=1)
+    out = Flash(bias)(*inputs)
+    assert out.shape == inputs[0].shape
+    torch.testing.assert_close(out, Reference(bias)(*inputs), atol=1e-5, rtol=0)
+    (call,) = flash_calls
+    assert call["causal"] is True
+    assert (call["alibi_slopes"] is None) == (position == "none")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@settings(max_examples=10, deadline=None)
+@given(queries=st.integers(1, 30), before=st.integers(0, 30), seed=st.integers(0, 99))
+@torch.no_grad()
+def test_flex_follows_the_length_at_each_call(queries: int, before: int, seed: int) -> None:
+    bias, inputs = bias_of("alibi"), random_qkv(queries, before + queries, seed=seed)
+    torch.testing.assert_close(Flex(bias)(*inputs), Reference(bias)(*inputs), atol=1e-5, rtol=0)

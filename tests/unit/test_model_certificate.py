@@ -1,0 +1,234 @@
+"""The certificate: what it measures on a real decoder, and each wrong thing that it refuses, by rank."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs.errors import TrainshortError
+from configs.schema import Model
+from parallel.groups import Groups, lone_groups
+from tests.unit.decoder_samples import make_decoder
+from training.model.alibi import slopes
+from training.model.attention import Reference, Sdpa
+from training.model.bias import SlopeBias
+from training.model.certificate import (
+    PROBED,
+    TOLERANCE,
+    Certificate,
+    attention_rows,
+    certify,
+    expected_rows,
+    hash_slopes,
+    measure,
+    read_rows,
+    total_variation,
+    verify,
+)
+
+CPU = torch.device("cpu")
+HEADS = 8
+
+
+def model_of(heads: int, *, position: str = "alibi") -> Model:
+    return Model(layers=2, hidden=8 * heads, heads=heads, position=position)  # type: ignore[arg-type]
+
+
+def measured(head_slopes: list[float] | None, *, heads: list[int], position: str = "alibi") -> tuple[float, float]:
+    """Recency and error of an attention that has some slopes where these heads' are due."""
+    used = None if head_slopes is None else torch.tensor(head_slopes, dtype=torch.float64)
+    rows = attention_rows(Sdpa(SlopeBias(used)), heads=len(heads), head_dim=8, dtype=torch.float32, device=CPU)
+    expected = expected_rows([slopes(HEADS)[head] for head in heads], position=position)
+    assert expected is not None
+    return float((rows[:, -1, -1] - rows[:, -1, 0]).min()), float(total_variation(rows, expected).max())
+
+
+def statement(rank: int, *, heads: list[int], used: list[float] | None, stage: int = 0) -> Certificate:
+    """What a rank that holds some heads states when its attention uses some slopes."""
+    recency, error = measured(used, heads=heads)
+    return Certificate(
+        rank=rank,
+        tensor_rank=rank % 2,
+        stage=stage,
+        data_rank=0,
+        position="alibi",
+        backend="sdpa",
+        precision="float32",
+        device="cpu",
+        heads=tuple(heads),
+        slopes_sha256=None if used is None else hash_slopes(used),
+        recency=recency,
+        error=error,
+    )
+
+
+def two_ranks() -> list[Certificate]:
+    """Right statements of two tensor ranks."""
+    halves = [list(range(4)), list(range(4, 8))]
+    return [statement(r, heads=heads, used=[slopes(HEADS)[h] for h in heads]) for r, heads in enumerate(halves)]
+
+
+def refusal(certificates: list[Certificate], *, position: str = "alibi") -> str:
+    with pytest.raises(TrainshortError) as refused:
+        verify(certificates, model_of(HEADS, position=position), tolerance=TOLERANCE[torch.float32])
+    return str(refused.value)
+
+
+def test_right_ranks_are_accepted() -> None:
+    verify(two_ranks(), model_of(HEADS), tolerance=TOLERANCE[torch.float32])
+
+
+def test_the_first_heads_slopes_on_every_rank_are_refused() -> None:
+    # The mistake that peers shipped for months: it trains.
+    first = [slopes(HEADS)[head] for head in range(4)]
+    wrong = [two_ranks()[0], statement(1, heads=[4, 5, 6, 7], used=first)]
+    assert "rank 1 (tensor 1, stage 0, data 0) does not have the slopes of its heads 4, 5, 6, 7" in refusal(wrong)
+
+
+def test_slopes_of_the_local_head_count_are_refused() -> None:
+    wrong = [statement(0, heads=[0, 1, 2, 3], used=slopes(4)), two_ranks()[1]]
+    assert "rank 0 (tensor 0, stage 0, data 0) does not have the slopes of its heads 0, 1, 2, 3" in refusal(wrong)
+
+
+def test_slopes_in_another_order_are_refused() -> None:
+    swapped = [slopes(HEADS)[head] for head in (5, 4, 6, 7)]
+    wrong = [two_ranks()[0], statement(1, heads=[4, 5, 6, 7], used=swapped)]
+    assert "rank 1 (tensor 1, stage 0, data 0) does not have the slopes" in refusal(wrong)
+
+
+def test_slopes_that_are_not_the_heads_are_refused_whatever_was_measured() -> None:
+    right = two_ranks()
+    message = refusal([right[0], replace(right[1], slopes_sha256=right[0].slopes_sha256)])
+    assert "rank 1 (tensor 1, stage 0, data 0) does not have the slopes of its heads 4, 5, 6, 7" in message
+
+
+def test_a_sign_is_refused_whatever_the_error() -> None:
+    right = two_ranks()
+    message = refusal([replace(right[0], recency=-0.5), right[1]])
+    assert "rank 0 (tensor 0, stage 0, data 0) does not prefer near keys (last less first -0.5)" in message
+
+
+def test_an_inverted_sign_behind_right_slopes_is_refused() -> None:
+    right = two_ranks()
+    recency, error = measured([-slopes(HEADS)[head] for head in range(4)], heads=[0, 1, 2, 3])
+    wrong = [replace(right[0], recency=recency, error=error), right[1]]
+    assert "rank 0 (tensor 0, stage 0, data 0) does not prefer near keys (last less first -" in refusal(wrong)
+
+
+def test_attention_without_any_bias_behind_right_slopes_is_refused() -> None:
+    right = two_ranks()
+    recency, error = measured(None, heads=[4, 5, 6, 7])
+    wrong = [right[0], replace(right[1], recency=recency, error=error)]
+    assert "rank 1 (tensor 1, stage 0, data 0) does not prefer near keys" in refusal(wrong)
+
+
+def test_no_slopes_at_all_are_refused() -> None:
+    wrong = [two_ranks()[0], statement(1, heads=[4, 5, 6, 7], used=None)]
+    assert "rank 1 (tensor 1, stage 0, data 0) does not have the slopes" in refusal(wrong)
+
+
+@pytest.mark.parametrize("factor", [1 / 8**0.5, 1.01])
+def test_a_shape_that_is_not_the_slopes_is_refused(factor: float) -> None:
+    right = two_ranks()
+    recency, error = measured([slopes(HEADS)[head] * factor for head in range(4)], heads=[0, 1, 2, 3])
+    message = refusal([replace(right[0], recency=recency, error=error), right[1]])
+    assert "rank 0 (tensor 0, stage 0, data 0) has attention " in message
+    assert "away from the shape" in message
+
+
+@pytest.mark.parametrize("position", ["none", "rotary", "sinusoidal"])
+def test_a_slope_where_the_position_method_has_none_is_refused(position: str) -> None:
+    recency, error = measured([0.01] * 8, heads=list(range(8)), position=position)
+    wrong = statement(0, heads=list(range(8)), used=None)
+    assert "away from the shape" in refusal([replace(wrong, recency=recency, error=error)], position=position)
+
+
+@pytest.mark.parametrize("field", ["recency", "error"])
+def test_attention_that_is_no_number_is_refused(field: str) -> None:
+    right = two_ranks()
+    message = refusal([replace(right[0], **{field: math.nan}), right[1]])  # type: ignore[arg-type]
+    assert "rank 0 (tensor 0, stage 0, data 0)" in message
+
+
+def test_heads_held_twice_are_refused() -> None:
+    again = replace(two_ranks()[0], rank=1, tensor_rank=1)
+    message = refusal([two_ranks()[0], again])
+    assert "tensor ranks of stage 0, data 0 hold heads 0, 1, 2, 3, 0, 1, 2, 3, not each head once" in message
+
+
+def test_heads_held_by_no_rank_are_refused_at_their_stage() -> None:
+    right = two_ranks()
+    message = refusal([*right, replace(right[0], rank=2, stage=1)])
+    assert "tensor ranks of stage 1, data 0 hold heads 0, 1, 2, 3, not each head once" in message
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 112])
+def test_expected_rows_equal_a_softmax_of_the_penalties(heads: int) -> None:
+    slope = torch.tensor(slopes(heads), dtype=torch.float64)
+    places = torch.arange(PROBED)
+    distance = places[:, None] - places[None, :]
+    for position, scores in (
+        ("alibi", -slope[:, None, None] * distance),
+        ("none", 0.0 * distance.expand(heads, -1, -1)),
+    ):
+        rows = expected_rows(slopes(heads), position=position)
+        assert rows is not None
+        torch.testing.assert_close(rows, scores.double().masked_fill(distance < 0, -torch.inf).softmax(-1))
+    assert expected_rows(slopes(heads), position="t5") is None
+
+
+@pytest.mark.parametrize("backend", [Reference, Sdpa])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(5, 5, 8), (3, 20, 8), (20, 20, 32)])
+def test_rows_read_off_the_outputs_are_the_softmax(
+    backend: type[Reference] | type[Sdpa], queries: int, keys: int, width: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, queries, width, dtype=torch.float64, generator=generator)
+    k = torch.randn(1, 2, keys, width, dtype=torch.float64, generator=generator)
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None, :]
+    scores = q[0] @ k[0].mT / width**0.5 - torch.tensor([0.5, 0.25])[:, None, None] * distance
+    expected = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    rows = read_rows(backend(SlopeBias(torch.tensor([0.5, 0.25], dtype=torch.float64))), q, k)
+    torch.testing.assert_close(rows, expected, atol=1e-12, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def groups() -> Groups:
+    make_decoder(1)  # joins the world of one
+    return lone_groups()
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("position", ["alibi", "none", "rotary", "sinusoidal"])
+@pytest.mark.parametrize("heads", [1, 6, 112])
+def test_a_real_decoder_is_certified_to_rounding(groups: Groups, heads: int, position: str, backend: str) -> None:
+    decoder = make_decoder(heads, head_dim=4, position=position, backend=backend)
+    model = Model(layers=2, hidden=4 * heads, heads=heads, position=position, attention=backend)  # type: ignore[arg-type]
+    (found,) = certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+    assert found.error is not None
+    assert found.error < 1e-6
+    assert (found.heads, found.backend) == (tuple(range(heads)), backend)
+    assert (found.slopes_sha256 is None) == (position != "alibi")
+
+
+def test_a_learned_bias_is_certified_for_its_heads_alone(groups: Groups) -> None:
+    (found,) = certify(
+        make_decoder(6, position="t5"), model_of(6, position="t5"), groups=groups, dtype=torch.float32, device=CPU
+    )
+    assert (found.error, found.slopes_sha256, found.heads) == (None, None, tuple(range(6)))
+
+
+def test_one_block_with_an_attention_of_its_own_is_measured_too(groups: Groups) -> None:
+    decoder, model = make_decoder(8), model_of(8)
+    decoder.layers[2].attend = Sdpa(SlopeBias(None))  # type: ignore[assignment]
+    assert measure(decoder, model, groups=groups, dtype=torch.float32, device=CPU).recency == pytest.approx(0, abs=1e-6)
+    with pytest.raises(TrainshortError, match=r"rank 0 .*nothing was trained"):
+        certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+
+
+def test_bf16_attention_is_within_what_bf16_is_allowed(groups: Groups) -> None:
+    decoder = make_decoder(16)
+    (found,) = certify(decoder, model_of(16), groups=groups, dtype=torch.bfloat16, device=CPU)
+    assert found.error is not None
+    assert 1e-5 < found.error < 3e-3  # bf16 was really measured

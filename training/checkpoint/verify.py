@@ -1,0 +1,102 @@
+"""`trainshort checkpoint list` and `verify`: which checkpoints are whole, what is wrong with the others. No torch."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from configs.errors import InputError
+from training.checkpoint.manifest import MANIFEST, Manifest, candidates, hash_problems, list_checkpoints, read_manifest
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one checkpoint.
+
+    Attributes:
+        path: Its folder.
+        manifest: What it holds; None where that cannot be told.
+        problems: What is wrong, one line each; none where it is whole as far as was looked.
+    """
+
+    path: Path
+    manifest: Manifest | None
+    problems: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(entry.bytes for entry in self.manifest.files.values()) if self.manifest else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        number = re.search(r"\d+", self.path.name)
+        return {
+            "step": self.manifest.step if self.manifest else int(number[0]) if number else None,
+            "path": str(self.path),
+            "whole": not self.problems,
+            "problems": list(self.problems),
+            "bytes": self.bytes,
+            "tensor": self.manifest.tensor if self.manifest else None,
+            "pipeline": self.manifest.pipeline if self.manifest else None,
+            "probe_loss": self.manifest.probe_loss if self.manifest else None,
+            "validation_loss": self.manifest.validation_loss if self.manifest else None,
+        }
+
+
+def glance(path: Path) -> list[Verdict]:
+    """Return a checkpoint, or those of a run folder, oldest first, after a look at the sizes of their files.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not path.is_dir():
+        raise InputError(f"run folder {path} does not exist: give the run.dir of a run")
+    if (path / MANIFEST).is_file():
+        return [_look(path)]
+    return [_look(found.path) for found in list_checkpoints(path)]
+
+
+def verify(path: Path) -> list[Verdict]:
+    """Read every byte of a checkpoint, or of each one of a run folder, oldest first.
+
+    Raises:
+        InputError: there is none.
+    """
+    verdicts = [_look(folder) for folder in reversed(candidates(path))]
+    return [verdict if verdict.manifest is None else _verify(verdict.path, verdict.manifest) for verdict in verdicts]
+
+
+def _look(folder: Path) -> Verdict:
+    try:
+        return Verdict(folder, read_manifest(folder), ())
+    except InputError as error:
+        return Verdict(folder, None, (str(error),))
+
+
+def _verify(folder: Path, manifest: Manifest) -> Verdict:
+    # What was altered says nothing of how it was written.
+    problems = [*hash_problems(folder, manifest.files)] or [*_format_problems(folder, manifest)]
+    return Verdict(folder, manifest, tuple(problems))
+
+
+def _format_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield the files of tensors that are none, or lack one: their hashes may be right all the same."""
+    names_of: dict[int, set[str]] = {}
+    for name, entry in manifest.tensors.items():
+        names_of.setdefault(entry.stage, set()).add(name)
+    for name in sorted(name for name in manifest.files if name.endswith(".safetensors")):
+        try:
+            with safe_open(folder / name, framework="np") as file:
+                missing = names_of.get(int(name.split("_")[1]), set()) - set(file.keys())
+                types = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  it is no dict
+        except (SafetensorError, OSError, ValueError, IndexError) as error:
+            yield f"checkpoint file {folder / name} is no file of tensors ({error})"
+            continue
+        if missing:
+            yield f"checkpoint file {folder / name} lacks {min(missing)}"
+        if types - {"F32"}:
+            yield f"checkpoint file {folder / name} has tensors of {min(types - {'F32'})}, not F32"

@@ -1,0 +1,37 @@
+"""What a resume must find again: the loss of a fixed small batch, and the samples that come next."""
+
+from configs.errors import InputError
+from data_pipeline.loader import Loader
+from parallel.engine import Engine
+from training.checkpoint.read import Checkpoint
+
+PROBE_SAMPLES = 4  # of the first step; every data rank scores them all, so that any layout means the same
+# Nats per token. Layouts and attention backends differ by some 1e-6 in fp32, and by rounding of the weights in 16 bits.
+ALLOWED = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.05}
+
+
+def probe_loss(engine: Engine, loader: Loader) -> float:
+    """Return the mean loss on the run's probe batch, nothing learned; every rank must call it."""
+    return engine.mean_loss(loader.first_samples(PROBE_SAMPLES))
+
+
+def require_continuity(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, precision: str) -> None:
+    """Refuse to go on from a checkpoint whose model or data is not what it was; every rank must call it.
+
+    Raises:
+        InputError: the probe batch has another loss, or other samples come next; raised on every rank.
+    """
+    saved, accept = checkpoint.manifest, "or accept it with `trainshort train --accept-change`"
+    order = loader.order_hash(saved.consumed_samples)
+    if order != saved.order_hash:
+        raise InputError(
+            f"checkpoint {checkpoint.path} was followed by other samples when it was saved (hash "
+            f"{saved.order_hash[:12]}, now {order[:12]}): bring back the data that it was trained on, {accept}"
+        )
+    loss, allowed = probe_loss(engine, loader), ALLOWED[precision]
+    if not abs(loss - saved.probe_loss) <= allowed:
+        raise InputError(
+            f"checkpoint {checkpoint.path} gave the probe batch a loss of {saved.probe_loss:.6f} when it was saved, "
+            f"now {loss:.6f} (allowed: {allowed:g} more or less): the model is not what it was; use the version that "
+            f"saved it, {accept}"
+        )

@@ -1,0 +1,48 @@
+"""Keys and values of the tokens so far, so that the next token costs one query."""
+
+from torch import Tensor
+
+
+class KeyValueCache:
+    """One growing pair of keys and values per block.
+
+    Attributes:
+        length: Tokens that every block has seen.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new tokens' keys and values of one block; return all of them so far.
+
+        Args:
+            block: Number of the block.
+            k: [batch, heads, new, head_dim].
+            v: Like k.
+        Returns:
+            Keys and values [batch, heads, length + new, head_dim].
+        """
+        end = self.length + k.shape[2]
+        pair = self._pairs.get(block)
+        if pair is None or pair[0].shape[2] < end:
+            # Twice as long where it has to grow, so that copies cost a constant per token.
+            size = end if pair is None else max(end, 2 * pair[0].shape[2])
+            pair = (_grown(pair and pair[0], like=k, size=size), _grown(pair and pair[1], like=v, size=size))
+            self._pairs[block] = pair
+        for stored, new in zip(pair, (k, v), strict=True):
+            stored[:, :, self.length : end] = new
+        return pair[0][:, :, :end], pair[1][:, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count new tokens, once all blocks have seen them."""
+        self.length += tokens
+
+
+def _grown(stored: Tensor | None, *, like: Tensor, size: int) -> Tensor:
+    batch, heads, _, head_dim = like.shape
+    larger = like.new_empty(batch, heads, size, head_dim)
+    if stored is not None:
+        larger[:, :, : stored.shape[2]] = stored
+    return larger
