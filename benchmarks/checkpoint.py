@@ -59,7 +59,7 @@ def main() -> None:
 
         def load() -> None:
             opened = open_together(run_dir, kinds=KINDS, world=groups.world)
-            load_slices(state, opened, kinds=KINDS, tensor=groups.tensor)
+            load_slices(state, opened, kinds=KINDS, groups=groups)
 
         def save_by_torch() -> None:
             tensors = {f"{name}.{kind}": state.read(name, kind) for name in state.parameters for kind in KINDS}

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from configs.errors import TrainshortError
+from configs.errors import MachineError, TrainshortError
 from parallel.groups import Group
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ def from_first(make: Callable[[], T], *, group: Group) -> T:
     """Return what rank 0 makes, on every rank; a collective.
 
     Raises:
-        TrainshortError: rank 0 could not; raised on every rank.
+        TrainshortError: rank 0 could not, or its disk failed; raised on every rank.
     """
     made: list[Any] = [None]
     if group.rank == 0:
@@ -41,6 +41,9 @@ def from_first(make: Callable[[], T], *, group: Group) -> T:
             made = [make()]
         except TrainshortError as error:
             made = [error]
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            made = [MachineError(f"rank 0 cannot use the disk ({error.strerror}{where}): mend it and start again")]
     dist.broadcast_object_list(made, group=group.handle, group_src=0)
     if isinstance(made[0], TrainshortError):
         raise made[0]

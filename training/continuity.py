@@ -1,6 +1,7 @@
 """What a resume must find again: the loss of a fixed small batch, and the samples that come next."""
 
-from configs.errors import InputError
+from collections.abc import Iterator
+
 from data_pipeline.loader import Loader
 from parallel.engine import Engine
 from training.checkpoint.read import Checkpoint
@@ -15,23 +16,26 @@ def probe_loss(engine: Engine, loader: Loader) -> float:
     return engine.mean_loss(loader.first_samples(PROBE_SAMPLES))
 
 
-def require_continuity(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, precision: str) -> None:
-    """Refuse to go on from a checkpoint whose model or data is not what it was; every rank must call it.
+def changes_since(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, precision: str) -> Iterator[str]:
+    """Yield what is not what it was when a checkpoint was saved, the same on every rank; every rank must call it.
 
-    Raises:
-        InputError: the probe batch has another loss, or other samples come next; raised on every rank.
+    Args:
+        engine: Filled from the checkpoint.
+        loader: The run's samples.
+        checkpoint: What was saved.
+        precision: Of the run.
     """
-    saved, accept = checkpoint.manifest, "or accept it with `trainshort train --accept-change`"
+    saved = checkpoint.manifest
     order = loader.order_hash(saved.consumed_samples)
     if order != saved.order_hash:
-        raise InputError(
+        yield (
             f"checkpoint {checkpoint.path} was followed by other samples when it was saved (hash "
-            f"{saved.order_hash[:12]}, now {order[:12]}): bring back the data that it was trained on, {accept}"
+            f"{saved.order_hash[:12]}, now {order[:12]}): bring back the data that it was trained on"
         )
     loss, allowed = probe_loss(engine, loader), ALLOWED[precision]
     if not abs(loss - saved.probe_loss) <= allowed:
-        raise InputError(
+        yield (
             f"checkpoint {checkpoint.path} gave the probe batch a loss of {saved.probe_loss:.6f} when it was saved, "
             f"now {loss:.6f} (allowed: {allowed:g} more or less): the model is not what it was; use the version that "
-            f"saved it, {accept}"
+            "saved it"
         )

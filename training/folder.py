@@ -15,6 +15,7 @@ from configs.paths import config_file, logs_folder, run_folder
 from configs.schema import RunConfig
 from data_pipeline.atomic import whole_file
 from parallel.layout import Layout
+from training.checkpoint.manifest import CONFIG, list_checkpoints
 from training.incarnation import Fence, begin
 from training.versions import installed_versions, source_code
 
@@ -30,14 +31,20 @@ def settle(config: RunConfig, *, run_dir: Path) -> RunConfig:
     Raises:
         InputError: the folder holds a run that differs in a key that must not change; names each.
     """
-    first = config_file(run_dir)
-    before = load_run(str(first)) if first.is_file() else None
+    first = _first_config(run_dir)
+    before = load_run(str(first)) if first else None
     fixed = before.train.decay_steps if before else config.train.steps
     if config.train.decay_steps is None:
         config = config.model_copy(update={"train": config.train.model_copy(update={"decay_steps": fixed})})
     if before is not None:
         _refuse_changes(_flat(before.model_dump()), _flat(config.model_dump()), run_dir=run_dir)
     return config
+
+
+def _first_config(run_dir: Path) -> Path | None:
+    """Return the run as an earlier start resolved it; where its file is lost, as the newest checkpoint holds it."""
+    kept = [found.path / CONFIG for found in reversed(list_checkpoints(run_dir))]
+    return next((path for path in (config_file(run_dir), *kept) if path.is_file()), None)
 
 
 def take_over(config: RunConfig, *, layout: Layout, device: "torch.device") -> Fence:

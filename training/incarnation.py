@@ -8,6 +8,7 @@ publishes one or removes one.
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -20,7 +21,7 @@ from typing import Any, cast
 
 from configs.errors import InputError, MachineError
 from configs.paths import incarnation_file, stop_file
-from data_pipeline.atomic import sync_folder
+from data_pipeline.atomic import whole_file
 
 ENDING_SECONDS = 5.0  # that the ranks of a start that was just killed may need to go
 
@@ -60,7 +61,16 @@ class Fence:
     token: str
 
     def is_ours(self) -> bool:
-        """Return whether no newer start has taken over; a file that cannot be read tells of none."""
+        """Return whether no newer start has taken over; ask it before what cannot be undone.
+
+        Raises:
+            OSError: the disk does not tell.
+        """
+        newest = _load(self.run_dir)
+        return newest is None or newest.token == self.token
+
+    def may_be_ours(self) -> bool:
+        """Return whether no newer start is seen; a disk that does not tell ends no training."""
         newest = read(self.run_dir)
         return newest is None or newest.token == self.token
 
@@ -69,9 +79,15 @@ class Fence:
 
         Raises:
             Superseded: there is one.
+            OSError: the disk does not tell.
         """
         if not self.is_ours():
             raise self.superseded()
+
+    def covers(self, token: str) -> bool:
+        """Return whether what is marked so is of this start or of an older one."""
+        number = re.match(r"\d+(?=-)", token)
+        return token == self.token or number is None or int(number[0]) < int(self.token.partition("-")[0])
 
     def superseded(self) -> Superseded:
         """Return the error of a start that is not the newest."""
@@ -95,13 +111,8 @@ def begin(run_dir: Path) -> Fence:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     pid = os.getpid()
     mine = Incarnation(number, token, socket.gethostname(), _machine(), pid, _started(pid) or 0, now)
-    temporary = run_dir / f".incarnation.{token}"  # two starts at one moment must not share it
-    try:
+    with whole_file(incarnation_file(run_dir), mark=f".{token}") as temporary:
         temporary.write_text(json.dumps(asdict(mine), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(incarnation_file(run_dir))
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(run_dir)
     return Fence(run_dir, token)
 
 
@@ -151,11 +162,18 @@ def sole_launcher(run_dir: Path) -> Iterator[None]:
 
 
 def read(run_dir: Path) -> Incarnation | None:
-    """Return the newest start of a run folder, None where there is none or the file cannot be read."""
+    """Return the newest start of a run folder, None where there is none or the disk does not tell."""
+    try:
+        return _load(run_dir)
+    except OSError:
+        return None
+
+
+def _load(run_dir: Path) -> Incarnation | None:
     try:
         found: dict[str, Any] = json.loads(incarnation_file(run_dir).read_text(encoding="utf-8"))
         return Incarnation(**found)
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 

@@ -87,15 +87,20 @@ class Loop:
                 else:
                     failed += 1
         if position != saved:
-            self.save(position, validation)
+            self._save(position, validation)
         return position
+
+    def _save(self, position: Position, validation: float | None) -> None:
+        for observer in self.observers:
+            observer.before_save()
+        self.save(position, validation)
 
     def _must_stop(self) -> bool:
         return self.stop.agreed(fence=self.fence, looks=self.groups.world.rank == 0, device=self.device)
 
     def _try_to_save(self, position: Position, validation: float | None) -> bool:
         try:
-            self.save(position, validation)
+            self._save(position, validation)
         except SaveError as error:
             if self.groups.world.rank == 0:
                 logger.error("NOT SAVED: %s; training goes on, and the next checkpoint is tried as planned", error)
@@ -130,7 +135,7 @@ class Loop:
         return Position(step, samples), result
 
     def _tell(self, result: StepResult, *, seconds: float) -> None:
-        if self.observers and not self.fence.is_ours():
+        if self.observers and not self.fence.may_be_ours():
             return  # the ranks end before the next step, together
         tokens = self.config.train.global_batch * self.config.data.sequence_length
         speed = tokens / seconds

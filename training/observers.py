@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -63,6 +64,10 @@ class Observer(Protocol):
         """Take note of a finished step."""
         ...
 
+    def before_save(self) -> None:
+        """Make what was told safe: a checkpoint that follows it is about to be saved."""
+        ...
+
     def close(self, status: Status) -> None:
         """Release what it holds; training has ended, and how."""
         ...
@@ -74,16 +79,19 @@ class MetricsFile:
     def __init__(self, run_dir: Path, *, last_step: int) -> None:
         """Open the file after `last_step`; later or torn lines of a broken run are moved to logs/."""
         path = run_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        # Whatever a power cut left there is no line.
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        lines = text.splitlines(keepends=True)
         kept = [line for line in lines if _is_step_up_to(line, last_step)]
         if len(kept) < len(lines):
             logs_folder(run_dir).mkdir(exist_ok=True)
             with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("a", encoding="utf-8") as discarded:
                 discarded.writelines(line for line in lines if not _is_step_up_to(line, last_step))
         # A new file each time: what an older start still appends goes to the old one, which nobody sees.
-        with whole_file(path) as temporary:
+        # Opened before it gets its name, so that it is not that of a start that is newer still.
+        with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
-        self._path, self._handle = path, os.open(path, os.O_WRONLY | os.O_APPEND)
+            self._path, self._handle = path, os.open(temporary, os.O_WRONLY | os.O_APPEND)
         self._size = os.fstat(self._handle).st_size
         self._waiting = b""
 
@@ -97,6 +105,12 @@ class MetricsFile:
         except OSError as error:
             if not warned:
                 logger.error("%s cannot be written (%s): its lines wait in memory", self._path, error.strerror)
+
+    def before_save(self) -> None:
+        """Wait until the disk has the lines: a resume from the checkpoint could not make up for lost ones."""
+        with suppress(OSError):  # on_step has said that the disk is full; the save will say so too
+            self._write()
+            os.fsync(self._handle)
 
     def close(self, status: Status) -> None:
         """Close the file."""
@@ -153,6 +167,9 @@ class ProgressLine:
             self._printed_at = time.monotonic()
             left = (self._steps - result.step) * result.step_seconds
             self._console.print(f"step {result.step}/{self._steps}  {figures}  {left:.0f} s left", soft_wrap=True)
+
+    def before_save(self) -> None:
+        """Keep nothing."""
 
     def close(self, status: Status) -> None:
         """Leave the line as it is."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from configs.errors import InputError
 from configs.parameters import parameter_count
 from configs.paths import run_folder
 from configs.schema import RunConfig
@@ -28,7 +29,7 @@ from training import folder
 from training.checkpoint.manifest import Moment, list_checkpoints
 from training.checkpoint.read import load_slices, open_together
 from training.checkpoint.write import SaveError, save_checkpoint
-from training.continuity import probe_loss, require_continuity
+from training.continuity import changes_since, probe_loss
 from training.incarnation import Fence, Superseded
 from training.loop import Loop, Position
 from training.model.certificate import Certificate, certify, document
@@ -131,12 +132,19 @@ def _saver(
     broken = {found.path.absolute() for found in list_checkpoints(fence.run_dir) if found.step > start.step}
 
     def save(position: Position, validation: float | None) -> None:
+        probe = probe_loss(engine, loader)
+        if not math.isfinite(probe):
+            raise SaveError(
+                f"step {position.step} was not saved (its loss on the probe batch is {probe}): its weights have "
+                "diverged, go on from an earlier checkpoint with a lower train.learning_rate in another run.dir"
+            )
         moment = Moment(
             step=position.step,
             consumed_samples=position.consumed_samples,
-            probe_loss=probe_loss(engine, loader),
+            probe_loss=probe,
             order_hash=loader.order_hash(position.consumed_samples),
-            validation_loss=validation,
+            # JSON has no nan: what was measured so is as good as not measured
+            validation_loss=validation if validation is not None and math.isfinite(validation) else None,
         )
         saved = save_checkpoint(
             engine.state(),
@@ -213,14 +221,18 @@ def _resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups
     state, run_dir = engine.state(), run_folder(config)
     if from_first(lambda: bool(list_checkpoints(run_dir)), group=groups.world):
         checkpoint = open_together(run_dir, kinds=KINDS, world=groups.world)
-        load_slices(state, checkpoint, kinds=KINDS, tensor=groups.tensor)
+        load_slices(state, checkpoint, kinds=KINDS, groups=groups)
         state.set_step(checkpoint.step)
-        if not accept_change:
-            require_continuity(engine, loader, checkpoint=checkpoint, precision=config.train.precision)
+        changes = list(changes_since(engine, loader, checkpoint=checkpoint, precision=config.train.precision))
+        if changes and not accept_change:
+            raise InputError(f"{changes[0]}, or accept it with `trainshort train --accept-change`")
+        if groups.world.rank == 0:
+            for change in changes:
+                logger.warning("accepted: %s", change)
         return Position(checkpoint.step, checkpoint.manifest.consumed_samples)
     if config.train.init_from is not None:
         source = open_together(Path(config.train.init_from), kinds=("weight",), world=groups.world)
-        load_slices(state, source, kinds=("weight",), tensor=groups.tensor)
+        load_slices(state, source, kinds=("weight",), groups=groups)
     return Position(0, 0)
 
 

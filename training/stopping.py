@@ -41,7 +41,7 @@ class StopRequest:
         seen = _STOP if self._asked else _GO_ON
         if looks:
             seen = max(seen, _STOP if stop_file(fence.run_dir).exists() else _GO_ON)
-            seen = _SUPERSEDED if not fence.is_ours() else seen
+            seen = _SUPERSEDED if not fence.may_be_ours() else seen
         worst = torch.tensor(seen, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if int(worst) == _SUPERSEDED:

@@ -124,7 +124,7 @@ def train_one(place: Place, config: RunConfig, *, steps: range, tokenizer: Path,
     initial = {name: state.read(name, "weight").clone() for name in state.parameters}
     if start_from is not None:
         checkpoint = open_checkpoint(start_from)
-        load_slices(state, checkpoint, kinds=KINDS, tensor=groups.tensor)
+        load_slices(state, checkpoint, kinds=KINDS, groups=groups)
         state.set_step(checkpoint.step)
     outcomes = []
     for step in steps:

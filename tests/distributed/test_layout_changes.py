@@ -88,7 +88,7 @@ def run_changes(place: Place, *, changes: list[Change], folder: Path) -> list[St
         state = engine.state()
         if change.source is not None:
             checkpoint = open_together(folder / change.source, kinds=KINDS, world=groups.world)
-            load_slices(state, checkpoint, kinds=KINDS, tensor=groups.tensor)
+            load_slices(state, checkpoint, kinds=KINDS, groups=groups)
             state.set_step(checkpoint.step)
         steps = []
         for step in BEFORE if change.source is None else AFTER:

@@ -1,5 +1,7 @@
 """What one rank meets while all save or resume, all know: none waits for ever, none goes on alone."""
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,14 @@ import pytest
 
 from configs.errors import InputError, TrainshortError
 from parallel.start import Place
+from parallel.together import from_first
 from parallel.zero import KINDS
 from tests.distributed.layouts import build, config_of, save
 from tests.distributed.spawn import run_ranks
 from tests.unit.broken_disk import CountedOs, once
 from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
-from training.checkpoint.read import open_together
+from training.checkpoint.read import Checkpoint, load_slices, open_together
 from training.incarnation import Fence
 
 RANKS = 2
@@ -59,15 +62,32 @@ def break_saves(place: Place, *, keys: dict[str, int], folder: Path) -> Seen:
     with patch.object(Fence, "check", overtaken):
         errors["rank 1 is overtaken"] = _error_of(lambda: save(engine, config, **arguments, step=2))
     save(engine, config, **arguments, step=2)
+    require = Checkpoint.require
+
+    def unfit(self: Checkpoint, *shards: Any, **kinds: Any) -> None:
+        require(self, *shards, **kinds)
+        if place.rank == 1:
+            raise InputError("unfit for rank 1")
+
+    checkpoint = open_together(folder / "run", kinds=KINDS, world=groups.world)
+    with patch.object(Checkpoint, "require", unfit):
+        errors["rank 1 cannot load"] = _error_of(
+            lambda: load_slices(engine.state(), checkpoint, kinds=KINDS, groups=groups)
+        )
+    errors["rank 0 has no disk"] = _error_of(lambda: from_first(_no_disk, group=groups.world))
     opened = [_opened(folder / "run", groups)]
-    # The second file in the order of names is rank 1's to check.
-    second = sorted(list_checkpoints(folder / "run")[-1].path.glob("*[!n]"))[1]
+    # The last file in the order of names is rank 1's to check.
+    last = max(list_checkpoints(folder / "run")[-1].path.iterdir())
     if place.rank == 0:
-        content = bytearray(second.read_bytes())
+        content = bytearray(last.read_bytes())
         content[-1] ^= 1
-        second.write_bytes(content)
+        last.write_bytes(content)
     opened.append(_opened(folder / "run", groups))
     return Seen(errors, opened)
+
+
+def _no_disk() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), "/run")
 
 
 def _error_of(action: Any) -> str:
@@ -94,6 +114,10 @@ def test_what_one_rank_meets_all_ranks_know(tmp_path: Path, keys: dict[str, int]
         assert one.errors[name].startswith(f"SaveError: {tmp_path}/run/checkpoints/"), name
         assert one.errors[name].endswith("was not saved (Input/output error): free space, or mend the disk"), name
     assert one.errors["rank 1 is overtaken"].startswith("Superseded: ")
+    assert one.errors["rank 1 cannot load"] == "InputError: unfit for rank 1"
+    assert one.errors["rank 0 has no disk"] == (
+        "MachineError: rank 0 cannot use the disk (Input/output error /run): mend it and start again"
+    )
     assert one.opened == two.opened == ["step_0000002", "step_0000001"]
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["step_0000001", "step_0000002"]

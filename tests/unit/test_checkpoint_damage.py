@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -15,9 +16,10 @@ import pytest
 
 from configs.errors import InputError
 from tests.unit.command_line import Call, contents
-from tests.unit.one_rank import OneRank
+from tests.unit.edited_manifest import edit_manifest
+from tests.unit.one_rank import STEPS, OneRank
 from training.checkpoint.disk import describe_file
-from training.checkpoint.manifest import list_checkpoints
+from training.checkpoint.manifest import list_checkpoints, read_manifest
 from training.checkpoint.read import open_checkpoint
 
 FILES = (
@@ -74,6 +76,41 @@ def test_one_flipped_byte_is_seen_and_the_checkpoint_passed_over(
     assert f"{newest(run_dir)}" in caplog.text
     assert "trying the one before" in caplog.text
     assert contents(newest(run_dir)) == before, "a broken checkpoint was touched"
+
+
+def test_a_flip_of_any_byte_of_the_manifest_is_seen(run_dir: Path) -> None:
+    manifest = newest(run_dir) / "manifest.json"
+    content = manifest.read_bytes()
+    assert read_manifest(newest(run_dir)).step == 3
+    for at in range(len(content)):
+        for bit in (1, 1 << at % 8):
+            manifest.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+            with pytest.raises(InputError, match=re.escape(str(newest(run_dir)))):
+                read_manifest(newest(run_dir))
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(run_dir: Path, trainshort: Call) -> None:
+    newest(run_dir).rename(newest(run_dir).with_name("step_0000004"))
+    answer = trainshort("export", "run/checkpoints/step_0000004", "--format", "hf", "--out", "out")
+    assert (answer.code, answer.error.count("\n")) == (2, 1)
+    assert "step_0000004 holds step 3, not that of its name: name it as it was" in answer.error
+
+
+def test_what_a_link_leads_to_is_never_removed(rank: OneRank, run_dir: Path, tmp_path: Path) -> None:
+    """An unfinished folder, and a checkpoint past those kept, that lie elsewhere."""
+    archive, precious = tmp_path / "archive", tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis").touch()
+    checkpoints = run_dir / "checkpoints"
+    (checkpoints / ".step_0000009.1-abcdabcd").symlink_to(precious)
+    shutil.move(checkpoints / BEFORE, archive)
+    (checkpoints / BEFORE).symlink_to(archive)
+    before = contents(archive)
+    rank.start(run_dir, "checkpoint.keep=1")
+    assert (precious / "thesis").exists()
+    assert contents(archive) == before
+    assert not (checkpoints / ".step_0000009.1-abcdabcd").is_symlink(), "the link itself is cleared away"
+    assert [found.step for found in list_checkpoints(run_dir)] == [2, STEPS]
 
 
 def test_verify_names_every_broken_file_and_a_whole_run_is_exit_0(run_dir: Path, trainshort: Call) -> None:
@@ -165,12 +202,8 @@ def test_a_checkpoint_that_lost_its_manifest_is_named_and_a_lone_one_refused(
     with pytest.raises(InputError, match="it has no manifest.json"):
         rank.start(run_dir)
     assert newest(run_dir).is_dir()
-
-
-def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (found,) = json.loads(trainshort("checkpoint", "list", f"run/checkpoints/{NEWEST}", "--json").out)
+    assert "it has no manifest.json" in found["problems"][0]
 
 
 def replace(folder: Path, name: str, content: bytes) -> None:

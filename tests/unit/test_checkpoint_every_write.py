@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def unfinished(run_dir: Path) -> list[str]:
     return [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
+def open_files() -> int:
+    """Return how many files and folders of checkpoints this process holds open."""
+    links = (handle.path for handle in os.scandir("/proc/self/fd"))
+    return sum("/checkpoints" in os.readlink(link) for link in links if os.path.islink(link))
+
+
 @pytest.fixture
 def count_of_a_save(rank: OneRank, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     run_dir = tmp_path / "counted"
@@ -61,24 +68,64 @@ def count_of_a_save(rank: OneRank, begun: Path, tmp_path: Path, monkeypatch: pyt
     return len(counted.names)
 
 
-def start(rank: OneRank, begun: Path, run_dir: Path, fail: Fail, *, steps: int) -> None:
+def start(rank: OneRank, begun: Path, run_dir: Path, fail: Fail, *, steps: int) -> list[str]:
+    """Train on a disk that fails; return the names of the operations."""
     shutil.copytree(begun, run_dir)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "os", CountedOs(fail))
+        patch.setattr(disk, "os", counted := CountedOs(fail))
         rank.start(run_dir, steps=steps)
+    return counted.names
+
+
+def test_what_a_checkpoint_needs_is_on_the_disk_before_it_has_its_name(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    sync, rename, run_dir = os.fsync, os.rename, tmp_path / "run"
+
+    def synced(handle: int) -> None:
+        sync(handle)
+        events.append(("synced", os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), run_dir)))
+
+    def renamed(old: Path, new: Path) -> None:
+        rename(old, new)
+        events.append(("renamed", os.path.relpath(new, run_dir)))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    rank.start(run_dir, steps=1)
+    saved = list_checkpoints(run_dir)[0].path
+    named = events.index(("renamed", f"checkpoints/{saved.name}"))
+    before = {path for event, path in events[:named] if event == "synced"}
+    beside = next(path for path in before if path.startswith("checkpoints/.step_"))
+    beside = "/".join(beside.split("/")[:2])
+    assert before >= {beside, ".", "metrics.jsonl", *(f"{beside}/{path.name}" for path in saved.iterdir())}
+    assert ("synced", "checkpoints") in events[named:]
+    last_line = max(place for place, event in enumerate(events) if event == ("synced", "metrics.jsonl"))
+    assert last_line < named
+
+
+def test_a_disk_that_takes_a_byte_at_a_time_gets_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:1]))
+    entry = disk.write_file(tmp_path / "file", [b"one", memoryview(b"and two")])
+    assert (tmp_path / "file").read_bytes() == b"oneand two"
+    assert entry == disk.describe_file(tmp_path / "file")
 
 
 def test_training_goes_on_whatever_operation_of_a_save_fails(
     rank: OneRank, begun: Path, unbroken: list[list[Any]], count_of_a_save: int, tmp_path: Path
 ) -> None:
-    failed = 0
+    failed = closes = 0
     for number in range(1, count_of_a_save + 1):
         run_dir = tmp_path / f"run_{number}"
-        start(rank, begun, run_dir, once(number), steps=STEPS)
+        names = start(rank, begun, run_dir, once(number), steps=STEPS)
+        closes += names[number - 1] == "close"
         assert figures(run_dir) == unbroken, number
         assert steps_of_whole(run_dir)[-1] == STEPS, number
         assert unfinished(run_dir) == [], number
         signs = [line.get("failed_saves") for line in lines(run_dir)]
+        assert open_files() == closes, number  # what could not be closed, and nothing else
         assert signs in ([None] * STEPS, [None] * (BEFORE + 1) + [1] * (STEPS - BEFORE - 1)), number
         failed += signs[-1] is not None
         shutil.rmtree(run_dir)

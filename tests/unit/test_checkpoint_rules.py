@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -15,13 +16,16 @@ from configs.errors import InputError, MachineError
 from configs.load import load_run
 from configs.schema import Checkpoint
 from data_pipeline.prepare import prepare
+from tests.unit.edited_manifest import edit_manifest
 from tests.unit.one_rank import STEPS, OneRank
-from training import folder
+from training import folder, run
 from training.checkpoint import disk, read
 from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 from training.checkpoint.read import open_checkpoint
 from training.checkpoint.retention import superfluous
 from training.checkpoint.write import SaveError
+from training.incarnation import begin
+from training.loop import Position
 from training.observers import MetricsFile, StepResult
 from training.preflight import make_ready
 
@@ -118,7 +122,7 @@ def test_a_stop_file_that_waits_for_a_start_ends_it_before_its_first_step(rank: 
 
 
 def test_another_model_under_the_same_checkpoint_is_refused_unless_it_is_accepted(
-    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = read.Checkpoint.slice
 
@@ -134,13 +138,12 @@ def test_another_model_under_the_same_checkpoint_is_refused_unless_it_is_accepte
     assert message.endswith("or accept it with `trainshort train --accept-change`")
     rank.start(run_dir, accept_change=True)
     assert list_checkpoints(run_dir)[-1].step == STEPS
+    assert f"accepted: checkpoint {run_dir}/checkpoints/step_{SAVED:07d} gave the probe batch a loss of" in caplog.text
 
 
 def test_other_data_under_the_same_checkpoint_are_refused_by_their_hash(rank: OneRank, run_dir: Path) -> None:
     folder = list_checkpoints(run_dir)[-1].path
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["order_hash"] = "0" * 64
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(folder, lambda manifest: manifest.update(order_hash="0" * 64))
     with pytest.raises(InputError, match=r"followed by other samples when it was saved \(hash 000000000000, now "):
         rank.start(run_dir)
 
@@ -225,6 +228,62 @@ def test_lines_of_metrics_wait_for_a_full_disk(
 
 def result(step: int) -> StepResult:
     return StepResult(step, 1.0, 0.1, 1.0, step, step, 0.1, 1.0, None, 0.1)
+
+
+def test_bytes_that_are_no_text_are_no_line_of_metrics(tmp_path: Path) -> None:
+    line = json.dumps({"step": 1}).encode() + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(line + b'{"step": 1, \xff\x00}\n' + b"\0" * 512)
+    MetricsFile(tmp_path, last_step=1).close("FINISHED")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == line
+
+
+def test_a_model_without_a_loss_is_not_saved_and_a_validation_that_is_none_is_left_out(
+    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save = run._saver(
+        rank.engine,
+        rank.loader(rank.config(run_dir)),
+        config=rank.config(run_dir),
+        prepared=rank.prepared,
+        groups=rank.groups,
+        fence=begin(run_dir),
+        start=Position(SAVED, 0),
+    )
+    save(Position(SAVED + 1, 0), math.nan)
+    assert read_manifest(list_checkpoints(run_dir)[-1].path).validation_loss is None
+    monkeypatch.setattr(run, "probe_loss", lambda *_: math.nan)
+    with pytest.raises(
+        SaveError, match=r"step 4 was not saved \(its loss on the probe batch is nan\): its weights have"
+    ):
+        save(Position(SAVED + 2, 0), None)
+    assert list_checkpoints(run_dir)[-1].step == SAVED + 1
+
+
+def test_what_could_not_be_read_again_is_not_saved(
+    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = disk.sync_folder
+
+    def lose_a_file(folder: Path) -> None:
+        if folder.name.startswith(".step_"):
+            (folder / "tokenizer.model").unlink()
+        real(folder)
+
+    monkeypatch.setattr(disk, "sync_folder", lose_a_file)
+    with pytest.raises(SaveError, match=r"was not saved, it could not be read again: .*tokenizer.model is missing"):
+        rank.start(run_dir)
+    assert [found.step for found in list_checkpoints(run_dir)] == [1, SAVED]
+
+
+def test_the_model_of_a_run_that_lost_its_config_is_that_of_its_checkpoint(rank: OneRank, run_dir: Path) -> None:
+    (run_dir / "config.yaml").unlink()
+    config = rank.config(run_dir, "train.steps=9", "train.learning_rate=1")
+    with pytest.raises(InputError, match=r"would change: train.decay_steps was 4, is 9; train.learning_rate was"):
+        folder.settle(
+            config.model_copy(update={"train": config.train.model_copy(update={"decay_steps": 9})}), run_dir=run_dir
+        )
+    kept = rank.config(run_dir, "train.steps=9")
+    assert folder.settle(kept, run_dir=run_dir).train.decay_steps == STEPS
 
 
 def test_a_run_whose_last_checkpoint_was_altered_is_not_finished(rank: OneRank, run_dir: Path) -> None:

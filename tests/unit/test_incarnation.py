@@ -16,6 +16,8 @@ from tests.unit.one_rank import STEPS, OneRank
 from training import incarnation
 from training.checkpoint import write
 from training.checkpoint.manifest import check_whole, list_checkpoints
+from training.checkpoint.retention import clear_unfinished
+from training.checkpoint.write import SaveError
 from training.incarnation import Superseded, begin, read, refuse_second_start, sole_launcher
 from training.observers import MetricsFile, StepResult
 from training.tracking.observer import TrackingObserver
@@ -45,6 +47,47 @@ def test_a_file_that_cannot_be_read_stops_nobody(tmp_path: Path) -> None:
     assert fence.is_ours()
     (tmp_path / "incarnation").unlink()
     assert fence.is_ours()
+
+
+def test_a_disk_that_does_not_tell_ends_no_training_but_lets_nothing_be_published(
+    rank: OneRank, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fence = begin(tmp_path)
+    (tmp_path / "incarnation").unlink()
+    (tmp_path / "incarnation").mkdir()  # reading it is an OSError
+    assert fence.may_be_ours()
+    with pytest.raises(IsADirectoryError):
+        fence.check()
+    run_dir, real = tmp_path / "run", MetricsFile.on_step
+
+    def unreadable(self: MetricsFile, step: StepResult) -> None:
+        real(self, step)
+        if step.step == 2:
+            (run_dir / "incarnation").unlink()
+            (run_dir / "incarnation").mkdir()
+
+    monkeypatch.setattr(MetricsFile, "on_step", unreadable)
+    with pytest.raises(
+        SaveError, match=r"step_0000003 was not saved \(Is a directory .*/incarnation\): free space, or"
+    ):
+        rank.start(run_dir, steps=3)
+    assert "NOT SAVED" in caplog.text
+    assert [found.step for found in list_checkpoints(run_dir)] == [1]
+
+
+def test_an_older_start_leaves_the_unfinished_folders_of_a_newer_one(tmp_path: Path) -> None:
+    older = begin(tmp_path)
+    newer = begin(tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    for token in (older.token, newer.token, f"{newer.token}.0f0f.old"):
+        (checkpoints / f".step_0000001.{token}").mkdir(parents=True)
+    clear_unfinished(checkpoints, fence=older)
+    assert len(list(checkpoints.iterdir())) == 2, "its own is gone"
+    clear_unfinished(checkpoints, fence=newer)
+    assert list(checkpoints.iterdir()) == []
+    (checkpoints / ".step_0000002.whatever").mkdir()
+    clear_unfinished(checkpoints, fence=newer)
+    assert list(checkpoints.iterdir()) == []
 
 
 def test_a_start_that_is_alive_on_this_machine_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,9 @@ def sync_folder(folder: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a folder with all that is in it; a link is removed, not followed."""
+    if folder.is_symlink():
+        os.unlink(folder)
+        return
     for entry in list(os.scandir(folder)):
         if entry.is_dir(follow_symlinks=False):
             remove(Path(entry.path))

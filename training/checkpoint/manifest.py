@@ -12,15 +12,17 @@ split it and which stage wrote it, so that any layout can read what any other sa
 a stranger: nothing that it says is believed before it is checked, and nothing outside its folder is opened.
 """
 
+import hashlib
 import json
 import logging
 import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -34,6 +36,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.model"
+HASHED_AT_ONCE = 8  # files; hashing lets other threads run
 MOST_BYTES = 1 << 26  # of a manifest; that of a 176B model has a few hundred kilobytes
 _NAME = re.compile(r"step_(\d{7,18})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
@@ -44,11 +47,19 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One logical tensor: whole shape, split rule, and the pipeline stage whose files hold it."""
+    """One logical tensor.
+
+    Attributes:
+        shape: Whole shape, without padding.
+        rule: How tensor ranks split it.
+        stage: Pipeline stage whose files hold it.
+        tied: Whether later stages hold a copy.
+    """
 
     shape: tuple[Count, ...]
     rule: str
     stage: Count
+    tied: bool
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,11 @@ def file_name(*, stage: int, tensor: int, kind: str) -> str:
 def step_folder(checkpoints: Path, *, step: int) -> Path:
     """Return the folder of a step."""
     return checkpoints / f"step_{step:07d}"
+
+
+def is_name(name: str) -> bool:
+    """Return whether a folder is called like a checkpoint."""
+    return _NAME.fullmatch(name) is not None
 
 
 def list_checkpoints(run_dir: Path) -> list[Found]:
@@ -171,7 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint folder.
 
     Raises:
-        InputError: no checkpoint, of another format, or a file that is missing or of another size.
+        InputError: no checkpoint, of another format, altered, or a file that is missing or of another size.
     """
     try:
         size = _regular_size(folder / MANIFEST)
@@ -185,6 +201,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {FORMAT_VERSION}: "
                 "use the version that wrote it"
             )
+        if data.pop("sha256") != _hash(data):
+            raise ValueError("it was altered: its SHA-256 is another")
         manifest = _ADAPTER.validate_python(data)
     except FileNotFoundError:
         raise InputError(
@@ -193,24 +211,33 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         reason = _first(error) if isinstance(error, ValidationError) else repr(error)[:200]
         raise InputError(f"checkpoint {folder} has a broken {MANIFEST} ({reason}): use another checkpoint") from None
+    named = _NAME.fullmatch(folder.name)
+    if named is not None and int(named[1]) != manifest.step:
+        raise InputError(f"checkpoint {folder} holds step {manifest.step}, not that of its name: name it as it was")
     for problem in _size_problems(folder, manifest):
         raise InputError(f"{problem}: use another checkpoint")
     return manifest
 
 
 def hash_problems(folder: Path, files: dict[str, FileEntry]) -> Iterator[str]:
-    """Yield what is wrong with the bytes of a checkpoint's files, whose sizes are right."""
-    for name, entry in files.items():
+    """Yield what is wrong with the bytes of a checkpoint's files, whose sizes are right; read several at a time."""
+
+    def problem(name: str, entry: FileEntry) -> str | None:
         try:
             found = describe_file(folder / name)
         except OSError as error:
-            yield f"checkpoint file {folder / name} cannot be read ({error.strerror})"
-            continue
-        if found != entry:
-            yield (
+            return f"checkpoint file {folder / name} cannot be read ({error.strerror})"
+        return (
+            None
+            if found == entry
+            else (
                 f"checkpoint file {folder / name} was altered: its SHA-256 begins with {found.sha256[:12]}, "
                 f"{entry.sha256[:12]} was written"
             )
+        )
+
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        yield from filter(None, pool.map(problem, files, files.values()))
 
 
 def check_whole(folder: Path) -> Manifest:
@@ -236,8 +263,16 @@ def needed_files(manifest: Manifest, *, kinds: Collection[str]) -> dict[str, Fil
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, the last file of a checkpoint, to disk."""
-    text = json.dumps({"format": FORMAT_VERSION, **asdict(manifest)}, indent=1)
-    write_file(folder / MANIFEST, [text.encode()])
+    write_file(folder / MANIFEST, [sealed({"format": FORMAT_VERSION, **asdict(manifest)})])
+
+
+def sealed(data: dict[str, Any]) -> bytes:
+    """Return a manifest's values as its file holds them: with the hash of their compact JSON, keys sorted."""
+    return json.dumps({**data, "sha256": _hash(data)}, indent=1).encode()
+
+
+def _hash(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:

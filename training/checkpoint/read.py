@@ -1,8 +1,12 @@
 """Open a checkpoint: whole tensors for one process, or each rank's slices in any layout."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,7 +16,7 @@ from configs.errors import InputError
 from configs.load import load_run
 from configs.schema import RunConfig
 from parallel.engine import State
-from parallel.groups import Group
+from parallel.groups import Group, Groups
 from parallel.shards import Rule, Shard, pad, span
 from parallel.together import agree, from_first
 from parallel.zero import Kind
@@ -20,6 +24,7 @@ from training.checkpoint.manifest import (
     CONFIG,
     TOKENIZER,
     Manifest,
+    TensorEntry,
     candidates,
     file_name,
     first_whole,
@@ -75,6 +80,27 @@ class Checkpoint:
         Raises:
             InputError: the checkpoint has another tensor, or its files do not hold what the manifest says.
         """
+        self._require(shard)
+        return self._slice(shard.name, kind=kind, part=part)
+
+    def require(self, shards: Iterable[Shard], *, kinds: Sequence[str]) -> None:
+        """Refuse what could not be loaded, by the manifest and the headers of the files; no tensor is read.
+
+        Args:
+            shards: What the model needs.
+            kinds: State that will be loaded.
+        Raises:
+            InputError: the checkpoint has another tensor, or its files do not hold what the manifest says.
+        """
+        by_stage: defaultdict[int, list[Shard]] = defaultdict(list)
+        for shard in shards:
+            by_stage[self._require(shard).stage].append(shard)
+        for (stage, found), kind, tensor in product(by_stage.items(), kinds, range(self.manifest.tensor)):
+            with self._opened(stage=stage, tensor=tensor, kind=kind) as file:
+                for shard in found:
+                    self._found(file, self._saved(shard.name), tensor=tensor)
+
+    def _require(self, shard: Shard) -> TensorEntry:
         entry = self.manifest.tensors.get(shard.name)
         if entry is None or entry.shape != shard.shape:
             seen = "nothing" if entry is None else f"{list(entry.shape)}"
@@ -82,15 +108,19 @@ class Checkpoint:
                 f"checkpoint {self.path} has {seen} for {shard.name}, the model needs {list(shard.shape)}: "
                 "it is of another model"
             )
-        return self._slice(shard.name, kind=kind, part=part)
+        return entry
 
-    def _slice(self, name: str, *, kind: str, part: tuple[int, int] | None) -> Tensor:
+    def _saved(self, name: str) -> Shard:
+        """Return a tensor as it was split when it was saved."""
         entry = self.manifest.tensors.get(name)
         if entry is None:
             raise InputError(f"checkpoint {self.path} has no tensor {name}: it is of another model")
-        shard = Shard(name, entry.shape, rule_of(entry.rule, path=self.path))
+        return Shard(name, entry.shape, rule_of(entry.rule, path=self.path))
+
+    def _slice(self, name: str, *, kind: str, part: tuple[int, int] | None) -> Tensor:
+        shard, stage = self._saved(name), self.manifest.tensors[name].stage
         if shard.dim is None:
-            return self._read(shard, kind=kind, stage=entry.stage, tensor=0, rows=None)
+            return self._read(shard, kind=kind, stage=stage, tensor=0, rows=None)
         wanted = part or (0, shard.shape[shard.dim])
         pieces = [torch.zeros(_cut_shape(shard, rows=(0, 0)))]
         for rank in range(self.manifest.tensor):
@@ -98,27 +128,38 @@ class Checkpoint:
             first, last = max(start, wanted[0]), min(stop, wanted[1])
             if first < last:
                 rows = (first - start, last - start)
-                pieces.append(self._read(shard, kind=kind, stage=entry.stage, tensor=rank, rows=rows))
+                pieces.append(self._read(shard, kind=kind, stage=stage, tensor=rank, rows=rows))
         return torch.cat(pieces, dim=shard.dim)
 
     def _read(self, shard: Shard, *, kind: str, stage: int, tensor: int, rows: tuple[int, int] | None) -> Tensor:
+        window = slice(None) if rows is None else slice(*rows)
+        with self._opened(stage=stage, tensor=tensor, kind=kind) as file:
+            found = self._found(file, shard, tensor=tensor)
+            value: Tensor = found[:, window] if shard.dim == 1 else found[window]
+            return value
+
+    def _found(self, file: Any, shard: Shard, *, tensor: int) -> Any:
+        """Return a tensor rank's part in its file, not yet read, where its header says what the manifest does."""
+        rows = None if shard.dim is None else span(shard, tensor_rank=tensor, tensor_size=self.manifest.tensor)
+        found, expected = file.get_slice(shard.name), _cut_shape(shard, rows=rows)
+        kind, shape = found.get_dtype(), tuple(found.get_shape())
+        if kind != "F32" or shape != expected:
+            raise InputError(
+                f"checkpoint {self.path} has {shard.name} of tensor rank {tensor} as {kind} {list(shape)} where its "
+                f"manifest says F32 {list(expected)}: use another checkpoint"
+            )
+        return found
+
+    @contextmanager
+    def _opened(self, *, stage: int, tensor: int, kind: str) -> Iterator[Any]:
         path = self.path / file_name(stage=stage, tensor=tensor, kind=kind)
         if path.name not in self.manifest.files:
             raise InputError(f"checkpoint {self.path} has no file {path.name}: use another checkpoint")
         try:
             with safe_open(path, framework="pt") as file:
-                found = file.get_slice(shard.name)
-                window = slice(None) if rows is None else slice(*rows)
-                value: Tensor = found[:, window] if shard.dim == 1 else found[window]
+                yield file
         except (SafetensorError, OSError, IndexError) as error:
             raise InputError(f"checkpoint file {path} cannot be read ({error}): use another checkpoint") from None
-        expected = _cut_shape(shard, rows=rows)
-        if value.dtype != torch.float32 or tuple(value.shape) != expected:
-            raise InputError(
-                f"checkpoint file {path} has {shard.name} as {value.dtype} {list(value.shape)} where its manifest says "
-                f"fp32 {list(expected)}: use another checkpoint"
-            )
-        return value
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -155,7 +196,9 @@ def open_together(path: Path, *, kinds: Sequence[Kind], world: Group) -> Checkpo
         try:
             manifest = read_manifest(folder)
             needed = sorted(needed_files(manifest, kinds=kinds).items())
-            for found in hash_problems(folder, dict(needed[world.rank :: world.size])):
+            # Spread over all ranks, and so over all nodes, where there are fewer files than ranks.
+            mine = dict(f for i, f in enumerate(needed) if i * world.size // len(needed) == world.rank)
+            for found in hash_problems(folder, mine):
                 raise InputError(f"{found}: use another checkpoint")
         except InputError as error:
             problem = error
@@ -172,12 +215,19 @@ def _opened(folder: Path, manifest: Manifest) -> Checkpoint:
     return Checkpoint(folder, manifest, load_run(str(folder / CONFIG)))
 
 
-def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[Kind], tensor: Group) -> None:
-    """Set this rank's slices of weights or moments; the layout need not be the one that saved.
+def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[Kind], groups: Groups) -> None:
+    """Set this rank's slices of weights or moments; the layout need not be the one that saved. A collective.
 
     Raises:
-        InputError: the checkpoint is of another model.
+        InputError: the checkpoint is of another model, or not what its manifest says; raised on every rank, before
+            anything is set.
     """
+    problem, tensor = None, groups.tensor
+    try:
+        checkpoint.require([shard for _, shard in state.parameters.values()], kinds=kinds)
+    except InputError as error:
+        problem = error
+    agree(problem, group=groups.world)
     for name, (_, shard) in state.parameters.items():
         part = None if shard.dim is None else span(shard, tensor_rank=tensor.rank, tensor_size=tensor.size)
         for kind in kinds:

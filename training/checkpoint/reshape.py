@@ -22,7 +22,7 @@ class Cut:
     Attributes:
         name: Logical name.
         rule: How tensor ranks split it.
-        tied: Whether the first and the last stage both hold it.
+        tied: Whether several pipeline stages hold it.
         shape: Whole shape.
         saved: Rows, or columns, that each tensor rank saved; empty where it is not split.
         wanted: Those that each would hold.
@@ -82,7 +82,7 @@ def plan_reshape(path: Path, *, overrides: Sequence[str], ranks: int | None) -> 
             Cut(
                 name=name,
                 rule=shard.rule,
-                tied=shard.rule == "vocabulary",
+                tied=entry.tied,
                 shape=shard.shape,
                 saved=_parts(shard, manifest.tensor),
                 wanted=_parts(shard, layout.tensor),

@@ -49,12 +49,15 @@ def superfluous(whole: dict[Path, Manifest], *, rules: Rules) -> list[Path]:
     return [path for path in whole if path not in kept]
 
 
-def clear_unfinished(checkpoints: Path) -> None:
+def clear_unfinished(checkpoints: Path, *, fence: Fence) -> None:
     """Remove what starts that were cut short left unfinished, and say so; what cannot be removed stays.
 
-    That of an older start that still lives is removed too: its save fails, and it ends at its next look.
+    That of an older start that still lives is removed too: its save fails, and it ends at its next look. That of a
+    newer one stays: this start may have been overtaken since it looked.
     """
     for folder in sorted(checkpoints.glob(".step_*")):
+        if not fence.covers(folder.name.split(".")[2]):
+            continue
         try:
             disk.remove(folder)
         except OSError as error:
@@ -66,7 +69,8 @@ def clear_unfinished(checkpoints: Path) -> None:
 def _whole(run_dir: Path, *, broken: Collection[Path]) -> dict[Path, Manifest]:
     found = {}
     for checkpoint in list_checkpoints(run_dir):
-        if checkpoint.path.absolute() not in broken:
+        # A linked one lies elsewhere, and is somebody else's to remove.
+        if checkpoint.path.absolute() not in broken and not checkpoint.path.is_symlink():
             try:
                 found[checkpoint.path] = read_manifest(checkpoint.path)
             except InputError as error:

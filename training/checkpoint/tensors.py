@@ -23,7 +23,11 @@ class TensorFile:
         self._shapes = dict(shapes)
         self._left = list(shapes)
         self._file = NewFile(path)
-        self._file.write(_header(shapes))
+        try:
+            self._file.write(_header(shapes))
+        except OSError:
+            self._file.close()  # nobody else has it yet, and an open file holds its space
+            raise
 
     def add(self, name: str, value: Tensor) -> None:
         """Append the next tensor."""

@@ -9,7 +9,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import InputError
-from training.checkpoint.manifest import MANIFEST, Manifest, candidates, hash_problems, list_checkpoints, read_manifest
+from training.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    candidates,
+    hash_problems,
+    is_name,
+    list_checkpoints,
+    read_manifest,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def glance(path: Path) -> list[Verdict]:
     """
     if not path.is_dir():
         raise InputError(f"run folder {path} does not exist: give the run.dir of a run")
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or is_name(path.name):
         return [_look(path)]
     return [_look(found.path) for found in list_checkpoints(path)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from configs.errors import MachineError, TrainshortError
+from configs.errors import InputError, MachineError, TrainshortError
 from configs.load import dump_run
 from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
@@ -32,6 +32,7 @@ from training.checkpoint.manifest import (
     Moment,
     TensorEntry,
     file_name,
+    read_manifest,
     step_folder,
     write_manifest,
 )
@@ -107,13 +108,14 @@ def save_checkpoint(
 
 def _prepare(beside: Path, *, fence: Fence) -> None:
     fence.check()
-    clear_unfinished(beside.parent)
+    clear_unfinished(beside.parent, fence=fence)
     disk.make_folder(beside)
 
 
 def _write_part(state: State, beside: Path, *, folder: Path, groups: Groups, fence: Fence) -> _Part:
     """Write the files that are this rank's; its problems are returned, since the other ranks read on."""
-    tensors = {name: TensorEntry(s.shape, s.rule, groups.pipeline.rank) for name, (_, s) in state.parameters.items()}
+    stage = groups.pipeline.rank
+    tensors = {name: TensorEntry(s.shape, s.rule, stage, s.tied) for name, (_, s) in state.parameters.items()}
     shapes = {
         name: _local_shape(shard, groups=groups)
         for name, (_, shard) in state.parameters.items()
@@ -201,6 +203,10 @@ def _complete(
     manifest.files[TOKENIZER] = disk.write_file(beside / TOKENIZER, [tokenizer.read_bytes()])
     write_manifest(beside, manifest)
     disk.sync_folder(beside)
+    try:
+        read_manifest(beside)
+    except InputError as error:  # what could not be resumed from must not count as saved
+        raise SaveError(f"{folder} was not saved, it could not be read again: {error}") from None
     fence.check()
     _publish(beside, folder)
 

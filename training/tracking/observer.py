@@ -22,6 +22,9 @@ class TrackingObserver:
         """Queue the step's values; the tracker's own thread sends them."""
         self._tracker.metrics(result.step, result.values())
 
+    def before_save(self) -> None:
+        """Wait for nothing: the server may be away."""
+
     def close(self, status: Status) -> None:
         """Send the rest and end the MLflow run with a true status; leave it to the newer start where there is one."""
         if status == "SUPERSEDED":
