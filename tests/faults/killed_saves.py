@@ -1,15 +1,16 @@
 """A process that forks one child for each file operation of a save; the child is killed there.
 
-    python -m tests.faults.killed_saves HOME BEGUN OUT STEPS
+    python -m tests.faults.killed_saves HOME BEGUN OUT STEPS FIRST
 
-OUT gets a copy of the run folder BEGUN for each operation, run_1 and so on, as the killed child left it. The parent
-only imports: a child starts everything else, threads and process groups too, after the fork.
+OUT gets a copy of the run folder BEGUN for each operation from the FIRST on, run_1 and so on, as the killed child left
+it. The parent only imports: a child starts everything else, threads and process groups too, after the fork.
 """
 
 import os
 import shutil
 import signal
 import sys
+from itertools import count
 from pathlib import Path
 
 from tests.unit.broken_disk import CountedOs
@@ -17,11 +18,9 @@ from tests.unit.one_rank import one_rank
 from training.checkpoint import disk
 
 
-def main(home: Path, begun: Path, out: Path, *, steps: int) -> None:
+def main(home: Path, begun: Path, out: Path, *, steps: int, first: int) -> None:
     """Kill a child at each operation, until one has no such operation."""
-    number = 0
-    while True:
-        number += 1
+    for number in count(first):
         run_dir = out / f"run_{number}"
         shutil.copytree(begun, run_dir)
         child = os.fork()
@@ -47,4 +46,4 @@ def _save(home: Path, run_dir: Path, *, killed_at: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), steps=int(sys.argv[4]))
+    main(*map(Path, sys.argv[1:4]), steps=int(sys.argv[4]), first=int(sys.argv[5]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from tests.distributed.spawn import ROOT
+from tests.unit.broken_disk import CountedOs
 from tests.unit.one_rank import STEPS, one_rank
+from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
 
 BEFORE = 2
@@ -22,20 +25,25 @@ def figures(run_dir: Path) -> list[list[Any]]:
     return [[line[key] for key in ("step", "loss", "grad_norm", "consumed_samples")] for line in lines]
 
 
+def kill_saves(home: Path, begun: Path, out: Path, *, steps: int, first: int) -> list[Path]:
+    """Return copies of a run folder in which a save was killed, one for each operation from the first on."""
+    out.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [str(home), str(begun), str(out), str(steps), str(first)]
+    subprocess.run(
+        [sys.executable, "-m", "tests.faults.killed_saves", *arguments], env=environment, cwd=ROOT, check=True
+    )
+    return sorted(out.iterdir())
+
+
 @pytest.mark.faults
 def test_a_save_killed_at_any_file_operation_loses_that_save_alone(tmp_path: Path) -> None:
-    home, begun, unbroken, out = (tmp_path / name for name in ("home", "begun", "unbroken", "out"))
+    home, begun, unbroken = (tmp_path / name for name in ("home", "begun", "unbroken"))
     home.mkdir()
-    out.mkdir()
     with one_rank(home) as rank:
         rank.start(unbroken)
         rank.start(begun, steps=BEFORE)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        arguments = [str(home), str(begun), str(out), str(BEFORE + 1)]
-        subprocess.run(
-            [sys.executable, "-m", "tests.faults.killed_saves", *arguments], env=environment, cwd=ROOT, check=True
-        )
-        killed = sorted(out.iterdir())
+        killed = kill_saves(home, begun, tmp_path / "out", steps=BEFORE + 1, first=1)
         assert 50 < len(killed) < MOST_OPERATIONS
         newest: set[int] = set()
         for run_dir in killed:
@@ -46,3 +54,29 @@ def test_a_save_killed_at_any_file_operation_loses_that_save_alone(tmp_path: Pat
             folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
             assert folders == [f"step_{step:07d}" for step in (STEPS - 1, STEPS)], run_dir
     assert newest == {BEFORE, BEFORE + 1}
+
+
+@pytest.mark.faults
+def test_a_step_saved_again_and_killed_while_it_replaces_the_broken_one_loses_nothing_else(tmp_path: Path) -> None:
+    home, begun, unbroken = (tmp_path / name for name in ("home", "begun", "unbroken"))
+    home.mkdir()
+    with one_rank(home) as rank:
+        rank.start(unbroken)
+        rank.start(begun, steps=BEFORE)
+        broken = begun / "checkpoints" / f"step_{BEFORE:07d}"
+        weights = next(broken.glob("*.weight.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        shutil.copytree(begun, tmp_path / "counted")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk, "os", counted := CountedOs())
+            rank.start(tmp_path / "counted", steps=BEFORE)
+        # Up to the first renaming it is a save like any other.
+        first = counted.names.index("rename") + 1
+        killed = kill_saves(home, begun, tmp_path / "out", steps=BEFORE, first=first)
+        assert len(killed) == len(counted.names) - first + 1
+        for run_dir in killed:
+            began = rank.start(run_dir).step
+            assert began in (BEFORE - 1, BEFORE), run_dir
+            assert figures(run_dir) == figures(unbroken), run_dir
+            folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+            assert folders == [f"step_{step:07d}" for step in (STEPS - 1, STEPS)], run_dir
