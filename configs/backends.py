@@ -20,6 +20,7 @@ class Backend:
         precisions: Values of `train.precision` that it can compute.
         head_dims: The smallest and the largest width of a head.
         devices: Kinds of device that it trains on.
+        capability: The least compute capability of a GPU.
         package: A module that must be installed beside torch, or None.
         memory: How its memory grows with the length.
         has_run: Where its tests have run.
@@ -31,6 +32,7 @@ class Backend:
     precisions: tuple[str, ...]
     head_dims: tuple[int, int]
     devices: tuple[Device, ...]
+    capability: tuple[int, int]
     package: str | None
     memory: str
     has_run: str
@@ -43,9 +45,10 @@ BACKENDS = {
             name="reference",
             what="written out, one piece, fp32 or wider; the oracle",
             positions=EVERY_POSITION,
-            precisions=("fp32", "bf16", "fp16"),
+            precisions=("fp32", "bf16"),
             head_dims=(1, ANY_WIDTH),
             devices=("cpu", "cuda"),
+            capability=(0, 0),
             package=None,
             memory="length x length",
             has_run="CPU: fp64, fp32, bf16",
@@ -54,20 +57,22 @@ BACKENDS = {
             name="sdpa",
             what="torch's scaled_dot_product_attention, blocks of queries over one shared strip of bias",
             positions=EVERY_POSITION,
-            precisions=("fp32", "bf16", "fp16"),
+            precisions=("fp32", "bf16"),
             head_dims=(1, ANY_WIDTH),
             devices=("cpu", "cuda"),
+            capability=(0, 0),
             package=None,
-            memory="length",
+            memory="length; on a GPU length x length unless heads are a multiple of 8 wide (4 in fp32)",
             has_run="CPU: fp64, fp32, bf16",
         ),
         Backend(
             name="flex",
             what="torch's FlexAttention, compiled; the bias is computed inside the kernel",
             positions=WITHOUT_LEARNED,
-            precisions=("fp32", "bf16", "fp16"),
+            precisions=("fp32", "bf16"),
             head_dims=(16, ANY_WIDTH),
             devices=("cuda",),
+            capability=(7, 0),
             package=None,
             memory="length",
             has_run="CPU: its formula, uncompiled, forward; never on a GPU",
@@ -76,9 +81,10 @@ BACKENDS = {
             name="flash",
             what="flash-attn 2 with alibi_slopes",
             positions=WITHOUT_LEARNED,
-            precisions=("bf16", "fp16"),
+            precisions=("bf16",),
             head_dims=(1, 256),
             devices=("cuda",),
+            capability=(8, 0),
             package="flash_attn",
             memory="length",
             has_run="never; written against its documentation",
@@ -98,8 +104,8 @@ def misfit(backend: Backend, *, position: str, precision: str, head_dim: int) ->
     if position not in backend.positions:
         fitting = [other.name for other in BACKENDS.values() if position in other.positions]
         return f"{backend.name} cannot compute model.position {position}: use {' or '.join(fitting)}"
-    if precision not in backend.precisions:
-        fitting = [other.name for other in BACKENDS.values() if precision in other.precisions]
+    fitting = [other.name for other in BACKENDS.values() if precision in other.precisions]
+    if fitting and precision not in backend.precisions:  # what none can compute is refused by a rule of its own
         return f"{backend.name} cannot compute train.precision {precision}: use {' or '.join(fitting)}"
     smallest, largest = backend.head_dims
     if not smallest <= head_dim <= largest:
@@ -110,16 +116,22 @@ def misfit(backend: Backend, *, position: str, precision: str, head_dim: int) ->
     return None
 
 
-def missing(backend: Backend, *, device: Device, packages: frozenset[str]) -> str | None:
+def missing(
+    backend: Backend, *, device: Device, packages: frozenset[str], capability: tuple[int, int] | None = None
+) -> str | None:
     """Return what a machine lacks for a backend, with what to do; None where it lacks nothing.
 
     Args:
         backend: The backend.
         device: Kind of device of the ranks: cpu or cuda.
         packages: Those of the backends' packages that are installed.
+        capability: The GPU's compute capability, where it is known: asking for it takes torch.
     """
     if device not in backend.devices:
         return f"{backend.name} needs a GPU and this machine's ranks run on {device}: use {AUTO}"
     if backend.package is not None and backend.package not in packages:
         return f"{backend.name} needs the package {backend.package}, which is not installed: install it or use {AUTO}"
+    if capability is not None and capability < backend.capability:
+        seen, needed = (".".join(map(str, some)) for some in (capability, backend.capability))
+        return f"{backend.name} needs a GPU of compute capability {needed}, this one has {seen}: use {AUTO}"
     return None

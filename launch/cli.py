@@ -147,11 +147,16 @@ def evaluate(
 @app.command()
 def generate(
     checkpoint: Where,
-    prompt: Annotated[str, typer.Option(help="Text to continue; empty for the start of a document.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text to continue; empty for the start of a document.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file of it, less its last line break; - for standard input.")
+    ] = None,
     tokens: Annotated[str, typer.Option(metavar="N", help="New tokens at most.")] = "64",
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability together.")] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the draws.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, with a key-value cache; past the training length too."""
@@ -159,11 +164,12 @@ def generate(
     assert count is not None
 
     from launch.show import show_generated
-    from training.generation import Sampling
+    from training.generation import Sampling, read_prompt
     from training.generation import generate as generate_text
 
+    text = read_prompt(prompt, prompt_file)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    show_generated(generate_text(checkpoint, prompt=prompt, tokens=count, sampling=sampling), as_json=as_json)
+    show_generated(generate_text(checkpoint, prompt=text, tokens=count, sampling=sampling), as_json=as_json)
 
 
 @app.command()

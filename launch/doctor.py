@@ -49,7 +49,7 @@ def machine_report() -> dict[str, Any]:
         "gpus": gpus,
         "network": network_report(),
         "slurm": {command: shutil.which(command) for command in SLURM_COMMANDS},
-        "attention": backends_report(device="cuda" if gpus["usable"] else "cpu"),
+        "attention": backends_report(gpus),
     }
 
 
@@ -76,6 +76,7 @@ def gpu_report() -> dict[str, Any]:
             {
                 "name": device.name,
                 "memory_bytes": device.total_memory,
+                "capability": (device.major, device.minor),
                 "bf16": device.major >= 8,  # what is older only emulates it
             }
             for device in devices
@@ -111,15 +112,13 @@ def free_port() -> int | None:
         return None
 
 
-def backends_report(*, device: str) -> list[dict[str, Any]]:
-    """Return the attention backends and what this machine lacks for each.
-
-    Args:
-        device: Kind of device of the ranks: cpu or cuda.
-    """
+def backends_report(gpus: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the attention backends and what this machine, of some GPUs or none, lacks for each."""
     packages = installed_packages()
+    device = "cuda" if gpus["usable"] else "cpu"
+    oldest = min((gpu["capability"] for gpu in gpus["usable"]), default=None)
     return [
-        {**asdict(backend), "lacks": missing(backend, device=device, packages=packages)}
+        {**asdict(backend), "lacks": missing(backend, device=device, packages=packages, capability=oldest)}
         for backend in BACKENDS.values()
     ]
 

@@ -1,6 +1,7 @@
 """Text from a checkpoint of any layout, one token at a time, with a key-value cache."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from training.checkpoint.read import open_checkpoint
 from training.model.cache import KeyValueCache
 from training.model.single import load_single
 
+SEEDS = 2**64  # what torch's generator takes
 PREFILL_TOKENS = 4096  # of a prompt, in one pass: longer ones go through in parts, so that memory stays bounded
 
 
@@ -41,6 +43,8 @@ class Sampling:
             raise InputError(f"--temperature must be 0 or more, got {self.temperature}: 0 takes the likeliest token")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p must be above 0 and at most 1, got {self.top_p}: 1 draws from all tokens")
+        if not 0 <= self.seed < SEEDS:
+            raise InputError(f"--seed must be from 0 to {SEEDS - 1}, got {self.seed}: write --seed 1")
         if self.top_p < 1 and self.temperature == 0:
             raise InputError(f"--top-p {self.top_p} draws, but --temperature is 0: add --temperature 1 or drop it")
 
@@ -54,6 +58,7 @@ class Generated:
         text: Prompt and continuation.
         prompt_tokens: Tokens of the prompt; an empty prompt is the start of a document, one token.
         tokens: New tokens, the end of the document not among them.
+        token_ids: Their ids.
         ended: Whether the document ended before the number of tokens asked for.
         prefill_seconds: Time for the prompt, to the first new token.
         token_seconds: Mean time of each further token; None where there was none.
@@ -64,6 +69,7 @@ class Generated:
     text: str
     prompt_tokens: int
     tokens: int
+    token_ids: tuple[int, ...]
     ended: bool
     prefill_seconds: float
     token_seconds: float | None
@@ -76,6 +82,28 @@ class NextToken(Protocol):
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Return [batch, vocab] fp32: logits of what follows tokens [batch, new] after those in the cache."""
         ...
+
+
+def read_prompt(text: str | None, file: Path | None) -> str:
+    """Return the prompt, given as text or as a file, `-` for standard input, of which the last line break is dropped.
+
+    Raises:
+        InputError: both are given or neither, or the file cannot be read.
+    """
+    if (text is None) == (file is None):
+        given = "neither" if text is None else "both"
+        raise InputError(f"--prompt TEXT or --prompt-file FILE must be given, got {given}: give one of them")
+    if file is None:
+        assert text is not None
+        return text
+    name = "standard input" if file == Path("-") else str(file)
+    try:
+        raw = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
+        return raw.decode("utf-8").removesuffix("\n")
+    except OSError as error:
+        raise InputError(f"--prompt-file {name} cannot be read ({error.strerror}): give a text file, or -") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt-file {name} is not UTF-8 at byte {error.start}: write it in UTF-8") from None
 
 
 def generate(checkpoint: Path, *, prompt: str, tokens: int, sampling: Sampling) -> Generated:
@@ -114,6 +142,7 @@ def generate(checkpoint: Path, *, prompt: str, tokens: int, sampling: Sampling) 
         text=tokenizer.decode([*(ids if prompt else []), *new]),
         prompt_tokens=len(ids),
         tokens=len(new),
+        token_ids=tuple(new),
         ended=ended,
         prefill_seconds=instants[1] - instants[0],
         token_seconds=(instants[-1] - instants[1]) / (len(instants) - 2) if len(instants) > 2 else None,

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from training.checkpoint.write import SaveError, save_checkpoint
 from training.continuity import changes_since, probe_loss
 from training.incarnation import Fence, Superseded
 from training.loop import Loop, Position
-from training.model.certificate import Certificate, certify, document
+from training.model.certificate import Certificate, WrongPositions, certify, document
 from training.model.decoder import Decoder, plan_layers
 from training.model.probe import DTYPES
 from training.observers import MetricsFile, Observer, ProgressLine, Status
@@ -75,9 +75,10 @@ def _train(ready: Ready, *, device: torch.device, stopping: StopRequest, accept_
         data_rank=groups.data.rank,
         data_size=groups.data.size,
     )
-    engine, certificates = build_engine(
-        config, layout=layout, groups=groups, vocab_size=prepared.vocab_size, device=device
-    )
+    with _refusal_recorded(ready, groups=groups):
+        engine, certificates = build_engine(
+            config, layout=layout, groups=groups, vocab_size=prepared.vocab_size, device=device
+        )
     position = _resume(engine, loader, config=config, groups=groups, accept_change=accept_change)
     # Building takes minutes: a start that was overtaken meanwhile must not replace the newer one's metrics.
     from_first(fence.check, group=groups.world)
@@ -97,6 +98,20 @@ def _train(ready: Ready, *, device: torch.device, stopping: StopRequest, accept_
         peak_flops=_world_peak(config, device=device),
     )
     _run(loop, start=position)
+
+
+@contextmanager
+def _refusal_recorded(ready: Ready, *, groups: Groups) -> Iterator[None]:
+    """Write certificates that are refused down beside the accepted ones: the next start may see other ones."""
+    try:
+        yield
+    except WrongPositions as refused:
+        if groups.world.rank == 0:
+            text = {**document(refused.certificates, ready.config.model), "refused": str(refused)}
+            step = 0 if ready.newest is None else ready.newest.step
+            with folder.writing(ready.run_dir):
+                folder.record_certificate(text, run_dir=ready.run_dir, step=step)
+        raise
 
 
 def _validator(engine: Engine, *, config: RunConfig, prepared: Prepared, groups: Groups) -> Callable[[], float]:

@@ -178,6 +178,7 @@ def test_evaluation_prints_its_report_and_leaves_it_in_the_run_folder(job: Job) 
     report = json.loads(job.report)
     assert report == json.loads((job.broken / "evaluation" / "report.json").read_text())
     assert report["train_length"] == LENGTH
+    assert (report["position"], report["attention"], report["precision"]) == ("alibi", "sdpa", "fp32")
     assert [result["length"] for result in report["results"]] == [LENGTH, 2 * LENGTH]
     assert report["checkpoint"] == str(job.broken / "checkpoints" / f"step_{STEPS:07d}")
     (plot,) = (job.broken / "evaluation").glob("*.png")
@@ -211,6 +212,7 @@ def test_generated_tokens_are_those_of_transformers_past_the_training_length(job
     expected = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0]
     found = json.loads(job.generated)
     assert prompt.input_ids.shape[1] == found["prompt_tokens"] > LENGTH
+    assert found["token_ids"] == expected[prompt.input_ids.shape[1] :].tolist()
     assert found["text"] == tokenizer.decode(expected, skip_special_tokens=True)
     assert found["tokens"] == 40
 

@@ -29,6 +29,11 @@ BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join
 BY_BIAS = "tests/unit/test_model_alibi.py::test_bias_is_minus_slope_times_distance_and_nothing_ahead"
 BY_LENGTH = "tests/unit/test_model_alibi.py::test_bias_is_exact_at_distances_past_65536"
 BY_CACHE = "tests/unit/test_model_properties.py::test_token_by_token_past_a_query_block_equals_the_whole"
+BY_GREEDY = (
+    "tests/unit/test_generation.py"
+    "::test_greedy_tokens_are_transformers_past_the_training_length_and_many_different_ones"
+)
+BY_FLEX = "tests/unit/test_model_backends.py::test_flex_on_the_cpu_equals_the_reference[5-40-alibi]"
 REFUSED = "tests/unit/test_model_certificate.py"
 
 MUTANTS = (
@@ -54,11 +59,25 @@ MUTANTS = (
         BY_BIAS,
     ),
     Mutant(
-        "off-by-one distance",
+        "off-by-one distance, one too near",
+        ALIBI,
+        "* distance\n",
+        "* (distance - 1).clamp(min=0)\n",
+        BY_BIAS,
+    ),
+    Mutant(
+        "off-by-one distance, a query's own key is one away",
+        ALIBI,
+        "* distance\n",
+        "* distance.clamp(min=1)\n",
+        BY_BIAS,
+    ),
+    Mutant(
+        "the next key is seen",
         ALIBI,
         "query = torch.arange(keys - queries, keys, device=device)",
         "query = torch.arange(keys - queries, keys, device=device) + 1",
-        BY_BIAS,
+        "tests/unit/test_model_properties.py::test_a_later_token_never_changes_an_earlier_logit",
     ),
     Mutant(
         "bf16 positions",
@@ -103,11 +122,47 @@ MUTANTS = (
         BY_FORMULA,
     ),
     Mutant(
+        "ALiBi zeroed behind a cache",
+        ATTENTION,
+        "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)",
+        "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype) * (queries > 1)",
+        BY_GREEDY,
+    ),
+    Mutant(
+        "flex: wrong sign",
+        ATTENTION,
+        "score - here[head] * (query",
+        "score + here[head] * (query",
+        BY_FLEX,
+    ),
+    Mutant(
+        "flex: queries behind a cache are masked as if they came first",
+        ATTENTION,
+        "return query + (keys - queries) >= key",
+        "return query >= key",
+        BY_FLEX,
+    ),
+    Mutant(
         "t5: far buckets off by one",
         "training/model/t5.py",
         "far = exact + (",
         "far = exact + 1 + (",
         "tests/unit/test_model_t5.py::test_buckets_of_distances_to_5000_equal_transformers",
+    ),
+    Mutant(
+        "rotary: values are turned too",
+        DECODER,
+        "q, k = rotate(q, start=start), rotate(k, start=start)",
+        "q, k, v = (rotate(x, start=start) for x in (q, k, v))",
+        "tests/unit/test_model_rotary.py"
+        "::test_decoder_equals_the_formula_with_llamas_turns_in_logits_and_gradients[30-sdpa]",
+    ),
+    Mutant(
+        "sinusoidal: embeddings are not scaled",
+        DECODER,
+        "x = x * x.shape[2] ** 0.5 + table.to(x.dtype)",
+        "x = x + table.to(x.dtype)",
+        "tests/unit/test_model_sinusoidal.py::test_decoder_equals_the_formula_in_logits_and_gradients[30-sdpa]",
     ),
     Mutant(
         "rotary: position off by one behind a cache",
@@ -140,7 +195,7 @@ MUTANTS = (
     Mutant(
         "certificate: shape not checked",
         CERTIFICATE,
-        "if certificate.error is not None and not certificate.error <= tolerance:",
+        "if not certificate.error <= tolerance:",
         "if False:",
         f"{REFUSED}::test_a_shape_that_is_not_the_slopes_is_refused[1.01]",
     ),
@@ -150,5 +205,12 @@ MUTANTS = (
         "if sorted(heads) != list(range(model.heads)):",
         "if False:",
         f"{REFUSED}::test_heads_held_twice_are_refused",
+    ),
+    Mutant(
+        "certificate: nothing past a query block is read",
+        CERTIFICATE,
+        "LONG = 2 * QUERY_BLOCK + 17",
+        "LONG = PROBED",
+        f"{REFUSED}::test_a_bias_that_is_wrong_past_a_query_block_is_seen[17]",
     ),
 )

@@ -1,9 +1,12 @@
 """The Bloom decoder in plain tensor arithmetic from logical weights: no transformers, no code of the project."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
+
+Hook = Callable[[torch.Tensor], torch.Tensor]
 
 
 def bloom_logits(
@@ -13,6 +16,8 @@ def bloom_logits(
     layers: int,
     heads: int,
     penalty: torch.Tensor | None = None,
+    embedded: Hook | None = None,
+    turned: Hook | None = None,
 ) -> torch.Tensor:
     """Return logits, [batch, seq, vocab], in the weights' type, of tokens [batch, seq].
 
@@ -22,6 +27,8 @@ def bloom_logits(
         layers: Blocks.
         heads: Of each block.
         penalty: What is added to scores, [heads, seq, seq]; ALiBi's unless given.
+        embedded: What is made of the embeddings, [batch, seq, hidden].
+        turned: What is made of queries, and of keys, [batch, heads, seq, head_dim].
     """
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -35,11 +42,14 @@ def bloom_logits(
     distance = places[None, :] - places[:, None]
     bias = _slopes(heads)[:, None, None] * distance if penalty is None else penalty
     bias = bias.masked_fill(distance > 0, -math.inf).to(weights["embedding.word.weight"].dtype)
-    x = norm(weights["embedding.word.weight"][tokens], "embedding.norm")
+    x = weights["embedding.word.weight"][tokens]
+    x = norm(x if embedded is None else embedded(x), "embedding.norm")
     for block in range(layers):
         prefix = f"blocks.{block}"
         mixed = linear(norm(x, f"{prefix}.attention_norm"), f"{prefix}.attention.query_key_value")
         query, key, value = mixed.view(batch, seq, heads, 3, -1).permute(3, 0, 2, 1, 4)
+        if turned is not None:
+            query, key = turned(query), turned(key)
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + bias
         attended = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, seq, -1)
         x = x + linear(attended, f"{prefix}.attention.output")

@@ -43,6 +43,20 @@ def make_decoder(
     return decoder
 
 
+def make_wandering_decoder(*, position: str = "alibi") -> Decoder:
+    """Return a decoder of 4 heads whose greedy tokens keep changing, so that they tell what it attends to.
+
+    The head shares the embedding, which makes most tokens their own likeliest successors: signs at random end that.
+    """
+    decoder = make_decoder(4, position=position)
+    norm = decoder.layers[-1].norm
+    signs = torch.randint(0, 2, norm.weight.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        norm.weight.copy_(signs)  # type: ignore[operator, union-attr]
+        norm.bias.zero_()  # type: ignore[operator, union-attr]
+    return decoder
+
+
 def weights_of(decoder: Decoder) -> dict[str, Tensor]:
     """Return copies of a decoder's weights by logical name, in its type; they take gradients."""
     return {name: p.detach().clone().requires_grad_() for name, (p, _) in declared(decoder).items()}

@@ -13,10 +13,33 @@ def test_every_backend_of_the_table_can_be_made_and_no_other() -> None:
 
 def test_the_default_can_compute_everything_everywhere() -> None:
     for position in ("alibi", "sinusoidal", "rotary", "t5", "none"):
-        for precision in ("fp32", "bf16", "fp16"):
+        for precision in ("fp32", "bf16"):
             assert misfit(backend_of("auto"), position=position, precision=precision, head_dim=7) is None
     for device in ("cpu", "cuda"):
         assert missing(backend_of("auto"), device=device, packages=frozenset()) is None
+
+
+def test_a_precision_that_no_backend_has_is_left_to_a_rule_of_its_own() -> None:
+    for backend in BACKENDS.values():
+        assert "fp16" not in backend.precisions
+        assert misfit(backend, position="none", precision="fp16", head_dim=64) is None
+    why = misfit(BACKENDS["flash"], position="none", precision="fp32", head_dim=64)
+    assert why == "flash cannot compute train.precision fp32: use reference or sdpa or flex"
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "expected"),
+    [
+        ("flash", (7, 5), "flash needs a GPU of compute capability 8.0, this one has 7.5: use sdpa"),
+        ("flex", (6, 1), "flex needs a GPU of compute capability 7.0, this one has 6.1: use sdpa"),
+        ("flash", (8, 0), None),
+        ("flash", None, None),
+        ("sdpa", (6, 1), None),
+    ],
+)
+def test_a_gpu_that_is_too_old_is_named(name: str, capability: tuple[int, int] | None, expected: str | None) -> None:
+    packages = frozenset({"flash_attn"})
+    assert missing(BACKENDS[name], device="cuda", packages=packages, capability=capability) == expected
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,13 @@ from training.evaluation.windows import Protocol, parse_protocol
 from training.tracking.tracker import MlflowTracker
 
 VOCAB = 32
+CERTIFICATE = {"ranks": [{"position": "alibi", "backend": "sdpa", "precision": "fp32"}]}
 
 
 class Uniform:
     """Finds every token equally likely."""
+
+    certificate = CERTIFICATE
 
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.full(tokens[:, 1:].shape, math.log(VOCAB))
@@ -63,6 +66,8 @@ def test_defaults_come_from_the_run_and_the_folder_holds_report_table_and_plot(r
     assert json.loads((folder / "report.json").read_text()) == document
     assert document["checkpoint"] == str(run_dir / "checkpoints" / "step_0000007")
     assert (document["train_length"], document["step"], document["position"]) == (32, 7, "alibi")
+    assert (document["attention"], document["precision"]) == ("sdpa", "fp32")
+    assert "- read by attention sdpa in fp32\n" in (folder / "report.md").read_text()
     assert document["unigram_perplexity"] == 40.0
     assert document["data"] == {"name": "held-out", "tokens": 1000, "words": 100}
     assert [(r["length"], r["protocol"], r["stride"], r["tokens"]) for r in document["results"]] == [
@@ -143,7 +148,7 @@ def document(*results: Result, of: Text | None = None) -> dict[str, Any]:
         checkpoint=Path("runs/one/checkpoints/step_0000007"),
         step=7,
         train_length=32,
-        position="alibi",
+        certificate=CERTIFICATE,
         text=of or text(1000),
     )
 

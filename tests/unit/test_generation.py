@@ -1,6 +1,8 @@
 """How the next token is chosen, and when generation ends; what a whole model generates is in the whole job."""
 
 import math
+import sys
+from io import BytesIO, TextIOWrapper
 from itertools import islice
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import pytest
 import torch
 
 from configs.errors import InputError, TrainshortError
-from tests.unit.decoder_samples import VOCABULARY, make_decoder
+from tests.unit.command_line import Call, refused
+from tests.unit.decoder_samples import VOCABULARY, bloom_of, make_wandering_decoder, weights_of
 from training import generation
-from training.generation import Sampling, choose, continue_tokens, generate
+from training.generation import Sampling, choose, continue_tokens, generate, read_prompt
 from training.model.cache import KeyValueCache
 from training.model.single import SingleModel
 
@@ -55,6 +58,8 @@ def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
         ({"temperature": math.nan}, "--temperature must be 0 or more, got nan: 0 takes the likeliest token"),
         ({"top_p": 0.0}, "--top-p must be above 0 and at most 1, got 0.0: 1 draws from all tokens"),
         ({"top_p": 1.5}, "--top-p must be above 0 and at most 1, got 1.5: 1 draws from all tokens"),
+        ({"seed": -1}, "--seed must be from 0 to 18446744073709551615, got -1: write --seed 1"),
+        ({"seed": 2**64}, f"--seed must be from 0 to 18446744073709551615, got {2**64}: write --seed 1"),
         ({"top_p": 0.5}, "--top-p 0.5 draws, but --temperature is 0: add --temperature 1 or drop it"),
     ],
 )
@@ -70,6 +75,45 @@ def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
         choose(torch.tensor([0.0, value]), sampling=Sampling(), generator=torch.Generator())
 
 
+def test_the_largest_seed_draws() -> None:
+    assert drawn(Sampling(temperature=1.0, seed=2**64 - 1), draws=1)[0] in range(4)
+
+
+def test_a_prompt_is_text_a_file_or_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("two lines\n\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO("größer\n".encode())))
+    assert read_prompt("as it is\n", None) == "as it is\n"
+    assert read_prompt("", None) == ""
+    assert read_prompt(None, file) == "two lines\n"
+    assert read_prompt(None, Path("-")) == "größer"
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--prompt TEXT or --prompt-file FILE must be given, got neither: give one of them"),
+        (
+            ("--prompt", "", "--prompt-file", "-"),
+            "--prompt TEXT or --prompt-file FILE must be given, got both: give one of them",
+        ),
+        (
+            ("--prompt-file", "none.txt"),
+            "--prompt-file none.txt cannot be read (No such file or directory): give a text file, or -",
+        ),
+        (("--prompt-file", "latin1.txt"), "--prompt-file latin1.txt is not UTF-8 at byte 2: write it in UTF-8"),
+        (
+            ("--prompt", "x", "--seed", "18446744073709551616"),
+            "--seed must be from 0 to 18446744073709551615, got 18446744073709551616: write --seed 1",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(trainshort: Call, arguments: tuple[str, ...], message: str) -> None:
+    Path("latin1.txt").write_bytes("größer".encode("latin-1"))
+    assert refused(trainshort, "generate", "nowhere", *arguments) == message
+
+
 def test_bad_questions_are_refused_before_a_checkpoint_is_read(tmp_path: Path) -> None:
     for prompt, tokens, message in (
         ("x", 0, "tokens to generate must be 1 or more, got 0"),
@@ -83,16 +127,32 @@ def test_bad_questions_are_refused_before_a_checkpoint_is_read(tmp_path: Path) -
 def test_greedy_tokens_are_those_of_the_whole_sequence_however_the_prompt_is_read(
     monkeypatch: pytest.MonkeyPatch, position: str
 ) -> None:
-    decoder = make_decoder(4, position=position)
+    decoder = make_wandering_decoder(position=position)
     model = SingleModel(decoder, device=torch.device("cpu"), certificate={})
-    prompt = torch.randint(0, VOCABULARY, (11,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = torch.randint(3, VOCABULARY, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = list(prompt)
-    for _ in range(8):
+    for _ in range(60):
         expected.append(int(model.logits(torch.tensor([expected]))[0, -1].argmax()))
     for part in (4096, 4, 1):
         monkeypatch.setattr(generation, "PREFILL_TOKENS", part)
         stream = continue_tokens(model, prompt, sampling=Sampling(), end=None)
-        assert prompt + list(islice(stream, 8)) == expected
+        assert prompt + list(islice(stream, 60)) == expected
+    assert len(set(expected[20:])) > 4
+
+
+TRAIN_LENGTH = 32
+
+
+def test_greedy_tokens_are_transformers_past_the_training_length_and_many_different_ones() -> None:
+    decoder = make_wandering_decoder()
+    model = SingleModel(decoder, device=torch.device("cpu"), certificate={})
+    prompt = torch.randint(3, VOCABULARY, (1, TRAIN_LENGTH - 12), generator=torch.Generator().manual_seed(0))
+    expected = bloom_of(weights_of(decoder), heads=4).generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=60, do_sample=False, eos_token_id=None
+    )[0, prompt.shape[1] :]
+    stream = continue_tokens(model, prompt[0].tolist(), sampling=Sampling(), end=None)
+    assert list(islice(stream, 60)) == expected.tolist()
+    assert len(set(expected.tolist())) > 4, "a token that repeats would hide what a cache forgets"
 
 
 class Counting:

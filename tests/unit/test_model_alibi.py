@@ -11,7 +11,6 @@ from training.model import attention
 from training.model.alibi import causal_bias, local_slopes, slopes
 from training.model.attention import Reference, Sdpa
 from training.model.bias import SlopeBias
-from training.model.sinusoidal import sinusoids
 
 
 @pytest.mark.parametrize("heads", range(1, 129))
@@ -118,12 +117,3 @@ def test_half_precision_queries_get_an_fp32_bias_and_wider_ones_a_wider(backend:
         x = torch.zeros(1, 1, 4, 8, dtype=type_)
         assert backend(bias)(x, x, x).dtype is type_
         assert bias.asked == [expected]
-
-
-def test_sinusoids_equal_the_formula() -> None:
-    table = sinusoids(7, hidden=6, device=torch.device("cpu"))
-    for position in range(7):
-        for i in range(3):
-            angle = torch.tensor(position / 10000 ** (i / 2), dtype=torch.float64)
-            assert table[position, i] == pytest.approx(float(angle.sin()), abs=1e-6)
-            assert table[position, 3 + i] == pytest.approx(float(angle.cos()), abs=1e-6)

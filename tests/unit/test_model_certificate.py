@@ -5,43 +5,50 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from configs.errors import TrainshortError
 from configs.schema import Model
 from parallel.groups import Groups, lone_groups
 from tests.unit.decoder_samples import make_decoder
+from training.model import t5
 from training.model.alibi import slopes
 from training.model.attention import Reference, Sdpa
-from training.model.bias import SlopeBias
+from training.model.bias import QUERY_BLOCK, SlopeBias
 from training.model.certificate import (
+    LONG,
     PROBED,
     TOLERANCE,
     Certificate,
-    attention_rows,
+    WrongPositions,
     certify,
+    document,
     expected_rows,
     hash_slopes,
     measure,
+    penalties,
     read_rows,
-    total_variation,
+    recency_and_error,
+    t5_bucket,
     verify,
 )
+from training.model.t5 import BUCKETS, MAX_DISTANCE, buckets
 
 CPU = torch.device("cpu")
 HEADS = 8
+OTHERWISE = "try something else"
 
 
-def model_of(heads: int, *, position: str = "alibi") -> Model:
-    return Model(layers=2, hidden=8 * heads, heads=heads, position=position)  # type: ignore[arg-type]
+def model_of(heads: int, *, position: str = "alibi", backend: str = "sdpa") -> Model:
+    return Model(layers=2, hidden=8 * heads, heads=heads, position=position, attention=backend)  # type: ignore[arg-type]
 
 
 def measured(head_slopes: list[float] | None, *, heads: list[int], position: str = "alibi") -> tuple[float, float]:
     """Recency and error of an attention that has some slopes where these heads' are due."""
-    used = None if head_slopes is None else torch.tensor(head_slopes, dtype=torch.float64)
-    rows = attention_rows(Sdpa(SlopeBias(used)), heads=len(heads), head_dim=8, dtype=torch.float32, device=CPU)
-    expected = expected_rows([slopes(HEADS)[head] for head in heads], position=position)
-    assert expected is not None
-    return float((rows[:, -1, -1] - rows[:, -1, 0]).min()), float(total_variation(rows, expected).max())
+    bias = SlopeBias(None if head_slopes is None else torch.tensor(head_slopes, dtype=torch.float64))
+    expected = penalties([slopes(HEADS)[head] for head in heads], bias=bias, position=position)
+    recency, error = recency_and_error(Sdpa(bias), torch.zeros(1, len(heads), LONG, 8), expected=expected).tolist()
+    return recency, error
 
 
 def statement(rank: int, *, heads: list[int], used: list[float] | None, stage: int = 0) -> Certificate:
@@ -54,7 +61,7 @@ def statement(rank: int, *, heads: list[int], used: list[float] | None, stage: i
         data_rank=0,
         position="alibi",
         backend="sdpa",
-        precision="float32",
+        precision="fp32",
         device="cpu",
         heads=tuple(heads),
         slopes_sha256=None if used is None else hash_slopes(used),
@@ -70,13 +77,18 @@ def two_ranks() -> list[Certificate]:
 
 
 def refusal(certificates: list[Certificate], *, position: str = "alibi") -> str:
-    with pytest.raises(TrainshortError) as refused:
-        verify(certificates, model_of(HEADS, position=position), tolerance=TOLERANCE[torch.float32])
-    return str(refused.value)
+    with pytest.raises(WrongPositions) as refused:
+        verify(
+            certificates, model_of(HEADS, position=position), tolerance=TOLERANCE[torch.float32], otherwise=OTHERWISE
+        )
+    assert refused.value.certificates == certificates
+    message = str(refused.value)
+    assert message.endswith((f"; {OTHERWISE}", "; this is a fault of trainshort: report it"))
+    return message
 
 
 def test_right_ranks_are_accepted() -> None:
-    verify(two_ranks(), model_of(HEADS), tolerance=TOLERANCE[torch.float32])
+    verify(two_ranks(), model_of(HEADS), tolerance=TOLERANCE[torch.float32], otherwise=OTHERWISE)
 
 
 def test_the_first_heads_slopes_on_every_rank_are_refused() -> None:
@@ -135,6 +147,7 @@ def test_a_shape_that_is_not_the_slopes_is_refused(factor: float) -> None:
     message = refusal([replace(right[0], recency=recency, error=error), right[1]])
     assert "rank 0 (tensor 0, stage 0, data 0) has attention " in message
     assert "away from the shape" in message
+    assert message.endswith(f"(allowed 1e-05), by sdpa in fp32; {OTHERWISE}")
 
 
 @pytest.mark.parametrize("position", ["none", "rotary", "sinusoidal"])
@@ -172,10 +185,24 @@ def test_expected_rows_equal_a_softmax_of_the_penalties(heads: int) -> None:
         ("alibi", -slope[:, None, None] * distance),
         ("none", 0.0 * distance.expand(heads, -1, -1)),
     ):
-        rows = expected_rows(slopes(heads), position=position)
-        assert rows is not None
+        penalty = penalties(slopes(heads), bias=SlopeBias(None), position=position)
+        rows = expected_rows(penalty, rows=range(PROBED), keys=PROBED)
         torch.testing.assert_close(rows, scores.double().masked_fill(distance < 0, -torch.inf).softmax(-1))
-    assert expected_rows(slopes(heads), position="t5") is None
+
+
+def test_rows_that_alibi_must_give_are_geometric() -> None:
+    row = expected_rows(penalties([0.5], bias=SlopeBias(None), position="alibi"), rows=[2], keys=4)[0, 0]
+    weights = [math.exp(-1), math.exp(-0.5), 1, 0]
+    assert row.tolist() == pytest.approx([weight / sum(weights) for weight in weights])
+
+
+def test_buckets_in_whole_numbers_are_those_of_the_model_and_of_transformers() -> None:
+    found = [t5_bucket(distance) for distance in range(2000)]
+    assert found == buckets(2000, device=CPU).tolist()
+    theirs = T5Attention._relative_position_bucket(
+        -torch.arange(2000), bidirectional=False, num_buckets=BUCKETS, max_distance=MAX_DISTANCE
+    )
+    assert found == theirs.tolist()
 
 
 @pytest.mark.parametrize("backend", [Reference, Sdpa])
@@ -206,29 +233,65 @@ def test_a_real_decoder_is_certified_to_rounding(groups: Groups, heads: int, pos
     decoder = make_decoder(heads, head_dim=4, position=position, backend=backend)
     model = Model(layers=2, hidden=4 * heads, heads=heads, position=position, attention=backend)  # type: ignore[arg-type]
     (found,) = certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
-    assert found.error is not None
     assert found.error < 1e-6
     assert (found.heads, found.backend) == (tuple(range(heads)), backend)
     assert (found.slopes_sha256 is None) == (position != "alibi")
 
 
-def test_a_learned_bias_is_certified_for_its_heads_alone(groups: Groups) -> None:
-    (found,) = certify(
-        make_decoder(6, position="t5"), model_of(6, position="t5"), groups=groups, dtype=torch.float32, device=CPU
-    )
-    assert (found.error, found.slopes_sha256, found.heads) == (None, None, tuple(range(6)))
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_learned_bias_is_certified_by_its_own_table(
+    groups: Groups, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make_decoder(6, position="t5", backend=backend)
+    model = model_of(6, position="t5", backend=backend)
+    (found,) = certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+    assert (found.slopes_sha256, found.heads) == (None, tuple(range(6)))
+    assert found.error < 1e-6
+    monkeypatch.setattr(t5, "buckets", lambda length, *, device: buckets(length + 1, device=device)[1:])
+    with pytest.raises(WrongPositions, match="away from the shape"):
+        certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
 
 
 def test_one_block_with_an_attention_of_its_own_is_measured_too(groups: Groups) -> None:
     decoder, model = make_decoder(8), model_of(8)
     decoder.layers[2].attend = Sdpa(SlopeBias(None))  # type: ignore[assignment]
     assert measure(decoder, model, groups=groups, dtype=torch.float32, device=CPU).recency == pytest.approx(0, abs=1e-6)
-    with pytest.raises(TrainshortError, match=r"rank 0 .*nothing was trained"):
+    with pytest.raises(TrainshortError, match=r"rank 0 .*in attention sdpa; set another model.attention, reference is"):
         certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+
+
+class WrongPastABlock(SlopeBias):
+    """Right in the first block of queries, and wrong in one that reads a strip of so many rows further left."""
+
+    def __init__(self, right: SlopeBias, *, rows: int) -> None:
+        super().__init__(right.local_slopes)
+        self._rows = rows
+
+    def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        strip = super().__call__(rows=rows, keys=keys, device=device, dtype=dtype).clone()
+        if keys > QUERY_BLOCK:
+            strip[:, :, : self._rows, :-QUERY_BLOCK] -= 0.01
+        return strip
+
+
+@pytest.mark.parametrize("rows", [1, 17, QUERY_BLOCK])
+def test_a_bias_that_is_wrong_past_a_query_block_is_seen(groups: Groups, rows: int) -> None:
+    decoder, model = make_decoder(8), model_of(8)
+    right = decoder.layers[1].attend.bias
+    assert isinstance(right, SlopeBias)
+    for block in decoder.layers[1:-1]:
+        block.attend = Sdpa(WrongPastABlock(right, rows=rows))  # type: ignore[assignment]
+    with pytest.raises(WrongPositions, match="away from the shape"):
+        certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+
+
+def test_what_is_no_number_is_written_down_as_none() -> None:
+    stated = replace(two_ranks()[0], error=math.nan, recency=math.inf)
+    (rank,) = document([stated], model_of(HEADS))["ranks"]
+    assert (rank["error"], rank["recency"], rank["heads"]) == (None, None, (0, 1, 2, 3))
 
 
 def test_bf16_attention_is_within_what_bf16_is_allowed(groups: Groups) -> None:
     decoder = make_decoder(16)
     (found,) = certify(decoder, model_of(16), groups=groups, dtype=torch.bfloat16, device=CPU)
-    assert found.error is not None
     assert 1e-5 < found.error < 3e-3  # bf16 was really measured

@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from parallel.shards import declared
+from tests.unit.bloom_by_hand import bloom_logits, cross_entropy
+from tests.unit.decoder_samples import LAYERS, VOCABULARY, make_decoder, weights_of
 from training.model.rotary import rotate
 
 
@@ -36,3 +39,28 @@ def test_type_is_kept_and_position_zero_is_not_turned() -> None:
         x = torch.randn(1, 2, 3, 8, dtype=dtype)
         assert rotate(x).dtype is dtype
         assert torch.equal(rotate(x)[:, :, 0], x[:, :, 0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("length", [30, 300])  # 300: past a query block
+def test_decoder_equals_the_formula_with_llamas_turns_in_logits_and_gradients(backend: str, length: int) -> None:
+    heads, head_dim = 3, 8
+    decoder = make_decoder(heads, head_dim=head_dim, position="rotary", backend=backend).double()
+    weights = weights_of(decoder)
+    tokens = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    rates = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    # Llama's own table is fp32; its turn takes any.
+    angles = (torch.arange(length, dtype=torch.float64)[:, None] * rates).repeat(1, 2)[None]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return apply_rotary_pos_emb(x, x, angles.cos(), angles.sin())[0]  # type: ignore[no-any-return]
+
+    logits = decoder(inputs)
+    none = torch.zeros(heads, length, length, dtype=torch.float64)
+    expected = bloom_logits(weights, inputs, layers=LAYERS, heads=heads, penalty=none, turned=turned)
+    torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+    for some in (logits, expected):
+        cross_entropy(some, targets).backward()
+    for name, (parameter, _) in declared(decoder).items():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, atol=1e-9, rtol=0, msg=name)

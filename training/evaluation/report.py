@@ -12,7 +12,13 @@ from training.evaluation.text import Text
 
 
 def build_document(
-    results: Sequence[Result], *, checkpoint: Path, step: int, train_length: int, position: str, text: Text
+    results: Sequence[Result],
+    *,
+    checkpoint: Path,
+    step: int,
+    train_length: int,
+    certificate: dict[str, Any],
+    text: Text,
 ) -> dict[str, Any]:
     """Return the document of report.json.
 
@@ -25,14 +31,18 @@ def build_document(
         checkpoint: The step folder evaluated.
         step: Its training step.
         train_length: Tokens of a training sequence.
-        position: How order enters the model, as in a run file.
+        certificate: What was measured of the positions of the model that read the text.
         text: What was evaluated.
     """
+    (reader,) = certificate["ranks"]
     return {
         "checkpoint": str(checkpoint),
         "step": step,
         "train_length": train_length,
-        "position": position,
+        "position": reader["position"],
+        # What computed these numbers, which may not be what trained.
+        "attention": reader["backend"],
+        "precision": reader["precision"],
         "data": {"name": text.name, "tokens": len(text.tokens), "words": text.words},
         "unigram_perplexity": text.unigram_perplexity,
         "results": [_result(result, text=text) for result in results],
@@ -80,6 +90,7 @@ def format_table(document: dict[str, Any]) -> str:
         "",
         f"- checkpoint: `{document['checkpoint']}` (step {document['step']:,})",
         f"- position: {document['position']}, trained at {document['train_length']:,} tokens",
+        f"- read by attention {document['attention']} in {document['precision']}",
         f"- text: {data['name']}, {data['tokens']:,} tokens"
         + (f", {data['words']:,} words" if data["words"] is not None else ""),
         *([f"- a unigram model's perplexity: {unigram:,.1f}"] if unigram is not None else []),

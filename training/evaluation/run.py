@@ -52,13 +52,14 @@ def evaluate(
     jobs = plan_jobs(lengths or config.evaluation_lengths, parsed, tokens=len(text.tokens))
     # now, so that the tracker's thread has imported mlflow by the time there is something to log
     tracker = attach(opened.run_dir, uri=config.track.uri)
-    results = run_jobs(load_single(opened), text, jobs)
+    model = load_single(opened)
+    results = run_jobs(model, text, jobs)
     document = build_document(
         results,
         checkpoint=opened.path,
         step=opened.step,
         train_length=config.data.sequence_length,
-        position=config.model.position,
+        certificate=model.certificate,
         text=text,
     )
     folder = evaluation_folder(opened.run_dir)

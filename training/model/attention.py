@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from configs.backends import BACKENDS, missing
 from configs.errors import MachineError
 from training.model.bias import QUERY_BLOCK, Bias
+
+KERNEL_READS = 8  # elements of a mask at a time, whatever their size
 
 
 class Attention(Protocol):
@@ -73,19 +76,35 @@ class Sdpa:
             seen = keys - queries + start + query.shape[2]
             mask = strip[:, :, rows - query.shape[2] :, keys - seen :]
             block = (query, k[:, :, :seen], v[:, :, :seen], mask)
-            blocks.append(checkpoint(_attend_block, *block, use_reentrant=False) if again else _attend_block(*block))
+            blocks.append(_attend_again(*block) if again else _attend_block(*block))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def _attend_again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attend, and once more in the backward pass, which keeps nothing else; no randomness has to be repeated."""
+    out: Tensor = checkpoint(_attend_block, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # Kernels read the mask 16 bytes at a time. A slice of the shared strip costs no memory in any layer, a copy does.
-    aligned = all(offset * mask.element_size() % 16 == 0 for offset in (mask.storage_offset(), *mask.stride()[1:-1]))
     # cuDNN is left out: it has read fp32 masks as bf16 and given NaN gradients with masks at some lengths
     # (pytorch#191612, #196678).
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if aligned else mask.contiguous())
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=aligned(mask))
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """Return a mask whose start and rows lie where a GPU's kernel reads it as it is, [1, heads, rows, keys].
+
+    A slice of the shared strip costs no memory in any layer; torch copies one whose strides are no multiples of
+    8 elements, and the kernel refuses one that begins between them.
+    """
+    if all(offset % KERNEL_READS == 0 for offset in (mask.storage_offset(), *mask.stride()[:-1])):
+        return mask
+    keys = mask.shape[3]
+    return F.pad(mask, (0, -keys % KERNEL_READS))[..., :keys]
 
 
 class Flex:
@@ -136,6 +155,9 @@ class Flash:
                 f"model.attention flash: the installed flash_attn cannot be imported ({error}): install one that is "
                 "built for this torch, or use sdpa"
             ) from None
+        why = missing(BACKENDS["flash"], device="cuda", packages=frozenset({"flash_attn"}), capability=_capability())
+        if why is not None:
+            raise MachineError(f"model.attention {why}")
         self.bias, self._slopes, self._attend = bias, _Slopes(bias), flash_attn_func
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -145,6 +167,10 @@ class Flash:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out: Tensor = self._attend(q, k, v, causal=True, alibi_slopes=here)
         return out.transpose(1, 2)
+
+
+def _capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 class _Slopes:

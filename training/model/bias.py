@@ -12,6 +12,7 @@ from torch import Tensor
 from training.model.alibi import causal_bias
 
 QUERY_BLOCK = 256
+ALIGNED = 16  # elements: a GPU copies a mask whose rows are no multiples of 8 long, or begin between them
 
 
 class Bias(Protocol):
@@ -41,24 +42,39 @@ class Bias(Protocol):
 
 
 class SlopeBias:
-    """ALiBi's bias; with no slopes, causality alone. A strip of QUERY_BLOCK rows is kept, for all layers and calls."""
+    """ALiBi's bias; with no slopes, causality alone. For all layers and calls it keeps a strip of QUERY_BLOCK rows,
+    and one of a single row for the next token of a cache.
+    """
 
     learned = False
 
     def __init__(self, local_slopes: Tensor | None) -> None:
         self.local_slopes = local_slopes
-        self._strip: Tensor | None = None
+        self._strips: dict[int, Tensor] = {}
 
     def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the strip [1, local_heads or 1, rows, keys]."""
-        if rows == 1 or rows > QUERY_BLOCK:  # a cache's next token, or every score at once: nothing worth keeping
+        if rows > QUERY_BLOCK:  # every score at once: nothing worth keeping
             return self._make(rows=rows, keys=keys, device=device, dtype=dtype)[None]
-        strip = self._strip
+        height = 1 if rows == 1 else QUERY_BLOCK
+        strip = self._strips.get(height)
         if strip is None or (strip.device, strip.dtype) != (device, dtype) or strip.shape[2] < keys:
-            self._strip = strip = self._make(rows=QUERY_BLOCK, keys=keys, device=device, dtype=dtype)
-        return strip[None, :, QUERY_BLOCK - rows :, strip.shape[2] - keys :]
+            # Each generated token has one key more: a row that doubles is seldom made.
+            width = power_of_two(keys) if rows == 1 else padded(keys)
+            strip = self._strips[height] = self._make(rows=height, keys=width, device=device, dtype=dtype)
+        return strip[None, :, height - rows :, strip.shape[2] - keys :]
 
     def _make(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         slopes = torch.zeros(1) if self.local_slopes is None else self.local_slopes
         wide = torch.promote_types(torch.float32, dtype)
         return causal_bias(slopes.to(device, wide), queries=rows, keys=keys).to(dtype)
+
+
+def padded(length: int) -> int:
+    """Return the smallest multiple of ALIGNED that is not below a length."""
+    return -(-length // ALIGNED) * ALIGNED
+
+
+def power_of_two(length: int) -> int:
+    """Return the smallest power of two that is not below a length, for tables that many lengths share."""
+    return 1 << (length - 1).bit_length()

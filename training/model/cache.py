@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+ROOM = 256  # tokens that fit behind a prompt: a generation as short as most copies nothing
+
 
 class KeyValueCache:
     """One growing pair of keys and values per block.
@@ -28,7 +30,7 @@ class KeyValueCache:
         pair = self._pairs.get(block)
         if pair is None or pair[0].shape[2] < end:
             # Twice as long where it has to grow, so that copies cost a constant per token.
-            size = end if pair is None else max(end, 2 * pair[0].shape[2])
+            size = max(end + ROOM, 0 if pair is None else 2 * pair[0].shape[2])
             pair = (_grown(pair and pair[0], like=k, size=size), _grown(pair and pair[1], like=v, size=size))
             self._pairs[block] = pair
         for stored, new in zip(pair, (k, v), strict=True):

@@ -16,7 +16,7 @@ from parallel.layers import WordEmbedding, column_linear, layer_norm, row_linear
 from parallel.plan import LayerPlan
 from training.model.alibi import local_slopes
 from training.model.attention import MAKERS, Attention
-from training.model.bias import Bias, SlopeBias
+from training.model.bias import Bias, SlopeBias, power_of_two
 from training.model.cache import KeyValueCache
 from training.model.rotary import rotate
 from training.model.sinusoidal import sinusoids
@@ -37,7 +37,7 @@ class EmbeddingNorm(nn.Module):
         if self.sinusoidal:
             start = cache.length if cache else 0
             end = start + x.shape[1]
-            table = sinusoids(1 << (end - 1).bit_length(), hidden=x.shape[2], device=x.device)[start:end]
+            table = sinusoids(power_of_two(end), hidden=x.shape[2], device=x.device)[start:end]
             # Scaled as in the source: else unit-sized sines would drown the small initial embeddings.
             x = x * x.shape[2] ** 0.5 + table.to(x.dtype)
         out: Tensor = self.dropout(self.norm(x))

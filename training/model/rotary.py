@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from training.model.bias import power_of_two
+
 BASE = 10000.0
 
 
@@ -23,7 +25,7 @@ def rotate(x: Tensor, *, start: int = 0) -> Tensor:
     end = start + x.shape[2]
     # A table of the next power of two: a generation that grows by a token makes no new one each time.
     wide = torch.promote_types(torch.float32, x.dtype)
-    table = turns(1 << (end - 1).bit_length(), head_dim=x.shape[3], device=x.device, dtype=wide)
+    table = turns(power_of_two(end), head_dim=x.shape[3], device=x.device, dtype=wide)
     cos, sin = (part[start:end] for part in table)
     first, second = x.to(wide).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

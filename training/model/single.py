@@ -1,12 +1,10 @@
 """A trained decoder in one process, for evaluation, export and generation: no engine, no ranks."""
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from configs.backends import backend_of
 from configs.schema import Model
 from parallel.groups import lone_groups
 from parallel.layers import split_cross_entropy
@@ -17,9 +15,8 @@ from training.model.cache import KeyValueCache
 from training.model.certificate import certify, document
 from training.model.decoder import Decoder, plan_layers
 
-logger = logging.getLogger(__name__)
-
 HEAD_TOKENS = 1024  # tokens whose logits exist at one time
+READ_OTHERWISE = "read the checkpoint with another torch or on another machine, and report this"
 
 
 class SingleModel:
@@ -70,22 +67,22 @@ class SingleModel:
 
 
 def load_single(checkpoint: Checkpoint) -> SingleModel:
-    """Return the model of a checkpoint of any layout, in fp32; by `sdpa`, or by `reference` where the run asks for it.
+    """Return the model of a checkpoint of any layout, in fp32 and by the default attention, whatever it trained with.
+
+    `reference` is no exception: it writes all scores out, which no evaluation at length could hold.
 
     Raises:
         TrainshortError: its positions are not what they must be; see `training.model.certificate`.
     """
-    asked = checkpoint.config.model
-    model = asked if asked.attention == "reference" else asked.model_copy(update={"attention": "auto"})
-    used, trained = backend_of(model.attention).name, backend_of(asked.attention).name
-    if used != trained:
-        logger.warning("attention %s in fp32 reads what was trained with %s", used, trained)
+    model = checkpoint.config.model.model_copy(update={"attention": "auto"})
     decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
     for parameter, shard in declared(decoder).values():
         parameter.data = checkpoint.slice(shard, kind="weight", part=None)
     device = start_alone()
     decoder.to(device)
-    certificates = certify(decoder, model, groups=lone_groups(), dtype=torch.float32, device=device)
+    certificates = certify(
+        decoder, model, groups=lone_groups(), dtype=torch.float32, device=device, otherwise=READ_OTHERWISE
+    )
     return SingleModel(decoder, device=device, certificate=document(certificates, model))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from parallel.groups import Group
 from parallel.shards import Shard, declare
+from training.model.bias import padded, power_of_two
 
 BUCKETS = 32
 MAX_DISTANCE = 128
@@ -44,11 +45,13 @@ class LearnedBias(nn.Module):
 
     def forward(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the strip [1, local_heads, rows, keys], -inf where the key is ahead."""
-        by_distance = self.weight.to(dtype)[:, buckets(keys, device=device)]
-        # Row r, column c needs distance keys - rows + r - c. One line of all distances, the longest first, then the
-        # keys ahead; repeated one element too long and cut anew, each row lies one element later than the one above.
-        ahead = by_distance.new_full((by_distance.shape[0], rows), -torch.inf)
-        line = torch.cat([by_distance.flip(1), ahead], dim=1)
-        width = line.shape[1] - 1
-        repeated = line[:, None, :].expand(-1, rows, -1).reshape(line.shape[0], rows * (width + 1))
-        return repeated[:, : rows * width].view(line.shape[0], rows, width)[None, :, :, rows - 1 :]
+        # Buckets of a power of two: each generated token has one key more.
+        by_distance = self.weight.to(dtype)[:, buckets(power_of_two(keys), device=device)[:keys]]
+        # Row r, column first + c needs distance keys - rows + r - c. One line of all distances, the longest first,
+        # then the keys ahead; repeated one element too long and cut anew, each row lies one later than the one above.
+        first, heads = padded(rows - 1), by_distance.shape[0]
+        width, before = first + padded(keys), first - (rows - 1)
+        other = by_distance.new_full((heads, width + 1 - keys), -torch.inf)
+        line = torch.cat([other[:, :before], by_distance.flip(1), other[:, before:]], dim=1)
+        repeated = line[:, None, :].expand(-1, rows, -1).reshape(heads, rows * (width + 1))
+        return repeated[:, : rows * width].view(heads, rows, width)[None, :, :, first : first + keys]
