@@ -84,10 +84,11 @@ class Fence:
         if not self.is_ours():
             raise self.superseded()
 
-    def covers(self, token: str) -> bool:
-        """Return whether what is marked so is of this start or of an older one."""
-        number = re.match(r"\d+(?=-)", token)
-        return token == self.token or number is None or int(number[0]) < int(self.token.partition("-")[0])
+    def covers(self, mark: str) -> bool:
+        """Return whether what is marked so, a token first, is of this start or of an older one, or of none."""
+        number = re.match(r"\d+(?=-)", mark)
+        older = number is None or int(number[0]) < int(self.token.partition("-")[0])
+        return older or mark.startswith(self.token)
 
     def superseded(self) -> Superseded:
         """Return the error of a start that is not the newest."""

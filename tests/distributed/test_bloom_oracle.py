@@ -33,13 +33,13 @@ class Part:
     Attributes:
         rank: Of the tensor axis.
         shards: Declarations of this rank's parameters, by name.
-        gradients: Of the mean loss of the batch, this rank's slices by name.
+        gradients: Of the mean loss of a batch of each length, this rank's slices by name.
         logits: This rank's columns at each length, [1, length, local_vocab]; None but on the last stage.
     """
 
     rank: int
     shards: dict[str, Shard]
-    gradients: dict[str, Tensor]
+    gradients: dict[int, dict[str, Tensor]]
     logits: dict[int, Tensor | None]
 
 
@@ -72,11 +72,14 @@ def _part(config: RunConfig, place: Place, *, heads: int) -> Part:
     for length in LENGTHS:
         local = engine.local_logits(tokens_of(7, samples=1, length=length - 1))
         logits[length] = None if local is None else local.clone()
-    mine = tokens_of(0).chunk(groups.data.size)[groups.data.rank]
-    engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)
-    # One step from zero: the first moment is the gradient, scaled.
-    scale = 1 - config.train.beta1
-    gradients = {name: state.read(name, "exp_avg") / scale for name in shards}
+    gradients = {}
+    for length in LENGTHS:
+        for name, shard in shards.items():
+            state.write(name, "exp_avg", torch.zeros_like(cut(whole[name], shard=shard, tensor=groups.tensor)))
+        mine = tokens_of(0, length=length).chunk(groups.data.size)[groups.data.rank]
+        engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)
+        # One step from zero: the first moment is the gradient, scaled.
+        gradients[length] = {name: state.read(name, "exp_avg") / (1 - config.train.beta1) for name in shards}
     return Part(rank=groups.tensor.rank, shards=shards, gradients=gradients, logits=logits)
 
 
@@ -113,11 +116,12 @@ def test_logits_and_gradients_of_every_layout_equal_bloom(
         with torch.no_grad():
             expected = bloom(tokens_of(7, samples=1, length=length - 1)).logits
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    batch = tokens_of(0)
-    F.cross_entropy(bloom(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
-    theirs = dict(bloom.named_parameters())
-    for name in weights:
-        holders = [rank for rank in ranks if name in rank.shards]
-        whole = joined({rank.rank: rank.gradients[name] for rank in holders}, holders[0].shards[name])
-        gradient = theirs[huggingface_name(name)].grad
-        torch.testing.assert_close(whole, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0, msg=name)
+        bloom.zero_grad()
+        batch = tokens_of(0, length=length)
+        F.cross_entropy(bloom(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        theirs = dict(bloom.named_parameters())
+        for name in weights:
+            holders = [rank for rank in ranks if name in rank.shards]
+            whole = joined({rank.rank: rank.gradients[length][name] for rank in holders}, holders[0].shards[name])
+            gradient = theirs[huggingface_name(name)].grad
+            torch.testing.assert_close(whole, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0, msg=name)

@@ -1,4 +1,4 @@
-"""bf16 keeps fp32 weights, gives almost the fp32 losses, and resumes from an fp32 checkpoint."""
+"""bf16 keeps fp32 weights, in memory and in checkpoints, and gives almost the fp32 losses."""
 
 from pathlib import Path
 

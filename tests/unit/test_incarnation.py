@@ -85,6 +85,7 @@ def test_an_older_start_leaves_the_unfinished_folders_of_a_newer_one(tmp_path: P
     assert len(list(checkpoints.iterdir())) == 2, "its own is gone"
     clear_unfinished(checkpoints, fence=newer)
     assert list(checkpoints.iterdir()) == []
+    (checkpoints / ".step_0000002").mkdir()
     (checkpoints / ".step_0000002.whatever").mkdir()
     clear_unfinished(checkpoints, fence=newer)
     assert list(checkpoints.iterdir()) == []

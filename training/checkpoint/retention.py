@@ -56,7 +56,7 @@ def clear_unfinished(checkpoints: Path, *, fence: Fence) -> None:
     newer one stays: this start may have been overtaken since it looked.
     """
     for folder in sorted(checkpoints.glob(".step_*")):
-        if not fence.covers(folder.name.split(".")[2]):
+        if not fence.covers(folder.name.removeprefix(".").partition(".")[2]):
             continue
         try:
             disk.remove(folder)
