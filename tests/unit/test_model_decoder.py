@@ -29,12 +29,16 @@ def test_logits_and_gradients_equal_bloom(heads: int, length: int) -> None:
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("heads", [*range(1, 17), 20, 24])
-def test_reference_equals_an_explicit_formula_in_fp64(heads: int) -> None:
+FORMULA_LENGTH = 40
+
+
+@pytest.mark.parametrize("length", [FORMULA_LENGTH, 4 * FORMULA_LENGTH])
+@pytest.mark.parametrize("heads", [*range(1, 17), 20, 24, 40, 112])
+def test_reference_equals_an_explicit_formula_in_fp64(heads: int, length: int) -> None:
     # Transformers and megatron round to fp32 inside, so neither can be this oracle.
-    decoder = make_decoder(heads, backend="reference").double()
+    decoder = make_decoder(heads, head_dim=8 if heads <= 24 else 4, backend="reference").double()
     weights = weights_of(decoder)
-    tokens = torch.randint(0, VOCABULARY, (2, 41), generator=torch.Generator().manual_seed(heads))
+    tokens = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(heads))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     logits, expected = decoder(inputs), bloom_logits(weights, inputs, layers=LAYERS, heads=heads)
     assert logits.dtype == expected.dtype == torch.float64

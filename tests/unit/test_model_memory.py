@@ -5,8 +5,8 @@ import torch
 
 from parallel.groups import Group
 from training.model.alibi import slopes
-from training.model.attention import Reference, Sdpa
-from training.model.bias import Bias, SlopeBias
+from training.model.attention import Reference, Sdpa, aligned
+from training.model.bias import QUERY_BLOCK, Bias, SlopeBias
 from training.model.t5 import LearnedBias
 
 HEADS = 4
@@ -41,6 +41,29 @@ def test_twice_the_length_keeps_twice_the_memory(position: str) -> None:
     short, long = (kept_bytes(Sdpa(bias_of(position)), length) for length in (1024, 2048))
     assert long < 2.3 * short
     assert long < HEADS * 2048 * 2048 * 4 / 2  # all scores, in fp32
+
+
+@pytest.mark.parametrize("position", ["alibi", "t5"])
+@pytest.mark.parametrize(("keys", "longer"), [(1024, 1024), (1024, 1001), (768, 4096), (1000, 1001)])
+@torch.no_grad()
+def test_a_gpu_reads_the_shared_strip_where_it_lies(position: str, keys: int, longer: int) -> None:
+    bias = bias_of(position)
+    place = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
+    bias(rows=QUERY_BLOCK, keys=longer, **place)  # a strip that is kept for a length asked for before
+    strip = bias(rows=QUERY_BLOCK, keys=keys, **place)
+    for seen in range(QUERY_BLOCK, keys + 1, QUERY_BLOCK):
+        mask = strip[..., keys - seen :]
+        assert aligned(mask) is mask, seen
+
+
+@pytest.mark.parametrize("seen", [1, 15, 17, 1001])
+def test_a_mask_that_begins_between_a_kernels_reads_is_copied_with_rows_that_do_not(seen: int) -> None:
+    strip = bias_of("alibi")(rows=9, keys=1008, device=torch.device("cpu"), dtype=torch.float32)
+    mask = strip[..., 1008 - seen :]
+    copied = aligned(mask)
+    assert torch.equal(copied, mask)
+    assert all(offset % 8 == 0 for offset in (copied.storage_offset(), *copied.stride()[:-1]))
+    assert copied.data_ptr() != mask.data_ptr()
 
 
 def test_a_backend_that_writes_all_scores_out_is_seen() -> None:

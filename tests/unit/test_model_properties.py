@@ -15,9 +15,10 @@ from tests.unit.decoder_samples import VOCABULARY, make_decoder
 from training.model import attention
 from training.model.alibi import local_slopes, slopes
 from training.model.attention import Reference, Sdpa
-from training.model.bias import Bias, SlopeBias
+from training.model.bias import QUERY_BLOCK, Bias, SlopeBias
 from training.model.cache import KeyValueCache
 from training.model.decoder import Decoder
+from training.model.rotary import rotate
 from training.model.t5 import LearnedBias
 
 BACKENDS = {"reference": Reference, "sdpa": Sdpa}
@@ -72,15 +73,30 @@ def test_tokens_far_before_move_no_score_between_those_that_follow(
 
 
 @quickly
-@given(position=some_position, rows=st.integers(1, 20), keys=st.integers(1, 60), shift=st.integers(0, 300))
+@given(
+    position=st.sampled_from(["alibi", "t5", "none"]),
+    rows=st.integers(1, 20),
+    keys=st.integers(1, 60),
+    shift=st.integers(0, 300),
+)
 @torch.no_grad()
 def test_a_bias_is_the_same_at_any_shift_of_positions(position: str, rows: int, keys: int, shift: int) -> None:
     rows = min(rows, keys)
-    bias = bias_of("none" if position in ("rotary", "sinusoidal") else position)
+    bias = bias_of(position)
     here, shifted = (
         bias(rows=rows, keys=length, device=torch.device("cpu"), dtype=torch.float64) for length in (keys, keys + shift)
     )
     assert torch.equal(shifted[..., shift:], here)
+
+
+@quickly
+@given(backend=some_backend, seq=st.integers(1, 30), shift=st.integers(0, 300), seed=some_seed)
+@torch.no_grad()
+def test_rotary_attention_is_the_same_at_any_shift_of_positions(backend: str, seq: int, shift: int, seed: int) -> None:
+    attend = BACKENDS[backend](bias_of("none"))
+    q, k, v = random_qkv(seq, seq, seed=seed)
+    here, shifted = (attend(rotate(q, start=start), rotate(k, start=start), v) for start in (0, shift))
+    torch.testing.assert_close(shifted, here, atol=1e-11, rtol=0)
 
 
 @quickly
@@ -99,6 +115,21 @@ def test_a_later_token_never_changes_an_earlier_logit(
     tokens = torch.randint(0, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(seed))
     other = tokens.clone()
     other[0, changed] = (tokens[0, changed] + by) % VOCABULARY
+    before, after = decoder(tokens), decoder(other)
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.equal(before[:, changed], after[:, changed])
+
+
+@settings(max_examples=10, deadline=None)
+@given(backend=some_backend, position=some_position, changed=st.integers(1, QUERY_BLOCK + 43), seed=some_seed)
+@torch.no_grad()
+def test_a_later_token_never_changes_an_earlier_logit_across_a_query_block(
+    backend: str, position: str, changed: int, seed: int
+) -> None:
+    decoder = decoder_of(position, backend)
+    tokens = torch.randint(0, VOCABULARY, (1, QUERY_BLOCK + 44), generator=torch.Generator().manual_seed(seed))
+    other = tokens.clone()
+    other[0, changed:] = (tokens[0, changed:] + 1) % VOCABULARY
     before, after = decoder(tokens), decoder(other)
     assert torch.equal(before[:, :changed], after[:, :changed])
     assert not torch.equal(before[:, changed], after[:, changed])
