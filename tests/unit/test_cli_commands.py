@@ -146,6 +146,10 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert one_line(trainshort("evaluate", "run", folder=tmp_path)) == missing
     assert one_line(trainshort("evaluate", "new", folder=tmp_path)) == "new has no checkpoint yet: train it first"
     assert one_line(trainshort("export", "run", "--format", "hf", "--out", "x", folder=tmp_path)) == missing
+    (tmp_path / "begun" / "logs").mkdir(parents=True)  # of a start that did not get as far as a checkpoint
+    assert one_line(trainshort("checkpoint", "verify", "begun", folder=tmp_path)) == (
+        "begun has no checkpoint yet: train it first"
+    )
 
 
 @pytest.mark.parametrize("lengths", ["", "12,", "1", "1k", "64;128", "-5", "1.5"])

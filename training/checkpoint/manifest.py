@@ -27,7 +27,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import InputError
-from configs.paths import checkpoints_folder
+from configs.paths import checkpoints_folder, logs_folder
 from training.checkpoint.disk import FileEntry, describe_file, write_file
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,8 @@ def candidates(path: Path) -> list[Path]:
         seen = "is a file" if path.is_file() else "does not exist"
         raise InputError(f"checkpoint {path} {seen}: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
     found = [found.path.absolute() for found in reversed(list_checkpoints(path))]
-    if checkpoints_folder(path).is_dir() and not found:
+    is_run = checkpoints_folder(path).is_dir() or logs_folder(path).is_dir()  # of a start that was cut short
+    if is_run and not found:
         raise InputError(f"{path} has no checkpoint yet: train it first")
     return found or [path.absolute()]
 
