@@ -8,7 +8,7 @@ from configs.backends import BACKENDS, backend_of, missing
 from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import check_run_folder, data_folder
-from configs.schema import Model, RunConfig
+from configs.schema import Model, RunConfig, Train
 from data_pipeline.counts import load_trainable
 from data_pipeline.manifest import Prepared
 from parallel.layout import Layout
@@ -66,6 +66,7 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     check_backend(config.model, device=device)
     run_dir = check_run_folder(config)
     config = folder.settle(config, run_dir=run_dir)
+    _require_learning(config.train)
     validates = bool(config.evaluate.every)
     prepared = load_trainable(config.data, folder=data_folder(config), validates=validates)
     newest = find_checkpoint(run_dir)[1] if list_checkpoints(run_dir) else None
@@ -77,6 +78,17 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     if newest is None and config.train.init_from is not None:
         _check_source(Path(config.train.init_from), config=config, prepared=prepared)
     return Ready(config, run_dir, layout, prepared, newest)
+
+
+def _require_learning(train: Train) -> None:
+    """Refuse steps that would change nothing."""
+    assert train.decay_steps is not None, "settled"
+    if train.steps > train.decay_steps and not train.min_learning_rate:
+        raise InputError(
+            f"train.steps is {train.steps}, but from step {train.decay_steps} on the learning rate is 0 "
+            "(train.decay_steps, fixed at the first start, and train.min_learning_rate): nothing more would be "
+            f"learned; set train.steps to {train.decay_steps}, or go on in another run.dir with train.init_from"
+        )
 
 
 def check_backend(model: Model, *, device: str) -> None:

@@ -306,6 +306,13 @@ def test_fewer_steps_than_were_taken_are_refused(rank: OneRank, run_dir: Path) -
     )
 
 
+def test_steps_past_a_schedule_that_ends_at_zero_are_refused(rank: OneRank, run_dir: Path) -> None:
+    more = [f"train.steps={STEPS + 1}", f"train.decay_steps={STEPS}"]
+    make_ready(rank.config(run_dir, *more), world_size=1, device="cpu")  # the demo's ends above zero
+    with pytest.raises(InputError, match=r"train.steps is 5, but from step 4 on the learning rate is 0 .*; set train"):
+        make_ready(rank.config(run_dir / "new", *more, "train.min_learning_rate=0"), world_size=1, device="cpu")
+
+
 def test_a_stop_file_goes_also_when_the_last_save_fails(
     rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
