@@ -62,13 +62,13 @@ def frozen_config(run_dir: Path) -> Path:
 
 
 def frozen_code(run_dir: Path) -> Path:
-    """Return the code as it was submitted to SLURM, where it was a checkout."""
+    """Return the code as it was submitted to SLURM, beside the versions that were installed then."""
     return slurm_folder(run_dir) / "code"
 
 
-def frozen_versions(run_dir: Path) -> Path:
-    """Return the versions that were installed when the run was submitted to SLURM."""
-    return slurm_folder(run_dir) / "versions.json"
+def slurm_stop_file(run_dir: Path) -> Path:
+    """Return the file that holds the number of a submitted job which was asked to save and end."""
+    return slurm_folder(run_dir) / "stop"
 
 
 def chain_file(run_dir: Path) -> Path:

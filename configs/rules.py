@@ -12,7 +12,18 @@ from configs.times import time_limit_seconds
 def problems(config: RunConfig) -> list[str]:
     """Return every broken rule, one line each: what must hold, the value seen, what to do."""
     found: list[str] = []
-    for rule in (_model, _split, _data, _schedule, _checkpoint, _evaluation, _slurm, _time_limit, _not_available):
+    for rule in (
+        _model,
+        _split,
+        _data,
+        _schedule,
+        _checkpoint,
+        _evaluation,
+        _slurm,
+        _extra,
+        _time_limit,
+        _not_available,
+    ):
         found.extend(rule(config))
     return found
 
@@ -135,20 +146,25 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 def _slurm(config: RunConfig) -> Iterator[str]:
     slurm = config.slurm
     if slurm.memory and not re.fullmatch(r"[1-9]\d*[MGT]", slurm.memory):
-        yield f"slurm.memory must be a number with M, G or T, got {slurm.memory!r}: write 500G"
+        yield f'slurm.memory must be a number with M, G or T, got {slurm.memory!r}: write "500M" or "500G"'
     if slurm.mounts and not slurm.container:
         yield f"slurm.mounts is {list(slurm.mounts)} but slurm.container is not set: set it or remove slurm.mounts"
     for name in slurm.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield f"slurm.env has {name!r}, no name of an environment variable: use letters, digits and _"
-    for option in slurm.extra:
-        if not re.fullmatch(r"-.+", option):
-            yield f"slurm.extra has {option!r}: write one option a line, as in --exclusive"
     for key in ("partition", "account", "qos", "constraint", "container", "mounts", "modules", "setup"):
         values = getattr(slurm, key) or ()
         for value in (values,) if isinstance(values, str) else values:
             if "\n" in value:
                 yield f"slurm.{key} must be one line, got {value!r}: remove the line break"
+
+
+def _extra(config: RunConfig) -> Iterator[str]:
+    for option in config.slurm.extra:
+        if not re.fullmatch(r"-.+", option):
+            yield f"slurm.extra has {option!r}: write one option a line, as in --exclusive"
+        elif re.search(r"(^|\s)(-J|--job-name)", option):
+            yield f"slurm.extra has {option!r}, but the jobs are known by run.name: set that and remove the option"
 
 
 def _time_limit(config: RunConfig) -> Iterator[str]:

@@ -23,11 +23,12 @@ def _source_of_path(value: Any) -> Any:
 
 
 def _text_of_number(value: Any) -> Any:
-    # A time limit without quotes may come as a number; the rule on times says what to write.
+    # YAML makes numbers of what stands without quotes: a rule says what to write, where a number alone will not do.
     return str(value) if type(value) in (int, float) else value
 
 
 TUPLE = BeforeValidator(_tuple_of_list)
+Text = Annotated[str, BeforeValidator(_text_of_number)]
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -180,7 +181,7 @@ class Slurm(Section):
     partition: str | None = Field(default=None, description="Partition; the cluster's default unless set.")
     account: str | None = Field(default=None, description="Account to charge.")
     qos: str | None = Field(default=None, description="Quality of service.")
-    time: Annotated[str, BeforeValidator(_text_of_number)] = Field(
+    time: Text = Field(
         default="24:00:00", description='Time limit, quoted: "hours:minutes:seconds" or "days-hours:minutes:seconds".'
     )
     signal_seconds: Count = Field(
@@ -189,7 +190,7 @@ class Slurm(Section):
     gpus_per_node: NotNegative = Field(default=8, description="GPUs of a node; 0 for CPU ranks.")
     ranks_per_node: Count | None = Field(default=None, description="Ranks of a node; gpus_per_node unless set.")
     cpus_per_rank: Count | None = Field(default=None, description="CPUs of a rank; the cluster's default unless set.")
-    memory: str | None = Field(
+    memory: Text | None = Field(
         default=None, description="Memory of a node, as in `500G`; the cluster's default unless set."
     )
     constraint: str | None = Field(default=None, description="Node features to ask for.")
@@ -206,7 +207,7 @@ class Slurm(Section):
     modules: Annotated[tuple[str, ...], TUPLE] = Field(
         default=(), description="Environment modules to load, in this order."
     )
-    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of the ranks.")
+    env: dict[str, Text] = Field(default_factory=dict, description="Environment variables of the ranks.")
     setup: Annotated[tuple[str, ...], TUPLE] = Field(
         default=(), description="Lines of shell before the ranks start, verbatim."
     )

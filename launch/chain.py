@@ -2,32 +2,34 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import InputError, MachineError
 from configs.load import dump_run
 from configs.paths import (
     chain_file,
     check_run_folder,
+    data_folder,
     frozen_code,
     frozen_config,
-    frozen_versions,
     logs_folder,
     run_folder,
     slurm_folder,
 )
 from configs.schema import RunConfig
-from data_pipeline.atomic import whole_file
-from launch.cluster import ask, check_limits, find_job, said
-from launch.slurm import CHAIN, program_of, ranks_per_node, render
-from training.folder import settle
+from data_pipeline.atomic import one_writer, whole_file
+from data_pipeline.counts import load_trainable
+from launch.cluster import Job, ask, check_limits, find_job, said
+from launch.slurm import CHAIN, image_state, job_name, program_of, ranks_per_node, render
+from training.folder import settle, writing
 from training.preflight import make_ready
-from training.versions import HOUSE, SOURCE, installed_versions, source_code
-
-CODE = ("configs", "parallel", "data_pipeline", "training", "launch", "trainshort.py")
+from training.versions import CODE, HOUSE, SOURCE, VERSIONS, installed_versions, source_code
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,20 @@ class Chain:
     """What was submitted for a run.
 
     Attributes:
-        jobs: SLURM's number of each job by name; those of the newest submission.
+        run: The run's name, which its jobs bear.
+        jobs: SLURM's number of each job by name, in the order of the chain; the newest of each.
         nodes: Nodes of the training job.
-        submitted_at: When, UTC.
+        submitted_at: When the newest were, UTC.
     """
 
+    run: str
     jobs: dict[str, str]
     nodes: int
     submitted_at: str
 
 
-def submit_run(config: RunConfig, *, nodes: int, folder: Path) -> Chain:
-    """Freeze a run into its folder and submit its jobs.
+def submit_run(config: RunConfig, *, nodes: int, folder: Path) -> dict[str, str]:
+    """Freeze a run into its folder and submit its jobs; return their numbers by name.
 
     Args:
         config: The run, overrides applied.
@@ -54,7 +58,7 @@ def submit_run(config: RunConfig, *, nodes: int, folder: Path) -> Chain:
         folder: Where the jobs start.
     Raises:
         InputError: the run cannot start, the partition cannot give what it asks for, or its jobs are there already.
-        MachineError: there is no sbatch here, or it refuses a script.
+        MachineError: there is no sbatch here, it refuses a script, or the run folder cannot be written.
     """
     if shutil.which("sbatch") is None:
         raise MachineError(
@@ -63,82 +67,85 @@ def submit_run(config: RunConfig, *, nodes: int, folder: Path) -> Chain:
     check_limits(config.slurm, nodes=nodes)
     config = _settled(config, nodes=nodes)
     run_dir = run_folder(config)
-    refuse_active(run_dir)
-    code = freeze(config)
     scripts = render(
         config,
         run_file=str(frozen_config(run_dir)),
         nodes=nodes,
         folder=folder,
         program=program_of(config),
-        code=folder / code if code else None,
+        code=None if config.slurm.container else folder / frozen_code(run_dir),
+        image=image_state(config),
     )
-    for name, script in scripts.items():
-        script_file(run_dir, name=name).write_text(script, encoding="utf-8")
-    return submit(run_dir, names=CHAIN, nodes=nodes)
+    with sole_submission(run_dir):
+        refuse_active(run_dir)
+        freeze(config)
+        for name, script in scripts.items():
+            script_file(run_dir, name=name).write_text(script, encoding="utf-8")
+        return submit(run_dir, chain=Chain(config.run.name, {}, nodes, ""), names=CHAIN)
 
 
 def _settled(config: RunConfig, *, nodes: int) -> RunConfig:
     """Return the run with what its first start fixed, checked as far as this machine can tell."""
     if config.slurm.container:  # what is installed here says nothing about the image
-        return settle(config, run_dir=check_run_folder(config))
+        config = settle(config, run_dir=check_run_folder(config))
+        load_trainable(config.data, folder=data_folder(config), validates=bool(config.evaluate.every))
+        return config
     ranks = nodes * ranks_per_node(config, nodes=nodes)
     return make_ready(config, world_size=ranks, device="cuda" if config.slurm.gpus_per_node else "cpu").config
 
 
-def freeze(config: RunConfig) -> Path | None:
-    """Write what a submitted run runs to RUN_DIR/slurm: config, versions, and the code where it is a checkout.
+@contextmanager
+def sole_submission(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder while its jobs are submitted: a second submission would freeze and train beside this one.
 
-    Returns:
-        The frozen code; None where trainshort is an installed wheel, or lies in the run's container.
-    """
-    run_dir = run_folder(config)
-    for needed in (slurm_folder(run_dir), logs_folder(run_dir)):
-        _make(needed)
-    frozen_config(run_dir).write_text(dump_run(config), encoding="utf-8")
-    frozen_versions(run_dir).unlink(missing_ok=True)
-    code = frozen_code(run_dir)
-    shutil.rmtree(code, ignore_errors=True)
-    if config.slurm.container:  # what is installed here is not what will run
-        return None
-    frozen_versions(run_dir).write_text(json.dumps(installed_versions(), indent=1) + "\n", encoding="utf-8")
-    source = source_code()
-    if source is None:
-        return None
-    for name in CODE:
-        if (HOUSE / name).is_dir():
-            shutil.copytree(HOUSE / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy2(HOUSE / name, code / name)
-    (code / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
-    return code
-
-
-def check_frozen(config: RunConfig, *, run: str) -> None:
-    """Refuse a start of a submitted run with other versions than it was submitted with.
-
-    Args:
-        config: The run.
-        run: Its file; any other than the frozen one of its folder passes.
     Raises:
-        MachineError: names each version that has changed.
+        InputError: another process submits from this folder now.
+        MachineError: the folder cannot be written.
     """
-    run_dir = run_folder(config)
-    if Path(run).resolve() != frozen_config(run_dir).resolve() or not frozen_versions(run_dir).is_file():
-        return
-    then: Mapping[str, str | None] = json.loads(frozen_versions(run_dir).read_text(encoding="utf-8"))
-    now = installed_versions()
-    changed = [f"{name} is {now.get(name)}, was {seen}" for name, seen in then.items() if now.get(name) != seen]
-    if changed:
-        raise MachineError(
-            f"{run_dir} was submitted with other versions ({'; '.join(changed)}): install those, or submit it again "
-            "with trainshort slurm to go on with these"
+
+    def refuse() -> None:
+        raise InputError(
+            f"{run_dir} is being submitted by another process: wait for it, then see trainshort jobs status {run_dir}"
         )
 
+    with writing(run_dir):
+        for needed in (slurm_folder(run_dir), logs_folder(run_dir)):
+            needed.mkdir(parents=True, exist_ok=True)
+        with one_writer(slurm_folder(run_dir), on_wait=refuse):
+            yield
 
-def submit(run_dir: Path, *, names: Sequence[str], nodes: int) -> Chain:
-    """Submit scripts of RUN_DIR/slurm, each to start when the one before has ended well, and record their numbers.
 
+def freeze(config: RunConfig) -> None:
+    """Write to RUN_DIR/slurm what a submitted run runs: its configuration, and the code with the installed versions.
+
+    With a container it is the configuration alone: what is installed here is not what will run.
+    """
+    run_dir = run_folder(config)
+    frozen_config(run_dir).write_text(dump_run(config), encoding="utf-8")
+    code = frozen_code(run_dir)
+    if code.exists():
+        shutil.rmtree(code)
+    if config.slurm.container:
+        return
+    for name in CODE:
+        whole = HOUSE / name
+        for file in [path for path in whole.rglob("*") if path.is_file()] if whole.is_dir() else [whole]:
+            if "__pycache__" not in file.parts:
+                copy = code / file.relative_to(HOUSE)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, copy)
+    for file_name, content in ((VERSIONS, installed_versions()), (SOURCE, source_code())):
+        if content is not None:  # installed, not a checkout
+            (code / file_name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def submit(run_dir: Path, *, chain: Chain, names: Sequence[str]) -> dict[str, str]:
+    """Submit scripts of RUN_DIR/slurm, each to start when the one before has ended well; return their numbers by name.
+
+    Args:
+        run_dir: The run folder.
+        chain: What stays of what was submitted before; each job is added and recorded once SLURM has taken it.
+        names: The jobs to submit.
     Raises:
         MachineError: sbatch refuses one; those before it are cancelled.
     """
@@ -147,16 +154,18 @@ def submit(run_dir: Path, *, names: Sequence[str], nodes: int) -> Chain:
         # Without kill-on-invalid-dep a chain whose first job failed would wait for ever.
         after = [f"--dependency=afterok:{list(jobs.values())[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         path = script_file(run_dir, name=name)
-        done = ask("sbatch", "--parsable", *after, str(path))
+        # Said here, the name holds also where the environment has another one.
+        done = ask("sbatch", "--parsable", f"--job-name={job_name(chain.run, name)}", *after, str(path))
         if done.returncode:
             if jobs:
                 ask("scancel", *jobs.values())
             raise MachineError(f"sbatch refused {path}: {said(done)}: mend the slurm section and submit again")
         jobs[name] = done.stdout.strip().split(";")[0]
-    chain = Chain(jobs, nodes, datetime.now(UTC).isoformat(timespec="seconds"))
-    with whole_file(chain_file(run_dir)) as temporary:
-        temporary.write_text(json.dumps(asdict(chain), indent=1) + "\n", encoding="utf-8")
-    return chain
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        chain = replace(chain, jobs={**chain.jobs, name: jobs[name]}, submitted_at=now)
+        with whole_file(chain_file(run_dir)) as temporary:
+            temporary.write_bytes(_ADAPTER.dump_json(chain, indent=1) + b"\n")
+    return jobs
 
 
 def read_chain(run_dir: Path) -> Chain:
@@ -168,13 +177,22 @@ def read_chain(run_dir: Path) -> Chain:
     if not run_dir.is_dir():
         raise InputError(f"run folder {run_dir} does not exist: give the run.dir of a run")
     try:
-        return Chain(**json.loads(chain_file(run_dir).read_text(encoding="utf-8")))
+        return _ADAPTER.validate_json(chain_file(run_dir).read_bytes())
     except FileNotFoundError:
         raise InputError(
             f"{run_dir} has no submitted jobs: submit them with trainshort slurm RUN.yaml --submit"
         ) from None
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"{chain_file(run_dir)} is broken ({error}): submit the run again") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise InputError(
+            f"{chain_file(run_dir)} is broken ({'.'.join(map(str, problem['loc']))}: {problem['msg']}): see in squeue "
+            "that no job of the run is left, then remove the file and submit the run again"
+        ) from None
+
+
+def jobs_of(chain: Chain) -> dict[str, Job]:
+    """Return where the jobs of a chain are, by name."""
+    return {name: find_job(number, name=job_name(chain.run, name)) for name, number in chain.jobs.items()}
 
 
 def refuse_active(run_dir: Path) -> None:
@@ -185,11 +203,10 @@ def refuse_active(run_dir: Path) -> None:
     """
     if not chain_file(run_dir).is_file():
         return
-    for name, number in read_chain(run_dir).jobs.items():
-        job = find_job(number)
+    for name, job in jobs_of(read_chain(run_dir)).items():
         if not job.ended:
             raise InputError(
-                f"{run_dir} has job {number} ({name}, {job.state}) already: wait for it, or end it with "
+                f"{run_dir} has job {job.number} ({name}, {job.state}) already: wait for it, or end it with "
                 f"trainshort jobs stop {run_dir}"
             )
 
@@ -199,8 +216,4 @@ def script_file(run_dir: Path, *, name: str) -> Path:
     return slurm_folder(run_dir) / f"{name}.sbatch"
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(f"folder {folder} cannot be made ({error.strerror}): choose another run.dir") from None
+_ADAPTER: TypeAdapter[Chain] = TypeAdapter(Chain)

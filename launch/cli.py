@@ -10,6 +10,7 @@ import typer
 
 from configs.errors import InputError, TrainshortError
 from launch.jobs_commands import app as jobs_app
+from training.versions import check_frozen
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -42,6 +43,7 @@ STOPPED_BY_HAND = 130
 def main() -> None:
     """Run the command line; what a user can mend ends in one message and its exit code."""
     try:
+        check_frozen()
         code = app(standalone_mode=False, prog_name="trainshort")
     except TrainshortError as error:
         code = _fail(str(error), code=error.exit_code)
@@ -106,10 +108,6 @@ def train(
         )
 
     hold_stop_signals()  # before what imports for seconds
-
-    from launch.chain import check_frozen
-
-    check_frozen(config, run=run)
 
     from training.run import train as train_rank
 

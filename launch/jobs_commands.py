@@ -42,8 +42,8 @@ def resume(run_dir: RunDir) -> None:
     from launch.show import show_lines
     from launch.show_jobs import show_submitted
 
-    chain = resume_jobs(run_dir)
-    if chain is None:
-        show_lines(f"{run_dir} is trained, evaluated and exported: nothing is left to do")
+    jobs = resume_jobs(run_dir)
+    if jobs:
+        show_submitted(jobs, run_dir=run_dir)
     else:
-        show_submitted(chain, run_dir=run_dir)
+        show_lines(f"{run_dir} is trained, evaluated and exported: nothing is left to do")

