@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.start import flush_denormals
 from training.model.alibi import causal_bias, slopes
 from training.model.attention import Reference, Sdpa
 from training.model.bias import SlopeBias
@@ -20,6 +21,7 @@ HEADS, HEAD_DIM, REPEATS = 16, 128, 5
 
 def main() -> None:
     """Measure each at 1024 and 2048 tokens; the fastest of some repeats counts."""
+    flush_denormals()  # as every rank does
     found = {
         length: {name: _milliseconds(attend, length) for name, attend in _ways(length).items()}
         for length in (1024, 2048)

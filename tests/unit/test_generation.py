@@ -14,7 +14,7 @@ from tests.unit.command_line import Call, refused
 from tests.unit.decoder_samples import VOCABULARY, bloom_of, make_wandering_decoder, weights_of
 from training import generation
 from training.generation import Sampling, choose, continue_tokens, generate, read_prompt
-from training.model.cache import KeyValueCache
+from training.model.cache import ROOM, KeyValueCache
 from training.model.single import SingleModel
 
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()  # tokens 1, 3, 2, 0 from the likeliest on
@@ -138,6 +138,21 @@ def test_greedy_tokens_are_those_of_the_whole_sequence_however_the_prompt_is_rea
         stream = continue_tokens(model, prompt, sampling=Sampling(), end=None)
         assert prompt + list(islice(stream, 60)) == expected
     assert len(set(expected[20:])) > 4
+
+
+def test_a_cache_copies_nothing_for_the_first_tokens_behind_a_prompt() -> None:
+    cache, prompt = KeyValueCache(), torch.randn(2, 1, 3, 700, 4)
+    places = {cache.extend(0, *prompt)[0].data_ptr()}
+    cache.advance(700)
+    written = [prompt]
+    for _ in range(ROOM):
+        new = torch.randn(2, 1, 3, 1, 4)
+        keys, values = cache.extend(0, *new)
+        cache.advance(1)
+        written.append(new)
+        places.add(keys.data_ptr())
+    assert len(places) == 1
+    assert torch.equal(torch.stack([keys, values]), torch.cat(written, dim=3))
 
 
 TRAIN_LENGTH = 32

@@ -98,6 +98,14 @@ def test_bias_strip_grows_and_shrinks_with_the_length() -> None:
         )
 
 
+def test_a_generated_token_reads_the_row_that_is_kept_and_seldom_makes_one() -> None:
+    strip = SlopeBias(torch.tensor([0.5]))
+    rows = [strip(rows=1, keys=keys, device=torch.device("cpu"), dtype=torch.float32) for keys in range(1, 65)]
+    assert len({row.untyped_storage().data_ptr() for row in rows[32:]}) == 1
+    for keys, row in enumerate(rows, start=1):
+        assert row[0, 0, 0].tolist() == [-0.5 * distance for distance in range(keys - 1, -1, -1)]
+
+
 class Watched(SlopeBias):
     """Remembers the types that were asked for."""
 

@@ -1,15 +1,18 @@
 """The decoder in one process: logits and gradients against random-weight Bloom of transformers and a formula."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from configs.backends import EVERY_POSITION
+from configs.schema import Model
 from parallel.shards import declared
 from tests.unit.bloom_by_hand import bloom_logits, cross_entropy
 from tests.unit.decoder_samples import LAYERS, VOCABULARY, bloom_of, make_decoder, weights_of
 from training.export.huggingface import huggingface_name
-from training.model.single import SingleModel
+from training.model.single import SingleModel, load_single
 
 
 @pytest.mark.parametrize("heads", [*range(1, 17), 20, 24, 40, 112])
@@ -78,6 +81,23 @@ def test_single_model_losses_equal_cross_entropy_of_its_logits() -> None:
     logits = model.logits(tokens[:, :-1])
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(3, -1)
     torch.testing.assert_close(model.losses(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained_with", ["reference", "flex", "flash", "sdpa"])
+def test_a_checkpoint_is_read_by_the_default_attention_in_fp32_and_says_so(trained_with: str) -> None:
+    decoder = make_decoder(4)
+    weights = weights_of(decoder)
+    model = Model(layers=LAYERS, hidden=32, heads=4, attention=trained_with)  # type: ignore[arg-type]
+    checkpoint = SimpleNamespace(
+        config=SimpleNamespace(model=model),
+        vocab_size=VOCABULARY,
+        slice=lambda shard, *, kind, part: weights[shard.name].detach(),
+    )
+    single = load_single(checkpoint)  # type: ignore[arg-type]
+    (reader,) = single.certificate["ranks"]
+    assert (reader["backend"], reader["precision"]) == ("sdpa", "fp32")
+    tokens = torch.randint(0, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(single.logits(tokens), decoder(tokens))
 
 
 def test_a_parameter_that_declares_nothing_is_refused() -> None:

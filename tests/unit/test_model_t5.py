@@ -37,6 +37,16 @@ def test_buckets_of_distances_to_5000_equal_transformers() -> None:
     assert torch.equal(buckets(5001, device=CPU), their_buckets(-torch.arange(5001)))
 
 
+@torch.no_grad()
+def test_a_bias_of_one_more_key_makes_no_new_buckets() -> None:
+    bias = random_bias(3)
+    bias(rows=1, keys=300, device=CPU, dtype=torch.float32)
+    before = buckets.cache_info().misses
+    for keys in range(301, 513):
+        bias(rows=1, keys=keys, device=CPU, dtype=torch.float32)
+    assert buckets.cache_info().misses == before
+
+
 def test_thirty_two_buckets_are_all_used_and_the_last_begins_before_the_largest_distance() -> None:
     assert buckets(5001, device=CPU).unique().tolist() == list(range(32))
     assert buckets(17, device=CPU).tolist() == list(range(17))

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import MachineError
-from parallel.start import Place, find_place, start
+from parallel.start import Place, find_place, start, start_alone
 
 SRUN = {
     "SLURM_PROCID": "5",
@@ -60,3 +60,9 @@ def test_deepspeed_is_given_the_index_of_a_visible_gpu(
     assert os.environ["LOCAL_RANK"] == index
     assert asked["backend"] == "nccl"
     assert device == asked["device_id"] == torch.device("cuda", int(index))
+
+
+def test_a_rank_rounds_to_zero_what_a_cpu_would_compute_with_slowly() -> None:
+    torch.set_flush_denormal(False)
+    start_alone()
+    assert float(torch.full((64,), 1e-30).mul(1e-10).sum()) == 0.0
