@@ -48,22 +48,22 @@ def wait_until(true: Callable[[], Any], what: Callable[[], str], *, seconds: flo
 
 @dataclass
 class Submitted:
-    """A run that was submitted; where its user types, and its run folder there."""
+    """A run that was submitted: where its user types, and its run folder as seen from there."""
 
     home: Path
-    name: str
+    run_dir: str
 
     @property
     def folder(self) -> Path:
-        return self.home / "runs" / self.name
+        return self.home / self.run_dir
 
     def jobs(self, command: str) -> str:
-        done = trainshort(self.home, "jobs", command, f"runs/{self.name}")
+        done = trainshort(self.home, "jobs", command, self.run_dir)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def status(self) -> dict[str, Any]:
-        done = trainshort(self.home, "jobs", "status", f"runs/{self.name}", "--json")
+        done = trainshort(self.home, "jobs", "status", self.run_dir, "--json")
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
         return found
@@ -119,18 +119,26 @@ class Submitted:
         """Let the ranks go on."""
         self._signal_ranks("CONT")
 
+    def kill(self, node: str) -> None:
+        """End the ranks of a node."""
+        self._signal(node, "KILL")
+
     def _signal_ranks(self, name: str) -> None:
-        # Not by scancel: SLURM takes note of a stopped job. Not srun and torchrun, whose arguments end alike.
-        ranks = rf"python[0-9.]* \S*trainshort train runs/{self.name}/"
         for node in slurm("scontrol", "show", "hostnames", self.field("NodeList")).split():
-            slurm(str(CLUSTER), "on", node, "pkill", f"-{name}", "-f", ranks)
+            self._signal(node, name)
+
+    def _signal(self, node: str, name: str) -> None:
+        # Not by scancel: SLURM takes note of a stopped job. Not srun and torchrun, whose arguments end alike.
+        ranks = rf"python[0-9.]* \S*trainshort train {self.run_dir}/"
+        slurm(str(CLUSTER), "on", node, "pkill", f"-{name}", "-f", ranks)
 
 
-def submit(home: Path, name: str, *sets: str, nodes: int = 2) -> Submitted:
+def submit(home: Path, name: str, *sets: str, nodes: int = 2, run_dir: str | None = None) -> Submitted:
     """Submit a run of its own run file."""
-    values = {**VALUES, "run": {"name": name, "dir": f"runs/{name}"}}
+    run_dir = run_dir or f"runs/{name}"
+    values = {**VALUES, "run": {"name": name, "dir": run_dir}}
     (home / f"{name}.yaml").write_text(yaml.safe_dump(values))
     words = [word for value in sets for word in ("--set", value)]
     done = trainshort(home, "slurm", f"{name}.yaml", "--nodes", str(nodes), "--submit", *words)
     assert done.returncode == 0, done.stderr
-    return Submitted(home, name)
+    return Submitted(home, run_dir)

@@ -3,6 +3,7 @@
 #
 #   test.sh PYTHON [pytest's arguments]
 set -euo pipefail
+MINUTES=12
 here=$(dirname "$(readlink -f "$0")")
 fail() { echo "make test-slurm: $*" >&2; exit 1; }
 
@@ -33,4 +34,8 @@ down() {
 trap down EXIT
 "$here/cluster.sh" up 3 || fail "the cluster did not start (missing at first: ${missing[*]:-nothing}): see $LAB_DIR/log"
 cd "$here/../.."
-PATH=$(dirname "$python"):$PATH "$here/cluster.sh" exec "$python" -P -m pytest -q -m slurm "${@:-tests/slurm}"
+code=0
+PATH=$(dirname "$python"):$PATH timeout --kill-after=30 $((60 * MINUTES)) \
+  "$here/cluster.sh" exec "$python" -P -m pytest -q -m slurm "${@:-tests/slurm}" || code=$?
+((code != 124)) || fail "took more than $MINUTES minutes: see $LAB_DIR/log, and what pytest has said until then"
+exit $code

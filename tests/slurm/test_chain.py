@@ -53,7 +53,7 @@ def test_what_ran_is_frozen_in_the_run_folder(unbroken: Submitted) -> None:
     assert config == yaml.safe_load((unbroken.folder / "config.yaml").read_text())
     assert config["train"]["decay_steps"] == STEPS
     environment = json.loads((unbroken.folder / "environment.json").read_text())
-    assert environment["packages"] == json.loads((frozen / "versions.json").read_text())
+    assert environment["packages"] == json.loads((frozen / "code" / "versions.json").read_text())
     assert environment["packages"]["torch"] == version("torch")
     source = json.loads((frozen / "code" / "source.json").read_text())
     assert environment["code"] == source
@@ -102,29 +102,40 @@ def test_two_jobs_share_a_node(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("value", "code", "message"),
     [
         (
-            ("slurm.partition=nosuch",),
-            "slurm.partition 'nosuch' is not on this cluster: set slurm.partition to main",
+            "slurm.partition=nosuch",
+            2,
+            "slurm.partition 'nosuch' is not on this cluster: set slurm.partition to main or spot",
         ),
-        (("slurm.memory=65G",), "slurm.memory 65G is more than a node of partition main has (64000M): use 64000M or"),
         (
-            ("slurm.extra=[--mem=65000]",),
+            "slurm.memory=65G",
+            2,
+            "slurm.memory 65G is more than a node of partition main has (64000M): use 64000M or less",
+        ),
+        (
+            "slurm.extra=[--mem=65000]",
+            3,
             "sbatch refused runs/refused/slurm/train.sbatch: Memory specification can not be satisfied; Requested node "
             "configuration is not available: mend the slurm section and submit again",
         ),
-        (("slurm.time=5400",), 'slurm.time must be hours:minutes:seconds in quotes, got 5400: write "1:30:00" or'),
-        (("slurm.time='90'",), 'slurm.time must be hours:minutes:seconds in quotes, got 90: write "1:30:00" or'),
-        (("data.dir=elsewhere",), "elsewhere"),
+        *(
+            (
+                f"slurm.time={written}",
+                2,
+                f'small.yaml: slurm.time must be hours:minutes:seconds in quotes, got {seen}: write "1:30:00" or '
+                '"2-00:00:00" (SLURM takes a number alone for minutes, and YAML may make a number of 1:30:00)',
+            )
+            for written, seen in (("5400", "5400"), ("'90'", "90"))
+        ),
+        ("data.dir=elsewhere", 2, "data is not prepared in elsewhere: run `trainshort prepare`"),
     ],
 )
-def test_what_the_cluster_cannot_give_is_one_line(home: Path, arguments: tuple[str, ...], message: str) -> None:
-    words = [word for value in ("run.dir=runs/refused", *arguments) for word in ("--set", value)]
+def test_what_the_cluster_cannot_give_is_one_line(home: Path, value: str, code: int, message: str) -> None:
+    words = ("--set", "run.dir=runs/refused", "--set", value)
     done = trainshort(home, "slurm", "small.yaml", "--nodes", "2", "--submit", *words)
-    assert done.returncode in (2, 3)
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"error: {message}\n")
     assert slurm("squeue", "--noheader") == ""
 
 

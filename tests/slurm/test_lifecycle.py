@@ -16,7 +16,8 @@ def on_nodes(*command: str) -> None:
 
 
 def test_a_time_limit_saves_queues_again_and_changes_no_loss(home: Path, unbroken: Submitted) -> None:
-    run = submit(home, "limited", "slurm.time='0:02:00'", "slurm.signal_seconds=60")
+    options = ("slurm.time='0:02:00'", "slurm.signal_seconds=60")
+    run = submit(home, "limited", *options, run_dir="runs/10% limited")  # also to SLURM that is a name
     run.freeze(3)
     # What the user does to the run file meanwhile is for the next submission.
     (home / "limited.yaml").write_text("not: [a run file")
@@ -55,6 +56,7 @@ def test_torchrun_starts_the_ranks_and_jobs_stop_and_resume_change_no_loss(home:
     ]
     run.thaw()
     wait_until(lambda: run.states() == {"train": "STOPPED", "evaluate": "CANCELLED", "export": "CANCELLED"}, run.told)
+    assert not (run.folder / "slurm" / "stop").exists(), "it was obeyed"
     steps = len(run.metrics())
     assert 2 <= steps < STEPS
     assert run.status()["checkpoint"] == f"step_{steps:07d}"
@@ -71,8 +73,11 @@ def test_torchrun_starts_the_ranks_and_jobs_stop_and_resume_change_no_loss(home:
 
 
 def test_a_failed_training_leaves_nothing_waiting(home: Path) -> None:
-    run = submit(home, "failed", "parallel.pipeline=1", "train.learning_rate=1e30", nodes=1)
+    one_rank = ("parallel.tensor=1", "parallel.pipeline=1", "slurm.ranks_per_node=1")
+    run = submit(home, "failed", *one_rank, "train.learning_rate=1e30", nodes=1)
     run.wait_for(state="FAILED")
+    assert [file.name for file in (run.folder / "logs").glob("rank_*")] == ["rank_0.log"]
+    assert (run.folder / "logs" / "rank_0.log").read_text().count("data 1, ZeRO-1") == 1
     wait_until(lambda: run.states() == {"train": "FAILED", "evaluate": "CANCELLED", "export": "CANCELLED"}, run.told)
     assert run.field("Restarts") == "0"
     *_, summary, error = run.log().splitlines()
@@ -85,11 +90,11 @@ def test_a_failed_training_leaves_nothing_waiting(home: Path) -> None:
 
 def test_a_run_without_progress_is_not_queued_for_ever(home: Path) -> None:
     run = submit(home, "stuck")
-    for start in range(2):
+    for start in range(3):
         run.wait_for_line(f"start {start} from step 0 on node")
         slurm("scontrol", "requeue", run.job())  # as SLURM does when a node fails
     run.wait_for(state="FAILED")
-    assert "no progress: two starts went no further than step 0; read runs/stuck/logs/rank_*.log" in run.log()
+    assert "no progress: three starts went no further than step 0; read runs/stuck/logs/rank_*.log" in run.log()
     wait_until(lambda: slurm("squeue", "--noheader") == "", run.told)
     run.jobs("resume")
     run.wait_for_line("start 0 from step 0 on node")
@@ -111,7 +116,9 @@ def test_a_node_that_goes_away_is_left_behind(home: Path, unbroken: Submitted) -
         advice = needy.status()["advice"]
         assert advice.startswith("train waits for 3 nodes with what its script asks for (")
         assert "DOWN" in advice or "ReqNodeNotAvail" in advice
-        needy.jobs("stop")
+        stopped = [f"{name}: job {needy.job(name)} is cancelled" for name in ("export", "evaluate", "train")]
+        assert needy.jobs("stop").splitlines() == stopped
+        assert set(needy.states().values()) == {"CANCELLED"}
         run.wait_for()
         run.jobs("stop")
     finally:
@@ -121,6 +128,20 @@ def test_a_node_that_goes_away_is_left_behind(home: Path, unbroken: Submitted) -
     assert "start 1 from step_0000004 on node[1,3]" in run.log()
     assert run.exact() == unbroken.exact()
     assert os.path.exists(run.folder / "logs" / "metrics_discarded.jsonl")
+
+
+def test_a_node_that_shuts_down_is_no_failure_of_the_run(home: Path) -> None:
+    run = submit(home, "lost")
+    wait_until(run.metrics, run.told)
+    on_nodes("on", "node2", "pkill", "-KILL", "slurmd")
+    try:
+        run.kill("node2")  # SLURM misses the node only later
+        run.wait_for_line("a node is lost: queueing again from step ", seconds=40)
+        assert run.field("Restarts") == "1"
+        run.jobs("stop")
+    finally:
+        on_nodes("on", "node2", "slurmd")
+        wait_until(lambda: "node2 idle" in slurm("sinfo", "-hN", "-p", "main", "-o", "%N %T"), run.told)
 
 
 def test_a_job_that_is_pushed_out_saves_and_queues_again(home: Path, unbroken: Submitted) -> None:

@@ -1,9 +1,8 @@
-"""The sbatch scripts: what they ask for, that bash reads them, that odd names survive, how a training job ends."""
+"""The sbatch scripts: what they ask for, that bash reads them, that odd names survive."""
 
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from configs.errors import InputError
 from configs.load import RUNS, check_run, load_run
 from launch import slurm
 from launch.slurm import fewest_nodes, image_state, option_value, program_of, ranks_per_node, render
+from tests.unit.slurm_stubs import run_script, words_of
 
 SHIPPED = sorted(file.stem for file in RUNS.glob("*.yaml"))
 
@@ -108,59 +108,6 @@ def test_ranks_that_do_not_fit_are_refused() -> None:
         render_run("alibi-1b3", nodes=3)
 
 
-STUBS = """
-scontrol() { # as much as of a large job: who stops reading early ends it
-  [[ $1 == show && $2 == hostnames ]] && printf '%s\\n' "$FIRST" node{2..20000}
-  [[ $1 == show && $2 == job ]] && printf '%s\\n' "PreemptTime=$PREEMPTED" {1..20000}
-  [[ $1 == requeue ]] && { echo >>requeues; eval "$REQUEUEING"; (($(wc -l <requeues) > REFUSALS)); return; }
-  return 0
-}
-sinfo() { echo "$NODES"; }
-timeout() { echo "$@" >>probes; return $SILENT; } # the sign of life of each node
-scancel() { echo "$@" >>told; return 1; }
-sleep() { command sleep 0.1; }
-module() { printf 'module\\0%s\\0' "$@" >>calls; }
-srun() {
-  printf '%s\\0' "$PWD" "$ODD" "$MASTER_ADDR:$MASTER_PORT" "$OMP_NUM_THREADS" "$@" >>calls
-  eval "$DURING"
-}
-"""
-JOB = {
-    "PATH": "/usr/bin:/bin",
-    "SLURM_JOB_ID": "20007",
-    "SLURM_JOB_NODELIST": "n",
-    "SLURM_CPUS_ON_NODE": "16",
-    "SLURM_NODEID": "3",
-    "DURING": "",
-    "FIRST": "node1",
-    "SLURM_JOB_NUM_NODES": "1",
-    "REFUSALS": "0",
-    "REQUEUEING": "",
-    "PREEMPTED": "None",
-    "NODES": "mixed",
-    "SILENT": "0",
-}
-
-
-def run_script(script: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run a script with SLURM stubbed; srun does what DURING says and writes its arguments to `calls`."""
-    return subprocess.run(
-        ["bash", "-c", STUBS + script],
-        env={**JOB, **environment},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
-def words_of(script: str, folder: Path) -> list[str]:
-    """Return where and how srun is called."""
-    run_script(script, folder)
-    return (folder / "calls").read_text().split("\0")[:-1]
-
-
 def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path: Path) -> None:
     odd = 'it\'s "odd" $HOME `x` \\ 100%'
     folder = tmp_path / "a 'b' $c"
@@ -237,187 +184,6 @@ def test_torchrun_is_one_task_a_node_with_all_its_cpus(run_values: dict[str, Any
     *_, deaf, torchrun, program, command, run_file = words_of(scripts["train"], tmp_path)
     assert (torchrun, program, command, run_file) == ("/bin/x/torchrun", "/bin/x/trainshort", "train", "small.yaml")
     assert deaf.startswith('trap "" TERM\nexec "$0" --nnodes=2 --nproc-per-node=4 --node-rank="$SLURM_NODEID" ')
-
-
-SAVE_4 = "mkdir -p run/checkpoints/step_0000004;"
-SAVE_ALL = "mkdir -p run/checkpoints/step_0000010;"
-LIMIT, STOP = "kill -USR1 $$; command sleep 0.3;", "kill -USR2 $$; command sleep 0.3;"
-PREEMPTED = "2026-11-24T12:00:00"
-QUEUED = "queueing again from step_0000004"
-
-
-@pytest.mark.parametrize(
-    ("during", "preempted", "code", "line"),
-    [
-        (SAVE_ALL, "None", 0, "trained to the last step: run/checkpoints/step_0000010"),
-        (SAVE_ALL + "exit 1", "None", 0, "trained to the last step: run/checkpoints/step_0000010"),
-        (LIMIT + SAVE_4, "None", 0, f"time limit: {QUEUED}"),
-        (LIMIT + SAVE_4 + "exit 143", "None", 143, f"time limit: {QUEUED}"),
-        (LIMIT, "None", 1, "no progress: nothing was saved since step 0, so the job is not queued again"),
-        (STOP + SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run"),
-        (STOP + "exit 143", "None", 130, "stopped, the newest checkpoint is "),
-        (STOP + LIMIT + SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004"),
-        (LIMIT + STOP + SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004"),
-        (STOP + SAVE_4, PREEMPTED, 130, "stopped, the newest checkpoint is step_0000004"),
-        (STOP + "exit 3", "None", 3, "asked to stop, but the save failed with exit code 3: read run/logs/rank_*.log"),
-        (SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run"),
-        (SAVE_4, PREEMPTED, 0, f"pushed out: {QUEUED}"),
-        ("exit 143", PREEMPTED, 143, "pushed out: queueing again from step 0"),
-        (LIMIT, PREEMPTED, 0, "pushed out: queueing again from step 0"),
-        (SAVE_4 + "exit 1", "None", 1, "failed with exit code 1: read run/logs/rank_*.log"),
-        ("exit 2", "None", 2, "failed with exit code 2: read run/logs/rank_*.log"),
-    ],
-)
-def test_a_training_job_ends_as_its_checkpoints_say(
-    run_values: dict[str, Any], tmp_path: Path, during: str, preempted: str, code: int, line: str
-) -> None:
-    run_values["run"]["dir"] = "run"
-    scripts = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)
-    done = run_script(scripts["train"], tmp_path, DURING=during, PREEMPTED=preempted)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert line in done.stdout.splitlines()[-1]
-    assert "start 0 from step 0 on n, job 20007" in done.stdout
-
-
-def render_small(run_values: dict[str, Any], folder: Path, **slurm: Any) -> str:
-    run_values["run"]["dir"] = "run"
-    run_values["slurm"] = slurm
-    return render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=folder)["train"]
-
-
-def test_what_was_asked_before_there_are_ranks_is_passed_on(run_values: dict[str, Any], tmp_path: Path) -> None:
-    heard = f"for _ in {{1..40}}; do [[ -s told ]] && break; sleep; done; {SAVE_4}"
-    for signal, code, line in (("USR2", 130, "stopped, the newest checkpoint is step_0000004"), ("USR1", 0, QUEUED)):
-        folder = tmp_path / signal
-        folder.mkdir()
-        train = render_small(run_values, folder, setup=[f"kill -{signal} $$"])
-        done = run_script(train, folder, DURING=heard)
-        assert done.returncode == code, done.stdout + done.stderr
-        assert line in done.stdout.splitlines()[-1]
-        assert (folder / "told").read_text().startswith("--signal=TERM 20007\n")
-
-
-def test_ranks_are_told_again_after_a_scancel_that_failed(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = render_small(run_values, tmp_path)
-    heard = f"kill -USR1 $$; for _ in {{1..40}}; do (($(wc -l <told) > 2)) && break; sleep; done; {SAVE_4}"
-    assert QUEUED in run_script(train, tmp_path, DURING=heard).stdout
-    assert (tmp_path / "told").read_text().splitlines()[:3] == ["--signal=TERM 20007"] * 3
-
-
-def test_a_port_in_use_is_left_far_behind(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = render_small(run_values, tmp_path)
-    for job, base, port in ((20007, 12007, 19926), (35000, 27000, 14919)):
-        with socket.create_server(("127.0.0.1", base)):
-            (tmp_path / "calls").unlink(missing_ok=True)
-            run_script(train, tmp_path, FIRST="127.0.0.1", SLURM_JOB_ID=str(job))
-        assert f"127.0.0.1:{port}" in (tmp_path / "calls").read_text().split("\0")
-
-
-def test_a_requeue_that_fails_is_tried_again_within_bounds(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = render_small(run_values, tmp_path)
-    done = run_script(train, tmp_path, DURING=LIMIT + SAVE_4, REFUSALS="2")
-    assert (done.returncode, len((tmp_path / "requeues").read_text())) == (0, 3)
-    assert QUEUED in done.stdout.splitlines()[-1]
-    done = run_script(train, tmp_path, DURING=LIMIT + "mkdir run/checkpoints/step_0000006", REFUSALS="99")
-    assert (done.returncode, len((tmp_path / "requeues").read_text())) == (1, 15)
-    assert "queueing" not in done.stdout
-    assert done.stdout.endswith(
-        "time limit, but SLURM does not queue this again; the newest checkpoint is step_0000006: "
-        "trainshort jobs resume run\n"
-    )
-
-
-def test_progress_is_what_was_saved_last_whatever_its_step(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = render_small(run_values, tmp_path)
-    broken = tmp_path / "run" / "checkpoints" / "step_0000008"
-    broken.mkdir(parents=True)
-    os.utime(broken, (1, 1))
-    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + SAVE_4).stdout
-    again = "sleep; touch run/checkpoints/step_0000004"
-    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + again).stdout, "the same step, saved anew"
-    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + again).stdout
-    assert "no progress" in run_script(train, tmp_path, DURING=LIMIT).stdout
-
-
-def test_a_failed_save_is_told_with_the_ranks_errors(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = render_small(run_values, tmp_path)
-    said = "echo 'error: the disk is full' >run/logs/rank_0.log; exit 3"
-    for asked, code in ((STOP, 3), (LIMIT, 1)):
-        done = run_script(train, tmp_path, DURING=asked + said)
-        assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "error: the disk is full")
-
-
-def test_an_error_of_an_earlier_start_is_not_told_again(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = render_small(run_values, tmp_path)
-    logs = tmp_path / "run" / "logs"
-    logs.mkdir(parents=True)
-    (logs / "rank_0.log").write_text("error: the node was cold\n")
-    os.utime(logs / "rank_0.log", (1, 1))
-    done = run_script(train, tmp_path, DURING="echo 'error: the loss is nan' >>run/logs/rank_1.log; exit 1")
-    *_, summary, error = done.stdout.splitlines()
-    assert summary.endswith("failed with exit code 1: read run/logs/rank_*.log")
-    assert error == "error: the loss is nan"
-
-
-@pytest.mark.parametrize(
-    ("during", "nodes", "silent", "code", "line"),
-    [
-        ("exit 137", "mixed", "233", 137, "a node is lost: queueing again from step 0"),
-        (SAVE_4 + "exit 1", "mixed", "124", 1, f"a node is lost: {QUEUED}"),
-        (LIMIT + "exit 1", "mixed", "1", 1, "a node is lost: queueing again from step 0"),
-        ("exit 137", "mixed", "0", 137, "failed with exit code 137"),
-        *(("exit 1", state, "0", 1, "a node is lost: ") for state in ("mixed*", "draining", "mixed\ndown", "failing")),
-        ("exit 2", "down", "1", 2, "failed with exit code 2"),
-        ("exit 3", "down", "1", 3, "failed with exit code 3"),
-        (STOP + "exit 137", "down", "1", 137, "asked to stop, but the save failed with exit code 137"),
-        (STOP, "down", "1", 130, "stopped, the newest checkpoint is step 0"),
-    ],
-)
-def test_a_job_whose_node_is_lost_queues_again(
-    run_values: dict[str, Any], tmp_path: Path, during: str, nodes: str, silent: str, code: int, line: str
-) -> None:
-    train = render_small(run_values, tmp_path)
-    done = run_script(train, tmp_path, DURING=during, NODES=nodes, SILENT=silent)
-    assert (done.returncode, line in done.stdout.splitlines()[-1]) == (code, True), done.stdout + done.stderr
-    if nodes == "mixed" and code not in (2, 3):
-        # One task on each node of the job, beside what may still hold its CPUs and memory there.
-        probe = "60 srun --overlap --mem=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 true\n"
-        assert (tmp_path / "probes").read_text() == probe
-
-
-def test_a_stop_wins_over_a_requeue_that_is_being_tried(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = render_small(run_values, tmp_path)
-    done = run_script(train, tmp_path, DURING=LIMIT + SAVE_4, REFUSALS="99", REQUEUEING="kill -USR2 $$")
-    assert (done.returncode, (tmp_path / "requeues").read_text()) == (130, "\n")
-    assert "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run" in done.stdout.splitlines()[-1]
-
-
-def test_a_stop_survives_a_start_that_nobody_asked_for(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = render_small(run_values, tmp_path)
-    stop = tmp_path / "run" / "slurm" / "stop"
-    stop.parent.mkdir(parents=True)
-    stop.write_text("20007\n")
-    done = run_script(train, tmp_path)
-    assert (done.returncode, (tmp_path / "calls").exists(), stop.exists()) == (130, False, False)
-    assert done.stdout.endswith("stopped, the newest checkpoint is step 0: trainshort jobs resume run\n")
-    stop.write_text("20006\n")
-    assert "start 0 from step 0" in run_script(train, tmp_path).stdout, "that was another job"
-    stop.write_text("20007\n")
-    (tmp_path / "run" / "checkpoints" / "step_0000010").mkdir(parents=True)
-    assert "trained to the last step" in run_script(train, tmp_path).stdout, "finished is finished"
-
-
-def test_the_fourth_start_from_one_checkpoint_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
-    run_values["run"]["dir"] = "run"
-    train = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)["train"]
-    for _ in range(3):
-        assert "failed with exit code 9" in run_script(train, tmp_path, DURING="exit 9").stdout
-    refused = run_script(train, tmp_path, DURING="exit 9")
-    assert refused.returncode == 1
-    assert "no progress: three starts went no further than step 0; read run/logs/rank_*.log, then: " in refused.stdout
-    assert "start" in run_script(train, tmp_path, SLURM_JOB_ID="20008").stdout, "another job starts anew"
-    (tmp_path / "run" / "checkpoints" / "step_0000004").mkdir(parents=True)
-    assert "from step_0000004" in run_script(train, tmp_path).stdout, "a checkpoint is progress"
 
 
 def test_a_changed_image_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
@@ -502,22 +268,6 @@ def test_shellcheck_finds_nothing(run_values: dict[str, Any], tmp_path: Path) ->
         [shellcheck, "--severity=warning", *tmp_path.glob("*.sh"), *ours], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "")
-
-
-def test_an_older_export_makes_room(run_values: dict[str, Any], tmp_path: Path) -> None:
-    run_values["run"]["dir"] = "run"
-    export = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)["export"]
-    (tmp_path / "run" / "export" / "hf").mkdir(parents=True)
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000010"
-    checkpoint.mkdir(parents=True)
-    os.utime(checkpoint, (0, 0))
-    assert "step_0000010 is exported already: run/export/hf" in run_script(export, tmp_path).stdout
-    assert not (tmp_path / "calls").exists()
-    os.utime(checkpoint)
-    os.utime(tmp_path / "run" / "export" / "hf", (0, 0))
-    run_script(export, tmp_path)
-    assert (tmp_path / "calls").exists()
-    assert [path.name for path in (tmp_path / "run" / "export").iterdir()] == ["hf.before-20007"]
 
 
 @pytest.mark.parametrize("value", ["gpu", "a100|h100", "2-00:00:00", "two words", 'a"b', "back\\slash", "it's"])
