@@ -10,7 +10,7 @@ from training.model.alibi import causal_bias, local_slopes, slopes
 from training.model.attention import Reference, Sdpa
 from training.model.audit import LengthAudit, audit, sample_heads
 from training.model.bias import SlopeBias
-from training.model.probe import TOLERANCE, read_rows, read_total
+from training.model.probe import TOLERANCE, read_classes, read_rows, read_total
 
 HEAD_DIM = 64
 
@@ -89,6 +89,22 @@ def test_rows_read_equal_the_softmax(keys: int, first: int, head_dim: int) -> No
         torch.testing.assert_close(read_rows(attend, q, k, first=first), expected[..., first:], atol=1e-12, rtol=0)
         total = read_total(attend, q, k, before=first)
         torch.testing.assert_close(total, expected[..., :first].sum(-1), atol=1e-12, rtol=0)
+
+
+def test_a_backend_is_given_values_that_do_not_overlap_in_memory() -> None:
+    given: list[torch.Tensor] = []
+
+    class Watching(Sdpa):
+        def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            given.append(v)
+            return super().__call__(q, k, v)
+
+    zero = torch.zeros(1, 3, 20, 8)
+    attend = Watching(SlopeBias(None))
+    read_rows(attend, zero, zero)
+    read_classes(attend, zero, zero)
+    assert len(given) == 2
+    assert all(v.is_contiguous() for v in given)
 
 
 def test_a_sample_of_heads_has_the_sharpest_and_the_flattest() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from configs.errors import MachineError
 from training.model.alibi import slopes
 from training.model.attention import Flash, Flex, Reference
 from training.model.bias import SlopeBias
@@ -80,6 +81,16 @@ def test_the_call_of_flash_means_the_reference_by_its_documentation(
     (call,) = flash_calls
     assert call["causal"] is True
     assert (call["alibi_slopes"] is None) == (position == "none")
+
+
+@pytest.mark.usefixtures("flash_calls")
+def test_flash_is_refused_on_a_gpu_that_is_too_old_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(
+        MachineError, match="model.attention flash needs a GPU of compute capability 8.0, this one has 7.5"
+    ):
+        Flash(bias_of("alibi"))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
