@@ -149,7 +149,8 @@ def generate(
         str | None, typer.Option(metavar="TEXT", help="Text to continue; empty for the start of a document.")
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A file of it, less its last line break; - for standard input.")
+        Path | None,
+        typer.Option(metavar="FILE", help="That text in a file; - for standard input. Its last line break is dropped."),
     ] = None,
     tokens: Annotated[str, typer.Option(metavar="N", help="New tokens at most.")] = "64",
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
