@@ -15,6 +15,10 @@ def on_nodes(*command: str) -> None:
     subprocess.run([CLUSTER, *command], check=True)
 
 
+def wait_for_node(node: str, run: Submitted) -> None:
+    wait_until(lambda: f"{node} idle" in slurm("sinfo", "-hN", "-p", "main", "-o", "%N %T"), run.told)
+
+
 def test_a_time_limit_saves_queues_again_and_changes_no_loss(home: Path, unbroken: Submitted) -> None:
     options = ("slurm.time='0:02:00'", "slurm.signal_seconds=60")
     run = submit(home, "limited", *options, run_dir="runs/10% limited")  # also to SLURM that is a name
@@ -123,7 +127,7 @@ def test_a_node_that_goes_away_is_left_behind(home: Path, unbroken: Submitted) -
         run.jobs("stop")
     finally:
         on_nodes("boot", "node2")
-        wait_until(lambda: "node2 idle" in slurm("sinfo", "-hN", "-p", "main", "-o", "%N %T"), run.told)
+        wait_for_node("node2", run)
     assert run.field("NodeList") == "node[1,3]"
     assert "start 1 from step_0000004 on node[1,3]" in run.log()
     assert run.exact() == unbroken.exact()
@@ -141,7 +145,23 @@ def test_a_node_that_shuts_down_is_no_failure_of_the_run(home: Path) -> None:
         run.jobs("stop")
     finally:
         on_nodes("on", "node2", "slurmd")
-        wait_until(lambda: "node2 idle" in slurm("sinfo", "-hN", "-p", "main", "-o", "%N %T"), run.told)
+        wait_for_node("node2", run)
+
+
+def test_a_stop_survives_the_node_that_heard_it(home: Path) -> None:
+    run = submit(home, "forgotten")
+    run.freeze(2)
+    assert run.field("BatchHost") == "node1"
+    run.jobs("stop")
+    on_nodes("crash", "node1")
+    try:
+        run.wait_for(state="FAILED")
+    finally:
+        on_nodes("boot", "node1")
+        wait_for_node("node1", run)
+    assert run.field("Restarts") == "1"
+    assert run.states()["train"] == "STOPPED"
+    assert len([line for line in run.log().splitlines() if " start " in line]) == 1
 
 
 def test_a_job_that_is_pushed_out_saves_and_queues_again(home: Path, unbroken: Submitted) -> None:
