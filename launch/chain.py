@@ -135,7 +135,7 @@ def freeze(config: RunConfig) -> None:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, copy)
     for file_name, content in ((VERSIONS, installed_versions()), (SOURCE, source_code())):
-        if content is not None:  # installed, not a checkout
+        if content is not None:  # an installed package has no commit
             (code / file_name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -103,10 +103,8 @@ def stop(run_dir: Path) -> list[str]:
         InputError: nothing was submitted from this folder.
         MachineError: SLURM does not take it.
     """
-    lines = []
-    for name, job in reversed(
-        jobs_of(read_chain(run_dir)).items()
-    ):  # what waits first: nothing of it may start meanwhile
+    lines, jobs = [], jobs_of(read_chain(run_dir))
+    for name, job in reversed(jobs.items()):  # what waits first: nothing of it may start meanwhile
         if job.ended:
             continue
         saves = name == "train" and job.state == "RUNNING"
