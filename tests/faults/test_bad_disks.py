@@ -1,17 +1,15 @@
 """A disk that is full, and one that cannot be written, through the real command line."""
 
-import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.spawn import ROOT
+from tests.faults.typed import metrics, run
 from tests.unit.data_samples import write_book
 from training.checkpoint.manifest import check_whole, list_checkpoints
 
@@ -22,10 +20,6 @@ SMALL = [
     "model.heads=2",
     "parallel.tensor=1",
     "parallel.pipeline=1",
-    "data.sources=[book.txt]",
-    "data.dir=data",
-    "data.vocab_size=600",
-    "data.sequence_length=16",
     "data.split=0",
     "train.global_batch=4",
     "train.micro_batch=4",
@@ -41,17 +35,8 @@ FITTING = 7  # checkpoints on the small disk, with half of one to spare
 
 def trainshort(command: str, folder: Path, run_dir: Path) -> "subprocess.CompletedProcess[str]":
     # MLflow's database lies on another disk: it grows beside the first steps, and would decide what fits.
-    values = [*SMALL, f"run.dir={run_dir}", f"track.uri=sqlite:///{folder}/mlflow.db"]
-    sets = [word for value in values for word in ("--set", value)]
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "trainshort", command, "demo", *sets],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    places = (f"run.dir={run_dir}", f"track.uri=sqlite:///{folder}/mlflow.db")
+    return run(folder, command, *SMALL, *places, OMP_NUM_THREADS="1")
 
 
 def mount(*options: str) -> None:
@@ -83,8 +68,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def figures(run_dir: Path) -> list[list[Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [[line[key] for key in ("step", "loss", "grad_norm")] for line in lines]
+    return [[line[key] for key in ("step", "loss", "grad_norm")] for line in metrics(run_dir)]
 
 
 @pytest.mark.faults

@@ -4,52 +4,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.distributed.spawn import ROOT
+from tests.faults.typed import PATIENCE_SECONDS, command, environment, metrics, run
 from tests.unit.data_samples import write_book
 
-STEPS, RANKS, PATIENCE_SECONDS, ENDED_SECONDS = 60, 4, 240, 45
-SMALL = [
-    "model.layers=2",
-    "model.hidden=32",
-    "model.heads=4",
-    "data.sources=[book.txt]",
-    "data.dir=data",
-    "data.vocab_size=600",
-    "data.sequence_length=16",
-    "data.split=0",
-    "train.global_batch=8",
-    "train.micro_batch=2",
-    f"train.steps={STEPS}",
-    "train.warmup_steps=2",
-    "checkpoint.every=2",
-    "checkpoint.keep=2",
-    "evaluate.every=0",
-]
+STEPS, RANKS, ENDED_SECONDS = 60, 4, 45
 
 
-def command(name: str, run_dir: str) -> list[str]:
-    sets = [word for value in [*SMALL, f"run.dir={run_dir}"] for word in ("--set", value)]
-    return [sys.executable, "-P", "-m", "trainshort", name, "demo", *sets]
-
-
-def run(folder: Path, name: str, run_dir: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command(name, run_dir), cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-
-
-def lines(run_dir: Path) -> list[dict[str, Any]]:
-    file = run_dir / "metrics.jsonl"
-    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+def sets(run_dir: str) -> list[str]:
+    saved = ("data.split=0", f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=2", "evaluate.every=0")
+    return [*saved, f"run.dir={run_dir}"]
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
@@ -74,13 +42,12 @@ class Job:
     def __init__(self, folder: Path, *, after: int) -> None:
         """Start it, and wait until it has taken some steps."""
         self.log = folder / "train.log"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command("train", "run"), cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+                command("train", *sets("run")), cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT
             )
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while len(lines(folder / "run")) < after or lines(folder / "run")[-1]["step"] < after:
+        while len(metrics(folder / "run")) < after or metrics(folder / "run")[-1]["step"] < after:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, "no steps"
             time.sleep(0.01)
@@ -96,11 +63,11 @@ class Job:
 @pytest.mark.faults
 def test_a_job_whose_ranks_and_launcher_are_killed_ends_as_the_unbroken_one(tmp_path: Path) -> None:
     write_book(tmp_path)
-    assert run(tmp_path, "prepare", "run").returncode == 0
+    assert run(tmp_path, "prepare", *sets("run")).returncode == 0
 
     job = Job(tmp_path, after=3)
     assert sorted(job.ranks) == list(range(RANKS))
-    second = run(tmp_path, "train", "run")
+    second = run(tmp_path, "train", *sets("run"))
     assert second.returncode == 2
     assert second.stderr.startswith(f"error: run is being trained by process {job.ranks[0]} on this machine since ")
     assert len(second.stderr.splitlines()) == 1
@@ -110,19 +77,21 @@ def test_a_job_whose_ranks_and_launcher_are_killed_ends_as_the_unbroken_one(tmp_
     assert time.monotonic() - began < ENDED_SECONDS
     assert "error: rank 2 ended with signal 9 (SIGKILL)" in job.log.read_text()
     job.wait_for_the_ranks()
-    first = lines(tmp_path / "run")
+    first = metrics(tmp_path / "run")
     assert 3 <= first[-1]["step"] < STEPS, "the kill came too late to test anything"
 
     job = Job(tmp_path, after=first[-1]["step"] + 3)
     job.process.kill()
     job.process.wait()
     job.wait_for_the_ranks()
-    assert lines(tmp_path / "run")[-1]["step"] < STEPS, "the kill came too late to test anything"
+    assert metrics(tmp_path / "run")[-1]["step"] < STEPS, "the kill came too late to test anything"
 
-    third = run(tmp_path, "train", "run")
+    third = run(tmp_path, "train", *sets("run"))
     assert third.returncode == 0, third.stderr
-    assert run(tmp_path, "train", "unbroken").returncode == 0
+    assert run(tmp_path, "train", *sets("unbroken")).returncode == 0
     for key in ("step", "loss", "grad_norm", "learning_rate", "consumed_samples"):
-        assert [line[key] for line in lines(tmp_path / "run")] == [line[key] for line in lines(tmp_path / "unbroken")]
+        assert [line[key] for line in metrics(tmp_path / "run")] == [
+            line[key] for line in metrics(tmp_path / "unbroken")
+        ]
     starts = json.loads((tmp_path / "run" / "incarnation").read_text())["number"]
     assert starts == 3

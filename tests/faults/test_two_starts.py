@@ -1,58 +1,38 @@
 """Two starts of one run that both live, and starts in other layouts: one run comes out."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.distributed.spawn import ROOT
+from tests.faults.typed import PATIENCE_SECONDS, command, environment, metrics, run
 from tests.unit.data_samples import write_book
 from training.checkpoint.manifest import check_whole, list_checkpoints
 
-STEPS, PATIENCE_SECONDS = 24, 240
-SMALL = [
-    "model.layers=2",
-    "model.hidden=32",
-    "model.heads=4",
-    "data.sources=[book.txt]",
-    "data.dir=data",
-    "data.vocab_size=600",
-    "data.sequence_length=16",
+STEPS = 24
+SAVED_AND_MEASURED = (
     "data.split=0.1",
-    "train.global_batch=8",
-    "train.micro_batch=2",
     f"train.decay_steps={STEPS}",
-    "train.warmup_steps=2",
     "checkpoint.every=2",
     "checkpoint.keep=100",
     "evaluate.every=4",
     "evaluate.samples=8",
-]
+)
 ONE_RANK = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.zero=1")
 EXACT = ("step", "learning_rate", "tokens_seen", "consumed_samples")
 MEASURED = ("loss", "grad_norm", "validation_loss")
 
 
-def command(name: str, run_dir: str, *sets: str) -> list[str]:
-    words = [word for value in [*SMALL, f"run.dir={run_dir}", *sets] for word in ("--set", value)]
-    return [sys.executable, "-P", "-m", "trainshort", name, "demo", *words]
+def sets(run_dir: str, *more: str) -> list[str]:
+    return [*SAVED_AND_MEASURED, f"run.dir={run_dir}", *more]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
-
-
-def run(folder: Path, name: str, run_dir: str, *sets: str) -> None:
-    done = subprocess.run(
-        command(name, run_dir, *sets), cwd=folder, env=environment(), capture_output=True, text=True, check=False
-    )
+def run_well(folder: Path, name: str, run_dir: str, *more: str) -> None:
+    done = run(folder, name, *sets(run_dir, *more))
     assert done.returncode == 0, done.stderr
 
 
@@ -61,19 +41,13 @@ def start(folder: Path, run_dir: str, name: str) -> "subprocess.Popen[str]":
     place = {"TRAINSHORT_RANK": "0", "TRAINSHORT_RANKS": "1", "TRAINSHORT_RENDEZVOUS": str(folder / f"meet_{name}")}
     with (folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(
-            command("train", run_dir, f"train.steps={STEPS}", *ONE_RANK),
+            command("train", *sets(run_dir, f"train.steps={STEPS}", *ONE_RANK)),
             cwd=folder,
             env=environment(**place),
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
         )
-
-
-def lines(run_dir: Path) -> list[dict[str, Any]]:
-    file = run_dir / "metrics.jsonl"
-    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def wait_until(true: Callable[[], bool], what: Callable[[], str]) -> None:
@@ -87,7 +61,7 @@ def wait_until(true: Callable[[], bool], what: Callable[[], str]) -> None:
 def folder(tmp_path: Path) -> Path:
     """Where the commands are typed; the data are prepared."""
     write_book(tmp_path)
-    run(tmp_path, "prepare", "run")
+    run_well(tmp_path, "prepare", "run")
     return tmp_path
 
 
@@ -96,14 +70,14 @@ def test_a_start_that_was_taken_for_dead_ends_itself_and_leaves_one_run(folder: 
     """The older start stands still in its fifth step, the newer one takes over, and the older one wakes up."""
     older = start(folder, "run", "older")
     try:
-        wait_until(lambda: len(lines(folder / "run")) >= 5, (folder / "older.log").read_text)
+        wait_until(lambda: len(metrics(folder / "run")) >= 5, (folder / "older.log").read_text)
         older.send_signal(signal.SIGSTOP)
         newer = start(folder, "run", "newer")
         try:
             wait_until(
                 lambda: (
                     json.loads((folder / "run" / "incarnation").read_text())["number"] == 2
-                    and len(lines(folder / "run")) >= 8
+                    and len(metrics(folder / "run")) >= 8
                 ),
                 (folder / "newer.log").read_text,
             )
@@ -118,10 +92,10 @@ def test_a_start_that_was_taken_for_dead_ends_itself_and_leaves_one_run(folder: 
     assert "run was started again on " in said
     assert "this older start (1-" in said
     assert "Traceback" not in said
-    run(folder, "train", "unbroken", f"train.steps={STEPS}", *ONE_RANK)
+    run_well(folder, "train", "unbroken", f"train.steps={STEPS}", *ONE_RANK)
     for key in (*EXACT, *MEASURED):
-        assert [line.get(key) for line in lines(folder / "run")] == [
-            line.get(key) for line in lines(folder / "unbroken")
+        assert [line.get(key) for line in metrics(folder / "run")] == [
+            line.get(key) for line in metrics(folder / "unbroken")
         ], key
     saved = [check_whole(found.path).step for found in list_checkpoints(folder / "run")]
     assert set(saved) >= set(range(2, STEPS + 1, 2))
@@ -137,9 +111,9 @@ def test_a_run_goes_on_in_any_layout_as_if_nothing_had_changed(folder: Path) -> 
         ("parallel.tensor=2", "parallel.pipeline=1", "parallel.zero=2", "parallel.offload=cpu"),
     ]
     for number, layout in enumerate(layouts, start=1):
-        run(folder, "train", "run", f"train.steps={number * STEPS // len(layouts)}", *layout)
-    run(folder, "train", "unbroken", f"train.steps={STEPS}", *ONE_RANK)
-    changed, unbroken = lines(folder / "run"), lines(folder / "unbroken")
+        run_well(folder, "train", "run", f"train.steps={number * STEPS // len(layouts)}", *layout)
+    run_well(folder, "train", "unbroken", f"train.steps={STEPS}", *ONE_RANK)
+    changed, unbroken = metrics(folder / "run"), metrics(folder / "unbroken")
     for key in EXACT:
         assert [line[key] for line in changed] == [line[key] for line in unbroken], key
     for key in MEASURED:
