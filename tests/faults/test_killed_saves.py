@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed.spawn import ROOT
 from tests.unit.broken_disk import CountedOs
-from tests.unit.one_rank import STEPS, one_rank
+from tests.unit.one_rank import STEPS, OneRank, one_rank
 from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
 
@@ -23,6 +23,15 @@ MOST_OPERATIONS = 200
 def figures(run_dir: Path) -> list[list[Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [[line[key] for key in ("step", "loss", "grad_norm", "consumed_samples")] for line in lines]
+
+
+def resumed(rank: OneRank, run_dir: Path, *, unbroken: Path) -> int:
+    """Train a run to its end, which must be that of the unbroken one; return the step that it went on from."""
+    began = rank.start(run_dir).step
+    assert figures(run_dir) == figures(unbroken), run_dir
+    folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert folders == [f"step_{step:07d}" for step in (STEPS - 1, STEPS)], run_dir
+    return began
 
 
 def kill_saves(home: Path, begun: Path, out: Path, *, steps: int, first: int) -> list[Path]:
@@ -49,10 +58,7 @@ def test_a_save_killed_at_any_file_operation_loses_that_save_alone(tmp_path: Pat
         for run_dir in killed:
             saved = [check_whole(found.path).step for found in list_checkpoints(run_dir)]
             newest.add(saved[-1])
-            assert rank.start(run_dir).step == saved[-1], run_dir
-            assert figures(run_dir) == figures(unbroken), run_dir
-            folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-            assert folders == [f"step_{step:07d}" for step in (STEPS - 1, STEPS)], run_dir
+            assert resumed(rank, run_dir, unbroken=unbroken) == saved[-1], run_dir
     assert newest == {BEFORE, BEFORE + 1}
 
 
@@ -75,8 +81,4 @@ def test_a_step_saved_again_and_killed_while_it_replaces_the_broken_one_loses_no
         killed = kill_saves(home, begun, tmp_path / "out", steps=BEFORE, first=first)
         assert len(killed) == len(counted.names) - first + 1
         for run_dir in killed:
-            began = rank.start(run_dir).step
-            assert began in (BEFORE - 1, BEFORE), run_dir
-            assert figures(run_dir) == figures(unbroken), run_dir
-            folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-            assert folders == [f"step_{step:07d}" for step in (STEPS - 1, STEPS)], run_dir
+            assert resumed(rank, run_dir, unbroken=unbroken) in (BEFORE - 1, BEFORE), run_dir

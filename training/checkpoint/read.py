@@ -80,7 +80,7 @@ class Checkpoint:
         Raises:
             InputError: the checkpoint has another tensor, or its files do not hold what the manifest says.
         """
-        self._require(shard)
+        self._entry(shard)
         return self._slice(shard.name, kind=kind, part=part)
 
     def require(self, shards: Iterable[Shard], *, kinds: Sequence[str]) -> None:
@@ -94,13 +94,13 @@ class Checkpoint:
         """
         by_stage: defaultdict[int, list[Shard]] = defaultdict(list)
         for shard in shards:
-            by_stage[self._require(shard).stage].append(shard)
+            by_stage[self._entry(shard).stage].append(shard)
         for (stage, found), kind, tensor in product(by_stage.items(), kinds, range(self.manifest.tensor)):
-            with self._opened(stage=stage, tensor=tensor, kind=kind) as file:
+            with self._file(stage=stage, tensor=tensor, kind=kind) as file:
                 for shard in found:
                     self._found(file, self._saved(shard.name), tensor=tensor)
 
-    def _require(self, shard: Shard) -> TensorEntry:
+    def _entry(self, shard: Shard) -> TensorEntry:
         entry = self.manifest.tensors.get(shard.name)
         if entry is None or entry.shape != shard.shape:
             seen = "nothing" if entry is None else f"{list(entry.shape)}"
@@ -133,7 +133,7 @@ class Checkpoint:
 
     def _read(self, shard: Shard, *, kind: str, stage: int, tensor: int, rows: tuple[int, int] | None) -> Tensor:
         window = slice(None) if rows is None else slice(*rows)
-        with self._opened(stage=stage, tensor=tensor, kind=kind) as file:
+        with self._file(stage=stage, tensor=tensor, kind=kind) as file:
             found = self._found(file, shard, tensor=tensor)
             value: Tensor = found[:, window] if shard.dim == 1 else found[window]
             return value
@@ -151,7 +151,7 @@ class Checkpoint:
         return found
 
     @contextmanager
-    def _opened(self, *, stage: int, tensor: int, kind: str) -> Iterator[Any]:
+    def _file(self, *, stage: int, tensor: int, kind: str) -> Iterator[Any]:
         path = self.path / file_name(stage=stage, tensor=tensor, kind=kind)
         if path.name not in self.manifest.files:
             raise InputError(f"checkpoint {self.path} has no file {path.name}: use another checkpoint")
