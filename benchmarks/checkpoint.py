@@ -17,9 +17,9 @@ import torch.distributed.checkpoint as dcp
 from configs.load import load_run
 from parallel.groups import make_groups
 from parallel.layout import Layout
-from parallel.start import Place, start, stop
+from parallel.start import ProcessRank, start, stop
 from parallel.zero import KINDS
-from training.checkpoint.manifest import Moment, check_whole
+from training.checkpoint.manifest import SavedState, check_whole
 from training.checkpoint.read import load_slices, open_together
 from training.checkpoint.write import save_checkpoint
 from training.incarnation import begin
@@ -38,7 +38,9 @@ def main() -> None:
         run_dir = Path(home) / "run"
         run_dir.mkdir()
         config = load_run("demo", overrides=[*SHAPE, *ALONE, f"run.dir={run_dir}"])
-        device = start(Place(rank=0, size=1, local_rank=0, rendezvous=f"file://{home}/meet", starter="local"))
+        device = start(
+            ProcessRank(rank=0, world_size=1, local_rank=0, rendezvous=f"file://{home}/meet", starter="local")
+        )
         layout = Layout.of(config, world_size=1)
         groups = make_groups(layout)
         engine, _ = build_engine(config, layout=layout, groups=groups, vocab_size=VOCABULARY, device=device)
@@ -53,7 +55,7 @@ def main() -> None:
                 groups=groups,
                 tokenizer=tokenizer,
                 vocab_size=VOCABULARY,
-                moment=Moment(1, 16, 0.0, "", None),
+                moment=SavedState(1, 16, 0.0, "", None),
                 fence=fence,
             )
 

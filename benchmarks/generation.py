@@ -14,7 +14,7 @@ from configs.schema import Model
 from parallel.groups import lone_groups
 from parallel.seeds import initial_weights
 from parallel.shards import declared
-from training.export.huggingface import huggingface_name
+from training.export.formats.huggingface import huggingface_name
 from training.generation import Sampling, continue_tokens
 from training.model.single import SingleModel, lone_decoder
 

@@ -99,7 +99,7 @@ def backend_of(attention: str) -> Backend:
     return BACKENDS[AUTO if attention == "auto" else attention]
 
 
-def misfit(backend: Backend, *, position: str, precision: str, head_dim: int) -> str | None:
+def unsupported(backend: Backend, *, position: str, precision: str, head_dim: int) -> str | None:
     """Return why a backend cannot do what a run asks, on any machine, with what to do; None where it can."""
     if position not in backend.positions:
         fitting = [other.name for other in BACKENDS.values() if position in other.positions]
@@ -116,7 +116,7 @@ def misfit(backend: Backend, *, position: str, precision: str, head_dim: int) ->
     return None
 
 
-def missing(
+def unavailable(
     backend: Backend, *, device: Device, packages: frozenset[str], capability: tuple[int, int] | None = None
 ) -> str | None:
     """Return what a machine lacks for a backend, with what to do; None where it lacks nothing.

@@ -28,7 +28,7 @@ wins. `trainshort check` says which values this version cannot do yet.
 """
 
 
-def document() -> str:
+def configuration_page() -> str:
     """Return the page: one table a section, in the order of the schema."""
     parts = [HEAD]
     for name, field in RunConfig.model_fields.items():
@@ -118,6 +118,6 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(document(), encoding="utf-8")
+    TARGET.write_text(configuration_page(), encoding="utf-8")
     ATTENTION.write_text(with_backends(ATTENTION.read_text(encoding="utf-8")), encoding="utf-8")
     sys.stderr.write(f"wrote {TARGET} and the table in {ATTENTION}\n")

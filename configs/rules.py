@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from math import isqrt
 
-from configs.backends import backend_of, misfit
+from configs.backends import backend_of, unsupported
 from configs.schema import RunConfig
 from configs.times import time_limit_seconds
 
@@ -44,7 +44,7 @@ def _model(config: RunConfig) -> Iterator[str]:
     if model.position == "sinusoidal" and model.hidden % 2:
         yield f"model.hidden must be even for sinusoidal positions, got {model.hidden}: use {model.hidden + 1}"
     backend = backend_of(model.attention)
-    why = misfit(backend, position=model.position, precision=config.train.precision, head_dim=model.head_dim)
+    why = unsupported(backend, position=model.position, precision=config.train.precision, head_dim=model.head_dim)
     if why is not None:
         yield f"model.attention {why}"
 

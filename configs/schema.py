@@ -28,10 +28,10 @@ def _text_of_number(value: Any) -> Any:
 
 
 TUPLE = BeforeValidator(_tuple_of_list)
-Text = Annotated[str, BeforeValidator(_text_of_number)]
+TextOrNumber = Annotated[str, BeforeValidator(_text_of_number)]
 
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -47,17 +47,19 @@ class Run(Section):
     name: str = Field(
         min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, shown in MLflow and SLURM."
     )
-    seed: NotNegative = Field(default=1, description="Seed of weights, sample order and dropout.")
+    seed: NonNegativeInt = Field(default=1, description="Seed of weights, sample order and dropout.")
     dir: str = Field(min_length=1, description="The run folder; relative to where the command is started.")
 
 
 class Model(Section):
     """The decoder's shape."""
 
-    layers: Count = Field(description="Transformer blocks.")
-    hidden: Count = Field(description="Width of the residual stream.")
-    heads: Count = Field(description="Attention heads, over all tensor ranks.")
-    feed_forward: Count | None = Field(default=None, description="Width of the feed-forward; 4 x hidden unless set.")
+    layers: PositiveInt = Field(description="Transformer blocks.")
+    hidden: PositiveInt = Field(description="Width of the residual stream.")
+    heads: PositiveInt = Field(description="Attention heads, over all tensor ranks.")
+    feed_forward: PositiveInt | None = Field(
+        default=None, description="Width of the feed-forward; 4 x hidden unless set."
+    )
     position: Position = Field(default="alibi", description="How order enters the model.")
     family: Literal["bloom", "mpt"] = Field(default="bloom", description="Block design, and so the export format.")
     attention: AttentionBackend = Field(default="auto", description="Attention backend; auto is sdpa.")
@@ -110,8 +112,8 @@ class Data(Section):
 class Parallel(Section):
     """How the model is split; what is left of the world is data parallel."""
 
-    tensor: Count = Field(default=1, description="Ranks that share each layer's heads and columns.")
-    pipeline: Count = Field(default=1, description="Stages that share the layers.")
+    tensor: PositiveInt = Field(default=1, description="Ranks that share each layer's heads and columns.")
+    pipeline: PositiveInt = Field(default=1, description="Stages that share the layers.")
     sequence: bool = Field(default=False, description="Split norms and dropout along the sequence over tensor ranks.")
     zero: Annotated[int, Field(ge=0, le=3)] = Field(default=1, description="DeepSpeed ZeRO stage.")
     offload: Literal["none", "cpu"] = Field(default="none", description="Where ZeRO keeps the optimizer state.")
@@ -120,13 +122,13 @@ class Parallel(Section):
 class Train(Section):
     """Optimization."""
 
-    micro_batch: Count = Field(description="Sequences of one forward pass on one data rank.")
-    global_batch: Count = Field(description="Sequences of one optimizer step, over all data ranks.")
-    steps: Count = Field(description="Optimizer steps of the whole run.")
-    decay_steps: Count | None = Field(
+    micro_batch: PositiveInt = Field(description="Sequences of one forward pass on one data rank.")
+    global_batch: PositiveInt = Field(description="Sequences of one optimizer step, over all data ranks.")
+    steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
+    decay_steps: PositiveInt | None = Field(
         default=None, description="Steps to the end of the cosine; train.steps at the first start."
     )
-    warmup_steps: NotNegative = Field(default=0, description="Steps of linear warm-up.")
+    warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up.")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(description="Peak learning rate.")
     min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0, description="Learning rate after the decay."
@@ -143,27 +145,29 @@ class Train(Section):
     init_from: str | None = Field(default=None, description="A checkpoint whose weights start this run.")
 
 
-class Checkpoint(Section):
+class CheckpointRules(Section):
     """When the state is saved."""
 
-    every: Count = Field(default=1000, description="Steps between checkpoints.")
-    keep: Count = Field(default=3, description="Newest checkpoints to keep.")
-    keep_every: NotNegative = Field(default=0, description="Steps between checkpoints that stay for good; 0 for none.")
-    keep_best: NotNegative = Field(default=0, description="Checkpoints of the lowest validation loss to keep.")
+    every: PositiveInt = Field(default=1000, description="Steps between checkpoints.")
+    keep: PositiveInt = Field(default=3, description="Newest checkpoints to keep.")
+    keep_every: NonNegativeInt = Field(
+        default=0, description="Steps between checkpoints that stay for good; 0 for none."
+    )
+    keep_best: NonNegativeInt = Field(default=0, description="Checkpoints of the lowest validation loss to keep.")
     background: bool = Field(default=False, description="Write while training goes on.")
 
 
 class Evaluate(Section):
     """Perplexity, during training and after it."""
 
-    lengths: Annotated[tuple[Count, ...], TUPLE] | None = Field(
+    lengths: Annotated[tuple[PositiveInt, ...], TUPLE] | None = Field(
         default=None, description="Lengths of `evaluate`; 1x, 2x, 4x and 8x the training length unless set."
     )
     protocols: Annotated[tuple[str, ...], TUPLE] = Field(
         default=("nonoverlapping",), min_length=1, description="nonoverlapping, or sliding:STRIDE."
     )
-    every: NotNegative = Field(default=0, description="Steps between validations during training; 0 for none.")
-    samples: Count = Field(default=64, description="Held-out sequences of one validation.")
+    every: NonNegativeInt = Field(default=0, description="Steps between validations during training; 0 for none.")
+    samples: PositiveInt = Field(default=64, description="Held-out sequences of one validation.")
 
 
 class Track(Section):
@@ -181,16 +185,18 @@ class Slurm(Section):
     partition: str | None = Field(default=None, description="Partition; the cluster's default unless set.")
     account: str | None = Field(default=None, description="Account to charge.")
     qos: str | None = Field(default=None, description="Quality of service.")
-    time: Text = Field(
+    time: TextOrNumber = Field(
         default="24:00:00", description='Time limit, quoted: "hours:minutes:seconds" or "days-hours:minutes:seconds".'
     )
-    signal_seconds: Count = Field(
+    signal_seconds: PositiveInt = Field(
         default=120, description="Seconds before the time limit at which the ranks save and the job queues again."
     )
-    gpus_per_node: NotNegative = Field(default=8, description="GPUs of a node; 0 for CPU ranks.")
-    ranks_per_node: Count | None = Field(default=None, description="Ranks of a node; gpus_per_node unless set.")
-    cpus_per_rank: Count | None = Field(default=None, description="CPUs of a rank; the cluster's default unless set.")
-    memory: Text | None = Field(
+    gpus_per_node: NonNegativeInt = Field(default=8, description="GPUs of a node; 0 for CPU ranks.")
+    ranks_per_node: PositiveInt | None = Field(default=None, description="Ranks of a node; gpus_per_node unless set.")
+    cpus_per_rank: PositiveInt | None = Field(
+        default=None, description="CPUs of a rank; the cluster's default unless set."
+    )
+    memory: TextOrNumber | None = Field(
         default=None, description="Memory of a node, as in `500G`; the cluster's default unless set."
     )
     constraint: str | None = Field(default=None, description="Node features to ask for.")
@@ -207,7 +213,7 @@ class Slurm(Section):
     modules: Annotated[tuple[str, ...], TUPLE] = Field(
         default=(), description="Environment modules to load, in this order."
     )
-    env: dict[str, Text] = Field(default_factory=dict, description="Environment variables of the ranks.")
+    env: dict[str, TextOrNumber] = Field(default_factory=dict, description="Environment variables of the ranks.")
     setup: Annotated[tuple[str, ...], TUPLE] = Field(
         default=(), description="Lines of shell before the ranks start, verbatim."
     )
@@ -222,7 +228,7 @@ class RunConfig(Section):
     data: Data
     parallel: Parallel = Field(default_factory=Parallel)
     train: Train
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    checkpoint: CheckpointRules = Field(default_factory=CheckpointRules)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     track: Track = Field(default_factory=Track)
     slurm: Slurm = Field(default_factory=Slurm)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from configs.files import whole_file
 from configs.schema import Data
-from data_pipeline.atomic import whole_file
 from data_pipeline.indexed import bin_path, find_prefix, idx_path
 from data_pipeline.sources import PYTHON_DOCS, source_files
 from data_pipeline.split import held_out_count
 
-FORMAT_VERSION = 1
+DATA_FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 UNIGRAM = "unigram.npy"
@@ -83,7 +83,7 @@ def load_prepared(data: Data, *, folder: Path) -> Prepared:
     Raises:
         InputError: not prepared, not whole, or prepared from something else.
     """
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     if manifest is None:
         raise InputError(f"data is not prepared in {folder}: run `trainshort prepare`")
     for difference in _differences(manifest["inputs"], _asked(data)):
@@ -150,7 +150,7 @@ def check_inputs(manifest: dict[str, Any], inputs: dict[str, Any], *, folder: Pa
         raise InputError(f"{folder} holds data prepared from other inputs: {difference}; {_TODO}")
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_data_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a folder, None where there is none.
 
     Raises:
@@ -164,15 +164,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error}): {_TODO}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{file} has format_version {version}, this version reads {FORMAT_VERSION}: {_TODO}")
+    if version != DATA_FORMAT:
+        raise InputError(f"{file} has format_version {version}, this version reads {DATA_FORMAT}: {_TODO}")
     return dict(manifest)
 
 
-def write_manifest(prepared: Prepared, *, inputs: dict[str, Any]) -> None:
+def write_data_manifest(prepared: Prepared, *, inputs: dict[str, Any]) -> None:
     """Declare a folder whole: the last file that is written."""
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": DATA_FORMAT,
         "inputs": inputs,
         "inputs_sha256": fingerprint(inputs),
         "tokenizer_sha256": prepared.tokenizer_sha256,

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs.errors import InputError, MachineError
+from configs.files import one_writer, whole_file
 from configs.schema import Data, Source
-from data_pipeline.atomic import one_writer, whole_file
 from data_pipeline.indexed import bin_path, find_prefix, histogram, idx_path, read_index, words_path
 from data_pipeline.manifest import (
     MANIFEST,
@@ -27,11 +27,11 @@ from data_pipeline.manifest import (
     files_are_whole,
     fingerprint,
     load_prepared,
-    read_manifest,
+    read_data_manifest,
+    write_data_manifest,
     write_json,
-    write_manifest,
 )
-from data_pipeline.sources import PYTHON_DOCS, Piece, file_pieces, pieces, source_files, source_size
+from data_pipeline.sources import PYTHON_DOCS, Chunk, chunks, file_chunks, source_files, source_size
 from data_pipeline.tokenizer import SAMPLE, Tokenizer, train_tokenizer
 
 _UNFINISHED = "preparing.json"
@@ -39,7 +39,7 @@ _DENSITY = {".gz": 3, ".xz": 4, ".zst": 3}
 """About how much text a compressed byte holds, to take a fair share of each file for the tokenizer."""
 
 
-def prepare(data: Data, *, folder: Path, progress: bool) -> Prepared:
+def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
     """Return the prepared data of a run, preparing what is not done yet.
 
     A folder is written by one process at a time, another waits. Files get their names when whole, the manifest is
@@ -64,7 +64,7 @@ def prepare(data: Data, *, folder: Path, progress: bool) -> Prepared:
     console = Console(stderr=True, quiet=not progress)
     try:
         with one_writer(folder, on_wait=lambda: console.print(f"waiting: another process prepares {folder}")):
-            manifest = read_manifest(folder)
+            manifest = read_data_manifest(folder)
             if manifest is None:
                 _prepare(data, folder, inputs, console)
             else:
@@ -98,7 +98,7 @@ def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console)
         split=data.split,
         fingerprint=fingerprint(inputs),
     )
-    write_manifest(prepared, inputs=inputs)
+    write_data_manifest(prepared, inputs=inputs)
     for done in (folder / _UNFINISHED, *folder.glob("part-*.json")):
         done.unlink()
 
@@ -174,7 +174,7 @@ def _text_sizes(path: str) -> dict[Path | None, int]:
 
 
 def _file_texts(source: Source, file: Path | None, separator: str | None) -> Iterator[str]:
-    found = pieces(source, separator=separator) if file is None else file_pieces(file, separator=separator)
+    found = chunks(source, separator=separator) if file is None else file_chunks(file, separator=separator)
     return (piece.text for piece in found)
 
 
@@ -215,9 +215,9 @@ def _part(
     return part
 
 
-def _group_pieces(group: tuple[Source, ...], separator: str | None, advance: Callable[[int], None]) -> Iterator[Piece]:
+def _group_pieces(group: tuple[Source, ...], separator: str | None, advance: Callable[[int], None]) -> Iterator[Chunk]:
     for source in group:
-        yield from pieces(source, separator=separator, advance=advance)
+        yield from chunks(source, separator=separator, advance=advance)
 
 
 def _described(name: str, prefix: Path, folder: Path, *, weight: float | None, words: int | None) -> Part:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.atomic import one_writer
+from configs.files import one_writer
 from data_pipeline.counts import chosen_sequences, sample_counts
 from data_pipeline.manifest import Part, Prepared
 

@@ -19,14 +19,14 @@ _LARGEST_PIECE = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Some characters of a document; the pieces of a document joined are the document, to the character."""
 
     text: str
     last: bool
 
 
-def pieces(source: Source, *, separator: str | None, advance: Advance = lambda _: None) -> Iterator[Piece]:
+def chunks(source: Source, *, separator: str | None, advance: Advance = lambda _: None) -> Iterator[Chunk]:
     """Yield the documents of a source in pieces, so that a file need not fit into memory.
 
     Args:
@@ -68,7 +68,7 @@ def source_size(path: str) -> int:
     return LIMIT if path == PYTHON_DOCS else sum(file.stat().st_size for file in source_files(path))
 
 
-def file_pieces(path: Path, *, separator: str | None, advance: Advance = lambda _: None) -> Iterator[Piece]:
+def file_chunks(path: Path, *, separator: str | None, advance: Advance = lambda _: None) -> Iterator[Chunk]:
     """Yield the documents of one file in pieces.
 
     Raises:
@@ -87,9 +87,9 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _files(source: Source, separator: str | None, advance: Advance) -> Iterator[Piece]:
+def _files(source: Source, separator: str | None, advance: Advance) -> Iterator[Chunk]:
     for file in source_files(source.path):
-        yield from file_pieces(file, separator=separator, advance=advance)
+        yield from file_chunks(file, separator=separator, advance=advance)
 
 
 @functools.lru_cache(maxsize=1)
@@ -98,13 +98,13 @@ def _python_documents() -> tuple[str, ...]:
     return tuple(python_docs())
 
 
-def _python_docs(advance: Advance) -> Iterator[Piece]:
+def _python_docs(advance: Advance) -> Iterator[Chunk]:
     for text in _python_documents():
         advance(len(text))
         yield from _cut([text], size=_LARGEST_PIECE)
 
 
-def _cut(chunks: Iterable[str], *, size: int, separator: str | None = None) -> Iterator[Piece]:
+def _cut(chunks: Iterable[str], *, size: int, separator: str | None = None) -> Iterator[Chunk]:
     """Yield pieces of at most `size` characters, cut after a newline where there is one."""
     # a separator may stand across two chunks: its possible beginning is not given away
     kept_back = len(separator) - 1 if separator else 0
@@ -118,19 +118,19 @@ def _cut(chunks: Iterable[str], *, size: int, separator: str | None = None) -> I
                 begun = False
         while len(buffer) - kept_back > size:
             at = _cut_place(buffer, size)
-            yield Piece(buffer[:at], last=False)
+            yield Chunk(buffer[:at], last=False)
             buffer, begun = buffer[at:], True
     yield from _pieces_of(buffer, size, begun)
 
 
-def _pieces_of(text: str, size: int, begun: bool) -> Iterator[Piece]:
+def _pieces_of(text: str, size: int, begun: bool) -> Iterator[Chunk]:
     """Yield the rest of a document; an empty document gives nothing, an empty rest only the end."""
     while len(text) > size:
         at = _cut_place(text, size)
-        yield Piece(text[:at], last=False)
+        yield Chunk(text[:at], last=False)
         text, begun = text[at:], True
     if text or begun:
-        yield Piece(text, last=True)
+        yield Chunk(text, last=True)
 
 
 def _cut_place(text: str, size: int) -> int:

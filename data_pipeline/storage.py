@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.atomic import whole_file
+from configs.files import whole_file
 from data_pipeline.indexed import bin_path, idx_path, words_path
-from data_pipeline.sources import Piece
+from data_pipeline.sources import Chunk
 from data_pipeline.tokenizer import Tokenizer
 
 with warnings.catch_warnings():
@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 
-def write_part(pieces: Iterable[Piece], *, tokenizer: Tokenizer, prefix: Path) -> None:
+def write_part(pieces: Iterable[Chunk], *, tokenizer: Tokenizer, prefix: Path) -> None:
     """Write `prefix`.bin, .idx and .words.npy: a sequence a piece, the end token after a document's last.
 
     Nothing with these names is there before all of it is. The words of each sequence (white space separated) are

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from data_pipeline.indexed import read_sequences, words_path
 from data_pipeline.manifest import UNIGRAM, Part, Prepared
-from data_pipeline.sources import file_pieces, source_files
+from data_pipeline.sources import file_chunks, source_files
 from data_pipeline.split import held_out_sequences
 from data_pipeline.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
     parts: list[NDArray[np.int64]] = []
     words = 0
     ended = False
-    for piece in file_pieces(path, separator=None):
+    for piece in file_chunks(path, separator=None):
         tokens = [tokenizer.end_of_document] if ended else []
         parts.append(np.array(tokens + tokenizer.encode(piece.text), np.int64))
         words += len(piece.text.split())

@@ -10,8 +10,8 @@ from typing import Any
 import sentencepiece
 
 from configs.errors import InputError
-from data_pipeline.atomic import whole_file
-from data_pipeline.pieces import read_pieces
+from configs.files import whole_file
+from data_pipeline.vocabulary import read_vocabulary
 
 SAMPLE = 10_000_000
 """Characters that a tokenizer is trained on at most."""
@@ -56,7 +56,7 @@ class Tokenizer:
         Raises:
             InputError: no such file, not sentencepiece, loses text, encodes otherwise elsewhere, or has no end piece.
         """
-        found = read_pieces(path)
+        found = read_vocabulary(path)
         if found.end_id is None:
             raise InputError(f"tokenizer {path} has no end piece to end documents with: train it with an eos_id")
         newlines_merge = any("\n" in piece.text and len(piece.text) > 1 for piece in found.pieces)

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.show import show_report
+from launch.show.run import show_report
 from training.export.generate import generate_text
 
 RUN_DIR = Path("runs/demo")

@@ -57,7 +57,7 @@ def main() -> None:
 @app.command()
 def check(run: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Validate what a run file says, all problems at once."""
-    from launch.show import run_summary, show_json, show_summary
+    from launch.show.run import run_summary, show_json, show_summary
 
     config = _load(run, overrides)
     if as_json:
@@ -74,8 +74,8 @@ def prepare(run: RunFile, overrides: Overrides = None) -> None:
     config = _load(run, overrides)
     check_run_folder(config)
 
-    from data_pipeline.prepare import prepare as prepare_data
-    from launch.show import show_prepared
+    from data_pipeline.prepare import prepare_data
+    from launch.show.run import show_prepared
 
     show_prepared(prepare_data(config.data, folder=data_folder(config), progress=True))
 
@@ -93,23 +93,23 @@ def train(
     ] = False,
 ) -> None:
     """Train, resuming from the newest checkpoint; starts local ranks, or joins those of srun and torchrun."""
-    from parallel.start import find_place, hold_stop_signals
+    from parallel.start import find_process_rank, hold_stop_signals
 
     asked = _count(ranks, option="--ranks")
     config = _load(run, overrides)
-    place = find_place(os.environ)
+    place = find_process_rank(os.environ)
     if place is None:
         options = ["--accept-change"] if accept_change else []
         raise SystemExit(_start_local(config, run=run, overrides=overrides or [], ranks=asked, options=options))
     if ranks is not None:
         raise InputError(
-            f"--ranks {ranks} starts local ranks, but this is rank {place.rank} of {place.size} already: "
+            f"--ranks {ranks} starts local ranks, but this is rank {place.rank} of {place.world_size} already: "
             f"leave --ranks out under {place.starter}"
         )
 
     hold_stop_signals()  # before what imports for seconds
 
-    from training.run import train as train_rank
+    from training.run import train_rank
 
     train_rank(config, place, accept_change=accept_change)
 
@@ -132,8 +132,8 @@ def evaluate(
     """Measure perplexity at each length; writes the run's evaluation folder."""
     asked = _lengths(lengths)
 
-    from launch.show import show_json, show_report
-    from training.evaluation.run import evaluate as evaluate_checkpoint
+    from launch.show.run import show_json, show_report
+    from training.evaluation.run import evaluate_checkpoint
 
     report = evaluate_checkpoint(checkpoint, lengths=asked, protocols=tuple(protocol) if protocol else None, data=data)
     if as_json:
@@ -162,13 +162,12 @@ def generate(
     count = _count(tokens, option="--tokens")
     assert count is not None
 
-    from launch.show import show_generated
-    from training.generation import Sampling, read_prompt
-    from training.generation import generate as generate_text
+    from launch.show.run import show_generated
+    from training.generation import Sampling, generate_from_checkpoint, read_prompt
 
     text = read_prompt(prompt, prompt_file)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    show_generated(generate_text(checkpoint, prompt=text, tokens=count, sampling=sampling), as_json=as_json)
+    show_generated(generate_from_checkpoint(checkpoint, prompt=text, tokens=count, sampling=sampling), as_json=as_json)
 
 
 @app.command()
@@ -178,8 +177,8 @@ def export(
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
 ) -> None:
     """Write the model for inference engines; logits are compared before it says done."""
-    from launch.show import show_lines
-    from training.export.run import export as export_checkpoint
+    from launch.show.run import show_lines
+    from training.export.run import export_checkpoint
 
     show_lines(f"exported {export_checkpoint(checkpoint, format=form, out=out)}")
 
@@ -195,16 +194,16 @@ def slurm(
 ) -> None:
     """Write sbatch scripts that train, then evaluate, then export."""
     from configs.paths import check_run_folder, logs_folder
-    from launch.show import show_lines
-    from launch.slurm import fewest_nodes, program_of, render
+    from launch.show.run import show_lines
+    from launch.slurm.script import fewest_nodes, program_of, render
 
     asked = _count(nodes, option="--nodes")
     config = _load(run, overrides)
     run_dir = check_run_folder(config)
     node_count = asked or fewest_nodes(config)
     if submit:
-        from launch.chain import submit_run
-        from launch.show_jobs import show_submitted
+        from launch.show.jobs import show_submitted
+        from launch.slurm.submit import submit_run
 
         show_submitted(submit_run(config, nodes=node_count, folder=Path.cwd()), run_dir=run_dir)
         return
@@ -235,8 +234,8 @@ def doctor(
     config = None if alibi is None else _load(alibi, overrides)
 
     from launch.doctor import alibi_report, check_audit, machine_report
-    from launch.show import show_json
-    from launch.show_machine import show_audit, show_machine
+    from launch.show.machine import show_audit, show_machine
+    from launch.show.run import show_json
 
     found = machine_report() if config is None else alibi_report(config)
     if as_json:
@@ -255,12 +254,12 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List the checkpoints of a run, oldest first; their bytes are not read."""
-    from launch.show import show_checkpoints, show_json
-    from training.checkpoint.verify import glance
+    from launch.show.run import show_checkpoints, show_json
+    from training.checkpoint.verify import list_verdicts
 
-    found = glance(folder)
+    found = list_verdicts(folder)
     if as_json:
-        show_json([verdict.as_json() for verdict in found])
+        show_json([verdict.to_json() for verdict in found])
     else:
         show_checkpoints(found, folder=folder)
 
@@ -268,12 +267,12 @@ def list_(
 @checkpoint_app.command()
 def verify(checkpoint: Where, as_json: AsJson = False) -> None:
     """Read every byte of a checkpoint, or of each one of a run folder; exit 2 where one is not whole."""
-    from launch.show import show_json, show_verdicts
-    from training.checkpoint.verify import verify as verify_checkpoints
+    from launch.show.run import show_json, show_verdicts
+    from training.checkpoint.verify import verify_checkpoints
 
     found = verify_checkpoints(checkpoint)
     if as_json:
-        show_json([verdict.as_json() for verdict in found])
+        show_json([verdict.to_json() for verdict in found])
     else:
         show_verdicts(found)
     if any(verdict.problems for verdict in found):
@@ -289,7 +288,7 @@ def reshape(
     as_json: AsJson = False,
 ) -> None:
     """Show what another layout does to a checkpoint. None has to be converted: any layout resumes from it as it is."""
-    from launch.show import show_json, show_lines, show_reshape
+    from launch.show.run import show_json, show_lines, show_reshape
 
     asked = _count(ranks, option="--ranks")
     if not dry_run:
@@ -303,7 +302,7 @@ def reshape(
 
     plan = plan_reshape(checkpoint, overrides=overrides or [], ranks=asked)
     if as_json:
-        show_json(plan.as_json())
+        show_json(plan.to_json())
     else:
         show_reshape(plan)
 
@@ -319,7 +318,7 @@ def _start_local(config: "RunConfig", *, run: str, overrides: list[str], ranks: 
     from configs.paths import logs_folder
     from launch.local import start_ranks
     from launch.machine import gpu_count
-    from launch.show import show_lines
+    from launch.show.run import show_lines
     from training.incarnation import refuse_second_start, sole_launcher
     from training.preflight import make_ready
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.backends import BACKENDS, backend_of, missing
+from configs.backends import BACKENDS, backend_of, unavailable
 from configs.errors import InputError, TrainshortError
 from configs.schema import RunConfig
 from launch.machine import core_count, gpu_count
@@ -17,7 +17,7 @@ from training.preflight import check_backend, installed_packages
 from training.versions import installed_version
 
 # What the project depends on, as pyproject.toml has it, and what the attention backends may need.
-PACKAGES = (
+REPORTED_PACKAGES = (
     "torch",
     "deepspeed",
     "megatron-core",
@@ -44,7 +44,7 @@ def machine_report() -> dict[str, Any]:
     gpus = gpu_report()
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable, "system": platform.platform()},
-        "packages": {name: installed_version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in REPORTED_PACKAGES},
         "cpu": {"cores": core_count(), **memory_report()},
         "gpus": gpus,
         "network": network_report(),
@@ -118,7 +118,7 @@ def backends_report(gpus: dict[str, Any]) -> list[dict[str, Any]]:
     device = "cuda" if gpus["usable"] else "cpu"
     oldest = min((gpu["capability"] for gpu in gpus["usable"]), default=None)
     return [
-        {**asdict(backend), "lacks": missing(backend, device=device, packages=packages, capability=oldest)}
+        {**asdict(backend), "lacks": unavailable(backend, device=device, packages=packages, capability=oldest)}
         for backend in BACKENDS.values()
     ]
 
@@ -136,8 +136,8 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
         )
     import torch
 
-    from training.model.audit import audit
-    from training.model.probe import DTYPES, TOLERANCE
+    from training.model.proof.attention_weights import DTYPES, ROW_TOLERANCE
+    from training.model.proof.audit import audit
 
     device = "cuda" if gpu_report()["usable"] else "cpu"
     check_backend(model, device=device)
@@ -161,8 +161,8 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
         "device": device,
         "heads": model.heads,
         "head_dim": model.head_dim,
-        "limit": TOLERANCE[dtype],
-        "within": all(one.worst.measured.worst <= TOLERANCE[dtype] for one in audits),
+        "limit": ROW_TOLERANCE[dtype],
+        "within": all(one.worst.measured.worst <= ROW_TOLERANCE[dtype] for one in audits),
         "lengths": [asdict(one) for one in audits],
     }
 

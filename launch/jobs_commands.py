@@ -15,13 +15,13 @@ def status(
     run_dir: RunDir, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False
 ) -> None:
     """Show where the jobs are, and how far training is."""
-    from launch.jobs import status as status_of
-    from launch.show import show_json
-    from launch.show_jobs import show_jobs
+    from launch.show.jobs import show_jobs
+    from launch.show.run import show_json
+    from launch.slurm.status import chain_status
 
-    found = status_of(run_dir)
+    found = chain_status(run_dir)
     if as_json:
-        show_json(found.document())
+        show_json(found.to_json())
     else:
         show_jobs(found)
 
@@ -29,20 +29,20 @@ def status(
 @app.command()
 def stop(run_dir: RunDir) -> None:
     """Save and end: training can go on later."""
-    from launch.jobs import stop as stop_jobs
-    from launch.show import show_lines
+    from launch.show.run import show_lines
+    from launch.slurm.status import stop_chain
 
-    show_lines(*stop_jobs(run_dir))
+    show_lines(*stop_chain(run_dir))
 
 
 @app.command()
 def resume(run_dir: RunDir) -> None:
     """Submit again what is left, as it was submitted."""
-    from launch.jobs import resume as resume_jobs
-    from launch.show import show_lines
-    from launch.show_jobs import show_submitted
+    from launch.show.jobs import show_submitted
+    from launch.show.run import show_lines
+    from launch.slurm.status import resume_chain
 
-    jobs = resume_jobs(run_dir)
+    jobs = resume_chain(run_dir)
     if jobs:
         show_submitted(jobs, run_dir=run_dir)
     else:

@@ -2,7 +2,7 @@
 
 Torch is not imported: the launcher only starts Python processes, waits and forwards. Each rank has a session of
 its own, so that a terminal's Ctrl-C reaches the launcher alone, and is tied to the launcher's life by the kernel
-(see launch/tether.py). docs/decisions/0002 tells why this is not torchrun.
+(see launch/die_with_parent.py). docs/decisions/0002 tells why this is not torchrun.
 """
 
 import contextlib
@@ -148,7 +148,7 @@ def _handled_signals() -> Iterator[Signals]:
 
 def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapping[str, str]) -> Rank:
     # -I -S: the tether needs nothing from site-packages and starts faster without.
-    tether = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tether.py")), str(os.getpid())]
+    tether = [sys.executable, "-I", "-S", str(Path(__file__).with_name("die_with_parent.py")), str(os.getpid())]
     log = logs / f"rank_{number}.log" if number else None
     log_start = log.stat().st_size if log and log.exists() else 0
     with contextlib.ExitStack() as stack:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from configs.schema import Train
 from parallel import zero
-from parallel.groups import Groups
+from parallel.axes import Groups
 from parallel.layout import Layout
 from parallel.libraries import deepspeed
 from parallel.pipeline import StagedModule

@@ -1,12 +1,12 @@
 """Process groups as values: who asks for a rank or a size is handed a `Group`."""
 
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
 import torch.distributed as dist
 
+from parallel.axes import Group, Groups
 from parallel.layout import Layout
 from parallel.libraries import (
     PipelineParallelGrid,
@@ -15,32 +15,6 @@ from parallel.libraries import (
     deepspeed_backend,
     parallel_state,
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """This process's place on one axis.
-
-    Attributes:
-        rank: Place in the group.
-        size: Ranks in the group.
-        handle: The torch process group.
-    """
-
-    rank: int
-    size: int
-    handle: Any
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The axes of a layout; `grid` is the same for DeepSpeed, None in a world without it."""
-
-    world: Group
-    tensor: Group
-    pipeline: Group
-    data: Group
-    grid: Any
 
 
 def make_groups(layout: Layout) -> Groups:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.groups import Group
+from parallel.axes import Group
 from parallel.layout import padded_vocabulary
 from parallel.libraries import (
     ColumnParallelLinear,
@@ -15,7 +15,8 @@ from parallel.libraries import (
     linear_with_grad_accumulation_and_async_allreduce,
     vocab_parallel_cross_entropy,
 )
-from parallel.shards import Shard, declare
+from parallel.parameter import Shard
+from parallel.shards import declare
 
 # Initial weights come from parallel.seeds, drawn whole on the CPU; megatron only allocates.
 _CONFIG = ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False)

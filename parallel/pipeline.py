@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parallel.groups import Groups
+from parallel.axes import Groups
 from parallel.layout import stage_bounds
 from parallel.libraries import LayerSpec, PipelineModule, TiedLayerSpec
 from parallel.plan import LayerPlan, Maker

@@ -5,8 +5,9 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from parallel.groups import Group
-from parallel.shards import Shard, cut, declared
+from parallel.axes import Group
+from parallel.parameter import Shard
+from parallel.shards import cut, declared
 
 
 def seed_for(seed: int, *purpose: str | int) -> int:

@@ -1,6 +1,6 @@
 """Start and stop a rank: who am I, where do the ranks meet. The only reader of the environment.
 
-Torch is imported inside `start`, so that a launcher asks `find_place` at no cost.
+Torch is imported inside `start`, so that a launcher asks `find_process_rank` at no cost.
 """
 
 import logging
@@ -23,24 +23,24 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessRank:
     """This process among the ranks of a job.
 
     Attributes:
-        rank, size: Place in the world.
+        rank, world_size: Place in the world.
         local_rank: Place on this machine, which picks the GPU.
         rendezvous: Where the ranks meet, as torch's init_method takes it.
         starter: local, torchrun or slurm.
     """
 
     rank: int
-    size: int
+    world_size: int
     local_rank: int
     rendezvous: str
     starter: str
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
+def find_process_rank(environ: Mapping[str, str]) -> ProcessRank | None:
     """Return this process's place, or None when it is no rank of a job.
 
     A multi-task srun step and torchrun make ranks; a batch script or a shell in an allocation is none.
@@ -52,14 +52,14 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
         if "TRAINSHORT_RANK" in environ:
             rank = int(environ["TRAINSHORT_RANK"])
             meet = f"file://{environ['TRAINSHORT_RENDEZVOUS']}"
-            return Place(rank, int(environ["TRAINSHORT_RANKS"]), rank, meet, "local")
+            return ProcessRank(rank, int(environ["TRAINSHORT_RANKS"]), rank, meet, "local")
         if "TORCHELASTIC_RUN_ID" in environ:
-            return Place(
+            return ProcessRank(
                 int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]), "env://", "torchrun"
             )
         if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
             rank, size = int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"])
-            return Place(rank, size, int(environ["SLURM_LOCALID"]), _slurm_rendezvous(environ), "slurm")
+            return ProcessRank(rank, size, int(environ["SLURM_LOCALID"]), _slurm_rendezvous(environ), "slurm")
     except (KeyError, ValueError) as error:
         raise MachineError(
             f"this looks like a rank of a job, but its environment is incomplete ({error}): start the ranks with "
@@ -88,7 +88,7 @@ def hold_stop_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-def start(place: Place) -> "torch.device":
+def start(place: ProcessRank) -> "torch.device":
     """Join the other ranks and return this rank's device. NCCL where there are GPUs, gloo otherwise."""
     import torch
     import torch.distributed as dist
@@ -106,7 +106,7 @@ def start(place: Place) -> "torch.device":
         "nccl" if gpus else "gloo",
         init_method=place.rendezvous,
         rank=place.rank,
-        world_size=place.size,
+        world_size=place.world_size,
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if gpus else None,
     )

@@ -20,7 +20,7 @@ from parallel.libraries import (
     clip_grad_norm_,
     deepspeed,
 )
-from parallel.shards import Shard
+from parallel.parameter import Shard
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")

@@ -11,7 +11,7 @@ PROBE_SAMPLES = 4  # of the first step; every data rank scores them all, so that
 ALLOWED = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.05}
 
 
-def probe_loss(engine: Engine, loader: Loader) -> float:
+def check_loss(engine: Engine, loader: Loader) -> float:
     """Return the mean loss on the run's probe batch, nothing learned; every rank must call it."""
     return engine.mean_loss(loader.first_samples(PROBE_SAMPLES))
 
@@ -32,7 +32,7 @@ def changes_since(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, pre
             f"checkpoint {checkpoint.path} was followed by other samples when it was saved (hash "
             f"{saved.order_hash[:12]}, now {order[:12]}): bring back the data that it was trained on"
         )
-    loss, allowed = probe_loss(engine, loader), ALLOWED[precision]
+    loss, allowed = check_loss(engine, loader), ALLOWED[precision]
     if not abs(loss - saved.probe_loss) <= allowed:
         yield (
             f"checkpoint {checkpoint.path} gave the probe batch a loss of {saved.probe_loss:.6f} when it was saved, "

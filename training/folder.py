@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError, MachineError
+from configs.files import whole_file
 from configs.load import dump_run, load_run
 from configs.paths import config_file, logs_folder, run_folder
 from configs.schema import RunConfig
-from data_pipeline.atomic import whole_file
 from parallel.layout import Layout
 from training.checkpoint.manifest import CONFIG, list_checkpoints
 from training.incarnation import Fence, begin
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAY_CHANGE = ("parallel", "train.steps", "train.micro_batch", "checkpoint", "evaluate", "track", "slurm", "run.dir")
 
 
-def settle(config: RunConfig, *, run_dir: Path) -> RunConfig:
+def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
     """Return the run with what its first start fixed: `train.decay_steps`.
 
     Raises:
@@ -47,7 +47,7 @@ def _first_config(run_dir: Path) -> Path | None:
     return next((path for path in (config_file(run_dir), *kept) if path.is_file()), None)
 
 
-def take_over(config: RunConfig, *, layout: Layout, device: "torch.device") -> Fence:
+def claim_run_folder(config: RunConfig, *, layout: Layout, device: "torch.device") -> Fence:
     """Make the run folder this start's, and record in it what runs: config.yaml and environment.json.
 
     Raises:

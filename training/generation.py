@@ -106,7 +106,7 @@ def read_prompt(text: str | None, file: Path | None) -> str:
         raise InputError(f"--prompt-file {name} is not UTF-8 at byte {error.start}: write it in UTF-8") from None
 
 
-def generate(checkpoint: Path, *, prompt: str, tokens: int, sampling: Sampling) -> Generated:
+def generate_from_checkpoint(checkpoint: Path, *, prompt: str, tokens: int, sampling: Sampling) -> Generated:
     """Continue a prompt with a trained model.
 
     Args:

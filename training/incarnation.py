@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from configs.errors import InputError, MachineError
+from configs.files import whole_file
 from configs.paths import incarnation_file, stop_file
-from data_pipeline.atomic import whole_file
 
 ENDING_SECONDS = 5.0  # that the ranks of a start that was just killed may need to go
 
@@ -84,7 +84,7 @@ class Fence:
         if not self.is_ours():
             raise self.superseded()
 
-    def covers(self, mark: str) -> bool:
+    def may_remove(self, mark: str) -> bool:
         """Return whether what is marked so, a token first, is of this start or of an older one, or of none."""
         number = re.match(r"\d+(?=-)", mark)
         older = number is None or int(number[0]) < int(self.token.partition("-")[0])

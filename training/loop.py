@@ -13,8 +13,8 @@ import torch.distributed as dist
 from configs.errors import TrainshortError
 from configs.schema import RunConfig
 from data_pipeline.loader import Loader
+from parallel.axes import Groups
 from parallel.engine import Engine
-from parallel.groups import Groups
 from parallel.seeds import seed_for
 from training.checkpoint.write import SaveError
 from training.incarnation import Fence
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Position:
+class TrainState:
     """Where training is: all that survives a restart beside weights and moments."""
 
     step: int
@@ -53,13 +53,13 @@ class Loop:
     device: torch.device
     observers: Sequence[Observer]
     validate: Callable[[], float]
-    save: Callable[[Position, float | None], None]
+    save: Callable[[TrainState, float | None], None]
     stop: StopRequest
     fence: Fence
     flops_per_token: float
     peak_flops: float | None
 
-    def run(self, start: Position) -> Position:
+    def run(self, start: TrainState) -> TrainState:
         """Train from a position and return the last one; it is saved.
 
         A checkpoint on the way that cannot be saved costs nothing but itself.
@@ -90,7 +90,7 @@ class Loop:
             self._save(position, validation)
         return position
 
-    def _save(self, position: Position, validation: float | None) -> None:
+    def _save(self, position: TrainState, validation: float | None) -> None:
         for observer in self.observers:
             observer.before_save()
         self.save(position, validation)
@@ -98,7 +98,7 @@ class Loop:
     def _must_stop(self) -> bool:
         return self.stop.agreed(fence=self.fence, looks=self.groups.world.rank == 0, device=self.device)
 
-    def _try_to_save(self, position: Position, validation: float | None) -> bool:
+    def _try_to_save(self, position: TrainState, validation: float | None) -> bool:
         try:
             self._save(position, validation)
         except SaveError as error:
@@ -107,7 +107,7 @@ class Loop:
             return False
         return True
 
-    def _step(self, position: Position) -> tuple[Position, StepResult]:
+    def _step(self, position: TrainState) -> tuple[TrainState, StepResult]:
         config, step = self.config, position.step + 1
         rate = learning_rate(step, train=config.train)
         # Seeded anew each step, so that dropout needs no saved random state. Tensor ranks share the seed:
@@ -132,7 +132,7 @@ class Loop:
             model_flops_utilization=None,
             memory_gb=_largest(_peak_memory_gb(self.device), device=self.device),
         )
-        return Position(step, samples), result
+        return TrainState(step, samples), result
 
     def _tell(self, result: StepResult, *, seconds: float) -> None:
         if self.observers and not self.fence.may_be_ours():

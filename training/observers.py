@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs.files import whole_file
 from configs.paths import logs_folder
-from data_pipeline.atomic import whole_file
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from configs.backends import BACKENDS, backend_of, missing
+from configs.backends import BACKENDS, backend_of, unavailable
 from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import check_run_folder, data_folder
@@ -65,7 +65,7 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     layout = Layout.of(config, world_size=world_size)
     check_backend(config.model, device=device)
     run_dir = check_run_folder(config)
-    config = folder.settle(config, run_dir=run_dir)
+    config = folder.with_fixed_keys(config, run_dir=run_dir)
     _require_learning(config.train)
     validates = bool(config.evaluate.every)
     prepared = load_trainable(config.data, folder=data_folder(config), validates=validates)
@@ -100,7 +100,7 @@ def check_backend(model: Model, *, device: str) -> None:
     Raises:
         InputError: names what is lacking.
     """
-    why = missing(backend_of(model.attention), device=device, packages=installed_packages())
+    why = unavailable(backend_of(model.attention), device=device, packages=installed_packages())
     if why is not None:
         raise InputError(f"model.attention {why}")
 

@@ -17,24 +17,25 @@ from configs.schema import RunConfig
 from data_pipeline.loader import Loader, held_out_batches
 from data_pipeline.manifest import Prepared
 from data_pipeline.samples import Samples, open_samples
+from parallel.axes import Groups
+from parallel.collectives import broadcast_from_first
 from parallel.engine import Engine, make_engine
-from parallel.groups import Groups, make_groups
+from parallel.groups import make_groups
 from parallel.layout import Layout
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_weights
-from parallel.start import Place, start, stop
-from parallel.together import from_first
+from parallel.start import ProcessRank, start, stop
 from parallel.zero import KINDS
 from training import folder
-from training.checkpoint.manifest import Moment, list_checkpoints
+from training.checkpoint.manifest import SavedState, list_checkpoints
 from training.checkpoint.read import load_slices, open_together
 from training.checkpoint.write import SaveError, save_checkpoint
-from training.continuity import changes_since, probe_loss
+from training.continuity import changes_since, check_loss
 from training.incarnation import Fence, Superseded
-from training.loop import Loop, Position
-from training.model.certificate import Certificate, WrongPositions, certify, document
+from training.loop import Loop, TrainState
 from training.model.decoder import Decoder, plan_layers
-from training.model.probe import DTYPES
+from training.model.proof.attention_weights import DTYPES
+from training.model.proof.certificate import Certificate, WrongPositions, certificates_to_json, certify
 from training.observers import MetricsFile, Observer, ProgressLine, Status
 from training.preflight import Ready, make_ready
 from training.stopping import StopRequest, obey_stop_file
@@ -44,7 +45,7 @@ from training.utilization import flops_per_token, peak_flops
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, place: Place, *, accept_change: bool = False) -> None:
+def train_rank(config: RunConfig, place: ProcessRank, *, accept_change: bool = False) -> None:
     """Train one rank of a run, from its newest checkpoint if it has one, to its last step or until asked to stop.
 
     Args:
@@ -57,7 +58,7 @@ def train(config: RunConfig, place: Place, *, accept_change: bool = False) -> No
     """
     stopping = StopRequest()
     stopping.listen()  # before the slow part: a signal during start-up must not kill
-    ready = make_ready(config, world_size=place.size, device="cuda" if torch.cuda.is_available() else "cpu")
+    ready = make_ready(config, world_size=place.world_size, device="cuda" if torch.cuda.is_available() else "cpu")
     device = start(place)
     _train(ready, device=device, stopping=stopping, accept_change=accept_change)
     stop()  # not after an error: the others may sit in a collective, and this rank must end for them to be ended
@@ -66,7 +67,9 @@ def train(config: RunConfig, place: Place, *, accept_change: bool = False) -> No
 def _train(ready: Ready, *, device: torch.device, stopping: StopRequest, accept_change: bool) -> None:
     config, layout, prepared = ready.config, ready.layout, ready.prepared
     groups = make_groups(layout)
-    fence = from_first(lambda: folder.take_over(config, layout=layout, device=device), group=groups.world)
+    fence = broadcast_from_first(
+        lambda: folder.claim_run_folder(config, layout=layout, device=device), group=groups.world
+    )
     loader = Loader(
         _open(config, prepared=prepared, groups=groups, held_out=False),
         seed=config.run.seed,
@@ -81,7 +84,7 @@ def _train(ready: Ready, *, device: torch.device, stopping: StopRequest, accept_
         )
     position = _resume(engine, loader, config=config, groups=groups, accept_change=accept_change)
     # Building takes minutes: a start that was overtaken meanwhile must not replace the newer one's metrics.
-    from_first(fence.check, group=groups.world)
+    broadcast_from_first(fence.check, group=groups.world)
     parameters = parameter_count(config.model, vocab_size=prepared.vocab_size)
     loop = Loop(
         config=config,
@@ -107,7 +110,7 @@ def _refusal_recorded(ready: Ready, *, groups: Groups) -> Iterator[None]:
         yield
     except WrongPositions as refused:
         if groups.world.rank == 0:
-            text = {**document(refused.certificates, ready.config.model), "refused": str(refused)}
+            text = {**certificates_to_json(refused.certificates, ready.config.model), "refused": str(refused)}
             step = 0 if ready.newest is None else ready.newest.step
             with folder.writing(ready.run_dir):
                 folder.record_certificate(text, run_dir=ready.run_dir, step=step)
@@ -140,20 +143,20 @@ def _saver(
     prepared: Prepared,
     groups: Groups,
     fence: Fence,
-    start: Position,
-) -> Callable[[Position, float | None], None]:
+    start: TrainState,
+) -> Callable[[TrainState, float | None], None]:
     """Return what saves a checkpoint at a position."""
     # Newer than the one that was resumed: a resume has found them broken.
     broken = {found.path.absolute() for found in list_checkpoints(fence.run_dir) if found.step > start.step}
 
-    def save(position: Position, validation: float | None) -> None:
-        probe = probe_loss(engine, loader)
+    def save(position: TrainState, validation: float | None) -> None:
+        probe = check_loss(engine, loader)
         if not math.isfinite(probe):
             raise SaveError(
                 f"step {position.step} was not saved (its loss on the probe batch is {probe}): its weights have "
                 "diverged, go on from an earlier checkpoint with a lower train.learning_rate in another run.dir"
             )
-        moment = Moment(
+        moment = SavedState(
             step=position.step,
             consumed_samples=position.consumed_samples,
             probe_loss=probe,
@@ -176,7 +179,7 @@ def _saver(
     return save
 
 
-def _run(loop: Loop, *, start: Position) -> None:
+def _run(loop: Loop, *, start: TrainState) -> None:
     """Run the loop and tell the observers how it ended."""
     status: Status = "FAILED"
     try:
@@ -231,10 +234,10 @@ def build_engine(
     return make_engine(module, plan, train=config.train, layout=layout, groups=groups), certificates
 
 
-def _resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups, accept_change: bool) -> Position:
+def _resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups, accept_change: bool) -> TrainState:
     """Load the newest checkpoint of the run folder, or else the weights that the run starts from."""
     state, run_dir = engine.state(), run_folder(config)
-    if from_first(lambda: bool(list_checkpoints(run_dir)), group=groups.world):
+    if broadcast_from_first(lambda: bool(list_checkpoints(run_dir)), group=groups.world):
         checkpoint = open_together(run_dir, kinds=KINDS, world=groups.world)
         load_slices(state, checkpoint, kinds=KINDS, groups=groups)
         state.set_step(checkpoint.step)
@@ -244,17 +247,17 @@ def _resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups
         if groups.world.rank == 0:
             for change in changes:
                 logger.warning("accepted: %s", change)
-        return Position(checkpoint.step, checkpoint.manifest.consumed_samples)
+        return TrainState(checkpoint.step, checkpoint.manifest.consumed_samples)
     if config.train.init_from is not None:
         source = open_together(Path(config.train.init_from), kinds=("weight",), world=groups.world)
         load_slices(state, source, kinds=("weight",), groups=groups)
-    return Position(0, 0)
+    return TrainState(0, 0)
 
 
-def _observers(ready: Ready, *, position: Position, certificates: Sequence[Certificate]) -> list[Observer]:
+def _observers(ready: Ready, *, position: TrainState, certificates: Sequence[Certificate]) -> list[Observer]:
     config, run_dir = ready.config, ready.run_dir
     with folder.writing(run_dir):
-        text = document(certificates, config.model)
+        text = certificates_to_json(certificates, config.model)
         certificate = folder.record_certificate(text, run_dir=run_dir, step=position.step)
         metrics = MetricsFile(run_dir, last_step=position.step)
     mine = certificates[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.tokenizer import train_tokenizer
-from tests.distributed.layouts import VOCABULARY
+from tests.support.layouts import VOCABULARY
 
 
 @pytest.fixture(scope="session")

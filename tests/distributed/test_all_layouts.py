@@ -7,8 +7,8 @@ import pytest
 
 from configs.errors import InputError
 from parallel.layout import Layout
-from tests.distributed.layouts import config_of, name_of, train_layouts
-from tests.distributed.spawn import run_ranks
+from tests.support.layouts import config_of, name_of, train_layouts
+from tests.support.ranks import run_ranks
 
 MORE = ("train.micro_batch=1",)  # so that eight data ranks have a micro-batch each
 STEPS = range(10)

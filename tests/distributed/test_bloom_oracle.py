@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import Model, RunConfig
-from parallel.shards import Shard, cut
-from parallel.start import Place, start, stop
-from tests.distributed.layouts import LENGTH, VOCABULARY, build, config_of, tokens_of
-from tests.distributed.spawn import run_ranks
-from tests.unit.decoder_samples import bloom_of
-from tests.unit.export_samples import random_weights
-from training.export.huggingface import huggingface_name
+from parallel.parameter import Shard
+from parallel.shards import cut
+from parallel.start import ProcessRank, start, stop
+from tests.support.exports import random_weights
+from tests.support.layouts import LENGTH, VOCABULARY, build, config_of, tokens_of
+from tests.support.models import bloom_of
+from tests.support.ranks import run_ranks
+from training.export.formats.huggingface import huggingface_name
 
 HEADS = (8, 12, 24)
 HEAD_DIM = 8
@@ -48,7 +49,9 @@ def weights_for(heads: int) -> dict[str, Tensor]:
     return random_weights(Model(layers=LAYERS, hidden=HEAD_DIM * heads, heads=heads), vocab_size=VOCABULARY)
 
 
-def parts_of_layouts(place: Place, *, layouts: list[tuple[int, int]], folder: Path) -> dict[tuple[int, int, int], Part]:
+def parts_of_layouts(
+    place: ProcessRank, *, layouts: list[tuple[int, int]], folder: Path
+) -> dict[tuple[int, int, int], Part]:
     """Return this rank's parts by (tensor, pipeline, heads)."""
     found = {}
     for index, (tensor, pipeline) in enumerate(layouts):
@@ -62,8 +65,8 @@ def parts_of_layouts(place: Place, *, layouts: list[tuple[int, int]], folder: Pa
     return found
 
 
-def _part(config: RunConfig, place: Place, *, heads: int) -> Part:
-    engine, groups, layout = build(config, world_size=place.size)
+def _part(config: RunConfig, place: ProcessRank, *, heads: int) -> Part:
+    engine, groups, layout = build(config, world_size=place.world_size)
     state, whole = engine.state(), weights_for(heads)
     shards = {name: shard for name, (_, shard) in state.parameters.items()}
     for name, shard in shards.items():

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.groups import Group, make_groups
+from parallel.axes import Group
+from parallel.groups import make_groups
 from parallel.layout import Layout
-from parallel.start import Place
-from tests.distributed.layouts import build, config_of
-from tests.distributed.spawn import run_ranks
+from parallel.start import ProcessRank
+from tests.support.layouts import build, config_of
+from tests.support.ranks import run_ranks
 from training import run
 from training.model import bias, decoder
 from training.model.alibi import causal_bias, local_slopes
-from training.model.certificate import WrongPositions
+from training.model.proof.certificate import WrongPositions
 from training.preflight import Ready
 
 
@@ -33,11 +34,11 @@ def inverted_bias(local: Tensor, *, queries: int, keys: int) -> Tensor:
 FAULTS = ((decoder, "local_slopes", first_heads_slopes), (bias, "causal_bias", inverted_bias))
 
 
-def refusals_of(place: Place, *, folder: Path) -> list[str]:
+def refusals_of(place: ProcessRank, *, folder: Path) -> list[str]:
     """Return what this rank says where rank 1 is built with each fault."""
     found = []
     config = config_of({"tensor": 2, "pipeline": 1, "zero": 1}, run_dir=folder)
-    layout = Layout.of(config, world_size=place.size)
+    layout = Layout.of(config, world_size=place.world_size)
     ready = Ready(config, folder, layout, prepared=None, newest=None)  # type: ignore[arg-type]
     groups = make_groups(layout)
     for module, name, wrong in FAULTS:
@@ -45,7 +46,7 @@ def refusals_of(place: Place, *, folder: Path) -> list[str]:
             if place.rank == 1:
                 patch.setattr(module, name, wrong)
             with pytest.raises(WrongPositions) as refused, run._refusal_recorded(ready, groups=groups):
-                build(config, world_size=place.size)
+                build(config, world_size=place.world_size)
         found.append(str(refused.value))
     return found
 

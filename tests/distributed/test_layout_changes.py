@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from parallel.start import Place, start, stop
+from parallel.start import ProcessRank, start, stop
 from parallel.zero import KINDS
-from tests.distributed.layouts import build, config_of, save, tokens_of
-from tests.distributed.spawn import run_ranks
+from tests.support.layouts import build, config_of, save, tokens_of
+from tests.support.ranks import run_ranks
 from training.checkpoint.read import load_slices, open_together
 
 BEFORE, AFTER = range(3), range(3, 13)
@@ -80,7 +80,7 @@ SPAWNS = [
 ]
 
 
-def run_changes(place: Place, *, changes: list[Change], folder: Path) -> list[Steps]:
+def run_changes(place: ProcessRank, *, changes: list[Change], folder: Path) -> list[Steps]:
     """Return the (loss, gradient norm) of each step of each run on these ranks."""
     found = []
     for index, change in enumerate(changes):
@@ -88,7 +88,7 @@ def run_changes(place: Place, *, changes: list[Change], folder: Path) -> list[St
             stop()
             start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
         config = config_of(change.keys, run_dir=folder / change.name)
-        engine, groups, layout = build(config, world_size=place.size)
+        engine, groups, layout = build(config, world_size=place.world_size)
         state = engine.state()
         if change.source is not None:
             checkpoint = open_together(folder / change.source, kinds=KINDS, world=groups.world)

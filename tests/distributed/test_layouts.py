@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.layouts import LENGTH, Trained, name_of, tokens_of, train_layouts, whole_of
-from tests.distributed.spawn import run_ranks
+from tests.support.layouts import LENGTH, Trained, name_of, tokens_of, train_layouts, whole_of
+from tests.support.ranks import run_ranks
 from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import open_checkpoint
 
@@ -107,10 +107,10 @@ def test_exported_model_equals_the_trained_ranks_in_transformers(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from training.export.run import export
+    from training.export.run import export_checkpoint
 
     out = tmp_path / "exported"
-    export(runs / name, format="hf", out=out)
+    export_checkpoint(runs / name, format="hf", out=out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     for length in (LENGTH, 4 * LENGTH):
         with torch.no_grad():

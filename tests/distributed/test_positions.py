@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.start import Place, start, stop
-from tests.distributed.layouts import LENGTH, Trained, config_of, name_of, train_one, whole_of
-from tests.distributed.spawn import run_ranks
+from parallel.start import ProcessRank, start, stop
+from tests.support.layouts import LENGTH, Trained, config_of, name_of, train_one, whole_of
+from tests.support.ranks import run_ranks
 from training.checkpoint.read import open_checkpoint
 
 LONE = {"tensor": 1, "pipeline": 1, "zero": 1}
@@ -19,7 +19,7 @@ CASES = [("t5", STAGED), ("t5", SPREAD), ("t5", SHARDED), ("rotary", STAGED), ("
 
 
 def train_positions(
-    place: Place, *, cases: list[tuple[str, dict[str, int]]], folder: Path, tokenizer: Path
+    place: ProcessRank, *, cases: list[tuple[str, dict[str, int]]], folder: Path, tokenizer: Path
 ) -> list[Trained]:
     """Return what this rank saw of each case, a position method in a layout."""
     found = []
@@ -27,7 +27,7 @@ def train_positions(
         if index:
             stop()
             start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
-        run_dir = folder / f"{position}_{name_of(keys, ranks=place.size)}"
+        run_dir = folder / f"{position}_{name_of(keys, ranks=place.world_size)}"
         config = config_of(keys, run_dir=run_dir, more=(f"model.position={position}",))
         found.append(train_one(place, config, steps=range(4), tokenizer=tokenizer, start_from=None))
     return found

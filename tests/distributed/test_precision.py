@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.layouts import Trained, name_of, train_layouts
-from tests.distributed.spawn import run_ranks
+from tests.support.layouts import Trained, name_of, train_layouts
+from tests.support.ranks import run_ranks
 from training.checkpoint.read import open_checkpoint
 
 LAYOUTS = [

@@ -8,9 +8,9 @@ import pytest
 
 from configs.load import load_run
 from configs.paths import data_folder
-from data_pipeline.prepare import prepare
-from tests.distributed.runs import Start, train_runs
-from tests.distributed.spawn import run_ranks
+from data_pipeline.prepare import prepare_data
+from tests.support.ranks import run_ranks
+from tests.support.runs import Start, train_runs
 from training.checkpoint.manifest import list_checkpoints
 
 STEPS = 5
@@ -41,7 +41,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     text.write_text("".join(f"line {i} counts {i * i} of {i % 7} words, {i % 11} of them odd.\n" for i in range(6000)))
     overrides = [*TINY, f"data.sources=[{text}]", f"data.dir={folder / 'prepared'}"]
     config = load_run("demo", overrides=overrides)
-    prepare(config.data, folder=data_folder(config), progress=False)
+    prepare_data(config.data, folder=data_folder(config), progress=False)
     return overrides
 
 

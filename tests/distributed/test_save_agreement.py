@@ -10,12 +10,12 @@ from unittest.mock import patch
 import pytest
 
 from configs.errors import InputError, TrainshortError
-from parallel.start import Place
-from parallel.together import from_first
+from parallel.collectives import broadcast_from_first
+from parallel.start import ProcessRank
 from parallel.zero import KINDS
-from tests.distributed.layouts import build, config_of, save
-from tests.distributed.spawn import run_ranks
-from tests.unit.broken_disk import CountedOs, once
+from tests.support.disk import CountedOs, once
+from tests.support.layouts import build, config_of, save
+from tests.support.ranks import run_ranks
 from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
 from training.checkpoint.read import Checkpoint, load_slices, open_together
@@ -39,9 +39,9 @@ class Seen:
     opened: list[str]
 
 
-def break_saves(place: Place, *, keys: dict[str, int], folder: Path) -> Seen:
+def break_saves(place: ProcessRank, *, keys: dict[str, int], folder: Path) -> Seen:
     config = config_of(keys, run_dir=folder / "run")
-    engine, groups, _ = build(config, world_size=place.size)
+    engine, groups, _ = build(config, world_size=place.world_size)
     arguments: dict[str, Any] = {"groups": groups, "tokenizer": folder / "tokenizer.model"}
     with patch.object(disk, "os", counted := CountedOs()):
         save(engine, config, **arguments, step=1)
@@ -74,7 +74,7 @@ def break_saves(place: Place, *, keys: dict[str, int], folder: Path) -> Seen:
         errors["rank 1 cannot load"] = _error_of(
             lambda: load_slices(engine.state(), checkpoint, kinds=KINDS, groups=groups)
         )
-    errors["rank 0 has no disk"] = _error_of(lambda: from_first(_no_disk, group=groups.world))
+    errors["rank 0 has no disk"] = _error_of(lambda: broadcast_from_first(_no_disk, group=groups.world))
     opened = [_opened(folder / "run", groups)]
     # The last file in the order of names is rank 1's to check.
     last = max(list_checkpoints(folder / "run")[-1].path.iterdir())

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.typed import metrics, run
-from tests.unit.data_samples import write_book
+from tests.support.data import write_book
+from tests.support.typed import metrics, run
 from training.checkpoint.manifest import check_whole, list_checkpoints
 
 STEPS = 14

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.typed import PATIENCE_SECONDS, command, environment, metrics, run
-from tests.unit.data_samples import write_book
+from tests.support.data import write_book
+from tests.support.typed import PATIENCE_SECONDS, command, environment, metrics, run
 
 STEPS, RANKS, ENDED_SECONDS = 60, 4, 45
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.spawn import ROOT
-from tests.unit.broken_disk import CountedOs
-from tests.unit.one_rank import STEPS, OneRank, one_rank
+from tests.support.disk import CountedOs
+from tests.support.one_rank import STEPS, OneRank, one_rank
+from tests.support.ranks import ROOT
 from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
 
@@ -40,7 +40,7 @@ def kill_saves(home: Path, begun: Path, out: Path, *, steps: int, first: int) ->
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [str(home), str(begun), str(out), str(steps), str(first)]
     subprocess.run(
-        [sys.executable, "-m", "tests.faults.killed_saves", *arguments], env=environment, cwd=ROOT, check=True
+        [sys.executable, "-m", "tests.support.killed_saves", *arguments], env=environment, cwd=ROOT, check=True
     )
     return sorted(out.iterdir())
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.backends import BACKENDS, EVERY_POSITION, misfit, missing
+from configs.backends import BACKENDS, EVERY_POSITION, unavailable, unsupported
 from configs.schema import Model
 from parallel.groups import lone_groups
-from tests.unit.decoder_samples import LAYERS, VOCABULARY, make_decoder, make_wandering_decoder
+from tests.support.models import LAYERS, VOCABULARY, make_decoder, make_wandering_decoder
 from training.generation import Sampling, continue_tokens
 from training.model.alibi import slopes
 from training.model.attention import MAKERS, Reference
-from training.model.audit import audit
 from training.model.bias import SlopeBias
-from training.model.certificate import certify
-from training.model.probe import TOLERANCE
+from training.model.proof.attention_weights import ROW_TOLERANCE
+from training.model.proof.audit import audit
+from training.model.proof.certificate import certify
 from training.model.single import SingleModel
 from training.preflight import installed_packages
 
@@ -32,8 +32,8 @@ CASES = [
     (name, dtype, tolerance)
     for name in BACKENDS
     for precision, dtype, tolerance in (("fp32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 3e-2))
-    if misfit(BACKENDS[name], position="alibi", precision=precision, head_dim=128) is None
-    and missing(BACKENDS[name], device="cuda", packages=installed_packages()) is None
+    if unsupported(BACKENDS[name], position="alibi", precision=precision, head_dim=128) is None
+    and unavailable(BACKENDS[name], device="cuda", packages=installed_packages()) is None
 ]
 
 
@@ -64,7 +64,7 @@ def test_a_backend_equals_the_reference_with_gradients(
 @pytest.mark.parametrize(("backend", "dtype"), [case[:2] for case in CASES])
 def test_rows_are_within_the_limit(backend: str, dtype: torch.dtype, heads: int, length: int) -> None:
     found = audit(backend, heads=heads, head_dim=128, length=length, dtype=dtype, device=CUDA)
-    assert found.worst.measured.worst <= TOLERANCE[dtype], found.worst
+    assert found.worst.measured.worst <= ROW_TOLERANCE[dtype], found.worst
 
 
 @pytest.mark.parametrize("length", [256, 300])
@@ -87,7 +87,7 @@ def test_every_position_method_is_certified(position: str, dtype: torch.dtype) -
     decoder = make_decoder(8, head_dim=64, position=position).to(CUDA)
     model = Model(layers=LAYERS, hidden=512, heads=8, position=position)  # type: ignore[arg-type]
     (found,) = certify(decoder, model, groups=lone_groups(), dtype=dtype, device=CUDA)
-    assert (found.device, found.error <= TOLERANCE[dtype]) == ("cuda", True), found
+    assert (found.device, found.error <= ROW_TOLERANCE[dtype]) == ("cuda", True), found
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [case[:2] for case in CASES if case[0] != "reference"])

@@ -23,7 +23,7 @@ class Mutant:
 
 
 ALIBI, ATTENTION = "training/model/alibi.py", "training/model/attention.py"
-DECODER, CERTIFICATE = "training/model/decoder.py", "training/model/certificate.py"
+DECODER, CERTIFICATE = "training/model/decoder.py", "training/model/proof/certificate.py"
 BY_FORMULA = "tests/unit/test_model_alibi.py::test_both_backends_equal_the_formula_in_fp64"
 BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join_to_the_whole"
 BY_BIAS = "tests/unit/test_model_alibi.py::test_bias_is_minus_slope_times_distance_and_nothing_ahead"

@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 import pytest
 import yaml
 
-from tests.slurm.runs import VALUES, Submitted, slurm, submit
+from tests.support.cluster import VALUES, Submitted, slurm, submit
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.slurm.runs import STEPS, Submitted, slurm, submit, trainshort, wait_until
+from tests.support.cluster import STEPS, Submitted, slurm, submit, trainshort, wait_until
 
 pytestmark = pytest.mark.slurm
 

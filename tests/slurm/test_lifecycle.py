@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.runs import CLUSTER, STEPS, Submitted, slurm, submit, trainshort, wait_until
+from tests.support.cluster import CLUSTER, STEPS, Submitted, slurm, submit, trainshort, wait_until
 
 pytestmark = pytest.mark.slurm
 

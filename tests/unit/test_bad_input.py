@@ -12,11 +12,11 @@ import pytest
 
 from configs.load import dump_run, load_run
 from launch import local
-from tests.unit.command_line import Answer, Call, contents, refused, run_here, write_run
-from tests.unit.data_samples import write_book
+from tests.support.command_line import Answer, Call, contents, refused, run_here, write_run
+from tests.support.data import write_book
 from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import Manifest, write_manifest
-from training.folder import settle
+from training.folder import with_fixed_keys
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def assert_matches(message: str, expected: str) -> None:
 @pytest.fixture
 def trained(prepared: Path) -> Path:
     """What a first start left: its run file, and a checkpoint of step 4 as far as it is read without a model."""
-    config = settle(load_run("run.yaml"), run_dir=Path("run"))
+    config = with_fixed_keys(load_run("run.yaml"), run_dir=Path("run"))
     checkpoint = prepared / "run" / "checkpoints" / "step_0000004"
     checkpoint.mkdir(parents=True)
     (prepared / "run" / "config.yaml").write_text(dump_run(config), encoding="utf-8")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.command_line import Call, contents, refused, write_run
-from tests.unit.data_samples import BOOK
+from tests.support.command_line import Call, contents, refused, write_run
+from tests.support.data import BOOK
 
 
 def jsonl(*records: object) -> bytes:

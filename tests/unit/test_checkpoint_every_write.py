@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.broken_disk import CountedOs, Fail, from_then_on, once
-from tests.unit.one_rank import STEPS, OneRank
+from tests.support.disk import CountedOs, Fail, from_then_on, once
+from tests.support.one_rank import STEPS, OneRank
 from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
 from training.checkpoint.write import SaveError

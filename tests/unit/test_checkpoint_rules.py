@@ -14,10 +14,10 @@ import torch
 
 from configs.errors import InputError, MachineError
 from configs.load import load_run
-from configs.schema import Checkpoint
-from data_pipeline.prepare import prepare
-from tests.unit.edited_manifest import edit_manifest
-from tests.unit.one_rank import STEPS, OneRank
+from configs.schema import CheckpointRules
+from data_pipeline.prepare import prepare_data
+from tests.support.edited_manifest import edit_manifest
+from tests.support.one_rank import STEPS, OneRank
 from training import folder, run
 from training.checkpoint import disk, read
 from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
@@ -25,7 +25,7 @@ from training.checkpoint.read import open_checkpoint
 from training.checkpoint.retention import superfluous
 from training.checkpoint.write import SaveError
 from training.incarnation import begin
-from training.loop import Position
+from training.loop import TrainState
 from training.observers import MetricsFile, StepResult
 from training.preflight import make_ready
 
@@ -67,7 +67,7 @@ def saved(losses: dict[int, float | None]) -> dict[Path, Manifest]:
 def test_the_last_every_nth_and_the_best_stay(rules: dict[str, int], kept: list[int]) -> None:
     # the best of equals is the newer one
     whole = saved({10: 3.0, 20: 2.5, 30: 2.0, 40: None, 50: 2.5, 60: 2.6})
-    gone = superfluous(whole, rules=Checkpoint(**rules))
+    gone = superfluous(whole, rules=CheckpointRules(**rules))
     assert [manifest.step for path, manifest in whole.items() if path not in gone] == kept
 
 
@@ -179,7 +179,7 @@ def test_init_from_takes_weights_alone_to_another_length_and_other_data(
         "data.sequence_length=16",
     ]
     other = rank.config(tmp_path / "run", *more)
-    prepared = prepare(other.data, folder=tmp_path / "data", progress=False)
+    prepared = prepare_data(other.data, folder=tmp_path / "data", progress=False)
     longer = OneRank([*rank.overrides, *more], prepared, rank.engine, rank.groups, rank.initial)
     assert longer.start(tmp_path / "run", "train.learning_rate=1e-12", "train.min_learning_rate=0", steps=1).step == 0
     assert config.data.sequence_length == 8
@@ -247,15 +247,15 @@ def test_a_model_without_a_loss_is_not_saved_and_a_validation_that_is_none_is_le
         prepared=rank.prepared,
         groups=rank.groups,
         fence=begin(run_dir),
-        start=Position(SAVED, 0),
+        start=TrainState(SAVED, 0),
     )
-    save(Position(SAVED + 1, 0), math.nan)
+    save(TrainState(SAVED + 1, 0), math.nan)
     assert read_manifest(list_checkpoints(run_dir)[-1].path).validation_loss is None
-    monkeypatch.setattr(run, "probe_loss", lambda *_: math.nan)
+    monkeypatch.setattr(run, "check_loss", lambda *_: math.nan)
     with pytest.raises(
         SaveError, match=r"step 4 was not saved \(its loss on the probe batch is nan\): its weights have"
     ):
-        save(Position(SAVED + 2, 0), None)
+        save(TrainState(SAVED + 2, 0), None)
     assert list_checkpoints(run_dir)[-1].step == SAVED + 1
 
 
@@ -279,11 +279,11 @@ def test_the_model_of_a_run_that_lost_its_config_is_that_of_its_checkpoint(rank:
     (run_dir / "config.yaml").unlink()
     config = rank.config(run_dir, "train.steps=9", "train.learning_rate=1")
     with pytest.raises(InputError, match=r"would change: train.decay_steps was 4, is 9; train.learning_rate was"):
-        folder.settle(
+        folder.with_fixed_keys(
             config.model_copy(update={"train": config.train.model_copy(update={"decay_steps": 9})}), run_dir=run_dir
         )
     kept = rank.config(run_dir, "train.steps=9")
-    assert folder.settle(kept, run_dir=run_dir).train.decay_steps == STEPS
+    assert folder.with_fixed_keys(kept, run_dir=run_dir).train.decay_steps == STEPS
 
 
 def test_a_run_whose_last_checkpoint_was_altered_is_not_finished(rank: OneRank, run_dir: Path) -> None:

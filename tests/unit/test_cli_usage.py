@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.command_line import Call, refused
+from tests.support.command_line import Call, refused
 
 USAGE = {
     ("chekc", "demo"): "no such command 'chekc'",

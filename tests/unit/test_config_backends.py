@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs.backends import AUTO, BACKENDS, backend_of, misfit, missing
+from configs.backends import AUTO, BACKENDS, backend_of, unavailable, unsupported
 from training.model.attention import MAKERS
 
 
@@ -14,16 +14,16 @@ def test_every_backend_of_the_table_can_be_made_and_no_other() -> None:
 def test_the_default_can_compute_everything_everywhere() -> None:
     for position in ("alibi", "sinusoidal", "rotary", "t5", "none"):
         for precision in ("fp32", "bf16"):
-            assert misfit(backend_of("auto"), position=position, precision=precision, head_dim=7) is None
+            assert unsupported(backend_of("auto"), position=position, precision=precision, head_dim=7) is None
     for device in ("cpu", "cuda"):
-        assert missing(backend_of("auto"), device=device, packages=frozenset()) is None
+        assert unavailable(backend_of("auto"), device=device, packages=frozenset()) is None
 
 
 def test_a_precision_that_no_backend_has_is_left_to_a_rule_of_its_own() -> None:
     for backend in BACKENDS.values():
         assert "fp16" not in backend.precisions
-        assert misfit(backend, position="none", precision="fp16", head_dim=64) is None
-    why = misfit(BACKENDS["flash"], position="none", precision="fp32", head_dim=64)
+        assert unsupported(backend, position="none", precision="fp16", head_dim=64) is None
+    why = unsupported(BACKENDS["flash"], position="none", precision="fp32", head_dim=64)
     assert why == "flash cannot compute train.precision fp32: use reference or sdpa or flex"
 
 
@@ -39,7 +39,7 @@ def test_a_precision_that_no_backend_has_is_left_to_a_rule_of_its_own() -> None:
 )
 def test_a_gpu_that_is_too_old_is_named(name: str, capability: tuple[int, int] | None, expected: str | None) -> None:
     packages = frozenset({"flash_attn"})
-    assert missing(BACKENDS[name], device="cuda", packages=packages, capability=capability) == expected
+    assert unavailable(BACKENDS[name], device="cuda", packages=packages, capability=capability) == expected
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,4 @@ def test_a_gpu_that_is_too_old_is_named(name: str, capability: tuple[int, int] |
     ],
 )
 def test_what_a_machine_lacks_is_said(name: str, device: str, packages: set[str], expected: str | None) -> None:
-    assert missing(BACKENDS[name], device=device, packages=frozenset(packages)) == expected
+    assert unavailable(BACKENDS[name], device=device, packages=frozenset(packages)) == expected

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from configs.document import ATTENTION, TARGET, document, with_backends
+from configs.document import ATTENTION, TARGET, configuration_page, with_backends
 from configs.errors import InputError
 from configs.load import check_run, load_run
 from configs.parameters import parameter_count
@@ -73,7 +73,7 @@ def test_a_file_in_the_run_folders_place_is_refused(run_values: dict[str, Any], 
 
 
 def test_the_page_is_made_from_the_schema() -> None:
-    assert TARGET.read_text(encoding="utf-8") == document(), "run: python -m configs.document"
+    assert TARGET.read_text(encoding="utf-8") == configuration_page(), "run: python -m configs.document"
 
 
 def test_the_page_on_attention_has_the_backends_as_they_are() -> None:

@@ -17,14 +17,14 @@ from configs.errors import InputError
 from configs.schema import Source
 from data_pipeline import sources
 from data_pipeline.python_docs import python_docs
-from data_pipeline.sources import pieces
+from data_pipeline.sources import chunks
 
 TEXT = "Zwölf Boxkämpfer\r\njagen  Viktor\n\n\tquer \U0001f600 über\n"
 
 
 def read(path: Path | str, *, separator: str | None = None) -> list[str]:
     found, parts = [], []
-    for piece in pieces(Source(path=str(path)), separator=separator):
+    for piece in chunks(Source(path=str(path)), separator=separator):
         parts.append(piece.text)
         if piece.last:
             found.append("".join(parts))
@@ -106,7 +106,7 @@ def test_a_separator_is_found_across_chunks_and_pieces(separator: str) -> None:
 def test_a_long_file_comes_in_pieces_cut_after_newlines(tmp_path: Path) -> None:
     file = tmp_path / "long.txt"
     file.write_text("a line of this book\n" * 20_000)
-    found = list(pieces(Source(path=str(file)), separator=None))
+    found = list(chunks(Source(path=str(file)), separator=None))
     assert len(found) > 10
     assert all(piece.text.endswith("\n") for piece in found)
     assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]

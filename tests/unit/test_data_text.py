@@ -12,17 +12,17 @@ import pytest
 
 from configs.errors import InputError
 from data_pipeline.manifest import Prepared
-from data_pipeline.prepare import prepare
+from data_pipeline.prepare import prepare_data
 from data_pipeline.split import held_out_sequences, training_sequences
 from data_pipeline.text import file_stream, held_out_stream, unigram_perplexity
 from data_pipeline.tokenizer import Tokenizer
-from tests.unit.data_samples import BOOK, small_data, write_book
+from tests.support.data import BOOK, small_data, write_book
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("prepared")
-    return prepare(small_data(write_book(folder)), folder=folder / "data", progress=False)
+    return prepare_data(small_data(write_book(folder)), folder=folder / "data", progress=False)
 
 
 def test_a_file_is_one_stream_verbatim(prepared: Prepared, tmp_path: Path) -> None:

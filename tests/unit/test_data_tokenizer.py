@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from configs.errors import InputError
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from tests.unit.data_samples import BOOK
+from tests.support.data import BOOK
 
 
 @pytest.fixture(scope="module")

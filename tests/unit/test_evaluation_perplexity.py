@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from configs.errors import InputError, TrainshortError
-from training.evaluation.perplexity import measure
+from training.evaluation.perplexity import measure_loss
 from training.evaluation.windows import parse_protocol
 
 VOCAB = 50
@@ -65,7 +65,7 @@ def test_perplexity_is_that_of_bloom_window_by_window(
     bloom: BloomScorer, tokens: np.ndarray, length: int, protocol: str, stride: int, batch_tokens: int
 ) -> None:
     loss, count = by_hand(bloom, tokens, length=length, stride=stride)
-    result = measure(bloom, tokens, length=length, protocol=parse_protocol(protocol), batch_tokens=batch_tokens)
+    result = measure_loss(bloom, tokens, length=length, protocol=parse_protocol(protocol), batch_tokens=batch_tokens)
     assert result.tokens == count
     assert result.loss == pytest.approx(loss, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
@@ -75,7 +75,7 @@ def test_perplexity_is_that_of_bloom_window_by_window(
 def test_batches_hold_about_the_tokens_asked_for_and_progress_counts_them(tokens: np.ndarray) -> None:
     bloom = BloomScorer()
     seen: list[int] = []
-    measure(bloom, tokens, length=16, protocol=parse_protocol("sliding:4"), batch_tokens=100, progress=seen.append)
+    measure_loss(bloom, tokens, length=16, protocol=parse_protocol("sliding:4"), batch_tokens=100, progress=seen.append)
     assert {shape[1] for shape in bloom.batches} == {17}
     assert [shape[0] for shape in bloom.batches[:-1]] == [6] * (len(bloom.batches) - 1)
     assert seen == [shape[0] * 16 for shape in bloom.batches]
@@ -85,7 +85,7 @@ def test_batches_hold_about_the_tokens_asked_for_and_progress_counts_them(tokens
 def test_read_only_tokens_are_left_alone(bloom: BloomScorer, tokens: np.ndarray) -> None:
     frozen = tokens.copy()
     frozen.flags.writeable = False
-    measure(bloom, frozen, length=50, protocol=parse_protocol("nonoverlapping"))
+    measure_loss(bloom, frozen, length=50, protocol=parse_protocol("nonoverlapping"))
     assert (frozen == tokens).all()
 
 
@@ -95,7 +95,7 @@ def test_losses_are_summed_exactly_where_single_precision_would_drift() -> None:
             return torch.full(tokens[:, 1:].shape, 0.1, dtype=torch.float32)
 
     tokens = np.zeros(2_000_001, dtype=np.int64)
-    result = measure(Constant(), tokens, length=100_000, protocol=parse_protocol("nonoverlapping"))
+    result = measure_loss(Constant(), tokens, length=100_000, protocol=parse_protocol("nonoverlapping"))
     assert result.loss == pytest.approx(float(np.float32(0.1)), rel=1e-12)
 
 
@@ -106,9 +106,9 @@ def test_diverged_model_is_an_error_not_a_figure(loss: float) -> None:
             return torch.full(tokens[:, 1:].shape, loss)
 
     with pytest.raises(TrainshortError, match=r"loss at length 8 is (nan|inf|1000000)"):
-        measure(Broken(), np.zeros(20, dtype=np.int64), length=8, protocol=parse_protocol("nonoverlapping"))
+        measure_loss(Broken(), np.zeros(20, dtype=np.int64), length=8, protocol=parse_protocol("nonoverlapping"))
 
 
 def test_text_shorter_than_a_window_is_refused(bloom: BloomScorer) -> None:
     with pytest.raises(InputError, match="length 8 needs a text of 9 tokens, this one has 5"):
-        measure(bloom, np.zeros(5, dtype=np.int64), length=8, protocol=parse_protocol("nonoverlapping"))
+        measure_loss(bloom, np.zeros(5, dtype=np.int64), length=8, protocol=parse_protocol("nonoverlapping"))

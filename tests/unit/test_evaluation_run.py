@@ -19,9 +19,9 @@ from training.evaluation import run as evaluation
 from training.evaluation.perplexity import Result
 from training.evaluation.plot import draw_plot
 from training.evaluation.report import build_document, format_table, word_perplexity, write_report
-from training.evaluation.run import evaluate, plan_jobs
-from training.evaluation.text import Text
-from training.evaluation.windows import Protocol, parse_protocol
+from training.evaluation.run import evaluate_checkpoint, plan_jobs
+from training.evaluation.text import EvaluationText
+from training.evaluation.windows import WindowProtocol, parse_protocol
 from training.tracking.tracker import MlflowTracker
 
 VOCAB = 32
@@ -37,8 +37,8 @@ class Uniform:
         return torch.full(tokens[:, 1:].shape, math.log(VOCAB))
 
 
-def text(tokens: int, *, words: int | None = 100, unigram: float | None = 40.0) -> Text:
-    return Text("held-out", np.zeros(tokens, dtype=np.int64), words, unigram)
+def text(tokens: int, *, words: int | None = 100, unigram: float | None = 40.0) -> EvaluationText:
+    return EvaluationText("held-out", np.zeros(tokens, dtype=np.int64), words, unigram)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def run_dir(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.Monk
 
 
 def test_defaults_come_from_the_run_and_the_folder_holds_report_table_and_plot(run_dir: Path) -> None:
-    document = evaluate(run_dir, lengths=None, protocols=None, data=None)
+    document = evaluate_checkpoint(run_dir, lengths=None, protocols=None, data=None)
     folder = run_dir / "evaluation"
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "perplexity.png"}
     assert json.loads((folder / "report.json").read_text()) == document
@@ -89,7 +89,7 @@ def test_results_and_files_are_added_to_the_runs_mlflow_run(run_dir: Path) -> No
     tracker = MlflowTracker(run_dir, name="one", experiment="tests", uri=None)
     tracker.start({}, run_dir / "config.yaml")
     tracker.finish("FINISHED")
-    evaluate(run_dir, lengths=(64,), protocols=("nonoverlapping", "sliding:16"), data=None)
+    evaluate_checkpoint(run_dir, lengths=(64,), protocols=("nonoverlapping", "sliding:16"), data=None)
     connection = sqlite3.connect(run_dir.parent / "mlflow.db")
     rows = connection.execute("select key, step, round(value, 3) from metrics order by key").fetchall()
     statuses = connection.execute("select name, status from runs").fetchall()
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
 
     monkeypatch.setattr(evaluation, "load_single", load)
     with pytest.raises(InputError, match=message):
-        evaluate(run_dir, lengths=lengths, protocols=protocols, data=None)
+        evaluate_checkpoint(run_dir, lengths=lengths, protocols=protocols, data=None)
     assert not (run_dir / "evaluation").exists()
 
 
@@ -142,7 +142,7 @@ def test_word_perplexity_is_the_texts_likelihood_per_word() -> None:
     assert word_perplexity(5.0, tokens=100_000, words=1) is None
 
 
-def document(*results: Result, of: Text | None = None) -> dict[str, Any]:
+def document(*results: Result, of: EvaluationText | None = None) -> dict[str, Any]:
     return build_document(
         results,
         checkpoint=Path("runs/one/checkpoints/step_0000007"),
@@ -154,7 +154,7 @@ def document(*results: Result, of: Text | None = None) -> dict[str, Any]:
 
 
 def test_report_without_words_or_baseline_leaves_them_out(tmp_path: Path) -> None:
-    bare = document(Result(32, Protocol(stride=None), 992, 2.0), of=text(1000, words=None, unigram=None))
+    bare = document(Result(32, WindowProtocol(stride=None), 992, 2.0), of=text(1000, words=None, unigram=None))
     assert bare["unigram_perplexity"] is None
     assert "word_perplexity" not in bare["results"][0]
     as_json, as_table = write_report(bare, tmp_path / "new")
@@ -165,7 +165,7 @@ def test_report_without_words_or_baseline_leaves_them_out(tmp_path: Path) -> Non
 
 def test_table_has_a_row_per_result() -> None:
     table = format_table(
-        document(Result(32, Protocol(stride=None), 992, 2.0), Result(80, Protocol(stride=16), 976, 1.5))
+        document(Result(32, WindowProtocol(stride=None), 992, 2.0), Result(80, WindowProtocol(stride=16), 976, 1.5))
     )
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert rows[1:] == [
@@ -178,7 +178,7 @@ def test_table_has_a_row_per_result() -> None:
 def test_plot_is_a_picture_whatever_the_curve(tmp_path: Path, make: Callable[[int], float]) -> None:
     results = [
         Result(32 * 2**n, protocol, 1000, math.log(make(n)))
-        for protocol in (Protocol(stride=None), Protocol(stride=16))
+        for protocol in (WindowProtocol(stride=None), WindowProtocol(stride=16))
         for n in range(4)
     ]
     for number, shown in enumerate((results, results[:4], results[:1])):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import InputError
-from training.evaluation.windows import Protocol, parse_protocol, place_windows
+from training.evaluation.windows import WindowProtocol, parse_protocol, place_windows
 
 PLACED = st.integers(1, 40).flatmap(
     lambda length: st.tuples(
@@ -19,7 +19,7 @@ def test_each_prediction_is_scored_once_in_order_and_with_the_context_promised(
     placed: tuple[int, int | None, int],
 ) -> None:
     length, stride, tokens = placed
-    windows = place_windows(tokens, length=length, protocol=Protocol(stride=stride))
+    windows = place_windows(tokens, length=length, protocol=WindowProtocol(stride=stride))
     scored = []
     for window, start in enumerate(windows.starts(0, windows.count)):
         for place in range(windows.first_scored(window), length):
@@ -38,15 +38,15 @@ def test_nonoverlapping_windows_are_as_many_as_the_formula_says(length: int, tok
     count = (tokens - 1) // length
     if count == 0:
         with pytest.raises(InputError):
-            place_windows(tokens, length=length, protocol=Protocol(stride=None))
+            place_windows(tokens, length=length, protocol=WindowProtocol(stride=None))
         return
-    windows = place_windows(tokens, length=length, protocol=Protocol(stride=None))
+    windows = place_windows(tokens, length=length, protocol=WindowProtocol(stride=None))
     assert (windows.count, windows.scored) == (count, count * length)
-    assert windows == place_windows(tokens, length=length, protocol=Protocol(stride=length))
+    assert windows == place_windows(tokens, length=length, protocol=WindowProtocol(stride=length))
 
 
 def test_part_of_the_windows_starts_where_the_whole_does() -> None:
-    windows = place_windows(100, length=10, protocol=Protocol(stride=4))
+    windows = place_windows(100, length=10, protocol=WindowProtocol(stride=4))
     assert windows.starts(3, 6).tolist() == [12, 16, 20]
     assert windows.starts(windows.count - 1, windows.count + 5).tolist() == [(windows.count - 1) * 4]
 
@@ -54,7 +54,7 @@ def test_part_of_the_windows_starts_where_the_whole_does() -> None:
 def test_protocols_are_read_as_they_are_written() -> None:
     for text in ("nonoverlapping", "sliding:1", "sliding:512"):
         assert str(parse_protocol(text)) == text
-    assert parse_protocol("sliding:64") == Protocol(stride=64)
+    assert parse_protocol("sliding:64") == WindowProtocol(stride=64)
 
 
 @pytest.mark.parametrize(

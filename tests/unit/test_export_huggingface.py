@@ -13,12 +13,12 @@ import transformers
 
 from configs.errors import InputError, TrainshortError
 from configs.schema import Model
-from data_pipeline.pieces import PieceType, read_pieces
-from tests.unit.bloom_by_hand import bloom_logits
-from tests.unit.export_samples import SHAPE, random_weights, train_sentencepiece
+from data_pipeline.vocabulary import PieceType, read_vocabulary
+from tests.support.bloom_formula import bloom_logits
+from tests.support.exports import SHAPE, random_weights, train_sentencepiece
 from training.export.folder import new_folder
+from training.export.formats.huggingface import fill_folder, huggingface_name, require_bloom
 from training.export.generate import generate_text
-from training.export.huggingface import fill_folder, huggingface_name, require_bloom
 from training.export.parity import TRICKY, comparable_length, compare_logits, compare_tokenizers
 
 
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vocab_size(tokenizer: Path) -> int:
-    return len(read_pieces(tokenizer))
+    return len(read_vocabulary(tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -212,21 +212,21 @@ def test_unknown_parameter_has_no_name(name: str) -> None:
 def test_tokenizer_that_is_not_portable_is_refused(options: dict[str, object], named: str, tmp_path: Path) -> None:
     model = train_sentencepiece(tmp_path, **options)
     with pytest.raises(InputError, match=named):
-        read_pieces(model)
+        read_vocabulary(model)
 
 
 def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     for name, content in {"text": b"not a tokenizer at all", "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=rf"{name} (is not a sentencepiece model|has no pieces)"):
-            read_pieces(tmp_path / name)
+            read_vocabulary(tmp_path / name)
     with pytest.raises(InputError, match="cannot be read"):
-        read_pieces(tmp_path / "missing")
+        read_vocabulary(tmp_path / "missing")
 
 
 def test_pieces_are_those_sentencepiece_reports(tokenizer: Path) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    pieces = read_pieces(tokenizer)
+    pieces = read_vocabulary(tokenizer)
     assert (pieces.unknown_id, pieces.begin_id, pieces.end_id, pieces.pad_id) == (0, 1, 2, None)
     for number, piece in enumerate(pieces.pieces):
         assert piece.text == processor.id_to_piece(number)

@@ -14,7 +14,7 @@ OWNERS = {
     "megatron": "parallel/",
     "megatron.core.datasets": "data_pipeline/",
     "sentencepiece": "data_pipeline/tokenizer.py",
-    "sentencepiece.sentencepiece_model_pb2": "data_pipeline/pieces.py",  # the file format
+    "sentencepiece.sentencepiece_model_pb2": "data_pipeline/vocabulary.py",  # the file format
     "mlflow": "training/tracking/",
     "transformers": "training/export/",
     "tokenizers": "training/export/",

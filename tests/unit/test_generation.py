@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from configs.errors import InputError, TrainshortError
-from tests.unit.command_line import Call, refused
-from tests.unit.decoder_samples import VOCABULARY, bloom_of, make_wandering_decoder, weights_of
+from tests.support.command_line import Call, refused
+from tests.support.models import VOCABULARY, bloom_of, make_wandering_decoder, weights_of
 from training import generation
-from training.generation import Sampling, choose, continue_tokens, generate, read_prompt
+from training.generation import Sampling, choose, continue_tokens, generate_from_checkpoint, read_prompt
 from training.model.cache import ROOM, KeyValueCache
 from training.model.single import SingleModel
 
@@ -120,7 +120,7 @@ def test_bad_questions_are_refused_before_a_checkpoint_is_read(tmp_path: Path) -
         ("a\udcff", 1, "not UTF-8"),
     ):
         with pytest.raises(InputError, match=message):
-            generate(tmp_path / "none", prompt=prompt, tokens=tokens, sampling=Sampling())
+            generate_from_checkpoint(tmp_path / "none", prompt=prompt, tokens=tokens, sampling=Sampling())
 
 
 @pytest.mark.parametrize("position", ["alibi", "sinusoidal", "rotary", "t5", "none"])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from parallel.groups import Group
+from parallel.axes import Group
 from training.model import attention
 from training.model.alibi import causal_bias, local_slopes, slopes
 from training.model.attention import Reference, Sdpa

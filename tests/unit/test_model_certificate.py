@@ -9,28 +9,29 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from configs.errors import TrainshortError
 from configs.schema import Model
-from parallel.groups import Groups, lone_groups
-from tests.unit.decoder_samples import make_decoder
+from parallel.axes import Groups
+from parallel.groups import lone_groups
+from tests.support.models import make_decoder
 from training.model import t5
 from training.model.alibi import slopes
 from training.model.attention import Reference, Sdpa
 from training.model.bias import QUERY_BLOCK, SlopeBias
-from training.model.certificate import (
+from training.model.proof.certificate import (
     LONG,
     PROBED,
-    TOLERANCE,
+    ROW_TOLERANCE,
     Certificate,
     WrongPositions,
+    certificates_to_json,
     certify,
-    document,
+    check_certificates,
     expected_rows,
     hash_slopes,
-    measure,
+    measure_certificate,
     penalties,
     read_rows,
     recency_and_error,
     t5_bucket,
-    verify,
 )
 from training.model.t5 import BUCKETS, MAX_DISTANCE, buckets
 
@@ -78,8 +79,11 @@ def two_ranks() -> list[Certificate]:
 
 def refusal(certificates: list[Certificate], *, position: str = "alibi") -> str:
     with pytest.raises(WrongPositions) as refused:
-        verify(
-            certificates, model_of(HEADS, position=position), tolerance=TOLERANCE[torch.float32], otherwise=OTHERWISE
+        check_certificates(
+            certificates,
+            model_of(HEADS, position=position),
+            tolerance=ROW_TOLERANCE[torch.float32],
+            otherwise=OTHERWISE,
         )
     assert refused.value.certificates == certificates
     message = str(refused.value)
@@ -88,7 +92,7 @@ def refusal(certificates: list[Certificate], *, position: str = "alibi") -> str:
 
 
 def test_right_ranks_are_accepted() -> None:
-    verify(two_ranks(), model_of(HEADS), tolerance=TOLERANCE[torch.float32], otherwise=OTHERWISE)
+    check_certificates(two_ranks(), model_of(HEADS), tolerance=ROW_TOLERANCE[torch.float32], otherwise=OTHERWISE)
 
 
 def test_the_first_heads_slopes_on_every_rank_are_refused() -> None:
@@ -255,7 +259,9 @@ def test_a_learned_bias_is_certified_by_its_own_table(
 def test_one_block_with_an_attention_of_its_own_is_measured_too(groups: Groups) -> None:
     decoder, model = make_decoder(8), model_of(8)
     decoder.layers[2].attend = Sdpa(SlopeBias(None))  # type: ignore[assignment]
-    assert measure(decoder, model, groups=groups, dtype=torch.float32, device=CPU).recency == pytest.approx(0, abs=1e-6)
+    assert measure_certificate(decoder, model, groups=groups, dtype=torch.float32, device=CPU).recency == pytest.approx(
+        0, abs=1e-6
+    )
     with pytest.raises(TrainshortError, match=r"rank 0 .*in attention sdpa; set another model.attention, reference is"):
         certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
 
@@ -287,7 +293,7 @@ def test_a_bias_that_is_wrong_past_a_query_block_is_seen(groups: Groups, rows: i
 
 def test_what_is_no_number_is_written_down_as_none() -> None:
     stated = replace(two_ranks()[0], error=math.nan, recency=math.inf)
-    (rank,) = document([stated], model_of(HEADS))["ranks"]
+    (rank,) = certificates_to_json([stated], model_of(HEADS))["ranks"]
     assert (rank["error"], rank["recency"], rank["heads"]) == (None, None, (0, 1, 2, 3))
 
 

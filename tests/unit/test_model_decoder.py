@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from configs.backends import EVERY_POSITION
 from configs.schema import Model
 from parallel.shards import declared
-from tests.unit.bloom_by_hand import bloom_logits, cross_entropy
-from tests.unit.decoder_samples import LAYERS, VOCABULARY, bloom_of, make_decoder, weights_of
-from training.export.huggingface import huggingface_name
+from tests.support.bloom_formula import bloom_logits, cross_entropy
+from tests.support.models import LAYERS, VOCABULARY, bloom_of, make_decoder, weights_of
+from training.export.formats.huggingface import huggingface_name
 from training.model.single import SingleModel, load_single
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel.groups import Group
+from parallel.axes import Group
 from training.model.alibi import slopes
 from training.model.attention import Reference, Sdpa, aligned
 from training.model.bias import QUERY_BLOCK, Bias, SlopeBias

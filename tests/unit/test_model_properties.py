@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from configs.backends import EVERY_POSITION
-from parallel.groups import Group
-from tests.unit.decoder_samples import VOCABULARY, make_decoder
+from parallel.axes import Group
+from tests.support.models import VOCABULARY, make_decoder
 from training.model import attention
 from training.model.alibi import local_slopes, slopes
 from training.model.attention import Reference, Sdpa

@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from parallel.shards import declared
-from tests.unit.bloom_by_hand import bloom_logits, cross_entropy
-from tests.unit.decoder_samples import LAYERS, VOCABULARY, make_decoder, weights_of
+from tests.support.bloom_formula import bloom_logits, cross_entropy
+from tests.support.models import LAYERS, VOCABULARY, make_decoder, weights_of
 from training.model.rotary import rotate
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from parallel.shards import declared
-from tests.unit.bloom_by_hand import bloom_logits, cross_entropy
-from tests.unit.decoder_samples import LAYERS, VOCABULARY, make_decoder, weights_of
+from tests.support.bloom_formula import bloom_logits, cross_entropy
+from tests.support.models import LAYERS, VOCABULARY, make_decoder, weights_of
 from training.model.sinusoidal import sinusoids
 
 

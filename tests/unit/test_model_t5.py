@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from parallel.groups import Group
+from parallel.axes import Group
 from parallel.shards import declared
-from tests.unit.bloom_by_hand import bloom_logits, cross_entropy
-from tests.unit.decoder_samples import LAYERS, VOCABULARY, make_decoder, weights_of
+from tests.support.bloom_formula import bloom_logits, cross_entropy
+from tests.support.models import LAYERS, VOCABULARY, make_decoder, weights_of
 from training.model.t5 import BUCKETS, MAX_DISTANCE, LearnedBias, buckets
 
 CPU = torch.device("cpu")

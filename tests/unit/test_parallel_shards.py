@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.groups import Group
+from parallel.axes import Group
 from parallel.layout import padded_vocabulary, stage_bounds
+from parallel.parameter import Rule, Shard
 from parallel.seeds import seed_for
-from parallel.shards import Rule, Shard, cut
+from parallel.shards import cut
 
 
 @given(rows=st.integers(1, 40), ranks=st.integers(1, 9))

@@ -7,8 +7,8 @@ import pytest
 
 from configs.errors import InputError, MachineError
 from configs.load import check_run
-from launch.cluster import Job, check_limits, find_job, job_of
-from tests.unit.slurm_stubs import RUNNING, stub_commands
+from launch.slurm.query import Job, check_limits, find_job, job_of
+from tests.support.slurm import RUNNING, stub_commands
 
 PARTITIONS = """\
 PartitionName=big AllowGroups=ALL Default=YES MaxNodes=2 MaxTime=1-00:00:00 TotalNodes=8 State=UP

@@ -9,10 +9,11 @@ import pytest
 
 from configs.errors import InputError
 from configs.paths import chain_file, slurm_stop_file
-from launch import chain, jobs
-from launch.chain import read_chain
-from tests.unit.command_line import Call
-from tests.unit.slurm_stubs import RUNNING, show, stub_commands, submitted
+from launch.slurm import status as jobs
+from launch.slurm import submit as chain
+from launch.slurm.submit import read_chain
+from tests.support.command_line import Call
+from tests.support.slurm import RUNNING, show, stub_commands, submitted
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_advice_fits_what_the_jobs_do(
 ) -> None:
     run_dir = submitted(run_values, tmp_path)
     stub("scontrol", f"{train}; {evaluate}; {show(103, 'PENDING', Reason='Dependency')}; true")
-    assert jobs.status(run_dir).advice == (advice and advice.format(run_dir=run_dir))
+    assert jobs.chain_status(run_dir).advice == (advice and advice.format(run_dir=run_dir))
 
 
 RUNNING_101 = f"[[ $4 == 101 ]] && echo '{RUNNING.replace('JobId=7 JobName=a', 'JobId=101 JobName=small')}'"
@@ -203,7 +204,7 @@ def test_a_partial_resume_keeps_the_row_of_what_is_done(
     (run_dir / "checkpoints" / "step_0000010").mkdir(parents=True)
     stub("scontrol", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
     log = run_dir / "logs" / "slurm-evaluate-102.log"
-    assert jobs.status(run_dir).advice == (
+    assert jobs.chain_status(run_dir).advice == (
         f"SLURM has forgotten evaluate: read {log}, then trainshort jobs resume {run_dir}"
     )
     stub("sbatch", "[[ $2 == *-evaluate ]] && echo 112 || echo 113")
@@ -212,7 +213,7 @@ def test_a_partial_resume_keeps_the_row_of_what_is_done(
     assert read_chain(run_dir).jobs == {"train": "101", "evaluate": "112", "export": "113"}
     write_report(run_dir)
     (run_dir / "export" / "hf").mkdir(parents=True)
-    found = jobs.status(run_dir)
+    found = jobs.chain_status(run_dir)
     assert (list(found.jobs), found.advice) == (["train", "evaluate", "export"], None)
     assert trainshort("jobs", "resume", str(run_dir)).out.endswith("nothing is left to do\n")
 

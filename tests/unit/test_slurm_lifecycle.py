@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from configs.load import check_run
-from launch.slurm import render
-from tests.unit.slurm_stubs import render_small, run_script
+from launch.slurm.script import render
+from tests.support.slurm import render_small, run_script
 
 SAVE_4 = "mkdir -p run/checkpoints/step_0000004;"
 SAVE_ALL = "mkdir -p run/checkpoints/step_0000010;"

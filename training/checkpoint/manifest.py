@@ -32,7 +32,7 @@ from training.checkpoint.disk import FileEntry, describe_file, write_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+CHECKPOINT_FORMAT = 2
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.model"
@@ -41,8 +41,8 @@ MOST_BYTES = 1 << 26  # of a manifest; that of a 176B model has a few hundred ki
 _NAME = re.compile(r"step_(\d{7,18})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+JsonInt = Annotated[int, Field(ge=0, lt=2**53)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class TensorEntry:
         tied: Whether later stages hold a copy.
     """
 
-    shape: tuple[Count, ...]
+    shape: tuple[JsonInt, ...]
     rule: str
-    stage: Count
+    stage: JsonInt
     tied: bool
 
 
 @dataclass(frozen=True)
-class Moment:
+class SavedState:
     """Where training was, and what a resume must find again.
 
     Attributes:
@@ -74,15 +74,15 @@ class Moment:
         validation_loss: Measured after this very step; None where it was not.
     """
 
-    step: Count
-    consumed_samples: Count
-    probe_loss: Number
+    step: JsonInt
+    consumed_samples: JsonInt
+    probe_loss: FiniteFloat
     order_hash: str
-    validation_loss: Number | None
+    validation_loss: FiniteFloat | None
 
 
 @dataclass(frozen=True)
-class Manifest(Moment):
+class Manifest(SavedState):
     """A checkpoint's table of contents.
 
     Attributes:
@@ -93,7 +93,7 @@ class Manifest(Moment):
 
     tensor: Annotated[int, Field(ge=1, lt=2**20)]
     pipeline: Annotated[int, Field(ge=1, lt=2**20)]
-    vocab_size: Count
+    vocab_size: JsonInt
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
 
@@ -197,9 +197,9 @@ def read_manifest(folder: Path) -> Manifest:
         if size > MOST_BYTES:
             raise ValueError(f"it has {size} bytes")
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if data["format"] != FORMAT_VERSION:
+        if data["format"] != CHECKPOINT_FORMAT:
             raise InputError(
-                f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {FORMAT_VERSION}: "
+                f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {CHECKPOINT_FORMAT}: "
                 "use the version that wrote it"
             )
         if data.pop("sha256") != _hash(data):
@@ -264,7 +264,7 @@ def needed_files(manifest: Manifest, *, kinds: Collection[str]) -> dict[str, Fil
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, the last file of a checkpoint, to disk."""
-    write_file(folder / MANIFEST, [sealed({"format": FORMAT_VERSION, **asdict(manifest)})])
+    write_file(folder / MANIFEST, [sealed({"format": CHECKPOINT_FORMAT, **asdict(manifest)})])
 
 
 def sealed(data: dict[str, Any]) -> bytes:

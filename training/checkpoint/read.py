@@ -15,10 +15,11 @@ from torch import Tensor
 from configs.errors import InputError
 from configs.load import load_run
 from configs.schema import RunConfig
+from parallel.axes import Group, Groups
+from parallel.collectives import broadcast_from_first, raise_everywhere
 from parallel.engine import State
-from parallel.groups import Group, Groups
-from parallel.shards import Rule, Shard, pad, span
-from parallel.together import agree, from_first
+from parallel.parameter import Rule, Shard, span
+from parallel.shards import pad
 from parallel.zero import Kind
 from training.checkpoint.manifest import (
     CONFIG,
@@ -202,12 +203,12 @@ def open_together(path: Path, *, kinds: Sequence[Kind], world: Group) -> Checkpo
                 raise InputError(f"{found}: use another checkpoint")
         except InputError as error:
             problem = error
-        agree(problem, group=world)
+        raise_everywhere(problem, group=world)
         assert manifest is not None, "without a problem there is a manifest"
         return manifest
 
     # One rank looks: on a shared file system the others may still see yesterday's folder.
-    folders = from_first(lambda: candidates(path), group=world)
+    folders = broadcast_from_first(lambda: candidates(path), group=world)
     return _opened(*first_whole(folders, check=check))
 
 
@@ -227,7 +228,7 @@ def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[Kind], 
         checkpoint.require([shard for _, shard in state.parameters.values()], kinds=kinds)
     except InputError as error:
         problem = error
-    agree(problem, group=groups.world)
+    raise_everywhere(problem, group=groups.world)
     for name, (_, shard) in state.parameters.items():
         part = None if shard.dim is None else span(shard, tensor_rank=tensor.rank, tensor_size=tensor.size)
         for kind in kinds:

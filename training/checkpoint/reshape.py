@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.load import load_run
 from parallel.layout import Layout
-from parallel.shards import Shard, padded_rows, span
+from parallel.parameter import Shard, padded_rows, span
 from training.checkpoint.manifest import CONFIG, find_checkpoint
 from training.checkpoint.read import rule_of
 
@@ -57,7 +57,7 @@ class Reshape:
     cuts: tuple[Cut, ...]
     state_bytes: int
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
         return {**asdict(self), "path": str(self.path)}
 

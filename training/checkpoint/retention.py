@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from configs.errors import InputError
-from configs.schema import Checkpoint as Rules
+from configs.schema import CheckpointRules as Rules
 from training.checkpoint import disk
 from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 from training.incarnation import Fence
@@ -56,7 +56,7 @@ def clear_unfinished(checkpoints: Path, *, fence: Fence) -> None:
     newer one stays: this start may have been overtaken since it looked.
     """
     for folder in sorted(checkpoints.glob(".step_*")):
-        if not fence.covers(folder.name.removeprefix(".").partition(".")[2]):
+        if not fence.may_remove(folder.name.removeprefix(".").partition(".")[2]):
             continue
         try:
             disk.remove(folder)

@@ -39,7 +39,7 @@ class Verdict:
         """Size of its files."""
         return sum(entry.bytes for entry in self.manifest.files.values()) if self.manifest else 0
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
         number = re.search(r"\d+", self.path.name)
         return {
@@ -55,7 +55,7 @@ class Verdict:
         }
 
 
-def glance(path: Path) -> list[Verdict]:
+def list_verdicts(path: Path) -> list[Verdict]:
     """Return a checkpoint, or those of a run folder, oldest first, after a look at the sizes of their files.
 
     Raises:
@@ -68,7 +68,7 @@ def glance(path: Path) -> list[Verdict]:
     return [_look(found.path) for found in list_checkpoints(path)]
 
 
-def verify(path: Path) -> list[Verdict]:
+def verify_checkpoints(path: Path) -> list[Verdict]:
     """Read every byte of a checkpoint, or of each one of a run folder, oldest first.
 
     Raises:

@@ -18,10 +18,10 @@ from configs.errors import InputError, MachineError, TrainshortError
 from configs.load import dump_run
 from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
+from parallel.axes import Groups
+from parallel.collectives import all_gather_object, broadcast_from_first
 from parallel.engine import State
-from parallel.groups import Groups
-from parallel.shards import Shard, span
-from parallel.together import from_first, gathered
+from parallel.parameter import Shard, span
 from parallel.zero import KINDS
 from training.checkpoint import disk
 from training.checkpoint.disk import FileEntry
@@ -29,7 +29,7 @@ from training.checkpoint.manifest import (
     CONFIG,
     TOKENIZER,
     Manifest,
-    Moment,
+    SavedState,
     TensorEntry,
     file_name,
     read_manifest,
@@ -63,7 +63,7 @@ def save_checkpoint(
     groups: Groups,
     tokenizer: Path,
     vocab_size: int,
-    moment: Moment,
+    moment: SavedState,
     fence: Fence,
     broken: Collection[Path] = (),
 ) -> Path:
@@ -89,13 +89,13 @@ def save_checkpoint(
     beside = folder.with_name(f".{folder.name}.{fence.token}")
     world = groups.world
     try:
-        from_first(lambda: _told(lambda: _prepare(beside, fence=fence), folder=folder), group=world)
-        parts = gathered(_write_part(state, beside, folder=folder, groups=groups, fence=fence), group=world)
+        broadcast_from_first(lambda: _told(lambda: _prepare(beside, fence=fence), folder=folder), group=world)
+        parts = all_gather_object(_write_part(state, beside, folder=folder, groups=groups, fence=fence), group=world)
         for problem in (part.problem for part in parts if part.problem is not None):
             raise problem
         manifest = _manifest(parts, moment=moment, groups=groups, vocab_size=vocab_size)
         complete = partial(_complete, beside, folder, manifest, config=config, tokenizer=tokenizer, fence=fence)
-        from_first(lambda: _told(complete, folder=folder), group=world)
+        broadcast_from_first(lambda: _told(complete, folder=folder), group=world)
     except TrainshortError:
         if world.rank == 0:
             with suppress(OSError):
@@ -179,7 +179,7 @@ def _told(action: Callable[[], None], *, folder: Path) -> None:
         raise SaveError(f"{folder} was not saved ({error.strerror}{where}): free space, or mend the disk") from None
 
 
-def _manifest(parts: Sequence[_Part], *, moment: Moment, groups: Groups, vocab_size: int) -> Manifest:
+def _manifest(parts: Sequence[_Part], *, moment: SavedState, groups: Groups, vocab_size: int) -> Manifest:
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
     for part in parts:

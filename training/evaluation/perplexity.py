@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from configs.errors import TrainshortError
-from training.evaluation.windows import Protocol, Windows, place_windows
+from training.evaluation.windows import WindowProtocol, Windows, place_windows
 
 BATCH_TOKENS = 8192
 
@@ -41,7 +41,7 @@ class Result:
     """
 
     length: int
-    protocol: Protocol
+    protocol: WindowProtocol
     tokens: int
     loss: float
 
@@ -51,12 +51,12 @@ class Result:
         return math.exp(self.loss)
 
 
-def measure(
+def measure_loss(
     scorer: Scorer,
     tokens: npt.NDArray[np.int64],
     *,
     length: int,
-    protocol: Protocol,
+    protocol: WindowProtocol,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Result:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.atomic import whole_file
+from configs.files import whole_file
 from training.evaluation.perplexity import Result
-from training.evaluation.text import Text
+from training.evaluation.text import EvaluationText
 
 
 def build_document(
@@ -18,7 +18,7 @@ def build_document(
     step: int,
     train_length: int,
     certificate: dict[str, Any],
-    text: Text,
+    text: EvaluationText,
 ) -> dict[str, Any]:
     """Return the document of report.json.
 
@@ -108,7 +108,7 @@ def format_table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _result(result: Result, *, text: Text) -> dict[str, Any]:
+def _result(result: Result, *, text: EvaluationText) -> dict[str, Any]:
     found: dict[str, Any] = {
         "length": result.length,
         "protocol": result.protocol.name,

@@ -12,25 +12,25 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from configs.errors import InputError
 from configs.paths import evaluation_folder
 from training.checkpoint.read import Checkpoint, open_checkpoint
-from training.evaluation.perplexity import Result, Scorer, measure
+from training.evaluation.perplexity import Result, Scorer, measure_loss
 from training.evaluation.plot import draw_plot
 from training.evaluation.report import build_document, write_report
-from training.evaluation.text import Text, file_text, held_out_text
-from training.evaluation.windows import Protocol, parse_protocol, place_windows
+from training.evaluation.text import EvaluationText, file_text, held_out_text
+from training.evaluation.windows import WindowProtocol, parse_protocol, place_windows
 from training.model.single import load_single
 from training.tracking.tracker import MlflowTracker, attach
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """One measurement to make; inputs are what the model has to read for it, windows x length."""
 
     length: int
-    protocol: Protocol
+    protocol: WindowProtocol
     inputs: int
 
 
-def evaluate(
+def evaluate_checkpoint(
     checkpoint: Path, *, lengths: tuple[int, ...] | None, protocols: tuple[str, ...] | None, data: Path | None
 ) -> dict[str, Any]:
     """Measure a checkpoint's perplexity and write RUN_DIR/evaluation: report.json, report.md, perplexity.png.
@@ -69,7 +69,7 @@ def evaluate(
     return document
 
 
-def plan_jobs(lengths: Sequence[int], protocols: Sequence[Protocol], *, tokens: int) -> list[Job]:
+def plan_jobs(lengths: Sequence[int], protocols: Sequence[WindowProtocol], *, tokens: int) -> list[Measurement]:
     """Return the measurements of every protocol at every length, each once.
 
     Raises:
@@ -86,17 +86,17 @@ def plan_jobs(lengths: Sequence[int], protocols: Sequence[Protocol], *, tokens: 
     for protocol in dict.fromkeys(protocols):
         for length in dict.fromkeys(lengths):
             windows = place_windows(tokens, length=length, protocol=protocol)
-            jobs.append(Job(length=length, protocol=protocol, inputs=windows.count * length))
+            jobs.append(Measurement(length=length, protocol=protocol, inputs=windows.count * length))
     return jobs
 
 
-def run_jobs(scorer: Scorer, text: Text, jobs: Sequence[Job]) -> list[Result]:
+def run_jobs(scorer: Scorer, text: EvaluationText, jobs: Sequence[Measurement]) -> list[Result]:
     """Return a result per job, showing progress on the standard error stream."""
     results = []
     with _progress(sum(job.inputs for job in jobs)) as (progress, task):
         for job in jobs:
             progress.update(task, description=f"{job.protocol} at {job.length:,}")
-            result = measure(
+            result = measure_loss(
                 scorer,
                 text.tokens,
                 length=job.length,

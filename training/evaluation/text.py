@@ -14,7 +14,7 @@ from training.checkpoint.read import Checkpoint
 
 
 @dataclass(frozen=True)
-class Text:
+class EvaluationText:
     """A text as the model sees it.
 
     Attributes:
@@ -31,7 +31,7 @@ class Text:
     unigram_perplexity: float | None
 
 
-def held_out_text(checkpoint: Checkpoint) -> Text:
+def held_out_text(checkpoint: Checkpoint) -> EvaluationText:
     """Return the part of the run's data that training held out.
 
     Raises:
@@ -41,7 +41,7 @@ def held_out_text(checkpoint: Checkpoint) -> Text:
     return _text(held_out_stream(prepared, split=checkpoint.config.data.split), prepared)
 
 
-def file_text(checkpoint: Checkpoint, path: Path) -> Text:
+def file_text(checkpoint: Checkpoint, path: Path) -> EvaluationText:
     """Return a file's text, verbatim, nothing added.
 
     Raises:
@@ -56,10 +56,10 @@ def file_text(checkpoint: Checkpoint, path: Path) -> Text:
     return _text(stream, prepared)
 
 
-def _text(stream: TokenStream, prepared: Prepared | None) -> Text:
+def _text(stream: TokenStream, prepared: Prepared | None) -> EvaluationText:
     predicted = stream.tokens[1:]
     baseline = unigram_perplexity(prepared, predicted) if prepared is not None and len(predicted) else None
-    return Text(stream.name, stream.tokens, stream.words, baseline)
+    return EvaluationText(stream.name, stream.tokens, stream.words, baseline)
 
 
 def _prepared(checkpoint: Checkpoint) -> Prepared:

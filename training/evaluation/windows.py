@@ -10,7 +10,7 @@ from configs.errors import InputError
 
 
 @dataclass(frozen=True)
-class Protocol:
+class WindowProtocol:
     """How windows move over a text: by their own length (stride None), or by a stride.
 
     Source: Press et al. 2022, appendix B.
@@ -53,23 +53,23 @@ class Windows:
         return 0 if window == 0 else self.length - self.stride
 
 
-def parse_protocol(text: str) -> Protocol:
+def parse_protocol(text: str) -> WindowProtocol:
     """Return the protocol named `nonoverlapping` or `sliding:STRIDE`.
 
     Raises:
         InputError: another name, or a stride that is not a whole number above 0.
     """
     if text == "nonoverlapping":
-        return Protocol(stride=None)
+        return WindowProtocol(stride=None)
     match = re.fullmatch(r"sliding:(\d+)", text, re.ASCII)
     if match is None:
         raise InputError(f"protocol {text!r} is not known: use nonoverlapping or sliding:STRIDE")
     if int(match[1]) == 0:
         raise InputError(f"protocol {text!r} has stride 0, so its window would not move: use a stride of 1 or more")
-    return Protocol(stride=int(match[1]))
+    return WindowProtocol(stride=int(match[1]))
 
 
-def place_windows(tokens: int, *, length: int, protocol: Protocol) -> Windows:
+def place_windows(tokens: int, *, length: int, protocol: WindowProtocol) -> Windows:
     """Return the whole windows that fit into a text; a last partial one is dropped.
 
     Args:

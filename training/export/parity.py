@@ -13,7 +13,7 @@ import transformers
 from configs.errors import TrainshortError
 
 # of the largest logit, or of 1 where that is smaller
-TOLERANCE = 1e-4
+LOGIT_TOLERANCE = 1e-4
 # transformers' Bloom holds heads x length x length scores of a layer at once
 _MOST_SCORE_BYTES = 2_000_000_000
 
@@ -88,7 +88,7 @@ def compare_logits(
             scale = max(scale, ours.abs().max().item())
     # torch's max, unlike Python's, gives nan where one is nan
     difference = torch.stack(differences).max().item()
-    parity = LogitParity(tuple(lengths), difference, scale, TOLERANCE * max(1.0, scale))
+    parity = LogitParity(tuple(lengths), difference, scale, LOGIT_TOLERANCE * max(1.0, scale))
     if not difference <= parity.tolerance:
         raise TrainshortError(
             f"the exported model's logits differ from the trained model's by {difference:.3g} at lengths "

@@ -15,7 +15,7 @@ from data_pipeline.tokenizer import Tokenizer
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.text import held_out_text
 from training.export.folder import new_folder, require_new
-from training.export.huggingface import LONGEST_COMPARED, fill_folder, require_bloom
+from training.export.formats.huggingface import LONGEST_COMPARED, fill_folder, require_bloom
 from training.export.parity import (
     TRICKY,
     LogitParity,
@@ -63,7 +63,7 @@ class Exported:
         )
 
 
-def export(checkpoint: Path, *, format: str, out: Path) -> Exported:
+def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> Exported:
     """Write a checkpoint's model for inference engines, whole and compared or not at all.
 
     The folder also holds the certificate of the positions that were exported, certificate.json.

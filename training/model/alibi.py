@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from parallel.groups import Group
+from parallel.axes import Group
 
 
 def slopes(heads: int) -> list[float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from configs.backends import BACKENDS, missing
+from configs.backends import BACKENDS, unavailable
 from configs.errors import MachineError
 from training.model.bias import QUERY_BLOCK, Bias
 
@@ -155,7 +155,9 @@ class Flash:
                 f"model.attention flash: the installed flash_attn cannot be imported ({error}): install one that is "
                 "built for this torch, or use sdpa"
             ) from None
-        why = missing(BACKENDS["flash"], device="cuda", packages=frozenset({"flash_attn"}), capability=_capability())
+        why = unavailable(
+            BACKENDS["flash"], device="cuda", packages=frozenset({"flash_attn"}), capability=_capability()
+        )
         if why is not None:
             raise MachineError(f"model.attention {why}")
         self.bias, self._slopes, self._attend = bias, _Slopes(bias), flash_attn_func

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.backends import backend_of
 from configs.schema import Model
-from parallel.groups import Group
+from parallel.axes import Group
 from parallel.layers import WordEmbedding, column_linear, layer_norm, row_linear, split_cross_entropy
 from parallel.plan import LayerPlan
 from training.model.alibi import local_slopes

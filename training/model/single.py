@@ -12,8 +12,8 @@ from parallel.shards import declared
 from parallel.start import start_alone
 from training.checkpoint.read import Checkpoint
 from training.model.cache import KeyValueCache
-from training.model.certificate import certify, document
 from training.model.decoder import Decoder, plan_layers
+from training.model.proof.certificate import certificates_to_json, certify
 
 HEAD_TOKENS = 1024  # tokens whose logits exist at one time
 READ_OTHERWISE = "read the checkpoint with another torch or on another machine, and report this"
@@ -72,7 +72,7 @@ def load_single(checkpoint: Checkpoint) -> SingleModel:
     `reference` is no exception: it writes all scores out, which no evaluation at length could hold.
 
     Raises:
-        TrainshortError: its positions are not what they must be; see `training.model.certificate`.
+        TrainshortError: its positions are not what they must be; see `training.model.proof.certificate`.
     """
     model = checkpoint.config.model.model_copy(update={"attention": "auto"})
     decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
@@ -83,7 +83,7 @@ def load_single(checkpoint: Checkpoint) -> SingleModel:
     certificates = certify(
         decoder, model, groups=lone_groups(), dtype=torch.float32, device=device, otherwise=READ_OTHERWISE
     )
-    return SingleModel(decoder, device=device, certificate=document(certificates, model))
+    return SingleModel(decoder, device=device, certificate=certificates_to_json(certificates, model))
 
 
 def lone_decoder(model: Model, *, vocab_size: int) -> Decoder:

@@ -10,8 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from parallel.groups import Group
-from parallel.shards import Shard, declare
+from parallel.axes import Group
+from parallel.parameter import Shard
+from parallel.shards import declare
 from training.model.bias import padded, power_of_two
 
 BUCKETS = 32

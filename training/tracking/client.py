@@ -30,7 +30,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Place:
+class TrackingTarget:
     """Where a run folder's MLflow run lives.
 
     Attributes:
@@ -128,7 +128,7 @@ class MlflowRun:
             self._client.log_batch(self._run_id, metrics=metrics[first : first + room], tags=tags if last else [])
 
 
-def open_run(place: Place) -> MlflowRun:
+def open_run(place: TrackingTarget) -> MlflowRun:
     """Return the run folder's MLflow run, RUNNING: the one its record names, else a new one."""
     client = _client(place.uri)
     record = read_record(place.run_dir)
@@ -149,7 +149,7 @@ def open_run(place: Place) -> MlflowRun:
     return MlflowRun(client, run_id, logged_steps={})
 
 
-def open_recorded_run(place: Place) -> MlflowRun:
+def open_recorded_run(place: TrackingTarget) -> MlflowRun:
     """Return the MLflow run that the run folder's record names, its status left as it is.
 
     Raises:

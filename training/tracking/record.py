@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from data_pipeline.atomic import whole_file
+from configs.files import whole_file
 
 
 @dataclass(frozen=True)

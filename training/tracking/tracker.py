@@ -15,7 +15,7 @@ from training.observers import Status
 from training.tracking.client import (
     Measured,
     MlflowRun,
-    Place,
+    TrackingTarget,
     import_client,
     is_outage,
     open_recorded_run,
@@ -73,7 +73,7 @@ class MlflowTracker:
             attached: Only add to a run that exists, and leave its status alone: see `attach`.
         """
         quiet_mlflow()
-        place = Place(
+        place = TrackingTarget(
             run_dir=run_dir,
             name=name,
             experiment=experiment,
@@ -145,7 +145,7 @@ def attach(run_dir: Path, *, uri: str | None) -> MlflowTracker | None:
 class _Sender:
     """The thread's side: takes records from the queue in order, and keeps them until they are sent."""
 
-    def __init__(self, place: Place, records: queue.SimpleQueue[_Record], *, attached: bool) -> None:
+    def __init__(self, place: TrackingTarget, records: queue.SimpleQueue[_Record], *, attached: bool) -> None:
         self._place = place
         self._queue = records
         self._attached = attached

@@ -1,0 +1,106 @@
+"""The pieces inside a sentencepiece model file, for those who write the tokenizer down in another format."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from sentencepiece import sentencepiece_model_pb2
+
+from configs.errors import InputError
+
+_MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+
+
+class PieceType(IntEnum):
+    """What a piece is; the numbers of the sentencepiece format, which GGUF shares."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token: its text (a space is U+2581), its merge score (higher merges first), its type."""
+
+    text: str
+    score: float
+    type: PieceType
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All pieces, a piece's place being its token id, and the ids with a role (None where the model has no such)."""
+
+    pieces: tuple[Piece, ...]
+    unknown_id: int
+    begin_id: int | None
+    end_id: int | None
+    pad_id: int | None
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+
+def read_vocabulary(model: Path) -> Vocabulary:
+    """Return the pieces of a sentencepiece model that other runtimes can encode identically.
+
+    Portable are BPE models that keep text as it is: identity normalization, no prefix space, no space removed,
+    bytes for what has no piece. Unigram ties and rounding differ between implementations, so the ids would too.
+
+    Args:
+        model: A sentencepiece .model file.
+    Raises:
+        InputError: the file cannot be read, is no sentencepiece model, or is not portable.
+    """
+    proto = _parse(model)
+    _require_portable(proto, model)
+    trainer = proto.trainer_spec
+    return Vocabulary(
+        pieces=tuple(Piece(piece.piece, piece.score, PieceType(piece.type)) for piece in proto.pieces),
+        unknown_id=trainer.unk_id,
+        begin_id=trainer.bos_id if trainer.bos_id >= 0 else None,
+        end_id=trainer.eos_id if trainer.eos_id >= 0 else None,
+        pad_id=trainer.pad_id if trainer.pad_id >= 0 else None,
+    )
+
+
+def _parse(model: Path) -> Any:
+    # protobuf makes the class when the module is imported, so a type checker does not see it
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(model.read_bytes())
+    except OSError as error:
+        raise InputError(f"tokenizer {model} cannot be read ({error.strerror}): check the path") from None
+    except DecodeError:
+        raise InputError(f"tokenizer {model} is not a sentencepiece model: give a .model file") from None
+    if not proto.pieces:
+        raise InputError(f"tokenizer {model} has no pieces: give a sentencepiece .model file")
+    return proto
+
+
+def _require_portable(proto: Any, model: Path) -> None:
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    wrong = []
+    if trainer.model_type != 2:
+        wrong.append(f"model type {_MODEL_TYPES.get(trainer.model_type, trainer.model_type)} (must be bpe)")
+    if normalizer.name != "identity":
+        wrong.append(f"normalization {normalizer.name or 'unnamed'} (must be identity)")
+    if normalizer.add_dummy_prefix:
+        wrong.append("add_dummy_prefix (must be off)")
+    if normalizer.remove_extra_whitespaces:
+        wrong.append("remove_extra_whitespaces (must be off)")
+    if not trainer.byte_fallback:
+        wrong.append("no byte_fallback (must be on)")
+    if trainer.treat_whitespace_as_suffix:
+        wrong.append("treat_whitespace_as_suffix (must be off)")
+    if wrong:
+        raise InputError(
+            f"tokenizer {model} gives other ids in other runtimes: it has {', '.join(wrong)}; "
+            "use a tokenizer that `trainshort prepare` trained"
+        )

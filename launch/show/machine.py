@@ -1,0 +1,109 @@
+"""What `doctor` shows: the machine, its attention backends, the audit of a run's ALiBi."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launch.show.run import show_lines
+
+
+def show_machine(found: dict[str, Any]) -> None:
+    """Write what this machine has, and its attention backends."""
+    cpu, gpus, network = found["cpu"], found["gpus"], found["network"]
+    packages = {name: version or "not installed" for name, version in found["packages"].items()}
+    rows = {
+        "python": f"{found['python']['version']} {found['python']['executable']}",
+        "system": found["python"]["system"],
+        "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
+        "cpu": f"{cpu['cores']} cores, memory {_gib(cpu['memory_bytes'])}, {_gib(cpu['available_bytes'])} of it free",
+        "gpu": _gpus(gpus),
+        "ranks talk by": _collectives(gpus),
+        "network": _network(network),
+        "slurm": ", ".join(f"{name} {path or 'not found'}" for name, path in found["slurm"].items()),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, Text(value, overflow="fold"))
+    console = Console(highlight=False)
+    console.print(table)
+    for backend in found["attention"]:
+        console.print(f"\nattention {backend['name']}: {'available' if backend['lacks'] is None else 'not available'}")
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
+        for key in ("what", "positions", "precisions", "devices", "memory", "has_run", "lacks"):
+            value = backend[key]
+            if value is not None:
+                words = ", ".join(value) if isinstance(value, tuple) else value
+                table.add_row(key.replace("_", " "), Text(f"grows with {words}" if key == "memory" else words))
+        console.print(table)
+
+
+def show_audit(found: dict[str, Any]) -> None:
+    """Write the precision audit of a run's ALiBi."""
+    show_lines(
+        f"{found['run']}: {found['backend']} in {found['precision']} on {found['device']}, "
+        f"{found['heads']} heads of {found['head_dim']}"
+    )
+    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
+    for name in ("length", "heads", "rows", "worst row", "its head", "mean", "slope*j: worst", "mean"):
+        table.add_column(name, justify="right")
+    for one in found["lengths"]:
+        heads = one["heads"]
+        worst = max(heads, key=lambda head: head["measured"]["worst"])
+        lost = max(heads, key=lambda head: head["absolute"]["mean"])
+        table.add_row(
+            f"{one['length']:,}",
+            str(len(heads)),
+            f"{one['queries']:,}",
+            f"{worst['measured']['worst']:.1e}",
+            str(worst["head"]),
+            f"{worst['measured']['mean']:.1e}",
+            f"{max(head['absolute']['worst'] for head in heads):.1e}",
+            f"{lost['absolute']['mean']:.1e}",
+        )
+    Console().print(table)
+    verdict = "every row is within" if found["within"] else "a row is not within"
+    show_lines(
+        "Rows: the last of each length. Numbers: total variation to exact ALiBi in fp64,",
+        "the share of a row's attention that is on other keys; worst row, and mean of",
+        f"its head. slope*j: what that form, stored in {found['precision']}, would lose: worst row,",
+        "and the mean of its worst head.",
+        f"{verdict} the limit for {found['precision']}, {found['limit']:g}",
+    )
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
+
+
+def _gpus(gpus: dict[str, Any]) -> str:
+    if gpus["usable"]:
+        return ", ".join(
+            f"{gpu['name']} {_gib(gpu['memory_bytes'])}{'' if gpu['bf16'] else ' without bf16'}"
+            for gpu in gpus["usable"]
+        )
+    build = f"torch is built for CUDA {gpus['torch_cuda']}" if gpus["torch_cuda"] else "torch is built without CUDA"
+    return f"{gpus['present']} present, but torch sees none; {build}" if gpus["present"] else f"none; {build}"
+
+
+def _collectives(gpus: dict[str, Any]) -> str:
+    words = [f"{name} {'yes' if gpus[name] else 'no'}" for name in ("nccl", "gloo")]
+    return f"{', '.join(words)}; GPU ranks need nccl, CPU ranks gloo"
+
+
+def _network(network: dict[str, Any]) -> str:
+    host, addresses = network["host"], network["addresses"]
+    if not addresses:
+        name = f"{host} does not resolve: local ranks need no name, ranks of several nodes cannot find this one by it"
+    elif all(address.startswith("127.") or address == "::1" for address in addresses):
+        name = f"{host} is {', '.join(addresses)}, this machine alone: enough for local ranks, not for several nodes"
+    else:
+        name = f"{host} is {', '.join(addresses)}"
+    port = (
+        "a TCP port was bound and reached on 127.0.0.1"
+        if network["free_port"]
+        else ("no TCP port could be bound and reached on 127.0.0.1: ranks cannot talk to each other")
+    )
+    return f"{name}; {port}"

@@ -1,0 +1,47 @@
+"""A parameter in any layout: its name, whole shape, split rule and initial values. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Rule = Literal["replicated", "column", "row", "vocabulary"]
+_DIM: dict[Rule, int | None] = {"replicated": None, "column": 0, "row": 1, "vocabulary": 0}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parameter's declaration.
+
+    Attributes:
+        name: Logical name, the same in every layout.
+        shape: Whole shape, without padding.
+        rule: How tensor ranks split it; vocabulary is padded with rows of zeros to divide.
+        init_std: Std of the initial normal values; None for a constant.
+        constant: Initial value where init_std is None.
+        tied: Several pipeline stages hold it and keep it equal; the first one's is saved.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rule: Rule
+    init_std: float | None = None
+    constant: float = 0.0
+    tied: bool = False
+
+    @property
+    def dim(self) -> int | None:
+        """The tensor dimension that is split, or None."""
+        return _DIM[self.rule]
+
+
+def span(shard: Shard, *, tensor_rank: int, tensor_size: int) -> tuple[int, int]:
+    """Return the [start, stop) of the split dimension that a tensor rank holds, padding left out."""
+    assert shard.dim is not None, f"{shard.name} is not split"
+    length = shard.shape[shard.dim]
+    size = -(-length // tensor_size)
+    start = min(tensor_rank * size, length)
+    return start, min(start + size, length)
+
+
+def padded_rows(shard: Shard, *, tensor_size: int) -> int:
+    """Return the rows of zeros that make all tensor ranks' slices equal."""
+    return 0 if shard.dim is None else -shard.shape[shard.dim] % tensor_size

@@ -1,0 +1,314 @@
+"""Prepared data is the text, whole or not at all, done once, and never of other inputs than asked for."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from configs.errors import InputError, MachineError
+from configs.files import one_writer
+from configs.schema import Data
+from data_pipeline.indexed import histogram, read_sequences
+from data_pipeline.manifest import Prepared, load_prepared
+from data_pipeline.prepare import prepare_data
+from data_pipeline.tokenizer import Tokenizer
+from tests.support.data import BOOK, small_data, write_book
+
+
+def prepared_from(data: Data, folder: Path) -> Prepared:
+    return prepare_data(data, folder=folder, progress=False)
+
+
+def refused(data: Data, folder: Path, *, by=prepared_from) -> str:
+    with pytest.raises(InputError) as caught:
+        by(data, folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def load(data: Data, folder: Path) -> Prepared:
+    return load_prepared(data, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Path]:
+    """A prepared book; copied, not changed, by the tests."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = small_data(write_book(folder))
+    prepared_from(data, folder / "data")
+    return data, folder / "data"
+
+
+@pytest.fixture
+def copy(whole: tuple[Data, Path], tmp_path: Path) -> tuple[Data, Path]:
+    shutil.copytree(whole[1], tmp_path / "data")
+    return whole[0], tmp_path / "data"
+
+
+def test_megatron_reads_the_text_back(whole: tuple[Data, Path]) -> None:
+    data, folder = whole
+    prepared = load(data, folder)
+    assert (prepared.vocab_size, prepared.end_of_document, len(prepared.parts)) == (600, 2, 1)
+    (part,) = prepared.parts
+    dataset = IndexedDataset(str(prepared.prefix(part)))
+    sequences = [dataset[i] for i in range(len(dataset))]
+    assert dataset.index.dtype is np.uint16
+    assert len(sequences) == part.sequences >= 10
+    assert dataset.document_indices.tolist() == [0, part.sequences]
+    assert [int(tokens[-1]) == 2 for tokens in sequences] == [False] * (part.sequences - 1) + [True]
+    tokens = np.concatenate(sequences)
+    assert Tokenizer.load(prepared.tokenizer).decode(tokens) == BOOK
+    assert (prepared.tokens, part.words) == (len(tokens), len(BOOK.split()))
+    assert np.array_equal(np.load(folder / "unigram.npy"), np.bincount(tokens, minlength=600))
+    assert not [file.name for file in folder.iterdir() if file.name.endswith((".tmp", "preparing.json"))]
+
+
+def test_sources_without_weights_share_a_part_and_documents_end(tmp_path: Path) -> None:
+    records = tmp_path / "more.jsonl.gz"
+    records.write_bytes(gzip.compress(b"".join(json.dumps({"text": BOOK[i::3]}).encode() + b"\n" for i in range(3))))
+    text = write_book(tmp_path, text=f"{BOOK}<|end|>tail")
+    data = small_data(text, records, document_separator="<|end|>")
+    (part,) = prepared_from(data, tmp_path / "data").parts
+    assert part.documents == 5
+    dataset = IndexedDataset(str(tmp_path / "data" / part.prefix))
+    tokenizer = Tokenizer.load(tmp_path / "data" / "tokenizer.model")
+    marks = dataset.document_indices
+    found = [np.concatenate(dataset[a:b]) for a, b in zip(marks[:-1], marks[1:], strict=True)]
+    assert [tokenizer.decode(tokens) for tokens in found] == [BOOK, "tail", BOOK[0::3], BOOK[1::3], BOOK[2::3]]
+    assert all((tokens == 2).nonzero()[0].tolist() == [len(tokens) - 1] for tokens in found)
+
+
+def test_done_work_is_not_done_again_and_needs_no_torch(copy: tuple[Data, Path]) -> None:
+    data, folder = copy
+    states = {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.name != ".lock"}
+    command = (
+        "import sys; from pathlib import Path; from configs.schema import Data\n"
+        "from data_pipeline.prepare import prepare_data\n"
+        "prepare_data(Data.model_validate_json(sys.argv[1]), folder=Path(sys.argv[2]), progress=False)\n"
+        "print([name for name in ('torch', 'megatron', 'pyarrow') if name in sys.modules])"
+    )
+    started_at = time.monotonic()
+    arguments = [sys.executable, "-c", command, data.model_dump_json(), str(folder)]
+    output = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60)
+    assert output.stdout == "[]\n"
+    assert time.monotonic() - started_at < 5
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.name != ".lock"} == states
+
+
+def test_other_inputs_than_those_of_the_folder_are_named(copy: tuple[Data, Path], tmp_path: Path) -> None:
+    data, folder = copy
+    path = data.sources[0].path
+    other = tmp_path / "other.txt"
+    shutil.copy(path, other)
+    for values, message in (
+        ({"vocab_size": 700}, "data.vocab_size was 600 then and is 700 now"),
+        ({"document_separator": "\n\n"}, "data.document_separator was None then"),
+    ):
+        assert message in refused(small_data(path, **values), folder)
+        assert message in refused(small_data(path, **values), folder, by=load)
+    assert "data.sources was" in refused(small_data(other), folder)
+    assert "set data.dir to another folder, or delete" in refused(small_data(other), folder, by=load)
+    assert "had no weights then" in refused(small_data((path, 1.0)), folder)
+
+
+def test_a_source_that_changed_is_named(tmp_path: Path) -> None:
+    book = write_book(tmp_path)
+    data = small_data(book)
+    prepared_from(data, tmp_path / "data")
+    later = book.stat().st_mtime_ns + 10**9
+    os.utime(book, ns=(later, later))
+    assert f"{book} changed (modified since)" in refused(data, tmp_path / "data")
+    book.write_text("shorter")
+    assert f"{book} changed ({len(BOOK.encode())} bytes then, 7 now)" in refused(data, tmp_path / "data")
+    # the data is whole without its source
+    book.unlink()
+    assert load(data, tmp_path / "data").tokens > 1000
+
+
+def test_data_that_is_not_prepared_says_so(whole: tuple[Data, Path], tmp_path: Path) -> None:
+    data, _ = whole
+    assert "data is not prepared in" in refused(data, tmp_path / "nothing", by=load)
+    (tmp_path / "file").write_text("x")
+    assert "run `trainshort prepare`" in refused(data, tmp_path / "file", by=load)
+    assert "is a file: set data.dir to a folder" in refused(data, tmp_path / "file")
+    assert "is a file" in refused(data, tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("name", ["part-000.bin", "part-000.idx"])
+def test_truncated_and_missing_files_are_refused(copy: tuple[Data, Path], name: str) -> None:
+    data, folder = copy
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-2])
+    for by in (load, prepared_from):
+        assert f"{name} has {len(content) - 2} bytes, {len(content)} were written" in refused(data, folder, by=by)
+    (folder / name).unlink()
+    assert f"{name} is missing" in refused(data, folder, by=load)
+
+
+def test_a_changed_tokenizer_or_manifest_is_refused(copy: tuple[Data, Path]) -> None:
+    data, folder = copy
+    (folder / "tokenizer.model").write_bytes(b"x")
+    assert "is not the one that the data was prepared with" in refused(data, folder, by=load)
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace('"format_version": 1', '"format_version": 99'))
+    assert "has format_version 99, this version reads 1" in refused(data, folder, by=load)
+    (folder / "manifest.json").write_text(manifest[:50])
+    assert "cannot be read" in refused(data, folder, by=load)
+
+
+def test_an_interrupted_prepare_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
+    first, second = write_book(tmp_path, "first.txt"), tmp_path / "second.txt"
+    second.write_bytes(BOOK.encode() * 2 + b"\xff")
+    tokenizer = train(tmp_path)
+    data = small_data((first, 1.0), (second, 3.0), tokenizer=str(tokenizer))
+    assert "is not UTF-8" in refused(data, tmp_path / "data")
+    assert sorted(file.name for file in (tmp_path / "data").glob("[!.]*")) == [
+        "part-000.bin",
+        "part-000.idx",
+        "part-000.json",
+        "part-000.words.npy",
+        "preparing.json",
+        "tokenizer.model",
+    ]
+    assert "is not prepared" in refused(data, tmp_path / "data", by=load)
+    # mended: the inputs changed, all is made anew; with the same inputs the first part would be kept
+    second.write_text(BOOK * 2)
+    prepared = prepared_from(data, tmp_path / "data")
+    assert [part.weight for part in prepared.parts] == [1.0, 3.0]
+    assert not list((tmp_path / "data").glob("*.json.tmp"))
+
+
+def test_a_part_that_was_done_is_kept(tmp_path: Path) -> None:
+    book = write_book(tmp_path)
+    data = small_data((book, 1.0))
+    folder = tmp_path / "data"
+    prepared_from(data, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    # as if killed just before the manifest was written
+    (folder / "manifest.json").unlink()
+    (folder / "preparing.json").write_text(json.dumps(manifest["inputs"]))
+    (folder / "part-000.json").write_text(json.dumps(manifest["parts"][0]))
+    written_at = (folder / "part-000.bin").stat().st_mtime_ns
+    prepared_from(data, folder)
+    assert (folder / "part-000.bin").stat().st_mtime_ns == written_at
+
+
+def test_files_that_prepare_did_not_write_are_left_alone(tmp_path: Path) -> None:
+    data = small_data(write_book(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "part-000.bin").write_bytes(b"mine")
+    assert "set data.dir to an empty folder" in refused(data, tmp_path / "data")
+    assert (tmp_path / "data" / "part-000.bin").read_bytes() == b"mine"
+
+
+def test_two_prepares_at_once_wait_for_each_other(copy: tuple[Data, Path]) -> None:
+    data, folder = copy
+    done: list[Prepared] = []
+    with one_writer(folder, on_wait=lambda: None):
+        other = threading.Thread(target=lambda: done.append(prepared_from(data, folder)))
+        other.start()
+        other.join(timeout=0.5)
+        assert not done
+    other.join(timeout=60)
+    assert done
+
+
+def test_a_folder_that_cannot_be_written_is_the_machines_fault(tmp_path: Path) -> None:
+    data = small_data(write_book(tmp_path))
+    with pytest.raises(MachineError, match="set data.dir to another"):
+        prepared_from(data, Path("/proc/nothing/data"))
+
+
+def test_one_piece_of_text_cannot_be_held_out_from(tmp_path: Path) -> None:
+    data = small_data(write_book(tmp_path, text=BOOK[:9000]), vocab_size=400)
+    message = refused(data, tmp_path / "data")
+    assert "is one piece of" in message
+    assert "add text, set data.document_separator, or set data.split to 0" in message
+    # what was done is good for the next try
+    assert prepared_from(data.model_copy(update={"split": 0.0}), tmp_path / "data").parts[0].sequences == 1
+    assert "is one piece of" in refused(data, tmp_path / "data", by=load)
+
+
+def test_a_source_named_twice_is_refused(tmp_path: Path) -> None:
+    book = write_book(tmp_path)
+    assert "2 times: name it once" in refused(small_data(book, book), tmp_path / "data")
+
+
+def train(folder: Path) -> Path:
+    prepared_from(small_data(write_book(folder, "for-tokenizer.txt")), folder / "tokenizer")
+    return folder / "tokenizer" / "tokenizer.model"
+
+
+def test_a_given_tokenizer_is_used_and_must_fit(tmp_path: Path) -> None:
+    model = train(tmp_path)
+    book = write_book(tmp_path)
+    message = refused(small_data(book, tokenizer=str(model), vocab_size=800), tmp_path / "data")
+    assert f"data.vocab_size must be that of data.tokenizer {model} (600), got 800: use 600" in message
+    data = small_data(book, tokenizer=str(model))
+    assert prepared_from(data, tmp_path / "data").tokenizer.read_bytes() == model.read_bytes()
+    assert "cannot be read" in refused(small_data(book, tokenizer=str(tmp_path / "no.model")), tmp_path / "other")
+    model.write_bytes(b"another")
+    assert "is not the one that" in refused(data, tmp_path / "data", by=load)
+
+
+def megatron_data(prefix: Path, sequences: list[list[int]], *, dtype: type = np.int32) -> Path:
+    import torch
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for tokens in sequences:
+        builder.add_item(torch.tensor(tokens))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return prefix.with_name(f"{prefix.name}.bin")
+
+
+def test_data_prepared_for_megatron_is_used_in_place(tmp_path: Path) -> None:
+    model = train(tmp_path)
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, 600, size).tolist() for size in rng.integers(1, 90, 40)]
+    tokens = megatron_data(tmp_path / "old_text_document", sequences)
+    before = tokens.read_bytes()
+    for number, path in enumerate((tokens, tmp_path / "old_text_document")):
+        data = small_data(path, tokenizer=str(model))
+        prepared = prepared_from(data, tmp_path / f"data{number}")
+        (part,) = prepared.parts
+        assert (part.tokens, part.documents, part.words) == (sum(map(len, sequences)), 40, None)
+        assert prepared.prefix(part) == tmp_path / "old_text_document"
+        assert not list((tmp_path / f"data{number}").glob("*.bin"))
+        found = read_sequences(prepared.prefix(part), sequences=np.array([3, 7]))
+        assert found.tolist() == sequences[3] + sequences[7]
+    assert tokens.read_bytes() == before
+    assert "data.tokenizer is not set" in refused(small_data(tokens), tmp_path / "data9")
+
+
+def test_megatron_data_that_is_cut_or_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = train(tmp_path)
+    tokens = megatron_data(tmp_path / "old", [[1, 2, 600], [4, 5]])
+    data = small_data(tokens, tokenizer=str(model))
+    assert "old.bin has token 600, which the tokenizer of 600 pieces" in refused(data, tmp_path / "data")
+    tokens.write_bytes(tokens.read_bytes()[:-1])
+    assert "old.bin has 19 bytes where its index says 20: copy it again" in refused(data, tmp_path / "data1")
+    index = tmp_path / "old.idx"
+    content = index.read_bytes()
+    for size in (0, 20, len(content) - 1):
+        index.write_bytes(content[:size])
+        assert "old.idx is cut short" in refused(data, tmp_path / "data2")
+    index.write_bytes(b"x" * 200)
+    assert "old.idx is not a Megatron index" in refused(data, tmp_path / "data3")
+    index.unlink()
+    assert "has no index" in refused(data, tmp_path / "data4")
+
+
+def test_counts_are_the_same_in_any_type(tmp_path: Path) -> None:
+    for dtype in (np.uint16, np.int32, np.int64):
+        megatron_data(tmp_path / dtype.__name__, [[5, 5, 1], [0]], dtype=dtype)
+        assert histogram(tmp_path / dtype.__name__, vocab_size=7).tolist() == [1, 1, 0, 0, 0, 2, 0]

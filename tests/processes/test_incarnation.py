@@ -1,0 +1,227 @@
+"""One writer per run: a newer start takes over, an older one stops itself and writes nothing more."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from data_pipeline.loader import Loader
+from tests.support.command_line import contents
+from tests.support.one_rank import STEPS, OneRank
+from training import incarnation
+from training.checkpoint import write
+from training.checkpoint.manifest import check_whole, list_checkpoints
+from training.checkpoint.retention import clear_unfinished
+from training.checkpoint.write import SaveError
+from training.incarnation import Superseded, begin, read, refuse_second_start, sole_launcher
+from training.observers import MetricsFile, StepResult
+from training.tracking.observer import TrackingObserver
+from training.tracking.tracker import MlflowTracker
+
+
+def test_each_start_is_newer_than_those_before(tmp_path: Path) -> None:
+    first = begin(tmp_path)
+    assert first.is_ours()
+    first.check()
+    second = begin(tmp_path)
+    assert (first.is_ours(), second.is_ours()) == (False, True)
+    with pytest.raises(
+        Superseded, match=r"was started again on .* and this older start \(1-\w{8}\) ends here"
+    ) as error:
+        first.check()
+    assert error.value.exit_code == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["incarnation"]
+    found = read(tmp_path)
+    assert found is not None
+    assert (found.number, found.token, found.pid) == (2, second.token, os.getpid())
+
+
+def test_a_file_that_cannot_be_read_stops_nobody(tmp_path: Path) -> None:
+    fence = begin(tmp_path)
+    (tmp_path / "incarnation").write_text("{")
+    assert fence.is_ours()
+    (tmp_path / "incarnation").unlink()
+    assert fence.is_ours()
+
+
+def test_a_disk_that_does_not_tell_ends_no_training_but_lets_nothing_be_published(
+    rank: OneRank, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fence = begin(tmp_path)
+    (tmp_path / "incarnation").unlink()
+    (tmp_path / "incarnation").mkdir()  # reading it is an OSError
+    assert fence.may_be_ours()
+    with pytest.raises(IsADirectoryError):
+        fence.check()
+    run_dir, real = tmp_path / "run", MetricsFile.on_step
+
+    def unreadable(self: MetricsFile, step: StepResult) -> None:
+        real(self, step)
+        if step.step == 2:
+            (run_dir / "incarnation").unlink()
+            (run_dir / "incarnation").mkdir()
+
+    monkeypatch.setattr(MetricsFile, "on_step", unreadable)
+    with pytest.raises(
+        SaveError, match=r"step_0000003 was not saved \(Is a directory .*/incarnation\): free space, or"
+    ):
+        rank.start(run_dir, steps=3)
+    assert "NOT SAVED" in caplog.text
+    assert [found.step for found in list_checkpoints(run_dir)] == [1]
+
+
+def test_an_older_start_leaves_the_unfinished_folders_of_a_newer_one(tmp_path: Path) -> None:
+    older = begin(tmp_path)
+    newer = begin(tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    for token in (older.token, newer.token, f"{newer.token}.0f0f.old"):
+        (checkpoints / f".step_0000001.{token}").mkdir(parents=True)
+    clear_unfinished(checkpoints, fence=older)
+    assert len(list(checkpoints.iterdir())) == 2, "its own is gone"
+    clear_unfinished(checkpoints, fence=newer)
+    assert list(checkpoints.iterdir()) == []
+    (checkpoints / ".step_0000002").mkdir()
+    (checkpoints / ".step_0000002.whatever").mkdir()
+    clear_unfinished(checkpoints, fence=newer)
+    assert list(checkpoints.iterdir()) == []
+
+
+def test_a_start_that_is_alive_on_this_machine_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incarnation, "ENDING_SECONDS", 0.2)
+    code = "import sys\nfrom pathlib import Path\nfrom training.incarnation import begin\n"
+    code += "begin(Path(sys.argv[1]))\nprint('begun', flush=True)\nsys.stdin.read()"
+    command = [sys.executable, "-P", "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(InputError, match=f"is being trained by process {other.pid} on this machine since .*STOP"):
+            refuse_second_start(tmp_path)
+    refuse_second_start(tmp_path)  # it has ended
+
+
+@pytest.mark.parametrize("change", [{"machine": "another"}, {"process_started": 1}])
+def test_a_start_on_another_machine_or_with_a_pid_used_again_is_taken_over(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    begin(tmp_path)
+    file = tmp_path / "incarnation"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    refuse_second_start(tmp_path)
+
+
+def test_a_second_launcher_is_refused_before_the_first_has_ranks(tmp_path: Path) -> None:
+    with sole_launcher(tmp_path / "run"), pytest.raises(InputError, match="is being started by another"):
+        with sole_launcher(tmp_path / "run"):
+            pass
+    with sole_launcher(tmp_path / "run"):
+        pass  # it has ended
+
+
+def result(step: int) -> StepResult:
+    return StepResult(step, 1.0, 0.1, 1.0, step, step, 0.1, 1.0, None, 0.1)
+
+
+def test_an_older_starts_lines_never_reach_the_newer_ones_metrics(tmp_path: Path) -> None:
+    older = MetricsFile(tmp_path, last_step=0)
+    older.on_step(result(1))
+    newer = MetricsFile(tmp_path, last_step=1)
+    older.on_step(result(2))  # between its look and its line the newer one started
+    newer.on_step(result(2))
+    older.on_step(result(3))
+    for file in (older, newer):
+        file.close("FINISHED")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+
+
+@pytest.mark.parametrize("when", ["before the folder is made", "before a file is opened", "before it gets its name"])
+def test_a_save_that_is_overtaken_leaves_everything_to_the_newer_start(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The newer start comes at each of the looks of a save; what lies in the folder then stays as it is."""
+    run_dir = tmp_path / "run"
+    rank.start(run_dir, steps=2)
+    before = contents(run_dir / "checkpoints")
+    functions = {"before the folder is made": "_prepare", "before a file is opened": "_write_part"}
+    name = functions.get(when, "write_manifest")
+    real = getattr(write, name)
+
+    def overtaken(*arguments: object, **more: object) -> object:
+        if name == "write_manifest":
+            real(*arguments, **more)
+        begin(run_dir)
+        return None if name == "write_manifest" else real(*arguments, **more)
+
+    monkeypatch.setattr(write, name, overtaken)
+    with pytest.raises(Superseded):
+        rank.start(run_dir)
+    assert contents(run_dir / "checkpoints") == before
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_an_older_start_ends_before_its_next_step(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, tell, take = [], MetricsFile.on_step, Loader.step
+
+    def newer_one_comes(self: MetricsFile, step: StepResult) -> None:
+        tell(self, step)
+        begin(tmp_path)
+
+    def counted(self: Loader, consumed_samples: int) -> object:
+        steps.append(consumed_samples)
+        return take(self, consumed_samples)
+
+    monkeypatch.setattr(MetricsFile, "on_step", newer_one_comes)
+    monkeypatch.setattr(Loader, "step", counted)
+    with pytest.raises(Superseded):
+        rank.start(tmp_path, "checkpoint.every=100")
+    assert steps == [0]
+
+
+def test_an_older_start_leaves_the_status_of_the_mlflow_run_to_the_newer_one(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(MlflowTracker, "start", lambda *_: None)
+    monkeypatch.setattr(MlflowTracker, "finish", lambda _, status: ended.append(status))
+    observer = TrackingObserver(rank.config(tmp_path), run_dir=tmp_path, certificate=tmp_path / "certificate.json")
+    observer.close("SUPERSEDED")
+    assert ended == []
+    observer.close("KILLED")
+    assert ended == ["KILLED"]
+
+
+def test_two_starts_in_one_folder_end_as_one_run(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer start trains to the end while the older is in its third step."""
+    unbroken, run_dir, copy = tmp_path / "unbroken", tmp_path / "run", tmp_path / "copy"
+    rank.start(unbroken)
+    rank.start(run_dir, steps=2)
+    shutil.copytree(run_dir, copy)
+    rank.start(copy)  # what the newer one leaves
+    real = MetricsFile.on_step
+
+    def newer_one_comes(self: MetricsFile, step: StepResult) -> None:
+        real(self, step)
+        if step.step == 3:
+            for path in sorted(copy.rglob("*")):
+                target = run_dir / path.relative_to(copy)
+                target.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, target)
+            shutil.rmtree(run_dir / "checkpoints" / "step_0000001", ignore_errors=True)
+
+    monkeypatch.setattr(MetricsFile, "on_step", newer_one_comes)
+    with pytest.raises(Superseded):
+        rank.start(run_dir)
+    for key in ("step", "loss", "grad_norm"):
+        assert [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [
+            json.loads(line)[key] for line in (unbroken / "metrics.jsonl").read_text().splitlines()
+        ]
+    assert [check_whole(found.path).step for found in list_checkpoints(run_dir)][-2:] == [STEPS - 1, STEPS]

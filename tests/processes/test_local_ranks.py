@@ -1,0 +1,223 @@
+"""The local launcher: ranks that live, save, fail and die with it. The ranks here are small shells and Pythons."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import local
+from launch.local import STOPPED_BY_HAND, start_ranks
+from launch.machine import core_count, gpu_count
+
+ENVIRONMENT = {"PATH": os.environ["PATH"]}
+
+
+def bash(script: str) -> list[str]:
+    return ["bash", "-c", script]
+
+
+def start(script: str, logs: Path, *, ranks: int = 3, grace_seconds: float = 0.3, **more: str) -> int:
+    environment = {**ENVIRONMENT, **more}
+    return start_ranks(bash(script), ranks=ranks, logs=logs, environment=environment, grace_seconds=grace_seconds)
+
+
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition: object, seconds: float = 20.0) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+LAUNCHER = """
+import os, sys
+from pathlib import Path
+from launch.local import start_ranks
+sys.exit(start_ranks(sys.argv[2:], ranks=2, logs=Path(sys.argv[1]), environment=os.environ, grace_seconds=0.3))
+"""
+
+
+Launch = Callable[[str], "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Start a launcher whose two ranks say in the test's folder that they are ready, each with its pid."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_launcher(script: str) -> "subprocess.Popen[bytes]":
+        ready = f'trap "exit 9" HUP; {script}; echo $$ >{tmp_path}/.pid$TRAINSHORT_RANK; '
+        ready += f"mv {tmp_path}/.pid$TRAINSHORT_RANK {tmp_path}/pid$TRAINSHORT_RANK; while true; do sleep 0.05; done"
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", LAUNCHER, str(tmp_path / "logs"), *bash(ready)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        started.append(process)
+        wait_until(lambda: (tmp_path / "pid0").exists() and (tmp_path / "pid1").exists())
+        return process
+
+    yield start_launcher
+    # A test that failed half way leaves nothing behind: its launcher, and each rank's process group.
+    for process in started:
+        process.kill()
+        process.communicate()
+    for pid in (int(file.read_text()) for file in tmp_path.glob("pid[01]")):
+        if alive(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def pids(folder: Path) -> list[int]:
+    return [int((folder / f"pid{rank}").read_text()) for rank in (0, 1)]
+
+
+def end(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
+    output, _ = process.communicate(timeout=20)
+    return process.returncode, output.decode()
+
+
+def test_each_rank_knows_its_place_and_rank_0_has_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = 'echo "$TRAINSHORT_RANK of $TRAINSHORT_RANKS, $OMP_NUM_THREADS"; test ! -e "$TRAINSHORT_RENDEZVOUS"'
+    script += f' && test -d "$(dirname "$TRAINSHORT_RENDEZVOUS")" && echo "$TRAINSHORT_RENDEZVOUS" >>{tmp_path}/meet'
+    assert start(script, tmp_path) == 0
+    assert start(script, tmp_path, ranks=2, OMP_NUM_THREADS="7") == 0
+    threads = max(1, core_count() // 3)
+    assert capfd.readouterr().out == f"0 of 3, {threads}\n0 of 2, 7\n"
+    assert (tmp_path / "rank_1.log").read_text() == f"1 of 3, {threads}\n1 of 2, 7\n"
+    assert (tmp_path / "rank_2.log").read_text() == f"2 of 3, {threads}\n"
+    assert not (tmp_path / "rank_0.log").exists()
+    meeting = (tmp_path / "meet").read_text().splitlines()
+    assert len(meeting) == 5
+    assert len(set(meeting)) == 2
+    assert not any(Path(path).parent.exists() for path in meeting)
+
+
+def test_a_failed_rank_is_named_with_the_end_of_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rank_2.log").write_text("of an earlier start\n")
+    script = "[[ $TRAINSHORT_RANK == 2 ]] && { echo nothing fits; exit 5; }; sleep 60"
+    began = time.monotonic()
+    assert start(script, tmp_path) == 1
+    assert time.monotonic() - began < 10
+    error = capfd.readouterr().err
+    assert error == f"error: rank 2 ended with exit code 5; the end of {tmp_path}/rank_2.log:\n  nothing fits\n"
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_the_cause_decides_not_its_echo(tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int) -> None:
+    # Rank 1 finds the fault, the others lose their connection and end before it has ended itself.
+    script = f"if [[ $TRAINSHORT_RANK == 1 ]]; then sleep 0.2; echo 'error: no'; exit {code}; else exit 1; fi"
+    assert start(script, tmp_path, grace_seconds=5) == code
+    assert f"rank 1 ended with exit code {code}" in capfd.readouterr().err
+
+
+def test_what_rank_0_said_is_not_said_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start("echo 'error: bad input' >&2; exit 2", tmp_path) == 2
+    assert capfd.readouterr().err == "error: bad input\n"
+
+
+def test_a_killed_rank_is_named_with_the_signal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start("[[ $TRAINSHORT_RANK == 0 ]] && kill -KILL $$; sleep 60", tmp_path) == 1
+    assert capfd.readouterr().err == "error: rank 0 ended with signal 9 (SIGKILL)\n"
+
+
+def test_a_killed_rank_is_named_before_those_that_lost_their_connection(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = "[[ $TRAINSHORT_RANK == 2 ]] && { sleep 0.3; kill -KILL $$; }; exit 1"
+    assert start(script, tmp_path, grace_seconds=5) == 1
+    assert (
+        capfd.readouterr().err == f"error: rank 2 ended with signal 9 (SIGKILL); the end of {tmp_path}/rank_2.log:\n\n"
+    )
+
+
+def test_ranks_that_ignore_the_request_are_killed_after_a_failure(tmp_path: Path) -> None:
+    script = (
+        f"[[ $TRAINSHORT_RANK == 1 ]] && exit 1; trap '' TERM; echo $$ >{tmp_path}/pid; while true; do sleep 1; done"
+    )
+    assert start(script, tmp_path, ranks=2) == 1
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_stop_lets_every_rank_save(launch: Launch, tmp_path: Path, number: signal.Signals) -> None:
+    # Saving takes longer than the grace that follows a failure; nothing cuts it short.
+    save = f"sleep 1; echo saved >{tmp_path}/saved$TRAINSHORT_RANK; exit 0"
+    process = launch(f"trap '{save}' TERM; trap '' INT")
+    process.send_signal(number)
+    assert end(process) == (0, "")
+    assert (tmp_path / "saved0").exists()
+    assert (tmp_path / "saved1").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait(launch: Launch, tmp_path: Path) -> None:
+    process = launch(f"trap 'echo x >>{tmp_path}/asked' TERM")
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: (tmp_path / "asked").exists())
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (STOPPED_BY_HAND, "")
+    assert not any(alive(pid) for pid in pids(tmp_path))
+
+
+def test_a_stop_before_there_is_anything_to_save_is_no_fault(launch: Launch) -> None:
+    process = launch("true")  # TERM ends such a rank at once
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (STOPPED_BY_HAND, "")
+
+
+def test_a_terminals_ctrl_c_reaches_the_launcher_alone(launch: Launch, tmp_path: Path) -> None:
+    process = launch("trap 'exit 0' TERM; trap 'exit 7' INT")
+    groups = {os.getpgid(pid) for pid in pids(tmp_path)}
+    assert len(groups) == 2
+    assert os.getpgid(process.pid) not in groups
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (0, "")
+
+
+def test_ranks_die_with_a_killed_launcher(launch: Launch, tmp_path: Path) -> None:
+    process = launch("trap '' TERM INT HUP")
+    ranks = pids(tmp_path)
+    assert all(alive(pid) for pid in ranks)
+    process.kill()
+    process.wait(timeout=10)
+    wait_until(lambda: not any(alive(pid) for pid in ranks), seconds=5)
+
+
+def test_a_rank_whose_launcher_is_gone_never_starts(tmp_path: Path) -> None:
+    tether = Path(local.__file__).with_name("die_with_parent.py")
+    ran = tmp_path / "ran"
+    command = [sys.executable, "-I", "-S", str(tether), "1", "touch", str(ran)]
+    assert subprocess.run(command, check=False).returncode == 1
+    assert not ran.exists()
+
+
+def test_the_launcher_does_without_torch() -> None:
+    code = "import sys, launch.local, launch.chain, launch.jobs, parallel.start; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, 3), ("", 0), ("-1", 0), ("0", 1), ("1,2", 2), ("0,1,2,3", 3), ("0,-1,2", 1), ("GPU-aa,GPU-bb", 2)],
+)
+def test_gpus_are_counted_as_cuda_would_show_them(tmp_path: Path, visible: str | None, expected: int) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia7", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert gpu_count(environment, devices=tmp_path) == expected

@@ -1,0 +1,183 @@
+"""Submitting a chain: what is frozen, in which order, and what is refused; SLURM's commands are stubbed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import InputError, MachineError
+from configs.files import one_writer
+from configs.load import check_run
+from configs.paths import chain_file, frozen_code, slurm_folder
+from launch.slurm import submit as chain
+from launch.slurm.script import CHAIN
+from launch.slurm.submit import Chain, freeze, read_chain, submit
+from tests.support.command_line import Call
+from tests.support.slurm import stub_commands, submitted
+from training.versions import CODE, HOUSE, SOURCE, VERSIONS, check_frozen, source_code
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make commands of SLURM that do what a line of bash says."""
+    return stub_commands(tmp_path / "bin", monkeypatch)
+
+
+def test_each_job_starts_when_the_one_before_has_ended_well(
+    run_values: dict[str, Any], tmp_path: Path, stub: Any
+) -> None:
+    calls = tmp_path / "calls"
+    stub("sbatch", f'echo "$@" >>{calls}; echo "$((200 + $(wc -l <{calls})));cluster"')
+    run_dir = submitted(run_values, tmp_path)
+    found = submit(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN)
+    assert found == read_chain(run_dir).jobs == {"train": "201", "evaluate": "202", "export": "203"}
+    folder, kill = run_dir / "slurm", "--kill-on-invalid-dep=yes"
+    assert calls.read_text().splitlines() == [
+        f"--parsable --job-name=small-train {folder}/train.sbatch",
+        f"--parsable --job-name=small-evaluate --dependency=afterok:201 {kill} {folder}/evaluate.sbatch",
+        f"--parsable --job-name=small-export --dependency=afterok:202 {kill} {folder}/export.sbatch",
+    ]
+
+
+def test_a_refused_script_is_named_and_those_before_it_are_cancelled(
+    run_values: dict[str, Any], tmp_path: Path, stub: Any
+) -> None:
+    run_dir = submitted(run_values, tmp_path)
+    chain = read_chain(run_dir)
+    stub("sbatch", 'echo "sbatch: error: no such qos" >&2; exit 1')
+    with pytest.raises(MachineError, match=r"sbatch refused .*train.sbatch: no such qos: mend the slurm section"):
+        submit(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN)
+    assert read_chain(run_dir) == chain, "the record stays that of the jobs before"
+    stub("sbatch", '[[ $3 == --dep* ]] || { echo 7; exit 0; }; echo "sbatch: error: no such qos" >&2; exit 1')
+    stub("scancel", f'echo "$@" >{tmp_path}/cancelled')
+    with pytest.raises(MachineError, match=r"sbatch refused .*evaluate.sbatch: no such qos: mend the slurm section"):
+        submit(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN)
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+    assert read_chain(run_dir).jobs == {"train": "7"}, "a job that was taken is recorded, whatever comes then"
+
+
+def test_what_was_submitted_is_frozen(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_dir = submitted(run_values, tmp_path)
+    code = frozen_code(run_dir)
+    assert sorted(path.name for path in code.iterdir()) == sorted([*CODE, SOURCE, VERSIONS])
+    assert (code / "launch" / "slurm.py").read_bytes() == (HOUSE / "launch" / "slurm.py").read_bytes()
+    assert not list(code.rglob("__pycache__"))
+    assert source_code(code) == source_code() is not None
+    run_values["slurm"] = {"container": "image.sqsh"}
+    freeze(check_run(run_values, name="small"))
+    assert not code.exists(), "what is installed here is not what is in the image"
+
+
+def test_an_installed_wheel_is_frozen_like_a_checkout(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site-packages"
+    for name in (*CODE[:-1], "torch", "training/__pycache__"):
+        (installed / name).mkdir(parents=True)
+        (installed / name / "module.py").write_text("here")
+    (installed / CODE[-1]).touch()
+    monkeypatch.setattr(chain, "HOUSE", installed)
+    monkeypatch.setattr(chain, "source_code", lambda: source_code(installed))
+    code = frozen_code(submitted(run_values, tmp_path))
+    assert sorted(path.name for path in code.iterdir()) == sorted([*CODE, VERSIONS])
+    assert [path.relative_to(code) for path in code.glob("training/**/*.py")] == [Path("training/module.py")]
+
+
+def test_a_wheel_in_another_repository_is_no_checkout(tmp_path: Path) -> None:
+    (tmp_path / "trainshort.py").touch()
+    assert source_code(tmp_path) is None
+
+
+def test_the_diff_makes_the_checkout_of_the_commit(tmp_path: Path) -> None:
+    def git(*arguments: str, folder: Path) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=folder, check=True)
+
+    checkout, again = tmp_path / "checkout", tmp_path / "again"
+    (checkout / "training").mkdir(parents=True)
+    (checkout / "trainshort.py").write_text("one\n")
+    git("init", "-q", folder=checkout)
+    git("add", ".", folder=checkout)
+    git("commit", "-q", "-m", "first", folder=checkout)
+    (checkout / "trainshort.py").write_text("two\n")
+    (checkout / "training" / "new module.py").write_text("new\n")
+    (checkout / "notes.py").write_text("none of the packages' code\n")
+    found = source_code(checkout)
+    assert found is not None
+    git("clone", "-q", str(checkout), str(again), folder=tmp_path)
+    (tmp_path / "diff").write_text(found["diff"])
+    git("apply", str(tmp_path / "diff"), folder=again)
+    files = {path.relative_to(again): path.read_text() for path in again.rglob("*.py")}
+    assert files == {Path("trainshort.py"): "two\n", Path("training/new module.py"): "new\n"}
+
+
+def test_other_packages_than_submitted_with_are_refused_by_name(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_dir = submitted(run_values, tmp_path)
+    code = frozen_code(run_dir)
+    check_frozen(code)
+    seen = json.loads((code / VERSIONS).read_text())
+    (code / VERSIONS).write_text(json.dumps({**seen, "trainshort": "0.0.1"}))
+    check_frozen(code)  # its own code is what was frozen
+    (code / VERSIONS).write_text(json.dumps({**seen, "torch": "2.1"}))
+    check_frozen()
+    for command in ("train", "evaluate", "export"):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "trainshort", command, "--help"],
+            env={**os.environ, "PYTHONPATH": str(code)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr == (
+            f"error: {run_dir} was submitted with other versions (torch is {seen['torch']}, was 2.1): install those, "
+            "or submit it again with trainshort slurm to go on with these\n"
+        )
+
+
+def test_two_submissions_at_once_do_not_mix(run_values: dict[str, Any], tmp_path: Path, trainshort: Call) -> None:
+    run_dir = submitted(run_values, tmp_path)
+    before = chain_file(run_dir).read_bytes()
+    with one_writer(slurm_folder(run_dir), on_wait=pytest.fail):
+        answer = trainshort("jobs", "resume", str(run_dir))
+    assert (answer.code, answer.error) == (
+        2,
+        f"error: {run_dir} is being submitted by another process: wait for it, then see "
+        f"trainshort jobs status {run_dir}\n",
+    )
+    assert chain_file(run_dir).read_bytes() == before
+
+
+def test_a_refused_submission_leaves_what_is_frozen(
+    run_values: dict[str, Any], tmp_path: Path, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = submitted(run_values, tmp_path)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for name in ("sbatch", "scontrol"):
+        stub(name, "exit 1")
+    monkeypatch.setattr(chain, "_settled", lambda config, nodes: config)
+    with pytest.raises(InputError, match=r"train.global_batch must be a multiple of"):
+        chain.submit_run(check_run(run_values, name="small"), nodes=3, folder=tmp_path)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_data_that_is_not_prepared_is_refused_with_a_container_too(
+    run_values: dict[str, Any], tmp_path: Path, stub: Any
+) -> None:
+    for name in ("sbatch", "scontrol"):
+        stub(name, "exit 1")
+    run_values["slurm"] = {"container": "image.sqsh"}
+    run_values["data"]["dir"] = str(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"nowhere.*prepare"):
+        chain.submit_run(check_run(run_values, name="small"), nodes=1, folder=tmp_path)
+    assert not Path(run_values["run"]["dir"]).exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.touch()
+    with pytest.raises(MachineError, match=rf"run folder {run_dir} cannot be written \(Not a directory\): free space"):
+        submitted(run_values, tmp_path)

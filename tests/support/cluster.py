@@ -1,0 +1,144 @@
+"""Runs of the real command line on the cluster's login node, and what the tests ask of them."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CLUSTER = Path(__file__).parents[1] / "slurm" / "cluster.sh"
+PATIENCE_SECONDS = 150
+STEPS = 12
+EXACT = ("step", "loss", "grad_norm", "validation_loss", "learning_rate", "tokens_seen", "consumed_samples")
+VALUES: dict[str, Any] = {
+    "run": {"name": "small", "dir": "runs/small"},
+    "model": {"layers": 4, "hidden": 64, "heads": 4},
+    "data": {"sources": ["book.txt"], "dir": "data", "vocab_size": 2048, "sequence_length": 128, "split": 0.1},
+    "parallel": {"tensor": 2, "pipeline": 2},
+    "train": {"micro_batch": 2, "global_batch": 16, "steps": STEPS, "warmup_steps": 2, "learning_rate": 8e-3},
+    "checkpoint": {"every": 4, "keep": 100},
+    "evaluate": {"every": 5, "samples": 8, "lengths": [128, 2048]},
+    "slurm": {"gpus_per_node": 0, "ranks_per_node": 2, "time": "0:10:00"},
+}
+
+
+def trainshort(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command line on the login node."""
+    command = [sys.executable, "-P", "-m", "trainshort", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
+
+
+def slurm(*command: str) -> str:
+    """Run a command that must work, and return what it printed."""
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS).stdout
+
+
+def wait_until(true: Callable[[], Any], what: Callable[[], str], *, seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait until something is true, or fail with what was seen."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.1)
+
+
+@dataclass
+class Submitted:
+    """A run that was submitted: where its user types, and its run folder as seen from there."""
+
+    home: Path
+    run_dir: str
+
+    @property
+    def folder(self) -> Path:
+        return self.home / self.run_dir
+
+    def jobs(self, command: str) -> str:
+        done = trainshort(self.home, "jobs", command, self.run_dir)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def status(self) -> dict[str, Any]:
+        done = trainshort(self.home, "jobs", "status", self.run_dir, "--json")
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def states(self) -> dict[str, str]:
+        return {job["name"]: job["state"] for job in self.status()["jobs"]}
+
+    def job(self, name: str = "train") -> str:
+        return str(json.loads((self.folder / "slurm" / "jobs.json").read_text())["jobs"][name])
+
+    def field(self, key: str, name: str = "train") -> str:
+        """Return what SLURM itself says of a job."""
+        line = slurm("scontrol", "--oneliner", "show", "job", self.job(name))
+        return line.split(f" {key}=", 1)[1].split(" ", 1)[0]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def exact(self) -> list[list[Any]]:
+        return [[line.get(key) for key in EXACT] for line in self.metrics()]
+
+    def log(self, name: str = "train") -> str:
+        file = self.folder / "logs" / f"slurm-{name}-{self.job(name)}.log"
+        return file.read_text() if file.exists() else ""
+
+    def told(self) -> str:
+        """Return what a person would look at after a failed wait."""
+        ranks = [f"{file}:\n{file.read_text()[-1500:]}" for file in sorted((self.folder / "logs").glob("rank_*.log"))]
+        return "\n".join([self.jobs("status"), self.log(), *ranks])
+
+    def wait_for(self, name: str = "train", *, state: str = "COMPLETED", seconds: float = PATIENCE_SECONDS) -> None:
+        """Wait until SLURM says so of a job; fail at once where it has ended otherwise."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+        def reached() -> bool:
+            seen = self.field("JobState", name)
+            assert seen == state or seen not in over, f"{name} is {seen}:\n{self.told()}"
+            return seen == state
+
+        wait_until(reached, self.told, seconds=seconds)
+
+    def wait_for_line(self, text: str, *, seconds: float = PATIENCE_SECONDS) -> None:
+        wait_until(lambda: text in self.log(), self.told, seconds=seconds)
+
+    def freeze(self, step: int) -> None:
+        """Let the ranks stand still once a step is done: a step that takes as long as the test likes."""
+        wait_until(lambda: len(self.metrics()) >= step, self.told)
+        self._signal_ranks("STOP")
+
+    def thaw(self) -> None:
+        """Let the ranks go on."""
+        self._signal_ranks("CONT")
+
+    def kill(self, node: str) -> None:
+        """End the ranks of a node."""
+        self._signal(node, "KILL")
+
+    def _signal_ranks(self, name: str) -> None:
+        for node in slurm("scontrol", "show", "hostnames", self.field("NodeList")).split():
+            self._signal(node, name)
+
+    def _signal(self, node: str, name: str) -> None:
+        # Not by scancel: SLURM takes note of a stopped job. Not srun and torchrun, whose arguments end alike.
+        ranks = rf"python[0-9.]* \S*trainshort train {self.run_dir}/"
+        slurm(str(CLUSTER), "on", node, "pkill", f"-{name}", "-f", ranks)
+
+
+def submit(home: Path, name: str, *sets: str, nodes: int = 2, run_dir: str | None = None) -> Submitted:
+    """Submit a run of its own run file."""
+    run_dir = run_dir or f"runs/{name}"
+    values = {**VALUES, "run": {"name": name, "dir": run_dir}}
+    (home / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    words = [word for value in sets for word in ("--set", value)]
+    done = trainshort(home, "slurm", f"{name}.yaml", "--nodes", str(nodes), "--submit", *words)
+    assert done.returncode == 0, done.stderr
+    return Submitted(home, run_dir)

@@ -1,0 +1,180 @@
+"""Train a few steps in several layouts on one set of ranks, each from the same saved state."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.load import load_run
+from configs.paths import run_folder
+from configs.schema import RunConfig
+from parallel.axes import Groups
+from parallel.collectives import broadcast_from_first
+from parallel.engine import Engine
+from parallel.groups import make_groups
+from parallel.layout import Layout
+from parallel.start import ProcessRank, start, stop
+from parallel.zero import KINDS
+from training.checkpoint.manifest import SavedState
+from training.checkpoint.read import load_slices, open_checkpoint
+from training.checkpoint.write import save_checkpoint
+from training.incarnation import Fence, begin
+from training.run import build_engine
+
+LENGTH = 32
+VOCABULARY = 331  # prime: every tensor size above one pads
+SMALL = (
+    "model.layers=4",
+    "model.hidden=64",
+    "model.heads=4",
+    "model.init_std=0.08",
+    f"data.sequence_length={LENGTH}",
+    f"data.vocab_size={VOCABULARY}",
+    "train.global_batch=8",
+    "train.micro_batch=2",
+    "train.clip=0.3",  # below the norms seen, so that wrong clipping shows in the losses
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one rank saw of one layout.
+
+    Attributes:
+        rank, size: Of the tensor axis.
+        stage: Of the pipeline axis.
+        initial: This rank's slices of the initial weights, by name.
+        steps: (loss, gradient norm) of each step.
+        logits: This rank's columns at each asked length, [1, length, local_vocab]; None but on the last stage.
+        held_out_loss: Mean loss at four times the training length.
+    """
+
+    rank: int
+    size: int
+    stage: int
+    initial: dict[str, torch.Tensor]
+    steps: list[tuple[float, float]]
+    logits: dict[int, torch.Tensor | None]
+    held_out_loss: float
+
+
+def config_of(layout: Mapping[str, object], *, run_dir: Path, more: tuple[str, ...] = ()) -> RunConfig:
+    """Return the small run in one layout."""
+    keys = [f"parallel.{key}={value}" for key, value in layout.items()]
+    return load_run("demo", overrides=[*SMALL, *keys, *more, f"run.dir={run_dir}"])
+
+
+def build(config: RunConfig, *, world_size: int) -> tuple[Engine, Groups, Layout]:
+    """Return the engine of a run, with the run's initial weights."""
+    layout = Layout.of(config, world_size=world_size)
+    groups = make_groups(layout)
+    engine, _ = build_engine(config, layout=layout, groups=groups, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    return engine, groups, layout
+
+
+def tokens_of(step: int, *, samples: int = 8, length: int = LENGTH) -> torch.Tensor:
+    """Return the global batch of a step, [samples, length + 1]."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, VOCABULARY, (samples, length + 1), generator=generator)
+
+
+def train_layouts(
+    place: ProcessRank,
+    *,
+    layouts: list[dict[str, Any]],
+    steps: range,
+    folder: Path,
+    tokenizer: Path,
+    start_from: Path | None,
+    more: tuple[str, ...] = (),
+) -> list[Trained]:
+    """Return what this rank saw of each layout; each is saved to a run folder named after it.
+
+    Args:
+        place: This process among the ranks.
+        layouts: Keys of the `parallel` section.
+        steps: The batches to train on.
+        folder: Where run folders go.
+        tokenizer: A sentencepiece model, for the checkpoints.
+        start_from: A checkpoint to load first; None starts from the initial weights.
+        more: Further overrides.
+    """
+    found = []
+    for index, keys in enumerate(layouts):
+        if index:  # groups of their own: the threads of all layouts' groups together would starve two cores
+            stop()
+            start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
+        config = config_of(keys, run_dir=folder / name_of(keys, ranks=place.world_size), more=more)
+        found.append(train_one(place, config, steps=steps, tokenizer=tokenizer, start_from=start_from))
+    return found
+
+
+def name_of(keys: Mapping[str, Any], *, ranks: int) -> str:
+    """Return a layout's name: tensor 2, pipeline 1, ZeRO 3 on four ranks is t2p1z3w4."""
+    offloaded = "-offload" if keys.get("offload") == "cpu" else ""
+    return f"t{keys['tensor']}p{keys['pipeline']}z{keys['zero']}w{ranks}{offloaded}"
+
+
+def train_one(
+    place: ProcessRank, config: RunConfig, *, steps: range, tokenizer: Path, start_from: Path | None
+) -> Trained:
+    """Return what this rank saw of one run; it is saved at the end."""
+    engine, groups, layout = build(config, world_size=place.world_size)
+    state = engine.state()
+    initial = {name: state.read(name, "weight").clone() for name in state.parameters}
+    if start_from is not None:
+        checkpoint = open_checkpoint(start_from)
+        load_slices(state, checkpoint, kinds=KINDS, groups=groups)
+        state.set_step(checkpoint.step)
+    outcomes = []
+    for step in steps:
+        mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
+        outcomes.append(engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3))
+    logits = {length: _logits(engine, length=length) for length in (LENGTH, 4 * LENGTH)}
+    held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
+    after = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)  # back at the first length
+    outcomes.append(after)
+    save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
+    dist.barrier()
+    return Trained(
+        rank=groups.tensor.rank,
+        size=groups.tensor.size,
+        stage=groups.pipeline.rank,
+        initial=initial,
+        steps=[(outcome.loss, outcome.grad_norm) for outcome in outcomes],
+        logits=logits,
+        held_out_loss=held_out,
+    )
+
+
+def _logits(engine: Engine, *, length: int) -> torch.Tensor | None:
+    local = engine.local_logits(tokens_of(7, samples=1, length=length - 1))
+    return None if local is None else local.clone()
+
+
+def save(engine: Engine, config: RunConfig, *, groups: Groups, tokenizer: Path, step: int) -> None:
+    """Save the state after a step to the run folder."""
+    save_checkpoint(
+        engine.state(),
+        config=config,
+        groups=groups,
+        tokenizer=tokenizer,
+        vocab_size=VOCABULARY,
+        moment=SavedState(step, step * config.train.global_batch, 0.0, "", None),
+        fence=broadcast_from_first(lambda: _begin(config), group=groups.world),
+    )
+
+
+def whole_of(ranks: list[Trained], pick: str, key: str | int) -> torch.Tensor:
+    """Join the tensor ranks' columns of logits, or rows of the embedding, and drop the padding."""
+    parts = {r.rank: getattr(r, pick)[key] for r in ranks if getattr(r, pick).get(key) is not None}
+    dim = -1 if pick == "logits" else 0
+    return torch.cat([parts[rank] for rank in sorted(parts)], dim=dim).narrow(dim, 0, VOCABULARY)
+
+
+def _begin(config: RunConfig) -> Fence:
+    run_folder(config).mkdir(parents=True, exist_ok=True)
+    return begin(run_folder(config))

@@ -1,0 +1,75 @@
+"""Decoders small enough to build in a moment, with weights that matter, and the same model in transformers."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM
+
+from configs.schema import Model
+from parallel.groups import lone_groups
+from parallel.seeds import initial_weights
+from parallel.shards import declared
+from parallel.start import start_alone
+from training.export.formats.huggingface import huggingface_name
+from training.model.decoder import Decoder, plan_layers
+
+VOCABULARY = 97
+LAYERS = 2
+
+
+def make_decoder(
+    heads: int, *, head_dim: int = 8, position: str = "alibi", backend: str = "sdpa", recompute: bool = False
+) -> Decoder:
+    """Return a decoder of two blocks in one process, whose every weight moves the logits, at any width alike."""
+    start_alone()
+    hidden = head_dim * heads
+    model = Model(
+        layers=LAYERS,
+        hidden=hidden,
+        heads=heads,
+        init_std=1.2 / hidden**0.5,
+        position=position,  # type: ignore[arg-type]
+        attention=backend,  # type: ignore[arg-type]
+    )
+    tensor = lone_groups().tensor
+    decoder = Decoder(plan_layers(model, vocab_size=VOCABULARY, tensor=tensor, recompute=recompute))
+    initial_weights(decoder, seed=3, tensor=tensor)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.ndim == 1:  # biases and norms begin as zeros and ones
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return decoder
+
+
+def make_wandering_decoder(*, position: str = "alibi") -> Decoder:
+    """Return a decoder of 4 heads whose greedy tokens keep changing, so that they tell what it attends to.
+
+    The head shares the embedding, which makes most tokens their own likeliest successors: signs at random end that.
+    """
+    decoder = make_decoder(4, position=position)
+    norm = decoder.layers[-1].norm
+    signs = torch.randint(0, 2, norm.weight.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        norm.weight.copy_(signs)  # type: ignore[operator, union-attr]
+        norm.bias.zero_()  # type: ignore[operator, union-attr]
+    return decoder
+
+
+def weights_of(decoder: Decoder) -> dict[str, Tensor]:
+    """Return copies of a decoder's weights by logical name, in its type; they take gradients."""
+    return {name: p.detach().clone().requires_grad_() for name, (p, _) in declared(decoder).items()}
+
+
+def bloom_of(weights: Mapping[str, Tensor], *, heads: int, layers: int = LAYERS) -> BloomForCausalLM:
+    """Return transformers' model of whole weights, placed by the project's own mapping of names."""
+    vocab_size, hidden = weights["embedding.word.weight"].shape
+    config = BloomConfig(vocab_size=vocab_size, hidden_size=hidden, n_layer=layers, n_head=heads)
+    bloom = BloomForCausalLM(config)
+    theirs = dict(bloom.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            theirs.pop(huggingface_name(name)).copy_(weight)
+    assert not theirs, f"never set: {list(theirs)}"
+    return bloom.eval()

@@ -1,0 +1,156 @@
+"""The precision audit: how far the attention that a backend really computes is from exact ALiBi, at any length.
+
+Queries and keys are drawn so that q k^T / sqrt(d) ~ N(0, 1), rounded to the run's type, and given to the backend. The
+oracle takes the very same rounded numbers in fp64. What is between the two is what bias, softmax and sums lose.
+
+Two other forms of the bias stand beside it, each rounded to the run's type and all else exact, so that their loss is
+the rounding's alone:
+
+* absolute, slope * key, as BLOOM's own code and transformers' Bloom keep it. Softmax sees only differences of scores,
+  so on paper it is the same bias. But the penalty between neighbours is one slope, while the number that holds it grows
+  with the position: at key 1023 the sharpest of 16 heads has 0.71 * 1023 = 723, where bf16 counts in steps of 4. Five
+  or six neighbouring keys then share one bias and the next ones differ by 4. The loss is largest where the attention
+  is, at the last keys, and grows with the length. fp32 has the same defect, 65,536 times smaller.
+* relative, -slope * distance. What is large is far away and weighs nothing; what is near is small, and exact enough.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.model.alibi import slopes
+from training.model.attention import MAKERS, Attention
+from training.model.bias import QUERY_BLOCK, SlopeBias
+from training.model.proof.attention_weights import read_rows, read_total, total_variation
+
+SAMPLE_WEIGHTS = 2**22  # attention weights that are compared at one length
+SAMPLE_QUERIES = 8  # and of how many queries at least, the last and so the longest rows
+GROUP_WEIGHTS = 2**22  # entries of one group of heads' bias, so that memory is bounded
+FAR = 1e-9  # keys that weigh less than this together are read as one
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Total variation between the rows of one head and the exact ones: 0 is equal, 1 has no weight in common.
+
+    Attributes:
+        worst, mean: Over the rows.
+    """
+
+    worst: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class HeadAudit:
+    """One head at one length.
+
+    Attributes:
+        head: Its global number.
+        slope: Its slope.
+        measured: What the backend computes.
+        absolute, relative: The forms slope * key and -slope * distance, rounded to the run's type.
+    """
+
+    head: int
+    slope: float
+    measured: Distance
+    absolute: Distance
+    relative: Distance
+
+
+@dataclass(frozen=True)
+class LengthAudit:
+    """One length.
+
+    Attributes:
+        length: Keys of the last query.
+        queries: How many queries were compared, the last ones.
+        heads: Those that were compared, by number.
+    """
+
+    length: int
+    queries: int
+    heads: tuple[HeadAudit, ...]
+
+    @property
+    def worst(self) -> HeadAudit:
+        """The head whose measured rows are furthest from exact."""
+        return max(self.heads, key=lambda head: head.measured.worst)
+
+
+@torch.no_grad()
+def audit(
+    backend: str, *, heads: int, head_dim: int, length: int, dtype: torch.dtype, device: torch.device
+) -> LengthAudit:
+    """Compare a backend's ALiBi attention with the exact one at one length; memory is bounded at any.
+
+    Args:
+        backend: Name of the attention backend.
+        heads: Heads of the model. All are compared where that is not too much, else a sample of them.
+        head_dim: Width of one.
+        length: Tokens.
+        dtype: Type of queries and keys.
+        device: Where attention runs; the oracle is computed on the CPU.
+    """
+    queries = min(length, max(SAMPLE_QUERIES, SAMPLE_WEIGHTS // (heads * length)))
+    chosen = sample_heads(heads, count=max(2, SAMPLE_WEIGHTS // (queries * length)))
+    at_once = max(1, GROUP_WEIGHTS // (max(queries, QUERY_BLOCK) * length))
+    generator = torch.Generator().manual_seed(length)
+    found: list[HeadAudit] = []
+    for start in range(0, len(chosen), at_once):
+        group = chosen[start : start + at_once]
+        q = torch.randn(1, len(group), queries, head_dim, generator=generator).to(dtype)
+        k = torch.randn(1, len(group), length, head_dim, generator=generator).to(dtype)
+        found += _audit_group(backend, group, heads=heads, q=q, k=k, device=device)
+    return LengthAudit(length, queries, tuple(found))
+
+
+def sample_heads(heads: int, *, count: int) -> list[int]:
+    """Return so many heads at most, by number: the sharpest, the flattest and others evenly between in slope."""
+    if count >= heads:
+        return list(range(heads))
+    whole = slopes(heads)
+    by_slope = sorted(range(heads), key=lambda head: -whole[head])
+    return sorted(by_slope[round(place * (heads - 1) / (count - 1))] for place in range(count))
+
+
+def _audit_group(
+    backend: str, group: Sequence[int], *, heads: int, q: Tensor, k: Tensor, device: torch.device
+) -> list[HeadAudit]:
+    whole = slopes(heads)
+    slope = torch.tensor([whole[head] for head in group], dtype=torch.float64)
+    queries, keys = q.shape[2], k.shape[2]
+    position = torch.arange(keys)
+    distance = torch.arange(keys - queries, keys)[:, None] - position
+    scores = ((q[0].double() @ k[0].double().mT) / q.shape[-1] ** 0.5).masked_fill_(distance < 0, -torch.inf)
+    exact = (scores - slope[:, None, None] * distance).softmax(-1)
+
+    def rounded(penalty: Tensor) -> Tensor:
+        # In fp32, then rounded: as those who store it do.
+        bias = (slope.float()[:, None, None] * penalty).to(q.dtype)
+        return total_variation((scores + bias.double()).softmax(-1), exact)
+
+    attend = MAKERS[backend](SlopeBias(slope))
+    measured = _measured(attend, q.to(device), k.to(device), exact=exact)
+    forms = zip(measured, rounded(position), rounded(-distance), strict=True)
+    return [
+        HeadAudit(head, float(slope[place]), *(Distance(float(form.max()), float(form.mean())) for form in head_forms))
+        for place, (head, head_forms) in enumerate(zip(group, forms, strict=True))
+    ]
+
+
+def _measured(attend: Attention, q: Tensor, k: Tensor, *, exact: Tensor) -> Tensor:
+    """Return the distance of what a backend computes from the exact rows, [heads, queries] fp64.
+
+    Far keys are read as one: weights are not negative, so what both sides give to them bounds their difference. That
+    is less than rounding, and a row of 65,536 keys is read in a tenth of the passes.
+    """
+    before = exact.cumsum(-1).amax((0, 1))
+    first = int((before < FAR).sum())
+    apart = total_variation(read_rows(attend, q, k, first=first), exact[:, :, first:])
+    if first:
+        apart += (read_total(attend, q, k, before=first) + exact[:, :, :first].sum(-1)) / 2
+    return apart.nan_to_num(nan=1.0)  # a row of nan has no weight in common with any
