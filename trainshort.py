@@ -1,4 +1,4 @@
-"""The console script: make sure that Python imports this installation's packages, then start the command line."""
+"""The console script: check that Python imports this installation's packages, then run the command line."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ PACKAGES = ("configs", "parallel", "data_pipeline", "training", "launch")
 
 
 def main() -> None:
-    """Run the command line; exit 3 where another project's package hides one of ours."""
+    """Run the command line; exit with 3 if another project's package shadows one of ours."""
     for package in PACKAGES:
         if foreign := foreign_folder(package):
             sys.stderr.write(
@@ -17,17 +17,19 @@ def main() -> None:
                 f"take {foreign.parent} out of PYTHONPATH, or rename {foreign.name} there\n"
             )
             raise SystemExit(3)
-    from launch.cli import main as command_line
+    # Only now: this import would already pick up the foreign packages.
+    from launch.cli import run_command_line
 
-    command_line()
+    run_command_line()
 
 
 def foreign_folder(package: str) -> Path | None:
-    """Return where Python would import a package from, None where that is this installation."""
-    found = importlib.util.find_spec(package)
-    if found is None:
+    """Return the folder that Python would import a package from, or None if it is this installation's."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
         return None
-    locations = [*(found.submodule_search_locations or []), found.origin]
+    # A namespace package has no origin, a regular one has both.
+    locations = [*(spec.submodule_search_locations or []), spec.origin]
     folder = Path(next(path for path in locations if path)).resolve()
     return None if folder == HOME / package else folder
 

@@ -1,6 +1,6 @@
-"""Attention alone, forward and backward: ours against what else one would write. One JSON line.
+"""Time attention alone, forward and backward, against other ways to compute it with torch. Prints one JSON line.
 
-16 heads of 128, fp32, batch 1, all cores. Ratios travel to another machine, milliseconds do not.
+16 heads of 128, fp32, batch 1, all cores. Compare ratios between machines, not milliseconds.
 """
 
 import json
@@ -12,24 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.start import flush_denormals
-from training.model.alibi import causal_bias, slopes
-from training.model.attention import Reference, Sdpa
-from training.model.bias import SlopeBias
+from training.model.kernels.reference import Reference
+from training.model.kernels.sdpa import Sdpa
+from training.model.positions.alibi import slopes
+from training.model.positions.bias import SlopeBias, causal_bias
 
 HEADS, HEAD_DIM, REPEATS = 16, 128, 5
 
 
 def main() -> None:
-    """Measure each at 1024 and 2048 tokens; the fastest of some repeats counts."""
+    """Time each implementation at 1024 and 2048 tokens; report the fastest of several repeats."""
     flush_denormals()  # as every rank does
-    found = {
-        length: {name: _milliseconds(attend, length) for name, attend in _ways(length).items()}
+    lengths = {
+        length: {name: _milliseconds(attend, length) for name, attend in _implementations(length).items()}
         for length in (1024, 2048)
     }
-    print(json.dumps({"benchmark": "attention", "unit": "ms", "threads": torch.get_num_threads(), "lengths": found}))
+    print(json.dumps({"benchmark": "attention", "unit": "ms", "threads": torch.get_num_threads(), "lengths": lengths}))
 
 
-def _ways(length: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def _implementations(length: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     strip = SlopeBias(torch.tensor(slopes(HEADS)))
     whole = causal_bias(torch.tensor(slopes(HEADS)), queries=length, keys=length)[None]
     return {

@@ -1,7 +1,7 @@
-"""Greedy generation with a key-value cache, ours and transformers' from the same weights. One JSON line.
+"""Time greedy generation with a key-value cache against transformers, with the same weights. Prints one JSON line.
 
-12 layers x 768, 12 heads, fp32, all cores; the prompt's length grows, 64 new tokens each. By turns, so that both see
-the same minutes; the fastest round counts. Seconds do not travel.
+12 layers x 768, 12 heads, fp32, all cores, 64 new tokens at several prompt lengths. The two take turns, so that load
+from elsewhere slows both; the fastest round counts. Compare ratios between machines, not seconds.
 """
 
 import json
@@ -19,12 +19,12 @@ from training.generation import Sampling, continue_tokens
 from training.model.single import SingleModel, lone_decoder
 
 VOCABULARY, NEW, ROUNDS = 8192, 64, 4
-Figures = dict[str, float]
+Timings = dict[str, float]
 MODEL = Model(layers=12, hidden=768, heads=12, init_std=0.05)
 
 
 def main() -> None:
-    """Measure the prompt and each further token after it, at several prompt lengths."""
+    """Time the prompt and each further token, at several prompt lengths."""
     decoder = lone_decoder(MODEL, vocab_size=VOCABULARY)
     initial_weights(decoder, seed=1, tensor=lone_groups().tensor)
     bloom = BloomForCausalLM(
@@ -35,29 +35,29 @@ def main() -> None:
         for name, (parameter, _) in declared(decoder).items():
             theirs[huggingface_name(name)].copy_(parameter)
     single = SingleModel(decoder, device=torch.device("cpu"), certificate={})
-    found: dict[int, dict[str, Figures]] = {}
+    prompts: dict[int, dict[str, Timings]] = {}
     for length in (128, 512, 2048):
         ids = torch.randint(3, VOCABULARY, (1, length))
         rounds = [(_ours(single, ids), _theirs(bloom, ids)) for _ in range(ROUNDS)]
-        found[length] = {
-            name: {figure: min(one[figure] for one in side) for figure in side[0]}
-            for name, side in zip(("trainshort", "transformers"), zip(*rounds, strict=True), strict=True)
+        prompts[length] = {
+            name: {key: min(timings[key] for timings in repeats) for key in repeats[0]}
+            for name, repeats in zip(("trainshort", "transformers"), zip(*rounds, strict=True), strict=True)
         }
-    print(json.dumps({"benchmark": "generation", "threads": torch.get_num_threads(), "prompts": found}))
+    print(json.dumps({"benchmark": "generation", "threads": torch.get_num_threads(), "prompts": prompts}))
 
 
-def _ours(model: SingleModel, ids: torch.Tensor) -> Figures:
+def _ours(model: SingleModel, ids: torch.Tensor) -> Timings:
     stream = continue_tokens(model, ids[0].tolist(), sampling=Sampling(), end=None)
     started = time.perf_counter()
     next(stream)
     first = time.perf_counter()
     for _ in range(NEW - 1):
         next(stream)
-    return _figures(started, first, time.perf_counter())
+    return _timings(started, first, time.perf_counter())
 
 
 @torch.no_grad()
-def _theirs(bloom: BloomForCausalLM, ids: torch.Tensor) -> Figures:
+def _theirs(bloom: BloomForCausalLM, ids: torch.Tensor) -> Timings:
     started = time.perf_counter()
     out = bloom(ids, use_cache=True)
     token = out.logits[:, -1:].argmax(-1)
@@ -67,10 +67,10 @@ def _theirs(bloom: BloomForCausalLM, ids: torch.Tensor) -> Figures:
         mask = torch.cat([mask, torch.ones_like(token)], dim=1)
         out = bloom(token, past_key_values=out.past_key_values, attention_mask=mask, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
-    return _figures(started, first, time.perf_counter())
+    return _timings(started, first, time.perf_counter())
 
 
-def _figures(started: float, first: float, ended: float) -> Figures:
+def _timings(started: float, first: float, ended: float) -> Timings:
     return {"prefill_ms": round(1000 * (first - started)), "token_ms": round(1000 * (ended - first) / (NEW - 1), 1)}
 
 

@@ -1,6 +1,7 @@
-"""One training step with each position method, all else equal. One JSON line; the step without positions is 1.
+"""Time a training step with each position method, relative to one without positions. Prints one JSON line.
 
-Forward, loss and backward, fp32, all cores: 4 layers x 512, 8 heads of 64. Ratios travel, milliseconds do not.
+Forward, loss and backward, fp32, all cores: 4 layers x 512, 8 heads of 64. Compare ratios between machines, not
+milliseconds.
 """
 
 import json
@@ -19,8 +20,8 @@ VOCABULARY, REPEATS = 4096, 7
 
 
 def main() -> None:
-    """Measure each at 1024 and 2048 tokens, by turns so that all see the same minutes; the fastest counts."""
-    found = {}
+    """Time each method at 1024 and 2048 tokens; they take turns, and the fastest of several repeats counts."""
+    lengths = {}
     for length in (1024, 2048):
         fastest = dict.fromkeys(POSITIONS, float("inf"))
         decoders = {position: _decoder(position) for position in POSITIONS}
@@ -30,11 +31,11 @@ def main() -> None:
                 started = time.perf_counter()
                 mean_loss(decoder(tokens[:, :-1]), tokens[:, 1:].contiguous()).backward()
                 fastest[position] = min(fastest[position], time.perf_counter() - started)
-        found[length] = {
+        lengths[length] = {
             name: {"ms": round(1000 * seconds), "ratio": round(seconds / fastest["none"], 3)}
             for name, seconds in fastest.items()
         }
-    print(json.dumps({"benchmark": "positions", "threads": torch.get_num_threads(), "lengths": found}))
+    print(json.dumps({"benchmark": "positions", "threads": torch.get_num_threads(), "lengths": lengths}))
 
 
 def _decoder(position: str) -> torch.nn.Module:

@@ -1,7 +1,7 @@
-"""One training step in one process: our decoder against transformers' Bloom of the same shape. One JSON line.
+"""Time a training step in one process against transformers' Bloom of the same shape. Prints one JSON line.
 
-Forward, loss, backward and AdamW, fp32, all cores. Each model runs in a process of its own, so that the
-peak of its resident set is its own. Ratios travel to another machine, seconds do not.
+Forward, loss, backward and AdamW, fp32, all cores. Each model runs in a process of its own, so that the peak resident
+set of one does not include the other. Compare ratios between machines, not seconds.
 """
 
 import json
@@ -23,7 +23,7 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained: the model's shape, and tokens of a step."""
+    """Shape of the model and of a batch."""
 
     hidden: int
     heads: int
@@ -37,25 +37,26 @@ SHAPES = (Shape(512, 8, 6, 512, 4, 8192), Shape(1024, 16, 4, 1024, 1, 8192), Sha
 
 
 def main() -> None:
-    """Measure each shape with each model, or, in a child, the one that the arguments name."""
+    """Measure each shape with each model; in a child process, only the one that the arguments name."""
     if len(sys.argv) == 3:
         print(json.dumps(_measure(sys.argv[1], SHAPES[int(sys.argv[2])])))
         return
-    found = []
+    shapes = []
     for index, shape in enumerate(SHAPES):
-        row = {who: _child(who, index) for who in ("trainshort", "transformers")}
-        found.append({**asdict(shape), **row, "speedup": row["transformers"]["seconds"] / row["trainshort"]["seconds"]})
-    print(json.dumps({"benchmark": "train_step", "threads": torch.get_num_threads(), "shapes": found}))
+        row = {name: _measure_in_child(name, index) for name in ("trainshort", "transformers")}
+        speedup = row["transformers"]["seconds"] / row["trainshort"]["seconds"]
+        shapes.append({**asdict(shape), **row, "speedup": speedup})
+    print(json.dumps({"benchmark": "train_step", "threads": torch.get_num_threads(), "shapes": shapes}))
 
 
-def _child(who: str, index: int) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, who, str(index)], capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def _measure_in_child(name: str, index: int) -> dict[str, float]:
+    done = subprocess.run([sys.executable, __file__, name, str(index)], capture_output=True, text=True, check=True)
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
-def _measure(who: str, shape: Shape) -> dict[str, float]:
-    module, loss_of = _trainshort(shape) if who == "trainshort" else _transformers(shape)
+def _measure(name: str, shape: Shape) -> dict[str, float]:
+    module, loss_of = _trainshort(shape) if name == "trainshort" else _transformers(shape)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.length + 1))
     fastest = float("inf")

@@ -1,12 +1,17 @@
-"""What each attention backend can do. No torch: rules, the launcher and `doctor` read it."""
+"""What each attention backend can do; rules, the launcher and `doctor` read it. Imports no torch.
+
+The kernels are in `training/model/kernels/`, a file per backend.
+"""
 
 from dataclasses import dataclass
 
+from configs.positions import POSITIONS, BiasKind
+
 Device = str
 
-EVERY_POSITION = ("alibi", "sinusoidal", "rotary", "t5", "none")
 ANY_WIDTH = 1 << 20
-WITHOUT_LEARNED = ("alibi", "sinusoidal", "rotary", "none")
+ANY_BIAS: tuple[BiasKind, ...] = ("none", "slopes", "table")
+COMPUTED_BIAS: tuple[BiasKind, ...] = ("none", "slopes")  # the kernel computes it and takes no tensor
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class Backend:
     Attributes:
         name: What `model.attention` says.
         what: In a few words, how it adds the bias.
-        positions: Values of `model.position` that it can compute.
+        biases: What it can add to the scores.
         precisions: Values of `train.precision` that it can compute.
         head_dims: The smallest and the largest width of a head.
         devices: Kinds of device that it trains on.
@@ -28,7 +33,7 @@ class Backend:
 
     name: str
     what: str
-    positions: tuple[str, ...]
+    biases: tuple[BiasKind, ...]
     precisions: tuple[str, ...]
     head_dims: tuple[int, int]
     devices: tuple[Device, ...]
@@ -37,6 +42,11 @@ class Backend:
     memory: str
     has_run: str
 
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Values of `model.position` that it can compute."""
+        return tuple(position.name for position in POSITIONS.values() if position.bias in self.biases)
+
 
 BACKENDS = {
     backend.name: backend
@@ -44,7 +54,7 @@ BACKENDS = {
         Backend(
             name="reference",
             what="written out, one piece, fp32 or wider; the oracle",
-            positions=EVERY_POSITION,
+            biases=ANY_BIAS,
             precisions=("fp32", "bf16"),
             head_dims=(1, ANY_WIDTH),
             devices=("cpu", "cuda"),
@@ -56,31 +66,31 @@ BACKENDS = {
         Backend(
             name="sdpa",
             what="torch's scaled_dot_product_attention, blocks of queries over one shared strip of bias",
-            positions=EVERY_POSITION,
+            biases=ANY_BIAS,
             precisions=("fp32", "bf16"),
             head_dims=(1, ANY_WIDTH),
             devices=("cpu", "cuda"),
             capability=(0, 0),
             package=None,
             memory="length; on a GPU length x length unless heads are a multiple of 8 wide (4 in fp32)",
-            has_run="CPU: fp64, fp32, bf16",
+            has_run="CPU: fp64, fp32, bf16; one H100: bf16, training steps",
         ),
         Backend(
             name="flex",
             what="torch's FlexAttention, compiled; the bias is computed inside the kernel",
-            positions=WITHOUT_LEARNED,
+            biases=COMPUTED_BIAS,
             precisions=("fp32", "bf16"),
             head_dims=(16, ANY_WIDTH),
             devices=("cuda",),
             capability=(7, 0),
             package=None,
             memory="length",
-            has_run="CPU: its formula, uncompiled, forward; never on a GPU",
+            has_run="CPU: its formula, uncompiled, forward; one H100: bf16, training steps",
         ),
         Backend(
             name="flash",
             what="flash-attn 2 with alibi_slopes",
-            positions=WITHOUT_LEARNED,
+            biases=COMPUTED_BIAS,
             precisions=("bf16",),
             head_dims=(1, 256),
             devices=("cuda",),
@@ -91,7 +101,7 @@ BACKENDS = {
         ),
     )
 }
-AUTO = "sdpa"  # the others have not been seen on hardware: nobody gets them without asking
+AUTO = "sdpa"  # the only one tested on CPUs and GPUs; the others must be asked for
 
 
 def backend_of(attention: str) -> Backend:

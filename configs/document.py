@@ -1,4 +1,4 @@
-"""Write what the docs take from code, all of docs/configuration.md and a table: `python -m configs.document`."""
+"""Generate docs/configuration.md and the table of backends in docs/attention.md: `python -m configs.document`."""
 
 import sys
 import types
@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from configs.backends import BACKENDS
+from configs.choices import OneOf
 from configs.schema import RunConfig
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -19,21 +20,23 @@ BEGIN, END = "<!-- made by `python -m configs.document` -->\n", "<!-- end -->\n"
 HEAD = """\
 # The run file
 
-Made from the schema by `python -m configs.document`; do not edit by hand.
+Generated from the schema by `python -m configs.document`; do not edit by hand.
 
-A run file is YAML: sections of keys, read strictly. Unknown and repeated keys, wrong types, `nan` and `inf` are
-errors, and all problems are reported at once. `1e-3` is a number; `on` and `12:30:00` are words, but quote times all
-the same. On the command line `--set section.key=value` overrides one key; the value is read as YAML, the last one
-wins. `trainshort check` says which values this version cannot do yet.
+A run file is YAML: sections that hold keys. It is read strictly: unknown keys, repeated keys, wrong types, `nan` and
+`inf` are errors, and all problems are reported at once. `1e-3` is a number. `on` and `12:30:00` are strings, but quote
+times anyway: other YAML readers read `12:30:00` as a number.
+
+On the command line, `--set section.key=value` overrides a key. The value is read as YAML; if a key is set twice, the
+last value wins. `trainshort check` names the values that this version does not support yet.
 """
 
 
 def configuration_page() -> str:
-    """Return the page: one table a section, in the order of the schema."""
+    """Return the page on the run file: one table per section, in the order of the schema."""
     parts = [HEAD]
     for name, field in RunConfig.model_fields.items():
         section: Any = field.annotation
-        parts.append(f"## `{name}`\n\n{section.__doc__.strip()}\n\n{table(section)}")
+        parts.append(f"## `{name}`\n\n{section.__doc__.strip()}\n\n{_section_table(section)}")
     return "\n".join(parts)
 
 
@@ -50,48 +53,63 @@ def backend_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def with_backends(page: str) -> str:
-    """Return a page with the table of backends between its two marks made anew."""
+def replace_backend_table(page: str) -> str:
+    """Return a page with a current table of backends between its two markers."""
     before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}{backend_table()}{END}{rest.split(END)[1]}"
 
 
-def table(section: type[BaseModel]) -> str:
-    """Return the Markdown table of a section's keys."""
+def _section_table(section: type[BaseModel]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        kind = type_words(field.annotation) + limits(field)
-        rows.append(f"| `{name}` | {kind} | {default_words(field)} | {_cell(field.description or '')} |")
+        rows.append(f"| `{name}` | {_field_type(field)} | {_default(field)} | {_cell(field.description or '')} |")
     return "\n".join(rows) + "\n"
 
 
-def type_words(annotation: Any) -> str:
-    """Return a type as a user would say it."""
+def _field_type(field: FieldInfo) -> str:
+    """Return a key's type and range, as in `whole number, at least 1`."""
+    # pydantic moves what Annotated[...] says beside the type into the metadata
+    for item in field.metadata:
+        if isinstance(item, OneOf):
+            return _choices(item.words)
+    words = {"ge": "at least", "gt": "over", "le": "at most", "lt": "under"}
+    bounds = [f"{words[kind]} {value:g}" for kind, value in _bounds(field)]
+    return _type(field.annotation) + (f", {' and '.join(bounds)}" if bounds else "")
+
+
+def _type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return " \\| ".join(f"`{choice}`" for choice in arguments)
-    if origin in (Union, types.UnionType):
-        return type_words(next(argument for argument in arguments if argument is not type(None)))
+        return _choices(arguments)
+    if origin in (Union, types.UnionType):  # T | None, whose default is shown as unset
+        return _type(next(argument for argument in arguments if argument is not type(None)))
     if origin is tuple:
-        return f"list of {type_words(arguments[0])}"
+        return f"list of {_type(arguments[0])}"
     if origin is dict:
         return "map of names to text"
     if hasattr(annotation, "__metadata__"):
-        return type_words(arguments[0])
+        return _type(arguments[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "path or `{path, weight}`"
     return {int: "whole number", float: "number", bool: "`true` \\| `false`", str: "text"}[annotation]
 
 
-def limits(field: FieldInfo) -> str:
-    """Return a number's range, as in `, at least 1`."""
-    words = {"ge": "at least", "gt": "over", "le": "at most", "lt": "under"}
-    found = [f"{words[kind]} {value:g}" for kind, value in _bounds(field)]
-    return f", {' and '.join(found)}" if found else ""
+def _choices(words: tuple[Any, ...]) -> str:
+    return " \\| ".join(f"`{word}`" for word in words)
 
 
-def default_words(field: FieldInfo) -> str:
-    """Return a key's default as YAML has it; `required` where there is none."""
+def _bounds(field: FieldInfo) -> list[tuple[str, float]]:
+    """Return the ends of a number's range, as in `("ge", 1)`."""
+    constraints: list[Any] = list(field.metadata)
+    for argument in get_args(field.annotation):  # Annotated[...] | None keeps its range inside
+        for item in getattr(argument, "__metadata__", ()):
+            constraints.extend(getattr(item, "metadata", None) or [item])
+    pairs = [(kind, getattr(item, kind, None)) for item in constraints for kind in ("ge", "gt", "le", "lt")]
+    return [(kind, value) for kind, value in pairs if value is not None]
+
+
+def _default(field: FieldInfo) -> str:
+    """Return a key's default as YAML writes it; `required` or `unset` where there is none."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
@@ -104,20 +122,11 @@ def default_words(field: FieldInfo) -> str:
     return f"`{value}`"
 
 
-def _bounds(field: FieldInfo) -> list[tuple[str, float]]:
-    found: list[Any] = list(field.metadata)
-    for argument in get_args(field.annotation):  # Annotated[...] | None keeps its range inside
-        for part in getattr(argument, "__metadata__", ()):
-            found.extend(getattr(part, "metadata", None) or [part])
-    pairs = [(kind, getattr(part, kind, None)) for part in found for kind in ("ge", "gt", "le", "lt")]
-    return [(kind, value) for kind, value in pairs if value is not None]
-
-
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":
     TARGET.write_text(configuration_page(), encoding="utf-8")
-    ATTENTION.write_text(with_backends(ATTENTION.read_text(encoding="utf-8")), encoding="utf-8")
+    ATTENTION.write_text(replace_backend_table(ATTENTION.read_text(encoding="utf-8")), encoding="utf-8")
     sys.stderr.write(f"wrote {TARGET} and the table in {ATTENTION}\n")

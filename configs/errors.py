@@ -1,8 +1,8 @@
-"""The exceptions whose cause a user can mend. The command line prints each as one line."""
+"""Exceptions whose cause a user can fix. The command line prints each as one message, with its exit code."""
 
 
 class TrainshortError(Exception):
-    """What is wrong, the value seen, what to do: one line each."""
+    """Base class. The message says what is wrong, the value seen and what to do."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and a folder that one writer holds at a time."""
+"""Write files atomically, and let one process at a time write to a folder."""
 
 import fcntl
 import os
@@ -9,15 +9,17 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path, *, mark: str = "") -> Iterator[Path]:
-    """Give a dot-temp name to write to; on success the file gets its own name, otherwise nothing stays.
+    """Yield a temporary path to write to; rename it to `path` on success, remove it on failure.
 
     Args:
-        path: The file.
-        mark: Part of the dot-temp name, where two writers may come at one moment: they must not share it.
+        path: The file to write.
+        mark: Added to the temporary name, where two processes may write the same file: they must not share one.
     """
+    # in the same folder: a rename is atomic only within one file system
     temporary = path.with_name(f".{path.name}{mark}.tmp")
     try:
         yield temporary
+        # content first: a rename may reach the disk before it, and a power cut would then leave an empty file
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -27,7 +29,7 @@ def whole_file(path: Path, *, mark: str = "") -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a crash."""
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -37,12 +39,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def one_writer(folder: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a folder's lock; the system lets go of it when the process ends, however it ends.
+    """Hold a folder's lock while the block runs. The system releases it when the process ends, even by SIGKILL.
 
     Args:
         folder: An existing folder.
-        on_wait: Called once where another process holds the lock, before waiting for it.
+        on_wait: Called once before waiting for another process that holds the lock.
     """
+    # the lock file stays: if it were deleted, two processes could each hold the lock of a file of that name
     with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

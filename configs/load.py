@@ -1,4 +1,4 @@
-"""Read a run file: strict YAML, overrides, schema, rules. All problems come in one message."""
+"""Read a run file: strict YAML, overrides, schema, rules. All problems are reported in one message."""
 
 import re
 from collections.abc import Hashable, Sequence
@@ -15,72 +15,78 @@ from configs.rules import problems
 from configs.schema import RunConfig
 
 RUNS = Path(__file__).parent / "runs"
-# A few lines of YAML can name a list of lists of lists so large that writing it out would end this process.
+# A few lines of YAML can alias lists into one too large to print: cut values off before they go into a message.
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 4, 4, 80, 80
 
 
 def load_run(name_or_path: str, *, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the checked run that a YAML file and overrides describe.
+    """Read and check a run file.
 
     Args:
-        name_or_path: A YAML file, or the name of one of configs/runs.
-        overrides: `section.key=value` each, the value read as YAML; the last one wins.
+        name_or_path: A YAML file, or the name of a file in configs/runs.
+        overrides: `section.key=value` each, the value read as YAML; the last one of a key wins.
     Raises:
-        InputError: the file, an override or the run is wrong; names every problem.
+        InputError: the file, an override or the run is wrong; the message lists every problem.
     """
     path = find_run(name_or_path)
     data = read_yaml(_read_text(path), name=str(path))
     if not isinstance(data, dict):
         raise InputError(f"{path} must hold sections of keys, got {type(data).__name__}: see configs/runs/demo.yaml")
     for override in overrides:
-        _apply(data, override)
+        _set_override(data, override)
     return check_run(data, name=name_or_path)
 
 
 def check_run(data: dict[str, Any], *, name: str) -> RunConfig:
-    """Return the run that plain values describe.
+    """Check plain values against the schema, then the rules, and return the run.
 
+    Args:
+        data: Sections of keys.
+        name: Names the run in messages.
     Raises:
-        InputError: names every problem of the schema, or else every broken rule.
+        InputError: lists every error of the schema, or, without one, every broken rule.
     """
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        # too_short only repeats that the items of a list were wrong
-        found = [
-            _explain(problem) for problem in error.errors() if problem["type"] != "too_short" or not problem["input"]
-        ]
-        raise InputError(_message(name, found)) from None
-    if found := problems(config):
-        raise InputError(_message(name, found))
+        # where all items of a list are wrong, pydantic also reports the list as too short: noise
+        errors = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
+        raise InputError(_message(name, [_schema_problem(item) for item in errors])) from None
+    if broken_rules := problems(config):
+        raise InputError(_message(name, broken_rules))
     return config
 
 
 def find_run(name_or_path: str) -> Path:
-    """Return the file of a run given as a path or as the name of a shipped run."""
+    """Return the run file at a path, or the shipped one of that name.
+
+    Raises:
+        InputError: there is neither, or the path cannot be read.
+    """
     path = Path(name_or_path)
     try:
         if path.is_file():
             return path
-    except OSError as error:
+    except OSError as error:  # for example a name that is too long for the file system
         raise InputError(f"run file {name_or_path[:80]} cannot be read ({error.strerror}): check the path") from None
     shipped = RUNS / f"{name_or_path}.yaml"
     if "/" not in name_or_path and shipped.is_file():
         return shipped
     names = ", ".join(sorted(run.stem for run in RUNS.glob("*.yaml")))
-    what = "is a folder" if path.is_dir() else "does not exist"
-    raise InputError(f"run file {name_or_path} {what}: give a YAML file or one of {names}")
+    problem = "is a folder" if path.is_dir() else "does not exist"
+    raise InputError(f"run file {name_or_path} {problem}: give a YAML file or one of {names}")
 
 
 def dump_run(config: RunConfig) -> str:
-    """Return the whole run as YAML that `load_run` reads back to an equal value."""
+    """Return a run as YAML, every default filled in; `load_run` reads it back to an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML as one reads it: no repeated keys, no sexagesimals, no dates, `on` is a word, 1e-3 a number."""
+    """YAML without its surprises: 1e-3 is a number, `on`, 12:30:00 and dates are strings, repeated keys an error."""
 
+    # PyYAML's own resolvers follow YAML 1.1, where `on` is true, 12:30:00 is 45000 and 1e-3 a string
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -89,17 +95,18 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"a key must be a word, got {key!r}", key_node.start_mark
+                    None, None, f"a key must be a string, got {key!r}", key_node.start_mark
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is there twice: remove one", key_node.start_mark
+                    None, None, f"key {key!r} appears twice: remove one", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _resolve(tag: str, pattern: str, first: Sequence[str]) -> None:
+    """Read unquoted words that match the pattern as a type. PyYAML tries it only on words that begin with `first`."""
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
 
 
@@ -114,10 +121,10 @@ _resolve(
 
 
 def read_yaml(text: str, *, name: str) -> Any:
-    """Return the plain values of a strict YAML text.
+    """Parse strict YAML into plain values.
 
     Raises:
-        InputError: not YAML, a repeated key, or a Python tag.
+        InputError: not YAML, a repeated key, or a tag such as !!python/object.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
@@ -137,7 +144,8 @@ def _read_text(path: Path) -> str:
         raise InputError(f"run file {path} cannot be read ({error.strerror}): check the path") from None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _set_override(data: dict[str, Any], override: str) -> None:
+    """Set the value of a `section.key=value` in place; missing sections are added, the schema checks their names."""
     match = re.fullmatch(r"([a-z0-9_]+)\.([A-Za-z0-9_.]+)=(.*)", override, re.DOTALL)
     if match is None:
         raise InputError(f"--set {override!r} is not an override: write section.key=value")
@@ -145,7 +153,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     *parents, last = [section, *keys.split(".")]
     target = data
     for key in parents:
-        if target.get(key) is None:
+        if target.get(key) is None:  # missing, or empty in the file
             target[key] = {}
         target = target[key]
         if not isinstance(target, dict):
@@ -153,23 +161,26 @@ def _apply(data: dict[str, Any], override: str) -> None:
     target[last] = read_yaml(text, name=f"--set {section}.{keys}")
 
 
-def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    seen = _SHORT.repr(problem["input"])
-    if problem["type"] == "extra_forbidden":
-        near = get_close_matches(str(problem["loc"][-1]), _keys(problem["loc"][:-1]), n=1)
-        return f"unknown key {where}" + (f": did you mean {near[0]}?" if near else ": remove it")
-    if problem["type"] == "missing":
-        return f"{where} is missing: add it"
-    if problem["type"] == "finite_number":
-        return f"{where} must be a finite number, got {seen}"
-    if problem["type"] == "tuple_type":
-        return f"{where} must be a list, got {seen}: write [{seen}]"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{where}: {message.replace('input should', 'must')}, got {seen[:80]}"
+def _schema_problem(error: Any) -> str:
+    """Return one of pydantic's errors as a line of ours: the key, what is wrong, the value seen."""
+    key = ".".join(str(part) for part in error["loc"])
+    seen = _SHORT.repr(error["input"])
+    if error["type"] == "extra_forbidden":
+        similar = get_close_matches(str(error["loc"][-1]), _keys_at(error["loc"][:-1]), n=1)
+        return f"unknown key {key}" + (f": did you mean {similar[0]}?" if similar else ": remove it")
+    if error["type"] == "missing":
+        return f"{key} is missing: add it"
+    if error["type"] == "finite_number":
+        return f"{key} must be a finite number, got {seen}"
+    if error["type"] == "tuple_type":
+        return f"{key} must be a list, got {seen}: write [{seen}]"
+    # pydantic's messages begin with "Input should"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}: {message.replace('input should', 'must')}, got {seen[:80]}"
 
 
-def _keys(location: tuple[str | int, ...]) -> list[str]:
+def _keys_at(location: tuple[str | int, ...]) -> list[str]:
+    """Return the known keys of the section at a location of the schema; none where it is no section."""
     section: Any = RunConfig
     for part in location:
         field = getattr(section, "model_fields", {}).get(str(part))
@@ -177,5 +188,5 @@ def _keys(location: tuple[str | int, ...]) -> list[str]:
     return list(getattr(section, "model_fields", {}))
 
 
-def _message(name: str, found: list[str]) -> str:
-    return f"{name}: {found[0]}" if len(found) == 1 else f"{name} has {len(found)} problems:\n  " + "\n  ".join(found)
+def _message(name: str, lines: list[str]) -> str:
+    return f"{name}: {lines[0]}" if len(lines) == 1 else f"{name} has {len(lines)} problems:\n  " + "\n  ".join(lines)

@@ -1,9 +1,13 @@
-"""Where things lie in a run folder: the one place that knows the names."""
+"""Files and folders of a run: the one place that knows their names."""
 
 from pathlib import Path
 
 from configs.errors import InputError
 from configs.schema import RunConfig
+
+# in prepared data and in a checkpoint alike
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -12,7 +16,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def config_file(run_dir: Path) -> Path:
-    """Return the resolved run, as its last start wrote it."""
+    """Return the run file with every default filled in, written by the newest start."""
     return run_dir / "config.yaml"
 
 
@@ -27,12 +31,12 @@ def checkpoints_folder(run_dir: Path) -> Path:
 
 
 def evaluation_folder(run_dir: Path) -> Path:
-    """Return the folder of a run's last evaluation."""
+    """Return the folder of a run's evaluation reports."""
     return run_dir / "evaluation"
 
 
 def export_folder(run_dir: Path, *, form: str) -> Path:
-    """Return the folder that a run's model is exported to by default."""
+    """Return the default folder for a model exported in one format."""
     return run_dir / "export" / form
 
 
@@ -42,32 +46,32 @@ def logs_folder(run_dir: Path) -> Path:
 
 
 def incarnation_file(run_dir: Path) -> Path:
-    """Return the file that names the newest start of a run."""
+    """Return the file that identifies the newest start of a run."""
     return run_dir / "incarnation"
 
 
 def stop_file(run_dir: Path) -> Path:
-    """Return the file that asks a run to save and end, by being there."""
+    """Return the file whose existence asks a run to save and stop."""
     return run_dir / "STOP"
 
 
 def slurm_folder(run_dir: Path) -> Path:
-    """Return the folder of what a run submitted to SLURM: the scripts, and what their jobs run."""
+    """Return the folder of a submission to SLURM: its scripts, and the code and run file that the jobs use."""
     return run_dir / "slurm"
 
 
 def frozen_config(run_dir: Path) -> Path:
-    """Return the run as it was submitted to SLURM."""
+    """Return the run file as submitted to SLURM."""
     return slurm_folder(run_dir) / "config.yaml"
 
 
 def frozen_code(run_dir: Path) -> Path:
-    """Return the code as it was submitted to SLURM, beside the versions that were installed then."""
+    """Return the folder of the code as submitted to SLURM, with the versions installed then."""
     return slurm_folder(run_dir) / "code"
 
 
 def slurm_stop_file(run_dir: Path) -> Path:
-    """Return the file that holds the number of a submitted job which was asked to save and end."""
+    """Return the file that holds the number of the job that was asked to save and stop."""
     return slurm_folder(run_dir) / "stop"
 
 
@@ -77,10 +81,10 @@ def chain_file(run_dir: Path) -> Path:
 
 
 def check_run_folder(config: RunConfig) -> Path:
-    """Return the run folder if one can be there.
+    """Return the run folder after checking that no file is in its way.
 
     Raises:
-        InputError: a file is in its place, or in the place of a folder above it.
+        InputError: the run folder, or a folder above it, is a file.
     """
     folder = run_folder(config)
     for path in (folder, *folder.parents):

@@ -1,17 +1,19 @@
-"""Rules that hold between keys of a run file. Each finds its problems and repairs none."""
+"""Rules between the keys of a run file. Each reports its problems and repairs none."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isqrt
 
 from configs.backends import backend_of, unsupported
+from configs.choices import FAMILIES, Choice
+from configs.positions import POSITIONS
+from configs.precisions import PRECISIONS, Precision
 from configs.schema import RunConfig
-from configs.times import time_limit_seconds
 
 
 def problems(config: RunConfig) -> list[str]:
     """Return every broken rule, one line each: what must hold, the value seen, what to do."""
-    found: list[str] = []
+    broken: list[str] = []
     for rule in (
         _model,
         _split,
@@ -24,25 +26,35 @@ def problems(config: RunConfig) -> list[str]:
         _time_limit,
         _not_available,
     ):
-        found.extend(rule(config))
-    return found
+        broken.extend(rule(config))
+    return broken
 
 
 def divisors(number: int) -> str:
     """Return the divisors of a number in words: `1, 2, 4 or 8`."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
-    found = [str(n) for n in sorted({*small, *(number // n for n in small)})]
-    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
+    words = [str(n) for n in sorted({*small, *(number // n for n in small)})]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def time_limit_seconds(text: str) -> int | None:
+    """Return a SLURM time limit in seconds; None unless it is [days-]hours:minutes:seconds or days-hours[:minutes].
+
+    SLURM also takes `90` as minutes and `1:30` as minutes and seconds. Both are refused: people who write them
+    usually mean hours.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(\d+)-(\d+)(?::(\d\d))?", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(match[n] or match[m] or 0) for n, m in ((1, 5), (2, 6), (3, 7), (4, 4)))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     if model.hidden % model.heads:
         yield f"model.heads must divide model.hidden ({model.hidden}), got {model.heads}: use {divisors(model.hidden)}"
-    if model.position == "rotary" and model.hidden % model.heads == 0 and model.head_dim % 2:
-        yield f"model.hidden / model.heads must be even for rotary positions, got {model.head_dim}: use fewer heads"
-    if model.position == "sinusoidal" and model.hidden % 2:
-        yield f"model.hidden must be even for sinusoidal positions, got {model.hidden}: use {model.hidden + 1}"
+    yield from POSITIONS[model.position].problems(model)
     backend = backend_of(model.attention)
     why = unsupported(backend, position=model.position, precision=config.train.precision, head_dim=model.head_dim)
     if why is not None:
@@ -77,7 +89,7 @@ def _split(config: RunConfig) -> Iterator[str]:
             f"parallel.zero must be 1 or more with parallel.offload {parallel.offload}, got 0: "
             "ZeRO keeps the state that is offloaded"
         )
-    if parallel.zero == 0 and config.train.precision != "fp32":
+    if parallel.zero == 0 and PRECISIONS[config.train.precision].master_weights:
         yield (
             f"parallel.zero must be 1 or more with train.precision {config.train.precision}, got 0: "
             "ZeRO keeps the fp32 master weights"
@@ -185,14 +197,18 @@ def _time_limit(config: RunConfig) -> Iterator[str]:
 def _not_available(config: RunConfig) -> Iterator[str]:
     """Yield the values that this version knows but cannot do: refused, never replaced."""
     asked = {
-        "model.family": (config.model.family, ("bloom",)),
+        "model.family": (config.model.family, _available(FAMILIES)),
         "model.windows": (config.model.windows, ("off",)),
         "data.mask_documents": (config.data.mask_documents, (False,)),
         "parallel.sequence": (config.parallel.sequence, (False,)),
-        "train.precision": (config.train.precision, ("fp32", "bf16")),
+        "train.precision": (config.train.precision, _available(PRECISIONS)),
         "checkpoint.background": (config.checkpoint.background, (False,)),
     }
     for key, (value, available) in asked.items():
         if value not in available:
             shown = [str(v).lower() if isinstance(v, bool) else str(v) for v in (value, *available)]
             yield f"{key} {shown[0]} is not available in this version: use {' or '.join(shown[1:])}"
+
+
+def _available(table: Mapping[str, Choice | Precision]) -> tuple[str, ...]:
+    return tuple(name for name, row in table.items() if row.available)

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Position = Literal["alibi", "sinusoidal", "rotary", "t5", "none"]
-AttentionBackend = Literal["auto", "reference", "sdpa", "flex", "flash"]
-Precision = Literal["fp32", "bf16", "fp16"]
+from configs.backends import BACKENDS
+from configs.choices import FAMILIES, OPTIMIZERS, OneOf
+from configs.positions import POSITIONS
+from configs.precisions import PRECISIONS
 
 
 def _tuple_of_list(value: Any) -> Any:
@@ -60,9 +61,13 @@ class Model(Section):
     feed_forward: PositiveInt | None = Field(
         default=None, description="Width of the feed-forward; 4 x hidden unless set."
     )
-    position: Position = Field(default="alibi", description="How order enters the model.")
-    family: Literal["bloom", "mpt"] = Field(default="bloom", description="Block design, and so the export format.")
-    attention: AttentionBackend = Field(default="auto", description="Attention backend; auto is sdpa.")
+    position: Annotated[str, OneOf(POSITIONS)] = Field(default="alibi", description="How order enters the model.")
+    family: Annotated[str, OneOf(FAMILIES)] = Field(
+        default="bloom", description="Block design, and so the export format."
+    )
+    attention: Annotated[str, OneOf(BACKENDS, also=("auto",))] = Field(
+        default="auto", description="Attention backend; auto is sdpa."
+    )
     windows: Literal["auto", "off"] = Field(default="off", description="Lossless windows per head (off: none).")
     init_std: Annotated[float, Field(gt=0.0)] = Field(default=0.02, description="Std of the initial weights.")
     dropout: Fraction = Field(
@@ -138,7 +143,10 @@ class Train(Section):
     beta2: Fraction = Field(default=0.95, description="AdamW beta 2.")
     epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-8, description="AdamW epsilon.")
     clip: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="Largest global gradient norm.")
-    precision: Precision = Field(default="fp32", description="Type of the forward and backward pass.")
+    precision: Annotated[str, OneOf(PRECISIONS)] = Field(
+        default="fp32", description="Type of the forward and backward pass."
+    )
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(default="adamw", description="Optimizer.")
     recompute: bool = Field(
         default=False, description="Recompute each block in the backward pass: less memory, more time."
     )

@@ -1,4 +1,4 @@
-"""What a folder of prepared data holds, and the checks before anyone uses it. Imports no torch."""
+"""The manifest of a folder of prepared data, and the checks before the data is used. Imports no torch."""
 
 import hashlib
 import json
@@ -9,24 +9,24 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import whole_file
+from configs.paths import MANIFEST_NAME, TOKENIZER_NAME
 from configs.schema import Data
 from data_pipeline.indexed import bin_path, find_prefix, idx_path
 from data_pipeline.sources import PYTHON_DOCS, source_files
 from data_pipeline.split import held_out_count
 
 DATA_FORMAT = 1
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
-UNIGRAM = "unigram.npy"
+UNIGRAM_NAME = "unigram.npy"
+_PREPARE_AGAIN = "set data.dir to another folder, or delete that one and run `trainshort prepare`"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens that are sampled as one: all sources without a weight, or one source with a weight or prepared before."""
+    """Tokens that are sampled as one: all sources without a weight, one with a weight, or one prepared elsewhere."""
 
     name: str
     prefix: str
-    """The .bin and .idx without their endings; relative to the folder unless the source was used in place."""
+    """Path of the .bin and .idx without their endings; relative to the folder unless the source is used in place."""
     in_place: bool
     documents: int
     sequences: int
@@ -37,10 +37,15 @@ class Part:
     """White space separated words; None where only the tokens are known."""
     weight: float | None = None
 
+    def files(self, folder: Path) -> dict[Path, int]:
+        """Return the part's files with the size in bytes that each had when it was written."""
+        prefix = folder / self.prefix  # of a source used in place the prefix is absolute, which drops the folder
+        return {bin_path(prefix): self.bin_bytes, idx_path(prefix): self.idx_bytes}
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder of prepared data that was found whole."""
+    """A folder of prepared data, checked to be complete."""
 
     folder: Path
     tokenizer: Path
@@ -49,9 +54,9 @@ class Prepared:
     end_of_document: int
     parts: tuple[Part, ...]
     split: float
-    """Share of the sequences held out, as the run file says now."""
+    """Share of the sequences held out, from the current run file."""
     fingerprint: str
-    """Hash of everything that the data was made from."""
+    """Hash of all inputs that the data was prepared from."""
 
     @property
     def tokens(self) -> int:
@@ -65,7 +70,7 @@ class Prepared:
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """Weight of each part; None where samples come in proportion to the text there is."""
+        """Weight of each part; None for samples in proportion to the text."""
         weights = tuple(part.weight for part in self.parts if part.weight is not None)
         return weights if len(weights) == len(self.parts) else None
 
@@ -75,29 +80,30 @@ class Prepared:
 
 
 def load_prepared(data: Data, *, folder: Path) -> Prepared:
-    """Return the data that `trainshort prepare` left in a folder.
+    """Load the data that `trainshort prepare` wrote to a folder, and check it.
+
+    The sources need not exist any more: of them only the names are compared.
 
     Args:
-        data: The run's section; must ask for what was prepared.
+        data: The run's section; must match what was prepared.
         folder: RUN_DIR/data or data.dir.
     Raises:
-        InputError: not prepared, not whole, or prepared from something else.
+        InputError: not prepared, incomplete, or prepared from other inputs.
     """
     manifest = read_data_manifest(folder)
     if manifest is None:
         raise InputError(f"data is not prepared in {folder}: run `trainshort prepare`")
-    for difference in _differences(manifest["inputs"], _asked(data)):
-        raise InputError(f"{folder} holds data for another run file: {difference}; {_TODO}")
-    names = [source.path for source in data.sources]
-    weights = [source.weight for source in data.sources]
-    parts = tuple(Part(**part) for part in manifest["parts"])
+    check_inputs(manifest, _settings(data), folder=folder)
+    # data.split and the weights may change without preparing again: take them from the run file
+    weights = {source.path: source.weight for source in data.sources}
+    parts = [Part(**part) for part in manifest["parts"]]
     prepared = Prepared(
         folder=folder,
-        tokenizer=folder / TOKENIZER,
+        tokenizer=folder / TOKENIZER_NAME,
         tokenizer_sha256=manifest["tokenizer_sha256"],
         vocab_size=manifest["vocab_size"],
         end_of_document=manifest["end_of_document"],
-        parts=tuple(replace(p, weight=weights[names.index(p.name)] if p.name in names else None) for p in parts),
+        parts=tuple(replace(part, weight=weights.get(part.name)) for part in parts),
         split=data.split,
         fingerprint=manifest["inputs_sha256"],
     )
@@ -107,11 +113,8 @@ def load_prepared(data: Data, *, folder: Path) -> Prepared:
     return prepared
 
 
-_TODO = "set data.dir to another folder, or delete that one and run `trainshort prepare`"
-
-
 def check_split(parts: tuple[Part, ...], *, split: float) -> None:
-    """Refuse to hold out from what cannot be divided.
+    """Check that something can be held out of every part.
 
     Raises:
         InputError: a part has too few sequences.
@@ -119,87 +122,97 @@ def check_split(parts: tuple[Part, ...], *, split: float) -> None:
     for part in parts:
         if split and not held_out_count(part.sequences, share=split):
             raise InputError(
-                f"data.split is {split} but {part.name} is one piece of {part.tokens} tokens, too little to hold out "
-                "from: add text, set data.document_separator, or set data.split to 0"
+                f"data.split is {split} but {part.name} is a single chunk of {part.tokens} tokens, too little to hold "
+                "out from: add text, set data.document_separator, or set data.split to 0"
             )
 
 
 def describe_inputs(data: Data) -> dict[str, Any]:
-    """Return everything that the prepared data depends on: what the run file says, and the state of the files.
+    """Return everything that prepared data depends on: settings of the run file, and size and time of its files.
 
     Raises:
-        InputError: a source or the tokenizer is not there, or a source is named twice.
+        InputError: a source or the tokenizer does not exist, or a source is named twice.
     """
-    asked = _asked(data)
-    paths = asked["data.sources"]
+    inputs = _settings(data)
+    paths = inputs["data.sources"]
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise InputError(f"data.sources names {twice[0]} {paths.count(twice[0])} times: name it once")
-    asked["files"] = {source.path: _state(source.path) for source in data.sources}
+    inputs["files"] = {path: _file_states(path) for path in paths}
     if data.tokenizer is not None:
-        asked["tokenizer_sha256"] = _sha256(Path(data.tokenizer).expanduser())
-    return asked
+        inputs["tokenizer_sha256"] = _sha256(Path(data.tokenizer).expanduser())
+    return inputs
 
 
 def check_inputs(manifest: dict[str, Any], inputs: dict[str, Any], *, folder: Path) -> None:
-    """Refuse to prepare into a folder that holds data made from something else.
+    """Check that a folder's data was prepared from these inputs.
 
+    Args:
+        manifest: The folder's manifest.
+        inputs: From `describe_inputs`, or part of them: the others are not compared.
+        folder: Named in the message.
     Raises:
         InputError: names the first input that changed.
     """
     for difference in _differences(manifest["inputs"], inputs):
-        raise InputError(f"{folder} holds data prepared from other inputs: {difference}; {_TODO}")
+        raise InputError(f"{folder} holds data prepared from other inputs: {difference}; {_PREPARE_AGAIN}")
 
 
 def read_data_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder, None where there is none.
+    """Read the manifest of a folder; None where there is none.
 
     Raises:
         InputError: it is broken or of another version.
     """
-    file = folder / MANIFEST
+    file = folder / MANIFEST_NAME
     try:
         manifest: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):  # the folder itself may be missing or a file
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}): {_TODO}") from None
+        raise InputError(f"{file} cannot be read ({error}): {_PREPARE_AGAIN}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != DATA_FORMAT:
-        raise InputError(f"{file} has format_version {version}, this version reads {DATA_FORMAT}: {_TODO}")
+        raise InputError(f"{file} has format_version {version}, this version reads {DATA_FORMAT}: {_PREPARE_AGAIN}")
     return dict(manifest)
 
 
-def write_data_manifest(prepared: Prepared, *, inputs: dict[str, Any]) -> None:
-    """Declare a folder whole: the last file that is written."""
+def write_data_manifest(
+    folder: Path,
+    *,
+    inputs: dict[str, Any],
+    tokenizer_sha256: str,
+    vocab_size: int,
+    end_of_document: int,
+    parts: tuple[Part, ...],
+) -> None:
+    """Write the manifest, the last file: a folder that has one is complete."""
     manifest = {
         "format_version": DATA_FORMAT,
         "inputs": inputs,
-        "inputs_sha256": fingerprint(inputs),
-        "tokenizer_sha256": prepared.tokenizer_sha256,
-        "vocab_size": prepared.vocab_size,
-        "end_of_document": prepared.end_of_document,
-        "parts": [asdict(part) for part in prepared.parts],
+        # sorted, so that the fingerprint does not depend on the order of keys
+        "inputs_sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "end_of_document": end_of_document,
+        "parts": [asdict(part) for part in parts],
     }
-    write_json(prepared.folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST_NAME, manifest)
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with whole_file(file) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def fingerprint(inputs: dict[str, Any]) -> str:
-    """Return the hash of what the data was made from."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
 def files_are_whole(part: Part, *, folder: Path) -> bool:
-    """Return whether a part's files have the sizes that they were left with."""
-    return all(_size(file) == size for file, size in _files(part, folder))
+    """Return whether a part's files have the sizes with which they were written."""
+    return all(_size(file) == expected for file, expected in part.files(folder).items())
 
 
-def _asked(data: Data) -> dict[str, Any]:
+def _settings(data: Data) -> dict[str, Any]:
+    """Return what the run file says that prepared data depends on."""
+    # part of the fingerprint: an added or renamed key makes data that was prepared before look like another run's
     return {
         "data.sources": [source.path for source in data.sources],
         "weights": data.sources[0].weight is not None,
@@ -209,10 +222,10 @@ def _asked(data: Data) -> dict[str, Any]:
     }
 
 
-def _state(path: str) -> list[list[Any]]:
-    """Return name, size and time of a source's files."""
+def _file_states(path: str) -> list[list[Any]]:
+    """Return name, size and modification time of each file of a source."""
     if path == PYTHON_DOCS:
-        # What is installed changes with every update; text prepared from it stays as good as it was.
+        # installed packages change with every update; text prepared from them is as good as before
         return []
     prefix = find_prefix(path)
     files = source_files(path) if prefix is None else (bin_path(prefix), idx_path(prefix))
@@ -221,6 +234,7 @@ def _state(path: str) -> list[list[Any]]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """Yield how each of the new inputs differs from the old ones."""
     for key in new:
         before, now = old.get(key), new[key]
         if before == now:
@@ -228,7 +242,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         if key == "weights":
             yield f"the sources had {'weights' if before else 'no weights'} then"
         elif key == "tokenizer_sha256":
-            yield f"data.tokenizer {new['data.tokenizer']} is another model than then"
+            yield f"data.tokenizer {new['data.tokenizer']} is a different model now"
         elif key == "files":
             then = before or {}
             changed = [path for path in now if then.get(path) != now[path]]
@@ -238,35 +252,37 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def _file_difference(path: str, before: list[list[Any]], now: list[list[Any]]) -> str:
-    if [state[0] for state in before] != [state[0] for state in now]:
-        return f"data source {path} was {len(before)} file(s) then, {len(now)} now, or lay elsewhere"
+    if len(before) != len(now):
+        return f"data source {path} was {len(before)} file(s) then and is {len(now)} now"
     old, new = next((old, new) for old, new in zip(before, now, strict=True) if old != new)
+    if old[0] != new[0]:
+        return f"data source {path} was {old[0]} then and is {new[0]} now"
     how = f"{old[1]} bytes then, {new[1]} now" if old[1] != new[1] else "modified since"
     return f"data source {new[0]} changed ({how})"
 
 
 def _check_files(prepared: Prepared) -> None:
+    # sizes, not hashes: every start checks them, and a corpus may take terabytes
     for part in prepared.parts:
-        for file, expected in _files(part, prepared.folder):
-            found = _size(file)
-            if found is None:
-                raise InputError(f"prepared data {file} is missing: {_TODO}")
-            if found != expected:
-                raise InputError(f"prepared data {file} has {found} bytes, {expected} were written: {_TODO}")
+        for file, expected in part.files(prepared.folder).items():
+            size = _size(file)
+            if size is None:
+                raise InputError(f"prepared data {file} is missing: {_PREPARE_AGAIN}")
+            if size != expected:
+                raise InputError(f"prepared data {file} has {size} bytes, {expected} were written: {_PREPARE_AGAIN}")
 
 
 def _check_tokenizer(data: Data, prepared: Prepared) -> None:
     if _sha256(prepared.tokenizer) != prepared.tokenizer_sha256:
-        raise InputError(f"tokenizer {prepared.tokenizer} is not the one that the data was prepared with: {_TODO}")
+        raise InputError(
+            f"tokenizer {prepared.tokenizer} is not the one that the data was prepared with: {_PREPARE_AGAIN}"
+        )
+    # the folder has its own copy: the original may be deleted, but not replaced by another
     given = Path(data.tokenizer).expanduser() if data.tokenizer is not None else None
-    # the folder has its own copy: the original may be gone, but not be another
     if given is not None and given.is_file() and _sha256(given) != prepared.tokenizer_sha256:
-        raise InputError(f"data.tokenizer {given} is not the one that {prepared.folder} was prepared with: {_TODO}")
-
-
-def _files(part: Part, folder: Path) -> tuple[tuple[Path, int], ...]:
-    prefix = folder / part.prefix
-    return (bin_path(prefix), part.bin_bytes), (idx_path(prefix), part.idx_bytes)
+        raise InputError(
+            f"data.tokenizer {given} is not the one that {prepared.folder} was prepared with: {_PREPARE_AGAIN}"
+        )
 
 
 def _size(file: Path) -> int | None:

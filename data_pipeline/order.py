@@ -7,15 +7,21 @@ from numpy.typing import NDArray
 
 from data_pipeline.split import shuffled
 
-_EPOCHS, _PLACES, _SOURCES = 1, 2, 3  # purposes of the numbers drawn from one seed
+# purposes of the random numbers that one seed gives
+_EPOCHS, _POSITIONS, _SOURCES = 1, 2, 3
 
 
 class SampleOrder:
-    """The endless stream of sample ids; what it remembers is only a cache of the permutations in use.
+    """An endless stream of sample ids, as a pure function: its only state is a cache of permutations.
 
-    Without weights an epoch is a permutation of all ids. With weights each source has a fixed share of every
-    epoch's positions and walks through its own endless stream of permutations: it is used up before it repeats.
-    An id is the place of a sample in its source plus the sizes of the sources before it.
+    Without weights, an epoch is a permutation of all ids. With weights, each source has a fixed share of every epoch's
+    positions and its own endless stream of permutations, so that it repeats no sample before all are used. An id is
+    the index of a sample in its source plus the sizes of the sources before it.
+
+    Args:
+        seed: The run's seed.
+        sizes: Samples of each source, [sources].
+        weights: Weight of each source, [sources]; None for samples in proportion to the sizes.
     """
 
     def __init__(self, *, seed: int, sizes: tuple[int, ...], weights: tuple[float, ...] | None) -> None:
@@ -25,39 +31,43 @@ class SampleOrder:
         self.epoch_size = sum(sizes)
         self.shares = None if weights is None else shares(weights, total=self.epoch_size)
         self._offsets = np.cumsum((0, *sizes))
-        # a global batch touches two epochs at most, of each source
+        # a global batch rarely touches more than two epochs
         self._shuffled = lru_cache(maxsize=2 * (len(sizes) + 1))(shuffled)
         self._epoch_ids = lru_cache(maxsize=2)(self._ids_of_epoch)
 
     def ids(self, *, start: int, count: int) -> NDArray[np.int64]:
         """Return the ids at positions [start, start + count) of the stream, [count]."""
+        # count 0 still needs one epoch, to take an empty slice of
         first, last = start // self.epoch_size, (start + max(count, 1) - 1) // self.epoch_size
-        cuts = []
+        slices = []
         for epoch in range(first, last + 1):
             begin = epoch * self.epoch_size
-            cuts.append(self._epoch_ids(epoch)[max(start - begin, 0) : max(start + count - begin, 0)])
-        return np.concatenate(cuts)
+            slices.append(self._epoch_ids(epoch)[max(start - begin, 0) : max(start + count - begin, 0)])
+        return np.concatenate(slices)
 
     def _ids_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         if self.shares is None:
             return shuffled(self.epoch_size, seed=(self.seed, _EPOCHS, epoch))
-        places = shuffled(self.epoch_size, seed=(self.seed, _PLACES, epoch))
-        source_at = np.repeat(np.arange(len(self.shares)), self.shares)[places]
+        positions = shuffled(self.epoch_size, seed=(self.seed, _POSITIONS, epoch))
+        # which source each position reads from: `share` positions of each, shuffled
+        source_at = np.repeat(np.arange(len(self.shares)), self.shares)[positions]  # [epoch_size]
         ids = np.empty(self.epoch_size, np.int64)
         for source, share in enumerate(self.shares):
-            # in the order of its own stream: a source does not repeat a sample before it is used up
-            ids[source_at == source] = self._uses(source, epoch, share)
+            ids[source_at == source] = self._source_ids(source, epoch, share)
         return ids
 
-    def _uses(self, source: int, epoch: int, share: int) -> NDArray[np.int64]:
-        """Return the ids of a source's uses [epoch * share, (epoch + 1) * share), counted over all epochs."""
-        uses = np.arange(epoch * share, (epoch + 1) * share)
-        size = self.sizes[source]
-        rounds = range(epoch * share // size, (int(uses[-1]) // size + 1) if share else 0)
-        parts = [self._shuffled(size, seed=(self.seed, _SOURCES, source, turn)) for turn in rounds]
-        begin = epoch * share - (rounds.start * size)
-        local = np.concatenate(parts)[begin : begin + share] if parts else uses
-        ids: NDArray[np.int64] = local + self._offsets[source]
+    def _source_ids(self, source: int, epoch: int, share: int) -> NDArray[np.int64]:
+        """Return the ids that an epoch takes from a source: [epoch * share, (epoch + 1) * share) of its own stream."""
+        if not share:
+            return np.zeros(0, np.int64)
+        size, start = self.sizes[source], epoch * share
+        # the source's stream is one permutation after the other; these hold the range
+        first, last = start // size, (start + share - 1) // size
+        permutations = [
+            self._shuffled(size, seed=(self.seed, _SOURCES, source, number)) for number in range(first, last + 1)
+        ]
+        begin = start - first * size
+        ids: NDArray[np.int64] = np.concatenate(permutations)[begin : begin + share] + self._offsets[source]
         return ids
 
 
@@ -68,6 +78,7 @@ def shares(weights: tuple[float, ...], *, total: int) -> tuple[int, ...]:
         weights: Positive, of any sum.
         total: Positions of an epoch.
     """
+    # rounding down leaves fewer positions over than there are weights: the largest remainders get one each
     exact = [weight / sum(weights) * total for weight in weights]
     given = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda source: given[source] - exact[source])

@@ -1,7 +1,7 @@
-"""Sources to tokenizer and Megatron .bin/.idx. What is done already is not done again."""
+"""Prepare data: sources to a tokenizer and Megatron's .bin/.idx. Work that is done already is not repeated."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -13,46 +13,46 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from configs.errors import InputError, MachineError
 from configs.files import one_writer, whole_file
+from configs.paths import MANIFEST_NAME, TOKENIZER_NAME
 from configs.schema import Data, Source
 from data_pipeline.indexed import bin_path, find_prefix, histogram, idx_path, read_index, words_path
 from data_pipeline.manifest import (
-    MANIFEST,
-    TOKENIZER,
-    UNIGRAM,
+    UNIGRAM_NAME,
     Part,
     Prepared,
     check_inputs,
     check_split,
     describe_inputs,
     files_are_whole,
-    fingerprint,
     load_prepared,
     read_data_manifest,
     write_data_manifest,
     write_json,
 )
-from data_pipeline.sources import PYTHON_DOCS, Chunk, chunks, file_chunks, source_files, source_size
-from data_pipeline.tokenizer import SAMPLE, Tokenizer, train_tokenizer
+from data_pipeline.reading import OnRead
+from data_pipeline.sources import PYTHON_DOCS, Chunk, file_chunks, source_chunks, source_files, source_size
+from data_pipeline.tokenizer import SAMPLE_CHARACTERS, Tokenizer, train_tokenizer
 
-_UNFINISHED = "preparing.json"
-_DENSITY = {".gz": 3, ".xz": 4, ".zst": 3}
-"""About how much text a compressed byte holds, to take a fair share of each file for the tokenizer."""
+_UNFINISHED_NAME = "preparing.json"
+_EXPANSION = {".gz": 3, ".xz": 4, ".zst": 3}
+"""About how many bytes of text a compressed byte holds, to estimate each file's share of the tokenizer's sample."""
 
 
 def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
-    """Return the prepared data of a run, preparing what is not done yet.
+    """Prepare the data of a run, as far as it is not done yet, and load it.
 
-    A folder is written by one process at a time, another waits. Files get their names when whole, the manifest is
-    last; after an interruption the tokenizer and the parts that were done are kept.
+    One process at a time writes to a folder; others wait. Files get their names when they are complete, the manifest
+    last. After an interruption, the next call keeps the tokenizer and the parts that are complete.
 
     Args:
         data: The run's section.
-        folder: RUN_DIR/data or data.dir; made if missing.
-        progress: Whether to show bars on the standard error stream.
+        folder: RUN_DIR/data or data.dir; created if missing.
+        progress: Whether to show progress bars on standard error.
     Raises:
-        InputError: a source, the tokenizer or the folder does not fit.
+        InputError: a source, the tokenizer or the folder is wrong.
         MachineError: the folder cannot be written.
     """
+    # before the folder is created: wrong input leaves nothing behind
     inputs = describe_inputs(data)
     _check_tokenizer(data)
     try:
@@ -60,10 +60,13 @@ def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"data folder {folder} is a file: set data.dir to a folder") from None
     except OSError as error:
-        raise MachineError(f"data folder {folder} cannot be made ({error.strerror}): set data.dir to another") from None
+        raise MachineError(
+            f"data folder {folder} cannot be created ({error.strerror}): set data.dir to another"
+        ) from None
     console = Console(stderr=True, quiet=not progress)
     try:
-        with one_writer(folder, on_wait=lambda: console.print(f"waiting: another process prepares {folder}")):
+        with one_writer(folder, on_wait=lambda: console.print(f"waiting: another process is preparing {folder}")):
+            # read under the lock: the process waited for may have prepared the same data
             manifest = read_data_manifest(folder)
             if manifest is None:
                 _prepare(data, folder, inputs, console)
@@ -78,36 +81,38 @@ def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
 
 
 def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console) -> None:
-    _continue_or_begin(folder, inputs)
-    with _progress(console) as bars:
-        tokenizer = _tokenizer(data, folder, bars)
-        parts = tuple(_part(group, number, data, tokenizer, folder, bars) for number, group in enumerate(_groups(data)))
+    _start_or_continue(folder, inputs)
+    with _progress_bars(console) as bars:
+        tokenizer = _own_tokenizer(data, folder, bars)
+        parts = tuple(
+            _part(sources, folder / f"part-{number:03d}", data.document_separator, tokenizer, bars)
+            for number, sources in enumerate(_sources_by_part(data))
+        )
         check_split(parts, split=data.split)
+        # from the .bin files, since parts that were kept or are used in place are not tokenized now
         counts = np.zeros(tokenizer.vocab_size, np.int64)
         for part in parts:
             counts += histogram(folder / part.prefix, vocab_size=tokenizer.vocab_size)
-    with whole_file(folder / UNIGRAM) as temporary, temporary.open("wb") as file:
+    with whole_file(folder / UNIGRAM_NAME) as temporary, temporary.open("wb") as file:
         np.save(file, counts)
-    prepared = Prepared(
-        folder=folder,
-        tokenizer=tokenizer.path,
+    write_data_manifest(
+        folder,
+        inputs=inputs,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
         parts=parts,
-        split=data.split,
-        fingerprint=fingerprint(inputs),
     )
-    write_data_manifest(prepared, inputs=inputs)
-    for done in (folder / _UNFINISHED, *folder.glob("part-*.json")):
-        done.unlink()
+    # records of unfinished work: the manifest holds all that they say
+    for record in (folder / _UNFINISHED_NAME, *folder.glob("part-*.json")):
+        record.unlink()
 
 
 def _check_tokenizer(data: Data) -> None:
     if data.tokenizer is None:
-        if prepared := [source.path for source in data.sources if find_prefix(source.path)]:
+        if tokenized := [source.path for source in data.sources if find_prefix(source.path)]:
             raise InputError(
-                f"data source {prepared[0]} is tokens already, but data.tokenizer is not set: "
+                f"data source {tokenized[0]} is already tokenized, but data.tokenizer is not set: "
                 "give the .model that it was prepared with"
             )
         return
@@ -119,114 +124,119 @@ def _check_tokenizer(data: Data) -> None:
         )
 
 
-def _continue_or_begin(folder: Path, inputs: dict[str, Any]) -> None:
-    """Keep what an interrupted prepare of the same inputs left; never write over files that are not ours."""
-    record = folder / _UNFINISHED
-    ours = sorted({*folder.glob("part-*"), *folder.glob(TOKENIZER), *folder.glob(UNIGRAM)})
+def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
+    """Keep what an interrupted prepare of the same inputs wrote, delete that of others, overwrite no foreign file."""
+    record = folder / _UNFINISHED_NAME
+    # part-* includes the records of finished parts
+    written = sorted({*folder.glob("part-*"), *folder.glob(TOKENIZER_NAME), *folder.glob(UNIGRAM_NAME)})
     if not record.is_file():
-        if ours:
-            raise InputError(f"{ours[0]} is there but no {MANIFEST}: set data.dir to an empty folder")
+        if written:
+            raise InputError(f"{written[0]} exists, but no {MANIFEST_NAME}: set data.dir to an empty folder")
     elif json.loads(record.read_text(encoding="utf-8")) != inputs:
-        for file in ours:
+        for file in written:
             file.unlink()
     write_json(record, inputs)
 
 
-def _tokenizer(data: Data, folder: Path, bars: Progress) -> Tokenizer:
-    own = folder / TOKENIZER
-    if own.is_file():
-        return Tokenizer.load(own)
+def _own_tokenizer(data: Data, folder: Path, bars: Progress) -> Tokenizer:
+    """Return the folder's tokenizer: there already, copied from `data.tokenizer`, or trained now."""
+    path = folder / TOKENIZER_NAME
+    if path.is_file():
+        return Tokenizer.load(path)
     if data.tokenizer is not None:
-        with whole_file(own) as temporary:
+        with whole_file(path) as temporary:
             temporary.write_bytes(Path(data.tokenizer).expanduser().read_bytes())
-        return Tokenizer.load(own)
+        return Tokenizer.load(path)
     task = bars.add_task("sample for the tokenizer", total=None)
 
     def sample() -> Iterator[str]:
-        for text in _sample(data):
+        for text in _tokenizer_sample(data):
             bars.advance(task, len(text))
             yield text
 
-    trained = train_tokenizer(sample(), vocab_size=data.vocab_size, out=own)
+    tokenizer = train_tokenizer(sample(), vocab_size=data.vocab_size, out=path)
     bars.update(task, total=bars.tasks[task].completed)
-    return trained
+    return tokenizer
 
 
-def _sample(data: Data) -> Iterator[str]:
-    """Yield the beginning of every file, as much of each as its share of all text."""
+def _tokenizer_sample(data: Data) -> Iterator[str]:
+    """Yield the beginning of every file, of each as much as its share of all text."""
     sizes = {source.path: _text_sizes(source.path) for source in data.sources}
     total = sum(chain.from_iterable(files.values() for files in sizes.values()))
-    share = min(1.0, SAMPLE / max(1, total))
+    share = min(1.0, SAMPLE_CHARACTERS / max(1, total))
     for source in data.sources:
         for file, size in sizes[source.path].items():
+            # sizes are estimates: where all text is wanted, they must not cut any of it
             wanted = size * share if share < 1 else float("inf")
             for text in _file_texts(source, file, data.document_separator):
-                yield text[: int(min(wanted, len(text))) + 1]
+                yield text[: int(min(wanted, len(text))) + 1]  # + 1: at least a character of every file
                 wanted -= len(text)
                 if wanted <= 0:
                     break
 
 
 def _text_sizes(path: str) -> dict[Path | None, int]:
+    """Return about how many bytes of text each file of a source holds; `python-docs` is one without a path."""
     if path == PYTHON_DOCS:
         return {None: source_size(path)}
-    return {file: file.stat().st_size * _DENSITY.get(file.suffix, 1) for file in source_files(path)}
+    return {file: file.stat().st_size * _EXPANSION.get(file.suffix, 1) for file in source_files(path)}
 
 
 def _file_texts(source: Source, file: Path | None, separator: str | None) -> Iterator[str]:
-    found = chunks(source, separator=separator) if file is None else file_chunks(file, separator=separator)
-    return (piece.text for piece in found)
+    chunks = source_chunks(source, separator=separator) if file is None else file_chunks(file, separator=separator)
+    return (chunk.text for chunk in chunks)
 
 
-def _groups(data: Data) -> list[tuple[Source, ...]]:
-    """Return the sources of each part: those without a weight together, but for tokens that are used in place."""
+def _sources_by_part(data: Data) -> list[tuple[Source, ...]]:
+    """Return the sources of each part: those without a weight share one, except what is used in place."""
     alone = [(source,) for source in data.sources if source.weight is not None or find_prefix(source.path)]
-    together = tuple(source for source in data.sources if source.weight is None and not find_prefix(source.path))
-    return [together, *alone] if together else list(alone)
+    shared = tuple(source for source in data.sources if source.weight is None and not find_prefix(source.path))
+    return [shared, *alone] if shared else list(alone)
 
 
 def _part(
-    group: tuple[Source, ...], number: int, data: Data, tokenizer: Tokenizer, folder: Path, bars: Progress
+    sources: tuple[Source, ...], prefix: Path, separator: str | None, tokenizer: Tokenizer, bars: Progress
 ) -> Part:
-    name = ", ".join(source.path for source in group)
-    weight = group[0].weight
-    if prefix := find_prefix(group[0].path):
-        return _described(name, prefix.resolve(), folder, weight=weight, words=None)
-    record = folder / f"part-{number:03d}.json"
+    """Return a part: used in place, kept from an interrupted prepare, or written now to `prefix`."""
+    # data prepared elsewhere is always a part of its own, and its path absolute
+    if in_place := find_prefix(sources[0].path):
+        return _describe_part(sources, in_place.resolve(), words=None)
+    record = prefix.with_suffix(".json")
     if record.is_file():
-        done = Part(**json.loads(record.read_text(encoding="utf-8")))
-        if files_are_whole(done, folder=folder):
-            return done
-    # torch and megatron-core take seconds to import: only who writes pays
+        part = Part(**json.loads(record.read_text(encoding="utf-8")))
+        if files_are_whole(part, folder=prefix.parent):
+            return part
+    # not at the top: torch and megatron-core take seconds to import, and most calls write nothing
     from data_pipeline.storage import write_part
 
-    prefix = folder / f"part-{number:03d}"
-    total = sum(source_size(source.path) for source in group)
+    total = sum(source_size(source.path) for source in sources)
+    name = _part_name(sources)
     task = bars.add_task(name if len(name) < 40 else f"{name[:36]} ...", total=total)
-
-    def read(count: int) -> None:
-        bars.advance(task, count)
-
-    write_part(_group_pieces(group, data.document_separator, read), tokenizer=tokenizer, prefix=prefix)
-    bars.update(task, completed=total)
-    words = int(np.load(words_path(prefix)).sum())
-    part = _described(name, prefix, folder, weight=weight, words=words)
-    write_json(record, asdict(part))
+    chunks = _part_chunks(sources, separator, lambda count: bars.advance(task, count))
+    write_part(chunks, tokenizer=tokenizer, prefix=prefix)
+    bars.update(task, completed=total)  # what was reported is an estimate for parquet and python-docs
+    part = _describe_part(sources, prefix, words=int(np.load(words_path(prefix)).sum()))
+    write_json(record, asdict(part))  # last: a part with a record is complete
     return part
 
 
-def _group_pieces(group: tuple[Source, ...], separator: str | None, advance: Callable[[int], None]) -> Iterator[Chunk]:
-    for source in group:
-        yield from chunks(source, separator=separator, advance=advance)
+def _part_name(sources: tuple[Source, ...]) -> str:
+    return ", ".join(source.path for source in sources)
 
 
-def _described(name: str, prefix: Path, folder: Path, *, weight: float | None, words: int | None) -> Part:
-    index = read_index(prefix)
+def _part_chunks(sources: tuple[Source, ...], separator: str | None, on_read: OnRead) -> Iterator[Chunk]:
+    for source in sources:
+        yield from source_chunks(source, separator=separator, on_read=on_read)
+
+
+def _describe_part(sources: tuple[Source, ...], prefix: Path, *, words: int | None) -> Part:
+    """Return the description of a written part; without a number of words it is one used in place."""
+    name, index = _part_name(sources), read_index(prefix)
     if not index.tokens:
         raise InputError(f"data source {name} holds no tokens: remove it from data.sources")
     return Part(
         name=name,
-        prefix=str(prefix) if words is None else str(prefix.relative_to(folder)),
+        prefix=str(prefix) if words is None else prefix.name,
         in_place=words is None,
         documents=index.documents,
         sequences=len(index.lengths),
@@ -234,10 +244,10 @@ def _described(name: str, prefix: Path, folder: Path, *, weight: float | None, w
         bin_bytes=bin_path(prefix).stat().st_size,
         idx_bytes=idx_path(prefix).stat().st_size,
         words=words,
-        weight=weight,
+        weight=sources[0].weight,
     )
 
 
-def _progress(console: Console) -> Progress:
+def _progress_bars(console: Console) -> Progress:
     text = TextColumn("{task.description}")
     return Progress(text, BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console)

@@ -1,4 +1,4 @@
-"""Real English on every machine: the help topics of Python and the docstrings of what is installed."""
+"""English text on every machine: Python's help topics and the docstrings of the installed packages."""
 
 import ast
 import hashlib
@@ -9,27 +9,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-LIMIT = 8_000_000
-"""Characters of text taken at most: enough to learn from, prepared in seconds."""
+PYTHON_DOCS_CHARACTERS = 8_000_000
+"""Most characters taken: enough to train a small model on, prepared in seconds."""
 
-_DOCUMENT = 400
-_DOCSTRING = 60
-_LARGEST_FILE = 1_000_000
-_LEAST_SHARE = 0.3
+_MIN_DOCUMENT = 400  # characters
+_MIN_DOCSTRING = 60  # characters
+_MAX_FILE = 1_000_000  # bytes
+_MIN_PROSE_SHARE = 0.3
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "__pycache__", "site-packages", "_vendor", "vendor"}
 _TRIPLE_QUOTED = re.compile(rb'"""(.{60,}?)"""', re.DOTALL)
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
-_Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def python_docs(*, limit: int = LIMIT) -> Iterator[str]:
-    r"""Yield documents: one a help topic, one a module (all its docstrings, blank lines between).
+def python_docs(*, limit: int = PYTHON_DOCS_CHARACTERS) -> Iterator[str]:
+    """Yield documents: one per help topic, one per module (its docstrings with blank lines between).
 
-    No file is imported: modules are parsed. The order is sorted, so the same installation gives the same
-    text. What an earlier docstring said already is left out.
+    Modules are parsed, not imported. Files come in sorted order, so the same installation gives the same text. A
+    docstring that appears twice is yielded once.
 
     Args:
-        limit: Characters after which no further document is begun.
+        limit: Characters after which no further document starts.
     """
     characters = 0
     seen: set[bytes] = set()
@@ -46,7 +46,7 @@ def _all_documents(seen: set[bytes]) -> Iterator[str]:
     for text in dict.fromkeys(topics[name].strip() for name in sorted(topics)):
         yield text + "\n"
     paths = sysconfig.get_paths()
-    # the same folder may be named twice (purelib is platlib on most machines)
+    # the same folder may be listed twice (purelib is platlib on most machines)
     for folder in dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib", "platlib")):
         for file in _modules(folder):
             if document := _document(file, seen):
@@ -67,41 +67,42 @@ def _modules(folder: Path) -> Iterator[Path]:
 
 
 def _document(file: Path, seen: set[bytes]) -> str:
+    """Return the docstrings of a module that are not in `seen`; empty where they are too little text."""
     try:
         code = file.read_bytes()
     except OSError:
         return ""
-    # Parsing is what costs, so only files that are largely prose are parsed.
-    prose = sum(len(text) for text in _TRIPLE_QUOTED.findall(code)) if len(code) <= _LARGEST_FILE else 0
-    if prose < max(_DOCUMENT, _LEAST_SHARE * len(code)):
+    # parsing is the slow part, so parse only files that are largely prose
+    prose = sum(len(text) for text in _TRIPLE_QUOTED.findall(code)) if len(code) <= _MAX_FILE else 0
+    if prose < max(_MIN_DOCUMENT, _MIN_PROSE_SHARE * len(code)):
         return ""
     kept = []
     for text in _docstrings(code):
-        mark = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-        if len(text) >= _DOCSTRING and mark not in seen and not _NOT_TEXT.search(text):
-            seen.add(mark)
+        digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+        if len(text) >= _MIN_DOCSTRING and digest not in seen and not _NOT_TEXT.search(text):
+            seen.add(digest)
             kept.append(text)
     document = "\n\n".join(kept)
-    return document + "\n" if len(document) >= _DOCUMENT else ""
+    return document + "\n" if len(document) >= _MIN_DOCUMENT else ""
 
 
 def _docstrings(code: bytes) -> Iterator[str]:
     with warnings.catch_warnings():
-        # other people's invalid escapes are not this run's business
+        # invalid escapes in other people's code are not this run's problem
         warnings.simplefilter("ignore")
         try:
             tree = ast.parse(code)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return
-    for node in _described(tree):
+    for node in _documented(tree):
         if text := ast.get_docstring(node):
             yield text
 
 
-def _described(node: _Described) -> Iterator[_Described]:
-    # ast.walk would visit every expression, which takes longer than parsing; what is inside a function is rarely prose
+def _documented(node: _Documented) -> Iterator[_Documented]:
+    # not ast.walk: it visits every expression, which takes longer than parsing; nested functions rarely hold prose
     yield node
     if isinstance(node, ast.Module | ast.ClassDef):
         for child in node.body:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _described(child)
+                yield from _documented(child)

@@ -1,4 +1,4 @@
-"""Bytes, text and lines of a file, plain or compressed, in chunks: a file is never whole in memory."""
+"""Read the bytes, text and lines of a file, plain or compressed, in blocks: a file is never whole in memory."""
 
 import codecs
 import lzma
@@ -12,13 +12,13 @@ import zstandard
 from configs.errors import InputError
 
 COMPRESSIONS = (".gz", ".zst", ".xz")
-_CHUNK = 1 << 16
+_BLOCK_BYTES = 1 << 16
 
-Advance = Callable[[int], None]
-"""Is told how many bytes of a file have been read since the last call."""
+OnRead = Callable[[int], None]
+"""Called with the number of bytes read from disk (compressed, where the file is) since the last call."""
 
 
-class _Engine(Protocol):
+class _Decompressor(Protocol):
     @property
     def eof(self) -> bool: ...
     @property
@@ -26,7 +26,7 @@ class _Engine(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
-def text_chunks(path: Path, *, advance: Advance) -> Iterator[str]:
+def iter_text(path: Path, *, on_read: OnRead) -> Iterator[str]:
     """Yield the text of a UTF-8 file verbatim: line ends and a byte order mark stay as they are.
 
     Raises:
@@ -34,86 +34,87 @@ def text_chunks(path: Path, *, advance: Advance) -> Iterator[str]:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
-    chunks = byte_chunks(path, advance=advance)
+    blocks = iter_bytes(path, on_read=on_read)
     while True:
-        chunk = next(chunks, b"")
+        block = next(blocks, b"")
+        # the decoder keeps the bytes of a character that is cut by the end of a block
         pending = len(decoder.getstate()[0])
         try:
-            text = decoder.decode(chunk, final=not chunk)
+            text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise InputError(
                 f"data source {path} is not UTF-8 at byte {position - pending + error.start}: convert it to UTF-8"
             ) from None
-        if not chunk:
+        if not block:
             return
-        position += len(chunk)
+        position += len(block)
         if text:
             yield text
 
 
-def lines(path: Path, *, advance: Advance) -> Iterator[bytes]:
+def iter_lines(path: Path, *, on_read: OnRead) -> Iterator[bytes]:
     """Yield the lines of a file without their newline.
 
     Raises:
         InputError: cannot be read or is broken.
     """
     rest = b""
-    for chunk in byte_chunks(path, advance=advance):
-        *whole, rest = (rest + chunk).split(b"\n")
+    for block in iter_bytes(path, on_read=on_read):
+        *whole, rest = (rest + block).split(b"\n")
         yield from whole
     if rest:
         yield rest
 
 
-def byte_chunks(path: Path, *, advance: Advance) -> Iterator[bytes]:
-    """Yield the bytes of a file in non-empty chunks, decompressed by the name's ending.
+def iter_bytes(path: Path, *, on_read: OnRead) -> Iterator[bytes]:
+    """Yield the bytes of a file in non-empty blocks, decompressed by the ending of its name.
 
     Raises:
         InputError: cannot be read, or the compressed data is broken or cut short.
     """
-    chunks = _raw_chunks(path, advance)
+    blocks = _raw_blocks(path, on_read)
     if path.suffix in COMPRESSIONS:
-        chunks = _decompressed(chunks, path)
-    return (chunk for chunk in chunks if chunk)
+        blocks = _decompressed(blocks, path)
+    return (block for block in blocks if block)
 
 
-def _raw_chunks(path: Path, advance: Advance) -> Iterator[bytes]:
+def _raw_blocks(path: Path, on_read: OnRead) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                advance(len(chunk))
-                yield chunk
+            while block := file.read(_BLOCK_BYTES):
+                on_read(len(block))
+                yield block
     except OSError as error:
         raise InputError(f"data source {path} cannot be read ({error.strerror}): check the file") from None
 
 
-def _decompressed(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
-    engine: _Engine | None = None
+def _decompressed(blocks: Iterator[bytes], path: Path) -> Iterator[bytes]:
+    decompressor: _Decompressor | None = None
     try:
-        for chunk in chunks:
-            while chunk:
-                if engine is None:
+        for block in blocks:
+            while block:
+                if decompressor is None:
                     # gzip and xz files may be padded with zeros after a stream
-                    chunk = chunk.lstrip(b"\0")
-                    if not chunk:
+                    block = block.lstrip(b"\0")
+                    if not block:
                         break
-                    engine = _engine(path.suffix)
-                yield engine.decompress(chunk)
-                if not engine.eof:
+                    decompressor = _new_decompressor(path.suffix)
+                yield decompressor.decompress(block)
+                if not decompressor.eof:
                     break
                 # a file may hold several streams, one after the other
-                chunk, engine = engine.unused_data, None
+                block, decompressor = decompressor.unused_data, None
     except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"data source {path} is broken ({reason}): copy or compress it again") from None
-    if engine is not None:
-        # zstandard's own reader takes a file that was cut short for a whole one
+    if decompressor is not None:
+        # checked here because zstandard's own reader ends without an error where a file was cut short
         raise InputError(f"data source {path} is cut short: copy or compress it again")
 
 
-def _engine(suffix: str) -> _Engine:
+def _new_decompressor(suffix: str) -> _Decompressor:
     if suffix == ".gz":
-        return zlib.decompressobj(wbits=31)
+        return zlib.decompressobj(wbits=31)  # 31: expect a gzip header
     if suffix == ".xz":
         return lzma.LZMADecompressor()
     return zstandard.ZstdDecompressor().decompressobj()

@@ -1,12 +1,11 @@
-"""Samples of fixed length from prepared data, through megatron-core's GPTDataset. Imports torch."""
+"""Read samples of fixed length from prepared data, with megatron-core's GPTDataset. Imports torch."""
 
 import hashlib
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +15,25 @@ from data_pipeline.counts import chosen_sequences, sample_counts
 from data_pipeline.manifest import Part, Prepared
 
 with warnings.catch_warnings():
-    # megatron-core tells that optional GPU libraries are missing, which reading tokens does not need
+    # megatron-core warns that optional GPU libraries are missing; reading tokens needs none
     warnings.simplefilter("ignore")
     import torch
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-HELD_OUT_SEED = 1
+HELD_OUT_SEED = 1  # validation is the same for every seed of the run
 
 
 class Samples:
-    """One epoch of samples of `sequence_length` + 1 tokens, each token at most once a target.
+    """One epoch of samples of `sequence_length` + 1 tokens, in which each token is a target at most once.
 
     Neighbouring samples share one token: the last target of one is the first input of the next.
+
+    Args:
+        datasets: The dataset of each part, None where the part is too short for a sample, [parts].
+        sequence_length: Tokens of a sample's input.
+        weights: Weight of each part, [parts]; None for samples in proportion to the text.
     """
 
     def __init__(
@@ -46,10 +50,10 @@ class Samples:
         return sum(self.sizes)
 
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return samples, [len(ids), sequence_length + 1]: inputs are [:, :-1] and targets [:, 1:].
+        """Return samples, [len(ids), sequence_length + 1], int64: inputs are [:, :-1] and targets [:, 1:].
 
         Args:
-            ids: Place of each sample in the epoch, [0, len(self)).
+            ids: Index of each sample in the epoch, in [0, len(self)).
         """
         rows = np.empty((len(ids), self.sequence_length + 1), np.int64)
         for row, sample in zip(rows, ids, strict=True):
@@ -62,54 +66,55 @@ class Samples:
 
 
 def open_samples(prepared: Prepared, *, sequence_length: int, split: float, seed: int, held_out: bool) -> Samples:
-    """Return the samples of the training or the held-out text.
+    """Open the samples of the training or the held-out text.
 
-    The index of samples is built once and kept beside the data. With several ranks, call it on rank 0 first, then
-    a barrier, then on the others: megatron-core builds on rank 0 only.
+    The index of samples is built once and kept beside the data. With several ranks, call this on rank 0, wait at
+    a barrier, then call it on the other ranks: megatron-core builds an index on rank 0 only.
 
     Args:
         prepared: Prepared data.
         sequence_length: Tokens of a sample's input.
-        split: Share of the sequences held out, the same for training and for held-out samples.
-        seed: Decides which documents follow each other in a training sample; held-out samples do not depend on it.
-        held_out: Whether the held-out samples are wanted.
+        split: Share of the sequences held out; give the same for training and held-out samples.
+        seed: Seed of the order in which documents are joined into training samples; held-out samples ignore it.
+        held_out: Open the held-out samples instead of the training samples.
     Raises:
         InputError: see `sample_counts`.
     """
     counts = sample_counts(prepared, sequence_length=sequence_length, split=split, held_out=held_out)
-    wanted = HELD_OUT_SEED if held_out else seed
+    key = (sequence_length, split, HELD_OUT_SEED if held_out else seed, held_out)
     datasets = []
     for part, count in zip(prepared.parts, counts, strict=True):
-        indices = chosen_sequences(part, split=split, held_out=held_out)
-        key = (sequence_length, split, wanted, held_out)
-        datasets.append(_open(prepared, part, indices, key) if count else None)
+        sequences = chosen_sequences(part, split=split, held_out=held_out)
+        datasets.append(_open_part(prepared, part, sequences, key) if count else None)
     samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights)
     assert samples.sizes == counts, f"megatron-core makes {samples.sizes} samples where {counts} were counted"
     return samples
 
 
-def _open(prepared: Prepared, part: Part, indices: NDArray[np.int64], key: tuple[int, float, int, bool]) -> GPTDataset:
-    """Return the dataset of one part, its index built if need be."""
+def _open_part(
+    prepared: Prepared, part: Part, sequences: NDArray[np.int64], key: tuple[int, float, int, bool]
+) -> GPTDataset:
+    """Open the dataset of some sequences of a part; build its index if it is not there yet."""
     sequence_length, split, seed, held_out = key
-    # megatron-core's own name of a cached index knows nothing of the chosen sequences: the folder's name does
+    # megatron-core names a cached index without regard to the chosen sequences, so each choice gets its own folder
     text = f"{prepared.fingerprint} {part.prefix} {part.bin_bytes} {key}"
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     cache = prepared.folder / "index" / f"{'held-out' if held_out else 'training'}-{sequence_length}-{name}"
     dataset = IndexedDataset(str(prepared.prefix(part)), multimodal=False, mmap=True)
 
-    def build(folder: Path) -> GPTDataset:
-        config = _config(sequence_length, seed, prepared, folder)
+    def open_with(cache: Path) -> GPTDataset:
+        config = _config(sequence_length, seed, prepared, cache)
         kind = Split.valid if held_out else Split.train
-        # num_samples None is one epoch: asked for more, it repeats tokens, and the order depends on the number
-        return GPTDataset(dataset, part.name, indices.astype(np.int32), None, kind, config)
+        # num_samples None is one epoch: with a number GPTDataset repeats tokens, and the order depends on the number
+        return GPTDataset(dataset, part.name, sequences.astype(np.int32), None, kind, config)
 
     if not cache.is_dir():
-        _build(build, cache)
-    return build(cache)
+        _build_index(open_with, cache)
+    return open_with(cache)
 
 
-def _build(build: Any, cache: Path) -> None:
-    """Build an index under another name, so that one cut short is never taken for whole."""
+def _build_index(open_with: Callable[[Path], GPTDataset], cache: Path) -> None:
+    """Build an index in a temporary folder and rename that, so that an interrupted build is never used."""
     ranks = torch.distributed
     assert not (ranks.is_available() and ranks.is_initialized() and ranks.get_rank()), "rank 0 opens samples first"
     with one_writer(cache.parent.parent, on_wait=lambda: None):  # two runs may share the data
@@ -117,12 +122,12 @@ def _build(build: Any, cache: Path) -> None:
             return
         temporary = cache.with_name(f".{cache.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        build(temporary)
+        open_with(temporary)  # GPTDataset writes the index where there is none
         temporary.replace(cache)
 
 
 def _config(sequence_length: int, seed: int, prepared: Prepared, cache: Path) -> GPTDatasetConfig:
-    # Only what GPTDataset asks for. It has no `pad`, so that no token of the text is taken for padding.
+    # only what GPTDataset reads; without `pad`, so that no token of the text counts as padding
     tokenizer = SimpleNamespace(
         vocab_size=prepared.vocab_size,
         eod=prepared.end_of_document,

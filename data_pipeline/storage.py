@@ -1,4 +1,4 @@
-"""Write tokens in Megatron's format, through megatron-core's builder. Imports torch: import it when needed."""
+"""Write tokens as Megatron's .bin/.idx, with megatron-core's builder. Imports torch: import it only when needed."""
 
 import warnings
 from collections.abc import Iterable
@@ -13,37 +13,38 @@ from data_pipeline.sources import Chunk
 from data_pipeline.tokenizer import Tokenizer
 
 with warnings.catch_warnings():
-    # megatron-core tells that optional GPU libraries are missing, which writing tokens does not need
+    # megatron-core warns that optional GPU libraries are missing; writing tokens needs none
     warnings.simplefilter("ignore")
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 
-def write_part(pieces: Iterable[Chunk], *, tokenizer: Tokenizer, prefix: Path) -> None:
-    """Write `prefix`.bin, .idx and .words.npy: a sequence a piece, the end token after a document's last.
+def write_part(chunks: Iterable[Chunk], *, tokenizer: Tokenizer, prefix: Path) -> None:
+    """Write `prefix`.bin, .idx and .words.npy: one sequence per chunk, the end token after the last of a document.
 
-    Nothing with these names is there before all of it is. The words of each sequence (white space separated) are
+    No file gets its name before all are complete. The number of words (white space separated) of each sequence is
     kept so that perplexity can be given per word.
 
     Raises:
-        InputError: what `pieces` raises.
+        InputError: what `chunks` raises.
     """
     words = []
     with ExitStack() as files:
-        # the last to get its name is the .bin: it is entered first
+        # contexts exit in reverse: the .bin, entered first, gets its name last
         tokens_file = files.enter_context(whole_file(bin_path(prefix)))
         index_file = files.enter_context(whole_file(idx_path(prefix)))
         words_file = files.enter_context(whole_file(words_path(prefix)))
+        # optimal_dtype: uint16 where the vocabulary allows, else int32
         builder = IndexedDatasetBuilder(str(tokens_file), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-        # the builder closes its file only when it finishes
+        # the builder closes its file in finalize alone, which an error skips
         files.callback(builder.data_file.close)
-        for piece in pieces:
-            tokens = tokenizer.encode(piece.text)
-            if piece.last:
+        for chunk in chunks:
+            tokens = tokenizer.encode(chunk.text)
+            if chunk.ends_document:
                 tokens.append(tokenizer.end_of_document)
             builder.add_item(torch.tensor(tokens, dtype=torch.int64))
-            words.append(len(piece.text.split()))
-            if piece.last:
+            words.append(len(chunk.text.split()))
+            if chunk.ends_document:
                 builder.end_document()
         builder.finalize(str(index_file))
         with words_file.open("wb") as file:

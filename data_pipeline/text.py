@@ -1,4 +1,4 @@
-"""Text as one stream of tokens, for evaluation at any length."""
+"""Read evaluation text as one stream of tokens, to be evaluated at any length."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from data_pipeline.indexed import read_sequences, words_path
-from data_pipeline.manifest import UNIGRAM, Part, Prepared
+from data_pipeline.manifest import UNIGRAM_NAME, Part, Prepared
 from data_pipeline.sources import file_chunks, source_files
 from data_pipeline.split import held_out_sequences
 from data_pipeline.tokenizer import Tokenizer
@@ -17,13 +17,13 @@ from data_pipeline.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Tokens in reading order."""
+    """The tokens of a text in order."""
 
     name: str
     tokens: NDArray[np.int64]
     """[tokens]."""
     words: int | None
-    """White space separated words of the text; None where only the tokens are known."""
+    """White space separated words; None where only the tokens are known."""
 
 
 def held_out_stream(prepared: Prepared, *, split: float) -> TokenStream:
@@ -34,43 +34,44 @@ def held_out_stream(prepared: Prepared, *, split: float) -> TokenStream:
     """
     if not split:
         raise InputError("data.split is 0, so no text is held out: give a text with --data, or set data.split")
-    chosen = [(part, held_out_sequences(part.sequences, share=split)) for part in prepared.parts]
-    tokens = [read_sequences(prepared.prefix(part), sequences=sequences) for part, sequences in chosen]
-    words = [_words(prepared, part, sequences) for part, sequences in chosen]
+    held_out = [(part, held_out_sequences(part.sequences, share=split)) for part in prepared.parts]
+    tokens = [read_sequences(prepared.prefix(part), sequences=sequences) for part, sequences in held_out]
+    words = [_words(prepared, part, sequences) for part, sequences in held_out]
     known = [count for count in words if count is not None]
     return TokenStream("held-out", np.concatenate(tokens), sum(known) if len(known) == len(words) else None)
 
 
 def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
-    """Return a file's text verbatim, nothing added; between the records of a .jsonl or .parquet the end token.
+    """Return a file's text verbatim, with nothing added but the end token between records of .jsonl or .parquet.
 
     Args:
         path: UTF-8 text, .jsonl or .parquet; text and .jsonl also as .gz, .xz or .zst.
         tokenizer_path: The model's tokenizer.
     Raises:
-        InputError: missing, broken, not UTF-8, or empty.
+        InputError: not one file, broken, not UTF-8, or empty.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
     if len(source_files(str(path))) != 1 or not path.is_file():
-        raise InputError(f"evaluation text {path} must be one file: give one")
-    parts: list[NDArray[np.int64]] = []
+        raise InputError(f"evaluation text {path} is not a single file: give the path of one")
+    tokens: list[NDArray[np.int64]] = []
     words = 0
-    ended = False
-    for piece in file_chunks(path, separator=None):
-        tokens = [tokenizer.end_of_document] if ended else []
-        parts.append(np.array(tokens + tokenizer.encode(piece.text), np.int64))
-        words += len(piece.text.split())
-        ended = piece.last
-    if not parts:
+    document_ended = False
+    for chunk in file_chunks(path, separator=None):
+        # before a further record, not after each: nothing is added at the end of the text
+        end = [tokenizer.end_of_document] if document_ended else []
+        tokens.append(np.array(end + tokenizer.encode(chunk.text), np.int64))
+        words += len(chunk.text.split())
+        document_ended = chunk.ends_document
+    if not tokens:
         raise InputError(f"evaluation text {path} holds no text: give another file")
-    return TokenStream(path.name, np.concatenate(parts), words)
+    return TokenStream(path.name, np.concatenate(tokens), words)
 
 
 def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.int64]) -> float:
-    """Return the perplexity of tokens under their frequency in the training text, one added to each count.
+    """Return the perplexity of tokens under their frequencies in the training text, with one added to each count.
 
     Args:
-        prepared: Prepared data, whose `split` says what is not training text.
+        prepared: Prepared data; its `split` separates training text from held-out text.
         tokens: Tokens to predict, [tokens].
     """
     counts = _training_counts(prepared) + 1
@@ -79,7 +80,9 @@ def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.int64]) -> float:
 
 
 def _training_counts(prepared: Prepared) -> NDArray[np.int64]:
-    counts: NDArray[np.int64] = np.load(prepared.folder / UNIGRAM)
+    """Return how often each token occurs in the training text, [vocab]."""
+    # saved counts are of the whole text, since data.split may change later: subtract the held-out part
+    counts: NDArray[np.int64] = np.load(prepared.folder / UNIGRAM_NAME)
     for part in prepared.parts:
         held_out = held_out_sequences(part.sequences, share=prepared.split)
         tokens = read_sequences(prepared.prefix(part), sequences=held_out)
@@ -90,5 +93,5 @@ def _training_counts(prepared: Prepared) -> NDArray[np.int64]:
 def _words(prepared: Prepared, part: Part, sequences: NDArray[np.int64]) -> int | None:
     if part.in_place:
         return None
-    counts: NDArray[np.int64] = np.load(words_path(prepared.prefix(part)))
-    return int(counts[sequences].sum())
+    words: NDArray[np.int64] = np.load(words_path(prepared.prefix(part)))  # [sequences]
+    return int(words[sequences].sum())

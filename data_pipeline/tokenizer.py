@@ -1,4 +1,4 @@
-"""The tokenizer: sentencepiece BPE that gives text back to the byte and encodes alike in other runtimes."""
+"""The tokenizer: sentencepiece BPE that is lossless and encodes identically in other runtimes."""
 
 import hashlib
 import io
@@ -13,13 +13,13 @@ from configs.errors import InputError
 from configs.files import whole_file
 from data_pipeline.vocabulary import read_vocabulary
 
-SAMPLE = 10_000_000
-"""Characters that a tokenizer is trained on at most."""
+SAMPLE_CHARACTERS = 10_000_000
+"""Most characters that a tokenizer is trained on."""
 
-_LONGEST_SENTENCE = 16_000
-_SMALLEST = 300  # the least that data.vocab_size may be
-# Lossless: bytes for rare characters, nothing normalised, no space added or removed. BPE: its ids are the same in
-# every runtime, those of unigram are not.
+_MAX_SENTENCE = 16_000  # characters
+_MIN_VOCAB_SIZE = 300  # the schema's bound of data.vocab_size
+# Lossless: bytes for rare characters, no normalization, no space added or removed. BPE, since unigram ids differ
+# between runtimes.
 _OPTIONS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -35,10 +35,10 @@ _OPTIONS: dict[str, Any] = {
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Encode text to token ids and decode them.
 
-    `decode(encode(text)) == text` for any text, but for U+2581, which sentencepiece writes for a space and so
-    gives back as one. Control pieces (`</s>`) spelled out in a text are plain text.
+    `decode(encode(text)) == text` for any text without U+2581, which sentencepiece uses for a space and decodes to
+    one. Control pieces (`</s>`) that are spelled out in a text are plain text.
     """
 
     def __init__(self, model: bytes, *, path: Path, end_of_document: int, newlines_merge: bool) -> None:
@@ -51,62 +51,63 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Return the tokenizer of a .model file.
+        """Load a .model file.
 
         Raises:
-            InputError: no such file, not sentencepiece, loses text, encodes otherwise elsewhere, or has no end piece.
+            InputError: see `read_vocabulary`; or the model has no end piece.
         """
-        found = read_vocabulary(path)
-        if found.end_id is None:
+        vocabulary = read_vocabulary(path)
+        if vocabulary.end_id is None:
             raise InputError(f"tokenizer {path} has no end piece to end documents with: train it with an eos_id")
-        newlines_merge = any("\n" in piece.text and len(piece.text) > 1 for piece in found.pieces)
-        return cls(path.read_bytes(), path=path, end_of_document=found.end_id, newlines_merge=newlines_merge)
+        # such a model may merge characters of two lines to one token
+        newlines_merge = any("\n" in piece.text and len(piece.text) > 1 for piece in vocabulary.pieces)
+        return cls(path.read_bytes(), path=path, end_of_document=vocabulary.end_id, newlines_merge=newlines_merge)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, nothing added."""
         if self._newlines_merge:
             return list(self._processor.encode(text))
-        # the same ids as in one go, since no merge crosses a newline, in a third of the time
+        # no merge crosses a newline, so encoding line by line gives the same ids, in a third of the time
         *lines, last = text.split("\n")
         encoded = self._processor.encode([f"{line}\n" for line in lines] + [last])
         return [token for line in encoded for token in line]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids; control pieces have none."""
+        """Return the text of token ids; control pieces decode to nothing."""
         return str(self._processor.decode([int(token) for token in ids]))
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: Path) -> Tokenizer:
-    """Train a tokenizer on at most `SAMPLE` characters and write it; the same texts give the same file.
+    """Train a tokenizer on at most `SAMPLE_CHARACTERS` and write it. The same texts give the same file.
 
     Args:
-        texts: Text, read as far as needed.
-        vocab_size: Pieces, the 256 bytes and 3 control pieces among them.
-        out: The .model file.
+        texts: Text, read only as far as needed.
+        vocab_size: Number of pieces, including 256 bytes and 3 control pieces.
+        out: The .model file to write.
     Raises:
-        InputError: the text allows fewer pieces, or needs more for its characters; and what `texts` raises.
+        InputError: the text allows fewer pieces, or its characters need more; or what `texts` raises.
     """
     model = io.BytesIO()
     raised: list[BaseException] = []
-    # sentencepiece says on the standard error stream what its exception says too
+    # sentencepiece also logs to standard error what its exception says
     sentencepiece.set_min_log_level(3)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_watched(_sentences(texts), raised),
+            sentence_iterator=_keep_errors(_sentences(texts), raised),
             model_writer=model,
             vocab_size=vocab_size,
-            max_sentence_length=4 * _LONGEST_SENTENCE,
+            max_sentence_length=4 * _MAX_SENTENCE,  # in bytes: at most 4 per character of UTF-8
             **_OPTIONS,
         )
     except RuntimeError as error:
-        raise (raised[0] if raised else _explained(str(error), vocab_size)) from None
+        raise (raised[0] if raised else _training_error(str(error), vocab_size)) from None
     with whole_file(out) as temporary:
         temporary.write_bytes(model.getvalue())
     return Tokenizer.load(out)
 
 
-def _watched(sentences: Iterator[str], raised: list[BaseException]) -> Iterator[str]:
-    """Yield sentences, keeping what they raise: sentencepiece makes a RuntimeError of it, of Ctrl-C too."""
+def _keep_errors(sentences: Iterator[str], raised: list[BaseException]) -> Iterator[str]:
+    """Yield sentences and record what they raise: sentencepiece turns it into a RuntimeError, Ctrl-C included."""
     try:
         yield from sentences
     except BaseException as error:
@@ -115,27 +116,30 @@ def _watched(sentences: Iterator[str], raised: list[BaseException]) -> Iterator[
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    # sentencepiece silently skips sentences that are too long, so cut them
     characters = 0
     for text in texts:
         for line in text.split("\n"):
-            for start in range(0, len(line), _LONGEST_SENTENCE):
-                yield line[start : start + _LONGEST_SENTENCE]
+            for start in range(0, len(line), _MAX_SENTENCE):
+                yield line[start : start + _MAX_SENTENCE]
         characters += len(text)
-        if characters >= SAMPLE:
+        if characters >= SAMPLE_CHARACTERS:
             return
 
 
-def _explained(message: str, vocab_size: int) -> InputError:
-    if found := re.search(r"too high .*<= (\d+)", message):
-        largest = int(found[1])
-        todo = f"use {largest} or less, or add text" if largest >= _SMALLEST else "add text"
-        return InputError(f"data.vocab_size {vocab_size} is larger than the {largest} the text allows: {todo}")
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+def _training_error(message: str, vocab_size: int) -> InputError:
+    """Return our error for a message of sentencepiece's trainer."""
+    if match := re.search(r"too high .*<= (\d+)", message):
+        largest = int(match[1])
+        advice = f"use {largest} or less, or add text" if largest >= _MIN_VOCAB_SIZE else "add text"
+        return InputError(f"data.vocab_size {vocab_size} is larger than the {largest} the text allows: {advice}")
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return InputError(
-            f"data.vocab_size {vocab_size} is smaller than the characters of the text need: use {found[1]} or more"
+            f"data.vocab_size {vocab_size} is smaller than the characters of the text need: use {match[1]} or more"
         )
+    # drop the place in sentencepiece's source code, which ends with a bracket
     reason = " ".join(message.split()).split("] ")[-1]
     return InputError(
         f"no tokenizer of data.vocab_size {vocab_size} can be trained on this text (sentencepiece says {reason!r}): "
-        "is it text? add more"
+        "check that it is text, or add more"
     )

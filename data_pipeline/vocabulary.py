@@ -1,4 +1,4 @@
-"""The pieces inside a sentencepiece model file, for those who write the tokenizer down in another format."""
+"""Read the pieces of a sentencepiece model file, which exports write in other formats."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,7 +14,7 @@ _MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 
 class PieceType(IntEnum):
-    """What a piece is; the numbers of the sentencepiece format, which GGUF shares."""
+    """Kind of a piece, numbered as in the sentencepiece format, which GGUF shares."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -26,7 +26,7 @@ class PieceType(IntEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """One token: its text (a space is U+2581), its merge score (higher merges first), its type."""
+    """One token: its text (a space is U+2581), its merge score (the highest merges first) and its type."""
 
     text: str
     score: float
@@ -35,9 +35,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All pieces, a piece's place being its token id, and the ids with a role (None where the model has no such)."""
+    """The pieces of a model and the token ids with a role, None where the model has no such token."""
 
     pieces: tuple[Piece, ...]
+    """In the order of their token ids."""
     unknown_id: int
     begin_id: int | None
     end_id: int | None
@@ -48,15 +49,15 @@ class Vocabulary:
 
 
 def read_vocabulary(model: Path) -> Vocabulary:
-    """Return the pieces of a sentencepiece model that other runtimes can encode identically.
+    """Read a sentencepiece model; refuse one that other runtimes would encode differently.
 
-    Portable are BPE models that keep text as it is: identity normalization, no prefix space, no space removed,
-    bytes for what has no piece. Unigram ties and rounding differ between implementations, so the ids would too.
+    A portable model is BPE and keeps text as it is: identity normalization, no prefix space, no space removed, bytes
+    for characters without a piece. Unigram models are not portable: implementations round and break ties differently.
 
     Args:
         model: A sentencepiece .model file.
     Raises:
-        InputError: the file cannot be read, is no sentencepiece model, or is not portable.
+        InputError: the file cannot be read, is not a sentencepiece model, or is not portable.
     """
     proto = _parse(model)
     _require_portable(proto, model)
@@ -71,7 +72,7 @@ def read_vocabulary(model: Path) -> Vocabulary:
 
 
 def _parse(model: Path) -> Any:
-    # protobuf makes the class when the module is imported, so a type checker does not see it
+    # protobuf creates the class when the module is imported: a type checker does not see it
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(model.read_bytes())
@@ -101,6 +102,6 @@ def _require_portable(proto: Any, model: Path) -> None:
         wrong.append("treat_whitespace_as_suffix (must be off)")
     if wrong:
         raise InputError(
-            f"tokenizer {model} gives other ids in other runtimes: it has {', '.join(wrong)}; "
+            f"tokenizer {model} would encode differently in other runtimes: it has {', '.join(wrong)}; "
             "use a tokenizer that `trainshort prepare` trained"
         )

@@ -1,4 +1,4 @@
-"""The whole job, small: prepare, train, evaluate and export the shipped run `demo`, then generate. See `make demo`."""
+"""Prepare, train, evaluate and export the shipped run `demo`, then generate text from the export. See `make demo`."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from launch.show.run import show_report
-from training.export.generate import generate_text
+from launch.show.model import show_report
+from training.export.formats.huggingface import generate_text
 
 RUN_DIR = Path("runs/demo")
 EXPORTED = RUN_DIR / "export" / "hf"
@@ -17,12 +17,12 @@ PROMPT = "This module provides"
 
 
 def main() -> None:
-    """Run the commands that a user would type, then show what came out."""
+    """Run the commands that a user would type, then show the results."""
     started = time.monotonic()
     trainshort("prepare", "demo")
     trainshort("train", "demo")
-    # The report is shown at the end, and a repeated demo exports anew.
-    trainshort("evaluate", str(RUN_DIR), "--json", quiet=True)
+    trainshort("evaluate", str(RUN_DIR), "--json", quiet=True)  # the report is shown at the end
+    # Export refuses a folder with files in it, such as that of an earlier demo.
     shutil.rmtree(EXPORTED, ignore_errors=True)
     trainshort("export", str(RUN_DIR), "--format", "hf", "--out", str(EXPORTED))
     text = generate_text(EXPORTED, prompt=PROMPT, tokens=30)
@@ -37,10 +37,10 @@ def main() -> None:
 
 
 def trainshort(*arguments: str, quiet: bool = False) -> None:
-    """Run one command of the command line; a failure ends the demo with the same code."""
+    """Run a trainshort command; if it fails, exit with its code."""
     print(f"$ trainshort {' '.join(arguments)}", flush=True)
     command = [sys.executable, "-P", "-m", "trainshort", *arguments]
-    cpu_ranks = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # four of them, however many GPUs there are
+    cpu_ranks = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # the demo's layout is four ranks, on any number of GPUs
     done = subprocess.run(command, env=cpu_ranks, stdout=subprocess.DEVNULL if quiet else None, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)

@@ -1,8 +1,8 @@
-"""Run a command that dies with the process that asked for it: `python tether.py PARENT_PID COMMAND...`.
+"""Run a command that dies with its parent process: `python die_with_parent.py PARENT_PID COMMAND...`.
 
-The kernel is asked before the command is executed, and the wish survives exec. A preexec_fn would do the same
-inside the launcher's fork, where Python code is not safe. This file imports only the standard library, so that
-it adds some milliseconds to a start.
+The parent-death signal is requested before exec and survives it. A preexec_fn would request it in the launcher's
+forked child, where running Python code is not safe. This file imports only the standard library, so that it adds
+only milliseconds to a start.
 """
 
 import ctypes
@@ -13,16 +13,16 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def main(arguments: list[str]) -> None:
-    """Tie this process to its parent and become the command."""
+def die_with_parent(arguments: list[str]) -> None:
+    """Request SIGKILL at the parent's death, then become the command."""
     parent, command = int(arguments[0]), arguments[1:]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died before the kernel knew of the wish
+    if os.getppid() != parent:  # the parent died before prctl: no signal will come
         raise SystemExit(1)
     os.execvp(command[0], command)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    die_with_parent(sys.argv[1:])

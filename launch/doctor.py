@@ -1,4 +1,4 @@
-"""What this machine can do, and whether a run's ALiBi is exact on it."""
+"""Report what this machine can do, and whether a run's ALiBi is exact on it."""
 
 import os
 import platform
@@ -9,14 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.backends import BACKENDS, backend_of, unavailable
+from configs.backends import BACKENDS, Backend, backend_of, unavailable
 from configs.errors import InputError, TrainshortError
+from configs.positions import POSITIONS
+from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
 from launch.machine import core_count, gpu_count
 from training.preflight import check_backend, installed_packages
 from training.versions import installed_version
 
-# What the project depends on, as pyproject.toml has it, and what the attention backends may need.
+# The dependencies in pyproject.toml, and the packages that attention backends may need.
 REPORTED_PACKAGES = (
     "torch",
     "deepspeed",
@@ -37,10 +39,22 @@ REPORTED_PACKAGES = (
     *sorted({backend.package for backend in BACKENDS.values() if backend.package}),
 )
 SLURM_COMMANDS = ("sbatch", "srun")
+BACKEND_FIELDS = (
+    "name",
+    "what",
+    "positions",
+    "precisions",
+    "head_dims",
+    "devices",
+    "capability",
+    "package",
+    "memory",
+    "has_run",
+)
 
 
 def machine_report() -> dict[str, Any]:
-    """Return what this machine has and lacks, one entry a concern; memory in bytes."""
+    """Return what this machine has and lacks, one entry per concern; memory in bytes."""
     gpus = gpu_report()
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable, "system": platform.platform()},
@@ -54,7 +68,7 @@ def machine_report() -> dict[str, Any]:
 
 
 def memory_report(meminfo: Path = Path("/proc/meminfo")) -> dict[str, int | None]:
-    """Return total and available memory in bytes; None where the system does not say."""
+    """Return total and available memory in bytes, or None where the system does not report it."""
     lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.is_file() else []
     kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     return {
@@ -64,7 +78,7 @@ def memory_report(meminfo: Path = Path("/proc/meminfo")) -> dict[str, int | None
 
 
 def gpu_report() -> dict[str, Any]:
-    """Return the GPUs as torch sees them, and how ranks talk to each other."""
+    """Return the GPUs that torch can use, and the communication backends of torch.distributed."""
     import torch
     import torch.distributed as dist
 
@@ -77,7 +91,7 @@ def gpu_report() -> dict[str, Any]:
                 "name": device.name,
                 "memory_bytes": device.total_memory,
                 "capability": (device.major, device.minor),
-                "bf16": device.major >= 8,  # what is older only emulates it
+                "bf16": device.major >= 8,  # older GPUs only emulate it
             }
             for device in devices
         ],
@@ -88,21 +102,22 @@ def gpu_report() -> dict[str, Any]:
 
 
 def network_report() -> dict[str, Any]:
-    """Return whether ranks can meet here."""
+    """Return this machine's name and addresses, and a port on which local ranks can connect."""
     host = socket.gethostname()
     return {"host": host, "addresses": addresses_of(host), "free_port": free_port()}
 
 
 def addresses_of(host: str) -> list[str]:
-    """Return the addresses that a name resolves to, none where it does not."""
+    """Return the addresses that a host name resolves to; empty if it does not resolve."""
     try:
-        return sorted({str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return sorted({str(address[0]) for *_, address in entries})
     except OSError:
         return []
 
 
 def free_port() -> int | None:
-    """Return a TCP port that could be bound on the loopback and reached there; None where that failed."""
+    """Return a TCP port on the loopback interface that could be bound and reached, or None if that failed."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = int(server.getsockname()[1])
@@ -113,35 +128,44 @@ def free_port() -> int | None:
 
 
 def backends_report(gpus: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the attention backends and what this machine, of some GPUs or none, lacks for each."""
+    """Return the attention backends, each with what this machine lacks for it.
+
+    Args:
+        gpus: Result of `gpu_report`.
+    """
     packages = installed_packages()
     device = "cuda" if gpus["usable"] else "cpu"
+    # A run uses all GPUs: the oldest one decides.
     oldest = min((gpu["capability"] for gpu in gpus["usable"]), default=None)
+
+    def lacks(backend: Backend) -> str | None:
+        return unavailable(backend, device=device, packages=packages, capability=oldest)
+
     return [
-        {**asdict(backend), "lacks": unavailable(backend, device=device, packages=packages, capability=oldest)}
+        {**{field: getattr(backend, field) for field in BACKEND_FIELDS}, "lacks": lacks(backend)}
         for backend in BACKENDS.values()
     ]
 
 
 def alibi_report(config: RunConfig) -> dict[str, Any]:
-    """Return the precision audit of a run's ALiBi: its type and backend, its lengths, this machine.
+    """Return the precision audit of a run's ALiBi on this machine, with the run's backend, precision and lengths.
 
     Raises:
-        InputError: the run has other positions, or a backend that this machine lacks.
+        InputError: the run has other positions, or its backend is not available on this machine.
     """
     model, precision = config.model, config.train.precision
-    if model.position != "alibi":
+    if POSITIONS[model.position].bias != "slopes":
         raise InputError(
             f"--alibi audits ALiBi, but model.position is {model.position}: give a run with model.position alibi"
         )
     import torch
 
-    from training.model.proof.attention_weights import DTYPES, ROW_TOLERANCE
+    from training.model.proof.attention_weights import dtype_of
     from training.model.proof.audit import audit
 
     device = "cuda" if gpu_report()["usable"] else "cpu"
     check_backend(model, device=device)
-    backend, dtype = backend_of(model.attention).name, DTYPES[precision]
+    backend, dtype = backend_of(model.attention).name, dtype_of(precision)
     lengths = sorted({config.data.sequence_length, *config.evaluation_lengths})
     audits = [
         audit(
@@ -161,25 +185,31 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
         "device": device,
         "heads": model.heads,
         "head_dim": model.head_dim,
-        "limit": ROW_TOLERANCE[dtype],
-        "within": all(one.worst.measured.worst <= ROW_TOLERANCE[dtype] for one in audits),
-        "lengths": [asdict(one) for one in audits],
+        "limit": PRECISIONS[precision].row_tolerance,
+        "within": all(
+            length_audit.worst.measured.worst <= PRECISIONS[precision].row_tolerance for length_audit in audits
+        ),
+        "lengths": [asdict(length_audit) for length_audit in audits],
     }
 
 
-def check_audit(found: dict[str, Any]) -> None:
-    """Refuse an audit that is over its limit.
+def check_audit(report: dict[str, Any]) -> None:
+    """Refuse an audit that exceeds its limit.
 
+    Args:
+        report: Result of `alibi_report`.
     Raises:
-        TrainshortError: names the length and head that are furthest off.
+        TrainshortError: names the length and the head with the largest error.
     """
-    if found["within"]:
+    if report["within"]:
         return
     distance, length, head = max(
-        (head["measured"]["worst"], one["length"], head["head"]) for one in found["lengths"] for head in one["heads"]
+        (head["measured"]["worst"], audit["length"], head["head"])
+        for audit in report["lengths"]
+        for head in audit["heads"]
     )
     raise TrainshortError(
-        f"ALiBi is not exact here: {found['backend']} in {found['precision']} puts {distance:.2g} of a row's attention "
-        f"of head {head} at length {length} on wrong keys (allowed {found['limit']:g}): use another model.attention "
-        "or train.precision fp32, and report this"
+        f"ALiBi is not exact here: {report['backend']} in {report['precision']} puts {distance:.2g} of a row's "
+        f"attention of head {head} at length {length} on wrong keys (allowed {report['limit']:g}): use another "
+        "model.attention or train.precision fp32, and report this"
     )

@@ -1,8 +1,8 @@
-"""Start the ranks of one machine, pass signals on to them, and tell how they ended.
+"""Start the ranks of one machine, forward signals to them, and report how they ended.
 
-Torch is not imported: the launcher only starts Python processes, waits and forwards. Each rank has a session of
-its own, so that a terminal's Ctrl-C reaches the launcher alone, and is tied to the launcher's life by the kernel
-(see launch/die_with_parent.py). docs/decisions/0002 tells why this is not torchrun.
+Torch is not imported: the launcher only starts Python processes, waits, and forwards signals. Each rank has its own
+session, so that a terminal's Ctrl-C reaches only the launcher, and the kernel kills it when the launcher dies
+(see launch/die_with_parent.py). docs/decisions/0002 explains why this is not torchrun.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from launch.machine import core_count
 
 POLL_SECONDS = 0.05
 TAIL_LINES = 20
-STOPPED_BY_HAND = 130
+STOPPED_BY_HAND = 130  # 128 + SIGINT, as a shell has it
 
 
 @dataclass
@@ -32,10 +32,10 @@ class Rank:
     """One started rank.
 
     Attributes:
-        number: Its place among the ranks.
+        number: Its rank, from 0.
         process: The process.
-        log: File that its output goes to; None where that is the terminal.
-        log_start: Where this start's output begins in the log.
+        log: File that its output goes to, or None for the terminal.
+        log_start: Byte offset in the log at which this start's output begins.
     """
 
     number: int
@@ -46,14 +46,20 @@ class Rank:
 
 @dataclass
 class Signals:
-    """What was asked of the launcher, as its signal handlers leave it."""
+    """State that the launcher's signal handlers keep.
+
+    Attributes:
+        ranks: The ranks to forward to; empty while they are being started.
+        asked: Requests to stop so far.
+        killed: Whether the user forced the ranks to end.
+    """
 
     ranks: list[Rank] = field(default_factory=list)
     asked: int = 0
     killed: bool = False
 
     def handle(self, number: int, _frame: Any) -> None:
-        """Pass a request to stop on to the ranks, which save and end; a second Ctrl-C does not wait for them."""
+        """Forward a request to stop to the ranks, which save and end; a second Ctrl-C kills them."""
         self.asked += 1
         if number == signal.SIGINT and self.asked > 1:
             self.killed = True
@@ -70,22 +76,23 @@ def start_ranks(
     environment: Mapping[str, str],
     grace_seconds: float = 10.0,
 ) -> int:
-    """Run a command once per rank until all have ended; return the exit code of the whole.
+    """Run a command once per rank, wait until all have ended, and return one exit code.
 
-    Rank 0 has the launcher's terminal, the others append to logs/rank_N.log. Ctrl-C, SIGTERM and SIGHUP become
-    SIGTERM to all ranks, with no limit on the time that they take to save.
+    Rank 0 writes to the launcher's terminal, the others append to logs/rank_N.log. Ctrl-C, SIGTERM and SIGHUP are
+    forwarded to all ranks as SIGTERM, and the ranks may take as long as they need to save.
 
     Args:
         command: Program and arguments, the same for all ranks.
-        ranks: How many to start.
+        ranks: Number of ranks to start.
         logs: Folder of the log files.
-        environment: Environment of the ranks, to which their place is added.
-        grace_seconds: When a rank has failed, how long the others may take to end by themselves, and again after
-            they were asked to.
+        environment: Environment of the ranks; each rank's number and the rendezvous are added.
+        grace_seconds: After a rank has failed, how long the others may take to end by themselves, and then again
+            after SIGTERM.
     Raises:
-        MachineError: the folder of the logs cannot be made or written.
+        MachineError: the folder of the logs cannot be created or written.
     Returns:
-        0 when all ended well; 2 or 3 when a rank ended so; 130 when they were stopped and could not save; else 1.
+        0 if all ranks ended well; 2 or 3 if a rank ended with that; 130 if they were stopped and could not save;
+        otherwise 1.
     """
     _make_folder(logs)
     with tempfile.TemporaryDirectory(prefix="trainshort-") as folder, _handled_signals() as signals:
@@ -100,13 +107,13 @@ def start_ranks(
             for number in range(ranks):
                 started.append(_start(command, number=number, logs=logs, environment=shared))
             signals.ranks = started
-            if signals.asked:  # while they were being started
+            if signals.asked:  # a signal came while they were being started
                 ask_to_stop(started)
             failed = _wait(started, grace_seconds=grace_seconds)
         finally:
             kill(started)
     if signals.killed or (signals.asked and failed and failed.process.returncode == -signal.SIGTERM):
-        return STOPPED_BY_HAND  # by force, or before there was anything to save
+        return STOPPED_BY_HAND  # killed by force, or stopped before there was anything to save
     return _explain(failed)
 
 
@@ -116,17 +123,17 @@ def _make_folder(logs: Path) -> None:
     except OSError as error:
         raise MachineError(f"folder {logs} cannot be made ({error.strerror}): choose another run.dir") from None
     if not os.access(logs, os.W_OK):
-        raise MachineError(f"folder {logs} cannot be written: mend its permissions, or choose another run.dir")
+        raise MachineError(f"folder {logs} cannot be written: fix its permissions, or choose another run.dir")
 
 
 def ask_to_stop(ranks: Sequence[Rank]) -> None:
-    """Send SIGTERM to each rank that still runs, not to its helper processes: it may need them to save."""
+    """Send SIGTERM to each running rank, but not to its helper processes: it may need them to save."""
     for rank in ranks:
         rank.process.send_signal(signal.SIGTERM)
 
 
 def kill(ranks: Sequence[Rank]) -> None:
-    """Kill each rank that still runs, with its helper processes."""
+    """Kill each running rank with its helper processes."""
     for rank in ranks:
         if rank.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -136,7 +143,7 @@ def kill(ranks: Sequence[Rank]) -> None:
 @contextlib.contextmanager
 def _handled_signals() -> Iterator[Signals]:
     signals = Signals()
-    # Under nohup SIGHUP is ignored, and stays so.
+    # nohup makes the launcher ignore SIGHUP: keep it ignored.
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
@@ -147,14 +154,14 @@ def _handled_signals() -> Iterator[Signals]:
 
 
 def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapping[str, str]) -> Rank:
-    # -I -S: the tether needs nothing from site-packages and starts faster without.
-    tether = [sys.executable, "-I", "-S", str(Path(__file__).with_name("die_with_parent.py")), str(os.getpid())]
+    # -I -S: the wrapper needs nothing from site-packages and starts faster without it.
+    wrapper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("die_with_parent.py")), str(os.getpid())]
     log = logs / f"rank_{number}.log" if number else None
     log_start = log.stat().st_size if log and log.exists() else 0
     with contextlib.ExitStack() as stack:
         output: IO[bytes] | None = stack.enter_context(log.open("ab")) if log else None
         process = subprocess.Popen(
-            [*tether, *command],
+            [*wrapper, *command],
             env={**environment, "TRAINSHORT_RANK": str(number)},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -165,18 +172,19 @@ def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapp
 
 
 def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> Rank | None:
-    """Wait for all ranks; once one has failed, stop the others. Return the rank to blame, if any."""
+    """Wait for all ranks, stop the others once one has failed, and return the rank that caused the failure, if any."""
     failed: list[Rank] = []
     killed: list[Rank] = []
     deadline, asked = float("inf"), False
     while True:
         running = [rank for rank in ranks if rank.process.poll() is None]
         failed += [rank for rank in ranks if rank.process.returncode and rank not in failed]
-        if not asked:
+        if not asked:  # later the launcher's own SIGTERM ends ranks too
             killed = [rank for rank in failed if rank.process.returncode < 0]
         if not running:
-            # The input's or the machine's fault is the cause, or a rank that was killed; a lost connection elsewhere is
-            # its echo. Of ranks that all say so, rank 0 has said it on the terminal.
+            # The cause is a rank that ended with 2 or 3 (input, machine), else one that was killed. The others fail
+            # only because they lost their connection to it. If several ended with 2 or 3, the lowest rank is named:
+            # rank 0 has already printed the error on the terminal.
             causes = [rank for rank in failed if rank.process.returncode in (2, 3)]
             return min(causes, key=lambda rank: rank.number) if causes else next(iter([*killed, *failed]), None)
         now = time.monotonic()
@@ -194,7 +202,7 @@ def _explain(failed: Rank | None) -> int:
         return 0
     code = failed.process.returncode
     if failed.log is None and code in (1, 2, 3):
-        return int(code)  # rank 0 has said it on the terminal
+        return int(code)  # rank 0 has printed its error on the terminal
     how = f"exit code {code}" if code > 0 else f"signal {-code} ({signal.Signals(-code).name})"
     console = Console(stderr=True)
     message = f"error: rank {failed.number} ended with {how}"

@@ -1,5 +1,6 @@
-"""The split layers: megatron-core's, each parameter declared with its name, whole shape and rule."""
+"""The split layers: megatron-core's, each parameter declared by its shard."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,29 +19,38 @@ from parallel.libraries import (
 from parallel.parameter import Shard
 from parallel.shards import declare
 
-# Initial weights come from parallel.seeds, drawn whole on the CPU; megatron only allocates.
+# Megatron only allocates: parallel.seeds draws the initial weights.
 _CONFIG = ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False)
 
 
 def _unused(_: Tensor) -> None:
-    """Stand where megatron wants an init method."""
+    """Stand in for the init method that megatron asks for."""
 
 
-def column_linear(name: str, *, inputs: int, outputs: int, init_std: float, tensor: Group) -> nn.Module:
-    """Return a linear whose outputs are split: [batch, seq, inputs] -> ([batch, seq, outputs / tensor], None)."""
+def column_linear(shards: Mapping[str, Shard], name: str, *, tensor: Group) -> nn.Module:
+    """Return a linear whose outputs are split: [batch, seq, inputs] -> ([batch, seq, outputs / tensor], None).
+
+    Args:
+        shards: The model's shards; `name`.weight and `name`.bias are this layer's.
+        name: Logical name of the layer.
+        tensor: The tensor axis.
+    """
+    outputs, inputs = shards[f"{name}.weight"].shape
     layer: nn.Module = ColumnParallelLinear(
         inputs, outputs, config=_CONFIG, init_method=_unused, gather_output=False, tp_group=tensor.handle
     )
-    _declare_linear(
-        layer,
-        Shard(f"{name}.weight", (outputs, inputs), "column", init_std),
-        Shard(f"{name}.bias", (outputs,), "column"),
-    )
-    return layer
+    return _declared(layer, shards, name)
 
 
-def row_linear(name: str, *, inputs: int, outputs: int, init_std: float, tensor: Group) -> nn.Module:
-    """Return a linear whose inputs are split: [batch, seq, inputs / tensor] -> ([batch, seq, outputs], None)."""
+def row_linear(shards: Mapping[str, Shard], name: str, *, tensor: Group) -> nn.Module:
+    """Return a linear whose inputs are split: [batch, seq, inputs / tensor] -> ([batch, seq, outputs], None).
+
+    Args:
+        shards: The model's shards; `name`.weight and `name`.bias are this layer's.
+        name: Logical name of the layer.
+        tensor: The tensor axis; its ranks sum their parts of the output.
+    """
+    outputs, inputs = shards[f"{name}.weight"].shape
     layer: nn.Module = RowParallelLinear(
         inputs,
         outputs,
@@ -51,24 +61,19 @@ def row_linear(name: str, *, inputs: int, outputs: int, init_std: float, tensor:
         skip_bias_add=False,
         tp_group=tensor.handle,
     )
-    _declare_linear(
-        layer,
-        Shard(f"{name}.weight", (outputs, inputs), "row", init_std),
-        Shard(f"{name}.bias", (outputs,), "replicated"),
-    )
+    return _declared(layer, shards, name)
+
+
+def layer_norm(shards: Mapping[str, Shard], name: str, *, epsilon: float) -> nn.LayerNorm:
+    """Return a LayerNorm over [..., hidden], whole on every rank."""
+    layer = nn.LayerNorm(shards[f"{name}.weight"].shape, eps=epsilon)
+    _declared(layer, shards, name)
     return layer
 
 
-def _declare_linear(layer: nn.Module, weight: Shard, bias: Shard) -> None:
-    declare(layer.get_parameter("weight"), weight)
-    declare(layer.get_parameter("bias"), bias)
-
-
-def layer_norm(name: str, *, hidden: int) -> nn.LayerNorm:
-    """Return a LayerNorm over [..., hidden], whole on every rank."""
-    layer = nn.LayerNorm(hidden, eps=1e-5)
-    declare(layer.weight, Shard(f"{name}.weight", (hidden,), "replicated", constant=1.0))
-    declare(layer.bias, Shard(f"{name}.bias", (hidden,), "replicated"))
+def _declared(layer: nn.Module, shards: Mapping[str, Shard], name: str) -> nn.Module:
+    for part in ("weight", "bias"):
+        declare(layer.get_parameter(part), shards[f"{name}.{part}"])
     return layer
 
 
@@ -78,10 +83,11 @@ class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
     tokens [batch, seq] int64 -> [batch, seq, hidden].
     """
 
-    def __init__(self, *, vocab_size: int, hidden: int, init_std: float, tensor: Group) -> None:
+    def __init__(self, shard: Shard, *, tensor: Group) -> None:
+        vocab_size, hidden = shard.shape
         padded = padded_vocabulary(vocab_size, tensor=tensor.size)
         super().__init__(padded, hidden, init_method=_unused, config=_CONFIG, tp_group=tensor.handle)
-        declare(self.weight, Shard("embedding.word.weight", (vocab_size, hidden), "vocabulary", init_std, tied=True))
+        declare(self.weight, shard)
         real = min(max(vocab_size - self.vocab_start_index, 0), self.num_embeddings_per_partition)
         self.padding = self.num_embeddings_per_partition - real
 
@@ -97,14 +103,16 @@ class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
             tp_group=self.tp_group,
         )
         if self.padding:
-            # A padded row is no token: it must take no probability, or the loss would depend on the layout.
+            # A padded row is no token: if it took any probability, the loss would depend on the layout.
             columns = torch.arange(logits.shape[-1], device=logits.device)
             logits = logits.masked_fill(columns >= logits.shape[-1] - self.padding, -torch.inf)
         return logits
 
 
 def split_cross_entropy(local_logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of each token without gathering logits. Overwrites fp32 logits: megatron shifts them in place.
+    """Return the loss of each token without gathering logits.
+
+    Overwrites fp32 logits: megatron subtracts the largest one in place.
 
     Args:
         local_logits: This rank's columns, [batch, seq, local_vocab].
@@ -114,3 +122,8 @@ def split_cross_entropy(local_logits: Tensor, targets: Tensor) -> Tensor:
     """
     losses: Any = vocab_parallel_cross_entropy(local_logits.contiguous(), targets.contiguous())
     return losses  # type: ignore[no-any-return]
+
+
+def mean_loss(local_logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean loss of a micro-batch, every target counted; shapes as for `split_cross_entropy`."""
+    return split_cross_entropy(local_logits, targets).mean()

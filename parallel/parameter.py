@@ -42,6 +42,14 @@ def span(shard: Shard, *, tensor_rank: int, tensor_size: int) -> tuple[int, int]
     return start, min(start + size, length)
 
 
+def local_shape(shard: Shard, *, tensor_rank: int, tensor_size: int) -> tuple[int, ...]:
+    """Return the shape of a tensor rank's slice, without padding."""
+    if shard.dim is None:
+        return shard.shape
+    start, stop = span(shard, tensor_rank=tensor_rank, tensor_size=tensor_size)
+    return (*shard.shape[: shard.dim], stop - start, *shard.shape[shard.dim + 1 :])
+
+
 def padded_rows(shard: Shard, *, tensor_size: int) -> int:
     """Return the rows of zeros that make all tensor ranks' slices equal."""
     return 0 if shard.dim is None else -shard.shape[shard.dim] % tensor_size

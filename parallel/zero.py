@@ -1,16 +1,16 @@
-"""DeepSpeed's side of an engine: its configuration, and a door to the state that ZeRO shards.
+"""DeepSpeed's configuration, and access to fp32 weights and optimizer state, gathered from ZeRO's shards.
 
-ZeRO flattens and cuts fp32 weights and Adam's moments over the data ranks. Outside this file they are
-one tensor per parameter, whatever the stage.
+ZeRO flattens and cuts both over the data ranks. Outside this file they are one tensor per parameter, at any stage.
 """
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from configs.precisions import PRECISIONS
 from configs.schema import Train
 from parallel.layout import Layout
 from parallel.libraries import (
@@ -22,10 +22,7 @@ from parallel.libraries import (
 )
 from parallel.parameter import Shard
 
-Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
-KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
-
-REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed allocates as many, by default ten times more
+REDUCE_BUCKET = 50_000_000  # elements of the buffer that DeepSpeed allocates; its default is ten times as many
 
 
 def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
@@ -41,10 +38,8 @@ def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
             "contiguous_gradients": True,
             "offload_optimizer": {"device": layout.offload},
         },
-        "bf16": {"enabled": train.precision == "bf16"},
-        # Without it micro-batches add up in bf16.
-        "data_types": {"grad_accum_dtype": "fp32"} if train.precision == "bf16" else {},
-        # Partitioned activations save little and go wrong with sequence parallelism and changing lengths.
+        **PRECISIONS[train.precision].deepspeed,
+        # Partitioned activations save little, and are wrong with sequence parallelism and with changing lengths.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 10**12,
         "zero_allow_untested_optimizer": True,
@@ -52,28 +47,18 @@ def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
     }
 
 
-def adamw(parameters: Iterable[nn.Parameter], *, train: Train) -> torch.optim.AdamW:
-    """Return AdamW with BLOOM's groups: matrices decay, norms and biases do not."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon)
-
-
-def start_optimizer(engine: Any) -> None:
-    """Give Adam its zero moments now instead of at the first step, so that a checkpoint can be read into them."""
+def start_optimizer(engine: Any, *, moments: Sequence[str]) -> None:
+    """Allocate the optimizer's moments now instead of at the first step, so that a checkpoint can be read into them."""
     base = _base(engine)
     for master in _masters(engine):
-        zeros = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+        zeros = {moment: torch.zeros_like(master) for moment in moments}
         base.state[master] = {"step": torch.tensor(0.0), **zeros}
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
-    """Set how many steps Adam has taken, which its bias correction needs."""
+    """Set how many steps the optimizer has taken; Adam's bias correction needs it."""
     for state in _base(engine).state.values():
         state["step"].fill_(float(step))
 
@@ -84,7 +69,7 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def read_state(engine: Any, parameter: nn.Parameter, kind: Kind) -> Tensor:
+def read_state(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
     """Return one tensor rank's fp32 weight or moment, in the parameter's shape.
 
     A collective over the data ranks: each calls it for the same parameters in the same order.
@@ -101,10 +86,11 @@ def read_state(engine: Any, parameter: nn.Parameter, kind: Kind) -> Tensor:
     return whole.detach()
 
 
-def write_state(engine: Any, parameter: nn.Parameter, kind: Kind, value: Tensor) -> None:
+def write_state(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     """Set one tensor rank's fp32 weight or moment; the model's own copy follows a weight."""
     value = value.to(parameter.device, torch.float32)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        # Each data rank sets its own part: of the fp32 weight, and of the copy that the forward pass gathers.
         part = _stage3_part(parameter, value)
         if kind == "weight":
             deepspeed.utils.safe_set_local_fp32_param(parameter, part)
@@ -123,7 +109,7 @@ def write_state(engine: Any, parameter: nn.Parameter, kind: Kind, value: Tensor)
 
 
 def report_norm_without_zero(engine: Any, *, clip: float) -> None:
-    """Let an engine at ZeRO 0 report the gradient norm that it clips by; DeepSpeed drops it."""
+    """Let an engine at ZeRO 0 report the gradient norm that it clips by: DeepSpeed drops it."""
 
     def clip_gradients() -> None:
         norm = clip_grad_norm_(parameters=engine.module.parameters(), max_norm=clip, mpu=engine.mpu)
@@ -142,6 +128,7 @@ def _base(engine: Any) -> torch.optim.Optimizer:
 
 
 def _masters(engine: Any) -> list[Tensor]:
+    """Return the tensors that the optimizer steps: flat fp32 partitions under ZeRO, else the parameters."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return list(optimizer.fp32_partitioned_groups_flat)
@@ -153,7 +140,7 @@ def _masters(engine: Any) -> list[Tensor]:
 
 
 def _stage3_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    # ZeRO-3 cuts the flat parameter evenly over its data ranks and pads the last cut.
+    # ZeRO-3 cuts the flat parameter evenly over its data ranks and pads the last part.
     size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
     group = parameter.ds_process_group  # type: ignore[attr-defined]
     start = dist.get_rank(group) * size

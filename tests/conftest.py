@@ -10,6 +10,7 @@ import pytest
 from launch import local
 from tests.support.command_line import Answer, Call, run_here, write_run
 from tests.support.data import write_book
+from tests.support.small_run import small_run
 
 if TYPE_CHECKING:
     from tests.support.one_rank import OneRank
@@ -24,15 +25,9 @@ def _interruptible() -> Iterator[None]:
 
 
 @pytest.fixture
-def run_values(tmp_path: Any) -> dict[str, Any]:
+def run_values(tmp_path: Path) -> dict[str, Any]:
     """Plain values of a valid small run whose folder is the test's own."""
-    return {
-        "run": {"name": "small", "dir": str(tmp_path / "run")},
-        "model": {"layers": 4, "hidden": 64, "heads": 4},
-        "data": {"sources": ["python-docs"], "vocab_size": 512, "sequence_length": 32},
-        "parallel": {"tensor": 2, "pipeline": 2},
-        "train": {"micro_batch": 2, "global_batch": 8, "steps": 10, "learning_rate": 0.001},
-    }
+    return small_run({"run": {"dir": str(tmp_path / "run")}})
 
 
 @pytest.fixture(scope="module")

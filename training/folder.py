@@ -1,4 +1,4 @@
-"""The run folder: made at the first start, checked at the next ones. Rank 0 writes, all ranks read."""
+"""The run folder: made at a run's first start, checked at later ones. Rank 0 writes it, all ranks read it."""
 
 import json
 import platform
@@ -15,21 +15,22 @@ from configs.load import dump_run, load_run
 from configs.paths import config_file, logs_folder, run_folder
 from configs.schema import RunConfig
 from parallel.layout import Layout
-from training.checkpoint.manifest import CONFIG, list_checkpoints
-from training.incarnation import Fence, begin
+from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints
+from training.incarnation import Fence, begin_incarnation
 from training.versions import installed_versions, source_code
 
 if TYPE_CHECKING:
     import torch
 
+# prefixes of keys: neither the learning rate nor the order of samples depends on them
 MAY_CHANGE = ("parallel", "train.steps", "train.micro_batch", "checkpoint", "evaluate", "track", "slurm", "run.dir")
 
 
 def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
-    """Return the run with what its first start fixed: `train.decay_steps`.
+    """Return the run with `train.decay_steps` as its first start fixed it.
 
     Raises:
-        InputError: the folder holds a run that differs in a key that must not change; names each.
+        InputError: the folder holds a run that differs in keys that must not change; names each.
     """
     first = _first_config(run_dir)
     before = load_run(str(first)) if first else None
@@ -42,28 +43,29 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
 
 
 def _first_config(run_dir: Path) -> Path | None:
-    """Return the run as an earlier start resolved it; where its file is lost, as the newest checkpoint holds it."""
-    kept = [found.path / CONFIG for found in reversed(list_checkpoints(run_dir))]
-    return next((path for path in (config_file(run_dir), *kept) if path.is_file()), None)
+    """Return the run file of an earlier start; where it is lost, the copy in the newest checkpoint that has one."""
+    copies = [checkpoint.path / CONFIG_NAME for checkpoint in reversed(list_checkpoints(run_dir))]
+    return next((path for path in (config_file(run_dir), *copies) if path.is_file()), None)
 
 
 def claim_run_folder(config: RunConfig, *, layout: Layout, device: "torch.device") -> Fence:
-    """Make the run folder this start's, and record in it what runs: config.yaml and environment.json.
+    """Make this the newest start of the run folder; write config.yaml and environment.json.
 
     Raises:
         MachineError: the folder cannot be written.
     """
     run_dir = run_folder(config)
-    with writing(run_dir):
+    with report_write_errors(run_dir):
         logs_folder(run_dir).mkdir(parents=True, exist_ok=True)
-        fence = begin(run_dir)
-        _record(config, fence=fence, layout=layout, device=device)
+        # Before the first file: from here on an older start that is alive sees that it is superseded.
+        fence = begin_incarnation(run_dir)
+        _write_records(config, fence=fence, layout=layout, device=device)
     return fence
 
 
 @contextmanager
-def writing(run_dir: Path) -> Iterator[None]:
-    """Turn what the disk says against writing into the run folder into an error that a user can read.
+def report_write_errors(run_dir: Path) -> Iterator[None]:
+    """Raise an OSError in the block, which writes into the run folder, as an error that tells the user what to do.
 
     Raises:
         MachineError: the folder cannot be written.
@@ -72,16 +74,15 @@ def writing(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise MachineError(
-            f"run folder {run_dir} cannot be written ({error.strerror}): free space, mend its permissions, or set "
+            f"run folder {run_dir} cannot be written ({error.strerror}): free space, fix its permissions, or set "
             "another run.dir"
         ) from None
 
 
-def _record(config: RunConfig, *, fence: Fence, layout: Layout, device: "torch.device") -> None:
-    import torch  # the launcher asks `settle` without
+def _write_records(config: RunConfig, *, fence: Fence, layout: Layout, device: "torch.device") -> None:
+    import torch  # here: the launcher uses `with_fixed_keys` and must not wait for torch
 
     run_dir = fence.run_dir
-
     with whole_file(config_file(run_dir), mark=f".{fence.token}") as temporary:
         temporary.write_text(dump_run(config), encoding="utf-8")
     environment = {
@@ -96,7 +97,7 @@ def _record(config: RunConfig, *, fence: Fence, layout: Layout, device: "torch.d
 
 
 def record_certificate(document: dict[str, Any], *, run_dir: Path, step: int) -> Path:
-    """Add a start's certificate to certificates.jsonl, one line a start, and return the file."""
+    """Append a start's certificate to certificates.jsonl, one line per start; return the file."""
     path = run_dir / "certificates.jsonl"
     line = {"started_at": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, **document}
     with path.open("a", encoding="utf-8") as file:
@@ -105,22 +106,23 @@ def record_certificate(document: dict[str, Any], *, run_dir: Path, step: int) ->
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], *, run_dir: Path) -> None:
-    changed = [
+    changes = [
         f"{key} was {before[key]!r}, is {now.get(key)!r}"
         for key in before
         if before[key] != now.get(key) and not key.startswith(MAY_CHANGE)
     ]
-    if changed:
+    if changes:
         raise InputError(
-            f"{run_dir} holds a run that this one would change: {'; '.join(changed)}: "
+            f"{run_dir} holds a run that this one would change: {'; '.join(changes)}: "
             "set the old values, or choose another run.dir"
         )
 
 
 def _flat(value: Any, *, prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one level: {"train": {"steps": 9}} is {"train.steps": 9}."""
     if not isinstance(value, dict):
         return {prefix: value}
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for key, inner in value.items():
-        found.update(_flat(inner, prefix=f"{prefix}.{key}" if prefix else key))
-    return found
+        keys.update(_flat(inner, prefix=f"{prefix}.{key}" if prefix else key))
+    return keys

@@ -1,4 +1,4 @@
-"""Text from a checkpoint of any layout, one token at a time, with a key-value cache."""
+"""Generate text from a checkpoint of any layout, one token at a time, with a key-value cache."""
 
 import math
 import sys
@@ -17,18 +17,18 @@ from training.checkpoint.read import open_checkpoint
 from training.model.cache import KeyValueCache
 from training.model.single import load_single
 
-SEEDS = 2**64  # what torch's generator takes
-PREFILL_TOKENS = 4096  # of a prompt, in one pass: longer ones go through in parts, so that memory stays bounded
+SEED_LIMIT = 2**64  # torch's generator takes seeds below it
+PREFILL_TOKENS = 4096  # of a prompt in one pass; a longer prompt is split, so that memory stays bounded
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is sampled.
 
     Attributes:
-        temperature: Logits are divided by it; 0 takes the likeliest token.
-        top_p: Only the likeliest tokens that together have this probability are drawn from.
-        seed: Of the draws.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Sample from the smallest set of likeliest tokens that has this probability.
+        seed: Seed of the draws.
 
     Source of top_p: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
     """
@@ -38,30 +38,30 @@ class Sampling:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Refuse values out of range."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"--temperature must be 0 or more, got {self.temperature}: 0 takes the likeliest token")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p must be above 0 and at most 1, got {self.top_p}: 1 draws from all tokens")
-        if not 0 <= self.seed < SEEDS:
-            raise InputError(f"--seed must be from 0 to {SEEDS - 1}, got {self.seed}: write --seed 1")
+        if not 0 <= self.seed < SEED_LIMIT:
+            raise InputError(f"--seed must be from 0 to {SEED_LIMIT - 1}, got {self.seed}: write --seed 1")
         if self.top_p < 1 and self.temperature == 0:
             raise InputError(f"--top-p {self.top_p} draws, but --temperature is 0: add --temperature 1 or drop it")
 
 
 @dataclass(frozen=True)
-class Generated:
-    """A prompt and what followed.
+class GeneratedText:
+    """A prompt and its continuation.
 
     Attributes:
-        prompt: As given.
+        prompt: The prompt as given.
         text: Prompt and continuation.
-        prompt_tokens: Tokens of the prompt; an empty prompt is the start of a document, one token.
-        tokens: New tokens, the end of the document not among them.
-        token_ids: Their ids.
-        ended: Whether the document ended before the number of tokens asked for.
-        prefill_seconds: Time for the prompt, to the first new token.
-        token_seconds: Mean time of each further token; None where there was none.
+        prompt_tokens: Tokens of the prompt; an empty prompt is one token, the start of a document.
+        tokens: New tokens, without the end-of-document token.
+        token_ids: Ids of the new tokens.
+        ended: Whether the document ended before the requested number of tokens.
+        prefill_seconds: Time to the first new token.
+        token_seconds: Mean time of each further token; None if there was none.
         train_length: Tokens that the model was trained at.
     """
 
@@ -76,17 +76,25 @@ class Generated:
     train_length: int
 
 
-class NextToken(Protocol):
-    """What generation asks of a model."""
+class LanguageModel(Protocol):
+    """A model that generation can run."""
 
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Return [batch, vocab] fp32: logits of what follows tokens [batch, new] after those in the cache."""
+        """Return the logits of the next token, [batch, vocab] fp32, and add the tokens to the cache.
+
+        Args:
+            tokens: The tokens that follow those in the cache, [batch, new] int64.
+            cache: Keys and values of the tokens before.
+        """
         ...
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
-    """Return the prompt, given as text or as a file, `-` for standard input, of which the last line break is dropped.
+    """Return the prompt, from text or a file.
 
+    Args:
+        text: The prompt itself; None if it is in a file.
+        file: A file, or `-` for standard input; its last line break is dropped.
     Raises:
         InputError: both are given or neither, or the file cannot be read.
     """
@@ -106,17 +114,17 @@ def read_prompt(text: str | None, file: Path | None) -> str:
         raise InputError(f"--prompt-file {name} is not UTF-8 at byte {error.start}: write it in UTF-8") from None
 
 
-def generate_from_checkpoint(checkpoint: Path, *, prompt: str, tokens: int, sampling: Sampling) -> Generated:
+def generate_from_checkpoint(checkpoint: Path, *, prompt: str, tokens: int, sampling: Sampling) -> GeneratedText:
     """Continue a prompt with a trained model.
 
     Args:
-        checkpoint: A step folder of any layout, or a run folder for its newest.
+        checkpoint: A step folder of any layout, or a run folder for its newest checkpoint.
         prompt: Text to continue; empty for the start of a document.
-        tokens: New tokens at most; the end of the document may come earlier.
-        sampling: How tokens are chosen.
+        tokens: New tokens at most; generation stops at the end of the document.
+        sampling: How tokens are sampled.
     Raises:
-        InputError: the checkpoint cannot be read, or tokens is below 1.
-        TrainshortError: the model's logits are no numbers.
+        InputError: the checkpoint cannot be read, the prompt is not UTF-8, or tokens is below 1.
+        TrainshortError: the model's logits are not finite.
     """
     if tokens < 1:
         raise InputError(f"tokens to generate must be 1 or more, got {tokens}")
@@ -126,65 +134,74 @@ def generate_from_checkpoint(checkpoint: Path, *, prompt: str, tokens: int, samp
         raise InputError(f"--prompt is not UTF-8 at character {error.start}: write it in UTF-8") from None
     opened = open_checkpoint(checkpoint)
     tokenizer = Tokenizer.load(opened.tokenizer)
-    # Documents follow each other in training, so the end of one is where the next begins.
+    # Training data is documents separated by the end token, so that token also starts a document.
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_document]
     model = load_single(opened)
     stream = continue_tokens(model, ids, sampling=sampling, end=tokenizer.end_of_document)
-    new, instants = [], [time.perf_counter()]
+    new, times = [], [time.perf_counter()]
+    # The range comes first: zip would otherwise generate one more token before it stops.
     for _, token in zip(range(tokens), stream, strict=False):
-        instants.append(time.perf_counter())
+        times.append(time.perf_counter())
         new.append(token)
     ended = bool(new) and new[-1] == tokenizer.end_of_document
     new = new[:-1] if ended else new
-    return Generated(
+    return GeneratedText(
         prompt=prompt,
-        # Decoded together: a piece's bytes may be half a character.
+        # Decode all ids at once: a token may be one byte of a character.
         text=tokenizer.decode([*(ids if prompt else []), *new]),
         prompt_tokens=len(ids),
         tokens=len(new),
         token_ids=tuple(new),
         ended=ended,
-        prefill_seconds=instants[1] - instants[0],
-        token_seconds=(instants[-1] - instants[1]) / (len(instants) - 2) if len(instants) > 2 else None,
+        prefill_seconds=times[1] - times[0],
+        token_seconds=(times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else None,
         train_length=opened.config.data.sequence_length,
     )
 
 
-def continue_tokens(model: NextToken, ids: Sequence[int], *, sampling: Sampling, end: int | None) -> Iterator[int]:
-    """Yield token after token that follow `ids`, without end unless the token `end` comes, which is the last one.
+def continue_tokens(model: LanguageModel, ids: Sequence[int], *, sampling: Sampling, end: int | None) -> Iterator[int]:
+    """Yield the tokens that follow a prompt, endlessly, or until the end-of-document token, which is yielded too.
 
+    Args:
+        model: The model.
+        ids: Token ids of the prompt, at least one.
+        sampling: How tokens are sampled.
+        end: The end-of-document token; None to ignore it.
     Raises:
-        TrainshortError: a logit is no number.
+        TrainshortError: a logit is not finite.
     """
     cache = KeyValueCache()
     generator = torch.Generator().manual_seed(sampling.seed)
+    # ids [1, prompt tokens]; the logits of the last part are those of the first new token
     for part in torch.split(torch.tensor([list(ids)]), PREFILL_TOKENS, dim=1):
         logits = model.next_logits(part, cache)
     while True:
-        token = choose(logits[0], sampling=sampling, generator=generator)
+        token = sample_token(logits[0], sampling=sampling, generator=generator)
         yield token
         if token == end:
             return
         logits = model.next_logits(torch.tensor([[token]]), cache)
 
 
-def choose(logits: Tensor, *, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return the next token's id.
+def sample_token(logits: Tensor, *, sampling: Sampling, generator: torch.Generator) -> int:
+    """Return the id of the next token.
 
     Args:
-        logits: [vocab].
-        sampling: How to choose.
-        generator: Where the draws come from.
+        logits: Logits of the next token, [vocab].
+        sampling: How to sample.
+        generator: Random generator of the draws.
+    Raises:
+        TrainshortError: a logit is not finite.
     """
     if not bool(torch.isfinite(logits).all()):
         raise TrainshortError(
-            "the model's logits are no numbers: its weights have diverged, take an earlier checkpoint"
+            "the model's logits are not finite: its weights have diverged, take an earlier checkpoint"
         )
     if sampling.temperature == 0:
         return int(logits.argmax())
-    # In fp64 and from the largest down: a tiny temperature must not overflow.
+    # In fp64, and with the largest logit at 0, so that a tiny temperature cannot overflow.
     scaled = (logits.double() - logits.max().double()) / sampling.temperature
     likely, order = scaled.softmax(-1).sort(descending=True, stable=True)
-    # A token stays while those before it have less than top_p; so the first always stays.
+    # Keep a token while the likelier ones sum to less than top_p. The first is always kept.
     kept = likely * (likely.cumsum(0) - likely < sampling.top_p)
     return int(order[torch.multinomial(kept, 1, generator=generator)])

@@ -1,8 +1,8 @@
-"""Which start of a run may write: RUN_DIR/incarnation names the newest, and an older one that still lives stops itself.
+"""Which start of a run may write: RUN_DIR/incarnation records the newest, and an older one that is alive stops itself.
 
-A scheduler may take a job for dead whose ranks still write, and start it again on other nodes. Nobody can end those
-ranks from here; but each looks at this file before it writes a line of metrics, opens a file of a checkpoint,
-publishes one or removes one.
+A scheduler may give up a job whose ranks still run, and start it again on other nodes. Those ranks cannot be ended
+from here. So each start checks this file before it writes a line of metrics, opens a file of a checkpoint, renames a
+checkpoint into place or removes one.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ from configs.errors import InputError, MachineError
 from configs.files import whole_file
 from configs.paths import incarnation_file, stop_file
 
-ENDING_SECONDS = 5.0  # that the ranks of a start that was just killed may need to go
+EXIT_SECONDS = 5.0  # time for the ranks of a start that was just killed to exit
 
 
 class Superseded(MachineError):
@@ -36,11 +36,11 @@ class Incarnation:
 
     Attributes:
         number: Starts of the run folder, this one included.
-        token: What its files are marked with, like no other start's.
-        host: Name of the machine of rank 0.
-        machine: That machine since it was booted, and the process's name space in it.
+        token: Unique mark of this start's files; begins with the number.
+        host: Name of rank 0's machine.
+        machine: Its boot id and pid namespace: within them a pid names one process at a time.
         pid: Process of rank 0.
-        process_started: When the kernel started it, in ticks since the boot: a pid alone may be used again.
+        process_started: Start of that process in clock ticks since the boot: a pid alone may be used again.
         started_at: Local time.
     """
 
@@ -55,44 +55,48 @@ class Incarnation:
 
 @dataclass(frozen=True)
 class Fence:
-    """What tells one start of a run whether it is still the newest."""
+    """Shows whether one start of a run is still the newest."""
 
     run_dir: Path
     token: str
 
     def is_ours(self) -> bool:
-        """Return whether no newer start has taken over; ask it before what cannot be undone.
+        """Return whether no newer start has taken over; for use before what cannot be undone.
 
         Raises:
-            OSError: the disk does not tell.
+            OSError: the disk cannot be read.
         """
         newest = _load(self.run_dir)
         return newest is None or newest.token == self.token
 
     def may_be_ours(self) -> bool:
-        """Return whether no newer start is seen; a disk that does not tell ends no training."""
-        newest = read(self.run_dir)
+        """Return whether no newer start is seen; a disk that cannot be read is no reason to end training."""
+        newest = newest_incarnation(self.run_dir)
         return newest is None or newest.token == self.token
 
     def check(self) -> None:
-        """Refuse to go on beside a newer start.
+        """Stop a start that is no longer the newest.
 
         Raises:
-            Superseded: there is one.
-            OSError: the disk does not tell.
+            Superseded: a newer start has taken over.
+            OSError: the disk cannot be read.
         """
         if not self.is_ours():
             raise self.superseded()
 
     def may_remove(self, mark: str) -> bool:
-        """Return whether what is marked so, a token first, is of this start or of an older one, or of none."""
+        """Return whether a file's mark is this start's, an older start's, or no start's.
+
+        Args:
+            mark: Part of the file's name that begins with the token of the start that wrote it.
+        """
         number = re.match(r"\d+(?=-)", mark)
         older = number is None or int(number[0]) < int(self.token.partition("-")[0])
         return older or mark.startswith(self.token)
 
     def superseded(self) -> Superseded:
-        """Return the error of a start that is not the newest."""
-        newest = read(self.run_dir)
+        """Return the error that ends a start that is not the newest."""
+        newest = newest_incarnation(self.run_dir)
         where = f"on {newest.host} at {newest.started_at}" if newest else "since"
         return Superseded(
             f"{self.run_dir} was started again {where}, and this older start ({self.token}) ends here without writing "
@@ -100,31 +104,31 @@ class Fence:
         )
 
 
-def begin(run_dir: Path) -> Fence:
-    """Take over a run folder, which must exist: from now on this is the newest start.
+def begin_incarnation(run_dir: Path) -> Fence:
+    """Make this process the newest start of a run folder, which must exist.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    before = read(run_dir)
+    before = newest_incarnation(run_dir)
     number = before.number + 1 if before else 1
     token = f"{number}-{secrets.token_hex(4)}"
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     pid = os.getpid()
-    mine = Incarnation(number, token, socket.gethostname(), _machine(), pid, _started(pid) or 0, now)
+    this = Incarnation(number, token, socket.gethostname(), _machine(), pid, _process_started(pid) or 0, now)
     with whole_file(incarnation_file(run_dir), mark=f".{token}") as temporary:
-        temporary.write_text(json.dumps(asdict(mine), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(asdict(this), indent=1) + "\n", encoding="utf-8")
     return Fence(run_dir, token)
 
 
 def refuse_second_start(run_dir: Path) -> None:
-    """Refuse to start beside a start that is alive on this machine; of other machines nothing is known here.
+    """Refuse to start while another start is alive on this machine. One on another machine cannot be seen.
 
     Raises:
-        InputError: it is, and does not end within a few seconds.
+        InputError: one is alive, and does not exit within a few seconds.
     """
-    deadline = time.monotonic() + ENDING_SECONDS
-    while (other := read(run_dir)) and _is_alive(other):
+    deadline = time.monotonic() + EXIT_SECONDS
+    while (other := newest_incarnation(run_dir)) and _is_alive(other):
         if time.monotonic() > deadline:
             raise InputError(
                 f"{run_dir} is being trained by process {other.pid} on this machine since {other.started_at}: "
@@ -135,12 +139,13 @@ def refuse_second_start(run_dir: Path) -> None:
 
 @contextmanager
 def sole_launcher(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder against other launchers of this machine until this one ends, however it ends.
+    """Keep other launchers of this machine out of a run folder until this one ends, even by SIGKILL.
 
-    Before its ranks are built no start is known by `incarnation`. A file system that has no such lock holds nobody.
+    It covers the time before the ranks are built, when `incarnation` does not know of the start yet. On a file system
+    without such locks it does nothing.
 
     Raises:
-        InputError: another launcher holds it.
+        InputError: another launcher holds the folder.
     """
     handle = None
     try:
@@ -154,7 +159,7 @@ def sole_launcher(run_dir: Path) -> Iterator[None]:
             "or choose another run.dir"
         ) from None
     except OSError:
-        pass  # a folder that cannot be made is reported when the logs are
+        pass  # a folder that cannot be made is reported when the logs are written
     try:
         yield
     finally:
@@ -162,8 +167,8 @@ def sole_launcher(run_dir: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def read(run_dir: Path) -> Incarnation | None:
-    """Return the newest start of a run folder, None where there is none or the disk does not tell."""
+def newest_incarnation(run_dir: Path) -> Incarnation | None:
+    """Return the newest start of a run folder; None where there is none or the disk cannot be read."""
     try:
         return _load(run_dir)
     except OSError:
@@ -171,18 +176,20 @@ def read(run_dir: Path) -> Incarnation | None:
 
 
 def _load(run_dir: Path) -> Incarnation | None:
+    """Return the newest start; None where there is none or its file is damaged, which must stop nobody."""
     try:
-        found: dict[str, Any] = json.loads(incarnation_file(run_dir).read_text(encoding="utf-8"))
-        return Incarnation(**found)
+        values: dict[str, Any] = json.loads(incarnation_file(run_dir).read_text(encoding="utf-8"))
+        return Incarnation(**values)
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
 def _is_alive(other: Incarnation) -> bool:
-    return other.machine == _machine() and _started(other.pid) == other.process_started
+    return other.machine == _machine() and _process_started(other.pid) == other.process_started
 
 
 def _machine() -> str:
+    # The boot id rules out pids from before a reboot, the namespace those of another container.
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -190,11 +197,11 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _started(pid: int) -> int | None:
-    """Return when a process was started, in ticks since the boot; None for one that has ended."""
+def _process_started(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since the boot; None for one that has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    state, *fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces
-    return None if state in "ZX" else int(fields[18])
+    state, *fields = stat.rpartition(")")[2].split()  # the name in parentheses may contain spaces
+    return None if state in "ZX" else int(fields[18])  # field 22 of proc(5): starttime

@@ -1,4 +1,4 @@
-"""What is checked before a rank starts, by the launcher and again by every rank. Imports no torch."""
+"""Checks before a run starts, made by the launcher and again by every rank. Imports no torch."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -7,22 +7,21 @@ from pathlib import Path
 from configs.backends import BACKENDS, backend_of, unavailable
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import check_run_folder, data_folder
+from configs.paths import TOKENIZER_NAME, check_run_folder, data_folder
 from configs.schema import Model, RunConfig, Train
 from data_pipeline.counts import load_trainable
 from data_pipeline.manifest import Prepared
 from parallel.layout import Layout
-from training import folder
 from training.checkpoint.manifest import (
-    CONFIG,
-    TOKENIZER,
+    CONFIG_NAME,
     Manifest,
-    candidates,
+    candidate_folders,
     check_whole,
     find_checkpoint,
     first_whole,
     list_checkpoints,
 )
+from training.folder import with_fixed_keys
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Ready:
     """A run that can start.
 
     Attributes:
-        config: The run, with what its first start fixed.
-        run_dir: The run folder; it may not be there yet.
-        layout: How the world is cut.
-        prepared: The data, found whole and long enough.
-        newest: Table of contents of the newest checkpoint, where training goes on; None for a first start.
+        config: The run, with the keys that its first start fixed.
+        run_dir: The run folder, which may not exist yet.
+        layout: How the ranks are cut into axes.
+        prepared: The data, whole and long enough.
+        newest: Manifest of the newest checkpoint, which training resumes from; None at a first start.
     """
 
     config: RunConfig
@@ -45,27 +44,27 @@ class Ready:
 
     @property
     def finished(self) -> bool:
-        """Whether the checkpoint of the last step is there, whole to the last byte, which is read for that."""
+        """Whether the last step is saved. Every byte of its checkpoint is read to make sure."""
         steps = self.config.train.steps
         if self.newest is None or self.newest.step < steps:
             return False
-        return first_whole(candidates(self.run_dir), check=check_whole)[1].step >= steps
+        return first_whole(candidate_folders(self.run_dir), check=check_whole)[1].step >= steps
 
 
 def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
-    """Check all that can be checked without other ranks; nothing is written.
+    """Check a run as far as one process can, and write nothing.
 
     Args:
-        config: The run as its file and overrides say.
-        world_size: Ranks in all.
-        device: Kind of device of the ranks: cpu or cuda.
+        config: The run file with its overrides.
+        world_size: All ranks.
+        device: Device type of the ranks: cpu or cuda.
     Raises:
         InputError: the ranks, the machine, the run folder, the data or a checkpoint does not fit the run.
     """
     layout = Layout.of(config, world_size=world_size)
     check_backend(config.model, device=device)
     run_dir = check_run_folder(config)
-    config = folder.with_fixed_keys(config, run_dir=run_dir)
+    config = with_fixed_keys(config, run_dir=run_dir)
     _require_learning(config.train)
     validates = bool(config.evaluate.every)
     prepared = load_trainable(config.data, folder=data_folder(config), validates=validates)
@@ -76,13 +75,13 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
             f"set train.steps to {newest.step} or more, or choose another run.dir"
         )
     if newest is None and config.train.init_from is not None:
-        _check_source(Path(config.train.init_from), config=config, prepared=prepared)
+        _check_init_from(Path(config.train.init_from), config=config, prepared=prepared)
     return Ready(config, run_dir, layout, prepared, newest)
 
 
 def _require_learning(train: Train) -> None:
-    """Refuse steps that would change nothing."""
-    assert train.decay_steps is not None, "settled"
+    """Refuse steps at a learning rate of 0."""
+    assert train.decay_steps is not None, "with_fixed_keys sets it"
     if train.steps > train.decay_steps and not train.min_learning_rate:
         raise InputError(
             f"train.steps is {train.steps}, but from step {train.decay_steps} on the learning rate is 0 "
@@ -92,13 +91,13 @@ def _require_learning(train: Train) -> None:
 
 
 def check_backend(model: Model, *, device: str) -> None:
-    """Refuse an attention backend that this machine lacks.
+    """Refuse an attention backend that does not run on this machine.
 
     Args:
-        model: Says which.
-        device: Kind of device of the ranks: cpu or cuda.
+        model: The section that names it.
+        device: Device type of the ranks: cpu or cuda.
     Raises:
-        InputError: names what is lacking.
+        InputError: names what the machine lacks.
     """
     why = unavailable(backend_of(model.attention), device=device, packages=installed_packages())
     if why is not None:
@@ -106,15 +105,15 @@ def check_backend(model: Model, *, device: str) -> None:
 
 
 def installed_packages() -> frozenset[str]:
-    """Return those of the attention backends' packages that are installed; none is imported."""
+    """Return the packages of the attention backends that are installed, without importing them."""
     wanted = {backend.package for backend in BACKENDS.values() if backend.package}
     return frozenset(package for package in wanted if find_spec(package) is not None)
 
 
-def _check_source(path: Path, *, config: RunConfig, prepared: Prepared) -> None:
-    """Refuse initial weights whose shapes may fit but whose meaning does not."""
+def _check_init_from(path: Path, *, config: RunConfig, prepared: Prepared) -> None:
+    """Refuse the weights of another kind of model or tokenizer, even where their shapes fit."""
     folder, manifest = find_checkpoint(path)
-    source = load_run(str(folder / CONFIG))
+    source = load_run(str(folder / CONFIG_NAME))
     for key in ("heads", "position", "family", "layers", "hidden", "inner"):
         seen, wanted = getattr(source.model, key), getattr(config.model, key)
         if seen != wanted:
@@ -122,8 +121,8 @@ def _check_source(path: Path, *, config: RunConfig, prepared: Prepared) -> None:
                 f"train.init_from {folder} has model.{'feed_forward' if key == 'inner' else key} {seen}, "
                 f"the run has {wanted}: weights fit their own model alone"
             )
-    if manifest.files[TOKENIZER].sha256 != prepared.tokenizer_sha256:
+    if manifest.files[TOKENIZER_NAME].sha256 != prepared.tokenizer_sha256:
         raise InputError(
             f"train.init_from {folder} has another tokenizer than the data in {prepared.folder}: "
-            f"set data.tokenizer to {folder / TOKENIZER} and prepare in another data.dir"
+            f"set data.tokenizer to {folder / TOKENIZER_NAME} and prepare in another data.dir"
         )

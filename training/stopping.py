@@ -1,8 +1,7 @@
-"""Asking a run to stop: by a signal or a STOP file; all ranks agree on the step after which they save and end."""
+"""Ask a run to stop, by a signal or a STOP file. All ranks save and end after the same step."""
 
 import logging
 import signal
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -13,47 +12,54 @@ from training.incarnation import Fence
 
 logger = logging.getLogger(__name__)
 
+# in order of precedence: the maximum over all ranks decides
 _GO_ON, _STOP, _SUPERSEDED = range(3)
 
 
 class StopRequest:
-    """Whether someone asked this job to end, or started it anew elsewhere."""
+    """Whether this rank was asked to stop.
+
+    Attributes:
+        asked: Whether it was; other ranks may have been asked too.
+    """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
+
+    def ask(self) -> None:
+        """Ask for a stop: all ranks then save and end after the same step, whichever rank was asked."""
+        self.asked = True
 
     def listen(self) -> None:
-        """Take SIGTERM and SIGINT as requests from now on, also those that were held until now."""
+        """Take SIGTERM and SIGINT as requests from now on, including those that arrived while they were blocked."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._ask)
+            signal.signal(number, lambda *_: self.ask())
+        # Unblock last: a pending signal is delivered at once, and needs its handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def agreed(self, *, fence: Fence, looks: bool, device: torch.device) -> bool:
-        """Return whether any rank was asked; a collective, so that all ranks stop after the same step.
+    def any_rank_asked(self, *, fence: Fence, reads_folder: bool, device: torch.device) -> bool:
+        """Return whether any rank was asked to stop. A collective: ranks asked at different times stop together.
 
         Args:
-            fence: Tells whether this start of the run is still the newest.
-            looks: Whether this rank looks into the run folder for the others.
-            device: Of this rank.
+            fence: Shows whether this start of the run is still the newest.
+            reads_folder: Whether this rank looks for a STOP file and a newer start; one rank does it for all.
+            device: Device of this rank.
         Raises:
             Superseded: a newer start has taken over; raised on every rank.
         """
-        seen = _STOP if self._asked else _GO_ON
-        if looks:
-            seen = max(seen, _STOP if stop_file(fence.run_dir).exists() else _GO_ON)
-            seen = _SUPERSEDED if not fence.may_be_ours() else seen
-        worst = torch.tensor(seen, device=device)
+        verdict = _STOP if self.asked else _GO_ON
+        if reads_folder:
+            verdict = max(verdict, _STOP if stop_file(fence.run_dir).exists() else _GO_ON)
+            verdict = verdict if fence.may_be_ours() else _SUPERSEDED
+        worst = torch.tensor(verdict, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if int(worst) == _SUPERSEDED:
             raise fence.superseded()
         return int(worst) == _STOP
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
 
-
-def obey_stop_file(fence: Fence) -> None:
-    """Remove the STOP file of a run that has saved and ends, so that the next start goes on."""
+def remove_stop_file(fence: Fence) -> None:
+    """Remove the STOP file of a run that ends, so that its next start does not stop at once."""
     file = stop_file(fence.run_dir)
     try:
         file.unlink(missing_ok=True)

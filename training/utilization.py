@@ -1,10 +1,13 @@
 """How much of the hardware a step used: model FLOPs by the published convention over the peak."""
 
+import math
 import time
 
 import torch
+import torch.distributed as dist
 
-from configs.schema import Model, Precision
+from configs.precisions import PRECISIONS
+from configs.schema import Model
 
 # Dense peaks from the vendors' data sheets, FLOP/s: (16 bit, fp32 as torch runs it by default).
 _GPU_PEAKS = {
@@ -26,17 +29,26 @@ def flops_per_token(model: Model, *, parameters: int, length: int) -> float:
     return 6.0 * parameters + 12.0 * model.layers * model.hidden * length
 
 
-def peak_flops(device: torch.device, *, precision: Precision) -> float | None:
+def world_peak_flops(device: torch.device, *, precision: str) -> float | None:
+    """Return the peak FLOP/s of all ranks together, or None where one is unknown; every rank must call it."""
+    dist.barrier()  # CPU ranks share cores, so they measure at the same time
+    peak = torch.tensor(peak_flops(device, precision=precision) or float("nan"), device=device)
+    dist.all_reduce(peak)
+    total = float(peak)
+    return None if math.isnan(total) else total
+
+
+def peak_flops(device: torch.device, *, precision: str) -> float | None:
     """Return the peak FLOP/s of this rank's device: a GPU's from its data sheet, a CPU's measured now.
 
-    None for a GPU that the table does not know. CPU ranks should measure at the same time, since they share cores.
+    None for a GPU that the table does not know.
     """
     if device.type == "cpu":
         return _measured_gemm(torch.float32)
     name = torch.cuda.get_device_name(device)
     for known, (half, single) in _GPU_PEAKS.items():
         if known in name:
-            return single if precision == "fp32" else half
+            return half if PRECISIONS[precision].master_weights else single
     return None
 
 

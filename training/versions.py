@@ -1,4 +1,4 @@
-"""What runs: the installed versions, and the commit and changes where the code is a checkout. Imports no torch."""
+"""The code and the package versions that run: a commit and its uncommitted changes, or a wheel. Imports no torch."""
 
 import json
 import subprocess
@@ -12,42 +12,42 @@ from configs.errors import MachineError
 HOUSE = Path(__file__).resolve().parents[1]
 CODE = ("configs", "parallel", "data_pipeline", "training", "launch", "trainshort.py")
 PACKAGES = ("trainshort", "torch", "deepspeed", "megatron-core", "sentencepiece", "mlflow", "transformers", "numpy")
-SOURCE, VERSIONS = "source.json", "versions.json"  # beside the packages of a frozen copy
+SOURCE, VERSIONS = "source.json", "versions.json"  # files of a frozen copy, beside its packages
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Return the versions of the packages that decide a result; None for one that is not there."""
+    """Return the versions of the packages that decide a result; None for one that is not installed."""
     return {package: installed_version(package) for package in PACKAGES}
 
 
 def check_frozen(house: Path = HOUSE) -> None:
-    """Refuse to run a frozen copy of the code, RUN_DIR/slurm/code, with other packages than it was submitted with.
+    """Refuse to run a frozen copy of the code, RUN_DIR/slurm/code, if package versions changed since its submission.
 
     Raises:
         MachineError: names each version that has changed.
     """
     if not (house / VERSIONS).is_file():
-        return  # no frozen copy
+        return  # not a frozen copy
     then: Mapping[str, str | None] = json.loads((house / VERSIONS).read_text(encoding="utf-8"))
-    now = {**installed_versions(), "trainshort": then.get("trainshort")}  # that is what was frozen
-    changed = [f"{name} is {now.get(name)}, was {seen}" for name, seen in then.items() if now.get(name) != seen]
-    if changed:
+    now = {**installed_versions(), "trainshort": then.get("trainshort")}  # the copy itself runs
+    changes = [f"{name} is {now.get(name)}, was {seen}" for name, seen in then.items() if now.get(name) != seen]
+    if changes:
         raise MachineError(
-            f"{house.parents[1]} was submitted with other versions ({'; '.join(changed)}): install those, or submit it "
+            f"{house.parents[1]} was submitted with other versions ({'; '.join(changes)}): install those, or submit it "
             "again with trainshort slurm to go on with these"
         )
 
 
 def source_code(house: Path = HOUSE) -> dict[str, Any] | None:
-    """Return where the code comes from: the commit and what differs from it; None for an installed wheel.
+    """Return the commit of the code and the diff from it; None for an installed wheel.
 
-    A frozen copy of a checkout says what the checkout was.
+    A frozen copy returns those of the checkout that it was copied from.
     """
     copied = house / SOURCE
     if copied.is_file():
-        found: dict[str, Any] = json.loads(copied.read_text(encoding="utf-8"))
-        return found
-    # A wheel may lie in a folder that some other repository holds: ours knows this file.
+        source: dict[str, Any] = json.loads(copied.read_text(encoding="utf-8"))
+        return source
+    # A wheel may be installed inside another project's repository; only our own tracks this file.
     if _git(house, "ls-files", "--error-unmatch", "trainshort.py") is None:
         return None
     commit = _git(house, "rev-parse", "HEAD")
@@ -63,19 +63,20 @@ def installed_version(package: str) -> str | None:
 
 
 def _changes(house: Path) -> str:
-    """Return what makes the commit's code that of the checkout: changed files, and modules that git does not know."""
+    """Return the diff from the commit to the checkout: changed files, and modules that git does not track."""
     listed = _git(house, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE) or ""
     added = [name for name in listed.split("\0") if name.endswith(".py")]
-    # With 1 git tells that the two differ.
-    parts = [_git(house, "diff", "--no-index", "--", "/dev/null", name, good=(0, 1)) for name in added]
+    # exit code 1: the two files differ
+    parts = [_git(house, "diff", "--no-index", "--", "/dev/null", name, accepted=(0, 1)) for name in added]
     return "".join(part or "" for part in (_git(house, "diff", "HEAD"), *parts))
 
 
-def _git(folder: Path, *arguments: str, good: Collection[int] = (0,)) -> str | None:
+def _git(folder: Path, *arguments: str, accepted: Collection[int] = (0,)) -> str | None:
+    """Return the output of a git command; None where it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, errors="replace"
         )
     except OSError:
         return None  # no git on this machine
-    return done.stdout if done.returncode in good else None
+    return done.stdout if done.returncode in accepted else None

@@ -1,38 +1,37 @@
-"""What `trainshort slurm --submit` and `trainshort jobs` show."""
+"""Output of `trainshort slurm --submit` and `trainshort jobs`."""
 
 from datetime import timedelta
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from configs.paths import logs_folder
-from launch.show.run import show_lines
-from launch.slurm.status import ChainStatus, state_of
+from launch.show.console import narrow_table, show_lines
+from launch.slurm.status import ChainStatus, displayed_state
 
 
 def show_submitted(jobs: dict[str, str], *, run_dir: Path) -> None:
-    """Write the numbers of submitted jobs."""
+    """Write the ids of submitted jobs."""
     show_lines(
-        *(f"submitted {name}: job {number}" for name, number in jobs.items()),
+        *(f"submitted {name}: job {job_id}" for name, job_id in jobs.items()),
         f"logs: {logs_folder(run_dir)}; where they are: trainshort jobs status {run_dir}",
     )
 
 
-def show_jobs(status: ChainStatus) -> None:
-    """Write the table of a submitted chain."""
-    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
-    for name in ("", "job", "state", "restarts", "step", "loss", "time left", "nodes"):
-        table.add_column(name, justify="left" if name in ("", "state", "nodes") else "right")
+def show_chain(status: ChainStatus) -> None:
+    """Write the table of a submitted chain, and the advice if there is any."""
+    table = narrow_table(
+        ("", "job", "state", "restarts", "step", "loss", "time left", "nodes"), left=("", "state", "nodes")
+    )
     progress = status.progress
     step = f"{progress.step or 0:,}/{progress.steps:,}"
     loss = "-" if progress.loss is None else f"{progress.loss:.4f}"
     for name, job in status.jobs.items():
-        where = f"({job.reason})" if job.state == "PENDING" and job.reason else job.nodes  # as squeue has it
+        # In the nodes column a waiting job shows its reason, as in squeue.
+        nodes = f"({job.reason})" if job.state == "PENDING" and job.reason else job.nodes
         left = "-" if job.seconds_left is None else str(timedelta(seconds=job.seconds_left))
         figures = (step, loss) if name == "train" else ("", "")
-        table.add_row(name, job.number, state_of(job), str(job.restarts), *figures, left, where)
+        table.add_row(name, job.job_id, displayed_state(job), str(job.restarts), *figures, left, nodes)
     Console().print(table)
     if status.advice:
         show_lines(status.advice)

@@ -1,62 +1,56 @@
-"""What `doctor` shows: the machine, its attention backends, the audit of a run's ALiBi."""
+"""Output of `doctor`: the machine, its attention backends, the audit of a run's ALiBi."""
 
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.show.run import show_lines
+from launch.show.console import narrow_table, show_lines
 
 
-def show_machine(found: dict[str, Any]) -> None:
-    """Write what this machine has, and its attention backends."""
-    cpu, gpus, network = found["cpu"], found["gpus"], found["network"]
-    packages = {name: version or "not installed" for name, version in found["packages"].items()}
+def show_machine(report: dict[str, Any]) -> None:
+    """Write the report of this machine and its attention backends."""
+    cpu, gpus, network = report["cpu"], report["gpus"], report["network"]
+    packages = {name: version or "not installed" for name, version in report["packages"].items()}
     rows = {
-        "python": f"{found['python']['version']} {found['python']['executable']}",
-        "system": found["python"]["system"],
+        "python": f"{report['python']['version']} {report['python']['executable']}",
+        "system": report["python"]["system"],
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
         "cpu": f"{cpu['cores']} cores, memory {_gib(cpu['memory_bytes'])}, {_gib(cpu['available_bytes'])} of it free",
         "gpu": _gpus(gpus),
         "ranks talk by": _collectives(gpus),
         "network": _network(network),
-        "slurm": ", ".join(f"{name} {path or 'not found'}" for name, path in found["slurm"].items()),
+        "slurm": ", ".join(f"{name} {path or 'not found'}" for name, path in report["slurm"].items()),
     }
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in rows.items():
-        table.add_row(name, Text(value, overflow="fold"))
     console = Console(highlight=False)
-    console.print(table)
-    for backend in found["attention"]:
+    console.print(_grid(rows))
+    for backend in report["attention"]:
         console.print(f"\nattention {backend['name']}: {'available' if backend['lacks'] is None else 'not available'}")
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
+        rows = {}
         for key in ("what", "positions", "precisions", "devices", "memory", "has_run", "lacks"):
             value = backend[key]
             if value is not None:
                 words = ", ".join(value) if isinstance(value, tuple) else value
-                table.add_row(key.replace("_", " "), Text(f"grows with {words}" if key == "memory" else words))
-        console.print(table)
+                rows[key.replace("_", " ")] = f"grows with {words}" if key == "memory" else words
+        console.print(_grid(rows))
 
 
-def show_audit(found: dict[str, Any]) -> None:
+def show_audit(report: dict[str, Any]) -> None:
     """Write the precision audit of a run's ALiBi."""
     show_lines(
-        f"{found['run']}: {found['backend']} in {found['precision']} on {found['device']}, "
-        f"{found['heads']} heads of {found['head_dim']}"
+        f"{report['run']}: {report['backend']} in {report['precision']} on {report['device']}, "
+        f"{report['heads']} heads of {report['head_dim']}"
     )
-    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
-    for name in ("length", "heads", "rows", "worst row", "its head", "mean", "slope*j: worst", "mean"):
-        table.add_column(name, justify="right")
-    for one in found["lengths"]:
-        heads = one["heads"]
+    table = narrow_table(("length", "heads", "rows", "worst row", "its head", "mean", "slope*j: worst", "mean"))
+    for audit in report["lengths"]:
+        heads = audit["heads"]
         worst = max(heads, key=lambda head: head["measured"]["worst"])
         lost = max(heads, key=lambda head: head["absolute"]["mean"])
         table.add_row(
-            f"{one['length']:,}",
+            f"{audit['length']:,}",
             str(len(heads)),
-            f"{one['queries']:,}",
+            f"{audit['queries']:,}",
             f"{worst['measured']['worst']:.1e}",
             str(worst["head"]),
             f"{worst['measured']['mean']:.1e}",
@@ -64,14 +58,22 @@ def show_audit(found: dict[str, Any]) -> None:
             f"{lost['absolute']['mean']:.1e}",
         )
     Console().print(table)
-    verdict = "every row is within" if found["within"] else "a row is not within"
+    verdict = "every row is within" if report["within"] else "a row is not within"
     show_lines(
         "Rows: the last of each length. Numbers: total variation to exact ALiBi in fp64,",
-        "the share of a row's attention that is on other keys; worst row, and mean of",
-        f"its head. slope*j: what that form, stored in {found['precision']}, would lose: worst row,",
-        "and the mean of its worst head.",
-        f"{verdict} the limit for {found['precision']}, {found['limit']:g}",
+        "the share of a row's attention that is on wrong keys: the worst row, and the",
+        f"mean of its head. slope*j: the error of that form stored in {report['precision']}: the",
+        "worst row, and the mean of its worst head.",
+        f"{verdict} the limit for {report['precision']}, {report['limit']:g}",
     )
+
+
+def _grid(rows: dict[str, str]) -> Table:
+    """Return a table of names and values; long values fold."""
+    grid = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows.items():
+        grid.add_row(name, Text(value, overflow="fold"))
+    return grid
 
 
 def _gib(size: int | None) -> str:

@@ -1,4 +1,4 @@
-"""What SLURM says of its partitions and jobs, asked with its own commands."""
+"""Ask SLURM about jobs and partitions, with its own commands."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from configs.errors import InputError, MachineError
+from configs.rules import time_limit_seconds
 from configs.schema import Slurm
-from configs.times import time_limit_seconds
 
-UNKNOWN = "UNKNOWN"
-ENDED = (
+UNKNOWN_STATE = "UNKNOWN"  # ours, not SLURM's
+END_STATES = (
     "BOOT_FAIL",
     "CANCELLED",
     "COMPLETED",
@@ -23,9 +23,9 @@ ENDED = (
     "OUT_OF_MEMORY",
     "PREEMPTED",
     "TIMEOUT",
-    UNKNOWN,
+    UNKNOWN_STATE,
 )
-SHORT = {"-N": "--nodes", "-p": "--partition", "-q": "--qos", "-t": "--time"}
+SHORT_OPTIONS = {"-N": "--nodes", "-p": "--partition", "-q": "--qos", "-t": "--time"}
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class Job:
     """A submitted job, as SLURM knows it.
 
     Attributes:
-        number: SLURM's number of it.
-        state: SLURM's word, as in RUNNING; UNKNOWN where SLURM has forgotten it.
-        reason: Why it waits or ended so; empty where there is none.
-        restarts: How often it was queued again.
-        exit_code: Of its script.
-        signal: That ended its script; 0 where none did.
-        nodes: Where it runs or ran.
-        seconds_left: To its time limit; None where it does not run or has no limit.
+        job_id: SLURM's id of the job.
+        state: SLURM's word, such as RUNNING; UNKNOWN if SLURM has forgotten the job.
+        reason: Why it waits or why it ended; empty if there is no reason.
+        restarts: How often it was requeued.
+        exit_code: Exit code of its script.
+        signal: Signal that ended its script, or 0.
+        nodes: Nodes that it runs or ran on.
+        seconds_left: Time to its time limit; None if it does not run or has no limit.
     """
 
-    number: str
+    job_id: str
     state: str
     reason: str = ""
     restarts: int = 0
@@ -55,14 +55,14 @@ class Job:
     @property
     def ended(self) -> bool:
         """Whether it neither runs nor waits."""
-        return self.state in ENDED
+        return self.state in END_STATES
 
 
-def ask(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run one of SLURM's commands.
+def run_slurm(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run one of SLURM's commands and return its result, failed or not.
 
     Raises:
-        MachineError: it is not on this machine.
+        MachineError: the command is not on this machine.
     """
     path = shutil.which(program)
     if path is None:
@@ -70,100 +70,104 @@ def ask(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
 
 
-def said(done: "subprocess.CompletedProcess[str]") -> str:
-    """Return what a failed command of SLURM complained about, in one line."""
-    lines = [re.sub(r"^.*?error: (Batch job submission failed: )?", "", line) for line in done.stderr.splitlines()]
-    return "; ".join(" ".join(line.split()) for line in lines if line.strip()) or f"exit code {done.returncode}"
+def slurm_error(result: "subprocess.CompletedProcess[str]") -> str:
+    """Return the error message of a failed SLURM command in one line."""
+    lines = [re.sub(r"^.*?error: (Batch job submission failed: )?", "", line) for line in result.stderr.splitlines()]
+    return "; ".join(" ".join(line.split()) for line in lines if line.strip()) or f"exit code {result.returncode}"
 
 
-def find_job(number: str, *, name: str) -> Job:
-    """Return a job's state: of slurmctld while it remembers the job, else of the accounting.
+def find_job(job_id: str, *, name: str) -> Job:
+    """Return a job's state, from slurmctld or, once that has forgotten the job, from the accounting.
 
     Args:
-        number: SLURM's number of it.
-        name: The job's own; a controller that began anew gives the number to another one.
+        job_id: SLURM's id of the job.
+        name: The job's name. A controller that lost its state counts from 1 again and gives the id to another job.
     Raises:
         MachineError: SLURM does not answer.
     """
-    done = ask("scontrol", "--oneliner", "show", "job", number)
-    known = done.returncode == 0 and done.stdout.startswith("JobId=")
-    if not known and "Invalid job id" not in done.stderr:
-        raise MachineError(f"SLURM does not answer: {said(done)}: try again, or ask your administrator")
-    if known and _fields(done.stdout).get("JobName") == name:
-        return job_of(done.stdout)
+    result = run_slurm("scontrol", "--oneliner", "show", "job", job_id)
+    known = result.returncode == 0 and result.stdout.startswith("JobId=")
+    if not known and "Invalid job id" not in result.stderr:
+        raise MachineError(f"SLURM does not answer: {slurm_error(result)}: try again, or ask your administrator")
+    if known and _fields(result.stdout).get("JobName") == name:
+        return parse_job(result.stdout)
     if shutil.which("sacct"):
-        done = ask("sacct", "-nXPD", "-j", number, "-o", "State,ExitCode,NodeList,JobName")
-        rows = [row[:3] for row in (line.split("|", 3) for line in done.stdout.splitlines()) if row[-1] == name]
-        if done.returncode == 0 and rows:
-            state, ended, nodes = rows[-1]
-            code, signal = _exit(ended)
+        # The name comes last: it alone may hold the separator.
+        result = run_slurm("sacct", "-nXPD", "-j", job_id, "-o", "State,ExitCode,NodeList,JobName")
+        rows = [row[:3] for row in (line.split("|", 3) for line in result.stdout.splitlines()) if row[-1] == name]
+        if result.returncode == 0 and rows:
+            state, exit_status, nodes = rows[-1]  # one row per start of the job
+            code, signal = _exit_status(exit_status)
             restarts = len(rows) - 1
-            return Job(number, state.split()[0], restarts=restarts, exit_code=code, signal=signal, nodes=nodes)
-    return Job(number, UNKNOWN)
+            return Job(job_id, state.split()[0], restarts=restarts, exit_code=code, signal=signal, nodes=nodes)
+    return Job(job_id, UNKNOWN_STATE)
 
 
-def job_of(line: str) -> Job:
+def parse_job(line: str) -> Job:
     """Return a job from a line of `scontrol --oneliner show job`."""
     fields = _fields(line)
     state, reason = fields["JobState"], fields.get("Reason", "None")
-    limit, ran = time_limit_seconds(fields.get("TimeLimit", "")), time_limit_seconds(fields.get("RunTime", ""))
-    code, signal = _exit(fields.get("ExitCode", "0:0"))
+    limit, run_time = time_limit_seconds(fields.get("TimeLimit", "")), time_limit_seconds(fields.get("RunTime", ""))
+    code, signal = _exit_status(fields.get("ExitCode", "0:0"))
     return Job(
-        number=fields["JobId"],
+        job_id=fields["JobId"],
         state=state,
         reason="" if reason == "None" else reason.replace("_", " "),
         restarts=int(fields.get("Restarts", 0)),
         exit_code=code,
         signal=signal,
         nodes=fields.get("NodeList", "").replace("(null)", ""),
-        seconds_left=max(0, limit - (ran or 0)) if state == "RUNNING" and limit else None,
+        seconds_left=max(0, limit - (run_time or 0)) if state == "RUNNING" and limit else None,
     )
 
 
-def check_limits(slurm: Slurm, *, nodes: int) -> None:
-    """Refuse what the partition can never give: sbatch accepts some of it, and the job then waits for ever.
+def check_partition_limits(slurm: Slurm, *, nodes: int) -> None:
+    """Refuse a request that the partition can never satisfy: sbatch accepts some, and the job then waits forever.
 
     Raises:
         InputError: names each limit that is exceeded.
     """
-    done = ask("scontrol", "--all", "--oneliner", "show", "partition")
-    partitions = {fields["PartitionName"]: fields for fields in map(_fields, done.stdout.splitlines()) if fields}
-    if done.returncode or not partitions:
-        return  # sbatch says it better
-    given = _options(slurm.extra)
-    # As sbatch has it: the environment counts more than the script, and there the later line more.
-    said_by = {
+    result = run_slurm("scontrol", "--all", "--oneliner", "show", "partition")
+    partitions = {fields["PartitionName"]: fields for fields in map(_fields, result.stdout.splitlines()) if fields}
+    if result.returncode or not partitions:
+        return  # sbatch reports this better
+    extra = _extra_options(slurm.extra)
+    # sbatch's order: the environment overrides the script, and in the script a later line overrides an earlier one.
+    sources = {
         "SBATCH_PARTITION": os.environ.get("SBATCH_PARTITION"),
-        "slurm.extra": given.get("--partition"),
+        "slurm.extra": extra.get("--partition"),
         "slurm.partition": slurm.partition,
     }
     default = next((name for name, fields in partitions.items() if fields.get("Default") == "YES"), None)
-    where, name = next(((where, name) for where, name in said_by.items() if name), ("slurm.partition", default))
+    source, name = next(((source, name) for source, name in sources.items() if name), ("slurm.partition", default))
     if name is None or any(part not in partitions for part in name.split(",")):
-        seen = f"{where} {name!r} is not on this cluster" if name else "this cluster has no default partition"
-        raise InputError(f"{seen}: set {where} to {' or '.join(sorted(partitions))}")
-    if "," not in name:  # of several partitions SLURM takes the one that fits
-        found = list(_exceeded(slurm, nodes=nodes, given=given, partition=partitions[name]))
-        if found:
-            raise InputError("; ".join(found))
+        seen = f"{source} {name!r} is not on this cluster" if name else "this cluster has no default partition"
+        raise InputError(f"{seen}: set {source} to {' or '.join(sorted(partitions))}")
+    if "," not in name:  # given several partitions, SLURM takes one that fits
+        problems = list(_exceeded_limits(slurm, nodes=nodes, extra=extra, partition=partitions[name]))
+        if problems:
+            raise InputError("; ".join(problems))
 
 
-def _exceeded(slurm: Slurm, *, nodes: int, given: dict[str, str], partition: dict[str, str]) -> Iterator[str]:
-    """Yield what the partition cannot give, but for what options of one's own decide."""
+def _exceeded_limits(slurm: Slurm, *, nodes: int, extra: dict[str, str], partition: dict[str, str]) -> Iterator[str]:
+    """Yield each limit of the partition that the request exceeds.
+
+    A request that `slurm.extra` or the environment overrides is left to sbatch.
+    """
     name = partition["PartitionName"]
-    # A quality of service may lift the partition's limits, but not make nodes.
-    lifted = bool(slurm.qos or given.get("--qos") or os.environ.get("SBATCH_QOS"))
+    # A quality of service may lift the partition's limits, but it adds no nodes.
+    lifted = bool(slurm.qos or extra.get("--qos") or os.environ.get("SBATCH_QOS"))
     keys = ("TotalNodes",) if lifted else ("TotalNodes", "MaxNodes")
     counts = [int(partition[key]) for key in keys if partition.get(key, "").isdigit()]
-    if "--nodes" not in given and counts and nodes > min(counts):
+    if "--nodes" not in extra and counts and nodes > min(counts):
         yield f"--nodes {nodes} is more than partition {name} gives a job ({min(counts)}): use {min(counts)} or fewer"
-    limit, asked = time_limit_seconds(partition.get("MaxTime", "")), time_limit_seconds(slurm.time)
-    timed = "--time" in given or "SBATCH_TIMELIMIT" in os.environ
-    if not lifted and not timed and limit and asked and asked > limit:
+    limit, requested = time_limit_seconds(partition.get("MaxTime", "")), time_limit_seconds(slurm.time)
+    overridden = "--time" in extra or "SBATCH_TIMELIMIT" in os.environ
+    if not lifted and not overridden and limit and requested and requested > limit:
         yield f"slurm.time {slurm.time} is over the limit of partition {name}: use {partition['MaxTime']} or less"
-    if slurm.memory and not any(option.startswith("--mem") for option in given):
-        done = ask("sinfo", "--noheader", f"--partition={name}", "--format=%m")
-        memory = [int(text) for text in re.findall(r"^\d+", done.stdout, re.MULTILINE)]
+    if slurm.memory and not any(option.startswith("--mem") for option in extra):
+        result = run_slurm("sinfo", "--noheader", f"--partition={name}", "--format=%m")
+        memory = [int(text) for text in re.findall(r"^\d+", result.stdout, re.MULTILINE)]
         if memory and _megabytes(slurm.memory) > max(memory):
             yield (
                 f"slurm.memory {slurm.memory} is more than a node of partition {name} has ({max(memory)}M): "
@@ -171,25 +175,26 @@ def _exceeded(slurm: Slurm, *, nodes: int, given: dict[str, str], partition: dic
             )
 
 
-def _options(extra: Sequence[str]) -> dict[str, str]:
-    """Return options of sbatch by their long names; of those that are there twice the last one, as sbatch does."""
+def _extra_options(extra: Sequence[str]) -> dict[str, str]:
+    """Return the sbatch options of `slurm.extra` by their long names; a repeated option has its last value."""
     words = [word for line in extra for word in line.split()]
-    found = {}
-    for word, after in pairwise([*words, ""]):
+    options = {}
+    for word, next_word in pairwise([*words, ""]):
         if word.startswith("--"):
             name, sign, value = word.partition("=")
-            found[name] = value if sign else after
+            options[name] = value if sign else next_word
         elif word.startswith("-"):
-            found[SHORT.get(word[:2], word[:2])] = word[2:] or after
-    return found
+            options[SHORT_OPTIONS.get(word[:2], word[:2])] = word[2:] or next_word
+    return options
 
 
 def _fields(line: str) -> dict[str, str]:
+    """Return the Key=value pairs of one line of scontrol."""
     return dict(re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", line))
 
 
-def _exit(text: str) -> tuple[int, int]:
-    """Return the exit code and the signal of SLURM's 0:12."""
+def _exit_status(text: str) -> tuple[int, int]:
+    """Return exit code and signal of SLURM's 0:12."""
     code, _, signal = text.partition(":")
     return int(code), int(signal or 0)
 

@@ -1,4 +1,4 @@
-"""sbatch scripts of a run: train, then evaluate, then export."""
+"""Render the sbatch scripts of a run: train, then evaluate, then export."""
 
 import math
 import os
@@ -16,25 +16,27 @@ from configs.paths import checkpoints_folder, data_folder, export_folder, logs_f
 from configs.schema import RunConfig, Slurm
 from parallel.layout import Layout
 from training.checkpoint.manifest import step_folder
+from training.export.formats.table import CHAIN_FORMAT
 
-CHAIN = ("train", "evaluate", "export")
-STOPPED = 130  # how a training job ends that was asked to stop; the template tells why
+CHAIN_JOBS = ("train", "evaluate", "export")
+# Exit code of a training job that was asked to stop. Not 0: the next job of the chain must not start.
+STOPPED_EXIT_CODE = 130
 
 
 def ranks_per_node(config: RunConfig, *, nodes: int) -> int:
-    """Return the ranks of a node: as set, else one a GPU, else the fewest CPU ranks that make whole model copies."""
+    """Return the ranks per node: as set, else one per GPU, else the fewest CPU ranks that hold whole model copies."""
     model_ranks = config.parallel.tensor * config.parallel.pipeline
     fewest = model_ranks // math.gcd(model_ranks, nodes)
     return config.slurm.ranks_per_node or config.slurm.gpus_per_node or fewest
 
 
 def fewest_nodes(config: RunConfig) -> int:
-    """Return the smallest number of nodes whose ranks make whole copies of the model."""
+    """Return the smallest number of nodes whose ranks hold whole copies of the model."""
     model_ranks = config.parallel.tensor * config.parallel.pipeline
     return model_ranks // math.gcd(model_ranks, ranks_per_node(config, nodes=1))
 
 
-def render(
+def render_scripts(
     config: RunConfig,
     *,
     run_file: str,
@@ -45,17 +47,18 @@ def render(
     code: Path | None = None,
     image: str | None = None,
 ) -> dict[str, str]:
-    """Return the scripts by name, in the order of the chain.
+    """Return the scripts by job name, in the order of the chain.
 
     Args:
         config: The run, overrides applied.
-        run_file: What the training job runs.
+        run_file: Run file of the training job.
         nodes: Nodes of the training job.
-        overrides: The user's `--set` values, carried along.
-        folder: Where the scripts start, so that relative paths mean what they mean here.
-        program: How the nodes call trainshort.
-        code: A frozen copy of the code to run; what is installed otherwise.
-        image: Size and time of the container's image, which must not change; None where that does not matter.
+        overrides: The user's `--set` values for the training job.
+        folder: Working directory of the scripts; relative paths start there.
+        program: Command that runs trainshort on the nodes.
+        code: A frozen copy of the code to run, or None for the installed code.
+        image: Result of `image_state`, which the scripts compare with the image's state when they start; None
+            skips the comparison.
     Raises:
         InputError: the ranks do not fit the layout.
     """
@@ -63,15 +66,15 @@ def render(
     layout = Layout.of(config, world_size=nodes * ranks)
     template = _template()
     sets = [word for override in overrides for word in ("--set", override)]
-    # A step of one task joins nothing: `train` starts its local ranks, by default one a GPU.
-    alone = ["--ranks", "1"] if layout.world_size == 1 and config.slurm.starter == "srun" else []
-    commands = {"train": [program, "train", run_file, *sets, *alone], **_after_training(config, program=program)}
+    # `train` does not join an srun step of one task, but starts local ranks, by default one per GPU.
+    single = ["--ranks", "1"] if layout.world_size == 1 and config.slurm.starter == "srun" else []
+    commands = {"train": [program, "train", run_file, *sets, *single], **_after_training(config, program=program)}
     names = {**_names(config, folder=folder), **_container(config, folder=folder)}
     return {
         name: template.render(
             name=name,
             job_name=job_name(config.run.name, name),
-            what=f"{layout.world_size} ranks, {layout}" if name == "train" else f"{name} the last step's checkpoint",
+            summary=f"{layout.world_size} ranks, {layout}" if name == "train" else f"{name} the last step's checkpoint",
             nodes=nodes if name == "train" else 1,
             ranks=ranks,
             command=shlex.join(commands[name]),
@@ -81,37 +84,43 @@ def render(
             **_sizes(config.slurm, ranks=ranks if name == "train" else None),
             **names,
         )
-        for name in CHAIN
+        for name in CHAIN_JOBS
     }
 
 
 def option_value(value: str) -> str:
-    """Return a value as an #SBATCH line takes it: bare where it can be, else in double quotes.
+    """Return a value for an #SBATCH line, in double quotes if it needs them.
 
-    sbatch reads quotes and backslashes much as the shell does, but expands nothing.
+    sbatch reads quotes and backslashes like a shell, but expands nothing.
     """
     if re.fullmatch(r"[\w@%+=:,./\[\]&|*-]+", value):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def program_of(config: RunConfig) -> str:
-    """Return how the nodes call trainshort: by its path here, which no module or profile changes.
+def find_program(config: RunConfig) -> str:
+    """Return the command that runs trainshort on the nodes.
 
-    In a container, whose paths are others, by its name.
+    It is the absolute path of this installation, which no module or profile on the nodes can change. A container has
+    its own paths: there it is the bare name.
     """
-    here = Path(sys.executable).with_name("trainshort")
-    found = str(here) if here.exists() else shutil.which("trainshort")
-    return os.path.abspath(found) if found and not config.slurm.container else "trainshort"
+    if config.slurm.container:
+        return "trainshort"
+    beside_python = Path(sys.executable).with_name("trainshort")
+    program = str(beside_python) if beside_python.exists() else shutil.which("trainshort")
+    return os.path.abspath(program) if program else "trainshort"
 
 
 def job_name(run: str, name: str) -> str:
-    """Return the name in SLURM of one of a run's jobs."""
+    """Return the SLURM name of one of a run's jobs."""
     return f"{run}-{name}"
 
 
 def image_state(config: RunConfig) -> str | None:
-    """Return size and time of the container's image, as `stat` has them; None where it is no file here."""
+    """Return size and modification time of the container's image as `stat -c '%s %Y'` prints them.
+
+    None if the image is not a file on this machine, such as an address in a registry.
+    """
     image = Path(config.slurm.container or "")
     if not image.is_file():
         return None
@@ -120,7 +129,7 @@ def image_state(config: RunConfig) -> str | None:
 
 
 def _names(config: RunConfig, *, folder: Path) -> dict[str, Any]:
-    """Return what the scripts read of the run, and what they call it and what it leaves."""
+    """Return the run's names and paths for the template."""
     run_dir = run_folder(config)
     return {
         "slurm": config.slurm,
@@ -128,25 +137,26 @@ def _names(config: RunConfig, *, folder: Path) -> dict[str, Any]:
         "run_dir": str(run_dir),
         "folder": str(folder),
         "logs": _escape(folder / logs_folder(run_dir)),
-        "last": _last(config).name,
-        "export": str(export_folder(run_dir, form="hf")),
-        "stopped": STOPPED,
+        "last": _last_checkpoint(config).name,
+        "export": str(export_folder(run_dir, form=CHAIN_FORMAT)),
+        "stopped": STOPPED_EXIT_CODE,
     }
 
 
 def _after_training(config: RunConfig, *, program: str) -> dict[str, list[str]]:
-    # By its name: where it is broken, the one before it is not the trained model.
-    last = str(_last(config))
+    """Return the commands of the evaluation and the export."""
+    # They name the last step's checkpoint, not the run folder: if it is broken, an older one is not the trained model.
+    last = str(_last_checkpoint(config))
     lengths = ",".join(map(str, config.evaluation_lengths))
     protocols = [word for protocol in config.evaluate.protocols for word in ("--protocol", protocol)]
-    out = str(export_folder(run_folder(config), form="hf"))
+    out = str(export_folder(run_folder(config), form=CHAIN_FORMAT))
     return {
         "evaluate": [program, "evaluate", last, "--lengths", lengths, *protocols],
-        "export": [program, "export", last, "--format", "hf", "--out", out],
+        "export": [program, "export", last, "--format", CHAIN_FORMAT, "--out", out],
     }
 
 
-def _last(config: RunConfig) -> Path:
+def _last_checkpoint(config: RunConfig) -> Path:
     return step_folder(checkpoints_folder(run_folder(config)), step=config.train.steps)
 
 
@@ -160,24 +170,31 @@ def _template() -> Any:
 
 
 def _sizes(slurm: Slurm, *, ranks: int | None) -> dict[str, int | None]:
-    """Return what a job asks of each node, srun tasks, their CPUs, GPUs; None for the one process of an evaluation."""
+    """Return the tasks, CPUs per task and GPUs that a job requests on each node.
+
+    Args:
+        slurm: The run's section.
+        ranks: Ranks per node, or None for a job of one process.
+    """
     if ranks is None:
         return {"tasks": 1, "cpus_per_task": slurm.cpus_per_rank, "gpus": min(1, slurm.gpus_per_node)}
-    if slurm.starter == "torchrun":  # one task has all ranks of a node
+    if slurm.starter == "torchrun":  # one task starts all ranks of a node
         return {"tasks": 1, "cpus_per_task": ranks * (slurm.cpus_per_rank or 1), "gpus": slurm.gpus_per_node}
     return {"tasks": ranks, "cpus_per_task": slurm.cpus_per_rank, "gpus": slurm.gpus_per_node}
 
 
 def _container(config: RunConfig, *, folder: Path) -> dict[str, str]:
-    """Return the options of srun and the words before a command that put it into the container."""
+    """Return srun's options and the command prefix that run a command in the container."""
     slurm = config.slurm
     if slurm.container is None:
         return {"srun_options": "", "prefix": ""}
-    source = [Path(config.train.init_from)] if config.train.init_from else []
-    # Without the dots of ../data: else that seems to lie in the folder.
-    named = [Path(os.path.normpath(folder / path)) for path in (run_folder(config), data_folder(config), *source)]
-    inside = [folder, *(path for path in named if not path.is_relative_to(folder))]
-    mounts = list(dict.fromkeys([*map(str, inside), *slurm.mounts]))
+    initial_weights = [Path(config.train.init_from)] if config.train.init_from else []
+    # normpath: is_relative_to would take folder/../data for a path inside the folder.
+    needed = [
+        Path(os.path.normpath(folder / path)) for path in (run_folder(config), data_folder(config), *initial_weights)
+    ]
+    outside = [path for path in needed if not path.is_relative_to(folder)]
+    mounts = list(dict.fromkeys([*map(str, (folder, *outside)), *slurm.mounts]))
     if slurm.container_kind == "apptainer":
         words = ["apptainer", "exec", *(["--nv"] if slurm.gpus_per_node else []), "--pwd", str(folder)]
         words += [word for mount in mounts for word in ("--bind", mount)] + [slurm.container]
@@ -188,5 +205,5 @@ def _container(config: RunConfig, *, folder: Path) -> dict[str, str]:
 
 
 def _escape(path: Path) -> str:
-    """Return a path as SLURM's log patterns take it: %% stands for a %."""
+    """Return a path for SLURM's log file patterns, in which %% stands for %."""
     return str(path).replace("%", "%%")

@@ -1,4 +1,4 @@
-"""The submitted jobs of a run: where they are, stop them, start them again."""
+"""Show the state of a run's submitted jobs, stop them, and resume them."""
 
 import json
 import re
@@ -18,26 +18,29 @@ from configs.paths import (
     slurm_stop_file,
 )
 from configs.schema import RunConfig
-from launch.slurm.query import UNKNOWN, Job, ask, said
-from launch.slurm.script import CHAIN, STOPPED
-from launch.slurm.submit import jobs_of, read_chain, refuse_active, sole_submission, submit
+from launch.slurm.query import UNKNOWN_STATE, Job, run_slurm, slurm_error
+from launch.slurm.record import find_jobs, read_chain, refuse_active_jobs
+from launch.slurm.script import CHAIN_JOBS, STOPPED_EXIT_CODE
+from launch.slurm.submit import sole_submission, submit_jobs
 from training.checkpoint.manifest import list_checkpoints, step_folder
-from training.folder import writing
+from training.export.formats.table import CHAIN_FORMAT
+from training.folder import report_write_errors
 
-SAVE_AND_END = signal.SIGUSR2  # to the batch script of a training job
-# Reasons to wait that no waiting ends, and those that pass by themselves, often when other jobs end.
-NEVER = re.compile(r"Partition(Node|Time)Limit|(QOS|Assoc)Max\w*Per(Job|Node)\w*")
-PASSES = re.compile(r"|Priority|Resources|Dependency|BeginTime|(QOS|Assoc)(Grp|Max)\w*")
+STOP_SIGNAL = signal.SIGUSR2  # makes the script of a training job save and stop
+# Reasons to wait that never pass, and those that pass by themselves, mostly when other jobs end.
+PERMANENT_REASONS = re.compile(r"Partition(Node|Time)Limit|(QOS|Assoc)Max\w*Per(Job|Node)\w*")
+PASSING_REASONS = re.compile(r"|Priority|Resources|Dependency|BeginTime|(QOS|Assoc)(Grp|Max)\w*")
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far training is.
 
     Attributes:
-        step, loss: Of the last line of metrics.jsonl; None where there is none.
-        steps: Of the whole run.
-        checkpoint: Name of the newest checkpoint; None where there is none.
+        step: Step of the last line of metrics.jsonl; None if there is no line.
+        loss: Loss of that line, likewise.
+        steps: Steps of the whole run.
+        checkpoint: Name of the newest checkpoint; None if there is none.
     """
 
     step: int | None
@@ -48,169 +51,178 @@ class Progress:
 
 @dataclass(frozen=True)
 class ChainStatus:
-    """A submitted chain.
+    """State of a submitted chain.
 
     Attributes:
-        jobs: By name, in the order of the chain.
-        advice: What to do, where something is to be done.
+        run_dir: The run folder.
+        jobs: The jobs by name, in the order of the chain.
+        nodes: Nodes of the training job.
+        progress: How far training is.
+        advice: What the user should do; None if there is nothing to do.
     """
 
     run_dir: Path
     jobs: dict[str, Job]
     nodes: int
-    progress: Progress
+    progress: TrainingProgress
     advice: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the document of `jobs status --json`."""
         return {
             "run_dir": str(self.run_dir),
             **asdict(self.progress),
-            "jobs": [_record(name, job) for name, job in self.jobs.items()],
+            "jobs": [_job_to_json(name, job) for name, job in self.jobs.items()],
             "advice": self.advice,
         }
 
 
-def _record(name: str, job: Job) -> dict[str, Any]:
-    figures = asdict(job)
-    return {"name": name, "job": figures.pop("number"), **figures, "state": state_of(job)}
+def _job_to_json(name: str, job: Job) -> dict[str, Any]:
+    values = asdict(job)
+    return {"name": name, "job": values.pop("job_id"), **values, "state": displayed_state(job)}
 
 
 def chain_status(run_dir: Path) -> ChainStatus:
-    """Return where the jobs of a run are.
+    """Return the state of a run's jobs.
 
     Raises:
         InputError: nothing was submitted from this folder.
         MachineError: SLURM is not on this machine or does not answer.
     """
     chain = read_chain(run_dir)
-    jobs = jobs_of(chain)
-    progress = progress_of(run_dir)
+    jobs = find_jobs(chain)
+    progress = read_progress(run_dir)
     return ChainStatus(run_dir, jobs, chain.nodes, progress, _advice(run_dir, jobs, nodes=chain.nodes))
 
 
-def state_of(job: Job) -> str:
-    """Return a job's state as people call it: one that was asked to stop is no failure."""
-    # The signal itself ends a script that is too young to have a trap for it.
-    stopped = job.exit_code == STOPPED or job.signal == SAVE_AND_END
+def displayed_state(job: Job) -> str:
+    """Return the state to show: STOPPED for a job that was asked to stop, which SLURM calls FAILED."""
+    # The signal itself ends a script that has not set its trap yet.
+    stopped = job.exit_code == STOPPED_EXIT_CODE or job.signal == STOP_SIGNAL
     return "STOPPED" if job.state == "FAILED" and stopped else job.state
 
 
 def stop_chain(run_dir: Path) -> list[str]:
-    """Ask a training job to save and end, cancel what waits, and return a line for each.
+    """Ask a running training job to save and stop, cancel the other jobs, and return a line for each.
 
     Raises:
         InputError: nothing was submitted from this folder.
-        MachineError: SLURM does not take it.
+        MachineError: SLURM refuses.
     """
-    lines, jobs = [], jobs_of(read_chain(run_dir))
-    for name, job in reversed(jobs.items()):  # what waits first: nothing of it may start meanwhile
+    lines, jobs = [], find_jobs(read_chain(run_dir))
+    for name, job in reversed(jobs.items()):  # the last job first, so that none starts meanwhile
         if job.ended:
             continue
         saves = name == "train" and job.state == "RUNNING"
-        options = ["--batch", f"--signal={SAVE_AND_END.name.removeprefix('SIG')}"] if saves else []
-        done = ask("scancel", *options, job.number)
-        if done.returncode:
-            raise MachineError(f"job {job.number} ({name}) cannot be stopped: {said(done)}: ask its owner")
+        options = ["--batch", f"--signal={STOP_SIGNAL.name.removeprefix('SIG')}"] if saves else []
+        result = run_slurm("scancel", *options, job.job_id)
+        if result.returncode:
+            raise MachineError(f"job {job.job_id} ({name}) cannot be stopped: {slurm_error(result)}: ask its owner")
         if saves:
-            with writing(run_dir):  # for the next start, where SLURM makes one of a lost node
-                slurm_stop_file(run_dir).write_text(f"{job.number}\n", encoding="utf-8")
-        lines.append(f"{name}: job {job.number} " + ("is asked to save and end" if saves else "is cancelled"))
+            # If a node is lost before the job has stopped, SLURM starts the job again: that start reads this file.
+            with report_write_errors(run_dir):
+                slurm_stop_file(run_dir).write_text(f"{job.job_id}\n", encoding="utf-8")
+        lines.append(f"{name}: job {job.job_id} " + ("is asked to save and end" if saves else "is cancelled"))
     return lines or [f"{run_dir} has no job that runs or waits"]
 
 
 def resume_chain(run_dir: Path) -> dict[str, str]:
-    """Submit again what is left of a chain, as it was submitted; return the new numbers by name.
+    """Submit the remaining jobs of a chain again, as they were frozen, and return their ids by name.
 
     Raises:
         InputError: nothing was submitted from this folder, or its jobs have not ended.
         MachineError: sbatch refuses a script, or the run folder cannot be written.
     """
-    read_chain(run_dir)  # before a folder is made where there is no run
+    read_chain(run_dir)  # refuses a folder without jobs before the next line creates folders in it
     with sole_submission(run_dir):
-        refuse_active(run_dir)
-        chain, left = read_chain(run_dir), remaining(run_dir)
-        kept = {name: number for name, number in chain.jobs.items() if name not in left}
-        return submit(run_dir, chain=replace(chain, jobs=kept), names=left)
+        refuse_active_jobs(run_dir)
+        chain, remaining = read_chain(run_dir), remaining_jobs(run_dir)
+        kept = {name: job_id for name, job_id in chain.jobs.items() if name not in remaining}
+        return submit_jobs(run_dir, chain=replace(chain, jobs=kept), names=remaining)
 
 
-def remaining(run_dir: Path) -> tuple[str, ...]:
-    """Return the jobs that have something left to do, in the order of the chain."""
+def remaining_jobs(run_dir: Path) -> tuple[str, ...]:
+    """Return the names of the jobs that still have work to do, in the order of the chain."""
     config = load_run(str(frozen_config(run_dir)))
     last = step_folder(checkpoints_folder(run_dir), step=config.train.steps)
     if not last.is_dir():
-        return CHAIN
-    report, exported = evaluation_folder(run_dir) / "report.json", export_folder(run_dir, form="hf")
-    if not (_newer(report, last) and _measures(report, config=config, checkpoint=last)):
-        return CHAIN[1:]
-    return () if _newer(exported, last) else CHAIN[2:]
+        return CHAIN_JOBS
+    report, exported = evaluation_folder(run_dir) / "report.json", export_folder(run_dir, form=CHAIN_FORMAT)
+    if not (_is_newer(report, last) and _is_complete(report, config=config, checkpoint=last)):
+        return CHAIN_JOBS[1:]
+    return () if _is_newer(exported, last) else CHAIN_JOBS[2:]
 
 
-def _newer(result: Path, checkpoint: Path) -> bool:
+def _is_newer(result: Path, checkpoint: Path) -> bool:
     return result.exists() and result.stat().st_mtime >= checkpoint.stat().st_mtime
 
 
-def _measures(report: Path, *, config: RunConfig, checkpoint: Path) -> bool:
-    """Return whether a report is of a checkpoint and has all that the run measures; one may have made it by hand."""
+def _is_complete(report: Path, *, config: RunConfig, checkpoint: Path) -> bool:
+    """Return whether a report is of this checkpoint and has all lengths and protocols of the run.
+
+    The report may come from an evaluation that the user ran by hand with other lengths.
+    """
     wanted = {(length, protocol) for length in config.evaluation_lengths for protocol in config.evaluate.protocols}
     try:
         document = json.loads(report.read_text(encoding="utf-8"))
-        found = {
+        measured = {
             (result["length"], f"sliding:{result['stride']}" if result["protocol"] == "sliding" else result["protocol"])
             for result in document["results"]
         }
-        return Path(document["checkpoint"]).name == checkpoint.name and wanted <= found
+        return Path(document["checkpoint"]).name == checkpoint.name and wanted <= measured
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # made again
+        return False  # a broken report: evaluate again
 
 
-def progress_of(run_dir: Path) -> Progress:
+def read_progress(run_dir: Path) -> TrainingProgress:
     """Return how far a submitted run's training is."""
     steps = load_run(str(frozen_config(run_dir))).train.steps
-    newest = next((found.path.name for found in reversed(list_checkpoints(run_dir))), None)
+    newest = next((checkpoint.path.name for checkpoint in reversed(list_checkpoints(run_dir))), None)
     file = run_dir / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    whole = [line for line in lines[-2:] if line.endswith(b"\n")]  # the last one may be being written
+    whole = [line for line in lines[-2:] if line.endswith(b"\n")]  # the last line may be half written
     last = json.loads(whole[-1]) if whole else {}
-    return Progress(last.get("step"), last.get("loss"), steps, newest)
+    return TrainingProgress(last.get("step"), last.get("loss"), steps, newest)
 
 
 def _advice(run_dir: Path, jobs: dict[str, Job], *, nodes: int) -> str | None:
-    left, training = remaining(run_dir), any(name == "train" and not job.ended for name, job in jobs.items())
+    """Return what to do about the first job that needs something."""
+    remaining = remaining_jobs(run_dir)
+    is_training = any(name == "train" and not job.ended for name, job in jobs.items())
     for name, job in jobs.items():
-        log = logs_folder(run_dir) / f"slurm-{name}-{job.number}.log"
+        log = logs_folder(run_dir) / f"slurm-{name}-{job.job_id}.log"
         if job.ended:
-            # What has ended and has nothing left to do needs nothing.
-            state = state_of(job) if name in left else "COMPLETED"
-            found = _advice_after(name, state, run_dir=run_dir, log=log, training=training)
+            # However it ended, a job without remaining work needs nothing.
+            state = displayed_state(job) if name in remaining else "COMPLETED"
+            advice = _advice_after_end(name, state, run_dir=run_dir, log=log, is_training=is_training)
         else:
-            found = _advice_on_wait(name, job, run_dir=run_dir, log=log, nodes=nodes if name == "train" else 1)
-        if found:
-            return found
+            advice = _advice_while_active(name, job, run_dir=run_dir, log=log, nodes=nodes if name == "train" else 1)
+        if advice:
+            return advice
     return None
 
 
-def _advice_on_wait(name: str, job: Job, *, run_dir: Path, log: Path, nodes: int) -> str | None:
+def _advice_while_active(name: str, job: Job, *, run_dir: Path, log: Path, nodes: int) -> str | None:
     if "held" in job.reason.lower():
-        return f"{name} is held ({job.reason}): see why in sinfo -R and {log}, then scontrol release {job.number}"
+        return f"{name} is held ({job.reason}): see why in sinfo -R and {log}, then scontrol release {job.job_id}"
     if job.state != "PENDING":
         return None
-    if NEVER.fullmatch(job.reason):
+    if PERMANENT_REASONS.fullmatch(job.reason):
         return (
             f"{name} will never start as it is ({job.reason}): trainshort jobs stop {run_dir}, change the slurm "
             "section, and submit again"
         )
-    if not PASSES.fullmatch(job.reason):
+    if not PASSING_REASONS.fullmatch(job.reason):
         return f"{name} waits for {nodes} nodes with what its script asks for ({job.reason}): see sinfo"
     return None
 
 
-def _advice_after(name: str, state: str, *, run_dir: Path, log: Path, training: bool) -> str | None:
-    if state == UNKNOWN:
+def _advice_after_end(name: str, state: str, *, run_dir: Path, log: Path, is_training: bool) -> str | None:
+    if state == UNKNOWN_STATE:
         return f"SLURM has forgotten {name}: read {log}, then trainshort jobs resume {run_dir}"
     if state == "STOPPED":
-        return f"stopped: trainshort jobs resume {run_dir} goes on"
-    if state == "CANCELLED" and training:
+        return f"stopped: trainshort jobs resume {run_dir} continues it"
+    if state == "CANCELLED" and is_training:
         return f"{name} is cancelled: once train has ended, trainshort jobs resume {run_dir} submits what is left"
     if state != "COMPLETED":
         return f"{name} ended {state}: read {log}, then trainshort jobs resume {run_dir}"

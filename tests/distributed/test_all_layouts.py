@@ -1,4 +1,4 @@
-"""Every legal layout of up to eight ranks trains alike: `make test-layouts`, some minutes."""
+"""Every legal layout of up to eight ranks has the same losses: `make test-layouts`, some minutes."""
 
 from itertools import product
 from pathlib import Path
@@ -10,25 +10,25 @@ from parallel.layout import Layout
 from tests.support.layouts import config_of, name_of, train_layouts
 from tests.support.ranks import run_ranks
 
-MORE = ("train.micro_batch=1",)  # so that eight data ranks have a micro-batch each
+MORE = ("train.micro_batch=1",)  # one for each of eight data ranks
 STEPS = range(10)
 AXES = (1, 2, 4, 8)
 
 
 def legal_layouts(ranks: int) -> list[dict[str, int]]:
     """Return the layouts that a run's rules and the number of ranks allow."""
-    found = []
+    layouts = []
     for tensor, pipeline, zero in product(AXES, AXES, range(4)):
         keys = {"tensor": tensor, "pipeline": pipeline, "zero": zero}
         try:
             Layout.of(config_of(keys, run_dir=Path("unused"), more=MORE), world_size=ranks)
         except InputError:
             continue
-        found.append(keys)
-    return found
+        layouts.append(keys)
+    return layouts
 
 
-def test_rules_leave_the_layouts_that_are_known_to_work() -> None:
+def test_the_rules_allow_the_layouts_known_to_work() -> None:
     assert [len(legal_layouts(ranks)) for ranks in (1, 2, 4, 8)] == [4, 9, 15, 17]
 
 

@@ -1,6 +1,6 @@
-"""The decoder over tensor ranks and pipeline stages against random-weight Bloom: logits and every gradient."""
+"""The decoder in many layouts equals transformers' Bloom with random weights: logits and every gradient."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,31 +11,31 @@ from torch import Tensor
 from configs.schema import Model, RunConfig
 from parallel.parameter import Shard
 from parallel.shards import cut
-from parallel.start import ProcessRank, start, stop
+from parallel.start import ProcessRank
 from tests.support.exports import random_weights
 from tests.support.layouts import LENGTH, VOCABULARY, build, config_of, tokens_of
 from tests.support.models import bloom_of
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_ranks, start_again
 from training.export.formats.huggingface import huggingface_name
 
 HEADS = (8, 12, 24)
 HEAD_DIM = 8
 LAYERS = 2
 LENGTHS = (LENGTH, 4 * LENGTH)
-# (tensor, pipeline) by ranks; what is left is data parallel.
+# (tensor, pipeline) by number of ranks; the rest of the ranks are data parallel.
 LAYOUTS = {4: [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)], 8: [(4, 2)]}
 UNCLIPPED = ("train.clip=1e9", f"model.layers={LAYERS}")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank holds of one model in one layout.
+    """One rank's part of one model in one layout.
 
     Attributes:
         rank: Of the tensor axis.
         shards: Declarations of this rank's parameters, by name.
         gradients: Of the mean loss of a batch of each length, this rank's slices by name.
-        logits: This rank's columns at each length, [1, length, local_vocab]; None but on the last stage.
+        logits: This rank's columns by length, [1, length, local_vocab]; None except on the last stage.
     """
 
     rank: int
@@ -45,28 +45,26 @@ class Part:
 
 
 def weights_for(heads: int) -> dict[str, Tensor]:
-    """Return whole weights that all move the logits."""
+    """Return whole weights, each of which changes the logits."""
     return random_weights(Model(layers=LAYERS, hidden=HEAD_DIM * heads, heads=heads), vocab_size=VOCABULARY)
 
 
 def parts_of_layouts(
-    place: ProcessRank, *, layouts: list[tuple[int, int]], folder: Path
+    process: ProcessRank, *, layouts: list[tuple[int, int]], folder: Path
 ) -> dict[tuple[int, int, int], Part]:
     """Return this rank's parts by (tensor, pipeline, heads)."""
-    found = {}
-    for index, (tensor, pipeline) in enumerate(layouts):
-        if index:  # groups of their own, as in `train_layouts`
-            stop()
-            start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
+    parts = {}
+    for number, (tensor, pipeline) in enumerate(layouts):
+        start_again(process, number=number)
         for heads in HEADS:
             shape = (*UNCLIPPED, f"model.heads={heads}", f"model.hidden={HEAD_DIM * heads}")
             keys = {"tensor": tensor, "pipeline": pipeline, "zero": 1}
-            found[tensor, pipeline, heads] = _part(config_of(keys, run_dir=folder, more=shape), place, heads=heads)
-    return found
+            parts[tensor, pipeline, heads] = _part(config_of(keys, run_dir=folder, more=shape), process, heads=heads)
+    return parts
 
 
-def _part(config: RunConfig, place: ProcessRank, *, heads: int) -> Part:
-    engine, groups, layout = build(config, world_size=place.world_size)
+def _part(config: RunConfig, process: ProcessRank, *, heads: int) -> Part:
+    engine, groups, layout = build(config, world_size=process.world_size)
     state, whole = engine.state(), weights_for(heads)
     shards = {name: shard for name, (_, shard) in state.parameters.items()}
     for name, shard in shards.items():
@@ -81,7 +79,7 @@ def _part(config: RunConfig, place: ProcessRank, *, heads: int) -> Part:
             state.write(name, "exp_avg", torch.zeros_like(cut(whole[name], shard=shard, tensor=groups.tensor)))
         mine = tokens_of(0, length=length).chunk(groups.data.size)[groups.data.rank]
         engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)
-        # One step from zero: the first moment is the gradient, scaled.
+        # After one step from zero Adam's first moment is (1 - beta1) x the gradient.
         gradients[length] = {name: state.read(name, "exp_avg") / (1 - config.train.beta1) for name in shards}
     return Part(rank=groups.tensor.rank, shards=shards, gradients=gradients, logits=logits)
 
@@ -89,12 +87,12 @@ def _part(config: RunConfig, place: ProcessRank, *, heads: int) -> Part:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], list[Part]]:
     """All ranks' parts by (tensor, pipeline, heads)."""
-    found: dict[tuple[int, int, int], list[Part]] = {}
+    by_layout: dict[tuple[int, int, int], list[Part]] = {}
     for ranks, layouts in LAYOUTS.items():
         arguments = {"layouts": layouts, "folder": tmp_path_factory.mktemp("runs")}
         by_rank = run_ranks(parts_of_layouts, ranks=ranks, arguments=arguments)
-        found |= {key: [parts[key] for parts in by_rank] for key in by_rank[0]}
-    return found
+        by_layout |= {key: [parts[key] for parts in by_rank] for key in by_rank[0]}
+    return by_layout
 
 
 def joined(slices: dict[int, Tensor], shard: Shard) -> Tensor:
@@ -115,10 +113,10 @@ def test_logits_and_gradients_of_every_layout_equal_bloom(
     for length in LENGTHS:
         columns = {rank.rank: rank.logits[length] for rank in ranks if rank.logits[length] is not None}
         assert sorted(columns) == list(range(tensor))
-        found = torch.cat([columns[rank] for rank in range(tensor)], dim=-1)[..., :VOCABULARY]  # type: ignore[misc]
+        logits = torch.cat([columns[rank] for rank in range(tensor)], dim=-1)[..., :VOCABULARY]  # type: ignore[misc]
         with torch.no_grad():
             expected = bloom(tokens_of(7, samples=1, length=length - 1)).logits
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         bloom.zero_grad()
         batch = tokens_of(0, length=length)
         F.cross_entropy(bloom(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()

@@ -1,4 +1,4 @@
-"""One of two ranks with wrong positions: both refuse, name it, and what they measured is written down."""
+"""Where one of two ranks has wrong positions, both refuse it by name and record what they measured."""
 
 import json
 from pathlib import Path
@@ -13,54 +13,55 @@ from parallel.layout import Layout
 from parallel.start import ProcessRank
 from tests.support.layouts import build, config_of
 from tests.support.ranks import run_ranks
-from training import run
-from training.model import bias, decoder
-from training.model.alibi import causal_bias, local_slopes
+from training.build import record_refusal
+from training.model.positions import alibi, bias
+from training.model.positions.alibi import local_slopes
+from training.model.positions.bias import causal_bias
 from training.model.proof.certificate import WrongPositions
 from training.preflight import Ready
 
 
 def first_heads_slopes(heads: int, *, tensor: Group) -> Tensor:
-    """What peers shipped: every rank takes the first rank's."""
+    """Return the first rank's slopes on every rank, a fault that other implementations have had."""
     return local_slopes(heads, tensor=Group(0, tensor.size, None))
 
 
 def inverted_bias(local: Tensor, *, queries: int, keys: int) -> Tensor:
-    """Right slopes, and the sign turned where they are used."""
-    found = causal_bias(local, queries=queries, keys=keys)
-    return torch.where(found.isinf(), found, -found)
+    """Return the bias of the right slopes with the wrong sign."""
+    right = causal_bias(local, queries=queries, keys=keys)
+    return torch.where(right.isinf(), right, -right)
 
 
-FAULTS = ((decoder, "local_slopes", first_heads_slopes), (bias, "causal_bias", inverted_bias))
+FAULTS = ((alibi, "local_slopes", first_heads_slopes), (bias, "causal_bias", inverted_bias))
 
 
-def refusals_of(place: ProcessRank, *, folder: Path) -> list[str]:
-    """Return what this rank says where rank 1 is built with each fault."""
-    found = []
+def refusals_of(process: ProcessRank, *, folder: Path) -> list[str]:
+    """Return this rank's refusal for each fault that rank 1 is built with."""
+    refusals = []
     config = config_of({"tensor": 2, "pipeline": 1, "zero": 1}, run_dir=folder)
-    layout = Layout.of(config, world_size=place.world_size)
+    layout = Layout.of(config, world_size=process.world_size)
     ready = Ready(config, folder, layout, prepared=None, newest=None)  # type: ignore[arg-type]
     groups = make_groups(layout)
     for module, name, wrong in FAULTS:
         with pytest.MonkeyPatch.context() as patch:
-            if place.rank == 1:
+            if process.rank == 1:
                 patch.setattr(module, name, wrong)
-            with pytest.raises(WrongPositions) as refused, run._refusal_recorded(ready, groups=groups):
-                build(config, world_size=place.world_size)
-        found.append(str(refused.value))
-    return found
+            with pytest.raises(WrongPositions) as refused, record_refusal(ready, groups=groups):
+                build(config, world_size=process.world_size)
+        refusals.append(str(refused.value))
+    return refusals
 
 
-def test_both_ranks_name_the_wrong_one_and_the_refusal_is_written_down(tmp_path: Path) -> None:
-    said, said_too = run_ranks(refusals_of, ranks=2, arguments={"folder": tmp_path})
-    assert said == said_too
-    slopes, sign = said
+def test_both_ranks_name_the_wrong_one_and_record_the_refusal(tmp_path: Path) -> None:
+    refusals, others = run_ranks(refusals_of, ranks=2, arguments={"folder": tmp_path})
+    assert refusals == others
+    slopes, sign = refusals
     rank = "positions are wrong: rank 1 (tensor 1, stage 0, data 0) does not "
     assert slopes.startswith(f"{rank}have the slopes of its heads 2, 3; ")
     assert sign.startswith(f"{rank}prefer near keys (last less first -")
     assert "set another model.attention" in sign
     lines = [json.loads(line) for line in (tmp_path / "certificates.jsonl").read_text().splitlines()]
-    assert [line["refused"] for line in lines] == said
+    assert [line["refused"] for line in lines] == refusals
     right, wrong = lines[0]["ranks"]
     assert right["error"] < 1e-5 < wrong["error"]
     assert [line["ranks"][1]["recency"] > 0 for line in lines] == [True, False]

@@ -1,15 +1,14 @@
-"""Saved in one layout, resumed in another, TP, PP, DP and ZeRO each up and down: `make test-faults`, minutes."""
+"""A run saved in one layout resumes in another; TP, PP, DP and ZeRO go up and down: `make test-faults`, minutes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from parallel.start import ProcessRank, start, stop
-from parallel.zero import KINDS
+from parallel.start import ProcessRank
 from tests.support.layouts import build, config_of, save, tokens_of
-from tests.support.ranks import run_ranks
-from training.checkpoint.read import load_slices, open_together
+from tests.support.ranks import run_ranks, start_again
+from training.checkpoint.read import load_slices, open_on_all_ranks
 
 BEFORE, AFTER = range(3), range(3, 13)
 Steps = list[tuple[float, float]]
@@ -17,7 +16,7 @@ Steps = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Change:
-    """A run in one layout: what it resumes from, by name, or None to begin and be saved."""
+    """A run in one layout. `source` names the run that it resumes from; with None it begins and is saved."""
 
     layout: str
     ranks: int
@@ -28,7 +27,7 @@ class Change:
         return f"{self.layout}w{self.ranks}"
 
     def adds_as(self, source: str) -> bool:
-        """Return whether a forward pass adds in the order of another run: only ZeRO's stage or its place differs."""
+        """Return whether a forward pass adds in another run's order: at most ZeRO's stage and offload differ."""
         return (self.name[:4], self.ranks) == (source[:4], int(source.partition("w")[2]))
 
     @property
@@ -39,12 +38,12 @@ class Change:
 
 
 def of(ranks: int, *changes: str) -> list[Change]:
-    """Return the changes that begin on so many ranks: `to` and `from > to`."""
+    """Return changes on a number of ranks, written as `layout` for a new run and `source > layout` for a resume."""
     parts = [[part.strip() for part in change.split(">")] for change in changes]
     return [Change(part[-1], ranks, part[0] if len(part) == 2 else None) for part in parts]
 
 
-# In this order: each spawn's sources are those of the ones before, or its own.
+# Sources are runs of an earlier spawn, or earlier runs of the same one.
 SPAWNS = [
     of(1, "t1p1z0"),
     of(4, "t2p2z1", "t4p1z0", "t2p1z3", "t2p1z2", "t1p2z1"),
@@ -80,19 +79,17 @@ SPAWNS = [
 ]
 
 
-def run_changes(place: ProcessRank, *, changes: list[Change], folder: Path) -> list[Steps]:
+def run_changes(process: ProcessRank, *, changes: list[Change], folder: Path) -> list[Steps]:
     """Return the (loss, gradient norm) of each step of each run on these ranks."""
-    found = []
-    for index, change in enumerate(changes):
-        if index:
-            stop()
-            start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
+    runs = []
+    for number, change in enumerate(changes):
+        start_again(process, number=number)
         config = config_of(change.keys, run_dir=folder / change.name)
-        engine, groups, layout = build(config, world_size=place.world_size)
+        engine, groups, layout = build(config, world_size=process.world_size)
         state = engine.state()
         if change.source is not None:
-            checkpoint = open_together(folder / change.source, kinds=KINDS, world=groups.world)
-            load_slices(state, checkpoint, kinds=KINDS, groups=groups)
+            checkpoint = open_on_all_ranks(folder / change.source, kinds=state.kinds, world=groups.world)
+            load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
             state.set_step(checkpoint.step)
         steps = []
         for step in (*BEFORE, *AFTER) if change.source is None else AFTER:
@@ -101,12 +98,12 @@ def run_changes(place: ProcessRank, *, changes: list[Change], folder: Path) -> l
             mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
             outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3)
             steps.append((outcome.loss, outcome.grad_norm))
-        found.append(steps)
-    return found
+        runs.append(steps)
+    return runs
 
 
 @pytest.mark.faults
-def test_the_next_ten_losses_are_the_unbroken_runs_after_any_change_of_layout(tmp_path: Path) -> None:
+def test_a_change_of_layout_leaves_the_next_ten_losses_alone(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"no test here reads it")
     unbroken: dict[str, Steps] = {}
     changed = exact = 0
@@ -123,7 +120,7 @@ def test_the_next_ten_losses_are_the_unbroken_runs_after_any_change_of_layout(tm
                 assert norm == pytest.approx(expected_norm, rel=1e-5), change
             changed += change.source is not None
             if change.source and change.adds_as(change.source):
-                # The same weights to the last bit; norms, and so the clipped steps after it, are added up by shards.
+                # Bit for bit. Only the first loss: norms are summed shard by shard, and clip the steps after it.
                 assert steps[0][0] == unbroken[change.source][AFTER.start][0], change
                 exact += 1
     assert (changed, exact) == (20, 6)

@@ -1,4 +1,4 @@
-"""One model, one saved state, many layouts: the same weights, losses, gradient norms and logits."""
+"""From one saved state every layout has the same weights, losses, gradient norms and logits."""
 
 from pathlib import Path
 
@@ -38,19 +38,19 @@ def trained(runs: Path, tokenizer: Path) -> dict[str, list[Trained]]:
     base = {"folder": runs / "warm", "tokenizer": tokenizer, "start_from": None}
     run_ranks(train_layouts, ranks=1, arguments={**base, "layouts": [REFERENCE], "steps": WARM_STEPS})
     saved = runs / "warm" / name_of(REFERENCE, ranks=1)
-    found = {}
+    by_layout = {}
     for ranks, layouts in LAYOUTS.items():
         arguments = {**base, "folder": runs, "layouts": layouts, "steps": STEPS, "start_from": saved}
         by_rank = run_ranks(train_layouts, ranks=ranks, arguments=arguments)
         for index, keys in enumerate(layouts):
-            found[name_of(keys, ranks=ranks)] = [results[index] for results in by_rank]
-    return found
+            by_layout[name_of(keys, ranks=ranks)] = [results[index] for results in by_rank]
+    return by_layout
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layout_has_the_same_losses_and_gradient_norms(trained: dict[str, list[Trained]], name: str) -> None:
     expected = trained[name_of(REFERENCE, ranks=1)][0].steps
-    assert all(norm > 0.3 for _, norm in expected), "clipping must be at work, or this test sees less"
+    assert all(norm > 0.3 for _, norm in expected), "nothing was clipped, so this test would miss wrong clipping"
     for rank in trained[name]:
         for (loss, norm), (expected_loss, expected_norm) in zip(rank.steps, expected, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -77,7 +77,7 @@ def test_every_layout_starts_from_the_same_weights(trained: dict[str, list[Train
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_layout_scores_any_length_alike(trained: dict[str, list[Trained]], name: str) -> None:
+def test_every_layout_has_the_same_logits_at_any_length(trained: dict[str, list[Trained]], name: str) -> None:
     reference = trained[name_of(REFERENCE, ranks=1)]
     for length in (LENGTH, 4 * LENGTH):
         torch.testing.assert_close(
@@ -93,7 +93,7 @@ def test_checkpoints_of_every_layout_hold_the_same_tensors(
 ) -> None:
     expected = open_checkpoint(runs / name_of(REFERENCE, ranks=1))
     checkpoint = open_checkpoint(runs / name)
-    assert [found.step for found in list_checkpoints(runs / name)] == [STEPS.stop]
+    assert [saved.step for saved in list_checkpoints(runs / name)] == [STEPS.stop]
     assert checkpoint.manifest.tensors.keys() == expected.manifest.tensors.keys()
     for parameter in expected.manifest.tensors:
         for kind, tolerance in (("weight", 1e-4), ("exp_avg", 1e-4), ("exp_avg_sq", 1e-4)):

@@ -1,14 +1,13 @@
-"""Every position method of the paper in several layouts: the same losses, norms and logits as on one rank."""
+"""Every position method has the losses, norms and logits of one rank in several layouts."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from parallel.start import ProcessRank, start, stop
+from parallel.start import ProcessRank
 from tests.support.layouts import LENGTH, Trained, config_of, name_of, train_one, whole_of
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_ranks, start_again
 from training.checkpoint.read import open_checkpoint
 
 LONE = {"tensor": 1, "pipeline": 1, "zero": 1}
@@ -19,18 +18,16 @@ CASES = [("t5", STAGED), ("t5", SPREAD), ("t5", SHARDED), ("rotary", STAGED), ("
 
 
 def train_positions(
-    place: ProcessRank, *, cases: list[tuple[str, dict[str, int]]], folder: Path, tokenizer: Path
+    process: ProcessRank, *, cases: list[tuple[str, dict[str, int]]], folder: Path, tokenizer: Path
 ) -> list[Trained]:
-    """Return what this rank saw of each case, a position method in a layout."""
-    found = []
-    for index, (position, keys) in enumerate(cases):
-        if index:
-            stop()
-            start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
-        run_dir = folder / f"{position}_{name_of(keys, ranks=place.world_size)}"
+    """Train each case, a position method in a layout; return what this rank measured."""
+    trained = []
+    for number, (position, keys) in enumerate(cases):
+        start_again(process, number=number)
+        run_dir = folder / f"{position}_{name_of(keys, ranks=process.world_size)}"
         config = config_of(keys, run_dir=run_dir, more=(f"model.position={position}",))
-        found.append(train_one(place, config, steps=range(4), tokenizer=tokenizer, start_from=None))
-    return found
+        trained.append(train_one(process, config, steps=range(4), tokenizer=tokenizer, start_from=None))
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +39,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(runs: Path, tokenizer: Path) -> dict[tuple[str, int], list[Trained]]:
     """Each case's ranks, by position method and number of the case; number -1 is one rank alone."""
     lone = [(position, LONE) for position in dict.fromkeys(position for position, _ in CASES)]
-    found = {}
+    by_case = {}
     for ranks, cases in ((1, lone), (4, CASES)):
         by_rank = run_ranks(
             train_positions, ranks=ranks, arguments={"cases": cases, "folder": runs, "tokenizer": tokenizer}
         )
         for index, (position, _) in enumerate(cases):
-            found[position, index if ranks > 1 else -1] = [results[index] for results in by_rank]
-    return found
+            by_case[position, index if ranks > 1 else -1] = [results[index] for results in by_rank]
+    return by_case
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_a_layout_changes_nothing(trained: dict[tuple[str, int], list[Trained]], case: int) -> None:
+def test_a_layout_changes_no_loss_norm_or_logit(trained: dict[tuple[str, int], list[Trained]], case: int) -> None:
     position = CASES[case][0]
     lone = trained[position, -1][0]
     for rank in trained[position, case]:
@@ -62,13 +59,13 @@ def test_a_layout_changes_nothing(trained: dict[tuple[str, int], list[Trained]],
             assert norm == pytest.approx(expected_norm, rel=1e-5)
         assert rank.held_out_loss == pytest.approx(lone.held_out_loss, rel=1e-5)
     for length in (LENGTH, 4 * LENGTH):
-        found, expected = (
+        logits, expected = (
             whole_of(ranks, "logits", length) for ranks in (trained[position, case], trained[position, -1])
         )
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_a_learned_bias_is_saved_once_and_only_it_is_learned(
+def test_only_a_learned_bias_is_saved_and_it_is_saved_once(
     trained: dict[tuple[str, int], list[Trained]], runs: Path
 ) -> None:
     lone = open_checkpoint(runs / f"t5_{name_of(LONE, ranks=1)}")

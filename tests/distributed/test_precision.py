@@ -1,4 +1,4 @@
-"""bf16 keeps fp32 weights, in memory and in checkpoints, and gives almost the fp32 losses."""
+"""bf16 keeps fp32 weights in memory and in checkpoints, and its losses are close to those of fp32."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def trained(runs: Path) -> dict[str, dict[str, list[Trained]]]:
     """Ranks by layout, for each precision."""
     tokenizer = runs / "tokenizer.model"
     tokenizer.write_bytes(b"no test here reads it")
-    found: dict[str, dict[str, list[Trained]]] = {}
+    by_precision: dict[str, dict[str, list[Trained]]] = {}
     for precision in ("fp32", "bf16"):
         arguments = {
             "layouts": LAYOUTS if precision == "bf16" else LAYOUTS[:1],
@@ -41,12 +41,13 @@ def trained(runs: Path) -> dict[str, dict[str, list[Trained]]]:
         }
         by_rank = run_ranks(train_layouts, ranks=2, arguments=arguments)
         names = [name_of(keys, ranks=2) for keys in LAYOUTS]
-        found[precision] = {name: [r[i] for r in by_rank] for i, name in enumerate(names) if i < len(by_rank[0])}
-    return found
+        # fp32 trains the first layout alone
+        by_precision[precision] = {name: [r[i] for r in by_rank] for i, name in enumerate(names) if i < len(by_rank[0])}
+    return by_precision
 
 
 @pytest.mark.parametrize("name", [name_of(keys, ranks=2) for keys in LAYOUTS])
-def test_master_weights_never_went_through_16_bits(trained: dict[str, dict[str, list[Trained]]], name: str) -> None:
+def test_master_weights_are_never_rounded_to_16_bits(trained: dict[str, dict[str, list[Trained]]], name: str) -> None:
     exact = trained["fp32"][name_of(LAYOUTS[0], ranks=2)][0].initial  # tensor rank 0: every slice begins at 0
     for rank in trained["bf16"][name]:
         if rank.rank == 0:

@@ -1,7 +1,8 @@
-"""What one rank meets while all save or resume, all know: none waits for ever, none goes on alone."""
+"""An error on one rank during a save or a resume is raised on all: none waits for ever, none continues alone."""
 
 import errno
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,15 @@ from unittest.mock import patch
 
 import pytest
 
+from configs.choices import OPTIMIZERS
 from configs.errors import InputError, TrainshortError
 from parallel.collectives import broadcast_from_first
 from parallel.start import ProcessRank
-from parallel.zero import KINDS
-from tests.support.disk import CountedOs, once
+from tests.support.disk import counted_operations, once
 from tests.support.layouts import build, config_of, save
 from tests.support.ranks import run_ranks
-from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
-from training.checkpoint.read import Checkpoint, load_slices, open_together
+from training.checkpoint.read import Checkpoint, load_slices, open_on_all_ranks
 from training.incarnation import Fence
 
 RANKS = 2
@@ -30,32 +30,32 @@ OPERATIONS = {
     "a file cannot be synced on rank 1": (1, -2),
 }
 
+KINDS = OPTIMIZERS["adamw"].state_kinds
+
 
 @dataclass(frozen=True)
-class Seen:
-    """What one rank saw: the error of each broken save, the counts of operations, what it opened."""
+class Errors:
+    """What one rank met: the error of each broken save, and the checkpoint that each resume opened."""
 
-    errors: dict[str, str]
+    by_name: dict[str, str]
     opened: list[str]
 
 
-def break_saves(place: ProcessRank, *, keys: dict[str, int], folder: Path) -> Seen:
+def break_saves(process: ProcessRank, *, keys: dict[str, int], folder: Path) -> Errors:
     config = config_of(keys, run_dir=folder / "run")
-    engine, groups, _ = build(config, world_size=place.world_size)
+    engine, groups, _ = build(config, world_size=process.world_size)
     arguments: dict[str, Any] = {"groups": groups, "tokenizer": folder / "tokenizer.model"}
-    with patch.object(disk, "os", counted := CountedOs()):
+    with counted_operations() as names:
         save(engine, config, **arguments, step=1)
     errors = {}
     for name, (rank, number) in OPERATIONS.items():
-        number = number if number > 0 else len(counted.names) + number + 1
-        fails = CountedOs(once(number)) if place.rank == rank else CountedOs()
-        with patch.object(disk, "os", fails):
+        number = number if number > 0 else len(names) + number + 1
+        with counted_operations(once(number)) if process.rank == rank else nullcontext():
             errors[name] = _error_of(lambda: save(engine, config, **arguments, step=2))
-    check, looks = Fence.check, []
+    check = Fence.check
 
     def overtaken(fence: Fence) -> None:
-        looks.append(fence)
-        if place.rank == 1:
+        if process.rank == 1:
             raise fence.superseded()
         check(fence)
 
@@ -66,10 +66,10 @@ def break_saves(place: ProcessRank, *, keys: dict[str, int], folder: Path) -> Se
 
     def unfit(self: Checkpoint, *shards: Any, **kinds: Any) -> None:
         require(self, *shards, **kinds)
-        if place.rank == 1:
+        if process.rank == 1:
             raise InputError("unfit for rank 1")
 
-    checkpoint = open_together(folder / "run", kinds=KINDS, world=groups.world)
+    checkpoint = open_on_all_ranks(folder / "run", kinds=KINDS, world=groups.world)
     with patch.object(Checkpoint, "require", unfit):
         errors["rank 1 cannot load"] = _error_of(
             lambda: load_slices(engine.state(), checkpoint, kinds=KINDS, groups=groups)
@@ -78,12 +78,12 @@ def break_saves(place: ProcessRank, *, keys: dict[str, int], folder: Path) -> Se
     opened = [_opened(folder / "run", groups)]
     # The last file in the order of names is rank 1's to check.
     last = max(list_checkpoints(folder / "run")[-1].path.iterdir())
-    if place.rank == 0:
+    if process.rank == 0:
         content = bytearray(last.read_bytes())
         content[-1] ^= 1
         last.write_bytes(content)
     opened.append(_opened(folder / "run", groups))
-    return Seen(errors, opened)
+    return Errors(errors, opened)
 
 
 def _no_disk() -> None:
@@ -100,22 +100,22 @@ def _error_of(action: Any) -> str:
 
 def _opened(run_dir: Path, groups: Any) -> str:
     try:
-        return open_together(run_dir, kinds=KINDS, world=groups.world).path.name
+        return open_on_all_ranks(run_dir, kinds=KINDS, world=groups.world).path.name
     except InputError as error:
         return str(error)
 
 
 @pytest.mark.parametrize("keys", [{"tensor": 2, "pipeline": 1, "zero": 1}, {"tensor": 1, "pipeline": 1, "zero": 3}])
-def test_what_one_rank_meets_all_ranks_know(tmp_path: Path, keys: dict[str, int]) -> None:
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, keys: dict[str, int]) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"no test here reads it")
     one, two = run_ranks(break_saves, ranks=RANKS, arguments={"keys": keys, "folder": tmp_path})
-    assert one.errors == two.errors
+    assert one.by_name == two.by_name
     for name in OPERATIONS:
-        assert one.errors[name].startswith(f"SaveError: {tmp_path}/run/checkpoints/"), name
-        assert one.errors[name].endswith("was not saved (Input/output error): free space, or mend the disk"), name
-    assert one.errors["rank 1 is overtaken"].startswith("Superseded: ")
-    assert one.errors["rank 1 cannot load"] == "InputError: unfit for rank 1"
-    assert one.errors["rank 0 has no disk"] == (
+        assert one.by_name[name].startswith(f"SaveError: {tmp_path}/run/checkpoints/"), name
+        assert one.by_name[name].endswith("was not saved (Input/output error): free space, or fix the disk"), name
+    assert one.by_name["rank 1 is overtaken"].startswith("Superseded: ")
+    assert one.by_name["rank 1 cannot load"] == "InputError: unfit for rank 1"
+    assert one.by_name["rank 0 has no disk"] == (
         "MachineError: rank 0 cannot use the disk (Input/output error /run): mend it and start again"
     )
     assert one.opened == two.opened == ["step_0000002", "step_0000001"]

@@ -1,4 +1,4 @@
-"""The shipped demo as a user types it, small: prepare, train, stop it, train on, evaluate, export."""
+"""The shipped demo, made small, as a user runs it: prepare, train, stop, train on, evaluate, export, generate."""
 
 import hashlib
 import json
@@ -7,8 +7,6 @@ import signal
 import sqlite3
 import struct
 import subprocess
-import sys
-import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,45 +17,32 @@ import matplotlib.image
 import pytest
 import torch
 
+from tests.support.processes import PATIENCE_SECONDS, PROGRAM, exact, metrics, trainshort, wait_until
+from tests.support.small_run import WHOLE_JOB, overrides_of, set_options
 from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import open_checkpoint
 from training.model.single import load_single
 
-STEPS = 12
-LENGTH = 128
-PATIENCE_SECONDS = 240
 PROMPT = topics["with"][:1200]  # longer than the training length
-SMALL = [
-    "data.sources=[book.txt]",
-    "data.dir=data",
-    "data.vocab_size=2048",
-    f"data.sequence_length={LENGTH}",
-    "data.split=0.1",
-    "train.global_batch=16",
-    "train.micro_batch=8",
-    f"train.steps={STEPS}",
-    "train.warmup_steps=2",
-    "checkpoint.every=4",
-    "checkpoint.keep=100",
-    "evaluate.every=5",
-    "evaluate.samples=16",
-]
-EXACT = ("step", "loss", "grad_norm", "validation_loss", "learning_rate", "tokens_seen", "consumed_samples")
+# The demo's own model, on fewer and shorter samples.
+OVERRIDES = overrides_of(WHOLE_JOB, {"train": {"micro_batch": 8}, "evaluate": {"samples": 16}})
+STEPS: int = WHOLE_JOB["train"]["steps"]
+LENGTH: int = WHOLE_JOB["data"]["sequence_length"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the commands left and said.
+    """What the commands printed and left.
 
     Attributes:
-        folder: Where they were typed; the run folders are one/run and two/run.
-        stopped: The metrics when the first start had ended on SIGTERM.
-        saved: The steps of its checkpoints then.
+        folder: Where they ran; the run folders are one/run and two/run.
+        stopped: The metrics of the first start, which ended on SIGTERM.
+        saved: The steps of its checkpoints.
         report: What `evaluate --json` printed.
         exported: What `export` printed.
         generated: What `generate --json` printed for a prompt longer than the training length.
-        again: What `train` printed when there was nothing left to do.
-        changed: Files that it changed.
+        again: What `train` printed when the run was finished.
+        changed: Files that this `train` changed.
     """
 
     folder: Path
@@ -78,38 +63,28 @@ class Job:
         return self.folder / "two" / "run"
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "trainshort", *arguments]
-
-
-def trainshort(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        command(*arguments), cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
-    )
-    assert done.returncode == 0, f"{arguments}:\n{done.stderr[-4000:]}"
-    return done.stdout
+def done(folder: Path, *arguments: str) -> str:
+    """Run a command that must work, and return what it printed."""
+    process = trainshort(folder, *arguments)
+    assert process.returncode == 0, f"{arguments}:\n{process.stderr[-4000:]}"
+    return process.stdout
 
 
 def run(run_dir: str) -> list[str]:
-    return ["demo", *(word for value in [*SMALL, f"run.dir={run_dir}"] for word in ("--set", value))]
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    file = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return ["demo", *set_options([*OVERRIDES, f"run.dir={run_dir}"])]
 
 
 def train_and_stop(folder: Path, run_dir: str, *, after_lines: int) -> None:
-    """Train until there are some lines of metrics, then ask the launcher to end."""
+    """Train until there are some lines of metrics, then send SIGTERM to the launcher."""
     with (folder / "first.log").open("w+") as log:
-        process = subprocess.Popen(command("train", *run(run_dir)), cwd=folder, stdout=log, stderr=log)
+        process = subprocess.Popen([*PROGRAM, "train", *run(run_dir)], cwd=folder, stdout=log, stderr=log)
+
+        def enough_lines() -> bool:
+            assert process.poll() is None, log.read()
+            return len(metrics(folder / run_dir)) >= after_lines
+
         try:
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            file = folder / run_dir / "metrics.jsonl"
-            while not (file.exists() and file.read_bytes().count(b"\n") >= after_lines):
-                assert process.poll() is None, log.read()
-                assert time.monotonic() < deadline, "no metrics"
-                time.sleep(0.02)
+            wait_until(enough_lines, lambda: "no metrics", pause_seconds=0.02)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=PATIENCE_SECONDS) == 0, log.read()
         finally:
@@ -123,22 +98,22 @@ def states(folder: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Everything a user types, once."""
+    """Run every command once."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "book.txt").write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
-    trainshort(folder, "prepare", *run("one/run"))
+    done(folder, "prepare", *run("one/run"))
     train_and_stop(folder, "one/run", after_lines=2)
     stopped = metrics(folder / "one" / "run")
-    saved = [found.step for found in list_checkpoints(folder / "one" / "run")]
-    trainshort(folder, "train", *run("one/run"))
-    trainshort(folder, "train", *run("two/run"))
+    saved = [each.step for each in list_checkpoints(folder / "one" / "run")]
+    done(folder, "train", *run("one/run"))
+    done(folder, "train", *run("two/run"))
     before = states(folder)
-    again = trainshort(folder, "train", *run("one/run"))
+    again = done(folder, "train", *run("one/run"))
     after = states(folder)
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    report = trainshort(folder, "evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
-    exported = trainshort(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
-    generated = trainshort(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--json")
+    report = done(folder, "evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
+    exported = done(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
+    generated = done(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--json")
     return Job(folder, stopped, saved, report, exported, generated, again, changed)
 
 
@@ -152,10 +127,8 @@ def test_a_stopped_run_has_saved_the_last_step_that_it_finished(job: Job) -> Non
 def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None:
     broken, unbroken = metrics(job.broken), metrics(job.unbroken)
     assert [line["step"] for line in unbroken] == list(range(1, STEPS + 1))
-    assert [[line.get(key) for key in EXACT] for line in broken] == [
-        [line.get(key) for key in EXACT] for line in unbroken
-    ]
-    assert broken[: len(job.stopped)] == job.stopped, "a line that stood there has changed"
+    assert exact(job.broken) == exact(job.unbroken)
+    assert broken[: len(job.stopped)] == job.stopped, "a line from before the stop has changed"
     assert [line["step"] for line in broken if "validation_loss" in line] == [5, 10]
     one, two = open_checkpoint(job.broken), open_checkpoint(job.unbroken)
     assert (one.step, two.step) == (STEPS, STEPS)
@@ -164,8 +137,8 @@ def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None
 
 
 def test_a_finished_run_is_left_alone(job: Job) -> None:
-    assert job.again == f"one/run is trained to its last step, {STEPS}: raise train.steps to go on\n"
-    # every start of ranks writes config.yaml anew: none was started
+    assert job.again == f"one/run is trained to its last step, {STEPS}: raise train.steps to continue\n"
+    # Every start of ranks writes config.yaml again, so none was started.
     assert job.changed == set()
 
 
@@ -174,7 +147,7 @@ def test_the_model_has_learned(job: Job) -> None:
     assert losses[-1] < losses[0] - 1
 
 
-def test_evaluation_prints_its_report_and_leaves_it_in_the_run_folder(job: Job) -> None:
+def test_evaluation_prints_its_report_and_saves_it(job: Job) -> None:
     report = json.loads(job.report)
     assert report == json.loads((job.broken / "evaluation" / "report.json").read_text())
     assert report["train_length"] == LENGTH
@@ -183,7 +156,7 @@ def test_evaluation_prints_its_report_and_leaves_it_in_the_run_folder(job: Job) 
     assert report["checkpoint"] == str(job.broken / "checkpoints" / f"step_{STEPS:07d}")
     (plot,) = (job.broken / "evaluation").glob("*.png")
     assert matplotlib.image.imread(plot).std() > 0.01
-    # held-out text after so few steps: better than the first step, not by chance far better than the training text
+    # Held-out text after few steps: better than the first step, and not much better than the training text.
     losses = [line["loss"] for line in metrics(job.broken)]
     assert all(losses[-1] - 1 < result["loss"] < losses[0] for result in report["results"])
 
@@ -202,7 +175,7 @@ def test_the_exported_model_has_the_logits_of_the_trained_one(job: Job) -> None:
     torch.testing.assert_close(logits, load_single(open_checkpoint(job.broken)).logits(tokens), atol=1e-4, rtol=0)
 
 
-def test_generated_tokens_are_those_of_transformers_past_the_training_length(job: Job) -> None:
+def test_tokens_past_the_training_length_equal_transformers(job: Job) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = job.broken / "export" / "hf"
@@ -210,14 +183,14 @@ def test_generated_tokens_are_those_of_transformers_past_the_training_length(job
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     expected = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0]
-    found = json.loads(job.generated)
-    assert prompt.input_ids.shape[1] == found["prompt_tokens"] > LENGTH
-    assert found["token_ids"] == expected[prompt.input_ids.shape[1] :].tolist()
-    assert found["text"] == tokenizer.decode(expected, skip_special_tokens=True)
-    assert found["tokens"] == 40
+    generated = json.loads(job.generated)
+    assert prompt.input_ids.shape[1] == generated["prompt_tokens"] > LENGTH
+    assert generated["token_ids"] == expected[prompt.input_ids.shape[1] :].tolist()
+    assert generated["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert generated["tokens"] == 40
 
 
-def test_every_start_and_the_export_left_a_certificate(job: Job) -> None:
+def test_every_start_and_the_export_leave_a_certificate(job: Job) -> None:
     lines = [json.loads(line) for line in (job.broken / "certificates.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, job.saved[-1], STEPS]
     *starts, exported = lines
@@ -234,7 +207,7 @@ def test_every_start_and_the_export_left_a_certificate(job: Job) -> None:
             assert rank["recency"] > 0
 
 
-def test_mlflow_has_one_run_of_all_starts_with_the_evaluation(job: Job) -> None:
+def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
     with closing(sqlite3.connect(job.folder / "one" / "mlflow.db")) as database:
         runs = database.execute("select run_uuid, name, status from runs").fetchall()
         losses = database.execute("select step, value from metrics where key = 'loss' order by step").fetchall()
@@ -255,7 +228,7 @@ def test_mlflow_has_one_run_of_all_starts_with_the_evaluation(job: Job) -> None:
     }
 
 
-def test_nothing_lies_where_the_commands_were_typed_but_what_was_asked_for(job: Job) -> None:
+def test_the_commands_leave_only_the_files_asked_for(job: Job) -> None:
     assert sorted(os.listdir(job.folder)) == ["book.txt", "data", "first.log", "one", "two"]
     assert sorted(os.listdir(job.folder / "one")) == ["mlartifacts", "mlflow.db", "run"]
     assert sorted(os.listdir(job.broken)) == [

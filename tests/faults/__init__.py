@@ -1,1 +1,1 @@
-"""What kills, full disks and broken mounts do: `make test-faults`, as root on Linux."""
+"""Killed processes, full disks and broken mounts: `make test-faults`, as root on Linux."""

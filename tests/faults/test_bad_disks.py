@@ -10,33 +10,26 @@ from typing import Any
 import pytest
 
 from tests.support.data import write_book
-from tests.support.typed import metrics, run
+from tests.support.processes import metrics, run
+from tests.support.small_run import ONE_RANK, overrides_of
 from training.checkpoint.manifest import check_whole, list_checkpoints
 
 STEPS = 14
-SMALL = [
-    "model.layers=1",
-    "model.hidden=64",
-    "model.heads=2",
-    "parallel.tensor=1",
-    "parallel.pipeline=1",
-    "data.split=0",
-    "train.global_batch=4",
-    "train.micro_batch=4",
-    f"train.steps={STEPS}",
-    "train.warmup_steps=1",
-    "checkpoint.every=1",
-    "checkpoint.keep=100",
-    "evaluate.every=0",
-]
+LARGE_CHECKPOINTS = {
+    "model": {"layers": 1, "hidden": 64, "heads": 2},
+    "data": {"split": 0},
+    "train": {"global_batch": 4, "micro_batch": 4, "steps": STEPS, "warmup_steps": 1},
+    "checkpoint": {"every": 1, "keep": 100},
+    "evaluate": {"every": 0},
+}
 MEGABYTES = 9
 FITTING = 7  # checkpoints on the small disk, with half of one to spare
 
 
 def trainshort(command: str, folder: Path, run_dir: Path) -> "subprocess.CompletedProcess[str]":
-    # MLflow's database lies on another disk: it grows beside the first steps, and would decide what fits.
+    # MLflow's database is on another disk: it grows with the first steps, and would change how many checkpoints fit.
     places = (f"run.dir={run_dir}", f"track.uri=sqlite:///{folder}/mlflow.db")
-    return run(folder, command, *SMALL, *places, OMP_NUM_THREADS="1")
+    return run(folder, command, *overrides_of(ONE_RANK, LARGE_CHECKPOINTS), *places, OMP_NUM_THREADS="1")
 
 
 def mount(*options: str) -> None:
@@ -44,7 +37,7 @@ def mount(*options: str) -> None:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Return what the files of a folder take on a tmpfs, which gives out whole pages."""
+    """Return the space of a folder's files on a tmpfs, which allocates whole pages."""
     page = os.sysconf("SC_PAGE_SIZE")
     return sum(-(-path.stat().st_size // page) * page for path in folder.iterdir())
 
@@ -61,7 +54,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the commands are typed; the data are prepared."""
+    """The folder that commands run in; the data are prepared."""
     write_book(tmp_path)
     assert trainshort("prepare", tmp_path, tmp_path / "elsewhere").returncode == 0
     return tmp_path
@@ -72,7 +65,7 @@ def figures(run_dir: Path) -> list[list[Any]]:
 
 
 @pytest.mark.faults
-def test_a_full_disk_stops_saving_and_not_training_and_a_larger_one_goes_on(folder: Path, disk: Path) -> None:
+def test_a_full_disk_stops_saves_and_a_larger_one_resumes(folder: Path, disk: Path) -> None:
     unbroken, run_dir = folder / "unbroken", disk / "run"
     assert trainshort("train", folder, unbroken).returncode == 0
     mount("-o", f"remount,size={int((FITTING + 0.5) * disk_bytes(list_checkpoints(unbroken)[-1].path))}", str(disk))
@@ -83,11 +76,11 @@ def test_a_full_disk_stops_saving_and_not_training_and_a_larger_one_goes_on(fold
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: {run_dir}/checkpoints/step_{STEPS:07d} was not saved (No space left on device")
     assert "Traceback" not in done.stderr
-    saved = [check_whole(found.path).step for found in list_checkpoints(run_dir)]
+    saved = [check_whole(checkpoint.path).step for checkpoint in list_checkpoints(run_dir)]
     assert saved == list(range(1, FITTING + 1))
     unsaved = re.findall(r"NOT SAVED: \S+/step_(\d+) was not saved", done.stderr)
-    assert [*saved, *map(int, unsaved)] == list(range(1, STEPS + 1)), "each step is saved or said not to be"
-    # what lines the disk took are the unbroken run's
+    assert [*saved, *map(int, unsaved)] == list(range(1, STEPS + 1)), "each step is saved or reported as not saved"
+    # the lines that fit on the disk are those of the unbroken run
     lines = figures(run_dir)
     assert lines == figures(unbroken)[: len(lines)]
     assert len(lines) >= len(saved)
@@ -99,7 +92,7 @@ def test_a_full_disk_stops_saving_and_not_training_and_a_larger_one_goes_on(fold
 
 @pytest.mark.faults
 @pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
-def test_a_disk_that_cannot_be_written_is_said_in_one_line(folder: Path, disk: Path, begun: bool) -> None:
+def test_a_read_only_disk_is_reported_in_one_line(folder: Path, disk: Path, begun: bool) -> None:
     run_dir = disk / "run"
     if begun:
         (run_dir / "logs").mkdir(parents=True)

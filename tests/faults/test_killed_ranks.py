@@ -1,4 +1,4 @@
-"""A real job of four ranks: one is killed, then the launcher; started a second time beside. It ends as if unbroken."""
+"""A job of four ranks: a rank is killed, then the launcher; a second start is refused. It ends like an unbroken one."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.data import write_book
-from tests.support.typed import PATIENCE_SECONDS, command, environment, metrics, run
+from tests.support.processes import PATIENCE_SECONDS, command, environment, metrics, run
 
 STEPS, RANKS, ENDED_SECONDS = 60, 4, 45
 
@@ -22,11 +22,11 @@ def sets(run_dir: str) -> list[str]:
 
 def ranks_of(launcher: int) -> dict[int, int]:
     """Return the processes of a launcher's ranks, by rank."""
-    found = {}
+    ranks = {}
     for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        found.update({int(word[16:]): int(pid) for word in environment if word.startswith(b"TRAINSHORT_RANK=")})
-    return found
+        ranks.update({int(word[16:]): int(pid) for word in environment if word.startswith(b"TRAINSHORT_RANK=")})
+    return ranks
 
 
 def alive(pid: int) -> bool:
@@ -40,7 +40,7 @@ class Job:
     """A started training, in the middle of a step."""
 
     def __init__(self, folder: Path, *, after: int) -> None:
-        """Start it, and wait until it has taken some steps."""
+        """Start it and wait until it has taken some steps."""
         self.log = folder / "train.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -61,7 +61,7 @@ class Job:
 
 
 @pytest.mark.faults
-def test_a_job_whose_ranks_and_launcher_are_killed_ends_as_the_unbroken_one(tmp_path: Path) -> None:
+def test_a_job_with_killed_ranks_ends_like_an_unbroken_one(tmp_path: Path) -> None:
     write_book(tmp_path)
     assert run(tmp_path, "prepare", *sets("run")).returncode == 0
 

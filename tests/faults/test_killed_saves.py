@@ -1,4 +1,4 @@
-"""A process is killed at every file operation of a save, one after the other: a resume is the unbroken run."""
+"""A process is killed at each file operation of a save: a resumed run equals an unbroken one."""
 
 import json
 import os
@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.disk import CountedOs
+from tests.support.disk import counted_operations
 from tests.support.one_rank import STEPS, OneRank, one_rank
 from tests.support.ranks import ROOT
-from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
 
 BEFORE = 2
@@ -26,7 +25,7 @@ def figures(run_dir: Path) -> list[list[Any]]:
 
 
 def resumed(rank: OneRank, run_dir: Path, *, unbroken: Path) -> int:
-    """Train a run to its end, which must be that of the unbroken one; return the step that it went on from."""
+    """Train a run to its end, which must equal the unbroken one; return the step that it resumed from."""
     began = rank.start(run_dir).step
     assert figures(run_dir) == figures(unbroken), run_dir
     folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
@@ -35,7 +34,7 @@ def resumed(rank: OneRank, run_dir: Path, *, unbroken: Path) -> int:
 
 
 def kill_saves(home: Path, begun: Path, out: Path, *, steps: int, first: int) -> list[Path]:
-    """Return copies of a run folder in which a save was killed, one for each operation from the first on."""
+    """Return copies of a run folder in which a save was killed, one per operation, beginning with the first given."""
     out.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [str(home), str(begun), str(out), str(steps), str(first)]
@@ -46,7 +45,7 @@ def kill_saves(home: Path, begun: Path, out: Path, *, steps: int, first: int) ->
 
 
 @pytest.mark.faults
-def test_a_save_killed_at_any_file_operation_loses_that_save_alone(tmp_path: Path) -> None:
+def test_a_save_killed_at_any_operation_loses_only_that_save(tmp_path: Path) -> None:
     home, begun, unbroken = (tmp_path / name for name in ("home", "begun", "unbroken"))
     home.mkdir()
     with one_rank(home) as rank:
@@ -56,14 +55,14 @@ def test_a_save_killed_at_any_file_operation_loses_that_save_alone(tmp_path: Pat
         assert 50 < len(killed) < MOST_OPERATIONS
         newest: set[int] = set()
         for run_dir in killed:
-            saved = [check_whole(found.path).step for found in list_checkpoints(run_dir)]
+            saved = [check_whole(checkpoint.path).step for checkpoint in list_checkpoints(run_dir)]
             newest.add(saved[-1])
             assert resumed(rank, run_dir, unbroken=unbroken) == saved[-1], run_dir
     assert newest == {BEFORE, BEFORE + 1}
 
 
 @pytest.mark.faults
-def test_a_step_saved_again_and_killed_while_it_replaces_the_broken_one_loses_nothing_else(tmp_path: Path) -> None:
+def test_a_replacement_killed_at_any_operation_loses_only_itself(tmp_path: Path) -> None:
     home, begun, unbroken = (tmp_path / name for name in ("home", "begun", "unbroken"))
     home.mkdir()
     with one_rank(home) as rank:
@@ -73,12 +72,11 @@ def test_a_step_saved_again_and_killed_while_it_replaces_the_broken_one_loses_no
         weights = next(broken.glob("*.weight.safetensors"))
         weights.write_bytes(weights.read_bytes()[:-1] + b"!")
         shutil.copytree(begun, tmp_path / "counted")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(disk, "os", counted := CountedOs())
+        with counted_operations() as names:
             rank.start(tmp_path / "counted", steps=BEFORE)
-        # Up to the first renaming it is a save like any other.
-        first = counted.names.index("rename") + 1
+        # Until the first rename it is a save like any other.
+        first = names.index("rename") + 1
         killed = kill_saves(home, begun, tmp_path / "out", steps=BEFORE, first=first)
-        assert len(killed) == len(counted.names) - first + 1
+        assert len(killed) == len(names) - first + 1
         for run_dir in killed:
             assert resumed(rank, run_dir, unbroken=unbroken) in (BEFORE - 1, BEFORE), run_dir

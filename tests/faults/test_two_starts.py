@@ -1,4 +1,4 @@
-"""Two starts of one run that both live, and starts in other layouts: one run comes out."""
+"""Two live starts of one run, and starts in other layouts: the result is that of one unbroken run."""
 
 import json
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.data import write_book
-from tests.support.typed import PATIENCE_SECONDS, command, environment, metrics, run
+from tests.support.processes import PATIENCE_SECONDS, command, environment, metrics, run
 from training.checkpoint.manifest import check_whole, list_checkpoints
 
 STEPS = 24
@@ -59,15 +59,15 @@ def wait_until(true: Callable[[], bool], what: Callable[[], str]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the commands are typed; the data are prepared."""
+    """The folder that commands run in; the data are prepared."""
     write_book(tmp_path)
     run_well(tmp_path, "prepare", "run")
     return tmp_path
 
 
 @pytest.mark.faults
-def test_a_start_that_was_taken_for_dead_ends_itself_and_leaves_one_run(folder: Path) -> None:
-    """The older start stands still in its fifth step, the newer one takes over, and the older one wakes up."""
+def test_a_superseded_start_ends_itself_and_leaves_one_run(folder: Path) -> None:
+    """The older start is suspended in its fifth step, the newer one takes over, and the older one resumes."""
     older = start(folder, "run", "older")
     try:
         wait_until(lambda: len(metrics(folder / "run")) >= 5, (folder / "older.log").read_text)
@@ -88,22 +88,22 @@ def test_a_start_that_was_taken_for_dead_ends_itself_and_leaves_one_run(folder: 
         assert older.wait(timeout=PATIENCE_SECONDS) == 3, (folder / "older.log").read_text()
     finally:
         older.kill()
-    said = (folder / "older.log").read_text()
-    assert "run was started again on " in said
-    assert "this older start (1-" in said
-    assert "Traceback" not in said
+    log = (folder / "older.log").read_text()
+    assert "run was started again on " in log
+    assert "this older start (1-" in log
+    assert "Traceback" not in log
     run_well(folder, "train", "unbroken", f"train.steps={STEPS}", *ONE_RANK)
     for key in (*EXACT, *MEASURED):
         assert [line.get(key) for line in metrics(folder / "run")] == [
             line.get(key) for line in metrics(folder / "unbroken")
         ], key
-    saved = [check_whole(found.path).step for found in list_checkpoints(folder / "run")]
+    saved = [check_whole(checkpoint.path).step for checkpoint in list_checkpoints(folder / "run")]
     assert set(saved) >= set(range(2, STEPS + 1, 2))
     assert [path.name for path in (folder / "run" / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.faults
-def test_a_run_goes_on_in_any_layout_as_if_nothing_had_changed(folder: Path) -> None:
+def test_a_run_resumes_in_any_layout_as_if_nothing_changed(folder: Path) -> None:
     """Schedule, order of samples, validation and metrics through the command line, each start in another layout."""
     layouts = [
         ("parallel.tensor=2", "parallel.pipeline=2", "parallel.zero=1"),

@@ -9,15 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.backends import BACKENDS, EVERY_POSITION, unavailable, unsupported
+from configs.backends import BACKENDS, unavailable, unsupported
+from configs.positions import POSITIONS
+from configs.precisions import PRECISIONS
 from configs.schema import Model
 from parallel.groups import lone_groups
 from tests.support.models import LAYERS, VOCABULARY, make_decoder, make_wandering_decoder
 from training.generation import Sampling, continue_tokens
-from training.model.alibi import slopes
-from training.model.attention import MAKERS, Reference
-from training.model.bias import SlopeBias
-from training.model.proof.attention_weights import ROW_TOLERANCE
+from training.model.attention import KERNELS
+from training.model.kernels.reference import Reference
+from training.model.positions.alibi import slopes
+from training.model.positions.bias import SlopeBias
+from training.model.proof.attention_weights import dtype_of
 from training.model.proof.audit import audit
 from training.model.proof.certificate import certify
 from training.model.single import SingleModel
@@ -25,6 +28,7 @@ from training.preflight import installed_packages
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
+LIMITS = {dtype_of(name): row.row_tolerance for name, row in PRECISIONS.items() if row.available}
 
 
 # Those of the table that this machine can run: flash-attn is an extra, and has no fp32.
@@ -49,7 +53,7 @@ def test_a_backend_equals_the_reference_with_gradients(
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in exact)
     weight = torch.randn(1, 16, length, 128, device="cuda", dtype=torch.float64)
     expected = Reference(SlopeBias(strip.local_slopes))(*exact)
-    found = MAKERS[backend](strip)(q, k, v)
+    found = KERNELS[backend](strip)(q, k, v)
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
     (expected * weight).sum().backward()
     (found.double() * weight).sum().backward()
@@ -64,11 +68,11 @@ def test_a_backend_equals_the_reference_with_gradients(
 @pytest.mark.parametrize(("backend", "dtype"), [case[:2] for case in CASES])
 def test_rows_are_within_the_limit(backend: str, dtype: torch.dtype, heads: int, length: int) -> None:
     found = audit(backend, heads=heads, head_dim=128, length=length, dtype=dtype, device=CUDA)
-    assert found.worst.measured.worst <= ROW_TOLERANCE[dtype], found.worst
+    assert found.worst.measured.worst <= LIMITS[dtype], found.worst
 
 
 @pytest.mark.parametrize("length", [256, 300])
-@pytest.mark.parametrize("position", EVERY_POSITION)
+@pytest.mark.parametrize("position", POSITIONS)
 def test_a_step_of_every_position_method_equals_the_cpus(position: str, length: int) -> None:
     tokens = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(0))
     found = []
@@ -81,13 +85,14 @@ def test_a_step_of_every_position_method_equals_the_cpus(position: str, length: 
         torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("position", EVERY_POSITION)
-def test_every_position_method_is_certified(position: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_every_position_method_is_certified(position: str, precision: str) -> None:
     decoder = make_decoder(8, head_dim=64, position=position).to(CUDA)
-    model = Model(layers=LAYERS, hidden=512, heads=8, position=position)  # type: ignore[arg-type]
-    (found,) = certify(decoder, model, groups=lone_groups(), dtype=dtype, device=CUDA)
-    assert (found.device, found.error <= ROW_TOLERANCE[dtype]) == ("cuda", True), found
+    model = Model(layers=LAYERS, hidden=512, heads=8, position=position)
+    (found,) = certify(decoder, model, groups=lone_groups(), precision=precision, device=CUDA)
+    limit = PRECISIONS[precision].row_tolerance
+    assert (found.device, found.error <= limit) == ("cuda", True), found
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [case[:2] for case in CASES if case[0] != "reference"])
@@ -95,7 +100,7 @@ def test_every_position_method_is_certified(position: str, dtype: torch.dtype) -
 def test_twice_the_length_takes_twice_the_memory(backend: str, dtype: torch.dtype, length: int) -> None:
     peaks = []
     for keys in (length, 2 * length):
-        attend = MAKERS[backend](SlopeBias(torch.tensor(slopes(16), dtype=torch.float64)))
+        attend = KERNELS[backend](SlopeBias(torch.tensor(slopes(16), dtype=torch.float64)))
         q, k, v = (torch.randn(1, 16, keys, 128, device=CUDA, dtype=dtype, requires_grad=True) for _ in range(3))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -104,7 +109,7 @@ def test_twice_the_length_takes_twice_the_memory(backend: str, dtype: torch.dtyp
     assert peaks[1] < 2.5 * peaks[0], peaks
 
 
-@pytest.mark.parametrize("position", EVERY_POSITION)
+@pytest.mark.parametrize("position", POSITIONS)
 def test_greedy_tokens_are_those_of_the_cpu(position: str) -> None:
     prompt = torch.randint(3, VOCABULARY, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     found = []

@@ -22,17 +22,14 @@ class Mutant:
     caught_by: str
 
 
-ALIBI, ATTENTION = "training/model/alibi.py", "training/model/attention.py"
+ALIBI, ATTENTION = "training/model/positions/alibi.py", "training/model/attention.py"
 DECODER, CERTIFICATE = "training/model/decoder.py", "training/model/proof/certificate.py"
 BY_FORMULA = "tests/unit/test_model_alibi.py::test_both_backends_equal_the_formula_in_fp64"
 BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join_to_the_whole"
 BY_BIAS = "tests/unit/test_model_alibi.py::test_bias_is_minus_slope_times_distance_and_nothing_ahead"
 BY_LENGTH = "tests/unit/test_model_alibi.py::test_bias_is_exact_at_distances_past_65536"
 BY_CACHE = "tests/unit/test_model_properties.py::test_token_by_token_past_a_query_block_equals_the_whole"
-BY_GREEDY = (
-    "tests/unit/test_generation.py"
-    "::test_greedy_tokens_are_transformers_past_the_training_length_and_many_different_ones"
-)
+BY_GREEDY = "tests/unit/test_generation.py::test_greedy_tokens_past_train_length_match_transformers"
 BY_FLEX = "tests/unit/test_model_backends.py::test_flex_on_the_cpu_equals_the_reference[5-40-alibi]"
 REFUSED = "tests/unit/test_model_certificate.py"
 
@@ -144,7 +141,7 @@ MUTANTS = (
     ),
     Mutant(
         "t5: far buckets off by one",
-        "training/model/t5.py",
+        "training/model/positions/t5.py",
         "far = exact + (",
         "far = exact + 1 + (",
         "tests/unit/test_model_t5.py::test_buckets_of_distances_to_5000_equal_transformers",

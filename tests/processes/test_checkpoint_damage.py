@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged or made to harm: named in one line, passed over, never loaded, never deleted."""
+"""Damaged and malicious checkpoints: named in one line, skipped, never loaded, never deleted."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,15 @@ def trained(rank: OneRank, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(trained: Path, folder: Path) -> Path:
-    """A copy of a run folder with two checkpoints, in the folder where commands are typed."""
-    shutil.copytree(trained, folder / "run")
-    return folder / "run"
+    """A copy of a run folder with two checkpoints, in the current folder."""
+    return copy_again(trained, folder / "run")
+
+
+def copy_again(trained: Path, run_dir: Path) -> Path:
+    """Replace a run folder by a copy of the trained one."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    shutil.copytree(trained, run_dir)
+    return run_dir
 
 
 def newest(run_dir: Path) -> Path:
@@ -57,25 +64,27 @@ def flip(path: Path, *, at: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("at", [0, -1], ids=["first", "last"])
-@pytest.mark.parametrize("name", FILES)
-def test_one_flipped_byte_is_seen_and_the_checkpoint_passed_over(
-    rank: OneRank, run_dir: Path, trainshort: Call, caplog: pytest.LogCaptureFixture, name: str, at: int
+def test_a_flipped_byte_in_any_file_is_seen_and_skipped(
+    rank: OneRank, trained: Path, folder: Path, trainshort: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flip(newest(run_dir) / name, at=at)
-    answer = trainshort("checkpoint", "verify", "run", "--json")
-    assert answer.code == 2
-    older, found = json.loads(answer.out)
-    assert (older["whole"], found["whole"]) == (True, False)
-    (problem,) = found["problems"]
-    assert f"{newest(run_dir)}" in problem
-    assert name in problem
-    before = contents(newest(run_dir))
-    assert rank.start(run_dir, "checkpoint.every=4", steps=4).step == 2
-    assert list_checkpoints(run_dir)[-1].step == 4
-    assert f"{newest(run_dir)}" in caplog.text
-    assert "trying the one before" in caplog.text
-    assert contents(newest(run_dir)) == before, "a broken checkpoint was touched"
+    for name, at in product(FILES, (0, -1)):
+        case = f"byte {at} of {name}"
+        caplog.clear()
+        run_dir = copy_again(trained, folder / "run")
+        flip(newest(run_dir) / name, at=at)
+        answer = trainshort("checkpoint", "verify", "run", "--json")
+        assert answer.code == 2, case
+        older, newer = json.loads(answer.out)
+        assert (older["whole"], newer["whole"]) == (True, False), case
+        assert len(newer["problems"]) == 1, case
+        assert f"{newest(run_dir)}" in newer["problems"][0], case
+        assert name in newer["problems"][0], case
+        before = contents(newest(run_dir))
+        assert rank.start(run_dir, "checkpoint.every=4", steps=4).step == 2, case
+        assert list_checkpoints(run_dir)[-1].step == 4, case
+        assert f"{newest(run_dir)}" in caplog.text, case
+        assert "trying the one before" in caplog.text, case
+        assert contents(newest(run_dir)) == before, f"{case}: a broken checkpoint was touched"
 
 
 def test_a_flip_of_any_byte_of_the_manifest_is_seen(run_dir: Path) -> None:
@@ -93,11 +102,11 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(run_dir: Path, t
     newest(run_dir).rename(newest(run_dir).with_name("step_0000004"))
     answer = trainshort("export", "run/checkpoints/step_0000004", "--format", "hf", "--out", "out")
     assert (answer.code, answer.error.count("\n")) == (2, 1)
-    assert "step_0000004 holds step 3, not that of its name: name it as it was" in answer.error
+    assert "step_0000004 holds step 3, not the step of its name: rename it to step_0000003" in answer.error
 
 
-def test_what_a_link_leads_to_is_never_removed(rank: OneRank, run_dir: Path, tmp_path: Path) -> None:
-    """An unfinished folder, and a checkpoint past those kept, that lie elsewhere."""
+def test_the_target_of_a_link_is_never_removed(rank: OneRank, run_dir: Path, tmp_path: Path) -> None:
+    """An unfinished checkpoint, and one that no rule keeps, are links to folders elsewhere."""
     archive, precious = tmp_path / "archive", tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis").touch()
@@ -109,11 +118,11 @@ def test_what_a_link_leads_to_is_never_removed(rank: OneRank, run_dir: Path, tmp
     rank.start(run_dir, "checkpoint.keep=1")
     assert (precious / "thesis").exists()
     assert contents(archive) == before
-    assert not (checkpoints / ".step_0000009.1-abcdabcd").is_symlink(), "the link itself is cleared away"
-    assert [found.step for found in list_checkpoints(run_dir)] == [2, STEPS]
+    assert not (checkpoints / ".step_0000009.1-abcdabcd").is_symlink(), "the link itself is removed"
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [2, STEPS]
 
 
-def test_verify_names_every_broken_file_and_a_whole_run_is_exit_0(run_dir: Path, trainshort: Call) -> None:
+def test_verify_names_broken_files_and_exits_0_without_any(run_dir: Path, trainshort: Call) -> None:
     answer = trainshort("checkpoint", "verify", "run")
     assert (answer.code, answer.error) == (0, "")
     assert [line.split()[0] for line in answer.out.splitlines()] == ["whole", "whole"]
@@ -133,43 +142,46 @@ def test_verify_names_every_broken_file_and_a_whole_run_is_exit_0(run_dir: Path,
 def test_list_shows_steps_sizes_and_what_is_broken(run_dir: Path, trainshort: Call) -> None:
     shown = trainshort("checkpoint", "list", "run").out
     assert [line.split()[0] for line in shown.splitlines() if "step_" in line] == ["2", "3"]
-    (found,) = json.loads(trainshort("checkpoint", "list", f"run/checkpoints/{BEFORE}", "--json").out)
-    assert (found["step"], found["tensor"], found["pipeline"], found["validation_loss"]) == (2, 1, 1, None)
-    assert found["bytes"] > 3 * 4 * 400 * 16
-    assert 5 < found["probe_loss"] < 7
+    (listed,) = json.loads(trainshort("checkpoint", "list", f"run/checkpoints/{BEFORE}", "--json").out)
+    assert (listed["step"], listed["tensor"], listed["pipeline"], listed["validation_loss"]) == (2, 1, 1, None)
+    assert listed["bytes"] > 3 * 4 * 400 * 16
+    assert 5 < listed["probe_loss"] < 7
     (newest(run_dir) / "manifest.json").write_text("{")
     shown = trainshort("checkpoint", "list", "run").out
     assert "broken" in shown
     assert f"checkpoint run/checkpoints/{NEWEST} has a broken manifest.json (" in shown
 
 
-def test_verify_and_list_do_without_torch(run_dir: Path) -> None:
-    code = "import sys\nfrom launch.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+def test_list_verify_and_reshape_import_no_torch(run_dir: Path) -> None:
+    code = "import sys\nfrom trainshort import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules)"
-    for command in ("verify", "list"):
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", code, "checkpoint", command, str(run_dir)], capture_output=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+    for command in (["verify"], ["list"], ["reshape", "--dry-run"]):
+        arguments = ["checkpoint", *command, str(run_dir)]
+        done = subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
+        assert done.stdout, command
 
 
-@pytest.mark.parametrize("name", FILES[:-1])
-@pytest.mark.parametrize("how", ["truncated", "missing"])
-def test_a_truncated_or_missing_file_is_seen_without_reading(
-    rank: OneRank, run_dir: Path, trainshort: Call, caplog: pytest.LogCaptureFixture, name: str, how: str
+def test_any_truncated_or_missing_file_is_seen_without_reading(
+    rank: OneRank, trained: Path, folder: Path, trainshort: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = newest(run_dir) / name
-    if how == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-1])
-    (found,) = [each for each in json.loads(trainshort("checkpoint", "list", "run", "--json").out) if not each["whole"]]
-    assert f"{NEWEST}/{name} " in found["problems"][0]
-    assert rank.start(run_dir, steps=2).step == 2
-    assert str(path) in caplog.text
+    for name, how in product(FILES[:-1], ("truncated", "missing")):
+        case = f"{name} is {how}"
+        caplog.clear()
+        run_dir = copy_again(trained, folder / "run")
+        path = newest(run_dir) / name
+        if how == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-1])
+        listed = json.loads(trainshort("checkpoint", "list", "run", "--json").out)
+        assert [each["whole"] for each in listed] == [True, False], case
+        assert f"{NEWEST}/{name} " in listed[1]["problems"][0], case
+        assert rank.start(run_dir, steps=2).step == 2, case
+        assert str(path) in caplog.text, case
 
 
-def test_broken_checkpoints_are_not_counted_among_those_kept_and_the_last_whole_one_stays(
+def test_retention_ignores_broken_checkpoints(
     rank: OneRank, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = tmp_path / "run"
@@ -177,11 +189,11 @@ def test_broken_checkpoints_are_not_counted_among_those_kept_and_the_last_whole_
     flip(newest(run_dir) / FILES[3], at=-1)
     # The steps saved from now on are others than the broken one's.
     rank.start(run_dir, "checkpoint.keep=1", "checkpoint.every=4", steps=4)
-    assert [found.step for found in list_checkpoints(run_dir)] == [3, 4]
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [3, 4]
     assert "was altered" in caplog.text
 
 
-def test_an_evaluation_passes_over_altered_weights_but_needs_no_moments(run_dir: Path) -> None:
+def test_an_evaluation_skips_altered_weights_but_not_moments(run_dir: Path) -> None:
     flip(newest(run_dir) / FILES[3], at=-1)
     assert open_checkpoint(run_dir).path == newest(run_dir)
     flip(newest(run_dir) / FILES[2], at=-1)
@@ -190,24 +202,22 @@ def test_an_evaluation_passes_over_altered_weights_but_needs_no_moments(run_dir:
         open_checkpoint(newest(run_dir))
 
 
-def test_a_checkpoint_that_lost_its_manifest_is_named_and_a_lone_one_refused(
+def test_a_checkpoint_without_a_manifest_is_named_and_refused(
     rank: OneRank, run_dir: Path, trainshort: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
     (newest(run_dir) / "manifest.json").unlink()
-    assert [each["whole"] for each in json.loads(trainshort("checkpoint", "list", "run", "--json").out)] == [
-        True,
-        False,
-    ]
+    listed = json.loads(trainshort("checkpoint", "list", "run", "--json").out)
+    assert [each["whole"] for each in listed] == [True, False]
     shutil.rmtree(run_dir / "checkpoints" / BEFORE)
     with pytest.raises(InputError, match="it has no manifest.json"):
         rank.start(run_dir)
     assert newest(run_dir).is_dir()
-    (found,) = json.loads(trainshort("checkpoint", "list", f"run/checkpoints/{NEWEST}", "--json").out)
-    assert "it has no manifest.json" in found["problems"][0]
+    (listed,) = json.loads(trainshort("checkpoint", "list", f"run/checkpoints/{NEWEST}", "--json").out)
+    assert "it has no manifest.json" in listed["problems"][0]
 
 
 def replace(folder: Path, name: str, content: bytes) -> None:
-    """Replace a file and let the manifest vouch for it, as who means harm would."""
+    """Replace a file and put its size and hash into the manifest, as an attacker would."""
     (folder / name).write_bytes(content)
     entry = describe_file(folder / name)
     edit_manifest(folder, lambda manifest: manifest["files"].update({name: vars(entry)}))
@@ -321,25 +331,24 @@ def test_a_malicious_checkpoint_is_refused_in_one_line(run_dir: Path, trainshort
     message = answer.error.splitlines()[0] if name == "a bomb of YAML" else answer.error
     assert len(answer.error) < 4000
     assert expected in answer.error, message
-    if name != "a bomb of YAML":  # one line a key
+    if name != "a bomb of YAML":  # which has one line per key
         assert len(answer.error.splitlines()) == 1
     assert {path: path.stat().st_size for path in Path.cwd().rglob("*") if path.is_file()} == before
     assert not Path("harmed").exists()
 
 
-def test_a_format_that_was_replaced_is_seen_by_verify_though_its_hash_is_right(run_dir: Path, trainshort: Call) -> None:
+def test_verify_sees_a_wrong_format_behind_a_right_hash(run_dir: Path, trainshort: Call) -> None:
     pickled_weights(newest(run_dir))
     answer = trainshort("checkpoint", "verify", f"run/checkpoints/{NEWEST}")
     assert answer.code == 2
     assert "stage_00_tensor_00.weight.safetensors is no file of tensors" in answer.out
 
 
-def test_reshape_lists_every_tensors_rule_and_says_that_nothing_has_to_be_done(run_dir: Path, trainshort: Call) -> None:
+def test_reshape_lists_the_rule_of_every_tensor(run_dir: Path, trainshort: Call) -> None:
     assert trainshort("checkpoint", "reshape", "run").out.startswith("nothing has to be done: a run resumes from any")
     before = contents(run_dir)
     arguments = ("checkpoint", "reshape", "run", "--dry-run", "--set", "parallel.tensor=2", "--json")
-    found = json.loads(trainshort(*arguments).out)
-    rules = {cut["name"]: cut for cut in found["cuts"]}
+    rules = {cut["name"]: cut for cut in json.loads(trainshort(*arguments).out)["cuts"]}
     manifest = json.loads((newest(run_dir) / "manifest.json").read_text())
     assert rules.keys() == manifest["tensors"].keys()
     word = rules["embedding.word.weight"]

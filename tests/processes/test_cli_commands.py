@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, its exit codes, how long it takes to start."""
+"""The command line in its own process: output, exit codes, start-up time."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-SOON = 0.7
+MAX_SECONDS = 0.7
 
 
 def trainshort(*arguments: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -31,13 +31,22 @@ def run_file(folder: Path, values: dict[str, Any]) -> str:
     return "small.yaml"
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("check", "alibi-1b3"), ("slurm", "alibi-1b3", "--nodes", "4")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("check", "alibi-1b3"),
+        ("slurm", "alibi-1b3", "--nodes", "4"),
+        ("checkpoint", "list", "."),
+        ("checkpoint", "reshape", "."),
+    ],
+)
 def test_login_node_commands_start_fast_and_without_torch(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    taken = []
+    seconds = []
     for _ in range(3):
-        began = time.monotonic()
+        started = time.monotonic()
         done = trainshort(*arguments, folder=tmp_path)
-        taken.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - started)
         assert done.returncode == 0, done.stderr
     code = (
         "import sys, trainshort\n"
@@ -50,8 +59,8 @@ def test_login_node_commands_start_fast_and_without_torch(arguments: tuple[str, 
         [sys.executable, "-P", "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert wrapped.stderr == "[]"
-    # The least of three: what else the machine does meanwhile is not ours.
-    assert min(taken) < SOON
+    # The fastest of three, because the machine may be busy with other things.
+    assert min(seconds) < MAX_SECONDS
 
 
 def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
@@ -62,7 +71,7 @@ def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
     ]
 
 
-def test_check_tells_what_the_run_is(tmp_path: Path) -> None:
+def test_check_summarizes_the_run(tmp_path: Path) -> None:
     done = trainshort("check", "alibi-1b3", folder=tmp_path)
     assert done.returncode == 0
     assert done.stderr == ""
@@ -72,9 +81,9 @@ def test_check_tells_what_the_run_is(tmp_path: Path) -> None:
 
 def test_check_prints_one_json_document(tmp_path: Path) -> None:
     done = trainshort("check", "demo", "--json", "--set", "run.dir=here", folder=tmp_path)
-    found = json.loads(done.stdout)
-    assert found["parameters"] > 1_000_000
-    assert (found["dir"], found["data"]) == ("here", "here/data")
+    summary = json.loads(done.stdout)
+    assert summary["parameters"] > 1_000_000
+    assert (summary["dir"], summary["data"]) == ("here", "here/data")
 
 
 def test_a_wrong_run_is_one_message_and_exit_2(tmp_path: Path, run_values: dict[str, Any]) -> None:
@@ -89,16 +98,6 @@ def test_a_wrong_run_is_one_message_and_exit_2(tmp_path: Path, run_values: dict[
         "  parallel.tensor must divide model.heads (5), got 2: use 1 or 5",
         "  train.micro_batch must divide train.global_batch (8), got 3: use 1, 2, 4 or 8",
     ]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [("check",), ("chekc", "demo"), ("train", "demo", "--ranks", "0"), ("train", "demo", "--ranks", "two"), ("slurm",)],
-)
-def test_a_wrong_usage_is_exit_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    done = trainshort(*arguments, folder=tmp_path)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
 
 
 def one_line(done: "subprocess.CompletedProcess[str]", code: int = 2) -> str:
@@ -135,7 +134,7 @@ def test_ranks_inside_a_job_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     missing = "checkpoint run does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     assert one_line(trainshort("checkpoint", "list", "run", folder=tmp_path)) == (
@@ -146,20 +145,13 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert one_line(trainshort("evaluate", "run", folder=tmp_path)) == missing
     assert one_line(trainshort("evaluate", "new", folder=tmp_path)) == "new has no checkpoint yet: train it first"
     assert one_line(trainshort("export", "run", "--format", "hf", "--out", "x", folder=tmp_path)) == missing
-    (tmp_path / "begun" / "logs").mkdir(parents=True)  # of a start that did not get as far as a checkpoint
+    (tmp_path / "begun" / "logs").mkdir(parents=True)  # a start that ended before its first checkpoint
     assert one_line(trainshort("checkpoint", "verify", "begun", folder=tmp_path)) == (
         "begun has no checkpoint yet: train it first"
     )
 
 
-@pytest.mark.parametrize("lengths", ["", "12,", "1", "1k", "64;128", "-5", "1.5"])
-def test_lengths_that_are_no_lengths_are_refused(lengths: str, tmp_path: Path) -> None:
-    assert one_line(trainshort("evaluate", "run", f"--lengths={lengths}", folder=tmp_path)) == (
-        f"--lengths must be whole numbers from 2 with commas between, got {lengths!r}: write 1024,2048"
-    )
-
-
-def test_slurm_prints_scripts_with_the_users_overrides(tmp_path: Path) -> None:
+def test_slurm_prints_scripts_with_the_overrides(tmp_path: Path) -> None:
     done = trainshort("slurm", "demo", "--nodes", "2", "--set", "run.name=two words", folder=tmp_path)
     assert one_line(done).startswith("demo: run.name: string should match pattern")
     done = trainshort("slurm", "demo", "--nodes", "2", "--set", "track.experiment=two words", folder=tmp_path)
@@ -177,7 +169,7 @@ def test_slurm_refuses_ranks_that_do_not_fit(tmp_path: Path) -> None:
     assert "#SBATCH --nodes=6\n" in trainshort("slurm", "bloom-176b", folder=tmp_path).stdout
 
 
-def test_submit_without_slurm_is_the_machines_fault(tmp_path: Path) -> None:
+def test_submit_without_slurm_is_a_machine_error(tmp_path: Path) -> None:
     done = trainshort("slurm", "demo", "--submit", folder=tmp_path, PATH=str(tmp_path))
     assert one_line(done, code=3).startswith("sbatch is not on this machine")
 
@@ -193,14 +185,14 @@ def test_a_foreign_package_is_named_and_not_imported(tmp_path: Path, regular: bo
     assert message.endswith(f": take {foreign.parent} out of PYTHONPATH, or rename training there")
 
 
-def test_a_folder_of_the_same_name_where_one_works_does_no_harm(tmp_path: Path) -> None:
+def test_a_package_in_the_working_directory_does_no_harm(tmp_path: Path) -> None:
     for name in ("training", "configs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported')")
     assert trainshort("check", "demo", folder=tmp_path).returncode == 0
 
 
-def test_a_fault_of_ours_shows_its_traceback_and_is_exit_1(tmp_path: Path) -> None:
+def test_a_bug_shows_its_traceback_and_is_exit_1(tmp_path: Path) -> None:
     code = "import configs.load, trainshort\ndef broken(*a, **k): raise RuntimeError('ours')\n"
     code += "configs.load.load_run = broken\ntrainshort.main()"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Prepared data is the text, whole or not at all, done once, and never of other inputs than asked for."""
+"""Prepared data is the text, complete or absent, prepared once, and never from other inputs than the run file's."""
 
 import gzip
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def load(data: Data, folder: Path) -> Prepared:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Path]:
-    """A prepared book; copied, not changed, by the tests."""
+    """A prepared book, which tests copy and do not change."""
     folder = tmp_path_factory.mktemp("whole")
     data = small_data(write_book(folder))
     prepared_from(data, folder / "data")
@@ -81,10 +82,9 @@ def test_sources_without_weights_share_a_part_and_documents_end(tmp_path: Path) 
     assert part.documents == 5
     dataset = IndexedDataset(str(tmp_path / "data" / part.prefix))
     tokenizer = Tokenizer.load(tmp_path / "data" / "tokenizer.model")
-    marks = dataset.document_indices
-    found = [np.concatenate(dataset[a:b]) for a, b in zip(marks[:-1], marks[1:], strict=True)]
-    assert [tokenizer.decode(tokens) for tokens in found] == [BOOK, "tail", BOOK[0::3], BOOK[1::3], BOOK[2::3]]
-    assert all((tokens == 2).nonzero()[0].tolist() == [len(tokens) - 1] for tokens in found)
+    documents = [np.concatenate(dataset[a:b]) for a, b in pairwise(dataset.document_indices)]
+    assert [tokenizer.decode(tokens) for tokens in documents] == [BOOK, "tail", BOOK[0::3], BOOK[1::3], BOOK[2::3]]
+    assert all((tokens == 2).nonzero()[0].tolist() == [len(tokens) - 1] for tokens in documents)
 
 
 def test_done_work_is_not_done_again_and_needs_no_torch(copy: tuple[Data, Path]) -> None:
@@ -129,7 +129,7 @@ def test_a_source_that_changed_is_named(tmp_path: Path) -> None:
     assert f"{book} changed (modified since)" in refused(data, tmp_path / "data")
     book.write_text("shorter")
     assert f"{book} changed ({len(BOOK.encode())} bytes then, 7 now)" in refused(data, tmp_path / "data")
-    # the data is whole without its source
+    # prepared data can be used without its source
     book.unlink()
     assert load(data, tmp_path / "data").tokens > 1000
 
@@ -143,15 +143,16 @@ def test_data_that_is_not_prepared_says_so(whole: tuple[Data, Path], tmp_path: P
     assert "is a file" in refused(data, tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("name", ["part-000.bin", "part-000.idx"])
-def test_truncated_and_missing_files_are_refused(copy: tuple[Data, Path], name: str) -> None:
+def test_truncated_and_missing_files_are_refused(copy: tuple[Data, Path]) -> None:
     data, folder = copy
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[:-2])
-    for by in (load, prepared_from):
-        assert f"{name} has {len(content) - 2} bytes, {len(content)} were written" in refused(data, folder, by=by)
-    (folder / name).unlink()
-    assert f"{name} is missing" in refused(data, folder, by=load)
+    for name in ("part-000.bin", "part-000.idx"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-2])
+        for by in (load, prepared_from):
+            assert f"{name} has {len(content) - 2} bytes, {len(content)} were written" in refused(data, folder, by=by)
+        (folder / name).unlink()
+        assert f"{name} is missing" in refused(data, folder, by=load)
+        (folder / name).write_bytes(content)
 
 
 def test_a_changed_tokenizer_or_manifest_is_refused(copy: tuple[Data, Path]) -> None:
@@ -165,7 +166,7 @@ def test_a_changed_tokenizer_or_manifest_is_refused(copy: tuple[Data, Path]) -> 
     assert "cannot be read" in refused(data, folder, by=load)
 
 
-def test_an_interrupted_prepare_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
+def test_an_interrupted_prepare_does_not_count_as_prepared(tmp_path: Path) -> None:
     first, second = write_book(tmp_path, "first.txt"), tmp_path / "second.txt"
     second.write_bytes(BOOK.encode() * 2 + b"\xff")
     tokenizer = train(tmp_path)
@@ -180,14 +181,14 @@ def test_an_interrupted_prepare_leaves_nothing_that_is_taken_for_whole(tmp_path:
         "tokenizer.model",
     ]
     assert "is not prepared" in refused(data, tmp_path / "data", by=load)
-    # mended: the inputs changed, all is made anew; with the same inputs the first part would be kept
+    # the fixed file is another input, so everything is prepared again; with the same inputs the first part is kept
     second.write_text(BOOK * 2)
     prepared = prepared_from(data, tmp_path / "data")
     assert [part.weight for part in prepared.parts] == [1.0, 3.0]
     assert not list((tmp_path / "data").glob("*.json.tmp"))
 
 
-def test_a_part_that_was_done_is_kept(tmp_path: Path) -> None:
+def test_a_finished_part_is_kept(tmp_path: Path) -> None:
     book = write_book(tmp_path)
     data = small_data((book, 1.0))
     folder = tmp_path / "data"
@@ -222,20 +223,20 @@ def test_two_prepares_at_once_wait_for_each_other(copy: tuple[Data, Path]) -> No
     assert done
 
 
-def test_a_folder_that_cannot_be_written_is_the_machines_fault(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_machine_error(tmp_path: Path) -> None:
     data = small_data(write_book(tmp_path))
     with pytest.raises(MachineError, match="set data.dir to another"):
         prepared_from(data, Path("/proc/nothing/data"))
 
 
-def test_one_piece_of_text_cannot_be_held_out_from(tmp_path: Path) -> None:
+def test_a_single_chunk_cannot_be_held_out_from(tmp_path: Path) -> None:
     data = small_data(write_book(tmp_path, text=BOOK[:9000]), vocab_size=400)
     message = refused(data, tmp_path / "data")
-    assert "is one piece of" in message
+    assert "is a single chunk of" in message
     assert "add text, set data.document_separator, or set data.split to 0" in message
-    # what was done is good for the next try
+    # the next call uses what was written
     assert prepared_from(data.model_copy(update={"split": 0.0}), tmp_path / "data").parts[0].sequences == 1
-    assert "is one piece of" in refused(data, tmp_path / "data", by=load)
+    assert "is a single chunk of" in refused(data, tmp_path / "data", by=load)
 
 
 def test_a_source_named_twice_is_refused(tmp_path: Path) -> None:
@@ -284,13 +285,13 @@ def test_data_prepared_for_megatron_is_used_in_place(tmp_path: Path) -> None:
         assert (part.tokens, part.documents, part.words) == (sum(map(len, sequences)), 40, None)
         assert prepared.prefix(part) == tmp_path / "old_text_document"
         assert not list((tmp_path / f"data{number}").glob("*.bin"))
-        found = read_sequences(prepared.prefix(part), sequences=np.array([3, 7]))
-        assert found.tolist() == sequences[3] + sequences[7]
+        tokens_read = read_sequences(prepared.prefix(part), sequences=np.array([3, 7]))
+        assert tokens_read.tolist() == sequences[3] + sequences[7]
     assert tokens.read_bytes() == before
     assert "data.tokenizer is not set" in refused(small_data(tokens), tmp_path / "data9")
 
 
-def test_megatron_data_that_is_cut_or_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_broken_or_foreign_megatron_data_is_refused(tmp_path: Path) -> None:
     model = train(tmp_path)
     tokens = megatron_data(tmp_path / "old", [[1, 2, 600], [4, 5]])
     data = small_data(tokens, tokenizer=str(model))
@@ -308,7 +309,7 @@ def test_megatron_data_that_is_cut_or_of_another_tokenizer_is_refused(tmp_path: 
     assert "has no index" in refused(data, tmp_path / "data4")
 
 
-def test_counts_are_the_same_in_any_type(tmp_path: Path) -> None:
+def test_counts_are_the_same_for_any_token_type(tmp_path: Path) -> None:
     for dtype in (np.uint16, np.int32, np.int64):
         megatron_data(tmp_path / dtype.__name__, [[5, 5, 1], [0]], dtype=dtype)
         assert histogram(tmp_path / dtype.__name__, vocab_size=7).tolist() == [1, 1, 0, 0, 0, 2, 0]

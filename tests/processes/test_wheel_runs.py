@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works in an empty environment from another folder."""
+"""The wheel holds every file it needs and works in an empty environment, from another folder."""
 
 import shutil
 import subprocess
@@ -21,7 +21,7 @@ def run(*command: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build from a copy, so that neither old build folders nor ours get in the way."""
+    """A wheel built from a copy, without the build folders of the checkout."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "trainshort.py", "README.md", "LICENSE"):
         shutil.copy(HOUSE / name, copy)
@@ -40,14 +40,14 @@ def test_the_wheel_holds_the_packages_the_runs_and_the_templates(wheel: Path) ->
     assert {name for name in names if name.split("/")[0] in PACKAGES} == expected
 
 
-def test_the_wheel_runs_in_an_empty_environment_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     home, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
     elsewhere.mkdir()
     run(sys.executable, "-m", "venv", "--without-pip", str(home), folder=elsewhere)
     python = str(home / "bin" / "python")
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", str(wheel), folder=elsewhere)
     installed = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=elsewhere).strip()
-    # The dependencies are borrowed: a path in a .pth file does not bring that folder's own .pth files along.
+    # Borrow the dependencies with a .pth file: Python does not process the .pth files of the folder that it names.
     (Path(installed) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     where = "import trainshort, launch.cli, parallel.layout; print(trainshort.__file__, launch.cli.__file__)"
     assert all(path.startswith(str(home)) for path in run(python, "-c", where, folder=elsewhere).split())

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.cluster import STEPS, Submitted, slurm, submit, trainshort, wait_until
+from tests.support.cluster import STEPS, Submitted, slurm, submit
+from tests.support.processes import trainshort, wait_until
 
 pytestmark = pytest.mark.slurm
 

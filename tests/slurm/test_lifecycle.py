@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import CLUSTER, STEPS, Submitted, slurm, submit, trainshort, wait_until
+from tests.support.cluster import CLUSTER, STEPS, Submitted, slurm, submit
+from tests.support.processes import trainshort, wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -64,7 +65,7 @@ def test_torchrun_starts_the_ranks_and_jobs_stop_and_resume_change_no_loss(home:
     steps = len(run.metrics())
     assert 2 <= steps < STEPS
     assert run.status()["checkpoint"] == f"step_{steps:07d}"
-    assert run.status()["advice"] == "stopped: trainshort jobs resume runs/torchrun goes on"
+    assert run.status()["advice"] == "stopped: trainshort jobs resume runs/torchrun continues it"
     assert run.jobs("resume").startswith("submitted train: job ")
     assert run.job() != first
     run.wait_for()

@@ -2,48 +2,30 @@
 
 import json
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tests.support.processes import PATIENCE_SECONDS, exact, metrics, trainshort, wait_until
+from tests.support.small_run import WHOLE_JOB, set_options, small_run
+
 CLUSTER = Path(__file__).parents[1] / "slurm" / "cluster.sh"
-PATIENCE_SECONDS = 150
-STEPS = 12
-EXACT = ("step", "loss", "grad_norm", "validation_loss", "learning_rate", "tokens_seen", "consumed_samples")
-VALUES: dict[str, Any] = {
-    "run": {"name": "small", "dir": "runs/small"},
-    "model": {"layers": 4, "hidden": 64, "heads": 4},
-    "data": {"sources": ["book.txt"], "dir": "data", "vocab_size": 2048, "sequence_length": 128, "split": 0.1},
-    "parallel": {"tensor": 2, "pipeline": 2},
-    "train": {"micro_batch": 2, "global_batch": 16, "steps": STEPS, "warmup_steps": 2, "learning_rate": 8e-3},
-    "checkpoint": {"every": 4, "keep": 100},
-    "evaluate": {"every": 5, "samples": 8, "lengths": [128, 2048]},
-    "slurm": {"gpus_per_node": 0, "ranks_per_node": 2, "time": "0:10:00"},
-}
-
-
-def trainshort(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run the command line on the login node."""
-    command = [sys.executable, "-P", "-m", "trainshort", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
+VALUES = small_run(
+    WHOLE_JOB,
+    {
+        "run": {"dir": "runs/small"},
+        "evaluate": {"samples": 8, "lengths": [128, 2048]},
+        "slurm": {"gpus_per_node": 0, "ranks_per_node": 2, "time": "0:10:00"},
+    },
+)
+STEPS: int = VALUES["train"]["steps"]
 
 
 def slurm(*command: str) -> str:
     """Run a command that must work, and return what it printed."""
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS).stdout
-
-
-def wait_until(true: Callable[[], Any], what: Callable[[], str], *, seconds: float = PATIENCE_SECONDS) -> None:
-    """Wait until something is true, or fail with what was seen."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.1)
 
 
 @dataclass
@@ -65,8 +47,8 @@ class Submitted:
     def status(self) -> dict[str, Any]:
         done = trainshort(self.home, "jobs", "status", self.run_dir, "--json")
         assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        status: dict[str, Any] = json.loads(done.stdout)
+        return status
 
     def states(self) -> dict[str, str]:
         return {job["name"]: job["state"] for job in self.status()["jobs"]}
@@ -80,12 +62,10 @@ class Submitted:
         return line.split(f" {key}=", 1)[1].split(" ", 1)[0]
 
     def metrics(self) -> list[dict[str, Any]]:
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return metrics(self.folder)
 
     def exact(self) -> list[list[Any]]:
-        return [[line.get(key) for key in EXACT] for line in self.metrics()]
+        return exact(self.folder)
 
     def log(self, name: str = "train") -> str:
         file = self.folder / "logs" / f"slurm-{name}-{self.job(name)}.log"
@@ -138,7 +118,6 @@ def submit(home: Path, name: str, *sets: str, nodes: int = 2, run_dir: str | Non
     run_dir = run_dir or f"runs/{name}"
     values = {**VALUES, "run": {"name": name, "dir": run_dir}}
     (home / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    words = [word for value in sets for word in ("--set", value)]
-    done = trainshort(home, "slurm", f"{name}.yaml", "--nodes", str(nodes), "--submit", *words)
+    done = trainshort(home, "slurm", f"{name}.yaml", "--nodes", str(nodes), "--submit", *set_options(sets))
     assert done.returncode == 0, done.stderr
     return Submitted(home, run_dir)

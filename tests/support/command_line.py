@@ -1,4 +1,4 @@
-"""The real command line, called in the test's own process: quicker than a new one for each wrong word."""
+"""Run the real command line in the test's own process: much faster than a new process per command."""
 
 import sys
 from collections.abc import Callable
@@ -9,20 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import cli
-
-VALUES: dict[str, Any] = {
-    "run": {"name": "small", "dir": "run"},
-    "model": {"layers": 4, "hidden": 64, "heads": 4},
-    "data": {"sources": ["book.txt"], "dir": "data", "vocab_size": 600, "sequence_length": 16, "split": 0.1},
-    "parallel": {"tensor": 2, "pipeline": 2},
-    "train": {"micro_batch": 2, "global_batch": 8, "steps": 10, "learning_rate": 0.001},
-}
+from launch.cli import run_command_line
+from tests.support.small_run import SHARED_DATA, small_run
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a user sees."""
+    """What a command printed, and its exit code."""
 
     code: int
     out: str
@@ -37,21 +30,23 @@ def run_here(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["trainshort", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            run_command_line()
     return int(ended.value.code or 0)
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> None:
-    values = {name: {**keys, **sections.get(name, {})} for name, keys in VALUES.items()}
+    """Write the small run, with some keys of its sections changed, as run.yaml."""
+    values = small_run(SHARED_DATA, sections)
     (folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Return the bytes of every file below a folder; None for a folder."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def refused(trainshort: Call, *arguments: str) -> str:
-    """Run what must be refused and leave everything as it was; return the one line that says why."""
+    """Run a command that must be refused and change no file; return its one-line error."""
     before = contents(Path.cwd())
     answer = trainshort(*arguments)
     assert answer.code == 2, answer

@@ -1,4 +1,4 @@
-"""A tokenizer and weights small enough to export in a moment."""
+"""A tokenizer and weights small enough to export in less than a second."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _TEXT = [
 
 
 def train_sentencepiece(folder: Path, **options: object) -> Path:
-    """Train a portable BPE model of 400 pieces; options replace the portable ones."""
+    """Train a BPE model of 400 pieces, portable unless the options make it otherwise; return its file."""
     settings: dict[str, object] = {
         "model_type": "bpe",
         "vocab_size": 400,
@@ -43,7 +43,7 @@ def train_sentencepiece(folder: Path, **options: object) -> Path:
 
 
 def random_weights(shape: Model, *, vocab_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Make weights by logical name, large enough that every one of them moves the logits."""
+    """Return weights by logical name, large enough that each of them changes the logits."""
     generator = torch.Generator().manual_seed(seed)
     hidden = shape.hidden
     matrices = {

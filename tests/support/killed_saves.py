@@ -2,8 +2,8 @@
 
     python -m tests.support.killed_saves HOME BEGUN OUT STEPS FIRST
 
-OUT gets a copy of the run folder BEGUN for each operation from the FIRST on, run_1 and so on, as the killed child left
-it. The parent only imports: a child starts everything else, threads and process groups too, after the fork.
+OUT receives a copy of the run folder BEGUN for each operation from the FIRST on, named run_1 and so on, as the killed
+child left it. The parent only imports: threads and process groups do not survive a fork, so a child starts its own.
 """
 
 import os
@@ -13,13 +13,12 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from tests.support.disk import CountedOs
+from tests.support.disk import counted_operations
 from tests.support.one_rank import one_rank
-from training.checkpoint import disk
 
 
 def main(home: Path, begun: Path, out: Path, *, steps: int, first: int) -> None:
-    """Kill a child at each operation, until one has no such operation."""
+    """Kill a child at each operation, until a child finishes because its save has fewer operations."""
     for number in count(first):
         run_dir = out / f"run_{number}"
         shutil.copytree(begun, run_dir)
@@ -36,12 +35,11 @@ def main(home: Path, begun: Path, out: Path, *, steps: int, first: int) -> None:
 
 
 def _save(home: Path, run_dir: Path, *, killed_at: int, steps: int) -> None:
-    def fail(number: int, name: str) -> None:
+    def kill(number: int, name: str) -> None:
         if number == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with one_rank(home) as rank:
-        disk.os = CountedOs(fail)  # type: ignore[assignment]
+    with one_rank(home) as rank, counted_operations(kill):
         rank.start(run_dir, steps=steps)
 
 

@@ -1,7 +1,7 @@
-"""Train a few steps in several layouts on one set of ranks, each from the same saved state."""
+"""Train a few steps in several layouts on one set of ranks, all from the same saved state."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +16,34 @@ from parallel.collectives import broadcast_from_first
 from parallel.engine import Engine
 from parallel.groups import make_groups
 from parallel.layout import Layout
-from parallel.start import ProcessRank, start, stop
-from parallel.zero import KINDS
+from parallel.start import ProcessRank
+from tests.support.ranks import start_again
+from tests.support.small_run import SMALL, Values, overrides_of, small_run
+from training.build import build_engine
 from training.checkpoint.manifest import SavedState
 from training.checkpoint.read import load_slices, open_checkpoint
 from training.checkpoint.write import save_checkpoint
-from training.incarnation import Fence, begin
-from training.run import build_engine
+from training.incarnation import Fence, begin_incarnation
 
-LENGTH = 32
 VOCABULARY = 331  # prime: every tensor size above one pads
-SMALL = (
-    "model.layers=4",
-    "model.hidden=64",
-    "model.heads=4",
-    "model.init_std=0.08",
-    f"data.sequence_length={LENGTH}",
-    f"data.vocab_size={VOCABULARY}",
-    "train.global_batch=8",
-    "train.micro_batch=2",
-    "train.clip=0.3",  # below the norms seen, so that wrong clipping shows in the losses
-)
+LENGTH = SMALL["data"]["sequence_length"]
+DIFFERENCE: Values = {
+    "model": {"init_std": 0.08},
+    "data": {"vocab_size": VOCABULARY},
+    "train": {"clip": 0.3},  # below the norms seen, so that wrong clipping shows in the losses
+}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What one rank saw of one layout.
+    """What one rank measured in one layout.
 
     Attributes:
         rank, size: Of the tensor axis.
         stage: Of the pipeline axis.
         initial: This rank's slices of the initial weights, by name.
         steps: (loss, gradient norm) of each step.
-        logits: This rank's columns at each asked length, [1, length, local_vocab]; None but on the last stage.
+        logits: This rank's columns by length, [1, length, local_vocab]; None except on the last stage.
         held_out_loss: Mean loss at four times the training length.
     """
 
@@ -64,7 +59,7 @@ class Trained:
 def config_of(layout: Mapping[str, object], *, run_dir: Path, more: tuple[str, ...] = ()) -> RunConfig:
     """Return the small run in one layout."""
     keys = [f"parallel.{key}={value}" for key, value in layout.items()]
-    return load_run("demo", overrides=[*SMALL, *keys, *more, f"run.dir={run_dir}"])
+    return load_run("demo", overrides=[*overrides_of(small_run(DIFFERENCE)), *keys, *more, f"run.dir={run_dir}"])
 
 
 def build(config: RunConfig, *, world_size: int) -> tuple[Engine, Groups, Layout]:
@@ -82,7 +77,7 @@ def tokens_of(step: int, *, samples: int = 8, length: int = LENGTH) -> torch.Ten
 
 
 def train_layouts(
-    place: ProcessRank,
+    process: ProcessRank,
     *,
     layouts: list[dict[str, Any]],
     steps: range,
@@ -91,10 +86,10 @@ def train_layouts(
     start_from: Path | None,
     more: tuple[str, ...] = (),
 ) -> list[Trained]:
-    """Return what this rank saw of each layout; each is saved to a run folder named after it.
+    """Train each layout in turn and save it to a run folder named after it; return what this rank measured.
 
     Args:
-        place: This process among the ranks.
+        process: This process's rank.
         layouts: Keys of the `parallel` section.
         steps: The batches to train on.
         folder: Where run folders go.
@@ -102,14 +97,12 @@ def train_layouts(
         start_from: A checkpoint to load first; None starts from the initial weights.
         more: Further overrides.
     """
-    found = []
-    for index, keys in enumerate(layouts):
-        if index:  # groups of their own: the threads of all layouts' groups together would starve two cores
-            stop()
-            start(replace(place, rendezvous=f"{place.rendezvous}_{index}"))
-        config = config_of(keys, run_dir=folder / name_of(keys, ranks=place.world_size), more=more)
-        found.append(train_one(place, config, steps=steps, tokenizer=tokenizer, start_from=start_from))
-    return found
+    trained = []
+    for number, keys in enumerate(layouts):
+        start_again(process, number=number)
+        config = config_of(keys, run_dir=folder / name_of(keys, ranks=process.world_size), more=more)
+        trained.append(train_one(process, config, steps=steps, tokenizer=tokenizer, start_from=start_from))
+    return trained
 
 
 def name_of(keys: Mapping[str, Any], *, ranks: int) -> str:
@@ -119,15 +112,15 @@ def name_of(keys: Mapping[str, Any], *, ranks: int) -> str:
 
 
 def train_one(
-    place: ProcessRank, config: RunConfig, *, steps: range, tokenizer: Path, start_from: Path | None
+    process: ProcessRank, config: RunConfig, *, steps: range, tokenizer: Path, start_from: Path | None
 ) -> Trained:
-    """Return what this rank saw of one run; it is saved at the end."""
-    engine, groups, layout = build(config, world_size=place.world_size)
+    """Train one run and save it at the end; return what this rank measured."""
+    engine, groups, layout = build(config, world_size=process.world_size)
     state = engine.state()
     initial = {name: state.read(name, "weight").clone() for name in state.parameters}
     if start_from is not None:
         checkpoint = open_checkpoint(start_from)
-        load_slices(state, checkpoint, kinds=KINDS, groups=groups)
+        load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
         state.set_step(checkpoint.step)
     outcomes = []
     for step in steps:
@@ -135,7 +128,7 @@ def train_one(
         outcomes.append(engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3))
     logits = {length: _logits(engine, length=length) for length in (LENGTH, 4 * LENGTH)}
     held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
-    after = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)  # back at the first length
+    after = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)  # at the training length again
     outcomes.append(after)
     save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
     dist.barrier()
@@ -156,14 +149,14 @@ def _logits(engine: Engine, *, length: int) -> torch.Tensor | None:
 
 
 def save(engine: Engine, config: RunConfig, *, groups: Groups, tokenizer: Path, step: int) -> None:
-    """Save the state after a step to the run folder."""
+    """Save the state after a step to the run folder, as a new start of the run."""
     save_checkpoint(
         engine.state(),
         config=config,
         groups=groups,
         tokenizer=tokenizer,
         vocab_size=VOCABULARY,
-        moment=SavedState(step, step * config.train.global_batch, 0.0, "", None),
+        saved_state=SavedState(step, step * config.train.global_batch, 0.0, "", None),
         fence=broadcast_from_first(lambda: _begin(config), group=groups.world),
     )
 
@@ -177,4 +170,4 @@ def whole_of(ranks: list[Trained], pick: str, key: str | int) -> torch.Tensor:
 
 def _begin(config: RunConfig) -> Fence:
     run_folder(config).mkdir(parents=True, exist_ok=True)
-    return begin(run_folder(config))
+    return begin_incarnation(run_folder(config))

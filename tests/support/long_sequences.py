@@ -1,4 +1,4 @@
-"""Losses of one long sequence, in a process of its own so that the peak of its memory is its own. Prints JSON."""
+"""Measure losses and peak memory of one long sequence, in a process of its own. Prints JSON."""
 
 import json
 import re
@@ -20,15 +20,18 @@ CHUNK = 512
 
 
 def make(backend: str) -> Decoder:
-    """Return a small decoder, the same weights with any backend."""
+    """Return a small decoder; its weights do not depend on the backend."""
     model = Model(layers=2, hidden=64, heads=4, init_std=0.1, attention=backend)  # type: ignore[arg-type]
     decoder = lone_decoder(model, vocab_size=VOCABULARY)
     initial_weights(decoder, seed=1, tensor=lone_groups().tensor)
     return decoder
 
 
-def whole(tokens: torch.Tensor) -> torch.Tensor:
-    """Return losses [1, length] by the reference backend: every score of a chunk of queries, written out."""
+def reference_losses(tokens: torch.Tensor) -> torch.Tensor:
+    """Return losses of tokens [1, length + 1], [1, length], by the reference backend, which materializes all scores.
+
+    The queries go through in chunks, with a cache for the keys and values before them, to bound the memory.
+    """
     decoder, cache = make("reference"), KeyValueCache()
     with torch.no_grad():
         parts = [decoder.logits(decoder.hidden(part, cache)) for part in torch.split(tokens[:, :-1], CHUNK, dim=1)]
@@ -36,10 +39,10 @@ def whole(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def peak_gb() -> float:
-    """Return the peak of this process's memory; getrusage would count that of the process that started it."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found
-    return int(found[1]) * 1024 / 1e9
+    """Return this process's peak memory. Not by getrusage, whose peak includes the process that started this one."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert match
+    return int(match[1]) * 1024 / 1e9
 
 
 def main() -> None:
@@ -58,9 +61,9 @@ def main() -> None:
                 "peaks_gb": peaks,
                 "mean_loss": longest.mean().item(),
                 "prefix_difference": max(
-                    (longest[:, :length] - some).abs().max().item() for length, some in losses.items()
+                    (longest[:, :length] - prefix).abs().max().item() for length, prefix in losses.items()
                 ),
-                "whole_difference": (losses[SHORTEST] - whole(tokens[:, : SHORTEST + 1])).abs().max().item(),
+                "whole_difference": (losses[SHORTEST] - reference_losses(tokens[:, : SHORTEST + 1])).abs().max().item(),
             }
         )
     )

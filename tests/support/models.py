@@ -7,15 +7,24 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM
 
 from configs.schema import Model
+from parallel.axes import Group
 from parallel.groups import lone_groups
 from parallel.seeds import initial_weights
 from parallel.shards import declared
 from parallel.start import start_alone
-from training.export.formats.huggingface import huggingface_name
+from training.families.table import describe, shards_of
 from training.model.decoder import Decoder, plan_layers
+from training.model.positions.t5 import LearnedBias
 
 VOCABULARY = 97
 LAYERS = 2
+ONE_RANK = Group(0, 1, None)
+
+
+def learned_bias(heads: int, *, tensor: Group = ONE_RANK) -> LearnedBias:
+    """Return T5's bias of a model with so many heads, on one tensor rank; its weights are not set."""
+    table = shards_of(Model(layers=1, hidden=heads, heads=heads, position="t5"), vocab_size=1)["positions.t5.weight"]
+    return LearnedBias(table, tensor=tensor)
 
 
 def make_decoder(
@@ -29,8 +38,8 @@ def make_decoder(
         hidden=hidden,
         heads=heads,
         init_std=1.2 / hidden**0.5,
-        position=position,  # type: ignore[arg-type]
-        attention=backend,  # type: ignore[arg-type]
+        position=position,
+        attention=backend,
     )
     tensor = lone_groups().tensor
     decoder = Decoder(plan_layers(model, vocab_size=VOCABULARY, tensor=tensor, recompute=recompute))
@@ -62,14 +71,20 @@ def weights_of(decoder: Decoder) -> dict[str, Tensor]:
     return {name: p.detach().clone().requires_grad_() for name, (p, _) in declared(decoder).items()}
 
 
+def huggingface_names(*, layers: int = LAYERS) -> dict[str, str | None]:
+    """Return the names of a bloom model's parameters in transformers, by logical name."""
+    model = Model(layers=layers, hidden=1, heads=1)
+    return {parameter.shard.name: parameter.huggingface for parameter in describe(model, vocab_size=1)}
+
+
 def bloom_of(weights: Mapping[str, Tensor], *, heads: int, layers: int = LAYERS) -> BloomForCausalLM:
-    """Return transformers' model of whole weights, placed by the project's own mapping of names."""
+    """Return transformers' model of whole weights, placed by the project's own names."""
     vocab_size, hidden = weights["embedding.word.weight"].shape
     config = BloomConfig(vocab_size=vocab_size, hidden_size=hidden, n_layer=layers, n_head=heads)
     bloom = BloomForCausalLM(config)
-    theirs = dict(bloom.named_parameters())
+    theirs, names = dict(bloom.named_parameters()), huggingface_names(layers=layers)
     with torch.no_grad():
         for name, weight in weights.items():
-            theirs.pop(huggingface_name(name)).copy_(weight)
+            theirs.pop(names[name]).copy_(weight)
     assert not theirs, f"never set: {list(theirs)}"
     return bloom.eval()

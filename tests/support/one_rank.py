@@ -1,4 +1,4 @@
-"""A tiny run of one rank inside the test's process: built once, started as often as a test likes."""
+"""A small run of one rank in the test's own process: built once, started as often as a test likes."""
 
 import os
 import shutil
@@ -17,41 +17,29 @@ from data_pipeline.counts import load_trainable
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Prepared
 from data_pipeline.prepare import prepare_data
-from data_pipeline.samples import open_samples
+from data_pipeline.samples import Samples, open_samples
 from parallel.axes import Groups
 from parallel.engine import Engine
 from parallel.groups import make_groups
 from parallel.layout import Layout
 from parallel.start import start_alone
-from parallel.zero import KINDS
 from tests.support.data import BOOK
-from training import folder, run
-from training.loop import Loop, TrainState
-from training.observers import MetricsFile
+from tests.support.small_run import TINY, overrides_of, small_run
+from training.build import build_engine
+from training.folder import claim_run_folder
+from training.metrics_file import MetricsFile
+from training.preflight import Ready
+from training.state import TrainState
 from training.stopping import StopRequest
+from training.trainer import Trainer, build_trainer
 
-OVERRIDES = [
-    "model.layers=1",
-    "model.hidden=16",
-    "model.heads=2",
-    "parallel.tensor=1",
-    "parallel.pipeline=1",
-    "data.vocab_size=400",
-    "data.sequence_length=8",
-    "data.split=0",
-    "train.global_batch=4",
-    "train.micro_batch=2",
-    "train.warmup_steps=1",
-    "checkpoint.every=1",
-    "checkpoint.keep=2",
-    "evaluate.every=0",
-]
 STEPS = 4
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class OneRank:
-    """What stays between starts: the engine, which every start fills anew, and the data."""
+    """What stays between starts: the engine, which every start fills again, and the data."""
 
     overrides: list[str]
     prepared: Prepared
@@ -66,56 +54,47 @@ class OneRank:
     def start(self, run_dir: Path, *more: str, steps: int = STEPS, accept_change: bool = False) -> TrainState:
         """Train as one start of `trainshort train` would, from the newest checkpoint if there is one."""
         config = self.config(run_dir, f"train.steps={steps}", f"train.decay_steps={STEPS}", *more)
-        self._forget()
-        fence = folder.claim_run_folder(config, layout=Layout.of(config, world_size=1), device=torch.device("cpu"))
-        loader = self.loader(config)
-        position = run._resume(self.engine, loader, config=config, groups=self.groups, accept_change=accept_change)
-        save = run._saver(
-            self.engine,
-            loader,
-            config=config,
-            prepared=self.prepared,
-            groups=self.groups,
-            fence=fence,
-            start=position,
-        )
-        loop = Loop(
-            config=config,
-            engine=self.engine,
-            loader=loader,
-            groups=self.groups,
-            device=torch.device("cpu"),
-            observers=[MetricsFile(run_dir, last_step=position.step)],
-            validate=lambda: 0.0,
-            save=save,
-            stop=StopRequest(),
-            fence=fence,
-            flops_per_token=1.0,
-            peak_flops=None,
-        )
-        run._run(loop, start=position)
-        return position
+        trainer = self.trainer(config, accept_change=accept_change)
+        trainer.run([MetricsFile(run_dir, last_step=trainer.start.step)])
+        return trainer.start
 
-    def loader(self, config: RunConfig) -> Loader:
-        """Return the samples of a run."""
-        data, train = config.data, config.train
-        samples = open_samples(
+    def trainer(self, config: RunConfig, *, accept_change: bool = False) -> Trainer:
+        """Return the trainer of a new start, resumed from the newest checkpoint if there is one."""
+        self._reset_engine()
+        layout = Layout.of(config, world_size=1)
+        return build_trainer(
+            Ready(config, run_folder(config), layout, self.prepared, newest=None),
+            engine=self.engine,
+            groups=self.groups,
+            fence=claim_run_folder(config, layout=layout, device=CPU),
+            device=CPU,
+            stop=StopRequest(),
+            accept_change=accept_change,
+        )
+
+    def samples(self, config: RunConfig) -> Samples:
+        """Return the training samples of a run."""
+        data = config.data
+        return open_samples(
             self.prepared, sequence_length=data.sequence_length, split=data.split, seed=config.run.seed, held_out=False
         )
+
+    def loader(self, config: RunConfig, *, samples: Samples | None = None) -> Loader:
+        """Return the loader of a run, over its own samples or over others."""
         return Loader(
-            samples,
+            samples or self.samples(config),
             seed=config.run.seed,
-            global_batch=train.global_batch,
-            micro_batch=train.micro_batch,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
             data_rank=0,
             data_size=1,
         )
 
-    def _forget(self) -> None:
+    def _reset_engine(self) -> None:
         state = self.engine.state()
         for name, weight in self.initial.items():
             state.write(name, "weight", weight)
-            for kind in KINDS[1:]:
+            for kind in state.kinds[1:]:
                 state.write(name, kind, torch.zeros_like(weight))
         state.set_step(0)
 
@@ -128,7 +107,7 @@ def one_rank(home: Path) -> Iterator[OneRank]:
         home: An empty folder.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so tiny a model is slowed by more, the more so on a busy machine
+    torch.set_num_threads(1)  # more threads slow so small a model down, most of all on a busy machine
     yield _make(home)
     torch.set_num_threads(threads)
 
@@ -136,15 +115,15 @@ def one_rank(home: Path) -> Iterator[OneRank]:
 def _make(home: Path) -> OneRank:
     if not (home / "book.txt").exists():  # another process may have prepared it
         (home / "book.txt").write_text(BOOK, encoding="utf-8")
-    overrides = [*OVERRIDES, f"data.sources=[{home / 'book.txt'}]", f"data.dir={home / 'data'}"]
+    overrides = [*overrides_of(small_run(TINY)), f"data.sources=[{home / 'book.txt'}]", f"data.dir={home / 'data'}"]
     config = load_run("demo", overrides=[*overrides, f"run.dir={home / 'unused'}"])
     prepare_data(config.data, folder=data_folder(config), progress=False)
     prepared = load_trainable(config.data, folder=data_folder(config), validates=False)
-    os.environ.setdefault("LOCAL_RANK", "0")  # what `start` does for a rank; DeepSpeed asks for it
+    os.environ.setdefault("LOCAL_RANK", "0")  # `start` sets it for a rank; DeepSpeed asks for it
     device = start_alone()
     layout = Layout.of(config, world_size=1)
     groups = make_groups(layout)
-    engine, _ = run.build_engine(config, layout=layout, groups=groups, vocab_size=prepared.vocab_size, device=device)
+    engine, _ = build_engine(config, layout=layout, groups=groups, vocab_size=prepared.vocab_size, device=device)
     state = engine.state()
     initial = {name: state.read(name, "weight").clone() for name in state.parameters}
     shutil.rmtree(run_folder(config), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks and hand back what each returned."""
+"""Run a function on several gloo ranks, each in a process of its own, and collect the results."""
 
 import importlib
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_ranks(function: Callable[..., Any], *, ranks: int, arguments: dict[str, Any] | None = None) -> list[Any]:
-    """Return what `function(place, **arguments)` returned on each rank.
+    """Return the result of `function(process, **arguments)` on each rank.
 
     Args:
         function: A module-level function; it is imported again by name in each rank.
         ranks: Processes to start.
         arguments: Picklable keyword arguments, the same for all ranks.
     Raises:
-        AssertionError: a rank failed; carries its output.
+        AssertionError: a rank failed; the message holds the end of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         folder_path = Path(folder)
@@ -49,13 +50,23 @@ def run_ranks(function: Callable[..., Any], *, ranks: int, arguments: dict[str, 
         return [pickle.loads((folder_path / f"result_{rank}").read_bytes()) for rank in range(ranks)]
 
 
+def start_again(process: ProcessRank, *, number: int) -> None:
+    """Leave all process groups and meet the other ranks again; number 0 keeps the first groups.
+
+    A test of many layouts needs it between two of them: gloo's threads of all groups at once would starve two cores.
+    """
+    if number:
+        stop()
+        start(replace(process, rendezvous=f"{process.rendezvous}_{number}"))
+
+
 def _rank(folder: Path, *, ranks: int, rank: int) -> None:
     module, name, arguments = pickle.loads((folder / "call").read_bytes())
-    place = ProcessRank(
+    process = ProcessRank(
         rank=rank, world_size=ranks, local_rank=rank, rendezvous=f"file://{folder}/meet", starter="local"
     )
-    start(place)
-    result = getattr(importlib.import_module(module), name)(place, **arguments)
+    start(process)
+    result = getattr(importlib.import_module(module), name)(process, **arguments)
     stop()
     (folder / f"result_{rank}").write_bytes(pickle.dumps(result))
 

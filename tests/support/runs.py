@@ -1,8 +1,7 @@
-"""Whole runs of `training.run.train` on one set of ranks, one after the other."""
+"""Whole runs of `training.run.train_rank` on one set of ranks, one after the other."""
 
-import dataclasses
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,8 +19,8 @@ class Start:
 
     Attributes:
         overrides: Of the demo run.
-        broken_copy_of: A finished run folder whose state after `after_step` the run folder is given first.
-        after_step: The step after which that run is taken to have died, writing a line of metrics.
+        broken_copy_of: A finished run folder; the start begins from a copy of it, cut back to `after_step`.
+        after_step: The last step of the copy, which ends in a torn line of metrics.
     """
 
     overrides: list[str]
@@ -29,17 +28,17 @@ class Start:
     after_step: int = 0
 
 
-def train_runs(place: ProcessRank, *, starts: list[Start]) -> None:
-    """Train each run in turn, as so many starts of the command would."""
-    for index, asked in enumerate(starts):
-        config = load_run("demo", overrides=asked.overrides)
-        if asked.broken_copy_of is not None and place.rank == 0:
-            _cut_back(asked.broken_copy_of, Path(config.run.dir), after_step=asked.after_step)
+def train_runs(process: ProcessRank, *, starts: list[Start]) -> None:
+    """Train each run in turn, each as a start of the command would."""
+    for index, each in enumerate(starts):
+        config = load_run("demo", overrides=each.overrides)
+        if each.broken_copy_of is not None and process.rank == 0:
+            _cut_back(each.broken_copy_of, Path(config.run.dir), after_step=each.after_step)
         dist.barrier()
         stop()
-        meet = dataclasses.replace(place, rendezvous=f"{place.rendezvous}_{index}")
-        train_rank(config, meet)
-        start(dataclasses.replace(meet, rendezvous=f"{meet.rendezvous}_after"))
+        # train_rank starts and stops the groups itself: give it and the next barrier a rendezvous each.
+        train_rank(config, replace(process, rendezvous=f"{process.rendezvous}_{index}"))
+        start(replace(process, rendezvous=f"{process.rendezvous}_{index}_after"))
 
 
 def _cut_back(finished: Path, broken: Path, *, after_step: int) -> None:
@@ -47,6 +46,6 @@ def _cut_back(finished: Path, broken: Path, *, after_step: int) -> None:
     for checkpoint in list_checkpoints(broken):
         if checkpoint.step > after_step:
             shutil.rmtree(checkpoint.path)
-    (checkpoints_folder(broken) / ".step_0000009").mkdir()  # one that was never finished
+    (checkpoints_folder(broken) / ".step_0000009").mkdir()  # a save that was never finished
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')

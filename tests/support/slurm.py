@@ -1,4 +1,4 @@
-"""SLURM's commands stubbed, for the scripts in bash and for what asks them; tests/slurm has the real ones."""
+"""Stubs of SLURM's commands, for the scripts in bash and for code that calls them; tests/slurm has the real ones."""
 
 import json
 import subprocess
@@ -10,19 +10,19 @@ import pytest
 
 from configs.load import check_run
 from configs.paths import chain_file
-from launch.slurm.script import CHAIN, render
-from launch.slurm.submit import freeze, sole_submission
+from launch.slurm.script import CHAIN_JOBS, render_scripts
+from launch.slurm.submit import freeze_run, sole_submission
 
 STUBS = """
-scontrol() { # as much as of a large job: who stops reading early ends it
+scontrol() { # prints as much as for a large job, so that a reader that stops early makes it fail
   [[ $1 == show && $2 == hostnames ]] && printf '%s\\n' "$FIRST" node{2..20000}
   [[ $1 == show && $2 == job ]] && printf '%s\\n' "PreemptTime=$PREEMPTED" {1..20000}
   [[ $1 == requeue ]] && { echo >>requeues; eval "$REQUEUEING"; (($(wc -l <requeues) > REFUSALS)); return; }
   return 0
 }
 sinfo() { echo "$NODES"; }
-timeout() { echo "$@" >>probes; return $SILENT; } # the sign of life of each node
-scancel() { echo "$@" >>told; return 1; }
+timeout() { echo "$@" >>probes; return $SILENT; } # asks each node for a sign of life
+scancel() { echo "$@" >>signals; return 1; }
 sleep() { command sleep 0.1; }
 module() { printf 'module\\0%s\\0' "$@" >>calls; }
 srun() {
@@ -61,19 +61,20 @@ def run_script(script: str, folder: Path, **environment: str) -> "subprocess.Com
 
 
 def words_of(script: str, folder: Path) -> list[str]:
-    """Return where and how srun is called."""
+    """Run a script and return the words that srun was called with, after its working directory and environment."""
     run_script(script, folder)
     return (folder / "calls").read_text().split("\0")[:-1]
 
 
 def render_small(run_values: dict[str, Any], folder: Path, **slurm: Any) -> str:
+    """Return the training script of a run in the folder `run`, with this slurm section."""
     run_values["run"]["dir"] = "run"
     run_values["slurm"] = slurm
-    return render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=folder)["train"]
+    return render_scripts(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=folder)["train"]
 
 
 def stub_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Return what makes a command of SLURM that does what a line of bash says; no other is on the path."""
+    """Return a function that creates a command of SLURM from a line of bash; no real one stays on the path."""
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
@@ -93,16 +94,17 @@ RUNNING = (
 
 
 def submitted(run_values: dict[str, Any], folder: Path) -> Path:
-    """Return a run folder whose chain 101, 102, 103 was submitted."""
+    """Return a run folder with submitted jobs 101, 102 and 103."""
     run_dir = Path(run_values["run"]["dir"])
     with sole_submission(run_dir):
-        freeze(check_run(run_values, name="small"))
-    numbers = {"train": "101", "evaluate": "102", "export": "103"}
-    chain_file(run_dir).write_text(json.dumps({"run": "small", "jobs": numbers, "nodes": 2, "submitted_at": "now"}))
+        freeze_run(check_run(run_values, name="small"))
+    jobs = {"train": "101", "evaluate": "102", "export": "103"}
+    chain_file(run_dir).write_text(json.dumps({"run": "small", "jobs": jobs, "nodes": 2, "submitted_at": "now"}))
     return run_dir
 
 
-def show(number: int, state: str, **fields: str) -> str:
+def show(job: int, state: str, **fields: str) -> str:
+    """Return a line of bash that answers `scontrol --oneliner show job` for one of the jobs 101, 102, 103."""
     words = " ".join(f"{key}={value}" for key, value in fields.items())
-    name = f"small-{CHAIN[number - 101]}"
-    return f"[[ $4 == {number} ]] && echo 'JobId={number} JobName={name} JobState={state} {words}'"
+    name = f"small-{CHAIN_JOBS[job - 101]}"
+    return f"[[ $4 == {job} ]] && echo 'JobId={job} JobName={name} JobState={state} {words}'"

@@ -1,6 +1,6 @@
-"""What a user can get wrong in a run, through the real command line: one clear line, exit 2, nothing written.
+"""Wrong input of a run through the real command line: one clear line, exit 2, nothing written, no rank started.
 
-Nothing here may start a rank: all of it is said before. Broken sources have a file of their own.
+Broken sources have their own file, test_bad_sources.py.
 """
 
 import re
@@ -21,14 +21,14 @@ from training.folder import with_fixed_keys
 
 @pytest.fixture(scope="module")
 def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder whose data was prepared by the command line."""
-    found = tmp_path_factory.mktemp("prepared")
+    """A folder with a run file and data that the command line prepared."""
+    folder = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(found)
-        write_run(found)
-        write_book(found)
+        patch.chdir(folder)
+        write_run(folder)
+        write_book(folder)
         assert run_here("prepare", "run.yaml") == 0
-    return found
+    return folder
 
 
 @pytest.fixture
@@ -74,13 +74,19 @@ CHECKED = {
 }
 
 
-@pytest.mark.parametrize("command", ["check", "prepare", "train", "slurm"])
 @pytest.mark.parametrize("name", CHECKED)
 @pytest.mark.usefixtures("folder")
-def test_a_wrong_run_file_is_refused_by_every_command(trainshort: Call, name: str, command: str) -> None:
+def test_a_wrong_run_file_is_refused(trainshort: Call, name: str) -> None:
     overrides, expected = CHECKED[name]
     sets = [argument for override in overrides for argument in ("--set", override)]
-    assert refused(trainshort, command, "run.yaml", *sets) == expected
+    assert refused(trainshort, "check", "run.yaml", *sets) == expected
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "slurm", "doctor --alibi"])
+@pytest.mark.usefixtures("folder")
+def test_every_command_checks_its_run_file(trainshort: Call, command: str) -> None:
+    message = refused(trainshort, *command.split(), "run.yaml", "--set", "model.head=4")
+    assert message == "run.yaml: unknown key model.head: did you mean heads?"
 
 
 @pytest.mark.parametrize(
@@ -88,17 +94,17 @@ def test_a_wrong_run_file_is_refused_by_every_command(trainshort: Call, name: st
     [
         (b"run: {name: a\n", "run.yaml, line 2: expected ',' or '}', but got '<stream end>'"),
         (b"run: {name: \xff}\n", "run file run.yaml is not UTF-8 at byte 12: save it as UTF-8"),
-        (b"model: {heads: 2}\nmodel: {heads: 4}\n", "run.yaml, line 2: key 'model' is there twice: remove one"),
+        (b"model: {heads: 2}\nmodel: {heads: 4}\n", "run.yaml, line 2: key 'model' appears twice: remove one"),
         (b"just words\n", "run.yaml must hold sections of keys, got str: see configs/runs/demo.yaml"),
     ],
 )
-def test_a_run_file_that_is_no_run_file_is_refused(trainshort: Call, folder: Path, text: bytes, expected: str) -> None:
+def test_a_file_that_is_no_run_file_is_refused(trainshort: Call, folder: Path, text: bytes, expected: str) -> None:
     (folder / "run.yaml").write_bytes(text)
     assert refused(trainshort, "check", "run.yaml") == expected
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_run_file_that_is_not_there_is_named_with_those_that_are(trainshort: Call) -> None:
+def test_a_missing_run_file_is_named_with_the_shipped_runs(trainshort: Call) -> None:
     message = refused(trainshort, "check", "no.yaml")
     assert message.startswith("run file no.yaml does not exist: give a YAML file or one of ")
     assert "demo" in message
@@ -144,11 +150,6 @@ TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
         [],
         rf"prepared data data/part-000.bin has \d+ bytes, \d+ were written: {AGAIN}",
     ),
-    "a cut .idx": (
-        cut("part-000.idx"),
-        [],
-        rf"prepared data data/part-000.idx has \d+ bytes, \d+ were written: {AGAIN}",
-    ),
     "another tokenizer": (
         cut("tokenizer.model"),
         [],
@@ -157,7 +158,7 @@ TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "another vocabulary": (
         nothing,
         ["--set", "data.vocab_size=700"],
-        rf"data holds data for another run file: data.vocab_size was 600 then and is 700 now; {AGAIN}",
+        rf"data holds data prepared from other inputs: data.vocab_size was 600 then and is 700 now; {AGAIN}",
     ),
     "a kernel for GPUs": (
         nothing,
@@ -228,7 +229,7 @@ def assert_matches(message: str, expected: str) -> None:
 
 @pytest.fixture
 def trained(prepared: Path) -> Path:
-    """What a first start left: its run file, and a checkpoint of step 4 as far as it is read without a model."""
+    """A run folder after a first start, with a checkpoint of step 4 that has no tensors."""
     config = with_fixed_keys(load_run("run.yaml"), run_dir=Path("run"))
     checkpoint = prepared / "run" / "checkpoints" / "step_0000004"
     checkpoint.mkdir(parents=True)
@@ -245,14 +246,14 @@ def trained(prepared: Path) -> Path:
 def test_a_second_start_with_other_keys_is_refused_by_name(trainshort: Call) -> None:
     sets = ["--set", "train.learning_rate=0.5", "--set", "run.seed=3", "--set", "train.steps=20"]
     assert refused(trainshort, "train", "run.yaml", *sets) == (
-        "run holds a run that this one would change: run.seed was 1, is 3; train.learning_rate was 0.001, is 0.5: "
+        "run holds a run that this one would change: run.seed was 1, is 3; train.learning_rate was 0.008, is 0.5: "
         "set the old values, or choose another run.dir"
     )
 
 
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("options", [(), ("--accept-change",)])
-def test_what_is_accepted_is_told_to_every_rank(
+def test_accept_change_is_passed_on_to_the_ranks(
     trainshort: Call, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
     commands: list[list[str]] = []
@@ -262,10 +263,10 @@ def test_what_is_accepted_is_told_to_every_rank(
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_that_has_taken_its_steps_is_left_as_it_is(trainshort: Call) -> None:
+def test_a_finished_run_is_left_as_it_is(trainshort: Call) -> None:
     before = contents(Path.cwd())
     assert trainshort("train", "run.yaml", "--set", "train.steps=4") == Answer(
-        0, "run is trained to its last step, 4: raise train.steps to go on\n", ""
+        0, "run is trained to its last step, 4: raise train.steps to continue\n", ""
     )
     assert contents(Path.cwd()) == before
 
@@ -301,7 +302,7 @@ def test_an_evaluation_longer_than_the_text_is_refused(trainshort: Call, trained
 
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("command", [("evaluate",), ("export", "--format", "hf", "--out", "out")])
-def test_a_checkpoint_that_is_not_there_is_refused(trainshort: Call, command: tuple[str, ...]) -> None:
+def test_a_missing_checkpoint_is_refused_by_name(trainshort: Call, command: tuple[str, ...]) -> None:
     name, *options = command
     for path, expected in (
         ("no/run", "checkpoint no/run does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR"),
@@ -314,7 +315,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(trainshort: Call, command: tu
         assert_matches(refused(trainshort, name, path, *options), expected)
 
 
-def test_an_export_does_not_write_over_what_is_there(trainshort: Call, trained: Path) -> None:
+def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
     (trained / "out").mkdir()
     (trained / "out" / "mine.txt").write_text("kept")
     for out, expected in (

@@ -1,4 +1,4 @@
-"""Text that cannot be prepared, through the real command line: one clear line, and nothing taken for prepared."""
+"""Text that cannot be prepared, through the real command line: one clear line, and no data counts as prepared."""
 
 import gzip
 import json
@@ -21,11 +21,6 @@ SOURCES: dict[str, tuple[str, bytes, str]] = {
         b"",
         "data source empty.txt holds no text: remove it from data.sources or give another",
     ),
-    "only white space": (
-        "blank.txt",
-        b" \n\t\n",
-        "data source blank.txt holds no text: remove it from data.sources or give another",
-    ),
     "not UTF-8": (
         "latin.txt",
         BOOK.encode() + b"caf\xe9 ",
@@ -35,17 +30,17 @@ SOURCES: dict[str, tuple[str, bytes, str]] = {
         "broken.jsonl",
         jsonl({"text": PAGE}) + b'{"text": "cut\n',
         "data source broken.jsonl, line 2 is not JSON (Unterminated string starting at at column 10): "
-        'write one {"text": ...} a line',
+        'write one {"text": ...} per line',
     ),
     "a record without text": (
         "other.jsonl",
         jsonl({"text": PAGE}, {"body": PAGE}),
-        'data source other.jsonl, line 2 has no `text`: write one {"text": ...} a record',
+        'data source other.jsonl, line 2 has no `text`: write one {"text": ...} per record',
     ),
     "text that is a number": (
         "number.jsonl",
         jsonl({"text": 7}),
-        "data source number.jsonl, line 1: `text` must be a string, got '7': mend or remove the record",
+        "data source number.jsonl, line 1: `text` must be a string, got '7': fix or remove the record",
     ),
     "not gzip": (
         "broken.txt.gz",
@@ -62,9 +57,7 @@ SOURCES: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_broken_source_is_named_and_nothing_of_it_is_taken_for_prepared(
-    trainshort: Call, folder: Path, name: str
-) -> None:
+def test_a_broken_source_is_named_and_nothing_prepared(trainshort: Call, folder: Path, name: str) -> None:
     file, content, expected = SOURCES[name]
     (folder / file).write_bytes(content)
     write_run(folder, data={"sources": ["book.txt", file]})
@@ -80,7 +73,7 @@ def test_a_broken_source_is_named_and_nothing_of_it_is_taken_for_prepared(
     assert refused(trainshort, "train", "run.yaml") == "data is not prepared in data: run `trainshort prepare`"
 
 
-def test_sources_that_are_not_there_are_refused_before_anything_is_made(trainshort: Call, folder: Path) -> None:
+def test_missing_sources_are_refused_first(trainshort: Call, folder: Path) -> None:
     for path, expected in (
         ("no.txt", f"data source no.txt does not exist: check the path, it is relative to {folder}"),
         ("*.md", "data source *.md matches no file: check the pattern"),
@@ -90,7 +83,7 @@ def test_sources_that_are_not_there_are_refused_before_anything_is_made(trainsho
         assert refused(trainshort, "prepare", "run.yaml") == expected
 
 
-def test_a_vocabulary_larger_than_the_text_allows_says_how_large_it_may_be(trainshort: Call, folder: Path) -> None:
+def test_a_vocabulary_too_large_says_how_large_it_may_be(trainshort: Call, folder: Path) -> None:
     (folder / "book.txt").write_text(PAGE, encoding="utf-8")
     answer = trainshort("prepare", "run.yaml", "--set", "data.vocab_size=5000")
     assert answer.code == 2

@@ -1,4 +1,4 @@
-"""Every file operation of a save fails once, one after the other: nothing is lost but that save."""
+"""Every file operation of a save fails, one after the other: only that save is lost."""
 
 import json
 import logging
@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.disk import CountedOs, Fail, from_then_on, once
+from tests.support.disk import OnOperation, counted_operations, from_then_on, once
 from tests.support.one_rank import STEPS, OneRank
 from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
 from training.checkpoint.write import SaveError
 
-BEFORE = 2  # steps of the run whose next save meets the failing disk
+BEFORE = 2  # steps saved before the disk fails
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "consumed_samples")
 
 
@@ -43,8 +43,8 @@ def figures(run_dir: Path) -> list[list[Any]]:
 
 
 def steps_of_whole(run_dir: Path) -> list[int]:
-    """Return the steps that are saved; each must be whole, to the last byte."""
-    return [check_whole(found.path).step for found in list_checkpoints(run_dir)]
+    """Return the saved steps, after reading every byte of each checkpoint."""
+    return [check_whole(checkpoint.path).step for checkpoint in list_checkpoints(run_dir)]
 
 
 def unfinished(run_dir: Path) -> list[str]:
@@ -58,26 +58,25 @@ def open_files() -> int:
 
 
 @pytest.fixture
-def count_of_a_save(rank: OneRank, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def count_of_a_save(rank: OneRank, begun: Path, tmp_path: Path) -> int:
     run_dir = tmp_path / "counted"
     shutil.copytree(begun, run_dir)
-    monkeypatch.setattr(disk, "os", counted := CountedOs())
-    rank.start(run_dir, steps=BEFORE + 1)
-    assert {"mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir"} <= set(counted.names)
+    with counted_operations() as names:
+        rank.start(run_dir, steps=BEFORE + 1)
+    assert {"mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir"} <= set(names)
     assert steps_of_whole(run_dir) == [BEFORE, BEFORE + 1]
-    return len(counted.names)
+    return len(names)
 
 
-def start(rank: OneRank, begun: Path, run_dir: Path, fail: Fail, *, steps: int) -> list[str]:
+def start(rank: OneRank, begun: Path, run_dir: Path, fail: OnOperation, *, steps: int) -> list[str]:
     """Train on a disk that fails; return the names of the operations."""
     shutil.copytree(begun, run_dir)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "os", counted := CountedOs(fail))
+    with counted_operations(fail) as names:
         rank.start(run_dir, steps=steps)
-    return counted.names
+    return names
 
 
-def test_what_a_checkpoint_needs_is_on_the_disk_before_it_has_its_name(
+def test_all_files_are_on_disk_before_the_folder_is_renamed(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, str]] = []
@@ -97,15 +96,15 @@ def test_what_a_checkpoint_needs_is_on_the_disk_before_it_has_its_name(
     saved = list_checkpoints(run_dir)[0].path
     named = events.index(("renamed", f"checkpoints/{saved.name}"))
     before = {path for event, path in events[:named] if event == "synced"}
-    beside = next(path for path in before if path.startswith("checkpoints/.step_"))
-    beside = "/".join(beside.split("/")[:2])
-    assert before >= {beside, ".", "metrics.jsonl", *(f"{beside}/{path.name}" for path in saved.iterdir())}
+    staging = next(path for path in before if path.startswith("checkpoints/.step_"))
+    staging = "/".join(staging.split("/")[:2])
+    assert before >= {staging, ".", "metrics.jsonl", *(f"{staging}/{path.name}" for path in saved.iterdir())}
     assert ("synced", "checkpoints") in events[named:]
     last_line = max(place for place, event in enumerate(events) if event == ("synced", "metrics.jsonl"))
     assert last_line < named
 
 
-def test_a_disk_that_takes_a_byte_at_a_time_gets_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_takes_one_byte_at_a_time_gets_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:1]))
     entry = disk.write_file(tmp_path / "file", [b"one", memoryview(b"and two")])
@@ -113,7 +112,7 @@ def test_a_disk_that_takes_a_byte_at_a_time_gets_all_of_them(tmp_path: Path, mon
     assert entry == disk.describe_file(tmp_path / "file")
 
 
-def test_training_goes_on_whatever_operation_of_a_save_fails(
+def test_training_continues_whichever_operation_fails(
     rank: OneRank, begun: Path, unbroken: list[list[Any]], count_of_a_save: int, tmp_path: Path
 ) -> None:
     failed = closes = 0
@@ -125,15 +124,15 @@ def test_training_goes_on_whatever_operation_of_a_save_fails(
         assert steps_of_whole(run_dir)[-1] == STEPS, number
         assert unfinished(run_dir) == [], number
         signs = [line.get("failed_saves") for line in lines(run_dir)]
-        assert open_files() == closes, number  # what could not be closed, and nothing else
+        assert open_files() == closes, number  # what could not be closed, and nothing more
         assert signs in ([None] * STEPS, [None] * (BEFORE + 1) + [1] * (STEPS - BEFORE - 1)), number
         failed += signs[-1] is not None
         shutil.rmtree(run_dir)
-    # the others were the removal of an older checkpoint, once the new one was there
+    # the other operations remove an older checkpoint, after the new one is saved
     assert count_of_a_save - failed < 12
 
 
-def test_a_disk_that_fails_for_good_leaves_the_last_whole_checkpoint_to_resume_from(
+def test_a_disk_that_fails_for_good_leaves_a_whole_checkpoint(
     rank: OneRank,
     begun: Path,
     unbroken: list[list[Any]],
@@ -151,7 +150,7 @@ def test_a_disk_that_fails_for_good_leaves_the_last_whole_checkpoint_to_resume_f
             error = raised
         if error is not None:
             assert error.exit_code == 3
-            assert str(error).endswith("(Input/output error): free space, or mend the disk")
+            assert str(error).endswith("(Input/output error): free space, or fix the disk")
             assert "NOT SAVED" in caplog.text
         saved = steps_of_whole(run_dir)
         assert saved[-1] >= BEFORE, number
@@ -165,10 +164,10 @@ def test_a_disk_that_fails_for_good_leaves_the_last_whole_checkpoint_to_resume_f
     assert newest == {BEFORE, BEFORE + 1}
 
 
-def test_a_step_saved_again_replaces_the_old_folder_whatever_fails(
+def test_a_step_saved_again_replaces_the_broken_folder(
     rank: OneRank, begun: Path, unbroken: list[list[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The newest checkpoint is altered: a resume passes over it, and trains and saves its step again."""
+    """The newest checkpoint is altered: a resume skips it, trains its step again and saves it, whatever fails."""
     caplog.set_level(logging.CRITICAL)
     altered = tmp_path / "altered"
     shutil.copytree(begun, altered)
@@ -177,11 +176,10 @@ def test_a_step_saved_again_replaces_the_old_folder_whatever_fails(
     content[-1] ^= 1
     weights.write_bytes(content)
     shutil.copytree(altered, counted_dir := tmp_path / "counted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "os", counted := CountedOs())
+    with counted_operations() as names:
         rank.start(counted_dir, steps=BEFORE)
-    # up to the first renaming it is a save like any other
-    for number in range(counted.names.index("rename") + 1, len(counted.names) + 1):
+    # until the first rename it is a save like any other
+    for number in range(names.index("rename") + 1, len(names) + 1):
         run_dir = tmp_path / f"run_{number}"
         start(rank, altered, run_dir, once(number), steps=BEFORE)
         assert steps_of_whole(run_dir)[-1] == BEFORE, number

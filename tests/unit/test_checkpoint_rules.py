@@ -1,4 +1,4 @@
-"""What a run keeps, when it stops, and what a resume must find again."""
+"""Which checkpoints a run keeps, when it stops, and what a resume must reproduce."""
 
 import errno
 import json
@@ -13,21 +13,23 @@ import pytest
 import torch
 
 from configs.errors import InputError, MachineError
+from configs.files import sync_folder
 from configs.load import load_run
 from configs.schema import CheckpointRules
 from data_pipeline.prepare import prepare_data
 from tests.support.edited_manifest import edit_manifest
 from tests.support.one_rank import STEPS, OneRank
-from training import folder, run
-from training.checkpoint import disk, read
+from tests.support.steps import step_result
+from training import folder, saver
+from training.checkpoint import disk, read, write
 from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 from training.checkpoint.read import open_checkpoint
-from training.checkpoint.retention import superfluous
+from training.checkpoint.retention import checkpoints_to_remove
 from training.checkpoint.write import SaveError
-from training.incarnation import begin
-from training.loop import TrainState
-from training.observers import MetricsFile, StepResult
+from training.metrics_file import MetricsFile
+from training.observers import StepResult
 from training.preflight import make_ready
+from training.state import TrainState
 
 SAVED = 2
 
@@ -64,19 +66,19 @@ def saved(losses: dict[int, float | None]) -> dict[Path, Manifest]:
         ({"keep": 2, "keep_every": 30, "keep_best": 3}, [20, 30, 50, 60]),
     ],
 )
-def test_the_last_every_nth_and_the_best_stay(rules: dict[str, int], kept: list[int]) -> None:
+def test_the_last_every_nth_and_the_best_are_kept(rules: dict[str, int], kept: list[int]) -> None:
     # the best of equals is the newer one
     whole = saved({10: 3.0, 20: 2.5, 30: 2.0, 40: None, 50: 2.5, 60: 2.6})
-    gone = superfluous(whole, rules=CheckpointRules(**rules))
-    assert [manifest.step for path, manifest in whole.items() if path not in gone] == kept
+    removed = checkpoints_to_remove(whole, rules=CheckpointRules(**rules))
+    assert [manifest.step for path, manifest in whole.items() if path not in removed] == kept
 
 
 def test_a_run_keeps_every_nth_checkpoint(rank: OneRank, tmp_path: Path) -> None:
     rank.start(tmp_path / "run", "checkpoint.keep=1", "checkpoint.keep_every=2", steps=5)
-    assert [found.step for found in list_checkpoints(tmp_path / "run")] == [2, 4, 5]
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "run")] == [2, 4, 5]
 
 
-def test_steps_that_stay_must_be_saved_ones() -> None:
+def test_kept_steps_must_be_saved_steps() -> None:
     with pytest.raises(InputError) as error:
         load_run("demo", overrides=["checkpoint.every=100", "checkpoint.keep_every=250"])
     assert str(error.value) == (
@@ -106,22 +108,22 @@ def test_a_stop_file_saves_and_ends_once(
 
     monkeypatch.setattr(MetricsFile, "on_step", then_stop)
     rank.start(run_dir, "checkpoint.every=100")
-    assert [found.step for found in list_checkpoints(run_dir)] == [2, 3]
-    assert "stopped after step 3, saved: start again to go on" in caplog.text
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [2, 3]
+    assert "stopped after step 3, saved: start again to continue" in caplog.text
     assert not (run_dir / "STOP").exists(), "the next start must go on"
     monkeypatch.undo()
     rank.start(run_dir)
     assert list_checkpoints(run_dir)[-1].step == STEPS
 
 
-def test_a_stop_file_that_waits_for_a_start_ends_it_before_its_first_step(rank: OneRank, run_dir: Path) -> None:
+def test_an_old_stop_file_ends_a_start_before_its_first_step(rank: OneRank, run_dir: Path) -> None:
     (run_dir / "STOP").touch()
     rank.start(run_dir)
     assert list_checkpoints(run_dir)[-1].step == 2
     assert not (run_dir / "STOP").exists()
 
 
-def test_another_model_under_the_same_checkpoint_is_refused_unless_it_is_accepted(
+def test_a_changed_model_is_refused_unless_it_is_accepted(
     rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = read.Checkpoint.slice
@@ -134,21 +136,21 @@ def test_another_model_under_the_same_checkpoint_is_refused_unless_it_is_accepte
         rank.start(run_dir)
     message = str(error.value)
     loss = read_manifest(list_checkpoints(run_dir)[-1].path).probe_loss
-    assert f"gave the probe batch a loss of {loss:.6f} when it was saved, now " in message
+    assert f"gave the check batch a loss of {loss:.6f} when it was saved, now " in message
     assert message.endswith("or accept it with `trainshort train --accept-change`")
     rank.start(run_dir, accept_change=True)
     assert list_checkpoints(run_dir)[-1].step == STEPS
-    assert f"accepted: checkpoint {run_dir}/checkpoints/step_{SAVED:07d} gave the probe batch a loss of" in caplog.text
+    assert f"accepted: checkpoint {run_dir}/checkpoints/step_{SAVED:07d} gave the check batch a loss of" in caplog.text
 
 
-def test_other_data_under_the_same_checkpoint_are_refused_by_their_hash(rank: OneRank, run_dir: Path) -> None:
-    folder = list_checkpoints(run_dir)[-1].path
-    edit_manifest(folder, lambda manifest: manifest.update(order_hash="0" * 64))
+def test_changed_data_are_refused_by_the_hash_of_their_order(rank: OneRank, run_dir: Path) -> None:
+    newest = list_checkpoints(run_dir)[-1].path
+    edit_manifest(newest, lambda manifest: manifest.update(order_hash="0" * 64))
     with pytest.raises(InputError, match=r"followed by other samples when it was saved \(hash 000000000000, now "):
         rank.start(run_dir)
 
 
-def test_the_hash_of_the_order_tells_positions_seeds_and_tokens_apart(
+def test_the_order_hash_depends_on_position_seed_and_tokens(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = rank.config(tmp_path / "run")
@@ -160,14 +162,13 @@ def test_the_hash_of_the_order_tells_positions_seeds_and_tokens_apart(
     }
     assert len(hashes) == 3
     assert rank.loader(config).order_hash(4) in hashes
-    real = loader._samples.read
-    monkeypatch.setattr(loader._samples, "read", lambda ids: np.asarray(real(ids)) + 1)
-    assert loader.order_hash(4) not in hashes
+    other = rank.samples(config)
+    read = other.read
+    monkeypatch.setattr(other, "read", lambda ids: np.asarray(read(ids)) + 1)
+    assert rank.loader(config, samples=other).order_hash(4) not in hashes
 
 
-def test_init_from_takes_weights_alone_to_another_length_and_other_data(
-    rank: OneRank, trained: Path, tmp_path: Path
-) -> None:
+def test_init_from_takes_weights_alone_to_other_data_and_length(rank: OneRank, trained: Path, tmp_path: Path) -> None:
     config = rank.config(tmp_path / "run")
     text = tmp_path / "other.txt"
     text.write_text("".join(f"line {i} of other data counts {i * i}\n" for i in range(500)), encoding="utf-8")
@@ -189,11 +190,11 @@ def test_init_from_takes_weights_alone_to_another_length_and_other_data(
         torch.testing.assert_close(now.tensor(name, kind="weight"), weight, atol=1e-9, rtol=1e-6)
     moments = now.tensor("embedding.word.weight", kind="exp_avg")
     assert not torch.equal(moments, began.tensor("embedding.word.weight", kind="exp_avg"))
-    # altered weights are not taken
+    # altered weights are refused
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
-    for found in list_checkpoints(copy):
-        path = found.path / "stage_00_tensor_00.weight.safetensors"
+    for checkpoint in list_checkpoints(copy):
+        path = checkpoint.path / "stage_00_tensor_00.weight.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(InputError, match="no checkpoint in .* is whole"):
         longer.start(tmp_path / "again", f"train.init_from={copy}", steps=1)
@@ -203,7 +204,7 @@ def test_lines_of_metrics_wait_for_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file, real = MetricsFile(tmp_path, last_step=0), os.write
-    file.on_step(result(1))
+    file.on_step(step_result(step=1))
 
     def half(handle: int, data: bytes) -> int:
         real(handle, data[: len(data) // 2])
@@ -211,71 +212,57 @@ def test_lines_of_metrics_wait_for_a_full_disk(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "write", half)
-        file.on_step(result(2))
-        file.on_step(result(3))
+        file.on_step(step_result(step=2))
+        file.on_step(step_result(step=3))
     assert caplog.text.count("cannot be written (No space left on device)") == 1
-    file.on_step(result(4))
+    file.on_step(step_result(step=4))
     file.close("FINISHED")
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
         file = MetricsFile(tmp_path, last_step=4)
         patch.setattr(os, "write", half)
-        file.on_step(result(5))
+        file.on_step(step_result(step=5))
         file.close("FINISHED")
     assert "lacks its last 1 lines" in caplog.text
 
 
-def result(step: int) -> StepResult:
-    return StepResult(step, 1.0, 0.1, 1.0, step, step, 0.1, 1.0, None, 0.1)
-
-
-def test_bytes_that_are_no_text_are_no_line_of_metrics(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_no_line_of_metrics(tmp_path: Path) -> None:
     line = json.dumps({"step": 1}).encode() + b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(line + b'{"step": 1, \xff\x00}\n' + b"\0" * 512)
     MetricsFile(tmp_path, last_step=1).close("FINISHED")
     assert (tmp_path / "metrics.jsonl").read_bytes() == line
 
 
-def test_a_model_without_a_loss_is_not_saved_and_a_validation_that_is_none_is_left_out(
+def test_a_nan_loss_is_not_saved_and_a_nan_validation_left_out(
     rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save = run._saver(
-        rank.engine,
-        rank.loader(rank.config(run_dir)),
-        config=rank.config(run_dir),
-        prepared=rank.prepared,
-        groups=rank.groups,
-        fence=begin(run_dir),
-        start=TrainState(SAVED, 0),
-    )
-    save(TrainState(SAVED + 1, 0), math.nan)
+    save = rank.trainer(rank.config(run_dir, "train.decay_steps=4")).saver.save
+    save(TrainState(SAVED + 1, 0), validation_loss=math.nan)
     assert read_manifest(list_checkpoints(run_dir)[-1].path).validation_loss is None
-    monkeypatch.setattr(run, "check_loss", lambda *_: math.nan)
+    monkeypatch.setattr(saver, "check_loss", lambda *_: math.nan)
     with pytest.raises(
-        SaveError, match=r"step 4 was not saved \(its loss on the probe batch is nan\): its weights have"
+        SaveError, match=r"step 4 was not saved \(its loss on the check batch is nan\): its weights have"
     ):
-        save(TrainState(SAVED + 2, 0), None)
+        save(TrainState(SAVED + 2, 0), validation_loss=None)
     assert list_checkpoints(run_dir)[-1].step == SAVED + 1
 
 
-def test_what_could_not_be_read_again_is_not_saved(
+def test_a_checkpoint_that_cannot_be_read_back_is_not_saved(
     rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = disk.sync_folder
-
     def lose_a_file(folder: Path) -> None:
         if folder.name.startswith(".step_"):
             (folder / "tokenizer.model").unlink()
-        real(folder)
+        sync_folder(folder)
 
-    monkeypatch.setattr(disk, "sync_folder", lose_a_file)
+    monkeypatch.setattr(write, "sync_folder", lose_a_file)
     with pytest.raises(SaveError, match=r"was not saved, it could not be read again: .*tokenizer.model is missing"):
         rank.start(run_dir)
-    assert [found.step for found in list_checkpoints(run_dir)] == [1, SAVED]
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [1, SAVED]
 
 
-def test_the_model_of_a_run_that_lost_its_config_is_that_of_its_checkpoint(rank: OneRank, run_dir: Path) -> None:
+def test_a_run_that_lost_its_config_is_that_of_its_checkpoint(rank: OneRank, run_dir: Path) -> None:
     (run_dir / "config.yaml").unlink()
     config = rank.config(run_dir, "train.steps=9", "train.learning_rate=1")
     with pytest.raises(InputError, match=r"would change: train.decay_steps was 4, is 9; train.learning_rate was"):
@@ -313,7 +300,7 @@ def test_steps_past_a_schedule_that_ends_at_zero_are_refused(rank: OneRank, run_
         make_ready(rank.config(run_dir / "new", *more, "train.min_learning_rate=0"), world_size=1, device="cpu")
 
 
-def test_a_stop_file_goes_also_when_the_last_save_fails(
+def test_a_stop_file_is_removed_even_if_the_last_save_fails(
     rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = MetricsFile.on_step
@@ -329,10 +316,10 @@ def test_a_stop_file_goes_also_when_the_last_save_fails(
     monkeypatch.setattr(disk, "make_folder", full)
     with pytest.raises(SaveError):
         rank.start(run_dir, "checkpoint.every=100")
-    assert not (run_dir / "STOP").exists(), "the next start, with a mended disk, must go on"
+    assert not (run_dir / "STOP").exists(), "the next start, with a fixed disk, must train"
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"run folder .* cannot be written \(No space left on device\)"):
-        with folder.writing(tmp_path):
+        with folder.report_write_errors(tmp_path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

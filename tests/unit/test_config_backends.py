@@ -3,11 +3,11 @@
 import pytest
 
 from configs.backends import AUTO, BACKENDS, backend_of, unavailable, unsupported
-from training.model.attention import MAKERS
+from training.model.attention import KERNELS
 
 
 def test_every_backend_of_the_table_can_be_made_and_no_other() -> None:
-    assert MAKERS.keys() == BACKENDS.keys()
+    assert KERNELS.keys() == BACKENDS.keys()
     assert backend_of("auto").name == AUTO
 
 

@@ -1,4 +1,4 @@
-"""Reading a run file: strict YAML, overrides, files that cannot be read."""
+"""Read a run file: strict YAML, overrides, files that cannot be read."""
 
 import sys
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def message_of(run: str, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_numbers_words_and_nothing_are_read_as_one_sees_them() -> None:
+def test_numbers_strings_and_null_are_read_as_they_look() -> None:
     text = "{a: 1e-3, b: 12:30:00, c: on, d: true, e: ~, f: 1_000, g: 0x10, h: 010, i: 2024-01-01, j: .5, k: -2.5e+3}"
     assert read_yaml(text, name="here") == {
         "a": 0.001,
@@ -45,7 +45,7 @@ def test_numbers_words_and_nothing_are_read_as_one_sees_them() -> None:
 
 @pytest.fixture(scope="module")
 def smallest_floats() -> Iterator[None]:
-    """Let this process have floats below 1e-308; what an earlier test started in it may round them to zero."""
+    """Keep floats below 1e-308: an earlier test in this process may have made the CPU round them to zero."""
     torch, rounded = sys.modules.get("torch"), float("5e-324") * 1.0 == 0.0
     if torch is not None and rounded:
         torch.set_flush_denormal(False)
@@ -63,8 +63,8 @@ def test_every_float_is_read_back(number: float) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run: {name: a, name: b}", "here, line 1: key 'name' is there twice: remove one"),
-        ("a: 1\nb: 2\na: 3", "here, line 3: key 'a' is there twice: remove one"),
+        ("run: {name: a, name: b}", "here, line 1: key 'name' appears twice: remove one"),
+        ("a: 1\nb: 2\na: 3", "here, line 3: key 'a' appears twice: remove one"),
         ("a: [1, 2", "here, line 1: expected ',' or ']', but got '<stream end>'"),
         (
             "a: !!python/object/apply:os.system [true]",
@@ -90,11 +90,11 @@ def test_a_run_is_found_by_path_and_by_name(tmp_path: Path, run_values: dict[str
     assert load_run("demo").run.name == "demo"
 
 
-@pytest.mark.parametrize("file", sorted(RUNS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_dumped_runs_load_to_equal_values(file: Path, tmp_path: Path) -> None:
-    config = load_run(file.stem)
-    assert config.run.name == file.stem
-    assert load_run(write(tmp_path / "again.yaml", dump_run(config))) == config
+def test_dumped_runs_load_to_equal_values(tmp_path: Path) -> None:
+    for file in RUNS.glob("*.yaml"):
+        config = load_run(file.stem)
+        assert config.run.name == file.stem
+        assert load_run(write(tmp_path / "again.yaml", dump_run(config))) == config, file.stem
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -109,10 +109,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert message_of(str(latin)) == f"run file {latin} is not UTF-8 at byte 15: save it as UTF-8"
 
 
-@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a\n- b", "list"), ("word", "str")])
-def test_a_file_without_sections_is_refused(tmp_path: Path, text: str, kind: str) -> None:
-    run = write(tmp_path / "odd.yaml", text)
-    assert message_of(run) == f"{run} must hold sections of keys, got {kind}: see configs/runs/demo.yaml"
+def test_a_file_without_sections_is_refused(tmp_path: Path) -> None:
+    for text, kind in (("", "NoneType"), ("- a\n- b", "list"), ("word", "str")):
+        run = write(tmp_path / "odd.yaml", text)
+        assert message_of(run) == f"{run} must hold sections of keys, got {kind}: see configs/runs/demo.yaml"
 
 
 def test_overrides_are_yaml_and_the_last_one_wins() -> None:

@@ -1,16 +1,16 @@
-"""The shipped runs, their sizes, where things lie, and the page made from the schema."""
+"""The shipped runs, their sizes, the folders of a run, and the pages generated from code."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.document import ATTENTION, TARGET, configuration_page, with_backends
+from configs.document import ATTENTION, TARGET, configuration_page, replace_backend_table
 from configs.errors import InputError
-from configs.load import check_run, load_run
-from configs.parameters import parameter_count
+from configs.load import RUNS, check_run, load_run
 from configs.paths import check_run_folder, data_folder, run_folder
 from configs.schema import Model
+from training.families.table import parameter_count
 
 
 def test_parameter_counts_are_the_published_ones() -> None:
@@ -19,20 +19,17 @@ def test_parameter_counts_are_the_published_ones() -> None:
     assert parameter_count(Model(layers=30, hidden=4096, heads=32), vocab_size=250880) == 7_069_016_064
 
 
-@pytest.mark.parametrize(
-    ("run", "parameters"),
-    [
+def test_shipped_runs_state_their_own_size() -> None:
+    for run, parameters in (
         ("alibi-1b3", 1_361_987_584),
         ("sinusoidal-1b3", 1_361_987_584),
         ("wikitext103", 235_098_112),
         ("bloom-176b", 176_244_404_224),
-    ],
-)
-def test_shipped_runs_say_their_own_size(run: str, parameters: int) -> None:
-    config = load_run(run)
-    assert parameter_count(config.model, vocab_size=config.data.vocab_size) == parameters
-    text = (Path(__file__).parents[2] / "configs" / "runs" / f"{run}.yaml").read_text(encoding="utf-8")
-    assert run == "sinusoidal-1b3" or f"{parameters:,} parameters" in text
+    ):
+        config = load_run(run)
+        assert parameter_count(config.model, vocab_size=config.data.vocab_size) == parameters, run
+        text = (RUNS / f"{run}.yaml").read_text(encoding="utf-8")
+        assert run == "sinusoidal-1b3" or f"{parameters:,} parameters" in text, run
 
 
 def test_the_reference_job_is_the_papers_shape_and_blooms_recipe() -> None:
@@ -54,7 +51,7 @@ def test_the_demo_stays_legal_when_made_smaller() -> None:
     assert load_run("demo", overrides=overrides).train.steps == 12
 
 
-def test_data_lies_in_the_run_folder_unless_said_otherwise(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_data_is_in_the_run_folder_unless_set_otherwise(run_values: dict[str, Any], tmp_path: Path) -> None:
     config = check_run(run_values, name="small")
     assert data_folder(config) == run_folder(config) / "data" == tmp_path / "run" / "data"
     run_values["data"]["dir"] = "shared"
@@ -72,10 +69,10 @@ def test_a_file_in_the_run_folders_place_is_refused(run_values: dict[str, Any], 
         check_run_folder(check_run(run_values, name="small"))
 
 
-def test_the_page_is_made_from_the_schema() -> None:
+def test_the_page_is_generated_from_the_schema() -> None:
     assert TARGET.read_text(encoding="utf-8") == configuration_page(), "run: python -m configs.document"
 
 
-def test_the_page_on_attention_has_the_backends_as_they_are() -> None:
+def test_the_page_on_attention_has_the_current_backends() -> None:
     page = ATTENTION.read_text(encoding="utf-8")
-    assert page == with_backends(page), "run: python -m configs.document"
+    assert page == replace_backend_table(page), "run: python -m configs.document"

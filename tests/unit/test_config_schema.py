@@ -1,4 +1,4 @@
-"""What a run file may not say, and the words that tell so."""
+"""Wrong run files and their messages."""
 
 import copy
 from typing import Any
@@ -10,11 +10,11 @@ from configs.load import check_run
 
 
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    found = copy.deepcopy(values)
+    copied = copy.deepcopy(values)
     for where, value in changes.items():
         section, key = where.split(".")
-        found.setdefault(section, {})[key] = value
-    return found
+        copied.setdefault(section, {})[key] = value
+    return copied
 
 
 def message_of(values: dict[str, Any], changes: dict[str, Any]) -> str:
@@ -57,12 +57,12 @@ def message_of(values: dict[str, Any], changes: dict[str, Any]) -> str:
 def test_a_wrong_value_is_named_with_what_was_seen(
     run_values: dict[str, Any], where: str, value: Any, message: str
 ) -> None:
-    found = message_of(run_values, {where: value})
-    assert found.startswith(f"small: {message}")
-    assert "\n" not in found
+    seen = message_of(run_values, {where: value})
+    assert seen.startswith(f"small: {message}")
+    assert "\n" not in seen
 
 
-def test_what_is_missing_is_named(run_values: dict[str, Any]) -> None:
+def test_missing_keys_are_named(run_values: dict[str, Any]) -> None:
     del run_values["train"]["steps"]
     del run_values["model"]
     with pytest.raises(InputError) as caught:
@@ -70,7 +70,7 @@ def test_what_is_missing_is_named(run_values: dict[str, Any]) -> None:
     assert str(caught.value) == ("small has 2 problems:\n  model is missing: add it\n  train.steps is missing: add it")
 
 
-def test_a_section_that_is_no_section_is_refused(run_values: dict[str, Any]) -> None:
+def test_a_section_that_is_not_a_mapping_is_refused(run_values: dict[str, Any]) -> None:
     run_values["train"] = 3
     with pytest.raises(InputError, match="small: train: .*got 3"):
         check_run(run_values, name="small")
@@ -125,7 +125,7 @@ RULES = [
     ),
     (
         {"train.min_learning_rate": 0.1},
-        "train.min_learning_rate must be at most train.learning_rate (0.001), got 0.1: lower it",
+        "train.min_learning_rate must be at most train.learning_rate (0.008), got 0.1: lower it",
     ),
     (
         {"evaluate.protocols": ["overlapping"]},
@@ -172,11 +172,11 @@ RULES = [
 
 
 @pytest.mark.parametrize(("changes", "message"), RULES)
-def test_a_broken_rule_says_what_holds_what_was_seen_and_what_to_do(
+def test_a_broken_rule_says_what_was_seen_and_what_to_do(
     run_values: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    found = message_of(run_values, changes)
-    assert found in (f"small: {message}", f"small has {message.count(chr(10)) + 1} problems:\n  {message}")
+    seen = message_of(run_values, changes)
+    assert seen in (f"small: {message}", f"small has {message.count(chr(10)) + 1} problems:\n  {message}")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_broken_rule_says_what_holds_what_was_seen_and_what_to_do(
 def test_what_this_version_cannot_do_is_refused(
     run_values: dict[str, Any], where: str, value: Any, message: str
 ) -> None:
-    # A value that becomes available leaves this list together with the rule.
+    # When a value becomes available, remove it here and from the rule.
     assert message_of(run_values, {where: value}).startswith(f"small: {message}")
 
 
@@ -213,8 +213,8 @@ def test_all_problems_come_at_once(run_values: dict[str, Any]) -> None:
 
 def test_a_number_is_the_text_of_an_environment_variable(run_values: dict[str, Any]) -> None:
     run_values["slurm"] = {"env": {"OMP_NUM_THREADS": 4, "RATIO": 0.5, "NAME": "x"}}
-    found = check_run(run_values, name="small").slurm.env
-    assert found == {"OMP_NUM_THREADS": "4", "RATIO": "0.5", "NAME": "x"}
+    env = check_run(run_values, name="small").slurm.env
+    assert env == {"OMP_NUM_THREADS": "4", "RATIO": "0.5", "NAME": "x"}
 
 
 def test_defaults_follow_the_training_length(run_values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The order of samples and the split are functions of their arguments and of nothing else."""
+"""The order of samples and the split are functions of their arguments alone."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ seeds = st.integers(0, 2**63)
 def ids_of(
     *, seed: int, sizes: tuple[int, ...], weights: tuple[float, ...] | None, start: int, count: int
 ) -> NDArray[np.int64]:
-    """Ask an order that remembers nothing."""
+    """Return ids from an order with empty caches."""
     return SampleOrder(seed=seed, sizes=sizes, weights=weights).ids(start=start, count=count)
 
 
@@ -40,8 +40,8 @@ def test_with_weights_every_epoch_has_the_same_shares(seed: int, blend: tuple, e
     sizes, weights = blend
     total = sum(sizes)
     ids = ids_of(seed=seed, sizes=sizes, weights=weights, start=epoch * total, count=total)
-    found = np.bincount(np.searchsorted(np.cumsum(sizes), ids, side="right"), minlength=len(sizes))
-    assert tuple(found) == shares(weights, total=total)
+    counts = np.bincount(np.searchsorted(np.cumsum(sizes), ids, side="right"), minlength=len(sizes))
+    assert tuple(counts) == shares(weights, total=total)
 
 
 @given(weighted(), st.integers(1, 10_000))
@@ -74,8 +74,7 @@ def test_cuts_of_the_stream_join_to_the_stream(seed: int, blend: tuple, use_weig
     whole = order.ids(start=0, count=sum(cuts))
     start, joined = 0, []
     for count in cuts:
-        piece = ids_of(seed=seed, sizes=sizes, weights=order.shares and weights, start=start, count=count)
-        joined.extend(piece)
+        joined.extend(ids_of(seed=seed, sizes=sizes, weights=order.shares and weights, start=start, count=count))
         start += count
     assert joined == whole.tolist()
 
@@ -90,7 +89,7 @@ def test_another_seed_or_epoch_is_another_order() -> None:
 
 
 def test_the_order_is_the_one_that_earlier_versions_used() -> None:
-    # a run that is resumed after an update must go on in the same order
+    # a run that is resumed after an update must continue in the same order
     assert shuffled(8, seed=(1, 2, 3)).tolist() == [1, 3, 7, 5, 2, 0, 4, 6]
     assert ids_of(seed=7, sizes=(5, 3), weights=None, start=4, count=8).tolist() == [4, 5, 0, 6, 2, 6, 7, 4]
     assert ids_of(seed=7, sizes=(5, 3), weights=(1.0, 2.0), start=4, count=8).tolist() == [6, 4, 7, 3, 1, 0, 5, 5]

@@ -1,8 +1,9 @@
-"""Text comes out of files as it went in; what is wrong with a file is said in one line."""
+"""Text comes out of files as it went in; what is wrong with a file is one line."""
 
 import gzip
 import json
 import lzma
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -15,21 +16,26 @@ from hypothesis import strategies as st
 
 from configs.errors import InputError
 from configs.schema import Source
-from data_pipeline import sources
 from data_pipeline.python_docs import python_docs
-from data_pipeline.sources import chunks
+from data_pipeline.sources import Chunk, cut_documents, source_chunks
 
 TEXT = "Zwölf Boxkämpfer\r\njagen  Viktor\n\n\tquer \U0001f600 über\n"
 
 
+def documents_of(chunks: Iterable[Chunk]) -> list[str]:
+    """Join chunks to documents."""
+    documents, document = [], ""
+    for chunk in chunks:
+        document += chunk.text
+        if chunk.ends_document:
+            documents.append(document)
+            document = ""
+    assert document == ""
+    return documents
+
+
 def read(path: Path | str, *, separator: str | None = None) -> list[str]:
-    found, parts = [], []
-    for piece in chunks(Source(path=str(path)), separator=separator):
-        parts.append(piece.text)
-        if piece.last:
-            found.append("".join(parts))
-            parts = []
-    return found
+    return documents_of(source_chunks(Source(path=str(path)), separator=separator))
 
 
 def problem(path: Path | str) -> str:
@@ -76,40 +82,34 @@ def test_a_separator_cuts_a_text_file_into_documents(tmp_path: Path) -> None:
     assert read(file, separator="<end>") == ["one", "two", "\nthree"]
 
 
-def joined(chunks: list[str], *, size: int, separator: str | None) -> list[str]:
-    found, document = [], ""
-    for piece in sources._cut(chunks, size=size, separator=separator):
-        assert len(piece.text) <= size + len(separator or "")
-        document += piece.text
-        if piece.last:
-            found.append(document)
-            document = ""
-    assert document == ""
-    return found
+def joined(text: str, *, part: int, size: int, separator: str | None) -> list[str]:
+    """Cut a text that is read in parts of this many characters, and join its chunks to documents."""
+    parts = [text[start : start + part] for start in range(0, len(text), part)]
+    chunks = list(cut_documents(parts, size=size, separator=separator))
+    assert all(len(chunk.text) <= size for chunk in chunks)
+    return documents_of(chunks)
 
 
 @given(st.text("ab \n", max_size=300), st.integers(1, 20), st.integers(1, 40))
-def test_pieces_of_any_size_join_to_the_text(text: str, chunk: int, size: int) -> None:
-    chunks = [text[start : start + chunk] for start in range(0, len(text), chunk)]
-    assert joined(chunks, size=size, separator=None) == ([text] if text else [])
+def test_chunks_of_any_size_join_to_the_text(text: str, part: int, size: int) -> None:
+    assert joined(text, part=part, size=size, separator=None) == ([text] if text else [])
 
 
-@pytest.mark.parametrize("separator", ["|", "||", "|a|"])
-def test_a_separator_is_found_across_chunks_and_pieces(separator: str) -> None:
-    for text in map("".join, product("|a", repeat=7)):
-        expected = [part for part in text.split(separator) if part]
-        for chunk, size in product(range(1, 6), range(1, 5)):
-            chunks = [text[start : start + chunk] for start in range(0, len(text), chunk)]
-            assert joined(chunks, size=size, separator=separator) == expected
+def test_a_separator_is_found_across_reads_and_chunks() -> None:
+    for separator, letters in product(("|", "||", "|a|"), product("|a", repeat=7)):
+        text = "".join(letters)
+        expected = [document for document in text.split(separator) if document]
+        for part, size in product(range(1, 6), range(1, 5)):
+            assert joined(text, part=part, size=size, separator=separator) == expected
 
 
-def test_a_long_file_comes_in_pieces_cut_after_newlines(tmp_path: Path) -> None:
+def test_a_long_file_is_cut_after_newlines(tmp_path: Path) -> None:
     file = tmp_path / "long.txt"
     file.write_text("a line of this book\n" * 20_000)
-    found = list(chunks(Source(path=str(file)), separator=None))
-    assert len(found) > 10
-    assert all(piece.text.endswith("\n") for piece in found)
-    assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
+    chunks = list(source_chunks(Source(path=str(file)), separator=None))
+    assert len(chunks) > 10
+    assert all(chunk.text.endswith("\n") for chunk in chunks)
+    assert [chunk.ends_document for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
 def test_python_docs_are_real_text_and_the_same_each_time() -> None:
@@ -126,22 +126,20 @@ def test_missing_files_and_folders_say_what_to_do(tmp_path: Path) -> None:
     assert f"is a folder: give its files, for example {tmp_path}/*.txt" in problem(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.txt", b""), ("a.txt", b" \n\n"), ("a.txt.gz", b""), ("a.txt.zst", b""), ("a.jsonl", b"\n"), ("a.xz", b"")],
-)
-def test_a_source_without_text_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert "holds no text: remove it" in problem(tmp_path / name)
+def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
+    for name, content in (("a.txt", b""), ("b.txt", b" \n\n"), ("a.gz", b""), ("a.zst", b""), ("a.jsonl", b"\n")):
+        (tmp_path / name).write_bytes(content)
+        assert f"{name} holds no text: remove it" in problem(tmp_path / name)
 
 
-@pytest.mark.parametrize("before", [0, 7, 65_535, 65_536, 200_001])
-def test_text_that_is_not_utf8_is_refused_with_its_byte(tmp_path: Path, before: int) -> None:
-    (tmp_path / "a.txt").write_bytes(b"x" * before + "ä".encode("latin-1") + b"bc")
-    assert f"is not UTF-8 at byte {before}: convert it" in problem(tmp_path / "a.txt")
-    # cut inside a character
-    (tmp_path / "a.txt").write_bytes(b"x" * before + "ä".encode()[:1])
-    assert f"is not UTF-8 at byte {before}: convert it" in problem(tmp_path / "a.txt")
+def test_text_that_is_not_utf8_is_refused_with_its_byte(tmp_path: Path) -> None:
+    # a file is read in blocks of 65,536 bytes
+    for before in (0, 65_535, 65_536, 200_001):
+        (tmp_path / "a.txt").write_bytes(b"x" * before + "ä".encode("latin-1") + b"bc")
+        assert f"is not UTF-8 at byte {before}: convert it" in problem(tmp_path / "a.txt")
+        # cut inside a character
+        (tmp_path / "a.txt").write_bytes(b"x" * before + "ä".encode()[:1])
+        assert f"is not UTF-8 at byte {before}: convert it" in problem(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(

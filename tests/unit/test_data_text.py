@@ -62,7 +62,7 @@ def test_a_wrong_file_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     assert "is not UTF-8 at byte 3" in problem(tmp_path / "latin.txt")
     assert "does not exist" in problem(tmp_path / "no.txt")
     assert "is a folder" in problem(tmp_path)
-    assert "must be one file" in problem(tmp_path / "*.txt")
+    assert "is not a single file" in problem(tmp_path / "*.txt")
 
 
 def test_the_held_out_stream_is_the_held_out_sequences(prepared: Prepared) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer gives text back to the byte; what does not, or does not fit, is refused."""
+"""The tokenizer is lossless; a model that is not, or a wrong vocabulary size, is refused."""
 
 import io
 import re
@@ -64,7 +64,7 @@ def test_the_same_text_gives_the_same_file(tokenizer: Tokenizer, tmp_path: Path)
     assert [file.name for file in tmp_path.iterdir()] == ["again.model"]
 
 
-def test_a_vocabulary_larger_than_the_text_allows_names_the_largest(tmp_path: Path) -> None:
+def test_a_vocabulary_too_large_for_the_text_names_the_largest(tmp_path: Path) -> None:
     out = tmp_path / "tokenizer.model"
     with pytest.raises(InputError, match=r"data.vocab_size 9999 is larger than the \d+ the text allows: use") as caught:
         train_tokenizer([BOOK[:3000]], vocab_size=9999, out=out)
@@ -73,7 +73,7 @@ def test_a_vocabulary_larger_than_the_text_allows_names_the_largest(tmp_path: Pa
     assert train_tokenizer([BOOK[:3000]], vocab_size=largest, out=out).vocab_size == largest
 
 
-def test_a_vocabulary_smaller_than_the_characters_names_the_smallest(tmp_path: Path) -> None:
+def test_a_vocabulary_too_small_for_the_text_names_the_least(tmp_path: Path) -> None:
     text = "".join(map(chr, range(0x4E00, 0x5200)))
     with pytest.raises(InputError, match="use 1283 or more"):
         train_tokenizer([text], vocab_size=300, out=tmp_path / "tokenizer.model")
@@ -92,12 +92,12 @@ def test_a_vocabulary_smaller_than_the_characters_names_the_smallest(tmp_path: P
         ({"eos_id": -1}, "no end piece"),
     ],
 )
-def test_a_model_that_loses_text_or_is_not_portable_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+def test_a_model_that_is_not_portable_is_refused(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Tokenizer.load(foreign_model(tmp_path, **options))
 
 
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         Tokenizer.load(tmp_path / "no.model")
     (tmp_path / "text.model").write_text("some text")

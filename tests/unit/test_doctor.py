@@ -1,4 +1,4 @@
-"""`trainshort doctor` as a user meets it."""
+"""`trainshort doctor`: the report of a machine, and the audit of a run's ALiBi."""
 
 import json
 import socket
@@ -11,28 +11,30 @@ import torch
 from configs.backends import BACKENDS
 from launch import doctor
 from tests.support.command_line import Call, refused
-from training.model import bias
-from training.model.alibi import causal_bias
+from training.model.positions import bias
+from training.model.positions.bias import causal_bias
 
 HOUSE = Path(__file__).parents[2]
+BACKEND_KEYS = "name what positions precisions head_dims devices capability package memory has_run lacks".split()
 
 
-def test_it_tells_what_the_machine_has(trainshort: Call) -> None:
+def test_the_report_has_every_concern_of_the_machine(trainshort: Call) -> None:
     answer = trainshort("doctor", "--json")
     assert (answer.code, answer.error) == (0, "")
-    found = json.loads(answer.out)
-    assert list(found) == ["python", "packages", "cpu", "gpus", "network", "slurm", "attention"]
-    assert found["packages"]["torch"] == torch.__version__
-    assert found["cpu"]["memory_bytes"] > found["cpu"]["available_bytes"] > 0
-    assert found["network"]["free_port"] > 0
-    assert [backend["name"] for backend in found["attention"]] == list(BACKENDS)
-    lacks = {backend["name"]: backend["lacks"] for backend in found["attention"]}
+    report = json.loads(answer.out)
+    assert list(report) == ["python", "packages", "cpu", "gpus", "network", "slurm", "attention"]
+    assert report["packages"]["torch"] == torch.__version__
+    assert report["cpu"]["memory_bytes"] > report["cpu"]["available_bytes"] > 0
+    assert report["network"]["free_port"] > 0
+    assert [backend["name"] for backend in report["attention"]] == list(BACKENDS)
+    assert all(list(backend) == BACKEND_KEYS for backend in report["attention"])
+    lacks = {backend["name"]: backend["lacks"] for backend in report["attention"]}
     assert lacks["sdpa"] is None
-    if not found["gpus"]["usable"]:
+    if not report["gpus"]["usable"]:
         assert "needs a GPU" in lacks["flex"]
 
 
-def test_its_tables_fit_80_columns_and_lose_nothing(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_fit_80_columns_and_cut_nothing(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     answer = trainshort("doctor")
     assert max(len(line) for line in answer.out.splitlines()) <= 80
@@ -43,13 +45,13 @@ def test_its_tables_fit_80_columns_and_lose_nothing(trainshort: Call, monkeypatc
         assert backend.what in words
 
 
-def test_packages_are_those_of_the_project() -> None:
+def test_the_reported_packages_are_the_dependencies() -> None:
     project = tomllib.loads((HOUSE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {dependency.split(">")[0] for dependency in project["dependencies"]}
     assert named == set(doctor.REPORTED_PACKAGES) - {"flash_attn"}
 
 
-def test_a_name_that_does_not_resolve_is_told(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_name_that_does_not_resolve_is_reported(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -57,20 +59,20 @@ def test_a_name_that_does_not_resolve_is_told(trainshort: Call, monkeypatch: pyt
     assert "does not resolve" in " ".join(trainshort("doctor").out.split())
 
 
-def test_memory_is_unknown_where_the_system_does_not_say(tmp_path: Path) -> None:
+def test_memory_is_unknown_without_meminfo(tmp_path: Path) -> None:
     assert doctor.memory_report(tmp_path / "none") == {"memory_bytes": None, "available_bytes": None}
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_audit_takes_the_run_s_lengths_and_precision(trainshort: Call) -> None:
+def test_the_audit_takes_the_runs_lengths_and_precision(trainshort: Call) -> None:
     sets = ("--set", "train.precision=bf16", "--set", "evaluate.lengths=[24, 512]")
     answer = trainshort("doctor", "--alibi", "run.yaml", *sets, "--json")
     assert (answer.code, answer.error) == (0, "")
-    found = json.loads(answer.out)
-    assert (found["backend"], found["precision"], found["heads"], found["limit"]) == ("sdpa", "bf16", 4, 3e-3)
-    assert [one["length"] for one in found["lengths"]] == [16, 24, 512]
-    assert found["within"]
-    assert set(found["lengths"][0]["heads"][0]) == {"head", "slope", "measured", "absolute", "relative"}
+    report = json.loads(answer.out)
+    assert (report["backend"], report["precision"], report["heads"], report["limit"]) == ("sdpa", "bf16", 4, 3e-3)
+    assert [audit["length"] for audit in report["lengths"]] == [24, 32, 512]
+    assert report["within"]
+    assert set(report["lengths"][0]["heads"][0]) == {"head", "slope", "measured", "absolute", "relative"}
     shown = trainshort("doctor", "--alibi", "run.yaml", *sets)
     assert "every row is within the limit for bf16, 0.003" in shown.out
     assert max(len(line) for line in shown.out.splitlines()) <= 80
@@ -99,12 +101,12 @@ def test_an_audit_over_the_limit_fails(trainshort: Call, monkeypatch: pytest.Mon
         (("--alibi", "nowhere.yaml"), "nowhere.yaml"),
     ],
 )
-def test_bad_input_is_one_line(trainshort: Call, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_input_of_doctor_is_one_line(trainshort: Call, arguments: tuple[str, ...], message: str) -> None:
     assert message in refused(trainshort, "doctor", *arguments)
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_backend_that_the_machine_lacks_is_refused(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_audit_needs_the_runs_backend_here(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     message = refused(trainshort, "doctor", "--alibi", "run.yaml", "--set", "model.attention=flex")
     assert message.startswith("model.attention flex needs a GPU")

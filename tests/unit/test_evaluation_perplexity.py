@@ -1,4 +1,4 @@
-"""Perplexity of a random Bloom of transformers, also computed window by window from its logits."""
+"""The perplexity of a random Bloom of transformers, compared with a computation window by window."""
 
 import math
 
@@ -15,7 +15,7 @@ VOCAB = 50
 
 
 class BloomScorer:
-    """Scores with transformers; notes the shape of each batch."""
+    """Scores with transformers and records the shape of each batch."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -42,7 +42,7 @@ def tokens() -> np.ndarray:
 
 
 def by_hand(bloom: BloomScorer, tokens: np.ndarray, *, length: int, stride: int) -> tuple[float, int]:
-    """One window at a time, one prediction at a time."""
+    """Return loss and scored predictions, one window and one prediction at a time."""
     total, count, scored_until = 0.0, 0, 0
     for start in range(0, len(tokens) - length, stride):
         with torch.no_grad():
@@ -60,19 +60,21 @@ def by_hand(bloom: BloomScorer, tokens: np.ndarray, *, length: int, stride: int)
     ("length", "protocol", "stride"),
     [(16, "nonoverlapping", 16), (102, "nonoverlapping", 102), (16, "sliding:5", 5), (80, "sliding:1", 1)],
 )
-@pytest.mark.parametrize("batch_tokens", [50, 8192])
-def test_perplexity_is_that_of_bloom_window_by_window(
-    bloom: BloomScorer, tokens: np.ndarray, length: int, protocol: str, stride: int, batch_tokens: int
+def test_perplexity_is_blooms_window_by_window(
+    bloom: BloomScorer, tokens: np.ndarray, length: int, protocol: str, stride: int
 ) -> None:
     loss, count = by_hand(bloom, tokens, length=length, stride=stride)
-    result = measure_loss(bloom, tokens, length=length, protocol=parse_protocol(protocol), batch_tokens=batch_tokens)
-    assert result.tokens == count
-    assert result.loss == pytest.approx(loss, rel=1e-6)
-    assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert loss > 4
+    for batch_tokens in (50, 8192):
+        result = measure_loss(
+            bloom, tokens, length=length, protocol=parse_protocol(protocol), batch_tokens=batch_tokens
+        )
+        assert result.tokens == count
+        assert result.loss == pytest.approx(loss, rel=1e-6)
+        assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
 
 
-def test_batches_hold_about_the_tokens_asked_for_and_progress_counts_them(tokens: np.ndarray) -> None:
+def test_batches_keep_to_their_tokens_and_progress_counts_them(tokens: np.ndarray) -> None:
     bloom = BloomScorer()
     seen: list[int] = []
     measure_loss(bloom, tokens, length=16, protocol=parse_protocol("sliding:4"), batch_tokens=100, progress=seen.append)
@@ -82,14 +84,14 @@ def test_batches_hold_about_the_tokens_asked_for_and_progress_counts_them(tokens
     assert sum(seen) == ((103 - 1 - 16) // 4 + 1) * 16
 
 
-def test_read_only_tokens_are_left_alone(bloom: BloomScorer, tokens: np.ndarray) -> None:
+def test_read_only_tokens_are_accepted(bloom: BloomScorer, tokens: np.ndarray) -> None:
     frozen = tokens.copy()
     frozen.flags.writeable = False
     measure_loss(bloom, frozen, length=50, protocol=parse_protocol("nonoverlapping"))
     assert (frozen == tokens).all()
 
 
-def test_losses_are_summed_exactly_where_single_precision_would_drift() -> None:
+def test_losses_are_summed_in_double_precision() -> None:
     class Constant:
         def losses(self, tokens: torch.Tensor) -> torch.Tensor:
             return torch.full(tokens[:, 1:].shape, 0.1, dtype=torch.float32)
@@ -100,7 +102,7 @@ def test_losses_are_summed_exactly_where_single_precision_would_drift() -> None:
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1e6])
-def test_diverged_model_is_an_error_not_a_figure(loss: float) -> None:
+def test_loss_of_a_diverged_model_is_an_error(loss: float) -> None:
     class Broken:
         def losses(self, tokens: torch.Tensor) -> torch.Tensor:
             return torch.full(tokens[:, 1:].shape, loss)

@@ -1,4 +1,4 @@
-"""The command's own part: what is refused before work starts, and what is left in the run folder."""
+"""The evaluate command: what it refuses before it loads a model, and what it writes to the run folder."""
 
 import json
 import math
@@ -15,11 +15,10 @@ import torch
 
 from configs.errors import InputError
 from configs.load import check_run
-from training.evaluation import run as evaluation
-from training.evaluation.perplexity import Result
+from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.plot import draw_plot
-from training.evaluation.report import build_document, format_table, word_perplexity, write_report
-from training.evaluation.run import evaluate_checkpoint, plan_jobs
+from training.evaluation.report import build_report, format_table, word_perplexity, write_report
+from training.evaluation.run import evaluate_checkpoint, plan_measurements
 from training.evaluation.text import EvaluationText
 from training.evaluation.windows import WindowProtocol, parse_protocol
 from training.tracking.tracker import MlflowTracker
@@ -28,8 +27,8 @@ VOCAB = 32
 CERTIFICATE = {"ranks": [{"position": "alibi", "backend": "sdpa", "precision": "fp32"}]}
 
 
-class Uniform:
-    """Finds every token equally likely."""
+class UniformModel:
+    """A model for which every token is equally likely."""
 
     certificate = CERTIFICATE
 
@@ -53,30 +52,30 @@ def run_dir(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.Monk
         step=7,
         config=check_run(run_values, name="small"),
     )
-    monkeypatch.setattr(evaluation, "open_checkpoint", lambda path: opened)
-    monkeypatch.setattr(evaluation, "held_out_text", lambda checkpoint: text(1000))
-    monkeypatch.setattr(evaluation, "load_single", lambda checkpoint: Uniform())
+    monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda path: opened)
+    monkeypatch.setattr("training.evaluation.run.held_out_text", lambda _: text(1000))
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: UniformModel())
     return folder
 
 
-def test_defaults_come_from_the_run_and_the_folder_holds_report_table_and_plot(run_dir: Path) -> None:
-    document = evaluate_checkpoint(run_dir, lengths=None, protocols=None, data=None)
+def test_by_default_the_runs_lengths_and_protocols_are_measured(run_dir: Path) -> None:
+    report = evaluate_checkpoint(run_dir, lengths=None, protocols=None, data=None)
     folder = run_dir / "evaluation"
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "perplexity.png"}
-    assert json.loads((folder / "report.json").read_text()) == document
-    assert document["checkpoint"] == str(run_dir / "checkpoints" / "step_0000007")
-    assert (document["train_length"], document["step"], document["position"]) == (32, 7, "alibi")
-    assert (document["attention"], document["precision"]) == ("sdpa", "fp32")
-    assert "- read by attention sdpa in fp32\n" in (folder / "report.md").read_text()
-    assert document["unigram_perplexity"] == 40.0
-    assert document["data"] == {"name": "held-out", "tokens": 1000, "words": 100}
-    assert [(r["length"], r["protocol"], r["stride"], r["tokens"]) for r in document["results"]] == [
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert report["checkpoint"] == str(run_dir / "checkpoints" / "step_0000007")
+    assert (report["train_length"], report["step"], report["position"]) == (32, 7, "alibi")
+    assert (report["attention"], report["precision"]) == ("sdpa", "fp32")
+    assert "- evaluated with attention sdpa in fp32\n" in (folder / "report.md").read_text()
+    assert report["unigram_perplexity"] == 40.0
+    assert report["data"] == {"name": "held-out", "tokens": 1000, "words": 100}
+    assert [(r["length"], r["protocol"], r["stride"], r["tokens"]) for r in report["results"]] == [
         (32, "nonoverlapping", 32, 31 * 32),
         (64, "nonoverlapping", 64, 15 * 64),
         (128, "nonoverlapping", 128, 7 * 128),
         (256, "nonoverlapping", 256, 3 * 256),
     ]
-    for result in document["results"]:
+    for result in report["results"]:
         assert result["loss"] == pytest.approx(math.log(VOCAB), rel=1e-6)
         assert result["perplexity"] == pytest.approx(VOCAB, rel=1e-5)
         # ten tokens a word
@@ -85,7 +84,7 @@ def test_defaults_come_from_the_run_and_the_folder_holds_report_table_and_plot(r
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-def test_results_and_files_are_added_to_the_runs_mlflow_run(run_dir: Path) -> None:
+def test_results_are_added_to_the_runs_mlflow_run(run_dir: Path) -> None:
     tracker = MlflowTracker(run_dir, name="one", experiment="tests", uri=None)
     tracker.start({}, run_dir / "config.yaml")
     tracker.finish("FINISHED")
@@ -114,7 +113,7 @@ def test_results_and_files_are_added_to_the_runs_mlflow_run(run_dir: Path) -> No
         (None, ("rolling",), "protocol 'rolling' is not known"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
+def test_wrong_lengths_are_refused_before_a_model_is_loaded(
     run_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     lengths: tuple[int, ...] | None,
@@ -124,15 +123,15 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
     def load(_: object) -> None:
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr(evaluation, "load_single", load)
+    monkeypatch.setattr("training.evaluation.run.load_single", load)
     with pytest.raises(InputError, match=message):
         evaluate_checkpoint(run_dir, lengths=lengths, protocols=protocols, data=None)
     assert not (run_dir / "evaluation").exists()
 
 
-def test_longest_possible_length_is_accepted_and_repeated_ones_are_measured_once() -> None:
-    jobs = plan_jobs((999, 10, 999), [parse_protocol("nonoverlapping")] * 2, tokens=1000)
-    assert [(job.length, job.inputs) for job in jobs] == [(999, 999), (10, 990)]
+def test_each_length_up_to_the_longest_is_measured_once() -> None:
+    planned = plan_measurements((999, 10, 999), [parse_protocol("nonoverlapping")] * 2, tokens=1000)
+    assert [(measurement.length, measurement.inputs) for measurement in planned] == [(999, 999), (10, 990)]
 
 
 def test_word_perplexity_is_the_texts_likelihood_per_word() -> None:
@@ -142,8 +141,8 @@ def test_word_perplexity_is_the_texts_likelihood_per_word() -> None:
     assert word_perplexity(5.0, tokens=100_000, words=1) is None
 
 
-def document(*results: Result, of: EvaluationText | None = None) -> dict[str, Any]:
-    return build_document(
+def report_of(*results: PerplexityResult, of: EvaluationText | None = None) -> dict[str, Any]:
+    return build_report(
         results,
         checkpoint=Path("runs/one/checkpoints/step_0000007"),
         step=7,
@@ -153,19 +152,24 @@ def document(*results: Result, of: EvaluationText | None = None) -> dict[str, An
     )
 
 
-def test_report_without_words_or_baseline_leaves_them_out(tmp_path: Path) -> None:
-    bare = document(Result(32, WindowProtocol(stride=None), 992, 2.0), of=text(1000, words=None, unigram=None))
+def test_report_leaves_out_unknown_words_and_baseline(tmp_path: Path) -> None:
+    bare = report_of(
+        PerplexityResult(32, WindowProtocol(stride=None), 992, 2.0), of=text(1000, words=None, unigram=None)
+    )
     assert bare["unigram_perplexity"] is None
     assert "word_perplexity" not in bare["results"][0]
-    as_json, as_table = write_report(bare, tmp_path / "new")
-    assert json.loads(as_json.read_text()) == bare
-    assert "per word" not in as_table.read_text()
-    assert "unigram" not in as_table.read_text()
+    json_path, table_path = write_report(bare, tmp_path / "new")
+    assert json.loads(json_path.read_text()) == bare
+    assert "per word" not in table_path.read_text()
+    assert "unigram" not in table_path.read_text()
 
 
 def test_table_has_a_row_per_result() -> None:
     table = format_table(
-        document(Result(32, WindowProtocol(stride=None), 992, 2.0), Result(80, WindowProtocol(stride=16), 976, 1.5))
+        report_of(
+            PerplexityResult(32, WindowProtocol(stride=None), 992, 2.0),
+            PerplexityResult(80, WindowProtocol(stride=16), 976, 1.5),
+        )
     )
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert rows[1:] == [
@@ -174,15 +178,15 @@ def test_table_has_a_row_per_result() -> None:
     ]
 
 
-@pytest.mark.parametrize("make", [lambda n: 30.0 - n, lambda n: 20.0 * 3**n, lambda n: 20.0])
-def test_plot_is_a_picture_whatever_the_curve(tmp_path: Path, make: Callable[[int], float]) -> None:
+@pytest.mark.parametrize("curve", [lambda n: 30.0 - n, lambda n: 20.0 * 3**n, lambda n: 20.0])
+def test_plot_is_drawn_for_any_curve(tmp_path: Path, curve: Callable[[int], float]) -> None:
     results = [
-        Result(32 * 2**n, protocol, 1000, math.log(make(n)))
+        PerplexityResult(32 * 2**n, protocol, 1000, math.log(curve(n)))
         for protocol in (WindowProtocol(stride=None), WindowProtocol(stride=16))
         for n in range(4)
     ]
     for number, shown in enumerate((results, results[:4], results[:1])):
-        path = draw_plot(document(*shown, of=text(1000, unigram=25.0)), tmp_path / f"{number}.png")
+        path = draw_plot(report_of(*shown, of=text(1000, unigram=25.0)), tmp_path / f"{number}.png")
         picture = matplotlib.image.imread(path)
         assert picture.shape[0] > 400
         assert picture.std() > 0.01

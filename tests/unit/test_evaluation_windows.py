@@ -1,4 +1,4 @@
-"""Which predictions are scored, by placing every window in plain lists."""
+"""Which predictions windows score, found by placing each window in plain lists."""
 
 import pytest
 from hypothesis import given
@@ -15,26 +15,24 @@ PLACED = st.integers(1, 40).flatmap(
 
 
 @given(PLACED)
-def test_each_prediction_is_scored_once_in_order_and_with_the_context_promised(
-    placed: tuple[int, int | None, int],
-) -> None:
+def test_each_prediction_is_scored_once_with_enough_context(placed: tuple[int, int | None, int]) -> None:
     length, stride, tokens = placed
     windows = place_windows(tokens, length=length, protocol=WindowProtocol(stride=stride))
     scored = []
     for window, start in enumerate(windows.starts(0, windows.count)):
         for place in range(windows.first_scored(window), length):
-            # prediction of token start + place + 1, from the place + 1 tokens before it in the window
+            # the prediction of token start + place + 1, which sees place + 1 tokens of the window
             scored.append(int(start) + place + 1)
             if window > 0 and stride is not None:
                 assert place + 1 > length - stride
     assert scored == list(range(1, windows.scored + 1))
     assert scored[-1] <= tokens - 1
-    # what is dropped would not have filled one more window
+    # The dropped tokens would not fill another window.
     assert tokens - 1 - scored[-1] < (stride or length)
 
 
 @given(st.integers(1, 50), st.integers(2, 500))
-def test_nonoverlapping_windows_are_as_many_as_the_formula_says(length: int, tokens: int) -> None:
+def test_nonoverlapping_windows_are_counted_by_division(length: int, tokens: int) -> None:
     count = (tokens - 1) // length
     if count == 0:
         with pytest.raises(InputError):
@@ -45,13 +43,13 @@ def test_nonoverlapping_windows_are_as_many_as_the_formula_says(length: int, tok
     assert windows == place_windows(tokens, length=length, protocol=WindowProtocol(stride=length))
 
 
-def test_part_of_the_windows_starts_where_the_whole_does() -> None:
+def test_starts_of_a_range_of_windows() -> None:
     windows = place_windows(100, length=10, protocol=WindowProtocol(stride=4))
     assert windows.starts(3, 6).tolist() == [12, 16, 20]
     assert windows.starts(windows.count - 1, windows.count + 5).tolist() == [(windows.count - 1) * 4]
 
 
-def test_protocols_are_read_as_they_are_written() -> None:
+def test_protocols_parse_and_format_alike() -> None:
     for text in ("nonoverlapping", "sliding:1", "sliding:512"):
         assert str(parse_protocol(text)) == text
     assert parse_protocol("sliding:64") == WindowProtocol(stride=64)
@@ -62,16 +60,17 @@ def test_protocols_are_read_as_they_are_written() -> None:
     [
         ("sliding:0", "stride 0, so its window would not move: use a stride of 1 or more"),
         ("sliding", "'sliding' is not known: use nonoverlapping or sliding:STRIDE"),
-        ("sliding:-1", "is not known"),
-        ("sliding:1.5", "is not known"),
-        ("sliding:٣", "is not known"),
-        ("Nonoverlapping", "is not known"),
-        ("", "is not known"),
     ],
 )
-def test_protocol_that_is_none_says_what_there_is(text: str, message: str) -> None:
+def test_unknown_protocol_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_protocol(text)
+
+
+def test_misspelled_protocols_are_refused() -> None:
+    for text in ("sliding:-1", "sliding:1.5", "sliding:٣", "Nonoverlapping", ""):
+        with pytest.raises(InputError, match="is not known"):
+            parse_protocol(text)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +82,6 @@ def test_protocol_that_is_none_says_what_there_is(text: str, message: str) -> No
         (1, 10, "sliding:1", "needs a text of 11 tokens, this one has 1: give more text"),
     ],
 )
-def test_windows_that_do_not_fit_say_what_is_seen_and_needed(
-    tokens: int, length: int, protocol: str, message: str
-) -> None:
+def test_windows_that_do_not_fit_are_refused(tokens: int, length: int, protocol: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         place_windows(tokens, length=length, protocol=parse_protocol(protocol))

@@ -1,4 +1,4 @@
-"""The exported folder is loaded with transformers and compared with arithmetic by hand."""
+"""Export a folder, load it with transformers, and compare it with arithmetic by hand."""
 
 import dataclasses
 import json
@@ -17,9 +17,10 @@ from data_pipeline.vocabulary import PieceType, read_vocabulary
 from tests.support.bloom_formula import bloom_logits
 from tests.support.exports import SHAPE, random_weights, train_sentencepiece
 from training.export.folder import new_folder
-from training.export.formats.huggingface import fill_folder, huggingface_name, require_bloom
-from training.export.generate import generate_text
-from training.export.parity import TRICKY, comparable_length, compare_logits, compare_tokenizers
+from training.export.formats.huggingface import HuggingFaceFormat, generate_text, huggingface_name
+from training.export.parity import EDGE_CASE_TEXTS, LogitParity, compare_logits, compare_tokenizers
+
+FORMAT = HuggingFaceFormat()
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path, vocab_si
 
 
 def write(out: Path, *, tokenizer: Path, vocab_size: int, model: Model = SHAPE) -> None:
-    require_bloom(model)
+    FORMAT.check(model)
     with new_folder(out) as folder:
-        fill_folder(
+        FORMAT.write(
             folder,
             weights=random_weights(SHAPE, vocab_size=vocab_size),
             model=model,
@@ -57,45 +58,47 @@ def by_hand(tokens: torch.Tensor, *, vocab_size: int) -> torch.Tensor:
     return bloom_logits(weights, tokens, layers=SHAPE.layers, heads=SHAPE.heads)
 
 
-def random_tokens(count: int, *, vocab_size: int) -> torch.Tensor:
-    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(1))
+def compare_with_formula(folder: Path, *, vocab_size: int, lengths: tuple[int, ...], error: float = 0.0) -> LogitParity:
+    """Compare a folder's logits with the formula's; add an error to one logit of the first length."""
+
+    def formula(batch: torch.Tensor) -> torch.Tensor:
+        logits = by_hand(batch, vocab_size=vocab_size)
+        if batch.shape[1] == lengths[0]:
+            logits[0, 7, 3] += error
+        return logits
+
+    tokens = torch.randint(vocab_size, (lengths[-1],), generator=torch.Generator().manual_seed(1))
+    return compare_logits(formula, exported=FORMAT.read_logits(folder), tokens=tokens, lengths=lengths)
 
 
-def test_transformers_gives_the_logits_that_arithmetic_by_hand_gives(exported: Path, vocab_size: int) -> None:
-    tokens = random_tokens(128, vocab_size=vocab_size)
-    parity = compare_logits(
-        exported, logits=lambda batch: by_hand(batch, vocab_size=vocab_size), tokens=tokens, lengths=(32, 128)
-    )
+def test_transformers_computes_the_logits_of_the_formula(exported: Path, vocab_size: int) -> None:
+    parity = compare_with_formula(exported, vocab_size=vocab_size, lengths=(32, 128))
     assert parity.lengths == (32, 128)
     assert parity.difference < parity.tolerance
     assert parity.scale > 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parity.difference = 0.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("wrong", [0.05, float("nan")])
-def test_logits_that_differ_are_refused_with_the_figures(exported: Path, vocab_size: int, wrong: float) -> None:
-    def almost(batch: torch.Tensor) -> torch.Tensor:
-        logits = by_hand(batch, vocab_size=vocab_size)
-        if batch.shape[1] == 16:
-            logits[0, 7, 3] += wrong
-        return logits
-
+@pytest.mark.parametrize("error", [0.05, float("nan")])
+def test_logits_that_differ_are_refused(exported: Path, vocab_size: int, error: float) -> None:
     with pytest.raises(TrainshortError, match=r"differ from the trained model's by (0\.05|nan) at lengths 16, 32"):
-        compare_logits(exported, logits=almost, tokens=random_tokens(32, vocab_size=vocab_size), lengths=(16, 32))
+        compare_with_formula(exported, vocab_size=vocab_size, lengths=(16, 32), error=error)
 
 
-def test_tokenizer_gives_sentencepieces_ids_and_text(exported: Path, tokenizer: Path) -> None:
+def test_tokenizer_gives_the_ids_and_text_of_sentencepiece(exported: Path, tokenizer: Path) -> None:
     ours = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     theirs = transformers.AutoTokenizer.from_pretrained(exported)
     chance = random.Random(0)
     alphabet = "abcdefgh \n\t.,=éя日👍\x00\u200b" + "the of and "
-    texts = [*TRICKY, *("".join(chance.choices(alphabet, k=chance.randint(1, 60))) for _ in range(500))]
+    texts = [*EDGE_CASE_TEXTS, *("".join(chance.choices(alphabet, k=chance.randint(1, 60))) for _ in range(500))]
     for text in texts:
         ids = ours.encode(text)
         assert theirs(text, split_special_tokens=True)["input_ids"] == ids, repr(text)
         assert theirs.decode(ids) == text, repr(text)
     assert len(theirs) == ours.get_piece_size()
     assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
-    assert "<s>" in TRICKY
+    assert "<s>" in EDGE_CASE_TEXTS
     assert theirs("<s>")["input_ids"] == [1]
 
 
@@ -135,7 +138,7 @@ def test_folder_holds_what_engines_read(exported: Path, tokenizer: Path, vocab_s
     assert not [path for path in exported.parent.iterdir() if path != exported]
 
 
-def test_generated_text_is_the_likeliest_by_hand(exported: Path, tokenizer: Path, vocab_size: int) -> None:
+def test_generated_text_is_the_greedy_text_of_the_formula(exported: Path, tokenizer: Path, vocab_size: int) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     ids = processor.encode("The quick")
     for _ in range(6):
@@ -144,30 +147,26 @@ def test_generated_text_is_the_likeliest_by_hand(exported: Path, tokenizer: Path
     assert generate_text(exported, prompt="The quick", tokens=6) == processor.decode(ids)
 
 
-def test_generation_without_a_model_says_so(tmp_path: Path) -> None:
+def test_generation_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no exported model"):
         generate_text(tmp_path, prompt="x", tokens=1)
 
 
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("changed", "message"),
     [
         ({"position": "sinusoidal"}, r"model\.position sinusoidal \(it holds alibi\)"),
-        ({"position": "none"}, r"model\.position none"),
         ({"feed_forward": 100}, r"model\.feed_forward 100 \(it holds 4 x hidden, 192\)"),
-        ({"family": "mpt"}, r"model\.family mpt"),
+        ({"family": "mpt"}, r"model\.family mpt \(it holds bloom\)"),
         ({"family": "mpt", "position": "none"}, r"model\.family mpt .*; model\.position none"),
     ],
 )
-def test_what_bloom_cannot_hold_is_refused_by_name_and_nothing_is_written(
-    changed: dict[str, object], named: str, tokenizer: Path, vocab_size: int, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=named):
-        write(tmp_path / "hf", tokenizer=tokenizer, vocab_size=vocab_size, model=SHAPE.model_copy(update=changed))
-    assert not list(tmp_path.iterdir())
+def test_model_that_bloom_cannot_hold_is_refused(changed: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=f"the Hugging Face Bloom format cannot hold {message}"):
+        FORMAT.check(SHAPE.model_copy(update=changed))
 
 
-def test_folder_with_files_and_a_file_are_refused_untouched(tokenizer: Path, vocab_size: int, tmp_path: Path) -> None:
+def test_taken_paths_are_refused_and_left_as_they_are(tokenizer: Path, vocab_size: int, tmp_path: Path) -> None:
     full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"
     full.mkdir()
     empty.mkdir()
@@ -184,23 +183,23 @@ def test_folder_with_files_and_a_file_are_refused_untouched(tokenizer: Path, voc
     assert (empty / "config.json").is_file()
 
 
-def test_weights_that_do_not_fit_leave_nothing_behind(tokenizer: Path, vocab_size: int, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(tokenizer: Path, vocab_size: int, tmp_path: Path) -> None:
     weights = random_weights(SHAPE, vocab_size=vocab_size)
     del weights["blocks.1.attention_norm.bias"]
     with pytest.raises(AssertionError, match=r"h\.1\.input_layernorm\.bias"):
-        fill_folder(
+        FORMAT.write(
             tmp_path, weights=weights, model=SHAPE, vocab_size=vocab_size, tokenizer=tokenizer, sequence_length=32
         )
 
 
-@pytest.mark.parametrize("name", ["blocks.0.rotary.weight", "embedding.position.weight", "blocks.0.final_norm.bias"])
-def test_unknown_parameter_has_no_name(name: str) -> None:
-    with pytest.raises(ValueError, match=name):
-        huggingface_name(name)
+def test_unknown_parameter_has_no_huggingface_name() -> None:
+    for name in ("blocks.0.rotary.weight", "embedding.position.weight", "blocks.0.final_norm.bias"):
+        with pytest.raises(ValueError, match=name):
+            huggingface_name(name)
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "message"),
     [
         ({"model_type": "unigram"}, "model type unigram"),
         ({"normalization_rule_name": "nmt_nfkc"}, "normalization nmt_nfkc"),
@@ -209,13 +208,13 @@ def test_unknown_parameter_has_no_name(name: str) -> None:
         ({"byte_fallback": False}, "no byte_fallback"),
     ],
 )
-def test_tokenizer_that_is_not_portable_is_refused(options: dict[str, object], named: str, tmp_path: Path) -> None:
+def test_tokenizer_that_is_not_portable_is_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:
     model = train_sentencepiece(tmp_path, **options)
-    with pytest.raises(InputError, match=named):
+    with pytest.raises(InputError, match=message):
         read_vocabulary(model)
 
 
-def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_a_tokenizer_is_refused(tmp_path: Path) -> None:
     for name, content in {"text": b"not a tokenizer at all", "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=rf"{name} (is not a sentencepiece model|has no pieces)"):
@@ -226,43 +225,33 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_pieces_are_those_sentencepiece_reports(tokenizer: Path) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    pieces = read_vocabulary(tokenizer)
-    assert (pieces.unknown_id, pieces.begin_id, pieces.end_id, pieces.pad_id) == (0, 1, 2, None)
-    for number, piece in enumerate(pieces.pieces):
+    vocabulary = read_vocabulary(tokenizer)
+    assert (vocabulary.unknown_id, vocabulary.begin_id, vocabulary.end_id, vocabulary.pad_id) == (0, 1, 2, None)
+    for number, piece in enumerate(vocabulary.pieces):
         assert piece.text == processor.id_to_piece(number)
         assert piece.score == processor.get_score(number)
         assert (piece.type is PieceType.BYTE) == processor.is_byte(number)
         assert (piece.type is PieceType.CONTROL) == processor.is_control(number)
 
 
-def test_control_and_user_defined_symbols_survive(tmp_path: Path, vocab_size: int) -> None:
+def test_control_and_user_defined_pieces_keep_their_ids(tmp_path: Path) -> None:
     model = train_sentencepiece(tmp_path, user_defined_symbols=["<|user|>", "\t"], control_symbols=["<ctl>"], pad_id=3)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    size = processor.get_piece_size()
-    write(tmp_path / "hf", tokenizer=model, vocab_size=size)
-    assert compare_tokenizers(tmp_path / "hf", tokenizer=processor, texts=[*TRICKY, "a<|user|>\tb<ctl> c"]) > 60
+    write(tmp_path / "hf", tokenizer=model, vocab_size=processor.get_piece_size())
+    exported = FORMAT.read_tokenizer(tmp_path / "hf")
+    texts = [*EDGE_CASE_TEXTS, "a<|user|>\tb<ctl> c"]
+    assert compare_tokenizers(processor, exported=exported, texts=texts) > 60
 
 
-def test_other_tokenizer_is_noticed(exported: Path, tmp_path: Path) -> None:
+def test_other_tokenizer_is_refused(exported: Path, tmp_path: Path) -> None:
     other = train_sentencepiece(tmp_path, vocab_size=340)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(other))
     with pytest.raises(TrainshortError, match="gives other ids for 'The quick"):
-        compare_tokenizers(exported, tokenizer=processor, texts=["The quick brown fox"])
+        compare_tokenizers(processor, exported=FORMAT.read_tokenizer(exported), texts=["The quick brown fox"])
 
 
-def test_compared_length_keeps_scores_within_memory() -> None:
-    assert comparable_length(4096, heads=16) == 4096
-    capped = comparable_length(8192, heads=112)
-    assert capped < 8192
-    assert 112 * capped**2 * 4 <= 2_000_000_000 < 112 * (capped + 1) ** 2 * 4
-
-
-def test_parity_figures_are_frozen(exported: Path, vocab_size: int) -> None:
-    parity = compare_logits(
-        exported,
-        logits=lambda batch: by_hand(batch, vocab_size=vocab_size),
-        tokens=random_tokens(8, vocab_size=vocab_size),
-        lengths=(8,),
-    )
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        parity.difference = 0.0  # type: ignore[misc]
+def test_length_limit_keeps_attention_scores_within_2_gb() -> None:
+    assert FORMAT.length_limit(Model(layers=1, hidden=1024, heads=16)).tokens >= 4096
+    longest = FORMAT.length_limit(Model(layers=1, hidden=14336, heads=112)).tokens
+    assert longest < 8192
+    assert 112 * longest**2 * 4 <= 2_000_000_000 < 112 * (longest + 1) ** 2 * 4

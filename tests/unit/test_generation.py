@@ -1,4 +1,4 @@
-"""How the next token is chosen, and when generation ends; what a whole model generates is in the whole job."""
+"""How the next token is sampled, and when generation ends. The whole job tests the text of a trained model."""
 
 import math
 import sys
@@ -12,17 +12,16 @@ import torch
 from configs.errors import InputError, TrainshortError
 from tests.support.command_line import Call, refused
 from tests.support.models import VOCABULARY, bloom_of, make_wandering_decoder, weights_of
-from training import generation
-from training.generation import Sampling, choose, continue_tokens, generate_from_checkpoint, read_prompt
+from training.generation import Sampling, continue_tokens, generate_from_checkpoint, read_prompt, sample_token
 from training.model.cache import ROOM, KeyValueCache
 from training.model.single import SingleModel
 
-LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()  # tokens 1, 3, 2, 0 from the likeliest on
+LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()  # from the likeliest: tokens 1, 3, 2, 0
 
 
 def drawn(sampling: Sampling, *, draws: int = 2000) -> list[int]:
     generator = torch.Generator().manual_seed(sampling.seed)
-    return [choose(LOGITS, sampling=sampling, generator=generator) for _ in range(draws)]
+    return [sample_token(LOGITS, sampling=sampling, generator=generator) for _ in range(draws)]
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
@@ -30,14 +29,12 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert set(drawn(Sampling(temperature=1e-300))) == {1}
 
 
-@pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.01, {1}), (0.4, {1}), (0.41, {1, 3}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})]
-)
-def test_top_p_keeps_the_likeliest_that_reach_it_together(top_p: float, kept: set[int]) -> None:
-    assert set(drawn(Sampling(temperature=1.0, top_p=top_p))) == kept
+def test_top_p_keeps_the_likeliest_tokens_that_sum_to_it() -> None:
+    for top_p, kept in ((0.01, {1}), (0.4, {1}), (0.41, {1, 3}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        assert set(drawn(Sampling(temperature=1.0, top_p=top_p))) == kept, top_p
 
 
-def test_draws_follow_the_probabilities_and_the_temperature() -> None:
+def test_draws_follow_probabilities_and_temperature() -> None:
     plain = drawn(Sampling(temperature=1.0), draws=8000)
     assert plain.count(1) / 8000 == pytest.approx(0.4, abs=0.03)
     assert plain.count(0) / 8000 == pytest.approx(0.1, abs=0.03)
@@ -45,7 +42,7 @@ def test_draws_follow_the_probabilities_and_the_temperature() -> None:
     assert cold.count(1) / 8000 == pytest.approx(0.16 / 0.30, abs=0.03)
 
 
-def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
+def test_draws_depend_on_the_seed_alone() -> None:
     first = drawn(Sampling(temperature=1.0, seed=5))
     assert first == drawn(Sampling(temperature=1.0, seed=5))
     assert first != drawn(Sampling(temperature=1.0, seed=6))
@@ -63,19 +60,19 @@ def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
         ({"top_p": 0.5}, "--top-p 0.5 draws, but --temperature is 0: add --temperature 1 or drop it"),
     ],
 )
-def test_what_means_nothing_is_refused(values: dict[str, float], message: str) -> None:
+def test_sampling_values_out_of_range_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(InputError) as caught:
         Sampling(**values)  # type: ignore[arg-type]
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
-    with pytest.raises(TrainshortError, match="the model's logits are no numbers"):
-        choose(torch.tensor([0.0, value]), sampling=Sampling(), generator=torch.Generator())
+def test_logits_that_are_not_finite_are_refused() -> None:
+    for value in (math.nan, math.inf):
+        with pytest.raises(TrainshortError, match="the model's logits are not finite"):
+            sample_token(torch.tensor([0.0, value]), sampling=Sampling(), generator=torch.Generator())
 
 
-def test_the_largest_seed_draws() -> None:
+def test_the_largest_seed_is_accepted() -> None:
     assert drawn(Sampling(temperature=1.0, seed=2**64 - 1), draws=1)[0] in range(4)
 
 
@@ -114,7 +111,7 @@ def test_a_wrong_command_line_is_one_line(trainshort: Call, arguments: tuple[str
     assert refused(trainshort, "generate", "nowhere", *arguments) == message
 
 
-def test_bad_questions_are_refused_before_a_checkpoint_is_read(tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_a_checkpoint_is_read(tmp_path: Path) -> None:
     for prompt, tokens, message in (
         ("x", 0, "tokens to generate must be 1 or more, got 0"),
         ("a\udcff", 1, "not UTF-8"),
@@ -124,25 +121,23 @@ def test_bad_questions_are_refused_before_a_checkpoint_is_read(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("position", ["alibi", "sinusoidal", "rotary", "t5", "none"])
-def test_greedy_tokens_are_those_of_the_whole_sequence_however_the_prompt_is_read(
-    monkeypatch: pytest.MonkeyPatch, position: str
-) -> None:
+def test_cached_greedy_tokens_match_those_of_the_whole_sequence(monkeypatch: pytest.MonkeyPatch, position: str) -> None:
     decoder = make_wandering_decoder(position=position)
     model = SingleModel(decoder, device=torch.device("cpu"), certificate={})
     prompt = torch.randint(3, VOCABULARY, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = list(prompt)
     for _ in range(60):
         expected.append(int(model.logits(torch.tensor([expected]))[0, -1].argmax()))
-    for part in (4096, 4, 1):
-        monkeypatch.setattr(generation, "PREFILL_TOKENS", part)
+    for prefill_tokens in (4096, 4, 1):
+        monkeypatch.setattr("training.generation.PREFILL_TOKENS", prefill_tokens)
         stream = continue_tokens(model, prompt, sampling=Sampling(), end=None)
         assert prompt + list(islice(stream, 60)) == expected
     assert len(set(expected[20:])) > 4
 
 
-def test_a_cache_copies_nothing_for_the_first_tokens_behind_a_prompt() -> None:
-    cache, prompt = KeyValueCache(), torch.randn(2, 1, 3, 700, 4)
-    places = {cache.extend(0, *prompt)[0].data_ptr()}
+def test_cache_has_room_behind_the_prompt_without_a_copy() -> None:
+    cache, prompt = KeyValueCache(), torch.randn(2, 1, 3, 700, 4)  # keys and values: [2, batch, heads, seq, head_dim]
+    addresses = {cache.extend(0, *prompt)[0].data_ptr()}
     cache.advance(700)
     written = [prompt]
     for _ in range(ROOM):
@@ -150,15 +145,15 @@ def test_a_cache_copies_nothing_for_the_first_tokens_behind_a_prompt() -> None:
         keys, values = cache.extend(0, *new)
         cache.advance(1)
         written.append(new)
-        places.add(keys.data_ptr())
-    assert len(places) == 1
+        addresses.add(keys.data_ptr())
+    assert len(addresses) == 1
     assert torch.equal(torch.stack([keys, values]), torch.cat(written, dim=3))
 
 
 TRAIN_LENGTH = 32
 
 
-def test_greedy_tokens_are_transformers_past_the_training_length_and_many_different_ones() -> None:
+def test_greedy_tokens_past_train_length_match_transformers() -> None:
     decoder = make_wandering_decoder()
     model = SingleModel(decoder, device=torch.device("cpu"), certificate={})
     prompt = torch.randint(3, VOCABULARY, (1, TRAIN_LENGTH - 12), generator=torch.Generator().manual_seed(0))
@@ -167,15 +162,15 @@ def test_greedy_tokens_are_transformers_past_the_training_length_and_many_differ
     )[0, prompt.shape[1] :]
     stream = continue_tokens(model, prompt[0].tolist(), sampling=Sampling(), end=None)
     assert list(islice(stream, 60)) == expected.tolist()
-    assert len(set(expected.tolist())) > 4, "a token that repeats would hide what a cache forgets"
+    assert len(set(expected.tolist())) > 4, "repeated tokens would hide a cache that forgets"
 
 
-class Counting:
-    """Always finds the next number likeliest."""
+class CountingModel:
+    """A model for which the likeliest next token is the last one plus 1."""
 
     def next_logits(self, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         return torch.nn.functional.one_hot(tokens[:, -1] + 1, 10).float()
 
 
-def test_a_document_that_ends_ends_generation() -> None:
-    assert list(continue_tokens(Counting(), [3], sampling=Sampling(), end=6)) == [4, 5, 6]
+def test_generation_stops_at_the_end_of_the_document() -> None:
+    assert list(continue_tokens(CountingModel(), [3], sampling=Sampling(), end=6)) == [4, 5, 6]

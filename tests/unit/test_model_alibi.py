@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from parallel.axes import Group
-from training.model import attention
-from training.model.alibi import causal_bias, local_slopes, slopes
-from training.model.attention import Reference, Sdpa
-from training.model.bias import SlopeBias
+from training.model.kernels import sdpa
+from training.model.kernels.reference import Reference
+from training.model.kernels.sdpa import Sdpa
+from training.model.positions.alibi import local_slopes, slopes
+from training.model.positions.bias import SlopeBias, causal_bias
 
 
 @pytest.mark.parametrize("heads", range(1, 129))
@@ -68,7 +69,7 @@ def test_both_backends_equal_the_formula_in_fp64(queries: int, before: int, bloc
     strip = SlopeBias(torch.tensor(chosen))
     torch.testing.assert_close(Reference(strip)(q, k, v), expected, atol=1e-12, rtol=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_BLOCK", block)
+        patch.setattr(sdpa, "QUERY_BLOCK", block)
         torch.testing.assert_close(Sdpa(SlopeBias(torch.tensor(chosen)))(q, k, v), expected, atol=1e-12, rtol=0)
 
 

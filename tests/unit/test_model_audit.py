@@ -3,16 +3,19 @@
 import pytest
 import torch
 
+from configs.precisions import PRECISIONS
 from parallel.axes import Group
-from training.model import bias
-from training.model.alibi import causal_bias, local_slopes, slopes
-from training.model.attention import Reference, Sdpa
-from training.model.bias import SlopeBias
+from training.model.kernels.reference import Reference
+from training.model.kernels.sdpa import Sdpa
+from training.model.positions import bias
+from training.model.positions.alibi import local_slopes, slopes
+from training.model.positions.bias import SlopeBias, causal_bias
 from training.model.proof import audit as audit_module
-from training.model.proof.attention_weights import ROW_TOLERANCE, read_classes, read_rows, read_total
+from training.model.proof.attention_weights import dtype_of, read_classes, read_rows, read_total
 from training.model.proof.audit import LengthAudit, audit, sample_heads
 
 HEAD_DIM = 64
+LIMITS = {dtype_of(name): row.row_tolerance for name, row in PRECISIONS.items() if row.available}
 
 
 def measured(backend: str, dtype: torch.dtype, *, heads: int, length: int) -> LengthAudit:
@@ -26,7 +29,7 @@ def measured(backend: str, dtype: torch.dtype, *, heads: int, length: int) -> Le
 def test_every_head_is_within_the_limit(backend: str, dtype: torch.dtype, heads: int, length: int) -> None:
     found = measured(backend, dtype, heads=heads, length=length)
     assert [head.head for head in found.heads] == list(range(heads))
-    assert 0 < found.worst.measured.worst <= ROW_TOLERANCE[dtype]
+    assert 0 < found.worst.measured.worst <= LIMITS[dtype]
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -36,7 +39,7 @@ def test_the_longest_rows_are_within_the_limit(backend: str, dtype: torch.dtype,
     found = measured(backend, dtype, heads=heads, length=length)
     assert found.queries >= 8
     assert {slopes(heads)[head.head] for head in found.heads} >= {max(slopes(heads)), min(slopes(heads))}
-    assert 0 < found.worst.measured.worst <= ROW_TOLERANCE[dtype]
+    assert 0 < found.worst.measured.worst <= LIMITS[dtype]
 
 
 @pytest.mark.parametrize(("length", "lost"), [(1024, 0.33), (2048, 0.47), (4096, 0.61)])
@@ -49,7 +52,7 @@ def test_slope_times_key_in_bf16_loses_the_sharpest_head(length: int, lost: floa
 
 def test_slope_times_key_is_over_the_limit_even_in_fp32() -> None:
     found = measured("reference", torch.float32, heads=16, length=16_384)
-    assert max(head.absolute.worst for head in found.heads) > 10 * ROW_TOLERANCE[torch.float32]
+    assert max(head.absolute.worst for head in found.heads) > 10 * LIMITS[torch.float32]
 
 
 # What is wrong, as a change to the right bias.
@@ -66,7 +69,7 @@ BROKEN = {
 def test_a_broken_bias_is_over_the_limit(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bias, "causal_bias", lambda *args, **keys: BROKEN[fault](causal_bias(*args, **keys)))
     found = measured("sdpa", torch.float32, heads=4, length=512)
-    assert found.worst.measured.worst > ROW_TOLERANCE[torch.float32]
+    assert found.worst.measured.worst > LIMITS[torch.float32]
 
 
 def test_far_keys_read_as_one_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

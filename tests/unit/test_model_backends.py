@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from configs.errors import MachineError
-from training.model.alibi import slopes
-from training.model.attention import Flash, Flex, Reference
-from training.model.bias import SlopeBias
+from training.model.kernels.flash import Flash
+from training.model.kernels.flex import Flex
+from training.model.kernels.reference import Reference
+from training.model.positions.alibi import slopes
+from training.model.positions.bias import SlopeBias
 
 HEADS = 3
 

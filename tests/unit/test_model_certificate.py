@@ -8,18 +8,22 @@ import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from configs.errors import TrainshortError
+from configs.positions import T5_BUCKETS
+from configs.precisions import PRECISIONS
 from configs.schema import Model
-from parallel.axes import Groups
+from parallel.axes import Group, Groups
 from parallel.groups import lone_groups
 from tests.support.models import make_decoder
-from training.model import t5
-from training.model.alibi import slopes
-from training.model.attention import Reference, Sdpa
-from training.model.bias import QUERY_BLOCK, SlopeBias
+from training.model.kernels.reference import Reference
+from training.model.kernels.sdpa import Sdpa
+from training.model.positions import t5
+from training.model.positions.alibi import slopes
+from training.model.positions.bias import QUERY_BLOCK, SlopeBias
+from training.model.positions.t5 import MAX_DISTANCE, bucket_in_integers, buckets
+from training.model.positions.table import make_position
 from training.model.proof.certificate import (
     LONG,
     PROBED,
-    ROW_TOLERANCE,
     Certificate,
     WrongPositions,
     certificates_to_json,
@@ -28,26 +32,29 @@ from training.model.proof.certificate import (
     expected_rows,
     hash_slopes,
     measure_certificate,
-    penalties,
     read_rows,
     recency_and_error,
-    t5_bucket,
 )
-from training.model.t5 import BUCKETS, MAX_DISTANCE, buckets
 
 CPU = torch.device("cpu")
 HEADS = 8
 OTHERWISE = "try something else"
+LIMIT = PRECISIONS["fp32"].row_tolerance
 
 
 def model_of(heads: int, *, position: str = "alibi", backend: str = "sdpa") -> Model:
-    return Model(layers=2, hidden=8 * heads, heads=heads, position=position, attention=backend)  # type: ignore[arg-type]
+    return Model(layers=2, hidden=8 * heads, heads=heads, position=position, attention=backend)
+
+
+def promised(heads: int, *, position: str = "alibi") -> torch.Tensor:
+    """What a position method promises to add to the scores of all heads, [heads, LONG]."""
+    return make_position(model_of(heads, position=position), {}, tensor=Group(0, 1, None)).penalty(LONG)
 
 
 def measured(head_slopes: list[float] | None, *, heads: list[int], position: str = "alibi") -> tuple[float, float]:
     """Recency and error of an attention that has some slopes where these heads' are due."""
     bias = SlopeBias(None if head_slopes is None else torch.tensor(head_slopes, dtype=torch.float64))
-    expected = penalties([slopes(HEADS)[head] for head in heads], bias=bias, position=position)
+    expected = promised(HEADS, position=position)[heads]
     recency, error = recency_and_error(Sdpa(bias), torch.zeros(1, len(heads), LONG, 8), expected=expected).tolist()
     return recency, error
 
@@ -82,7 +89,7 @@ def refusal(certificates: list[Certificate], *, position: str = "alibi") -> str:
         check_certificates(
             certificates,
             model_of(HEADS, position=position),
-            tolerance=ROW_TOLERANCE[torch.float32],
+            tolerance=LIMIT,
             otherwise=OTHERWISE,
         )
     assert refused.value.certificates == certificates
@@ -92,7 +99,7 @@ def refusal(certificates: list[Certificate], *, position: str = "alibi") -> str:
 
 
 def test_right_ranks_are_accepted() -> None:
-    check_certificates(two_ranks(), model_of(HEADS), tolerance=ROW_TOLERANCE[torch.float32], otherwise=OTHERWISE)
+    check_certificates(two_ranks(), model_of(HEADS), tolerance=LIMIT, otherwise=OTHERWISE)
 
 
 def test_the_first_heads_slopes_on_every_rank_are_refused() -> None:
@@ -189,22 +196,22 @@ def test_expected_rows_equal_a_softmax_of_the_penalties(heads: int) -> None:
         ("alibi", -slope[:, None, None] * distance),
         ("none", 0.0 * distance.expand(heads, -1, -1)),
     ):
-        penalty = penalties(slopes(heads), bias=SlopeBias(None), position=position)
-        rows = expected_rows(penalty, rows=range(PROBED), keys=PROBED)
+        rows = expected_rows(promised(heads, position=position), rows=range(PROBED), keys=PROBED)
         torch.testing.assert_close(rows, scores.double().masked_fill(distance < 0, -torch.inf).softmax(-1))
 
 
 def test_rows_that_alibi_must_give_are_geometric() -> None:
-    row = expected_rows(penalties([0.5], bias=SlopeBias(None), position="alibi"), rows=[2], keys=4)[0, 0]
+    penalty = torch.tensor([[0.0, -0.5, -1.0, -1.5]], dtype=torch.float64)
+    row = expected_rows(penalty, rows=[2], keys=4)[0, 0]
     weights = [math.exp(-1), math.exp(-0.5), 1, 0]
     assert row.tolist() == pytest.approx([weight / sum(weights) for weight in weights])
 
 
 def test_buckets_in_whole_numbers_are_those_of_the_model_and_of_transformers() -> None:
-    found = [t5_bucket(distance) for distance in range(2000)]
+    found = [bucket_in_integers(distance) for distance in range(2000)]
     assert found == buckets(2000, device=CPU).tolist()
     theirs = T5Attention._relative_position_bucket(
-        -torch.arange(2000), bidirectional=False, num_buckets=BUCKETS, max_distance=MAX_DISTANCE
+        -torch.arange(2000), bidirectional=False, num_buckets=T5_BUCKETS, max_distance=MAX_DISTANCE
     )
     assert found == theirs.tolist()
 
@@ -235,8 +242,8 @@ def groups() -> Groups:
 @pytest.mark.parametrize("heads", [1, 6, 112])
 def test_a_real_decoder_is_certified_to_rounding(groups: Groups, heads: int, position: str, backend: str) -> None:
     decoder = make_decoder(heads, head_dim=4, position=position, backend=backend)
-    model = Model(layers=2, hidden=4 * heads, heads=heads, position=position, attention=backend)  # type: ignore[arg-type]
-    (found,) = certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+    model = Model(layers=2, hidden=4 * heads, heads=heads, position=position, attention=backend)
+    (found,) = certify(decoder, model, groups=groups, precision="fp32", device=CPU)
     assert found.error < 1e-6
     assert (found.heads, found.backend) == (tuple(range(heads)), backend)
     assert (found.slopes_sha256 is None) == (position != "alibi")
@@ -248,22 +255,22 @@ def test_a_learned_bias_is_certified_by_its_own_table(
 ) -> None:
     decoder = make_decoder(6, position="t5", backend=backend)
     model = model_of(6, position="t5", backend=backend)
-    (found,) = certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+    (found,) = certify(decoder, model, groups=groups, precision="fp32", device=CPU)
     assert (found.slopes_sha256, found.heads) == (None, tuple(range(6)))
     assert found.error < 1e-6
     monkeypatch.setattr(t5, "buckets", lambda length, *, device: buckets(length + 1, device=device)[1:])
     with pytest.raises(WrongPositions, match="away from the shape"):
-        certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+        certify(decoder, model, groups=groups, precision="fp32", device=CPU)
 
 
 def test_one_block_with_an_attention_of_its_own_is_measured_too(groups: Groups) -> None:
     decoder, model = make_decoder(8), model_of(8)
     decoder.layers[2].attend = Sdpa(SlopeBias(None))  # type: ignore[assignment]
-    assert measure_certificate(decoder, model, groups=groups, dtype=torch.float32, device=CPU).recency == pytest.approx(
+    assert measure_certificate(decoder, model, groups=groups, precision="fp32", device=CPU).recency == pytest.approx(
         0, abs=1e-6
     )
     with pytest.raises(TrainshortError, match=r"rank 0 .*in attention sdpa; set another model.attention, reference is"):
-        certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+        certify(decoder, model, groups=groups, precision="fp32", device=CPU)
 
 
 class WrongPastABlock(SlopeBias):
@@ -288,7 +295,7 @@ def test_a_bias_that_is_wrong_past_a_query_block_is_seen(groups: Groups, rows: i
     for block in decoder.layers[1:-1]:
         block.attend = Sdpa(WrongPastABlock(right, rows=rows))  # type: ignore[assignment]
     with pytest.raises(WrongPositions, match="away from the shape"):
-        certify(decoder, model, groups=groups, dtype=torch.float32, device=CPU)
+        certify(decoder, model, groups=groups, precision="fp32", device=CPU)
 
 
 def test_what_is_no_number_is_written_down_as_none() -> None:
@@ -299,5 +306,5 @@ def test_what_is_no_number_is_written_down_as_none() -> None:
 
 def test_bf16_attention_is_within_what_bf16_is_allowed(groups: Groups) -> None:
     decoder = make_decoder(16)
-    (found,) = certify(decoder, model_of(16), groups=groups, dtype=torch.bfloat16, device=CPU)
+    (found,) = certify(decoder, model_of(16), groups=groups, precision="bf16", device=CPU)
     assert 1e-5 < found.error < 3e-3  # bf16 was really measured

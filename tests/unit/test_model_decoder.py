@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.backends import EVERY_POSITION
+from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.shards import declared
 from tests.support.bloom_formula import bloom_logits, cross_entropy
-from tests.support.models import LAYERS, VOCABULARY, bloom_of, make_decoder, weights_of
-from training.export.formats.huggingface import huggingface_name
+from tests.support.models import LAYERS, VOCABULARY, bloom_of, huggingface_names, make_decoder, weights_of
 from training.model.single import SingleModel, load_single
 
 
@@ -25,9 +24,9 @@ def test_logits_and_gradients_equal_bloom(heads: int, length: int) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     for some in (logits, expected):
         F.cross_entropy(some.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    theirs = dict(bloom.named_parameters())
+    theirs, names = dict(bloom.named_parameters()), huggingface_names()
     for name, (parameter, _) in declared(decoder).items():
-        gradient = theirs[huggingface_name(name)].grad
+        gradient = theirs[names[name]].grad
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0, msg=name)
 
@@ -67,7 +66,7 @@ def test_order_matters_with_positions_and_only_then() -> None:
     tokens = torch.randint(0, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
     swapped = tokens.clone()
     swapped[0, 2], swapped[0, 7] = tokens[0, 7], tokens[0, 2]
-    for position in EVERY_POSITION:
+    for position in POSITIONS:
         decoder = make_decoder(4, position=position)
         # one block, so that the last token sees the others as a set unless positions tell them apart
         decoder.layers = torch.nn.ModuleList([decoder.layers[0], decoder.layers[1], decoder.layers[3]])

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from parallel.axes import Group
-from training.model.alibi import slopes
-from training.model.attention import Reference, Sdpa, aligned
-from training.model.bias import QUERY_BLOCK, Bias, SlopeBias
-from training.model.t5 import LearnedBias
+from tests.support.models import learned_bias
+from training.model.kernels.reference import Reference
+from training.model.kernels.sdpa import Sdpa, aligned
+from training.model.positions.alibi import slopes
+from training.model.positions.bias import QUERY_BLOCK, Bias, SlopeBias
 
 HEADS = 4
 
 
 def bias_of(position: str) -> Bias:
     if position == "t5":
-        bias = LearnedBias(HEADS, init_std=1.0, tensor=Group(0, 1, None))
+        bias = learned_bias(HEADS)
         torch.nn.init.normal_(bias.weight)
         return bias
     return SlopeBias(torch.tensor(slopes(HEADS)) if position == "alibi" else None)

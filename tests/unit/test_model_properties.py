@@ -9,30 +9,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs.backends import EVERY_POSITION
+from configs.positions import POSITIONS
 from parallel.axes import Group
-from tests.support.models import VOCABULARY, make_decoder
-from training.model import attention
-from training.model.alibi import local_slopes, slopes
-from training.model.attention import Reference, Sdpa
-from training.model.bias import QUERY_BLOCK, Bias, SlopeBias
+from tests.support.models import VOCABULARY, learned_bias, make_decoder
 from training.model.cache import KeyValueCache
 from training.model.decoder import Decoder
-from training.model.rotary import rotate
-from training.model.t5 import LearnedBias
+from training.model.kernels import sdpa
+from training.model.kernels.reference import Reference
+from training.model.kernels.sdpa import Sdpa
+from training.model.positions.alibi import local_slopes, slopes
+from training.model.positions.bias import QUERY_BLOCK, Bias, SlopeBias
+from training.model.positions.rotary import rotate
+from training.model.positions.t5 import LearnedBias
 
 BACKENDS = {"reference": Reference, "sdpa": Sdpa}
 WHOLE = Group(0, 1, None)
 HEADS = 3
 some_backend = st.sampled_from(sorted(BACKENDS))
-some_position = st.sampled_from(EVERY_POSITION)
+some_position = st.sampled_from(sorted(POSITIONS))
 some_seed = st.integers(0, 99)
 quickly = settings(max_examples=20, deadline=None)
 
 
 def bias_of(position: str, *, heads: int = HEADS, tensor: Group = WHOLE) -> Bias:
     if position == "t5":
-        learned = LearnedBias(heads, init_std=1.0, tensor=tensor)
+        learned = learned_bias(heads, tensor=tensor)
         whole = torch.randn(heads, learned.weight.shape[1], generator=torch.Generator().manual_seed(heads))
         learned.weight.data = whole.chunk(tensor.size)[tensor.rank].clone()
         return learned
@@ -173,7 +174,7 @@ def test_blocks_of_any_size_equal_the_whole_with_gradients(
     bias = bias_of(position)
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_BLOCK", block)
+        patch.setattr(sdpa, "QUERY_BLOCK", block)
         for make in (Reference, Sdpa):
             inputs = [x.requires_grad_() for x in random_qkv(queries, before + queries, seed=seed)]
             out = make(bias)(*inputs)
@@ -200,14 +201,14 @@ def test_any_split_into_chunks_through_the_cache_equals_the_whole(
     tokens = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(seed))
     whole, cache = decoder.hidden(tokens), KeyValueCache()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_BLOCK", block)
+        patch.setattr(sdpa, "QUERY_BLOCK", block)
         parts = [decoder.hidden(tokens[:, start:end], cache) for start, end in pairwise([0, *sorted(cuts), 40])]
     assert cache.length == 40
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-@pytest.mark.parametrize("position", EVERY_POSITION)
+@pytest.mark.parametrize("position", POSITIONS)
 @torch.no_grad()
 def test_token_by_token_past_a_query_block_equals_the_whole(position: str, backend: str) -> None:
     decoder = decoder_of(position, backend)

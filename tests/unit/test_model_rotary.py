@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from parallel.shards import declared
 from tests.support.bloom_formula import bloom_logits, cross_entropy
 from tests.support.models import LAYERS, VOCABULARY, make_decoder, weights_of
-from training.model.rotary import rotate
+from training.model.positions.rotary import rotate
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "seq"), [(1, 2, 5), (4, 16, 33), (3, 64, 700)])

@@ -8,7 +8,7 @@ import torch
 from parallel.shards import declared
 from tests.support.bloom_formula import bloom_logits, cross_entropy
 from tests.support.models import LAYERS, VOCABULARY, make_decoder, weights_of
-from training.model.sinusoidal import sinusoids
+from training.model.positions.sinusoidal import sinusoids
 
 
 def formula(seq: int, hidden: int) -> torch.Tensor:

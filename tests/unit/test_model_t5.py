@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from configs.positions import T5_BUCKETS
 from parallel.axes import Group
 from parallel.shards import declared
 from tests.support.bloom_formula import bloom_logits, cross_entropy
-from tests.support.models import LAYERS, VOCABULARY, make_decoder, weights_of
-from training.model.t5 import BUCKETS, MAX_DISTANCE, LearnedBias, buckets
+from tests.support.models import LAYERS, ONE_RANK, VOCABULARY, learned_bias, make_decoder, weights_of
+from training.model.positions.t5 import MAX_DISTANCE, LearnedBias, buckets
 
 CPU = torch.device("cpu")
 
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 def their_buckets(relative: torch.Tensor) -> torch.Tensor:
     """Buckets of key position less query position, as T5's decoder has them."""
     found: torch.Tensor = T5Attention._relative_position_bucket(
-        relative, bidirectional=False, num_buckets=BUCKETS, max_distance=MAX_DISTANCE
+        relative, bidirectional=False, num_buckets=T5_BUCKETS, max_distance=MAX_DISTANCE
     )
     return found
 
@@ -28,7 +29,7 @@ def looked_up(weight: torch.Tensor, *, rows: int, keys: int) -> torch.Tensor:
 
 
 def random_bias(heads: int, *, tensor: Group | None = None) -> LearnedBias:
-    bias = LearnedBias(heads, init_std=1.0, tensor=tensor or Group(0, 1, None))
+    bias = learned_bias(heads, tensor=tensor or ONE_RANK)
     torch.nn.init.normal_(bias.weight, generator=torch.Generator().manual_seed(heads))
     return bias
 
@@ -68,10 +69,10 @@ def test_strip_and_its_gradient_equal_a_table_lookup(rows: int, keys: int) -> No
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_tensor_rank_declares_its_heads_of_one_table(size: int) -> None:
-    bias = LearnedBias(8, init_std=0.02, tensor=Group(size - 1, size, None))
+    bias = learned_bias(8, tensor=Group(size - 1, size, None))
     ((parameter, shard),) = declared(bias).values()
-    assert (shard.shape, shard.dim, shard.tied) == ((8, BUCKETS), 0, True)
-    assert tuple(parameter.shape) == (8 // size, BUCKETS)
+    assert (shard.shape, shard.dim, shard.tied) == ((8, T5_BUCKETS), 0, True)
+    assert tuple(parameter.shape) == (8 // size, T5_BUCKETS)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

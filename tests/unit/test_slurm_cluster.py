@@ -1,4 +1,4 @@
-"""What SLURM says of its partitions and jobs, its commands stubbed."""
+"""Read the states of jobs and the limits of partitions from SLURM's commands, which are stubs here."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from configs.errors import InputError, MachineError
 from configs.load import check_run
-from launch.slurm.query import Job, check_limits, find_job, job_of
+from launch.slurm.query import Job, check_partition_limits, find_job, parse_job
 from tests.support.slurm import RUNNING, stub_commands
 
 PARTITIONS = """\
@@ -22,11 +22,11 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return stub_commands(tmp_path / "bin", monkeypatch)
 
 
-def test_a_job_is_read_from_what_scontrol_says() -> None:
-    assert job_of(RUNNING) == Job("7", "RUNNING", restarts=2, nodes="gpu[1-4]", seconds_left=24 * 3600 - 630)
-    killed = job_of("JobId=9 JobState=FAILED Reason=JobLaunchFailure ExitCode=0:12")
+def test_a_job_is_parsed_from_scontrols_line() -> None:
+    assert parse_job(RUNNING) == Job("7", "RUNNING", restarts=2, nodes="gpu[1-4]", seconds_left=24 * 3600 - 630)
+    killed = parse_job("JobId=9 JobState=FAILED Reason=JobLaunchFailure ExitCode=0:12")
     assert (killed.exit_code, killed.signal) == (0, 12)
-    waiting = job_of(
+    waiting = parse_job(
         "JobId=8 JobState=PENDING Reason=PartitionNodeLimit Restarts=0 ExitCode=0:0 RunTime=00:00:00 "
         "TimeLimit=UNLIMITED NodeList=(null)"
     )
@@ -34,7 +34,7 @@ def test_a_job_is_read_from_what_scontrol_says() -> None:
     assert not waiting.ended
 
 
-def test_a_job_that_the_controller_has_forgotten_is_asked_of_the_accounting(stub: Any) -> None:
+def test_a_forgotten_job_is_looked_up_in_the_accounting(stub: Any) -> None:
     stub("scontrol", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
     assert find_job("7", name="a-train") == Job("7", "UNKNOWN")
     rows = ("REQUEUED|0:0|gpu[1-2]|a-train", "CANCELLED by 0|3:15|gpu[3-4]|a-train", "RUNNING|0:0|gpu9|b|train")
@@ -46,10 +46,10 @@ def test_a_job_that_the_controller_has_forgotten_is_asked_of_the_accounting(stub
         find_job("7", name="a-train")
 
 
-def test_a_job_of_another_name_is_not_ours(stub: Any) -> None:
+def test_a_job_with_our_id_and_another_name_is_not_ours(stub: Any) -> None:
     stub("scontrol", f"echo '{RUNNING}'")
     assert find_job("7", name="a-train").state == "RUNNING"
-    assert find_job("7", name="b-train") == Job("7", "UNKNOWN"), "the controller began to count anew"
+    assert find_job("7", name="b-train") == Job("7", "UNKNOWN"), "the controller counts from 1 again"
 
 
 @pytest.mark.parametrize(
@@ -69,22 +69,22 @@ def test_a_job_of_another_name_is_not_ours(stub: Any) -> None:
         ({"partition": "small", "qos": "long"}, 4, r"--nodes 4 is more than partition small gives a job \(3\)"),
     ],
 )
-def test_what_a_partition_cannot_give_is_refused(
+def test_a_request_over_a_partitions_limits_is_refused(
     run_values: dict[str, Any], stub: Any, slurm: dict[str, Any], nodes: int, message: str
 ) -> None:
     stub("scontrol", f"echo '{PARTITIONS}'")
     stub("sinfo", "echo 500000; echo 2000000+")
     run_values["slurm"] = slurm
     with pytest.raises(InputError, match=message):
-        check_limits(check_run(run_values, name="small").slurm, nodes=nodes)
+        check_partition_limits(check_run(run_values, name="small").slurm, nodes=nodes)
 
 
-def test_what_a_partition_can_give_passes(run_values: dict[str, Any], stub: Any) -> None:
+def test_a_request_within_a_partitions_limits_passes(run_values: dict[str, Any], stub: Any) -> None:
     stub("scontrol", f"echo '{PARTITIONS}'")
     stub("sinfo", "echo 500000")
     for slurm in ({"memory": "400G"}, {"partition": "small", "time": "9-00:00:00"}, {"partition": "small,big"}):
         run_values["slurm"] = slurm
-        check_limits(check_run(run_values, name="small").slurm, nodes=2)
+        check_partition_limits(check_run(run_values, name="small").slurm, nodes=2)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_what_a_partition_can_give_passes(run_values: dict[str, Any], stub: Any)
         ({"extra": ["--mem=0", "-p big"]}, {"SBATCH_PARTITION": "small"}),
     ],
 )
-def test_what_options_of_ones_own_decide_is_left_to_sbatch(
+def test_options_of_the_user_are_left_to_sbatch(
     run_values: dict[str, Any],
     stub: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -111,17 +111,17 @@ def test_what_options_of_ones_own_decide_is_left_to_sbatch(
     stub("sinfo", "echo 500000")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    # Too long, too many nodes and too much memory for `big`; `small` has no limits but its nodes and their memory.
+    # Over all limits of `big`: time, nodes, memory. `small` limits only its nodes and their memory.
     memory = {"memory": "501G"} if any("mem" in line for line in slurm.get("extra", [])) else {}
     run_values["slurm"] = {"time": "2-00:00:00", **memory, **slurm}
-    check_limits(check_run(run_values, name="small").slurm, nodes=3)
+    check_partition_limits(check_run(run_values, name="small").slurm, nodes=3)
 
 
-def test_a_partition_of_the_environment_is_named(
+def test_a_wrong_partition_of_the_environment_is_named(
     run_values: dict[str, Any], stub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub("scontrol", f"echo '{PARTITIONS}'")
     monkeypatch.setenv("SBATCH_PARTITION", "no")
     run_values["slurm"] = {"partition": "big"}
     with pytest.raises(InputError, match="SBATCH_PARTITION 'no' is not on this cluster: set SBATCH_PARTITION to big"):
-        check_limits(check_run(run_values, name="small").slurm, nodes=1)
+        check_partition_limits(check_run(run_values, name="small").slurm, nodes=1)

@@ -1,4 +1,4 @@
-"""Watching, stopping and resuming a chain, with SLURM's commands stubbed; tests/slurm has the real ones."""
+"""Status, stop and resume of a chain, with stubs of SLURM's commands; tests/slurm has the real ones."""
 
 import json
 import os
@@ -9,9 +9,8 @@ import pytest
 
 from configs.errors import InputError
 from configs.paths import chain_file, slurm_stop_file
-from launch.slurm import status as jobs
-from launch.slurm import submit as chain
-from launch.slurm.submit import read_chain
+from launch.slurm.record import read_chain, refuse_active_jobs
+from launch.slurm.status import chain_status, remaining_jobs
 from tests.support.command_line import Call
 from tests.support.slurm import RUNNING, show, stub_commands, submitted
 
@@ -22,12 +21,12 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return stub_commands(tmp_path / "bin", monkeypatch)
 
 
-def test_no_second_chain_beside_one_that_runs(run_values: dict[str, Any], tmp_path: Path, stub: Any) -> None:
+def test_a_second_chain_beside_an_active_one_is_refused(run_values: dict[str, Any], tmp_path: Path, stub: Any) -> None:
     run_dir = submitted(run_values, tmp_path)
     stub("scontrol", f"{show(101, 'COMPLETED')}; {show(102, 'PENDING')}; {show(103, 'PENDING')}; true")
     with pytest.raises(InputError, match=r"has job 102 \(evaluate, PENDING\) already: wait for it, or end it with"):
-        chain.refuse_active(run_dir)
-    chain.refuse_active(tmp_path)
+        refuse_active_jobs(run_dir)
+    refuse_active_jobs(tmp_path)
 
 
 def test_status_shows_the_chain_and_says_what_to_do(
@@ -47,10 +46,10 @@ def test_status_shows_the_chain_and_says_what_to_do(
     stub(
         "scontrol", f"{show(101, 'FAILED', ExitCode='130:0')}; {show(102, 'CANCELLED')}; {show(103, 'CANCELLED')}; true"
     )
-    found = json.loads(trainshort("jobs", "status", str(run_dir), "--json").out)
-    assert found["jobs"][0]["state"] == "STOPPED"
-    assert (found["step"], found["loss"], found["steps"]) == (4, 5.25, 10)
-    assert found["advice"] == f"stopped: trainshort jobs resume {run_dir} goes on"
+    status = json.loads(trainshort("jobs", "status", str(run_dir), "--json").out)
+    assert status["jobs"][0]["state"] == "STOPPED"
+    assert (status["step"], status["loss"], status["steps"]) == (4, 5.25, 10)
+    assert status["advice"] == f"stopped: trainshort jobs resume {run_dir} continues it"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_status_shows_the_chain_and_says_what_to_do(
         (show(101, "PENDING", Reason="Resources"), show(102, "PENDING", Reason="Dependency"), None),
         *(
             (show(101, "PENDING", Reason=reason), show(102, "PENDING", Reason="Dependency"), None)
-            for reason in ("AssocGrpGRES", "QOSGrpNodeLimit", "QOSMaxJobsPerUserLimit", "QOSMaxCpuPerUserLimit")
+            for reason in ("AssocGrpGRES", "QOSMaxJobsPerUserLimit")
         ),
         *(
             (
@@ -85,7 +84,7 @@ def test_status_shows_the_chain_and_says_what_to_do(
                 f"train will never start as it is ({reason}): trainshort jobs stop {{run_dir}}, change the slurm "
                 "section, and submit again",
             )
-            for reason in ("PartitionNodeLimit", "QOSMaxWallDurationPerJobLimit", "AssocMaxNodePerJobLimit")
+            for reason in ("PartitionNodeLimit", "QOSMaxWallDurationPerJobLimit")
         ),
         (
             show(101, "PENDING", Reason="ReqNodeNotAvail,_UnavailableNodes:gpu2"),
@@ -95,7 +94,7 @@ def test_status_shows_the_chain_and_says_what_to_do(
         (
             show(101, "FAILED", ExitCode="0:12"),
             show(102, "CANCELLED"),
-            "stopped: trainshort jobs resume {run_dir} goes on",
+            "stopped: trainshort jobs resume {run_dir} continues it",
         ),
         (
             show(101, "FAILED", ExitCode="1:0"),
@@ -109,7 +108,7 @@ def test_advice_fits_what_the_jobs_do(
 ) -> None:
     run_dir = submitted(run_values, tmp_path)
     stub("scontrol", f"{train}; {evaluate}; {show(103, 'PENDING', Reason='Dependency')}; true")
-    assert jobs.chain_status(run_dir).advice == (advice and advice.format(run_dir=run_dir))
+    assert chain_status(run_dir).advice == (advice and advice.format(run_dir=run_dir))
 
 
 RUNNING_101 = f"[[ $4 == 101 ]] && echo '{RUNNING.replace('JobId=7 JobName=a', 'JobId=101 JobName=small')}'"
@@ -123,7 +122,7 @@ RUNNING_101 = f"[[ $4 == 101 ]] && echo '{RUNNING.replace('JobId=7 JobName=a', '
         (show(101, "COMPLETED"), ["103", "102"]),
     ],
 )
-def test_stop_asks_a_training_to_save_and_cancels_what_waits(
+def test_stop_saves_a_running_training_and_cancels_the_rest(
     run_values: dict[str, Any], tmp_path: Path, stub: Any, trainshort: Call, train: str, calls: list[str]
 ) -> None:
     run_dir = submitted(run_values, tmp_path)
@@ -132,27 +131,27 @@ def test_stop_asks_a_training_to_save_and_cancels_what_waits(
     answer = trainshort("jobs", "stop", str(run_dir))
     assert answer.code == 0
     assert (tmp_path / "calls").read_text().splitlines() == calls
-    # A training that is queued again by then reads there that it was stopped.
-    marked = slurm_stop_file(run_dir)
-    assert (marked.read_text() if marked.exists() else None) == ("101\n" if "--batch" in calls[-1] else None)
+    # If SLURM starts the training again meanwhile, that start reads this file.
+    stop = slurm_stop_file(run_dir)
+    assert (stop.read_text() if stop.exists() else None) == ("101\n" if "--batch" in calls[-1] else None)
     stub("scancel", 'echo "scancel: error: Kill job error on job id 103: Access/permission denied" >&2; exit 1')
     answer = trainshort("jobs", "stop", str(run_dir))
     assert answer.code == 3
     assert answer.error.startswith("error: job 103 (export) cannot be stopped: Kill job error on job id 103: Access/")
 
 
-def test_only_what_is_left_is_submitted_again(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_only_jobs_with_work_left_remain(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_dir = submitted(run_values, tmp_path)
-    assert jobs.remaining(run_dir) == ("train", "evaluate", "export")
+    assert remaining_jobs(run_dir) == ("train", "evaluate", "export")
     last = run_dir / "checkpoints" / "step_0000010"
     last.mkdir(parents=True)
-    assert jobs.remaining(run_dir) == ("evaluate", "export")
+    assert remaining_jobs(run_dir) == ("evaluate", "export")
     report = write_report(run_dir)
-    assert jobs.remaining(run_dir) == ("export",)
+    assert remaining_jobs(run_dir) == ("export",)
     (run_dir / "export" / "hf").mkdir(parents=True)
-    assert jobs.remaining(run_dir) == ()
+    assert remaining_jobs(run_dir) == ()
     os.utime(report, (0, 0))
-    assert jobs.remaining(run_dir) == ("evaluate", "export"), "an evaluation of an older checkpoint"
+    assert remaining_jobs(run_dir) == ("evaluate", "export"), "an evaluation of an older checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +164,7 @@ def test_only_what_is_left_is_submitted_again(run_values: dict[str, Any], tmp_pa
         ({"stride": 8}, ("evaluate", "export")),
     ],
 )
-def test_a_report_that_somebody_made_by_hand_counts_where_it_has_all(
+def test_a_report_counts_if_it_has_all_the_run_measures(
     run_values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], left: tuple[str, ...]
 ) -> None:
     run_values["evaluate"] = {"protocols": ["nonoverlapping", "sliding:16"]}
@@ -173,9 +172,9 @@ def test_a_report_that_somebody_made_by_hand_counts_where_it_has_all(
     (run_dir / "checkpoints" / "step_0000010").mkdir(parents=True)
     (run_dir / "export" / "hf").mkdir(parents=True)
     report = write_report(run_dir, **changes)
-    assert jobs.remaining(run_dir) == left
+    assert remaining_jobs(run_dir) == left
     report.write_text('{"results": [')
-    assert jobs.remaining(run_dir) == ("evaluate", "export")
+    assert remaining_jobs(run_dir) == ("evaluate", "export")
 
 
 def write_report(
@@ -185,7 +184,7 @@ def write_report(
     lengths: tuple[int, ...] = (32, 64, 128, 256),
     stride: int = 16,
 ) -> Path:
-    """Write as much of a report as says what was measured."""
+    """Write the parts of a report that `jobs` reads."""
     results = [
         {"length": length, "protocol": protocol, "stride": stride if protocol == "sliding" else length}
         for length in lengths
@@ -197,14 +196,14 @@ def write_report(
     return report
 
 
-def test_a_partial_resume_keeps_the_row_of_what_is_done(
+def test_a_partial_resume_keeps_the_finished_jobs(
     run_values: dict[str, Any], tmp_path: Path, stub: Any, trainshort: Call
 ) -> None:
     run_dir = submitted(run_values, tmp_path)
     (run_dir / "checkpoints" / "step_0000010").mkdir(parents=True)
     stub("scontrol", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
     log = run_dir / "logs" / "slurm-evaluate-102.log"
-    assert jobs.chain_status(run_dir).advice == (
+    assert chain_status(run_dir).advice == (
         f"SLURM has forgotten evaluate: read {log}, then trainshort jobs resume {run_dir}"
     )
     stub("sbatch", "[[ $2 == *-evaluate ]] && echo 112 || echo 113")
@@ -213,8 +212,8 @@ def test_a_partial_resume_keeps_the_row_of_what_is_done(
     assert read_chain(run_dir).jobs == {"train": "101", "evaluate": "112", "export": "113"}
     write_report(run_dir)
     (run_dir / "export" / "hf").mkdir(parents=True)
-    found = jobs.chain_status(run_dir)
-    assert (list(found.jobs), found.advice) == (["train", "evaluate", "export"], None)
+    status = chain_status(run_dir)
+    assert (list(status.jobs), status.advice) == (["train", "evaluate", "export"], None)
     assert trainshort("jobs", "resume", str(run_dir)).out.endswith("nothing is left to do\n")
 
 

@@ -1,4 +1,4 @@
-"""How a training job ends: its script runs in bash, with SLURM's commands stubbed."""
+"""How a training job ends: its script runs in bash, with stubs of SLURM's commands."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from configs.load import check_run
-from launch.slurm.script import render
+from launch.slurm.script import render_scripts
 from tests.support.slurm import render_small, run_script
 
 SAVE_4 = "mkdir -p run/checkpoints/step_0000004;"
@@ -33,44 +33,44 @@ QUEUED = "queueing again from step_0000004"
         (STOP + SAVE_4, PREEMPTED, 130, "stopped, the newest checkpoint is step_0000004"),
         (STOP + "exit 3", "None", 3, "asked to stop, but the save failed with exit code 3: read run/logs/rank_*.log"),
         (SAVE_4, "None", 130, "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run"),
-        (SAVE_4, PREEMPTED, 0, f"pushed out: {QUEUED}"),
-        ("exit 143", PREEMPTED, 143, "pushed out: queueing again from step 0"),
-        (LIMIT, PREEMPTED, 0, "pushed out: queueing again from step 0"),
+        (SAVE_4, PREEMPTED, 0, f"preempted: {QUEUED}"),
+        ("exit 143", PREEMPTED, 143, "preempted: queueing again from step 0"),
+        (LIMIT, PREEMPTED, 0, "preempted: queueing again from step 0"),
         (SAVE_4 + "exit 1", "None", 1, "failed with exit code 1: read run/logs/rank_*.log"),
         ("exit 2", "None", 2, "failed with exit code 2: read run/logs/rank_*.log"),
     ],
 )
-def test_a_training_job_ends_as_its_checkpoints_say(
+def test_a_training_job_ends_as_its_checkpoints_require(
     run_values: dict[str, Any], tmp_path: Path, during: str, preempted: str, code: int, line: str
 ) -> None:
     run_values["run"]["dir"] = "run"
-    scripts = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)
-    done = run_script(scripts["train"], tmp_path, DURING=during, PREEMPTED=preempted)
+    train = render_small(run_values, tmp_path)
+    done = run_script(train, tmp_path, DURING=during, PREEMPTED=preempted)
     assert done.returncode == code, done.stdout + done.stderr
     assert line in done.stdout.splitlines()[-1]
     assert "start 0 from step 0 on n, job 20007" in done.stdout
 
 
-def test_what_was_asked_before_there_are_ranks_is_passed_on(run_values: dict[str, Any], tmp_path: Path) -> None:
-    heard = f"for _ in {{1..40}}; do [[ -s told ]] && break; sleep; done; {SAVE_4}"
+def test_a_request_before_the_ranks_start_reaches_them(run_values: dict[str, Any], tmp_path: Path) -> None:
+    ranks = f"for _ in {{1..40}}; do [[ -s signals ]] && break; sleep; done; {SAVE_4}"
     for signal, code, line in (("USR2", 130, "stopped, the newest checkpoint is step_0000004"), ("USR1", 0, QUEUED)):
         folder = tmp_path / signal
         folder.mkdir()
         train = render_small(run_values, folder, setup=[f"kill -{signal} $$"])
-        done = run_script(train, folder, DURING=heard)
+        done = run_script(train, folder, DURING=ranks)
         assert done.returncode == code, done.stdout + done.stderr
         assert line in done.stdout.splitlines()[-1]
-        assert (folder / "told").read_text().startswith("--signal=TERM 20007\n")
+        assert (folder / "signals").read_text().startswith("--signal=TERM 20007\n")
 
 
-def test_ranks_are_told_again_after_a_scancel_that_failed(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_the_signal_is_repeated_after_a_failed_scancel(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
-    heard = f"kill -USR1 $$; for _ in {{1..40}}; do (($(wc -l <told) > 2)) && break; sleep; done; {SAVE_4}"
-    assert QUEUED in run_script(train, tmp_path, DURING=heard).stdout
-    assert (tmp_path / "told").read_text().splitlines()[:3] == ["--signal=TERM 20007"] * 3
+    ranks = f"kill -USR1 $$; for _ in {{1..40}}; do (($(wc -l <signals) > 2)) && break; sleep; done; {SAVE_4}"
+    assert QUEUED in run_script(train, tmp_path, DURING=ranks).stdout
+    assert (tmp_path / "signals").read_text().splitlines()[:3] == ["--signal=TERM 20007"] * 3
 
 
-def test_a_port_in_use_is_left_far_behind(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_port_in_use_is_replaced_by_one_far_away(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
     for job, base, port in ((20007, 12007, 19926), (35000, 27000, 14919)):
         with socket.create_server(("127.0.0.1", base)):
@@ -79,7 +79,7 @@ def test_a_port_in_use_is_left_far_behind(run_values: dict[str, Any], tmp_path: 
         assert f"127.0.0.1:{port}" in (tmp_path / "calls").read_text().split("\0")
 
 
-def test_a_requeue_that_fails_is_tried_again_within_bounds(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_failed_requeue_is_repeated_a_few_times(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
     done = run_script(train, tmp_path, DURING=LIMIT + SAVE_4, REFUSALS="2")
     assert (done.returncode, len((tmp_path / "requeues").read_text())) == (0, 3)
@@ -93,27 +93,27 @@ def test_a_requeue_that_fails_is_tried_again_within_bounds(run_values: dict[str,
     )
 
 
-def test_progress_is_what_was_saved_last_whatever_its_step(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_saving_a_step_again_is_progress(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
     broken = tmp_path / "run" / "checkpoints" / "step_0000008"
     broken.mkdir(parents=True)
     os.utime(broken, (1, 1))
     assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + SAVE_4).stdout
-    again = "sleep; touch run/checkpoints/step_0000004"
-    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + again).stdout, "the same step, saved anew"
-    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + again).stdout
+    save_again = "sleep; touch run/checkpoints/step_0000004"
+    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + save_again).stdout, "the same step, saved again"
+    assert QUEUED in run_script(train, tmp_path, DURING=LIMIT + save_again).stdout
     assert "no progress" in run_script(train, tmp_path, DURING=LIMIT).stdout
 
 
-def test_a_failed_save_is_told_with_the_ranks_errors(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_failed_save_shows_the_errors_of_the_ranks(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
-    said = "echo 'error: the disk is full' >run/logs/rank_0.log; exit 3"
-    for asked, code in ((STOP, 3), (LIMIT, 1)):
-        done = run_script(train, tmp_path, DURING=asked + said)
+    fail = "echo 'error: the disk is full' >run/logs/rank_0.log; exit 3"
+    for request, code in ((STOP, 3), (LIMIT, 1)):
+        done = run_script(train, tmp_path, DURING=request + fail)
         assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "error: the disk is full")
 
 
-def test_an_error_of_an_earlier_start_is_not_told_again(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_an_error_of_an_earlier_start_is_not_repeated(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
     logs = tmp_path / "run" / "logs"
     logs.mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_an_error_of_an_earlier_start_is_not_told_again(run_values: dict[str, An
         (SAVE_4 + "exit 1", "mixed", "124", 1, f"a node is lost: {QUEUED}"),
         (LIMIT + "exit 1", "mixed", "1", 1, "a node is lost: queueing again from step 0"),
         ("exit 137", "mixed", "0", 137, "failed with exit code 137"),
-        *(("exit 1", state, "0", 1, "a node is lost: ") for state in ("mixed*", "draining", "mixed\ndown", "failing")),
+        *(("exit 1", state, "0", 1, "a node is lost: ") for state in ("mixed*", "draining", "mixed\ndown")),
         ("exit 2", "down", "1", 2, "failed with exit code 2"),
         ("exit 3", "down", "1", 3, "failed with exit code 3"),
         (STOP + "exit 137", "down", "1", 137, "asked to stop, but the save failed with exit code 137"),
@@ -146,19 +146,19 @@ def test_a_job_whose_node_is_lost_queues_again(
     done = run_script(train, tmp_path, DURING=during, NODES=nodes, SILENT=silent)
     assert (done.returncode, line in done.stdout.splitlines()[-1]) == (code, True), done.stdout + done.stderr
     if nodes == "mixed" and code not in (2, 3):
-        # One task on each node of the job, beside what may still hold its CPUs and memory there.
+        # One task on each node, which shares CPUs and memory with processes that may still run there.
         probe = "60 srun --overlap --mem=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 true\n"
         assert (tmp_path / "probes").read_text() == probe
 
 
-def test_a_stop_wins_over_a_requeue_that_is_being_tried(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stop_ends_a_requeue_that_is_being_repeated(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
     done = run_script(train, tmp_path, DURING=LIMIT + SAVE_4, REFUSALS="99", REQUEUEING="kill -USR2 $$")
     assert (done.returncode, (tmp_path / "requeues").read_text()) == (130, "\n")
     assert "stopped, the newest checkpoint is step_0000004: trainshort jobs resume run" in done.stdout.splitlines()[-1]
 
 
-def test_a_stop_survives_a_start_that_nobody_asked_for(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stopped_job_that_slurm_restarts_stops_at_once(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
     stop = tmp_path / "run" / "slurm" / "stop"
     stop.parent.mkdir(parents=True)
@@ -167,28 +167,29 @@ def test_a_stop_survives_a_start_that_nobody_asked_for(run_values: dict[str, Any
     assert (done.returncode, (tmp_path / "calls").exists(), stop.exists()) == (130, False, False)
     assert done.stdout.endswith("stopped, the newest checkpoint is step 0: trainshort jobs resume run\n")
     stop.write_text("20006\n")
-    assert "start 0 from step 0" in run_script(train, tmp_path).stdout, "that was another job"
+    assert "start 0 from step 0" in run_script(train, tmp_path).stdout, "the file names another job"
     stop.write_text("20007\n")
     (tmp_path / "run" / "checkpoints" / "step_0000010").mkdir(parents=True)
     assert "trained to the last step" in run_script(train, tmp_path).stdout, "finished is finished"
 
 
 def test_the_fourth_start_from_one_checkpoint_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
-    run_values["run"]["dir"] = "run"
-    train = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)["train"]
+    train = render_small(run_values, tmp_path)
     for _ in range(3):
         assert "failed with exit code 9" in run_script(train, tmp_path, DURING="exit 9").stdout
     refused = run_script(train, tmp_path, DURING="exit 9")
     assert refused.returncode == 1
     assert "no progress: three starts went no further than step 0; read run/logs/rank_*.log, then: " in refused.stdout
-    assert "start" in run_script(train, tmp_path, SLURM_JOB_ID="20008").stdout, "another job starts anew"
+    assert "start" in run_script(train, tmp_path, SLURM_JOB_ID="20008").stdout, "another job starts from 0"
     (tmp_path / "run" / "checkpoints" / "step_0000004").mkdir(parents=True)
     assert "from step_0000004" in run_script(train, tmp_path).stdout, "a checkpoint is progress"
 
 
-def test_an_older_export_makes_room(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_an_older_export_is_moved_away(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_values["run"]["dir"] = "run"
-    export = render(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)["export"]
+    export = render_scripts(check_run(run_values, name="small"), run_file="small.yaml", nodes=1, folder=tmp_path)[
+        "export"
+    ]
     (tmp_path / "run" / "export" / "hf").mkdir(parents=True)
     checkpoint = tmp_path / "run" / "checkpoints" / "step_0000010"
     checkpoint.mkdir(parents=True)

@@ -1,6 +1,5 @@
 """The learning rate, utilization, metrics.jsonl and the progress line."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,23 +8,12 @@ import pytest
 import torch
 
 from configs.load import load_run
-from configs.parameters import parameter_count
-from training.observers import MetricsFile, StepResult, describe
+from tests.support.steps import step_result
+from training.families.table import parameter_count
+from training.metrics_file import MetricsFile
+from training.progress_line import progress_text
 from training.schedule import learning_rate
 from training.utilization import flops_per_token, peak_flops
-
-RESULT = StepResult(
-    step=1,
-    loss=2.0,
-    learning_rate=1e-3,
-    grad_norm=0.5,
-    tokens_seen=64,
-    consumed_samples=4,
-    step_seconds=0.1,
-    tokens_per_second=640.0,
-    model_flops_utilization=0.25,
-    memory_gb=1.0,
-)
 
 
 def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
@@ -38,7 +26,7 @@ def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
     assert learning_rate(111, train=train) == learning_rate(500, train=train) == pytest.approx(0.1)
 
 
-def test_flops_of_the_reference_model_follow_the_published_convention() -> None:
+def test_flops_of_the_reference_model_are_the_published_ones() -> None:
     model = load_run("alibi-1b3").model
     parameters = parameter_count(model, vocab_size=50304)
     assert flops_per_token(model, parameters=parameters, length=1024) == 6 * 1_361_987_584 + 12 * 25 * 2048 * 1024
@@ -53,12 +41,12 @@ def test_peak_of_a_cpu_is_measured() -> None:
 def test_metrics_keep_each_step_once_over_restarts(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path, last_step=0)
     for step in (1, 2, 3):
-        file.on_step(dataclasses.replace(RESULT, step=step))
+        file.on_step(step_result(step=step))
     file.close("KILLED")
     with (tmp_path / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 4, "los')
     again = MetricsFile(tmp_path, last_step=2)
-    again.on_step(dataclasses.replace(RESULT, step=3, validation_loss=1.5))
+    again.on_step(step_result(step=3, validation_loss=1.5))
     again.close("FINISHED")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -71,7 +59,7 @@ def test_metrics_keep_each_step_once_over_restarts(tmp_path: Path) -> None:
 
 def test_metrics_have_the_fields_that_other_tools_read(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path, last_step=0)
-    file.on_step(RESULT)
+    file.on_step(step_result())
     file.close("FINISHED")
     assert list(json.loads((tmp_path / "metrics.jsonl").read_text())) == [
         "step",
@@ -87,7 +75,7 @@ def test_metrics_have_the_fields_that_other_tools_read(tmp_path: Path) -> None:
     ]
 
 
-def test_the_progress_line_leaves_out_what_is_not_known() -> None:
-    assert describe(RESULT) == "loss 2.000  640 tokens/s  utilization 25%  1.0 GB"
-    unknown = dataclasses.replace(RESULT, model_flops_utilization=None, validation_loss=3.0)
-    assert describe(unknown) == "loss 2.000  640 tokens/s  1.0 GB  validation 3.000"
+def test_the_progress_line_leaves_out_unknown_figures() -> None:
+    assert progress_text(step_result()) == "loss 2.000  640 tokens/s  utilization 25%  1.0 GB"
+    unknown = step_result(model_flops_utilization=None, validation_loss=3.0)
+    assert progress_text(unknown) == "loss 2.000  640 tokens/s  1.0 GB  validation 3.000"

@@ -1,4 +1,7 @@
-"""What a save does to the disk, each operation through `os` here, so that tests can let each one fail. No torch."""
+"""The file operations of a save. No torch.
+
+Each one goes through `os` here or in configs/files.py, so that tests can make it fail.
+"""
 
 import hashlib
 import os
@@ -6,6 +9,8 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from configs.files import sync_folder
 
 Bytes = bytes | memoryview
 
@@ -19,27 +24,28 @@ class FileEntry:
 
 
 class NewFile:
-    """A file that is hashed beside being written, by a thread, and on the disk once it is finished."""
+    """A file that a thread hashes while it is being written, and that is on disk once it is finished."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # O_EXCL: never write into a file that is already there
         self._handle: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._digest, self._bytes = hashlib.sha256(), 0
         self._hasher = ThreadPoolExecutor(max_workers=1)
         self._hashed: Future[None] | None = None
 
     def write(self, data: Bytes) -> None:
-        """Append bytes, which must not change before the next call."""
+        """Append bytes, which must not change before the next call: they may still be being hashed."""
         assert self._handle is not None, f"{self._path} is finished"
         self._wait_for_hash()
         left = memoryview(data)
         self._hashed = self._hasher.submit(self._digest.update, left)
         self._bytes += len(left)
-        while left:
+        while left:  # a write may take fewer bytes than it is given
             left = left[os.write(self._handle, left) :]
 
     def finish(self) -> FileEntry:
-        """Wait until the disk has it; return its size and hash."""
+        """Flush the file to disk; return its size and hash."""
         assert self._handle is not None, f"{self._path} is finished"
         os.fsync(self._handle)
         self._wait_for_hash()
@@ -47,7 +53,8 @@ class NewFile:
         return FileEntry(self._bytes, self._digest.hexdigest())
 
     def close(self) -> None:
-        """Let go of the file, whole or not."""
+        """Close the file, whole or not; closing it again does nothing."""
+        # Forget the handle first: a close that fails frees its number all the same, and it must not be closed twice.
         handle, self._handle = self._handle, None
         self._hasher.shutdown()
         if handle is not None:
@@ -59,7 +66,7 @@ class NewFile:
 
 
 def write_file(path: Path, parts: Iterable[Bytes]) -> FileEntry:
-    """Write a whole new file."""
+    """Write a whole new file and flush it to disk."""
     file = NewFile(path)
     try:
         for part in parts:
@@ -70,29 +77,21 @@ def write_file(path: Path, parts: Iterable[Bytes]) -> FileEntry:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a new folder; the one that it lies in may be there."""
+    """Make a new folder, and the one that contains it where that does not exist."""
     if not folder.parent.is_dir():
         os.mkdir(folder.parent)
-        sync_folder(folder.parent.parent)  # else a power cut takes it with every checkpoint in it
+        # without this a power cut could remove the parent with every checkpoint saved in it
+        sync_folder(folder.parent.parent)
     os.mkdir(folder)
 
 
 def rename(path: Path, new: Path) -> None:
-    """Give a folder another name."""
+    """Rename a folder; atomic, but not yet safe from a power cut."""
     os.rename(path, new)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def remove(folder: Path) -> None:
-    """Remove a folder with all that is in it; a link is removed, not followed."""
+    """Remove a folder and its contents. A link is removed, not followed."""
     if folder.is_symlink():
         os.unlink(folder)
         return
@@ -105,7 +104,7 @@ def remove(folder: Path) -> None:
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Return the size and hash of a file as it is now."""
+    """Read a whole file; return its size and hash."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileEntry(file.tell(), digest)

@@ -1,15 +1,15 @@
-"""What a checkpoint folder holds and how its files are named. No torch: the command line lists by it.
+"""What a checkpoint folder holds, how its files are named, and how to find one. No torch.
 
     step_0000100/
-        manifest.json                      format, step, layout, tensors, files with sizes and hashes
-        config.yaml, tokenizer.model       the checkpoint needs nothing beside itself
+        manifest.json                               format, step, layout, tensors, size and hash of each file
+        config.yaml, tokenizer.model                so that the checkpoint needs no file outside its folder
         stage_00_tensor_01.weight.safetensors       fp32 weights of one pipeline stage and tensor rank
-        stage_00_tensor_01.exp_avg.safetensors      Adam's moments, likewise
-        stage_00_tensor_01.exp_avg_sq.safetensors
+        stage_00_tensor_01.exp_avg.safetensors      Adam's first moments, split in the same way
+        stage_00_tensor_01.exp_avg_sq.safetensors   Adam's second moments, likewise
 
-A tensor's logical name and whole shape are the same in every layout; the manifest says which rule
-split it and which stage wrote it, so that any layout can read what any other saved. A checkpoint may come from
-a stranger: nothing that it says is believed before it is checked, and nothing outside its folder is opened.
+A tensor has the same logical name and whole shape in every layout. The manifest records which rule split it and
+which stage saved it, so any layout can read a checkpoint of any other. A checkpoint may come from a stranger: check
+every value before using it, and open no file outside its folder.
 """
 
 import hashlib
@@ -22,26 +22,25 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import InputError
-from configs.paths import checkpoints_folder, logs_folder
+from configs.paths import MANIFEST_NAME, TOKENIZER_NAME, checkpoints_folder, logs_folder
+from parallel.parameter import Rule, Shard
 from training.checkpoint.disk import FileEntry, describe_file, write_file
+from training.state import JsonInt, TrainState
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 2
-MANIFEST = "manifest.json"
-CONFIG = "config.yaml"
-TOKENIZER = "tokenizer.model"
-HASHED_AT_ONCE = 8  # files; hashing lets other threads run
-MOST_BYTES = 1 << 26  # of a manifest; that of a 176B model has a few hundred kilobytes
-_NAME = re.compile(r"step_(\d{7,18})")
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+CONFIG_NAME = "config.yaml"
+HASHING_THREADS = 8  # hashlib releases the GIL, so threads hash files in parallel
+MAX_MANIFEST_BYTES = 1 << 26  # the manifest of a 176B model has a few hundred kilobytes
+_FOLDER_NAME = re.compile(r"step_(\d{7,18})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")  # no slash and no leading dot: it stays in the folder
 
-JsonInt = Annotated[int, Field(ge=0, lt=2**53)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -63,19 +62,15 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class SavedState:
-    """Where training was, and what a resume must find again.
+class SavedState(TrainState):
+    """The position of training in a checkpoint, and values that a resume must reproduce.
 
     Attributes:
-        step: Optimizer steps taken.
-        consumed_samples: Position in the stream of samples: the data's whole resume state.
         probe_loss: Mean loss of a fixed small batch, nats per token.
         order_hash: Hash of the samples that come next.
-        validation_loss: Measured after this very step; None where it was not.
+        validation_loss: Validation loss measured after this step; None where it was not measured.
     """
 
-    step: JsonInt
-    consumed_samples: JsonInt
     probe_loss: FiniteFloat
     order_hash: str
     validation_loss: FiniteFloat | None
@@ -86,8 +81,8 @@ class Manifest(SavedState):
     """A checkpoint's table of contents.
 
     Attributes:
-        tensor: Tensor ranks that wrote it.
-        pipeline: Stages that wrote it.
+        tensor: Tensor ranks of the layout that saved it.
+        pipeline: Stages of that layout.
         vocab_size: Tokens, without padding.
     """
 
@@ -99,19 +94,19 @@ class Manifest(SavedState):
 
 
 @dataclass(frozen=True)
-class Found:
-    """A folder with the name of a checkpoint, whole or not."""
+class CheckpointFolder:
+    """A folder named like a checkpoint, whole or broken."""
 
     path: Path
     step: int
 
 
-Check = Callable[[Path], Manifest]
-"""Returns what a folder holds, or raises InputError where it is not whole."""
+FolderCheck = Callable[[Path], Manifest]
+"""Returns the manifest of a checkpoint folder, or raises InputError where the checkpoint is broken."""
 
 
 def file_name(*, stage: int, tensor: int, kind: str) -> str:
-    """Return the file of one stage, tensor rank and kind of state."""
+    """Return the file name of one stage, tensor rank and kind of state."""
     return f"stage_{stage:02d}_tensor_{tensor:02d}.{kind}.safetensors"
 
 
@@ -120,26 +115,27 @@ def step_folder(checkpoints: Path, *, step: int) -> Path:
     return checkpoints / f"step_{step:07d}"
 
 
-def is_name(name: str) -> bool:
-    """Return whether a folder is called like a checkpoint."""
-    return _NAME.fullmatch(name) is not None
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a folder has the name of a checkpoint."""
+    return _FOLDER_NAME.fullmatch(name) is not None
 
 
-def list_checkpoints(run_dir: Path) -> list[Found]:
-    """Return a run folder's checkpoints, oldest first; unfinished ones, which begin with a dot, are none.
+def list_checkpoints(run_dir: Path) -> list[CheckpointFolder]:
+    """Return the checkpoints of a run folder, oldest first.
 
-    One that has lost its manifest is among them: it is broken, and must be named and not overlooked.
+    Unfinished ones are left out: their names begin with a dot. A folder that lost its manifest is included, so that
+    it is reported as broken rather than overlooked.
     """
-    folder = checkpoints_folder(run_dir)
-    if not folder.is_dir():
+    parent = checkpoints_folder(run_dir)
+    if not parent.is_dir():
         return []
-    matches = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    found = [Found(path, int(match[1])) for match, path in matches if path.is_dir()]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    matches = [(match, path) for path in parent.iterdir() if (match := _FOLDER_NAME.fullmatch(path.name))]
+    folders = [CheckpointFolder(path, int(match[1])) for match, path in matches if path.is_dir()]
+    return sorted(folders, key=lambda folder: folder.step)
 
 
-def candidates(path: Path) -> list[Path]:
-    """Return a checkpoint folder, or those of a run folder, newest first.
+def candidate_folders(path: Path) -> list[Path]:
+    """Return a checkpoint folder itself, or the checkpoints of a run folder, newest first.
 
     Raises:
         InputError: there is none.
@@ -147,21 +143,22 @@ def candidates(path: Path) -> list[Path]:
     if not path.is_dir():
         seen = "is a file" if path.is_file() else "does not exist"
         raise InputError(f"checkpoint {path} {seen}: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
-    found = [found.path.absolute() for found in reversed(list_checkpoints(path))]
-    is_run = checkpoints_folder(path).is_dir() or logs_folder(path).is_dir()  # of a start that was cut short
-    if is_run and not found:
+    newest_first = [folder.path.absolute() for folder in reversed(list_checkpoints(path))]
+    # a run whose start was cut short has logs/ but no checkpoints/ yet
+    is_run = checkpoints_folder(path).is_dir() or logs_folder(path).is_dir()
+    if is_run and not newest_first:
         raise InputError(f"{path} has no checkpoint yet: train it first")
-    return found or [path.absolute()]
+    return newest_first or [path.absolute()]
 
 
-def first_whole(folders: Sequence[Path], *, check: Check) -> tuple[Path, Manifest]:
-    """Return the first checkpoint that is whole, and what it holds.
+def first_whole(folders: Sequence[Path], *, check: FolderCheck) -> tuple[Path, Manifest]:
+    """Return the first whole checkpoint and its manifest.
 
-    A broken one is named in a warning and passed over; it is left where it is.
+    A broken one is named in a warning, skipped, and left in place.
 
     Args:
-        folders: Where to look, one at least.
-        check: How thoroughly.
+        folders: Folders to try in order, at least one.
+        check: How thoroughly to check each.
     Raises:
         InputError: none is whole.
     """
@@ -172,80 +169,83 @@ def first_whole(folders: Sequence[Path], *, check: Check) -> tuple[Path, Manifes
             if len(folders) == 1:
                 raise
             logger.warning("%s; trying the one before", error)
-    raise InputError(f"no checkpoint in {folders[0].parent} is whole: move that folder away to start anew")
+    raise InputError(f"no checkpoint in {folders[0].parent} is whole: move that folder away to start from step 0")
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
-    """Return a checkpoint folder, or the newest of a run folder whose files have their sizes, and what it holds.
+    """Return a checkpoint folder and its manifest, or the newest of a run folder whose files have the right sizes.
 
     Raises:
         InputError: there is none, or none is whole.
     """
-    return first_whole(candidates(path), check=read_manifest)
+    return first_whole(candidate_folders(path), check=read_manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a checkpoint folder.
+    """Return the manifest of a checkpoint folder after checking the names and sizes of its files.
 
     Raises:
-        InputError: no checkpoint, of another format, altered, or a file that is missing or of another size.
+        InputError: it is not a checkpoint, has another format or was altered; or a file is missing or of another size.
     """
     try:
-        size = _regular_size(folder / MANIFEST)
+        size = _regular_size(folder / MANIFEST_NAME)
         if size is None:
             raise FileNotFoundError
-        if size > MOST_BYTES:
+        if size > MAX_MANIFEST_BYTES:  # before reading it into memory
             raise ValueError(f"it has {size} bytes")
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if data["format"] != CHECKPOINT_FORMAT:
+        data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if data["format"] != CHECKPOINT_FORMAT:  # before the hash, which another format may compute in another way
             raise InputError(
                 f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {CHECKPOINT_FORMAT}: "
                 "use the version that wrote it"
             )
         if data.pop("sha256") != _hash(data):
-            raise ValueError("it was altered: its SHA-256 is another")
-        manifest = _ADAPTER.validate_python(data)
+            raise ValueError("it was altered: its SHA-256 differs")
+        manifest = _MANIFEST_ADAPTER.validate_python(data)
     except FileNotFoundError:
         raise InputError(
-            f"{folder} is no checkpoint, it has no {MANIFEST}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
+            f"{folder} is no checkpoint, it has no {MANIFEST_NAME}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
         ) from None
     except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
-        reason = _first(error) if isinstance(error, ValidationError) else repr(error)[:200]
-        raise InputError(f"checkpoint {folder} has a broken {MANIFEST} ({reason}): use another checkpoint") from None
-    named = _NAME.fullmatch(folder.name)
-    if named is not None and int(named[1]) != manifest.step:
-        raise InputError(f"checkpoint {folder} holds step {manifest.step}, not that of its name: name it as it was")
+        reason = _first_problem(error) if isinstance(error, ValidationError) else repr(error)[:200]
+        raise InputError(
+            f"checkpoint {folder} has a broken {MANIFEST_NAME} ({reason}): use another checkpoint"
+        ) from None
+    match = _FOLDER_NAME.fullmatch(folder.name)
+    if match is not None and int(match[1]) != manifest.step:
+        raise InputError(
+            f"checkpoint {folder} holds step {manifest.step}, not the step of its name: rename it to "
+            f"{step_folder(folder.parent, step=manifest.step).name}"
+        )
     for problem in _size_problems(folder, manifest):
         raise InputError(f"{problem}: use another checkpoint")
     return manifest
 
 
 def hash_problems(folder: Path, files: dict[str, FileEntry]) -> Iterator[str]:
-    """Yield what is wrong with the bytes of a checkpoint's files, whose sizes are right; read several at a time."""
+    """Read files of a checkpoint, several at a time; yield those whose content is not what was written."""
 
     def problem(name: str, entry: FileEntry) -> str | None:
         try:
-            found = describe_file(folder / name)
+            seen = describe_file(folder / name)
         except OSError as error:
             return f"checkpoint file {folder / name} cannot be read ({error.strerror})"
+        if seen == entry:
+            return None
         return (
-            None
-            if found == entry
-            else (
-                f"checkpoint file {folder / name} was altered: its SHA-256 begins with {found.sha256[:12]}, "
-                f"{entry.sha256[:12]} was written"
-            )
+            f"checkpoint file {folder / name} was altered: its SHA-256 begins with {seen.sha256[:12]}, "
+            f"{entry.sha256[:12]} was written"
         )
 
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
         yield from filter(None, pool.map(problem, files, files.values()))
 
 
 def check_whole(folder: Path) -> Manifest:
-    """Return the manifest of a checkpoint folder after reading every byte of it.
+    """Return the manifest of a checkpoint folder after reading every byte of its files.
 
     Raises:
-        InputError: it is not whole.
+        InputError: it is broken.
     """
     manifest = read_manifest(folder)
     for problem in hash_problems(folder, manifest.files):
@@ -254,7 +254,7 @@ def check_whole(folder: Path) -> Manifest:
 
 
 def needed_files(manifest: Manifest, *, kinds: Collection[str]) -> dict[str, FileEntry]:
-    """Return the files that hold some kinds of state, and those that are always needed."""
+    """Return the files of some kinds of state, and those that are always needed."""
     return {
         name: entry
         for name, entry in manifest.files.items()
@@ -262,13 +262,26 @@ def needed_files(manifest: Manifest, *, kinds: Collection[str]) -> dict[str, Fil
     }
 
 
+def saved_shard(name: str, entry: TensorEntry, *, folder: Path) -> Shard:
+    """Return the declaration of a tensor, as its checkpoint records it.
+
+    Raises:
+        InputError: its split rule is unknown.
+    """
+    if entry.rule not in get_args(Rule):
+        raise InputError(
+            f"checkpoint {folder} has a tensor with the unknown rule {entry.rule!r}: use the version that wrote it"
+        )
+    return Shard(name, entry.shape, cast("Rule", entry.rule), tied=entry.tied)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, the last file of a checkpoint, to disk."""
-    write_file(folder / MANIFEST, [sealed({"format": CHECKPOINT_FORMAT, **asdict(manifest)})])
+    """Write the manifest and flush it to disk."""
+    write_file(folder / MANIFEST_NAME, [manifest_bytes({"format": CHECKPOINT_FORMAT, **asdict(manifest)})])
 
 
-def sealed(data: dict[str, Any]) -> bytes:
-    """Return a manifest's values as its file holds them: with the hash of their compact JSON, keys sorted."""
+def manifest_bytes(data: dict[str, Any]) -> bytes:
+    """Return the content of a manifest's file: its values, and the hash of their compact JSON with sorted keys."""
     return json.dumps({**data, "sha256": _hash(data)}, indent=1).encode()
 
 
@@ -277,7 +290,7 @@ def _hash(data: dict[str, Any]) -> str:
 
 
 def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield the files that are not there as they were written, and those that no checkpoint can have."""
+    """Yield the files that are missing, differ in size from what was written, or have an illegal name."""
     for name, entry in manifest.files.items():
         if not _FILE_NAME.fullmatch(name):
             yield f"checkpoint {folder} names a file {name[:80]!r} that cannot lie in it"
@@ -286,9 +299,9 @@ def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         if size != entry.bytes:
             seen = "is missing or no regular file" if size is None else f"has {size} bytes"
             yield f"checkpoint file {folder / name} {seen}, expected {entry.bytes}"
-    names = {CONFIG, TOKENIZER}
+    names = {CONFIG_NAME, TOKENIZER_NAME}
     for stage in {entry.stage for entry in manifest.tensors.values()}:
-        # a layout of more ranks than there are files is missing one among the first
+        # A forged manifest may claim any number of ranks. With more ranks than files, one of the first ranks has none.
         ranks = range(min(manifest.tensor, len(manifest.files) + 1))
         names |= {file_name(stage=stage, tensor=rank, kind="weight") for rank in ranks}
     for name in sorted(names - manifest.files.keys()):
@@ -296,7 +309,7 @@ def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _regular_size(path: Path) -> int | None:
-    """Return a file's size in bytes; None for what is missing, and for a link, which may lead anywhere."""
+    """Return the size of a regular file in bytes; None for a missing file, and for a link, which may lead anywhere."""
     try:
         state = os.lstat(path)
     except OSError:
@@ -304,9 +317,9 @@ def _regular_size(path: Path) -> int | None:
     return state.st_size if stat.S_ISREG(state.st_mode) else None
 
 
-def _first(error: ValidationError) -> str:
+def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_context=False)[0]
     return f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}"
 
 
-_ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+_MANIFEST_ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)

@@ -1,4 +1,4 @@
-"""Open a checkpoint: whole tensors for one process, or each rank's slices in any layout."""
+"""Read a checkpoint: whole tensors in one process, or each rank's slices in any layout."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,24 +14,24 @@ from torch import Tensor
 
 from configs.errors import InputError
 from configs.load import load_run
+from configs.paths import TOKENIZER_NAME
 from configs.schema import RunConfig
 from parallel.axes import Group, Groups
 from parallel.collectives import broadcast_from_first, raise_everywhere
 from parallel.engine import State
-from parallel.parameter import Rule, Shard, span
+from parallel.parameter import Shard, local_shape, span
 from parallel.shards import pad
-from parallel.zero import Kind
 from training.checkpoint.manifest import (
-    CONFIG,
-    TOKENIZER,
+    CONFIG_NAME,
     Manifest,
     TensorEntry,
-    candidates,
+    candidate_folders,
     file_name,
     first_whole,
     hash_problems,
     needed_files,
     read_manifest,
+    saved_shard,
 )
 
 
@@ -45,7 +45,7 @@ class Checkpoint:
 
     @property
     def run_dir(self) -> Path:
-        """The run folder it lies in."""
+        """The run folder that contains it."""
         return self.path.parent.parent
 
     @property
@@ -60,48 +60,53 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path:
-        """Its sentencepiece model."""
-        return self.path / TOKENIZER
+        """The file of its sentencepiece model."""
+        return self.path / TOKENIZER_NAME
 
     def weights(self) -> dict[str, Tensor]:
-        """Return every tensor whole, fp32, by logical name."""
+        """Return every weight whole, fp32, by logical name."""
         return {name: self.tensor(name, kind="weight") for name in self.manifest.tensors}
 
     def tensor(self, name: str, *, kind: str) -> Tensor:
-        """Return one whole tensor.
+        """Return one whole tensor, fp32.
 
         Raises:
-            InputError: the checkpoint has no such tensor, or its files do not hold what the manifest says.
+            InputError: the checkpoint has no such tensor, or its files contradict its manifest.
         """
         return self._slice(name, kind=kind, part=None)
 
     def slice(self, shard: Shard, *, kind: str, part: tuple[int, int] | None) -> Tensor:
-        """Return a model's tensor, or the [start, stop) of its split dimension; only those bytes are read.
+        """Return one of a model's tensors, or a slice of it; no other bytes are read.
 
+        Args:
+            shard: The tensor.
+            kind: Kind of state: a weight or a moment.
+            part: The [start, stop) of the split dimension; None for the whole tensor.
         Raises:
-            InputError: the checkpoint has another tensor, or its files do not hold what the manifest says.
+            InputError: the checkpoint has another shape, or none, for it; or its files contradict its manifest.
         """
-        self._entry(shard)
+        self._entry_of(shard)
         return self._slice(shard.name, kind=kind, part=part)
 
     def require(self, shards: Iterable[Shard], *, kinds: Sequence[str]) -> None:
-        """Refuse what could not be loaded, by the manifest and the headers of the files; no tensor is read.
+        """Check that a model's tensors can be loaded, from the manifest and the files' headers; read no tensor.
 
         Args:
-            shards: What the model needs.
-            kinds: State that will be loaded.
+            shards: Tensors of the model.
+            kinds: Kinds of state that will be loaded.
         Raises:
-            InputError: the checkpoint has another tensor, or its files do not hold what the manifest says.
+            InputError: the checkpoint has another shape, or none, for one; or its files contradict its manifest.
         """
         by_stage: defaultdict[int, list[Shard]] = defaultdict(list)
         for shard in shards:
-            by_stage[self._entry(shard).stage].append(shard)
-        for (stage, found), kind, tensor in product(by_stage.items(), kinds, range(self.manifest.tensor)):
-            with self._file(stage=stage, tensor=tensor, kind=kind) as file:
-                for shard in found:
-                    self._found(file, self._saved(shard.name), tensor=tensor)
+            by_stage[self._entry_of(shard).stage].append(shard)
+        for (stage, of_stage), kind, rank in product(by_stage.items(), kinds, range(self.manifest.tensor)):
+            with self._open_file(stage=stage, tensor_rank=rank, kind=kind) as file:
+                for shard in of_stage:
+                    self._check_header(file, self._saved_shard(shard.name), tensor_rank=rank)
 
-    def _entry(self, shard: Shard) -> TensorEntry:
+    def _entry_of(self, shard: Shard) -> TensorEntry:
+        """Return the entry of a model's tensor, which must have the model's shape."""
         entry = self.manifest.tensors.get(shard.name)
         if entry is None or entry.shape != shard.shape:
             seen = "nothing" if entry is None else f"{list(entry.shape)}"
@@ -111,50 +116,53 @@ class Checkpoint:
             )
         return entry
 
-    def _saved(self, name: str) -> Shard:
-        """Return a tensor as it was split when it was saved."""
+    def _saved_shard(self, name: str) -> Shard:
+        """Return how a tensor was split when it was saved."""
         entry = self.manifest.tensors.get(name)
         if entry is None:
             raise InputError(f"checkpoint {self.path} has no tensor {name}: it is of another model")
-        return Shard(name, entry.shape, rule_of(entry.rule, path=self.path))
+        return saved_shard(name, entry, folder=self.path)
 
     def _slice(self, name: str, *, kind: str, part: tuple[int, int] | None) -> Tensor:
-        shard, stage = self._saved(name), self.manifest.tensors[name].stage
+        shard, stage = self._saved_shard(name), self.manifest.tensors[name].stage
         if shard.dim is None:
-            return self._read(shard, kind=kind, stage=stage, tensor=0, rows=None)
-        wanted = part or (0, shard.shape[shard.dim])
-        pieces = [torch.zeros(_cut_shape(shard, rows=(0, 0)))]
+            return self._read(shard, kind=kind, stage=stage, tensor_rank=0, rows=None)
+        start, stop = part or (0, shard.shape[shard.dim])
+        # A rank may hold nothing but padding: it asks for no rows, and gets an empty tensor.
+        no_rows = (*shard.shape[: shard.dim], 0, *shard.shape[shard.dim + 1 :])
+        parts = [torch.zeros(no_rows)]
         for rank in range(self.manifest.tensor):
-            start, stop = span(shard, tensor_rank=rank, tensor_size=self.manifest.tensor)
-            first, last = max(start, wanted[0]), min(stop, wanted[1])
-            if first < last:
-                rows = (first - start, last - start)
-                pieces.append(self._read(shard, kind=kind, stage=stage, tensor=rank, rows=rows))
-        return torch.cat(pieces, dim=shard.dim)
+            saved_start, saved_stop = span(shard, tensor_rank=rank, tensor_size=self.manifest.tensor)
+            first, last = max(saved_start, start), min(saved_stop, stop)
+            if first < last:  # the two ranges overlap
+                rows = (first - saved_start, last - saved_start)
+                parts.append(self._read(shard, kind=kind, stage=stage, tensor_rank=rank, rows=rows))
+        return torch.cat(parts, dim=shard.dim)
 
-    def _read(self, shard: Shard, *, kind: str, stage: int, tensor: int, rows: tuple[int, int] | None) -> Tensor:
+    def _read(self, shard: Shard, *, kind: str, stage: int, tensor_rank: int, rows: tuple[int, int] | None) -> Tensor:
+        """Read rows of the split dimension out of one tensor rank's file; all of it where `rows` is None."""
         window = slice(None) if rows is None else slice(*rows)
-        with self._file(stage=stage, tensor=tensor, kind=kind) as file:
-            found = self._found(file, shard, tensor=tensor)
-            value: Tensor = found[:, window] if shard.dim == 1 else found[window]
+        with self._open_file(stage=stage, tensor_rank=tensor_rank, kind=kind) as file:
+            saved = self._check_header(file, shard, tensor_rank=tensor_rank)
+            value: Tensor = saved[:, window] if shard.dim == 1 else saved[window]
             return value
 
-    def _found(self, file: Any, shard: Shard, *, tensor: int) -> Any:
-        """Return a tensor rank's part in its file, not yet read, where its header says what the manifest does."""
-        rows = None if shard.dim is None else span(shard, tensor_rank=tensor, tensor_size=self.manifest.tensor)
-        found, expected = file.get_slice(shard.name), _cut_shape(shard, rows=rows)
-        kind, shape = found.get_dtype(), tuple(found.get_shape())
-        if kind != "F32" or shape != expected:
+    def _check_header(self, file: Any, shard: Shard, *, tensor_rank: int) -> Any:
+        """Return safetensors' lazy slice of a tensor, once its type and shape are those of the manifest."""
+        saved = file.get_slice(shard.name)
+        expected = local_shape(shard, tensor_rank=tensor_rank, tensor_size=self.manifest.tensor)
+        dtype, shape = saved.get_dtype(), tuple(saved.get_shape())
+        if dtype != "F32" or shape != expected:
             raise InputError(
-                f"checkpoint {self.path} has {shard.name} of tensor rank {tensor} as {kind} {list(shape)} where its "
-                f"manifest says F32 {list(expected)}: use another checkpoint"
+                f"checkpoint {self.path} has {shard.name} of tensor rank {tensor_rank} as {dtype} {list(shape)} where "
+                f"its manifest says F32 {list(expected)}: use another checkpoint"
             )
-        return found
+        return saved
 
     @contextmanager
-    def _file(self, *, stage: int, tensor: int, kind: str) -> Iterator[Any]:
-        path = self.path / file_name(stage=stage, tensor=tensor, kind=kind)
-        if path.name not in self.manifest.files:
+    def _open_file(self, *, stage: int, tensor_rank: int, kind: str) -> Iterator[Any]:
+        path = self.path / file_name(stage=stage, tensor=tensor_rank, kind=kind)
+        if path.name not in self.manifest.files:  # neither its size nor its hash was checked
             raise InputError(f"checkpoint {self.path} has no file {path.name}: use another checkpoint")
         try:
             with safe_open(path, framework="pt") as file:
@@ -164,7 +172,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint folder, or the newest whole one of a run folder, to read weights; their bytes are checked.
+    """Open a checkpoint folder, or the newest whole checkpoint of a run folder, for its weights.
+
+    Every byte of the weights is checked.
 
     Raises:
         InputError: there is none, or none is whole.
@@ -176,17 +186,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise InputError(f"{problem}: use another checkpoint")
         return manifest
 
-    return _opened(*first_whole(candidates(path), check=check))
+    return _with_config(*first_whole(candidate_folders(path), check=check))
 
 
-def open_together(path: Path, *, kinds: Sequence[Kind], world: Group) -> Checkpoint:
-    """Open the same checkpoint on every rank: a folder, or the newest whole one of a run folder; a collective.
+def open_on_all_ranks(path: Path, *, kinds: Sequence[str], world: Group) -> Checkpoint:
+    """Open one checkpoint on every rank: a folder, or the newest whole checkpoint of a run folder. A collective.
 
-    Every byte that loading needs is checked, each by one rank.
+    Every byte that loading needs is checked by one of the ranks.
 
     Args:
         path: A checkpoint or a run folder.
-        kinds: State that will be loaded.
+        kinds: Kinds of state that will be loaded.
         world: All ranks.
     Raises:
         InputError: there is none, or none is whole; raised on every rank.
@@ -197,31 +207,32 @@ def open_together(path: Path, *, kinds: Sequence[Kind], world: Group) -> Checkpo
         try:
             manifest = read_manifest(folder)
             needed = sorted(needed_files(manifest, kinds=kinds).items())
-            # Spread over all ranks, and so over all nodes, where there are fewer files than ranks.
+            # With fewer files than ranks, this spreads them over all ranks, and so over all nodes.
             mine = dict(f for i, f in enumerate(needed) if i * world.size // len(needed) == world.rank)
-            for found in hash_problems(folder, mine):
-                raise InputError(f"{found}: use another checkpoint")
+            for altered in hash_problems(folder, mine):
+                raise InputError(f"{altered}: use another checkpoint")
         except InputError as error:
             problem = error
+        # All ranks must reject a folder together, or some would try the next one while others load this one.
         raise_everywhere(problem, group=world)
         assert manifest is not None, "without a problem there is a manifest"
         return manifest
 
-    # One rank looks: on a shared file system the others may still see yesterday's folder.
-    folders = broadcast_from_first(lambda: candidates(path), group=world)
-    return _opened(*first_whole(folders, check=check))
+    # Rank 0 alone lists the folders: on a shared file system other nodes may still see an older list.
+    folders = broadcast_from_first(lambda: candidate_folders(path), group=world)
+    return _with_config(*first_whole(folders, check=check))
 
 
-def _opened(folder: Path, manifest: Manifest) -> Checkpoint:
-    return Checkpoint(folder, manifest, load_run(str(folder / CONFIG)))
+def _with_config(folder: Path, manifest: Manifest) -> Checkpoint:
+    return Checkpoint(folder, manifest, load_run(str(folder / CONFIG_NAME)))
 
 
-def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[Kind], groups: Groups) -> None:
-    """Set this rank's slices of weights or moments; the layout need not be the one that saved. A collective.
+def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[str], groups: Groups) -> None:
+    """Load this rank's slices of weights or moments, saved in any layout. A collective.
 
     Raises:
-        InputError: the checkpoint is of another model, or not what its manifest says; raised on every rank, before
-            anything is set.
+        InputError: the checkpoint is of another model, or its files contradict its manifest; raised on every rank,
+            before any value is set.
     """
     problem, tensor = None, groups.tensor
     try:
@@ -234,22 +245,3 @@ def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[Kind], 
         for kind in kinds:
             value = checkpoint.slice(shard, kind=kind, part=part)
             state.write(name, kind, pad(value, shard=shard, tensor=tensor))
-
-
-def _cut_shape(shard: Shard, *, rows: tuple[int, int] | None) -> tuple[int, ...]:
-    if shard.dim is None or rows is None:
-        return shard.shape
-    return (*shard.shape[: shard.dim], rows[1] - rows[0], *shard.shape[shard.dim + 1 :])
-
-
-def rule_of(text: str, *, path: Path) -> Rule:
-    """Return a checkpoint's word for a rule as a rule.
-
-    Raises:
-        InputError: there is no such rule.
-    """
-    if text not in ("replicated", "column", "row", "vocabulary"):
-        raise InputError(
-            f"checkpoint {path} has a tensor with the unknown rule {text!r}: use the version that wrote it"
-        )
-    return text  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""`trainshort checkpoint reshape --dry-run`: how each tensor of a checkpoint would be cut in another layout."""
+"""`trainshort checkpoint reshape --dry-run`: how another layout would split each tensor of a checkpoint. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,18 +6,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from configs.choices import OPTIMIZERS
 from configs.load import load_run
 from parallel.layout import Layout
 from parallel.parameter import Shard, padded_rows, span
-from training.checkpoint.manifest import CONFIG, find_checkpoint
-from training.checkpoint.read import rule_of
-
-STATE_BYTES = 3 * 4  # of one parameter: fp32 weight and two moments
+from training.checkpoint.manifest import CONFIG_NAME, find_checkpoint, saved_shard
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor before and after.
+    """How one tensor is split now and would be split.
 
     Attributes:
         name: Logical name.
@@ -25,8 +23,8 @@ class Cut:
         tied: Whether several pipeline stages hold it.
         shape: Whole shape.
         saved: Rows, or columns, that each tensor rank saved; empty where it is not split.
-        wanted: Those that each would hold.
-        padding: Rows of zeros that make the last one's equal to the others'; neither saved nor read.
+        wanted: Those that each tensor rank would hold.
+        padding: Rows of zeros that make the last rank's slice as large as the others'; neither saved nor read.
     """
 
     name: str
@@ -44,10 +42,11 @@ class Reshape:
 
     Attributes:
         path: The checkpoint.
-        tensor, pipeline: What saved it.
-        layout: What would resume it.
-        cuts: Each tensor.
-        state_bytes: Weights and moments, as they lie on the disk and are read: each byte once a data rank.
+        tensor: Tensor ranks of the layout that saved it.
+        pipeline: Stages of that layout.
+        layout: The layout that would resume it.
+        cuts: Its tensors.
+        state_bytes: Weights and optimizer state on disk; every byte is read once per data rank.
     """
 
     path: Path
@@ -63,37 +62,37 @@ class Reshape:
 
 
 def plan_reshape(path: Path, *, overrides: Sequence[str], ranks: int | None) -> Reshape:
-    """Return how each tensor of a checkpoint would be cut.
+    """Return how another layout would split each tensor of a checkpoint.
 
     Args:
         path: A checkpoint, or a run folder for its newest.
-        overrides: Of the run, `parallel.tensor=4`.
-        ranks: Ranks in all; tensor x pipeline unless given.
+        overrides: Overrides of the run, such as `parallel.tensor=4`.
+        ranks: World size; tensor x pipeline unless given.
     Raises:
-        InputError: no checkpoint, no legal layout, or a tensor without a rule.
+        InputError: no checkpoint, no legal layout, or a tensor with an unknown rule.
     """
     folder, manifest = find_checkpoint(path)
-    config = load_run(str(folder / CONFIG), overrides=overrides)
+    config = load_run(str(folder / CONFIG_NAME), overrides=overrides)
     layout = Layout.of(config, world_size=ranks or config.parallel.tensor * config.parallel.pipeline)
-    cuts = []
-    for name, entry in manifest.tensors.items():
-        shard = Shard(name, entry.shape, rule_of(entry.rule, path=folder))
-        cuts.append(
-            Cut(
-                name=name,
-                rule=shard.rule,
-                tied=entry.tied,
-                shape=shard.shape,
-                saved=_parts(shard, manifest.tensor),
-                wanted=_parts(shard, layout.tensor),
-                padding=padded_rows(shard, tensor_size=layout.tensor),
-            )
+    shards = [saved_shard(name, entry, folder=folder) for name, entry in manifest.tensors.items()]
+    cuts = tuple(
+        Cut(
+            name=shard.name,
+            rule=shard.rule,
+            tied=shard.tied,
+            shape=shard.shape,
+            saved=_rows_by_rank(shard, manifest.tensor),
+            wanted=_rows_by_rank(shard, layout.tensor),
+            padding=padded_rows(shard, tensor_size=layout.tensor),
         )
-    total = STATE_BYTES * sum(prod(cut.shape) for cut in cuts)
-    return Reshape(folder, manifest.tensor, manifest.pipeline, layout, tuple(cuts), total)
+        for shard in shards
+    )
+    parameter_bytes = 4 * len(OPTIMIZERS[config.train.optimizer].state_kinds)  # all kinds are saved in fp32
+    state_bytes = parameter_bytes * sum(prod(shard.shape) for shard in shards)
+    return Reshape(folder, manifest.tensor, manifest.pipeline, layout, cuts, state_bytes)
 
 
-def _parts(shard: Shard, tensor_size: int) -> tuple[int, ...]:
+def _rows_by_rank(shard: Shard, tensor_size: int) -> tuple[int, ...]:
     if shard.dim is None:
         return ()
     spans = (span(shard, tensor_rank=rank, tensor_size=tensor_size) for rank in range(tensor_size))

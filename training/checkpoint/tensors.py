@@ -1,4 +1,4 @@
-"""A safetensors file that is written one tensor at a time: no rank holds its part of the model twice."""
+"""Write a safetensors file one tensor at a time, so that no rank needs a second copy of its part of the model."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from training.checkpoint.disk import FileEntry, NewFile
 
 
 class TensorFile:
-    """fp32 tensors under their names, in the order of the header.
+    """A new safetensors file of fp32 tensors. They are added in the order of its header.
 
     Source: https://github.com/huggingface/safetensors, the format.
     """
@@ -21,37 +21,38 @@ class TensorFile:
     def __init__(self, path: Path, *, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.path = path
         self._shapes = dict(shapes)
-        self._left = list(shapes)
+        self._names_left = list(shapes)
         self._file = NewFile(path)
         try:
             self._file.write(_header(shapes))
         except OSError:
-            self._file.close()  # nobody else has it yet, and an open file holds its space
+            self._file.close()  # the caller has no object to close, and an open file keeps its disk space
             raise
 
     def add(self, name: str, value: Tensor) -> None:
         """Append the next tensor."""
-        assert self._left.pop(0) == name, f"{name} is not the next tensor"
+        assert self._names_left.pop(0) == name, f"{name} is not the next tensor"
         assert tuple(value.shape) == self._shapes[name], f"{name} is {tuple(value.shape)}, not {self._shapes[name]}"
         flat = value.detach().to("cpu", torch.float32).contiguous().flatten()
         self._file.write(flat.numpy().view("u1").data)
 
     def finish(self) -> FileEntry:
-        """Wait until the disk has the file; return its size and hash."""
-        assert not self._left, f"{self._left[0]} is missing"
+        """Flush the file to disk; return its size and hash."""
+        assert not self._names_left, f"{self._names_left[0]} was not added"
         return self._file.finish()
 
     def close(self) -> None:
-        """Let go of the file, whole or not."""
+        """Close the file, whole or not."""
         self._file.close()
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    # 8 bytes: length of the JSON, little-endian; then the JSON; then the tensors, end to end
     entries, start = {}, 0
     for name, shape in shapes.items():
-        stop = start + 4 * math.prod(shape)
+        stop = start + 4 * math.prod(shape)  # fp32
         entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors
     return struct.pack("<Q", len(text)) + text

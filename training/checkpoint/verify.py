@@ -9,12 +9,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import InputError
+from configs.paths import MANIFEST_NAME
 from training.checkpoint.manifest import (
-    MANIFEST,
     Manifest,
-    candidates,
+    candidate_folders,
     hash_problems,
-    is_name,
+    is_checkpoint_name,
     list_checkpoints,
     read_manifest,
 )
@@ -22,12 +22,12 @@ from training.checkpoint.manifest import (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of one checkpoint.
+    """The result of checking one checkpoint.
 
     Attributes:
         path: Its folder.
-        manifest: What it holds; None where that cannot be told.
-        problems: What is wrong, one line each; none where it is whole as far as was looked.
+        manifest: Its table of contents; None where that cannot be read.
+        problems: What is wrong, one line each; empty where no check failed.
     """
 
     path: Path
@@ -56,55 +56,57 @@ class Verdict:
 
 
 def list_verdicts(path: Path) -> list[Verdict]:
-    """Return a checkpoint, or those of a run folder, oldest first, after a look at the sizes of their files.
+    """Check the file sizes of a checkpoint, or of each checkpoint of a run folder, oldest first.
 
     Raises:
         InputError: there is no such folder.
     """
     if not path.is_dir():
         raise InputError(f"run folder {path} does not exist: give the run.dir of a run")
-    if (path / MANIFEST).is_file() or is_name(path.name):
-        return [_look(path)]
-    return [_look(found.path) for found in list_checkpoints(path)]
+    if (path / MANIFEST_NAME).is_file() or is_checkpoint_name(path.name):
+        return [_check_sizes(path)]
+    return [_check_sizes(folder.path) for folder in list_checkpoints(path)]
 
 
 def verify_checkpoints(path: Path) -> list[Verdict]:
-    """Read every byte of a checkpoint, or of each one of a run folder, oldest first.
+    """Read every byte of a checkpoint, or of each checkpoint of a run folder, oldest first.
 
     Raises:
         InputError: there is none.
     """
-    verdicts = [_look(folder) for folder in reversed(candidates(path))]
-    return [verdict if verdict.manifest is None else _verify(verdict.path, verdict.manifest) for verdict in verdicts]
+    return [_check_bytes(folder) for folder in reversed(candidate_folders(path))]
 
 
-def _look(folder: Path) -> Verdict:
+def _check_sizes(folder: Path) -> Verdict:
     try:
         return Verdict(folder, read_manifest(folder), ())
     except InputError as error:
         return Verdict(folder, None, (str(error),))
 
 
-def _verify(folder: Path, manifest: Manifest) -> Verdict:
-    # What was altered says nothing of how it was written.
-    problems = [*hash_problems(folder, manifest.files)] or [*_format_problems(folder, manifest)]
-    return Verdict(folder, manifest, tuple(problems))
+def _check_bytes(folder: Path) -> Verdict:
+    verdict = _check_sizes(folder)
+    if verdict.manifest is None:
+        return verdict
+    # The format of altered files is not checked: errors in it would follow from the alteration.
+    problems = [*hash_problems(folder, verdict.manifest.files)] or [*_format_problems(folder, verdict.manifest)]
+    return Verdict(folder, verdict.manifest, tuple(problems))
 
 
 def _format_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield the files of tensors that are none, or lack one: their hashes may be right all the same."""
+    """Yield the tensor files that are invalid or incomplete, which a forged manifest with right hashes may list."""
     names_of: dict[int, set[str]] = {}
     for name, entry in manifest.tensors.items():
         names_of.setdefault(entry.stage, set()).add(name)
     for name in sorted(name for name in manifest.files if name.endswith(".safetensors")):
         try:
-            with safe_open(folder / name, framework="np") as file:
-                missing = names_of.get(int(name.split("_")[1]), set()) - set(file.keys())
+            with safe_open(folder / name, framework="np") as file:  # numpy: verify imports no torch
+                lacking = names_of.get(int(name.split("_")[1]), set()) - set(file.keys())
                 types = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  it is no dict
         except (SafetensorError, OSError, ValueError, IndexError) as error:
             yield f"checkpoint file {folder / name} is no file of tensors ({error})"
             continue
-        if missing:
-            yield f"checkpoint file {folder / name} lacks {min(missing)}"
+        if lacking:
+            yield f"checkpoint file {folder / name} lacks {min(lacking)}"
         if types - {"F32"}:
             yield f"checkpoint file {folder / name} has tensors of {min(types - {'F32'})}, not F32"

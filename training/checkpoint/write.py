@@ -1,13 +1,16 @@
-"""Save a checkpoint from all ranks: beside first, then renamed. A folder with a manifest is whole.
+"""Save a checkpoint from all ranks, into a staging folder that is renamed once it is complete.
 
-No rank may leave another waiting in a collective: each keeps its own disk's errors until all ranks meet, and then
-all raise alike.
+The order of the operations makes a folder with a step's name always whole, whenever the process is killed or the
+power fails: the tensors are on disk before the manifest is written, and the manifest before the folder is renamed.
+
+No rank may leave another waiting in a collective. So each keeps the errors of its own disk until all ranks meet; then
+all raise the same one.
 """
 
 import logging
 import secrets
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,19 +18,18 @@ from pathlib import Path
 from torch import Tensor
 
 from configs.errors import InputError, MachineError, TrainshortError
+from configs.files import sync_folder
 from configs.load import dump_run
-from configs.paths import checkpoints_folder
+from configs.paths import TOKENIZER_NAME, checkpoints_folder
 from configs.schema import RunConfig
 from parallel.axes import Groups
 from parallel.collectives import all_gather_object, broadcast_from_first
 from parallel.engine import State
-from parallel.parameter import Shard, span
-from parallel.zero import KINDS
+from parallel.parameter import Shard, local_shape
 from training.checkpoint import disk
 from training.checkpoint.disk import FileEntry
 from training.checkpoint.manifest import (
-    CONFIG,
-    TOKENIZER,
+    CONFIG_NAME,
     Manifest,
     SavedState,
     TensorEntry,
@@ -36,7 +38,7 @@ from training.checkpoint.manifest import (
     step_folder,
     write_manifest,
 )
-from training.checkpoint.retention import apply_retention, clear_unfinished
+from training.checkpoint.retention import apply_retention, remove_unfinished
 from training.checkpoint.tensors import TensorFile
 from training.incarnation import Fence
 
@@ -44,12 +46,12 @@ logger = logging.getLogger(__name__)
 
 
 class SaveError(MachineError):
-    """A checkpoint could not be saved; those before it are as they were."""
+    """A checkpoint could not be saved; the earlier ones are unchanged."""
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What one rank has written: its tensors, its files, and what kept it from writing them all."""
+class _RankPart:
+    """One rank's part of a save: its tensors, its files, and the first error while writing them."""
 
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
@@ -63,11 +65,11 @@ def save_checkpoint(
     groups: Groups,
     tokenizer: Path,
     vocab_size: int,
-    moment: SavedState,
+    saved_state: SavedState,
     fence: Fence,
     broken: Collection[Path] = (),
 ) -> Path:
-    """Save the whole state after a step; every rank of the world must call it.
+    """Save weights and optimizer state after a step. A collective over all ranks.
 
     Args:
         state: This rank's weights and moments.
@@ -75,87 +77,91 @@ def save_checkpoint(
         groups: The layout's groups.
         tokenizer: The sentencepiece model, copied into the checkpoint.
         vocab_size: Tokens, without padding.
-        moment: Where training is.
-        fence: Tells whether this start of the run is still the newest.
-        broken: Checkpoints of the run that were found altered, which retention must not count.
+        saved_state: The position of training, for the manifest.
+        fence: Shows whether this start of the run is still the newest.
+        broken: Checkpoints of the run whose content is known to be altered; retention must not count them.
     Returns:
         The checkpoint folder.
     Raises:
         SaveError: a rank's disk is full or failing; raised on every rank.
         Superseded: a newer start has taken over; raised on every rank.
     """
-    folder = step_folder(checkpoints_folder(Path(config.run.dir)), step=moment.step)
-    # With the token, two starts of one run never share an unfinished folder.
-    beside = folder.with_name(f".{folder.name}.{fence.token}")
+    folder = step_folder(checkpoints_folder(Path(config.run.dir)), step=saved_state.step)
+    # The leading dot hides the folder from list_checkpoints; the token keeps two starts of one run apart.
+    staging = folder.with_name(f".{folder.name}.{fence.token}")
     world = groups.world
     try:
-        broadcast_from_first(lambda: _told(lambda: _prepare(beside, fence=fence), folder=folder), group=world)
-        parts = all_gather_object(_write_part(state, beside, folder=folder, groups=groups, fence=fence), group=world)
+        broadcast_from_first(lambda: _prepare(staging, folder=folder, fence=fence), group=world)
+        parts = all_gather_object(_write_part(state, staging, folder=folder, groups=groups, fence=fence), group=world)
         for problem in (part.problem for part in parts if part.problem is not None):
             raise problem
-        manifest = _manifest(parts, moment=moment, groups=groups, vocab_size=vocab_size)
-        complete = partial(_complete, beside, folder, manifest, config=config, tokenizer=tokenizer, fence=fence)
-        broadcast_from_first(lambda: _told(complete, folder=folder), group=world)
+        manifest = _join(parts, saved_state=saved_state, groups=groups, vocab_size=vocab_size)
+        complete = partial(_complete, staging, folder, manifest, config=config, tokenizer=tokenizer, fence=fence)
+        broadcast_from_first(complete, group=world)
     except TrainshortError:
         if world.rank == 0:
             with suppress(OSError):
-                disk.remove(beside)
+                disk.remove(staging)
         raise
-    if world.rank == 0:
+    if world.rank == 0:  # only now: until this checkpoint is on disk, an older one may be the last whole one
         apply_retention(config.checkpoint, run_dir=Path(config.run.dir), fence=fence, broken=broken)
     return folder
 
 
-def _prepare(beside: Path, *, fence: Fence) -> None:
-    fence.check()
-    clear_unfinished(beside.parent, fence=fence)
-    disk.make_folder(beside)
+def _prepare(staging: Path, *, folder: Path, fence: Fence) -> None:
+    with _as_save_error(folder):
+        fence.check()
+        remove_unfinished(staging.parent, fence=fence)
+        disk.make_folder(staging)
 
 
-def _write_part(state: State, beside: Path, *, folder: Path, groups: Groups, fence: Fence) -> _Part:
-    """Write the files that are this rank's; its problems are returned, since the other ranks read on."""
+def _write_part(state: State, staging: Path, *, folder: Path, groups: Groups, fence: Fence) -> _RankPart:
+    """Write this rank's files; return its first error instead of raising, since other ranks still wait in reads."""
     stage = groups.pipeline.rank
     tensors = {name: TensorEntry(s.shape, s.rule, stage, s.tied) for name, (_, s) in state.parameters.items()}
     shapes = {
-        name: _local_shape(shard, groups=groups)
+        name: local_shape(shard, tensor_rank=groups.tensor.rank, tensor_size=groups.tensor.size)
         for name, (_, shard) in state.parameters.items()
         if not _is_tied_copy(shard, groups=groups)
     }
-    writer = _Writer(beside, folder=folder, groups=groups)
-    # Data ranks hold the same: they share the kinds of state.
-    mine = [kind for index, kind in enumerate(KINDS) if index % groups.data.size == groups.data.rank]
-    writer.attempt(fence.check)
-    writer.attempt(lambda: writer.open(mine, shapes=shapes))
+    writer = _RankWriter(staging, folder=folder, groups=groups)
+    # All data ranks hold the same state, so each writes its share of the kinds.
+    mine = [kind for index, kind in enumerate(state.kinds) if index % groups.data.size == groups.data.rank]
+    writer.unless_failed(fence.check)
+    writer.unless_failed(partial(writer.open, mine, shapes=shapes))
     for name, (_, shard) in state.parameters.items():
-        for kind in KINDS:
-            part = state.read(name, kind)  # all data ranks take part, whatever became of their files
+        for kind in state.kinds:
+            value = state.read(name, kind)  # a collective: every data rank calls it, even after its disk failed
             if kind in mine and name in shapes:
-                writer.attempt(lambda: writer.add(kind, name, _without_padding(part, shard=shard, groups=groups)))  # noqa: B023
-    writer.attempt(writer.finish)
+                part = _without_padding(value, shard=shard, shape=shapes[name])
+                writer.unless_failed(partial(writer.add, kind, name, part))
+    writer.unless_failed(writer.finish)
     writer.close()
-    return _Part(tensors, writer.entries, writer.problem)
+    return _RankPart(tensors, writer.entries, writer.problem)
 
 
-class _Writer:
-    """A rank's files of one save; after its first problem it does nothing more."""
+class _RankWriter:
+    """One rank's files of a save. It keeps its first error and does nothing after it."""
 
-    def __init__(self, beside: Path, *, folder: Path, groups: Groups) -> None:
+    def __init__(self, staging: Path, *, folder: Path, groups: Groups) -> None:
         self.problem: TrainshortError | None = None
         self.entries: dict[str, FileEntry] = {}
-        self._beside, self._folder, self._groups = beside, folder, groups
+        self._staging, self._folder, self._groups = staging, folder, groups
         self._files: dict[str, TensorFile] = {}
 
-    def attempt(self, action: Callable[[], None]) -> None:
+    def unless_failed(self, action: Callable[[], None]) -> None:
+        """Do something that may fail, unless something failed before."""
         try:
             if self.problem is None:
-                _told(action, folder=self._folder)
+                with _as_save_error(self._folder):
+                    action()
         except TrainshortError as error:
             self.problem = error
 
     def open(self, kinds: Sequence[str], *, shapes: dict[str, tuple[int, ...]]) -> None:
         for kind in kinds:
             name = file_name(stage=self._groups.pipeline.rank, tensor=self._groups.tensor.rank, kind=kind)
-            self._files[kind] = TensorFile(self._beside / name, shapes=shapes)
+            self._files[kind] = TensorFile(self._staging / name, shapes=shapes)
 
     def add(self, kind: str, name: str, value: Tensor) -> None:
         self._files[kind].add(name, value)
@@ -170,23 +176,26 @@ class _Writer:
                 file.close()
 
 
-def _told(action: Callable[[], None], *, folder: Path) -> None:
-    """Do what touches the disk; what the disk says against it becomes an error that a user can read."""
+@contextmanager
+def _as_save_error(folder: Path) -> Iterator[None]:
+    """Raise a disk's error in the block as a SaveError that names the checkpoint."""
     try:
-        action()
+        yield
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        raise SaveError(f"{folder} was not saved ({error.strerror}{where}): free space, or mend the disk") from None
+        raise SaveError(f"{folder} was not saved ({error.strerror}{where}): free space, or fix the disk") from None
 
 
-def _manifest(parts: Sequence[_Part], *, moment: SavedState, groups: Groups, vocab_size: int) -> Manifest:
+def _join(parts: Sequence[_RankPart], *, saved_state: SavedState, groups: Groups, vocab_size: int) -> Manifest:
+    """Return the manifest of all ranks' parts."""
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
     for part in parts:
-        tensors = {**part.tensors, **tensors}  # a tied tensor belongs to the first stage that holds it
+        # World ranks come in order of stages: the first stage that holds a tied tensor is the one that saved it.
+        tensors = {**part.tensors, **tensors}
         files.update(part.files)
     return Manifest(
-        **vars(moment),
+        **vars(saved_state),
         tensor=groups.tensor.size,
         pipeline=groups.pipeline.size,
         vocab_size=vocab_size,
@@ -196,56 +205,55 @@ def _manifest(parts: Sequence[_Part], *, moment: SavedState, groups: Groups, voc
 
 
 def _complete(
-    beside: Path, folder: Path, manifest: Manifest, *, config: RunConfig, tokenizer: Path, fence: Fence
+    staging: Path, folder: Path, manifest: Manifest, *, config: RunConfig, tokenizer: Path, fence: Fence
 ) -> None:
-    """Write what is not of one rank, the manifest last, and give the folder its name once the disk has it all."""
-    manifest.files[CONFIG] = disk.write_file(beside / CONFIG, [dump_run(config).encode()])
-    manifest.files[TOKENIZER] = disk.write_file(beside / TOKENIZER, [tokenizer.read_bytes()])
-    write_manifest(beside, manifest)
-    disk.sync_folder(beside)
-    try:
-        read_manifest(beside)
-    except InputError as error:  # what could not be resumed from must not count as saved
-        raise SaveError(f"{folder} was not saved, it could not be read again: {error}") from None
-    fence.check()
-    _publish(beside, folder)
+    """Write the files that belong to no rank, and rename the folder once all of it is on disk."""
+    with _as_save_error(folder):
+        manifest.files[CONFIG_NAME] = disk.write_file(staging / CONFIG_NAME, [dump_run(config).encode()])
+        manifest.files[TOKENIZER_NAME] = disk.write_file(staging / TOKENIZER_NAME, [tokenizer.read_bytes()])
+        # Last, after every rank has flushed its files: a manifest must never list a file that is not on disk.
+        write_manifest(staging, manifest)
+        sync_folder(staging)  # the files are on disk, but their names may not be
+        try:
+            read_manifest(staging)
+        except InputError as error:  # a checkpoint that no resume would accept must not count as saved
+            raise SaveError(f"{folder} was not saved, it could not be read again: {error}") from None
+        fence.check()  # as late as possible: the save took a while, and a newer start may have taken over
+        _rename_into_place(staging, folder)
 
 
-def _publish(beside: Path, folder: Path) -> None:
-    """Give a finished folder its name; what had it, after a resume from an older one, goes afterwards."""
-    aside = beside.with_name(f"{beside.name}.{secrets.token_hex(4)}.old")  # one that could not be removed may lie there
+def _rename_into_place(staging: Path, folder: Path) -> None:
+    """Rename a complete staging folder to its final name.
+
+    A broken checkpoint may have that name, after a resume from an older one. It is moved aside first, since a rename
+    cannot replace a folder that is not empty, and removed last. A kill in between loses only the broken one.
+    """
+    # a random part: an earlier one that could not be removed may still be there
+    replaced = staging.with_name(f"{staging.name}.{secrets.token_hex(4)}.old")
     replaces = folder.exists()
     if replaces:
-        logger.warning("%s is there already, passed over as broken: it is replaced", folder)
-        disk.rename(folder, aside)
+        logger.warning("%s exists already and was skipped as broken: it is replaced", folder)
+        disk.rename(folder, replaced)
     try:
-        disk.rename(beside, folder)
+        disk.rename(staging, folder)
     except OSError:
         if replaces:
             with suppress(OSError):
-                disk.rename(aside, folder)
+                disk.rename(replaced, folder)
         raise
-    disk.sync_folder(folder.parent)  # the rename too must survive a power cut
+    sync_folder(folder.parent)  # until the parent is flushed, a power cut could undo the rename
     if replaces:
         try:
-            disk.remove(aside)
-        except OSError as error:  # the new one is saved all the same
-            logger.warning("the replaced checkpoint %s cannot be removed (%s)", aside, error.strerror)
+            disk.remove(replaced)
+        except OSError as error:  # only a warning: the new one is saved
+            logger.warning("the replaced checkpoint %s cannot be removed (%s)", replaced, error.strerror)
 
 
 def _is_tied_copy(shard: Shard, *, groups: Groups) -> bool:
-    # The word embedding lies on the first and the last stage, a learned bias on all; the first one's is saved.
+    # The first and the last stage hold the word embedding, and every stage a learned bias; the first one saves it.
     return shard.tied and groups.pipeline.rank > 0
 
 
-def _local_shape(shard: Shard, *, groups: Groups) -> tuple[int, ...]:
-    """Return the shape of this rank's slice, padding left out."""
-    if shard.dim is None:
-        return shard.shape
-    start, stop = span(shard, tensor_rank=groups.tensor.rank, tensor_size=groups.tensor.size)
-    return (*shard.shape[: shard.dim], stop - start, *shard.shape[shard.dim + 1 :])
-
-
-def _without_padding(part: Tensor, *, shard: Shard, groups: Groups) -> Tensor:
-    shape = _local_shape(shard, groups=groups)
-    return part if shard.dim is None else part.narrow(shard.dim, 0, shape[shard.dim])
+def _without_padding(value: Tensor, *, shard: Shard, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor rank's slice without the rows that pad it: a view of `shape`."""
+    return value if shard.dim is None else value.narrow(shard.dim, 0, shape[shard.dim])

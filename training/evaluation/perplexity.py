@@ -1,9 +1,9 @@
-"""Perplexity of a text at one length."""
+"""Measure the perplexity of a text at one length."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol as TypingProtocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,32 +12,35 @@ import torch
 from configs.errors import TrainshortError
 from training.evaluation.windows import WindowProtocol, Windows, place_windows
 
+# inputs of one pass through the model
 BATCH_TOKENS = 8192
+# exp overflows fp64 above this loss, so there is no perplexity to report
+_HIGHEST_LOSS = math.log(1e300)
 
 
-class Scorer(TypingProtocol):
-    """What evaluation asks of a model."""
+class Scorer(Protocol):
+    """A model that evaluation can run."""
 
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the negative log-likelihoods of tokens[:, 1:] in nats.
+        """Return the negative log-likelihood of each predicted token.
 
         Args:
-            tokens: [batch, length + 1], int64; any length.
+            tokens: [batch, length + 1] int64, of any length.
         Returns:
-            [batch, length], fp32.
+            Those of tokens[:, 1:] in nats, [batch, length] fp32.
         """
         ...
 
 
 @dataclass(frozen=True)
-class Result:
-    """One measurement.
+class PerplexityResult:
+    """The loss of a text at one length, under one protocol.
 
     Attributes:
-        length: Tokens of a window.
+        length: Inputs of a window, in tokens.
         protocol: How the window moved.
         tokens: Predictions scored, each once.
-        loss: Their mean negative log-likelihood, in nats.
+        loss: Mean negative log-likelihood of the scored predictions, in nats.
     """
 
     length: int
@@ -59,21 +62,22 @@ def measure_loss(
     protocol: WindowProtocol,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
-) -> Result:
-    """Return the mean loss over a text cut into windows.
+) -> PerplexityResult:
+    """Measure the mean loss of a text, cut into windows.
 
     Args:
         scorer: The model.
         tokens: The text, [tokens], int64.
         length: Inputs of a window.
         protocol: How the window moves.
-        batch_tokens: Inputs of one pass through the model; at least one window goes through.
-        progress: Called after each pass with the inputs it had, that is windows x length.
+        batch_tokens: Inputs of one pass through the model at most, but never less than one window.
+        progress: Called after each pass with the number of inputs in it, windows x length.
     Raises:
         InputError: the text is shorter than a window, or the protocol does not fit the length.
-        TrainshortError: the loss is not a number.
+        TrainshortError: the loss is nan, or too large for a perplexity.
     """
     windows = place_windows(len(tokens), length=length, protocol=protocol)
+    # a view of every window at stride 1, [tokens - length, length + 1]; indexing copies the windows of a batch alone
     views = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
     batch = max(1, batch_tokens // length)
     total = 0.0
@@ -85,18 +89,26 @@ def measure_loss(
             if progress is not None:
                 progress(len(starts) * length)
     loss = total / windows.scored
-    if not loss < math.log(1e300):  # nan too; beyond it perplexity is no number either
+    # `not <` instead of `>=`: nan must fail too.
+    if not loss < _HIGHEST_LOSS:
         raise TrainshortError(
             f"the loss at length {length} is {loss}: the checkpoint's weights have diverged, take an earlier one"
         )
-    return Result(length=length, protocol=protocol, tokens=windows.scored, loss=loss)
+    return PerplexityResult(length=length, protocol=protocol, tokens=windows.scored, loss=loss)
 
 
 def _sum_scored(losses: torch.Tensor, *, windows: Windows, first: int) -> float:
-    """Return the sum, in fp64, of what windows `first`, `first + 1`, ... score; losses are [batch, length]."""
+    """Return the sum of the losses that a batch of windows scores.
+
+    Args:
+        losses: [batch, length] fp32.
+        windows: All windows of the text.
+        first: Index of the batch's first window.
+    """
+    # In fp64: a sum of millions of fp32 losses would lose digits.
     exact = losses.to("cpu", torch.float64)
     total = exact[:, windows.first_scored(first + 1) :].sum()
     if first == 0:
-        # the text's first window scores its early predictions too
+        # The slice above left out the early predictions, which the text's first window scores too.
         total += exact[0, : windows.first_scored(1)].sum()
     return float(total)

@@ -1,4 +1,4 @@
-"""`trainshort evaluate`: one checkpoint at many lengths."""
+"""`trainshort evaluate`: measure one checkpoint at many lengths."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from configs.errors import InputError
 from configs.paths import evaluation_folder
 from training.checkpoint.read import Checkpoint, open_checkpoint
-from training.evaluation.perplexity import Result, Scorer, measure_loss
+from training.evaluation.perplexity import PerplexityResult, Scorer, measure_loss
 from training.evaluation.plot import draw_plot
-from training.evaluation.report import build_document, write_report
+from training.evaluation.report import build_report, write_report
 from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.evaluation.windows import WindowProtocol, parse_protocol, place_windows
 from training.model.single import load_single
@@ -23,7 +23,13 @@ from training.tracking.tracker import MlflowTracker, attach
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measurement to make; inputs are what the model has to read for it, windows x length."""
+    """A measurement to make.
+
+    Attributes:
+        length: Inputs of a window, in tokens.
+        protocol: How the window moves.
+        inputs: Inputs of all windows, windows x length: the work it takes.
+    """
 
     length: int
     protocol: WindowProtocol
@@ -36,25 +42,25 @@ def evaluate_checkpoint(
     """Measure a checkpoint's perplexity and write RUN_DIR/evaluation: report.json, report.md, perplexity.png.
 
     Args:
-        checkpoint: A step folder, or a run folder for its newest.
-        lengths: Lengths in tokens; the run's unless given.
-        protocols: nonoverlapping or sliding:STRIDE; the run's unless given.
-        data: A text file; the run's held-out text unless given.
+        checkpoint: A step folder, or a run folder for its newest checkpoint.
+        lengths: Lengths in tokens; by default the run's.
+        protocols: nonoverlapping or sliding:STRIDE; by default the run's.
+        data: A text file; by default the run's held-out text.
     Returns:
-        The document of report.json.
+        The contents of report.json.
     Raises:
-        InputError: checkpoint, text, a length or a protocol is wrong; said before the first computation.
+        InputError: the checkpoint, the text, a length or a protocol is wrong; raised before the model is loaded.
     """
     opened = open_checkpoint(checkpoint)
     config = opened.config
     parsed = [parse_protocol(name) for name in protocols or config.evaluate.protocols]
     text = held_out_text(opened) if data is None else file_text(opened, data)
-    jobs = plan_jobs(lengths or config.evaluation_lengths, parsed, tokens=len(text.tokens))
-    # now, so that the tracker's thread has imported mlflow by the time there is something to log
+    measurements = plan_measurements(lengths or config.evaluation_lengths, parsed, tokens=len(text.tokens))
+    # Attach now: the tracker's thread imports mlflow while the model runs.
     tracker = attach(opened.run_dir, uri=config.track.uri)
     model = load_single(opened)
-    results = run_jobs(model, text, jobs)
-    document = build_document(
+    results = run_measurements(model, text, measurements)
+    report = build_report(
         results,
         checkpoint=opened.path,
         step=opened.step,
@@ -63,18 +69,19 @@ def evaluate_checkpoint(
         text=text,
     )
     folder = evaluation_folder(opened.run_dir)
-    files = [*write_report(document, folder), draw_plot(document, folder / "perplexity.png")]
+    files = [*write_report(report, folder), draw_plot(report, folder / "perplexity.png")]
     if tracker is not None:
         _track(tracker, opened, results, files)
-    return document
+    return report
 
 
-def plan_jobs(lengths: Sequence[int], protocols: Sequence[WindowProtocol], *, tokens: int) -> list[Measurement]:
-    """Return the measurements of every protocol at every length, each once.
+def plan_measurements(lengths: Sequence[int], protocols: Sequence[WindowProtocol], *, tokens: int) -> list[Measurement]:
+    """Return one measurement per protocol and length; duplicates are dropped.
 
     Raises:
-        InputError: a length or a stride does not fit; all lengths that the text is too short for are named at once.
+        InputError: a length or a stride does not fit. The message names all lengths that are too long for the text.
     """
+    # place_windows would stop at the first one; a user wants to know all of them.
     too_long = [length for length in dict.fromkeys(lengths) if length > tokens - 1]
     if too_long and tokens > 1:
         named = ", ".join(map(str, too_long))
@@ -82,25 +89,28 @@ def plan_jobs(lengths: Sequence[int], protocols: Sequence[WindowProtocol], *, to
             f"the text has {tokens} tokens, too short for length {named}: use lengths up to {tokens - 1}, "
             "or give a longer text with --data"
         )
-    jobs = []
+    measurements = []
     for protocol in dict.fromkeys(protocols):
         for length in dict.fromkeys(lengths):
             windows = place_windows(tokens, length=length, protocol=protocol)
-            jobs.append(Measurement(length=length, protocol=protocol, inputs=windows.count * length))
-    return jobs
+            measurements.append(Measurement(length=length, protocol=protocol, inputs=windows.count * length))
+    return measurements
 
 
-def run_jobs(scorer: Scorer, text: EvaluationText, jobs: Sequence[Measurement]) -> list[Result]:
-    """Return a result per job, showing progress on the standard error stream."""
+def run_measurements(
+    scorer: Scorer, text: EvaluationText, measurements: Sequence[Measurement]
+) -> list[PerplexityResult]:
+    """Return one result per measurement; show progress on the standard error stream."""
     results = []
-    with _progress(sum(job.inputs for job in jobs)) as (progress, task):
-        for job in jobs:
-            progress.update(task, description=f"{job.protocol} at {job.length:,}")
+    # Count inputs, not windows: a long window takes longer.
+    with _progress(sum(measurement.inputs for measurement in measurements)) as (progress, task):
+        for measurement in measurements:
+            progress.update(task, description=f"{measurement.protocol} at {measurement.length:,}")
             result = measure_loss(
                 scorer,
                 text.tokens,
-                length=job.length,
-                protocol=job.protocol,
+                length=measurement.length,
+                protocol=measurement.protocol,
                 progress=lambda inputs: progress.advance(task, inputs),
             )
             results.append(result)
@@ -122,11 +132,16 @@ def _progress(total: int) -> Iterator[tuple[Progress, Any]]:
         yield bar, bar.add_task("evaluation", total=total)
 
 
-def _track(tracker: MlflowTracker, checkpoint: Checkpoint, results: Sequence[Result], files: Sequence[Path]) -> None:
-    """Add to the training's MLflow run; one metric per protocol and length, so that checkpoints compare."""
+def _track(
+    tracker: MlflowTracker, checkpoint: Checkpoint, results: Sequence[PerplexityResult], files: Sequence[Path]
+) -> None:
+    """Add the results to the MLflow run of the training.
+
+    A metric per protocol and length, logged at the checkpoint's step, so that checkpoints of a run can be compared.
+    """
     values: dict[str, float] = {}
     for result in results:
-        # MLflow allows no colon in a name on every system
+        # MLflow does not allow a colon in a name on every system.
         name = f"evaluation/{str(result.protocol).replace(':', '_')}/{result.length}"
         values |= {f"{name}/loss": result.loss, f"{name}/perplexity": result.perplexity}
     tracker.metrics(checkpoint.step, values)

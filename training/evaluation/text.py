@@ -1,4 +1,4 @@
-"""The text that a checkpoint is evaluated on."""
+"""Load the text that a checkpoint is evaluated on."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from training.checkpoint.read import Checkpoint
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text as the model sees it.
+    """A tokenized text.
 
     Attributes:
-        name: Where it comes from.
+        name: Where it comes from, for the report.
         tokens: [tokens], int64.
-        words: Words, separated by white space; None where only tokens are known.
-        unigram_perplexity: Per-token perplexity of a model that knows only how frequent each token was in training;
-            None where the training data is not at hand.
+        words: Words, separated by white space; None if only the tokens are known.
+        unigram_perplexity: Per-token perplexity of a unigram model, fitted to the training data; None if that data
+            is not available.
     """
 
     name: str
@@ -32,17 +32,17 @@ class EvaluationText:
 
 
 def held_out_text(checkpoint: Checkpoint) -> EvaluationText:
-    """Return the part of the run's data that training held out.
+    """Return the held-out split of the run's data.
 
     Raises:
-        InputError: the data is not there, is other data than the run's, or nothing of it is held out.
+        InputError: the data is missing, is not the run's, or has no held-out part.
     """
     prepared = _prepared(checkpoint)
     return _text(held_out_stream(prepared, split=checkpoint.config.data.split), prepared)
 
 
 def file_text(checkpoint: Checkpoint, path: Path) -> EvaluationText:
-    """Return a file's text, verbatim, nothing added.
+    """Return the text of a file, verbatim, with nothing added.
 
     Raises:
         InputError: the file cannot be read as text.
@@ -51,7 +51,7 @@ def file_text(checkpoint: Checkpoint, path: Path) -> EvaluationText:
     try:
         prepared = _prepared(checkpoint)
     except InputError:
-        # a checkpoint that was moved to another machine: the text is measured, the baseline is left out
+        # The checkpoint may have been moved to another machine: leave out the baseline, which needs the data.
         return _text(stream, None)
     return _text(stream, prepared)
 
@@ -64,12 +64,13 @@ def _text(stream: TokenStream, prepared: Prepared | None) -> EvaluationText:
 
 def _prepared(checkpoint: Checkpoint) -> Prepared:
     data = checkpoint.config.data
-    # not run.dir of the configuration: the run folder may have been moved
+    # Not run.dir of the configuration: the run folder may have been moved.
     folder = Path(data.dir) if data.dir else checkpoint.run_dir / "data"
     prepared = load_prepared(data, folder=folder)
+    # Token ids of another tokenizer would be scored without an error, as another text.
     if hashlib.sha256(checkpoint.tokenizer.read_bytes()).hexdigest() != prepared.tokenizer_sha256:
         raise InputError(
-            f"data in {folder} was prepared anew with another tokenizer than that of {checkpoint.path}: "
+            f"data in {folder} was prepared again with another tokenizer than that of {checkpoint.path}: "
             "its tokens mean other text; give a text with --data"
         )
     return prepared

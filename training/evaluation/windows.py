@@ -1,4 +1,4 @@
-"""Which predictions of a text each window scores. Pure arithmetic: no tensor, no model."""
+"""Place windows over a text, and decide which predictions each one scores. Arithmetic only: no tensor, no model."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from configs.errors import InputError
 
 @dataclass(frozen=True)
 class WindowProtocol:
-    """How windows move over a text: by their own length (stride None), or by a stride.
+    """How a window moves over a text: by its own length (stride None), or by a stride.
 
     Source: Press et al. 2022, appendix B.
     """
@@ -20,7 +20,7 @@ class WindowProtocol:
 
     @property
     def name(self) -> str:
-        """The name in a report: nonoverlapping or sliding."""
+        """Name in a report: nonoverlapping or sliding."""
         return "nonoverlapping" if self.stride is None else "sliding"
 
     def __str__(self) -> str:
@@ -29,10 +29,10 @@ class WindowProtocol:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `length` inputs; window i starts at token i * stride.
+    """Windows of `length` inputs. Window i starts at token i * stride.
 
-    The first window scores all its predictions, each later one its last `stride`: these were not scored before,
-    and each has more than `length - stride` tokens before it. So every prediction is scored once.
+    The first window scores all its predictions, each later one only its last `stride`. So every prediction is scored
+    once, and after the first window each has more than `length - stride` tokens of context.
     """
 
     length: int
@@ -41,20 +41,21 @@ class Windows:
 
     @property
     def scored(self) -> int:
-        """Predictions scored by all windows together: those of tokens 1 to `scored`."""
+        """Predictions scored by all windows: those of tokens 1 to `scored`."""
         return self.length + (self.count - 1) * self.stride
 
     def starts(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Return the first token of windows `first` to `last - 1`, [last - first], int64."""
+        # `last` may be past the end: the last batch of windows may be a partial one.
         return np.arange(first, min(last, self.count), dtype=np.int64) * self.stride
 
     def first_scored(self, window: int) -> int:
-        """Return the place in a window, counted in predictions, from which on it scores."""
+        """Return the index of the first prediction that a window scores, counted within the window."""
         return 0 if window == 0 else self.length - self.stride
 
 
 def parse_protocol(text: str) -> WindowProtocol:
-    """Return the protocol named `nonoverlapping` or `sliding:STRIDE`.
+    """Parse `nonoverlapping` or `sliding:STRIDE`.
 
     Raises:
         InputError: another name, or a stride that is not a whole number above 0.
@@ -70,11 +71,11 @@ def parse_protocol(text: str) -> WindowProtocol:
 
 
 def place_windows(tokens: int, *, length: int, protocol: WindowProtocol) -> Windows:
-    """Return the whole windows that fit into a text; a last partial one is dropped.
+    """Return the whole windows that fit into a text. A partial window at the end is dropped.
 
     Args:
         tokens: Tokens of the text.
-        length: Inputs of a window, and so predictions: a window reads `length + 1` tokens.
+        length: Inputs of a window, and so its predictions; a window spans `length + 1` tokens.
         protocol: How the window moves.
     Raises:
         InputError: length below 1, a stride over the length, or a text shorter than one window.
@@ -90,4 +91,5 @@ def place_windows(tokens: int, *, length: int, protocol: WindowProtocol) -> Wind
     if tokens < length + 1:
         hint = f"use at most {tokens - 1}, or more text" if tokens > 1 else "give more text"
         raise InputError(f"length {length} needs a text of {length + 1} tokens, this one has {tokens}: {hint}")
+    # The last input of a window needs a token after it to predict, so no window starts past tokens - 1 - length.
     return Windows(length=length, stride=stride, count=(tokens - 1 - length) // stride + 1)

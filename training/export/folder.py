@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Write a folder that appears whole or not at all."""
 
 import os
 import shutil
@@ -11,13 +11,14 @@ from configs.errors import InputError
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` to fill; it takes the name `out` at the end, or goes away with an exception.
+    """Yield a temporary folder beside `out` to fill. At the end it is renamed to `out`; an exception deletes it.
 
     Raises:
         InputError: `out` is a file or holds files, or its parent cannot hold a folder.
     """
     out = out.absolute()
     require_new(out)
+    # Beside `out`, so on the same file system, where a rename is atomic. The process id keeps two exports apart.
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -32,7 +33,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def require_new(out: Path) -> None:
-    """Refuse a place where something lies already.
+    """Refuse a path that is taken; an empty folder is not.
 
     Raises:
         InputError: `out` is a file or holds files.

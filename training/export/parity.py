@@ -1,23 +1,20 @@
-"""Whether an exported folder says what the trained model says: logits and token ids, as transformers reads them."""
+"""Compare an exported model with the trained one: logits within a tolerance, token ids and decoded text exactly."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-import transformers
 
 from configs.errors import TrainshortError
+from training.export.formats.table import TextTokenizer
 
-# of the largest logit, or of 1 where that is smaller
+# An export is compared at the training length and at this multiple of it.
+COMPARED_MULTIPLE = 4
+# relative to the largest logit, or to 1 where that is smaller
 LOGIT_TOLERANCE = 1e-4
-# transformers' Bloom holds heads x length x length scores of a layer at once
-_MOST_SCORE_BYTES = 2_000_000_000
 
-TRICKY = (
+# White space, normalization, byte fallback, special tokens spelled out, code: where two tokenizers may differ.
+EDGE_CASE_TEXTS = (
     "", " ", "  ", "   leading", "trailing   ", "a  b   c", "\n", "\r\n", "\n\n\n", "\t", "\tx\t", " \n ", "\x00",
     "a\x00b", "\x7f", "\u00a0nbsp", "\u2003em", "\u200b", "\ufeffbom", "naïve café", "e\u0301 é", "ﬁ ﬀ", "Ⅷ ½ ①",
     "ＦＵＬＬ width", "Ångström Å", "straße ẞ", "İstanbul ı", "Ελληνικά", "русский", "עברית", "العربية", "हिन्दी",
@@ -30,24 +27,12 @@ TRICKY = (
 )  # fmt: skip
 
 
-class Encoder(Protocol):
-    """What the comparison asks of the trained model's tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-        ...
-
-    def decode(self, ids: Sequence[int], /) -> str:
-        """Return the text of token ids."""
-        ...
-
-
 @dataclass(frozen=True)
 class LogitParity:
-    """How far the folder's logits are from the trained model's.
+    """The difference between the exported model's logits and the trained model's.
 
     Attributes:
-        lengths: Tokens compared.
+        lengths: Sequence lengths compared, in tokens.
         difference: The largest absolute difference.
         scale: The largest absolute logit.
         tolerance: The largest difference allowed.
@@ -59,36 +44,34 @@ class LogitParity:
     tolerance: float
 
 
-def comparable_length(length: int, *, heads: int) -> int:
-    """Return the length at which transformers' attention scores stay within memory, at most `length`."""
-    return min(length, math.isqrt(_MOST_SCORE_BYTES // (4 * heads)))
-
-
 def compare_logits(
-    folder: Path, *, logits: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, lengths: Sequence[int]
+    trained: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    exported: Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+    lengths: Sequence[int],
 ) -> LogitParity:
-    """Compare the logits of a folder, loaded by transformers in fp32, with the trained model's.
+    """Compare the logits of an exported model with those of the trained model.
 
     Args:
-        folder: The exported folder.
-        logits: The trained model: [1, seq] int64 to [1, seq, vocab] fp32.
-        tokens: At least as many as the longest length, [tokens], int64.
-        lengths: Tokens to compare, from the first on.
+        trained: The trained model: [1, seq] int64 to [1, seq, vocab] fp32.
+        exported: The exported model, likewise.
+        tokens: The text, [tokens], int64; at least the longest length.
+        lengths: Lengths to compare; each sequence starts at the first token.
     Raises:
-        TrainshortError: weights are missing, or logits differ by more than `TOLERANCE`.
+        TrainshortError: logits differ by more than `LOGIT_TOLERANCE`.
     """
-    exported = load_exported(folder)
     differences, scale = [], 0.0
     with torch.no_grad():
         for length in lengths:
-            batch = tokens[None, :length]
-            ours = logits(batch)
-            theirs = exported(input_ids=batch, use_cache=False).logits
-            differences.append((ours - theirs).abs_().max())
-            scale = max(scale, ours.abs().max().item())
-    # torch's max, unlike Python's, gives nan where one is nan
+            batch = tokens[None, :length]  # [1, length]
+            logits = trained(batch)
+            differences.append((logits - exported(batch)).abs_().max())
+            scale = max(scale, logits.abs().max().item())
+    # torch's max returns nan if any value is nan; Python's may not.
     difference = torch.stack(differences).max().item()
     parity = LogitParity(tuple(lengths), difference, scale, LOGIT_TOLERANCE * max(1.0, scale))
+    # `not <=` instead of `>`: nan must fail too.
     if not difference <= parity.tolerance:
         raise TrainshortError(
             f"the exported model's logits differ from the trained model's by {difference:.3g} at lengths "
@@ -98,58 +81,21 @@ def compare_logits(
     return parity
 
 
-def compare_tokenizers(folder: Path, *, tokenizer: Encoder, texts: Sequence[str]) -> int:
-    """Compare token ids and decoded text of a folder's tokenizer with the trained model's; return the texts compared.
+def compare_tokenizers(trained: TextTokenizer, *, exported: TextTokenizer, texts: Sequence[str]) -> int:
+    """Compare token ids and decoded text of two tokenizers; return the number of texts compared.
 
     Raises:
-        TrainshortError: a text has other ids, or its ids another text.
+        TrainshortError: the exported tokenizer gives other ids for a text, or decodes the ids to another text.
     """
-    with quiet_transformers():
-        exported = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        for text in texts:
-            ours = tokenizer.encode(text)
-            # sentencepiece never takes text for a control piece; transformers does unless told
-            theirs = exported(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            if ours != theirs:
-                raise TrainshortError(
-                    f"the exported tokenizer gives other ids for {text[:60]!r}: {theirs[:12]}, not {ours[:12]}: "
-                    "nothing was exported; report this"
-                )
-            if exported.decode(ours) != tokenizer.decode(ours):
-                raise TrainshortError(
-                    f"the exported tokenizer gives back another text for {text[:60]!r}: nothing was exported; "
-                    "report this"
-                )
+    for text in texts:
+        ids, exported_ids = trained.encode(text), exported.encode(text)
+        if ids != exported_ids:
+            raise TrainshortError(
+                f"the exported tokenizer gives other ids for {text[:60]!r}: {exported_ids[:12]}, not {ids[:12]}: "
+                "nothing was exported; report this"
+            )
+        if exported.decode(ids) != trained.decode(ids):
+            raise TrainshortError(
+                f"the exported tokenizer gives back another text for {text[:60]!r}: nothing was exported; report this"
+            )
     return len(texts)
-
-
-def load_exported(folder: Path) -> Any:
-    """Return an exported folder's model as transformers loads it, in fp32.
-
-    Raises:
-        TrainshortError: transformers misses weights, or does not know some.
-    """
-    loader: Any = transformers.AutoModelForCausalLM  # its types leave out output_loading_info
-    with quiet_transformers():
-        model, found = loader.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    wrong = sorted(found["missing_keys"]) + sorted(found["unexpected_keys"]) + sorted(found["mismatched_keys"])
-    if wrong:
-        raise TrainshortError(f"transformers cannot place these weights of the export: {wrong[:5]}; report this")
-    return model.eval()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars and remarks off the standard error stream."""
-    logging: Any = transformers.utils.logging  # untyped
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""`trainshort export`: a checkpoint as inference engines read it, compared before it takes its name."""
+"""`trainshort export`: write a checkpoint's model for inference engines, after comparing it with the trained model."""
 
 import json
 import logging
@@ -15,11 +15,11 @@ from data_pipeline.tokenizer import Tokenizer
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.text import held_out_text
 from training.export.folder import new_folder, require_new
-from training.export.formats.huggingface import LONGEST_COMPARED, fill_folder, require_bloom
+from training.export.formats.table import ExportFormat, LengthLimit, load_format
 from training.export.parity import (
-    TRICKY,
+    COMPARED_MULTIPLE,
+    EDGE_CASE_TEXTS,
     LogitParity,
-    comparable_length,
     compare_logits,
     compare_tokenizers,
 )
@@ -31,61 +31,57 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What was exported, and how it was compared.
+class ExportResult:
+    """An exported folder, and how it compared with the trained model.
 
     Attributes:
         folder: The exported folder.
-        logits: How far its logits are from the trained model's.
-        asked_length: The longest length to compare; the logits' lengths are shorter where transformers' attention
-            would take too much memory.
+        logits: The difference between its logits and the trained model's.
+        wanted_length: The longest length to compare.
+        limit: The longest length that the format's reader can run; `logits.lengths` stops there.
         texts: Texts whose token ids were found equal.
-        real_text: Whether the logits are those of held-out text; of random tokens otherwise.
+        held_out: Whether the logits are of held-out text; otherwise of random tokens.
     """
 
     folder: Path
     logits: LogitParity
-    asked_length: int
+    wanted_length: int
+    limit: LengthLimit
     texts: int
-    real_text: bool
+    held_out: bool
 
     def __str__(self) -> str:
         lengths = " and ".join(map(str, self.logits.lengths))
-        shortened = (
-            f" (not {self.asked_length}: transformers' attention scores would take over 2 GB)"
-            if self.logits.lengths[-1] < self.asked_length
-            else ""
-        )
+        limited = self.logits.lengths[-1] < self.wanted_length
+        shortened = f" (not {self.wanted_length}: {self.limit.reason})" if limited else ""
         return (
             f"{self.folder}: at lengths {lengths}{shortened} logits differ by {self.logits.difference:.2g} at most "
             f"(largest {self.logits.scale:.3g}, allowed {self.logits.tolerance:.2g}) on "
-            f"{'held-out text' if self.real_text else 'random tokens'}; {self.texts} texts have equal token ids"
+            f"{'held-out text' if self.held_out else 'random tokens'}; {self.texts} texts have equal token ids"
         )
 
 
-def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> Exported:
-    """Write a checkpoint's model for inference engines, whole and compared or not at all.
+def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResult:
+    """Write a checkpoint's model for inference engines. The folder appears whole and compared, or not at all.
 
-    The folder also holds the certificate of the positions that were exported, certificate.json.
+    The folder also holds the certificate of the exported model's positions, certificate.json.
 
     Args:
-        checkpoint: A step folder, or a run folder for its newest.
-        format: `hf`, a folder of transformers' BloomForCausalLM.
+        checkpoint: A step folder, or a run folder for its newest checkpoint.
+        format: A name in `training.export.formats.table.FORMATS`.
         out: A folder that does not exist or is empty.
     Raises:
         InputError: the checkpoint cannot be opened, the format cannot hold its model, or `out` has files.
-        TrainshortError: what was written differs from the trained model; it is deleted.
+        TrainshortError: the exported model differs from the trained one; the folder is deleted.
     """
-    if format == "gguf":
-        raise InputError("format gguf is not available in this version: use hf")
-    if format != "hf":
-        raise InputError(f"format {format!r} is not known: use hf")
+    # Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded.
+    exporter = load_format(format)
     require_new(out)
     opened = open_checkpoint(checkpoint)
-    require_bloom(opened.config.model)
+    exporter.check(opened.config.model)
     model = load_single(opened)
     with new_folder(out) as folder:
-        fill_folder(
+        exporter.write(
             folder,
             weights=opened.weights(),
             model=opened.config.model,
@@ -95,13 +91,14 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> Exported:
         )
         text = json.dumps(model.certificate, indent=1)
         (folder / "certificate.json").write_text(f"{text}\n", encoding="utf-8")
-        exported = _compare(opened, model, folder, out=out)
+        # Compare before the folder takes its name: a wrong export must not be left where an engine would load it.
+        result = _compare(opened, model, exporter, folder, out=out)
     _record(opened, model.certificate, file=out / "certificate.json")
-    return exported
+    return result
 
 
 def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, file: Path) -> None:
-    """Add the certificate to the run's own and to its MLflow run, where the checkpoint still lies in its run folder."""
+    """Add the certificate to the run folder and its MLflow run, if the checkpoint still lies in its run folder."""
     run_dir = checkpoint.run_dir
     if not config_file(run_dir).is_file():
         return
@@ -115,25 +112,36 @@ def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, file: Path) 
         tracker.close()
 
 
-def _compare(checkpoint: Checkpoint, model: SingleModel, folder: Path, *, out: Path) -> Exported:
+def _compare(
+    checkpoint: Checkpoint, model: SingleModel, exporter: ExportFormat, folder: Path, *, out: Path
+) -> ExportResult:
     length = checkpoint.config.data.sequence_length
-    wanted = (length, LONGEST_COMPARED * length)
-    lengths = tuple(dict.fromkeys(comparable_length(n, heads=checkpoint.config.model.heads) for n in wanted))
+    wanted = (length, COMPARED_MULTIPLE * length)
+    limit = exporter.length_limit(checkpoint.config.model)
+    # Without duplicates: both lengths may be over the limit.
+    lengths = tuple(dict.fromkeys(min(length, limit.tokens) for length in wanted))
     held_out = _held_out_tokens(checkpoint, count=lengths[-1])
     tokens = _random_tokens(checkpoint, count=lengths[-1]) if held_out is None else held_out
     tokenizer = Tokenizer.load(checkpoint.tokenizer)
-    texts = TRICKY if held_out is None else (*TRICKY, tokenizer.decode(held_out.tolist()))
-    compared = compare_tokenizers(folder, tokenizer=tokenizer, texts=texts)
-    parity = compare_logits(folder, logits=model.logits, tokens=tokens, lengths=lengths)
-    return Exported(folder=out, logits=parity, asked_length=wanted[-1], texts=compared, real_text=held_out is not None)
+    texts = EDGE_CASE_TEXTS if held_out is None else (*EDGE_CASE_TEXTS, tokenizer.decode(held_out.tolist()))
+    compared = compare_tokenizers(tokenizer, exported=exporter.read_tokenizer(folder), texts=texts)
+    parity = compare_logits(model.logits, exported=exporter.read_logits(folder), tokens=tokens, lengths=lengths)
+    return ExportResult(
+        folder=out,
+        logits=parity,
+        wanted_length=wanted[-1],
+        limit=limit,
+        texts=compared,
+        held_out=held_out is not None,
+    )
 
 
 def _held_out_tokens(checkpoint: Checkpoint, *, count: int) -> torch.Tensor | None:
-    """Return the first held-out tokens, [count], or None where there are not as many."""
+    """Return the first held-out tokens, [count] int64, or None if there are fewer or the data is missing."""
     try:
         tokens = held_out_text(checkpoint).tokens[:count]
     except InputError:
-        # the data may have stayed on another machine; random tokens compare as well
+        # The data may be on another machine. Random tokens compare the logits as well.
         return None
     return torch.from_numpy(tokens.copy()) if len(tokens) == count else None
 

@@ -1,4 +1,4 @@
-"""A trained decoder in one process, for evaluation, export and generation: no engine, no ranks."""
+"""A trained decoder in one process, for evaluation, export and generation: no engine, no other ranks."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ class SingleModel:
     """A decoder with whole weights on one device.
 
     Attributes:
-        certificate: What its positions were measured to be.
+        certificate: What was measured of its positions.
     """
 
     def __init__(self, decoder: Decoder, *, device: torch.device, certificate: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ class SingleModel:
 
         Args:
             tokens: Those that follow the ones in the cache, [batch, new] int64.
-            cache: What was seen before; the new tokens are in it afterwards.
+            cache: What was seen before; the new tokens are added to it.
         """
         x = self._decoder.hidden(tokens.to(self._device), cache)
         return self._decoder.logits(x[:, -1]).cpu()
@@ -69,10 +69,10 @@ class SingleModel:
 def load_single(checkpoint: Checkpoint) -> SingleModel:
     """Return the model of a checkpoint of any layout, in fp32 and by the default attention, whatever it trained with.
 
-    `reference` is no exception: it writes all scores out, which no evaluation at length could hold.
+    Also where it trained with `reference`, which computes all scores at once: no evaluation at length could hold them.
 
     Raises:
-        TrainshortError: its positions are not what they must be; see `training.model.proof.certificate`.
+        TrainshortError: its positions are wrong; see `training.model.proof.certificate`.
     """
     model = checkpoint.config.model.model_copy(update={"attention": "auto"})
     decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
@@ -81,7 +81,7 @@ def load_single(checkpoint: Checkpoint) -> SingleModel:
     device = start_alone()
     decoder.to(device)
     certificates = certify(
-        decoder, model, groups=lone_groups(), dtype=torch.float32, device=device, otherwise=READ_OTHERWISE
+        decoder, model, groups=lone_groups(), precision="fp32", device=device, otherwise=READ_OTHERWISE
     )
     return SingleModel(decoder, device=device, certificate=certificates_to_json(certificates, model))
 

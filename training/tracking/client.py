@@ -1,44 +1,51 @@
-"""One MLflow run, through MLflow's client: the only module that imports mlflow.
+"""Access one MLflow run. This is the only module that imports mlflow.
 
-Everything here may block for seconds, and raises what MLflow, its database driver or the network raise;
-`training.tracking.tracker` keeps both away from training.
+Every call may block for seconds, and may raise any error of MLflow, its database driver or the network.
+`training.tracking.tracker` shields training from both.
 """
 
 import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from training.tracking.record import RunRecord, artifact_location, read_record, without_password, write_record
 
-# MLflow's own limits of one request
-_METRICS_A_BATCH = 1000
-_PARAMS_A_BATCH = 100
+# MLflow's limits per request
+_METRICS_PER_REQUEST = 1000
+_PARAMS_PER_REQUEST = 100
+# A tag of the run with the last logged step of each metric, as JSON
 _LOGGED_STEPS = "trainshort.logged_steps"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The values of one step, and when they were measured (milliseconds since the epoch)."""
+class StepMetrics:
+    """Metrics of one step.
+
+    Attributes:
+        step: The step.
+        timestamp_ms: When they were measured, in milliseconds since the epoch.
+        values: Value of each metric by name.
+    """
 
     step: int
-    at_ms: int
+    timestamp_ms: int
     values: dict[str, float]
 
 
 @dataclass(frozen=True)
 class TrackingTarget:
-    """Where a run folder's MLflow run lives.
+    """Server, experiment and name of a run folder's MLflow run.
 
     Attributes:
         run_dir: The run folder.
         name: The run's name in MLflow.
         experiment: The experiment's name.
         uri: The tracking URI.
-        is_default: Whether the URI is the one of the sqlite file beside the run folder.
+        is_default: Whether the URI is that of the sqlite file beside the run folder.
     """
 
     run_dir: Path
@@ -49,22 +56,22 @@ class TrackingTarget:
 
     @property
     def recorded_uri(self) -> str | None:
-        """The URI as the run folder's record has it."""
+        """The URI as the run folder's record holds it."""
         return None if self.is_default else without_password(self.uri)
 
 
-def quiet_mlflow() -> None:
-    """Set MLflow's defaults for a job that must not wait for it or talk to others; what a user set stays.
+def set_mlflow_defaults() -> None:
+    """Set defaults with which MLflow neither blocks training for long nor sends telemetry; the user's settings win.
 
     Call it before mlflow is imported: it reads some of these at import.
     """
-    # mlflow knows no other way to say this: its settings are environment variables of its own
+    # mlflow has no other interface for these settings than environment variables
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
-        # the tracker tries again by itself, later; MLflow's defaults are 120 s, seven times over
+        # the tracker retries by itself; MLflow's defaults are 120 s and seven retries
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }.items():
@@ -72,7 +79,7 @@ def quiet_mlflow() -> None:
 
 
 class MlflowRun:
-    """An open MLflow run. One thread uses it."""
+    """An open MLflow run. Not safe to use from several threads."""
 
     def __init__(self, client: Any, run_id: str, *, logged_steps: dict[str, int]) -> None:
         self._client = client
@@ -80,34 +87,34 @@ class MlflowRun:
         self._logged_steps = logged_steps
 
     def log_params(self, params: dict[str, str]) -> None:
-        """Log parameters. MLflow's cannot change: of a resumed run's, a changed one becomes a tag."""
+        """Log parameters. MLflow does not let them change: if a resumed run changes one, it is logged as a tag."""
         from mlflow.entities import Param, RunTag
 
         known = self._client.get_run(self._run_id).data.params
         new = [Param(key, value) for key, value in params.items() if key not in known]
         changed = [RunTag(f"resumed.{key}", value) for key, value in params.items() if known.get(key, value) != value]
-        for first in range(0, len(new), _PARAMS_A_BATCH):
-            self._client.log_batch(self._run_id, params=new[first : first + _PARAMS_A_BATCH])
-        for first in range(0, len(changed), _PARAMS_A_BATCH):
-            self._client.log_batch(self._run_id, tags=changed[first : first + _PARAMS_A_BATCH])
+        for first in range(0, len(new), _PARAMS_PER_REQUEST):
+            self._client.log_batch(self._run_id, params=new[first : first + _PARAMS_PER_REQUEST])
+        for first in range(0, len(changed), _PARAMS_PER_REQUEST):
+            self._client.log_batch(self._run_id, tags=changed[first : first + _PARAMS_PER_REQUEST])
 
-    def log_once(self, measured: Sequence[Measured]) -> None:
-        """Log metrics but those whose step was already logged, here or before a restart."""
+    def log_new(self, metrics: Sequence[StepMetrics]) -> None:
+        """Log metrics, except those of steps already logged, by this process or before a restart."""
         from mlflow.entities import RunTag
 
-        reached = dict(self._logged_steps)
-        fresh = []
-        for one in measured:
-            values = {key: value for key, value in one.values.items() if one.step > reached.get(key, -1)}
-            reached.update(dict.fromkeys(values, one.step))
-            fresh.append(Measured(step=one.step, at_ms=one.at_ms, values=values))
-        # the steps reached travel with the metrics: a resumed run learns them from the server in one request
-        self._log(fresh, tags=[RunTag(_LOGGED_STEPS, json.dumps(reached))])
-        self._logged_steps = reached
+        logged_steps = dict(self._logged_steps)
+        new = []
+        for metric in metrics:
+            values = {key: value for key, value in metric.values.items() if metric.step > logged_steps.get(key, -1)}
+            logged_steps.update(dict.fromkeys(values, metric.step))
+            new.append(replace(metric, values=values))
+        # the last steps are sent with the metrics, so that a resumed run gets them from the server in one request
+        self._log(new, tags=[RunTag(_LOGGED_STEPS, json.dumps(logged_steps))])
+        self._logged_steps = logged_steps
 
-    def log(self, measured: Sequence[Measured]) -> None:
-        """Log metrics, those of a step already logged again."""
-        self._log(measured, tags=[])
+    def log(self, metrics: Sequence[StepMetrics]) -> None:
+        """Log metrics, also of steps already logged."""
+        self._log(metrics, tags=[])
 
     def log_artifact(self, path: Path, *, folder: str | None) -> None:
         """Copy a file to the run's artifacts."""
@@ -117,55 +124,59 @@ class MlflowRun:
         """End the run as FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self._run_id, status=status)
 
-    def _log(self, measured: Sequence[Measured], *, tags: list[Any]) -> None:
+    def _log(self, metrics: Sequence[StepMetrics], *, tags: list[Any]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(key, value, one.at_ms, one.step) for one in measured for key, value in one.values.items()]
-        # the tags go with the last batch: they say that everything before is there
-        room = _METRICS_A_BATCH - len(tags)
-        for first in range(0, len(metrics), room):
-            last = first + room >= len(metrics)
-            self._client.log_batch(self._run_id, metrics=metrics[first : first + room], tags=tags if last else [])
+        entities = [
+            Metric(key, value, metric.timestamp_ms, metric.step)
+            for metric in metrics
+            for key, value in metric.values.items()
+        ]
+        # the tags are sent with the last batch: they state that everything before was logged
+        size = _METRICS_PER_REQUEST - len(tags)
+        for first in range(0, len(entities), size):
+            last = first + size >= len(entities)
+            self._client.log_batch(self._run_id, metrics=entities[first : first + size], tags=tags if last else [])
 
 
-def open_run(place: TrackingTarget) -> MlflowRun:
-    """Return the run folder's MLflow run, RUNNING: the one its record names, else a new one."""
-    client = _client(place.uri)
-    record = read_record(place.run_dir)
-    if record is not None and record.uri == place.recorded_uri:
-        found = _find(client, record.run_id)
-        if found is not None:
+def open_run(target: TrackingTarget) -> MlflowRun:
+    """Return the run folder's MLflow run with status RUNNING: the recorded one, else a new one."""
+    client = _client(target.uri)
+    record = read_record(target.run_dir)
+    if record is not None and record.uri == target.recorded_uri:
+        recorded = _find_run(client, record.run_id)
+        if recorded is not None:
             client.update_run(record.run_id, status="RUNNING")
-            return MlflowRun(client, record.run_id, logged_steps=_steps(found))
-    experiment = client.get_experiment_by_name(place.experiment)
+            return MlflowRun(client, record.run_id, logged_steps=_read_logged_steps(recorded))
+    experiment = client.get_experiment_by_name(target.experiment)
     experiment_id = (
-        client.create_experiment(place.experiment, artifact_location=artifact_location(place.uri))
+        client.create_experiment(target.experiment, artifact_location=artifact_location(target.uri))
         if experiment is None
         else experiment.experiment_id
     )
-    created = client.create_run(experiment_id, run_name=place.name, tags={"run_dir": str(place.run_dir.absolute())})
+    created = client.create_run(experiment_id, run_name=target.name, tags={"run_dir": str(target.run_dir.absolute())})
     run_id = created.info.run_id
-    write_record(place.run_dir, RunRecord(run_id=run_id, uri=place.recorded_uri))
+    write_record(target.run_dir, RunRecord(run_id=run_id, uri=target.recorded_uri))
     return MlflowRun(client, run_id, logged_steps={})
 
 
-def open_recorded_run(place: TrackingTarget) -> MlflowRun:
-    """Return the MLflow run that the run folder's record names, its status left as it is.
+def open_recorded_run(target: TrackingTarget) -> MlflowRun:
+    """Return the run folder's recorded MLflow run, without changing its status.
 
     Raises:
-        LookupError: there is no such record, or no such run on the server.
+        LookupError: the folder has no record, or the server no longer has the run.
     """
-    record = read_record(place.run_dir)
-    if record is None or record.uri != place.recorded_uri:
-        raise LookupError(f"{place.run_dir} names no run at {without_password(place.uri)}")
-    client = _client(place.uri)
-    if _find(client, record.run_id) is None:
+    record = read_record(target.run_dir)
+    if record is None or record.uri != target.recorded_uri:
+        raise LookupError(f"{target.run_dir} names no run at {without_password(target.uri)}")
+    client = _client(target.uri)
+    if _find_run(client, record.run_id) is None:
         raise LookupError(f"run {record.run_id} is not there any more")
     return MlflowRun(client, record.run_id, logged_steps={})
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether an error may go away by itself: no connection, a locked database, a server that restarts."""
+    """Return whether an error may pass by itself: no connection, a locked database, a server that restarts."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
@@ -174,7 +185,7 @@ def is_outage(error: Exception) -> bool:
 
 
 def import_client() -> type[Any]:
-    """Import mlflow, which takes seconds, and return its client's class."""
+    """Import mlflow, which takes seconds, and return its client class."""
     from mlflow.tracking import MlflowClient
 
     return MlflowClient
@@ -182,12 +193,12 @@ def import_client() -> type[Any]:
 
 def _client(uri: str) -> Any:
     client = import_client()
-    # one line for every migration of a new database
+    # it logs one line per migration of a new database
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return client(tracking_uri=uri)
 
 
-def _find(client: Any, run_id: str) -> Any | None:
+def _find_run(client: Any, run_id: str) -> Any | None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -199,5 +210,5 @@ def _find(client: Any, run_id: str) -> Any | None:
     return run if run.info.lifecycle_stage == "active" else None
 
 
-def _steps(run: Any) -> dict[str, int]:
+def _read_logged_steps(run: Any) -> dict[str, int]:
     return {str(key): int(step) for key, step in json.loads(run.data.tags.get(_LOGGED_STEPS, "{}")).items()}

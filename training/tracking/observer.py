@@ -1,4 +1,4 @@
-"""The observer that sends each step to MLflow."""
+"""Observer that sends each step to MLflow."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from training.tracking.tracker import MlflowTracker
 
 
 class TrackingObserver:
-    """One MLflow run per run folder: parameters, config and certificate at the start, metrics each step."""
+    """Log a run to MLflow: parameters, config and certificate at the start, metrics at each step."""
 
     def __init__(self, config: RunConfig, *, run_dir: Path, certificate: Path) -> None:
         self._tracker = MlflowTracker(
@@ -19,14 +19,14 @@ class TrackingObserver:
         self._tracker.artifact(certificate)
 
     def on_step(self, result: StepResult) -> None:
-        """Queue the step's values; the tracker's own thread sends them."""
+        """Queue the step's values; the tracker's thread sends them."""
         self._tracker.metrics(result.step, result.values())
 
     def before_save(self) -> None:
-        """Wait for nothing: the server may be away."""
+        """Do nothing: a save must not wait for a server that may be down."""
 
     def close(self, status: Status) -> None:
-        """Send the rest and end the MLflow run with a true status; leave it to the newer start where there is one."""
+        """Send the rest and end the MLflow run with this status; a superseded start leaves the run to the newer one."""
         if status == "SUPERSEDED":
             return
         self._tracker.finish(status)

@@ -1,4 +1,4 @@
-"""Which MLflow run belongs to a run folder: one, kept in RUN_DIR/mlflow_run.json."""
+"""Record of a run folder's one MLflow run: RUN_DIR/mlflow_run.json."""
 
 import json
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class RunRecord:
     """The MLflow run of a run folder.
 
     Attributes:
-        run_id: MLflow's name of the run.
-        uri: The server, without user and password; None for the sqlite file beside the run folder, so that the
-            folders may be moved together.
+        run_id: MLflow's id of the run.
+        uri: The server, without user and password. None for the sqlite file beside the run folder: the two may be
+            moved together.
     """
 
     run_id: str
@@ -29,14 +29,14 @@ def default_uri(run_dir: Path) -> str:
 
 
 def artifact_location(uri: str) -> str | None:
-    """Return where a new experiment keeps its files: beside a sqlite file, else where the server says (None)."""
+    """Return where a new experiment stores its artifacts: beside a sqlite file, else the server's choice (None)."""
     if not uri.startswith("sqlite:///"):
         return None
     return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
 
 
 def without_password(uri: str) -> str:
-    """Return a URI without the user and password that it may carry."""
+    """Return a URI without its user and password."""
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
         return uri
@@ -44,24 +44,24 @@ def without_password(uri: str) -> str:
 
 
 def read_record(run_dir: Path) -> RunRecord | None:
-    """Return the run that a run folder names, or None where it names none that can be read."""
+    """Return the record of a run folder, or None if there is none or it is broken."""
     try:
-        found = json.loads((run_dir / "mlflow_run.json").read_text(encoding="utf-8"))
-        return RunRecord(run_id=str(found["run_id"]), uri=found["uri"])
+        document = json.loads((run_dir / "mlflow_run.json").read_text(encoding="utf-8"))
+        return RunRecord(run_id=str(document["run_id"]), uri=document["uri"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_record(run_dir: Path, record: RunRecord) -> None:
-    """Write the run that a run folder names, whole or not at all."""
+    """Write the record of a run folder atomically."""
     with whole_file(run_dir / "mlflow_run.json") as temporary:
         temporary.write_text(json.dumps({"run_id": record.run_id, "uri": record.uri}) + "\n", encoding="utf-8")
 
 
 def flatten(params: dict[str, Any]) -> dict[str, str]:
-    """Return nested values as dotted keys: {"model": {"heads": 4}} gives {"model.heads": "4"}.
+    """Return nested values with dotted keys: {"model": {"heads": 4}} becomes {"model.heads": "4"}.
 
-    Lists become JSON. MLflow refuses values over 6000 characters and keys over 250, so both are cut there.
+    Lists become JSON. Keys are cut at 250 characters and values at 6000, which are MLflow's limits.
     """
     flat: dict[str, str] = {}
     for key, value in params.items():

@@ -1,4 +1,4 @@
-"""An MLflow observer that cannot hurt training: it never blocks and never raises."""
+"""Send metrics and files to MLflow from a background thread that never blocks training and never raises."""
 
 import logging
 import queue
@@ -13,25 +13,25 @@ from typing import Any
 
 from training.observers import Status
 from training.tracking.client import (
-    Measured,
     MlflowRun,
+    StepMetrics,
     TrackingTarget,
     import_client,
     is_outage,
     open_recorded_run,
     open_run,
-    quiet_mlflow,
+    set_mlflow_defaults,
 )
 from training.tracking.record import default_uri, flatten, read_record, without_password
 
 _logger = logging.getLogger(__name__)
 
-# metrics of this many seconds go out together: a request a step would take the interpreter from training
-_GATHER_SECONDS = 2.0
-_FIRST_PAUSE_SECONDS = 5.0
+# one request for all metrics of this time: a request per step would hold the interpreter lock too often
+_BATCH_SECONDS = 2.0
+# the pauses between tries double from the tracker's first one up to this
 _LONGEST_PAUSE_SECONDS = 300.0
-# what an outage may pile up; metrics.jsonl holds all of it anyway
-_MOST_WAITING = 100_000
+# bounds the memory that an outage takes; metrics.jsonl has everything anyway
+_MAX_WAITING_RECORDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,39 @@ class _Close:
     status: Status | None
 
 
-_Record = _Start | Measured | _Artifact | _Close
+_Record = _Start | StepMetrics | _Artifact | _Close
 
 
 class MlflowTracker:
-    """Sends what it is told to the MLflow run of a run folder, from a thread of its own.
+    """Send metrics and files to the MLflow run of a run folder, from a background thread.
 
-    Build it on rank 0 only, and `start` it when the modules that training needs are imported: the thread imports
-    mlflow, which takes seconds. While a server does not answer, one warning says so, records are kept, and the
-    thread tries again with growing pauses.
+    Build it on rank 0 only, and call `start` after training's modules are imported: the thread imports mlflow, which
+    takes seconds. While the server does not answer, the tracker warns once, keeps the records, and retries with
+    growing pauses.
     """
 
-    def __init__(self, run_dir: Path, *, name: str, experiment: str, uri: str | None, attached: bool = False) -> None:
-        """Prepare; nothing is sent before `start`.
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        name: str,
+        experiment: str,
+        uri: str | None,
+        attached: bool = False,
+        first_pause_seconds: float = 5.0,
+    ) -> None:
+        """Build the tracker; it sends nothing before `start`.
 
         Args:
-            run_dir: The run folder; it names its MLflow run in mlflow_run.json.
+            run_dir: The run folder, which records its MLflow run in mlflow_run.json.
             name: The run's name in MLflow.
             experiment: The experiment's name.
             uri: Tracking URI; None for a sqlite file beside the run folder.
-            attached: Only add to a run that exists, and leave its status alone: see `attach`.
+            attached: Add to an existing run and keep its status, as in `attach`.
+            first_pause_seconds: Pause before the first retry when the server does not answer.
         """
-        quiet_mlflow()
-        place = TrackingTarget(
+        set_mlflow_defaults()
+        target = TrackingTarget(
             run_dir=run_dir,
             name=name,
             experiment=experiment,
@@ -81,7 +91,7 @@ class MlflowTracker:
             is_default=uri is None,
         )
         self._queue: queue.SimpleQueue[_Record] = queue.SimpleQueue()
-        self._sender = _Sender(place, self._queue, attached=attached)
+        self._sender = _Sender(target, self._queue, attached=attached, first_pause_seconds=first_pause_seconds)
         self._thread = threading.Thread(target=self._sender.run, name="mlflow", daemon=True)
         if attached:
             self._thread.start()
@@ -97,45 +107,45 @@ class MlflowTracker:
         self._thread.start()
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Log the values of a step; a None is left out. Steps already logged are not logged twice."""
+        """Log the values of a step, leaving out those that are None. A step already logged is not logged again."""
         known = {key: float(value) for key, value in values.items() if value is not None}
-        self._put(Measured(step=step, at_ms=time.time_ns() // 1_000_000, values=known))
+        self._put(StepMetrics(step=step, timestamp_ms=time.time_ns() // 1_000_000, values=known))
 
     def artifact(self, path: Path, *, folder: str | None = None) -> None:
-        """Log a file, under a folder of the run's artifacts."""
+        """Log a file, in a folder of the run's artifacts."""
         self._put(_Artifact(path=path, folder=folder))
 
     def finish(self, status: Status, *, wait_seconds: float = 30.0) -> None:
-        """Send the rest and end the run, waiting no longer than `wait_seconds`."""
+        """Send the rest and end the run; wait at most `wait_seconds`."""
         self._close(_Close(status=status), wait_seconds=wait_seconds)
 
     def close(self, *, wait_seconds: float = 30.0) -> None:
-        """Send the rest and leave the run's status as it is, waiting no longer than `wait_seconds`."""
+        """Send the rest and keep the run's status; wait at most `wait_seconds`."""
         self._close(_Close(status=None), wait_seconds=wait_seconds)
 
     def _close(self, record: _Close, *, wait_seconds: float) -> None:
         if not self._thread.is_alive():
-            return  # never started, or closed before
+            return  # never started, or already closed
         self._put(record)
         self._thread.join(wait_seconds)
         if self._thread.is_alive():
             self._sender.warn(f"took longer than {wait_seconds:g} s to end the run: its last records may be missing")
 
     def _put(self, record: _Record) -> None:
-        if self._sender.waiting >= _MOST_WAITING and not isinstance(record, _Close):
-            self._sender.warn(f"has {_MOST_WAITING} records waiting: further ones are dropped")
+        if self._sender.waiting >= _MAX_WAITING_RECORDS and not isinstance(record, _Close):
+            self._sender.warn(f"has {_MAX_WAITING_RECORDS} records waiting: further ones are dropped")
         else:
             self._queue.put(record)
 
 
 def attach(run_dir: Path, *, uri: str | None) -> MlflowTracker | None:
-    """Return a tracker that adds to the MLflow run of a run folder, or None where there is none.
+    """Return a tracker that adds to the MLflow run of a run folder, or None if there is no such run.
 
-    It sends metrics of any step, also a second time, and is ended by `close`.
+    It logs metrics of any step, also of steps already logged. End it with `close`.
 
     Args:
         run_dir: The run folder.
-        uri: Tracking URI, as the run was started with.
+        uri: Tracking URI that the run was started with.
     """
     if read_record(run_dir) is None:
         return None
@@ -143,46 +153,55 @@ def attach(run_dir: Path, *, uri: str | None) -> MlflowTracker | None:
 
 
 class _Sender:
-    """The thread's side: takes records from the queue in order, and keeps them until they are sent."""
+    """Take records from the queue in order, and keep each one until it is sent. Runs in the background thread."""
 
-    def __init__(self, place: TrackingTarget, records: queue.SimpleQueue[_Record], *, attached: bool) -> None:
-        self._place = place
+    def __init__(
+        self,
+        target: TrackingTarget,
+        records: queue.SimpleQueue[_Record],
+        *,
+        attached: bool,
+        first_pause_seconds: float,
+    ) -> None:
+        self._target = target
         self._queue = records
         self._attached = attached
+        self._first_pause_seconds = first_pause_seconds
         self._pending: deque[_Record] = deque()
         self._run: MlflowRun | None = None
+        # 0 while the server answers
         self._pause_seconds = 0.0
         self._warned = threading.Event()
         self._done = False
 
     @property
     def waiting(self) -> int:
-        """Records not sent yet."""
+        """Number of records not sent yet."""
         return self._queue.qsize() + len(self._pending)
 
     def run(self) -> None:
-        """Send until a record closes the run."""
-        with suppress(ImportError):  # said when a record is to be sent
+        """Send records until one closes the run."""
+        with suppress(ImportError):  # reported when the first record is sent
             import_client()
         while not self._done:
             self._collect()
             try:
                 self._send()
                 self._pause_seconds = 0.0
-            except Exception as error:  # noqa: BLE001  whatever MLflow raises, training must not notice
-                self._fail(error)
+            except Exception as error:  # noqa: BLE001  no error of MLflow may reach training
+                self._handle_error(error)
 
-    def warn(self, what: str) -> None:
-        """Warn once in the life of this tracker: training's log is not the place for each lost request."""
+    def warn(self, problem: str) -> None:
+        """Log a warning once per tracker: one per failed request would flood training's log."""
         if not self._warned.is_set():
             self._warned.set()
-            _logger.warning("MLflow at %s %s", without_password(self._place.uri), what)
+            _logger.warning("MLflow at %s %s", without_password(self._target.uri), problem)
 
     def _collect(self) -> None:
-        """Move records from the queue to the pending ones until it is time to send."""
+        """Move records from the queue to the pending ones until they should be sent."""
         if not self._pending:
             self._pending.append(self._queue.get())
-        deadline = time.monotonic() + (self._pause_seconds or _GATHER_SECONDS)
+        deadline = time.monotonic() + (self._pause_seconds or _BATCH_SECONDS)
         while not self._is_urgent(self._pending[-1]):
             try:
                 self._pending.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
@@ -190,15 +209,15 @@ class _Sender:
                 return
 
     def _is_urgent(self, record: _Record) -> bool:
-        """Return whether a record cannot wait: the last one, and in good times all but metrics."""
-        return isinstance(record, _Close) or (self._pause_seconds == 0.0 and not isinstance(record, Measured))
+        """Return whether to send now: for the last record, and for all but metrics while the server answers."""
+        return isinstance(record, _Close) or (self._pause_seconds == 0.0 and not isinstance(record, StepMetrics))
 
     def _send(self) -> None:
         while self._pending:
             if self._run is None:
-                self._run = open_recorded_run(self._place) if self._attached else open_run(self._place)
+                self._run = open_recorded_run(self._target) if self._attached else open_run(self._target)
             record = self._pending[0]
-            if isinstance(record, Measured):
+            if isinstance(record, StepMetrics):
                 self._send_metrics(self._run)
                 continue
             if isinstance(record, _Start):
@@ -210,45 +229,46 @@ class _Sender:
                 if record.status is not None:
                     self._run.terminate(record.status)
                 self._done = True
-            self._pending.popleft()
+            self._pending.popleft()  # after the send: a failed record stays for the retry
 
     def _send_metrics(self, run: MlflowRun) -> None:
-        together: list[Measured] = []
+        """Send the pending metrics up to the next other record in one batch."""
+        batch: list[StepMetrics] = []
         for record in self._pending:
-            if not isinstance(record, Measured):
+            if not isinstance(record, StepMetrics):
                 break
-            together.append(record)
+            batch.append(record)
         if self._attached:
-            run.log(together)
+            run.log(batch)
         else:
-            run.log_once(together)
-        for _ in together:
+            run.log_new(batch)
+        for _ in batch:
             self._pending.popleft()
 
-    def _fail(self, error: Exception) -> None:
-        """Keep the records for later where that may help, else drop what was refused."""
+    def _handle_error(self, error: Exception) -> None:
+        """Keep the records if the error may pass, otherwise drop the refused one."""
         reason = " ".join(str(error).split())[:200]
         closing = isinstance(self._pending[-1], _Close)
-        if _can_wait(error) and closing:
+        if _may_pass(error) and closing:
             self.warn(f"cannot be reached ({reason}): {len(self._pending) - 1} records are missing there")
             self._done = True
-        elif _can_wait(error):
-            self.warn(f"cannot be reached ({reason}): training goes on, and what is logged is sent when it answers")
-            self._pause_seconds = min(max(2 * self._pause_seconds, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+        elif _may_pass(error):
+            self.warn(f"cannot be reached ({reason}): training continues, and the records are sent when it answers")
+            self._pause_seconds = min(max(2 * self._pause_seconds, self._first_pause_seconds), _LONGEST_PAUSE_SECONDS)
         elif self._run is None:
-            self.warn(f"does not take this run ({reason}): nothing is logged there")
+            self.warn(f"refuses this run ({reason}): nothing is logged there")
             self._done = closing or self._drop_all()
         else:
-            self.warn(f"does not take a record ({reason}): it is dropped")
+            self.warn(f"refuses a record ({reason}): it is dropped")
             self._pending.popleft()
 
     def _drop_all(self) -> bool:
-        """Take records without sending them until one closes the run; return True then."""
+        """Drop records until one closes the run, then return True."""
         while not isinstance(self._queue.get(), _Close):
             pass
         return True
 
 
-def _can_wait(error: Exception) -> bool:
-    """Return whether what failed may work later; a file that is gone or an mlflow that is broken will not."""
+def _may_pass(error: Exception) -> bool:
+    """Return whether a retry may succeed. A deleted file or a broken mlflow stays as it is."""
     return not isinstance(error, FileNotFoundError | ImportError) and is_outage(error)

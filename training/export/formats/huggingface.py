@@ -1,21 +1,31 @@
-"""A trained model as a folder that transformers and vLLM load: BloomForCausalLM."""
+"""Hugging Face format: a folder that transformers and vLLM load as BloomForCausalLM.
 
+`HuggingFaceFormat` writes the folder and reads it back with transformers. `generate_text` generates from the folder
+with transformers alone, which shows that the export can be served.
+"""
+
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
 
-from configs.errors import InputError
+from configs.errors import InputError, TrainshortError
 from configs.schema import Model
 from data_pipeline.vocabulary import Vocabulary
+from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import write_tokenizer
+from training.export.parity import COMPARED_MULTIPLE
 
-# an exported model's logits are compared up to this many times the training length
-LONGEST_COMPARED = 4
+# Transformers' Bloom materializes the attention scores of a layer, [heads, seq, seq] fp32.
+_MOST_SCORE_BYTES = 2_000_000_000
 
 _TOP = {
     "embedding.word.weight": "word_embeddings.weight",
@@ -32,52 +42,107 @@ _BLOCK = {
 }
 
 
-def require_bloom(model: Model) -> None:
-    """Refuse what BloomForCausalLM cannot express, every point of it by name.
+class HuggingFaceFormat:
+    """Implement `ExportFormat` for BloomForCausalLM; transformers reads it back.
 
-    Raises:
-        InputError: names each key, its value, and what the format holds.
+    Attributes:
+        families: Values of model.family that it holds.
+        positions: Values of model.position that it holds.
     """
-    wrong = []
-    if model.family != "bloom":
-        wrong.append(f"model.family {model.family} (it holds bloom)")
-    if model.position != "alibi":
-        wrong.append(f"model.position {model.position} (it holds alibi)")
-    if model.inner != 4 * model.hidden:
-        wrong.append(f"model.feed_forward {model.inner} (it holds 4 x hidden, {4 * model.hidden})")
-    if wrong:
-        raise InputError(f"the Hugging Face Bloom format cannot hold {'; '.join(wrong)}: this model cannot be exported")
 
+    families = ("bloom",)
+    positions = ("alibi",)
 
-def fill_folder(
-    folder: Path,
-    *,
-    weights: Mapping[str, torch.Tensor],
-    model: Model,
-    vocab_size: int,
-    tokenizer: Path,
-    sequence_length: int,
-) -> None:
-    """Write the files of a Hugging Face model into a folder that exists."""
-    pieces = write_tokenizer(tokenizer, folder)
-    if len(pieces) > vocab_size:
-        raise InputError(
-            f"tokenizer {tokenizer} has {len(pieces)} pieces, the model's embedding {vocab_size} rows: "
-            "give the tokenizer that the model was trained with"
+    def check(self, model: Model) -> None:
+        """Refuse a model that BloomForCausalLM cannot express; see `ExportFormat`."""
+        problems = []
+        if model.family not in self.families:
+            problems.append(f"model.family {model.family} (it holds {' or '.join(self.families)})")
+        if model.position not in self.positions:
+            problems.append(f"model.position {model.position} (it holds {' or '.join(self.positions)})")
+        if model.inner != 4 * model.hidden:
+            problems.append(f"model.feed_forward {model.inner} (it holds 4 x hidden, {4 * model.hidden})")
+        if problems:
+            raise InputError(
+                f"the Hugging Face Bloom format cannot hold {'; '.join(problems)}: this model cannot be exported"
+            )
+
+    def write(
+        self,
+        folder: Path,
+        *,
+        weights: Mapping[str, Tensor],
+        model: Model,
+        vocab_size: int,
+        tokenizer: Path,
+        sequence_length: int,
+    ) -> None:
+        """Write safetensors, configuration and tokenizer; see `ExportFormat`.
+
+        Raises:
+            InputError: the tokenizer cannot be written with the same ids, or has more pieces than the embedding rows.
+        """
+        vocabulary = write_tokenizer(tokenizer, folder)
+        if len(vocabulary) > vocab_size:
+            raise InputError(
+                f"tokenizer {tokenizer} has {len(vocabulary)} pieces, the model's embedding {vocab_size} rows: "
+                "give the tokenizer that the model was trained with"
+            )
+        config = _bloom_config(model, vocab_size=vocab_size, sequence_length=sequence_length, vocabulary=vocabulary)
+        config.save_pretrained(folder)
+        generation: Any = GenerationConfig  # untyped in transformers
+        ids = {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+        }
+        generation(**ids).save_pretrained(folder)
+        renamed = {huggingface_name(name): weight.contiguous() for name, weight in weights.items()}
+        _require_whole(renamed, config)
+        # No lm_head.weight: it is tied to the word embedding, and transformers ties it again when it loads.
+        save_torch_state_dict(renamed, folder, max_shard_size="5GB", metadata={"format": "pt"})
+
+    def length_limit(self, model: Model) -> LengthLimit:
+        """Return the length at which a layer's attention scores take 2 GB; see `ExportFormat`."""
+        # scores: 4 bytes x heads x seq x seq
+        return LengthLimit(
+            tokens=math.isqrt(_MOST_SCORE_BYTES // (4 * model.heads)),
+            reason="transformers' attention scores would take over 2 GB",
         )
-    config = _config(model, vocab_size=vocab_size, sequence_length=sequence_length, pieces=pieces)
-    config.save_pretrained(folder)
-    generation: Any = GenerationConfig  # untyped in transformers
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    }
-    generation(**ids).save_pretrained(folder)
-    renamed = {huggingface_name(name): weight.contiguous() for name, weight in weights.items()}
-    _require_whole(renamed, config)
-    # the head is the word embedding: written once, tied again when loaded
-    save_torch_state_dict(renamed, folder, max_shard_size="5GB", metadata={"format": "pt"})
+
+    def read_tokenizer(self, folder: Path) -> "HuggingFaceTokenizer":
+        """Return the folder's tokenizer, loaded by transformers."""
+        return HuggingFaceTokenizer(folder)
+
+    def read_logits(self, folder: Path) -> Callable[[Tensor], Tensor]:
+        """Return the folder's model, loaded by transformers in fp32; see `ExportFormat`."""
+        model = load_exported(folder)
+
+        def logits(tokens: Tensor) -> Tensor:
+            result: Tensor = model(input_ids=tokens, use_cache=False).logits
+            return result
+
+        return logits
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer of an exported folder."""
+
+    def __init__(self, folder: Path) -> None:
+        with quiet_transformers():
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        with quiet_transformers():
+            # Without split_special_tokens, transformers parses "</s>" in a text as a token; sentencepiece never does.
+            ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        """Return the text of token ids."""
+        with quiet_transformers():
+            return str(self._tokenizer.decode(ids))
 
 
 def huggingface_name(name: str) -> str:
@@ -97,17 +162,74 @@ def huggingface_name(name: str) -> str:
     raise ValueError(f"parameter {name} has no place in BloomForCausalLM")
 
 
-def _require_whole(weights: Mapping[str, torch.Tensor], config: BloomConfig) -> None:
-    """Compare names and shapes with those of the model that transformers makes of the configuration."""
+def load_exported(folder: Path) -> Any:
+    """Return an exported folder's model as transformers loads it, in fp32.
+
+    Raises:
+        TrainshortError: transformers misses weights, or does not know some.
+    """
+    loader: Any = transformers.AutoModelForCausalLM  # its types leave out output_loading_info
+    with quiet_transformers():
+        model, loading = loader.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    wrong = sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]) + sorted(loading["mismatched_keys"])
+    if wrong:
+        raise TrainshortError(f"transformers cannot place these weights of the export: {wrong[:5]}; report this")
+    return model.eval()
+
+
+def generate_text(folder: Path, *, prompt: str, tokens: int) -> str:
+    """Return a prompt and its greedy continuation, generated by transformers.
+
+    Args:
+        folder: A folder that `export` wrote.
+        prompt: Text to continue; empty for the start of a document.
+        tokens: New tokens at most; generation stops at the end of the document.
+    Raises:
+        InputError: the folder holds no exported model, or tokens is below 1.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no exported model: give a folder that `trainshort export` wrote")
+    if tokens < 1:
+        raise InputError(f"tokens to generate must be 1 or more, got {tokens}")
+    model = load_exported(folder)
+    with quiet_transformers(), torch.no_grad():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Training data is documents separated by the end token, so that token also starts a document.
+        ids = tokenizer(prompt, split_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
+        inputs = torch.tensor([ids])
+        outputs = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(outputs[0].tolist(), skip_special_tokens=True))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and warnings off the standard error stream."""
+    logging: Any = transformers.utils.logging  # untyped
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _require_whole(weights: Mapping[str, Tensor], config: BloomConfig) -> None:
+    """Check names and shapes against the model that transformers builds from the configuration."""
+    # On the meta device, so that no memory is allocated for a second copy of the model.
     with torch.device("meta"):
-        wanted = {name: weight.shape for name, weight in BloomForCausalLM(config).state_dict().items()}
-    del wanted["lm_head.weight"]
-    found = {name: weight.shape for name, weight in weights.items()}
-    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        expected = {name: weight.shape for name, weight in BloomForCausalLM(config).state_dict().items()}
+    del expected["lm_head.weight"]
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    differing = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     assert not differing, f"weights that do not fit BloomForCausalLM: {differing[:5]}"
 
 
-def _config(model: Model, *, vocab_size: int, sequence_length: int, pieces: Vocabulary) -> BloomConfig:
+def _bloom_config(model: Model, *, vocab_size: int, sequence_length: int, vocabulary: Vocabulary) -> BloomConfig:
     settings: dict[str, Any] = {
         "architectures": ["BloomForCausalLM"],
         "vocab_size": vocab_size,
@@ -120,13 +242,14 @@ def _config(model: Model, *, vocab_size: int, sequence_length: int, pieces: Voca
         "attention_dropout": 0.0,
         "apply_residual_connection_post_layernorm": False,
         "tie_word_embeddings": True,
-        "bos_token_id": pieces.begin_id,
-        "eos_token_id": pieces.end_id,
-        "pad_token_id": pieces.pad_id if pieces.pad_id is not None else pieces.end_id,
+        "bos_token_id": vocabulary.begin_id,
+        "eos_token_id": vocabulary.end_id,
+        # Padding is masked, so any token will do.
+        "pad_token_id": vocabulary.pad_id if vocabulary.pad_id is not None else vocabulary.end_id,
         "dtype": "float32",
-        # transformers sets no limit; engines that do read seq_length, and ALiBi is there to go past the training
-        # length: as far as an export is compared
-        "seq_length": LONGEST_COMPARED * sequence_length,
+        # Transformers ignores seq_length, but other engines limit the context to it. ALiBi works past the training
+        # length, so set the longest length that an export is compared at.
+        "seq_length": COMPARED_MULTIPLE * sequence_length,
         "train_length": sequence_length,
     }
     return BloomConfig(**settings)

@@ -1,27 +1,31 @@
-"""What attention weights a backend computes, read off its outputs: the backend itself need not tell.
+"""The attention weights of a kernel, read from its outputs: the kernel need not return them.
 
-Values that each mark one key make the output of a query its weights. The certificate and the audit both read so.
+If each value vector marks one key, the output of a query is its weights. The certificate and the audit use this.
 """
 
 import torch
 from torch import Tensor
 
+from configs.precisions import PRECISIONS
 from training.model.attention import Attention
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# How far a row may be from the exact one, in total variation.
-ROW_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3}
 BATCH_ENTRIES = 2**22  # of the values, and of the scores, of one call: 16 MiB in fp32
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the type of the forward pass that a value of `train.precision` means."""
+    dtype: torch.dtype = getattr(torch, PRECISIONS[precision].dtype)
+    return dtype
 
 
 def read_rows(attend: Attention, q: Tensor, k: Tensor, *, first: int = 0) -> Tensor:
     """Return the weights of each query on the keys from `first` on.
 
-    The heads are as wide as in the run, so that the backend takes the kernel that it takes there. Each pass reads one
-    head_dim of keys; several passes are a batch.
+    The heads are as wide as in the run, so that torch picks the same kernel as there. Each pass reads head_dim keys;
+    several passes are a batch.
 
     Args:
-        attend: Any backend's attention.
+        attend: Any kernel.
         q: [1, heads, queries, head_dim].
         k: [1, heads, keys, head_dim].
         first: Number of the first key to read.
@@ -30,14 +34,14 @@ def read_rows(attend: Attention, q: Tensor, k: Tensor, *, first: int = 0) -> Ten
     """
     keys, width = k.shape[2], k.shape[3]
     passes = -(-(keys - first) // width)
-    # The values of all passes are windows on one column of zeros with one identity in it: each pass sees it `width`
-    # rows higher than the one before, so the last keys come first.
+    # The values of all passes are windows on one column of zeros with one identity matrix in it. Each pass sees the
+    # identity `width` rows higher than the pass before, so the last keys come first: hence the flip below.
     lowest = first + (passes - 1) * width
     column = torch.zeros(lowest + max(keys, width), width, dtype=k.dtype, device=k.device)
     column[lowest : lowest + width].fill_diagonal_(1.0)
     windows = column.unfold(0, keys, width)[:passes].mT[:, None].expand(-1, k.shape[1], -1, -1)
     at_once = max(1, BATCH_ENTRIES // (k.shape[1] * keys * max(width, q.shape[2])))
-    # Kernels get values of their own: what overlaps in memory has strides that no kernel must take.
+    # Copy each window: the windows overlap in memory, and no kernel promises to handle such strides.
     read = [
         attend(q.expand(len(v), -1, -1, -1), k.expand(len(v), -1, -1, -1), v.contiguous())
         for v in torch.split(windows, at_once)
@@ -54,9 +58,9 @@ def read_total(attend: Attention, q: Tensor, k: Tensor, *, before: int) -> Tenso
 
 
 def read_classes(attend: Attention, q: Tensor, k: Tensor) -> Tensor:
-    """Return the weights of each query on classes of keys, [heads, queries, head_dim] fp64, all read in one pass.
+    """Return the weights of each query on classes of keys, [heads, queries, head_dim] fp64, read in one pass.
 
-    A key's class is its number modulo head_dim; `in_classes` says what exact rows give to each. Shapes as above.
+    A key's class is its number modulo head_dim; `in_classes` sums exact rows alike. Shapes as above.
     """
     keys, width = k.shape[2], k.shape[3]
     marks = torch.eye(width, dtype=k.dtype, device=k.device).repeat(-(-keys // width), 1)[:keys]

@@ -1,17 +1,17 @@
-"""The precision audit: how far the attention that a backend really computes is from exact ALiBi, at any length.
+"""The precision audit: how far the attention that a backend computes is from exact ALiBi, at any length.
 
-Queries and keys are drawn so that q k^T / sqrt(d) ~ N(0, 1), rounded to the run's type, and given to the backend. The
-oracle takes the very same rounded numbers in fp64. What is between the two is what bias, softmax and sums lose.
+Draw queries and keys so that q k^T / sqrt(d) ~ N(0, 1), round them to the run's type, and give them to the backend.
+The oracle takes the same rounded numbers in fp64. The difference is what bias, softmax and sums lose.
 
-Two other forms of the bias stand beside it, each rounded to the run's type and all else exact, so that their loss is
-the rounding's alone:
+Two other forms of the bias stand beside it, each rounded to the run's type with all else exact, so that their loss is
+that of rounding alone:
 
 * absolute, slope * key, as BLOOM's own code and transformers' Bloom keep it. Softmax sees only differences of scores,
   so on paper it is the same bias. But the penalty between neighbours is one slope, while the number that holds it grows
   with the position: at key 1023 the sharpest of 16 heads has 0.71 * 1023 = 723, where bf16 counts in steps of 4. Five
-  or six neighbouring keys then share one bias and the next ones differ by 4. The loss is largest where the attention
-  is, at the last keys, and grows with the length. fp32 has the same defect, 65,536 times smaller.
-* relative, -slope * distance. What is large is far away and weighs nothing; what is near is small, and exact enough.
+  or six neighbouring keys then share one bias, and the next ones differ by 4. The loss is largest at the last keys,
+  where the attention is, and grows with the length. fp32 has the same defect, 65,536 times smaller.
+* relative, -slope * distance. Large numbers are far away and weigh nothing; near ones are small and exact enough.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.model.alibi import slopes
-from training.model.attention import MAKERS, Attention
-from training.model.bias import QUERY_BLOCK, SlopeBias
+from training.model.attention import KERNELS, Attention
+from training.model.positions.alibi import slopes
+from training.model.positions.bias import QUERY_BLOCK, SlopeBias
 from training.model.proof.attention_weights import read_rows, read_total, total_variation
 
-SAMPLE_WEIGHTS = 2**22  # attention weights that are compared at one length
-SAMPLE_QUERIES = 8  # and of how many queries at least, the last and so the longest rows
+SAMPLE_WEIGHTS = 2**22  # attention weights compared at one length
+SAMPLE_QUERIES = 8  # fewest queries compared: the last ones, which have the longest rows
 GROUP_WEIGHTS = 2**22  # entries of one group of heads' bias, so that memory is bounded
-FAR = 1e-9  # keys that weigh less than this together are read as one
+FAR = 1e-9  # keys that together weigh less than this are read as one
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class LengthAudit:
 def audit(
     backend: str, *, heads: int, head_dim: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> LengthAudit:
-    """Compare a backend's ALiBi attention with the exact one at one length; memory is bounded at any.
+    """Compare a backend's ALiBi attention with the exact one at one length; memory stays bounded.
 
     Args:
         backend: Name of the attention backend.
-        heads: Heads of the model. All are compared where that is not too much, else a sample of them.
+        heads: Heads of the model; a sample of them is compared where all would be too many.
         head_dim: Width of one.
         length: Tokens.
         dtype: Type of queries and keys.
@@ -99,13 +99,13 @@ def audit(
     chosen = sample_heads(heads, count=max(2, SAMPLE_WEIGHTS // (queries * length)))
     at_once = max(1, GROUP_WEIGHTS // (max(queries, QUERY_BLOCK) * length))
     generator = torch.Generator().manual_seed(length)
-    found: list[HeadAudit] = []
+    audits: list[HeadAudit] = []
     for start in range(0, len(chosen), at_once):
         group = chosen[start : start + at_once]
         q = torch.randn(1, len(group), queries, head_dim, generator=generator).to(dtype)
         k = torch.randn(1, len(group), length, head_dim, generator=generator).to(dtype)
-        found += _audit_group(backend, group, heads=heads, q=q, k=k, device=device)
-    return LengthAudit(length, queries, tuple(found))
+        audits += _audit_group(backend, group, heads=heads, q=q, k=k, device=device)
+    return LengthAudit(length, queries, tuple(audits))
 
 
 def sample_heads(heads: int, *, count: int) -> list[int]:
@@ -129,11 +129,11 @@ def _audit_group(
     exact = (scores - slope[:, None, None] * distance).softmax(-1)
 
     def rounded(penalty: Tensor) -> Tensor:
-        # In fp32, then rounded: as those who store it do.
+        # Computed in fp32 and rounded, as implementations that store it do.
         bias = (slope.float()[:, None, None] * penalty).to(q.dtype)
         return total_variation((scores + bias.double()).softmax(-1), exact)
 
-    attend = MAKERS[backend](SlopeBias(slope))
+    attend = KERNELS[backend](SlopeBias(slope))
     measured = _measured(attend, q.to(device), k.to(device), exact=exact)
     forms = zip(measured, rounded(position), rounded(-distance), strict=True)
     return [
@@ -143,14 +143,14 @@ def _audit_group(
 
 
 def _measured(attend: Attention, q: Tensor, k: Tensor, *, exact: Tensor) -> Tensor:
-    """Return the distance of what a backend computes from the exact rows, [heads, queries] fp64.
+    """Return how far a kernel's rows are from the exact ones, [heads, queries] fp64.
 
-    Far keys are read as one: weights are not negative, so what both sides give to them bounds their difference. That
-    is less than rounding, and a row of 65,536 keys is read in a tenth of the passes.
+    Far keys are read as one: weights are not negative, so the sum of both sides' weights bounds their difference. It
+    is less than rounding, and a row of 65,536 keys takes a tenth of the passes.
     """
     before = exact.cumsum(-1).amax((0, 1))
     first = int((before < FAR).sum())
     apart = total_variation(read_rows(attend, q, k, first=first), exact[:, :, first:])
     if first:
         apart += (read_total(attend, q, k, before=first) + exact[:, :, :first].sum(-1)) / 2
-    return apart.nan_to_num(nan=1.0)  # a row of nan has no weight in common with any
+    return apart.nan_to_num(nan=1.0)  # a row of nan has no weight in common with the exact one

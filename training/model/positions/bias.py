@@ -9,10 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from training.model.alibi import causal_bias
-
 QUERY_BLOCK = 256
-ALIGNED = 16  # elements: a GPU copies a mask whose rows are no multiples of 8 long, or begin between them
+ALIGNED = 16  # elements: a GPU kernel copies a mask whose rows are no multiple of 8 long or begin between them
 
 
 class Bias(Protocol):
@@ -20,12 +18,14 @@ class Bias(Protocol):
 
     Attributes:
         local_slopes: ALiBi's slopes, [local_heads] fp64, for kernels that compute the bias themselves; None where
-            nothing but causality is added, or where the bias is learned.
+            there are none.
         learned: Whether it has parameters.
+        causal_only: Whether nothing but causality is added.
     """
 
     local_slopes: Tensor | None
     learned: bool
+    causal_only: bool
 
     def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the bias of the last `rows` queries of `keys` positions, -inf where the key is ahead.
@@ -42,24 +42,27 @@ class Bias(Protocol):
 
 
 class SlopeBias:
-    """ALiBi's bias; with no slopes, causality alone. For all layers and calls it keeps a strip of QUERY_BLOCK rows,
-    and one of a single row for the next token of a cache.
+    """ALiBi's bias; without slopes, causality alone.
+
+    It keeps one strip of QUERY_BLOCK rows for all layers and calls, and one of a single row for the next token
+    behind a cache.
     """
 
     learned = False
 
     def __init__(self, local_slopes: Tensor | None) -> None:
         self.local_slopes = local_slopes
+        self.causal_only = local_slopes is None
         self._strips: dict[int, Tensor] = {}
 
     def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the strip [1, local_heads or 1, rows, keys]."""
-        if rows > QUERY_BLOCK:  # every score at once: nothing worth keeping
+        if rows > QUERY_BLOCK:  # all scores at once, too large to keep
             return self._make(rows=rows, keys=keys, device=device, dtype=dtype)[None]
         height = 1 if rows == 1 else QUERY_BLOCK
         strip = self._strips.get(height)
         if strip is None or (strip.device, strip.dtype) != (device, dtype) or strip.shape[2] < keys:
-            # Each generated token has one key more: a row that doubles is seldom made.
+            # Each generated token has one key more: with a width that doubles, the row is seldom computed.
             width = power_of_two(keys) if rows == 1 else padded(keys)
             strip = self._strips[height] = self._make(rows=height, keys=width, device=device, dtype=dtype)
         return strip[None, :, height - rows :, strip.shape[2] - keys :]
@@ -68,6 +71,26 @@ class SlopeBias:
         slopes = torch.zeros(1) if self.local_slopes is None else self.local_slopes
         wide = torch.promote_types(torch.float32, dtype)
         return causal_bias(slopes.to(device, wide), queries=rows, keys=keys).to(dtype)
+
+
+def causal_bias(local_slopes: Tensor, *, queries: int, keys: int) -> Tensor:
+    """Return the bias of the last queries of a sequence on all its keys.
+
+    Only distances enter, never absolute positions, and always in fp32 or wider: the common form `slope * key`
+    loses the sharp heads to rounding in bf16.
+
+    Args:
+        local_slopes: Slopes, [local_heads], fp32 or wider.
+        queries: The last so many positions of the sequence; more than there are get rows of -inf in front.
+        keys: Length of the sequence.
+    Returns:
+        [local_heads, queries, keys], minus slope times distance, -inf where the key is ahead.
+    """
+    device = local_slopes.device
+    query = torch.arange(keys - queries, keys, device=device)
+    distance = query[:, None] - torch.arange(keys, device=device)[None, :]  # [queries, keys]
+    bias = -local_slopes[:, None, None] * distance
+    return bias.masked_fill_(distance < 0, -torch.inf)
 
 
 def padded(length: int) -> int:

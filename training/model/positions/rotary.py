@@ -8,9 +8,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from training.model.bias import power_of_two
+from training.model.positions.bias import power_of_two
+from training.model.positions.method import PositionMethod
 
 BASE = 10000.0
+
+
+class Rotary(PositionMethod):
+    """Queries and keys turned; values are not, so the output holds no position."""
+
+    def rotate(self, q: Tensor, k: Tensor, *, start: int) -> tuple[Tensor, Tensor]:
+        """Return queries and keys [batch, local_heads, seq, head_dim], turned by their positions from `start` on."""
+        return rotate(q, start=start), rotate(k, start=start)
 
 
 def rotate(x: Tensor, *, start: int = 0) -> Tensor:
@@ -23,17 +32,17 @@ def rotate(x: Tensor, *, start: int = 0) -> Tensor:
         start: Position of the first.
     """
     end = start + x.shape[2]
-    # A table of the next power of two: a generation that grows by a token makes no new one each time.
+    # A table as long as the next power of two: a generation that grows by a token reuses it.
     wide = torch.promote_types(torch.float32, x.dtype)
     table = turns(power_of_two(end), head_dim=x.shape[3], device=x.device, dtype=wide)
-    cos, sin = (part[start:end] for part in table)
+    cos, sin = (part[start:end] for part in table)  # [seq, head_dim / 2]
     first, second = x.to(wide).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 @lru_cache(maxsize=8)
 def turns(seq: int, *, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, [seq, head_dim / 2] each; angles are made in fp64, so exact at any length."""
+    """Return cosines and sines, [seq, head_dim / 2] each; angles are computed in fp64, so exact at any length."""
     half = head_dim // 2
     rates = BASE ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(seq, dtype=torch.float64)[:, None] * rates

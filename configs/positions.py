@@ -1,0 +1,60 @@
+"""The position methods: what rules, the launcher and the model's description know of each. Imports no torch.
+
+What a method computes is in `training/model/positions/`, a file per method.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from configs.schema import Model
+
+BiasKind = Literal["none", "slopes", "table"]
+"""What is added to the scores beside causality: nothing; minus a slope per head times the distance; anything else."""
+
+
+def _no_rule(_: "Model") -> Iterator[str]:
+    return iter(())
+
+
+@dataclass(frozen=True)
+class Position:
+    """One position method.
+
+    Attributes:
+        name: What `model.position` says.
+        bias: What it adds to the scores; an attention backend must be able to.
+        entries_per_head: Columns of a learned table with a row per head, shared by all layers; 0 where nothing is
+            learned.
+        problems: Yields what a model's shape breaks, one line each: what must hold, the value seen, what to do.
+    """
+
+    name: str
+    bias: BiasKind
+    entries_per_head: int = 0
+    problems: "Callable[[Model], Iterator[str]]" = _no_rule
+
+
+def _even_hidden(model: "Model") -> Iterator[str]:
+    if model.hidden % 2:
+        yield f"model.hidden must be even for sinusoidal positions, got {model.hidden}: use {model.hidden + 1}"
+
+
+def _even_heads(model: "Model") -> Iterator[str]:
+    if model.hidden % model.heads == 0 and model.head_dim % 2:
+        yield f"model.hidden / model.heads must be even for rotary positions, got {model.head_dim}: use fewer heads"
+
+
+T5_BUCKETS = 32
+
+POSITIONS = {
+    row.name: row
+    for row in (
+        Position("alibi", bias="slopes"),
+        Position("sinusoidal", bias="none", problems=_even_hidden),
+        Position("rotary", bias="none", problems=_even_heads),
+        Position("t5", bias="table", entries_per_head=T5_BUCKETS),
+        Position("none", bias="none"),
+    )
+}

@@ -1,0 +1,62 @@
+"""The precisions of training: what each means to every part that must know. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One precision.
+
+    Attributes:
+        name: What `train.precision` says.
+        dtype: Torch's name of the type of the forward and backward pass.
+        master_weights: Whether ZeRO keeps fp32 weights beside those of the forward pass.
+        deepspeed: Its part of DeepSpeed's configuration.
+        row_tolerance: How far a measured attention row may be from the exact one, in total variation.
+        resume_tolerance: How far the check loss may be from the saved one, in nats per token. Layouts and attention
+            backends differ by some 1e-6 in fp32, and by the rounding of the weights in 16 bits.
+        available: Whether this version can train in it.
+    """
+
+    name: str
+    dtype: str
+    master_weights: bool
+    deepspeed: Mapping[str, Any]
+    row_tolerance: float
+    resume_tolerance: float
+    available: bool = True
+
+
+PRECISIONS = {
+    row.name: row
+    for row in (
+        Precision(
+            "fp32",
+            dtype="float32",
+            master_weights=False,
+            deepspeed={"bf16": {"enabled": False}},
+            row_tolerance=1e-5,
+            resume_tolerance=1e-4,
+        ),
+        Precision(
+            "bf16",
+            dtype="bfloat16",
+            master_weights=True,
+            # Without grad_accum_dtype DeepSpeed adds micro-batches up in bf16.
+            deepspeed={"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            row_tolerance=3e-3,
+            resume_tolerance=0.05,
+        ),
+        Precision(
+            "fp16",
+            dtype="float16",
+            master_weights=True,
+            deepspeed={},
+            row_tolerance=3e-3,
+            resume_tolerance=0.05,
+            available=False,
+        ),
+    )
+}

@@ -1,0 +1,72 @@
+"""`trainshort checkpoint`: list, verify, reshape."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from configs.errors import InputError
+from launch.commands.options import AsJson, CheckpointPath, Overrides, count_option
+
+checkpoint_commands = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
+
+
+@checkpoint_commands.command("list")
+def checkpoint_list_command(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder, or a checkpoint.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the checkpoints of a run, oldest first, without reading their bytes."""
+    from launch.show.checkpoint import show_checkpoints
+    from launch.show.console import show_json
+    from training.checkpoint.verify import list_verdicts
+
+    verdicts = list_verdicts(folder)
+    if as_json:
+        show_json([verdict.to_json() for verdict in verdicts])
+    else:
+        show_checkpoints(verdicts, folder=folder)
+
+
+@checkpoint_commands.command("verify")
+def checkpoint_verify_command(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
+    """Read every byte of a checkpoint, or of all in a run folder; exit with 2 if one is not whole."""
+    from launch.show.checkpoint import show_verdicts
+    from launch.show.console import show_json
+    from training.checkpoint.verify import verify_checkpoints
+
+    verdicts = verify_checkpoints(checkpoint)
+    if as_json:
+        show_json([verdict.to_json() for verdict in verdicts])
+    else:
+        show_verdicts(verdicts)
+    if any(verdict.problems for verdict in verdicts):
+        raise SystemExit(InputError.exit_code)
+
+
+@checkpoint_commands.command("reshape")
+def checkpoint_reshape_command(
+    checkpoint: CheckpointPath,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, count_option("--ranks", "Number of ranks.  [default: tensor x pipeline]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show how each tensor would be split.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what another layout reads of a checkpoint. Nothing needs converting: any layout resumes from it."""
+    from launch.show.console import show_json, show_lines
+
+    if not dry_run:
+        show_lines(
+            "nothing has to be done: a run resumes from any checkpoint in any layout; start it there, as in "
+            "`trainshort train RUN.yaml --set parallel.tensor=4`, or see what is read with --dry-run"
+        )
+        return
+
+    from launch.show.checkpoint import show_reshape
+    from training.checkpoint.reshape import plan_reshape
+
+    plan = plan_reshape(checkpoint, overrides=overrides or [], ranks=ranks)
+    if as_json:
+        show_json(plan.to_json())
+    else:
+        show_reshape(plan)

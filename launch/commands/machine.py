@@ -1,0 +1,49 @@
+"""Commands on this machine: doctor."""
+
+from typing import Annotated
+
+import typer
+
+from configs.errors import InputError
+from launch.commands.options import AsJson, Overrides
+
+machine_commands = typer.Typer()
+
+
+@machine_commands.command("doctor")
+def doctor_command(
+    alibi: Annotated[
+        str | None, typer.Option(metavar="RUN.yaml", help="Audit how exact this run's ALiBi is here, at its lengths.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Report what this machine can do; with --alibi, compare a run's attention with exact ALiBi."""
+    from launch.show.console import show_json
+
+    if alibi is None:
+        if overrides:
+            raise InputError(f"--set {overrides[0]} changes a run file, and none is given: add --alibi RUN.yaml")
+        from launch.doctor import machine_report
+        from launch.show.machine import show_machine
+
+        machine = machine_report()
+        if as_json:
+            show_json(machine)
+        else:
+            show_machine(machine)
+        return
+
+    from configs.load import load_run
+
+    config = load_run(alibi, overrides=overrides or [])
+
+    from launch.doctor import alibi_report, check_audit
+    from launch.show.machine import show_audit
+
+    audit = alibi_report(config)
+    if as_json:
+        show_json(audit)
+    else:
+        show_audit(audit)
+    check_audit(audit)  # last: a failed audit is shown too

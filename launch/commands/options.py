@@ -1,0 +1,52 @@
+"""Arguments and options that several commands share."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from configs.errors import InputError
+
+RunFile = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A run file, or the name of a shipped run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="section.key=value", help="Override one key; may be repeated, the last one wins."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+CheckpointPath = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder for its newest one.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
+
+
+class Lengths(tuple[int, ...]):
+    """Lengths in tokens. A class of its own: typer would read tuple[int, ...] as an option with several values."""
+
+
+def count_option(name: str, description: str) -> Any:
+    """Return an option whose value is a whole number from 1, for `Annotated[int, ...]`."""
+
+    def parse(value: str | int) -> int:  # typer parses the default too
+        if not _is_whole_number(str(value), minimum=1):
+            raise InputError(f"{name} must be a whole number from 1, got {value!r}: write {name} 4")
+        return int(value)
+
+    return typer.Option(name, metavar="N", help=description, parser=parse)
+
+
+def lengths_option(name: str, description: str) -> Any:
+    """Return an option whose value is a list of lengths with commas between, for `Annotated[Lengths, ...]`."""
+
+    def parse(value: str) -> Lengths:
+        lengths = [length.strip() for length in value.split(",")]
+        if not all(_is_whole_number(length, minimum=2) for length in lengths):
+            raise InputError(f"{name} must be whole numbers from 2 with commas between, got {value!r}: write 1024,2048")
+        return Lengths(map(int, lengths))
+
+    return typer.Option(name, metavar="L,L,...", help=description, parser=parse)
+
+
+def _is_whole_number(text: str, *, minimum: int) -> bool:
+    # Not int() alone: it also takes "1_0", " 1 " and digits of other scripts.
+    return re.fullmatch(r"[0-9]{1,9}", text) is not None and int(text) >= minimum

@@ -1,0 +1,62 @@
+"""Output of `trainshort checkpoint`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from launch.show.console import show_lines, wide_table
+
+if TYPE_CHECKING:
+    from training.checkpoint.reshape import Reshape
+    from training.checkpoint.verify import Verdict
+
+
+def show_checkpoints(verdicts: "list[Verdict]", *, folder: Path) -> None:
+    """Write the table of a run's checkpoints."""
+    if not verdicts:
+        show_lines(f"{folder} has no checkpoint yet")
+        return
+    table = wide_table(("step", "MB", "validation", "checkpoint"), left=("checkpoint",))
+    for verdict in verdicts:
+        values = verdict.to_json()
+        step, loss = values["step"], values["validation_loss"]
+        size = "broken" if verdict.problems else f"{verdict.bytes / 1e6:,.1f}"
+        table.add_row(
+            "-" if step is None else f"{step:,}", size, "-" if loss is None else f"{loss:.4f}", str(verdict.path)
+        )
+    Console(soft_wrap=True).print(table)
+    show_lines(*(problem for verdict in verdicts for problem in verdict.problems))
+
+
+def show_verdicts(verdicts: "list[Verdict]") -> None:
+    """Write which checkpoints are whole, and the problems of the others."""
+    for verdict in verdicts:
+        if verdict.problems:
+            show_lines(f"broken  {verdict.path}", *(f"        {problem}" for problem in verdict.problems))
+        else:
+            show_lines(f"whole   {verdict.path}  ({verdict.bytes / 1e6:,.1f} MB read)")
+
+
+def show_reshape(plan: "Reshape") -> None:
+    """Write how each tensor of a checkpoint would be split in another layout."""
+    show_lines(
+        f"{plan.path}: saved with tensor {plan.tensor} x pipeline {plan.pipeline}, read by {plan.layout}; "
+        f"{plan.state_bytes / 1e6:,.1f} MB of weights and moments"
+    )
+    names = ("tensor", "rule", "shape", "saved", "read", "padding")
+    table = wide_table(names, left=names)
+    for column in table.columns:
+        column.no_wrap = True
+    for cut in plan.cuts:
+        rule = f"{cut.rule}, tied" if cut.tied else cut.rule
+        sizes = (_slice_sizes(cut.saved), _slice_sizes(cut.wanted))
+        table.add_row(cut.name, rule, " x ".join(map(str, cut.shape)), *sizes, str(cut.padding or ""))
+    Console(width=120).print(table)
+
+
+def _slice_sizes(sizes: tuple[int, ...]) -> str:
+    """Return the sizes of a tensor's slices as text: 2 x 200, or 200 + 199 where they differ."""
+    if not sizes:
+        return "whole"
+    return f"{len(sizes)} x {sizes[0]}" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))

@@ -1,0 +1,156 @@
+"""The engines that DeepSpeed runs.
+
+Without stages its plain engine runs the whole list of layers (ZeRO 0 to 3); with stages its pipeline engine runs
+each rank's part by 1F1B (ZeRO 1).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs.choices import OPTIMIZERS
+from configs.precisions import PRECISIONS
+from configs.schema import Train
+from parallel import zero
+from parallel.axes import Groups
+from parallel.engine import Engine, State, StepOutcome
+from parallel.layout import Layout
+from parallel.libraries import deepspeed
+from parallel.optimizers import OPTIMIZER_BUILDERS
+from parallel.pipeline import StagedModule
+from parallel.plan import LayerPlan
+from parallel.shards import declared
+
+
+def make_engine(module: nn.Module, plan: LayerPlan, *, train: Train, layout: Layout, groups: Groups) -> Engine:
+    """Return the engine of a module that holds its initial weights.
+
+    Args:
+        module: A `StagedModule` for pipeline > 1, else a module from tokens to local logits.
+        plan: Where the loss comes from.
+        train: Optimization.
+        layout: How the ranks are cut.
+        groups: Their process groups.
+    """
+    kinds = OPTIMIZERS[train.optimizer].state_kinds
+    rounded = PRECISIONS[train.precision].master_weights
+    exact = {name: p.detach().clone() for name, (p, _) in declared(module).items()} if rounded else {}
+    staged = isinstance(module, StagedModule)
+    with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=OPTIMIZER_BUILDERS[train.optimizer](module.parameters(), train=train),
+            config=zero.deepspeed_config(train, layout=layout),
+            mpu=None if staged else groups.grid,
+            dist_init_required=False,
+        )
+    zero.start_optimizer(engine, moments=kinds[1:])
+    state = ZeroState(engine, kinds=kinds)
+    for name, weight in exact.items():
+        # DeepSpeed makes the fp32 weights from those it has rounded to 16 bits: bring the exact ones back.
+        state.write(name, "weight", weight)
+    return _PipelineEngine(engine, state) if staged else _PlainEngine(engine, state, plan, groups=groups, train=train)
+
+
+class ZeroState:
+    """`State` of a DeepSpeed engine, gathered from ZeRO's shards and cut back into them."""
+
+    def __init__(self, engine: Any, *, kinds: tuple[str, ...]) -> None:
+        self._engine = engine
+        self.parameters = declared(engine.module)
+        self.kinds = kinds
+
+    def read(self, name: str, kind: str) -> Tensor:
+        """Return this tensor rank's slice, fp32; a collective over the data ranks, in one order of calls."""
+        return zero.read_state(self._engine, self.parameters[name][0], kind)
+
+    def write(self, name: str, kind: str, value: Tensor) -> None:
+        """Set this tensor rank's slice; the weights of the forward pass follow."""
+        zero.write_state(self._engine, self.parameters[name][0], kind, value)
+
+    def set_step(self, step: int) -> None:
+        """Set how many steps the optimizer has taken."""
+        zero.set_optimizer_step(self._engine, step)
+
+
+class _PlainEngine:
+    def __init__(self, engine: Any, state: State, plan: LayerPlan, *, groups: Groups, train: Train) -> None:
+        self._engine, self._state, self._loss, self._data = engine, state, plan.loss, groups.data
+        zero.report_norm_without_zero(engine, clip=train.clip)
+
+    def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
+        zero.set_learning_rate(self._engine, learning_rate)
+        self._engine.train()
+        total = torch.zeros((), device=self._engine.device)
+        for batch in micro_batches:
+            inputs, targets = split_batch(batch, device=self._engine.device)
+            loss = self._loss(self._engine(inputs), targets)
+            self._engine.backward(loss)
+            self._engine.step()  # DeepSpeed steps the optimizer at the last micro-batch alone
+            total += loss.detach()
+        return StepOutcome(self._mean(total / len(micro_batches)), float(self._engine.get_global_grad_norm()))
+
+    @torch.no_grad()
+    def mean_loss(self, micro_batches: Sequence[Tensor]) -> float:
+        self._engine.eval()
+        batches = [split_batch(batch, device=self._engine.device) for batch in micro_batches]
+        losses = [self._loss(self._engine(inputs), targets) for inputs, targets in batches]
+        return self._mean(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def local_logits(self, tokens: Tensor) -> Tensor | None:
+        self._engine.eval()
+        logits: Tensor = self._engine(tokens.to(self._engine.device))
+        return logits
+
+    def state(self) -> State:
+        return self._state
+
+    def _mean(self, value: Tensor) -> float:
+        dist.all_reduce(value, group=self._data.handle)
+        return float(value) / self._data.size
+
+
+class _PipelineEngine:
+    def __init__(self, engine: Any, state: State) -> None:
+        self._engine, self._state = engine, state
+        self._shape: tuple[int, ...] | None = None
+
+    def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
+        zero.set_learning_rate(self._engine, learning_rate)
+        loss = self._engine.train_batch(self._batches(micro_batches))
+        return StepOutcome(float(loss), float(self._engine.get_global_grad_norm()))
+
+    def mean_loss(self, micro_batches: Sequence[Tensor]) -> float:
+        loss = self._engine.eval_batch(self._batches(micro_batches), num_micro_batches=len(micro_batches))
+        return float(loss)
+
+    def local_logits(self, tokens: Tensor) -> Tensor | None:
+        batch = torch.cat([tokens, tokens[:, :1]], dim=1)  # any target will do: the loss is not asked for
+        # The loss overwrites the logits, and DeepSpeed wants a scalar in any case: give it another loss.
+        module = self._engine.module
+        with patch.object(module, "loss_fn", lambda logits, targets: logits.new_zeros(())):
+            _, logits = self._engine.eval_batch(self._batches([batch]), return_logits=True, num_micro_batches=1)
+        return logits  # type: ignore[no-any-return]
+
+    def state(self) -> State:
+        return self._state
+
+    def _batches(self, micro_batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._shape != micro_batches[0].shape:
+            # The engine keeps communication buffers of the last shape: at another length the ranks would abort.
+            self._engine.reset_activation_shape()
+            self._shape = tuple(micro_batches[0].shape)
+        return iter([split_batch(batch, device=self._engine.device) for batch in micro_batches])
+
+
+def split_batch(batch: Tensor, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets [batch, seq] of a micro-batch [batch, seq + 1]."""
+    batch = batch.to(device, non_blocking=True)
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()

@@ -1,0 +1,24 @@
+"""The optimizers by name. `configs.choices` has a row for each, with the state that it keeps."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from configs.schema import Train
+
+
+def adamw(parameters: Iterable[nn.Parameter], *, train: Train) -> torch.optim.Optimizer:
+    """Return AdamW over BLOOM's two groups: matrices decay, norms and biases do not.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
+    """
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon)
+
+
+OPTIMIZER_BUILDERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}

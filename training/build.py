@@ -1,0 +1,55 @@
+"""Build a run's engine on this rank: the model, its initial weights, the certificate of its positions."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from configs.schema import RunConfig
+from parallel.axes import Groups
+from parallel.deepspeed_engine import make_engine
+from parallel.engine import Engine
+from parallel.layout import Layout
+from parallel.pipeline import StagedModule
+from parallel.seeds import initial_weights
+from training.folder import record_certificate, report_write_errors
+from training.model.decoder import Decoder, plan_layers
+from training.model.proof.certificate import Certificate, WrongPositions, certificates_to_json, certify
+from training.preflight import Ready
+
+
+def build_engine(
+    config: RunConfig, *, layout: Layout, groups: Groups, vocab_size: int, device: torch.device
+) -> tuple[Engine, list[Certificate]]:
+    """Return the engine of a run on this rank, with the run's initial weights, and all ranks' certificates.
+
+    Args:
+        config: The run.
+        layout: How the ranks are cut.
+        groups: Their process groups.
+        vocab_size: Tokens, without padding.
+        device: This rank's device.
+    Raises:
+        WrongPositions: a rank's positions are wrong; raised on every rank.
+    """
+    plan = plan_layers(config.model, vocab_size=vocab_size, tensor=groups.tensor, recompute=config.train.recompute)
+    module: nn.Module = StagedModule(plan, groups=groups) if layout.pipeline > 1 else Decoder(plan)
+    initial_weights(module, seed=config.run.seed, tensor=groups.tensor)
+    module.to(device)
+    certificates = certify(module, config.model, groups=groups, precision=config.train.precision, device=device)
+    return make_engine(module, plan, train=config.train, layout=layout, groups=groups), certificates
+
+
+@contextmanager
+def record_refusal(ready: Ready, *, groups: Groups) -> Iterator[None]:
+    """Write refused certificates into certificates.jsonl, beside the accepted ones of other starts."""
+    try:
+        yield
+    except WrongPositions as refused:
+        if groups.world.rank == 0:
+            record = {**certificates_to_json(refused.certificates, ready.config.model), "refused": str(refused)}
+            step = 0 if ready.newest is None else ready.newest.step
+            with report_write_errors(ready.run_dir):
+                record_certificate(record, run_dir=ready.run_dir, step=step)
+        raise

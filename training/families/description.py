@@ -1,0 +1,58 @@
+"""A model as a list of its parameters: one description for all who need to know. Imports no torch.
+
+The modules take shapes, split rules and initial values from it; so do initial weights, checkpoints, the parameter
+count and export, which also takes the names in other formats.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.schema import Model
+from parallel.parameter import Shard
+
+Axis = Literal["head", "part", "dim"]
+QKV_ORDER: tuple[Axis, Axis, Axis] = ("head", "part", "dim")
+"""Order of the rows of a fused query-key-value matrix here, the slowest axis first; part is query, key or value.
+
+Heads come first so that a tensor rank's slice is whole heads, each with its query, key and value.
+"""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter.
+
+    Attributes:
+        shard: Its logical name, whole shape, split rule and initial values.
+        huggingface: Its name in transformers' model of the family; None where that has no place for it.
+        gguf: Its name in a GGUF file, likewise.
+        is_qkv: Whether its rows are a fused query, key and value, which other formats may want in another order.
+    """
+
+    shard: Shard
+    huggingface: str | None
+    gguf: str | None
+    is_qkv: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A design of blocks, described.
+
+    Attributes:
+        name: What `model.family` says.
+        parameters: Return the parameters of a model with so many rows of vocabulary, positions left out.
+        norm_epsilon: Added to the variance in each LayerNorm.
+        huggingface_qkv, gguf_qkv: Order of the rows of a fused query-key-value matrix in these formats.
+    """
+
+    name: str
+    parameters: Callable[[Model, int], tuple[Parameter, ...]]
+    norm_epsilon: float
+    huggingface_qkv: tuple[Axis, Axis, Axis]
+    gguf_qkv: tuple[Axis, Axis, Axis]
+
+
+Shards = Mapping[str, Shard]
+"""The shards of a model by logical name."""

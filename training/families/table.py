@@ -1,0 +1,52 @@
+"""The families by name, and what follows from a model's description. Imports no torch."""
+
+from math import prod
+
+from configs.positions import POSITIONS
+from configs.schema import Model
+from parallel.parameter import Shard
+from training.families.bloom import BLOOM
+from training.families.description import Family, Parameter, Shards
+
+FAMILIES_BY_NAME: dict[str, Family] = {family.name: family for family in (BLOOM,)}
+
+
+def describe(model: Model, *, vocab_size: int) -> tuple[Parameter, ...]:
+    """Return every parameter of a model, each once, in the order of the layers; a learned position table is last.
+
+    Args:
+        model: The decoder's shape.
+        vocab_size: Rows of the embedding, without padding.
+    """
+    parameters = FAMILIES_BY_NAME[model.family].parameters(model, vocab_size)
+    return (*parameters, *_position_table(model))
+
+
+def shards_of(model: Model, *, vocab_size: int) -> Shards:
+    """Return the shards of a model's parameters by logical name."""
+    return {parameter.shard.name: parameter.shard for parameter in describe(model, vocab_size=vocab_size)}
+
+
+def parameter_count(model: Model, *, vocab_size: int) -> int:
+    """Return how many numbers a model trains; a tied parameter counts once.
+
+    Args:
+        model: The decoder's shape.
+        vocab_size: Rows of the embedding, without padding.
+    """
+    return sum(prod(parameter.shard.shape) for parameter in describe(model, vocab_size=vocab_size))
+
+
+def position_table_name(position: str) -> str:
+    """Return the logical name of a position method's learned table."""
+    return f"positions.{position}.weight"
+
+
+def _position_table(model: Model) -> tuple[Parameter, ...]:
+    entries = POSITIONS[model.position].entries_per_head
+    if not entries:
+        return ()
+    # All blocks use it, so every pipeline stage holds it.
+    name = position_table_name(model.position)
+    shard = Shard(name, (model.heads, entries), "column", model.init_std, tied=True)
+    return (Parameter(shard, huggingface=None, gguf=None),)

@@ -1,0 +1,69 @@
+"""Attention by torch's scaled_dot_product_attention, a block of queries at a time."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from training.model.positions.bias import QUERY_BLOCK, Bias
+
+KERNEL_READS = 8  # elements of a mask that a GPU kernel loads together, of any type
+
+
+class Sdpa:
+    """Blocks of QUERY_BLOCK queries over one strip of bias; each block sees only the keys before its end.
+
+    Causality forbids half of the scores, and this way most of that half is not computed.
+    """
+
+    def __init__(self, bias: Bias) -> None:
+        self.bias = bias
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [batch, local_heads, queries, head_dim]."""
+        queries, keys = q.shape[2], k.shape[2]
+        if self.bias.causal_only and queries in (1, keys):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)
+        rows = min(queries, QUERY_BLOCK)
+        # A GPU kernel wants the mask in the queries' type. The bias is relative, so rounding it loses little.
+        dtype = q.dtype if q.is_cuda else torch.promote_types(torch.float32, q.dtype)
+        strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)
+        # A mask that needs a gradient makes torch compute and keep all scores: recompute each block instead.
+        recompute = self.bias.learned and torch.is_grad_enabled()
+        blocks = []
+        for start in range(0, queries, QUERY_BLOCK):
+            query = q[:, :, start : start + QUERY_BLOCK]
+            seen = keys - queries + start + query.shape[2]
+            # The strip ends at the last key of all: this block's part is its last rows and its last `seen` columns.
+            mask = strip[:, :, rows - query.shape[2] :, keys - seen :]
+            block = (query, k[:, :, :seen], v[:, :, :seen], mask)
+            blocks.append(_attend_recomputed(*block) if recompute else _attend_block(*block))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def _attend_recomputed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attend, and again in the backward pass instead of keeping the scores; nothing random has to be repeated."""
+    out: Tensor = checkpoint(_attend_block, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # Leave cuDNN out: it has read fp32 masks as bf16, and given NaN gradients with masks at some lengths
+    # (pytorch#191612, #196678).
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=aligned(mask))
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """Return a mask [1, heads, rows, keys] whose start and rows are aligned as a GPU kernel reads them.
+
+    A slice of the shared strip costs no memory in any layer. But torch copies a mask whose strides are no multiples
+    of 8 elements, and the kernel refuses one that begins between them.
+    """
+    if all(offset % KERNEL_READS == 0 for offset in (mask.storage_offset(), *mask.stride()[:-1])):
+        return mask
+    keys = mask.shape[3]
+    return F.pad(mask, (0, -keys % KERNEL_READS))[..., :keys]

@@ -1,0 +1,54 @@
+"""ALiBi: a static penalty on a query-key score, proportional to their distance. Nothing learned, nothing stored.
+
+Source: Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022, section 3 and its footnotes.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from configs.schema import Model
+from parallel.axes import Group
+from parallel.parameter import Shard
+from training.model.positions.bias import SlopeBias
+from training.model.positions.method import PositionMethod, local_heads
+
+
+class Alibi(PositionMethod):
+    """Minus a slope per head times the distance."""
+
+    def __init__(self, model: Model, *, tensor: Group, table: Shard | None) -> None:
+        """Build the method for one tensor rank; there is no table."""
+        super().__init__(model, tensor=tensor, table=table)
+        self.bias = SlopeBias(local_slopes(model.heads, tensor=tensor))
+        self._all_slopes = slopes(model.heads)
+
+    @classmethod
+    def promised_slopes(cls, heads: int) -> Sequence[float]:
+        """Return the slope of each of the model's heads."""
+        return slopes(heads)
+
+    def penalty(self, distances: int) -> Tensor:
+        """Return minus slope times distance, [local_heads, distances] fp64."""
+        slope = torch.tensor([self._all_slopes[head] for head in self.heads], dtype=torch.float64)
+        return -slope[:, None] * torch.arange(distances)
+
+
+def slopes(heads: int) -> list[float]:
+    """Return the slope of every head of the model.
+
+    A power of two n gets the geometric sequence that begins at its own ratio, 2^(-8/n). Any other number gets
+    those of the power of two below, then every other one of the power of two above.
+    """
+    below = 2 ** int(math.log2(heads))
+    first = [2.0 ** (-8.0 * (head + 1) / below) for head in range(below)]
+    between = [2.0 ** (-4.0 * (2 * head + 1) / below) for head in range(heads - below)]
+    return first + between
+
+
+def local_slopes(heads: int, *, tensor: Group) -> Tensor:
+    """Return the slopes of this tensor rank's heads, [local_heads] fp64; rounded to fp32 where they are used."""
+    mine = local_heads(heads, tensor=tensor)
+    return torch.tensor(slopes(heads)[mine.start : mine.stop], dtype=torch.float64)

@@ -1,0 +1,67 @@
+"""What a position method is: up to three places where order enters the model, and what it promises.
+
+Each method is a subclass in a file of its own, listed in `table.py`. This base class is the method `none`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import Model
+from parallel.axes import Group
+from parallel.parameter import Shard
+from training.model.positions.bias import Bias, SlopeBias
+
+
+def local_heads(heads: int, *, tensor: Group) -> range:
+    """Return the global numbers of this tensor rank's heads, [rank * local, (rank + 1) * local)."""
+    local = heads // tensor.size
+    return range(tensor.rank * local, (tensor.rank + 1) * local)
+
+
+class PositionMethod:
+    """No positions: order enters through causality alone.
+
+    Attributes:
+        heads: Global numbers of this tensor rank's heads.
+        bias: What is added to the scores.
+        module: Learned weights that all blocks share, or None.
+    """
+
+    def __init__(self, model: Model, *, tensor: Group, table: Shard | None) -> None:
+        """Build the method for one tensor rank.
+
+        Args:
+            model: The decoder's shape.
+            tensor: The tensor axis.
+            table: The learned table where `configs.positions` gives the method one.
+        """
+        self.heads = local_heads(model.heads, tensor=tensor)
+        self.bias: Bias = SlopeBias(None)
+        self.module: nn.Module | None = None
+
+    def embed(self, x: Tensor, *, start: int) -> Tensor:
+        """Return embeddings [batch, seq, hidden] with their positions; `start` is that of the first token."""
+        return x
+
+    def rotate(self, q: Tensor, k: Tensor, *, start: int) -> tuple[Tensor, Tensor]:
+        """Return queries and keys [batch, local_heads, seq, head_dim], turned by their positions from `start` on."""
+        return q, k
+
+    @classmethod
+    def promised_slopes(cls, heads: int) -> Sequence[float] | None:
+        """Return the slope of each of the model's heads, or None where the promise is no slope per head."""
+        return None
+
+    def penalty(self, distances: int) -> Tensor:
+        """Return what is promised to be added to a score at each distance, for the certificate to check.
+
+        It must be computed another way than `bias`, or an error would be on both sides.
+
+        Args:
+            distances: How many, from 0 on.
+        Returns:
+            [local_heads, distances] fp64, on the CPU.
+        """
+        return torch.zeros(len(self.heads), distances, dtype=torch.float64)

@@ -1,0 +1,85 @@
+"""Resuming: load the newest checkpoint, and check that model and data are what they were."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs.errors import InputError
+from configs.paths import run_folder
+from configs.precisions import PRECISIONS
+from configs.schema import RunConfig
+from data_pipeline.loader import Loader
+from parallel.axes import Groups
+from parallel.collectives import broadcast_from_first
+from parallel.engine import Engine
+from training.checkpoint.manifest import list_checkpoints
+from training.checkpoint.read import Checkpoint, load_slices, open_on_all_ranks
+from training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+CHECKED_SAMPLES = 4  # the run's first ones; every data rank scores them all, so that any layout gives the same loss
+
+
+def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups, accept_change: bool) -> TrainState:
+    """Fill an engine from the run's newest checkpoint, or with the weights that the run starts from.
+
+    A collective: every rank calls it.
+
+    Args:
+        engine: Holds the run's initial weights.
+        loader: The run's samples.
+        config: The run.
+        groups: This rank's places.
+        accept_change: Resume also where model or data are not what they were, with a warning.
+    Returns:
+        The position to train from.
+    Raises:
+        InputError: no checkpoint is whole, or something changed that was not accepted; raised on every rank.
+    """
+    state, run_dir = engine.state(), run_folder(config)
+    if broadcast_from_first(lambda: bool(list_checkpoints(run_dir)), group=groups.world):
+        checkpoint = open_on_all_ranks(run_dir, kinds=state.kinds, world=groups.world)
+        load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
+        state.set_step(checkpoint.step)
+        changes = list(changes_since(engine, loader, checkpoint=checkpoint, precision=config.train.precision))
+        if changes and not accept_change:
+            raise InputError(f"{changes[0]}, or accept it with `trainshort train --accept-change`")
+        if groups.world.rank == 0:
+            for change in changes:
+                logger.warning("accepted: %s", change)
+        return TrainState(checkpoint.step, checkpoint.manifest.consumed_samples)
+    if config.train.init_from is not None:
+        source = open_on_all_ranks(Path(config.train.init_from), kinds=("weight",), world=groups.world)
+        load_slices(state, source, kinds=("weight",), groups=groups)
+    return TrainState(0, 0)
+
+
+def check_loss(engine: Engine, loader: Loader) -> float:
+    """Return the mean loss on the run's first samples without learning; every rank must call it."""
+    return engine.mean_loss(loader.first_samples(CHECKED_SAMPLES))
+
+
+def changes_since(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, precision: str) -> Iterator[str]:
+    """Yield what differs from when a checkpoint was saved, the same on every rank; every rank must call it.
+
+    Args:
+        engine: Filled from the checkpoint.
+        loader: The run's samples.
+        checkpoint: The checkpoint.
+        precision: Of the run.
+    """
+    saved = checkpoint.manifest
+    order = loader.order_hash(saved.consumed_samples)
+    if order != saved.order_hash:
+        yield (
+            f"checkpoint {checkpoint.path} was followed by other samples when it was saved (hash "
+            f"{saved.order_hash[:12]}, now {order[:12]}): bring back the data that it was trained on"
+        )
+    loss, allowed = check_loss(engine, loader), PRECISIONS[precision].resume_tolerance
+    if not abs(loss - saved.probe_loss) <= allowed:  # true for nan too
+        yield (
+            f"checkpoint {checkpoint.path} gave the check batch a loss of {saved.probe_loss:.6f} when it was saved, "
+            f"now {loss:.6f} (allowed: {allowed:g} more or less): the model is not what it was; use the version that "
+            "saved it"
+        )

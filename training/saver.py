@@ -1,0 +1,82 @@
+"""Saving during training: a checkpoint of the state after a step, checked before it is written."""
+
+import math
+from pathlib import Path
+
+from configs.schema import RunConfig
+from data_pipeline.loader import Loader
+from data_pipeline.manifest import Prepared
+from parallel.axes import Groups
+from parallel.engine import Engine
+from training.checkpoint.manifest import SavedState, list_checkpoints
+from training.checkpoint.write import SaveError, save_checkpoint
+from training.incarnation import Fence
+from training.resume import check_loss
+from training.state import TrainState
+
+
+class Saver:
+    """Saves checkpoints of one start of a run.
+
+    Args:
+        engine: Holds the state.
+        loader: The run's samples.
+        config: The run.
+        prepared: The run's data, whose tokenizer goes into each checkpoint.
+        groups: This rank's places.
+        fence: Whether this start of the run is still the newest.
+        start: Where this start began to train.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        loader: Loader,
+        *,
+        config: RunConfig,
+        prepared: Prepared,
+        groups: Groups,
+        fence: Fence,
+        start: TrainState,
+    ) -> None:
+        self._engine, self._loader, self._config = engine, loader, config
+        self._prepared, self._groups, self._fence = prepared, groups, fence
+        # Resuming passed these over, so they are broken: retention must not count them.
+        self._broken = {saved.path.absolute() for saved in list_checkpoints(fence.run_dir) if saved.step > start.step}
+
+    def save(self, state: TrainState, *, validation_loss: float | None) -> Path:
+        """Save a checkpoint and return its folder; every rank must call it.
+
+        Args:
+            state: Where training is.
+            validation_loss: Measured after this step; None where it was not.
+        Raises:
+            SaveError: the weights have diverged, or a disk is full or failing; raised on every rank.
+            Superseded: a newer start of the run has taken over; raised on every rank.
+        """
+        loss = check_loss(self._engine, self._loader)
+        if not math.isfinite(loss):
+            raise SaveError(
+                f"step {state.step} was not saved (its loss on the check batch is {loss}): its weights have "
+                "diverged; start from an earlier checkpoint with a lower train.learning_rate in another run.dir"
+            )
+        saved = SavedState(
+            step=state.step,
+            consumed_samples=state.consumed_samples,
+            probe_loss=loss,
+            order_hash=self._loader.order_hash(state.consumed_samples),
+            # JSON has no nan: record such a validation as not measured.
+            validation_loss=validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
+        )
+        folder = save_checkpoint(
+            self._engine.state(),
+            config=self._config,
+            groups=self._groups,
+            tokenizer=self._prepared.tokenizer,
+            vocab_size=self._prepared.vocab_size,
+            saved_state=saved,
+            fence=self._fence,
+            broken=self._broken,
+        )
+        self._broken.discard(folder.absolute())
+        return folder

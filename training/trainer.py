@@ -1,0 +1,277 @@
+"""The trainer: one optimizer step after the other, until the steps are done or someone asks to stop."""
+
+import logging
+import math
+import resource
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import TrainshortError
+from configs.schema import RunConfig
+from data_pipeline.loader import Loader
+from data_pipeline.manifest import Prepared
+from data_pipeline.samples import Samples, open_samples
+from parallel.axes import Groups
+from parallel.engine import Engine, StepOutcome
+from parallel.seeds import seed_for
+from training.checkpoint.write import SaveError
+from training.families.table import parameter_count
+from training.incarnation import Fence, Superseded
+from training.observers import Observer, Status, StepResult
+from training.preflight import Ready
+from training.resume import resume
+from training.saver import Saver
+from training.schedule import learning_rate
+from training.state import TrainState
+from training.stopping import StopRequest, remove_stop_file
+from training.utilization import flops_per_token, world_peak_flops
+from training.validator import Validator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _TakenStep:
+    outcome: StepOutcome
+    learning_rate: float
+    seconds: float
+    memory_gb: float
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything that one rank needs to train a run from `start` on.
+
+    Attributes:
+        config: The run.
+        engine: The model and its optimizer, holding the state of `start`.
+        loader: The run's samples.
+        groups: This rank's places.
+        device: This rank's device.
+        validator: Measures held-out samples.
+        saver: Saves checkpoints.
+        stop: Whether someone asked to end.
+        fence: Whether this start of the run is still the newest.
+        start: Where training continues.
+        flops_per_token: Of forward and backward.
+        peak_flops: Of all ranks together; None where unknown.
+    """
+
+    config: RunConfig
+    engine: Engine
+    loader: Loader
+    groups: Groups
+    device: torch.device
+    validator: Validator
+    saver: Saver
+    stop: StopRequest
+    fence: Fence
+    start: TrainState
+    flops_per_token: float
+    peak_flops: float | None
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.groups.world.rank == 0
+
+    def run(self, observers: Sequence[Observer]) -> TrainState:
+        """Train to the last step or until asked to stop, and return the last state, which is saved.
+
+        A checkpoint on the way that cannot be saved is lost, and training continues.
+
+        Args:
+            observers: Told of each step and of how training ended; none on ranks other than the first.
+        Raises:
+            SaveError: the last state cannot be saved.
+            Superseded: a newer start of the run has taken over.
+            TrainshortError: the loss or the gradient norm is no longer a number.
+        """
+        status: Status = "FAILED"
+        try:
+            end = self._train(observers)
+            status = "FINISHED" if end.step >= self.config.train.steps else "KILLED"
+            if self.is_first_rank:
+                remove_stop_file(self.fence)
+                if status == "KILLED":
+                    saved = ", saved" if end.step else ""  # before the first step there is nothing to save
+                    logger.warning("stopped after step %d%s: start again to continue", end.step, saved)
+            return end
+        except SaveError:
+            if self.is_first_rank:
+                remove_stop_file(self.fence)  # the run has ended all the same: the next start must train
+            raise
+        except Superseded:
+            status = "SUPERSEDED"
+            raise
+        finally:
+            with ExitStack() as stack:  # close each, even if another one fails
+                for observer in observers:
+                    stack.callback(observer.close, status)
+
+    def _train(self, observers: Sequence[Observer]) -> TrainState:
+        steps, every = self.config.train.steps, self.config.checkpoint.every
+        state, saved_step, failed_saves = self.start, self.start.step, 0
+        validation_loss: float | None = None
+        while state.step < steps and not self._must_stop():
+            state, taken = self._take_step(state)
+            validation_loss = self.validator.loss_after(state.step)
+            # Report before saving: a resume drops the lines past its checkpoint, but cannot recover a lost one.
+            self._report(observers, state, taken, validation_loss=validation_loss, failed_saves=failed_saves)
+            if state.step % every == 0 or state.step == steps:
+                if self._try_to_save(state, validation_loss, observers):
+                    saved_step = state.step
+                else:
+                    failed_saves += 1
+        if state.step != saved_step:
+            self._save(state, validation_loss, observers)
+        return state
+
+    def _must_stop(self) -> bool:
+        return self.stop.any_rank_asked(fence=self.fence, reads_folder=self.is_first_rank, device=self.device)
+
+    def _take_step(self, state: TrainState) -> tuple[TrainState, _TakenStep]:
+        config, step, began = self.config, state.step + 1, time.perf_counter()
+        rate = learning_rate(step, train=config.train)
+        # Seed each step, so that dropout needs no saved random state. Tensor ranks share the seed: they must drop the
+        # same elements of the residual stream.
+        torch.manual_seed(seed_for(config.run.seed, "dropout", step, self.groups.data.rank, self.groups.pipeline.rank))
+        outcome = self.engine.train_step(self.loader.step(state.consumed_samples), learning_rate=rate)
+        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+            raise TrainshortError(
+                f"the loss is {outcome.loss} and the gradient norm {outcome.grad_norm} at step {step}: nothing was "
+                "saved since the last checkpoint; use a lower train.learning_rate or more warm-up in another run.dir"
+            )
+        seconds = time.perf_counter() - began
+        memory_gb = _largest(_peak_memory_gb(self.device), device=self.device)
+        after = TrainState(step, state.consumed_samples + config.train.global_batch)
+        return after, _TakenStep(outcome, rate, seconds, memory_gb)
+
+    def _report(
+        self,
+        observers: Sequence[Observer],
+        state: TrainState,
+        taken: _TakenStep,
+        *,
+        validation_loss: float | None,
+        failed_saves: int,
+    ) -> None:
+        if observers and not self.fence.may_be_ours():
+            return  # a newer start writes the metrics now; all ranks end together before the next step
+        tokens_per_second = self.config.train.global_batch * self.config.data.sequence_length / taken.seconds
+        flops_per_second = tokens_per_second * self.flops_per_token
+        result = StepResult(
+            step=state.step,
+            loss=taken.outcome.loss,
+            learning_rate=taken.learning_rate,
+            grad_norm=taken.outcome.grad_norm,
+            tokens_seen=state.consumed_samples * self.config.data.sequence_length,
+            consumed_samples=state.consumed_samples,
+            step_seconds=taken.seconds,
+            tokens_per_second=tokens_per_second,
+            model_flops_utilization=flops_per_second / self.peak_flops if self.peak_flops else None,
+            memory_gb=taken.memory_gb,
+            validation_loss=validation_loss,
+            failed_saves=failed_saves or None,
+        )
+        for observer in observers:
+            observer.on_step(result)
+
+    def _try_to_save(self, state: TrainState, validation_loss: float | None, observers: Sequence[Observer]) -> bool:
+        try:
+            self._save(state, validation_loss, observers)
+        except SaveError as error:
+            if self.is_first_rank:
+                logger.error("NOT SAVED: %s; training continues, and the next checkpoint is tried as planned", error)
+            return False
+        return True
+
+    def _save(self, state: TrainState, validation_loss: float | None, observers: Sequence[Observer]) -> None:
+        for observer in observers:
+            observer.before_save()
+        self.saver.save(state, validation_loss=validation_loss)
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _largest(value: float, *, device: torch.device) -> float:
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def build_trainer(
+    ready: Ready,
+    *,
+    engine: Engine,
+    groups: Groups,
+    fence: Fence,
+    device: torch.device,
+    stop: StopRequest,
+    accept_change: bool = False,
+) -> Trainer:
+    """Return the trainer of a run on this rank, resumed from the newest checkpoint; every rank must call it.
+
+    Args:
+        ready: The run, checked.
+        engine: Of `build_engine`, holding the run's initial weights.
+        groups: This rank's places.
+        fence: Whether this start of the run is still the newest.
+        device: This rank's device.
+        stop: Whether someone asked to end.
+        accept_change: Resume also where model or data are not what they were.
+    Raises:
+        InputError: the data or a checkpoint does not fit the run; raised on every rank.
+    """
+    config, prepared = ready.config, ready.prepared
+    loader = Loader(
+        _open_on_first_rank_first(config, prepared=prepared, groups=groups, held_out=False),
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        data_rank=groups.data.rank,
+        data_size=groups.data.size,
+    )
+    validates = bool(config.evaluate.every)
+    held_out = _open_on_first_rank_first(config, prepared=prepared, groups=groups, held_out=True) if validates else None
+    start = resume(engine, loader, config=config, groups=groups, accept_change=accept_change)
+    parameters = parameter_count(config.model, vocab_size=prepared.vocab_size)
+    return Trainer(
+        config=config,
+        engine=engine,
+        loader=loader,
+        groups=groups,
+        device=device,
+        validator=Validator(engine, held_out, config=config, data=groups.data),
+        saver=Saver(engine, loader, config=config, prepared=prepared, groups=groups, fence=fence, start=start),
+        stop=stop,
+        fence=fence,
+        start=start,
+        flops_per_token=flops_per_token(config.model, parameters=parameters, length=config.data.sequence_length),
+        peak_flops=world_peak_flops(device, precision=config.train.precision),
+    )
+
+
+def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: Groups, held_out: bool) -> Samples:
+    """Open the samples on rank 0 first, which builds their index; the other ranks then find it."""
+    open_now = partial(
+        open_samples,
+        prepared,
+        sequence_length=config.data.sequence_length,
+        split=config.data.split,
+        seed=config.run.seed,
+        held_out=held_out,
+    )
+    samples = open_now() if groups.world.rank == 0 else None
+    dist.barrier()
+    return samples or open_now()

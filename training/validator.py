@@ -1,0 +1,35 @@
+"""Validation during training: the mean loss on held-out samples."""
+
+from configs.schema import RunConfig
+from data_pipeline.loader import held_out_batches
+from data_pipeline.samples import Samples
+from parallel.axes import Group
+from parallel.engine import Engine
+
+
+class Validator:
+    """Measures the same held-out samples each time.
+
+    Args:
+        engine: The model.
+        samples: Held-out samples; None where the run does not validate.
+        config: The run.
+        data: The data axis.
+    """
+
+    def __init__(self, engine: Engine, samples: Samples | None, *, config: RunConfig, data: Group) -> None:
+        self._engine, self._samples, self._config, self._data = engine, samples, config, data
+
+    def loss_after(self, step: int) -> float | None:
+        """Return the mean loss in nats over all ranks if the run validates after this step; every rank must call it."""
+        every = self._config.evaluate.every
+        if self._samples is None or step % every:
+            return None
+        batches = held_out_batches(
+            self._samples,
+            count=self._config.evaluate.samples,
+            micro_batch=self._config.train.micro_batch,
+            data_rank=self._data.rank,
+            data_size=self._data.size,
+        )
+        return self._engine.mean_loss(list(batches))
