@@ -4,10 +4,10 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench test-gpu test-layouts test-faults test-slurm
+.PHONY: help install demo quick test lint bench test-gpu test-layouts test-faults test-slurm
 
 help:
-	@echo "make demo | test | lint | install | test-gpu | test-layouts | test-faults | test-slurm | bench"
+	@echo "make demo | quick | test | lint | install | test-gpu | test-layouts | test-faults | test-slurm | bench"
 
 install: $(INSTALLED)
 
@@ -19,6 +19,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python -P examples/demo.py
+
+# The loop while one works: the linters, and the tests that start no process. Under a minute on two cores.
+quick: lint
+	$(BIN)/python -P -m pytest -q tests/unit
 
 test: lint
 	$(BIN)/python -P -m pytest -q

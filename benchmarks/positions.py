@@ -9,13 +9,13 @@ import time
 
 import torch
 
+from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.groups import lone_groups
+from parallel.layers import mean_loss
 from parallel.seeds import initial_weights
-from training.model.decoder import mean_loss
 from training.model.single import lone_decoder
 
-POSITIONS = ("none", "alibi", "sinusoidal", "rotary", "t5")
 VOCABULARY, REPEATS = 4096, 7
 
 

@@ -72,8 +72,8 @@ def _measure(name: str, shape: Shape) -> dict[str, float]:
 
 def _trainshort(shape: Shape) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     from parallel.groups import lone_groups
+    from parallel.layers import mean_loss
     from parallel.seeds import initial_weights
-    from training.model.decoder import mean_loss
     from training.model.single import lone_decoder
 
     model = Model(layers=shape.layers, hidden=shape.hidden, heads=shape.heads)

@@ -69,6 +69,7 @@ def machine_report() -> dict[str, Any]:
 
 def memory_report(meminfo: Path = Path("/proc/meminfo")) -> dict[str, int | None]:
     """Return total and available memory in bytes, or None where the system does not report it."""
+    # Lines such as "MemTotal:       16384000 kB".
     lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.is_file() else []
     kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     return {
@@ -83,6 +84,7 @@ def gpu_report() -> dict[str, Any]:
     import torch.distributed as dist
 
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    # Counted without torch: a torch build without CUDA, or an old driver, shows as GPUs that are present but unusable.
     present = gpu_count(os.environ)
     return {
         "present": present,
@@ -119,6 +121,7 @@ def addresses_of(host: str) -> list[str]:
 def free_port() -> int | None:
     """Return a TCP port on the loopback interface that could be bound and reached, or None if that failed."""
     try:
+        # Bind and connect: a firewall may allow the first and refuse the second.
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = int(server.getsockname()[1])
             with socket.create_connection(("127.0.0.1", port), timeout=5):

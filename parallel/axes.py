@@ -6,10 +6,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Group:
-    """This process's place on one axis.
+    """This process's place on one axis of the layout.
 
     Attributes:
-        rank: Place in the group.
+        rank: Number in the group.
         size: Ranks in the group.
         handle: The torch process group.
     """
@@ -21,7 +21,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The axes of a layout; `grid` is the same for DeepSpeed, None in a world without it."""
+    """The axes of a layout; `grid` is DeepSpeed's description of them, None in a world of one."""
 
     world: Group
     tensor: Group

@@ -1,4 +1,4 @@
-"""What ranks must know alike before they go on: a value that one made, a problem that one met."""
+"""Collectives on Python values and errors: every rank of the group must call them at the same point."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,28 +12,27 @@ T = TypeVar("T")
 
 
 def all_gather_object(value: T, *, group: Group) -> list[T]:
-    """Return every rank's value, by rank; a collective."""
-    found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, value, group=group.handle)
-    return found
+    """Return every rank's value, by rank."""
+    values: list[Any] = [None] * group.size
+    dist.all_gather_object(values, value, group=group.handle)
+    return values
 
 
 def raise_everywhere(problem: TrainshortError | None, *, group: Group) -> None:
-    """Raise the first problem that any rank has on every rank; a collective, so that none waits for one that gave up.
+    """Raise the first rank's problem on every rank, so that none waits for one that gave up.
 
     Raises:
-        TrainshortError: a rank has one.
+        TrainshortError: a rank has a problem.
     """
-    for found in all_gather_object(problem, group=group):
-        if found is not None:
-            raise found
+    for first in filter(None, all_gather_object(problem, group=group)):
+        raise first
 
 
 def broadcast_from_first(make: Callable[[], T], *, group: Group) -> T:
-    """Return what rank 0 makes, on every rank; a collective.
+    """Return on every rank what `make` returns on rank 0.
 
     Raises:
-        TrainshortError: rank 0 could not, or its disk failed; raised on every rank.
+        TrainshortError: `make` raised it, or rank 0 cannot use its disk; raised on every rank.
     """
     made: list[Any] = [None]
     if group.rank == 0:
@@ -43,7 +42,7 @@ def broadcast_from_first(make: Callable[[], T], *, group: Group) -> T:
             made = [error]
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
-            made = [MachineError(f"rank 0 cannot use the disk ({error.strerror}{where}): mend it and start again")]
+            made = [MachineError(f"rank 0 cannot use the disk ({error.strerror}{where}): fix it and start again")]
     dist.broadcast_object_list(made, group=group.handle, group_src=0)
     if isinstance(made[0], TrainshortError):
         raise made[0]

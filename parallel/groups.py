@@ -1,4 +1,4 @@
-"""Process groups as values: who asks for a rank or a size is handed a `Group`."""
+"""Create the process groups of a layout."""
 
 from contextlib import redirect_stdout
 from io import StringIO
@@ -20,9 +20,8 @@ from parallel.libraries import (
 def make_groups(layout: Layout) -> Groups:
     """Create the groups of a layout; every rank of the world must call it at the same point.
 
-    megatron-core and DeepSpeed each make their own groups, since their layers look them up by
-    themselves; both number the ranks alike (tensor fastest, then data, then pipeline). The values
-    here are megatron's.
+    megatron-core and DeepSpeed each create their own groups, because their layers look them up. Both number the
+    ranks alike: tensor fastest, then data, then pipeline. The values returned are megatron's.
     """
     join_deepspeed()
     parallel_state.destroy_model_parallel()
@@ -39,8 +38,8 @@ def make_groups(layout: Layout) -> Groups:
 
 
 def join_deepspeed() -> None:
-    """Let DeepSpeed use the process group that is there; nothing is compiled."""
-    # On CPU ranks DeepSpeed would build a shared-memory all-reduce with g++ at the first start: a minute.
+    """Let DeepSpeed use the existing process group, without compiling anything."""
+    # At the first start on CPU ranks DeepSpeed would compile a shared-memory all-reduce with g++, which takes a minute.
     deepspeed_backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 

@@ -1,4 +1,4 @@
-"""Arithmetic of a layout: how many ranks share what. No torch, no processes."""
+"""Arithmetic of a layout: how many ranks share what. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -59,7 +59,7 @@ class Layout:
 def stage_bounds(blocks: int, *, stages: int) -> tuple[int, ...]:
     """Return where each stage's blocks begin, and the end: 25 blocks on 2 stages are (0, 13, 25).
 
-    The first stages take the odd blocks, since the last one has the logits to compute.
+    The first stages take the odd blocks, because the last one also computes the logits.
     """
     each, odd = divmod(blocks, stages)
     sizes = [each + (stage < odd) for stage in range(stages)]

@@ -1,7 +1,7 @@
-"""What is used of DeepSpeed and megatron-core, in one list, imported without what is not used.
+"""Everything that is used of DeepSpeed and megatron-core, imported without the parts that are not.
 
-DeepSpeed imports mlflow for its autotuner and megatron-core compiles fused operations through
-torch.compile while it is imported: together more than half of a rank's start-up. Neither is used here.
+While they are imported, DeepSpeed imports mlflow for its autotuner and megatron-core passes fused operations to
+torch.compile: together more than half of a rank's start-up time. Neither is used here.
 """
 
 import importlib
@@ -26,7 +26,7 @@ def _lean() -> Iterator[None]:
     quiet_libraries()
     mlflow_is_there = "mlflow" in sys.modules
     if not mlflow_is_there:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails, as where it is not installed
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # so that importing it fails, as if it were not installed
     with patch.object(torch, "compile", _uncompiled):
         yield
     if not mlflow_is_there:

@@ -1,4 +1,4 @@
-"""Pipeline stages: DeepSpeed's PipelineModule over a plan, cut where our layout says."""
+"""Pipeline stages: DeepSpeed's PipelineModule over a plan, cut at the bounds of our layout."""
 
 from contextlib import redirect_stdout
 from io import StringIO
@@ -49,7 +49,7 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
         bounds = stage_bounds(len(blocks), stages=groups.pipeline.size)
         stages: list[list[LayerSpec]] = [blocks[start:stop] for start, stop in pairwise(bounds)]
         if (shared := plan.shared) is not None:
-            # Its place among the layers only puts it on every stage: the blocks call it themselves.
+            # Listed as a layer only to put it on every stage: the blocks call it themselves.
             stages = [[_TiedLayer("shared", lambda: shared, forward_fn=_pass), *stage] for stage in stages]
         stages[0] = [_TiedLayer("embedding", plan.embedding), *map(_Layer, plan.before), *stages[0]]
         stages[-1] += [*map(_Layer, plan.after), _TiedLayer("embedding", plan.embedding, forward_fn=plan.head)]
@@ -58,11 +58,11 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
             super().__init__(list(chain(*stages)), topology=groups.grid.topology(), loss_fn=plan.loss)
 
     def _partition_layers(self, method: str = "") -> None:
-        # DeepSpeed's own methods weigh layers by size or name; ours is stated once, in the layout.
+        # DeepSpeed would cut by the size or name of layers; our bounds are stated once, in the layout.
         self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     def _synchronize_tied_weights(self) -> None:
-        # Nothing to do: both stages draw, or load, the same weight by its name. DeepSpeed would broadcast
-        # a parameter that has a gradient, which torch warns of at each start.
+        # Both stages draw or load the same weight by its name, so nothing has to be sent. DeepSpeed would broadcast a
+        # parameter that requires a gradient, and torch would warn at each start.
         pass

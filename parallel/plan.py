@@ -11,16 +11,16 @@ Maker = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Makers of layers in order.
+    """Functions that build the layers, in order.
 
     Attributes:
-        embedding: Makes the word embedding, which the last stage shares.
+        embedding: Builds the word embedding, which the last stage shares.
         head: From the word embedding and states [batch, seq, hidden] to local logits.
         before: Layers between the word embedding and the blocks; they live on the first stage.
         blocks: The blocks, spread over the stages.
         after: Layers between the blocks and the head; they live on the last stage.
         loss: From local logits and targets [batch, seq] to a scalar.
-        shared: A module whose weights all blocks use, or None; every stage holds a copy, and they stay equal.
+        shared: A module whose weights all blocks use, or None; every stage holds an equal copy.
     """
 
     embedding: Maker

@@ -1,4 +1,4 @@
-"""Seeds by purpose: one number from the run's seed and what it is for, the same on every machine."""
+"""Seeds by purpose, derived from the run's seed: the same on every machine and in every layout."""
 
 import hashlib
 
@@ -19,8 +19,8 @@ def seed_for(seed: int, *purpose: str | int) -> int:
 def initial_weights(module: nn.Module, *, seed: int, tensor: Group) -> None:
     """Fill a module's declared parameters with the run's initial weights.
 
-    Each whole tensor is drawn on the CPU from its own name, then cut: the same weights in every layout and
-    on every device.
+    Each whole tensor is drawn on the CPU with a seed of its name, then cut, so that the weights are the same in every
+    layout and on every device.
     """
     for parameter, shard in declared(module).values():
         with torch.no_grad():

@@ -1,6 +1,6 @@
-"""What each parameter is, in any layout: its name, its whole shape, and which slice a tensor rank holds.
+"""Parameters with their shards, and tensors cut into a tensor rank's slice.
 
-A parameter declares this when it is made. Initial weights, checkpoints and export all go through it.
+A parameter is declared when it is built. Initial weights, checkpoints and export go through the declaration.
 """
 
 import torch
@@ -11,9 +11,9 @@ from parallel.parameter import Shard, span
 
 
 def declare(parameter: nn.Parameter, shard: Shard) -> None:
-    """Attach a declaration to a parameter, and megatron's marks that make norms and clipping right."""
+    """Attach a shard to a parameter, and the marks by which megatron and DeepSpeed compute norms."""
     parameter.shard = shard  # type: ignore[attr-defined]
-    # Unmarked parameters count once, on tensor rank 0, in the global gradient norm.
+    # An unmarked parameter is the same on all tensor ranks: the gradient norm counts it once, on tensor rank 0.
     if shard.dim is not None:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         parameter.partition_dim = shard.dim  # type: ignore[attr-defined]
@@ -26,16 +26,16 @@ def declared(module: nn.Module) -> dict[str, tuple[nn.Parameter, Shard]]:
     Raises:
         AssertionError: a parameter declares nothing.
     """
-    found = {}
+    parameters = {}
     for path, parameter in module.named_parameters():
         shard = getattr(parameter, "shard", None)
-        assert isinstance(shard, Shard), f"parameter {path} declares no name and rule: call declare() where it is made"
-        found[shard.name] = (parameter, shard)
-    return found
+        assert isinstance(shard, Shard), f"parameter {path} declares no name and rule: call declare() where it is built"
+        parameters[shard.name] = (parameter, shard)
+    return parameters
 
 
 def cut(whole: Tensor, *, shard: Shard, tensor: Group) -> Tensor:
-    """Return a tensor rank's slice of a whole tensor, padded with zero rows where the vocabulary needs it."""
+    """Return a tensor rank's slice of a whole tensor; a vocabulary is padded with rows of zeros."""
     assert tuple(whole.shape) == shard.shape, f"{shard.name} is {tuple(whole.shape)}, declared {shard.shape}"
     if shard.dim is None:
         return whole
@@ -44,11 +44,11 @@ def cut(whole: Tensor, *, shard: Shard, tensor: Group) -> Tensor:
 
 
 def pad(part: Tensor, *, shard: Shard, tensor: Group) -> Tensor:
-    """Return a tensor rank's real rows with the zero rows that make all ranks' slices equal."""
+    """Return a tensor rank's rows with the rows of zeros that make all ranks' slices equal."""
     if shard.dim is None:
         return part
-    missing = -(-shard.shape[shard.dim] // tensor.size) - part.shape[shard.dim]
-    if not missing:
+    padding = -(-shard.shape[shard.dim] // tensor.size) - part.shape[shard.dim]
+    if not padding:
         return part
     assert shard.rule == "vocabulary", f"{shard.name} does not divide over {tensor.size} tensor ranks"
-    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+    return torch.cat([part, part.new_zeros(padding, *part.shape[1:])])

@@ -1,6 +1,6 @@
-"""Start and stop a rank: who am I, where do the ranks meet. The only reader of the environment.
+"""Start and stop a rank: its place in the world and where the ranks meet. The only reader of the environment.
 
-Torch is imported inside `start`, so that a launcher asks `find_process_rank` at no cost.
+Torch is imported inside functions, so that a launcher can call `find_process_rank` without loading it.
 """
 
 import logging
@@ -27,9 +27,9 @@ class ProcessRank:
     """This process among the ranks of a job.
 
     Attributes:
-        rank, world_size: Place in the world.
-        local_rank: Place on this machine, which picks the GPU.
-        rendezvous: Where the ranks meet, as torch's init_method takes it.
+        rank, world_size: Number among all ranks, and how many there are.
+        local_rank: Number on this machine; it picks the GPU.
+        rendezvous: Where the ranks meet, as torch's init_method.
         starter: local, torchrun or slurm.
     """
 
@@ -41,12 +41,12 @@ class ProcessRank:
 
 
 def find_process_rank(environ: Mapping[str, str]) -> ProcessRank | None:
-    """Return this process's place, or None when it is no rank of a job.
+    """Return this process's place among the ranks of a job, or None if it is not a rank.
 
-    A multi-task srun step and torchrun make ranks; a batch script or a shell in an allocation is none.
+    A multi-task srun step and torchrun start ranks; a batch script or a shell in an allocation is not a rank.
 
     Raises:
-        MachineError: a variable that the starter should have set is missing or no number.
+        MachineError: a variable that the starter sets is missing or not a number.
     """
     try:
         if "TRAINSHORT_RANK" in environ:
@@ -69,14 +69,14 @@ def find_process_rank(environ: Mapping[str, str]) -> ProcessRank | None:
 
 
 def _slurm_rendezvous(environ: Mapping[str, str]) -> str:
-    # The batch script computes both at each start; an srun typed by hand leaves it to us.
+    # The batch script sets both at each start; an srun typed by hand sets neither.
     host = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])
     port = environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 20000
     return f"tcp://{host}:{port}"
 
 
 def _first_host(node_list: str) -> str:
-    """Return the first of SLURM's host names: gpu-[001-004,007] is gpu-001."""
+    """Return the first host name of a SLURM node list: gpu-001 of gpu-[001-004,007]."""
     match = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list)
     if match is None:
         raise ValueError(f"SLURM_STEP_NODELIST {node_list!r}")
@@ -84,23 +84,23 @@ def _first_host(node_list: str) -> str:
 
 
 def hold_stop_signals() -> None:
-    """Let SIGTERM and SIGINT wait: a rank hears them once it can save, and the slow imports before are no end of it."""
+    """Block SIGTERM and SIGINT until the rank can save, so that one during the slow imports does not kill it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def start(place: ProcessRank) -> "torch.device":
-    """Join the other ranks and return this rank's device. NCCL where there are GPUs, gloo otherwise."""
+    """Join the other ranks and return this rank's device: NCCL if there are GPUs, else gloo."""
     import torch
     import torch.distributed as dist
 
     flush_denormals()
     if place.starter == "local":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop may have no resolvable hostname
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's hostname may not resolve
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", place.local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    # DeepSpeed takes it for the device's index: with one GPU visible to each process that is 0 on every rank.
+    # DeepSpeed takes LOCAL_RANK as the device index. With one GPU visible per process that is 0 on every rank.
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     dist.init_process_group(
         "nccl" if gpus else "gloo",
@@ -114,7 +114,7 @@ def start(place: ProcessRank) -> "torch.device":
 
 
 def start_alone() -> "torch.device":
-    """Become a world of one rank, for evaluation and export; a second call changes nothing."""
+    """Create a world of one rank, for evaluation and export; a second call changes nothing."""
     import torch
     import torch.distributed as dist
 
@@ -126,9 +126,9 @@ def start_alone() -> "torch.device":
 
 
 def flush_denormals() -> None:
-    """Round what is smaller than 1e-38 to zero on the CPU, in this thread and those that it starts from now on.
+    """Round numbers below 1e-38 to zero on the CPU, in this thread and in those that it starts from now on.
 
-    ALiBi gives far keys such weights, and a CPU computes with them so slowly that a training step took twice as long.
+    ALiBi gives far keys such weights, and CPUs are slow with them: a training step took twice as long.
     """
     import torch
 
@@ -144,7 +144,7 @@ def stop() -> None:
 
 
 def choose_accelerator() -> None:
-    """Tell DeepSpeed to use the CPU where there is no GPU; it warns when it finds that out itself."""
+    """Tell DeepSpeed to use the CPU if there is no GPU; it warns when it detects that itself."""
     import torch
 
     if not torch.cuda.is_available():
@@ -158,5 +158,5 @@ def quiet_libraries() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     for package in ("deepspeed", "megatron"):
         warnings.filterwarnings("ignore", module=rf"{package}\..*")
-    # DeepSpeed's calls, which torch blames on itself.
+    # DeepSpeed calls them, but torch attributes the warning to its own module.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

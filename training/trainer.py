@@ -17,11 +17,10 @@ from configs.schema import RunConfig
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Prepared
 from data_pipeline.samples import Samples, open_samples
-from parallel.axes import Groups
+from parallel.axes import Group, Groups
 from parallel.engine import Engine, StepOutcome
 from parallel.seeds import seed_for
 from training.checkpoint.write import SaveError
-from training.families.table import parameter_count
 from training.incarnation import Fence, Superseded
 from training.observers import Observer, Status, StepResult
 from training.preflight import Ready
@@ -234,18 +233,11 @@ def build_trainer(
         InputError: the data or a checkpoint does not fit the run; raised on every rank.
     """
     config, prepared = ready.config, ready.prepared
-    loader = Loader(
-        _open_on_first_rank_first(config, prepared=prepared, groups=groups, held_out=False),
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        data_rank=groups.data.rank,
-        data_size=groups.data.size,
-    )
-    validates = bool(config.evaluate.every)
-    held_out = _open_on_first_rank_first(config, prepared=prepared, groups=groups, held_out=True) if validates else None
+    open_run_samples = partial(_open_on_first_rank_first, config, prepared=prepared, groups=groups)
+    loader = _loader_of(config, open_run_samples(held_out=False), data=groups.data)
+    held_out = open_run_samples(held_out=True) if config.evaluate.every else None
     start = resume(engine, loader, config=config, groups=groups, accept_change=accept_change)
-    parameters = parameter_count(config.model, vocab_size=prepared.vocab_size)
+    flops = flops_per_token(config.model, vocab_size=prepared.vocab_size, length=config.data.sequence_length)
     return Trainer(
         config=config,
         engine=engine,
@@ -257,8 +249,19 @@ def build_trainer(
         stop=stop,
         fence=fence,
         start=start,
-        flops_per_token=flops_per_token(config.model, parameters=parameters, length=config.data.sequence_length),
+        flops_per_token=flops,
         peak_flops=world_peak_flops(device, precision=config.train.precision),
+    )
+
+
+def _loader_of(config: RunConfig, samples: Samples, *, data: Group) -> Loader:
+    return Loader(
+        samples,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        data_rank=data.rank,
+        data_size=data.size,
     )
 
 

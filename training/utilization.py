@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from configs.precisions import PRECISIONS
 from configs.schema import Model
+from training.families.table import parameter_count
 
 # Dense peaks from the vendors' data sheets, FLOP/s: (16 bit, fp32 as torch runs it by default).
 _GPU_PEAKS = {
@@ -21,11 +22,12 @@ _GPU_PEAKS = {
 }
 
 
-def flops_per_token(model: Model, *, parameters: int, length: int) -> float:
+def flops_per_token(model: Model, *, vocab_size: int, length: int) -> float:
     """Return forward and backward FLOPs of one token: 6 N + 12 layers x hidden x length.
 
     Attention is counted in full, not halved for causality, as the published figures do. Recomputation is not counted.
     """
+    parameters = parameter_count(model, vocab_size=vocab_size)
     return 6.0 * parameters + 12.0 * model.layers * model.hidden * length
 
 

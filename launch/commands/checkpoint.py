@@ -40,7 +40,7 @@ def checkpoint_verify_command(checkpoint: CheckpointPath, as_json: AsJson = Fals
         show_json([verdict.to_json() for verdict in verdicts])
     else:
         show_verdicts(verdicts)
-    if any(verdict.problems for verdict in verdicts):
+    if any(verdict.problems for verdict in verdicts):  # after the output, which names the broken ones
         raise SystemExit(InputError.exit_code)
 
 

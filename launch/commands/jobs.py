@@ -37,6 +37,7 @@ def slurm_command(
 
         show_submitted(submit_run(config, nodes=nodes, folder=Path.cwd()), run_dir=run_dir)
         return
+    # The scripts start in the current folder, so that relative paths in the run file mean the same there.
     scripts = render_scripts(
         config,
         run_file=run,

@@ -29,7 +29,7 @@ def evaluate_command(
     from launch.show.model import show_report
     from training.evaluation.run import evaluate_checkpoint
 
-    protocols = tuple(protocol) if protocol else None
+    protocols = tuple(protocol) if protocol else None  # None: those of the run file
     report = evaluate_checkpoint(checkpoint, lengths=lengths, protocols=protocols, data=data)
     if as_json:
         show_json(report)

@@ -25,7 +25,7 @@ def show_checkpoints(verdicts: "list[Verdict]", *, folder: Path) -> None:
         table.add_row(
             "-" if step is None else f"{step:,}", size, "-" if loss is None else f"{loss:.4f}", str(verdict.path)
         )
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True).print(table)  # no wrapping: a path stays on one line, to be copied
     show_lines(*(problem for verdict in verdicts for problem in verdict.problems))
 
 
@@ -52,7 +52,7 @@ def show_reshape(plan: "Reshape") -> None:
         rule = f"{cut.rule}, tied" if cut.tied else cut.rule
         sizes = (_slice_sizes(cut.saved), _slice_sizes(cut.wanted))
         table.add_row(cut.name, rule, " x ".join(map(str, cut.shape)), *sizes, str(cut.padding or ""))
-    Console(width=120).print(table)
+    Console(width=120).print(table)  # the shapes need more than 80
 
 
 def _slice_sizes(sizes: tuple[int, ...]) -> str:

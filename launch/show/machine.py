@@ -72,6 +72,7 @@ def _grid(rows: dict[str, str]) -> Table:
     """Return a table of names and values; long values fold."""
     grid = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():
+        # fold breaks long words too: without it a narrow terminal cuts paths off
         grid.add_row(name, Text(value, overflow="fold"))
     return grid
 
@@ -99,6 +100,7 @@ def _network(network: dict[str, Any]) -> str:
     host, addresses = network["host"], network["addresses"]
     if not addresses:
         name = f"{host} does not resolve: local ranks need no name, ranks of several nodes cannot find this one by it"
+    # Debian maps a machine's own name to 127.0.1.1.
     elif all(address.startswith("127.") or address == "::1" for address in addresses):
         name = f"{host} is {', '.join(addresses)}, this machine alone: enough for local ranks, not for several nodes"
     else:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def show_report(report: dict[str, Any]) -> None:
     """Write the perplexity table of an evaluation report."""
+    # Only a text whose words were counted has a perplexity per word.
     per_word = any("word_perplexity" in result for result in report["results"])
     show_lines(f"{report['checkpoint']}, trained at {report['train_length']:,} tokens")
     table = narrow_table(("length", "x trained", "tokens", "loss", "perplexity", *(["per word"] if per_word else [])))

@@ -47,7 +47,7 @@ def read_chain(run_dir: Path) -> Chain:
             f"{run_dir} has no submitted jobs: submit them with trainshort slurm RUN.yaml --submit"
         ) from None
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        problem = error.errors(include_url=False)[0]  # one is enough: nobody edits this file by hand
         raise InputError(
             f"{chain_file(run_dir)} is broken ({'.'.join(map(str, problem['loc']))}: {problem['msg']}): see in squeue "
             "that no job of the run is left, then remove the file and submit the run again"

@@ -26,6 +26,7 @@ STOPPED_EXIT_CODE = 130
 def ranks_per_node(config: RunConfig, *, nodes: int) -> int:
     """Return the ranks per node: as set, else one per GPU, else the fewest CPU ranks that hold whole model copies."""
     model_ranks = config.parallel.tensor * config.parallel.pipeline
+    # nodes x fewest is the least common multiple of nodes and model_ranks.
     fewest = model_ranks // math.gcd(model_ranks, nodes)
     return config.slurm.ranks_per_node or config.slurm.gpus_per_node or fewest
 
@@ -57,8 +58,7 @@ def render_scripts(
         folder: Working directory of the scripts; relative paths start there.
         program: Command that runs trainshort on the nodes.
         code: A frozen copy of the code to run, or None for the installed code.
-        image: Result of `image_state`, which the scripts compare with the image's state when they start; None
-            skips the comparison.
+        image: Result of `image_state`, which the scripts check when they start; None for no check.
     Raises:
         InputError: the ranks do not fit the layout.
     """
@@ -78,7 +78,7 @@ def render_scripts(
             nodes=nodes if name == "train" else 1,
             ranks=ranks,
             command=shlex.join(commands[name]),
-            torchrun=program.removesuffix("trainshort") + "torchrun",
+            torchrun=program.removesuffix("trainshort") + "torchrun",  # installed in the same folder
             code=str(code) if code else None,
             image=image,
             **_sizes(config.slurm, ranks=ranks if name == "train" else None),
@@ -161,6 +161,7 @@ def _last_checkpoint(config: RunConfig) -> Path:
 
 
 def _template() -> Any:
+    # StrictUndefined: a misspelled name in the template is an error, not an empty string.
     templates = Environment(
         loader=PackageLoader("launch"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -199,6 +200,7 @@ def _container(config: RunConfig, *, folder: Path) -> dict[str, str]:
         words = ["apptainer", "exec", *(["--nv"] if slurm.gpus_per_node else []), "--pwd", str(folder)]
         words += [word for mount in mounts for word in ("--bind", mount)] + [slurm.container]
         return {"srun_options": "", "prefix": shlex.join(words) + " "}
+    # Options of pyxis, SLURM's container plugin.
     pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
     options = [f"--container-image={slurm.container}", f"--container-mounts={pairs}", f"--container-workdir={folder}"]
     return {"srun_options": "".join(f" \\\n  {shlex.quote(option)}" for option in options), "prefix": ""}

@@ -116,7 +116,7 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, keys: dict[str, i
     assert one.by_name["rank 1 is overtaken"].startswith("Superseded: ")
     assert one.by_name["rank 1 cannot load"] == "InputError: unfit for rank 1"
     assert one.by_name["rank 0 has no disk"] == (
-        "MachineError: rank 0 cannot use the disk (Input/output error /run): mend it and start again"
+        "MachineError: rank 0 cannot use the disk (Input/output error /run): fix it and start again"
     )
     assert one.opened == two.opened == ["step_0000002", "step_0000001"]
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())

@@ -22,8 +22,10 @@ class Mutant:
     caught_by: str
 
 
-ALIBI, ATTENTION = "training/model/positions/alibi.py", "training/model/attention.py"
-DECODER, CERTIFICATE = "training/model/decoder.py", "training/model/proof/certificate.py"
+POSITIONS, KERNELS = "training/model/positions", "training/model/kernels"
+ALIBI, BIAS, T5 = f"{POSITIONS}/alibi.py", f"{POSITIONS}/bias.py", f"{POSITIONS}/t5.py"
+SDPA, FLEX = f"{KERNELS}/sdpa.py", f"{KERNELS}/flex.py"
+BLOOM, CERTIFICATE = "training/model/blocks/bloom.py", "training/model/proof/certificate.py"
 BY_FORMULA = "tests/unit/test_model_alibi.py::test_both_backends_equal_the_formula_in_fp64"
 BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join_to_the_whole"
 BY_BIAS = "tests/unit/test_model_alibi.py::test_bias_is_minus_slope_times_distance_and_nothing_ahead"
@@ -50,129 +52,128 @@ MUTANTS = (
     ),
     Mutant(
         "wrong sign",
-        ALIBI,
+        BIAS,
         "bias = -local_slopes[:, None, None] * distance",
         "bias = local_slopes[:, None, None] * distance",
         BY_BIAS,
     ),
     Mutant(
         "off-by-one distance, one too near",
-        ALIBI,
+        BIAS,
         "* distance\n",
         "* (distance - 1).clamp(min=0)\n",
         BY_BIAS,
     ),
     Mutant(
         "off-by-one distance, a query's own key is one away",
-        ALIBI,
+        BIAS,
         "* distance\n",
         "* distance.clamp(min=1)\n",
         BY_BIAS,
     ),
     Mutant(
         "the next key is seen",
-        ALIBI,
+        BIAS,
         "query = torch.arange(keys - queries, keys, device=device)",
         "query = torch.arange(keys - queries, keys, device=device) + 1",
         "tests/unit/test_model_properties.py::test_a_later_token_never_changes_an_earlier_logit",
     ),
     Mutant(
         "bf16 positions",
-        ALIBI,
+        BIAS,
         "distance = query[:, None] - torch.arange(keys, device=device)[None, :]",
         "distance = query[:, None].bfloat16() - torch.arange(keys, device=device).bfloat16()[None, :]",
         BY_LENGTH,
     ),
     Mutant(
         "bf16 distances",
-        ALIBI,
+        BIAS,
         "* distance\n",
         "* distance.bfloat16()\n",
         BY_LENGTH,
     ),
     Mutant(
         "reference: bias scaled by 1 / sqrt(head_dim)",
-        ATTENTION,
+        f"{KERNELS}/reference.py",
         "keys=k.shape[2], device=q.device, dtype=wide)\n",
         "keys=k.shape[2], device=q.device, dtype=wide) / q.shape[-1] ** 0.5\n",
-        f"{REFUSED}::test_a_real_decoder_is_certified_to_rounding[6-alibi-reference]",
+        f"{REFUSED}::test_a_real_decoder_is_certified_to_rounding[alibi-reference]",
     ),
     Mutant(
         "sdpa: bias scaled by 1 / sqrt(head_dim)",
-        ATTENTION,
+        SDPA,
         "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)",
         "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype) / q.shape[-1] ** 0.5",
-        f"{REFUSED}::test_a_real_decoder_is_certified_to_rounding[6-alibi-sdpa]",
+        f"{REFUSED}::test_a_real_decoder_is_certified_to_rounding[alibi-sdpa]",
     ),
     Mutant(
         "sdpa: a short block takes the strip's first rows",
-        ATTENTION,
+        SDPA,
         "strip[:, :, rows - query.shape[2] :, keys - seen :]",
         "strip[:, :, : query.shape[2], keys - seen :]",
         BY_FORMULA,
     ),
     Mutant(
         "sdpa: a block takes the strip's first columns",
-        ATTENTION,
+        SDPA,
         "strip[:, :, rows - query.shape[2] :, keys - seen :]",
         "strip[:, :, rows - query.shape[2] :, :seen]",
         BY_FORMULA,
     ),
     Mutant(
         "ALiBi zeroed behind a cache",
-        ATTENTION,
+        SDPA,
         "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)",
         "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype) * (queries > 1)",
         BY_GREEDY,
     ),
     Mutant(
         "flex: wrong sign",
-        ATTENTION,
+        FLEX,
         "score - here[head] * (query",
         "score + here[head] * (query",
         BY_FLEX,
     ),
     Mutant(
         "flex: queries behind a cache are masked as if they came first",
-        ATTENTION,
+        FLEX,
         "return query + (keys - queries) >= key",
         "return query >= key",
         BY_FLEX,
     ),
     Mutant(
         "t5: far buckets off by one",
-        "training/model/positions/t5.py",
+        T5,
         "far = exact + (",
         "far = exact + 1 + (",
         "tests/unit/test_model_t5.py::test_buckets_of_distances_to_5000_equal_transformers",
     ),
     Mutant(
         "rotary: values are turned too",
-        DECODER,
-        "q, k = rotate(q, start=start), rotate(k, start=start)",
-        "q, k, v = (rotate(x, start=start) for x in (q, k, v))",
-        "tests/unit/test_model_rotary.py"
-        "::test_decoder_equals_the_formula_with_llamas_turns_in_logits_and_gradients[30-sdpa]",
+        BLOOM,
+        "q, k = self.position.rotate(q, k, start=cache.length if cache else 0)",
+        "q, k, v = (self.position.rotate(x, x, start=cache.length if cache else 0)[0] for x in (q, k, v))",
+        "tests/unit/test_model_rotary.py::test_decoder_equals_the_formula_with_llamas_rotation[30-sdpa]",
     ),
     Mutant(
         "sinusoidal: embeddings are not scaled",
-        DECODER,
-        "x = x * x.shape[2] ** 0.5 + table.to(x.dtype)",
-        "x = x + table.to(x.dtype)",
+        f"{POSITIONS}/sinusoidal.py",
+        "out: Tensor = x * x.shape[2] ** 0.5 + table.to(x.dtype)",
+        "out: Tensor = x + table.to(x.dtype)",
         "tests/unit/test_model_sinusoidal.py::test_decoder_equals_the_formula_in_logits_and_gradients[30-sdpa]",
     ),
     Mutant(
         "rotary: position off by one behind a cache",
-        DECODER,
-        "start = cache.length if cache else 0\n            q, k = rotate",
-        "start = max(cache.length - 1, 0) if cache else 0\n            q, k = rotate",
+        BLOOM,
+        "rotate(q, k, start=cache.length if cache else 0)",
+        "rotate(q, k, start=max(cache.length - 1, 0) if cache else 0)",
         f"{BY_CACHE}[rotary-sdpa]",
     ),
     Mutant(
         "sinusoidal: position off by one behind a cache",
-        DECODER,
-        "start = cache.length if cache else 0\n            end",
-        "start = cache.length + 1 if cache else 0\n            end",
+        BLOOM,
+        "embed(x, start=cache.length if cache else 0)",
+        "embed(x, start=cache.length + 1 if cache else 0)",
         f"{BY_CACHE}[sinusoidal-sdpa]",
     ),
     Mutant(
@@ -180,7 +181,7 @@ MUTANTS = (
         CERTIFICATE,
         "if certificate.slopes_sha256 != expected:",
         "if False:",
-        f"{REFUSED}::test_slopes_that_are_not_the_heads_are_refused_whatever_was_measured",
+        f"{REFUSED}::test_slopes_of_other_heads_are_refused_whatever_the_error",
     ),
     Mutant(
         "certificate: sign not checked",
@@ -209,5 +210,26 @@ MUTANTS = (
         "LONG = 2 * QUERY_BLOCK + 17",
         "LONG = PROBED",
         f"{REFUSED}::test_a_bias_that_is_wrong_past_a_query_block_is_seen[17]",
+    ),
+    Mutant(
+        "certificate: ALiBi promises nothing",
+        ALIBI,
+        "return -slope[:, None] * torch.arange(distances)",
+        "return 0 * slope[:, None] * torch.arange(distances)",
+        f"{REFUSED}::test_a_real_decoder_is_certified_to_rounding[alibi-sdpa]",
+    ),
+    Mutant(
+        "description: what adds to the residual stream starts as large as all else",
+        "training/families/bloom.py",
+        "out_std = std / (2 * model.layers) ** 0.5",
+        "out_std = std",
+        "tests/unit/test_model_description.py::test_initial_weights_have_the_described_std[bloom]",
+    ),
+    Mutant(
+        "description: a parameter that no module has",
+        "training/families/table.py",
+        "return (*parameters, *_position_table(model))",
+        "return (*parameters, parameters[0], *_position_table(model))",
+        "tests/unit/test_model_description.py::test_the_description_is_that_of_the_modules[bloom-alibi]",
     ),
 )

@@ -304,8 +304,8 @@ def not_a_number(folder: Path) -> None:
 MALICIOUS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pickle under another name": (pickled_weights, "weight.safetensors cannot be read (Error while deserializing"),
     "a header of an exabyte": (huge_header, "weight.safetensors cannot be read (Error while deserializing"),
-    "a path out of the folder": (file_elsewhere("../outside"), "names a file '../outside' that cannot lie in it"),
-    "an absolute path": (file_elsewhere("/etc/passwd"), "names a file '/etc/passwd' that cannot lie in it"),
+    "a path out of the folder": (file_elsewhere("../outside"), "names a file '../outside' that cannot be in it"),
+    "an absolute path": (file_elsewhere("/etc/passwd"), "names a file '/etc/passwd' that cannot be in it"),
     "a link": (link, "weight.safetensors is missing or no regular file,"),
     "a linked manifest": (linked_manifest, "it has no manifest.json"),
     "a Python tag": (yaml_tag, "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object"),

@@ -1,4 +1,4 @@
-"""What all tests on the cluster share: the user's folder with prepared data, and one run that nothing disturbed."""
+"""Fixtures of the cluster's tests: a folder with prepared data, and one uninterrupted run."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,8 @@ from tests.support.cluster import VALUES, Submitted, slurm, submit
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder on the login node, where the data was prepared by a job."""
-    assert os.uname().nodename == "login", "this is no login node: run `make test-slurm`"
+    """A folder on the login node, with data that a job prepared."""
+    assert os.uname().nodename == "login", "this is not the login node: run `make test-slurm`"
     folder = tmp_path_factory.mktemp("home")
     (folder / "book.txt").write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
     (folder / "small.yaml").write_text(yaml.safe_dump(VALUES))
@@ -23,7 +23,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unbroken(home: Path) -> Submitted:
-    """A run of two nodes x two ranks, one srun task each, whose chain ran to its end."""
+    """A run on two nodes x two ranks, one srun task each, whose chain ran to its end."""
     run = submit(home, "unbroken")
     for name in ("train", "evaluate", "export"):
         run.wait_for(name)

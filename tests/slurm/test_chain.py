@@ -25,20 +25,20 @@ def test_one_command_ends_in_an_evaluated_and_exported_model(unbroken: Submitted
 
 
 def test_status_is_one_table_of_the_chain(unbroken: Submitted) -> None:
-    found = unbroken.status()
-    assert {job["name"]: job["state"] for job in found["jobs"]} == dict.fromkeys(
+    status = unbroken.status()
+    assert {job["name"]: job["state"] for job in status["jobs"]} == dict.fromkeys(
         ("train", "evaluate", "export"), "COMPLETED"
     )
-    assert [job["job"] for job in found["jobs"]] == [unbroken.job(name) for name in ("train", "evaluate", "export")]
-    assert found["jobs"][0]["nodes"] == "node[1-2]"
-    assert (found["step"], found["steps"], found["loss"]) == (STEPS, STEPS, unbroken.metrics()[-1]["loss"])
-    assert found["advice"] is None
+    assert [job["job"] for job in status["jobs"]] == [unbroken.job(name) for name in ("train", "evaluate", "export")]
+    assert status["jobs"][0]["nodes"] == "node[1-2]"
+    assert (status["step"], status["steps"], status["loss"]) == (STEPS, STEPS, unbroken.metrics()[-1]["loss"])
+    assert status["advice"] is None
     table = unbroken.jobs("status")
     assert "COMPLETED" in table
     assert f"{STEPS}/{STEPS}" in table
 
 
-def test_each_rank_has_a_log_of_its_own(unbroken: Submitted) -> None:
+def test_each_rank_has_its_own_log(unbroken: Submitted) -> None:
     logs = unbroken.folder / "logs"
     jobs = {f"slurm-{name}-{unbroken.job(name)}.log" for name in ("train", "evaluate", "export")}
     assert {file.name for file in logs.iterdir()} == {*(f"rank_{rank}.log" for rank in range(4)), *jobs}
@@ -48,7 +48,7 @@ def test_each_rank_has_a_log_of_its_own(unbroken: Submitted) -> None:
     assert last.endswith(f"trained to the last step: runs/unbroken/checkpoints/step_{STEPS:07d}")
 
 
-def test_what_ran_is_frozen_in_the_run_folder(unbroken: Submitted) -> None:
+def test_code_and_configuration_are_frozen_in_the_run_folder(unbroken: Submitted) -> None:
     frozen = unbroken.folder / "slurm"
     config = yaml.safe_load((frozen / "config.yaml").read_text())
     assert config == yaml.safe_load((unbroken.folder / "config.yaml").read_text())
@@ -63,7 +63,7 @@ def test_what_ran_is_frozen_in_the_run_folder(unbroken: Submitted) -> None:
     assert "trainshort train runs/unbroken/slurm/config.yaml &" in (frozen / "train.sbatch").read_text()
 
 
-def test_finished_is_finished(unbroken: Submitted) -> None:
+def test_a_finished_run_is_not_trained_again(unbroken: Submitted) -> None:
     before = unbroken.exact()
     lines = len((unbroken.folder / "logs" / "rank_0.log").read_text().splitlines())
     assert unbroken.jobs("resume") == "runs/unbroken is trained, evaluated and exported: nothing is left to do\n"
@@ -80,7 +80,7 @@ def test_finished_is_finished(unbroken: Submitted) -> None:
 
 def test_two_jobs_share_a_node(home: Path) -> None:
     small = ("parallel.pipeline=1", "train.steps=4", "slurm.extra=[--nodelist=node1]", "evaluate.every=0")
-    # Something else listens where the first of them, the next job, would meet.
+    # Another process listens on the port that the first of them, the next job, would use.
     listen = (
         "import os, pathlib, socket, time; port = 12001 + int(os.environ['SLURM_JOB_ID']); "
         "listening = socket.create_server(('', port)); pathlib.Path('listening').touch(); time.sleep(600)"
@@ -119,7 +119,7 @@ def test_two_jobs_share_a_node(home: Path) -> None:
             "slurm.extra=[--mem=65000]",
             3,
             "sbatch refused runs/refused/slurm/train.sbatch: Memory specification can not be satisfied; Requested node "
-            "configuration is not available: mend the slurm section and submit again",
+            "configuration is not available: fix the slurm section and submit again",
         ),
         *(
             (
@@ -133,14 +133,14 @@ def test_two_jobs_share_a_node(home: Path) -> None:
         ("data.dir=elsewhere", 2, "data is not prepared in elsewhere: run `trainshort prepare`"),
     ],
 )
-def test_what_the_cluster_cannot_give_is_one_line(home: Path, value: str, code: int, message: str) -> None:
+def test_a_request_the_cluster_cannot_satisfy_is_one_line(home: Path, value: str, code: int, message: str) -> None:
     words = ("--set", "run.dir=runs/refused", "--set", value)
     done = trainshort(home, "slurm", "small.yaml", "--nodes", "2", "--submit", *words)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", f"error: {message}\n")
     assert slurm("squeue", "--noheader") == ""
 
 
-def test_more_nodes_than_there_are_is_one_line(home: Path) -> None:
+def test_more_nodes_than_the_cluster_has_is_one_line(home: Path) -> None:
     done = trainshort(home, "slurm", "small.yaml", "--nodes", "4", "--submit", "--set", "train.global_batch=64")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --nodes 4 is more than partition main gives a job (3): use 3 or fewer\n"

@@ -1,4 +1,4 @@
-"""Ends that are no end: time limits, stops, failures, nodes that go away. What comes out is that of an unbroken run."""
+"""Time limits, stops, failures, lost nodes: a run that resumes has the losses of an uninterrupted one."""
 
 import os
 import subprocess
@@ -17,18 +17,18 @@ def on_nodes(*command: str) -> None:
 
 
 def wait_for_node(node: str, run: Submitted) -> None:
-    wait_until(lambda: f"{node} idle" in slurm("sinfo", "-hN", "-p", "main", "-o", "%N %T"), run.told)
+    wait_until(lambda: f"{node} idle" in slurm("sinfo", "-hN", "-p", "main", "-o", "%N %T"), run.diagnosis)
 
 
-def test_a_time_limit_saves_queues_again_and_changes_no_loss(home: Path, unbroken: Submitted) -> None:
+def test_a_time_limit_requeues_the_job_and_changes_no_loss(home: Path, unbroken: Submitted) -> None:
     options = ("slurm.time='0:02:00'", "slurm.signal_seconds=60")
-    run = submit(home, "limited", *options, run_dir="runs/10% limited")  # also to SLURM that is a name
-    run.freeze(3)
-    # What the user does to the run file meanwhile is for the next submission.
+    run = submit(home, "limited", *options, run_dir="runs/10% limited")  # SLURM must read the % as part of the name
+    run.suspend(3)
+    # A change of the run file has no effect before the next submission.
     (home / "limited.yaml").write_text("not: [a run file")
     assert 60 < run.status()["jobs"][0]["seconds_left"] <= 120
-    wait_until(lambda: (run.status()["jobs"][0]["seconds_left"] or 0) < 59, run.told)
-    run.thaw()
+    wait_until(lambda: (run.status()["jobs"][0]["seconds_left"] or 0) < 59, run.diagnosis)
+    run.wake()
     run.wait_for_line("queueing again")
     saved = run.status()["checkpoint"]
     assert saved > "step_0000000"
@@ -46,10 +46,10 @@ def test_a_time_limit_saves_queues_again_and_changes_no_loss(home: Path, unbroke
     assert f"step {STEPS}/{STEPS}" in text
 
 
-def test_torchrun_starts_the_ranks_and_jobs_stop_and_resume_change_no_loss(home: Path, unbroken: Submitted) -> None:
+def test_stop_and_resume_under_torchrun_change_no_loss(home: Path, unbroken: Submitted) -> None:
     run = submit(home, "torchrun", "slurm.starter=torchrun")
     assert "srun --kill-on-bad-exit=1 \\\n  bash -c" in (run.folder / "slurm" / "train.sbatch").read_text()
-    run.freeze(2)
+    run.suspend(2)
     refused = trainshort(home, "slurm", "torchrun.yaml", "--submit")
     assert refused.returncode == 2
     assert f"runs/torchrun has job {run.job()} (train, RUNNING) already: wait for it, or end it" in refused.stderr
@@ -59,9 +59,11 @@ def test_torchrun_starts_the_ranks_and_jobs_stop_and_resume_change_no_loss(home:
         f"evaluate: job {run.job('evaluate')} is cancelled",
         f"train: job {first} is asked to save and end",
     ]
-    run.thaw()
-    wait_until(lambda: run.states() == {"train": "STOPPED", "evaluate": "CANCELLED", "export": "CANCELLED"}, run.told)
-    assert not (run.folder / "slurm" / "stop").exists(), "it was obeyed"
+    run.wake()
+    wait_until(
+        lambda: run.states() == {"train": "STOPPED", "evaluate": "CANCELLED", "export": "CANCELLED"}, run.diagnosis
+    )
+    assert not (run.folder / "slurm" / "stop").exists(), "the job removed it when it stopped"
     steps = len(run.metrics())
     assert 2 <= steps < STEPS
     assert run.status()["checkpoint"] == f"step_{steps:07d}"
@@ -83,7 +85,9 @@ def test_a_failed_training_leaves_nothing_waiting(home: Path) -> None:
     run.wait_for(state="FAILED")
     assert [file.name for file in (run.folder / "logs").glob("rank_*")] == ["rank_0.log"]
     assert (run.folder / "logs" / "rank_0.log").read_text().count("data 1, ZeRO-1") == 1
-    wait_until(lambda: run.states() == {"train": "FAILED", "evaluate": "CANCELLED", "export": "CANCELLED"}, run.told)
+    wait_until(
+        lambda: run.states() == {"train": "FAILED", "evaluate": "CANCELLED", "export": "CANCELLED"}, run.diagnosis
+    )
     assert run.field("Restarts") == "0"
     *_, summary, error = run.log().splitlines()
     assert summary.endswith(": read runs/failed/logs/rank_*.log")
@@ -93,31 +97,31 @@ def test_a_failed_training_leaves_nothing_waiting(home: Path) -> None:
     assert slurm("squeue", "--noheader") == ""
 
 
-def test_a_run_without_progress_is_not_queued_for_ever(home: Path) -> None:
+def test_a_run_without_progress_is_not_requeued_forever(home: Path) -> None:
     run = submit(home, "stuck")
     for start in range(3):
         run.wait_for_line(f"start {start} from step 0 on node")
         slurm("scontrol", "requeue", run.job())  # as SLURM does when a node fails
     run.wait_for(state="FAILED")
     assert "no progress: three starts went no further than step 0; read runs/stuck/logs/rank_*.log" in run.log()
-    wait_until(lambda: slurm("squeue", "--noheader") == "", run.told)
+    wait_until(lambda: slurm("squeue", "--noheader") == "", run.diagnosis)
     run.jobs("resume")
     run.wait_for_line("start 0 from step 0 on node")
     slurm("scancel", "--batch", "--signal=USR1", run.job())  # as SLURM does before the time limit
     run.wait_for(state="FAILED")
     assert "no progress: nothing was saved since step 0, so the job is not queued again" in run.log()
-    wait_until(lambda: slurm("squeue", "--noheader") == "", run.told)
+    wait_until(lambda: slurm("squeue", "--noheader") == "", run.diagnosis)
 
 
-def test_a_node_that_goes_away_is_left_behind(home: Path, unbroken: Submitted) -> None:
+def test_a_crashed_node_is_replaced(home: Path, unbroken: Submitted) -> None:
     run = submit(home, "crashed")
-    run.freeze(6)
+    run.suspend(6)
     assert run.field("NodeList") == "node[1-2]"
     on_nodes("crash", "node2")
     try:
-        wait_until(lambda: run.field("Restarts") == "1", run.told)
+        wait_until(lambda: run.field("Restarts") == "1", run.diagnosis)
         needy = submit(home, "needy", "train.global_batch=24", "train.micro_batch=1", "parallel.pipeline=3", nodes=3)
-        wait_until(lambda: needy.status()["advice"], needy.told)
+        wait_until(lambda: needy.status()["advice"], needy.diagnosis)
         advice = needy.status()["advice"]
         assert advice.startswith("train waits for 3 nodes with what its script asks for (")
         assert "DOWN" in advice or "ReqNodeNotAvail" in advice
@@ -137,10 +141,10 @@ def test_a_node_that_goes_away_is_left_behind(home: Path, unbroken: Submitted) -
 
 def test_a_node_that_shuts_down_is_no_failure_of_the_run(home: Path) -> None:
     run = submit(home, "lost")
-    wait_until(run.metrics, run.told)
+    wait_until(run.metrics, run.diagnosis)
     on_nodes("on", "node2", "pkill", "-KILL", "slurmd")
     try:
-        run.kill("node2")  # SLURM misses the node only later
+        run.kill("node2")  # SLURM notices the lost node only later
         run.wait_for_line("a node is lost: queueing again from step ", seconds=40)
         assert run.field("Restarts") == "1"
         run.jobs("stop")
@@ -149,9 +153,9 @@ def test_a_node_that_shuts_down_is_no_failure_of_the_run(home: Path) -> None:
         wait_for_node("node2", run)
 
 
-def test_a_stop_survives_the_node_that_heard_it(home: Path) -> None:
+def test_a_stop_survives_the_crash_of_its_node(home: Path) -> None:
     run = submit(home, "forgotten")
-    run.freeze(2)
+    run.suspend(2)
     assert run.field("BatchHost") == "node1"
     run.jobs("stop")
     on_nodes("crash", "node1")
@@ -165,14 +169,22 @@ def test_a_stop_survives_the_node_that_heard_it(home: Path) -> None:
     assert len([line for line in run.log().splitlines() if " start " in line]) == 1
 
 
-def test_a_job_that_is_pushed_out_saves_and_queues_again(home: Path, unbroken: Submitted) -> None:
+def test_a_preempted_job_saves_and_requeues(home: Path, unbroken: Submitted) -> None:
     run = submit(home, "preempted", "slurm.partition=spot")
-    run.freeze(2)
-    # The ranks are told at once and have ten seconds of grace; ending well in them must not count as the end.
-    push = ["sbatch", "--parsable", "--partition=main", "--nodes=3", "--exclusive", "--wrap=true", "--output=/dev/null"]
-    slurm(*push)
-    wait_until(lambda: run.field("PreemptTime") != "None", run.told, seconds=30)
-    run.thaw()
+    run.suspend(2)
+    # The ranks get SIGTERM at once and have ten seconds of grace. Exiting with 0 in that time must not end the job.
+    preempt = [
+        "sbatch",
+        "--parsable",
+        "--partition=main",
+        "--nodes=3",
+        "--exclusive",
+        "--wrap=true",
+        "--output=/dev/null",
+    ]
+    slurm(*preempt)
+    wait_until(lambda: run.field("PreemptTime") != "None", run.diagnosis, seconds=30)
+    run.wake()
     run.wait_for_line("queueing again")
     saved = run.status()["checkpoint"]
     run.wait_for()

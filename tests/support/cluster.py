@@ -1,4 +1,4 @@
-"""Runs of the real command line on the cluster's login node, and what the tests ask of them."""
+"""Submit runs with the real command line on the cluster's login node, and watch them."""
 
 import json
 import subprocess
@@ -24,13 +24,18 @@ STEPS: int = VALUES["train"]["steps"]
 
 
 def slurm(*command: str) -> str:
-    """Run a command that must work, and return what it printed."""
+    """Run a command that must succeed, and return its output."""
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS).stdout
 
 
 @dataclass
 class Submitted:
-    """A run that was submitted: where its user types, and its run folder as seen from there."""
+    """A submitted run.
+
+    Attributes:
+        home: The user's folder, where commands run.
+        run_dir: The run folder, relative to it.
+    """
 
     home: Path
     run_dir: str
@@ -57,7 +62,7 @@ class Submitted:
         return str(json.loads((self.folder / "slurm" / "jobs.json").read_text())["jobs"][name])
 
     def field(self, key: str, name: str = "train") -> str:
-        """Return what SLURM itself says of a job."""
+        """Return a field of `scontrol show job`."""
         line = slurm("scontrol", "--oneliner", "show", "job", self.job(name))
         return line.split(f" {key}=", 1)[1].split(" ", 1)[0]
 
@@ -71,36 +76,36 @@ class Submitted:
         file = self.folder / "logs" / f"slurm-{name}-{self.job(name)}.log"
         return file.read_text() if file.exists() else ""
 
-    def told(self) -> str:
-        """Return what a person would look at after a failed wait."""
+    def diagnosis(self) -> str:
+        """Return the job table and the logs, to show after a failed wait."""
         ranks = [f"{file}:\n{file.read_text()[-1500:]}" for file in sorted((self.folder / "logs").glob("rank_*.log"))]
         return "\n".join([self.jobs("status"), self.log(), *ranks])
 
     def wait_for(self, name: str = "train", *, state: str = "COMPLETED", seconds: float = PATIENCE_SECONDS) -> None:
-        """Wait until SLURM says so of a job; fail at once where it has ended otherwise."""
+        """Wait until a job is in a state; fail at once if it has ended in another one."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
         def reached() -> bool:
             seen = self.field("JobState", name)
-            assert seen == state or seen not in over, f"{name} is {seen}:\n{self.told()}"
+            assert seen == state or seen not in over, f"{name} is {seen}:\n{self.diagnosis()}"
             return seen == state
 
-        wait_until(reached, self.told, seconds=seconds)
+        wait_until(reached, self.diagnosis, seconds=seconds)
 
     def wait_for_line(self, text: str, *, seconds: float = PATIENCE_SECONDS) -> None:
-        wait_until(lambda: text in self.log(), self.told, seconds=seconds)
+        wait_until(lambda: text in self.log(), self.diagnosis, seconds=seconds)
 
-    def freeze(self, step: int) -> None:
-        """Let the ranks stand still once a step is done: a step that takes as long as the test likes."""
-        wait_until(lambda: len(self.metrics()) >= step, self.told)
+    def suspend(self, step: int) -> None:
+        """Suspend the ranks after a step, so that the next one takes as long as the test wants."""
+        wait_until(lambda: len(self.metrics()) >= step, self.diagnosis)
         self._signal_ranks("STOP")
 
-    def thaw(self) -> None:
-        """Let the ranks go on."""
+    def wake(self) -> None:
+        """Continue the suspended ranks."""
         self._signal_ranks("CONT")
 
     def kill(self, node: str) -> None:
-        """End the ranks of a node."""
+        """Kill the ranks of a node."""
         self._signal(node, "KILL")
 
     def _signal_ranks(self, name: str) -> None:
@@ -108,13 +113,14 @@ class Submitted:
             self._signal(node, name)
 
     def _signal(self, node: str, name: str) -> None:
-        # Not by scancel: SLURM takes note of a stopped job. Not srun and torchrun, whose arguments end alike.
+        # Not with scancel: SLURM records that it suspended a job. The pattern does not match srun and torchrun, whose
+        # command lines end in the same words.
         ranks = rf"python[0-9.]* \S*trainshort train {self.run_dir}/"
         slurm(str(CLUSTER), "on", node, "pkill", f"-{name}", "-f", ranks)
 
 
 def submit(home: Path, name: str, *sets: str, nodes: int = 2, run_dir: str | None = None) -> Submitted:
-    """Submit a run of its own run file."""
+    """Write a run file and submit it."""
     run_dir = run_dir or f"runs/{name}"
     values = {**VALUES, "run": {"name": name, "dir": run_dir}}
     (home / f"{name}.yaml").write_text(yaml.safe_dump(values))

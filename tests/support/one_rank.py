@@ -1,7 +1,6 @@
 """A small run of one rank in the test's own process: built once, started as often as a test likes."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,31 +99,44 @@ class OneRank:
 
 
 @contextmanager
-def one_rank(home: Path) -> Iterator[OneRank]:
+def one_rank(home: Path, *more: str) -> Iterator[OneRank]:
     """Prepare the data and build the engine.
 
     Args:
         home: An empty folder.
+        more: Further overrides.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads slow so small a model down, most of all on a busy machine
-    yield _make(home)
-    torch.set_num_threads(threads)
-
-
-def _make(home: Path) -> OneRank:
     if not (home / "book.txt").exists():  # another process may have prepared it
         (home / "book.txt").write_text(BOOK, encoding="utf-8")
-    overrides = [*overrides_of(small_run(TINY)), f"data.sources=[{home / 'book.txt'}]", f"data.dir={home / 'data'}"]
+    overrides = [
+        *overrides_of(small_run(TINY)),
+        f"data.sources=[{home / 'book.txt'}]",
+        f"data.dir={home / 'data'}",
+        *more,
+    ]
     config = load_run("demo", overrides=[*overrides, f"run.dir={home / 'unused'}"])
     prepare_data(config.data, folder=data_folder(config), progress=False)
     prepared = load_trainable(config.data, folder=data_folder(config), validates=False)
+    with one_thread():
+        engine, groups = engine_of(config, vocab_size=prepared.vocab_size)
+        state = engine.state()
+        initial = {name: state.read(name, "weight").clone() for name in state.parameters}
+        yield OneRank(overrides, prepared, engine, groups, initial)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: more slow so small a model down, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def engine_of(config: RunConfig, *, vocab_size: int) -> tuple[Engine, Groups]:
+    """Return the engine of a run of one rank in this process, and its groups."""
     os.environ.setdefault("LOCAL_RANK", "0")  # `start` sets it for a rank; DeepSpeed asks for it
-    device = start_alone()
-    layout = Layout.of(config, world_size=1)
+    device, layout = start_alone(), Layout.of(config, world_size=1)
     groups = make_groups(layout)
-    engine, _ = build_engine(config, layout=layout, groups=groups, vocab_size=prepared.vocab_size, device=device)
-    state = engine.state()
-    initial = {name: state.read(name, "weight").clone() for name in state.parameters}
-    shutil.rmtree(run_folder(config), ignore_errors=True)
-    return OneRank(overrides, prepared, engine, groups, initial)
+    engine, _ = build_engine(config, layout=layout, groups=groups, vocab_size=vocab_size, device=device)
+    return engine, groups

@@ -110,7 +110,7 @@ def test_a_stop_file_saves_and_ends_once(
     rank.start(run_dir, "checkpoint.every=100")
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [2, 3]
     assert "stopped after step 3, saved: start again to continue" in caplog.text
-    assert not (run_dir / "STOP").exists(), "the next start must go on"
+    assert not (run_dir / "STOP").exists(), "the next start must train"
     monkeypatch.undo()
     rank.start(run_dir)
     assert list_checkpoints(run_dir)[-1].step == STEPS

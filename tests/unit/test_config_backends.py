@@ -19,7 +19,7 @@ def test_the_default_can_compute_everything_everywhere() -> None:
         assert unavailable(backend_of("auto"), device=device, packages=frozenset()) is None
 
 
-def test_a_precision_that_no_backend_has_is_left_to_a_rule_of_its_own() -> None:
+def test_a_precision_that_no_backend_has_is_left_to_a_rule() -> None:
     for backend in BACKENDS.values():
         assert "fp16" not in backend.precisions
         assert unsupported(backend, position="none", precision="fp16", head_dim=64) is None

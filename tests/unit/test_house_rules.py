@@ -52,8 +52,12 @@ SLOW_TO_IMPORT = (
     "parallel/libraries.py",
     "parallel/pipeline.py",
     "parallel/zero.py",
+    "training/build.py",
+    "training/evaluation/run.py",
+    "training/export/run.py",
+    "training/generation.py",
+    "training/model/blocks/bloom.py",
     "training/model/decoder.py",
-    "training/model/proof/certificate.py",
     "training/model/single.py",
     "training/run.py",
 )
@@ -63,7 +67,11 @@ NAMES_OF_MANY_MODULES = ("logger", "main")
 
 CHOICES = (
     ChoiceRule("model.position", POSITIONS, ("configs/positions.py", "training/model/positions/")),
-    ChoiceRule("model.attention", {"auto", *BACKENDS}, ("configs/backends.py", "training/model/kernels/")),
+    ChoiceRule(
+        "model.attention",
+        {"auto", *BACKENDS},
+        ("configs/backends.py", "training/model/attention.py", "training/model/kernels/"),
+    ),
     ChoiceRule("model.family", FAMILIES, ("configs/choices.py", "training/families/", "training/model/blocks/")),
     ChoiceRule("train.precision", PRECISIONS, ("configs/precisions.py",)),
     ChoiceRule("train.optimizer", OPTIMIZERS, ("configs/choices.py", "parallel/optimizers.py")),

@@ -25,21 +25,21 @@ def measured(backend: str, dtype: torch.dtype, *, heads: int, length: int) -> Le
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [16, 112])
-@pytest.mark.parametrize("length", [1024, 4096])
-def test_every_head_is_within_the_limit(backend: str, dtype: torch.dtype, heads: int, length: int) -> None:
-    found = measured(backend, dtype, heads=heads, length=length)
-    assert [head.head for head in found.heads] == list(range(heads))
-    assert 0 < found.worst.measured.worst <= LIMITS[dtype]
+def test_every_head_is_within_the_limit(backend: str, dtype: torch.dtype, heads: int) -> None:
+    for length in (1024, 4096):
+        audited = measured(backend, dtype, heads=heads, length=length)
+        assert [head.head for head in audited.heads] == list(range(heads)), length
+        assert 0 < audited.worst.measured.worst <= LIMITS[dtype], length
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "length"), [(16, 16_384), (112, 16_384), (16, 65_536), (112, 65_536)])
-def test_the_longest_rows_are_within_the_limit(backend: str, dtype: torch.dtype, heads: int, length: int) -> None:
-    found = measured(backend, dtype, heads=heads, length=length)
-    assert found.queries >= 8
-    assert {slopes(heads)[head.head] for head in found.heads} >= {max(slopes(heads)), min(slopes(heads))}
-    assert 0 < found.worst.measured.worst <= LIMITS[dtype]
+def test_the_longest_rows_are_within_the_limit(backend: str, dtype: torch.dtype) -> None:
+    for heads, length in ((16, 16_384), (112, 16_384), (16, 65_536), (112, 65_536)):
+        audited = measured(backend, dtype, heads=heads, length=length)
+        assert audited.queries >= 8
+        assert {slopes(heads)[head.head] for head in audited.heads} >= {max(slopes(heads)), min(slopes(heads))}
+        assert 0 < audited.worst.measured.worst <= LIMITS[dtype], (heads, length)
 
 
 @pytest.mark.parametrize(("length", "lost"), [(1024, 0.33), (2048, 0.47), (4096, 0.61)])

@@ -73,7 +73,7 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("position", ["alibi", "none"])
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (5, 40), (1, 30)])
 @torch.no_grad()
-def test_the_call_of_flash_means_the_reference_by_its_documentation(
+def test_the_call_of_flash_means_the_reference(
     flash_calls: list[dict[str, Any]], position: str, queries: int, keys: int
 ) -> None:
     bias, inputs = bias_of(position), random_qkv(queries, keys, seed=1)

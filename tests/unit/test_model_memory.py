@@ -57,7 +57,7 @@ def test_a_gpu_reads_the_shared_strip_where_it_lies(position: str, keys: int, lo
 
 
 @pytest.mark.parametrize("seen", [1, 15, 17, 1001])
-def test_a_mask_that_begins_between_a_kernels_reads_is_copied_with_rows_that_do_not(seen: int) -> None:
+def test_an_unaligned_mask_is_copied_into_aligned_rows(seen: int) -> None:
     strip = bias_of("alibi")(rows=9, keys=1008, device=torch.device("cpu"), dtype=torch.float32)
     mask = strip[..., 1008 - seen :]
     copied = aligned(mask)

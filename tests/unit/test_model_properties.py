@@ -62,7 +62,7 @@ def random_qkv(queries: int, keys: int, *, seed: int, heads: int = HEADS) -> tup
     seed=some_seed,
 )
 @torch.no_grad()
-def test_tokens_far_before_move_no_score_between_those_that_follow(
+def test_earlier_tokens_move_no_score_between_later_ones(
     backend: str, position: str, seq: int, far: int, seed: int
 ) -> None:
     attend = BACKENDS[backend](bias_of(position))
@@ -124,7 +124,7 @@ def test_a_later_token_never_changes_an_earlier_logit(
 @settings(max_examples=10, deadline=None)
 @given(backend=some_backend, position=some_position, changed=st.integers(1, QUERY_BLOCK + 43), seed=some_seed)
 @torch.no_grad()
-def test_a_later_token_never_changes_an_earlier_logit_across_a_query_block(
+def test_no_later_token_changes_a_logit_across_a_query_block(
     backend: str, position: str, changed: int, seed: int
 ) -> None:
     decoder = decoder_of(position, backend)
@@ -194,7 +194,7 @@ def test_blocks_of_any_size_equal_the_whole_with_gradients(
     seed=some_seed,
 )
 @torch.no_grad()
-def test_any_split_into_chunks_through_the_cache_equals_the_whole(
+def test_any_split_through_the_cache_equals_the_whole(
     backend: str, position: str, cuts: set[int], block: int, seed: int
 ) -> None:
     decoder = decoder_of(position, backend)
@@ -221,7 +221,7 @@ def test_token_by_token_past_a_query_block_equals_the_whole(position: str, backe
 
 @quickly
 @given(heads=st.integers(1, 200))
-def test_every_heads_slope_is_its_own_and_the_largest_at_most_one(heads: int) -> None:
+def test_slopes_are_distinct_and_below_one(heads: int) -> None:
     found = slopes(heads)
     assert len(set(found)) == heads
     assert all(0 < slope < 1 for slope in found)

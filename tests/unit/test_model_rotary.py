@@ -43,7 +43,7 @@ def test_type_is_kept_and_position_zero_is_not_turned() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("length", [30, 300])  # 300: past a query block
-def test_decoder_equals_the_formula_with_llamas_turns_in_logits_and_gradients(backend: str, length: int) -> None:
+def test_decoder_equals_the_formula_with_llamas_rotation(backend: str, length: int) -> None:
     heads, head_dim = 3, 8
     decoder = make_decoder(heads, head_dim=head_dim, position="rotary", backend=backend).double()
     weights = weights_of(decoder)

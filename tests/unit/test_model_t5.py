@@ -48,7 +48,7 @@ def test_a_bias_of_one_more_key_makes_no_new_buckets() -> None:
     assert buckets.cache_info().misses == before
 
 
-def test_thirty_two_buckets_are_all_used_and_the_last_begins_before_the_largest_distance() -> None:
+def test_all_buckets_are_used_the_last_before_max_distance() -> None:
     assert buckets(5001, device=CPU).unique().tolist() == list(range(32))
     assert buckets(17, device=CPU).tolist() == list(range(17))
     assert int(buckets(129, device=CPU)[128]) == int(buckets(5001, device=CPU)[5000]) == 31
@@ -77,7 +77,7 @@ def test_a_tensor_rank_declares_its_heads_of_one_table(size: int) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("length", [30, 300])  # 300: past the exact buckets, the largest distance and a query block
-def test_decoder_equals_the_formula_with_its_table_in_logits_and_gradients(backend: str, length: int) -> None:
+def test_decoder_equals_the_formula_with_its_table(backend: str, length: int) -> None:
     heads = 3
     decoder = make_decoder(heads, position="t5", backend=backend).double()
     weights = weights_of(decoder)

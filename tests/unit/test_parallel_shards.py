@@ -13,7 +13,7 @@ from parallel.shards import cut
 
 
 @given(rows=st.integers(1, 40), ranks=st.integers(1, 9))
-def test_vocabulary_slices_are_equal_and_join_to_the_whole_and_zeros(rows: int, ranks: int) -> None:
+def test_vocabulary_slices_join_to_the_whole_and_zeros(rows: int, ranks: int) -> None:
     whole = torch.arange(1.0, 2 * rows + 1).view(rows, 2)
     shard = Shard("embedding", (rows, 2), "vocabulary")
     parts = [cut(whole, shard=shard, tensor=Group(rank, ranks, None)) for rank in range(ranks)]
@@ -32,13 +32,13 @@ def test_columns_and_rows_are_cut_along_their_dimension(rule: Rule, dim: int) ->
     assert torch.equal(torch.cat(parts, dim=dim), whole)
 
 
-def test_a_column_that_does_not_divide_is_no_padding_but_an_error() -> None:
+def test_a_column_that_does_not_divide_is_an_error() -> None:
     with pytest.raises(AssertionError, match="does not divide"):
         cut(torch.zeros(5, 2), shard=Shard("linear", (5, 2), "column"), tensor=Group(1, 2, None))
 
 
 @given(blocks=st.integers(1, 100), stages=st.integers(1, 12))
-def test_stages_share_blocks_evenly_and_the_first_take_the_odd_ones(blocks: int, stages: int) -> None:
+def test_stages_share_blocks_and_the_first_take_the_odd_ones(blocks: int, stages: int) -> None:
     bounds = stage_bounds(blocks, stages=stages)
     sizes = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
     assert sum(sizes) == blocks

@@ -18,7 +18,7 @@ SRUN = {
 }
 
 
-def test_a_plain_shell_a_batch_script_and_a_single_task_are_no_rank() -> None:
+def test_a_shell_a_batch_script_and_one_task_are_no_rank() -> None:
     assert find_process_rank({}) is None
     assert find_process_rank({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is None
     assert find_process_rank({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}) is None
@@ -62,7 +62,7 @@ def test_deepspeed_is_given_the_index_of_a_visible_gpu(
     assert device == asked["device_id"] == torch.device("cuda", int(index))
 
 
-def test_a_rank_rounds_to_zero_what_a_cpu_would_compute_with_slowly() -> None:
+def test_a_rank_flushes_denormals() -> None:
     torch.set_flush_denormal(False)
     start_alone()
     assert float(torch.full((64,), 1e-30).mul(1e-10).sum()) == 0.0

@@ -43,7 +43,6 @@ QUEUED = "queueing again from step_0000004"
 def test_a_training_job_ends_as_its_checkpoints_require(
     run_values: dict[str, Any], tmp_path: Path, during: str, preempted: str, code: int, line: str
 ) -> None:
-    run_values["run"]["dir"] = "run"
     train = render_small(run_values, tmp_path)
     done = run_script(train, tmp_path, DURING=during, PREEMPTED=preempted)
     assert done.returncode == code, done.stdout + done.stderr
@@ -132,7 +131,7 @@ def test_an_error_of_an_earlier_start_is_not_repeated(run_values: dict[str, Any]
         (SAVE_4 + "exit 1", "mixed", "124", 1, f"a node is lost: {QUEUED}"),
         (LIMIT + "exit 1", "mixed", "1", 1, "a node is lost: queueing again from step 0"),
         ("exit 137", "mixed", "0", 137, "failed with exit code 137"),
-        *(("exit 1", state, "0", 1, "a node is lost: ") for state in ("mixed*", "draining", "mixed\ndown")),
+        *(("exit 1", state, "0", 1, "a node is lost: ") for state in ("mixed*", "draining", "mixed\ndown", "failing")),
         ("exit 2", "down", "1", 2, "failed with exit code 2"),
         ("exit 3", "down", "1", 3, "failed with exit code 3"),
         (STOP + "exit 137", "down", "1", 137, "asked to stop, but the save failed with exit code 137"),

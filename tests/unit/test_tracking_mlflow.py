@@ -1,4 +1,4 @@
-"""MLflow's sqlite file is read with sqlite3, not with MLflow."""
+"""The MLflow tracker, checked by reading MLflow's sqlite file with sqlite3 instead of MLflow."""
 
 import json
 import logging
@@ -10,11 +10,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from training.tracking import tracker as tracker_module
 from training.tracking.record import flatten, read_record, without_password
 from training.tracking.tracker import MlflowTracker, attach
 
-# what mlflow's own queries make sqlalchemy say
+# a warning of sqlalchemy about mlflow's queries
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 UNREACHABLE = "http://127.0.0.1:9"
@@ -45,8 +44,8 @@ class Database:
             connection.close()
 
 
-def start(run_dir: Path, *, uri: str | None = None, heads: int = 4) -> MlflowTracker:
-    tracker = MlflowTracker(run_dir, name="first", experiment="tests", uri=uri)
+def start(run_dir: Path, *, uri: str | None = None, heads: int = 4, pause_seconds: float = 5.0) -> MlflowTracker:
+    tracker = MlflowTracker(run_dir, name="first", experiment="tests", uri=uri, first_pause_seconds=pause_seconds)
     tracker.start({"model": {"heads": heads}}, run_dir / "config.yaml")
     return tracker
 
@@ -59,7 +58,7 @@ def test_a_run_and_its_restart_are_one_mlflow_run(run_dir: Path, database: Datab
     first.finish("FAILED")
     assert database.rows("select name, status from runs") == [("first", "FAILED")]
 
-    # the restart begins at a checkpoint of step 1, so it repeats 2 and 3
+    # the restart resumes from a checkpoint of step 1, so it repeats steps 2 and 3
     second = start(run_dir, heads=8)
     _wait_for(lambda: database.rows("select status from runs") == [("RUNNING",)])
     for step in (2, 3, 4):
@@ -91,7 +90,7 @@ def test_a_run_and_its_restart_are_one_mlflow_run(run_dir: Path, database: Datab
     assert json.loads((run_dir / "mlflow_run.json").read_text()) == {"run_id": run_id, "uri": None}
 
 
-def test_a_run_deleted_from_the_database_starts_anew(run_dir: Path, database: Database) -> None:
+def test_a_run_deleted_on_the_server_is_replaced_by_a_new_one(run_dir: Path, database: Database) -> None:
     start(run_dir).finish("FINISHED")
     before = read_record(run_dir)
     connection = sqlite3.connect(database.path)
@@ -106,7 +105,7 @@ def test_a_run_deleted_from_the_database_starts_anew(run_dir: Path, database: Da
     assert database.rows("select status from runs where lifecycle_stage = 'active'") == [("KILLED",)]
 
 
-def test_attached_tracker_adds_to_the_run_and_leaves_its_status(run_dir: Path, database: Database) -> None:
+def test_an_attached_tracker_keeps_the_status_of_the_run(run_dir: Path, database: Database) -> None:
     assert attach(run_dir, uri=None) is None
     start(run_dir).finish("FAILED")
     for value in (3.0, 2.0):
@@ -118,7 +117,7 @@ def test_attached_tracker_adds_to_the_run_and_leaves_its_status(run_dir: Path, d
     assert database.rows("select step, value from metrics order by timestamp") == [(100, 3.0), (100, 2.0)]
 
 
-def test_unreachable_server_is_one_warning_and_no_delay(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_server_is_one_warning_and_no_delay(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = time.monotonic()
     tracker = start(run_dir, uri=UNREACHABLE)
     for step in range(2000):
@@ -131,13 +130,10 @@ def test_unreachable_server_is_one_warning_and_no_delay(run_dir: Path, caplog: p
     assert not (run_dir / "mlflow_run.json").exists()
 
 
-def test_what_an_outage_held_back_is_sent_when_it_ends(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(tracker_module, "_FIRST_PAUSE_SECONDS", 0.2)
+def test_records_of_an_outage_are_sent_when_it_ends(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = run_dir.parent / "server"
-    folder.write_text("a file where the database's folder has to be")
-    tracker = start(run_dir, uri=f"sqlite:///{folder}/mlflow.db")
+    folder.write_text("a file in place of the database's folder")
+    tracker = start(run_dir, uri=f"sqlite:///{folder}/mlflow.db", pause_seconds=0.2)
     tracker.metrics(1, {"loss": 5.0})
     _wait_for(lambda: "cannot be reached" in caplog.text)
     folder.unlink()
@@ -150,7 +146,7 @@ def test_what_an_outage_held_back_is_sent_when_it_ends(
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
 
-def test_more_metrics_than_one_request_takes_all_arrive(run_dir: Path, database: Database) -> None:
+def test_more_metrics_than_one_request_takes_arrive(run_dir: Path, database: Database) -> None:
     tracker = start(run_dir)
     for step in range(1, 701):
         tracker.metrics(step, {"loss": float(step), "grad_norm": 1.0})
@@ -167,7 +163,7 @@ def test_finish_without_start_or_twice_does_nothing(run_dir: Path) -> None:
     tracker.finish("FINISHED")
 
 
-def test_nested_parameters_become_dotted_keys_within_mlflows_limits() -> None:
+def test_nested_parameters_become_dotted_keys_within_limits() -> None:
     flat = flatten({"model": {"heads": 4, "dir": None}, "lengths": (1, 2), "long": "x" * 7000})
     assert {key: value[:10] for key, value in flat.items()} == {
         "model.heads": "4",
@@ -178,7 +174,7 @@ def test_nested_parameters_become_dotted_keys_within_mlflows_limits() -> None:
     assert len(flat["long"]) == 6000
 
 
-def test_password_of_a_server_is_not_shown() -> None:
+def test_the_password_of_a_server_is_not_shown() -> None:
     assert without_password("https://me:secret@host:5000/path?x=1") == "https://host:5000/path?x=1"
     assert without_password("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
 

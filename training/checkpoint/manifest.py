@@ -293,7 +293,7 @@ def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Yield the files that are missing, differ in size from what was written, or have an illegal name."""
     for name, entry in manifest.files.items():
         if not _FILE_NAME.fullmatch(name):
-            yield f"checkpoint {folder} names a file {name[:80]!r} that cannot lie in it"
+            yield f"checkpoint {folder} names a file {name[:80]!r} that cannot be in it"
             return
         size = _regular_size(folder / name)
         if size != entry.bytes:

@@ -225,7 +225,7 @@ def _complete(
 def _rename_into_place(staging: Path, folder: Path) -> None:
     """Rename a complete staging folder to its final name.
 
-    A broken checkpoint may have that name, after a resume from an older one. It is moved aside first, since a rename
+    A broken checkpoint may have that name, after a resume from an older one. It is renamed first, since a rename
     cannot replace a folder that is not empty, and removed last. A kill in between loses only the broken one.
     """
     # a random part: an earlier one that could not be removed may still be there

@@ -146,6 +146,7 @@ def open_run(target: TrackingTarget) -> MlflowRun:
     if record is not None and record.uri == target.recorded_uri:
         recorded = _find_run(client, record.run_id)
         if recorded is not None:
+            # its status is that of the last start, FAILED or KILLED
             client.update_run(record.run_id, status="RUNNING")
             return MlflowRun(client, record.run_id, logged_steps=_read_logged_steps(recorded))
     experiment = client.get_experiment_by_name(target.experiment)
@@ -172,6 +173,7 @@ def open_recorded_run(target: TrackingTarget) -> MlflowRun:
     client = _client(target.uri)
     if _find_run(client, record.run_id) is None:
         raise LookupError(f"run {record.run_id} is not there any more")
+    # no logged steps: what is added here may be of any step
     return MlflowRun(client, record.run_id, logged_steps={})
 
 

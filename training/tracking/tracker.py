@@ -171,7 +171,7 @@ class _Sender:
         self._run: MlflowRun | None = None
         # 0 while the server answers
         self._pause_seconds = 0.0
-        self._warned = threading.Event()
+        self._warned = threading.Event()  # set by either thread
         self._done = False
 
     @property
@@ -200,7 +200,7 @@ class _Sender:
     def _collect(self) -> None:
         """Move records from the queue to the pending ones until they should be sent."""
         if not self._pending:
-            self._pending.append(self._queue.get())
+            self._pending.append(self._queue.get())  # blocks until there is something to send
         deadline = time.monotonic() + (self._pause_seconds or _BATCH_SECONDS)
         while not self._is_urgent(self._pending[-1]):
             try:
@@ -249,7 +249,7 @@ class _Sender:
         """Keep the records if the error may pass, otherwise drop the refused one."""
         reason = " ".join(str(error).split())[:200]
         closing = isinstance(self._pending[-1], _Close)
-        if _may_pass(error) and closing:
+        if _may_pass(error) and closing:  # training has ended: do not wait for the outage to pass
             self.warn(f"cannot be reached ({reason}): {len(self._pending) - 1} records are missing there")
             self._done = True
         elif _may_pass(error):
@@ -257,6 +257,7 @@ class _Sender:
             self._pause_seconds = min(max(2 * self._pause_seconds, self._first_pause_seconds), _LONGEST_PAUSE_SECONDS)
         elif self._run is None:
             self.warn(f"refuses this run ({reason}): nothing is logged there")
+            # keep reading: nobody else empties the queue
             self._done = closing or self._drop_all()
         else:
             self.warn(f"refuses a record ({reason}): it is dropped")

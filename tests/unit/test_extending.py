@@ -1,0 +1,135 @@
+"""A position method and a kernel of this file, registered as docs/extending.md says, in a whole small run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.backends import BACKENDS, Backend
+from configs.errors import InputError
+from configs.load import load_run
+from configs.positions import POSITIONS, Position
+from configs.schema import Model
+from parallel.axes import Group
+from parallel.parameter import Shard
+from tests.support.one_rank import one_rank
+from training.checkpoint.read import open_checkpoint
+from training.export.run import export_checkpoint
+from training.model.attention import KERNELS
+from training.model.positions.bias import Bias
+from training.model.positions.method import PositionMethod
+from training.model.positions.table import METHODS
+from training.model.proof.certificate import WrongPositions
+from training.model.single import load_single
+
+RUN = ("model.position=logarithmic", "model.attention=headwise", "data.split=0.2")
+
+
+class LogarithmicBias:
+    """Minus the logarithm of one more than the distance, for every head."""
+
+    local_slopes = None
+    learned = False
+    causal_only = False
+
+    def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        distance = torch.arange(keys - rows, keys)[:, None] - torch.arange(keys)
+        bias = -distance.clamp(min=0).double().log1p().masked_fill(distance < 0, torch.inf)
+        return bias.to(device, dtype)[None, None]
+
+
+class Logarithmic(PositionMethod):
+    """A penalty that grows with the logarithm of the distance."""
+
+    def __init__(self, model: Model, *, tensor: Group, table: Shard | None) -> None:
+        super().__init__(model, tensor=tensor, table=table)
+        self.bias: Bias = LogarithmicBias()
+
+    def penalty(self, distances: int) -> Tensor:
+        """Return what the certificate expects, [local_heads, distances] fp64."""
+        return -torch.arange(1, distances + 1).double().log().expand(len(self.heads), -1)
+
+
+class Promising(Logarithmic):
+    """The same, with a promise that it does not keep."""
+
+    def penalty(self, distances: int) -> Tensor:
+        return 1.01 * super().penalty(distances)
+
+
+class Headwise:
+    """Attention one head at a time."""
+
+    def __init__(self, bias: Bias) -> None:
+        self.bias = bias
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = self.bias(rows=q.shape[2], keys=k.shape[2], device=q.device, dtype=q.dtype).expand(
+            -1, q.shape[1], -1, -1
+        )
+        heads = [
+            (q[:, head] @ k[:, head].mT / q.shape[-1] ** 0.5 + bias[:, head]).softmax(-1) @ v[:, head]
+            for head in range(q.shape[1])
+        ]
+        return torch.stack(heads, dim=1)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setitem(POSITIONS, "logarithmic", Position("logarithmic", bias="table"))
+    monkeypatch.setitem(METHODS, "logarithmic", Logarithmic)
+    backend = Backend(
+        name="headwise",
+        what="a loop over heads",
+        biases=("none", "table"),
+        precisions=("fp32",),
+        head_dims=(1, 64),
+        devices=("cpu",),
+        capability=(0, 0),
+        package=None,
+        memory="length x length",
+        has_run="here",
+    )
+    monkeypatch.setitem(BACKENDS, "headwise", backend)
+    monkeypatch.setitem(KERNELS, "headwise", Headwise)
+    return monkeypatch
+
+
+def test_a_new_position_and_kernel_train(registered: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with one_rank(tmp_path, *RUN) as rank:
+        assert rank.start(run_dir, "evaluate.every=1", "evaluate.samples=2", steps=2).step == 0
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all(0 < step["loss"] < 10 and 0 < step["validation_loss"] < 10 for step in steps)
+    # What was saved is read by its words, on another kernel, and certified against the promise again.
+    single = load_single(open_checkpoint(run_dir))
+    (reader,) = single.certificate["ranks"]
+    assert (reader["position"], reader["backend"], reader["slopes_sha256"]) == ("logarithmic", "sdpa", None)
+    assert reader["error"] < 1e-6
+    with pytest.raises(InputError, match=r"cannot hold model\.position logarithmic \(it holds alibi\)"):
+        export_checkpoint(run_dir, format="hf", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_promise_that_is_not_kept_is_refused(registered: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    registered.setitem(METHODS, "logarithmic", Promising)
+    with pytest.raises(WrongPositions, match="away from the shape that its positions must give"):
+        with one_rank(tmp_path, *RUN):
+            pytest.fail("an engine was built on wrong positions")
+
+
+@pytest.mark.usefixtures("registered")
+def test_new_words_are_checked_like_all_others() -> None:
+    refusals = {
+        ("model.position=logarithmic", "model.attention=flex"): "flex cannot compute model.position logarithmic: use",
+        ("model.attention=headwise",): "headwise cannot compute model.position alibi: use reference or sdpa or flex",
+        ("model.position=other",): "must be 'alibi', 'sinusoidal', 'rotary', 't5', 'none' or 'logarithmic', got 'oth",
+    }
+    for overrides, message in refusals.items():
+        with pytest.raises(InputError, match=message):
+            load_run("demo", overrides=list(overrides))
+    with pytest.raises(InputError, match="headwise cannot compute train.precision bf16: use reference or sdpa"):
+        load_run("demo", overrides=[*RUN, "train.precision=bf16"])

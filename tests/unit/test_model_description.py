@@ -1,0 +1,90 @@
+"""The description of a model fits its modules, its initial weights, and the names of other programs."""
+
+from math import prod
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+
+from configs.choices import FAMILIES
+from configs.positions import POSITIONS
+from configs.schema import Model
+from parallel.seeds import initial_weights
+from parallel.shards import declared
+from tests.support.models import ONE_RANK
+from training.families.bloom import BLOOM
+from training.families.table import FAMILIES_BY_NAME, describe, parameter_count
+from training.model.attention import KERNELS
+from training.model.decoder import FAMILY_PLANS
+from training.model.positions.table import METHODS
+from training.model.single import lone_decoder
+
+VOCABULARY = 97
+AVAILABLE = [name for name, family in FAMILIES.items() if family.available]
+
+
+def model_of(family: str = "bloom", position: str = "alibi") -> Model:
+    return Model(layers=3, hidden=24, heads=3, feed_forward=40, family=family, position=position, init_std=0.5)
+
+
+def test_every_word_of_the_schema_has_its_file() -> None:
+    assert METHODS.keys() == POSITIONS.keys()
+    assert set(AVAILABLE) == FAMILIES_BY_NAME.keys() == FAMILY_PLANS.keys()
+    assert "sdpa" in KERNELS
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("family", AVAILABLE)
+def test_the_description_is_that_of_the_modules(family: str, position: str) -> None:
+    model = model_of(family, position)
+    described = {parameter.shard.name: parameter.shard for parameter in describe(model, vocab_size=VOCABULARY)}
+    built = declared(lone_decoder(model, vocab_size=VOCABULARY))
+    assert {name: shard for name, (_, shard) in built.items()} == described
+    assert len(described) == len(describe(model, vocab_size=VOCABULARY))
+    for name, (parameter, shard) in built.items():
+        assert tuple(parameter.shape) == shard.shape, name
+    assert parameter_count(model, vocab_size=VOCABULARY) == sum(prod(shard.shape) for shard in described.values())
+
+
+@pytest.mark.parametrize("family", AVAILABLE)
+def test_initial_weights_have_the_described_std(family: str) -> None:
+    model = Model(layers=2, hidden=96, heads=3, family=family, init_std=0.5)
+    decoder = lone_decoder(model, vocab_size=VOCABULARY)
+    initial_weights(decoder, seed=1, tensor=ONE_RANK)
+    for name, (parameter, shard) in declared(decoder).items():
+        if shard.init_std is None:
+            assert parameter.unique().tolist() == [1.0 if name.endswith("norm.weight") else 0.0], name
+        else:
+            # What adds to the residual stream is smaller, by the square root of how often something is added.
+            adds = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+            assert float(parameter.detach().std()) == pytest.approx(0.25 if adds else 0.5, rel=0.05), name
+
+
+def test_transformers_has_the_described_names_and_shapes() -> None:
+    model = Model(layers=3, hidden=24, heads=3)
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=24, n_layer=3, n_head=3)
+    with torch.device("meta"):
+        theirs = {name: tuple(value.shape) for name, value in BloomForCausalLM(config).state_dict().items()}
+    del theirs["lm_head.weight"]  # the embedding again
+    ours = {p.huggingface: p.shard.shape for p in describe(model, vocab_size=VOCABULARY)}
+    assert ours == theirs
+
+
+def test_gguf_names_are_those_of_llama_cpp() -> None:
+    names = {p.shard.name: p.gguf for p in describe(Model(layers=2, hidden=24, heads=3), vocab_size=VOCABULARY)}
+    assert names["embedding.word.weight"] == "token_embd.weight"
+    assert names["embedding.norm.bias"] == "token_embd_norm.bias"
+    assert names["final_norm.weight"] == "output_norm.weight"
+    block = {name.removeprefix("blocks.1."): gguf for name, gguf in names.items() if name.startswith("blocks.1.")}
+    layers = {
+        "attention_norm": "attn_norm",
+        "attention.query_key_value": "attn_qkv",
+        "attention.output": "attn_output",
+        "feed_forward_norm": "ffn_norm",
+        "feed_forward.up": "ffn_up",
+        "feed_forward.down": "ffn_down",
+    }
+    assert block == {
+        f"{ours}.{p}": f"blk.1.{theirs}.{p}" for ours, theirs in layers.items() for p in ("weight", "bias")
+    }
+    assert BLOOM.gguf_qkv == ("part", "head", "dim")  # llama.cpp wants all queries, then all keys, then all values
