@@ -14,7 +14,7 @@ from configs.schema import Model
 from parallel.groups import lone_groups
 from parallel.seeds import initial_weights
 from parallel.shards import declared
-from training.export.formats.huggingface import huggingface_name
+from training.families.table import huggingface_names
 from training.generation import Sampling, continue_tokens
 from training.model.single import SingleModel, lone_decoder
 
@@ -30,10 +30,10 @@ def main() -> None:
     bloom = BloomForCausalLM(
         BloomConfig(vocab_size=VOCABULARY, hidden_size=MODEL.hidden, n_layer=MODEL.layers, n_head=MODEL.heads)
     ).eval()
-    theirs = dict(bloom.named_parameters())
+    theirs, names = dict(bloom.named_parameters()), huggingface_names(MODEL)
     with torch.no_grad():
         for name, (parameter, _) in declared(decoder).items():
-            theirs[huggingface_name(name)].copy_(parameter)
+            theirs[names[name]].copy_(parameter)
     single = SingleModel(decoder, device=torch.device("cpu"), certificate={})
     prompts: dict[int, dict[str, Timings]] = {}
     for length in (128, 512, 2048):

@@ -14,9 +14,8 @@ from parallel.shards import cut
 from parallel.start import ProcessRank
 from tests.support.exports import random_weights
 from tests.support.layouts import LENGTH, VOCABULARY, build, config_of, tokens_of
-from tests.support.models import bloom_of
+from tests.support.models import bloom_names, bloom_of
 from tests.support.ranks import run_ranks, start_again
-from training.export.formats.huggingface import huggingface_name
 
 HEADS = (8, 12, 24)
 HEAD_DIM = 8
@@ -120,9 +119,9 @@ def test_logits_and_gradients_of_every_layout_equal_bloom(
         bloom.zero_grad()
         batch = tokens_of(0, length=length)
         F.cross_entropy(bloom(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
-        theirs = dict(bloom.named_parameters())
+        theirs, names = dict(bloom.named_parameters()), bloom_names(layers=LAYERS)
         for name in weights:
             holders = [rank for rank in ranks if name in rank.shards]
             whole = joined({rank.rank: rank.gradients[length][name] for rank in holders}, holders[0].shards[name])
-            gradient = theirs[huggingface_name(name)].grad
+            gradient = theirs[names[name]].grad
             torch.testing.assert_close(whole, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0, msg=name)

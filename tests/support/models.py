@@ -12,7 +12,7 @@ from parallel.groups import lone_groups
 from parallel.seeds import initial_weights
 from parallel.shards import declared
 from parallel.start import start_alone
-from training.families.table import describe, shards_of
+from training.families.table import huggingface_names, shards_of
 from training.model.decoder import Decoder, plan_layers
 from training.model.positions.t5 import LearnedBias
 
@@ -71,10 +71,9 @@ def weights_of(decoder: Decoder) -> dict[str, Tensor]:
     return {name: p.detach().clone().requires_grad_() for name, (p, _) in declared(decoder).items()}
 
 
-def huggingface_names(*, layers: int = LAYERS) -> dict[str, str | None]:
+def bloom_names(*, layers: int = LAYERS) -> dict[str, str]:
     """Return the names of a bloom model's parameters in transformers, by logical name."""
-    model = Model(layers=layers, hidden=1, heads=1)
-    return {parameter.shard.name: parameter.huggingface for parameter in describe(model, vocab_size=1)}
+    return huggingface_names(Model(layers=layers, hidden=1, heads=1))
 
 
 def bloom_of(weights: Mapping[str, Tensor], *, heads: int, layers: int = LAYERS) -> BloomForCausalLM:
@@ -82,7 +81,7 @@ def bloom_of(weights: Mapping[str, Tensor], *, heads: int, layers: int = LAYERS)
     vocab_size, hidden = weights["embedding.word.weight"].shape
     config = BloomConfig(vocab_size=vocab_size, hidden_size=hidden, n_layer=layers, n_head=heads)
     bloom = BloomForCausalLM(config)
-    theirs, names = dict(bloom.named_parameters()), huggingface_names(layers=layers)
+    theirs, names = dict(bloom.named_parameters()), bloom_names(layers=layers)
     with torch.no_grad():
         for name, weight in weights.items():
             theirs.pop(names[name]).copy_(weight)

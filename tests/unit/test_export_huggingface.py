@@ -17,7 +17,7 @@ from data_pipeline.vocabulary import PieceType, read_vocabulary
 from tests.support.bloom_formula import bloom_logits
 from tests.support.exports import SHAPE, random_weights, train_sentencepiece
 from training.export.folder import new_folder
-from training.export.formats.huggingface import HuggingFaceFormat, generate_text, huggingface_name
+from training.export.formats.huggingface import HuggingFaceFormat, generate_text
 from training.export.parity import EDGE_CASE_TEXTS, LogitParity, compare_logits, compare_tokenizers
 
 FORMAT = HuggingFaceFormat()
@@ -192,10 +192,13 @@ def test_weights_that_do_not_fit_are_refused(tokenizer: Path, vocab_size: int, t
         )
 
 
-def test_unknown_parameter_has_no_huggingface_name() -> None:
-    for name in ("blocks.0.rotary.weight", "embedding.position.weight", "blocks.0.final_norm.bias"):
-        with pytest.raises(ValueError, match=name):
-            huggingface_name(name)
+def test_unknown_parameters_are_refused(tokenizer: Path, vocab_size: int, tmp_path: Path) -> None:
+    for name in ("blocks.0.rotary.weight", "embedding.position.weight", "blocks.2.final_norm.bias"):
+        weights = random_weights(SHAPE, vocab_size=vocab_size) | {name: torch.zeros(1)}
+        with pytest.raises(KeyError, match=name):
+            FORMAT.write(
+                tmp_path, weights=weights, model=SHAPE, vocab_size=vocab_size, tokenizer=tokenizer, sequence_length=32
+            )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.shards import declared
 from tests.support.bloom_formula import bloom_logits, cross_entropy
-from tests.support.models import LAYERS, VOCABULARY, bloom_of, huggingface_names, make_decoder, weights_of
+from tests.support.models import LAYERS, VOCABULARY, bloom_names, bloom_of, make_decoder, weights_of
 from training.model.single import SingleModel, load_single
 
 ALL_HEADS = (*range(1, 17), 20, 24, 40, 112)
@@ -30,7 +30,7 @@ def check_against_bloom(heads: int, *, length: int) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     for some in (logits, expected):
         F.cross_entropy(some.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    theirs, names = dict(bloom.named_parameters()), huggingface_names()
+    theirs, names = dict(bloom.named_parameters()), bloom_names()
     for name, (parameter, _) in declared(decoder).items():
         gradient = theirs[names[name]].grad
         assert parameter.grad is not None

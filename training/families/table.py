@@ -27,6 +27,15 @@ def shards_of(model: Model, *, vocab_size: int) -> Shards:
     return {parameter.shard.name: parameter.shard for parameter in describe(model, vocab_size=vocab_size)}
 
 
+def huggingface_names(model: Model) -> dict[str, str]:
+    """Return the names of a model's parameters in transformers' model of its family, by logical name.
+
+    A parameter without a place there, a learned position table, is left out.
+    """
+    parameters = describe(model, vocab_size=1)  # names do not depend on the vocabulary
+    return {parameter.shard.name: name for parameter in parameters if (name := parameter.huggingface) is not None}
+
+
 def parameter_count(model: Model, *, vocab_size: int) -> int:
     """Return how many numbers a model trains; a tied parameter counts once.
 

@@ -5,7 +5,6 @@ with transformers alone, which shows that the export can be served.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,23 +22,11 @@ from data_pipeline.vocabulary import Vocabulary
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import write_tokenizer
 from training.export.parity import COMPARED_MULTIPLE
+from training.families.bloom import BLOOM
+from training.families.table import huggingface_names
 
 # Transformers' Bloom materializes the attention scores of a layer, [heads, seq, seq] fp32.
 _MOST_SCORE_BYTES = 2_000_000_000
-
-_TOP = {
-    "embedding.word.weight": "word_embeddings.weight",
-    "embedding.norm": "word_embeddings_layernorm",
-    "final_norm": "ln_f",
-}
-_BLOCK = {
-    "attention_norm": "input_layernorm",
-    "attention.query_key_value": "self_attention.query_key_value",
-    "attention.output": "self_attention.dense",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.up": "mlp.dense_h_to_4h",
-    "feed_forward.down": "mlp.dense_4h_to_h",
-}
 
 
 class HuggingFaceFormat:
@@ -50,7 +37,7 @@ class HuggingFaceFormat:
         positions: Values of model.position that it holds.
     """
 
-    families = ("bloom",)
+    families = (BLOOM.name,)
     positions = ("alibi",)
 
     def check(self, model: Model) -> None:
@@ -97,7 +84,8 @@ class HuggingFaceFormat:
             "pad_token_id": config.pad_token_id,
         }
         generation(**ids).save_pretrained(folder)
-        renamed = {huggingface_name(name): weight.contiguous() for name, weight in weights.items()}
+        names = huggingface_names(model)
+        renamed = {names[name]: weight.contiguous() for name, weight in weights.items()}
         _require_whole(renamed, config)
         # No lm_head.weight: it is tied to the word embedding, and transformers ties it again when it loads.
         save_torch_state_dict(renamed, folder, max_shard_size="5GB", metadata={"format": "pt"})
@@ -143,23 +131,6 @@ class HuggingFaceTokenizer:
         """Return the text of token ids."""
         with quiet_transformers():
             return str(self._tokenizer.decode(ids))
-
-
-def huggingface_name(name: str) -> str:
-    """Return a parameter's name in BloomForCausalLM.
-
-    Raises:
-        ValueError: no parameter of the bloom family has this logical name.
-    """
-    if name in _TOP:
-        return f"transformer.{_TOP[name]}"
-    match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    if match is not None:
-        block, layer, kind = match.groups()
-        names, prefix = (_TOP, "transformer") if block is None else (_BLOCK, f"transformer.h.{block}")
-        if layer in names:
-            return f"{prefix}.{names[layer]}.{kind}"
-    raise ValueError(f"parameter {name} has no place in BloomForCausalLM")
 
 
 def load_exported(folder: Path) -> Any:
@@ -236,7 +207,7 @@ def _bloom_config(model: Model, *, vocab_size: int, sequence_length: int, vocabu
         "hidden_size": model.hidden,
         "n_layer": model.layers,
         "n_head": model.heads,
-        "layer_norm_epsilon": 1e-5,
+        "layer_norm_epsilon": BLOOM.norm_epsilon,
         "initializer_range": model.init_std,
         "hidden_dropout": model.dropout,
         "attention_dropout": 0.0,

@@ -1,0 +1,26 @@
+"""What tests of one function or class share: none of them starts a process, so that all run in seconds."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import pytest
+
+STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system")
+
+
+def refuse_process(*_: Any, **__: Any) -> NoReturn:
+    """Fail the test that starts a process, also where the product starts it and catches what goes wrong."""
+    pytest.fail("a process was started: such a test belongs in tests/processes")
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _no_process() -> Iterator[None]:
+    platform.processor()  # starts `uname` once; the answer is kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", refuse_process)
+        for name in STARTERS:
+            patch.setattr(os, name, refuse_process)
+        yield
