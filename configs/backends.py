@@ -5,6 +5,7 @@ The kernels are in `training/model/kernels/`, a file per backend.
 
 from dataclasses import dataclass
 
+from configs.choices import Choice
 from configs.positions import POSITIONS, BiasKind
 
 Device = str
@@ -15,11 +16,10 @@ COMPUTED_BIAS: tuple[BiasKind, ...] = ("none", "slopes")  # the kernel computes 
 
 
 @dataclass(frozen=True)
-class Backend:
-    """One way to compute attention.
+class Backend(Choice):
+    """One way to compute attention; `implementation` is the kernel's class.
 
     Attributes:
-        name: What `model.attention` says.
         what: In a few words, how it adds the bias.
         biases: What it can add to the scores.
         precisions: Values of `train.precision` that it can compute.
@@ -31,7 +31,6 @@ class Backend:
         has_run: Where its tests have run.
     """
 
-    name: str
     what: str
     biases: tuple[BiasKind, ...]
     precisions: tuple[str, ...]
@@ -53,6 +52,7 @@ BACKENDS = {
     for backend in (
         Backend(
             name="reference",
+            implementation="training.model.kernels.reference.Reference",
             what="written out, one piece, fp32 or wider; the oracle",
             biases=ANY_BIAS,
             precisions=("fp32", "bf16"),
@@ -65,6 +65,7 @@ BACKENDS = {
         ),
         Backend(
             name="sdpa",
+            implementation="training.model.kernels.sdpa.Sdpa",
             what="torch's scaled_dot_product_attention, blocks of queries over one shared strip of bias",
             biases=ANY_BIAS,
             precisions=("fp32", "bf16"),
@@ -77,6 +78,7 @@ BACKENDS = {
         ),
         Backend(
             name="flex",
+            implementation="training.model.kernels.flex.Flex",
             what="torch's FlexAttention, compiled; the bias is computed inside the kernel",
             biases=COMPUTED_BIAS,
             precisions=("fp32", "bf16"),
@@ -89,6 +91,7 @@ BACKENDS = {
         ),
         Backend(
             name="flash",
+            implementation="training.model.kernels.flash.Flash",
             what="flash-attn 2 with alibi_slopes",
             biases=COMPUTED_BIAS,
             precisions=("bf16",),

@@ -1,11 +1,12 @@
 """Keys whose value names an implementation: the words that a run file may say. Imports no torch.
 
-Each table has one row per word. The file that implements a word lies with its package; to add one, write that file
-and a row here, in `configs.positions`, `configs.backends` or `configs.precisions`.
+Each table has one row per word, which also says where the implementation is. To add one, write its file and a row:
+here, in `configs.positions`, in `configs.backends` or in `configs.precisions`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler
@@ -18,20 +19,45 @@ class Choice:
 
     Attributes:
         name: What the run file says.
-        what: In a few words, for the docs.
-        available: Whether this version implements it; a known word that it does not implement is refused by name.
+        implementation: Dotted path of what implements it, imported when it is used; None for a word that this version
+            knows but does not implement, and refuses by name.
     """
 
     name: str
-    what: str
-    available: bool = True
+    implementation: str | None
+
+    @property
+    def available(self) -> bool:
+        """Whether this version implements it."""
+        return self.implementation is not None
+
+    def load(self) -> Any:
+        """Import and return the implementation."""
+        assert self.implementation is not None, f"{self.name} is not available in this version"
+        module, _, name = self.implementation.rpartition(".")
+        return getattr(import_module(module), name)
+
+
+@dataclass(frozen=True)
+class FamilyChoice(Choice):
+    """A block design; `implementation` is its description.
+
+    Attributes:
+        layers: Dotted path of the function that plans its layers; it imports torch, the description does not.
+    """
+
+    layers: str | None = None
+
+    def load_layers(self) -> Any:
+        """Import and return the function that plans the layers."""
+        return Choice(self.name, self.layers).load()
 
 
 FAMILIES = {
     row.name: row
     for row in (
-        Choice("bloom", "Bloom: biases everywhere, a LayerNorm behind the embedding, tanh GELU"),
-        Choice("mpt", "MPT: no biases, exact GELU", available=False),
+        FamilyChoice("bloom", "training.families.bloom.BLOOM", layers="training.model.blocks.bloom.plan_bloom"),
+        FamilyChoice("mpt", None),
     )
 }
 
@@ -53,12 +79,7 @@ class OptimizerChoice(Choice):
 
 
 OPTIMIZERS = {
-    row.name: row
-    for row in (
-        OptimizerChoice(
-            "adamw", "AdamW; matrices decay, norms and biases do not", moments=("exp_avg", "exp_avg_sq")
-        ),
-    )
+    row.name: row for row in (OptimizerChoice("adamw", "parallel.optimizers.adamw", moments=("exp_avg", "exp_avg_sq")),)
 }
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from configs.choices import Choice
+
 if TYPE_CHECKING:
     from configs.schema import Model
 
@@ -19,19 +21,17 @@ def _no_rule(_: "Model") -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Position:
-    """One position method.
+class Position(Choice):
+    """One position method; `implementation` is a subclass of `PositionMethod`.
 
     Attributes:
-        name: What `model.position` says.
         bias: What it adds to the scores; an attention backend must be able to.
         entries_per_head: Columns of a learned table with a row per head, shared by all layers; 0 where nothing is
             learned.
         problems: Yields what a model's shape breaks, one line each: what must hold, the value seen, what to do.
     """
 
-    name: str
-    bias: BiasKind
+    bias: BiasKind = "none"
     entries_per_head: int = 0
     problems: "Callable[[Model], Iterator[str]]" = _no_rule
 
@@ -51,10 +51,10 @@ T5_BUCKETS = 32
 POSITIONS = {
     row.name: row
     for row in (
-        Position("alibi", bias="slopes"),
-        Position("sinusoidal", bias="none", problems=_even_hidden),
-        Position("rotary", bias="none", problems=_even_heads),
-        Position("t5", bias="table", entries_per_head=T5_BUCKETS),
-        Position("none", bias="none"),
+        Position("alibi", "training.model.positions.alibi.Alibi", bias="slopes"),
+        Position("sinusoidal", "training.model.positions.sinusoidal.Sinusoidal", problems=_even_hidden),
+        Position("rotary", "training.model.positions.rotary.Rotary", problems=_even_heads),
+        Position("t5", "training.model.positions.t5.T5", bias="table", entries_per_head=T5_BUCKETS),
+        Position("none", "training.model.positions.method.PositionMethod"),
     )
 }

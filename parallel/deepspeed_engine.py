@@ -22,7 +22,6 @@ from parallel.axes import Groups
 from parallel.engine import Engine, State, StepOutcome
 from parallel.layout import Layout
 from parallel.libraries import deepspeed
-from parallel.optimizers import OPTIMIZER_BUILDERS
 from parallel.pipeline import StagedModule
 from parallel.plan import LayerPlan
 from parallel.shards import declared
@@ -38,14 +37,15 @@ def make_engine(module: nn.Module, plan: LayerPlan, *, train: Train, layout: Lay
         layout: How the ranks are cut.
         groups: Their process groups.
     """
-    kinds = OPTIMIZERS[train.optimizer].state_kinds
+    optimizer = OPTIMIZERS[train.optimizer]
+    kinds = optimizer.state_kinds
     rounded = PRECISIONS[train.precision].master_weights
     exact = {name: p.detach().clone() for name, (p, _) in declared(module).items()} if rounded else {}
     staged = isinstance(module, StagedModule)
     with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=OPTIMIZER_BUILDERS[train.optimizer](module.parameters(), train=train),
+            optimizer=optimizer.load()(module.parameters(), train=train),
             config=zero.deepspeed_config(train, layout=layout),
             mpu=None if staged else groups.grid,
             dist_init_required=False,

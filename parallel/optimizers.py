@@ -1,6 +1,6 @@
-"""The optimizers by name. `configs.choices` has a row for each, with the state that it keeps."""
+"""The optimizers. `configs.choices` has a row for each, with the state that it keeps."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -19,6 +19,3 @@ def adamw(parameters: Iterable[nn.Parameter], *, train: Train) -> torch.optim.Op
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon)
-
-
-OPTIMIZER_BUILDERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}

@@ -16,7 +16,7 @@ from configs.schema import Model
 from parallel.groups import lone_groups
 from tests.support.models import LAYERS, VOCABULARY, make_decoder, make_wandering_decoder
 from training.generation import Sampling, continue_tokens
-from training.model.attention import KERNELS
+from training.model.attention import make_attention
 from training.model.kernels.reference import Reference
 from training.model.positions.alibi import slopes
 from training.model.positions.bias import SlopeBias
@@ -53,7 +53,7 @@ def test_a_backend_equals_the_reference_with_gradients(
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in exact)
     weight = torch.randn(1, 16, length, 128, device="cuda", dtype=torch.float64)
     expected = Reference(SlopeBias(strip.local_slopes))(*exact)
-    found = KERNELS[backend](strip)(q, k, v)
+    found = make_attention(backend, strip)(q, k, v)
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
     (expected * weight).sum().backward()
     (found.double() * weight).sum().backward()
@@ -100,7 +100,7 @@ def test_every_position_method_is_certified(position: str, precision: str) -> No
 def test_twice_the_length_takes_twice_the_memory(backend: str, dtype: torch.dtype, length: int) -> None:
     peaks = []
     for keys in (length, 2 * length):
-        attend = KERNELS[backend](SlopeBias(torch.tensor(slopes(16), dtype=torch.float64)))
+        attend = make_attention(backend, SlopeBias(torch.tensor(slopes(16), dtype=torch.float64)))
         q, k, v = (torch.randn(1, 16, keys, 128, device=CUDA, dtype=dtype, requires_grad=True) for _ in range(3))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -228,8 +228,8 @@ MUTANTS = (
     Mutant(
         "description: a parameter that no module has",
         "training/families/table.py",
-        "return (*parameters, *_position_table(model))",
-        "return (*parameters, parameters[0], *_position_table(model))",
+        "return (*family.parameters(model, vocab_size), *_position_table(model))",
+        "return (*(described := family.parameters(model, vocab_size)), described[0], *_position_table(model))",
         "tests/unit/test_model_description.py::test_the_description_is_that_of_the_modules[bloom-alibi]",
     ),
 )

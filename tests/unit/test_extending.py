@@ -17,10 +17,8 @@ from parallel.parameter import Shard
 from tests.support.one_rank import one_rank
 from training.checkpoint.read import open_checkpoint
 from training.export.run import export_checkpoint
-from training.model.attention import KERNELS
 from training.model.positions.bias import Bias
 from training.model.positions.method import PositionMethod
-from training.model.positions.table import METHODS
 from training.model.proof.certificate import WrongPositions
 from training.model.single import load_single
 
@@ -76,12 +74,17 @@ class Headwise:
         return torch.stack(heads, dim=1)
 
 
+def register_position(monkeypatch: pytest.MonkeyPatch, method: type[PositionMethod]) -> None:
+    row = Position("logarithmic", f"{__name__}.{method.__name__}", bias="table")
+    monkeypatch.setitem(POSITIONS, "logarithmic", row)
+
+
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setitem(POSITIONS, "logarithmic", Position("logarithmic", bias="table"))
-    monkeypatch.setitem(METHODS, "logarithmic", Logarithmic)
+    register_position(monkeypatch, Logarithmic)
     backend = Backend(
         name="headwise",
+        implementation=f"{__name__}.Headwise",
         what="a loop over heads",
         biases=("none", "table"),
         precisions=("fp32",),
@@ -93,7 +96,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         has_run="here",
     )
     monkeypatch.setitem(BACKENDS, "headwise", backend)
-    monkeypatch.setitem(KERNELS, "headwise", Headwise)
     return monkeypatch
 
 
@@ -115,7 +117,7 @@ def test_a_new_position_and_kernel_train(registered: pytest.MonkeyPatch, tmp_pat
 
 
 def test_a_promise_that_is_not_kept_is_refused(registered: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    registered.setitem(METHODS, "logarithmic", Promising)
+    register_position(registered, Promising)
     with pytest.raises(WrongPositions, match="away from the shape that its positions must give"):
         with one_rank(tmp_path, *RUN):
             pytest.fail("an engine was built on wrong positions")

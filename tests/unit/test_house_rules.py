@@ -57,7 +57,6 @@ SLOW_TO_IMPORT = (
     "training/export/run.py",
     "training/generation.py",
     "training/model/blocks/bloom.py",
-    "training/model/decoder.py",
     "training/model/single.py",
     "training/run.py",
 )

@@ -19,8 +19,8 @@ from training.model.kernels.sdpa import Sdpa
 from training.model.positions import t5
 from training.model.positions.alibi import slopes
 from training.model.positions.bias import QUERY_BLOCK, SlopeBias
+from training.model.positions.method import make_position
 from training.model.positions.t5 import MAX_DISTANCE, bucket_in_integers, buckets
-from training.model.positions.table import make_position
 from training.model.proof.certificate import (
     LONG,
     PROBED,

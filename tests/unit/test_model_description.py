@@ -6,17 +6,16 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from configs.choices import FAMILIES
+from configs.backends import BACKENDS
+from configs.choices import FAMILIES, OPTIMIZERS
 from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.seeds import initial_weights
 from parallel.shards import declared
 from tests.support.models import ONE_RANK
 from training.families.bloom import BLOOM
-from training.families.table import FAMILIES_BY_NAME, describe, parameter_count
-from training.model.attention import KERNELS
-from training.model.decoder import FAMILY_PLANS
-from training.model.positions.table import METHODS
+from training.families.table import describe, parameter_count
+from training.model.positions.method import PositionMethod
 from training.model.single import lone_decoder
 
 VOCABULARY = 97
@@ -27,10 +26,17 @@ def model_of(family: str = "bloom", position: str = "alibi") -> Model:
     return Model(layers=3, hidden=24, heads=3, feed_forward=40, family=family, position=position, init_std=0.5)
 
 
-def test_every_word_of_the_schema_has_its_file() -> None:
-    assert METHODS.keys() == POSITIONS.keys()
-    assert set(AVAILABLE) == FAMILIES_BY_NAME.keys() == FAMILY_PLANS.keys()
-    assert "sdpa" in KERNELS
+def test_every_word_of_the_schema_has_its_implementation() -> None:
+    assert all(issubclass(position.load(), PositionMethod) for position in POSITIONS.values())
+    assert all(callable(backend.load()) for backend in BACKENDS.values())
+    assert all(callable(optimizer.load()) for optimizer in OPTIMIZERS.values())
+    for name in AVAILABLE:
+        assert FAMILIES[name].load().name == name
+        assert callable(FAMILIES[name].load_layers())
+    # One file per choice: no two words share one.
+    rows = (*POSITIONS.values(), *BACKENDS.values(), *(FAMILIES[name] for name in AVAILABLE))
+    files = [str(row.implementation).rpartition(".")[0] for row in rows]
+    assert len(set(files)) == len(files)
 
 
 @pytest.mark.parametrize("position", POSITIONS)

@@ -1,14 +1,12 @@
-"""The families by name, and what follows from a model's description. Imports no torch."""
+"""The description of a model, and what follows from it. Imports no torch."""
 
 from math import prod
 
+from configs.choices import FAMILIES
 from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.parameter import Shard
-from training.families.bloom import BLOOM
 from training.families.description import Family, Parameter, Shards
-
-FAMILIES_BY_NAME: dict[str, Family] = {family.name: family for family in (BLOOM,)}
 
 
 def describe(model: Model, *, vocab_size: int) -> tuple[Parameter, ...]:
@@ -18,8 +16,8 @@ def describe(model: Model, *, vocab_size: int) -> tuple[Parameter, ...]:
         model: The decoder's shape.
         vocab_size: Rows of the embedding, without padding.
     """
-    parameters = FAMILIES_BY_NAME[model.family].parameters(model, vocab_size)
-    return (*parameters, *_position_table(model))
+    family: Family = FAMILIES[model.family].load()
+    return (*family.parameters(model, vocab_size), *_position_table(model))
 
 
 def shards_of(model: Model, *, vocab_size: int) -> Shards:

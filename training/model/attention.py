@@ -1,15 +1,10 @@
-"""Causal attention with a bias: the kernels by name. `configs.backends` says what each can do."""
+"""Causal attention with a bias. `configs.backends` has a row per kernel: what it can do and where it is."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 from configs.backends import backend_of
-from training.model.kernels.flash import Flash
-from training.model.kernels.flex import Flex
-from training.model.kernels.reference import Reference
-from training.model.kernels.sdpa import Sdpa
 from training.model.positions.bias import Bias
 
 
@@ -31,14 +26,11 @@ class Attention(Protocol):
         ...
 
 
-KERNELS: dict[str, Callable[[Bias], Attention]] = {
-    "reference": Reference,
-    "sdpa": Sdpa,
-    "flex": Flex,
-    "flash": Flash,
-}
-
-
 def make_attention(attention: str, bias: Bias) -> Attention:
-    """Return the kernel that a value of `model.attention` means, with a bias."""
-    return KERNELS[backend_of(attention).name](bias)
+    """Return the kernel that a value of `model.attention` means, with a bias.
+
+    Raises:
+        MachineError: the kernel cannot run on this machine.
+    """
+    kernel: Attention = backend_of(attention).load()(bias)
+    return kernel

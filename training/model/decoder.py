@@ -1,19 +1,15 @@
 """The decoder: its list of layers, the same for one process and for pipeline stages, and all of them in one module."""
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
+from configs.choices import FAMILIES
 from configs.schema import Model
 from parallel.axes import Group
 from parallel.plan import LayerPlan
 from training.families.table import shards_of
 from training.model.attention import make_attention
-from training.model.blocks.bloom import plan_bloom
 from training.model.cache import KeyValueCache
-from training.model.positions.table import make_position
-
-FAMILY_PLANS: dict[str, Callable[..., LayerPlan]] = {"bloom": plan_bloom}
+from training.model.positions.method import make_position
 
 
 def plan_layers(model: Model, *, vocab_size: int, tensor: Group, recompute: bool) -> LayerPlan:
@@ -28,8 +24,9 @@ def plan_layers(model: Model, *, vocab_size: int, tensor: Group, recompute: bool
     shards = shards_of(model, vocab_size=vocab_size)
     position = make_position(model, shards, tensor=tensor)
     attend = make_attention(model.attention, position.bias)
-    plan = FAMILY_PLANS[model.family]
-    return plan(model, shards, tensor=tensor, position=position, attend=attend, recompute=recompute)
+    plan_family = FAMILIES[model.family].load_layers()
+    plan: LayerPlan = plan_family(model, shards, tensor=tensor, position=position, attend=attend, recompute=recompute)
+    return plan
 
 
 class Decoder(nn.Module):

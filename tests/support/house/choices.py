@@ -45,7 +45,8 @@ def choice_problems(source: Source, rules: Iterable[ChoiceRule]) -> Iterator[str
         for node in source.nodes:
             words = _words_asked_for(node)
             asked = sorted(word for word in words if word in rule.words and not _means_another(word, node, rule))
-            if asked:
+            # One key of a dict may be a word by chance, in JSON say; two make it a table by the values of the choice.
+            if len(asked) > isinstance(node, ast.Dict):
                 line = getattr(node, "lineno", 0)
                 yield f"{source.name}:{line} asks whether {rule.key} is {', '.join(asked)}: let its file answer"
 
@@ -56,8 +57,7 @@ def _words_asked_for(node: ast.AST) -> Collection[str]:
     if isinstance(node, ast.MatchValue):
         return _words_of([node.value])
     if isinstance(node, ast.Dict):
-        words = _words_of([key for key in node.keys if key is not None])
-        return words if len(words) > 1 else ()
+        return _words_of([key for key in node.keys if key is not None])
     return ()
 
 

@@ -1,6 +1,7 @@
 """What a position method is: up to three places where order enters the model, and what it promises.
 
-Each method is a subclass in a file of its own, listed in `table.py`. This base class is the method `none`.
+Each method is a subclass in a file of its own, named by its row in `configs.positions`. This base class is the method
+`none`.
 """
 
 from collections.abc import Sequence
@@ -8,9 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.axes import Group
 from parallel.parameter import Shard
+from training.families.description import Shards
+from training.families.table import position_table_name
 from training.model.positions.bias import Bias, SlopeBias
 
 
@@ -65,3 +69,21 @@ class PositionMethod:
             [local_heads, distances] fp64, on the CPU.
         """
         return torch.zeros(len(self.heads), distances, dtype=torch.float64)
+
+
+def position_method(position: str) -> type[PositionMethod]:
+    """Return the class of a value of `model.position`."""
+    method: type[PositionMethod] = POSITIONS[position].load()
+    return method
+
+
+def make_position(model: Model, shards: Shards, *, tensor: Group) -> PositionMethod:
+    """Return a model's position method on one tensor rank.
+
+    Args:
+        model: The decoder's shape.
+        shards: The model's shards; a learned table is among them.
+        tensor: The tensor axis.
+    """
+    table = shards.get(position_table_name(model.position))
+    return position_method(model.position)(model, tensor=tensor, table=table)

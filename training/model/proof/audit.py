@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.model.attention import KERNELS, Attention
+from training.model.attention import Attention, make_attention
 from training.model.positions.alibi import slopes
 from training.model.positions.bias import QUERY_BLOCK, SlopeBias
 from training.model.proof.attention_weights import read_rows, read_total, total_variation
@@ -133,7 +133,7 @@ def _audit_group(
         bias = (slope.float()[:, None, None] * penalty).to(q.dtype)
         return total_variation((scores + bias.double()).softmax(-1), exact)
 
-    attend = KERNELS[backend](SlopeBias(slope))
+    attend = make_attention(backend, SlopeBias(slope))
     measured = _measured(attend, q.to(device), k.to(device), exact=exact)
     forms = zip(measured, rounded(position), rounded(-distance), strict=True)
     return [

@@ -22,7 +22,7 @@ from parallel.axes import Groups
 from parallel.collectives import all_gather_object
 from training.model.attention import Attention
 from training.model.positions.bias import QUERY_BLOCK
-from training.model.positions.table import METHODS
+from training.model.positions.method import position_method
 from training.model.proof.attention_weights import dtype_of, in_classes, read_classes, read_rows, total_variation
 
 PROBED = 64  # positions whose rows are read key by key: there the flattest slope of 8 heads still moves 3 % of a row
@@ -184,7 +184,7 @@ def check_certificates(certificates: Sequence[Certificate], model: Model, *, tol
 
 
 def _wrong_rank(certificates: Sequence[Certificate], model: Model, *, tolerance: float, otherwise: str) -> str | None:
-    slopes = METHODS[model.position].promised_slopes(model.heads)
+    slopes = position_method(model.position).promised_slopes(model.heads)
     for certificate in certificates:
         if slopes is not None:
             expected = hash_slopes([slopes[head] for head in certificate.heads])
