@@ -34,7 +34,7 @@ def check_frozen(house: Path = HOUSE) -> None:
     if changes:
         raise MachineError(
             f"{house.parents[1]} was submitted with other versions ({'; '.join(changes)}): install those, or submit it "
-            "again with trainshort slurm to go on with these"
+            "again with trainshort slurm to continue with these"
         )
 
 

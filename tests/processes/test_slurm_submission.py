@@ -131,7 +131,7 @@ def test_package_versions_that_changed_are_refused_by_name(run_values: dict[str,
         assert (done.returncode, done.stdout) == (3, "")
         assert done.stderr == (
             f"error: {run_dir} was submitted with other versions (torch is {seen['torch']}, was 2.1): install those, "
-            "or submit it again with trainshort slurm to go on with these\n"
+            "or submit it again with trainshort slurm to continue with these\n"
         )
 
 

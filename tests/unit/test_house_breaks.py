@@ -1,5 +1,7 @@
 """Each of the house's rules sees what breaks it, and leaves alone what only looks like it."""
 
+import os
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
@@ -178,3 +180,9 @@ def test_routes_to_torch_go_through_what_is_imported_at_once() -> None:
         "training/b.py": "training/b.py -> training/c.py -> torch.nn",
         "training/a.py": "training/a.py -> training/b.py -> training/c.py -> torch.nn",
     }
+
+
+def test_a_process_is_refused_in_this_folder() -> None:
+    for start in (lambda: subprocess.run(["true"], check=True), lambda: os.system("true")):
+        with pytest.raises(pytest.fail.Exception, match="tests/processes"):
+            start()

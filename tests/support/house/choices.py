@@ -46,7 +46,8 @@ def choice_problems(source: Source, rules: Iterable[ChoiceRule]) -> Iterator[str
             words = _words_asked_for(node)
             asked = sorted(word for word in words if word in rule.words and not _means_another(word, node, rule))
             # One key of a dict may be a word by chance, in JSON say; two make it a table by the values of the choice.
-            if len(asked) > isinstance(node, ast.Dict):
+            by_chance = isinstance(node, ast.Dict) and len(set(words) & set(rule.words)) < 2
+            if asked and not by_chance:
                 line = getattr(node, "lineno", 0)
                 yield f"{source.name}:{line} asks whether {rule.key} is {', '.join(asked)}: let its file answer"
 
