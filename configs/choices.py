@@ -1,7 +1,8 @@
-"""Keys whose value names an implementation: the words that a run file may say. Imports no torch.
+"""Legal values of keys that name an implementation. Imports no torch.
 
-Each table has one row per word, which also says where the implementation is. To add one, write its file and a row:
-here, in `configs.positions`, in `configs.backends` or in `configs.precisions`.
+Each table has a row per value, which also says where the implementation is. To add one, write its file and a row: here,
+in `configs.positions`, `configs.backends` or `configs.precisions`. Export formats, which no key names, have a table of
+their own, `training.export.formats.table`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 @dataclass(frozen=True)
 class Choice:
-    """One word.
+    """One value of a key.
 
     Attributes:
         name: What the run file says.
@@ -85,7 +86,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class OneOf:
-    """The type of a key whose value is a row of a table; `also` adds words that are no row.
+    """The type of a key whose value is a row of a table; `also` adds values without a row, such as auto.
 
     It reads the table at each check, so that a row added later is a legal word.
     """

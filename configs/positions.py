@@ -1,6 +1,6 @@
-"""The position methods: what rules, the launcher and the model's description know of each. Imports no torch.
+"""Position methods: the facts that rules, launcher and the model's description need. Imports no torch.
 
-What a method computes is in `training/model/positions/`, a file per method.
+The implementations are in `training/model/positions/`, a file per method.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The precisions of training: what each means to every part that must know. Imports no torch."""
+"""Training precisions, and everything that depends on them. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

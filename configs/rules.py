@@ -174,9 +174,9 @@ def _slurm(config: RunConfig) -> Iterator[str]:
 def _extra(config: RunConfig) -> Iterator[str]:
     for option in config.slurm.extra:
         if not re.fullmatch(r"-.+", option):
-            yield f"slurm.extra has {option!r}: write one option a line, as in --exclusive"
+            yield f"slurm.extra has {option!r}: write one option per line, as in --exclusive"
         elif re.search(r"(^|\s)(-J|--job-name)", option):
-            yield f"slurm.extra has {option!r}, but the jobs are known by run.name: set that and remove the option"
+            yield f"slurm.extra has {option!r}, but job names come from run.name: set that and remove the option"
 
 
 def _time_limit(config: RunConfig) -> Iterator[str]:

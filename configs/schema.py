@@ -1,7 +1,7 @@
-"""What a run file may say: one frozen section per concern, every key with its meaning.
+"""The schema of a run file: one frozen section per concern, a description per key.
 
-A key's type, range and default stand here and nowhere else. What no single key can
-tell (heads that do not divide, a warm-up longer than the decay) is in `configs.rules`.
+Types, ranges and defaults are defined only here. Checks across keys (heads that do not divide, a warm-up longer than
+the decay) are in `configs.rules`.
 """
 
 from typing import Annotated, Any, Literal
@@ -24,7 +24,7 @@ def _source_of_path(value: Any) -> Any:
 
 
 def _text_of_number(value: Any) -> Any:
-    # YAML makes numbers of what stands without quotes: a rule says what to write, where a number alone will not do.
+    # YAML reads an unquoted 90 as a number: accept it as text; configs.rules says what to write.
     return str(value) if type(value) in (int, float) else value
 
 
@@ -63,7 +63,7 @@ class Model(Section):
     )
     position: Annotated[str, OneOf(POSITIONS)] = Field(default="alibi", description="How order enters the model.")
     family: Annotated[str, OneOf(FAMILIES)] = Field(
-        default="bloom", description="Block design, and so the export format."
+        default="bloom", description="Block design; it determines the export format."
     )
     attention: Annotated[str, OneOf(BACKENDS, also=("auto",))] = Field(
         default="auto", description="Attention backend; auto is sdpa."
@@ -86,11 +86,12 @@ class Model(Section):
 
 
 class Source(Section):
-    """One source of text; in a run file a bare path will do."""
+    """One source of text; a run file may give just its path."""
 
     path: str = Field(min_length=1, description="A file, a glob, a prepared .bin, or `python-docs`.")
     weight: Annotated[float, Field(gt=0.0)] | None = Field(
-        default=None, description="Share of the samples, relative to the other weights; as much as there is unless set."
+        default=None,
+        description="Share of the samples, relative to the other weights; in proportion to its size unless set.",
     )
 
 
@@ -101,7 +102,7 @@ class Data(Section):
         min_length=1,
         description="Paths, globs, `python-docs` (text of the installed Python), or {path, weight} for a blend.",
     )
-    dir: str | None = Field(default=None, description="Where prepared data lies; RUN_DIR/data unless set.")
+    dir: str | None = Field(default=None, description="Folder of prepared data; RUN_DIR/data unless set.")
     tokenizer: str | None = Field(
         default=None, description="An existing sentencepiece .model; one is trained unless set."
     )
@@ -115,7 +116,7 @@ class Data(Section):
 
 
 class Parallel(Section):
-    """How the model is split; what is left of the world is data parallel."""
+    """How the model is split; the remaining ranks are data parallel."""
 
     tensor: PositiveInt = Field(default=1, description="Ranks that share each layer's heads and columns.")
     pipeline: PositiveInt = Field(default=1, description="Stages that share the layers.")
@@ -162,7 +163,7 @@ class CheckpointRules(Section):
         default=0, description="Steps between checkpoints that stay for good; 0 for none."
     )
     keep_best: NonNegativeInt = Field(default=0, description="Checkpoints of the lowest validation loss to keep.")
-    background: bool = Field(default=False, description="Write while training goes on.")
+    background: bool = Field(default=False, description="Write checkpoints in the background.")
 
 
 class Evaluate(Section):
@@ -216,7 +217,7 @@ class Slurm(Section):
         default="pyxis", description="What runs the image: enroot by srun's pyxis plugin, or apptainer."
     )
     mounts: Annotated[tuple[str, ...], TUPLE] = Field(
-        default=(), description="Folders that the container sees, beside those that the run names."
+        default=(), description="Folders that the container sees, in addition to those of the run."
     )
     modules: Annotated[tuple[str, ...], TUPLE] = Field(
         default=(), description="Environment modules to load, in this order."

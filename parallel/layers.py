@@ -16,7 +16,7 @@ from parallel.libraries import (
     linear_with_grad_accumulation_and_async_allreduce,
     vocab_parallel_cross_entropy,
 )
-from parallel.parameter import Shard
+from parallel.parameter import Rule, Shard
 from parallel.shards import declare
 
 # Megatron only allocates: parallel.seeds draws the initial weights.
@@ -35,7 +35,7 @@ def column_linear(shards: Mapping[str, Shard], name: str, *, tensor: Group) -> n
         name: Logical name of the layer.
         tensor: The tensor axis.
     """
-    outputs, inputs = shards[f"{name}.weight"].shape
+    outputs, inputs = _shape(shards[f"{name}.weight"], rule="column")
     layer: nn.Module = ColumnParallelLinear(
         inputs, outputs, config=_CONFIG, init_method=_unused, gather_output=False, tp_group=tensor.handle
     )
@@ -50,7 +50,7 @@ def row_linear(shards: Mapping[str, Shard], name: str, *, tensor: Group) -> nn.M
         name: Logical name of the layer.
         tensor: The tensor axis; its ranks sum their parts of the output.
     """
-    outputs, inputs = shards[f"{name}.weight"].shape
+    outputs, inputs = _shape(shards[f"{name}.weight"], rule="row")
     layer: nn.Module = RowParallelLinear(
         inputs,
         outputs,
@@ -66,9 +66,15 @@ def row_linear(shards: Mapping[str, Shard], name: str, *, tensor: Group) -> nn.M
 
 def layer_norm(shards: Mapping[str, Shard], name: str, *, epsilon: float) -> nn.LayerNorm:
     """Return a LayerNorm over [..., hidden], whole on every rank."""
-    layer = nn.LayerNorm(shards[f"{name}.weight"].shape, eps=epsilon)
+    layer = nn.LayerNorm(_shape(shards[f"{name}.weight"], rule="replicated"), eps=epsilon)
     _declared(layer, shards, name)
     return layer
+
+
+def _shape(shard: Shard, *, rule: Rule) -> tuple[int, ...]:
+    """Return the whole shape of a layer's weight, which must be declared to be split as the layer splits it."""
+    assert shard.rule == rule, f"{shard.name} is declared {shard.rule}, but its layer is {rule}"
+    return shard.shape
 
 
 def _declared(layer: nn.Module, shards: Mapping[str, Shard], name: str) -> nn.Module:
@@ -84,7 +90,7 @@ class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
     """
 
     def __init__(self, shard: Shard, *, tensor: Group) -> None:
-        vocab_size, hidden = shard.shape
+        vocab_size, hidden = _shape(shard, rule="vocabulary")
         padded = padded_vocabulary(vocab_size, tensor=tensor.size)
         super().__init__(padded, hidden, init_method=_unused, config=_CONFIG, tp_group=tensor.handle)
         declare(self.weight, shard)

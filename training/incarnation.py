@@ -99,8 +99,8 @@ class Fence:
         newest = newest_incarnation(self.run_dir)
         where = f"on {newest.host} at {newest.started_at}" if newest else "since"
         return Superseded(
-            f"{self.run_dir} was started again {where}, and this older start ({self.token}) ends here without writing "
-            "more: nothing to do if that was meant; else end the newer one and start again"
+            f"{self.run_dir} was started again {where}, and this older start ({self.token}) stops without writing "
+            "more; if that was not intended, end the newer start and start again"
         )
 
 

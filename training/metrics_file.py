@@ -15,7 +15,12 @@ from training.observers import Status, StepResult
 
 logger = logging.getLogger(__name__)
 
-SPARSE_FIELDS = ("validation_loss", "failed_saves")  # left out where None; other fields are null then
+SPARSE_FIELDS = (
+    "validation_loss",
+    "validation_seconds",
+    "save_seconds",
+    "failed_saves",
+)  # left out where None; other fields are null then
 
 
 class MetricsFile:
@@ -64,7 +69,7 @@ class MetricsFile:
             self._write()
         if self._waiting:
             lines = self._waiting.count(b"\n")
-            logger.error("%s lacks its last %d lines: the disk did not take them", self._path, lines)
+            logger.error("%s lacks its last %d lines: they could not be written", self._path, lines)
         os.close(self._handle)
 
     def _write(self) -> None:

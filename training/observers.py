@@ -26,6 +26,8 @@ class StepResult:
         model_flops_utilization: Fraction of all ranks' peak; None where the peak is unknown.
         memory_gb: Peak of the rank with the largest, in 1e9 bytes: resident set on a CPU, allocated on a GPU.
         validation_loss: Mean over the held-out samples; None in steps that did not measure it.
+        validation_seconds: Time of that measurement.
+        save_seconds: Time of the save before this step, after the step before; None where there was none.
         failed_saves: Checkpoints since this start that could not be saved; None where there is none.
     """
 
@@ -40,6 +42,8 @@ class StepResult:
     model_flops_utilization: float | None
     memory_gb: float
     validation_loss: float | None = None
+    validation_seconds: float | None = None
+    save_seconds: float | None = None
     failed_saves: int | None = None
 
     def values(self) -> dict[str, float]:

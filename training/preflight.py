@@ -119,7 +119,7 @@ def _check_init_from(path: Path, *, config: RunConfig, prepared: Prepared) -> No
         if seen != wanted:
             raise InputError(
                 f"train.init_from {folder} has model.{'feed_forward' if key == 'inner' else key} {seen}, "
-                f"the run has {wanted}: weights fit their own model alone"
+                f"the run has {wanted}: initial weights need the same model"
             )
     if manifest.files[TOKENIZER_NAME].sha256 != prepared.tokenizer_sha256:
         raise InputError(

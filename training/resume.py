@@ -73,13 +73,13 @@ def changes_since(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, pre
     order = loader.order_hash(saved.consumed_samples)
     if order != saved.order_hash:
         yield (
-            f"checkpoint {checkpoint.path} was followed by other samples when it was saved (hash "
+            f"checkpoint {checkpoint.path} was saved before other samples than those that follow now (hash "
             f"{saved.order_hash[:12]}, now {order[:12]}): bring back the data that it was trained on"
         )
     loss, allowed = check_loss(engine, loader), PRECISIONS[precision].resume_tolerance
     if not abs(loss - saved.probe_loss) <= allowed:  # true for nan too
         yield (
             f"checkpoint {checkpoint.path} gave the check batch a loss of {saved.probe_loss:.6f} when it was saved, "
-            f"now {loss:.6f} (allowed: {allowed:g} more or less): the model is not what it was; use the version that "
-            "saved it"
+            f"now {loss:.6f} (allowed: {allowed:g} more or less): the model computes another loss than then; "
+            "use the version that saved it"
         )

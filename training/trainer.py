@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,16 +119,28 @@ class Trainer:
         steps, every = self.config.train.steps, self.config.checkpoint.every
         state, saved_step, failed_saves = self.start, self.start.step, 0
         validation_loss: float | None = None
+        save_seconds: float | None = None
         while state.step < steps and not self._must_stop():
             state, taken = self._take_step(state)
+            began = time.perf_counter()
             validation_loss = self.validator.loss_after(state.step)
             # Report before saving: a resume drops the lines past its checkpoint, but cannot recover a lost one.
-            self._report(observers, state, taken, validation_loss=validation_loss, failed_saves=failed_saves)
+            self._report(
+                observers,
+                state,
+                taken,
+                validation_loss=validation_loss,
+                validation_seconds=None if validation_loss is None else time.perf_counter() - began,
+                save_seconds=save_seconds,
+                failed_saves=failed_saves or None,
+            )
+            began, save_seconds = time.perf_counter(), None
             if state.step % every == 0 or state.step == steps:
                 if self._try_to_save(state, validation_loss, observers):
                     saved_step = state.step
                 else:
                     failed_saves += 1
+                save_seconds = time.perf_counter() - began
         if state.step != saved_step:
             self._save(state, validation_loss, observers)
         return state
@@ -152,15 +165,8 @@ class Trainer:
         after = TrainState(step, state.consumed_samples + config.train.global_batch)
         return after, _TakenStep(outcome, rate, seconds, memory_gb)
 
-    def _report(
-        self,
-        observers: Sequence[Observer],
-        state: TrainState,
-        taken: _TakenStep,
-        *,
-        validation_loss: float | None,
-        failed_saves: int,
-    ) -> None:
+    def _report(self, observers: Sequence[Observer], state: TrainState, taken: _TakenStep, **sparse: Any) -> None:
+        """Tell the observers of a step; `sparse` are the fields of its result that not every step has."""
         if observers and not self.fence.may_be_ours():
             return  # a newer start writes the metrics now; all ranks end together before the next step
         tokens_per_second = self.config.train.global_batch * self.config.data.sequence_length / taken.seconds
@@ -176,8 +182,7 @@ class Trainer:
             tokens_per_second=tokens_per_second,
             model_flops_utilization=flops_per_second / self.peak_flops if self.peak_flops else None,
             memory_gb=taken.memory_gb,
-            validation_loss=validation_loss,
-            failed_saves=failed_saves or None,
+            **sparse,
         )
         for observer in observers:
             observer.on_step(result)

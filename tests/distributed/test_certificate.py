@@ -58,7 +58,7 @@ def test_both_ranks_name_the_wrong_one_and_record_the_refusal(tmp_path: Path) ->
     slopes, sign = refusals
     rank = "positions are wrong: rank 1 (tensor 1, stage 0, data 0) does not "
     assert slopes.startswith(f"{rank}have the slopes of its heads 2, 3; ")
-    assert sign.startswith(f"{rank}prefer near keys (last less first -")
+    assert sign.startswith(f"{rank}prefer near keys (last key's weight minus the first's -")
     assert "set another model.attention" in sign
     lines = [json.loads(line) for line in (tmp_path / "certificates.jsonl").read_text().splitlines()]
     assert [line["refused"] for line in lines] == refusals

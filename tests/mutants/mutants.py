@@ -212,6 +212,20 @@ MUTANTS = (
         f"{REFUSED}::test_a_bias_that_is_wrong_past_a_query_block_is_seen[17]",
     ),
     Mutant(
+        "certificate: a rank's heads are what its modules say",
+        CERTIFICATE,
+        "heads = local_heads(model.heads, tensor=groups.tensor)",
+        "heads = position.heads",
+        f"{REFUSED}::test_slopes_of_another_ranks_place_are_refused",
+    ),
+    Mutant(
+        "description: the output of attention is split like its input",
+        "training/families/bloom.py",
+        '_linear(output, (hidden, hidden), "row", out_std)',
+        '_linear(output, (hidden, hidden), "column", out_std)',
+        "tests/unit/test_model_description.py::test_the_description_is_that_of_the_modules[bloom-alibi]",
+    ),
+    Mutant(
         "certificate: ALiBi promises nothing",
         ALIBI,
         "return -slope[:, None] * torch.arange(distances)",

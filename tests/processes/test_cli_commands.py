@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 MAX_SECONDS = 0.7
+OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
 
 
 def trainshort(*arguments: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -38,7 +39,7 @@ def run_file(folder: Path, values: dict[str, Any]) -> str:
         ("check", "alibi-1b3"),
         ("slurm", "alibi-1b3", "--nodes", "4"),
         ("checkpoint", "list", "."),
-        ("checkpoint", "reshape", "."),
+        ("checkpoint", "reshape", str(OLD_RUN), "--dry-run"),
     ],
 )
 def test_login_node_commands_start_fast_and_without_torch(arguments: tuple[str, ...], tmp_path: Path) -> None:

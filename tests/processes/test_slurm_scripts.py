@@ -207,7 +207,7 @@ def test_a_changed_image_is_refused(run_values: dict[str, Any], tmp_path: Path) 
     for script in scripts.values():
         done = run_script(script, tmp_path)
         assert (done.returncode, (tmp_path / "calls").exists()) == (3, False)
-        refusal = "is not the image that this was submitted with: put that back, or submit the run again\n"
+        refusal = "is not the image that this was submitted with: restore that image, or submit the run again\n"
         assert done.stdout.endswith(f"{image} {refusal}")
     run_values["slurm"] = {"container": "docker://nvcr.io/nvidia/pytorch:25.10-py3"}
     assert image_state(check_run(run_values, name="small")) is None

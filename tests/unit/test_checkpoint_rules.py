@@ -146,7 +146,7 @@ def test_a_changed_model_is_refused_unless_it_is_accepted(
 def test_changed_data_are_refused_by_the_hash_of_their_order(rank: OneRank, run_dir: Path) -> None:
     newest = list_checkpoints(run_dir)[-1].path
     edit_manifest(newest, lambda manifest: manifest.update(order_hash="0" * 64))
-    with pytest.raises(InputError, match=r"followed by other samples when it was saved \(hash 000000000000, now "):
+    with pytest.raises(InputError, match=r"other samples than those that follow now \(hash 000000000000, now "):
         rank.start(run_dir)
 
 

@@ -145,11 +145,11 @@ RULES = [
         {"slurm.env": {"NOT A NAME": "1"}},
         "slurm.env has 'NOT A NAME', no name of an environment variable: use letters, digits and _",
     ),
-    ({"slurm.extra": ["exclusive"]}, "slurm.extra has 'exclusive': write one option a line, as in --exclusive"),
-    ({"slurm.extra": ["--a\nrm"]}, "slurm.extra has '--a\\nrm': write one option a line, as in --exclusive"),
+    ({"slurm.extra": ["exclusive"]}, "slurm.extra has 'exclusive': write one option per line, as in --exclusive"),
+    ({"slurm.extra": ["--a\nrm"]}, "slurm.extra has '--a\\nrm': write one option per line, as in --exclusive"),
     (
         {"slurm.extra": ["--exclusive -J mine"]},
-        "slurm.extra has '--exclusive -J mine', but the jobs are known by run.name: set that and remove the option",
+        "slurm.extra has '--exclusive -J mine', but job names come from run.name: set that and remove the option",
     ),
     (
         {"slurm.time": "0:02:00"},

@@ -118,7 +118,7 @@ def test_a_new_position_and_kernel_train(registered: pytest.MonkeyPatch, tmp_pat
 
 def test_a_promise_that_is_not_kept_is_refused(registered: pytest.MonkeyPatch, tmp_path: Path) -> None:
     register_position(registered, Promising)
-    with pytest.raises(WrongPositions, match="away from the shape that its positions must give"):
+    with pytest.raises(WrongPositions, match="from what its position method promises"):
         with one_rank(tmp_path, *RUN):
             pytest.fail("an engine was built on wrong positions")
 

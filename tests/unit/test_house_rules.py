@@ -62,7 +62,7 @@ SLOW_TO_IMPORT = (
 )
 SLOW_TO_IMPORT_LIMIT = 18
 # A logger is one per module by nature, and so is the function that a script starts with.
-NAMES_OF_MANY_MODULES = ("logger", "main")
+NAMES_OF_MANY_MODULES = ("logger",)
 
 CHOICES = (
     ChoiceRule("model.position", POSITIONS, ("configs/positions.py", "training/model/positions/")),

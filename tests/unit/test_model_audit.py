@@ -19,14 +19,14 @@ LIMITS = {dtype_of(name): row.row_tolerance for name, row in PRECISIONS.items() 
 
 
 def measured(backend: str, dtype: torch.dtype, *, heads: int, length: int) -> LengthAudit:
-    return audit(backend, heads=heads, head_dim=HEAD_DIM, length=length, dtype=dtype, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return audit(backend, slopes=slopes(heads), head_dim=HEAD_DIM, length=length, dtype=dtype, device=cpu)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", [16, 112])
-def test_every_head_is_within_the_limit(backend: str, dtype: torch.dtype, heads: int) -> None:
-    for length in (1024, 4096):
+def test_every_head_is_within_the_limit(backend: str, dtype: torch.dtype) -> None:
+    for heads, length in ((16, 4096), (112, 1024)):
         audited = measured(backend, dtype, heads=heads, length=length)
         assert [head.head for head in audited.heads] == list(range(heads)), length
         assert 0 < audited.worst.measured.worst <= LIMITS[dtype], length
@@ -35,7 +35,7 @@ def test_every_head_is_within_the_limit(backend: str, dtype: torch.dtype, heads:
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_longest_rows_are_within_the_limit(backend: str, dtype: torch.dtype) -> None:
-    for heads, length in ((16, 16_384), (112, 16_384), (16, 65_536), (112, 65_536)):
+    for heads, length in ((16, 16_384), (112, 65_536)):
         audited = measured(backend, dtype, heads=heads, length=length)
         assert audited.queries >= 8
         assert {slopes(heads)[head.head] for head in audited.heads} >= {max(slopes(heads)), min(slopes(heads))}
@@ -112,7 +112,7 @@ def test_a_backend_is_given_values_that_do_not_overlap_in_memory() -> None:
 
 def test_a_sample_of_heads_has_the_sharpest_and_the_flattest() -> None:
     whole = slopes(112)
-    sample = sample_heads(112, count=5)
+    sample = sample_heads(whole, count=5)
     assert len(set(sample)) == 5
     assert {max(whole), min(whole)} <= {whole[head] for head in sample}
-    assert sample_heads(3, count=5) == [0, 1, 2]
+    assert sample_heads(slopes(3), count=5) == [0, 1, 2]

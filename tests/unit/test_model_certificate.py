@@ -129,14 +129,20 @@ def test_slopes_of_other_heads_are_refused_whatever_the_error() -> None:
 def test_a_sign_is_refused_whatever_the_error() -> None:
     right = two_ranks()
     message = refusal([replace(right[0], recency=-0.5), right[1]])
-    assert "rank 0 (tensor 0, stage 0, data 0) does not prefer near keys (last less first -0.5)" in message
+    assert (
+        "rank 0 (tensor 0, stage 0, data 0) does not prefer near keys (last key's weight minus the first's -0.5)"
+        in message
+    )
 
 
 def test_an_inverted_sign_behind_right_slopes_is_refused() -> None:
     right = two_ranks()
     recency, error = measured([-slopes(HEADS)[head] for head in range(4)], heads=[0, 1, 2, 3])
     wrong = [replace(right[0], recency=recency, error=error), right[1]]
-    assert "rank 0 (tensor 0, stage 0, data 0) does not prefer near keys (last less first -" in refusal(wrong)
+    assert (
+        "rank 0 (tensor 0, stage 0, data 0) does not prefer near keys (last key's weight minus the first's -"
+        in refusal(wrong)
+    )
 
 
 def test_attention_without_bias_behind_right_slopes_is_refused() -> None:
@@ -157,7 +163,7 @@ def test_a_shape_that_is_not_the_slopes_is_refused(factor: float) -> None:
     recency, error = measured([slopes(HEADS)[head] * factor for head in range(4)], heads=[0, 1, 2, 3])
     message = refusal([replace(right[0], recency=recency, error=error), right[1]])
     assert "rank 0 (tensor 0, stage 0, data 0) has attention " in message
-    assert "away from the shape" in message
+    assert "from what its position method promises" in message
     assert message.endswith(f"(allowed 1e-05), by sdpa in fp32; {OTHERWISE}")
 
 
@@ -165,7 +171,9 @@ def test_a_shape_that_is_not_the_slopes_is_refused(factor: float) -> None:
 def test_a_slope_where_the_position_method_has_none_is_refused(position: str) -> None:
     recency, error = measured([0.01] * 8, heads=list(range(8)), position=position)
     wrong = statement(0, heads=list(range(8)), used=None)
-    assert "away from the shape" in refusal([replace(wrong, recency=recency, error=error)], position=position)
+    assert "from what its position method promises" in refusal(
+        [replace(wrong, recency=recency, error=error)], position=position
+    )
 
 
 @pytest.mark.parametrize("field", ["recency", "error"])
@@ -263,7 +271,7 @@ def test_a_learned_bias_is_certified_by_its_own_table(
     assert (found.slopes_sha256, found.heads) == (None, tuple(range(6)))
     assert found.error < 1e-6
     monkeypatch.setattr(t5, "buckets", lambda length, *, device: buckets(length + 1, device=device)[1:])
-    with pytest.raises(WrongPositions, match="away from the shape"):
+    with pytest.raises(WrongPositions, match="from what its position method promises"):
         certify(decoder, model, groups=groups, precision="fp32", device=CPU)
 
 
@@ -275,6 +283,18 @@ def test_one_block_with_an_attention_of_its_own_is_measured_too(groups: Groups) 
     )
     with pytest.raises(TrainshortError, match=r"rank 0 .*in attention sdpa; set another model.attention, reference is"):
         certify(decoder, model, groups=groups, precision="fp32", device=CPU)
+
+
+def test_slopes_of_another_ranks_place_are_refused(groups: Groups) -> None:
+    decoder, model = make_decoder(HEADS), model_of(HEADS)
+    other = make_position(model, {}, tensor=Group(1, 2, None))
+    for block in decoder.layers[1:-1]:
+        block.position, block.attend = other, Sdpa(other.bias)  # type: ignore[assignment]
+    place = replace(groups, tensor=Group(0, 2, None))
+    certificate = measure_certificate(decoder, model, groups=place, precision="fp32", device=CPU)
+    assert "rank 0 (tensor 0, stage 0, data 0) does not have the slopes of its heads 0, 1, 2, 3" in refusal(
+        [certificate]
+    )
 
 
 class WrongPastABlock(SlopeBias):
@@ -298,7 +318,7 @@ def test_a_bias_that_is_wrong_past_a_query_block_is_seen(groups: Groups, rows: i
     assert isinstance(right, SlopeBias)
     for block in decoder.layers[1:-1]:
         block.attend = Sdpa(WrongPastABlock(right, rows=rows))  # type: ignore[assignment]
-    with pytest.raises(WrongPositions, match="away from the shape"):
+    with pytest.raises(WrongPositions, match="from what its position method promises"):
         certify(decoder, model, groups=groups, precision="fp32", device=CPU)
 
 

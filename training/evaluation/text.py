@@ -71,6 +71,6 @@ def _prepared(checkpoint: Checkpoint) -> Prepared:
     if hashlib.sha256(checkpoint.tokenizer.read_bytes()).hexdigest() != prepared.tokenizer_sha256:
         raise InputError(
             f"data in {folder} was prepared again with another tokenizer than that of {checkpoint.path}: "
-            "its tokens mean other text; give a text with --data"
+            "its token ids stand for other text; give a text with --data"
         )
     return prepared

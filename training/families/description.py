@@ -1,4 +1,4 @@
-"""A model as a list of its parameters: one description for all who need to know. Imports no torch.
+"""A model's parameters, described once. Imports no torch.
 
 The modules take shapes, split rules and initial values from it; so do initial weights, checkpoints, the parameter
 count and export, which also takes the names in other formats.
@@ -42,7 +42,7 @@ class Family:
 
     Attributes:
         name: What `model.family` says.
-        parameters: Return the parameters of a model with so many rows of vocabulary, positions left out.
+        parameters: Function from a model and its vocabulary size to its parameters, without position tables.
         norm_epsilon: Added to the variance in each LayerNorm.
         huggingface_qkv, gguf_qkv: Order of the rows of a fused query-key-value matrix in these formats.
     """

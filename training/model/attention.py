@@ -1,11 +1,12 @@
 """Causal attention with a bias. `configs.backends` has a row per kernel: what it can do and where it is."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from configs.backends import backend_of
 from training.model.positions.bias import Bias
+from training.model.positions.method import PositionMethod
 
 
 class Attention(Protocol):
@@ -24,6 +25,19 @@ class Attention(Protocol):
             [batch, local_heads, queries, head_dim], in q's type.
         """
         ...
+
+
+@runtime_checkable
+class AttentionBlock(Protocol):
+    """What a family's block must have, by which the certificate finds and measures it.
+
+    Attributes:
+        attend: Its attention.
+        position: Its position method.
+    """
+
+    attend: Attention
+    position: PositionMethod
 
 
 def make_attention(attention: str, bias: Bias) -> Attention:

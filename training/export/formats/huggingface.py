@@ -23,6 +23,7 @@ from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import write_tokenizer
 from training.export.parity import COMPARED_MULTIPLE
 from training.families.bloom import BLOOM
+from training.families.description import QKV_ORDER
 from training.families.table import huggingface_names
 
 # Transformers' Bloom materializes the attention scores of a layer, [heads, seq, seq] fp32.
@@ -84,6 +85,9 @@ class HuggingFaceFormat:
             "pad_token_id": config.pad_token_id,
         }
         generation(**ids).save_pretrained(folder)
+        assert BLOOM.huggingface_qkv == QKV_ORDER, (
+            "transformers' Bloom has the rows of queries, keys and values in our order"
+        )
         names = huggingface_names(model)
         renamed = {names[name]: weight.contiguous() for name, weight in weights.items()}
         _require_whole(renamed, config)

@@ -62,7 +62,7 @@ class SlopeBias:
         height = 1 if rows == 1 else QUERY_BLOCK
         strip = self._strips.get(height)
         if strip is None or (strip.device, strip.dtype) != (device, dtype) or strip.shape[2] < keys:
-            # Each generated token has one key more: with a width that doubles, the row is seldom computed.
+            # Round the width of a single row up to a power of two, so that generation rarely recomputes it.
             width = power_of_two(keys) if rows == 1 else padded(keys)
             strip = self._strips[height] = self._make(rows=height, keys=width, device=device, dtype=dtype)
         return strip[None, :, height - rows :, strip.shape[2] - keys :]
@@ -81,7 +81,7 @@ def causal_bias(local_slopes: Tensor, *, queries: int, keys: int) -> Tensor:
 
     Args:
         local_slopes: Slopes, [local_heads], fp32 or wider.
-        queries: The last so many positions of the sequence; more than there are get rows of -inf in front.
+        queries: How many of the last positions; rows before the start of the sequence are -inf.
         keys: Length of the sequence.
     Returns:
         [local_heads, queries, keys], minus slope times distance, -inf where the key is ahead.

@@ -1,4 +1,4 @@
-"""What a position method is: up to three places where order enters the model, and what it promises.
+"""The base class of position methods: embed, rotate, bias, and the penalty that a method promises.
 
 Each method is a subclass in a file of its own, named by its row in `configs.positions`. This base class is the method
 `none`.
@@ -59,7 +59,7 @@ class PositionMethod:
         return None
 
     def penalty(self, distances: int) -> Tensor:
-        """Return what is promised to be added to a score at each distance, for the certificate to check.
+        """Return the promised penalty at each distance, which the certificate checks.
 
         It must be computed another way than `bias`, or an error would be on both sides.
 

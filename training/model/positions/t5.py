@@ -54,7 +54,7 @@ class LearnedBias(nn.Module):
 
     def forward(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the strip [1, local_heads, rows, keys], -inf where the key is ahead."""
-        # As many buckets as the next power of two: each generated token has one key more.
+        # Round up to a power of two, so that the cache serves many generated tokens.
         by_distance = self.weight.to(dtype)[:, buckets(power_of_two(keys), device=device)[:keys]]  # [heads, keys]
         # Row r, column first + c needs distance keys - rows + r - c. Write one line of all distances, the longest
         # first, then the keys ahead. Repeat it one element too long and cut it into rows of `width`: each row then

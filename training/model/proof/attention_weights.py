@@ -51,7 +51,7 @@ def read_rows(attend: Attention, q: Tensor, k: Tensor, *, first: int = 0) -> Ten
 
 
 def read_total(attend: Attention, q: Tensor, k: Tensor, *, before: int) -> Tensor:
-    """Return the weight of each query on all keys before one together, [heads, queries] fp64; shapes as above."""
+    """Return each query's total weight on the keys before index `before`, [heads, queries] fp64; shapes as above."""
     marks = torch.zeros_like(k)
     marks[:, :, :before, 0] = 1.0
     return attend(q, k, marks)[0, :, :, 0].to("cpu", torch.float64)

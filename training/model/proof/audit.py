@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from training.model.attention import Attention, make_attention
-from training.model.positions.alibi import slopes
 from training.model.positions.bias import QUERY_BLOCK, SlopeBias
 from training.model.proof.attention_weights import read_rows, read_total, total_variation
 
@@ -83,20 +82,20 @@ class LengthAudit:
 
 @torch.no_grad()
 def audit(
-    backend: str, *, heads: int, head_dim: int, length: int, dtype: torch.dtype, device: torch.device
+    backend: str, *, slopes: Sequence[float], head_dim: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> LengthAudit:
     """Compare a backend's ALiBi attention with the exact one at one length; memory stays bounded.
 
     Args:
         backend: Name of the attention backend.
-        heads: Heads of the model; a sample of them is compared where all would be too many.
+        slopes: Slope of each head of the model; a sample of them is compared where all would be too many.
         head_dim: Width of one.
         length: Tokens.
         dtype: Type of queries and keys.
         device: Where attention runs; the oracle is computed on the CPU.
     """
-    queries = min(length, max(SAMPLE_QUERIES, SAMPLE_WEIGHTS // (heads * length)))
-    chosen = sample_heads(heads, count=max(2, SAMPLE_WEIGHTS // (queries * length)))
+    queries = min(length, max(SAMPLE_QUERIES, SAMPLE_WEIGHTS // (len(slopes) * length)))
+    chosen = sample_heads(slopes, count=max(2, SAMPLE_WEIGHTS // (queries * length)))
     at_once = max(1, GROUP_WEIGHTS // (max(queries, QUERY_BLOCK) * length))
     generator = torch.Generator().manual_seed(length)
     audits: list[HeadAudit] = []
@@ -104,24 +103,23 @@ def audit(
         group = chosen[start : start + at_once]
         q = torch.randn(1, len(group), queries, head_dim, generator=generator).to(dtype)
         k = torch.randn(1, len(group), length, head_dim, generator=generator).to(dtype)
-        audits += _audit_group(backend, group, heads=heads, q=q, k=k, device=device)
+        audits += _audit_group(backend, group, slopes=slopes, q=q, k=k, device=device)
     return LengthAudit(length, queries, tuple(audits))
 
 
-def sample_heads(heads: int, *, count: int) -> list[int]:
-    """Return so many heads at most, by number: the sharpest, the flattest and others evenly between in slope."""
+def sample_heads(slopes: Sequence[float], *, count: int) -> list[int]:
+    """Return the numbers of at most `count` heads: the steepest, the flattest, and others evenly spaced by slope."""
+    heads = len(slopes)
     if count >= heads:
         return list(range(heads))
-    whole = slopes(heads)
-    by_slope = sorted(range(heads), key=lambda head: -whole[head])
+    by_slope = sorted(range(heads), key=lambda head: -slopes[head])
     return sorted(by_slope[round(place * (heads - 1) / (count - 1))] for place in range(count))
 
 
 def _audit_group(
-    backend: str, group: Sequence[int], *, heads: int, q: Tensor, k: Tensor, device: torch.device
+    backend: str, group: Sequence[int], *, slopes: Sequence[float], q: Tensor, k: Tensor, device: torch.device
 ) -> list[HeadAudit]:
-    whole = slopes(heads)
-    slope = torch.tensor([whole[head] for head in group], dtype=torch.float64)
+    slope = torch.tensor([slopes[head] for head in group], dtype=torch.float64)
     queries, keys = q.shape[2], k.shape[2]
     position = torch.arange(keys)
     distance = torch.arange(keys - queries, keys)[:, None] - position

@@ -20,9 +20,9 @@ from configs.precisions import PRECISIONS
 from configs.schema import Model
 from parallel.axes import Groups
 from parallel.collectives import all_gather_object
-from training.model.attention import Attention
+from training.model.attention import Attention, AttentionBlock
 from training.model.positions.bias import QUERY_BLOCK
-from training.model.positions.method import position_method
+from training.model.positions.method import local_heads, position_method
 from training.model.proof.attention_weights import dtype_of, in_classes, read_classes, read_rows, total_variation
 
 PROBED = 64  # positions whose rows are read key by key: there the flattest slope of 8 heads still moves 3 % of a row
@@ -112,10 +112,12 @@ def measure_certificate(
     module: nn.Module, model: Model, *, groups: Groups, precision: str, device: torch.device
 ) -> Certificate:
     """Return this rank's certificate, measured on each attention that its blocks call."""
-    blocks: list[Any] = [layer for layer in module.modules() if hasattr(layer, "attend")]
+    blocks = [layer for layer in module.modules() if isinstance(layer, AttentionBlock)]
     position = blocks[0].position
+    # By this rank's own place: weights are cut by it, and the modules may have been built with another.
+    heads = local_heads(model.heads, tensor=groups.tensor)
     expected = position.penalty(LONG)  # [local_heads, LONG]
-    shape = (1, len(position.heads), LONG, model.head_dim)
+    shape = (1, len(heads), LONG, model.head_dim)
     zero = torch.zeros(shape, dtype=dtype_of(precision), device=device)
     attentions = {id(block.attend): block.attend for block in blocks}.values()
     measured = torch.stack([recency_and_error(attend, zero, expected=expected) for attend in attentions])
@@ -129,7 +131,7 @@ def measure_certificate(
         backend=backend_of(model.attention).name,
         precision=precision,
         device=device.type,
-        heads=tuple(position.heads),
+        heads=tuple(heads),
         slopes_sha256=None if slopes is None else hash_slopes(slopes.tolist()),
         recency=float(measured[:, 0].min()),
         error=float(measured[:, 1].max()),
@@ -193,13 +195,15 @@ def _wrong_rank(certificates: Sequence[Certificate], model: Model, *, tolerance:
                 return f"{certificate.where} does not have the slopes of its heads {heads}; {REPORT}"
             if not certificate.recency > 0:
                 return (
-                    f"{certificate.where} does not prefer near keys (last less first {certificate.recency:.3g}): "
-                    f"ALiBi is off, or has the wrong sign, in attention {certificate.backend}; {otherwise}"
+                    f"{certificate.where} does not prefer near keys (last key's weight minus the first's "
+                    f"{certificate.recency:.3g}): {certificate.position} is off, or has the wrong sign, in attention "
+                    f"{certificate.backend}; {otherwise}"
                 )
         if not certificate.error <= tolerance:
             return (
-                f"{certificate.where} has attention {certificate.error:.3g} away from the shape that its positions "
-                f"must give (allowed {tolerance:g}), by {certificate.backend} in {certificate.precision}; {otherwise}"
+                f"{certificate.where} has attention rows that differ by {certificate.error:.3g} from what its position "
+                f"method promises (allowed {tolerance:g}), by {certificate.backend} in {certificate.precision}; "
+                f"{otherwise}"
             )
     return None
 
