@@ -12,7 +12,7 @@ Device = str
 
 ANY_WIDTH = 1 << 20
 ANY_BIAS: tuple[BiasKind, ...] = ("none", "slopes", "table")
-COMPUTED_BIAS: tuple[BiasKind, ...] = ("none", "slopes")  # the kernel computes it and takes no tensor
+COMPUTED_BIAS: tuple[BiasKind, ...] = ("none", "slopes")  # for kernels that compute the bias and take no mask
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Backend(Choice):
     """One way to compute attention; `implementation` is the kernel's class.
 
     Attributes:
-        what: In a few words, how it adds the bias.
-        biases: What it can add to the scores.
-        precisions: Values of `train.precision` that it can compute.
-        head_dims: The smallest and the largest width of a head.
+        what: Short description of it.
+        biases: Kinds of bias that it can add to the scores.
+        precisions: Values of `train.precision` that it supports.
+        head_dims: Smallest and largest width of a head.
         devices: Kinds of device that it trains on.
-        capability: The least compute capability of a GPU.
-        package: A module that must be installed beside torch, or None.
+        capability: Lowest compute capability of a GPU.
+        package: A module that must be installed in addition to torch, or None.
         memory: How its memory grows with the length.
         has_run: Where its tests have run.
     """
@@ -43,7 +43,7 @@ class Backend(Choice):
 
     @property
     def positions(self) -> tuple[str, ...]:
-        """Values of `model.position` that it can compute."""
+        """Values of `model.position` that it supports."""
         return tuple(position.name for position in POSITIONS.values() if position.bias in self.biases)
 
 
@@ -108,17 +108,17 @@ AUTO = "sdpa"  # the only one tested on CPUs and GPUs; the others must be asked 
 
 
 def backend_of(attention: str) -> Backend:
-    """Return the backend that a value of `model.attention` means."""
+    """Return the backend for a value of `model.attention`."""
     return BACKENDS[AUTO if attention == "auto" else attention]
 
 
 def unsupported(backend: Backend, *, position: str, precision: str, head_dim: int) -> str | None:
-    """Return why a backend cannot do what a run asks, on any machine, with what to do; None where it can."""
+    """Return the setting that a backend supports on no machine, and what to do; None if there is none."""
     if position not in backend.positions:
         fitting = [other.name for other in BACKENDS.values() if position in other.positions]
         return f"{backend.name} cannot compute model.position {position}: use {' or '.join(fitting)}"
     fitting = [other.name for other in BACKENDS.values() if precision in other.precisions]
-    if fitting and precision not in backend.precisions:  # what none can compute is refused by a rule of its own
+    if fitting and precision not in backend.precisions:  # another rule refuses what no backend supports
         return f"{backend.name} cannot compute train.precision {precision}: use {' or '.join(fitting)}"
     smallest, largest = backend.head_dims
     if not smallest <= head_dim <= largest:
@@ -132,13 +132,13 @@ def unsupported(backend: Backend, *, position: str, precision: str, head_dim: in
 def unavailable(
     backend: Backend, *, device: Device, packages: frozenset[str], capability: tuple[int, int] | None = None
 ) -> str | None:
-    """Return what a machine lacks for a backend, with what to do; None where it lacks nothing.
+    """Return what a machine lacks for a backend, and what to do; None if it lacks nothing.
 
     Args:
         backend: The backend.
         device: Kind of device of the ranks: cpu or cuda.
-        packages: Those of the backends' packages that are installed.
-        capability: The GPU's compute capability, where it is known: asking for it takes torch.
+        packages: Installed packages, out of those that backends need.
+        capability: The GPU's compute capability; None if unknown, since asking for it needs torch.
     """
     if device not in backend.devices:
         return f"{backend.name} needs a GPU and this machine's ranks run on {device}: use {AUTO}"

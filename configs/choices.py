@@ -1,8 +1,8 @@
 """Legal values of keys that name an implementation. Imports no torch.
 
-Each table has a row per value, which also says where the implementation is. To add one, write its file and a row: here,
-in `configs.positions`, `configs.backends` or `configs.precisions`. Export formats, which no key names, have a table of
-their own, `training.export.formats.table`.
+Each table has one row per value, which also names the implementation. To add a value, write its file and a row: here,
+in `configs.positions`, `configs.backends` or `configs.precisions`. Export formats are not values of a key; their
+table is `training.export.formats.table`.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ class Choice:
     """One value of a key.
 
     Attributes:
-        name: What the run file says.
-        implementation: Dotted path of what implements it, imported when it is used; None for a word that this version
-            knows but does not implement, and refuses by name.
+        name: The value in the run file.
+        implementation: Dotted path of the implementation, imported on first use; None for a value that this version
+            knows but does not support yet.
     """
 
     name: str
@@ -68,14 +68,14 @@ class OptimizerChoice(Choice):
     """An optimizer.
 
     Attributes:
-        moments: The tensors that it keeps per parameter beside the weight, by the names of its state.
+        moments: Tensors that it keeps per parameter in addition to the weight, named as in its state.
     """
 
     moments: tuple[str, ...] = ()
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
-        """What training keeps per parameter, in the order of a checkpoint's files: the weight, then the moments."""
+        """The tensors kept per parameter, in the order of a checkpoint's files: the weight, then the moments."""
         return ("weight", *self.moments)
 
 
@@ -86,9 +86,9 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class OneOf:
-    """The type of a key whose value is a row of a table; `also` adds values without a row, such as auto.
+    """The type of a key whose value names a row of a table; `also` adds values without a row, such as auto.
 
-    It reads the table at each check, so that a row added later is a legal word.
+    Reads the table at each check, so a row added later is accepted.
     """
 
     table: Mapping[str, Any]
@@ -96,11 +96,11 @@ class OneOf:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The legal words, in the order of the docs."""
+        """Legal words, in the order of the docs."""
         return (*self.also, *self.table)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return a schema that accepts the words alone, with the message of a Literal."""
+        """Return a schema that accepts only these words, with the error message of a Literal."""
         return core_schema.no_info_plain_validator_function(self._check)
 
     def _check(self, value: Any) -> str:

@@ -68,7 +68,7 @@ def _section_table(section: type[BaseModel]) -> str:
 
 def _field_type(field: FieldInfo) -> str:
     """Return a key's type and range, as in `whole number, at least 1`."""
-    # pydantic moves what Annotated[...] says beside the type into the metadata
+    # pydantic moves the arguments of Annotated[...] after the type into the metadata
     for item in field.metadata:
         if isinstance(item, OneOf):
             return _choices(item.words)
@@ -109,7 +109,7 @@ def _bounds(field: FieldInfo) -> list[tuple[str, float]]:
 
 
 def _default(field: FieldInfo) -> str:
-    """Return a key's default as YAML writes it; `required` or `unset` where there is none."""
+    """Return a key's default as YAML writes it; `required` or `unset` if there is none."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)

@@ -13,13 +13,13 @@ def whole_file(path: Path, *, mark: str = "") -> Iterator[Path]:
 
     Args:
         path: The file to write.
-        mark: Added to the temporary name, where two processes may write the same file: they must not share one.
+        mark: Added to the temporary name if two processes may write the same file, so that they do not share it.
     """
     # in the same folder: a rename is atomic only within one file system
     temporary = path.with_name(f".{path.name}{mark}.tmp")
     try:
         yield temporary
-        # content first: a rename may reach the disk before it, and a power cut would then leave an empty file
+        # flush the content first: if the rename reached the disk before it, a power cut would leave an empty file
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -45,7 +45,7 @@ def one_writer(folder: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
         folder: An existing folder.
         on_wait: Called once before waiting for another process that holds the lock.
     """
-    # the lock file stays: if it were deleted, two processes could each hold the lock of a file of that name
+    # never delete the lock file: two processes could then each lock a different file of that name
     with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,7 +15,7 @@ from configs.rules import problems
 from configs.schema import RunConfig
 
 RUNS = Path(__file__).parent / "runs"
-# A few lines of YAML can alias lists into one too large to print: cut values off before they go into a message.
+# A few YAML aliases can expand into a list too large to print: truncate values in messages.
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 4, 4, 80, 80
 
@@ -25,7 +25,7 @@ def load_run(name_or_path: str, *, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         name_or_path: A YAML file, or the name of a file in configs/runs.
-        overrides: `section.key=value` each, the value read as YAML; the last one of a key wins.
+        overrides: Each is `section.key=value`, with the value read as YAML; the last one for a key wins.
     Raises:
         InputError: the file, an override or the run is wrong; the message lists every problem.
     """
@@ -45,12 +45,12 @@ def check_run(data: dict[str, Any], *, name: str) -> RunConfig:
         data: Sections of keys.
         name: Names the run in messages.
     Raises:
-        InputError: lists every error of the schema, or, without one, every broken rule.
+        InputError: lists every schema error or, if there is none, every broken rule.
     """
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        # where all items of a list are wrong, pydantic also reports the list as too short: noise
+        # if all items of a list are wrong, pydantic also reports the list as too short: drop that
         errors = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
         raise InputError(_message(name, [_schema_problem(item) for item in errors])) from None
     if broken_rules := problems(config):
@@ -59,7 +59,7 @@ def check_run(data: dict[str, Any], *, name: str) -> RunConfig:
 
 
 def find_run(name_or_path: str) -> Path:
-    """Return the run file at a path, or the shipped one of that name.
+    """Return the run file at a path, or the shipped run file of that name.
 
     Raises:
         InputError: there is neither, or the path cannot be read.
@@ -79,7 +79,7 @@ def find_run(name_or_path: str) -> Path:
 
 
 def dump_run(config: RunConfig) -> str:
-    """Return a run as YAML, every default filled in; `load_run` reads it back to an equal value."""
+    """Return a run as YAML with every default filled in; `load_run` reads it back as an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -106,7 +106,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _resolve(tag: str, pattern: str, first: Sequence[str]) -> None:
-    """Read unquoted words that match the pattern as a type. PyYAML tries it only on words that begin with `first`."""
+    """Read unquoted words that match the pattern as a type. PyYAML tries only words that begin with one of `first`."""
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
 
 
@@ -145,7 +145,7 @@ def _read_text(path: Path) -> str:
 
 
 def _set_override(data: dict[str, Any], override: str) -> None:
-    """Set the value of a `section.key=value` in place; missing sections are added, the schema checks their names."""
+    """Apply `section.key=value` in place. Add missing sections: the schema checks their names."""
     match = re.fullmatch(r"([a-z0-9_]+)\.([A-Za-z0-9_.]+)=(.*)", override, re.DOTALL)
     if match is None:
         raise InputError(f"--set {override!r} is not an override: write section.key=value")
@@ -162,7 +162,7 @@ def _set_override(data: dict[str, Any], override: str) -> None:
 
 
 def _schema_problem(error: Any) -> str:
-    """Return one of pydantic's errors as a line of ours: the key, what is wrong, the value seen."""
+    """Format a pydantic error as one line: the key, what is wrong, the value seen."""
     key = ".".join(str(part) for part in error["loc"])
     seen = _SHORT.repr(error["input"])
     if error["type"] == "extra_forbidden":
@@ -180,7 +180,7 @@ def _schema_problem(error: Any) -> str:
 
 
 def _keys_at(location: tuple[str | int, ...]) -> list[str]:
-    """Return the known keys of the section at a location of the schema; none where it is no section."""
+    """Return the known keys of the section at a location of the schema; none if it is not a section."""
     section: Any = RunConfig
     for part in location:
         field = getattr(section, "model_fields", {}).get(str(part))

@@ -5,7 +5,7 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.schema import RunConfig
 
-# in prepared data and in a checkpoint alike
+# the same in prepared data and in a checkpoint
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
 
@@ -66,7 +66,7 @@ def frozen_config(run_dir: Path) -> Path:
 
 
 def frozen_code(run_dir: Path) -> Path:
-    """Return the folder of the code as submitted to SLURM, with the versions installed then."""
+    """Return the folder of the code as submitted to SLURM, with the package versions installed then."""
     return slurm_folder(run_dir) / "code"
 
 

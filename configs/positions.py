@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from configs.schema import Model
 
 BiasKind = Literal["none", "slopes", "table"]
-"""What is added to the scores beside causality: nothing; minus a slope per head times the distance; anything else."""
+"""Bias added to the scores besides the causal mask: none, minus a slope per head times the distance, or any other."""
 
 
 def _no_rule(_: "Model") -> Iterator[str]:
@@ -25,10 +25,10 @@ class Position(Choice):
     """One position method; `implementation` is a subclass of `PositionMethod`.
 
     Attributes:
-        bias: What it adds to the scores; an attention backend must be able to.
-        entries_per_head: Columns of a learned table with a row per head, shared by all layers; 0 where nothing is
-            learned.
-        problems: Yields what a model's shape breaks, one line each: what must hold, the value seen, what to do.
+        bias: Kind of bias that it adds to the scores; the attention backend must support it.
+        entries_per_head: Columns of the learned table, which has a row per head and is shared by all layers; 0 if
+            nothing is learned.
+        problems: Yields a line per requirement that a model breaks: what must hold, the value seen, what to do.
     """
 
     bias: BiasKind = "none"

@@ -10,14 +10,14 @@ class Precision:
     """One precision.
 
     Attributes:
-        name: What `train.precision` says.
-        dtype: Torch's name of the type of the forward and backward pass.
-        master_weights: Whether ZeRO keeps fp32 weights beside those of the forward pass.
+        name: Value of `train.precision`.
+        dtype: Torch dtype of the forward and backward pass, by name.
+        master_weights: Whether ZeRO keeps fp32 weights in addition to those of the forward pass.
         deepspeed: Its part of DeepSpeed's configuration.
         row_tolerance: How far a measured attention row may be from the exact one, in total variation.
         resume_tolerance: How far the check loss may be from the saved one, in nats per token. Layouts and attention
-            backends differ by some 1e-6 in fp32, and by the rounding of the weights in 16 bits.
-        available: Whether this version can train in it.
+            backends differ by about 1e-6 in fp32, and by the rounding of the weights in 16 bits.
+        available: Whether this version supports it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Rules between the keys of a run file. Each reports its problems and repairs none."""
+"""Rules across the keys of a run file. Each reports problems and repairs nothing."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -46,6 +46,7 @@ def time_limit_seconds(text: str) -> int | None:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(\d+)-(\d+)(?::(\d\d))?", text)
     if match is None:
         return None
+    # groups 1 to 4 are of the first form, 5 to 7 of the second, which has no seconds
     days, hours, minutes, seconds = (int(match[n] or match[m] or 0) for n, m in ((1, 5), (2, 6), (3, 7), (4, 4)))
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
@@ -195,7 +196,7 @@ def _time_limit(config: RunConfig) -> Iterator[str]:
 
 
 def _not_available(config: RunConfig) -> Iterator[str]:
-    """Yield the values that this version knows but cannot do: refused, never replaced."""
+    """Yield values that this version knows but does not support: they are refused, never replaced."""
     asked = {
         "model.family": (config.model.family, _available(FAMILIES)),
         "model.windows": (config.model.windows, ("off",)),

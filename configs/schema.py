@@ -15,7 +15,7 @@ from configs.precisions import PRECISIONS
 
 
 def _tuple_of_list(value: Any) -> Any:
-    # YAML has lists; strict pydantic wants the tuple that a frozen section holds.
+    # YAML gives lists; a frozen section holds tuples, and strict pydantic does not convert.
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -244,5 +244,5 @@ class RunConfig(Section):
 
     @property
     def evaluation_lengths(self) -> tuple[int, ...]:
-        """Lengths that `evaluate` takes when none are asked for."""
+        """Lengths that `evaluate` measures by default."""
         return self.evaluate.lengths or tuple(n * self.data.sequence_length for n in (1, 2, 4, 8))

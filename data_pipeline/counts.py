@@ -17,21 +17,21 @@ def load_trainable(data: Data, *, folder: Path, validates: bool) -> Prepared:
     """Load prepared data and check that it is long enough to train on, and to validate on.
 
     Args:
-        data: The run's section; must match what was prepared.
+        data: The run's `data` section; must match the prepared data.
         folder: RUN_DIR/data or data.dir.
         validates: Whether the run validates, so that held-out samples are needed.
     Raises:
         InputError: see `load_prepared` and `sample_counts`.
     """
     prepared = load_prepared(data, folder=folder)
-    # counting raises where there is not enough text
+    # sample_counts raises if the text is too short
     for held_out in (False, True) if validates else (False,):
         sample_counts(prepared, sequence_length=data.sequence_length, split=data.split, held_out=held_out)
     return prepared
 
 
 def sample_counts(prepared: Prepared, *, sequence_length: int, split: float, held_out: bool) -> tuple[int, ...]:
-    """Return the number of samples of each part in one epoch, [parts]; 0 where a part is shorter than one sample.
+    """Return the number of samples of each part in one epoch, [parts]; 0 if a part is shorter than one sample.
 
     Neighbouring samples share a token: the last target of one is the first input of the next. So n samples need
     n x sequence_length + 1 tokens.

@@ -14,7 +14,7 @@ from configs.errors import InputError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-# the format's codes of token types; 6 and 7 are floats
+# the format's codes for token types; 6 and 7 are floats
 _DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _COUNTED_AT_ONCE = 1 << 24  # tokens
 
@@ -30,22 +30,22 @@ class Index:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences."""
+        """Number of tokens in all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
 
 
 def bin_path(prefix: Path) -> Path:
-    """Return the file of tokens."""
+    """Return the path of the token file."""
     return prefix.with_name(f"{prefix.name}.bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    """Return the file of sequence lengths and offsets."""
+    """Return the path of the index: sequence lengths and offsets."""
     return prefix.with_name(f"{prefix.name}.idx")
 
 
 def words_path(prefix: Path) -> Path:
-    """Return the file of the word count of each sequence (ours, Megatron has none)."""
+    """Return the path of the word counts, one per sequence (our addition: Megatron has no such file)."""
     return prefix.with_name(f"{prefix.name}.words.npy")
 
 
@@ -87,7 +87,7 @@ def read_index(prefix: Path) -> Index:
     actual = bin_path(prefix).stat().st_size
     if actual != expected:
         raise InputError(f"{bin_path(prefix)} has {actual} bytes where its index says {expected}: copy it again")
-    # megatron-core allows any offsets; here sequences are read by their lengths alone
+    # megatron-core allows any offsets, but we read sequences by their lengths alone: refuse gaps and overlaps
     ends = np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
     if not np.array_equal(offsets, ends - lengths.astype(np.int64) * index.dtype.itemsize):
         raise InputError(f"{file} has sequences that overlap or leave gaps: prepare the data again")

@@ -8,7 +8,7 @@ import torch
 from data_pipeline.order import SampleOrder
 from data_pipeline.samples import HELD_OUT_SEED, Samples
 
-_HASHED_IDS, _HASHED_SAMPLES = 1024, 16  # the ids of that many samples, the tokens of the first of them
+_HASHED_IDS, _HASHED_SAMPLES = 1024, 16  # for order_hash: samples hashed by id, and samples hashed by tokens
 
 
 class Loader:
@@ -69,8 +69,8 @@ def held_out_batches(
 
     Args:
         samples: Held-out samples.
-        count: Samples over all ranks, rounded down to whole micro-batches of every rank, at least one each. Samples
-            repeat where there are fewer.
+        count: Samples over all ranks, rounded down to whole micro-batches on every rank, at least one each. If there
+            are fewer samples, they repeat.
         micro_batch: Samples of one forward pass on one data rank.
         data_rank: This rank's place among the data ranks.
         data_size: Number of data ranks.

@@ -22,7 +22,7 @@ _PREPARE_AGAIN = "set data.dir to another folder, or delete that one and run `tr
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens that are sampled as one: all sources without a weight, one with a weight, or one prepared elsewhere."""
+    """Tokens sampled together: all sources without a weight, one source with a weight, or one prepared elsewhere."""
 
     name: str
     prefix: str
@@ -38,8 +38,8 @@ class Part:
     weight: float | None = None
 
     def files(self, folder: Path) -> dict[Path, int]:
-        """Return the part's files with the size in bytes that each had when it was written."""
-        prefix = folder / self.prefix  # of a source used in place the prefix is absolute, which drops the folder
+        """Return the part's files, each with its size in bytes when it was written."""
+        prefix = folder / self.prefix  # the prefix of a source used in place is absolute: `/` drops the folder
         return {bin_path(prefix): self.bin_bytes, idx_path(prefix): self.idx_bytes}
 
 
@@ -60,17 +60,17 @@ class Prepared:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all parts, held out or not."""
+        """Number of tokens in all parts, held-out text included."""
         return sum(part.tokens for part in self.parts)
 
     @property
     def documents(self) -> int:
-        """Documents of all parts."""
+        """Number of documents in all parts."""
         return sum(part.documents for part in self.parts)
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """Weight of each part; None for samples in proportion to the text."""
+        """Weight of each part; None to sample in proportion to the text."""
         weights = tuple(part.weight for part in self.parts if part.weight is not None)
         return weights if len(weights) == len(self.parts) else None
 
@@ -82,10 +82,10 @@ class Prepared:
 def load_prepared(data: Data, *, folder: Path) -> Prepared:
     """Load the data that `trainshort prepare` wrote to a folder, and check it.
 
-    The sources need not exist any more: of them only the names are compared.
+    The sources need not exist any more: only their names are compared.
 
     Args:
-        data: The run's section; must match what was prepared.
+        data: The run's `data` section; must match the prepared data.
         folder: RUN_DIR/data or data.dir.
     Raises:
         InputError: not prepared, incomplete, or prepared from other inputs.
@@ -148,7 +148,7 @@ def check_inputs(manifest: dict[str, Any], inputs: dict[str, Any], *, folder: Pa
 
     Args:
         manifest: The folder's manifest.
-        inputs: From `describe_inputs`, or part of them: the others are not compared.
+        inputs: Result of `describe_inputs`, or part of it; other inputs are not compared.
         folder: Named in the message.
     Raises:
         InputError: names the first input that changed.
@@ -185,7 +185,7 @@ def write_data_manifest(
     end_of_document: int,
     parts: tuple[Part, ...],
 ) -> None:
-    """Write the manifest, the last file: a folder that has one is complete."""
+    """Write the manifest last: a folder that has one is complete."""
     manifest = {
         "format_version": DATA_FORMAT,
         "inputs": inputs,
@@ -212,7 +212,7 @@ def files_are_whole(part: Part, *, folder: Path) -> bool:
 
 def _settings(data: Data) -> dict[str, Any]:
     """Return what the run file says that prepared data depends on."""
-    # part of the fingerprint: an added or renamed key makes data that was prepared before look like another run's
+    # part of the fingerprint: if you add or rename a key, data prepared earlier looks like another run's
     return {
         "data.sources": [source.path for source in data.sources],
         "weights": data.sources[0].weight is not None,
@@ -225,7 +225,7 @@ def _settings(data: Data) -> dict[str, Any]:
 def _file_states(path: str) -> list[list[Any]]:
     """Return name, size and modification time of each file of a source."""
     if path == PYTHON_DOCS:
-        # installed packages change with every update; text prepared from them is as good as before
+        # installed packages change with every update; text prepared from older ones is still good
         return []
     prefix = find_prefix(path)
     files = source_files(path) if prefix is None else (bin_path(prefix), idx_path(prefix))

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.split import shuffled
 
-# purposes of the random numbers that one seed gives
+# purposes: each draws its own random numbers from one seed
 _EPOCHS, _POSITIONS, _SOURCES = 1, 2, 3
 
 
@@ -21,7 +21,7 @@ class SampleOrder:
     Args:
         seed: The run's seed.
         sizes: Samples of each source, [sources].
-        weights: Weight of each source, [sources]; None for samples in proportion to the sizes.
+        weights: Weight of each source, [sources]; None to sample in proportion to the sizes.
     """
 
     def __init__(self, *, seed: int, sizes: tuple[int, ...], weights: tuple[float, ...] | None) -> None:
@@ -37,7 +37,7 @@ class SampleOrder:
 
     def ids(self, *, start: int, count: int) -> NDArray[np.int64]:
         """Return the ids at positions [start, start + count) of the stream, [count]."""
-        # count 0 still needs one epoch, to take an empty slice of
+        # count 0 still needs one epoch, for an empty slice: np.concatenate refuses an empty list
         first, last = start // self.epoch_size, (start + max(count, 1) - 1) // self.epoch_size
         slices = []
         for epoch in range(first, last + 1):
@@ -61,7 +61,7 @@ class SampleOrder:
         if not share:
             return np.zeros(0, np.int64)
         size, start = self.sizes[source], epoch * share
-        # the source's stream is one permutation after the other; these hold the range
+        # the source's stream is one permutation after another; read those that hold the range
         first, last = start // size, (start + share - 1) // size
         permutations = [
             self._shuffled(size, seed=(self.seed, _SOURCES, source, number)) for number in range(first, last + 1)

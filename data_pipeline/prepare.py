@@ -1,4 +1,4 @@
-"""Prepare data: sources to a tokenizer and Megatron's .bin/.idx. Work that is done already is not repeated."""
+"""Prepare data: turn sources into a tokenizer and Megatron's .bin/.idx. Finished work is not repeated."""
 
 import json
 from collections.abc import Iterator
@@ -39,13 +39,13 @@ _EXPANSION = {".gz": 3, ".xz": 4, ".zst": 3}
 
 
 def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
-    """Prepare the data of a run, as far as it is not done yet, and load it.
+    """Prepare the data of a run, skip what is done already, and load it.
 
-    One process at a time writes to a folder; others wait. Files get their names when they are complete, the manifest
+    One process at a time writes to a folder; others wait. Files get their names once they are complete, the manifest
     last. After an interruption, the next call keeps the tokenizer and the parts that are complete.
 
     Args:
-        data: The run's section.
+        data: The run's `data` section.
         folder: RUN_DIR/data or data.dir; created if missing.
         progress: Whether to show progress bars on standard error.
     Raises:
@@ -89,7 +89,7 @@ def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console)
             for number, sources in enumerate(_sources_by_part(data))
         )
         check_split(parts, split=data.split)
-        # from the .bin files, since parts that were kept or are used in place are not tokenized now
+        # count in the .bin files: parts that were kept or are used in place are not tokenized in this call
         counts = np.zeros(tokenizer.vocab_size, np.int64)
         for part in parts:
             counts += histogram(folder / part.prefix, vocab_size=tokenizer.vocab_size)
@@ -103,7 +103,7 @@ def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console)
         end_of_document=tokenizer.end_of_document,
         parts=parts,
     )
-    # records of unfinished work: the manifest holds all that they say
+    # delete the records of unfinished work: the manifest now holds all of it
     for record in (folder / _UNFINISHED_NAME, *folder.glob("part-*.json")):
         record.unlink()
 
@@ -125,7 +125,7 @@ def _check_tokenizer(data: Data) -> None:
 
 
 def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
-    """Keep what an interrupted prepare of the same inputs wrote, delete that of others, overwrite no foreign file."""
+    """Keep the files of an interrupted prepare of the same inputs, delete those of other inputs, refuse any others."""
     record = folder / _UNFINISHED_NAME
     # part-* includes the records of finished parts
     written = sorted({*folder.glob("part-*"), *folder.glob(TOKENIZER_NAME), *folder.glob(UNIGRAM_NAME)})
@@ -139,7 +139,7 @@ def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 def _own_tokenizer(data: Data, folder: Path, bars: Progress) -> Tokenizer:
-    """Return the folder's tokenizer: there already, copied from `data.tokenizer`, or trained now."""
+    """Return the folder's tokenizer: kept, copied from `data.tokenizer`, or trained now."""
     path = folder / TOKENIZER_NAME
     if path.is_file():
         return Tokenizer.load(path)
@@ -160,23 +160,23 @@ def _own_tokenizer(data: Data, folder: Path, bars: Progress) -> Tokenizer:
 
 
 def _tokenizer_sample(data: Data) -> Iterator[str]:
-    """Yield the beginning of every file, of each as much as its share of all text."""
+    """Yield the beginning of every file, in proportion to its share of all text."""
     sizes = {source.path: _text_sizes(source.path) for source in data.sources}
     total = sum(chain.from_iterable(files.values() for files in sizes.values()))
     share = min(1.0, SAMPLE_CHARACTERS / max(1, total))
     for source in data.sources:
         for file, size in sizes[source.path].items():
-            # sizes are estimates: where all text is wanted, they must not cut any of it
+            # sizes are estimates: if all text is wanted, they must not cut any of it
             wanted = size * share if share < 1 else float("inf")
             for text in _file_texts(source, file, data.document_separator):
-                yield text[: int(min(wanted, len(text))) + 1]  # + 1: at least a character of every file
+                yield text[: int(min(wanted, len(text))) + 1]  # + 1: at least one character of every file
                 wanted -= len(text)
                 if wanted <= 0:
                     break
 
 
 def _text_sizes(path: str) -> dict[Path | None, int]:
-    """Return about how many bytes of text each file of a source holds; `python-docs` is one without a path."""
+    """Return roughly how many bytes of text each file of a source holds; `python-docs` is one file without a path."""
     if path == PYTHON_DOCS:
         return {None: source_size(path)}
     return {file: file.stat().st_size * _EXPANSION.get(file.suffix, 1) for file in source_files(path)}
@@ -188,7 +188,7 @@ def _file_texts(source: Source, file: Path | None, separator: str | None) -> Ite
 
 
 def _sources_by_part(data: Data) -> list[tuple[Source, ...]]:
-    """Return the sources of each part: those without a weight share one, except what is used in place."""
+    """Return the sources of each part: all without a weight share one part, except sources used in place."""
     alone = [(source,) for source in data.sources if source.weight is not None or find_prefix(source.path)]
     shared = tuple(source for source in data.sources if source.weight is None and not find_prefix(source.path))
     return [shared, *alone] if shared else list(alone)
@@ -198,7 +198,7 @@ def _part(
     sources: tuple[Source, ...], prefix: Path, separator: str | None, tokenizer: Tokenizer, bars: Progress
 ) -> Part:
     """Return a part: used in place, kept from an interrupted prepare, or written now to `prefix`."""
-    # data prepared elsewhere is always a part of its own, and its path absolute
+    # data prepared elsewhere is always a separate part, with an absolute path
     if in_place := find_prefix(sources[0].path):
         return _describe_part(sources, in_place.resolve(), words=None)
     record = prefix.with_suffix(".json")
@@ -214,7 +214,7 @@ def _part(
     task = bars.add_task(name if len(name) < 40 else f"{name[:36]} ...", total=total)
     chunks = _part_chunks(sources, separator, lambda count: bars.advance(task, count))
     write_part(chunks, tokenizer=tokenizer, prefix=prefix)
-    bars.update(task, completed=total)  # what was reported is an estimate for parquet and python-docs
+    bars.update(task, completed=total)  # for parquet and python-docs, the bytes reported are estimates
     part = _describe_part(sources, prefix, words=int(np.load(words_path(prefix)).sum()))
     write_json(record, asdict(part))  # last: a part with a record is complete
     return part
@@ -230,7 +230,7 @@ def _part_chunks(sources: tuple[Source, ...], separator: str | None, on_read: On
 
 
 def _describe_part(sources: tuple[Source, ...], prefix: Path, *, words: int | None) -> Part:
-    """Return the description of a written part; without a number of words it is one used in place."""
+    """Return the description of a part; `words` is None for a part used in place."""
     name, index = _part_name(sources), read_index(prefix)
     if not index.tokens:
         raise InputError(f"data source {name} holds no tokens: remove it from data.sources")

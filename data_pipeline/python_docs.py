@@ -34,7 +34,7 @@ def python_docs(*, limit: int = PYTHON_DOCS_CHARACTERS) -> Iterator[str]:
     characters = 0
     seen: set[bytes] = set()
     for document in _all_documents(seen):
-        # sentencepiece writes a space as U+2581: the one character that it cannot give back
+        # sentencepiece writes a space as U+2581, so this is the one character that it cannot decode back
         document = document.replace("\u2581", "_")
         yield document
         characters += len(document)
@@ -67,7 +67,7 @@ def _modules(folder: Path) -> Iterator[Path]:
 
 
 def _document(file: Path, seen: set[bytes]) -> str:
-    """Return the docstrings of a module that are not in `seen`; empty where they are too little text."""
+    """Return the docstrings of a module that are not in `seen`; empty if they are too short."""
     try:
         code = file.read_bytes()
     except OSError:
@@ -88,7 +88,7 @@ def _document(file: Path, seen: set[bytes]) -> str:
 
 def _docstrings(code: bytes) -> Iterator[str]:
     with warnings.catch_warnings():
-        # invalid escapes in other people's code are not this run's problem
+        # ignore warnings about invalid escapes in other people's code
         warnings.simplefilter("ignore")
         try:
             tree = ast.parse(code)

@@ -108,7 +108,7 @@ def _decompressed(blocks: Iterator[bytes], path: Path) -> Iterator[bytes]:
         reason = " ".join(str(error).split())
         raise InputError(f"data source {path} is broken ({reason}): copy or compress it again") from None
     if decompressor is not None:
-        # checked here because zstandard's own reader ends without an error where a file was cut short
+        # checked here because zstandard's own reader ends without an error if a file is cut short
         raise InputError(f"data source {path} is cut short: copy or compress it again")
 
 

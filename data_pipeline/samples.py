@@ -31,9 +31,9 @@ class Samples:
     Neighbouring samples share one token: the last target of one is the first input of the next.
 
     Args:
-        datasets: The dataset of each part, None where the part is too short for a sample, [parts].
+        datasets: The dataset of each part, None if the part is too short for a sample, [parts].
         sequence_length: Tokens of a sample's input.
-        weights: Weight of each part, [parts]; None for samples in proportion to the text.
+        weights: Weight of each part, [parts]; None to sample in proportion to the text.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Chunk(NamedTuple):
-    """A part of a document. The chunks of a document, joined, are its text to the character."""
+    """A part of a document. Joining a document's chunks gives back its exact text."""
 
     text: str
     ends_document: bool
@@ -75,7 +75,7 @@ def file_chunks(path: Path, *, separator: str | None, on_read: OnRead = lambda _
     Raises:
         InputError: not UTF-8, or a broken line, row or archive.
     """
-    # a chunk becomes a sequence, the unit that is held out: a short file too should have several
+    # a chunk becomes a sequence, the unit that is held out, so even a short file should have several
     size = min(max(path.stat().st_size // 20, _MIN_CHUNK), _MAX_CHUNK)
     kind = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
     if kind == ".parquet":
@@ -90,10 +90,10 @@ def cut_documents(texts: Iterable[str], *, size: int, separator: str | None = No
 
     Args:
         texts: The text in consecutive parts of any length.
-        size: Most characters of a chunk.
+        size: Maximum characters of a chunk.
         separator: Ends a document and is dropped; None: the text is one document. Empty documents are dropped.
     """
-    # the end of the buffer may be the start of a separator whose rest is yet to come: keep that much back
+    # the buffer may end inside a separator: keep back enough characters to see it whole
     kept_back = len(separator) - 1 if separator else 0
     buffer, begun = "", False
     for text in texts:
@@ -111,7 +111,7 @@ def cut_documents(texts: Iterable[str], *, size: int, separator: str | None = No
 
 
 def _rest_of_document(text: str, size: int, begun: bool) -> Iterator[Chunk]:
-    """Yield the rest of a document; where a document has begun, an empty rest still marks its end."""
+    """Yield the rest of a document; if a document has begun, an empty rest still marks its end."""
     while len(text) > size:
         at = _cut_position(text, size)
         yield Chunk(text[:at], ends_document=False)
@@ -121,7 +121,7 @@ def _rest_of_document(text: str, size: int, begun: bool) -> Iterator[Chunk]:
 
 
 def _cut_position(text: str, size: int) -> int:
-    # in the second half only, so that no chunk is much shorter than the others
+    # cut in the second half only, so that no chunk is much shorter than the others
     for mark in "\n ":
         if (at := text.rfind(mark, size // 2, size)) >= 0:
             return at + 1
@@ -135,7 +135,7 @@ def _files(source: Source, separator: str | None, on_read: OnRead) -> Iterator[C
 
 @functools.lru_cache(maxsize=1)
 def _python_documents() -> tuple[str, ...]:
-    # read twice, to train the tokenizer and to write the tokens, and parsing takes seconds
+    # cached: read twice, to train the tokenizer and to write the tokens, and parsing takes seconds
     return tuple(python_docs())
 
 

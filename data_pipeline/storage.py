@@ -22,8 +22,8 @@ with warnings.catch_warnings():
 def write_part(chunks: Iterable[Chunk], *, tokenizer: Tokenizer, prefix: Path) -> None:
     """Write `prefix`.bin, .idx and .words.npy: one sequence per chunk, the end token after the last of a document.
 
-    No file gets its name before all are complete. The number of words (white space separated) of each sequence is
-    kept so that perplexity can be given per word.
+    No file gets its name before all are complete. The .words.npy holds the number of words (separated by white space)
+    of each sequence, for the perplexity per word.
 
     Raises:
         InputError: what `chunks` raises.
@@ -36,7 +36,7 @@ def write_part(chunks: Iterable[Chunk], *, tokenizer: Tokenizer, prefix: Path) -
         words_file = files.enter_context(whole_file(words_path(prefix)))
         # optimal_dtype: uint16 where the vocabulary allows, else int32
         builder = IndexedDatasetBuilder(str(tokens_file), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-        # the builder closes its file in finalize alone, which an error skips
+        # the builder closes its file only in finalize, which an error skips
         files.callback(builder.data_file.close)
         for chunk in chunks:
             tokens = tokenizer.encode(chunk.text)

@@ -57,7 +57,7 @@ def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
     words = 0
     document_ended = False
     for chunk in file_chunks(path, separator=None):
-        # before a further record, not after each: nothing is added at the end of the text
+        # add the end token before the next record, not after each, so that none is added at the end of the text
         end = [tokenizer.end_of_document] if document_ended else []
         tokens.append(np.array(end + tokenizer.encode(chunk.text), np.int64))
         words += len(chunk.text.split())

@@ -59,12 +59,12 @@ class Tokenizer:
         vocabulary = read_vocabulary(path)
         if vocabulary.end_id is None:
             raise InputError(f"tokenizer {path} has no end piece to end documents with: train it with an eos_id")
-        # such a model may merge characters of two lines to one token
+        # a model with such a piece may merge characters of two lines into one token
         newlines_merge = any("\n" in piece.text and len(piece.text) > 1 for piece in vocabulary.pieces)
         return cls(path.read_bytes(), path=path, end_of_document=vocabulary.end_id, newlines_merge=newlines_merge)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, nothing added."""
+        """Return the token ids of a text, with nothing added."""
         if self._newlines_merge:
             return list(self._processor.encode(text))
         # no merge crosses a newline, so encoding line by line gives the same ids, in a third of the time
@@ -89,14 +89,14 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: Path) -> Toke
     """
     model = io.BytesIO()
     raised: list[BaseException] = []
-    # sentencepiece also logs to standard error what its exception says
+    # silence sentencepiece's log: its exception has the same message
     sentencepiece.set_min_log_level(3)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_keep_errors(_sentences(texts), raised),
             model_writer=model,
             vocab_size=vocab_size,
-            max_sentence_length=4 * _MAX_SENTENCE,  # in bytes: at most 4 per character of UTF-8
+            max_sentence_length=4 * _MAX_SENTENCE,  # in bytes: UTF-8 has at most 4 per character
             **_OPTIONS,
         )
     except RuntimeError as error:
@@ -107,7 +107,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: Path) -> Toke
 
 
 def _keep_errors(sentences: Iterator[str], raised: list[BaseException]) -> Iterator[str]:
-    """Yield sentences and record what they raise: sentencepiece turns it into a RuntimeError, Ctrl-C included."""
+    """Yield sentences and record their exceptions: sentencepiece turns any, even Ctrl-C, into a RuntimeError."""
     try:
         yield from sentences
     except BaseException as error:
@@ -137,7 +137,7 @@ def _training_error(message: str, vocab_size: int) -> InputError:
         return InputError(
             f"data.vocab_size {vocab_size} is smaller than the characters of the text need: use {match[1]} or more"
         )
-    # drop the place in sentencepiece's source code, which ends with a bracket
+    # drop the location in sentencepiece's source code, which ends with a bracket
     reason = " ".join(message.split()).split("] ")[-1]
     return InputError(
         f"no tokenizer of data.vocab_size {vocab_size} can be trained on this text (sentencepiece says {reason!r}): "

@@ -1,4 +1,4 @@
-"""Read the pieces of a sentencepiece model file, which exports write in other formats."""
+"""Read the pieces of a sentencepiece model file, so that exports can write them in other formats."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The pieces of a model and the token ids with a role, None where the model has no such token."""
+    """The pieces of a model and the ids of its special tokens; None if the model has no such token."""
 
     pieces: tuple[Piece, ...]
     """In the order of their token ids."""

@@ -1,4 +1,4 @@
-"""The command line: all commands, and how an error ends.
+"""The command line: all commands, and how errors are reported.
 
 The commands are in `launch/commands/`. Each one imports what it needs when it runs, because a user waits for every
 start.
@@ -36,7 +36,7 @@ UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 
 def run_command_line() -> None:
-    """Run one command and exit; an error that the user can fix is one line and its exit code."""
+    """Run one command and exit; an error that the user can fix prints one line and sets the exit code."""
     try:
         check_frozen()
         code = app(standalone_mode=False, prog_name="trainshort")

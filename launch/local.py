@@ -24,7 +24,7 @@ from launch.machine import core_count
 
 POLL_SECONDS = 0.05
 TAIL_LINES = 20
-STOPPED_BY_HAND = 130  # 128 + SIGINT, as a shell has it
+STOPPED_BY_HAND = 130  # 128 + SIGINT, as in a shell
 
 
 @dataclass
@@ -91,7 +91,7 @@ def start_ranks(
     Raises:
         MachineError: the folder of the logs cannot be created or written.
     Returns:
-        0 if all ranks ended well; 2 or 3 if a rank ended with that; 130 if they were stopped and could not save;
+        0 if all ranks ended well; 2 or 3 if a rank ended with that code; 130 if they were stopped and could not save;
         otherwise 1.
     """
     _make_folder(logs)
@@ -179,7 +179,7 @@ def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> Rank | None:
     while True:
         running = [rank for rank in ranks if rank.process.poll() is None]
         failed += [rank for rank in ranks if rank.process.returncode and rank not in failed]
-        if not asked:  # later the launcher's own SIGTERM ends ranks too
+        if not asked:  # stop looking once asked: the launcher's own SIGTERM ends ranks too
             killed = [rank for rank in failed if rank.process.returncode < 0]
         if not running:
             # The cause is a rank that ended with 2 or 3 (input, machine), else one that was killed. The others fail

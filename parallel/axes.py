@@ -9,8 +9,8 @@ class Group:
     """This process's place on one axis of the layout.
 
     Attributes:
-        rank: Number in the group.
-        size: Ranks in the group.
+        rank: This process's rank in the group.
+        size: Number of ranks in the group.
         handle: The torch process group.
     """
 

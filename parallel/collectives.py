@@ -19,7 +19,7 @@ def all_gather_object(value: T, *, group: Group) -> list[T]:
 
 
 def raise_everywhere(problem: TrainshortError | None, *, group: Group) -> None:
-    """Raise the first rank's problem on every rank, so that none waits for one that gave up.
+    """Raise the first problem, by rank, on every rank, so that no rank waits for one that failed.
 
     Raises:
         TrainshortError: a rank has a problem.
@@ -29,7 +29,7 @@ def raise_everywhere(problem: TrainshortError | None, *, group: Group) -> None:
 
 
 def broadcast_from_first(make: Callable[[], T], *, group: Group) -> T:
-    """Return on every rank what `make` returns on rank 0.
+    """Call `make` on rank 0 and return its result on every rank.
 
     Raises:
         TrainshortError: `make` raised it, or rank 0 cannot use its disk; raised on every rank.

@@ -1,7 +1,7 @@
-"""The engines that DeepSpeed runs.
+"""Engines on top of DeepSpeed.
 
-Without stages its plain engine runs the whole list of layers (ZeRO 0 to 3); with stages its pipeline engine runs
-each rank's part by 1F1B (ZeRO 1).
+Without pipeline stages, DeepSpeed's plain engine runs all layers (ZeRO 0 to 3). With stages, its pipeline engine runs
+each rank's layers by 1F1B (ZeRO 1).
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,9 +32,9 @@ def make_engine(module: nn.Module, plan: LayerPlan, *, train: Train, layout: Lay
 
     Args:
         module: A `StagedModule` for pipeline > 1, else a module from tokens to local logits.
-        plan: Where the loss comes from.
-        train: Optimization.
-        layout: How the ranks are cut.
+        plan: Defines the loss.
+        train: Optimization settings.
+        layout: How the ranks are split into axes.
         groups: Their process groups.
     """
     optimizer = OPTIMIZERS[train.optimizer]
@@ -53,13 +53,13 @@ def make_engine(module: nn.Module, plan: LayerPlan, *, train: Train, layout: Lay
     zero.start_optimizer(engine, moments=kinds[1:])
     state = ZeroState(engine, kinds=kinds)
     for name, weight in exact.items():
-        # DeepSpeed makes the fp32 weights from those it has rounded to 16 bits: bring the exact ones back.
+        # DeepSpeed makes its fp32 weights from those it rounded to 16 bits: restore the exact ones.
         state.write(name, "weight", weight)
     return _PipelineEngine(engine, state) if staged else _PlainEngine(engine, state, plan, groups=groups, train=train)
 
 
 class ZeroState:
-    """`State` of a DeepSpeed engine, gathered from ZeRO's shards and cut back into them."""
+    """`State` of a DeepSpeed engine: reads gather ZeRO's shards, writes split into them."""
 
     def __init__(self, engine: Any, *, kinds: tuple[str, ...]) -> None:
         self._engine = engine
@@ -67,15 +67,15 @@ class ZeroState:
         self.kinds = kinds
 
     def read(self, name: str, kind: str) -> Tensor:
-        """Return this tensor rank's slice, fp32; a collective over the data ranks, in one order of calls."""
+        """Return this tensor rank's slice, fp32. A collective: all data ranks call it in one order."""
         return zero.read_state(self._engine, self.parameters[name][0], kind)
 
     def write(self, name: str, kind: str, value: Tensor) -> None:
-        """Set this tensor rank's slice; the weights of the forward pass follow."""
+        """Set this tensor rank's slice; for a weight, also update the forward pass's copy."""
         zero.write_state(self._engine, self.parameters[name][0], kind, value)
 
     def set_step(self, step: int) -> None:
-        """Set how many steps the optimizer has taken."""
+        """Set the optimizer's step count."""
         zero.set_optimizer_step(self._engine, step)
 
 
@@ -92,7 +92,7 @@ class _PlainEngine:
             inputs, targets = split_batch(batch, device=self._engine.device)
             loss = self._loss(self._engine(inputs), targets)
             self._engine.backward(loss)
-            self._engine.step()  # DeepSpeed steps the optimizer at the last micro-batch alone
+            self._engine.step()  # DeepSpeed steps the optimizer only at the last micro-batch
             total += loss.detach()
         return StepOutcome(self._mean(total / len(micro_batches)), float(self._engine.get_global_grad_norm()))
 
@@ -132,8 +132,8 @@ class _PipelineEngine:
         return float(loss)
 
     def local_logits(self, tokens: Tensor) -> Tensor | None:
-        batch = torch.cat([tokens, tokens[:, :1]], dim=1)  # any target will do: the loss is not asked for
-        # The loss overwrites the logits, and DeepSpeed wants a scalar in any case: give it another loss.
+        batch = torch.cat([tokens, tokens[:, :1]], dim=1)  # any target will do: the loss is not used
+        # The loss overwrites the logits, and DeepSpeed needs a scalar: give it a dummy loss.
         module = self._engine.module
         with patch.object(module, "loss_fn", lambda logits, targets: logits.new_zeros(())):
             _, logits = self._engine.eval_batch(self._batches([batch]), return_logits=True, num_micro_batches=1)
@@ -144,7 +144,7 @@ class _PipelineEngine:
 
     def _batches(self, micro_batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         if self._shape != micro_batches[0].shape:
-            # The engine keeps communication buffers of the last shape: at another length the ranks would abort.
+            # The engine keeps communication buffers of the last shape: without a reset, the ranks would abort.
             self._engine.reset_activation_shape()
             self._shape = tuple(micro_batches[0].shape)
         return iter([split_batch(batch, device=self._engine.device) for batch in micro_batches])

@@ -29,27 +29,27 @@ class State(Protocol):
     kinds: tuple[str, ...]
 
     def read(self, name: str, kind: str) -> Tensor:
-        """Return this tensor rank's slice, fp32; a collective over the data ranks, in one order of calls."""
+        """Return this tensor rank's slice, fp32. A collective: all data ranks call it in one order."""
         ...
 
     def write(self, name: str, kind: str, value: Tensor) -> None:
-        """Set this tensor rank's slice; the weights of the forward pass follow."""
+        """Set this tensor rank's slice; for a weight, also update the forward pass's copy."""
         ...
 
     def set_step(self, step: int) -> None:
-        """Set how many steps the optimizer has taken."""
+        """Set the optimizer's step count."""
         ...
 
 
 class Engine(Protocol):
-    """A built decoder on this rank with its optimizer."""
+    """This rank's part of the decoder, with its optimizer."""
 
     def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
         """Take one optimizer step on this data rank's micro-batches, each [micro_batch, seq + 1]."""
         ...
 
     def mean_loss(self, micro_batches: Sequence[Tensor]) -> float:
-        """Return the mean loss over all data ranks without learning; any length, the same on every rank."""
+        """Return the mean loss over all data ranks, without training; any length, the same on every rank."""
         ...
 
     def local_logits(self, tokens: Tensor) -> Tensor | None:

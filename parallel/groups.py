@@ -21,7 +21,7 @@ def make_groups(layout: Layout) -> Groups:
     """Create the groups of a layout; every rank of the world must call it at the same point.
 
     megatron-core and DeepSpeed each create their own groups, because their layers look them up. Both number the
-    ranks alike: tensor fastest, then data, then pipeline. The values returned are megatron's.
+    ranks in the same order: tensor fastest, then data, then pipeline. The groups returned are megatron's.
     """
     join_deepspeed()
     parallel_state.destroy_model_parallel()

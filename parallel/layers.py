@@ -1,4 +1,4 @@
-"""The split layers: megatron-core's, each parameter declared by its shard."""
+"""Tensor-parallel layers from megatron-core, with each parameter declared by its shard."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ _CONFIG = ModelParallelConfig(use_cpu_initialization=True, perform_initializatio
 
 
 def _unused(_: Tensor) -> None:
-    """Stand in for the init method that megatron asks for."""
+    """Stand in for the init method that megatron requires."""
 
 
 def column_linear(shards: Mapping[str, Shard], name: str, *, tensor: Group) -> nn.Module:
@@ -72,7 +72,7 @@ def layer_norm(shards: Mapping[str, Shard], name: str, *, epsilon: float) -> nn.
 
 
 def _shape(shard: Shard, *, rule: Rule) -> tuple[int, ...]:
-    """Return the whole shape of a layer's weight, which must be declared to be split as the layer splits it."""
+    """Return the whole shape of a layer's weight after checking that it is declared with the layer's split rule."""
     assert shard.rule == rule, f"{shard.name} is declared {shard.rule}, but its layer is {rule}"
     return shard.shape
 
@@ -84,7 +84,7 @@ def _declared(layer: nn.Module, shards: Mapping[str, Shard], name: str) -> nn.Mo
 
 
 class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
-    """Token vectors, rows split over the tensor ranks; also the head, which shares the weight.
+    """The word embedding, with rows split over the tensor ranks; also the head, which shares the weight.
 
     tokens [batch, seq] int64 -> [batch, seq, hidden].
     """
@@ -94,6 +94,7 @@ class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
         padded = padded_vocabulary(vocab_size, tensor=tensor.size)
         super().__init__(padded, hidden, init_method=_unused, config=_CONFIG, tp_group=tensor.handle)
         declare(self.weight, shard)
+        # rows of real tokens on this rank; the rest is padding
         real = min(max(vocab_size - self.vocab_start_index, 0), self.num_embeddings_per_partition)
         self.padding = self.num_embeddings_per_partition - real
 
@@ -109,7 +110,7 @@ class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
             tp_group=self.tp_group,
         )
         if self.padding:
-            # A padded row is no token: if it took any probability, the loss would depend on the layout.
+            # A padding row is not a token: if it took any probability, the loss would depend on the layout.
             columns = torch.arange(logits.shape[-1], device=logits.device)
             logits = logits.masked_fill(columns >= logits.shape[-1] - self.padding, -torch.inf)
         return logits
@@ -131,5 +132,5 @@ def split_cross_entropy(local_logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_loss(local_logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss of a micro-batch, every target counted; shapes as for `split_cross_entropy`."""
+    """Return the mean loss of a micro-batch over all targets; shapes as for `split_cross_entropy`."""
     return split_cross_entropy(local_logits, targets).mean()

@@ -8,7 +8,7 @@ from configs.schema import RunConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """How a world of ranks is cut into tensor, pipeline and data axes; tensor is the fastest."""
+    """How the ranks are split into tensor, pipeline and data axes; tensor varies fastest."""
 
     tensor: int
     pipeline: int
@@ -19,7 +19,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: RunConfig, *, world_size: int) -> "Layout":
-        """Return the layout of a run on so many ranks.
+        """Return the layout of a run on `world_size` ranks.
 
         Raises:
             InputError: the ranks do not make whole model copies, or the batch does not divide over them.
@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self.tensor * self.pipeline * self.data
 
     def __str__(self) -> str:
@@ -57,9 +57,9 @@ class Layout:
 
 
 def stage_bounds(blocks: int, *, stages: int) -> tuple[int, ...]:
-    """Return where each stage's blocks begin, and the end: 25 blocks on 2 stages are (0, 13, 25).
+    """Return each stage's first block, and the end: 25 blocks on 2 stages are (0, 13, 25).
 
-    The first stages take the odd blocks, because the last one also computes the logits.
+    The first stages take the remainder, because the last stage also computes the logits.
     """
     each, odd = divmod(blocks, stages)
     sizes = [each + (stage < odd) for stage in range(stages)]
@@ -67,5 +67,5 @@ def stage_bounds(blocks: int, *, stages: int) -> tuple[int, ...]:
 
 
 def padded_vocabulary(vocab_size: int, *, tensor: int) -> int:
-    """Return the rows of an embedding that divide evenly over the tensor ranks."""
+    """Return the embedding's number of rows, rounded up to divide evenly over the tensor ranks."""
     return -(-vocab_size // tensor) * tensor

@@ -1,7 +1,7 @@
-"""Everything that is used of DeepSpeed and megatron-core, imported without the parts that are not.
+"""Import what we use of DeepSpeed and megatron-core, without two slow parts.
 
-While they are imported, DeepSpeed imports mlflow for its autotuner and megatron-core passes fused operations to
-torch.compile: together more than half of a rank's start-up time. Neither is used here.
+At import, DeepSpeed loads mlflow for its autotuner and megatron-core passes fused operations to torch.compile.
+Together these take more than half of a rank's start-up time, and we use neither.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from parallel.start import choose_accelerator, quiet_libraries
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    # stands in for torch.compile, which is also a decorator with arguments
     return function if function is not None else lambda later: later
 
 
@@ -50,7 +51,7 @@ with _lean():
     )
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
-    # By name: deepspeed.comm has an attribute `torch` that is torch itself.
+    # Import by name: the attribute `deepspeed.comm.torch` is torch itself.
     deepspeed_backend = importlib.import_module("deepspeed.comm.torch")
 
 __all__ = [

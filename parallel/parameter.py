@@ -14,10 +14,10 @@ class Shard:
     Attributes:
         name: Logical name, the same in every layout.
         shape: Whole shape, without padding.
-        rule: How tensor ranks split it; vocabulary is padded with rows of zeros to divide.
+        rule: How tensor ranks split it; a vocabulary is padded with rows of zeros to divide evenly.
         init_std: Std of the initial normal values; None for a constant.
-        constant: Initial value where init_std is None.
-        tied: Several pipeline stages hold it and keep it equal; the first one's is saved.
+        constant: Initial value if init_std is None.
+        tied: Whether several pipeline stages hold it and keep it equal; the first stage saves it.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Shard:
 
 
 def span(shard: Shard, *, tensor_rank: int, tensor_size: int) -> tuple[int, int]:
-    """Return the [start, stop) of the split dimension that a tensor rank holds, padding left out."""
+    """Return the [start, stop) of the split dimension that a tensor rank holds, without padding."""
     assert shard.dim is not None, f"{shard.name} is not split"
     length = shard.shape[shard.dim]
     size = -(-length // tensor_size)
@@ -51,5 +51,5 @@ def local_shape(shard: Shard, *, tensor_rank: int, tensor_size: int) -> tuple[in
 
 
 def padded_rows(shard: Shard, *, tensor_size: int) -> int:
-    """Return the rows of zeros that make all tensor ranks' slices equal."""
+    """Return how many rows of zeros make all tensor ranks' slices equal in size."""
     return 0 if shard.dim is None else -shard.shape[shard.dim] % tensor_size

@@ -17,7 +17,7 @@ class _Layer(LayerSpec):  # type: ignore[misc]
     """A layer that DeepSpeed builds on the stage that holds it."""
 
     def __init__(self, make: Maker) -> None:
-        super().__init__(nn.Module)
+        super().__init__(nn.Module)  # DeepSpeed requires a class; `build` does not use it
         self._make = make
 
     def build(self, log: bool = False) -> nn.Module:
@@ -26,7 +26,7 @@ class _Layer(LayerSpec):  # type: ignore[misc]
 
 
 class _TiedLayer(TiedLayerSpec):  # type: ignore[misc]
-    """A layer whose weight several stages hold and DeepSpeed keeps equal, by summing its gradients."""
+    """A layer whose weight several stages hold; DeepSpeed keeps it equal by summing the gradients."""
 
     def __init__(self, key: str, make: Maker, *, forward_fn: Any = None) -> None:
         super().__init__(key, nn.Module, forward_fn=forward_fn, tied_weight_attr=["weight"])
@@ -58,7 +58,7 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
             super().__init__(list(chain(*stages)), topology=groups.grid.topology(), loss_fn=plan.loss)
 
     def _partition_layers(self, method: str = "") -> None:
-        # DeepSpeed would cut by the size or name of layers; our bounds are stated once, in the layout.
+        # DeepSpeed would split by the size or name of layers: use our layout's bounds instead.
         self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 

@@ -15,11 +15,11 @@ class LayerPlan:
 
     Attributes:
         embedding: Builds the word embedding, which the last stage shares.
-        head: From the word embedding and states [batch, seq, hidden] to local logits.
+        head: Function from the word embedding and states [batch, seq, hidden] to local logits.
         before: Layers between the word embedding and the blocks; they live on the first stage.
         blocks: The blocks, spread over the stages.
         after: Layers between the blocks and the head; they live on the last stage.
-        loss: From local logits and targets [batch, seq] to a scalar.
+        loss: Function from local logits and targets [batch, seq] to a scalar.
         shared: A module whose weights all blocks use, or None; every stage holds an equal copy.
     """
 

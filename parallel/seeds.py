@@ -19,7 +19,7 @@ def seed_for(seed: int, *purpose: str | int) -> int:
 def initial_weights(module: nn.Module, *, seed: int, tensor: Group) -> None:
     """Fill a module's declared parameters with the run's initial weights.
 
-    Each whole tensor is drawn on the CPU with a seed of its name, then cut, so that the weights are the same in every
+    Each whole tensor is drawn on the CPU with a seed from its name, then cut, so that the weights are the same in every
     layout and on every device.
     """
     for parameter, shard in declared(module).values():

@@ -11,7 +11,7 @@ from parallel.parameter import Shard, span
 
 
 def declare(parameter: nn.Parameter, shard: Shard) -> None:
-    """Attach a shard to a parameter, and the marks by which megatron and DeepSpeed compute norms."""
+    """Attach a shard to a parameter, and the attributes that megatron and DeepSpeed read to compute norms."""
     parameter.shard = shard  # type: ignore[attr-defined]
     # An unmarked parameter is the same on all tensor ranks: the gradient norm counts it once, on tensor rank 0.
     if shard.dim is not None:
@@ -24,7 +24,7 @@ def declared(module: nn.Module) -> dict[str, tuple[nn.Parameter, Shard]]:
     """Return a module's parameters by logical name.
 
     Raises:
-        AssertionError: a parameter declares nothing.
+        AssertionError: a parameter was not declared.
     """
     parameters = {}
     for path, parameter in module.named_parameters():
@@ -44,7 +44,7 @@ def cut(whole: Tensor, *, shard: Shard, tensor: Group) -> Tensor:
 
 
 def pad(part: Tensor, *, shard: Shard, tensor: Group) -> Tensor:
-    """Return a tensor rank's rows with the rows of zeros that make all ranks' slices equal."""
+    """Pad a tensor rank's rows with zeros, so that all ranks' slices are equal in size."""
     if shard.dim is None:
         return part
     padding = -(-shard.shape[shard.dim] // tensor.size) - part.shape[shard.dim]

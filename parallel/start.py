@@ -27,8 +27,8 @@ class ProcessRank:
     """This process among the ranks of a job.
 
     Attributes:
-        rank, world_size: Number among all ranks, and how many there are.
-        local_rank: Number on this machine; it picks the GPU.
+        rank, world_size: This process's rank, and the number of ranks.
+        local_rank: Rank on this machine; it picks the GPU.
         rendezvous: Where the ranks meet, as torch's init_method.
         starter: local, torchrun or slurm.
     """
@@ -84,7 +84,7 @@ def _first_host(node_list: str) -> str:
 
 
 def hold_stop_signals() -> None:
-    """Block SIGTERM and SIGINT until the rank can save, so that one during the slow imports does not kill it."""
+    """Block SIGTERM and SIGINT until the rank can save, so that a signal during the slow imports does not kill it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
@@ -126,9 +126,9 @@ def start_alone() -> "torch.device":
 
 
 def flush_denormals() -> None:
-    """Round numbers below 1e-38 to zero on the CPU, in this thread and in those that it starts from now on.
+    """Round numbers below 1e-38 to zero on the CPU, in this thread and in threads that it starts later.
 
-    ALiBi gives far keys such weights, and CPUs are slow with them: a training step took twice as long.
+    ALiBi gives far keys such weights, and CPUs compute slowly with them: a training step took twice as long.
     """
     import torch
 
@@ -144,7 +144,7 @@ def stop() -> None:
 
 
 def choose_accelerator() -> None:
-    """Tell DeepSpeed to use the CPU if there is no GPU; it warns when it detects that itself."""
+    """Tell DeepSpeed to use the CPU if there is no GPU; otherwise it detects that itself and warns."""
     import torch
 
     if not torch.cuda.is_available():
@@ -152,11 +152,11 @@ def choose_accelerator() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep third-party chatter off the user's terminal; warnings about our own code still show."""
+    """Keep library logs and warnings off the user's terminal; warnings about our own code still show."""
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     for package in ("deepspeed", "megatron"):
         warnings.filterwarnings("ignore", module=rf"{package}\..*")
-    # DeepSpeed calls them, but torch attributes the warning to its own module.
+    # DeepSpeed calls these functions, but torch attributes the warning to its own module.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

@@ -1,6 +1,6 @@
 """DeepSpeed's configuration, and access to fp32 weights and optimizer state, gathered from ZeRO's shards.
 
-ZeRO flattens and cuts both over the data ranks. Outside this file they are one tensor per parameter, at any stage.
+ZeRO flattens both and splits them over the data ranks. Callers see one tensor per parameter, at any ZeRO stage.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
         **PRECISIONS[train.precision].deepspeed,
         # Partitioned activations save little, and are wrong with sequence parallelism and with changing lengths.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
-        "steps_per_print": 10**12,
+        "steps_per_print": 10**12,  # never
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -58,7 +58,7 @@ def start_optimizer(engine: Any, *, moments: Sequence[str]) -> None:
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
-    """Set how many steps the optimizer has taken; Adam's bias correction needs it."""
+    """Set the optimizer's step count; Adam's bias correction needs it."""
     for state in _base(engine).state.values():
         state["step"].fill_(float(step))
 
@@ -72,7 +72,7 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 def read_state(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
     """Return one tensor rank's fp32 weight or moment, in the parameter's shape.
 
-    A collective over the data ranks: each calls it for the same parameters in the same order.
+    A collective over the data ranks: each must call it for the same parameters in the same order.
     """
     if not _is_sharded(engine):
         state = parameter.data if kind == "weight" else _base(engine).state[parameter][kind]
@@ -87,7 +87,7 @@ def read_state(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
 
 
 def write_state(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    """Set one tensor rank's fp32 weight or moment; the model's own copy follows a weight."""
+    """Set one tensor rank's fp32 weight or moment; also update the model's own copy of a weight."""
     value = value.to(parameter.device, torch.float32)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         # Each data rank sets its own part: of the fp32 weight, and of the copy that the forward pass gathers.
@@ -109,7 +109,7 @@ def write_state(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) 
 
 
 def report_norm_without_zero(engine: Any, *, clip: float) -> None:
-    """Let an engine at ZeRO 0 report the gradient norm that it clips by: DeepSpeed drops it."""
+    """Make an engine at ZeRO 0 report its gradient norm, which DeepSpeed drops after clipping."""
 
     def clip_gradients() -> None:
         norm = clip_grad_norm_(parameters=engine.module.parameters(), max_norm=clip, mpu=engine.mpu)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C reach the processes that tests start: a shell makes what it runs in the background deaf to it."""
+    """Let Ctrl-C reach the processes that tests start: a shell makes background jobs ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -41,7 +41,7 @@ def rank(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[OneRank]":
 
 @pytest.fixture
 def trainshort(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """One command line in this process, which may start no rank."""
+    """Run command lines in this process; starting a rank fails the test."""
 
     def start_ranks(*_: object, **__: object) -> int:
         pytest.fail("a rank was started")
@@ -56,7 +56,7 @@ def trainshort(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's folder, where the test works: a run file and its text."""
+    """The user's folder with a run file and its text; the test's working directory."""
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path)
     write_book(tmp_path)

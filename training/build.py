@@ -26,7 +26,7 @@ def build_engine(
 
     Args:
         config: The run.
-        layout: How the ranks are cut.
+        layout: How the ranks are split into axes.
         groups: Their process groups.
         vocab_size: Tokens, without padding.
         device: This rank's device.
@@ -43,7 +43,7 @@ def build_engine(
 
 @contextmanager
 def record_refusal(ready: Ready, *, groups: Groups) -> Iterator[None]:
-    """Write refused certificates into certificates.jsonl, beside the accepted ones of other starts."""
+    """Append refused certificates to certificates.jsonl, next to the accepted ones of other starts."""
     try:
         yield
     except WrongPositions as refused:

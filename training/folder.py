@@ -1,4 +1,4 @@
-"""The run folder: made at a run's first start, checked at later ones. Rank 0 writes it, all ranks read it."""
+"""The run folder: made at a run's first start, checked at later starts. Rank 0 writes it, all ranks read it."""
 
 import json
 import platform
@@ -22,12 +22,12 @@ from training.versions import installed_versions, source_code
 if TYPE_CHECKING:
     import torch
 
-# prefixes of keys: neither the learning rate nor the order of samples depends on them
+# prefixes of keys that a later start may change: neither learning rate nor sample order depends on them
 MAY_CHANGE = ("parallel", "train.steps", "train.micro_batch", "checkpoint", "evaluate", "track", "slurm", "run.dir")
 
 
 def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
-    """Return the run with `train.decay_steps` as its first start fixed it.
+    """Return the run with `train.decay_steps` set to the value fixed at its first start.
 
     Raises:
         InputError: the folder holds a run that differs in keys that must not change; names each.
@@ -43,7 +43,7 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
 
 
 def _first_config(run_dir: Path) -> Path | None:
-    """Return the run file of an earlier start; where it is lost, the copy in the newest checkpoint that has one."""
+    """Return the run file of an earlier start; if it is lost, the copy in the newest checkpoint that has one."""
     copies = [checkpoint.path / CONFIG_NAME for checkpoint in reversed(list_checkpoints(run_dir))]
     return next((path for path in (config_file(run_dir), *copies) if path.is_file()), None)
 
@@ -57,7 +57,7 @@ def claim_run_folder(config: RunConfig, *, layout: Layout, device: "torch.device
     run_dir = run_folder(config)
     with report_write_errors(run_dir):
         logs_folder(run_dir).mkdir(parents=True, exist_ok=True)
-        # Before the first file: from here on an older start that is alive sees that it is superseded.
+        # Before any file is written: from here on, an older start that is still alive sees that it is superseded.
         fence = begin_incarnation(run_dir)
         _write_records(config, fence=fence, layout=layout, device=device)
     return fence
@@ -65,7 +65,7 @@ def claim_run_folder(config: RunConfig, *, layout: Layout, device: "torch.device
 
 @contextmanager
 def report_write_errors(run_dir: Path) -> Iterator[None]:
-    """Raise an OSError in the block, which writes into the run folder, as an error that tells the user what to do.
+    """Turn an OSError while the block writes to the run folder into an error that says what to do.
 
     Raises:
         MachineError: the folder cannot be written.

@@ -18,7 +18,7 @@ from training.model.cache import KeyValueCache
 from training.model.single import load_single
 
 SEED_LIMIT = 2**64  # torch's generator takes seeds below it
-PREFILL_TOKENS = 4096  # of a prompt in one pass; a longer prompt is split, so that memory stays bounded
+PREFILL_TOKENS = 4096  # tokens of a prompt in one pass; split a longer prompt, so that memory stays bounded
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def continue_tokens(model: LanguageModel, ids: Sequence[int], *, sampling: Sampl
     """
     cache = KeyValueCache()
     generator = torch.Generator().manual_seed(sampling.seed)
-    # ids [1, prompt tokens]; the logits of the last part are those of the first new token
+    # ids [1, prompt tokens]; after the last part, `logits` are for the first new token
     for part in torch.split(torch.tensor([list(ids)]), PREFILL_TOKENS, dim=1):
         logits = model.next_logits(part, cache)
     while True:

@@ -1,7 +1,7 @@
 """Which start of a run may write: RUN_DIR/incarnation records the newest, and an older one that is alive stops itself.
 
-A scheduler may give up a job whose ranks still run, and start it again on other nodes. Those ranks cannot be ended
-from here. So each start checks this file before it writes a line of metrics, opens a file of a checkpoint, renames a
+A scheduler may give up on a job whose ranks still run, and start it again on other nodes. The new start cannot end
+those ranks. So each start checks this file before it writes a line of metrics, opens a file of a checkpoint, renames a
 checkpoint into place or removes one.
 """
 
@@ -35,12 +35,12 @@ class Incarnation:
     """One start of a run.
 
     Attributes:
-        number: Starts of the run folder, this one included.
+        number: How many times the run was started, including this time.
         token: Unique mark of this start's files; begins with the number.
         host: Name of rank 0's machine.
         machine: Its boot id and pid namespace: within them a pid names one process at a time.
         pid: Process of rank 0.
-        process_started: Start of that process in clock ticks since the boot: a pid alone may be used again.
+        process_started: Start of that process in clock ticks since the boot: a pid may be reused.
         started_at: Local time.
     """
 
@@ -61,7 +61,7 @@ class Fence:
     token: str
 
     def is_ours(self) -> bool:
-        """Return whether no newer start has taken over; for use before what cannot be undone.
+        """Return whether no newer start has taken over; use it before an action that cannot be undone.
 
         Raises:
             OSError: the disk cannot be read.
@@ -70,7 +70,7 @@ class Fence:
         return newest is None or newest.token == self.token
 
     def may_be_ours(self) -> bool:
-        """Return whether no newer start is seen; a disk that cannot be read is no reason to end training."""
+        """Return whether no newer start is seen; a disk that cannot be read must not end training."""
         newest = newest_incarnation(self.run_dir)
         return newest is None or newest.token == self.token
 
@@ -122,7 +122,7 @@ def begin_incarnation(run_dir: Path) -> Fence:
 
 
 def refuse_second_start(run_dir: Path) -> None:
-    """Refuse to start while another start is alive on this machine. One on another machine cannot be seen.
+    """Refuse to start while another start is alive on this machine. A start on another machine cannot be seen.
 
     Raises:
         InputError: one is alive, and does not exit within a few seconds.
@@ -141,8 +141,8 @@ def refuse_second_start(run_dir: Path) -> None:
 def sole_launcher(run_dir: Path) -> Iterator[None]:
     """Keep other launchers of this machine out of a run folder until this one ends, even by SIGKILL.
 
-    It covers the time before the ranks are built, when `incarnation` does not know of the start yet. On a file system
-    without such locks it does nothing.
+    Covers the time before the ranks are built, when `incarnation` does not record the start yet. Does nothing on a
+    file system without such locks.
 
     Raises:
         InputError: another launcher holds the folder.
@@ -168,7 +168,7 @@ def sole_launcher(run_dir: Path) -> Iterator[None]:
 
 
 def newest_incarnation(run_dir: Path) -> Incarnation | None:
-    """Return the newest start of a run folder; None where there is none or the disk cannot be read."""
+    """Return the newest start of a run folder; None if there is none or the disk cannot be read."""
     try:
         return _load(run_dir)
     except OSError:
@@ -176,7 +176,7 @@ def newest_incarnation(run_dir: Path) -> Incarnation | None:
 
 
 def _load(run_dir: Path) -> Incarnation | None:
-    """Return the newest start; None where there is none or its file is damaged, which must stop nobody."""
+    """Return the newest start; None if there is none or its file is damaged, which must not stop any start."""
     try:
         values: dict[str, Any] = json.loads(incarnation_file(run_dir).read_text(encoding="utf-8"))
         return Incarnation(**values)

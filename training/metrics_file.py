@@ -20,16 +20,16 @@ SPARSE_FIELDS = (
     "validation_seconds",
     "save_seconds",
     "failed_saves",
-)  # left out where None; other fields are null then
+)  # left out if None; other fields are then null
 
 
 class MetricsFile:
     """Writes the result of each step to metrics.jsonl."""
 
     def __init__(self, run_dir: Path, *, last_step: int) -> None:
-        """Open the file after `last_step`; move later steps and torn lines of an earlier start to logs/."""
+        """Open the file to append after `last_step`; move later steps and torn lines of an earlier start to logs/."""
         path = run_dir / "metrics.jsonl"
-        # A power cut may leave any bytes. Those that are not UTF-8 make their line invalid, and it is moved too.
+        # A power cut may leave any bytes. A line that is not UTF-8 is invalid, and is moved too.
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         lines = text.splitlines(keepends=True)
         kept = [line for line in lines if _is_step_up_to(line, last_step)]
@@ -37,8 +37,8 @@ class MetricsFile:
             logs_folder(run_dir).mkdir(exist_ok=True)
             with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("a", encoding="utf-8") as discarded:
                 discarded.writelines(line for line in lines if not _is_step_up_to(line, last_step))
-        # Always a new file: an older start that is still alive appends to the old one, which has no name any more.
-        # Opened before the rename: afterwards the name may belong to the file of a newer start.
+        # Always write a new file: an older start that is still alive then appends to the old one, now without a name.
+        # Open it before the rename: afterwards the name may belong to the file of a newer start.
         with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
             self._path, self._handle = path, os.open(temporary, os.O_WRONLY | os.O_APPEND)
@@ -59,7 +59,7 @@ class MetricsFile:
 
     def before_save(self) -> None:
         """Flush the lines to disk: a resume from the checkpoint would not train their steps again."""
-        with suppress(OSError):  # on_step has reported a full disk, and the save will
+        with suppress(OSError):  # on_step has reported a full disk, and the save will too
             self._write()
             os.fsync(self._handle)
 
@@ -73,7 +73,7 @@ class MetricsFile:
         os.close(self._handle)
 
     def _write(self) -> None:
-        os.ftruncate(self._handle, self._size)  # removes the part of a line that a full disk still took
+        os.ftruncate(self._handle, self._size)  # remove a partial line that a full disk left
         written = os.write(self._handle, self._waiting)
         if written < len(self._waiting):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

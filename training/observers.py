@@ -23,12 +23,12 @@ class StepResult:
         consumed_samples: Since the first step of the run.
         step_seconds: Time of the step alone, without validation and saving.
         tokens_per_second: Over all ranks.
-        model_flops_utilization: Fraction of all ranks' peak; None where the peak is unknown.
+        model_flops_utilization: Fraction of all ranks' peak; None if the peak is unknown.
         memory_gb: Peak of the rank with the largest, in 1e9 bytes: resident set on a CPU, allocated on a GPU.
         validation_loss: Mean over the held-out samples; None in steps that did not measure it.
         validation_seconds: Time of that measurement.
-        save_seconds: Time of the save before this step, after the step before; None where there was none.
-        failed_saves: Checkpoints since this start that could not be saved; None where there is none.
+        save_seconds: Time of the save between the step before and this one; None if there was none.
+        failed_saves: Saves of this start that have failed so far; None if there are none.
     """
 
     step: int

@@ -31,7 +31,7 @@ class Ready:
     Attributes:
         config: The run, with the keys that its first start fixed.
         run_dir: The run folder, which may not exist yet.
-        layout: How the ranks are cut into axes.
+        layout: How the ranks are split into axes.
         prepared: The data, whole and long enough.
         newest: Manifest of the newest checkpoint, which training resumes from; None at a first start.
     """
@@ -44,7 +44,7 @@ class Ready:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is saved. Every byte of its checkpoint is read to make sure."""
+        """Whether the last step is saved. Reads every byte of its checkpoint to make sure."""
         steps = self.config.train.steps
         if self.newest is None or self.newest.step < steps:
             return False
@@ -111,7 +111,7 @@ def installed_packages() -> frozenset[str]:
 
 
 def _check_init_from(path: Path, *, config: RunConfig, prepared: Prepared) -> None:
-    """Refuse the weights of another kind of model or tokenizer, even where their shapes fit."""
+    """Refuse weights of another kind of model or tokenizer, even if their shapes fit."""
     folder, manifest = find_checkpoint(path)
     source = load_run(str(folder / CONFIG_NAME))
     for key in ("heads", "position", "family", "layers", "hidden", "inner"):

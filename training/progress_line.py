@@ -35,7 +35,7 @@ class ProgressLine:
             self._show(result)
 
     def before_save(self) -> None:
-        """Do nothing: it keeps nothing."""
+        """Do nothing: there is nothing to flush."""
 
     def close(self, status: Status) -> None:
         """Stop refreshing and leave the last line visible."""

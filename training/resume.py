@@ -1,4 +1,4 @@
-"""Resuming: load the newest checkpoint, and check that model and data are what they were."""
+"""Resume: load the newest checkpoint, and check that model and data have not changed."""
 
 import logging
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ CHECKED_SAMPLES = 4  # the run's first ones; every data rank scores them all, so
 
 
 def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups, accept_change: bool) -> TrainState:
-    """Fill an engine from the run's newest checkpoint, or with the weights that the run starts from.
+    """Load the run's newest checkpoint into an engine or, at a first start, the weights of `train.init_from`, if set.
 
     A collective: every rank calls it.
 
@@ -31,7 +31,7 @@ def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups,
         loader: The run's samples.
         config: The run.
         groups: This rank's places.
-        accept_change: Resume also where model or data are not what they were, with a warning.
+        accept_change: If model or data have changed, warn and resume.
     Returns:
         The position to train from.
     Raises:
@@ -56,15 +56,15 @@ def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups,
 
 
 def check_loss(engine: Engine, loader: Loader) -> float:
-    """Return the mean loss on the run's first samples without learning; every rank must call it."""
+    """Return the mean loss on the run's first samples, without training; every rank must call it."""
     return engine.mean_loss(loader.first_samples(CHECKED_SAMPLES))
 
 
 def changes_since(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, precision: str) -> Iterator[str]:
-    """Yield what differs from when a checkpoint was saved, the same on every rank; every rank must call it.
+    """Yield what has changed since a checkpoint was saved, the same on every rank; every rank must call it.
 
     Args:
-        engine: Filled from the checkpoint.
+        engine: The engine, with the checkpoint loaded.
         loader: The run's samples.
         checkpoint: The checkpoint.
         precision: Of the run.

@@ -24,15 +24,15 @@ def train_rank(config: RunConfig, place: ProcessRank, *, accept_change: bool = F
     """Train one rank of a run, from its newest checkpoint if it has one, to its last step or until asked to stop.
 
     Args:
-        config: The run as its file and overrides say.
+        config: The run file with its overrides.
         place: This process among the ranks.
-        accept_change: Resume also where model or data are not what they were when the checkpoint was saved.
+        accept_change: Resume even if model or data have changed since the checkpoint was saved.
     Raises:
         InputError: the run folder, the data or a checkpoint does not fit the run.
         MachineError: the last state cannot be saved, or a newer start of the run has taken over.
     """
     stop_request = StopRequest()
-    stop_request.listen()  # before the slow part: a signal during start-up must not kill
+    stop_request.listen()  # before the slow part: a signal during start-up must not kill the rank
     ready = make_ready(config, world_size=place.world_size, device="cuda" if torch.cuda.is_available() else "cpu")
     config, layout = ready.config, ready.layout
     device = start(place)
@@ -55,7 +55,7 @@ def train_rank(config: RunConfig, place: ProcessRank, *, accept_change: bool = F
     broadcast_from_first(fence.check, group=groups.world)
     observers = _observers(ready, step=trainer.start.step, certificates=certificates) if trainer.is_first_rank else []
     trainer.run(observers)
-    stop()  # not after an error: the others may wait in a collective, and are ended only once this rank has ended
+    stop()  # not after an error: other ranks may wait in a collective, and are ended only once this one has ended
 
 
 def _observers(ready: Ready, *, step: int, certificates: Sequence[Certificate]) -> list[Observer]:

@@ -24,7 +24,7 @@ class Saver:
         config: The run.
         prepared: The run's data, whose tokenizer goes into each checkpoint.
         groups: This rank's places.
-        fence: Whether this start of the run is still the newest.
+        fence: Shows whether this start of the run is still the newest.
         start: Where this start began to train.
     """
 
@@ -41,15 +41,15 @@ class Saver:
     ) -> None:
         self._engine, self._loader, self._config = engine, loader, config
         self._prepared, self._groups, self._fence = prepared, groups, fence
-        # Resuming passed these over, so they are broken: retention must not count them.
+        # The resume skipped these, so they are broken: retention must not count them.
         self._broken = {saved.path.absolute() for saved in list_checkpoints(fence.run_dir) if saved.step > start.step}
 
     def save(self, state: TrainState, *, validation_loss: float | None) -> Path:
         """Save a checkpoint and return its folder; every rank must call it.
 
         Args:
-            state: Where training is.
-            validation_loss: Measured after this step; None where it was not.
+            state: The position of training.
+            validation_loss: Measured after this step; None if it was not.
         Raises:
             SaveError: the weights have diverged, or a disk is full or failing; raised on every rank.
             Superseded: a newer start of the run has taken over; raised on every rank.

@@ -17,10 +17,10 @@ _GO_ON, _STOP, _SUPERSEDED = range(3)
 
 
 class StopRequest:
-    """Whether this rank was asked to stop.
+    """This rank's request to stop.
 
     Attributes:
-        asked: Whether it was; other ranks may have been asked too.
+        asked: Whether this rank was asked to stop; other ranks may have been asked too.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class StopRequest:
         self.asked = True
 
     def listen(self) -> None:
-        """Take SIGTERM and SIGINT as requests from now on, including those that arrived while they were blocked."""
+        """Treat SIGTERM and SIGINT as requests from now on, including those that arrived while they were blocked."""
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: self.ask())
         # Unblock last: a pending signal is delivered at once, and needs its handler.

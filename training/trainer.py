@@ -1,4 +1,4 @@
-"""The trainer: one optimizer step after the other, until the steps are done or someone asks to stop."""
+"""The trainer: take optimizer steps until all are done or someone asks to stop."""
 
 import logging
 import math
@@ -56,11 +56,11 @@ class Trainer:
         device: This rank's device.
         validator: Measures held-out samples.
         saver: Saves checkpoints.
-        stop: Whether someone asked to end.
-        fence: Whether this start of the run is still the newest.
+        stop: Shows whether someone asked to stop.
+        fence: Shows whether this start of the run is still the newest.
         start: Where training continues.
-        flops_per_token: Of forward and backward.
-        peak_flops: Of all ranks together; None where unknown.
+        flops_per_token: FLOPs of forward and backward.
+        peak_flops: FLOP/s of all ranks together; None if unknown.
     """
 
     config: RunConfig
@@ -78,16 +78,16 @@ class Trainer:
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this rank speaks for all."""
+        """Whether this is rank 0, which reports for all ranks."""
         return self.groups.world.rank == 0
 
     def run(self, observers: Sequence[Observer]) -> TrainState:
         """Train to the last step or until asked to stop, and return the last state, which is saved.
 
-        A checkpoint on the way that cannot be saved is lost, and training continues.
+        If a checkpoint before the last cannot be saved, log an error and continue.
 
         Args:
-            observers: Told of each step and of how training ended; none on ranks other than the first.
+            observers: Get each step's result and how training ended; empty on all ranks but the first.
         Raises:
             SaveError: the last state cannot be saved.
             Superseded: a newer start of the run has taken over.
@@ -105,7 +105,7 @@ class Trainer:
             return end
         except SaveError:
             if self.is_first_rank:
-                remove_stop_file(self.fence)  # the run has ended all the same: the next start must train
+                remove_stop_file(self.fence)  # the run ends anyway: the next start must train
             raise
         except Superseded:
             status = "SUPERSEDED"
@@ -166,7 +166,7 @@ class Trainer:
         return after, _TakenStep(outcome, rate, seconds, memory_gb)
 
     def _report(self, observers: Sequence[Observer], state: TrainState, taken: _TakenStep, **sparse: Any) -> None:
-        """Tell the observers of a step; `sparse` are the fields of its result that not every step has."""
+        """Report a step to the observers; `sparse` holds the fields that only some steps have."""
         if observers and not self.fence.may_be_ours():
             return  # a newer start writes the metrics now; all ranks end together before the next step
         tokens_per_second = self.config.train.global_batch * self.config.data.sequence_length / taken.seconds
@@ -205,7 +205,7 @@ class Trainer:
 def _peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
 
 
 def _largest(value: float, *, device: torch.device) -> float:
@@ -228,12 +228,12 @@ def build_trainer(
 
     Args:
         ready: The run, checked.
-        engine: Of `build_engine`, holding the run's initial weights.
+        engine: From `build_engine`, with the run's initial weights.
         groups: This rank's places.
-        fence: Whether this start of the run is still the newest.
+        fence: Shows whether this start of the run is still the newest.
         device: This rank's device.
-        stop: Whether someone asked to end.
-        accept_change: Resume also where model or data are not what they were.
+        stop: Shows whether someone asked to stop.
+        accept_change: Resume even if model or data have changed.
     Raises:
         InputError: the data or a checkpoint does not fit the run; raised on every rank.
     """
@@ -271,7 +271,7 @@ def _loader_of(config: RunConfig, samples: Samples, *, data: Group) -> Loader:
 
 
 def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: Groups, held_out: bool) -> Samples:
-    """Open the samples on rank 0 first, which builds their index; the other ranks then find it."""
+    """Open the samples on rank 0 first: it builds their index, which the other ranks then find."""
     open_now = partial(
         open_samples,
         prepared,

@@ -11,6 +11,7 @@ from configs.schema import Model
 from training.families.table import parameter_count
 
 # Dense peaks from the vendors' data sheets, FLOP/s: (16 bit, fp32 as torch runs it by default).
+# The first name that is part of the device's wins: H100 PCIe must come before H100.
 _GPU_PEAKS = {
     "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
@@ -32,7 +33,7 @@ def flops_per_token(model: Model, *, vocab_size: int, length: int) -> float:
 
 
 def world_peak_flops(device: torch.device, *, precision: str) -> float | None:
-    """Return the peak FLOP/s of all ranks together, or None where one is unknown; every rank must call it."""
+    """Return the peak FLOP/s of all ranks together, or None if one is unknown; every rank must call it."""
     dist.barrier()  # CPU ranks share cores, so they measure at the same time
     peak = torch.tensor(peak_flops(device, precision=precision) or float("nan"), device=device)
     dist.all_reduce(peak)
@@ -43,7 +44,7 @@ def world_peak_flops(device: torch.device, *, precision: str) -> float | None:
 def peak_flops(device: torch.device, *, precision: str) -> float | None:
     """Return the peak FLOP/s of this rank's device: a GPU's from its data sheet, a CPU's measured now.
 
-    None for a GPU that the table does not know.
+    None for a GPU that is not in the table.
     """
     if device.type == "cpu":
         return _measured_gemm(torch.float32)

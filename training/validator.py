@@ -12,7 +12,7 @@ class Validator:
 
     Args:
         engine: The model.
-        samples: Held-out samples; None where the run does not validate.
+        samples: Held-out samples; None if the run does not validate.
         config: The run.
         data: The data axis.
     """

@@ -12,7 +12,7 @@ from configs.errors import MachineError
 HOUSE = Path(__file__).resolve().parents[1]
 CODE = ("configs", "parallel", "data_pipeline", "training", "launch", "trainshort.py")
 PACKAGES = ("trainshort", "torch", "deepspeed", "megatron-core", "sentencepiece", "mlflow", "transformers", "numpy")
-SOURCE, VERSIONS = "source.json", "versions.json"  # files of a frozen copy, beside its packages
+SOURCE, VERSIONS = "source.json", "versions.json"  # files of a frozen copy, next to its packages
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -41,7 +41,7 @@ def check_frozen(house: Path = HOUSE) -> None:
 def source_code(house: Path = HOUSE) -> dict[str, Any] | None:
     """Return the commit of the code and the diff from it; None for an installed wheel.
 
-    A frozen copy returns those of the checkout that it was copied from.
+    For a frozen copy, return those of the checkout that it was copied from.
     """
     copied = house / SOURCE
     if copied.is_file():
@@ -55,7 +55,7 @@ def source_code(house: Path = HOUSE) -> dict[str, Any] | None:
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version of an installed package; None where it is not installed."""
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -72,7 +72,7 @@ def _changes(house: Path) -> str:
 
 
 def _git(folder: Path, *arguments: str, accepted: Collection[int] = (0,)) -> str | None:
-    """Return the output of a git command; None where it fails."""
+    """Return the output of a git command; None if it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, errors="replace"

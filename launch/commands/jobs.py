@@ -1,4 +1,4 @@
-"""Commands on SLURM jobs: `trainshort slurm`, and `trainshort jobs` for those that it submitted."""
+"""Commands on SLURM jobs: `trainshort slurm`, and `trainshort jobs` for the jobs that it submitted."""
 
 from pathlib import Path
 from typing import Annotated

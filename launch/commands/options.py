@@ -21,11 +21,11 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")
 
 
 class Lengths(tuple[int, ...]):
-    """Lengths in tokens. A class of its own: typer would read tuple[int, ...] as an option with several values."""
+    """Lengths in tokens. A separate class, because typer reads tuple[int, ...] as an option with several values."""
 
 
 def count_option(name: str, description: str) -> Any:
-    """Return an option whose value is a whole number from 1, for `Annotated[int, ...]`."""
+    """Return an option whose value is a positive integer, for `Annotated[int, ...]`."""
 
     def parse(value: str | int) -> int:  # typer parses the default too
         if not _is_whole_number(str(value), minimum=1):
@@ -36,7 +36,7 @@ def count_option(name: str, description: str) -> Any:
 
 
 def lengths_option(name: str, description: str) -> Any:
-    """Return an option whose value is a list of lengths with commas between, for `Annotated[Lengths, ...]`."""
+    """Return an option whose value is a comma-separated list of lengths, for `Annotated[Lengths, ...]`."""
 
     def parse(value: str) -> Lengths:
         lengths = [length.strip() for length in value.split(",")]

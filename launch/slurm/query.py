@@ -92,7 +92,7 @@ def find_job(job_id: str, *, name: str) -> Job:
     if known and _fields(result.stdout).get("JobName") == name:
         return parse_job(result.stdout)
     if shutil.which("sacct"):
-        # The name comes last: it alone may hold the separator.
+        # The name comes last: only it may contain the separator.
         result = run_slurm("sacct", "-nXPD", "-j", job_id, "-o", "State,ExitCode,NodeList,JobName")
         rows = [row[:3] for row in (line.split("|", 3) for line in result.stdout.splitlines()) if row[-1] == name]
         if result.returncode == 0 and rows:

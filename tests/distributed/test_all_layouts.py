@@ -10,7 +10,7 @@ from parallel.layout import Layout
 from tests.support.layouts import config_of, name_of, train_layouts
 from tests.support.ranks import run_ranks
 
-MORE = ("train.micro_batch=1",)  # one for each of eight data ranks
+MORE = ("train.micro_batch=1",)  # so that each of eight data ranks has one
 STEPS = range(10)
 AXES = (1, 2, 4, 8)
 

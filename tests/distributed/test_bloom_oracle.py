@@ -31,9 +31,9 @@ class Part:
     """One rank's part of one model in one layout.
 
     Attributes:
-        rank: Of the tensor axis.
+        rank: Rank on the tensor axis.
         shards: Declarations of this rank's parameters, by name.
-        gradients: Of the mean loss of a batch of each length, this rank's slices by name.
+        gradients: Gradients of the mean loss of a batch, by length: this rank's slices by name.
         logits: This rank's columns by length, [1, length, local_vocab]; None except on the last stage.
     """
 

@@ -1,4 +1,4 @@
-"""Where one of two ranks has wrong positions, both refuse it by name and record what they measured."""
+"""If one of two ranks has wrong positions, both name it, refuse to train, and record their measurements."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ FAULTS = ((alibi, "local_slopes", first_heads_slopes), (bias, "causal_bias", inv
 
 
 def refusals_of(process: ProcessRank, *, folder: Path) -> list[str]:
-    """Return this rank's refusal for each fault that rank 1 is built with."""
+    """Return this rank's error for each fault that rank 1 is built with."""
     refusals = []
     config = config_of({"tensor": 2, "pipeline": 1, "zero": 1}, run_dir=folder)
     layout = Layout.of(config, world_size=process.world_size)

@@ -16,7 +16,7 @@ Steps = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Change:
-    """A run in one layout. `source` names the run that it resumes from; with None it begins and is saved."""
+    """A run in one layout. `source` names the run that it resumes from; None starts a new run, which is saved."""
 
     layout: str
     ranks: int
@@ -27,7 +27,7 @@ class Change:
         return f"{self.layout}w{self.ranks}"
 
     def adds_as(self, source: str) -> bool:
-        """Return whether a forward pass adds in another run's order: at most ZeRO's stage and offload differ."""
+        """Return whether forward passes add numbers in another run's order: only ZeRO and offload may differ."""
         return (self.name[:4], self.ranks) == (source[:4], int(source.partition("w")[2]))
 
     @property
@@ -120,7 +120,7 @@ def test_a_change_of_layout_leaves_the_next_ten_losses_alone(tmp_path: Path) -> 
                 assert norm == pytest.approx(expected_norm, rel=1e-5), change
             changed += change.source is not None
             if change.source and change.adds_as(change.source):
-                # Bit for bit. Only the first loss: norms are summed shard by shard, and clip the steps after it.
+                # Bit for bit, but only the first loss: norms are summed shard by shard, and clipping uses them.
                 assert steps[0][0] == unbroken[change.source][AFTER.start][0], change
                 exact += 1
     assert (changed, exact) == (20, 6)

@@ -60,5 +60,5 @@ def test_a_run_interrupted_at_any_step_equals_the_unbroken(prepared: list[str], 
     for step, run_dir in broken.items():
         assert exact(run_dir) == exact(unbroken), step
         discarded = run_dir / "logs" / "metrics_discarded.jsonl"
-        assert len(discarded.read_text().splitlines()) == STEPS - step + 1  # the lines past it, and the torn one
+        assert len(discarded.read_text().splitlines()) == STEPS - step + 1  # the lines after the step, and the torn one
         assert [saved.step for saved in list_checkpoints(run_dir)] == list(range(1, STEPS + 1))

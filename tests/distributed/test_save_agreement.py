@@ -1,4 +1,4 @@
-"""An error on one rank during a save or a resume is raised on all: none waits for ever, none continues alone."""
+"""An error on one rank during a save or a resume is raised on all: no rank hangs or continues alone."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ KINDS = OPTIMIZERS["adamw"].state_kinds
 
 @dataclass(frozen=True)
 class Errors:
-    """What one rank met: the error of each broken save, and the checkpoint that each resume opened."""
+    """Observations of one rank: the error of each broken save, and the checkpoint that each resume opened."""
 
     by_name: dict[str, str]
     opened: list[str]
@@ -76,7 +76,7 @@ def break_saves(process: ProcessRank, *, keys: dict[str, int], folder: Path) -> 
         )
     errors["rank 0 has no disk"] = _error_of(lambda: broadcast_from_first(_no_disk, group=groups.world))
     opened = [_opened(folder / "run", groups)]
-    # The last file in the order of names is rank 1's to check.
+    # Rank 1 checks the last file in the order of names.
     last = max(list_checkpoints(folder / "run")[-1].path.iterdir())
     if process.rank == 0:
         content = bytearray(last.read_bytes())

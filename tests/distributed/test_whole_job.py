@@ -1,4 +1,4 @@
-"""The shipped demo, made small, as a user runs it: prepare, train, stop, train on, evaluate, export, generate."""
+"""The shipped demo, made small, as a user runs it: prepare, train, stop, resume, evaluate, export, generate."""
 
 import hashlib
 import json
@@ -32,16 +32,16 @@ LENGTH: int = WHOLE_JOB["data"]["sequence_length"]
 
 @dataclass(frozen=True)
 class Job:
-    """What the commands printed and left.
+    """Output and files of the commands.
 
     Attributes:
         folder: Where they ran; the run folders are one/run and two/run.
         stopped: The metrics of the first start, which ended on SIGTERM.
         saved: The steps of its checkpoints.
-        report: What `evaluate --json` printed.
-        exported: What `export` printed.
-        generated: What `generate --json` printed for a prompt longer than the training length.
-        again: What `train` printed when the run was finished.
+        report: Output of `evaluate --json`.
+        exported: Output of `export`.
+        generated: Output of `generate --json` for a prompt longer than the training length.
+        again: Output of `train` when the run was finished.
         changed: Files that this `train` changed.
     """
 
@@ -64,7 +64,7 @@ class Job:
 
 
 def done(folder: Path, *arguments: str) -> str:
-    """Run a command that must work, and return what it printed."""
+    """Run a command that must succeed, and return its output."""
     process = trainshort(folder, *arguments)
     assert process.returncode == 0, f"{arguments}:\n{process.stderr[-4000:]}"
     return process.stdout
@@ -138,7 +138,7 @@ def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None
 
 def test_a_finished_run_is_left_alone(job: Job) -> None:
     assert job.again == f"one/run is trained to its last step, {STEPS}: raise train.steps to continue\n"
-    # Every start of ranks writes config.yaml again, so none was started.
+    # Every start of ranks writes config.yaml again, so no rank was started.
     assert job.changed == set()
 
 

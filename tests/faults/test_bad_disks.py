@@ -23,7 +23,7 @@ LARGE_CHECKPOINTS = {
     "evaluate": {"every": 0},
 }
 MEGABYTES = 9
-FITTING = 7  # checkpoints on the small disk, with half of one to spare
+FITTING = 7  # checkpoints that fit on the small disk, with half of one to spare
 
 
 def trainshort(command: str, folder: Path, run_dir: Path) -> "subprocess.CompletedProcess[str]":
@@ -80,7 +80,7 @@ def test_a_full_disk_stops_saves_and_a_larger_one_resumes(folder: Path, disk: Pa
     assert saved == list(range(1, FITTING + 1))
     unsaved = re.findall(r"NOT SAVED: \S+/step_(\d+) was not saved", done.stderr)
     assert [*saved, *map(int, unsaved)] == list(range(1, STEPS + 1)), "each step is saved or reported as not saved"
-    # the lines that fit on the disk are those of the unbroken run
+    # the lines that fit on the disk equal those of the unbroken run
     lines = figures(run_dir)
     assert lines == figures(unbroken)[: len(lines)]
     assert len(lines) >= len(saved)

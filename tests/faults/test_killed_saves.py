@@ -74,7 +74,7 @@ def test_a_replacement_killed_at_any_operation_loses_only_itself(tmp_path: Path)
         shutil.copytree(begun, tmp_path / "counted")
         with counted_operations() as names:
             rank.start(tmp_path / "counted", steps=BEFORE)
-        # Until the first rename it is a save like any other.
+        # Before the first rename this is a save like any other.
         first = names.index("rename") + 1
         killed = kill_saves(home, begun, tmp_path / "out", steps=BEFORE, first=first)
         assert len(killed) == len(names) - first + 1

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `make test-gpu`."""
+"""Tests that need a GPU: `make test-gpu`."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ CUDA = torch.device("cuda")
 LIMITS = {dtype_of(name): row.row_tolerance for name, row in PRECISIONS.items() if row.available}
 
 
-# Those of the table that this machine can run: flash-attn is an extra, and has no fp32.
+# The backends that this machine can run: flash-attn is an extra, and has no fp32.
 CASES = [
     (name, dtype, tolerance)
     for name in BACKENDS
@@ -96,7 +96,7 @@ def test_every_position_method_is_certified(position: str, precision: str) -> No
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [case[:2] for case in CASES if case[0] != "reference"])
-@pytest.mark.parametrize("length", [4096, 4001])  # 4001: rows of a mask that kernels cannot read as they are
+@pytest.mark.parametrize("length", [4096, 4001])  # 4001: kernels cannot read such rows of a mask directly
 def test_twice_the_length_takes_twice_the_memory(backend: str, dtype: torch.dtype, length: int) -> None:
     peaks = []
     for keys in (length, 2 * length):

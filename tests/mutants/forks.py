@@ -1,7 +1,7 @@
 """Run pytest in copies of the code, each in a fork of one process that has imported the libraries already.
 
-Libraries take most of a small test's time. `python -m tests.mutants.forks FOLDER...`: each folder holds a copy of the
-code and a file of test ids; what pytest says and its exit code are written there.
+Importing libraries takes most of a small test's time. `python -m tests.mutants.forks FOLDER...`: each folder holds a
+copy of the code and a file of test ids, and receives pytest's output and exit code.
 """
 
 import gc
@@ -16,12 +16,12 @@ AT_ONCE = 2
 ALREADY = "pytest.PytestAssertRewriteWarning"
 IDS, SAID, CODE = "mutant_ids", "mutant_said", "mutant_code"
 PROJECT = ("configs", "parallel", "data_pipeline", "training", "launch", "tests")
-# Whatever of these is the project's is forgotten again.
+# Import these before forking; main drops the project's own modules again.
 WARM = ("training.model.single", "transformers.models.bloom.modeling_bloom", "transformers.models.t5.modeling_t5")
 
 
 def forget_project() -> None:
-    """Drop the project's modules, so that a copy's are imported in their place; the libraries stay."""
+    """Drop the project's modules, so that each fork imports those of its copy; the libraries stay."""
     for name in [name for name in sys.modules if name.split(".")[0] in PROJECT]:
         del sys.modules[name]
 
@@ -34,12 +34,12 @@ def run_copy(folder: Path, *, house: str) -> int:
     os.dup2(said, 1)
     os.dup2(said, 2)
     ids = (folder / IDS).read_text(encoding="utf-8").splitlines()
-    # Plugins of pytest are among the libraries that are imported already, which it warns of.
+    # pytest warns that its plugins are imported already.
     return pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", "-W", f"ignore::{ALREADY}", *ids])
 
 
 def main(folders: list[Path]) -> None:
-    """Run all copies, so many at a time."""
+    """Run all copies, at most AT_ONCE at a time."""
     house = str(Path(__file__).parents[2])
     for name in WARM:
         importlib.import_module(name)
@@ -57,7 +57,7 @@ def main(folders: list[Path]) -> None:
         if (process := os.fork()) == 0:
             code = run_copy(folder, house=house)
             sys.stdout.flush()
-            os._exit(code)  # taking all libraries down again would cost as much as a test
+            os._exit(code)  # skip cleanup: unloading the libraries takes as long as a test
         running[process] = folder
     while running:
         finish_one()

@@ -14,7 +14,7 @@ from tests.mutants.mutants import MUTANTS, Mutant
 
 HOUSE = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 600
-# What a test says that saw something wrong; a broken import or fixture is no catch.
+# Output of a test that noticed the mistake; a broken import or fixture does not count.
 CAUGHT = re.compile(
     r"^FAILED .* - (AssertionError|assert |Failed: DID NOT RAISE|configs\.errors\.\w+Error|\S+\.WrongPositions)",
     re.MULTILINE,
@@ -24,7 +24,7 @@ CAUGHT = re.compile(
 def copy_code(folder: Path, mutant: Mutant | None) -> None:
     """Copy the code into a folder with one wrong change, or none, and note the tests to run there."""
     for name in PROJECT:
-        # Without bytecode: a mutant may be as old and as long as its original.
+        # Leave out bytecode: Python would use the original's for a mutant of the same age and length.
         shutil.copytree(HOUSE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     shutil.copy(HOUSE / "pyproject.toml", folder)
     if mutant is not None:
@@ -38,7 +38,7 @@ def copy_code(folder: Path, mutant: Mutant | None) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, tuple[int, str]]:
-    """Pytest's exit code and what it said, of each mutant by name, and of the right code by None."""
+    """Pytest's exit code and output for each mutant, by name, and for the right code, by None."""
     folders: dict[str | None, Path] = {}
     for mutant in (None, *MUTANTS):
         folder = folders[mutant and mutant.name] = tmp_path_factory.mktemp("copy")

@@ -106,7 +106,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(run_dir: Path, t
 
 
 def test_the_target_of_a_link_is_never_removed(rank: OneRank, run_dir: Path, tmp_path: Path) -> None:
-    """An unfinished checkpoint, and one that no rule keeps, are links to folders elsewhere."""
+    """An unfinished checkpoint, and a checkpoint that no rule keeps, are links to folders elsewhere."""
     archive, precious = tmp_path / "archive", tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis").touch()
@@ -187,7 +187,7 @@ def test_retention_ignores_broken_checkpoints(
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir)
     flip(newest(run_dir) / FILES[3], at=-1)
-    # The steps saved from now on are others than the broken one's.
+    # From now on the run saves other steps than the broken one.
     rank.start(run_dir, "checkpoint.keep=1", "checkpoint.every=4", steps=4)
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [3, 4]
     assert "was altered" in caplog.text

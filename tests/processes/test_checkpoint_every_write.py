@@ -124,7 +124,7 @@ def test_training_continues_whichever_operation_fails(
         assert steps_of_whole(run_dir)[-1] == STEPS, number
         assert unfinished(run_dir) == [], number
         signs = [line.get("failed_saves") for line in lines(run_dir)]
-        assert open_files() == closes, number  # what could not be closed, and nothing more
+        assert open_files() == closes, number  # only files whose close failed
         assert signs in ([None] * STEPS, [None] * (BEFORE + 1) + [1] * (STEPS - BEFORE - 1)), number
         failed += signs[-1] is not None
         shutil.rmtree(run_dir)
@@ -178,7 +178,7 @@ def test_a_step_saved_again_replaces_the_broken_folder(
     shutil.copytree(altered, counted_dir := tmp_path / "counted")
     with counted_operations() as names:
         rank.start(counted_dir, steps=BEFORE)
-    # until the first rename it is a save like any other
+    # before the first rename this is a save like any other
     for number in range(names.index("rename") + 1, len(names) + 1):
         run_dir = tmp_path / f"run_{number}"
         start(rank, altered, run_dir, once(number), steps=BEFORE)

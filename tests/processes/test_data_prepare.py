@@ -1,4 +1,4 @@
-"""Prepared data is the text, complete or absent, prepared once, and never from other inputs than the run file's."""
+"""Prepared data equals the text, is complete or absent, is prepared once, and only from the run file's inputs."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def load(data: Data, folder: Path) -> Prepared:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Path]:
-    """A prepared book, which tests copy and do not change."""
+    """A prepared book; tests change only copies of it."""
     folder = tmp_path_factory.mktemp("whole")
     data = small_data(write_book(folder))
     prepared_from(data, folder / "data")
@@ -234,7 +234,7 @@ def test_a_single_chunk_cannot_be_held_out_from(tmp_path: Path) -> None:
     message = refused(data, tmp_path / "data")
     assert "is a single chunk of" in message
     assert "add text, set data.document_separator, or set data.split to 0" in message
-    # the next call uses what was written
+    # the next call uses the files written before
     assert prepared_from(data.model_copy(update={"split": 0.0}), tmp_path / "data").parts[0].sequences == 1
     assert "is a single chunk of" in refused(data, tmp_path / "data", by=load)
 

@@ -149,7 +149,7 @@ def test_lines_of_an_older_start_never_reach_the_newer_metrics(tmp_path: Path) -
 def test_a_superseded_save_changes_no_checkpoint(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
 ) -> None:
-    """A newer start begins right before each of a save's checks of the fence."""
+    """A newer start begins right before each check of the fence during a save."""
     run_dir = tmp_path / "run"
     rank.start(run_dir, steps=2)
     before = contents(run_dir / "checkpoints")

@@ -18,7 +18,7 @@ PartitionName=small AllowGroups=ALL Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMI
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make commands of SLURM that do what a line of bash says."""
+    """Create stubs of SLURM's commands, each from a line of bash."""
     return stub_commands(tmp_path / "bin", monkeypatch)
 
 

@@ -17,7 +17,7 @@ from tests.support.slurm import RUNNING, show, stub_commands, submitted
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make commands of SLURM that do what a line of bash says."""
+    """Create stubs of SLURM's commands, each from a line of bash."""
     return stub_commands(tmp_path / "bin", monkeypatch)
 
 

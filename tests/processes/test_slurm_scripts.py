@@ -80,7 +80,7 @@ def test_the_reference_job_requests_its_nodes_and_gpus() -> None:
             "--gpus-per-node=1",
         ]
     lengths = "1024,2048,4096,8192,16384"
-    # The last step's checkpoint by its name: no older one, even if this one is broken.
+    # Name the last step's checkpoint: an older one must not take its place, even if this one is broken.
     last = f"runs/alibi-1b3/checkpoints/step_{load_run('alibi-1b3').train.steps:07d}"
     assert f"  trainshort evaluate {last} --lengths {lengths} --protocol nonoverlapping\n" in scripts["evaluate"]
     assert f"  trainshort export {last} --format hf --out runs/alibi-1b3/export/hf\n" in scripts["export"]

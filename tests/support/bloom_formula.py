@@ -22,13 +22,13 @@ def bloom_logits(
     """Return logits, [batch, seq, vocab], in the weights' type, of tokens [batch, seq].
 
     Args:
-        weights: By logical name.
+        weights: Weights by logical name.
         tokens: Token ids.
-        layers: Blocks.
-        heads: Of each block.
-        penalty: What is added to scores, [heads, seq, seq]; ALiBi's unless given.
-        embedded: What is made of the embeddings, [batch, seq, hidden].
-        turned: What is made of queries, and of keys, [batch, heads, seq, head_dim].
+        layers: Number of blocks.
+        heads: Heads per block.
+        penalty: Bias to add to the scores, [heads, seq, seq]; ALiBi's by default.
+        embedded: Function to apply to the embeddings, [batch, seq, hidden].
+        turned: Function to apply to queries and to keys, [batch, heads, seq, head_dim].
     """
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -15,7 +15,7 @@ from tests.support.small_run import SHARED_DATA, small_run
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command printed, and its exit code."""
+    """Output and exit code of a command."""
 
     code: int
     out: str

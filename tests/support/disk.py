@@ -1,4 +1,4 @@
-"""Count the file operations of a save; make them fail, or kill the process, from one on."""
+"""Count the file operations of a save; make one fail, or all from one on, or kill the process there."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A manifest that was changed by somebody who knows its format: its hash fits again."""
+"""Edit a manifest as somebody who knows its format would: its hash matches again."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A process that forks one child for each file operation of a save; the child is killed there.
+"""Fork one child for each file operation of a save, and kill the child at that operation.
 
     python -m tests.support.killed_saves HOME BEGUN OUT STEPS FIRST
 

@@ -36,11 +36,11 @@ DIFFERENCE: Values = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What one rank measured in one layout.
+    """Measurements of one rank in one layout.
 
     Attributes:
-        rank, size: Of the tensor axis.
-        stage: Of the pipeline axis.
+        rank, size: Rank on the tensor axis, and its size.
+        stage: Pipeline stage.
         initial: This rank's slices of the initial weights, by name.
         steps: (loss, gradient norm) of each step.
         logits: This rank's columns by length, [1, length, local_vocab]; None except on the last stage.
@@ -86,13 +86,13 @@ def train_layouts(
     start_from: Path | None,
     more: tuple[str, ...] = (),
 ) -> list[Trained]:
-    """Train each layout in turn and save it to a run folder named after it; return what this rank measured.
+    """Train each layout in turn and save it to a run folder named after it; return this rank's measurements.
 
     Args:
         process: This process's rank.
         layouts: Keys of the `parallel` section.
         steps: The batches to train on.
-        folder: Where run folders go.
+        folder: Folder for the run folders.
         tokenizer: A sentencepiece model, for the checkpoints.
         start_from: A checkpoint to load first; None starts from the initial weights.
         more: Further overrides.
@@ -114,7 +114,7 @@ def name_of(keys: Mapping[str, Any], *, ranks: int) -> str:
 def train_one(
     process: ProcessRank, config: RunConfig, *, steps: range, tokenizer: Path, start_from: Path | None
 ) -> Trained:
-    """Train one run and save it at the end; return what this rank measured."""
+    """Train one run and save it at the end; return this rank's measurements."""
     engine, groups, layout = build(config, world_size=process.world_size)
     state = engine.state()
     initial = {name: state.read(name, "weight").clone() for name in state.parameters}

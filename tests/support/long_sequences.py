@@ -1,4 +1,4 @@
-"""Measure losses and peak memory of one long sequence, in a process of its own. Prints JSON."""
+"""Measure losses and peak memory of one long sequence in a separate process. Prints JSON."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def reference_losses(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def peak_gb() -> float:
-    """Return this process's peak memory. Not by getrusage, whose peak includes the process that started this one."""
+    """Return this process's peak memory. Do not use getrusage: its peak includes the parent process."""
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert match
     return int(match[1]) * 1024 / 1e9

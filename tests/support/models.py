@@ -1,4 +1,4 @@
-"""Decoders small enough to build in a moment, with weights that matter, and the same model in transformers."""
+"""Build small decoders in which every weight matters, and the same model in transformers."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ ONE_RANK = Group(0, 1, None)
 
 
 def learned_bias(heads: int, *, tensor: Group = ONE_RANK) -> LearnedBias:
-    """Return T5's bias of a model with so many heads, on one tensor rank; its weights are not set."""
+    """Return T5's bias of a model with `heads` heads, on one tensor rank; its weights are not set."""
     table = shards_of(Model(layers=1, hidden=heads, heads=heads, position="t5"), vocab_size=1)["positions.t5.weight"]
     return LearnedBias(table, tensor=tensor)
 
@@ -30,7 +30,7 @@ def learned_bias(heads: int, *, tensor: Group = ONE_RANK) -> LearnedBias:
 def make_decoder(
     heads: int, *, head_dim: int = 8, position: str = "alibi", backend: str = "sdpa", recompute: bool = False
 ) -> Decoder:
-    """Return a decoder of two blocks in one process, whose every weight moves the logits, at any width alike."""
+    """Return a decoder of two blocks in one process; at any width, every weight changes the logits."""
     start_alone()
     hidden = head_dim * heads
     model = Model(
@@ -53,9 +53,10 @@ def make_decoder(
 
 
 def make_wandering_decoder(*, position: str = "alibi") -> Decoder:
-    """Return a decoder of 4 heads whose greedy tokens keep changing, so that they tell what it attends to.
+    """Return a decoder of 4 heads whose greedy tokens keep changing, so that they depend on its attention.
 
-    The head shares the embedding, which makes most tokens their own likeliest successors: signs at random end that.
+    The output layer shares the embedding, so most tokens would be their own likeliest successors: random signs in the
+    final norm prevent that.
     """
     decoder = make_decoder(4, position=position)
     norm = decoder.layers[-1].norm
@@ -77,7 +78,7 @@ def bloom_names(*, layers: int = LAYERS) -> dict[str, str]:
 
 
 def bloom_of(weights: Mapping[str, Tensor], *, heads: int, layers: int = LAYERS) -> BloomForCausalLM:
-    """Return transformers' model of whole weights, placed by the project's own names."""
+    """Return transformers' Bloom with these whole weights, copied by the project's table of names."""
     vocab_size, hidden = weights["embedding.word.weight"].shape
     config = BloomConfig(vocab_size=vocab_size, hidden_size=hidden, n_layer=layers, n_head=heads)
     bloom = BloomForCausalLM(config)

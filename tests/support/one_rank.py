@@ -1,4 +1,4 @@
-"""A small run of one rank in the test's own process: built once, started as often as a test likes."""
+"""A small run of one rank in the test's own process: built once, started as often as a test needs."""
 
 import os
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class OneRank:
-    """What stays between starts: the engine, which every start fills again, and the data."""
+    """State shared by all starts: the engine, whose weights every start sets again, and the data."""
 
     overrides: list[str]
     prepared: Prepared
@@ -79,7 +79,7 @@ class OneRank:
         )
 
     def loader(self, config: RunConfig, *, samples: Samples | None = None) -> Loader:
-        """Return the loader of a run, over its own samples or over others."""
+        """Return the loader of a run, for its own samples or for others."""
         return Loader(
             samples or self.samples(config),
             seed=config.run.seed,
@@ -126,7 +126,7 @@ def one_rank(home: Path, *more: str) -> Iterator[OneRank]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread: more slow so small a model down, most of all on a busy machine."""
+    """Compute with one thread: more threads slow such a small model down, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The real command line in processes of its own, mostly on a quick run, and the metrics that it leaves."""
+"""Run the real command line in new processes, mostly on a quick run, and read the metrics it writes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.support.small_run import QUICK, SHARED_DATA, overrides_of, set_option
 
 PROGRAM = (sys.executable, "-P", "-m", "trainshort")
 PATIENCE_SECONDS = 240
-# What a line of metrics.jsonl holds beside times and memory: two runs that are alike have the same to the last bit.
+# Fields of metrics.jsonl except times and memory: identical runs agree in them to the last bit.
 EXACT = ("step", "loss", "grad_norm", "validation_loss", "learning_rate", "tokens_seen", "consumed_samples")
 
 
@@ -40,24 +40,24 @@ def quick(name: str, *overrides: str) -> list[str]:
 
 
 def command(name: str, *overrides: str) -> list[str]:
-    """Return the words that start a command on the quick run."""
+    """Return the whole command line of a command on the quick run."""
     return [*PROGRAM, *quick(name, *overrides)]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return this process's environment, in which trainshort is found, and more."""
+    """Return this process's environment with the project on PYTHONPATH and more variables."""
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
 def run(folder: Path, name: str, *overrides: str, **more: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command on the quick run, with more in its environment."""
+    """Run a command on the quick run, with more environment variables."""
     return trainshort(folder, *quick(name, *overrides), environment=environment(**more))
 
 
 def wait_until(
     true: Callable[[], Any], what: Callable[[], str], *, seconds: float = PATIENCE_SECONDS, pause_seconds: float = 0.1
 ) -> None:
-    """Wait until something is true, or fail with what was seen."""
+    """Wait until a condition is true, or fail with the message of `what`."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, what()
@@ -72,6 +72,6 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def exact(run_dir: Path) -> list[list[Any]]:
-    """Return what two runs that are alike have in common in each step; the runs have ended."""
+    """Return each step's fields in which identical runs agree; the run must have ended."""
     assert (run_dir / "metrics.jsonl").read_text().endswith("\n"), f"{run_dir} ends in a torn line"
     return [[line.get(key) for key in EXACT] for line in metrics(run_dir)]

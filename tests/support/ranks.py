@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, each in a process of its own, and collect the results."""
+"""Run a function on several gloo ranks, each in its own process, and collect the results."""
 
 import importlib
 import os
@@ -51,9 +51,9 @@ def run_ranks(function: Callable[..., Any], *, ranks: int, arguments: dict[str, 
 
 
 def start_again(process: ProcessRank, *, number: int) -> None:
-    """Leave all process groups and meet the other ranks again; number 0 keeps the first groups.
+    """Leave all process groups and join the other ranks again; number 0 keeps the first groups.
 
-    A test of many layouts needs it between two of them: gloo's threads of all groups at once would starve two cores.
+    Call this between two layouts: the gloo threads of all groups at once would starve two cores.
     """
     if number:
         stop()

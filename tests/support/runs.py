@@ -18,7 +18,7 @@ class Start:
     """One start of `trainshort train`.
 
     Attributes:
-        overrides: Of the demo run.
+        overrides: Overrides of the demo run.
         broken_copy_of: A finished run folder; the start begins from a copy of it, cut back to `after_step`.
         after_step: The last step of the copy, which ends in a torn line of metrics.
     """
@@ -36,7 +36,7 @@ def train_runs(process: ProcessRank, *, starts: list[Start]) -> None:
             _cut_back(each.broken_copy_of, Path(config.run.dir), after_step=each.after_step)
         dist.barrier()
         stop()
-        # train_rank starts and stops the groups itself: give it and the next barrier a rendezvous each.
+        # train_rank starts and stops the groups itself, so it and the next barrier each need a new rendezvous.
         train_rank(config, replace(process, rendezvous=f"{process.rendezvous}_{index}"))
         start(replace(process, rendezvous=f"{process.rendezvous}_{index}_after"))
 

@@ -62,5 +62,5 @@ def overrides_of(*parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def set_options(overrides: Iterable[str]) -> list[str]:
-    """Return overrides as words of a command line."""
+    """Return overrides as command-line arguments."""
     return [word for override in overrides for word in ("--set", override)]

@@ -1,4 +1,4 @@
-"""What tests of one function or class share: none of them starts a process, so that all run in seconds."""
+"""Fixtures of tests of one function or class. None of these tests starts a process, so all run in seconds."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system")
 
 
 def refuse_process(*_: Any, **__: Any) -> NoReturn:
-    """Fail the test that starts a process, also where the product starts it and catches what goes wrong."""
+    """Fail a test that starts a process, even if the product starts it and catches errors."""
     pytest.fail("a process was started: such a test belongs in tests/processes")
 
 

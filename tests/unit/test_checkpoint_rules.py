@@ -67,7 +67,7 @@ def saved(losses: dict[int, float | None]) -> dict[Path, Manifest]:
     ],
 )
 def test_the_last_every_nth_and_the_best_are_kept(rules: dict[str, int], kept: list[int]) -> None:
-    # the best of equals is the newer one
+    # of two equal losses, the newer checkpoint is the best
     whole = saved({10: 3.0, 20: 2.5, 30: 2.0, 40: None, 50: 2.5, 60: 2.6})
     removed = checkpoints_to_remove(whole, rules=CheckpointRules(**rules))
     assert [manifest.step for path, manifest in whole.items() if path not in removed] == kept
@@ -295,7 +295,7 @@ def test_fewer_steps_than_were_taken_are_refused(rank: OneRank, run_dir: Path) -
 
 def test_steps_past_a_schedule_that_ends_at_zero_are_refused(rank: OneRank, run_dir: Path) -> None:
     more = [f"train.steps={STEPS + 1}", f"train.decay_steps={STEPS}"]
-    make_ready(rank.config(run_dir, *more), world_size=1, device="cpu")  # the demo's ends above zero
+    make_ready(rank.config(run_dir, *more), world_size=1, device="cpu")  # the demo's learning rate ends above zero
     with pytest.raises(InputError, match=r"train.steps is 5, but from step 4 on the learning rate is 0 .*; set train"):
         make_ready(rank.config(run_dir / "new", *more, "train.min_learning_rate=0"), world_size=1, device="cpu")
 

@@ -14,7 +14,7 @@ from training.families.table import parameter_count
 
 
 def test_parameter_counts_are_the_published_ones() -> None:
-    # bloom-560m and bloom-7b1 as their model cards and state dicts count them.
+    # The counts of bloom-560m and bloom-7b1 in their model cards and state dicts.
     assert parameter_count(Model(layers=24, hidden=1024, heads=16), vocab_size=250880) == 559_214_592
     assert parameter_count(Model(layers=30, hidden=4096, heads=32), vocab_size=250880) == 7_069_016_064
 

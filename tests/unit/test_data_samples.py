@@ -79,9 +79,9 @@ def test_an_index_is_built_once_for_each_seed_length_and_split(tmp_path: Path) -
     again = training(prepared, split=0.1)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "index").rglob("*")} == files
     assert np.array_equal(first.read(range(len(first))), again.read(range(len(first))))
-    # megatron-core's own name of an index is the same for another split
+    # megatron-core gives the index of another split the same name
     assert len(training(prepared, split=0.5)) < 0.8 * len(first)
-    # a temporary folder would be of an interrupted build
+    # a temporary folder would mean an interrupted build
     assert not list((tmp_path / "index").glob(".*"))
 
 
@@ -170,7 +170,7 @@ def test_held_out_batches_are_the_same_samples_for_any_ranks(tmp_path: Path) -> 
     one = batches(8, 1, 1)
     assert len(one) == len({tuple(row) for row in one}) == 8
     assert batches(8, 2, 2) == batches(9, 2, 4) == batches(8, 4, 2) == one
-    # at least one micro-batch per rank, repeated where there are too few
+    # at least one micro-batch per rank, repeated if there are too few
     assert batches(1, 2, 2) == one[:4]
     many = batches(2 * len(samples), 1, 1)
     assert len({tuple(row) for row in many}) == len(samples)

@@ -1,4 +1,4 @@
-"""Text comes out of files as it went in; what is wrong with a file is one line."""
+"""Text is read from files exactly as it was written; an error in a file is reported in one line."""
 
 import gzip
 import json
@@ -56,7 +56,7 @@ def jsonl(*texts: str) -> bytes:
 )
 def test_plain_and_compressed_files_give_their_text_verbatim(tmp_path: Path, ending: str, pack) -> None:
     text = tmp_path / f"book.txt{ending}"
-    # two streams one after the other are one file, as `cat a.gz b.gz` makes them
+    # a file may hold two streams, as `cat a.gz b.gz` writes them
     text.write_bytes(pack(TEXT.encode()) + pack(b"more\n"))
     assert read(text) == [TEXT + "more\n"]
     records = tmp_path / f"book.jsonl{ending}"
@@ -83,7 +83,7 @@ def test_a_separator_cuts_a_text_file_into_documents(tmp_path: Path) -> None:
 
 
 def joined(text: str, *, part: int, size: int, separator: str | None) -> list[str]:
-    """Cut a text that is read in parts of this many characters, and join its chunks to documents."""
+    """Read a text in parts of `part` characters, cut it into chunks, and join the chunks to documents."""
     parts = [text[start : start + part] for start in range(0, len(text), part)]
     chunks = list(cut_documents(parts, size=size, separator=separator))
     assert all(len(chunk.text) <= size for chunk in chunks)
@@ -162,7 +162,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> No
 
 @pytest.mark.parametrize(
     ("ending", "pack"),
-    # a checksum, as the zstd command writes it and this library does not by itself
+    # with a checksum: the zstd command writes one, this library does not by default
     [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor(write_checksum=True).compress)],
 )
 def test_broken_and_cut_archives_are_refused(tmp_path: Path, ending: str, pack) -> None:

@@ -1,4 +1,4 @@
-"""Which predictions windows score, found by placing each window in plain lists."""
+"""Check which predictions the windows score, by placing each window in plain lists."""
 
 import pytest
 from hypothesis import given

@@ -106,7 +106,7 @@ def test_a_new_position_and_kernel_train(registered: pytest.MonkeyPatch, tmp_pat
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     assert all(0 < step["loss"] < 10 and 0 < step["validation_loss"] < 10 for step in steps)
-    # What was saved is read by its words, on another kernel, and certified against the promise again.
+    # The checkpoint loads by the names in its config, on another kernel, and is certified again.
     single = load_single(open_checkpoint(run_dir))
     (reader,) = single.certificate["ranks"]
     assert (reader["position"], reader["backend"], reader["slopes_sha256"]) == ("logarithmic", "sdpa", None)

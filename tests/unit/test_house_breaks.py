@@ -1,4 +1,4 @@
-"""Each of the house's rules sees what breaks it, and leaves alone what only looks like it."""
+"""Each house rule reports code that breaks it, and accepts code that only looks like it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The house keeps its rules: floors and libraries, what imports torch, names, lengths, and where a choice is made."""
+"""The code keeps its rules: floors and libraries, what imports torch, names, lengths, and where a choice is made."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -23,7 +23,7 @@ TESTS = sources_of("tests")
 
 # These libraries import torch, or take as long to import.
 HEAVY = ("torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "mlflow")
-# A login node imports these: they load none of them, neither alone nor through others.
+# A login node imports these: they must load no heavy library, neither directly nor indirectly.
 LIGHT = (
     "configs/",
     "parallel/axes.py",
@@ -61,7 +61,7 @@ SLOW_TO_IMPORT = (
     "training/run.py",
 )
 SLOW_TO_IMPORT_LIMIT = 18
-# A logger is one per module by nature, and so is the function that a script starts with.
+# Each module that logs has its own logger.
 NAMES_OF_MANY_MODULES = ("logger",)
 
 CHOICES = (
@@ -88,7 +88,7 @@ def none_of(problems: Iterable[str]) -> None:
 
 
 def needs_deepspeed(name: str, imported: str) -> bool:
-    """Return whether an import loads DeepSpeed or megatron-core; the latter's data sets stand for themselves."""
+    """Return whether an import loads DeepSpeed or megatron-core; megatron's datasets do not count."""
     data = name.startswith("data_pipeline/") and is_part_of(imported, "megatron.core.datasets")
     return not data and (is_part_of(imported, "deepspeed") or is_part_of(imported, "megatron"))
 

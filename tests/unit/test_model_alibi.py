@@ -108,7 +108,7 @@ def test_a_generated_token_reuses_the_row_that_is_kept() -> None:
 
 
 class Watched(SlopeBias):
-    """Remembers the types that were asked for."""
+    """Records the requested types."""
 
     def __init__(self) -> None:
         super().__init__(torch.tensor([0.5], dtype=torch.float64))

@@ -55,7 +55,7 @@ def test_slope_times_key_is_over_the_limit_even_in_fp32() -> None:
     assert max(head.absolute.worst for head in found.heads) > 10 * LIMITS[torch.float32]
 
 
-# What is wrong, as a change to the right bias.
+# Faults, each as a change to the right bias.
 BROKEN = {
     "rounded to bf16": lambda right: right.bfloat16().float(),
     "wrong sign": lambda right: torch.where(right.isinf(), right, -right),

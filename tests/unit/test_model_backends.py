@@ -1,4 +1,4 @@
-"""The backends made for GPUs, as far as a CPU can tell: their formula and their calls."""
+"""The backends made for GPUs, as far as a CPU can test them: their formula and their calls."""
 
 import sys
 from types import ModuleType
@@ -45,8 +45,8 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A stand-in for flash-attn, and what it was called with.
 
     It follows flash_attn_func's documentation: layout [batch, seq, heads, head_dim]; scale 1 / sqrt(head_dim); causal
-    and ALiBi aligned to the bottom right, the bias being -slope * |i + keys - queries - j|; slopes fp32. It says
-    whether our call means what we want by that documentation. It does not replace a run on hardware.
+    and ALiBi aligned to the bottom right, the bias being -slope * |i + keys - queries - j|; slopes fp32. It checks
+    our call against that documentation. It does not replace a run on hardware.
     """
     calls: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""The certificate: what it measures on a real decoder, and each wrong thing that it refuses, by rank."""
+"""The certificate: its measurements on a real decoder, and each fault that it refuses, by rank."""
 
 import math
 from dataclasses import replace
@@ -52,7 +52,7 @@ def promised(heads: int, *, position: str = "alibi") -> torch.Tensor:
 
 
 def measured(head_slopes: list[float] | None, *, heads: list[int], position: str = "alibi") -> tuple[float, float]:
-    """Recency and error of an attention that has some slopes where these heads' are due."""
+    """Recency and error of attention that uses `head_slopes` where the slopes of `heads` are expected."""
     bias = SlopeBias(None if head_slopes is None else torch.tensor(head_slopes, dtype=torch.float64))
     expected = promised(HEADS, position=position)[heads]
     recency, error = recency_and_error(Sdpa(bias), torch.zeros(1, len(heads), LONG, 8), expected=expected).tolist()
@@ -60,7 +60,7 @@ def measured(head_slopes: list[float] | None, *, heads: list[int], position: str
 
 
 def statement(rank: int, *, heads: list[int], used: list[float] | None, stage: int = 0) -> Certificate:
-    """What a rank that holds some heads states when its attention uses some slopes."""
+    """The certificate of a rank that holds `heads` and whose attention uses the slopes in `used`."""
     recency, error = measured(used, heads=heads)
     return Certificate(
         rank=rank,
@@ -79,7 +79,7 @@ def statement(rank: int, *, heads: list[int], used: list[float] | None, stage: i
 
 
 def two_ranks() -> list[Certificate]:
-    """Right statements of two tensor ranks."""
+    """Correct certificates of two tensor ranks."""
     halves = [list(range(4)), list(range(4, 8))]
     return [statement(r, heads=heads, used=[slopes(HEADS)[h] for h in heads]) for r, heads in enumerate(halves)]
 
@@ -103,7 +103,7 @@ def test_right_ranks_are_accepted() -> None:
 
 
 def test_the_first_heads_slopes_on_every_rank_are_refused() -> None:
-    # The mistake that peers shipped for months: it trains.
+    # Other projects shipped this mistake for months: it trains without an error.
     first = [slopes(HEADS)[head] for head in range(4)]
     wrong = [two_ranks()[0], statement(1, heads=[4, 5, 6, 7], used=first)]
     assert "rank 1 (tensor 1, stage 0, data 0) does not have the slopes of its heads 4, 5, 6, 7" in refusal(wrong)
@@ -298,7 +298,7 @@ def test_slopes_of_another_ranks_place_are_refused(groups: Groups) -> None:
 
 
 class WrongPastABlock(SlopeBias):
-    """Right in the first block of queries, and wrong in one that reads a strip of so many rows further left."""
+    """A bias that is right within the first query block, and wrong past it in the first `rows` rows of the strip."""
 
     def __init__(self, right: SlopeBias, *, rows: int) -> None:
         super().__init__(right.local_slopes)

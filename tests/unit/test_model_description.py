@@ -33,7 +33,7 @@ def test_every_word_of_the_schema_has_its_implementation() -> None:
     for name in AVAILABLE:
         assert FAMILIES[name].load().name == name
         assert callable(FAMILIES[name].load_layers())
-    # One file per choice: no two words share one.
+    # One file per choice: no two values share a file.
     rows = (*POSITIONS.values(), *BACKENDS.values(), *(FAMILIES[name] for name in AVAILABLE))
     files = [str(row.implementation).rpartition(".")[0] for row in rows]
     assert len(set(files)) == len(files)
@@ -61,7 +61,7 @@ def test_initial_weights_have_the_described_std(family: str) -> None:
         if shard.init_std is None:
             assert parameter.unique().tolist() == [1.0 if name.endswith("norm.weight") else 0.0], name
         else:
-            # What adds to the residual stream is smaller, by the square root of how often something is added.
+            # Weights that add to the residual stream are smaller, by the square root of the number of additions.
             adds = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
             assert float(parameter.detach().std()) == pytest.approx(0.25 if adds else 0.5, rel=0.05), name
 

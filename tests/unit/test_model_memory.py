@@ -1,4 +1,4 @@
-"""What attention keeps for the backward pass: linear in the length, whatever the positions."""
+"""The memory that attention keeps for the backward pass is linear in the length, with any position method."""
 
 import pytest
 import torch

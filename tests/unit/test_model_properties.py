@@ -68,7 +68,7 @@ def test_earlier_tokens_move_no_score_between_later_ones(
     attend = BACKENDS[backend](bias_of(position))
     q, k, v = random_qkv(seq, far + seq, seed=seed)
     q[..., -1], k[..., -1] = 1.0, 0.0
-    k[:, :, :far, -1] = -1e5  # no query looks there: what is left is the same attention at later positions
+    k[:, :, :far, -1] = -1e5  # no query attends there: the rest is the same attention at later positions
     alone = attend(q, k[:, :, far:], v[:, :, far:])
     torch.testing.assert_close(attend(q, k, v), alone, atol=1e-12, rtol=0)
 

@@ -50,7 +50,7 @@ def test_decoder_equals_the_formula_with_llamas_rotation(backend: str, length: i
     tokens = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     rates = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    # Llama's own table is fp32; its turn takes any.
+    # Llama's own table is fp32; its rotation takes any type.
     angles = (torch.arange(length, dtype=torch.float64)[:, None] * rates).repeat(1, 2)[None]
 
     def turned(x: torch.Tensor) -> torch.Tensor:

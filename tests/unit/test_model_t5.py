@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def their_buckets(relative: torch.Tensor) -> torch.Tensor:
-    """Buckets of key position less query position, as T5's decoder has them."""
+    """Buckets of key position minus query position, as in T5's decoder."""
     found: torch.Tensor = T5Attention._relative_position_bucket(
         relative, bidirectional=False, num_buckets=T5_BUCKETS, max_distance=MAX_DISTANCE
     )

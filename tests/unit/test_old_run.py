@@ -1,4 +1,4 @@
-"""A run folder that version 0.1.0 wrote, with data prepared by it: still read, and trained on to the same losses."""
+"""A run folder and data from version 0.1.0 can still be read, and training continues with the same losses."""
 
 import json
 import shutil

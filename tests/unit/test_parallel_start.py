@@ -1,4 +1,4 @@
-"""Who a process is, from what its starter left in the environment."""
+"""Find a process's rank from the environment variables that its starter set."""
 
 import os
 

@@ -24,7 +24,7 @@ class FileEntry:
 
 
 class NewFile:
-    """A file that a thread hashes while it is being written, and that is on disk once it is finished."""
+    """A file that a thread hashes while it is written; `finish` flushes it to disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -35,7 +35,7 @@ class NewFile:
         self._hashed: Future[None] | None = None
 
     def write(self, data: Bytes) -> None:
-        """Append bytes, which must not change before the next call: they may still be being hashed."""
+        """Append bytes. They must not change before the next call: the thread may still be hashing them."""
         assert self._handle is not None, f"{self._path} is finished"
         self._wait_for_hash()
         left = memoryview(data)
@@ -54,7 +54,7 @@ class NewFile:
 
     def close(self) -> None:
         """Close the file, whole or not; closing it again does nothing."""
-        # Forget the handle first: a close that fails frees its number all the same, and it must not be closed twice.
+        # Forget the handle first: a failed close frees the descriptor too, and it must not be closed twice.
         handle, self._handle = self._handle, None
         self._hasher.shutdown()
         if handle is not None:
@@ -77,7 +77,7 @@ def write_file(path: Path, parts: Iterable[Bytes]) -> FileEntry:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a new folder, and the one that contains it where that does not exist."""
+    """Make a new folder, and its parent if that does not exist."""
     if not folder.parent.is_dir():
         os.mkdir(folder.parent)
         # without this a power cut could remove the parent with every checkpoint saved in it
@@ -86,7 +86,7 @@ def make_folder(folder: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Rename a folder; atomic, but not yet safe from a power cut."""
+    """Rename a folder. Atomic, but a power cut may undo it until the parent is flushed."""
     os.rename(path, new)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, how its files are named, and how to find one. No torch.
+"""Checkpoint folders: their contents, their file names, and how to find one. No torch.
 
     step_0000100/
         manifest.json                               format, step, layout, tensors, size and hash of each file
@@ -68,7 +68,7 @@ class SavedState(TrainState):
     Attributes:
         probe_loss: Mean loss of a fixed small batch, nats per token.
         order_hash: Hash of the samples that come next.
-        validation_loss: Validation loss measured after this step; None where it was not measured.
+        validation_loss: Validation loss measured after this step; None if it was not measured.
     """
 
     probe_loss: FiniteFloat
@@ -102,7 +102,7 @@ class CheckpointFolder:
 
 
 FolderCheck = Callable[[Path], Manifest]
-"""Returns the manifest of a checkpoint folder, or raises InputError where the checkpoint is broken."""
+"""Returns the manifest of a checkpoint folder, or raises InputError if the checkpoint is broken."""
 
 
 def file_name(*, stage: int, tensor: int, kind: str) -> str:
@@ -154,11 +154,11 @@ def candidate_folders(path: Path) -> list[Path]:
 def first_whole(folders: Sequence[Path], *, check: FolderCheck) -> tuple[Path, Manifest]:
     """Return the first whole checkpoint and its manifest.
 
-    A broken one is named in a warning, skipped, and left in place.
+    Warn about each broken one, skip it and leave it in place.
 
     Args:
         folders: Folders to try in order, at least one.
-        check: How thoroughly to check each.
+        check: Checks one folder and returns its manifest.
     Raises:
         InputError: none is whole.
     """
@@ -173,7 +173,7 @@ def first_whole(folders: Sequence[Path], *, check: FolderCheck) -> tuple[Path, M
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
-    """Return a checkpoint folder and its manifest, or the newest of a run folder whose files have the right sizes.
+    """Return the checkpoint at a path, or a run folder's newest with the right file sizes, and its manifest.
 
     Raises:
         InputError: there is none, or none is whole.
@@ -194,7 +194,7 @@ def read_manifest(folder: Path) -> Manifest:
         if size > MAX_MANIFEST_BYTES:  # before reading it into memory
             raise ValueError(f"it has {size} bytes")
         data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        if data["format"] != CHECKPOINT_FORMAT:  # before the hash, which another format may compute in another way
+        if data["format"] != CHECKPOINT_FORMAT:  # before the hash: another format may compute it differently
             raise InputError(
                 f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {CHECKPOINT_FORMAT}: "
                 "use the version that wrote it"
@@ -223,7 +223,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def hash_problems(folder: Path, files: dict[str, FileEntry]) -> Iterator[str]:
-    """Read files of a checkpoint, several at a time; yield those whose content is not what was written."""
+    """Hash files of a checkpoint, several at a time; yield a line for each whose content is not what was written."""
 
     def problem(name: str, entry: FileEntry) -> str | None:
         try:
@@ -254,7 +254,7 @@ def check_whole(folder: Path) -> Manifest:
 
 
 def needed_files(manifest: Manifest, *, kinds: Collection[str]) -> dict[str, FileEntry]:
-    """Return the files of some kinds of state, and those that are always needed."""
+    """Return the files of some kinds of state, plus the files that are always needed."""
     return {
         name: entry
         for name, entry in manifest.files.items()
@@ -301,7 +301,7 @@ def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"checkpoint file {folder / name} {seen}, expected {entry.bytes}"
     names = {CONFIG_NAME, TOKENIZER_NAME}
     for stage in {entry.stage for entry in manifest.tensors.values()}:
-        # A forged manifest may claim any number of ranks. With more ranks than files, one of the first ranks has none.
+        # A forged manifest may claim any number of ranks: one rank more than there are files finds a missing file.
         ranks = range(min(manifest.tensor, len(manifest.files) + 1))
         names |= {file_name(stage=stage, tensor=rank, kind="weight") for rank in ranks}
     for name in sorted(names - manifest.files.keys()):

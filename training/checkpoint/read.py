@@ -76,14 +76,14 @@ class Checkpoint:
         return self._slice(name, kind=kind, part=None)
 
     def slice(self, shard: Shard, *, kind: str, part: tuple[int, int] | None) -> Tensor:
-        """Return one of a model's tensors, or a slice of it; no other bytes are read.
+        """Return a tensor of the model, or a slice of it; read no other bytes.
 
         Args:
             shard: The tensor.
             kind: Kind of state: a weight or a moment.
             part: The [start, stop) of the split dimension; None for the whole tensor.
         Raises:
-            InputError: the checkpoint has another shape, or none, for it; or its files contradict its manifest.
+            InputError: the checkpoint lacks it or has another shape, or its files contradict its manifest.
         """
         self._entry_of(shard)
         return self._slice(shard.name, kind=kind, part=part)
@@ -95,7 +95,7 @@ class Checkpoint:
             shards: Tensors of the model.
             kinds: Kinds of state that will be loaded.
         Raises:
-            InputError: the checkpoint has another shape, or none, for one; or its files contradict its manifest.
+            InputError: the checkpoint lacks one or has another shape, or its files contradict its manifest.
         """
         by_stage: defaultdict[int, list[Shard]] = defaultdict(list)
         for shard in shards:
@@ -106,7 +106,7 @@ class Checkpoint:
                     self._check_header(file, self._saved_shard(shard.name), tensor_rank=rank)
 
     def _entry_of(self, shard: Shard) -> TensorEntry:
-        """Return the entry of a model's tensor, which must have the model's shape."""
+        """Return the manifest's entry of a model's tensor after checking its shape."""
         entry = self.manifest.tensors.get(shard.name)
         if entry is None or entry.shape != shard.shape:
             seen = "nothing" if entry is None else f"{list(entry.shape)}"
@@ -128,7 +128,7 @@ class Checkpoint:
         if shard.dim is None:
             return self._read(shard, kind=kind, stage=stage, tensor_rank=0, rows=None)
         start, stop = part or (0, shard.shape[shard.dim])
-        # A rank may hold nothing but padding: it asks for no rows, and gets an empty tensor.
+        # A rank that holds only padding asks for no rows and gets an empty tensor.
         no_rows = (*shard.shape[: shard.dim], 0, *shard.shape[shard.dim + 1 :])
         parts = [torch.zeros(no_rows)]
         for rank in range(self.manifest.tensor):
@@ -140,7 +140,7 @@ class Checkpoint:
         return torch.cat(parts, dim=shard.dim)
 
     def _read(self, shard: Shard, *, kind: str, stage: int, tensor_rank: int, rows: tuple[int, int] | None) -> Tensor:
-        """Read rows of the split dimension out of one tensor rank's file; all of it where `rows` is None."""
+        """Read rows of the split dimension out of one tensor rank's file; all of it if `rows` is None."""
         window = slice(None) if rows is None else slice(*rows)
         with self._open_file(stage=stage, tensor_rank=tensor_rank, kind=kind) as file:
             saved = self._check_header(file, shard, tensor_rank=tensor_rank)
@@ -148,7 +148,7 @@ class Checkpoint:
             return value
 
     def _check_header(self, file: Any, shard: Shard, *, tensor_rank: int) -> Any:
-        """Return safetensors' lazy slice of a tensor, once its type and shape are those of the manifest."""
+        """Return safetensors' lazy slice of a tensor after checking its type and shape against the manifest."""
         saved = file.get_slice(shard.name)
         expected = local_shape(shard, tensor_rank=tensor_rank, tensor_size=self.manifest.tensor)
         dtype, shape = saved.get_dtype(), tuple(saved.get_shape())
@@ -162,7 +162,7 @@ class Checkpoint:
     @contextmanager
     def _open_file(self, *, stage: int, tensor_rank: int, kind: str) -> Iterator[Any]:
         path = self.path / file_name(stage=stage, tensor=tensor_rank, kind=kind)
-        if path.name not in self.manifest.files:  # neither its size nor its hash was checked
+        if path.name not in self.manifest.files:  # so neither its size nor its hash was checked
             raise InputError(f"checkpoint {self.path} has no file {path.name}: use another checkpoint")
         try:
             with safe_open(path, framework="pt") as file:
@@ -172,9 +172,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint folder, or the newest whole checkpoint of a run folder, for its weights.
+    """Open a checkpoint folder, or the newest whole checkpoint of a run folder, to read its weights.
 
-    Every byte of the weights is checked.
+    Check every byte of the weights.
 
     Raises:
         InputError: there is none, or none is whole.
@@ -192,7 +192,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def open_on_all_ranks(path: Path, *, kinds: Sequence[str], world: Group) -> Checkpoint:
     """Open one checkpoint on every rank: a folder, or the newest whole checkpoint of a run folder. A collective.
 
-    Every byte that loading needs is checked by one of the ranks.
+    One of the ranks checks each byte that loading needs.
 
     Args:
         path: A checkpoint or a run folder.
@@ -218,7 +218,7 @@ def open_on_all_ranks(path: Path, *, kinds: Sequence[str], world: Group) -> Chec
         assert manifest is not None, "without a problem there is a manifest"
         return manifest
 
-    # Rank 0 alone lists the folders: on a shared file system other nodes may still see an older list.
+    # Only rank 0 lists the folders: on a shared file system other nodes may still see an older list.
     folders = broadcast_from_first(lambda: candidate_folders(path), group=world)
     return _with_config(*first_whole(folders, check=check))
 

@@ -15,15 +15,15 @@ from training.checkpoint.manifest import CONFIG_NAME, find_checkpoint, saved_sha
 
 @dataclass(frozen=True)
 class Cut:
-    """How one tensor is split now and would be split.
+    """How a checkpoint splits one tensor, and how another layout would.
 
     Attributes:
         name: Logical name.
         rule: How tensor ranks split it.
         tied: Whether several pipeline stages hold it.
         shape: Whole shape.
-        saved: Rows, or columns, that each tensor rank saved; empty where it is not split.
-        wanted: Those that each tensor rank would hold.
+        saved: Rows, or columns, that each tensor rank saved; empty if it is not split.
+        wanted: Rows, or columns, that each tensor rank would hold.
         padding: Rows of zeros that make the last rank's slice as large as the others'; neither saved nor read.
     """
 
@@ -45,7 +45,7 @@ class Reshape:
         tensor: Tensor ranks of the layout that saved it.
         pipeline: Stages of that layout.
         layout: The layout that would resume it.
-        cuts: Its tensors.
+        cuts: How each tensor is split.
         state_bytes: Weights and optimizer state on disk; every byte is read once per data rank.
     """
 

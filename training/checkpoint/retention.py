@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 def apply_retention(rules: CheckpointRules, *, run_dir: Path, fence: Fence, broken: Collection[Path]) -> None:
-    """Remove the checkpoints that no rule keeps. If the disk fails, warn and go on.
+    """Remove the checkpoints that no rule keeps. If the disk fails, warn and continue.
 
     Args:
         rules: The run's section.
         run_dir: The run folder.
         fence: Shows whether this start of the run is still the newest; an older start removes nothing.
-        broken: Checkpoints whose content is known to be altered. They, and those that are not whole, are neither
-            counted nor removed.
+        broken: Checkpoints whose content is known to be altered. Like incomplete ones, they are neither counted nor
+            removed.
     """
     try:
         for folder in checkpoints_to_remove(_whole_checkpoints(run_dir, broken=broken), rules=rules):
@@ -43,6 +43,7 @@ def checkpoints_to_remove(whole: dict[Path, Manifest], *, rules: CheckpointRules
         rules: The run's section.
     """
     measured = [path for path, manifest in whole.items() if manifest.validation_loss is not None]
+    # lowest loss first; of equal losses, the newest
     best = sorted(measured, key=lambda path: (whole[path].validation_loss, -whole[path].step))
     kept = {*list(whole)[-rules.keep :], *best[: rules.keep_best]}
     if rules.keep_every:
@@ -53,8 +54,8 @@ def checkpoints_to_remove(whole: dict[Path, Manifest], *, rules: CheckpointRules
 def remove_unfinished(checkpoints: Path, *, fence: Fence) -> None:
     """Remove the unfinished checkpoints of starts that were cut short; warn about each.
 
-    One of an older start that is still alive is removed too: its save fails, and it ends when it next checks the
-    fence. One of a newer start is kept: this start may have been superseded since it last checked.
+    Also remove those of an older start that is still alive: its save fails, and it ends when it next checks the
+    fence. Keep those of a newer start: this start may have been superseded since it last checked.
     """
     for folder in sorted(checkpoints.glob(".step_*")):
         if not fence.may_remove(folder.name.removeprefix(".").partition(".")[2]):
@@ -70,7 +71,7 @@ def remove_unfinished(checkpoints: Path, *, fence: Fence) -> None:
 def _whole_checkpoints(run_dir: Path, *, broken: Collection[Path]) -> dict[Path, Manifest]:
     whole = {}
     for checkpoint in list_checkpoints(run_dir):
-        # A link leads to a checkpoint elsewhere, which is not this run's to remove.
+        # A link leads to a checkpoint elsewhere: this run must not remove it.
         if checkpoint.path.absolute() not in broken and not checkpoint.path.is_symlink():
             try:
                 whole[checkpoint.path] = read_manifest(checkpoint.path)

@@ -26,8 +26,8 @@ class Verdict:
 
     Attributes:
         path: Its folder.
-        manifest: Its table of contents; None where that cannot be read.
-        problems: What is wrong, one line each; empty where no check failed.
+        manifest: Its table of contents; None if it cannot be read.
+        problems: What is wrong, one line each; empty if no check failed.
     """
 
     path: Path
@@ -88,13 +88,13 @@ def _check_bytes(folder: Path) -> Verdict:
     verdict = _check_sizes(folder)
     if verdict.manifest is None:
         return verdict
-    # The format of altered files is not checked: errors in it would follow from the alteration.
+    # Do not check the format of altered files: the alteration explains any error in it.
     problems = [*hash_problems(folder, verdict.manifest.files)] or [*_format_problems(folder, verdict.manifest)]
     return Verdict(folder, verdict.manifest, tuple(problems))
 
 
 def _format_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield the tensor files that are invalid or incomplete, which a forged manifest with right hashes may list."""
+    """Yield the tensor files that are invalid or incomplete; a forged manifest may list them with correct hashes."""
     names_of: dict[int, set[str]] = {}
     for name, entry in manifest.tensors.items():
         names_of.setdefault(entry.stage, set()).add(name)

@@ -1,9 +1,9 @@
 """Save a checkpoint from all ranks, into a staging folder that is renamed once it is complete.
 
-The order of the operations makes a folder with a step's name always whole, whenever the process is killed or the
-power fails: the tensors are on disk before the manifest is written, and the manifest before the folder is renamed.
+A folder with a step's name is always whole, even if the process is killed or the power fails, because of the order
+of a save: the tensors are on disk before the manifest is written, and the manifest before the folder is renamed.
 
-No rank may leave another waiting in a collective. So each keeps the errors of its own disk until all ranks meet; then
+No rank may leave another waiting in a collective. So each rank keeps its own disk errors until all ranks meet; then
 all raise the same one.
 """
 
@@ -116,7 +116,7 @@ def _prepare(staging: Path, *, folder: Path, fence: Fence) -> None:
 
 
 def _write_part(state: State, staging: Path, *, folder: Path, groups: Groups, fence: Fence) -> _RankPart:
-    """Write this rank's files; return its first error instead of raising, since other ranks still wait in reads."""
+    """Write this rank's files; return its first error instead of raising, since other ranks wait in reads."""
     stage = groups.pipeline.rank
     tensors = {name: TensorEntry(s.shape, s.rule, stage, s.tied) for name, (_, s) in state.parameters.items()}
     shapes = {
@@ -150,7 +150,7 @@ class _RankWriter:
         self._files: dict[str, TensorFile] = {}
 
     def unless_failed(self, action: Callable[[], None]) -> None:
-        """Do something that may fail, unless something failed before."""
+        """Run an action unless an earlier one failed; keep its error."""
         try:
             if self.problem is None:
                 with _as_save_error(self._folder):
@@ -178,7 +178,7 @@ class _RankWriter:
 
 @contextmanager
 def _as_save_error(folder: Path) -> Iterator[None]:
-    """Raise a disk's error in the block as a SaveError that names the checkpoint."""
+    """Turn a disk error in the block into a SaveError that names the checkpoint."""
     try:
         yield
     except OSError as error:
@@ -191,7 +191,7 @@ def _join(parts: Sequence[_RankPart], *, saved_state: SavedState, groups: Groups
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
     for part in parts:
-        # World ranks come in order of stages: the first stage that holds a tied tensor is the one that saved it.
+        # World ranks are in order of stages, and the first entry wins: the first stage saved the tied tensors.
         tensors = {**part.tensors, **tensors}
         files.update(part.files)
     return Manifest(
@@ -207,7 +207,7 @@ def _join(parts: Sequence[_RankPart], *, saved_state: SavedState, groups: Groups
 def _complete(
     staging: Path, folder: Path, manifest: Manifest, *, config: RunConfig, tokenizer: Path, fence: Fence
 ) -> None:
-    """Write the files that belong to no rank, and rename the folder once all of it is on disk."""
+    """Write the files that belong to no rank, and rename the folder once everything is on disk."""
     with _as_save_error(folder):
         manifest.files[CONFIG_NAME] = disk.write_file(staging / CONFIG_NAME, [dump_run(config).encode()])
         manifest.files[TOKENIZER_NAME] = disk.write_file(staging / TOKENIZER_NAME, [tokenizer.read_bytes()])
@@ -225,10 +225,10 @@ def _complete(
 def _rename_into_place(staging: Path, folder: Path) -> None:
     """Rename a complete staging folder to its final name.
 
-    A broken checkpoint may have that name, after a resume from an older one. It is renamed first, since a rename
-    cannot replace a folder that is not empty, and removed last. A kill in between loses only the broken one.
+    After a resume from an older checkpoint, a broken one may have that name. Rename it first, since a rename cannot
+    replace a folder that is not empty, and remove it last. A kill in between loses only the broken one.
     """
-    # a random part: an earlier one that could not be removed may still be there
+    # add a random part: an earlier replaced folder that could not be removed may still be there
     replaced = staging.with_name(f"{staging.name}.{secrets.token_hex(4)}.old")
     replaces = folder.exists()
     if replaces:
@@ -250,7 +250,7 @@ def _rename_into_place(staging: Path, folder: Path) -> None:
 
 
 def _is_tied_copy(shard: Shard, *, groups: Groups) -> bool:
-    # The first and the last stage hold the word embedding, and every stage a learned bias; the first one saves it.
+    # The first and last stage hold the word embedding, every stage a learned bias: only the first stage saves them.
     return shard.tied and groups.pipeline.rank > 0
 
 

@@ -12,7 +12,7 @@ import torch
 from configs.errors import TrainshortError
 from training.evaluation.windows import WindowProtocol, Windows, place_windows
 
-# inputs of one pass through the model
+# inputs of one forward pass
 BATCH_TOKENS = 8192
 # exp overflows fp64 above this loss, so there is no perplexity to report
 _HIGHEST_LOSS = math.log(1e300)
@@ -27,7 +27,7 @@ class Scorer(Protocol):
         Args:
             tokens: [batch, length + 1] int64, of any length.
         Returns:
-            Those of tokens[:, 1:] in nats, [batch, length] fp32.
+            Of tokens[:, 1:], in nats, [batch, length] fp32.
         """
         ...
 
@@ -70,14 +70,14 @@ def measure_loss(
         tokens: The text, [tokens], int64.
         length: Inputs of a window.
         protocol: How the window moves.
-        batch_tokens: Inputs of one pass through the model at most, but never less than one window.
+        batch_tokens: Most inputs of one forward pass; a pass has at least one window.
         progress: Called after each pass with the number of inputs in it, windows x length.
     Raises:
         InputError: the text is shorter than a window, or the protocol does not fit the length.
         TrainshortError: the loss is nan, or too large for a perplexity.
     """
     windows = place_windows(len(tokens), length=length, protocol=protocol)
-    # a view of every window at stride 1, [tokens - length, length + 1]; indexing copies the windows of a batch alone
+    # a view of every window at stride 1, [tokens - length, length + 1]; indexing copies only a batch's windows
     views = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
     batch = max(1, batch_tokens // length)
     total = 0.0

@@ -17,9 +17,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _GREY = "#555555"
 # a background for text, so that it stays readable across a line
 _TEXT_BOX = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-# The unigram baseline is drawn up to this multiple of the highest perplexity; further up it would flatten the curves.
+# Draw the unigram baseline up to this multiple of the highest perplexity; a higher one would flatten the curves.
 _BASELINE_RATIO = 1.5
-# ratio of the highest perplexity to the lowest from which the axis is logarithmic
+# make the axis logarithmic from this ratio of the highest perplexity to the lowest
 _LOGARITHMIC_RATIO = 6.0
 
 

@@ -40,7 +40,7 @@ def build_report(
         "step": step,
         "train_length": train_length,
         "position": rank["position"],
-        # of the evaluation; training may have used others
+        # those of the evaluation: training may have used others
         "attention": rank["backend"],
         "precision": rank["precision"],
         "data": {"name": text.name, "tokens": len(text.tokens), "words": text.words},

@@ -28,7 +28,7 @@ class Measurement:
     Attributes:
         length: Inputs of a window, in tokens.
         protocol: How the window moves.
-        inputs: Inputs of all windows, windows x length: the work it takes.
+        inputs: Inputs of all windows, windows x length: a measure of the work.
     """
 
     length: int
@@ -81,7 +81,7 @@ def plan_measurements(lengths: Sequence[int], protocols: Sequence[WindowProtocol
     Raises:
         InputError: a length or a stride does not fit. The message names all lengths that are too long for the text.
     """
-    # place_windows would stop at the first one; a user wants to know all of them.
+    # place_windows reports only the first one: report all of them.
     too_long = [length for length in dict.fromkeys(lengths) if length > tokens - 1]
     if too_long and tokens > 1:
         named = ", ".join(map(str, too_long))
@@ -137,7 +137,7 @@ def _track(
 ) -> None:
     """Add the results to the MLflow run of the training.
 
-    A metric per protocol and length, logged at the checkpoint's step, so that checkpoints of a run can be compared.
+    Log one metric per protocol and length at the checkpoint's step, so that checkpoints of a run can be compared.
     """
     values: dict[str, float] = {}
     for result in results:

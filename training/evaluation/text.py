@@ -67,7 +67,7 @@ def _prepared(checkpoint: Checkpoint) -> Prepared:
     # Not run.dir of the configuration: the run folder may have been moved.
     folder = Path(data.dir) if data.dir else checkpoint.run_dir / "data"
     prepared = load_prepared(data, folder=folder)
-    # Token ids of another tokenizer would be scored without an error, as another text.
+    # Without this check, another tokenizer's ids would be scored as other text, without an error.
     if hashlib.sha256(checkpoint.tokenizer.read_bytes()).hexdigest() != prepared.tokenizer_sha256:
         raise InputError(
             f"data in {folder} was prepared again with another tokenizer than that of {checkpoint.path}: "

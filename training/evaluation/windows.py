@@ -41,7 +41,7 @@ class Windows:
 
     @property
     def scored(self) -> int:
-        """Predictions scored by all windows: those of tokens 1 to `scored`."""
+        """Number of predictions that all windows score: tokens 1 to `scored`."""
         return self.length + (self.count - 1) * self.stride
 
     def starts(self, first: int, last: int) -> npt.NDArray[np.int64]:

@@ -18,7 +18,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = out.absolute()
     require_new(out)
-    # Beside `out`, so on the same file system, where a rename is atomic. The process id keeps two exports apart.
+    # Beside `out`: a rename is atomic only within one file system. The process id keeps two exports apart.
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -33,7 +33,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def require_new(out: Path) -> None:
-    """Refuse a path that is taken; an empty folder is not.
+    """Refuse a path that exists, unless it is an empty folder.
 
     Raises:
         InputError: `out` is a file or holds files.

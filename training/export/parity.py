@@ -10,7 +10,7 @@ from training.export.formats.table import TextTokenizer
 
 # An export is compared at the training length and at this multiple of it.
 COMPARED_MULTIPLE = 4
-# relative to the largest logit, or to 1 where that is smaller
+# relative to the largest logit, or to 1 if that is smaller
 LOGIT_TOLERANCE = 1e-4
 
 # White space, normalization, byte fallback, special tokens spelled out, code: where two tokenizers may differ.

@@ -62,7 +62,7 @@ class ExportResult:
 
 
 def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResult:
-    """Write a checkpoint's model for inference engines. The folder appears whole and compared, or not at all.
+    """Write a checkpoint's model for inference engines. The folder appears only once it is whole and compared.
 
     The folder also holds the certificate of the exported model's positions, certificate.json.
 
@@ -98,7 +98,7 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResu
 
 
 def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, file: Path) -> None:
-    """Add the certificate to the run folder and its MLflow run, if the checkpoint still lies in its run folder."""
+    """Add the certificate to the run folder and its MLflow run, if the checkpoint is still in its run folder."""
     run_dir = checkpoint.run_dir
     if not config_file(run_dir).is_file():
         return
@@ -141,7 +141,7 @@ def _held_out_tokens(checkpoint: Checkpoint, *, count: int) -> torch.Tensor | No
     try:
         tokens = held_out_text(checkpoint).tokens[:count]
     except InputError:
-        # The data may be on another machine. Random tokens compare the logits as well.
+        # The data may be on another machine. Random tokens compare the logits just as well.
         return None
     return torch.from_numpy(tokens.copy()) if len(tokens) == count else None
 

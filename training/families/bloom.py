@@ -11,7 +11,7 @@ from parallel.parameter import Rule, Shard
 from training.families.description import QKV_ORDER, Family, Parameter
 
 Names = tuple[str, str, str]
-"""Of one module: here, in transformers, in GGUF."""
+"""A module's names: here, in transformers, in GGUF."""
 
 
 def _parameters(model: Model, vocab_size: int) -> tuple[Parameter, ...]:

@@ -1,7 +1,7 @@
 """A model's parameters, described once. Imports no torch.
 
-The modules take shapes, split rules and initial values from it; so do initial weights, checkpoints, the parameter
-count and export, which also takes the names in other formats.
+Modules, initial weights, checkpoints, the parameter count and export all take shapes, split rules and initial values
+from here. Export also takes the names in other formats.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ class Parameter:
 
     Attributes:
         shard: Its logical name, whole shape, split rule and initial values.
-        huggingface: Its name in transformers' model of the family; None where that has no place for it.
+        huggingface: Its name in transformers' model of the family; None if that model has no place for it.
         gguf: Its name in a GGUF file, likewise.
         is_qkv: Whether its rows are a fused query, key and value, which other formats may want in another order.
     """
@@ -38,10 +38,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Family:
-    """A design of blocks, described.
+    """The description of one block design.
 
     Attributes:
-        name: What `model.family` says.
+        name: Value of `model.family`.
         parameters: Function from a model and its vocabulary size to its parameters, without position tables.
         norm_epsilon: Added to the variance in each LayerNorm.
         huggingface_qkv, gguf_qkv: Order of the rows of a fused query-key-value matrix in these formats.

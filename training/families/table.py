@@ -1,4 +1,4 @@
-"""The description of a model, and what follows from it. Imports no torch."""
+"""A model's parameters, and the shards, names and count derived from them. Imports no torch."""
 
 from math import prod
 
@@ -28,14 +28,14 @@ def shards_of(model: Model, *, vocab_size: int) -> Shards:
 def huggingface_names(model: Model) -> dict[str, str]:
     """Return the names of a model's parameters in transformers' model of its family, by logical name.
 
-    A parameter without a place there, a learned position table, is left out.
+    A learned position table is left out: transformers' model has no place for it.
     """
     parameters = describe(model, vocab_size=1)  # names do not depend on the vocabulary
     return {parameter.shard.name: name for parameter in parameters if (name := parameter.huggingface) is not None}
 
 
 def parameter_count(model: Model, *, vocab_size: int) -> int:
-    """Return how many numbers a model trains; a tied parameter counts once.
+    """Return the number of a model's parameters; a tied one counts once.
 
     Args:
         model: The decoder's shape.

@@ -15,7 +15,7 @@ class Attention(Protocol):
     bias: Bias
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return what each query reads from the keys before it; the queries are the last positions.
+        """Return the output of causal attention; the queries are the last positions of the keys.
 
         Args:
             q: [batch, local_heads, queries, head_dim].
@@ -29,7 +29,7 @@ class Attention(Protocol):
 
 @runtime_checkable
 class AttentionBlock(Protocol):
-    """What a family's block must have, by which the certificate finds and measures it.
+    """Attributes of each family's block, by which the certificate finds and measures it.
 
     Attributes:
         attend: Its attention.
@@ -41,7 +41,7 @@ class AttentionBlock(Protocol):
 
 
 def make_attention(attention: str, bias: Bias) -> Attention:
-    """Return the kernel that a value of `model.attention` means, with a bias.
+    """Return the kernel for a value of `model.attention`, with a bias.
 
     Raises:
         MachineError: the kernel cannot run on this machine.

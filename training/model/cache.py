@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-ROOM = 256  # tokens that fit behind a prompt: most generations are shorter and copy nothing
+ROOM = 256  # tokens that fit after a prompt: most generations are shorter and copy nothing
 
 
 class KeyValueCache:
@@ -29,7 +29,7 @@ class KeyValueCache:
         end = self.length + k.shape[2]
         pair = self._pairs.get(block)
         if pair is None or pair[0].shape[2] < end:
-            # Double it when it must grow: copies then cost a constant per token.
+            # Double the size to grow: copies then cost amortized constant time per token.
             size = max(end + ROOM, 0 if pair is None else 2 * pair[0].shape[2])
             pair = (_grown(pair and pair[0], like=k, size=size), _grown(pair and pair[1], like=v, size=size))
             self._pairs[block] = pair

@@ -1,4 +1,4 @@
-"""The decoder: its list of layers, the same for one process and for pipeline stages, and all of them in one module."""
+"""The decoder: its list of layers, the same with and without pipeline stages, and one module of all layers."""
 
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
     def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Return the states before the head: [batch, seq] -> [batch, seq, hidden].
 
-        With a cache the tokens follow those in it, and are added to it.
+        With a cache, the tokens follow those in it and are added to it.
         """
         x: Tensor = self.embedding(tokens)
         for layer in self.layers:

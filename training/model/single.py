@@ -15,7 +15,7 @@ from training.model.cache import KeyValueCache
 from training.model.decoder import Decoder, plan_layers
 from training.model.proof.certificate import certificates_to_json, certify
 
-HEAD_TOKENS = 1024  # tokens whose logits exist at one time
+HEAD_TOKENS = 1024  # tokens whose logits are in memory at one time
 READ_OTHERWISE = "read the checkpoint with another torch or on another machine, and report this"
 
 
@@ -23,7 +23,7 @@ class SingleModel:
     """A decoder with whole weights on one device.
 
     Attributes:
-        certificate: What was measured of its positions.
+        certificate: The certificate of its positions, as plain values.
     """
 
     def __init__(self, decoder: Decoder, *, device: torch.device, certificate: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ class SingleModel:
             Negative log-likelihood in nats of tokens[:, 1:], [batch, length] fp32, on the CPU.
         """
         tokens = tokens.to(self._device)
-        x = self._decoder.hidden(tokens[:, :-1]).flatten(0, 1)
+        x = self._decoder.hidden(tokens[:, :-1]).flatten(0, 1)  # [batch * length, hidden]
         targets = tokens[:, 1:].flatten()
         losses = [
             split_cross_entropy(self._decoder.logits(part), target)
@@ -53,8 +53,8 @@ class SingleModel:
         """Return the logits of the token after the last, [batch, vocab] fp32 on the CPU.
 
         Args:
-            tokens: Those that follow the ones in the cache, [batch, new] int64.
-            cache: What was seen before; the new tokens are added to it.
+            tokens: The tokens that follow those in the cache, [batch, new] int64.
+            cache: Keys and values of the tokens before; the new tokens are added to it.
         """
         x = self._decoder.hidden(tokens.to(self._device), cache)
         return self._decoder.logits(x[:, -1]).cpu()
@@ -67,9 +67,9 @@ class SingleModel:
 
 
 def load_single(checkpoint: Checkpoint) -> SingleModel:
-    """Return the model of a checkpoint of any layout, in fp32 and by the default attention, whatever it trained with.
+    """Return the model of a checkpoint of any layout, in fp32 with the default attention, whatever it trained with.
 
-    Also where it trained with `reference`, which computes all scores at once: no evaluation at length could hold them.
+    `reference` is replaced too: it computes all scores at once, which do not fit in memory at long lengths.
 
     Raises:
         TrainshortError: its positions are wrong; see `training.model.proof.certificate`.

@@ -61,11 +61,11 @@ class TrackingTarget:
 
 
 def set_mlflow_defaults() -> None:
-    """Set defaults with which MLflow neither blocks training for long nor sends telemetry; the user's settings win.
+    """Set defaults so that MLflow neither blocks training for long nor sends telemetry; the user's settings win.
 
     Call it before mlflow is imported: it reads some of these at import.
     """
-    # mlflow has no other interface for these settings than environment variables
+    # mlflow takes these settings only from environment variables
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -113,7 +113,7 @@ class MlflowRun:
         self._logged_steps = logged_steps
 
     def log(self, metrics: Sequence[StepMetrics]) -> None:
-        """Log metrics, also of steps already logged."""
+        """Log metrics, even of steps already logged."""
         self._log(metrics, tags=[])
 
     def log_artifact(self, path: Path, *, folder: str | None) -> None:
@@ -173,7 +173,7 @@ def open_recorded_run(target: TrackingTarget) -> MlflowRun:
     client = _client(target.uri)
     if _find_run(client, record.run_id) is None:
         raise LookupError(f"run {record.run_id} is not there any more")
-    # no logged steps: what is added here may be of any step
+    # no logged steps: metrics added here may be of any step
     return MlflowRun(client, record.run_id, logged_steps={})
 
 
@@ -195,7 +195,7 @@ def import_client() -> type[Any]:
 
 def _client(uri: str) -> Any:
     client = import_client()
-    # it logs one line per migration of a new database
+    # alembic logs one line per migration of a new database
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return client(tracking_uri=uri)
 

@@ -26,9 +26,9 @@ from training.tracking.record import default_uri, flatten, read_record, without_
 
 _logger = logging.getLogger(__name__)
 
-# one request for all metrics of this time: a request per step would hold the interpreter lock too often
+# one request for all metrics of this period: a request per step would hold the interpreter lock too often
 _BATCH_SECONDS = 2.0
-# the pauses between tries double from the tracker's first one up to this
+# pauses between retries double from the first one up to this
 _LONGEST_PAUSE_SECONDS = 300.0
 # bounds the memory that an outage takes; metrics.jsonl has everything anyway
 _MAX_WAITING_RECORDS = 100_000
@@ -141,7 +141,7 @@ class MlflowTracker:
 def attach(run_dir: Path, *, uri: str | None) -> MlflowTracker | None:
     """Return a tracker that adds to the MLflow run of a run folder, or None if there is no such run.
 
-    It logs metrics of any step, also of steps already logged. End it with `close`.
+    It logs metrics of any step, even of steps already logged. End it with `close`.
 
     Args:
         run_dir: The run folder.

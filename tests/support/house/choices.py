@@ -1,4 +1,4 @@
-"""A value that a run file can choose is asked for in the files of that choice alone."""
+"""Find code that compares a run file's value outside the files of that choice."""
 
 import ast
 from collections.abc import Collection, Iterable, Iterator
@@ -14,7 +14,7 @@ class ChoiceRule:
     Attributes:
         key: The key of the run file, or the option of the command line.
         words: Its values.
-        places: The files, and the folders with a slash at the end, that may ask which value it is.
+        places: The files, and the folders (ending with a slash), that may compare its value.
     """
 
     key: str
@@ -33,7 +33,7 @@ class ChoiceRule:
         return {node.name for file in files for node in file.tree.body if isinstance(node, ast.ClassDef)}
 
 
-# Words of several keys: only beside the name of the key do they mean this one.
+# Values of several keys: they count only next to the name of this key.
 AMBIGUOUS_WORDS = ("auto", "none")
 
 
@@ -45,7 +45,7 @@ def choice_problems(source: Source, rules: Iterable[ChoiceRule]) -> Iterator[str
         for node in source.nodes:
             words = _words_asked_for(node)
             asked = sorted(word for word in words if word in rule.words and not _means_another(word, node, rule))
-            # One key of a dict may be a word by chance, in JSON say; two make it a table by the values of the choice.
+            # One key of a dict may be a value by chance, as in JSON; with two, the dict is a table of the choice.
             by_chance = isinstance(node, ast.Dict) and len(set(words) & set(rule.words)) < 2
             if asked and not by_chance:
                 line = getattr(node, "lineno", 0)

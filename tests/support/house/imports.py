@@ -1,4 +1,4 @@
-"""Who imports whom: floors, owners of libraries, and what a module pulls in with it."""
+"""Check imports: floors, owners of libraries, and what a module imports indirectly."""
 
 import ast
 from collections import deque
@@ -48,10 +48,10 @@ def import_problems(source: Source) -> Iterator[str]:
 
 
 def environment_problems(source: Source) -> Iterator[str]:
-    """Yield reads of the environment outside the files that may."""
+    """Yield reads of the environment outside the files that may read it."""
     if source.name.startswith(ENVIRONMENT_READERS):
         return
-    # A library's own settings may be given a default there: that is no reading.
+    # Setting a default for a library's own variable is not a read.
     given = [node.value for node in source.nodes if isinstance(node, ast.Attribute) and node.attr == "setdefault"]
     for node in source.nodes:
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb") and node not in given:
@@ -67,7 +67,7 @@ def is_part_of(imported: str, library: str) -> bool:
 
 
 def import_routes(sources: Iterable[Source], reaches: Callable[[str, str], bool]) -> dict[str, str]:
-    """Return the modules whose import alone brings something in, each with its shortest route there.
+    """Return the modules that import something, even indirectly, each with the shortest route to it.
 
     Args:
         sources: The files that may import each other.
@@ -107,7 +107,7 @@ def _importers(direct: Mapping[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _at_import_time(node: ast.AST) -> Iterator[str]:
-    """Yield what an import of the module imports: not what its functions do, nor what only types need."""
+    """Yield what the module imports when it is loaded; leave out imports in functions and for type checking."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue

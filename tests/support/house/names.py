@@ -1,4 +1,4 @@
-"""What things are called, who may use a name, and how long things may get."""
+"""Check names, uses of private names, and the length of files and functions."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from tests.support.house.source import FLOORS, Source
 
 FILE_LINES, FUNCTION_LINES, TEST_NAME_LENGTH = 400, 50, 60
-# Of the standard library and third parties; a name of ours never stands here.
+# Private names of the standard library and third parties; never add one of ours.
 PRIVATE_NAMES_OF_OTHERS = ("_asdict", "_exit", "_fields", "_replace", "_relative_position_bucket")
 # Calls that take the name of an attribute as a string.
 _NAMED_ATTRIBUTE = ("attrgetter", "delattr", "getattr", "hasattr", "object", "patch", "setattr")

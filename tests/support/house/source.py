@@ -1,4 +1,4 @@
-"""The files that the house's rules are about, parsed."""
+"""Parse the files that the house rules check."""
 
 import ast
 from dataclasses import dataclass

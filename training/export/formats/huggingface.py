@@ -141,7 +141,7 @@ def load_exported(folder: Path) -> Any:
     """Return an exported folder's model as transformers loads it, in fp32.
 
     Raises:
-        TrainshortError: transformers misses weights, or does not know some.
+        TrainshortError: weights are missing, or transformers does not know some.
     """
     loader: Any = transformers.AutoModelForCausalLM  # its types leave out output_loading_info
     with quiet_transformers():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from configs.schema import Model
 
-# Formats that are planned. They are refused with a message of their own.
+# Planned formats, refused with their own message.
 _PLANNED = ("gguf",)
 
 
@@ -36,8 +36,8 @@ class LengthLimit:
     """The longest sequence that a format's reader can run within memory.
 
     Attributes:
-        tokens: Its tokens.
-        reason: Why no longer one, for the report of an export.
+        tokens: Its length in tokens.
+        reason: Why not longer, for the report of an export.
     """
 
     tokens: int
@@ -91,7 +91,7 @@ class ExportFormat(Protocol):
         Returns:
             A function from tokens, [1, seq] int64, to logits, [1, seq, vocab] fp32.
         Raises:
-            TrainshortError: the engine misses weights, or does not know some.
+            TrainshortError: weights are missing, or the engine does not know some.
         """
         ...
 

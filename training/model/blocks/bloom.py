@@ -19,7 +19,7 @@ from training.model.positions.method import PositionMethod
 
 
 class EmbeddingNorm(nn.Module):
-    """The layer behind the word embedding: absolute positions where the method has them, LayerNorm, dropout."""
+    """The layer after the word embedding: absolute positions if the method has them, LayerNorm, dropout."""
 
     def __init__(self, model: Model, shards: Shards, *, position: PositionMethod) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class EmbeddingNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return [batch, seq, hidden] -> [batch, seq, hidden]; with a cache, of tokens that follow those in it."""
+        """Return [batch, seq, hidden] -> [batch, seq, hidden]; with a cache, x follows the tokens in it."""
         if self.recompute and torch.is_grad_enabled():
             out: Tensor = checkpoint(self._forward, x, cache, use_reentrant=False)
             return out
@@ -95,7 +95,7 @@ class FinalNorm(nn.Module):
         self.norm = layer_norm(shards, "final_norm", epsilon=BLOOM.norm_epsilon)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return [batch, seq, hidden] -> [batch, seq, hidden]; it looks at no token before."""
+        """Return [batch, seq, hidden] -> [batch, seq, hidden]; the cache is not used."""
         out: Tensor = self.norm(x)
         return out
 

@@ -22,7 +22,7 @@ class Flex:
         here = self._slopes.on(q.device)
 
         def penalized(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            # Behind a cache the first query is not the first position.
+            # With a cache, the first query is not at position 0.
             return score if here is None else score - here[head] * (query + (keys - queries) - key)
 
         flex_attention, mask = _flex_kernel(q.device.type), _flex_mask(queries, keys, device=q.device)
@@ -44,5 +44,5 @@ def _flex_mask(queries: int, keys: int, *, device: torch.device) -> Any:
     def seen(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query + (keys - queries) >= key
 
-    # Compiled, the mask is computed block by block; otherwise [queries, keys] would exist for a moment.
+    # Compiled, it computes the mask block by block; otherwise it allocates all of [queries, keys] for a moment.
     return create_block_mask(seen, None, None, queries, keys, device=str(device), _compile=device.type == "cuda")

@@ -14,7 +14,7 @@ KERNEL_READS = 8  # elements of a mask that a GPU kernel loads together, of any 
 class Sdpa:
     """Blocks of QUERY_BLOCK queries over one strip of bias; each block sees only the keys before its end.
 
-    Causality forbids half of the scores, and this way most of that half is not computed.
+    The causal mask removes half of the scores; this way, most of that half is not computed.
     """
 
     def __init__(self, bias: Bias) -> None:
@@ -26,7 +26,7 @@ class Sdpa:
         if self.bias.causal_only and queries in (1, keys):
             return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)
         rows = min(queries, QUERY_BLOCK)
-        # A GPU kernel wants the mask in the queries' type. The bias is relative, so rounding it loses little.
+        # GPU kernels need the mask in the queries' type. The bias is relative, so rounding it loses little.
         dtype = q.dtype if q.is_cuda else torch.promote_types(torch.float32, q.dtype)
         strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)
         # A mask that needs a gradient makes torch compute and keep all scores: recompute each block instead.
@@ -35,7 +35,7 @@ class Sdpa:
         for start in range(0, queries, QUERY_BLOCK):
             query = q[:, :, start : start + QUERY_BLOCK]
             seen = keys - queries + start + query.shape[2]
-            # The strip ends at the last key of all: this block's part is its last rows and its last `seen` columns.
+            # The bias depends on distance alone: any block takes the strip's last rows and last `seen` columns.
             mask = strip[:, :, rows - query.shape[2] :, keys - seen :]
             block = (query, k[:, :, :seen], v[:, :, :seen], mask)
             blocks.append(_attend_recomputed(*block) if recompute else _attend_block(*block))
@@ -43,7 +43,7 @@ class Sdpa:
 
 
 def _attend_recomputed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attend, and again in the backward pass instead of keeping the scores; nothing random has to be repeated."""
+    """Attend, and recompute it in the backward pass instead of keeping the scores; nothing in it is random."""
     out: Tensor = checkpoint(_attend_block, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
     return out
 
@@ -58,10 +58,10 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def aligned(mask: Tensor) -> Tensor:
-    """Return a mask [1, heads, rows, keys] whose start and rows are aligned as a GPU kernel reads them.
+    """Return a mask [1, heads, rows, keys] with its start and rows aligned as a GPU kernel reads them.
 
-    A slice of the shared strip costs no memory in any layer. But torch copies a mask whose strides are no multiples
-    of 8 elements, and the kernel refuses one that begins between them.
+    A slice of the shared strip costs no memory in any layer. But torch copies a mask whose strides are not
+    multiples of 8 elements, and the kernel refuses one that does not start at a multiple.
     """
     if all(offset % KERNEL_READS == 0 for offset in (mask.storage_offset(), *mask.stride()[:-1])):
         return mask

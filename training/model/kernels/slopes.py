@@ -13,7 +13,7 @@ class DeviceSlopes:
         self._slopes = bias.local_slopes
 
     def on(self, device: torch.device) -> Tensor | None:
-        """Return the slopes [local_heads] fp32 on a device, None where the bias has none."""
+        """Return the slopes [local_heads] fp32 on a device, None if the bias has none."""
         if self._slopes is not None and (self._slopes.device, self._slopes.dtype) != (device, torch.float32):
             self._slopes = self._slopes.to(device, torch.float32)
         return self._slopes

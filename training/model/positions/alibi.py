@@ -17,7 +17,7 @@ from training.model.positions.method import PositionMethod, local_heads
 
 
 class Alibi(PositionMethod):
-    """Minus a slope per head times the distance."""
+    """Add minus the head's slope times the distance to each score."""
 
     def __init__(self, model: Model, *, tensor: Group, table: Shard | None) -> None:
         """Build the method for one tensor rank; there is no table."""
@@ -39,8 +39,8 @@ class Alibi(PositionMethod):
 def slopes(heads: int) -> list[float]:
     """Return the slope of every head of the model.
 
-    A power of two n gets the geometric sequence that begins at its own ratio, 2^(-8/n). Any other number gets
-    those of the power of two below, then every other one of the power of two above.
+    For a power of two n, a geometric sequence that begins at its own ratio, 2^(-8/n). For any other number, the
+    slopes of the power of two below, then every other slope of the power of two above.
     """
     below = 2 ** int(math.log2(heads))
     first = [2.0 ** (-8.0 * (head + 1) / below) for head in range(below)]

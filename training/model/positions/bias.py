@@ -1,4 +1,4 @@
-"""What a position method adds to the scores, as a strip: the last queries of a sequence on all its keys.
+"""The bias that a position method adds to the scores, as a strip: a sequence's last queries by all its keys.
 
 A bias depends on distance alone, so one strip serves every block of queries: the block that ends at key k
 needs the strip's last k columns. Nothing of size [seq, seq] is kept.
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 QUERY_BLOCK = 256
-ALIGNED = 16  # elements: a GPU kernel copies a mask whose rows are no multiple of 8 long or begin between them
+ALIGNED = 16  # elements; on a GPU torch copies a mask whose rows begin or end off a multiple of 8
 
 
 class Bias(Protocol):
     """The bias of one tensor rank's heads.
 
     Attributes:
-        local_slopes: ALiBi's slopes, [local_heads] fp64, for kernels that compute the bias themselves; None where
+        local_slopes: ALiBi's slopes, [local_heads] fp64, for kernels that compute the bias themselves; None if
             there are none.
         learned: Whether it has parameters.
-        causal_only: Whether nothing but causality is added.
+        causal_only: Whether it is the causal mask alone.
     """
 
     local_slopes: Tensor | None
@@ -42,10 +42,10 @@ class Bias(Protocol):
 
 
 class SlopeBias:
-    """ALiBi's bias; without slopes, causality alone.
+    """ALiBi's bias; without slopes, the causal mask alone.
 
-    It keeps one strip of QUERY_BLOCK rows for all layers and calls, and one of a single row for the next token
-    behind a cache.
+    Keeps one strip of QUERY_BLOCK rows for all layers and calls, and one of a single row for the next token after a
+    cache.
     """
 
     learned = False
@@ -65,6 +65,7 @@ class SlopeBias:
             # Round the width of a single row up to a power of two, so that generation rarely recomputes it.
             width = power_of_two(keys) if rows == 1 else padded(keys)
             strip = self._strips[height] = self._make(rows=height, keys=width, device=device, dtype=dtype)
+        # a smaller strip is the last rows and columns: they have the same distances
         return strip[None, :, height - rows :, strip.shape[2] - keys :]
 
     def _make(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """The base class of position methods: embed, rotate, bias, and the penalty that a method promises.
 
-Each method is a subclass in a file of its own, named by its row in `configs.positions`. This base class is the method
+Each method is a subclass in its own file, named by its row in `configs.positions`. This base class is the method
 `none`.
 """
 
@@ -25,7 +25,7 @@ def local_heads(heads: int, *, tensor: Group) -> range:
 
 
 class PositionMethod:
-    """No positions: order enters through causality alone.
+    """No positions: order enters only through the causal mask.
 
     Attributes:
         heads: Global numbers of this tensor rank's heads.
@@ -39,32 +39,32 @@ class PositionMethod:
         Args:
             model: The decoder's shape.
             tensor: The tensor axis.
-            table: The learned table where `configs.positions` gives the method one.
+            table: The learned table, if `configs.positions` gives the method one.
         """
         self.heads = local_heads(model.heads, tensor=tensor)
         self.bias: Bias = SlopeBias(None)
         self.module: nn.Module | None = None
 
     def embed(self, x: Tensor, *, start: int) -> Tensor:
-        """Return embeddings [batch, seq, hidden] with their positions; `start` is that of the first token."""
+        """Return embeddings [batch, seq, hidden] with their positions; the first token is at `start`."""
         return x
 
     def rotate(self, q: Tensor, k: Tensor, *, start: int) -> tuple[Tensor, Tensor]:
-        """Return queries and keys [batch, local_heads, seq, head_dim], turned by their positions from `start` on."""
+        """Return queries and keys [batch, local_heads, seq, head_dim], rotated by their positions from `start` on."""
         return q, k
 
     @classmethod
     def promised_slopes(cls, heads: int) -> Sequence[float] | None:
-        """Return the slope of each of the model's heads, or None where the promise is no slope per head."""
+        """Return the slope of each of the model's heads, or None if the method promises no slopes."""
         return None
 
     def penalty(self, distances: int) -> Tensor:
         """Return the promised penalty at each distance, which the certificate checks.
 
-        It must be computed another way than `bias`, or an error would be on both sides.
+        Compute it in another way than `bias`, or an error would be on both sides.
 
         Args:
-            distances: How many, from 0 on.
+            distances: Number of distances, from 0 on.
         Returns:
             [local_heads, distances] fp64, on the CPU.
         """
@@ -72,7 +72,7 @@ class PositionMethod:
 
 
 def position_method(position: str) -> type[PositionMethod]:
-    """Return the class of a value of `model.position`."""
+    """Return the class for a value of `model.position`."""
     method: type[PositionMethod] = POSITIONS[position].load()
     return method
 

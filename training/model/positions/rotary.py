@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys turned by an angle that grows with position. A baseline of the paper.
+"""Rotary positions: queries and keys rotated by an angle that grows with position. A baseline of the paper.
 
 Source: Su et al., "RoFormer", 2021, section 3.4.2, with the halves of a head paired as in GPT-NeoX and Llama.
 """
@@ -15,15 +15,15 @@ BASE = 10000.0
 
 
 class Rotary(PositionMethod):
-    """Queries and keys turned; values are not, so the output holds no position."""
+    """Rotate queries and keys, but not values, so that the output holds no position."""
 
     def rotate(self, q: Tensor, k: Tensor, *, start: int) -> tuple[Tensor, Tensor]:
-        """Return queries and keys [batch, local_heads, seq, head_dim], turned by their positions from `start` on."""
+        """Return queries and keys [batch, local_heads, seq, head_dim], rotated by their positions from `start` on."""
         return rotate(q, start=start), rotate(k, start=start)
 
 
 def rotate(x: Tensor, *, start: int = 0) -> Tensor:
-    """Return queries or keys turned by their positions, [batch, local_heads, seq, head_dim], in their own type.
+    """Return queries or keys rotated by their positions, [batch, local_heads, seq, head_dim], in their own type.
 
     A score then depends on the distance of query and key alone.
 
@@ -32,7 +32,7 @@ def rotate(x: Tensor, *, start: int = 0) -> Tensor:
         start: Position of the first.
     """
     end = start + x.shape[2]
-    # A table as long as the next power of two: a generation that grows by a token reuses it.
+    # Round the table's length up to a power of two, so that generation reuses it from token to token.
     wide = torch.promote_types(torch.float32, x.dtype)
     table = turns(power_of_two(end), head_dim=x.shape[3], device=x.device, dtype=wide)
     cos, sin = (part[start:end] for part in table)  # [seq, head_dim / 2]

@@ -18,7 +18,7 @@ class Sinusoidal(PositionMethod):
     """A fixed vector per position, added to the embedding."""
 
     def embed(self, x: Tensor, *, start: int) -> Tensor:
-        """Return [batch, seq, hidden]: scaled embeddings plus the vectors of positions `start` on."""
+        """Return [batch, seq, hidden]: scaled embeddings plus the vectors of positions from `start` on."""
         end = start + x.shape[1]
         table = sinusoids(power_of_two(end), hidden=x.shape[2], device=x.device)[start:end]
         # Scaled as in the source: sines of size 1 would hide the small initial embeddings.

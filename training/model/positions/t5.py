@@ -57,8 +57,8 @@ class LearnedBias(nn.Module):
         # Round up to a power of two, so that the cache serves many generated tokens.
         by_distance = self.weight.to(dtype)[:, buckets(power_of_two(keys), device=device)[:keys]]  # [heads, keys]
         # Row r, column first + c needs distance keys - rows + r - c. Write one line of all distances, the longest
-        # first, then the keys ahead. Repeat it one element too long and cut it into rows of `width`: each row then
-        # starts one element later than the one above.
+        # first, then the keys ahead. Repeat this line of width + 1 elements and cut it into rows of `width`: each
+        # row is then the row above, shifted right by one.
         first, heads = padded(rows - 1), by_distance.shape[0]
         width, before = first + padded(keys), first - (rows - 1)
         other = by_distance.new_full((heads, width + 1 - keys), -torch.inf)

@@ -1,17 +1,17 @@
 """The precision audit: how far the attention that a backend computes is from exact ALiBi, at any length.
 
 Draw queries and keys so that q k^T / sqrt(d) ~ N(0, 1), round them to the run's type, and give them to the backend.
-The oracle takes the same rounded numbers in fp64. The difference is what bias, softmax and sums lose.
+The oracle takes the same rounded numbers in fp64. The difference is the error of bias, softmax and sums.
 
-Two other forms of the bias stand beside it, each rounded to the run's type with all else exact, so that their loss is
-that of rounding alone:
+Two other forms of the bias are compared too, each rounded to the run's type with all else exact, so that their error
+is that of rounding alone:
 
 * absolute, slope * key, as BLOOM's own code and transformers' Bloom keep it. Softmax sees only differences of scores,
   so on paper it is the same bias. But the penalty between neighbours is one slope, while the number that holds it grows
   with the position: at key 1023 the sharpest of 16 heads has 0.71 * 1023 = 723, where bf16 counts in steps of 4. Five
-  or six neighbouring keys then share one bias, and the next ones differ by 4. The loss is largest at the last keys,
+  or six neighbouring keys then share one bias, and the next ones differ by 4. The error is largest at the last keys,
   where the attention is, and grows with the length. fp32 has the same defect, 65,536 times smaller.
-* relative, -slope * distance. Large numbers are far away and weigh nothing; near ones are small and exact enough.
+* relative, -slope * distance. Far keys have large numbers but weigh nothing; near keys have small, exact enough ones.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ FAR = 1e-9  # keys that together weigh less than this are read as one
 
 @dataclass(frozen=True)
 class Distance:
-    """Total variation between the rows of one head and the exact ones: 0 is equal, 1 has no weight in common.
+    """Total variation between one head's rows and the exact ones: 0 if equal, 1 if they have no weight in common.
 
     Attributes:
         worst, mean: Over the rows.
@@ -67,7 +67,7 @@ class LengthAudit:
     Attributes:
         length: Keys of the last query.
         queries: How many queries were compared, the last ones.
-        heads: Those that were compared, by number.
+        heads: The heads compared, by number.
     """
 
     length: int
@@ -88,8 +88,8 @@ def audit(
 
     Args:
         backend: Name of the attention backend.
-        slopes: Slope of each head of the model; a sample of them is compared where all would be too many.
-        head_dim: Width of one.
+        slopes: Slope of each head of the model; a sample of them is compared if all are too many.
+        head_dim: Width of a head.
         length: Tokens.
         dtype: Type of queries and keys.
         device: Where attention runs; the oracle is computed on the CPU.
@@ -124,10 +124,10 @@ def _audit_group(
     position = torch.arange(keys)
     distance = torch.arange(keys - queries, keys)[:, None] - position
     scores = ((q[0].double() @ k[0].double().mT) / q.shape[-1] ** 0.5).masked_fill_(distance < 0, -torch.inf)
-    exact = (scores - slope[:, None, None] * distance).softmax(-1)
+    exact = (scores - slope[:, None, None] * distance).softmax(-1)  # [heads, queries, keys]
 
     def rounded(penalty: Tensor) -> Tensor:
-        # Computed in fp32 and rounded, as implementations that store it do.
+        # Compute in fp32 and round, as implementations that store the bias do.
         bias = (slope.float()[:, None, None] * penalty).to(q.dtype)
         return total_variation((scores + bias.double()).softmax(-1), exact)
 
@@ -143,9 +143,10 @@ def _audit_group(
 def _measured(attend: Attention, q: Tensor, k: Tensor, *, exact: Tensor) -> Tensor:
     """Return how far a kernel's rows are from the exact ones, [heads, queries] fp64.
 
-    Far keys are read as one: weights are not negative, so the sum of both sides' weights bounds their difference. It
+    Far keys are read as one: weights are not negative, so the sum of both sides' weights bounds their difference. This
     is less than rounding, and a row of 65,536 keys takes a tenth of the passes.
     """
+    # [keys]: the largest total weight that any row has up to each key
     before = exact.cumsum(-1).amax((0, 1))
     first = int((before < FAR).sum())
     apart = total_variation(read_rows(attend, q, k, first=first), exact[:, :, first:])

@@ -28,6 +28,7 @@ from training.model.proof.attention_weights import dtype_of, in_classes, read_cl
 PROBED = 64  # positions whose rows are read key by key: there the flattest slope of 8 heads still moves 3 % of a row
 LONG = 2 * QUERY_BLOCK + 17  # positions read by classes of keys: three blocks of queries, the last one short
 STARTS = range(0, LONG, QUERY_BLOCK)
+# first and last query of each block
 BLOCK_ENDS = sorted({*STARTS, *(start - 1 for start in STARTS[1:]), LONG - 1})
 REPORT = "this is a fault of trainshort: report it"
 TRAIN_OTHERWISE = "set another model.attention, reference is the plainest, and report this"
@@ -42,7 +43,7 @@ class Certificate:
         tensor_rank, stage, data_rank: Places on the axes.
         position, backend, precision, device: What was measured.
         heads: Global numbers of this rank's heads.
-        slopes_sha256: Hash of their slopes as fp32, in order; None where the position method has none.
+        slopes_sha256: Hash of their slopes as fp32, in order; None if the position method has none.
         recency: Weight of the last key minus that of the first, smallest over heads; positive if the sign is right.
         error: Largest total variation between a measured row and the promised one.
     """
@@ -114,7 +115,7 @@ def measure_certificate(
     """Return this rank's certificate, measured on each attention that its blocks call."""
     blocks = [layer for layer in module.modules() if isinstance(layer, AttentionBlock)]
     position = blocks[0].position
-    # By this rank's own place: weights are cut by it, and the modules may have been built with another.
+    # From this rank's own place: weights are split by it, but the modules may wrongly have been built with another.
     heads = local_heads(model.heads, tensor=groups.tensor)
     expected = position.penalty(LONG)  # [local_heads, LONG]
     shape = (1, len(heads), LONG, model.head_dim)
@@ -156,7 +157,7 @@ def recency_and_error(attend: Attention, zero: Tensor, *, expected: Tensor) -> T
     Args:
         attend: One attention of this rank.
         zero: Queries and keys of zeros, [1, heads, LONG, head_dim].
-        expected: What is promised to be added at each distance, [heads, LONG] fp64.
+        expected: Promised penalty at each distance, [heads, LONG] fp64.
     """
     short = zero[:, :, :PROBED]
     rows = read_rows(attend, short, short)
