@@ -39,7 +39,7 @@ def test_each_start_is_newer_than_those_before(tmp_path: Path) -> None:
     second = begin_incarnation(tmp_path)
     assert (first.is_ours(), second.is_ours()) == (False, True)
     with pytest.raises(
-        Superseded, match=r"was started again on .* and this older start \(1-\w{8}\) ends here"
+        Superseded, match=r"was started again on .* and this older start \(1-\w{8}\) stops without writing"
     ) as error:
         first.check()
     assert error.value.exit_code == 3

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from parallel.start import ProcessRank, start, stop
 
 TIMEOUT_SECONDS = 900
@@ -67,6 +69,8 @@ def _rank(folder: Path, *, ranks: int, rank: int) -> None:
     )
     start(process)
     result = getattr(importlib.import_module(module), name)(process, **arguments)
+    # A rank that leaves while another one still connects to it breaks the other's start.
+    dist.barrier()
     stop()
     (folder / f"result_{rank}").write_bytes(pickle.dumps(result))
 
