@@ -26,6 +26,9 @@ A run file is YAML: sections that hold keys. It is read strictly: unknown keys, 
 `inf` are errors, and all problems are reported at once. `1e-3` is a number. `on` and `12:30:00` are strings, but quote
 times anyway: other YAML readers read `12:30:00` as a number.
 
+In every key that holds a path, `~` and environment variables (`$SCRATCH/data`, `${USER}`) are replaced. A variable that
+is not set is an error. In `track.uri` this holds for stores that are files.
+
 On the command line, `--set section.key=value` overrides a key. The value is read as YAML; if a key is set twice, the
 last value wins. `trainshort check` names the values that this version does not support yet.
 """

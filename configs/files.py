@@ -2,8 +2,9 @@
 
 import fcntl
 import os
+import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,6 +27,36 @@ def whole_file(path: Path, *, mark: str = "") -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def try_folder(folder: Path) -> None:
+    """Make a folder and write a file in it as `whole_file` does, then undo both: long work must not fail at its end.
+
+    Raises:
+        OSError: what writing there would fail with.
+    """
+    trial, made = folder / f".trial-{secrets.token_hex(4)}", missing_folders(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(trial) as temporary:
+            temporary.touch()
+        trial.unlink()
+    finally:
+        with suppress(OSError):
+            trial.unlink(missing_ok=True)
+        remove_folders(made)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Return a folder and those above it that do not exist, the deepest first."""
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+
+
+def remove_folders(folders: list[Path]) -> None:
+    """Remove folders that are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def sync_folder(folder: Path) -> None:

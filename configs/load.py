@@ -11,12 +11,23 @@ import yaml
 from pydantic import ValidationError
 
 from configs.errors import InputError
+from configs.path_text import UNSET_VARIABLE, expand_path
 from configs.rules import problems
 from configs.schema import RunConfig
+from configs.secrets import HIDDEN, hide_secrets, is_secret_name
 
 RUNS = Path(__file__).parent / "runs"
-# A few YAML aliases can expand into a list too large to print: truncate values in messages.
-_SHORT = Repr()
+
+
+class _Shortened(Repr):
+    """Show values in messages: truncated, since a few YAML aliases can expand into a huge list, and without secrets."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        # before it is truncated: what remains of a URI may not look like one
+        return super().repr_str(hide_secrets(x), level)
+
+
+_SHORT = _Shortened()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 4, 4, 80, 80
 
 
@@ -64,7 +75,7 @@ def find_run(name_or_path: str) -> Path:
     Raises:
         InputError: there is neither, or the path cannot be read.
     """
-    path = Path(name_or_path)
+    path = expand_path(name_or_path)
     try:
         if path.is_file():
             return path
@@ -148,7 +159,7 @@ def _set_override(data: dict[str, Any], override: str) -> None:
     """Apply `section.key=value` in place. Add missing sections: the schema checks their names."""
     match = re.fullmatch(r"([a-z0-9_]+)\.([A-Za-z0-9_.]+)=(.*)", override, re.DOTALL)
     if match is None:
-        raise InputError(f"--set {override!r} is not an override: write section.key=value")
+        raise InputError(f"--set {_shown(override)} is not an override: write section.key=value")
     section, keys, text = map(str, match.groups())
     *parents, last = [section, *keys.split(".")]
     target = data
@@ -157,14 +168,20 @@ def _set_override(data: dict[str, Any], override: str) -> None:
             target[key] = {}
         target = target[key]
         if not isinstance(target, dict):
-            raise InputError(f"--set {override!r}: {key} has no keys of its own: write section.key=value")
+            raise InputError(f"--set {_shown(override)}: {key} has no keys of its own: write section.key=value")
     target[last] = read_yaml(text, name=f"--set {section}.{keys}")
+
+
+def _shown(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return repr(f"{key}{equals}{HIDDEN}" if value and is_secret_name(key) else hide_secrets(override))
 
 
 def _schema_problem(error: Any) -> str:
     """Format a pydantic error as one line: the key, what is wrong, the value seen."""
     key = ".".join(str(part) for part in error["loc"])
-    seen = _SHORT.repr(error["input"])
+    is_secret = error["loc"] and is_secret_name(str(error["loc"][-1]))
+    seen = f"a {type(error['input']).__name__}" if is_secret else _SHORT.repr(error["input"])
     if error["type"] == "extra_forbidden":
         similar = get_close_matches(str(error["loc"][-1]), _keys_at(error["loc"][:-1]), n=1)
         return f"unknown key {key}" + (f": did you mean {similar[0]}?" if similar else ": remove it")
@@ -172,6 +189,8 @@ def _schema_problem(error: Any) -> str:
         return f"{key} is missing: add it"
     if error["type"] == "finite_number":
         return f"{key} must be a finite number, got {seen}"
+    if error["type"] == UNSET_VARIABLE:
+        return f"{key} is {seen}, but {error['msg']}"
     if error["type"] == "tuple_type":
         return f"{key} must be a list, got {seen}: write [{seen}]"
     # pydantic's messages begin with "Input should"
@@ -189,4 +208,5 @@ def _keys_at(location: tuple[str | int, ...]) -> list[str]:
 
 
 def _message(name: str, lines: list[str]) -> str:
+    lines = [hide_secrets(line) for line in lines]
     return f"{name}: {lines[0]}" if len(lines) == 1 else f"{name} has {len(lines)} problems:\n  " + "\n  ".join(lines)

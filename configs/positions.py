@@ -28,11 +28,13 @@ class Position(Choice):
         bias: Kind of bias that it adds to the scores; the attention backend must support it.
         entries_per_head: Columns of the learned table, which has a row per head and is shared by all layers; 0 if
             nothing is learned.
+        added_variance: Mean square of what it adds to the embedding, which it first multiplies by sqrt(hidden).
         problems: Yields a line per requirement that a model breaks: what must hold, the value seen, what to do.
     """
 
     bias: BiasKind = "none"
     entries_per_head: int = 0
+    added_variance: float = 0.0
     problems: "Callable[[Model], Iterator[str]]" = _no_rule
 
 
@@ -52,7 +54,12 @@ POSITIONS = {
     row.name: row
     for row in (
         Position("alibi", "training.model.positions.alibi.Alibi", bias="slopes"),
-        Position("sinusoidal", "training.model.positions.sinusoidal.Sinusoidal", problems=_even_hidden),
+        Position(
+            "sinusoidal",
+            "training.model.positions.sinusoidal.Sinusoidal",
+            added_variance=0.5,  # of sines and cosines
+            problems=_even_hidden,
+        ),
         Position("rotary", "training.model.positions.rotary.Rotary", problems=_even_heads),
         Position("t5", "training.model.positions.t5.T5", bias="table", entries_per_head=T5_BUCKETS),
         Position("none", "training.model.positions.method.PositionMethod"),

@@ -44,8 +44,12 @@ PRECISIONS = {
             "bf16",
             dtype="bfloat16",
             master_weights=True,
-            # Without grad_accum_dtype DeepSpeed adds micro-batches up in bf16.
-            deepspeed={"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            # Without these two DeepSpeed adds gradients up in bf16: over micro-batches, and over data ranks.
+            deepspeed={
+                "bf16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",
+            },
             row_tolerance=3e-3,
             resume_tolerance=0.05,
         ),

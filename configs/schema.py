@@ -6,12 +6,14 @@ the decay) are in `configs.rules`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from configs.backends import BACKENDS
 from configs.choices import FAMILIES, OPTIMIZERS, OneOf
+from configs.path_text import PathText, StoreText
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
+from configs.secrets import hide_secrets, public_variables, without_password
 
 
 def _tuple_of_list(value: Any) -> Any:
@@ -28,7 +30,15 @@ def _text_of_number(value: Any) -> Any:
     return str(value) if type(value) in (int, float) else value
 
 
+def _public_lines(lines: tuple[str, ...]) -> list[str]:
+    return [hide_secrets(line) for line in lines]
+
+
 TUPLE = BeforeValidator(_tuple_of_list)
+# What is written and sent is the JSON form of a run: keys that may hold a secret leave it out there.
+PUBLIC_URI = PlainSerializer(without_password, return_type=str, when_used="json")
+PUBLIC_VARIABLES = PlainSerializer(public_variables, return_type=dict[str, str], when_used="json")
+PUBLIC_LINES = PlainSerializer(_public_lines, return_type=list[str], when_used="json")
 TextOrNumber = Annotated[str, BeforeValidator(_text_of_number)]
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -49,7 +59,7 @@ class Run(Section):
         min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, shown in MLflow and SLURM."
     )
     seed: NonNegativeInt = Field(default=1, description="Seed of weights, sample order and dropout.")
-    dir: str = Field(min_length=1, description="The run folder; relative to where the command is started.")
+    dir: PathText = Field(min_length=1, description="The run folder; relative to where the command is started.")
 
 
 class Model(Section):
@@ -70,6 +80,11 @@ class Model(Section):
     )
     windows: Literal["auto", "off"] = Field(default="off", description="Lossless windows per head (off: none).")
     init_std: Annotated[float, Field(gt=0.0)] = Field(default=0.02, description="Std of the initial weights.")
+    embedding_init_std: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="Std of the initial word embedding. Unless set: init_std, or less where the first loss would be "
+        "well above ln(vocab_size), as the head shares the embedding.",
+    )
     dropout: Fraction = Field(
         default=0.0, description="Dropout on embedding, attention output and feed-forward output."
     )
@@ -88,7 +103,7 @@ class Model(Section):
 class Source(Section):
     """One source of text; a run file may give just its path."""
 
-    path: str = Field(min_length=1, description="A file, a glob, a prepared .bin, or `python-docs`.")
+    path: PathText = Field(min_length=1, description="A file, a glob, a prepared .bin, or `python-docs`.")
     weight: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description="Share of the samples, relative to the other weights; in proportion to its size unless set.",
@@ -100,17 +115,20 @@ class Data(Section):
 
     sources: Annotated[tuple[Annotated[Source, BeforeValidator(_source_of_path)], ...], TUPLE] = Field(
         min_length=1,
-        description="Paths, globs, `python-docs` (text of the installed Python), or {path, weight} for a blend.",
+        description="Files, globs, prepared .bin, `python-docs` (text of the installed Python), or {path, weight} "
+        "for a blend.",
     )
-    dir: str | None = Field(default=None, description="Folder of prepared data; RUN_DIR/data unless set.")
-    tokenizer: str | None = Field(
+    dir: PathText | None = Field(default=None, description="Folder of prepared data; RUN_DIR/data unless set.")
+    tokenizer: PathText | None = Field(
         default=None, description="An existing sentencepiece .model; one is trained unless set."
     )
     vocab_size: Annotated[int, Field(ge=300)] = Field(description="Pieces of the tokenizer.")
     sequence_length: Annotated[int, Field(ge=2)] = Field(description="Training length in tokens.")
     split: Fraction = Field(default=0.02, description="Share of the documents held out for validation; 0 for none.")
     document_separator: str | None = Field(
-        default=None, min_length=1, description="Cuts a text file into documents; one document unless set."
+        default=None,
+        min_length=1,
+        description="Cuts a text file into documents; a newline in it also matches CRLF. One document unless set.",
     )
     mask_documents: bool = Field(default=False, description="Keep attention inside a document.")
 
@@ -139,7 +157,9 @@ class Train(Section):
     min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0, description="Learning rate after the decay."
     )
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.1, description="AdamW decay of matrices.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.1, description="AdamW decay of matrices and the embedding; norms, biases and T5's table do not decay."
+    )
     beta1: Fraction = Field(default=0.9, description="AdamW beta 1.")
     beta2: Fraction = Field(default=0.95, description="AdamW beta 2.")
     epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-8, description="AdamW epsilon.")
@@ -151,7 +171,11 @@ class Train(Section):
     recompute: bool = Field(
         default=False, description="Recompute each block in the backward pass: less memory, more time."
     )
-    init_from: str | None = Field(default=None, description="A checkpoint whose weights start this run.")
+    deterministic: bool = Field(
+        default=False,
+        description="Use only algorithms that repeat bit for bit, at some cost in speed; the start says what may not.",
+    )
+    init_from: PathText | None = Field(default=None, description="A checkpoint whose weights start this run.")
 
 
 class CheckpointRules(Section):
@@ -176,16 +200,23 @@ class Evaluate(Section):
         default=("nonoverlapping",), min_length=1, description="nonoverlapping, or sliding:STRIDE."
     )
     every: NonNegativeInt = Field(default=0, description="Steps between validations during training; 0 for none.")
-    samples: PositiveInt = Field(default=64, description="Held-out sequences of one validation.")
+    samples: PositiveInt = Field(default=64, description="Held-out sequences of a validation; all if there are fewer.")
 
 
 class Track(Section):
     """MLflow."""
 
-    uri: str | None = Field(
-        default=None, description="MLflow tracking URI; a sqlite file beside the run folder unless set."
+    uri: Annotated[StoreText, PUBLIC_URI] | None = Field(
+        default=None,
+        repr=False,
+        description="MLflow tracking URI; that of MLFLOW_TRACKING_URI, else a sqlite file beside the run folder unless "
+        "set. A password in it stays out of every file; ${NAME} stands for an environment variable.",
     )
-    experiment: str = Field(default="trainshort", min_length=1, description="MLflow experiment.")
+    experiment: str | None = Field(
+        default=None,
+        min_length=1,
+        description="MLflow experiment; that of MLFLOW_EXPERIMENT_NAME, else `trainshort` unless set.",
+    )
 
 
 class Slurm(Section):
@@ -212,21 +243,28 @@ class Slurm(Section):
     starter: Literal["srun", "torchrun"] = Field(
         default="srun", description="One srun task a rank, or one torchrun a node."
     )
-    container: str | None = Field(default=None, description="Image that the ranks run in; it holds trainshort.")
+    container: PathText | None = Field(default=None, description="Image that the ranks run in; it holds trainshort.")
     container_kind: Literal["pyxis", "apptainer"] = Field(
         default="pyxis", description="What runs the image: enroot by srun's pyxis plugin, or apptainer."
     )
-    mounts: Annotated[tuple[str, ...], TUPLE] = Field(
+    mounts: Annotated[tuple[PathText, ...], TUPLE] = Field(
         default=(), description="Folders that the container sees, in addition to those of the run."
     )
     modules: Annotated[tuple[str, ...], TUPLE] = Field(
         default=(), description="Environment modules to load, in this order."
     )
-    env: dict[str, TextOrNumber] = Field(default_factory=dict, description="Environment variables of the ranks.")
-    setup: Annotated[tuple[str, ...], TUPLE] = Field(
-        default=(), description="Lines of shell before the ranks start, verbatim."
+    env: Annotated[dict[str, TextOrNumber], PUBLIC_VARIABLES] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Environment variables of the ranks. The values of secrets, such as HF_TOKEN, stay out of every "
+        "file: the jobs get them from the environment of the submission.",
     )
-    extra: Annotated[tuple[str, ...], TUPLE] = Field(default=(), description="Further #SBATCH options, verbatim.")
+    setup: Annotated[tuple[str, ...], TUPLE, PUBLIC_LINES] = Field(
+        default=(), repr=False, description="Lines of shell before the ranks start, verbatim; no secrets."
+    )
+    extra: Annotated[tuple[str, ...], TUPLE, PUBLIC_LINES] = Field(
+        default=(), repr=False, description="Further #SBATCH options, verbatim; no secrets."
+    )
 
 
 class RunConfig(Section):

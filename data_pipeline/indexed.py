@@ -3,6 +3,7 @@
 Source: megatron.core.datasets.indexed_dataset, index version 1.
 """
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +56,15 @@ def find_prefix(path: str) -> Path | None:
     Raises:
         InputError: a .bin without its .idx.
     """
-    file = Path(path).expanduser()
+    file = Path(path)
     if not file.name:  # `.` and `/` are folders
         return None
     prefix = file.with_suffix("") if file.suffix == ".bin" else file
-    if file.suffix == ".bin" and bin_path(prefix).is_file() and not idx_path(prefix).is_file():
+    # not Path.is_file, which raises an error if a name is too long or a folder cannot be searched
+    has_tokens, has_index = os.path.isfile(bin_path(prefix)), os.path.isfile(idx_path(prefix))
+    if file.suffix == ".bin" and has_tokens and not has_index:
         raise InputError(f"data source {path} has no index {idx_path(prefix)} beside it: copy that too")
-    return prefix if bin_path(prefix).is_file() and idx_path(prefix).is_file() else None
+    return prefix if has_tokens and has_index else None
 
 
 def read_index(prefix: Path) -> Index:

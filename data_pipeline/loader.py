@@ -62,22 +62,30 @@ class Loader:
         return digest.hexdigest()
 
 
-def held_out_batches(
+def held_out_parts(
     samples: Samples, *, count: int, micro_batch: int, data_rank: int, data_size: int
-) -> Iterator[torch.Tensor]:
-    """Yield this rank's micro-batches of held-out samples, the same at every call, each [micro_batch, seq + 1], int64.
+) -> Iterator[tuple[list[torch.Tensor], int]]:
+    """Yield the held-out samples in parts: this rank's micro-batches, and how many samples all ranks have in theirs.
+
+    The samples are the same at every call, for any number of data ranks and any micro-batch. The micro-batches of a
+    part have one shape on all ranks, [up to micro_batch, seq + 1] int64. So the mean loss over all samples is the mean
+    over the parts, weighted by their samples.
 
     Args:
         samples: Held-out samples.
-        count: Samples over all ranks, rounded down to whole micro-batches on every rank, at least one each. If there
-            are fewer samples, they repeat.
-        micro_batch: Samples of one forward pass on one data rank.
+        count: Samples over all ranks; all there are if there are fewer.
+        micro_batch: Most samples of one forward pass on one data rank.
         data_rank: This rank's place among the data ranks.
         data_size: Number of data ranks.
     """
-    group = micro_batch * data_size
     # not simply the first samples: with weights, each source must have its share
     order = SampleOrder(seed=HELD_OUT_SEED, sizes=samples.sizes, weights=samples.weights)
-    ids = order.ids(start=0, count=max(count // group, 1) * group)
-    for batch in ids.reshape(-1, data_size, micro_batch)[:, data_rank]:
-        yield torch.from_numpy(samples.read(batch))
+    ids = order.distinct_ids(count)
+    divided = len(ids) - len(ids) % data_size
+    own = ids[:divided].reshape(-1, data_size)[:, data_rank]
+    # Fewer samples than ranks are left: every rank takes all of them, and their mean is the same as if one did.
+    for taken, ranks in ((own, data_size), (ids[divided:], 1)):
+        full = len(taken) - len(taken) % micro_batch
+        for batches in (taken[:full].reshape(-1, micro_batch), taken[None, full:]):
+            if batches.size:
+                yield [torch.from_numpy(samples.read(batch)) for batch in batches], batches.size * ranks

@@ -82,7 +82,7 @@ class Prepared:
 def load_prepared(data: Data, *, folder: Path) -> Prepared:
     """Load the data that `trainshort prepare` wrote to a folder, and check it.
 
-    The sources need not exist any more: only their names are compared.
+    The sources need not exist any more: only their names are compared, and their files if the names differ.
 
     Args:
         data: The run's `data` section; must match the prepared data.
@@ -95,15 +95,17 @@ def load_prepared(data: Data, *, folder: Path) -> Prepared:
         raise InputError(f"data is not prepared in {folder}: run `trainshort prepare`")
     check_inputs(manifest, _settings(data), folder=folder)
     # data.split and the weights may change without preparing again: take them from the run file
-    weights = {source.path: source.weight for source in data.sources}
     parts = [Part(**part) for part in manifest["parts"]]
+    weights = [source.weight for source in data.sources]
+    if weights[0] is None:  # then none has one, and sources may share a part
+        weights = [None] * len(parts)
     prepared = Prepared(
         folder=folder,
         tokenizer=folder / TOKENIZER_NAME,
         tokenizer_sha256=manifest["tokenizer_sha256"],
         vocab_size=manifest["vocab_size"],
         end_of_document=manifest["end_of_document"],
-        parts=tuple(replace(part, weight=weights.get(part.name)) for part in parts),
+        parts=tuple(replace(part, weight=weight) for part, weight in zip(parts, weights, strict=True)),
         split=data.split,
         fingerprint=manifest["inputs_sha256"],
     )
@@ -131,16 +133,28 @@ def describe_inputs(data: Data) -> dict[str, Any]:
     """Return everything that prepared data depends on: settings of the run file, and size and time of its files.
 
     Raises:
-        InputError: a source or the tokenizer does not exist, or a source is named twice.
+        InputError: a source or the tokenizer does not exist, or a file is named twice.
     """
     inputs = _settings(data)
     paths = inputs["data.sources"]
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise InputError(f"data.sources names {twice[0]} {paths.count(twice[0])} times: name it once")
+    _check_named_once(paths)
     inputs["files"] = {path: _file_states(path) for path in paths}
     if data.tokenizer is not None:
-        inputs["tokenizer_sha256"] = _sha256(Path(data.tokenizer).expanduser())
+        inputs["tokenizer_sha256"] = _sha256(Path(data.tokenizer))
     return inputs
+
+
+def _check_named_once(paths: list[str]) -> None:
+    """Refuse two sources that name the same file, however they spell it."""
+    named_by: dict[tuple[int, int], str] = {}
+    for path in paths:
+        for file in _files_of(path):
+            state = file.stat()
+            other = named_by.setdefault((state.st_dev, state.st_ino), path)
+            if other != path:
+                raise InputError(f"data.sources {other} and {path} both name the file {file}: name it in one of them")
 
 
 def check_inputs(manifest: dict[str, Any], inputs: dict[str, Any], *, folder: Path) -> None:
@@ -153,8 +167,43 @@ def check_inputs(manifest: dict[str, Any], inputs: dict[str, Any], *, folder: Pa
     Raises:
         InputError: names the first input that changed.
     """
-    for difference in _differences(manifest["inputs"], inputs):
+    for difference in _differences(manifest, inputs):
         raise InputError(f"{folder} holds data prepared from other inputs: {difference}; {_PREPARE_AGAIN}")
+
+
+def same_inputs(folder: Path, *sections: Data) -> bool:
+    """Return whether a folder holds data prepared from the inputs of each of these sections, however they spell them.
+
+    The sections must also weigh their sources alike: that needs no other data, but gives other samples.
+
+    Raises:
+        InputError: its manifest is broken.
+    """
+    manifest = read_data_manifest(folder)
+    weights = {tuple(source.weight for source in data.sources) for data in sections}
+    return (
+        manifest is not None
+        and len(weights) == 1
+        and not any(list(_differences(manifest, _settings(data))) for data in sections)
+    )
+
+
+def same_content(old: Path, new: Path) -> bool:
+    """Return whether two folders hold the same prepared data, as far as lengths and counts of tokens tell.
+
+    True if the old folder is gone: then only the samples that a run reads next can be compared with those of before.
+    """
+    manifests = read_data_manifest(old), read_data_manifest(new)
+    if manifests[0] is None or manifests[1] is None or old.resolve() == new.resolve():
+        return True
+    return _content_hash(old, manifests[0]) == _content_hash(new, manifests[1])
+
+
+def _content_hash(folder: Path, manifest: dict[str, Any]) -> str:
+    """Return a hash of the tokenizer, the lengths of all sequences, and how often each token occurs."""
+    indices = [idx_path(folder / part["prefix"]) for part in manifest["parts"]]
+    hashes = [_sha256(file, what="prepared data") for file in (*indices, folder / UNIGRAM_NAME)]
+    return " ".join([manifest["tokenizer_sha256"], *hashes])
 
 
 def read_data_manifest(folder: Path) -> dict[str, Any] | None:
@@ -202,7 +251,8 @@ def write_data_manifest(
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write a JSON file atomically."""
     with whole_file(file) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        # ASCII: a file name that is not UTF-8 has no other form in JSON
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
 
 
 def files_are_whole(part: Part, *, folder: Path) -> bool:
@@ -222,40 +272,73 @@ def _settings(data: Data) -> dict[str, Any]:
     }
 
 
-def _file_states(path: str) -> list[list[Any]]:
-    """Return name, size and modification time of each file of a source."""
+def _files_of(path: str) -> tuple[Path, ...]:
+    """Return the files of a source."""
     if path == PYTHON_DOCS:
         # installed packages change with every update; text prepared from older ones is still good
-        return []
+        return ()
     prefix = find_prefix(path)
-    files = source_files(path) if prefix is None else (bin_path(prefix), idx_path(prefix))
-    states = [(file.resolve(), file.stat()) for file in files]
+    return source_files(path) if prefix is None else (bin_path(prefix), idx_path(prefix))
+
+
+def _file_states(path: str) -> list[list[Any]]:
+    """Return name, size and modification time of each file of a source."""
+    states = [(file.resolve(), file.stat()) for file in _files_of(path)]
     return [[str(file), state.st_size, state.st_mtime_ns] for file, state in states]
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """Yield how each of the new inputs differs from the old ones."""
+def _differences(manifest: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """Yield how each of the new inputs differs from those of the manifest."""
+    old = manifest["inputs"]
     for key in new:
         before, now = old.get(key), new[key]
         if before == now:
             continue
+        if key == "data.sources" and _are_same_files(old, now):
+            continue
+        if key == "data.tokenizer" and now is not None and _is_same_model(manifest, Path(now)):
+            continue
         if key == "weights":
             yield f"the sources had {'weights' if before else 'no weights'} then"
         elif key == "tokenizer_sha256":
-            yield f"data.tokenizer {new['data.tokenizer']} is a different model now"
+            if now != manifest["tokenizer_sha256"]:
+                yield f"data.tokenizer {new['data.tokenizer']} is a different model now"
         elif key == "files":
-            then = before or {}
-            changed = [path for path in now if then.get(path) != now[path]]
-            yield from (_file_difference(path, then.get(path, []), now[path]) for path in changed)
+            # in their order: the same files may be spelled in another way now
+            states = zip(now, before.values(), now.values(), strict=True)
+            yield from (_file_difference(path, then, state) for path, then, state in states if not _same(then, state))
         else:
             yield f"{key} was {before!r} then and is {now!r} now"
+
+
+def _are_same_files(old: dict[str, Any], paths: list[str]) -> bool:
+    """Return whether sources name the files of the old inputs, in the same order, in another spelling or place."""
+    names = old["data.sources"]
+    if len(names) != len(paths):
+        return False
+    try:
+        return all(
+            name == path or (files != [] and _same(files, _file_states(path)))
+            for name, path, files in zip(names, paths, old["files"].values(), strict=True)
+        )
+    except InputError:  # they are gone
+        return False
+
+
+def _same(before: list[list[Any]], now: list[list[Any]]) -> bool:
+    """Return whether file states agree in name, size and time; the folder may be another one."""
+    return [[Path(name).name, *state] for name, *state in before] == [[Path(name).name, *state] for name, *state in now]
+
+
+def _is_same_model(manifest: dict[str, Any], model: Path) -> bool:
+    return model.is_file() and _sha256(model) == manifest["tokenizer_sha256"]
 
 
 def _file_difference(path: str, before: list[list[Any]], now: list[list[Any]]) -> str:
     if len(before) != len(now):
         return f"data source {path} was {len(before)} file(s) then and is {len(now)} now"
-    old, new = next((old, new) for old, new in zip(before, now, strict=True) if old != new)
-    if old[0] != new[0]:
+    old, new = next((old, new) for old, new in zip(before, now, strict=True) if not _same([old], [new]))
+    if Path(old[0]).name != Path(new[0]).name:
         return f"data source {path} was {old[0]} then and is {new[0]} now"
     how = f"{old[1]} bytes then, {new[1]} now" if old[1] != new[1] else "modified since"
     return f"data source {new[0]} changed ({how})"
@@ -278,7 +361,7 @@ def _check_tokenizer(data: Data, prepared: Prepared) -> None:
             f"tokenizer {prepared.tokenizer} is not the one that the data was prepared with: {_PREPARE_AGAIN}"
         )
     # the folder has its own copy: the original may be deleted, but not replaced by another
-    given = Path(data.tokenizer).expanduser() if data.tokenizer is not None else None
+    given = Path(data.tokenizer) if data.tokenizer is not None else None
     if given is not None and given.is_file() and _sha256(given) != prepared.tokenizer_sha256:
         raise InputError(
             f"data.tokenizer {given} is not the one that {prepared.folder} was prepared with: {_PREPARE_AGAIN}"
@@ -289,8 +372,8 @@ def _size(file: Path) -> int | None:
     return file.stat().st_size if file.is_file() else None
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Path, *, what: str = "tokenizer") -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise InputError(f"tokenizer {file} cannot be read ({error.strerror}): check the path") from None
+        raise InputError(f"{what} {file} cannot be read ({error.strerror}): check the path") from None

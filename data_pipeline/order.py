@@ -45,6 +45,13 @@ class SampleOrder:
             slices.append(self._epoch_ids(epoch)[max(start - begin, 0) : max(start + count - begin, 0)])
         return np.concatenate(slices)
 
+    def distinct_ids(self, count: int) -> NDArray[np.int64]:
+        """Return the first `count` ids of the stream without repeats, or all ids if there are fewer, [up to count]."""
+        # With weights, an epoch repeats samples of a small source and leaves out some of the others: these come last.
+        stream = np.concatenate([self._epoch_ids(0), np.arange(self.epoch_size)])
+        _, first_places = np.unique(stream, return_index=True)
+        return stream[np.sort(first_places)[:count]]
+
     def _ids_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         if self.shares is None:
             return shuffled(self.epoch_size, seed=(self.seed, _EPOCHS, epoch))

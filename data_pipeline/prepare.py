@@ -15,7 +15,9 @@ from configs.errors import InputError, MachineError
 from configs.files import one_writer, whole_file
 from configs.paths import MANIFEST_NAME, TOKENIZER_NAME
 from configs.schema import Data, Source
+from configs.terminal import printable, status_console
 from data_pipeline.indexed import bin_path, find_prefix, histogram, idx_path, read_index, words_path
+from data_pipeline.kinds import check_kind
 from data_pipeline.manifest import (
     UNIGRAM_NAME,
     Part,
@@ -29,6 +31,7 @@ from data_pipeline.manifest import (
     write_data_manifest,
     write_json,
 )
+from data_pipeline.portable import check_portable
 from data_pipeline.reading import OnRead
 from data_pipeline.sources import PYTHON_DOCS, Chunk, file_chunks, source_chunks, source_files, source_size
 from data_pipeline.tokenizer import SAMPLE_CHARACTERS, Tokenizer, train_tokenizer
@@ -54,7 +57,9 @@ def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
     """
     # before the folder is created: wrong input leaves nothing behind
     inputs = describe_inputs(data)
-    _check_tokenizer(data)
+    check_tokenizer(data)
+    if read_data_manifest(folder) is None:
+        _check_kinds(data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -63,9 +68,10 @@ def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
         raise MachineError(
             f"data folder {folder} cannot be created ({error.strerror}): set data.dir to another"
         ) from None
-    console = Console(stderr=True, quiet=not progress)
+    console = status_console(quiet=not progress)
+    waiting = f"waiting: another process is preparing {folder}"
     try:
-        with one_writer(folder, on_wait=lambda: console.print(f"waiting: another process is preparing {folder}")):
+        with one_writer(folder, on_wait=lambda: console.print(printable(waiting), soft_wrap=True)):
             # read under the lock: the process waited for may have prepared the same data
             manifest = read_data_manifest(folder)
             if manifest is None:
@@ -78,6 +84,28 @@ def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
             f"{error.filename or folder} cannot be written or read ({error.strerror or error}): "
             "free space or set data.dir to another folder"
         ) from error
+
+
+def check_tokenizer(data: Data) -> None:
+    """Check that `data.tokenizer` fits the run and can be exported, and that it is set where it is needed.
+
+    Raises:
+        InputError: names what does not fit.
+    """
+    if data.tokenizer is None:
+        if tokenized := [source.path for source in data.sources if find_prefix(source.path)]:
+            raise InputError(
+                f"data source {tokenized[0]} is already tokenized, but data.tokenizer is not set: "
+                "give the .model that it was prepared with"
+            )
+        return
+    given = Tokenizer.load(Path(data.tokenizer))
+    check_portable(given)
+    if given.vocab_size != data.vocab_size:
+        raise InputError(
+            f"data.vocab_size must be that of data.tokenizer {data.tokenizer} ({given.vocab_size}), "
+            f"got {data.vocab_size}: use {given.vocab_size}"
+        )
 
 
 def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console) -> None:
@@ -108,20 +136,12 @@ def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console)
         record.unlink()
 
 
-def _check_tokenizer(data: Data) -> None:
-    if data.tokenizer is None:
-        if tokenized := [source.path for source in data.sources if find_prefix(source.path)]:
-            raise InputError(
-                f"data source {tokenized[0]} is already tokenized, but data.tokenizer is not set: "
-                "give the .model that it was prepared with"
-            )
-        return
-    given = Tokenizer.load(Path(data.tokenizer).expanduser())
-    if given.vocab_size != data.vocab_size:
-        raise InputError(
-            f"data.vocab_size must be that of data.tokenizer {data.tokenizer} ({given.vocab_size}), "
-            f"got {data.vocab_size}: use {given.vocab_size}"
-        )
+def _check_kinds(data: Data) -> None:
+    """Check how every file begins: the last of many must not fail after hours."""
+    for source in data.sources:
+        if source.path != PYTHON_DOCS and not find_prefix(source.path):
+            for file in source_files(source.path):
+                check_kind(file)
 
 
 def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
@@ -145,7 +165,7 @@ def _own_tokenizer(data: Data, folder: Path, bars: Progress) -> Tokenizer:
         return Tokenizer.load(path)
     if data.tokenizer is not None:
         with whole_file(path) as temporary:
-            temporary.write_bytes(Path(data.tokenizer).expanduser().read_bytes())
+            temporary.write_bytes(Path(data.tokenizer).read_bytes())
         return Tokenizer.load(path)
     task = bars.add_task("sample for the tokenizer", total=None)
 
@@ -179,7 +199,7 @@ def _text_sizes(path: str) -> dict[Path | None, int]:
     """Return roughly how many bytes of text each file of a source holds; `python-docs` is one file without a path."""
     if path == PYTHON_DOCS:
         return {None: source_size(path)}
-    return {file: file.stat().st_size * _EXPANSION.get(file.suffix, 1) for file in source_files(path)}
+    return {file: file.stat().st_size * _EXPANSION.get(file.suffix.lower(), 1) for file in source_files(path)}
 
 
 def _file_texts(source: Source, file: Path | None, separator: str | None) -> Iterator[str]:
@@ -210,7 +230,7 @@ def _part(
     from data_pipeline.storage import write_part
 
     total = sum(source_size(source.path) for source in sources)
-    name = _part_name(sources)
+    name = printable(_part_name(sources))
     task = bars.add_task(name if len(name) < 40 else f"{name[:36]} ...", total=total)
     chunks = _part_chunks(sources, separator, lambda count: bars.advance(task, count))
     write_part(chunks, tokenizer=tokenizer, prefix=prefix)
@@ -249,5 +269,5 @@ def _describe_part(sources: tuple[Source, ...], prefix: Path, *, words: int | No
 
 
 def _progress_bars(console: Console) -> Progress:
-    text = TextColumn("{task.description}")
+    text = TextColumn("{task.description}", markup=False)  # it holds the names of files
     return Progress(text, BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console)

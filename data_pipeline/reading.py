@@ -2,8 +2,10 @@
 
 import codecs
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +14,16 @@ import zstandard
 from configs.errors import InputError
 
 COMPRESSIONS = (".gz", ".zst", ".xz")
+BYTE_ORDER_MARK = "\ufeff"
+LONGEST_LINE = 1 << 30  # bytes
 _BLOCK_BYTES = 1 << 16
+_LARGEST_WINDOW = 1 << 31  # bytes; `zstd --ultra --long=31` refers this far back, the library's own limit is 128 MiB
+# first bytes of a compressed file; a zst file may begin with a skippable frame
+_COMPRESSED = {
+    ".gz": re.compile(rb"\x1f\x8b"),
+    ".xz": re.compile(rb"\xfd7zXZ\0"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}
 
 OnRead = Callable[[int], None]
 """Called with the number of bytes read from disk (compressed, where the file is) since the last call."""
@@ -27,13 +38,13 @@ class _Decompressor(Protocol):
 
 
 def iter_text(path: Path, *, on_read: OnRead) -> Iterator[str]:
-    """Yield the text of a UTF-8 file verbatim: line ends and a byte order mark stay as they are.
+    """Yield the text of a UTF-8 file verbatim, line ends too, without the byte order mark that a file may begin with.
 
     Raises:
         InputError: cannot be read, is broken, or is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
+    position, begun = 0, False
     blocks = iter_bytes(path, on_read=on_read)
     while True:
         block = next(blocks, b"")
@@ -48,33 +59,58 @@ def iter_text(path: Path, *, on_read: OnRead) -> Iterator[str]:
         if not block:
             return
         position += len(block)
+        if text and not begun:
+            text, begun = text.removeprefix(BYTE_ORDER_MARK), True
         if text:
             yield text
 
 
-def iter_lines(path: Path, *, on_read: OnRead) -> Iterator[bytes]:
+def iter_lines(path: Path, *, on_read: OnRead, longest: int = LONGEST_LINE) -> Iterator[bytes]:
     """Yield the lines of a file without their newline.
 
+    Args:
+        path: The file.
+        on_read: Called with the bytes read.
+        longest: Bytes of the longest line that is accepted; a line must fit into memory several times.
     Raises:
-        InputError: cannot be read or is broken.
+        InputError: cannot be read, is broken, or has a longer line.
     """
-    rest = b""
+    # a line is joined once: joining it block by block would take time quadratic in its length
+    pieces: list[bytes] = []
+    size = number = 0
     for block in iter_bytes(path, on_read=on_read):
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
-    if rest:
+        first, *others = block.split(b"\n")
+        pieces.append(first)
+        size += len(first)
+        if size > longest:
+            raise InputError(
+                f"data source {path}, line {number + 1} is longer than {longest} bytes: write one record per line, or "
+                "divide it"
+            )
+        if others:
+            yield b"".join(pieces)
+            yield from others[:-1]
+            number += len(others)
+            pieces = [others[-1]]
+            size = len(others[-1])
+    if rest := b"".join(pieces):
         yield rest
 
 
 def iter_bytes(path: Path, *, on_read: OnRead) -> Iterator[bytes]:
-    """Yield the bytes of a file in non-empty blocks, decompressed by the ending of its name.
+    """Yield the bytes of a file in non-empty blocks, decompressed if it begins or ends its name like compressed data.
 
     Raises:
         InputError: cannot be read, or the compressed data is broken or cut short.
     """
     blocks = _raw_blocks(path, on_read)
-    if path.suffix in COMPRESSIONS:
-        blocks = _decompressed(blocks, path)
+    first = next(blocks, b"")
+    blocks = chain([first], blocks)
+    ending = path.suffix.lower()
+    # the content decides, since names are often wrong; the name decides for a file that is broken
+    compression = next((name for name, begin in _COMPRESSED.items() if begin.match(first)), ending)
+    if compression in COMPRESSIONS:
+        blocks = _decompressed(blocks, path, compression)
     return (block for block in blocks if block)
 
 
@@ -88,7 +124,7 @@ def _raw_blocks(path: Path, on_read: OnRead) -> Iterator[bytes]:
         raise InputError(f"data source {path} cannot be read ({error.strerror}): check the file") from None
 
 
-def _decompressed(blocks: Iterator[bytes], path: Path) -> Iterator[bytes]:
+def _decompressed(blocks: Iterator[bytes], path: Path, compression: str) -> Iterator[bytes]:
     decompressor: _Decompressor | None = None
     try:
         for block in blocks:
@@ -98,7 +134,7 @@ def _decompressed(blocks: Iterator[bytes], path: Path) -> Iterator[bytes]:
                     block = block.lstrip(b"\0")
                     if not block:
                         break
-                    decompressor = _new_decompressor(path.suffix)
+                    decompressor = _new_decompressor(compression)
                 yield decompressor.decompress(block)
                 if not decompressor.eof:
                     break
@@ -112,9 +148,9 @@ def _decompressed(blocks: Iterator[bytes], path: Path) -> Iterator[bytes]:
         raise InputError(f"data source {path} is cut short: copy or compress it again")
 
 
-def _new_decompressor(suffix: str) -> _Decompressor:
-    if suffix == ".gz":
+def _new_decompressor(compression: str) -> _Decompressor:
+    if compression == ".gz":
         return zlib.decompressobj(wbits=31)  # 31: expect a gzip header
-    if suffix == ".xz":
+    if compression == ".xz":
         return lzma.LZMADecompressor()
-    return zstandard.ZstdDecompressor().decompressobj()
+    return zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()

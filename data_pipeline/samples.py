@@ -1,6 +1,7 @@
 """Read samples of fixed length from prepared data, with megatron-core's GPTDataset. Imports torch."""
 
 import hashlib
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ def _open_part(
     sequence_length, split, seed, held_out = key
     # megatron-core names a cached index without regard to the chosen sequences, so each choice gets its own folder
     text = f"{prepared.fingerprint} {part.prefix} {part.bin_bytes} {key}"
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(text)).hexdigest()[:16]  # the path of a part may not be UTF-8
     cache = prepared.folder / "index" / f"{'held-out' if held_out else 'training'}-{sequence_length}-{name}"
     dataset = IndexedDataset(str(prepared.prefix(part)), multimodal=False, mmap=True)
 

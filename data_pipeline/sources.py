@@ -2,20 +2,22 @@
 
 import functools
 import glob
-import json
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from configs.errors import InputError
 from configs.schema import Source
+from data_pipeline.kinds import Kind, file_kind
 from data_pipeline.python_docs import PYTHON_DOCS_CHARACTERS, python_docs
-from data_pipeline.reading import COMPRESSIONS, OnRead, iter_lines, iter_text
+from data_pipeline.reading import BYTE_ORDER_MARK, OnRead, iter_text
+from data_pipeline.records import jsonl_texts, parquet_texts
 
 PYTHON_DOCS = "python-docs"
 _MIN_CHUNK, _MAX_CHUNK = 1 << 14, 1 << 20  # characters
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Chunk(NamedTuple):
@@ -44,22 +46,79 @@ def source_chunks(source: Source, *, separator: str | None, on_read: OnRead = la
 
 
 def source_files(path: str) -> tuple[Path, ...]:
-    """Return the files that a path or a glob names, sorted.
+    """Return the files that a path or a glob names, sorted; a file with several names once.
 
     Raises:
-        InputError: no file matches, or the path is a folder.
+        InputError: no file matches, or something that is named or matched is not a file that can be read.
     """
-    file = Path(path).expanduser()
-    if file.is_file():
-        return (file,)
-    if file.is_dir():
-        raise InputError(f"data source {path} is a folder: give its files, for example {path.rstrip('/')}/*.txt")
-    if glob.has_magic(path):
-        matches = sorted(Path(name) for name in glob.glob(str(file), recursive=True))
-        if files := tuple(match for match in matches if match.is_file()):
-            return files
-        raise InputError(f"data source {path} matches no file: check the pattern")
-    raise InputError(f"data source {path} does not exist: check the path, it is relative to {Path.cwd()}")
+    files = _matches(path) if glob.has_magic(path) and not os.path.lexists(path) else [Path(path)]
+    # a link, a hard link or another spelling names the same file
+    by_identity: dict[tuple[int, int], Path] = {}
+    for file in files:
+        state = _readable(file, path)
+        by_identity.setdefault((state.st_dev, state.st_ino), file)
+    return tuple(by_identity.values())
+
+
+def _matches(pattern: str) -> list[Path]:
+    """Return the files that a pattern matches, sorted.
+
+    Raises:
+        InputError: it matches none, or a folder whose files it does not match, or leads through one it cannot list.
+    """
+    for parent in Path(pattern).parents:
+        # glob skips a folder that it cannot list
+        for folder in filter(os.path.isdir, glob.iglob(str(parent), recursive=True)):
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise InputError(
+                    f"data source {pattern} needs the folder {folder}, which cannot be listed: check its mode"
+                )
+    matches = sorted(map(Path, glob.glob(pattern, recursive=True)))
+    files = [match for match in matches if not os.path.isdir(match)]
+    parts = Path(pattern).parts
+    if parts[-1] != "**" and parts[-2:] != ("**", "*"):  # these match all files of a folder that they match
+        searched = {folder for file in files for folder in file.parents}
+        if left_out := sorted({*matches} - {*files} - searched):
+            raise InputError(
+                f"data source {pattern} matches the folder {left_out[0]} but no file in it: match files only, as in "
+                "*.txt or **/*.txt, or give its files as another source"
+            )
+    if not files:
+        raise InputError(f"data source {pattern} matches no file: check the pattern")
+    return files
+
+
+def _readable(file: Path, source: str) -> os.stat_result:
+    """Return the state of a file that a source names or matches.
+
+    Raises:
+        InputError: it is missing, is no file, or cannot be read.
+    """
+    name = f"data source {source}" + ("" if file == Path(source) else f" matches {file}, which")
+    try:
+        state = file.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        if file.is_symlink():
+            raise InputError(
+                f"{name} is a link to {os.readlink(file)}, which does not exist: remove or fix it"
+            ) from None
+        raise InputError(f"{name} does not exist: check the path, it is relative to {Path.cwd()}") from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be read ({error.strerror}): check the path") from None
+    if stat.S_ISDIR(state.st_mode):
+        raise InputError(f"{name} is a folder: give its files, for example {file}/{_pattern_of_files(file)}")
+    if not stat.S_ISREG(state.st_mode):
+        raise InputError(f"{name} is a pipe, socket or device, and data is read more than once: copy it into a file")
+    if not os.access(file, os.R_OK):
+        raise InputError(f"{name} cannot be read (Permission denied): check its mode")
+    return state
+
+
+def _pattern_of_files(folder: Path) -> str:
+    """Return a pattern that matches files of a folder, or of the folders in it, whose kind is known; else `*.txt`."""
+    patterns = [f"{depth}*{ending}" for depth in ("", "*/") for ending in (".parquet", ".jsonl", ".jsonl.*", ".txt")]
+    inside = glob.escape(str(folder))
+    return next((pattern for pattern in patterns if any(glob.iglob(f"{inside}/{pattern}"))), "*.txt")
 
 
 def source_size(path: str) -> int:
@@ -73,16 +132,15 @@ def file_chunks(path: Path, *, separator: str | None, on_read: OnRead = lambda _
     """Yield the documents of one file in chunks.
 
     Raises:
-        InputError: not UTF-8, or a broken line, row or archive.
+        InputError: neither text nor records nor parquet, not UTF-8, or a broken line, row or archive.
     """
     # a chunk becomes a sequence, the unit that is held out, so even a short file should have several
     size = min(max(path.stat().st_size // 20, _MIN_CHUNK), _MAX_CHUNK)
-    kind = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
-    if kind == ".parquet":
-        return (chunk for text in _parquet_texts(path, on_read) for chunk in cut_documents([text], size=size))
-    if kind in (".jsonl", ".ndjson"):
-        return (chunk for text in _jsonl_texts(path, on_read) for chunk in cut_documents([text], size=size))
-    return cut_documents(iter_text(path, on_read=on_read), size=size, separator=separator)
+    kind = file_kind(path)
+    if kind is Kind.TEXT:
+        return cut_documents(iter_text(path, on_read=on_read), size=size, separator=separator)
+    texts = parquet_texts(path, on_read) if kind is Kind.PARQUET else jsonl_texts(path, on_read)
+    return (chunk for text in texts for chunk in cut_documents([text], size=size))
 
 
 def cut_documents(texts: Iterable[str], *, size: int, separator: str | None = None) -> Iterator[Chunk]:
@@ -91,41 +149,54 @@ def cut_documents(texts: Iterable[str], *, size: int, separator: str | None = No
     Args:
         texts: The text in consecutive parts of any length.
         size: Maximum characters of a chunk.
-        separator: Ends a document and is dropped; None: the text is one document. Empty documents are dropped.
+        separator: Ends a document and is dropped, with byte order marks behind it; a newline in it also matches CRLF.
+            None: the text is one document. Empty documents are dropped.
     """
+    # the newlines of a separator match both kinds of line ends, whichever kind the run file has
+    lines = separator.replace("\r\n", "\n").split("\n") if separator else []
+    pattern = re.compile("\r?\n".join(map(re.escape, lines)))
     # the buffer may end inside a separator: keep back enough characters to see it whole
-    kept_back = len(separator) - 1 if separator else 0
+    kept_back = max(0, len("\r\n".join(lines)) - 1)
     buffer, begun = "", False
     for text in texts:
+        searched, start = max(0, len(buffer) - kept_back), 0
         buffer += text
-        if separator:
-            *ended, buffer = buffer.split(separator)
-            for document in ended:
-                yield from _rest_of_document(document, size, begun)
-                begun = False
-        while len(buffer) - kept_back > size:
-            at = _cut_position(buffer, size)
-            yield Chunk(buffer[:at], ends_document=False)
-            buffer, begun = buffer[at:], True
+        for match in pattern.finditer(buffer, searched) if separator else ():
+            document = buffer[start : match.start()]
+            yield from _rest_of_document(document if begun else _without_mark(document), size, begun)
+            start, begun = match.end(), False
+        if separator and not begun:
+            buffer, start = _without_mark(buffer[start:]), 0
+        while len(buffer) - start - kept_back > size:
+            end = _cut_position(buffer, start, size)
+            yield Chunk(buffer[start:end], ends_document=False)
+            start, begun = end, True
+        buffer = buffer[start:]
     yield from _rest_of_document(buffer, size, begun)
+
+
+def _without_mark(document: str) -> str:
+    # files that begin with a byte order mark may have been joined by the separator
+    return document.lstrip(BYTE_ORDER_MARK)
 
 
 def _rest_of_document(text: str, size: int, begun: bool) -> Iterator[Chunk]:
     """Yield the rest of a document; if a document has begun, an empty rest still marks its end."""
-    while len(text) > size:
-        at = _cut_position(text, size)
-        yield Chunk(text[:at], ends_document=False)
-        text, begun = text[at:], True
-    if text or begun:
-        yield Chunk(text, ends_document=True)
+    start = 0
+    while len(text) - start > size:
+        end = _cut_position(text, start, size)
+        yield Chunk(text[start:end], ends_document=False)
+        start, begun = end, True
+    if start < len(text) or begun:
+        yield Chunk(text[start:], ends_document=True)
 
 
-def _cut_position(text: str, size: int) -> int:
+def _cut_position(text: str, start: int, size: int) -> int:
     # cut in the second half only, so that no chunk is much shorter than the others
     for mark in "\n ":
-        if (at := text.rfind(mark, size // 2, size)) >= 0:
+        if (at := text.rfind(mark, start + size // 2, start + size)) >= 0:
             return at + 1
-    return size
+    return start + size
 
 
 def _files(source: Source, separator: str | None, on_read: OnRead) -> Iterator[Chunk]:
@@ -143,63 +214,3 @@ def _python_docs(on_read: OnRead) -> Iterator[Chunk]:
     for text in _python_documents():
         on_read(len(text))
         yield from cut_documents([text], size=_MAX_CHUNK)
-
-
-def _jsonl_texts(path: Path, on_read: OnRead) -> Iterator[str]:
-    for number, line in enumerate(iter_lines(path, on_read=on_read), start=1):
-        if line.strip():
-            yield _text(_json(line, path, number), f"data source {path}, line {number}")
-
-
-def _json(line: bytes, path: Path, number: int) -> Any:
-    try:
-        # only the first line may begin with a byte order mark
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"data source {path}, line {number} is not UTF-8 at byte {error.start} of the line: convert it to UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"data source {path}, line {number} is not JSON ({error.msg} at column {error.colno}): "
-            'write one {"text": ...} per line'
-        ) from None
-    except RecursionError:
-        raise InputError(f"data source {path}, line {number} is nested too deeply: remove it") from None
-
-
-def _parquet_texts(path: Path, on_read: OnRead) -> Iterator[str]:
-    # not at the top: pyarrow is slow to import, and most runs read no parquet
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    row = 0
-    try:
-        with ParquetFile(path) as table:
-            if "text" not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
-                raise InputError(f"data source {path} has no column `text` (it has {names}): rename its text column")
-            group_bytes = path.stat().st_size // max(1, table.metadata.num_row_groups)
-            for group in range(table.metadata.num_row_groups):
-                for batch in table.iter_batches(256, row_groups=[group], columns=["text"], use_threads=False):
-                    for text in batch.column(0).to_pylist():
-                        row += 1
-                        yield _text({"text": text}, f"data source {path}, row {row}")
-                on_read(group_bytes)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"data source {path} is broken after row {row} ({reason}): write or copy it again") from None
-
-
-def _text(record: Any, where: str) -> str:
-    if not isinstance(record, dict) or "text" not in record:
-        raise InputError(f'{where} has no `text`: write one {{"text": ...}} per record')
-    text = record["text"]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: `text` must be a string, got {str(text)[:40]!r}: fix or remove the record")
-    if surrogate := _SURROGATE.search(text):
-        raise InputError(
-            f"{where}: `text` holds half a surrogate pair ({ascii(surrogate[0])}), which is not a character: "
-            "fix or remove the record"
-        )
-    return text

@@ -90,12 +90,14 @@ def _require_portable(proto: Any, model: Path) -> None:
     wrong = []
     if trainer.model_type != 2:
         wrong.append(f"model type {_MODEL_TYPES.get(trainer.model_type, trainer.model_type)} (must be bpe)")
-    if normalizer.name != "identity":
+    if normalizer.name != "identity" or normalizer.precompiled_charsmap or proto.denormalizer_spec.precompiled_charsmap:
         wrong.append(f"normalization {normalizer.name or 'unnamed'} (must be identity)")
     if normalizer.add_dummy_prefix:
         wrong.append("add_dummy_prefix (must be off)")
     if normalizer.remove_extra_whitespaces:
         wrong.append("remove_extra_whitespaces (must be off)")
+    if not normalizer.escape_whitespaces:
+        wrong.append("no escape_whitespaces (must be on)")
     if not trainer.byte_fallback:
         wrong.append("no byte_fallback (must be on)")
     if trainer.treat_whitespace_as_suffix:

@@ -4,7 +4,6 @@ The commands are in `launch/commands/`. Each one imports what it needs when it r
 start.
 """
 
-import sys
 from typing import Any, cast
 
 import typer
@@ -15,7 +14,9 @@ from launch.commands.jobs import jobs_commands, slurm_commands
 from launch.commands.machine import machine_commands
 from launch.commands.model import model_commands
 from launch.commands.run import run_commands
+from launch.failure import report_failure
 from launch.local import STOPPED_BY_HAND
+from launch.show.streams import ready_streams, write_output
 from training.versions import check_frozen
 
 app = typer.Typer(
@@ -37,29 +38,22 @@ UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 def run_command_line() -> None:
     """Run one command and exit; an error that the user can fix prints one line and sets the exit code."""
+    ready_streams()
     try:
         check_frozen()
         code = app(standalone_mode=False, prog_name="trainshort")
+        write_output("")  # flush the help text
     except TrainshortError as error:
-        code = _fail(str(error), code=error.exit_code)
+        code = report_failure(str(error), code=error.exit_code)
     except typer.Abort:  # Ctrl-C
         code = STOPPED_BY_HAND
     except UsageError as error:
-        code = _fail(_usage_message(error), code=InputError.exit_code)
+        code = report_failure(_usage_message(error), code=InputError.exit_code)
     raise SystemExit(code)
-
-
-def _fail(message: str, *, code: int) -> int:
-    """Write an error message and return the exit code."""
-    sys.stdout.flush()
-    # Without arguments typer prints the help itself and raises an error without a message.
-    if message:
-        sys.stderr.write(f"error: {message}\n")
-    return code
 
 
 def _usage_message(error: Any) -> str:
     """Return one line that says what is wrong with the command line and what to do."""
-    message = " ".join(str(error.format_message()).split()).rstrip(".?")
+    message = str(error.format_message()).rstrip(".?")
     command = error.ctx.command_path if error.ctx else "trainshort"
     return f"{message[0].lower()}{message[1:]}: see `{command} --help`" if message else ""

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-
 from configs.errors import MachineError
 from launch.machine import core_count
+from launch.show.streams import write_error
 
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.01  # shorter than what a rank takes to end after it has lost another one
 TAIL_LINES = 20
+# Ranks write to the file they meet in during a save too, which must not fail there because the disk is full.
+MEMORY = "/dev/shm"
 STOPPED_BY_HAND = 130  # 128 + SIGINT, as in a shell
 
 
@@ -95,7 +96,8 @@ def start_ranks(
         otherwise 1.
     """
     _make_folder(logs)
-    with tempfile.TemporaryDirectory(prefix="trainshort-") as folder, _handled_signals() as signals:
+    in_memory = MEMORY if os.access(MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="trainshort-", dir=in_memory) as folder, _handled_signals() as signals:
         shared = {
             **environment,
             "TRAINSHORT_RANKS": str(ranks),
@@ -204,11 +206,10 @@ def _explain(failed: Rank | None) -> int:
     if failed.log is None and code in (1, 2, 3):
         return int(code)  # rank 0 has printed its error on the terminal
     how = f"exit code {code}" if code > 0 else f"signal {-code} ({signal.Signals(-code).name})"
-    console = Console(stderr=True)
     message = f"error: rank {failed.number} ended with {how}"
     if failed.log:
         message += f"; the end of {failed.log}:\n" + _tail(failed.log, start=failed.log_start)
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    write_error(f"{message}\n")
     return int(code) if code in (2, 3) else 1
 
 

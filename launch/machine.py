@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 
 
@@ -15,15 +16,30 @@ def gpu_count(environment: Mapping[str, str], *, devices: Path = Path("/dev")) -
     """
     present = sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return present
-    # CUDA ignores everything after the first invalid entry.
-    chosen = 0
-    for entry in visible.split(","):
-        if not entry.strip() or entry.strip() == "-1":
-            break
-        chosen += 1
-    return min(present, chosen)
+    return present if visible is None else _visible_count(visible, present=present)
+
+
+def _visible_count(visible: str, *, present: int) -> int:
+    """Count the entries of CUDA_VISIBLE_DEVICES as torch does: up to the first that names no GPU.
+
+    So an empty text, -1, none, void and the NoDevFiles of SLURM are no GPU.
+    """
+    entries = [entry.strip() for entry in visible.split(",")]
+    kind = entries[0][:4]
+    chosen: list[str] | list[int]
+    if kind in ("GPU-", "MIG-"):
+        chosen = list(takewhile(lambda entry: entry.startswith(kind), entries))
+    else:
+        chosen = list(takewhile(lambda index: index in range(present), map(_index, entries)))
+    if len(set(chosen)) < len(chosen):
+        return 0  # a repeated entry is a mistake: CUDA shows nothing
+    # A process sees one slice of a divided GPU, however many are listed.
+    return min(present, 1 if kind == "MIG-" else len(chosen))
+
+
+def _index(entry: str) -> int:
+    number = re.match(r"[0-9]{1,9}", entry)
+    return int(number[0]) if number else -1
 
 
 def core_count() -> int:

@@ -4,7 +4,7 @@ Without pipeline stages, DeepSpeed's plain engine runs all layers (ZeRO 0 to 3).
 each rank's layers by 1F1B (ZeRO 1).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -18,29 +18,53 @@ from configs.choices import OPTIMIZERS
 from configs.precisions import PRECISIONS
 from configs.schema import Train
 from parallel import zero
-from parallel.axes import Groups
+from parallel.axes import Group, Groups
+from parallel.copies import sum_tied_gradients
 from parallel.engine import Engine, State, StepOutcome
 from parallel.layout import Layout
-from parallel.libraries import deepspeed
+from parallel.libraries import NoopTimer, ReduceTiedGrads, deepspeed
 from parallel.pipeline import StagedModule
 from parallel.plan import LayerPlan
+from parallel.seeds import initial_range
 from parallel.shards import declared
 
 
-def make_engine(module: nn.Module, plan: LayerPlan, *, train: Train, layout: Layout, groups: Groups) -> Engine:
-    """Return the engine of a module that holds its initial weights.
+def layer_placer(
+    *, train: Train, layout: Layout, groups: Groups, device: torch.device
+) -> Callable[[nn.Module], nn.Module]:
+    """Return a function that gives a new layer the memory that it will train in, so that a rank never holds more.
+
+    Its parameters move to the device in the type of the forward pass, and at ZeRO 3 are partitioned at once. Their
+    values are not set.
+    """
+    dtype = getattr(torch, PRECISIONS[train.precision].dtype)
+
+    def place(layer: nn.Module) -> nn.Module:
+        for parameter in layer.parameters():
+            parameter.data = torch.empty_like(parameter, dtype=dtype, device=device)
+        if layout.zero == 3:
+            zero.partition_layer(layer, train=train, layout=layout, groups=groups)
+        return layer
+
+    return place
+
+
+def make_engine(
+    module: nn.Module, plan: LayerPlan, *, train: Train, layout: Layout, groups: Groups, seed: int
+) -> Engine:
+    """Return the engine of a module, with the run's initial weights.
 
     Args:
-        module: A `StagedModule` for pipeline > 1, else a module from tokens to local logits.
+        module: A `StagedModule` for pipeline > 1, else a module from tokens to local logits; its layers are placed by
+            `layer_placer`.
         plan: Defines the loss.
         train: Optimization settings.
         layout: How the ranks are split into axes.
         groups: Their process groups.
+        seed: The run's seed.
     """
     optimizer = OPTIMIZERS[train.optimizer]
     kinds = optimizer.state_kinds
-    rounded = PRECISIONS[train.precision].master_weights
-    exact = {name: p.detach().clone() for name, (p, _) in declared(module).items()} if rounded else {}
     staged = isinstance(module, StagedModule)
     with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
         engine, *_ = deepspeed.initialize(
@@ -52,10 +76,10 @@ def make_engine(module: nn.Module, plan: LayerPlan, *, train: Train, layout: Lay
         )
     zero.start_optimizer(engine, moments=kinds[1:])
     state = ZeroState(engine, kinds=kinds)
-    for name, weight in exact.items():
-        # DeepSpeed makes its fp32 weights from those it rounded to 16 bits: restore the exact ones.
-        state.write(name, "weight", weight)
-    return _PipelineEngine(engine, state) if staged else _PlainEngine(engine, state, plan, groups=groups, train=train)
+    state.draw_weights(seed=seed, tensor=groups.tensor)
+    if staged:
+        return _PipelineEngine(engine, state, data=groups.data)
+    return _PlainEngine(engine, state, plan, groups=groups, train=train)
 
 
 class ZeroState:
@@ -73,6 +97,13 @@ class ZeroState:
     def write(self, name: str, kind: str, value: Tensor) -> None:
         """Set this tensor rank's slice; for a weight, also update the forward pass's copy."""
         zero.write_state(self._engine, self.parameters[name][0], kind, value)
+
+    def draw_weights(self, *, seed: int, tensor: Group) -> None:
+        """Set the run's initial weights, in fp32 also where the forward pass rounds them."""
+        for parameter, shard in self.parameters.values():
+            start, stop = zero.held_range(self._engine, parameter)
+            part = initial_range(shard, seed=seed, tensor=tensor, start=start, stop=stop)
+            zero.write_held(self._engine, parameter, "weight", part)
 
     def set_step(self, step: int) -> None:
         """Set the optimizer's step count."""
@@ -118,8 +149,13 @@ class _PlainEngine:
 
 
 class _PipelineEngine:
-    def __init__(self, engine: Any, state: State) -> None:
+    def __init__(self, engine: Any, state: State, *, data: Group) -> None:
         self._engine, self._state = engine, state
+        engine.timers = NoopTimer()  # DeepSpeed's own keep two CUDA events per step for ever
+        engine._INSTRUCTION_MAP = {
+            **engine._INSTRUCTION_MAP,
+            ReduceTiedGrads: lambda engine: sum_tied_gradients(engine, data=data),
+        }
         self._shape: tuple[int, ...] | None = None
 
     def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:

@@ -1,9 +1,11 @@
-"""Create the process groups of a layout."""
+"""Create the process groups of a layout, each once, for our own collectives, megatron-core and DeepSpeed alike."""
 
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from parallel.axes import Group, Groups
@@ -13,28 +15,53 @@ from parallel.libraries import (
     PipeModelDataParallelTopology,
     deepspeed,
     deepspeed_backend,
+    deepspeed_comm,
     parallel_state,
 )
+from parallel.start import COLLECTIVE_TIMEOUT
+
+Partition = list[list[int]]
 
 
 def make_groups(layout: Layout) -> Groups:
     """Create the groups of a layout; every rank of the world must call it at the same point.
 
-    megatron-core and DeepSpeed each create their own groups, because their layers look them up. Both number the
-    ranks in the same order: tensor fastest, then data, then pipeline. The groups returned are megatron's.
+    World ranks are numbered tensor fastest, then data, then pipeline. docs/decisions/0025 counts the groups.
     """
     join_deepspeed()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        create_gloo_process_groups=False,
-    )
+    handles = _create(partitions_of(layout))
+    _share(handles)
     with redirect_stdout(StringIO()):
         grid = PipelineParallelGrid(
             topology=PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
         )
-    return _groups(grid=grid)
+    return _groups(handles, grid=grid)
+
+
+def partitions_of(layout: Layout) -> dict[str, Partition]:
+    """Return the world's ranks cut into groups, once for each purpose that needs groups."""
+    mesh = torch.arange(layout.world_size).view(layout.pipeline, layout.data, layout.tensor)
+    stages = mesh.permute(1, 2, 0).reshape(-1, layout.pipeline)
+    cuts: dict[str, Partition] = {
+        "world": mesh.view(1, -1).tolist(),
+        "tensor": mesh.view(-1, layout.tensor).tolist(),
+        "pipeline": stages.tolist(),
+        "data": mesh.transpose(1, 2).reshape(-1, layout.data).tolist(),
+        # one copy of the model: DeepSpeed sums the gradient norm over it
+        "model": mesh.transpose(0, 1).reshape(layout.data, -1).tolist(),
+    }
+    if layout.pipeline > 2:
+        # The first and the last stage share the word embedding. Nobody uses the groups of the stages between them, but
+        # every rank must create as many groups as the others: torch numbers them, and a number is part of a name.
+        cuts["ends"] = [*stages[:, [0, -1]].tolist(), *stages[:, 1:-1].tolist()]
+    return cuts
+
+
+def lone_groups() -> Groups:
+    """Return the groups of a world of one, for a model in one process."""
+    handles = dict.fromkeys(("world", "tensor", "pipeline", "data"), dist.group.WORLD)
+    _tell_megatron(handles)
+    return _groups(handles, grid=None)
 
 
 def join_deepspeed() -> None:
@@ -44,21 +71,58 @@ def join_deepspeed() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def lone_groups() -> Groups:
-    """Return the groups of a world of one, for a model in one process."""
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    return _groups(grid=None)
+def _create(partitions: Mapping[str, Partition]) -> dict[str, Any]:
+    """Create this rank's group of each partition; equal partitions share their groups."""
+    by_partition: dict[str, Any] = {str(partitions["world"]): dist.group.WORLD}
+    handles = {}
+    for name, partition in partitions.items():
+        key = str(partition)
+        if key not in by_partition:
+            by_partition[key] = _create_group(partition, purpose=name)
+        handles[name] = by_partition[key]
+    return handles
 
 
-def _groups(*, grid: Any) -> Groups:
-    return Groups(
-        world=_group(dist.group.WORLD),
-        tensor=_group(parallel_state.get_tensor_model_parallel_group()),
-        pipeline=_group(parallel_state.get_pipeline_model_parallel_group()),
-        data=_group(parallel_state.get_data_parallel_group()),
-        grid=grid,
-    )
+def _create_group(partition: Partition, *, purpose: str) -> Any:
+    mine = next(ranks for ranks in partition if dist.get_rank() in ranks)
+    name = f"{purpose} from rank {mine[0]}"
+    if _can_split():
+        # NCCL cuts its communicator of the world into all groups of the partition in one collective of the world.
+        # `new_group` would need such a collective for each of them, from ranks that are in none.
+        return dist.split_group(split_ranks=partition, timeout=COLLECTIVE_TIMEOUT, group_desc=name)
+    return dist.new_group(mine, timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True, group_desc=name)
+
+
+def _can_split() -> bool:
+    world: Any = dist.group.WORLD
+    device = world.bound_device_id
+    return device is not None and world._get_backend(device).supports_splitting
+
+
+def _share(handles: Mapping[str, Any]) -> None:
+    """Give megatron-core and DeepSpeed these groups instead of groups of their own."""
+    _tell_megatron(handles)
+    of_ranks = {tuple(dist.get_process_group_ranks(handle)): handle for handle in handles.values()}
+
+    def group_of(ranks: Iterable[int]) -> Any:
+        wanted = tuple(ranks)
+        if dist.get_rank() not in wanted:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        assert wanted in of_ranks, f"DeepSpeed wants a group of the ranks {wanted}, which no axis of the layout has"
+        return of_ranks[wanted]
+
+    # DeepSpeed creates all its groups through this function.
+    deepspeed_comm.cdb.new_group = group_of
+
+
+def _tell_megatron(handles: Mapping[str, Any]) -> None:
+    # Its layers are handed their group, but its cross entropy looks this one up, and nothing else.
+    parallel_state._TENSOR_MODEL_PARALLEL_GROUP = handles["tensor"]
+
+
+def _groups(handles: Mapping[str, Any], *, grid: Any) -> Groups:
+    world, tensor, pipeline, data = (_group(handles[axis]) for axis in ("world", "tensor", "pipeline", "data"))
+    return Groups(world=world, tensor=tensor, pipeline=pipeline, data=data, grid=grid)
 
 
 def _group(handle: Any) -> Group:

@@ -93,6 +93,8 @@ class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
         vocab_size, hidden = _shape(shard, rule="vocabulary")
         padded = padded_vocabulary(vocab_size, tensor=tensor.size)
         super().__init__(padded, hidden, init_method=_unused, config=_CONFIG, tp_group=tensor.handle)
+        # F.embedding's gradient adds rows on a GPU in no fixed order; indexing has a deterministic gradient.
+        self.deterministic_mode = torch.are_deterministic_algorithms_enabled()
         declare(self.weight, shard)
         # rows of real tokens on this rank; the rest is padding
         real = min(max(vocab_size - self.vocab_start_index, 0), self.num_embeddings_per_partition)

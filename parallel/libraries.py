@@ -38,10 +38,13 @@ with _lean():
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
     from deepspeed.runtime.utils import clip_grad_norm_
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.timer import NoopTimer
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
@@ -53,6 +56,7 @@ with _lean():
 
     # Import by name: the attribute `deepspeed.comm.torch` is torch itself.
     deepspeed_backend = importlib.import_module("deepspeed.comm.torch")
+    deepspeed_comm = importlib.import_module("deepspeed.comm.comm")
 
 __all__ = [
     "BF16_Optimizer",
@@ -61,15 +65,19 @@ __all__ = [
     "DeepSpeedZeroOptimizer_Stage3",
     "LayerSpec",
     "ModelParallelConfig",
+    "NoopTimer",
     "PipeModelDataParallelTopology",
     "PipelineModule",
     "PipelineParallelGrid",
+    "ReduceTiedGrads",
     "RowParallelLinear",
     "TiedLayerSpec",
     "VocabParallelEmbedding",
+    "ZeroParamStatus",
     "clip_grad_norm_",
     "deepspeed",
     "deepspeed_backend",
+    "deepspeed_comm",
     "linear_with_grad_accumulation_and_async_allreduce",
     "parallel_state",
     "vocab_parallel_cross_entropy",

@@ -17,6 +17,7 @@ class Shard:
         rule: How tensor ranks split it; a vocabulary is padded with rows of zeros to divide evenly.
         init_std: Std of the initial normal values; None for a constant.
         constant: Initial value if init_std is None.
+        decays: Whether the optimizer's weight decay applies to it.
         tied: Whether several pipeline stages hold it and keep it equal; the first stage saves it.
     """
 
@@ -25,6 +26,7 @@ class Shard:
     rule: Rule
     init_std: float | None = None
     constant: float = 0.0
+    decays: bool = False
     tied: bool = False
 
     @property
@@ -53,3 +55,13 @@ def local_shape(shard: Shard, *, tensor_rank: int, tensor_size: int) -> tuple[in
 def padded_rows(shard: Shard, *, tensor_size: int) -> int:
     """Return how many rows of zeros make all tensor ranks' slices equal in size."""
     return 0 if shard.dim is None else -shard.shape[shard.dim] % tensor_size
+
+
+def padded_shape(shard: Shard, *, tensor_size: int) -> tuple[int, ...]:
+    """Return the shape of each tensor rank's slice, with padding: the same on all of them."""
+    if shard.dim is None:
+        return shard.shape
+    padding = padded_rows(shard, tensor_size=tensor_size)
+    assert not padding or shard.rule == "vocabulary", f"{shard.name} does not divide over {tensor_size} tensor ranks"
+    size = (shard.shape[shard.dim] + padding) // tensor_size
+    return (*shard.shape[: shard.dim], size, *shard.shape[shard.dim + 1 :])

@@ -1,7 +1,7 @@
 """A decoder as a list of layers not yet built, so that each pipeline stage builds only its own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,3 +30,17 @@ class LayerPlan:
     after: tuple[Maker, ...]
     loss: Callable[[Tensor, Tensor], Tensor]
     shared: nn.Module | None = None
+
+    def placed(self, place: Callable[[nn.Module], nn.Module]) -> "LayerPlan":
+        """Return the plan with each layer passed through `place` as soon as it is built, except the shared module."""
+
+        def then_place(make: Maker) -> Maker:
+            return lambda: place(make())
+
+        return replace(
+            self,
+            embedding=then_place(self.embedding),
+            before=tuple(map(then_place, self.before)),
+            blocks=tuple(map(then_place, self.blocks)),
+            after=tuple(map(then_place, self.after)),
+        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.axes import Group
-from parallel.parameter import Shard, span
+from parallel.parameter import Shard, padded_shape, span
 
 
 def declare(parameter: nn.Parameter, shard: Shard) -> None:
@@ -26,12 +26,19 @@ def declared(module: nn.Module) -> dict[str, tuple[nn.Parameter, Shard]]:
     Raises:
         AssertionError: a parameter was not declared.
     """
-    parameters = {}
-    for path, parameter in module.named_parameters():
-        shard = getattr(parameter, "shard", None)
-        assert isinstance(shard, Shard), f"parameter {path} declares no name and rule: call declare() where it is built"
-        parameters[shard.name] = (parameter, shard)
-    return parameters
+    return {shard_of(parameter).name: (parameter, shard_of(parameter)) for parameter in module.parameters()}
+
+
+def shard_of(parameter: nn.Parameter) -> Shard:
+    """Return the shard that a parameter was declared with.
+
+    Raises:
+        AssertionError: it was not declared.
+    """
+    shard = getattr(parameter, "shard", None)
+    shape = tuple(parameter.shape)
+    assert isinstance(shard, Shard), f"a parameter {shape} declares no name and rule: call declare() where it is built"
+    return shard
 
 
 def cut(whole: Tensor, *, shard: Shard, tensor: Group) -> Tensor:
@@ -47,8 +54,7 @@ def pad(part: Tensor, *, shard: Shard, tensor: Group) -> Tensor:
     """Pad a tensor rank's rows with zeros, so that all ranks' slices are equal in size."""
     if shard.dim is None:
         return part
-    padding = -(-shard.shape[shard.dim] // tensor.size) - part.shape[shard.dim]
+    padding = padded_shape(shard, tensor_size=tensor.size)[shard.dim] - part.shape[shard.dim]
     if not padding:
         return part
-    assert shard.rule == "vocabulary", f"{shard.name} does not divide over {tensor.size} tensor ranks"
     return torch.cat([part, part.new_zeros(padding, *part.shape[1:])])

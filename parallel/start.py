@@ -6,6 +6,7 @@ Torch is imported inside functions, so that a launcher can call `find_process_ra
 import logging
 import os
 import re
+import resource
 import signal
 import warnings
 from collections.abc import Mapping
@@ -13,13 +14,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from configs.errors import MachineError
+from configs.errors import InputError, MachineError
 
 if TYPE_CHECKING:
     import torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # the values that torch accepts for deterministic algorithms
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+MANY_FILES = 1 << 16  # some ten connections of each of 4,096 ranks
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def find_process_rank(environ: Mapping[str, str]) -> ProcessRank | None:
             return ProcessRank(
                 int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]), "env://", "torchrun"
             )
-        if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             rank, size = int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"])
             return ProcessRank(rank, size, int(environ["SLURM_LOCALID"]), _slurm_rendezvous(environ), "slurm")
     except (KeyError, ValueError) as error:
@@ -71,16 +74,26 @@ def find_process_rank(environ: Mapping[str, str]) -> ProcessRank | None:
 def _slurm_rendezvous(environ: Mapping[str, str]) -> str:
     # The batch script sets both at each start; an srun typed by hand sets neither.
     host = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])
-    port = environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 20000
+    port = int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 20000)
     return f"tcp://{host}:{port}"
 
 
 def _first_host(node_list: str) -> str:
-    """Return the first host name of a SLURM node list: gpu-001 of gpu-[001-004,007]."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list)
-    if match is None:
-        raise ValueError(f"SLURM_STEP_NODELIST {node_list!r}")
-    return match[1] + (match[2] or "")
+    """Return the first host name of a SLURM node list: rack1-gpu01 of rack[1-2]-gpu[01-04,07],login.
+
+    `scontrol show hostnames` gives it too, but a container has no scontrol.
+    """
+    # A name may have brackets anywhere, several times, and dots. The first host has the first choice of each.
+    first = re.match(r"(?:[\w.-]|\[[^][]+\])+(?=,|$)", node_list)
+    host = re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0]) if first else ""
+    if not re.fullmatch(r"[\w.-]+", host):
+        raise ValueError(f"SLURM_STEP_NODELIST is {node_list!r}, which names no host")
+    return host
+
+
+def environment() -> Mapping[str, str]:
+    """Return the environment, for the variables of a library that a user expects to count."""
+    return os.environ
 
 
 def hold_stop_signals() -> None:
@@ -88,28 +101,65 @@ def hold_stop_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+def choose_gpu(place: ProcessRank, *, visible: int) -> int | None:
+    """Return the index of this rank's GPU among those that its process sees; None for a CPU rank.
+
+    Args:
+        place: This process among the ranks.
+        visible: Number of GPUs that it sees: all of the machine, or one of its own, as `srun --gpus-per-task=1` gives.
+    Raises:
+        InputError: the machine has more ranks than GPUs.
+    """
+    if not visible:
+        return None
+    if place.local_rank < visible:
+        return place.local_rank
+    # Local ranks inherit one environment, so they see the same GPU. From others NCCL learns if two share one.
+    if visible == 1 and place.starter != "local":
+        return 0
+    raise InputError(
+        f"local rank {place.local_rank}, counted from 0, has no GPU, because this machine's ranks see {visible}: start "
+        f"at most {visible} ranks on a machine, or let each rank see all GPUs or one of its own (CUDA_VISIBLE_DEVICES)"
+    )
+
+
 def start(place: ProcessRank) -> "torch.device":
-    """Join the other ranks and return this rank's device: NCCL if there are GPUs, else gloo."""
+    """Join the other ranks and return this rank's device: NCCL if there are GPUs, else gloo.
+
+    Raises:
+        InputError: the machine has more ranks than GPUs.
+    """
     import torch
     import torch.distributed as dist
 
     flush_denormals()
+    sum_in_fp32()
+    allow_many_files()
     if place.starter == "local":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's hostname may not resolve
-    gpus = torch.cuda.device_count()
-    device = torch.device("cuda", place.local_rank % gpus) if gpus else torch.device("cpu")
-    if gpus:
+    index = choose_gpu(place, visible=torch.cuda.device_count())
+    device = torch.device("cpu") if index is None else torch.device("cuda", index)
+    if index is not None:
         torch.cuda.set_device(device)
     # DeepSpeed takes LOCAL_RANK as the device index. With one GPU visible per process that is 0 on every rank.
-    os.environ["LOCAL_RANK"] = str(device.index or 0)
-    dist.init_process_group(
-        "nccl" if gpus else "gloo",
-        init_method=place.rendezvous,
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=device if gpus else None,
-    )
+    os.environ["LOCAL_RANK"] = str(index or 0)
+    try:
+        dist.init_process_group(
+            "gloo" if index is None else "nccl",
+            init_method=place.rendezvous,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            # NCCL then connects at once, which one rank alone has no use for.
+            device_id=device if index is not None and place.world_size > 1 else None,
+        )
+    except dist.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise InputError(
+            f"local rank {place.local_rank}, counted from 0, shares its GPU with another rank (it sees "
+            f"{torch.cuda.device_count()}): start one rank per GPU, or let each rank see one of its own"
+        ) from None
     return device
 
 
@@ -119,9 +169,11 @@ def start_alone() -> "torch.device":
     import torch.distributed as dist
 
     flush_denormals()
+    sum_in_fp32()
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -133,6 +185,49 @@ def flush_denormals() -> None:
     import torch
 
     torch.set_flush_denormal(True)
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files as far as the system lets it.
+
+    The first rank serves the store in which the ranks meet. Each rank opens two connections to it per group of NCCL's,
+    so some hundred ranks exceed the usual limit of 1,024.
+    """
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if most == resource.RLIM_INFINITY else min(most, MANY_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, wanted), most))
+
+
+def sum_in_fp32() -> None:
+    """Let GPUs add up products of 16-bit numbers in fp32; by default cuBLAS may round partial sums to 16 bits."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def use_deterministic_algorithms() -> None:
+    """Let this process compute the same bits each time; call it before `start`. Torch fails at what it cannot repeat.
+
+    Source: torch's notes on reproducibility, and Megatron Core's page on deterministic training.
+
+    Raises:
+        InputError: CUBLAS_WORKSPACE_CONFIG has a value with which cuBLAS is not deterministic.
+    """
+    import torch
+
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACES[0])  # read when cuBLAS starts
+    if workspace not in _CUBLAS_WORKSPACES:
+        raise InputError(
+            f"train.deterministic is true, but the environment sets CUBLAS_WORKSPACE_CONFIG to {workspace!r}: unset "
+            f"it, or use {' or '.join(_CUBLAS_WORKSPACES)}"
+        )
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # adds in the order of the ring; NVLink's switches have no fixed order
+    # With warn_only, torch would keep the backward pass of attention that is not deterministic.
+    torch.use_deterministic_algorithms(True)
+    # Only code that reads what nothing has written needs it, and it writes every new tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 def stop() -> None:
@@ -160,3 +255,5 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", module=rf"{package}\..*")
     # DeepSpeed calls these functions, but torch attributes the warning to its own module.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # One rank alone has no `device_id`; `start` has set the current device.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")

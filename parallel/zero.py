@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from configs.precisions import PRECISIONS
 from configs.schema import Train
+from parallel.axes import Groups
 from parallel.layout import Layout
 from parallel.libraries import (
     BF16_Optimizer,
     DeepSpeedZeroOptimizer,
     DeepSpeedZeroOptimizer_Stage3,
+    ZeroParamStatus,
     clip_grad_norm_,
     deepspeed,
 )
@@ -42,9 +44,20 @@ def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
         # Partitioned activations save little, and are wrong with sequence parallelism and with changing lengths.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 10**12,  # never
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a micro-batch
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def partition_layer(layer: nn.Module, *, train: Train, layout: Layout, groups: Groups) -> None:
+    """Partition a layer's parameters over the data ranks, as ZeRO-3 keeps them; the whole ones are freed."""
+    deepspeed.zero.Init(
+        module=layer,
+        data_parallel_group=groups.data.handle,
+        config_dict_or_path=deepspeed_config(train, layout=layout),
+        mpu=groups.grid,
+    )
 
 
 def start_optimizer(engine: Any, *, moments: Sequence[str]) -> None:
@@ -88,24 +101,52 @@ def read_state(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
 
 def write_state(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     """Set one tensor rank's fp32 weight or moment; also update the model's own copy of a weight."""
-    value = value.to(parameter.device, torch.float32)
+    start, stop = held_range(engine, parameter)
+    part = value.flatten()[start:stop]
+    padding = stop - start - part.numel()
+    write_held(engine, parameter, kind, torch.cat([part, part.new_zeros(padding)]) if padding else part)
+
+
+def held_range(engine: Any, parameter: nn.Parameter) -> tuple[int, int]:
+    """Return the part [start, stop) of a tensor rank's flat slice that `write_held` needs on this rank.
+
+    ZeRO-3 cuts the flat parameter evenly over its data ranks, so the last part may reach past the end.
+    """
+    if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return 0, parameter.numel()
+    size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    start = dist.get_rank(parameter.ds_process_group) * size  # type: ignore[attr-defined]
+    return start, start + size
+
+
+def write_held(engine: Any, parameter: nn.Parameter, kind: str, part: Tensor) -> None:
+    """Set the `held_range` of one tensor rank's fp32 weight or moment; also update the model's own copy of a weight.
+
+    Args:
+        engine: DeepSpeed's engine.
+        parameter: One of its parameters.
+        kind: `weight` or a moment.
+        part: Values [stop - start], zero past the end of the slice.
+    """
+    part = part.to(parameter.device, torch.float32)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
-        # Each data rank sets its own part: of the fp32 weight, and of the copy that the forward pass gathers.
-        part = _stage3_part(parameter, value)
         if kind == "weight":
             deepspeed.utils.safe_set_local_fp32_param(parameter, part)
             parameter.ds_tensor.data.copy_(part)  # type: ignore[attr-defined]
+            if parameter.ds_status is ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+                parameter.partition()  # type: ignore[attr-defined]  # DeepSpeed keeps a small one gathered: drop it
         else:
             deepspeed.utils.safe_set_local_optimizer_state(parameter, part, kind)
-    elif _is_sharded(engine):
-        if kind == "weight":
-            deepspeed.utils.safe_set_full_fp32_param(parameter, value)
-            parameter.data.copy_(value)
-        else:
-            deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
-    else:
+        return
+    value = part.view(parameter.shape)
+    if not _is_sharded(engine):
         target = parameter.data if kind == "weight" else _base(engine).state[parameter][kind]
         target.copy_(value)
+    elif kind == "weight":
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+        parameter.data.copy_(value)
+    else:
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
 
 
 def report_norm_without_zero(engine: Any, *, clip: float) -> None:
@@ -137,16 +178,6 @@ def _masters(engine: Any) -> list[Tensor]:
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         return list(optimizer.single_partition_of_fp32_groups)
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _stage3_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    # ZeRO-3 cuts the flat parameter evenly over its data ranks and pads the last part.
-    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    group = parameter.ds_process_group  # type: ignore[attr-defined]
-    start = dist.get_rank(group) * size
-    flat = value.flatten()
-    part = flat[min(start, flat.numel()) : start + size]
-    return torch.cat([part, part.new_zeros(size - part.numel())])
 
 
 def _name(parameter: nn.Parameter) -> str:

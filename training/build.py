@@ -8,13 +8,14 @@ from torch import nn
 
 from configs.schema import RunConfig
 from parallel.axes import Groups
-from parallel.deepspeed_engine import make_engine
+from parallel.deepspeed_engine import layer_placer, make_engine
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_weights
 from training.folder import record_certificate, report_write_errors
 from training.model.decoder import Decoder, plan_layers
+from training.model.proof.attention_weights import dtype_of
 from training.model.proof.certificate import Certificate, WrongPositions, certificates_to_json, certify
 from training.preflight import Ready
 
@@ -33,12 +34,16 @@ def build_engine(
     Raises:
         WrongPositions: a rank's positions are wrong; raised on every rank.
     """
-    plan = plan_layers(config.model, vocab_size=vocab_size, tensor=groups.tensor, recompute=config.train.recompute)
+    train, seed = config.train, config.run.seed
+    plan = plan_layers(config.model, vocab_size=vocab_size, tensor=groups.tensor, recompute=train.recompute)
+    if plan.shared is not None:  # a position table: the certificate needs its weights
+        plan.shared.to(device, dtype_of(train.precision))
+        initial_weights(plan.shared, seed=seed, tensor=groups.tensor)
+    plan = plan.placed(layer_placer(train=train, layout=layout, groups=groups, device=device))
     module: nn.Module = StagedModule(plan, groups=groups) if layout.pipeline > 1 else Decoder(plan)
-    initial_weights(module, seed=config.run.seed, tensor=groups.tensor)
-    module.to(device)
-    certificates = certify(module, config.model, groups=groups, precision=config.train.precision, device=device)
-    return make_engine(module, plan, train=config.train, layout=layout, groups=groups), certificates
+    certificates = certify(module, config.model, groups=groups, precision=train.precision, device=device)
+    engine = make_engine(module, plan, train=train, layout=layout, groups=groups, seed=seed)
+    return engine, certificates
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError, MachineError
-from configs.files import whole_file
+from configs.files import try_folder, whole_file
 from configs.load import dump_run, load_run
-from configs.paths import config_file, logs_folder, run_folder
+from configs.paths import checkpoints_folder, config_file, data_folder, logs_folder, run_folder
 from configs.schema import RunConfig
+from data_pipeline.manifest import same_content, same_inputs
 from parallel.layout import Layout
 from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints
 from training.incarnation import Fence, begin_incarnation
@@ -23,7 +24,19 @@ if TYPE_CHECKING:
     import torch
 
 # prefixes of keys that a later start may change: neither learning rate nor sample order depends on them
-MAY_CHANGE = ("parallel", "train.steps", "train.micro_batch", "checkpoint", "evaluate", "track", "slurm", "run.dir")
+MAY_CHANGE = (
+    "parallel",
+    "train.steps",
+    "train.micro_batch",
+    "train.deterministic",
+    "checkpoint",
+    "evaluate",
+    "track",
+    "slurm",
+    "run.dir",
+)
+# keys that name the data: the same data elsewhere, or under another spelling, is no change
+_DATA_KEYS = ("data.dir", "data.sources", "data.tokenizer")
 
 
 def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
@@ -38,7 +51,7 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
     if config.train.decay_steps is None:
         config = config.model_copy(update={"train": config.train.model_copy(update={"decay_steps": fixed})})
     if before is not None:
-        _refuse_changes(_flat(before.model_dump()), _flat(config.model_dump()), run_dir=run_dir)
+        _refuse_changes(before, config, run_dir=run_dir)
     return config
 
 
@@ -57,6 +70,7 @@ def claim_run_folder(config: RunConfig, *, layout: Layout, device: "torch.device
     run_dir = run_folder(config)
     with report_write_errors(run_dir):
         logs_folder(run_dir).mkdir(parents=True, exist_ok=True)
+        try_folder(checkpoints_folder(run_dir))  # now, not at the first save
         # Before any file is written: from here on, an older start that is still alive sees that it is superseded.
         fence = begin_incarnation(run_dir)
         _write_records(config, fence=fence, layout=layout, device=device)
@@ -105,17 +119,29 @@ def record_certificate(document: dict[str, Any], *, run_dir: Path, step: int) ->
     return path
 
 
-def _refuse_changes(before: dict[str, Any], now: dict[str, Any], *, run_dir: Path) -> None:
-    changes = [
-        f"{key} was {before[key]!r}, is {now.get(key)!r}"
-        for key in before
-        if before[key] != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
+def _refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path) -> None:
+    before, now = _flat(first.model_dump()), _flat(config.model_dump())
+    changed = [key for key in before if before[key] != now.get(key) and not key.startswith(MAY_CHANGE)]
+    if any(key in _DATA_KEYS for key in changed) and _is_same_data(first, config):
+        changed = [key for key in changed if key not in _DATA_KEYS]
+    if "train.init_from" in changed and _absolute(before["train.init_from"]) == _absolute(now["train.init_from"]):
+        changed.remove("train.init_from")
+    changes = [f"{key} was {before[key]!r}, is {now.get(key)!r}" for key in changed]
     if changes:
         raise InputError(
             f"{run_dir} holds a run that this one would change: {'; '.join(changes)}: "
             "set the old values, or choose another run.dir"
         )
+
+
+def _is_same_data(first: RunConfig, config: RunConfig) -> bool:
+    """Return whether two runs name the same prepared data, which may have been moved or copied."""
+    folders = (data_folder(first), data_folder(config))
+    return same_inputs(folders[1], first.data, config.data) and same_content(*folders)
+
+
+def _absolute(path: str | None) -> Path | None:
+    return None if path is None else Path(path).resolve()
 
 
 def _flat(value: Any, *, prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Generate text from a checkpoint of any layout, one token at a time, with a key-value cache."""
 
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import InputError, TrainshortError
+from data_pipeline.reading import BYTE_ORDER_MARK
 from data_pipeline.tokenizer import Tokenizer
 from training.checkpoint.read import open_checkpoint
 from training.model.cache import KeyValueCache
@@ -54,7 +56,7 @@ class GeneratedText:
     """A prompt and its continuation.
 
     Attributes:
-        prompt: The prompt as given.
+        prompt: The prompt.
         text: Prompt and continuation.
         prompt_tokens: Tokens of the prompt; an empty prompt is one token, the start of a document.
         tokens: New tokens, without the end-of-document token.
@@ -90,11 +92,11 @@ class LanguageModel(Protocol):
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
-    """Return the prompt, from text or a file.
+    r"""Return the prompt, from text or a file, as training reads text: verbatim, but for a byte order mark before it.
 
     Args:
         text: The prompt itself; None if it is in a file.
-        file: A file, or `-` for standard input; its last line break is dropped.
+        file: A file, or `-` for standard input; its last line break, \n or \r\n, is dropped.
     Raises:
         InputError: both are given or neither, or the file cannot be read.
     """
@@ -103,15 +105,21 @@ def read_prompt(text: str | None, file: Path | None) -> str:
         raise InputError(f"--prompt TEXT or --prompt-file FILE must be given, got {given}: give one of them")
     if file is None:
         assert text is not None
-        return text
+        return text.removeprefix(BYTE_ORDER_MARK)
     name = "standard input" if file == Path("-") else str(file)
     try:
-        raw = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
-        return raw.decode("utf-8").removesuffix("\n")
+        raw = _read_standard_input() if file == Path("-") else file.read_bytes()
+        return re.sub(r"\r?\n\Z", "", raw.decode("utf-8").removeprefix(BYTE_ORDER_MARK))
     except OSError as error:
         raise InputError(f"--prompt-file {name} cannot be read ({error.strerror}): give a text file, or -") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt-file {name} is not UTF-8 at byte {error.start}: write it in UTF-8") from None
+
+
+def _read_standard_input() -> bytes:
+    if sys.stdin is None:
+        raise OSError(None, "it is closed")
+    return sys.stdin.buffer.read()
 
 
 def generate_from_checkpoint(checkpoint: Path, *, prompt: str, tokens: int, sampling: Sampling) -> GeneratedText:

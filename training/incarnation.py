@@ -137,6 +137,12 @@ def refuse_second_start(run_dir: Path) -> None:
         time.sleep(0.1)
 
 
+def died_here(run_dir: Path) -> bool:
+    """Return whether the newest start of a run folder ran on this machine and has ended."""
+    newest = newest_incarnation(run_dir)
+    return newest is not None and newest.machine == _machine() and not _is_alive(newest)
+
+
 @contextmanager
 def sole_launcher(run_dir: Path) -> Iterator[None]:
     """Keep other launchers of this machine out of a run folder until this one ends, even by SIGKILL.

@@ -3,9 +3,9 @@
 import time
 from contextlib import suppress
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs.terminal import printable, status_console
 from training.observers import Status, StepResult
 
 LOG_SECONDS = 10.0  # between two lines in a log file
@@ -15,7 +15,7 @@ class ProgressLine:
     """Shows the latest step on standard error."""
 
     def __init__(self, headline: str, *, first_step: int, steps: int) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = status_console()
         self._steps, self._printed_at = steps, 0.0
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -26,7 +26,7 @@ class ProgressLine:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=steps, completed=first_step, figures="")
-        self._console.print(headline, markup=False, soft_wrap=True)
+        self._console.print("\n".join(map(printable, headline.split("\n"))), soft_wrap=True)
         self._progress.start()
 
     def on_step(self, result: StepResult) -> None:

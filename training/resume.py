@@ -9,8 +9,8 @@ from configs.paths import run_folder
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
 from data_pipeline.loader import Loader
-from parallel.axes import Groups
-from parallel.collectives import broadcast_from_first
+from parallel.axes import Group, Groups
+from parallel.collectives import broadcast_from_first, wait_for_all
 from parallel.engine import Engine
 from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import Checkpoint, load_slices, open_on_all_ranks
@@ -42,7 +42,8 @@ def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups,
         checkpoint = open_on_all_ranks(run_dir, kinds=state.kinds, world=groups.world)
         load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
         state.set_step(checkpoint.step)
-        changes = list(changes_since(engine, loader, checkpoint=checkpoint, precision=config.train.precision))
+        precision, world = config.train.precision, groups.world
+        changes = list(changes_since(engine, loader, checkpoint=checkpoint, precision=precision, world=world))
         if changes and not accept_change:
             raise InputError(f"{changes[0]}, or accept it with `trainshort train --accept-change`")
         if groups.world.rank == 0:
@@ -55,12 +56,16 @@ def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups,
     return TrainState(0, 0)
 
 
-def check_loss(engine: Engine, loader: Loader) -> float:
+def check_loss(engine: Engine, loader: Loader, world: Group) -> float:
     """Return the mean loss on the run's first samples, without training; every rank must call it."""
-    return engine.mean_loss(loader.first_samples(CHECKED_SAMPLES))
+    samples = loader.first_samples(CHECKED_SAMPLES)
+    wait_for_all(world)
+    return engine.mean_loss(samples)
 
 
-def changes_since(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, precision: str) -> Iterator[str]:
+def changes_since(
+    engine: Engine, loader: Loader, *, checkpoint: Checkpoint, precision: str, world: Group
+) -> Iterator[str]:
     """Yield what has changed since a checkpoint was saved, the same on every rank; every rank must call it.
 
     Args:
@@ -68,6 +73,7 @@ def changes_since(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, pre
         loader: The run's samples.
         checkpoint: The checkpoint.
         precision: Of the run.
+        world: All ranks.
     """
     saved = checkpoint.manifest
     order = loader.order_hash(saved.consumed_samples)
@@ -76,7 +82,7 @@ def changes_since(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, pre
             f"checkpoint {checkpoint.path} was saved before other samples than those that follow now (hash "
             f"{saved.order_hash[:12]}, now {order[:12]}): bring back the data that it was trained on"
         )
-    loss, allowed = check_loss(engine, loader), PRECISIONS[precision].resume_tolerance
+    loss, allowed = check_loss(engine, loader, world), PRECISIONS[precision].resume_tolerance
     if not abs(loss - saved.probe_loss) <= allowed:  # true for nan too
         yield (
             f"checkpoint {checkpoint.path} gave the check batch a loss of {saved.probe_loss:.6f} when it was saved, "

@@ -7,8 +7,9 @@ import torch
 from configs.schema import RunConfig
 from parallel.collectives import broadcast_from_first
 from parallel.groups import make_groups
-from parallel.start import ProcessRank, start, stop
+from parallel.start import ProcessRank, start, stop, use_deterministic_algorithms
 from training.build import build_engine, record_refusal
+from training.determinism import limits_of_determinism, nondeterminism_named
 from training.folder import claim_run_folder, record_certificate, report_write_errors
 from training.metrics_file import MetricsFile
 from training.model.proof.certificate import Certificate, certificates_to_json
@@ -20,6 +21,7 @@ from training.tracking.observer import TrackingObserver
 from training.trainer import build_trainer
 
 
+@nondeterminism_named()
 def train_rank(config: RunConfig, place: ProcessRank, *, accept_change: bool = False) -> None:
     """Train one rank of a run, from its newest checkpoint if it has one, to its last step or until asked to stop.
 
@@ -35,6 +37,8 @@ def train_rank(config: RunConfig, place: ProcessRank, *, accept_change: bool = F
     stop_request.listen()  # before the slow part: a signal during start-up must not kill the rank
     ready = make_ready(config, world_size=place.world_size, device="cuda" if torch.cuda.is_available() else "cpu")
     config, layout = ready.config, ready.layout
+    if config.train.deterministic:
+        use_deterministic_algorithms()
     device = start(place)
     groups = make_groups(layout)
     fence = broadcast_from_first(lambda: claim_run_folder(config, layout=layout, device=device), group=groups.world)
@@ -67,5 +71,9 @@ def _observers(ready: Ready, *, step: int, certificates: Sequence[Certificate]) 
     headline = (
         f"{ready.layout}; {first.position} positions, attention {first.backend} in {first.precision} on {first.device}"
     )
-    progress = ProgressLine(headline, first_step=step, steps=config.train.steps)
-    return [metrics, progress, TrackingObserver(config, run_dir=run_dir, certificate=certificate_file)]
+    tracking = TrackingObserver(config, run_dir=run_dir, certificate=certificate_file)
+    lines = [headline, tracking.summary]
+    if config.train.deterministic:
+        lines.append(limits_of_determinism(ready.layout, device=first.device))
+    progress = ProgressLine("\n".join(lines), first_step=step, steps=config.train.steps)
+    return [metrics, progress, tracking]

@@ -1,5 +1,6 @@
 """Saving during training: a checkpoint of the state after a step, checked before it is written."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -7,12 +8,15 @@ from configs.schema import RunConfig
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Prepared
 from parallel.axes import Groups
+from parallel.copies import equalize_copies
 from parallel.engine import Engine
 from training.checkpoint.manifest import SavedState, list_checkpoints
 from training.checkpoint.write import SaveError, save_checkpoint
 from training.incarnation import Fence
 from training.resume import check_loss
 from training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class Saver:
@@ -54,7 +58,10 @@ class Saver:
             SaveError: the weights have diverged, or a disk is full or failing; raised on every rank.
             Superseded: a newer start of the run has taken over; raised on every rank.
         """
-        loss = check_loss(self._engine, self._loader)
+        for difference in equalize_copies(self._engine.state(), groups=self._groups):
+            if self._groups.world.rank == 0:
+                logger.warning("step %d: the copies of %s differed: the first one was copied", state.step, difference)
+        loss = check_loss(self._engine, self._loader, self._groups.world)
         if not math.isfinite(loss):
             raise SaveError(
                 f"step {state.step} was not saved (its loss on the check batch is {loss}): its weights have "

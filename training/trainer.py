@@ -19,6 +19,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.manifest import Prepared
 from data_pipeline.samples import Samples, open_samples
 from parallel.axes import Group, Groups
+from parallel.collectives import wait_for_all
 from parallel.engine import Engine, StepOutcome
 from parallel.seeds import seed_for
 from training.checkpoint.write import SaveError
@@ -120,6 +121,7 @@ class Trainer:
         state, saved_step, failed_saves = self.start, self.start.step, 0
         validation_loss: float | None = None
         save_seconds: float | None = None
+        wait_for_all(self.groups.world)  # the first rank has opened its observers' files
         while state.step < steps and not self._must_stop():
             state, taken = self._take_step(state)
             began = time.perf_counter()
@@ -199,6 +201,7 @@ class Trainer:
     def _save(self, state: TrainState, validation_loss: float | None, observers: Sequence[Observer]) -> None:
         for observer in observers:
             observer.before_save()
+        wait_for_all(self.groups.world)  # the first rank's observers write to a disk
         self.saver.save(state, validation_loss=validation_loss)
 
 
@@ -243,6 +246,7 @@ def build_trainer(
     held_out = open_run_samples(held_out=True) if config.evaluate.every else None
     start = resume(engine, loader, config=config, groups=groups, accept_change=accept_change)
     flops = flops_per_token(config.model, vocab_size=prepared.vocab_size, length=config.data.sequence_length)
+    peak_flops = world_peak_flops(device, precision=config.train.precision)
     return Trainer(
         config=config,
         engine=engine,
@@ -255,7 +259,7 @@ def build_trainer(
         fence=fence,
         start=start,
         flops_per_token=flops,
-        peak_flops=world_peak_flops(device, precision=config.train.precision),
+        peak_flops=peak_flops,
     )
 
 
@@ -281,5 +285,5 @@ def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: 
         held_out=held_out,
     )
     samples = open_now() if groups.world.rank == 0 else None
-    dist.barrier()
+    wait_for_all(groups.world)
     return samples or open_now()

@@ -1,14 +1,14 @@
 """Validation during training: the mean loss on held-out samples."""
 
 from configs.schema import RunConfig
-from data_pipeline.loader import held_out_batches
+from data_pipeline.loader import held_out_parts
 from data_pipeline.samples import Samples
 from parallel.axes import Group
 from parallel.engine import Engine
 
 
 class Validator:
-    """Measures the same held-out samples each time.
+    """Measures the same held-out samples each time, whatever the layout and the micro-batch.
 
     Args:
         engine: The model.
@@ -25,11 +25,15 @@ class Validator:
         every = self._config.evaluate.every
         if self._samples is None or step % every:
             return None
-        batches = held_out_batches(
+        parts = held_out_parts(
             self._samples,
             count=self._config.evaluate.samples,
             micro_batch=self._config.train.micro_batch,
             data_rank=self._data.rank,
             data_size=self._data.size,
         )
-        return self._engine.mean_loss(list(batches))
+        total, count = 0.0, 0
+        for batches, samples in parts:
+            total += samples * self._engine.mean_loss(batches)
+            count += samples
+        return total / count

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import MachineError
+from configs.secrets import hide_secrets
 
 HOUSE = Path(__file__).resolve().parents[1]
 CODE = ("configs", "parallel", "data_pipeline", "training", "launch", "trainshort.py")
@@ -63,12 +64,12 @@ def installed_version(package: str) -> str | None:
 
 
 def _changes(house: Path) -> str:
-    """Return the diff from the commit to the checkout: changed files, and modules that git does not track."""
+    """Return the diff from the commit, without secrets: changed files, and modules that git does not track."""
     listed = _git(house, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE) or ""
     added = [name for name in listed.split("\0") if name.endswith(".py")]
     # exit code 1: the two files differ
     parts = [_git(house, "diff", "--no-index", "--", "/dev/null", name, accepted=(0, 1)) for name in added]
-    return "".join(part or "" for part in (_git(house, "diff", "HEAD"), *parts))
+    return hide_secrets("".join(part or "" for part in (_git(house, "diff", "HEAD"), *parts)))
 
 
 def _git(folder: Path, *arguments: str, accepted: Collection[int] = (0,)) -> str | None:

@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 
 from configs.errors import InputError
-from launch.commands.options import AsJson, CheckpointPath, Overrides, count_option
+from launch.commands.options import AsJson, CheckpointPath, Overrides, count_option, path_of
 
 checkpoint_commands = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
 
 
 @checkpoint_commands.command("list")
 def checkpoint_list_command(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder, or a checkpoint.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", parser=path_of, help="A run folder, or a checkpoint.")],
     as_json: AsJson = False,
 ) -> None:
     """List the checkpoints of a run, oldest first, without reading their bytes."""

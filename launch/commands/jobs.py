@@ -25,7 +25,7 @@ def slurm_command(
     """Write sbatch scripts that train, then evaluate, then export."""
     from configs.load import load_run
     from configs.paths import check_run_folder, logs_folder
-    from launch.show.console import show_lines
+    from launch.show.console import show_lines, show_text
     from launch.slurm.script import fewest_nodes, find_program, render_scripts
 
     config = load_run(run, overrides=overrides or [])
@@ -48,7 +48,8 @@ def slurm_command(
     )
     needs = f"its log needs the folder {logs_folder(run_dir)}; --submit makes it"
     for name, script in scripts.items():
-        show_lines(f"# ----- {name}.sbatch ({needs}) -----", script.rstrip(), "")
+        show_lines(f"# ----- {name}.sbatch ({needs}) -----")
+        show_text(f"{script.rstrip()}\n\n")
 
 
 @jobs_commands.command("status")

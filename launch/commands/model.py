@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.options import AsJson, CheckpointPath, Lengths, count_option, lengths_option
+from launch.commands.options import AsJson, CheckpointPath, Lengths, count_option, lengths_option, path_of
 from training.export.formats.table import FORMATS
 
 model_commands = typer.Typer()
@@ -21,20 +21,26 @@ def evaluate_command(
     protocol: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="nonoverlapping or sliding:STRIDE; may be repeated.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="A text file.  [default: the run's held-out text]")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", parser=path_of, help="A text file.  [default: the run's held-out text]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity at each length; write the run's evaluation folder."""
+    """Measure perplexity at each length; write the run's evaluation folder, by checkpoint and as the newest."""
     from launch.show.console import show_json
     from launch.show.model import show_report
+    from training.evaluation.folder import ReportNotWritten
     from training.evaluation.run import evaluate_checkpoint
 
+    show = show_json if as_json else show_report
     protocols = tuple(protocol) if protocol else None  # None: those of the run file
-    report = evaluate_checkpoint(checkpoint, lengths=lengths, protocols=protocols, data=data)
-    if as_json:
-        show_json(report)
-    else:
-        show_report(report)
+    try:
+        report = evaluate_checkpoint(checkpoint, lengths=lengths, protocols=protocols, data=data)
+    except ReportNotWritten as error:
+        show(error.report)  # the work of minutes or hours
+        raise
+    show(report)
 
 
 @model_commands.command("generate")
@@ -45,7 +51,11 @@ def generate_command(
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="That text in a file; - for standard input. Its last line break is dropped."),
+        typer.Option(
+            metavar="FILE",
+            parser=path_of,
+            help="That text in a UTF-8 file; - for standard input. Its last line break is dropped.",
+        ),
     ] = None,
     tokens: Annotated[int, count_option("--tokens", "New tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
@@ -75,7 +85,9 @@ def export_command(
             help=" ".join(f"{name}: {description}." for name, description in FORMATS.items()),
         ),
     ],
-    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", parser=path_of, help="A new or empty folder, also a link or a mount.")
+    ],
 ) -> None:
     """Write the model for inference engines, and compare its logits with the trained model's."""
     from launch.show.console import show_lines

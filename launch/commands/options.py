@@ -8,6 +8,14 @@ import typer
 
 from configs.errors import InputError
 
+
+def path_of(text: str) -> Path:
+    """Parse a path argument: the shell leaves `--data=~/text` and quoted variables as they are."""
+    from configs.path_text import expand_path  # here: it loads pydantic, which `--help` does without
+
+    return expand_path(text)
+
+
 RunFile = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A run file, or the name of a shipped run.")]
 Overrides = Annotated[
     list[str] | None,
@@ -15,9 +23,9 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder for its newest one.")
+    Path, typer.Argument(metavar="CHECKPOINT", parser=path_of, help="A checkpoint, or a run folder for its newest one.")
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", parser=path_of, help="A run folder.")]
 
 
 class Lengths(tuple[int, ...]):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,8 @@ from launch.commands.options import AsJson, Overrides, RunFile, count_option
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
+
+RECORD_SECONDS = 30
 
 run_commands = typer.Typer()
 
@@ -23,6 +26,11 @@ def check_command(run: RunFile, overrides: Overrides = None, as_json: AsJson = F
     from launch.show.run import run_summary, show_summary
 
     config = load_run(run, overrides=overrides or [])
+    model = Path(config.data.tokenizer) if config.data.tokenizer else None
+    if model is not None and model.is_file():  # whether it exists is for `prepare`
+        from data_pipeline.prepare import check_tokenizer
+
+        check_tokenizer(config.data)
     if as_json:
         show_json(run_summary(config))
     else:
@@ -58,6 +66,7 @@ def train_command(
 ) -> None:
     """Train, resuming from the newest checkpoint; start local ranks, or join those of srun or torchrun."""
     from configs.load import load_run
+    from launch.failure import ending_at_once
     from parallel.start import find_process_rank, hold_stop_signals
 
     config = load_run(run, overrides=overrides or [])
@@ -73,10 +82,10 @@ def train_command(
 
     # The import below takes seconds. A SIGTERM meanwhile must wait until the rank can save.
     hold_stop_signals()
+    with ending_at_once():
+        from training.run import train_rank
 
-    from training.run import train_rank
-
-    train_rank(config, process_rank, accept_change=accept_change)
+        train_rank(config, process_rank, accept_change=accept_change)
 
 
 def _start_local_ranks(
@@ -92,9 +101,10 @@ def _start_local_ranks(
         options: Further options of `train` that are passed on to the ranks.
     """
     from configs.paths import logs_folder
-    from launch.local import start_ranks
+    from launch.local import STOPPED_BY_HAND, start_ranks
     from launch.machine import gpu_count
     from launch.show.console import show_lines
+    from training.export.formats.table import export_problems
     from training.incarnation import refuse_second_start, sole_launcher
     from training.preflight import make_ready
 
@@ -109,9 +119,26 @@ def _start_local_ranks(
     if ready.finished:
         show_lines(f"{ready.run_dir} is trained to its last step, {config.train.steps}: raise train.steps to continue")
         return 0
+    if ready.newest is None:  # said before training, not after it
+        show_lines(*export_problems(config.model).values())
     refuse_second_start(ready.run_dir)
     sets = [argument for override in overrides for argument in ("--set", override)]
     # -P keeps the working directory off sys.path: the user may have a folder called training or configs there.
     command = [sys.executable, "-P", "-m", "trainshort", "train", *options, *sets, "--", run]
     with sole_launcher(ready.run_dir):
-        return start_ranks(command, ranks=ranks, logs=logs_folder(ready.run_dir), environment=os.environ)
+        code = start_ranks(command, ranks=ranks, logs=logs_folder(ready.run_dir), environment=os.environ)
+        if code:
+            _end_tracking(ready.run_dir, uri=config.track.uri, stopped=code == STOPPED_BY_HAND)
+        return code
+
+
+def _end_tracking(run_dir: Path, *, uri: str | None, stopped: bool) -> None:
+    """End the MLflow run if rank 0 was killed before it could: the run would be shown as running for ever."""
+    from training.incarnation import died_here
+    from training.tracking.record import read_record
+    from training.tracking.tracker import attach
+
+    record = read_record(run_dir)
+    tracker = attach(run_dir, uri=uri) if record and record.is_open and died_here(run_dir) else None
+    if tracker:
+        tracker.finish("KILLED" if stopped else "FAILED", wait_seconds=RECORD_SECONDS)

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from launch.show.console import show_lines, wide_table
+from configs.terminal import printable
+from launch.show.console import show_lines, show_table, wide_table
 
 if TYPE_CHECKING:
     from training.checkpoint.reshape import Reshape
@@ -22,10 +21,9 @@ def show_checkpoints(verdicts: "list[Verdict]", *, folder: Path) -> None:
         values = verdict.to_json()
         step, loss = values["step"], values["validation_loss"]
         size = "broken" if verdict.problems else f"{verdict.bytes / 1e6:,.1f}"
-        table.add_row(
-            "-" if step is None else f"{step:,}", size, "-" if loss is None else f"{loss:.4f}", str(verdict.path)
-        )
-    Console(soft_wrap=True).print(table)  # no wrapping: a path stays on one line, to be copied
+        path = printable(str(verdict.path))
+        table.add_row("-" if step is None else f"{step:,}", size, "-" if loss is None else f"{loss:.4f}", path)
+    show_table(table)
     show_lines(*(problem for verdict in verdicts for problem in verdict.problems))
 
 
@@ -46,13 +44,11 @@ def show_reshape(plan: "Reshape") -> None:
     )
     names = ("tensor", "rule", "shape", "saved", "read", "padding")
     table = wide_table(names, left=names)
-    for column in table.columns:
-        column.no_wrap = True
     for cut in plan.cuts:
         rule = f"{cut.rule}, tied" if cut.tied else cut.rule
         sizes = (_slice_sizes(cut.saved), _slice_sizes(cut.wanted))
         table.add_row(cut.name, rule, " x ".join(map(str, cut.shape)), *sizes, str(cut.padding or ""))
-    Console(width=120).print(table)  # the shapes need more than 80
+    show_table(table)
 
 
 def _slice_sizes(sizes: tuple[int, ...]) -> str:

@@ -1,24 +1,55 @@
-"""Write JSON, plain lines and tables to standard output."""
+"""Write JSON, text, lines and tables to standard output."""
 
 import json
+import os
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+
+from configs.terminal import printable
+from launch.show.streams import write_output
+
+# wider than any table
+_NO_LIMIT = 100_000
 
 
 def show_json(document: Any) -> None:
-    """Write one JSON document."""
-    Console().print(json.dumps(document, indent=2, allow_nan=False), markup=False, highlight=False, soft_wrap=True)
+    """Write one JSON document in ASCII, so that every encoding of standard output can hold it."""
+    write_output(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def show_text(text: str) -> None:
+    """Write text that a user wants as data: unchanged, as UTF-8 whatever the encoding of standard output.
+
+    Bytes of a file name that is not UTF-8 are written as they are in the name.
+    """
+    write_output(text.encode("utf-8", "surrogateescape"))
 
 
 def show_lines(*lines: str) -> None:
-    """Write plain lines, without wrapping or styling."""
-    console = Console()
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Write lines of a message, without wrapping or styling; control characters in them are escaped."""
+    write_output("".join(f"{printable(line)}\n" for line in lines))
+
+
+def show_table(table: Table) -> None:
+    """Write a table, as wide as its cells need: a path stays on one line, to be copied."""
+    _show(table, width=_NO_LIMIT)
+
+
+def show_folded(grid: Table) -> None:
+    """Write a table whose cells fold at the terminal's width; in a file or a pipe they do not, unless COLUMNS says."""
+    limited = sys.stdout.isatty() or "COLUMNS" in os.environ
+    _show(grid, width=None if limited else _NO_LIMIT)
+
+
+def _show(renderable: RenderableType, *, width: int | None) -> None:
+    # Cells are data: without these, rich reads [red] as a colour and :smile: as an emoji.
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    write_output("".join(segment.text for segment in console.render(renderable)))
 
 
 def wide_table(columns: Sequence[str], *, left: Collection[str] = ()) -> Table:

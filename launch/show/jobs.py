@@ -3,10 +3,9 @@
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
-
 from configs.paths import logs_folder
-from launch.show.console import narrow_table, show_lines
+from configs.terminal import printable
+from launch.show.console import narrow_table, show_lines, show_table
 from launch.slurm.status import ChainStatus, displayed_state
 
 
@@ -31,7 +30,7 @@ def show_chain(status: ChainStatus) -> None:
         nodes = f"({job.reason})" if job.state == "PENDING" and job.reason else job.nodes
         left = "-" if job.seconds_left is None else str(timedelta(seconds=job.seconds_left))
         figures = (step, loss) if name == "train" else ("", "")
-        table.add_row(name, job.job_id, displayed_state(job), str(job.restarts), *figures, left, nodes)
-    Console().print(table)
+        table.add_row(name, job.job_id, displayed_state(job), str(job.restarts), *figures, left, printable(nodes))
+    show_table(table)
     if status.advice:
         show_lines(status.advice)

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.show.console import narrow_table, show_lines
+from configs.terminal import printable
+from launch.show.console import narrow_table, show_folded, show_lines, show_table
 
 
 def show_machine(report: dict[str, Any]) -> None:
@@ -23,17 +23,16 @@ def show_machine(report: dict[str, Any]) -> None:
         "network": _network(network),
         "slurm": ", ".join(f"{name} {path or 'not found'}" for name, path in report["slurm"].items()),
     }
-    console = Console(highlight=False)
-    console.print(_grid(rows))
+    show_folded(_grid(rows))
     for backend in report["attention"]:
-        console.print(f"\nattention {backend['name']}: {'available' if backend['lacks'] is None else 'not available'}")
+        show_lines("", f"attention {backend['name']}: {'available' if backend['lacks'] is None else 'not available'}")
         rows = {}
         for key in ("what", "positions", "precisions", "devices", "memory", "has_run", "lacks"):
             value = backend[key]
             if value is not None:
                 words = ", ".join(value) if isinstance(value, tuple) else value
                 rows[key.replace("_", " ")] = f"grows with {words}" if key == "memory" else words
-        console.print(_grid(rows))
+        show_folded(_grid(rows))
 
 
 def show_audit(report: dict[str, Any]) -> None:
@@ -57,7 +56,7 @@ def show_audit(report: dict[str, Any]) -> None:
             f"{max(head['absolute']['worst'] for head in heads):.1e}",
             f"{lost['absolute']['mean']:.1e}",
         )
-    Console().print(table)
+    show_table(table)
     verdict = "every row is within" if report["within"] else "a row is not within"
     show_lines(
         "Rows: the last of each length. Numbers: total variation to exact ALiBi in fp64,",
@@ -73,7 +72,7 @@ def _grid(rows: dict[str, str]) -> Table:
     grid = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():
         # fold breaks long words too: without it a narrow terminal cuts paths off
-        grid.add_row(name, Text(value, overflow="fold"))
+        grid.add_row(name, Text(printable(value), overflow="fold"))
     return grid
 
 

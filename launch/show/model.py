@@ -3,9 +3,8 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from launch.show.console import narrow_table, show_json, show_lines
+from configs.terminal import status_console
+from launch.show.console import narrow_table, show_json, show_lines, show_table, show_text
 
 if TYPE_CHECKING:
     from training.generation import GeneratedText
@@ -17,7 +16,7 @@ def show_report(report: dict[str, Any]) -> None:
     per_word = any("word_perplexity" in result for result in report["results"])
     show_lines(f"{report['checkpoint']}, trained at {report['train_length']:,} tokens")
     table = narrow_table(("length", "x trained", "tokens", "loss", "perplexity", *(["per word"] if per_word else [])))
-    table.add_column("protocol", no_wrap=True)
+    table.add_column("protocol")
     for result in report["results"]:
         cells = [
             f"{result['length']:,}",
@@ -34,21 +33,21 @@ def show_report(report: dict[str, Any]) -> None:
         gap = ["-"] if per_word else []
         table.add_section()
         table.add_row("-", "-", "-", "-", f"{report['unigram_perplexity']:,.2f}", *gap, "unigram model")
-    Console().print(table)
+    show_table(table)
 
 
 def show_generated(generated: "GeneratedText", *, as_json: bool) -> None:
-    """Write a generated text, and its timings to standard error: standard output holds only the text."""
+    """Write a generated text and a line break; its timings go to standard error."""
     if as_json:
         show_json(asdict(generated))
         return
-    show_lines(generated.text)
+    show_text(f"{generated.text}\n")
     each = "" if generated.token_seconds is None else f", {1000 * generated.token_seconds:.1f} ms for each further one"
     total = generated.prompt_tokens + generated.tokens
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
+    status_console().print(
         f"{generated.prompt_tokens} tokens of prompt in {generated.prefill_seconds:.2f} s, "
         f"{generated.tokens} new{each}; "
         f"{total:,} in all, {total / generated.train_length:.3g} x the training length"
         f"{'; the document ended' if generated.ended else ''}",
-        markup=False,
+        soft_wrap=True,
     )

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from configs.paths import data_folder, run_folder
 from configs.schema import RunConfig
-from launch.show.console import show_lines, wide_table
+from configs.terminal import printable
+from launch.show.console import show_lines, show_table, wide_table
+from training.export.formats.table import export_problems
 from training.families.table import parameter_count
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def run_summary(config: RunConfig) -> dict[str, Any]:
         "pipeline": parallel.pipeline,
         "zero": parallel.zero,
         "data": str(data_folder(config)),
+        "export_problems": export_problems(model),
     }
 
 
@@ -48,6 +49,7 @@ def show_summary(config: RunConfig) -> None:
         f"  layout    tensor {summary['tensor']} x pipeline {summary['pipeline']}, ZeRO-{summary['zero']}: "
         f"ranks in multiples of {model_ranks}",
         f"  folders   run {summary['dir']}, data {summary['data']}",
+        *(f"  export    {name}: {problem}" for name, problem in summary["export_problems"].items()),
     )
 
 
@@ -56,5 +58,5 @@ def show_prepared(prepared: "Prepared") -> None:
     show_lines(f"{prepared.folder}: {prepared.tokens:,} tokens, vocabulary of {prepared.vocab_size:,}")
     table = wide_table(("part", "documents", "tokens"), left=("part",))
     for part in prepared.parts:
-        table.add_row(part.name, f"{part.documents:,}", f"{part.tokens:,}")
-    Console().print(table)
+        table.add_row(printable(part.name), f"{part.documents:,}", f"{part.tokens:,}")
+    show_table(table)

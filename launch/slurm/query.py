@@ -2,10 +2,11 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from configs.errors import InputError, MachineError
@@ -58,16 +59,25 @@ class Job:
         return self.state in END_STATES
 
 
-def run_slurm(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_slurm(
+    program: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     """Run one of SLURM's commands and return its result, failed or not.
 
+    Args:
+        program: The command.
+        arguments: Its arguments.
+        environment: Its environment; this process's by default.
     Raises:
         MachineError: the command is not on this machine.
     """
     path = shutil.which(program)
     if path is None:
         raise MachineError(f"{program} is not on this machine: run this on a SLURM login node")
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    # Users write comments and names in other encodings, and nobody here reads them.
+    return subprocess.run(
+        [path, *arguments], env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
 
 
 def slurm_error(result: "subprocess.CompletedProcess[str]") -> str:
@@ -86,34 +96,42 @@ def find_job(job_id: str, *, name: str) -> Job:
         MachineError: SLURM does not answer.
     """
     result = run_slurm("scontrol", "--oneliner", "show", "job", job_id)
-    known = result.returncode == 0 and result.stdout.startswith("JobId=")
-    if not known and "Invalid job id" not in result.stderr:
+    # An array or heterogeneous job has a line for each part; what the site prints around them is left out.
+    lines = [line for line in result.stdout.splitlines() if {"JobId", "JobState"} <= _fields(line).keys()]
+    if (result.returncode or not lines) and "Invalid job id" not in result.stderr:
         raise MachineError(f"SLURM does not answer: {slurm_error(result)}: try again, or ask your administrator")
-    if known and _fields(result.stdout).get("JobName") == name:
-        return parse_job(result.stdout)
+    for line in lines:
+        if _fields(line).get("JobName") == name:
+            return replace(parse_job(line), job_id=job_id)
     if shutil.which("sacct"):
         # The name comes last: only it may contain the separator.
         result = run_slurm("sacct", "-nXPD", "-j", job_id, "-o", "State,ExitCode,NodeList,JobName")
-        rows = [row[:3] for row in (line.split("|", 3) for line in result.stdout.splitlines()) if row[-1] == name]
+        rows = [row for row in (line.split("|", 3) for line in result.stdout.splitlines()) if row[3:] == [name]]
         if result.returncode == 0 and rows:
-            state, exit_status, nodes = rows[-1]  # one row per start of the job
+            state, exit_status, nodes, _ = rows[-1]  # one row per start of the job
             code, signal = _exit_status(exit_status)
-            restarts = len(rows) - 1
-            return Job(job_id, state.split()[0], restarts=restarts, exit_code=code, signal=signal, nodes=nodes)
+            return Job(
+                job_id,
+                _state(state) if _state(state) in END_STATES else UNKNOWN_STATE,  # SLURM calls some that died RUNNING
+                restarts=len(rows) - 1,
+                exit_code=code,
+                signal=signal,
+                nodes="" if nodes == "None assigned" else nodes,
+            )
     return Job(job_id, UNKNOWN_STATE)
 
 
 def parse_job(line: str) -> Job:
     """Return a job from a line of `scontrol --oneliner show job`."""
     fields = _fields(line)
-    state, reason = fields["JobState"], fields.get("Reason", "None")
+    state, reason = _state(fields["JobState"]), fields.get("Reason", "None")
     limit, run_time = time_limit_seconds(fields.get("TimeLimit", "")), time_limit_seconds(fields.get("RunTime", ""))
     code, signal = _exit_status(fields.get("ExitCode", "0:0"))
     return Job(
         job_id=fields["JobId"],
         state=state,
         reason="" if reason == "None" else reason.replace("_", " "),
-        restarts=int(fields.get("Restarts", 0)),
+        restarts=_number(fields.get("Restarts", "")),
         exit_code=code,
         signal=signal,
         nodes=fields.get("NodeList", "").replace("(null)", ""),
@@ -128,7 +146,8 @@ def check_partition_limits(slurm: Slurm, *, nodes: int) -> None:
         InputError: names each limit that is exceeded.
     """
     result = run_slurm("scontrol", "--all", "--oneliner", "show", "partition")
-    partitions = {fields["PartitionName"]: fields for fields in map(_fields, result.stdout.splitlines()) if fields}
+    lines = [_fields(line) for line in result.stdout.splitlines()]
+    partitions = {fields["PartitionName"]: fields for fields in lines if "PartitionName" in fields}
     if result.returncode or not partitions:
         return  # sbatch reports this better
     extra = _extra_options(slurm.extra)
@@ -177,7 +196,7 @@ def _exceeded_limits(slurm: Slurm, *, nodes: int, extra: dict[str, str], partiti
 
 def _extra_options(extra: Sequence[str]) -> dict[str, str]:
     """Return the sbatch options of `slurm.extra` by their long names; a repeated option has its last value."""
-    words = [word for line in extra for word in line.split()]
+    words = [word for line in extra for word in _words(line)]
     options = {}
     for word, next_word in pairwise([*words, ""]):
         if word.startswith("--"):
@@ -188,16 +207,40 @@ def _extra_options(extra: Sequence[str]) -> dict[str, str]:
     return options
 
 
+def _words(line: str) -> list[str]:
+    """Return the words of an #SBATCH line, which has a shell's quotes and comments; none if sbatch must judge it."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # a quote is not closed
+        return []
+
+
 def _fields(line: str) -> dict[str, str]:
-    """Return the Key=value pairs of one line of scontrol."""
-    return dict(re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", line))
+    """Return the Key=value pairs of one line of scontrol; of a repeated key the first.
+
+    What users write themselves, comments and paths with spaces, comes after what is read here.
+    """
+    pairs = re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", line)
+    return dict(reversed(pairs))
+
+
+def _state(text: str) -> str:
+    """Return the state alone: CANCELLED of "CANCELLED by 1000" or "CANCELLED+", COMPLETED of COMPLETED,COMPLETING."""
+    match = re.match(r"[A-Z_]+", text)
+    return match[0] if match else UNKNOWN_STATE
 
 
 def _exit_status(text: str) -> tuple[int, int]:
-    """Return exit code and signal of SLURM's 0:12."""
+    """Return exit code and signal of SLURM's 0:12; 0 for what is not given."""
     code, _, signal = text.partition(":")
-    return int(code), int(signal or 0)
+    return _number(code), _number(signal)
+
+
+def _number(text: str) -> int:
+    """Return the number that a text begins with; 0 if there is none."""
+    match = re.match(r"[0-9]{1,18}", text)
+    return int(match[0]) if match else 0
 
 
 def _megabytes(text: str) -> int:
-    return int(text[:-1]) * {"M": 1, "G": 1024, "T": 1024 * 1024}[text[-1]]
+    return _number(text) * {"M": 1, "G": 1024, "T": 1024 * 1024}[text[-1]]

@@ -6,17 +6,20 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from configs.errors import InputError
 from configs.paths import checkpoints_folder, data_folder, export_folder, logs_folder, run_folder
 from configs.schema import RunConfig, Slurm
+from configs.secrets import HIDDEN, hide_secrets, is_secret_name, public_variables, without_password
 from parallel.layout import Layout
 from training.checkpoint.manifest import step_folder
 from training.export.formats.table import CHAIN_FORMAT
+from training.tracking.store import STORE_VARIABLE
 
 CHAIN_JOBS = ("train", "evaluate", "export")
 # Exit code of a training job that was asked to stop. Not 0: the next job of the chain must not start.
@@ -60,12 +63,12 @@ def render_scripts(
         code: A frozen copy of the code to run, or None for the installed code.
         image: Result of `image_state`, which the scripts check when they start; None for no check.
     Raises:
-        InputError: the ranks do not fit the layout.
+        InputError: the ranks do not fit the layout, or a line holds a secret.
     """
     ranks = ranks_per_node(config, nodes=nodes)
     layout = Layout.of(config, world_size=nodes * ranks)
     template = _template()
-    sets = [word for override in overrides for word in ("--set", override)]
+    sets = [word for override in public_overrides(overrides) for word in ("--set", override)]
     # `train` does not join an srun step of one task, but starts local ranks, by default one per GPU.
     single = ["--ranks", "1"] if layout.world_size == 1 and config.slurm.starter == "srun" else []
     commands = {"train": [program, "train", run_file, *sets, *single], **_after_training(config, program=program)}
@@ -86,6 +89,40 @@ def render_scripts(
         )
         for name in CHAIN_JOBS
     }
+
+
+def with_tracking_secret(config: RunConfig) -> RunConfig:
+    """Return the run with the password of `track.uri` as a variable of its jobs, whose run file does not hold it."""
+    uri, env = config.track.uri, config.slurm.env
+    if uri is None or uri == without_password(uri) or STORE_VARIABLE in env:
+        return config
+    slurm = config.slurm.model_copy(update={"env": {**env, STORE_VARIABLE: uri}})
+    return config.model_copy(update={"slurm": slurm})
+
+
+def _refuse_secrets(slurm: Slurm) -> None:
+    """Refuse lines that would write a secret into the scripts.
+
+    Raises:
+        InputError: names the line, without the secret.
+    """
+    for key in ("setup", "extra"):
+        for line in getattr(slurm, key):
+            if hide_secrets(line) != line:
+                raise InputError(
+                    f"slurm.{key} has a secret as written, {hide_secrets(line)!r}: the scripts would show it; give it "
+                    "in slurm.env, whose secrets reach the jobs through the environment of sbatch"
+                )
+
+
+def public_overrides(overrides: Sequence[str]) -> Iterator[str]:
+    """Yield overrides without secrets, which reach the jobs through the environment."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "track.uri":
+            yield f"{key}={without_password(value)}"
+        elif not key.startswith("slurm.env") or (hide_secrets(override) == override and not is_secret_name(key)):
+            yield override
 
 
 def option_value(value: str) -> str:
@@ -129,10 +166,13 @@ def image_state(config: RunConfig) -> str | None:
 
 
 def _names(config: RunConfig, *, folder: Path) -> dict[str, Any]:
-    """Return the run's names and paths for the template."""
+    """Return the run's names, paths and variables for the template."""
+    _refuse_secrets(config.slurm)
     run_dir = run_folder(config)
     return {
         "slurm": config.slurm,
+        "env": public_variables(with_tracking_secret(config).slurm.env),
+        "hidden": HIDDEN,
         "run": config.run.name,
         "run_dir": str(run_dir),
         "folder": str(folder),

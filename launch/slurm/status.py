@@ -21,7 +21,7 @@ from configs.schema import RunConfig
 from launch.slurm.query import UNKNOWN_STATE, Job, run_slurm, slurm_error
 from launch.slurm.record import find_jobs, read_chain, refuse_active_jobs
 from launch.slurm.script import CHAIN_JOBS, STOPPED_EXIT_CODE
-from launch.slurm.submit import sole_submission, submit_jobs
+from launch.slurm.submit import job_secrets, sole_submission, submit_jobs
 from training.checkpoint.manifest import list_checkpoints, step_folder
 from training.export.formats.table import CHAIN_FORMAT
 from training.folder import report_write_errors
@@ -130,7 +130,7 @@ def resume_chain(run_dir: Path) -> dict[str, str]:
     """Submit the remaining jobs of a chain again, as they were frozen, and return their ids by name.
 
     Raises:
-        InputError: nothing was submitted from this folder, or its jobs have not ended.
+        InputError: nothing was submitted from this folder, its jobs have not ended, or a secret is not set here.
         MachineError: sbatch refuses a script, or the run folder cannot be written.
     """
     read_chain(run_dir)  # refuses a folder without jobs before the next line creates folders in it
@@ -138,7 +138,8 @@ def resume_chain(run_dir: Path) -> dict[str, str]:
         refuse_active_jobs(run_dir)
         chain, remaining = read_chain(run_dir), remaining_jobs(run_dir)
         kept = {name: job_id for name, job_id in chain.jobs.items() if name not in remaining}
-        return submit_jobs(run_dir, chain=replace(chain, jobs=kept), names=remaining)
+        secrets = job_secrets(load_run(str(frozen_config(run_dir)))) if remaining else {}
+        return submit_jobs(run_dir, chain=replace(chain, jobs=kept), names=remaining, secrets=secrets)
 
 
 def remaining_jobs(run_dir: Path) -> tuple[str, ...]:
@@ -147,10 +148,12 @@ def remaining_jobs(run_dir: Path) -> tuple[str, ...]:
     last = step_folder(checkpoints_folder(run_dir), step=config.train.steps)
     if not last.is_dir():
         return CHAIN_JOBS
-    report, exported = evaluation_folder(run_dir) / "report.json", export_folder(run_dir, form=CHAIN_FORMAT)
-    if not (_is_newer(report, last) and _is_complete(report, config=config, checkpoint=last)):
+    # The newest report may be of another checkpoint, which the user evaluated by hand.
+    evaluations = (evaluation_folder(run_dir), evaluation_folder(run_dir) / last.name)
+    reports = [folder / "report.json" for folder in evaluations if _is_newer(folder / "report.json", last)]
+    if not any(_is_complete(report, config=config, checkpoint=last) for report in reports):
         return CHAIN_JOBS[1:]
-    return () if _is_newer(exported, last) else CHAIN_JOBS[2:]
+    return () if _is_newer(export_folder(run_dir, form=CHAIN_FORMAT), last) else CHAIN_JOBS[2:]
 
 
 def _is_newer(result: Path, checkpoint: Path) -> bool:

@@ -1,8 +1,10 @@
 """Submit a run's chain of jobs: train, then evaluate, then export. What they run is frozen in the run folder."""
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,10 +23,19 @@ from configs.paths import (
     slurm_folder,
 )
 from configs.schema import RunConfig
+from configs.secrets import HIDDEN, hide_secrets, is_secret_variable
 from data_pipeline.counts import load_trainable
 from launch.slurm.query import check_partition_limits, run_slurm, slurm_error
 from launch.slurm.record import Chain, refuse_active_jobs, write_chain
-from launch.slurm.script import CHAIN_JOBS, find_program, image_state, job_name, ranks_per_node, render_scripts
+from launch.slurm.script import (
+    CHAIN_JOBS,
+    find_program,
+    image_state,
+    job_name,
+    ranks_per_node,
+    render_scripts,
+    with_tracking_secret,
+)
 from training.folder import report_write_errors, with_fixed_keys
 from training.preflight import make_ready
 from training.versions import CODE, HOUSE, SOURCE, VERSIONS, installed_versions, source_code
@@ -46,7 +57,8 @@ def submit_run(config: RunConfig, *, nodes: int, folder: Path) -> dict[str, str]
             "sbatch is not on this machine: run this on a SLURM login node, or leave out --submit to see the scripts"
         )
     check_partition_limits(config.slurm, nodes=nodes)
-    config = _check_run(config, nodes=nodes)
+    config = with_tracking_secret(_check_run(config, nodes=nodes))
+    job_secrets(config)  # refuses a run whose secrets are not here
     run_dir = run_folder(config)
     scripts = render_scripts(
         config,
@@ -63,7 +75,9 @@ def submit_run(config: RunConfig, *, nodes: int, folder: Path) -> dict[str, str]
         freeze_run(config)
         for name, script in scripts.items():
             script_file(run_dir, name=name).write_text(script, encoding="utf-8")
-        return submit_jobs(run_dir, chain=Chain(config.run.name, {}, nodes, ""), names=CHAIN_JOBS)
+        return submit_jobs(
+            run_dir, chain=Chain(config.run.name, {}, nodes, ""), names=CHAIN_JOBS, secrets=job_secrets(config)
+        )
 
 
 def _check_run(config: RunConfig, *, nodes: int) -> RunConfig:
@@ -116,18 +130,40 @@ def freeze_run(config: RunConfig) -> None:
                 copy = code / file.relative_to(HOUSE)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, copy)
+                if copy.suffix == ".yaml":  # a shipped run file that the user has edited
+                    copy.write_text(hide_secrets(copy.read_text(encoding="utf-8")), encoding="utf-8")
     for file_name, content in ((VERSIONS, installed_versions()), (SOURCE, source_code())):
         if content is not None:  # an installed wheel has no commit
             (code / file_name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def submit_jobs(run_dir: Path, *, chain: Chain, names: Sequence[str]) -> dict[str, str]:
+def job_secrets(config: RunConfig) -> dict[str, str]:
+    """Return the secrets of `slurm.env`. Only the environment of sbatch gives them to the jobs: no file holds them.
+
+    Raises:
+        InputError: the run file is a copy without them, and this shell does not have one either.
+    """
+    secrets = {name: value for name, value in config.slurm.env.items() if is_secret_variable(name, value)}
+    for name in [name for name, value in secrets.items() if value == HIDDEN]:
+        if name not in os.environ:
+            raise InputError(
+                f"slurm.env.{name} is a secret that {run_folder(config)} does not hold: set it in this shell with "
+                f"`export {name}=...` and start the command again"
+            )
+        secrets[name] = os.environ[name]
+    return secrets
+
+
+def submit_jobs(
+    run_dir: Path, *, chain: Chain, names: Sequence[str], secrets: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Submit scripts of RUN_DIR/slurm, each to start after the previous one succeeds; return their ids by name.
 
     Args:
         run_dir: The run folder.
         chain: Record of earlier jobs to keep. Each new job is added to it and written as soon as SLURM accepts it.
         names: The jobs to submit.
+        secrets: Variables that the jobs get from the environment of sbatch alone.
     Raises:
         MachineError: sbatch refuses a script; the jobs before it are cancelled.
     """
@@ -137,12 +173,16 @@ def submit_jobs(run_dir: Path, *, chain: Chain, names: Sequence[str]) -> dict[st
         after = [f"--dependency=afterok:{list(jobs.values())[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         path = script_file(run_dir, name=name)
         # The name is given here too: SBATCH_JOB_NAME would override the one in the script.
-        result = run_slurm("sbatch", "--parsable", f"--job-name={job_name(chain.run, name)}", *after, str(path))
-        if result.returncode:
+        options = ["--parsable", f"--job-name={job_name(chain.run, name)}", *after]
+        result = run_slurm("sbatch", *options, str(path), environment={**os.environ, **(secrets or {})})
+        # A line of its own: "id", or "id;cluster" on a federation. Some sites print notes around it.
+        ids = re.findall(r"^([0-9]+)(?:;\S+)?$", result.stdout, re.MULTILINE)
+        if result.returncode or not ids:
             if jobs:
                 run_slurm("scancel", *jobs.values())
-            raise MachineError(f"sbatch refused {path}: {slurm_error(result)}: fix the slurm section and submit again")
-        jobs[name] = result.stdout.strip().split(";")[0]  # "id;cluster" on a federation
+            seen = slurm_error(result) if result.returncode else f"it printed {result.stdout!r} and no job id"
+            raise MachineError(f"sbatch refused {path}: {seen}: fix the slurm section and submit again")
+        jobs[name] = ids[-1]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         chain = replace(chain, jobs={**chain.jobs, name: jobs[name]}, submitted_at=now)
         write_chain(run_dir, chain)

@@ -54,7 +54,16 @@ def test_a_run_interrupted_at_any_step_equals_the_unbroken(prepared: list[str], 
     starts = [Start([*prepared, *layout, f"run.dir={unbroken}"])]
     for step, run_dir in broken.items():
         starts.append(Start([*prepared, *layout, f"run.dir={run_dir}"], broken_copy_of=unbroken, after_step=step))
-    run_ranks(train_runs, ranks=ranks, arguments={"starts": starts})
+    # Last, because the ranks stay deterministic.
+    repeated = [tmp_path / "repeated_1", tmp_path / "repeated_2"]
+    if name == "t2p1z0":
+        starts += [
+            Start([*prepared, *layout, "train.deterministic=true", f"run.dir={run_dir}"]) for run_dir in repeated
+        ]
+    results = run_ranks(train_runs, ranks=ranks, arguments={"starts": starts})
+    assert results == [[False] * STEPS + [True] * (len(starts) - STEPS)] * ranks
+    if name == "t2p1z0":
+        assert exact(repeated[0]) == exact(repeated[1])
 
     assert [line["step"] for line in metrics(unbroken)] == list(range(1, STEPS + 1))
     for step, run_dir in broken.items():

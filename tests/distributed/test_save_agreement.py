@@ -2,21 +2,28 @@
 
 import errno
 import os
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 
 from configs.choices import OPTIMIZERS
 from configs.errors import InputError, TrainshortError
+from configs.schema import RunConfig
 from parallel.collectives import broadcast_from_first
-from parallel.start import ProcessRank
-from tests.support.disk import counted_operations, once
+from parallel.engine import Engine
+from parallel.parameter import Shard
+from parallel.start import COLLECTIVE_TIMEOUT, ProcessRank
+from tests.support.disk import OnOperation, counted_operations, once
 from tests.support.layouts import build, config_of, save
 from tests.support.ranks import run_ranks
+from training.checkpoint import write
 from training.checkpoint.manifest import check_whole, list_checkpoints
 from training.checkpoint.read import Checkpoint, load_slices, open_on_all_ranks
 from training.incarnation import Fence
@@ -29,16 +36,21 @@ OPERATIONS = {
     "a tensor cannot be written on rank 1": (1, 20),
     "a file cannot be synced on rank 1": (1, -2),
 }
+SHORT_TIMEOUT, SLOW_SECONDS = timedelta(seconds=3), 4.5
 
 KINDS = OPTIMIZERS["adamw"].state_kinds
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Observations of one rank: the error of each broken save, and the checkpoint that each resume opened."""
+    """Observations of one rank: the error of each broken save, and the checkpoint that each resume opened.
+
+    `slow_seconds` is the time of a save and a load on slow disks.
+    """
 
     by_name: dict[str, str]
     opened: list[str]
+    slow_seconds: float | None
 
 
 def break_saves(process: ProcessRank, *, keys: dict[str, int], folder: Path) -> Errors:
@@ -83,7 +95,43 @@ def break_saves(process: ProcessRank, *, keys: dict[str, int], folder: Path) -> 
         content[-1] ^= 1
         last.write_bytes(content)
     opened.append(_opened(folder / "run", groups))
-    return Errors(errors, opened)
+    # Only these ranks gather what they save: with one data rank no collective stands between two writes.
+    slow_seconds = on_slow_disks(process, engine, config, **arguments) if groups.data.size > 1 else None
+    return Errors(errors, opened, slow_seconds)
+
+
+def on_slow_disks(process: ProcessRank, engine: Engine, config: RunConfig, **arguments: Any) -> float:
+    """Save and load with disks slower than the collectives' timeout; return how long it took."""
+    with counted_operations() as names:
+        save(engine, config, **arguments, step=3)
+    # Rank 0 is slow to rename, when the others have nothing left to do; rank 1 to write a tensor, between two reads.
+    slow = names.index("rename") + 1 if process.rank == 0 else len(names) // 2
+    checkpoint = open_on_all_ranks(Path(config.run.dir), kinds=KINDS, world=arguments["groups"].world)
+    read = Checkpoint.slice
+
+    def read_slowly(self: Checkpoint, shard: Shard, **part: Any) -> Any:
+        if process.rank == 1 and shard.name == "embedding.word.weight":
+            time.sleep(SLOW_SECONDS)
+        return read(self, shard, **part)
+
+    began = time.monotonic()
+    _set_timeout(SHORT_TIMEOUT)
+    with patch.object(write, "CHUNK_VALUES", 1000), counted_operations(_slow_at(slow)):
+        save(engine, config, **arguments, step=4)
+    with patch.object(Checkpoint, "slice", read_slowly):
+        load_slices(engine.state(), checkpoint, kinds=("weight",), groups=arguments["groups"])
+    dist.barrier()
+    _set_timeout(COLLECTIVE_TIMEOUT)
+    return time.monotonic() - began
+
+
+def _slow_at(number: int) -> OnOperation:
+    return lambda seen, name: time.sleep(SLOW_SECONDS if seen == number else 0)
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    for group in dist.distributed_c10d._world.pg_map:
+        group.set_timeout(timeout)
 
 
 def _no_disk() -> None:
@@ -120,5 +168,9 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, keys: dict[str, i
     )
     assert one.opened == two.opened == ["step_0000002", "step_0000001"]
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert left == ["step_0000001", "step_0000002"]
-    assert check_whole(tmp_path / "run" / "checkpoints" / "step_0000001").step == 1
+    saved = [1, 2] if one.slow_seconds is None else [2, 3, 4]  # three are kept
+    assert left == [f"step_000000{step}" for step in saved]
+    whole = 1 if one.slow_seconds is None else 4  # the second was altered
+    assert check_whole(tmp_path / "run" / "checkpoints" / f"step_000000{whole}").step == whole
+    if one.slow_seconds is not None:
+        assert one.slow_seconds > 3 * SLOW_SECONDS, "a disk was not slow"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from configs.schema import Data
 from data_pipeline.indexed import histogram, read_sequences
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.prepare import prepare_data
+from data_pipeline.samples import open_samples
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.data import BOOK, small_data, write_book
 
@@ -221,6 +223,23 @@ def test_two_prepares_at_once_wait_for_each_other(copy: tuple[Data, Path]) -> No
         assert not done
     other.join(timeout=60)
     assert done
+
+
+def test_first_uses_at_the_same_moment_lose_none(tmp_path: Path) -> None:
+    data = small_data(write_book(tmp_path))
+    together = threading.Barrier(6)
+
+    def start(_: int) -> list[list[int]]:
+        together.wait()
+        prepared = prepared_from(data, tmp_path / "new" / "data")
+        together.wait()
+        samples = open_samples(prepared, sequence_length=16, split=0.1, seed=1, held_out=False)
+        return samples.read([0, 5, len(samples) - 1]).tolist()
+
+    with ThreadPoolExecutor(6) as pool:
+        first, *others = pool.map(start, range(6))
+    assert others == [first] * 5
+    assert not [path for path in (tmp_path / "new" / "data").rglob("*") if path.name.endswith(".tmp")]
 
 
 def test_a_folder_that_cannot_be_written_is_a_machine_error(tmp_path: Path) -> None:

@@ -211,7 +211,13 @@ def test_the_launcher_imports_no_torch() -> None:
 
 @pytest.mark.parametrize(
     ("visible", "expected"),
-    [(None, 3), ("", 0), ("-1", 0), ("1,2", 2), ("0,1,2,3", 3), ("0,-1,2", 1), ("GPU-aa,GPU-bb", 2)],
+    [
+        (None, 3),
+        *((text, 0) for text in ("", " ", "-1", "NoDevFiles", "none", "None", "void", "no", ",0", "3", "1,1", "1,01")),
+        *((text, 1) for text in (" 1 ", "0,-1,2", "0,none", "2,9,1", "0,GPU-aa", "MIG-aa,MIG-bb", "GPU-aa,1")),
+        *((text, 2) for text in ("1,2", "0, 2", "GPU-aa,GPU-bb")),
+        *((text, 3) for text in ("0,1,2,3", "GPU-a,GPU-b,GPU-c,GPU-d")),
+    ],
 )
 def test_gpus_are_counted_as_cuda_shows_them(tmp_path: Path, visible: str | None, expected: int) -> None:
     for name in ("nvidia0", "nvidia1", "nvidia7", "nvidiactl", "nvidia-uvm"):

@@ -34,6 +34,26 @@ def test_a_job_is_parsed_from_scontrols_line() -> None:
     assert not waiting.ended
 
 
+@pytest.mark.parametrize(
+    ("fields", "job"),
+    [
+        ("JobState=CANCELLED,COMPLETING ExitCode=0:9 NodeList=n1", Job("8", "CANCELLED", signal=9, nodes="n1")),
+        ("JobState=RUNNING Restarts= ExitCode= RunTime=soon TimeLimit=Partition_Limit", Job("8", "RUNNING")),
+        ("JobState=NODE_FAIL Restarts=x ExitCode=1 NodeList=(null)", Job("8", "NODE_FAIL", exit_code=1)),
+        ("JobState=PENDING Restarts=7 Comment=of JobState=FAILED Restarts=9", Job("8", "PENDING", restarts=7)),
+    ],
+)
+def test_fields_that_are_not_understood_end_no_command(fields: str, job: Job) -> None:
+    assert parse_job(f"JobId=8 JobName=a {fields}") == job
+
+
+def test_a_job_of_several_parts_is_the_first_of_them(stub: Any) -> None:
+    parts = [RUNNING, RUNNING.replace("JobId=7", "JobId=8 ArrayJobId=7").replace("RUNNING", "FAILED")]
+    lines = "; ".join(f"echo '{line}'" for line in ["of the site: mail=admin", *parts])
+    stub("scontrol", f"printf 'caf\\xe9\\n'; {lines}")
+    assert find_job("7", name="a-train") == parse_job(RUNNING)
+
+
 def test_a_forgotten_job_is_looked_up_in_the_accounting(stub: Any) -> None:
     stub("scontrol", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
     assert find_job("7", name="a-train") == Job("7", "UNKNOWN")
@@ -41,6 +61,17 @@ def test_a_forgotten_job_is_looked_up_in_the_accounting(stub: Any) -> None:
     stub("sacct", "; ".join(f"echo '{row}'" for row in rows))
     seen = Job("7", "CANCELLED", restarts=1, exit_code=3, signal=15, nodes="gpu[3-4]")
     assert find_job("7", name="a-train") == seen
+    for row, job in {
+        "NODE_FAIL|0:0|None assigned|a-train": Job("7", "NODE_FAIL"),
+        "TIMEOUT|||a-train": Job("7", "TIMEOUT"),
+        "OUT_OF_MEMORY|0:125|rack[1-2]-n[1-2]|a-train": Job("7", "OUT_OF_MEMORY", signal=125, nodes="rack[1-2]-n[1-2]"),
+        "CANCELLED+|0:0|n1|a-train": Job("7", "CANCELLED", nodes="n1"),
+        "RUNNING|0:0|n1|a-train": Job("7", "UNKNOWN", nodes="n1"),
+        "|0:0|n1|a-train": Job("7", "UNKNOWN", nodes="n1"),
+        "sacct: nothing|here": Job("7", "UNKNOWN"),
+    }.items():
+        stub("sacct", f"echo '{row}'")
+        assert find_job("7", name="a-train") == job, row
     stub("scontrol", 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1')
     with pytest.raises(MachineError, match=r"SLURM does not answer: Unable to contact slurm controller"):
         find_job("7", name="a-train")
@@ -66,6 +97,7 @@ def test_a_job_with_our_id_and_another_name_is_not_ours(stub: Any) -> None:
             1,
             "slurm.extra 'no' is not on this cluster: set slurm.extra to big",
         ),
+        ({"extra": ["--comment='with --nodes=2'"]}, 3, "--nodes 3 is more than partition big gives a job"),
         ({"partition": "small", "qos": "long"}, 4, r"--nodes 4 is more than partition small gives a job \(3\)"),
     ],
 )
@@ -98,6 +130,8 @@ def test_a_request_within_a_partitions_limits_passes(run_values: dict[str, Any],
         ({"extra": ["-N 2", "-t1-00:00:00", "--mem=0"]}, {}),
         ({"extra": ["--nodes=2", "--mem 0"]}, {"SBATCH_TIMELIMIT": "60"}),
         ({"extra": ["--mem=0", "-p big"]}, {"SBATCH_PARTITION": "small"}),
+        ({"extra": ['--partition="small"', "--mem=0", "--comment=it's"]}, {}),
+        ({"extra": ["-p small # not --partition=big", "--mem=0"]}, {}),
     ],
 )
 def test_options_of_the_user_are_left_to_sbatch(

@@ -173,7 +173,12 @@ def test_a_report_counts_if_it_has_all_the_run_measures(
     (run_dir / "export" / "hf").mkdir(parents=True)
     report = write_report(run_dir, **changes)
     assert remaining_jobs(run_dir) == left
+    named = report.parent / "step_0000010" / report.name
+    named.parent.mkdir()
+    report.rename(named)
     report.write_text('{"results": [')
+    assert remaining_jobs(run_dir) == left, "the newest report may be of another checkpoint"
+    named.unlink()
     assert remaining_jobs(run_dir) == ("evaluate", "export")
 
 

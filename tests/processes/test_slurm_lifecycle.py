@@ -78,6 +78,12 @@ def test_a_port_in_use_is_replaced_by_one_far_away(run_values: dict[str, Any], t
         assert f"127.0.0.1:{port}" in (tmp_path / "calls").read_text().split("\0")
 
 
+def test_a_job_whose_nodes_have_no_names_says_so(run_values: dict[str, Any], tmp_path: Path) -> None:
+    done = run_script(render_small(run_values, tmp_path, setup=["scontrol() { return 1; }"]), tmp_path)
+    assert (done.returncode, (tmp_path / "calls").exists()) == (3, False)
+    assert "scontrol names no host of n: read the lines above, then: trainshort jobs resume run" in done.stdout
+
+
 def test_a_failed_requeue_is_repeated_a_few_times(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
     done = run_script(train, tmp_path, DURING=LIMIT + SAVE_4, REFUSALS="2")

@@ -119,13 +119,14 @@ def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path
     odd = 'it\'s "odd" $HOME `x` \\ 100%'
     folder = tmp_path / "a 'b' $c"
     folder.mkdir()
-    run_values["run"]["dir"] = f"runs/{odd}"
-    run_values["slurm"] = {"gpus_per_node": 4, "env": {"ODD": odd}, "container": f"/images/{odd}.sqsh"}
+    odd_path = odd.replace("$HOME", "$ ")  # in a path, a variable is replaced
+    run_values["run"]["dir"] = f"runs/{odd_path}"
+    run_values["slurm"] = {"gpus_per_node": 4, "env": {"ODD": odd}, "container": f"/images/{odd_path}.sqsh"}
     overrides = [f"track.experiment={odd}", "train.steps=5"]
     scripts = render_scripts(
         check_run(run_values, name="small"), run_file=f"{odd}.yaml", nodes=1, overrides=overrides, folder=folder
     )
-    logs = f"{folder}/runs/{odd.replace('%', '%%')}/logs"
+    logs = f"{folder}/runs/{odd_path.replace('%', '%%')}/logs"
     assert words_of(scripts["train"], folder) == [
         str(folder),
         odd,
@@ -134,7 +135,7 @@ def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path
         "--kill-on-bad-exit=1",
         f"--output={logs}/rank_%t.log",
         "--open-mode=append",
-        f"--container-image=/images/{odd}.sqsh",
+        f"--container-image=/images/{odd_path}.sqsh",
         f"--container-mounts={folder}:{folder}",
         f"--container-workdir={folder}",
         "trainshort",

@@ -30,7 +30,9 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_each_job_starts_after_the_previous_one_succeeds(run_values: dict[str, Any], tmp_path: Path, stub: Any) -> None:
     calls = tmp_path / "calls"
-    stub("sbatch", f'echo "$@" >>{calls}; echo "$((200 + $(wc -l <{calls})));cluster"')
+    stub(
+        "sbatch", f'echo "$@" >>{calls}; echo 5 jobs wait; echo "$((200 + $(wc -l <{calls})));cluster"; echo good luck'
+    )
     run_dir = submitted(run_values, tmp_path)
     jobs = submit_jobs(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN_JOBS)
     assert jobs == read_chain(run_dir).jobs == {"train": "201", "evaluate": "202", "export": "203"}
@@ -47,6 +49,9 @@ def test_a_refused_script_cancels_the_jobs_before_it(run_values: dict[str, Any],
     chain = read_chain(run_dir)
     stub("sbatch", 'echo "sbatch: error: no such qos" >&2; exit 1')
     with pytest.raises(MachineError, match=r"sbatch refused .*train.sbatch: no such qos: fix the slurm section"):
+        submit_jobs(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN_JOBS)
+    stub("sbatch", "echo Submitted batch job 7")
+    with pytest.raises(MachineError, match=r"train.sbatch: it printed 'Submitted batch job 7\\n' and no job id: fix"):
         submit_jobs(run_dir, chain=Chain("small", {}, 2, ""), names=CHAIN_JOBS)
     assert read_chain(run_dir) == chain, "the record of the earlier jobs stays"
     stub("sbatch", '[[ $3 == --dep* ]] || { echo 7; exit 0; }; echo "sbatch: error: no such qos" >&2; exit 1')

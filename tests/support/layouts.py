@@ -1,12 +1,16 @@
 """Train a few steps in several layouts on one set of ranks, all from the same saved state."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from configs.load import load_run
 from configs.paths import run_folder
@@ -24,12 +28,14 @@ from training.checkpoint.manifest import SavedState
 from training.checkpoint.read import load_slices, open_checkpoint
 from training.checkpoint.write import save_checkpoint
 from training.incarnation import Fence, begin_incarnation
+from training.validator import Validator
 
 VOCABULARY = 331  # prime: every tensor size above one pads
 LENGTH = SMALL["data"]["sequence_length"]
 DIFFERENCE: Values = {
-    "model": {"init_std": 0.08},
+    "model": {"init_std": 0.08, "embedding_init_std": 0.08},
     "data": {"vocab_size": VOCABULARY},
+    "evaluate": {"every": 1, "samples": 7},  # a prime: no number of ranks and no micro-batch divides it
     "train": {"clip": 0.3},  # below the norms seen, so that wrong clipping shows in the losses
 }
 
@@ -45,6 +51,9 @@ class Trained:
         steps: (loss, gradient norm) of each step.
         logits: This rank's columns by length, [1, length, local_vocab]; None except on the last stage.
         held_out_loss: Mean loss at four times the training length.
+        validation_loss: Mean loss of a validation.
+        mantissas: Fewest distinct mantissas of the gradients that the optimizer was given in one step. Gradients that
+            were rounded to bf16 have at most 128, whatever they are multiplied with afterwards.
     """
 
     rank: int
@@ -54,6 +63,8 @@ class Trained:
     steps: list[tuple[float, float]]
     logits: dict[int, torch.Tensor | None]
     held_out_loss: float
+    validation_loss: float
+    mantissas: int
 
 
 def config_of(layout: Mapping[str, object], *, run_dir: Path, more: tuple[str, ...] = ()) -> RunConfig:
@@ -74,6 +85,16 @@ def tokens_of(step: int, *, samples: int = 8, length: int = LENGTH) -> torch.Ten
     """Return the global batch of a step, [samples, length + 1]."""
     generator = torch.Generator().manual_seed(step)
     return torch.randint(0, VOCABULARY, (samples, length + 1), generator=generator)
+
+
+class HeldOut:
+    """Held-out samples of random tokens, without files."""
+
+    sizes, weights = (11,), None
+
+    def read(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return samples, [ids, LENGTH + 1]."""
+        return tokens_of(98, samples=11)[ids].numpy()
 
 
 def train_layouts(
@@ -123,11 +144,14 @@ def train_one(
         load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
         state.set_step(checkpoint.step)
     outcomes = []
-    for step in steps:
-        mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
-        outcomes.append(engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3))
+    with count_mantissas() as mantissas:
+        for step in steps:
+            mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
+            outcomes.append(engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3))
     logits = {length: _logits(engine, length=length) for length in (LENGTH, 4 * LENGTH)}
     held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
+    validation = Validator(engine, HeldOut(), config=config, data=groups.data).loss_after(steps.stop)  # type: ignore[arg-type]
+    assert validation is not None
     after = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)  # at the training length again
     outcomes.append(after)
     save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
@@ -140,7 +164,23 @@ def train_one(
         steps=[(outcome.loss, outcome.grad_norm) for outcome in outcomes],
         logits=logits,
         held_out_loss=held_out,
+        validation_loss=validation,
+        mantissas=min(mantissas),
     )
+
+
+@contextmanager
+def count_mantissas() -> Iterator[list[int]]:
+    """Collect, at each step of an optimizer, how many distinct mantissas its gradients have."""
+    counts: list[int] = []
+
+    def count(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        counts.append(torch.cat([gradient.frexp().mantissa.flatten() for gradient in gradients]).abs().unique().numel())
+
+    hook = register_optimizer_step_pre_hook(count)
+    yield counts
+    hook.remove()
 
 
 def _logits(engine: Engine, *, length: int) -> torch.Tensor | None:
@@ -157,7 +197,7 @@ def save(engine: Engine, config: RunConfig, *, groups: Groups, tokenizer: Path, 
         tokenizer=tokenizer,
         vocab_size=VOCABULARY,
         saved_state=SavedState(step, step * config.train.global_batch, 0.0, "", None),
-        fence=broadcast_from_first(lambda: _begin(config), group=groups.world),
+        fence=broadcast_from_first(lambda: begin(config), group=groups.world),
     )
 
 
@@ -168,6 +208,7 @@ def whole_of(ranks: list[Trained], pick: str, key: str | int) -> torch.Tensor:
     return torch.cat([parts[rank] for rank in sorted(parts)], dim=dim).narrow(dim, 0, VOCABULARY)
 
 
-def _begin(config: RunConfig) -> Fence:
+def begin(config: RunConfig) -> Fence:
+    """Begin a start of the run in its folder."""
     run_folder(config).mkdir(parents=True, exist_ok=True)
     return begin_incarnation(run_folder(config))

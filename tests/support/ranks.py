@@ -1,22 +1,32 @@
-"""Run a function on several gloo ranks, each in its own process, and collect the results."""
+"""Run a function on several gloo ranks, each in its own process, and collect the results.
 
+The ranks are forks of one process that has imported the libraries, which takes longer than most of the tests.
+"""
+
+import gc
 import importlib
 import os
 import pickle
+import select
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from parallel.start import ProcessRank, start, stop
 
 TIMEOUT_SECONDS = 900
 ROOT = Path(__file__).parents[2]
+# Imported before the ranks are forked.
+WARM = ("training.trainer", "training.build", "training.model.kernels.sdpa", "tests.support.layouts")
 
 
 def run_ranks(function: Callable[..., Any], *, ranks: int, arguments: dict[str, Any] | None = None) -> list[Any]:
@@ -32,24 +42,32 @@ def run_ranks(function: Callable[..., Any], *, ranks: int, arguments: dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         folder_path = Path(folder)
         (folder_path / "call").write_bytes(pickle.dumps((function.__module__, function.__name__, arguments or {})))
-        threads = str(max(1, (os.cpu_count() or 1) // ranks))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "tests.support.ranks", folder, str(ranks)]
-        outputs = [(folder_path / f"output_{rank}").open("w+") for rank in range(ranks)]
-        processes = [
-            subprocess.Popen([*command, str(rank)], env=environment, cwd=ROOT, stdout=output, stderr=output)
-            for rank, output in enumerate(outputs)
-        ]
-        try:
-            codes = [process.wait(timeout=TIMEOUT_SECONDS) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-            texts = [(output.seek(0), output.read())[1] for output in outputs]
-            for output in outputs:
-                output.close()
+        codes = _ask(_nursery(), f"{ranks} {folder}")
+        texts = [(folder_path / f"output_{rank}").read_text(errors="replace") for rank in range(ranks)]
         assert not any(codes), "\n".join(f"--- rank {r}:\n{text[-3000:]}" for r, text in enumerate(texts) if codes[r])
         return [pickle.loads((folder_path / f"result_{rank}").read_bytes()) for rank in range(ranks)]
+
+
+@lru_cache(maxsize=1)
+def _nursery() -> "subprocess.Popen[str]":
+    """Return the process that forks ranks; it ends when its standard input is closed, as this process ends."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.support.ranks"]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def _ask(nursery: "subprocess.Popen[str]", request: str) -> list[int]:
+    """Let the process fork ranks and return their exit codes."""
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
+    nursery.stdin.write(f"{request}\n")
+    answered, _, _ = select.select([nursery.stdout], [], [], TIMEOUT_SECONDS)
+    if not answered:
+        nursery.kill()
+        _nursery.cache_clear()
+    return [int(code) for code in nursery.stdout.readline().split()] or [1]
 
 
 def start_again(process: ProcessRank, *, number: int) -> None:
@@ -75,5 +93,38 @@ def _rank(folder: Path, *, ranks: int, rank: int) -> None:
     (folder / f"result_{rank}").write_bytes(pickle.dumps(result))
 
 
+def _fork_rank(folder: Path, *, ranks: int, rank: int) -> int:
+    """Start a rank with its output in a file, and return its process id."""
+    if process := os.fork():
+        return process
+    output = os.open(folder / f"output_{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ["OMP_NUM_THREADS"] = threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    torch.set_num_threads(int(threads))
+    code = 1
+    try:
+        _rank(folder, ranks=ranks, rank=rank)
+        code = 0
+    except BaseException:  # noqa: BLE001  a fork must not run its parent's code
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """Fork the ranks of each request on standard input, and answer with their exit codes."""
+    for module in WARM:
+        importlib.import_module(module)
+    gc.freeze()  # else each fork's first collection would copy every page
+    for request in sys.stdin:
+        count, folder = request.rstrip("\n").split(" ", 1)
+        processes = [_fork_rank(Path(folder), ranks=int(count), rank=rank) for rank in range(int(count))]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        sys.stdout.write(" ".join(map(str, codes)) + "\n")
+        sys.stdout.flush()
+
+
 if __name__ == "__main__":
-    _rank(Path(sys.argv[1]), ranks=int(sys.argv[2]), rank=int(sys.argv[3]))
+    main()

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from configs.load import load_run
@@ -28,8 +29,9 @@ class Start:
     after_step: int = 0
 
 
-def train_runs(process: ProcessRank, *, starts: list[Start]) -> None:
-    """Train each run in turn, each as a start of the command would."""
+def train_runs(process: ProcessRank, *, starts: list[Start]) -> list[bool]:
+    """Train each run in turn, each as a start of the command would; return whether torch computed deterministically."""
+    deterministic = []
     for index, each in enumerate(starts):
         config = load_run("demo", overrides=each.overrides)
         if each.broken_copy_of is not None and process.rank == 0:
@@ -39,6 +41,8 @@ def train_runs(process: ProcessRank, *, starts: list[Start]) -> None:
         # train_rank starts and stops the groups itself, so it and the next barrier each need a new rendezvous.
         train_rank(config, replace(process, rendezvous=f"{process.rendezvous}_{index}"))
         start(replace(process, rendezvous=f"{process.rendezvous}_{index}_after"))
+        deterministic.append(torch.are_deterministic_algorithms_enabled())
+    return deterministic
 
 
 def _cut_back(finished: Path, broken: Path, *, after_step: int) -> None:

@@ -110,3 +110,13 @@ def test_nothing_is_held_out_at_share_zero_or_of_one_sequence() -> None:
     assert held_out_count(100, share=0.0) == 0
     assert held_out_count(1, share=0.5) == 0
     assert training_sequences(3, share=0.0).tolist() == [0, 1, 2]
+
+
+@given(seeds, weighted(), st.booleans(), st.integers(1, 200))
+def test_distinct_ids_are_the_streams_without_repeats(seed: int, blend: tuple, even: bool, count: int) -> None:
+    sizes, weights = blend
+    order = SampleOrder(seed=seed, sizes=sizes, weights=None if even else weights)
+    ids = order.distinct_ids(count).tolist()
+    assert len(ids) == len(set(ids)) == min(count, sum(sizes))
+    stream = list(dict.fromkeys(order.ids(start=0, count=sum(sizes)).tolist()))
+    assert ids[: len(stream)] == stream[:count]

@@ -10,7 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from configs.errors import InputError
-from data_pipeline.loader import Loader, held_out_batches
+from data_pipeline.loader import Loader, held_out_parts
 from data_pipeline.manifest import Part, Prepared
 from data_pipeline.order import SampleOrder
 from data_pipeline.samples import Samples, open_samples
@@ -157,20 +157,33 @@ def test_a_step_has_the_same_samples_for_any_ranks(tmp_path: Path) -> None:
             assert np.array_equal(stream_order(batches).numpy(), samples.read(ids))
 
 
-def test_held_out_batches_are_the_same_samples_for_any_ranks(tmp_path: Path) -> None:
-    samples = held_out(numbered(tmp_path, LENGTHS, LENGTHS))
+def held_out_tokens(samples: Samples, *, count: int, micro_batch: int, data_size: int) -> list[list[int]]:
+    """Return the samples of a validation over all ranks, sorted; one that every rank takes comes once."""
+    ranks = [
+        list(held_out_parts(samples, count=count, micro_batch=micro_batch, data_rank=rank, data_size=data_size))
+        for rank in range(data_size)
+    ]
+    rows = []
+    for parts in zip(*ranks, strict=True):
+        # what an engine's mean needs: micro-batches of one shape, as many on every rank
+        assert len({tuple(batch.shape) for batches, _ in parts for batch in batches}) == 1
+        assert len({(len(batches), number) for batches, number in parts}) == 1
+        assert all(len(batch) <= micro_batch for batches, _ in parts for batch in batches)
+        seen = [row for batches, _ in parts for batch in batches for row in batch.tolist()]
+        if parts[0][1] != len(seen):  # every rank has the same ones
+            assert len(seen) == data_size * parts[0][1]
+            assert all(torch.equal(torch.cat(batches), torch.cat(parts[0][0])) for batches, _ in parts)
+            seen = seen[: parts[0][1]]
+        rows += seen
+    return sorted(rows)
 
-    def batches(count: int, micro_batch: int, data_size: int) -> list[list[int]]:
-        ranks = [
-            list(held_out_batches(samples, count=count, micro_batch=micro_batch, data_rank=rank, data_size=data_size))
-            for rank in range(data_size)
-        ]
-        return stream_order(ranks).tolist()
 
-    one = batches(8, 1, 1)
-    assert len(one) == len({tuple(row) for row in one}) == 8
-    assert batches(8, 2, 2) == batches(9, 2, 4) == batches(8, 4, 2) == one
-    # at least one micro-batch per rank, repeated if there are too few
-    assert batches(1, 2, 2) == one[:4]
-    many = batches(2 * len(samples), 1, 1)
-    assert len({tuple(row) for row in many}) == len(samples)
+@pytest.mark.parametrize("weights", [None, (1.0, 20.0)])
+def test_validation_has_the_same_samples_for_any_ranks(tmp_path: Path, weights: tuple[float, ...] | None) -> None:
+    samples = held_out(numbered(tmp_path, LENGTHS, LENGTHS, weights=weights))
+    layouts = [(1, 1), (2, 2), (4, 2), (3, 4), (2, 8), (64, 1), (1, 64)]
+    for count in (1, 7, 8, len(samples) - 1, len(samples), 10 * len(samples)):
+        one = held_out_tokens(samples, count=count, micro_batch=1, data_size=1)
+        assert len(one) == len({tuple(row) for row in one}) == min(count, len(samples))
+        for micro_batch, data_size in layouts:
+            assert held_out_tokens(samples, count=count, micro_batch=micro_batch, data_size=data_size) == one

@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import re
+import time
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from configs.errors import InputError
 from configs.schema import Source
 from data_pipeline.python_docs import python_docs
+from data_pipeline.reading import iter_lines
 from data_pipeline.sources import Chunk, cut_documents, source_chunks
 
 TEXT = "Zwölf Boxkämpfer\r\njagen  Viktor\n\n\tquer \U0001f600 über\n"
@@ -101,6 +104,97 @@ def test_a_separator_is_found_across_reads_and_chunks() -> None:
         expected = [document for document in text.split(separator) if document]
         for part, size in product(range(1, 6), range(1, 5)):
             assert joined(text, part=part, size=size, separator=separator) == expected
+
+
+@given(st.text("ab\r\n\ufeff", max_size=60), st.integers(1, 9), st.sampled_from(["\n\n", "\r\n\r\n", "\na\n", "b"]))
+def test_a_separator_matches_both_line_ends(text: str, part: int, separator: str) -> None:
+    pattern = separator.replace("\r\n", "\n").replace("\n", "\r?\n")
+    expected = [document.lstrip("\ufeff") for document in re.split(pattern, text)]
+    assert joined(text, part=part, size=99, separator=separator) == [document for document in expected if document]
+
+
+def test_line_ends_and_marks_do_not_hide_a_separator(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    # as `cat` joins files of Windows
+    file.write_bytes("\ufeffone\r\n\r\n\ufefftwo\r\nlines\r\n\r\nthree \ufeff".encode())
+    for separator in ("\n\n", "\r\n\r\n"):
+        assert read(file, separator=separator) == ["one", "two\r\nlines", "three \ufeff"]
+    assert read(file) == ["one\r\n\r\n\ufefftwo\r\nlines\r\n\r\nthree \ufeff"]
+    file.write_bytes(b"one\n---\ntwo")
+    assert read(file, separator="\r\n---\r\n") == ["one", "two"]
+    file.write_bytes(b"\xef\xbb\xbf" + b"x" * 65_536 + b"\xff")
+    assert "is not UTF-8 at byte 65539" in problem(file)
+
+
+def test_marks_in_jsonl_are_no_text(tmp_path: Path) -> None:
+    file, mark = tmp_path / "a.jsonl", b"\xef\xbb\xbf"
+    for content in (
+        mark + b"\n" + jsonl("one"),
+        mark + b"\r\n" + jsonl("one"),
+        mark + jsonl("one"),
+        jsonl("one") + mark,
+    ):
+        file.write_bytes(content)
+        assert read(file) == ["one"]
+    file.write_bytes(mark + jsonl("one") + mark + jsonl("\ufefftwo"))
+    assert read(file) == ["one", "\ufefftwo"]
+    file.write_bytes(mark + b"\n")
+    assert "holds no text" in problem(file)
+
+
+def test_fields_that_nobody_reads_may_hold_anything(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    values = (
+        b"9" * 5000,
+        b"-" + b"9" * 5000,
+        b"1." + b"9" * 5000,
+        b"1e99999",
+        b"NaN",
+        b"-Infinity",
+        b'"\\ud800"',
+        b"[]" * 1,
+    )
+    file.write_bytes(b"".join(b'{"id": ' + value + b', "text": "one"}\n' for value in values))
+    assert read(file) == ["one"] * len(values)
+    file.write_bytes(b'{"text": ' + b"9" * 5000 + b"}\n")
+    assert f"line 1: `text` must be a string, got '{'9' * 40}'" in problem(file)
+
+
+def test_zst_windows_of_2_gib_are_read(tmp_path: Path) -> None:
+    text = "".join(f"line {number}\n" for number in range(2000))
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame = compressor.compress(text.encode()) + compressor.flush()
+    skippable = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"  # pzstd writes these
+    for content in (frame, frame + frame, skippable + frame + skippable + frame):
+        (tmp_path / "a.txt.zst").write_bytes(content)
+        assert read(tmp_path / "a.txt.zst") == [text * content.count(frame)]
+    (tmp_path / "a.txt.zst").write_bytes(frame[:-5])
+    assert "is cut short" in problem(tmp_path / "a.txt.zst")
+
+
+def seconds_to_read(file: Path, megabytes: int) -> float:
+    # words, and compressed, so that it is read and cut in many small blocks and chunks
+    text = "seven7 " * (megabytes * 150_000)
+    file.write_bytes(gzip.compress(json.dumps({"text": text}).encode(), compresslevel=1))
+    started_at = time.process_time()
+    chunks = list(source_chunks(Source(path=str(file)), separator=None))
+    elapsed_seconds = time.process_time() - started_at
+    assert sum(len(chunk.text) for chunk in chunks) == len(text)
+    return elapsed_seconds
+
+
+def test_one_huge_line_is_read_in_linear_time(tmp_path: Path) -> None:
+    small, large = (seconds_to_read(tmp_path / "a.jsonl.gz", megabytes) for megabytes in (3, 24))
+    assert large < 16 * small + 0.1  # 8 times the text
+
+
+def test_a_line_too_long_for_memory_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(jsonl("one") + b"x" * 200_000)
+    assert len(list(iter_lines(file, on_read=lambda _: None, longest=200_000))) == 2
+    with pytest.raises(InputError, match="line 2 is longer than 199999 bytes: write one record per line"):
+        list(iter_lines(file, on_read=lambda _: None, longest=199_999))
 
 
 def test_a_long_file_is_cut_after_newlines(tmp_path: Path) -> None:

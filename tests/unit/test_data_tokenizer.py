@@ -1,6 +1,7 @@
 """The tokenizer is lossless; a model that is not, or a wrong vocabulary size, is refused."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import InputError
+from data_pipeline.portable import check_portable
+from data_pipeline.prepare import prepare_data
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from tests.support.data import BOOK
+from tests.support.command_line import Call, refused, write_run
+from tests.support.data import BOOK, small_data, write_book
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,45 @@ def test_a_vocabulary_too_small_for_the_text_names_the_least(tmp_path: Path) -> 
 def test_a_model_that_is_not_portable_is_refused(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Tokenizer.load(foreign_model(tmp_path, **options))
+
+
+@pytest.mark.parametrize("symbol", ["  ", "\u2581\u2581", "a b", " the", "<| user |>"])
+def test_symbols_that_no_export_can_hold_are_refused(tmp_path: Path, symbol: str) -> None:
+    model = foreign_model(tmp_path, user_defined_symbols=[symbol])
+    with pytest.raises(InputError, match="encode differently in other runtimes, so the model could not be exported"):
+        check_portable(Tokenizer.load(model))
+    data = small_data(write_book(tmp_path), tokenizer=str(model), vocab_size=500)
+    with pytest.raises(InputError, match="use one without user-defined symbols that hold spaces"):
+        prepare_data(data, folder=tmp_path / "data", progress=False)
+    assert not (tmp_path / "data").exists()
+
+
+def test_symbols_that_an_export_can_hold_are_accepted(tmp_path: Path) -> None:
+    symbols = ["<|user|>", "\n\n", "\t", "the", "abc", "bcd", "\u00a0"]
+    check_portable(Tokenizer.load(foreign_model(tmp_path, user_defined_symbols=symbols, control_symbols=["<c d>"])))
+
+
+@pytest.mark.usefixtures("folder")
+def test_check_refuses_a_tokenizer_that_prepare_refuses(trainshort: Call, folder: Path) -> None:
+    model = foreign_model(folder, user_defined_symbols=["  "])
+    write_run(folder, data={"tokenizer": model.name, "vocab_size": 500})
+    assert "could not be exported" in refused(trainshort, "check", "run.yaml")
+    assert "could not be exported" in refused(trainshort, "prepare", "run.yaml")
+    # whether it exists is for `prepare`
+    model.unlink()
+    assert trainshort("check", "run.yaml").code == 0
+    assert "foreign.model cannot be read" in refused(trainshort, "prepare", "run.yaml")
+
+
+@pytest.mark.usefixtures("folder")
+def test_check_says_that_a_model_cannot_be_exported(trainshort: Call) -> None:
+    assert "cannot be exported" not in trainshort("check", "run.yaml").out
+    for key, value in (("position", "rotary"), ("feed_forward", "100")):
+        answer = trainshort("check", "run.yaml", "--set", f"model.{key}={value}")
+        assert answer.code == 0
+        assert f"cannot hold model.{key} {value} (it holds " in answer.out
+        report = json.loads(trainshort("check", "run.yaml", "--set", f"model.{key}={value}", "--json").out)
+        assert report["export_problems"]["hf"].endswith(": this model cannot be exported")
 
 
 def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:

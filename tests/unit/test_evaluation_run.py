@@ -1,9 +1,14 @@
 """The evaluate command: what it refuses before it loads a model, and what it writes to the run folder."""
 
+import errno
 import json
 import math
+import os
 import sqlite3
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +20,8 @@ import torch
 
 from configs.errors import InputError
 from configs.load import check_run
+from tests.support.command_line import Call
+from tests.support.small_run import small_run
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.plot import draw_plot
 from training.evaluation.report import build_report, format_table, word_perplexity, write_report
@@ -24,6 +31,7 @@ from training.evaluation.windows import WindowProtocol, parse_protocol
 from training.tracking.tracker import MlflowTracker
 
 VOCAB = 32
+FILES = ("report.json", "report.md", "perplexity.png")
 CERTIFICATE = {"ranks": [{"position": "alibi", "backend": "sdpa", "precision": "fp32"}]}
 
 
@@ -61,7 +69,11 @@ def run_dir(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.Monk
 def test_by_default_the_runs_lengths_and_protocols_are_measured(run_dir: Path) -> None:
     report = evaluate_checkpoint(run_dir, lengths=None, protocols=None, data=None)
     folder = run_dir / "evaluation"
-    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "perplexity.png"}
+    named = folder / "step_0000007"
+    assert {path.name for path in folder.iterdir()} == {*FILES, named.name}
+    assert {path.name: path.read_bytes() for path in named.iterdir()} == {
+        name: (folder / name).read_bytes() for name in FILES
+    }
     assert json.loads((folder / "report.json").read_text()) == report
     assert report["checkpoint"] == str(run_dir / "checkpoints" / "step_0000007")
     assert (report["train_length"], report["step"], report["position"]) == (32, 7, "alibi")
@@ -81,6 +93,95 @@ def test_by_default_the_runs_lengths_and_protocols_are_measured(run_dir: Path) -
         # ten tokens a word
         assert result["word_perplexity"] == pytest.approx(VOCAB**10, rel=1e-4)
     assert not (run_dir / "mlflow_run.json").exists()
+
+
+def test_evaluations_at_once_keep_a_whole_report_each(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, drawn = threading.Barrier(2), []
+
+    class Waiting(UniformModel):
+        def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+            measured.wait(60)  # both evaluations reach their end at the same time
+            return super().losses(tokens)
+
+    def draw(report: dict[str, Any], path: Path) -> Path:
+        drawn.append(report["step"])
+        time.sleep(0.2)  # long enough for the other one to come between
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(report["step"]))
+        return path
+
+    config = check_run(small_run(), name="small")
+    monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda path: SimpleNamespace(
+        path=path, run_dir=run_dir, step=int(path.name[-1]), config=config
+    ))  # fmt: skip
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: Waiting())
+    monkeypatch.setattr("training.evaluation.folder.draw_plot", draw)
+    folder = run_dir / "evaluation"
+    with ThreadPoolExecutor(2) as threads:
+        done = [
+            threads.submit(
+                evaluate_checkpoint,
+                run_dir / "checkpoints" / f"step_000000{step}",
+                lengths=(999,),
+                protocols=("nonoverlapping",),
+                data=None,
+            )
+            for step in (3, 7)
+        ]
+    reports = {report["step"]: report for report in (each.result() for each in done)}
+    for step, report in reports.items():
+        named = folder / f"step_000000{step}"
+        assert json.loads((named / "report.json").read_text()) == report
+        assert f"step_000000{step}`" in (named / "report.md").read_text()
+    newest = drawn[-1]
+    assert json.loads((folder / "report.json").read_text()) == reports[newest]
+    assert f"step_000000{newest}`" in (folder / "report.md").read_text()
+    assert (folder / "perplexity.png").read_text() == str(newest)
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_report_that_cannot_be_written_is_still_shown(
+    run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+    monkeypatch.setattr("training.evaluation.folder.write_report", full)
+    answer = trainshort("evaluate", str(run_dir), "--json")
+    assert answer.code == 3
+    assert json.loads(answer.out)["step"] == 7
+    assert answer.error.splitlines()[-1].startswith("error: somewhere cannot be written (No space left on device): ")
+
+
+@pytest.mark.parametrize("taken", ["evaluation", "evaluation/step_0000007"])
+def test_the_reports_folder_is_tried_before_a_model_is_loaded(
+    run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch, taken: str
+) -> None:
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: pytest.fail("the model was loaded"))
+    (run_dir / taken).parent.mkdir(exist_ok=True)
+    (run_dir / taken).write_text("a file")
+    before = sorted(run_dir.rglob("*"))
+    answer = trainshort("evaluate", str(run_dir))
+    assert (answer.code, answer.out) == (3, "")
+    assert answer.error.startswith(f"error: evaluation folder {run_dir / taken} cannot be written (")
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_any_name_of_a_text_or_run_folder_can_be_reported(tmp_path: Path) -> None:
+    name = "a$x^{$ [red] :smile: \U0001f604 日本 `b``\n\udcff" + "long" * 20
+    report = build_report(
+        [PerplexityResult(32, WindowProtocol(stride=None), 992, 2.0)],
+        checkpoint=Path(name),
+        step=7,
+        train_length=32,
+        certificate=CERTIFICATE,
+        text=EvaluationText(name, np.zeros(1000, dtype=np.int64), 100, None),
+    )
+    json_path, table_path = write_report(report, tmp_path)
+    assert draw_plot(report, tmp_path / "plot.png").stat().st_size > 1000
+    assert json.loads(json_path.read_text()) == report
+    shown = name.replace("\n", "\\n").replace("\udcff", "\\udcff")
+    assert f"- text: ``` {shown} ```, 1,000 tokens" in table_path.read_text()
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")

@@ -1,6 +1,10 @@
 """The export command: the order of its checks, what it compares, and what a failed export leaves behind."""
 
 import dataclasses
+import errno
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import InputError, TrainshortError
+from configs.errors import InputError, MachineError, TrainshortError
 from configs.load import check_run
 from configs.schema import Model
 from data_pipeline.tokenizer import Tokenizer
@@ -130,9 +134,157 @@ def test_formats_outside_the_table_are_refused(tmp_path: Path) -> None:
             export_checkpoint(tmp_path, format=name, out=tmp_path / "out")
 
 
+EXPORTED = ["certificate.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+
+
+@pytest.mark.usefixtures("model")
+def test_links_mounts_and_the_working_directory_are_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def rename_around_mounts(old: str | Path, new: str | Path) -> None:
+        if Path(new).is_dir():
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))  # as for a mount point
+        rename(old, new)
+
+    places = [tmp_path / name for name in ("mount", "cwd", "target")]
+    for place in places:
+        place.mkdir()
+    (places[0] / "lost+found").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    monkeypatch.setattr(os, "rename", rename_around_mounts)
+    monkeypatch.chdir(tmp_path / "cwd")
+    inodes = [place.stat().st_ino for place in places]
+    for place, out in zip(places, (tmp_path / "mount", Path(), tmp_path / "link"), strict=True):
+        assert export_checkpoint(tmp_path, format="hf", out=out).folder == out
+        assert set(EXPORTED) < set(os.listdir(place))
+        assert not [name for name in os.listdir(place) if name.startswith(".")]
+    assert [place.stat().st_ino for place in places] == inodes
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.usefixtures("model")
+def test_a_filled_folder_gets_its_configuration_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, moved = os.rename, []
+
+    def record(old: str | Path, new: str | Path) -> None:
+        moved.append(Path(new))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", record)
+    (tmp_path / "out").mkdir()
+    export_checkpoint(tmp_path, format="hf", out=tmp_path / "out")
+    assert [path.name for path in moved if path.suffix == ".json"][-1] == "config.json"
+    assert moved[-1] == tmp_path / "out" / "config.json"
+
+
+def file_in_the_way(tmp_path: Path, _: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "file").touch()
+    return tmp_path / "file" / "out"
+
+
+def link_to_nothing(tmp_path: Path, _: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "link").symlink_to("nowhere")
+    return tmp_path / "link"
+
+
+def link_to_itself(tmp_path: Path, _: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "loop").symlink_to("loop")
+    return tmp_path / "loop"
+
+
+def read_only(tmp_path: Path, patch: pytest.MonkeyPatch) -> Path:
+    def mkdir(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    patch.setattr(os, "mkdir", mkdir)
+    return tmp_path / "new"
+
+
+def no_rename(tmp_path: Path, patch: pytest.MonkeyPatch) -> Path:
+    def rename(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    patch.setattr(os, "rename", rename)
+    return tmp_path / "deep" / "new"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (file_in_the_way, "/file/out (Not a directory): choose another --out"),
+        (link_to_nothing, "link is a link to nowhere, which does not exist: make that folder or choose another --out"),
+        (link_to_itself, "loop is a link to loop, which does not exist: make that folder or choose another --out"),
+        (read_only, "/new (Read-only file system): choose another --out"),
+        (no_rename, "/deep/new (Invalid cross-device link): choose another --out"),
+        (lambda path, _: path / "\udcff", "\udcff has a name that is not UTF-8: choose another --out"),
+        (lambda path, _: path / ("n" * 300), "cannot be read (File name too long): choose another --out"),
+    ],
+)
+def test_a_place_is_tried_before_a_checkpoint_is_opened(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Callable[[Path, pytest.MonkeyPatch], Path],
+    message: str,
+) -> None:
+    out = place(tmp_path, monkeypatch)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError) as caught:
+        export_checkpoint(tmp_path / "no checkpoint", format="hf", out=out)
+    assert str(caught.value).startswith(("export folder ", f"cannot write beside {tmp_path}"))
+    assert str(caught.value).endswith(message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_export_that_cannot_take_its_place_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    out, compare = tmp_path / "out", HuggingFaceFormat.read_logits
+
+    def meanwhile(exporter: HuggingFaceFormat, folder: Path) -> Any:
+        out.mkdir(exist_ok=True)
+        (out / "config.json").write_text("of another")
+        return compare(exporter, folder)
+
+    monkeypatch.setattr(HuggingFaceFormat, "read_logits", meanwhile)
+    if exists:
+        out.mkdir()
+    with pytest.raises(MachineError, match="the whole export is in .*, move it from there") as caught:
+        export_checkpoint(tmp_path, format="hf", out=out)
+    kept = Path(str(caught.value).split(" is in ")[-1].removesuffix(", move it from there"))
+    assert set(EXPORTED) < set(os.listdir(kept))
+    assert (out / "config.json").read_text() == "of another"
+
+
+def test_a_disk_that_is_too_small_is_refused_first(
+    model: FormulaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = 4 * sum(weight.numel() for weight in model.weights.values())
+    monkeypatch.setattr("training.export.run.load_single", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=weights - 1))
+    with pytest.raises(MachineError, match=r"the disk of .* has 0\.\d MB free, the export needs 0\.\d MB"):
+        export_checkpoint(tmp_path, format="hf", out=tmp_path / "a" / "out")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.usefixtures("model")
+def test_a_disk_that_becomes_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("training.export.formats.huggingface.save_torch_state_dict", full)
+    with pytest.raises(MachineError, match=r"cannot be written \(.*No space left on device\): nothing was exported"):
+        export_checkpoint(tmp_path, format="hf", out=tmp_path / "out")
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name or "partial" in path.name]
+
+
 def test_taken_folder_is_refused_before_a_checkpoint_is_opened(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("kept")
     with pytest.raises(InputError, match="has files in it"):
+        export_checkpoint(tmp_path / "no checkpoint", format="hf", out=out)
+    (out / "mine.txt").rename(out / ".hf.partial-12345678")
+    with pytest.raises(InputError, match=r"out holds \.hf\.partial-12345678 of an export that runs or was killed"):
         export_checkpoint(tmp_path / "no checkpoint", format="hf", out=out)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from configs.errors import InputError, TrainshortError
+from data_pipeline.sources import file_chunks
 from tests.support.command_line import Call, refused
 from tests.support.models import VOCABULARY, bloom_of, make_wandering_decoder, weights_of
 from training.generation import Sampling, continue_tokens, generate_from_checkpoint, read_prompt, sample_token
@@ -84,6 +85,32 @@ def test_a_prompt_is_text_a_file_or_standard_input(tmp_path: Path, monkeypatch: 
     assert read_prompt("", None) == ""
     assert read_prompt(None, file) == "two lines\n"
     assert read_prompt(None, Path("-")) == "größer"
+
+
+def test_a_prompt_is_read_as_training_reads_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompt.txt"
+    for raw, prompt in (
+        (b"\xef\xbb\xbfOnce\r\n", "Once"),
+        (b"\xef\xbb\xbf", ""),
+        (b"\r\n", ""),
+        (b"", ""),
+        (b"one\r\n\xef\xbb\xbftwo\r\n\r\n", "one\r\n\ufefftwo\r\n"),
+        (b"no break\r", "no break\r"),
+        (b"\xef\xbb\xbf \t\x0c x \n", " \t\x0c x "),
+    ):
+        file.write_bytes(raw)
+        assert read_prompt(None, file) == prompt
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(raw)))
+        assert read_prompt(None, Path("-")) == prompt
+    (chunk,) = file_chunks(file, separator=None)
+    assert chunk.text == " \t\x0c x \n"
+    assert read_prompt("\ufeffOnce", None) == "Once"  # as from "$(cat FILE)"
+
+
+def test_a_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match=r"--prompt-file standard input cannot be read \(it is closed\)"):
+        read_prompt(None, Path("-"))
 
 
 @pytest.mark.usefixtures("folder")

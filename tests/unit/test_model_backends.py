@@ -50,7 +50,10 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """
     calls: list[dict[str, Any]] = []
 
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, alibi_slopes: Tensor | None) -> Tensor:
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, *, causal: bool, alibi_slopes: Tensor | None, deterministic: bool
+    ) -> Tensor:
+        assert not deterministic
         calls.append({"q": q, "k": k, "v": v, "causal": causal, "alibi_slopes": alibi_slopes})
         (_, queries, heads, head_dim), keys = q.shape, k.shape[1]
         assert heads == k.shape[2] == v.shape[2], "flash-attn's layout is [batch, seq, heads, head_dim]"

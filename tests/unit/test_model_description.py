@@ -8,10 +8,11 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from configs.backends import BACKENDS
 from configs.choices import FAMILIES, OPTIMIZERS
+from configs.load import load_run
 from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.seeds import initial_weights
-from parallel.shards import declared
+from parallel.shards import declared, shard_of
 from tests.support.models import ONE_RANK
 from training.families.bloom import BLOOM
 from training.families.table import describe, parameter_count
@@ -54,7 +55,7 @@ def test_the_description_is_that_of_the_modules(family: str, position: str) -> N
 
 @pytest.mark.parametrize("family", AVAILABLE)
 def test_initial_weights_have_the_described_std(family: str) -> None:
-    model = Model(layers=2, hidden=96, heads=3, family=family, init_std=0.5)
+    model = Model(layers=2, hidden=96, heads=3, family=family, init_std=0.5, embedding_init_std=0.3)
     decoder = lone_decoder(model, vocab_size=VOCABULARY)
     initial_weights(decoder, seed=1, tensor=ONE_RANK)
     for name, (parameter, shard) in declared(decoder).items():
@@ -63,7 +64,19 @@ def test_initial_weights_have_the_described_std(family: str) -> None:
         else:
             # Weights that add to the residual stream are smaller, by the square root of the number of additions.
             adds = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
-            assert float(parameter.detach().std()) == pytest.approx(0.25 if adds else 0.5, rel=0.05), name
+            std = 0.3 if name == "embedding.word.weight" else 0.25 if adds else 0.5
+            assert float(parameter.detach().std()) == pytest.approx(std, rel=0.05), name
+
+
+def test_matrices_decay_and_norms_biases_and_tables_do_not() -> None:
+    model = model_of(position="t5")
+    decoder = lone_decoder(model, vocab_size=VOCABULARY)
+    train = load_run("demo").train
+    groups = OPTIMIZERS["adamw"].load()(decoder.parameters(), train=train).param_groups
+    decayed = {group["weight_decay"]: {shard_of(p).name for p in group["params"]} for group in groups}
+    names = {parameter.shard.name for parameter in describe(model, vocab_size=VOCABULARY)}
+    matrices = {name for name in names if name.endswith(".weight") and "norm" not in name} - {"positions.t5.weight"}
+    assert decayed == {train.weight_decay: matrices, 0.0: names - matrices}
 
 
 def test_transformers_has_the_described_names_and_shapes() -> None:

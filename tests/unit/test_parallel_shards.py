@@ -1,4 +1,4 @@
-"""Slices of a tensor in any layout, stage bounds, seeds."""
+"""Slices of a tensor in any layout, and stage bounds."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from parallel.axes import Group
 from parallel.layout import padded_vocabulary, stage_bounds
 from parallel.parameter import Rule, Shard
-from parallel.seeds import seed_for
 from parallel.shards import cut
 
 
@@ -48,8 +47,3 @@ def test_stages_share_blocks_and_the_first_take_the_odd_ones(blocks: int, stages
 
 def test_the_reference_job_has_13_and_12_blocks() -> None:
     assert stage_bounds(25, stages=2) == (0, 13, 25)
-
-
-def test_seeds_differ_by_purpose_and_never_change() -> None:
-    assert seed_for(1, "weights", "a") != seed_for(1, "weights", "b") != seed_for(2, "weights", "a")
-    assert seed_for(1, "weights", "final_norm.weight") == 6229764837226836576

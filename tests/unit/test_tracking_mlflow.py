@@ -1,8 +1,7 @@
-"""The MLflow tracker, checked by reading MLflow's sqlite file with sqlite3 instead of MLflow."""
+"""The MLflow tracker, checked by reading its sqlite file."""
 
 import json
 import logging
-import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from training.tracking.record import flatten, read_record, without_password
+from configs.secrets import without_password
+from tests.support.mlflow_database import MlflowDatabase
+from training.tracking.record import flatten, read_record
 from training.tracking.tracker import MlflowTracker, attach
 
 # a warning of sqlalchemy about mlflow's queries
@@ -28,20 +29,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def database(run_dir: Path) -> "Database":
-    return Database(run_dir.parent / "mlflow.db")
-
-
-class Database:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def rows(self, query: str) -> list[tuple[object, ...]]:
-        connection = sqlite3.connect(self.path)
-        try:
-            return connection.execute(query).fetchall()
-        finally:
-            connection.close()
+def database(run_dir: Path) -> MlflowDatabase:
+    return MlflowDatabase(run_dir.parent / "mlflow.db")
 
 
 def start(run_dir: Path, *, uri: str | None = None, heads: int = 4, pause_seconds: float = 5.0) -> MlflowTracker:
@@ -50,7 +39,7 @@ def start(run_dir: Path, *, uri: str | None = None, heads: int = 4, pause_second
     return tracker
 
 
-def test_a_run_and_its_restart_are_one_mlflow_run(run_dir: Path, database: Database) -> None:
+def test_a_run_and_its_restart_are_one_mlflow_run(run_dir: Path, database: MlflowDatabase) -> None:
     first = start(run_dir)
     for step in (1, 2, 3):
         first.metrics(step, {"loss": 10.0 - step, "grad_norm": None})
@@ -90,13 +79,10 @@ def test_a_run_and_its_restart_are_one_mlflow_run(run_dir: Path, database: Datab
     assert json.loads((run_dir / "mlflow_run.json").read_text()) == {"run_id": run_id, "uri": None}
 
 
-def test_a_run_deleted_on_the_server_is_replaced_by_a_new_one(run_dir: Path, database: Database) -> None:
+def test_a_run_deleted_on_the_server_is_replaced_by_a_new_one(run_dir: Path, database: MlflowDatabase) -> None:
     start(run_dir).finish("FINISHED")
     before = read_record(run_dir)
-    connection = sqlite3.connect(database.path)
-    connection.execute("update runs set lifecycle_stage = 'deleted'")
-    connection.commit()
-    connection.close()
+    database.execute("update runs set lifecycle_stage = 'deleted'")
     start(run_dir).finish("KILLED")
     after = read_record(run_dir)
     assert before is not None
@@ -105,7 +91,7 @@ def test_a_run_deleted_on_the_server_is_replaced_by_a_new_one(run_dir: Path, dat
     assert database.rows("select status from runs where lifecycle_stage = 'active'") == [("KILLED",)]
 
 
-def test_an_attached_tracker_keeps_the_status_of_the_run(run_dir: Path, database: Database) -> None:
+def test_an_attached_tracker_keeps_the_status_of_the_run(run_dir: Path, database: MlflowDatabase) -> None:
     assert attach(run_dir, uri=None) is None
     start(run_dir).finish("FAILED")
     for value in (3.0, 2.0):
@@ -141,12 +127,12 @@ def test_records_of_an_outage_are_sent_when_it_ends(run_dir: Path, caplog: pytes
     tracker.metrics(2, {"loss": 4.0})
     _wait_for((folder / "mlflow.db").exists)
     tracker.finish("FINISHED")
-    database = Database(folder / "mlflow.db")
+    database = MlflowDatabase(folder / "mlflow.db")
     assert database.rows("select step, value from metrics order by step") == [(1, 5.0), (2, 4.0)]
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
 
-def test_more_metrics_than_one_request_takes_arrive(run_dir: Path, database: Database) -> None:
+def test_more_metrics_than_one_request_takes_arrive(run_dir: Path, database: MlflowDatabase) -> None:
     tracker = start(run_dir)
     for step in range(1, 701):
         tracker.metrics(step, {"loss": float(step), "grad_norm": 1.0})

@@ -17,7 +17,7 @@ from configs.load import load_run
 from configs.paths import TOKENIZER_NAME
 from configs.schema import RunConfig
 from parallel.axes import Group, Groups
-from parallel.collectives import broadcast_from_first, raise_everywhere
+from parallel.collectives import broadcast_from_first, raise_everywhere, wait_for_all
 from parallel.engine import State
 from parallel.parameter import Shard, local_shape, span
 from parallel.shards import pad
@@ -245,3 +245,4 @@ def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[str], g
         for kind in kinds:
             value = checkpoint.slice(shard, kind=kind, part=part)
             state.write(name, kind, pad(value, shard=shard, tensor=tensor))
+    wait_for_all(groups.world)  # a disk may be slow, and the next collective must not wait for it

@@ -4,7 +4,8 @@ A folder with a step's name is always whole, even if the process is killed or th
 of a save: the tensors are on disk before the manifest is written, and the manifest before the folder is renamed.
 
 No rank may leave another waiting in a collective. So each rank keeps its own disk errors until all ranks meet; then
-all raise the same one.
+all raise the same one. And before each collective that follows work on a disk, the ranks wait for each other without a
+limit: a disk slower than the collectives' timeout delays the save, it does not end the job.
 """
 
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
@@ -22,8 +24,8 @@ from configs.files import sync_folder
 from configs.load import dump_run
 from configs.paths import TOKENIZER_NAME, checkpoints_folder
 from configs.schema import RunConfig
-from parallel.axes import Groups
-from parallel.collectives import all_gather_object, broadcast_from_first
+from parallel.axes import Group, Groups
+from parallel.collectives import all_gather_object, broadcast_from_first, wait_for_all
 from parallel.engine import State
 from parallel.parameter import Shard, local_shape
 from training.checkpoint import disk
@@ -43,6 +45,8 @@ from training.checkpoint.tensors import TensorFile
 from training.incarnation import Fence
 
 logger = logging.getLogger(__name__)
+
+CHUNK_VALUES = 2**28  # fp32 values that a rank holds before it writes them: 1 GiB
 
 
 class SaveError(MachineError):
@@ -99,13 +103,24 @@ def save_checkpoint(
         complete = partial(_complete, staging, folder, manifest, config=config, tokenizer=tokenizer, fence=fence)
         broadcast_from_first(complete, group=world)
     except TrainshortError:
-        if world.rank == 0:
-            with suppress(OSError):
-                disk.remove(staging)
+        _on_first_rank(partial(_discard, staging), world=world)
         raise
-    if world.rank == 0:  # only now: until this checkpoint is on disk, an older one may be the last whole one
-        apply_retention(config.checkpoint, run_dir=Path(config.run.dir), fence=fence, broken=broken)
+    # only now: until this checkpoint is on disk, an older one may be the last whole one
+    retain = partial(apply_retention, config.checkpoint, run_dir=Path(config.run.dir), fence=fence, broken=broken)
+    _on_first_rank(retain, world=world)
     return folder
+
+
+def _on_first_rank(action: Callable[[], None], *, world: Group) -> None:
+    """Work on the disk on rank 0; the others wait, because training goes on with a collective."""
+    if world.rank == 0:
+        action()
+    wait_for_all(world)
+
+
+def _discard(staging: Path) -> None:
+    with suppress(OSError):
+        disk.remove(staging)
 
 
 def _prepare(staging: Path, *, folder: Path, fence: Fence) -> None:
@@ -129,15 +144,36 @@ def _write_part(state: State, staging: Path, *, folder: Path, groups: Groups, fe
     mine = [kind for index, kind in enumerate(state.kinds) if index % groups.data.size == groups.data.rank]
     writer.unless_failed(fence.check)
     writer.unless_failed(partial(writer.open, mine, shapes=shapes))
-    for name, (_, shard) in state.parameters.items():
-        for kind in state.kinds:
+    for chunk in _chunks(state, groups=groups):
+        wait_for_all(groups.data)  # another rank's disk may be slow to take the chunk before this one
+        parts = []
+        for name, kind in chunk:
             value = state.read(name, kind)  # a collective: every data rank calls it, even after its disk failed
             if kind in mine and name in shapes:
-                part = _without_padding(value, shard=shard, shape=shapes[name])
-                writer.unless_failed(partial(writer.add, kind, name, part))
+                shard = state.parameters[name][1]
+                parts.append((kind, name, _without_padding(value, shard=shard, shape=shapes[name]).cpu()))
+        for part in parts:
+            writer.unless_failed(partial(writer.add, *part))
     writer.unless_failed(writer.finish)
     writer.close()
     return _RankPart(tensors, writer.entries, writer.problem)
+
+
+def _chunks(state: State, *, groups: Groups) -> Iterator[list[tuple[str, str]]]:
+    """Yield the names and kinds of the tensors that are gathered before any of them is written.
+
+    The same on all data ranks, which gather them together.
+    """
+    chunk, values = [], 0
+    for name, (_, shard) in state.parameters.items():
+        for kind in state.kinds:
+            chunk.append((name, kind))
+            values += prod(local_shape(shard, tensor_rank=groups.tensor.rank, tensor_size=groups.tensor.size))
+            if values >= CHUNK_VALUES:
+                yield chunk
+                chunk, values = [], 0
+    if chunk:
+        yield chunk
 
 
 class _RankWriter:

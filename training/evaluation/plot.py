@@ -1,7 +1,8 @@
 """Draw perplexity against length."""
 
+import secrets
+import warnings
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from configs.files import whole_file
+from configs.terminal import printable
 
 # The palette of Okabe and Ito, safe for colour-blind readers. The markers distinguish the lines in greyscale.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -21,6 +23,8 @@ _TEXT_BOX = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "n
 _BASELINE_RATIO = 1.5
 # make the axis logarithmic from this ratio of the highest perplexity to the lowest
 _LOGARITHMIC_RATIO = 6.0
+# characters of the text's name that fit into the title
+_LONGEST_NAME = 44
 
 
 def draw_plot(report: dict[str, Any], path: Path) -> Path:
@@ -51,7 +55,9 @@ def draw_plot(report: dict[str, Any], path: Path) -> Path:
     _annotate(axes, report, lines)
     _label_axes(axes, report, several=len(lines) > 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
+    with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary, warnings.catch_warnings():
+        # A character that the font lacks, in the name of the text, is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary, format="png")
     return path
 
@@ -156,16 +162,17 @@ def _label_axes(axes: Axes, report: dict[str, Any], *, several: bool) -> None:
         fontsize=12,
         fontweight="bold",
     )
-    unigram = report["unigram_perplexity"]
+    unigram, name = report["unigram_perplexity"], printable(str(report["data"]["name"]))
     facts = [
         f"{report['position']} positions",
         f"step {report['step']:,}",
-        shorten(str(report["data"]["name"]), 44, placeholder="..."),
+        name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}...",
     ]
     if unigram is not None:
         facts.append(f"unigram model: {unigram:,.1f}")
     if not several:
         facts.extend(_lines(report))
-    axes.set_title(" · ".join(facts), loc="left", fontsize=9, color=_GREY)
+    # A file name with two dollar signs is no formula.
+    axes.set_title(" · ".join(facts), loc="left", fontsize=9, color=_GREY, parse_math=False)
     if several:
         axes.legend(frameon=False, fontsize=9, loc="best")

@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.files import whole_file
+from configs.terminal import printable
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.text import EvaluationText
 
@@ -71,12 +74,13 @@ def word_perplexity(loss: float, *, tokens: int, words: int) -> float | None:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Write report.json and report.md, each whole or not at all; return their paths."""
+    """Write report.md, then report.json, each whole or not at all; return the paths of report.json and report.md."""
     folder.mkdir(parents=True, exist_ok=True)
     json_path, table_path = folder / "report.json", folder / "report.md"
-    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    for path, content in ((json_path, text), (table_path, format_table(report))):
-        with whole_file(path) as temporary:
+    # in ASCII: a file name that is not UTF-8 can then be written too
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    for path, content in ((table_path, format_table(report)), (json_path, text)):
+        with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
             temporary.write_text(content, encoding="utf-8")
     return json_path, table_path
 
@@ -89,10 +93,10 @@ def format_table(report: dict[str, Any]) -> str:
     lines = [
         "# Perplexity against length",
         "",
-        f"- checkpoint: `{report['checkpoint']}` (step {report['step']:,})",
+        f"- checkpoint: {_verbatim(report['checkpoint'])} (step {report['step']:,})",
         f"- position: {report['position']}, trained at {report['train_length']:,} tokens",
         f"- evaluated with attention {report['attention']} in {report['precision']}",
-        f"- text: {data['name']}, {data['tokens']:,} tokens"
+        f"- text: {_verbatim(data['name'])}, {data['tokens']:,} tokens"
         + (f", {data['words']:,} words" if data["words"] is not None else ""),
         *([f"- a unigram model's perplexity: {unigram:,.1f}"] if unigram is not None else []),
         "",
@@ -107,6 +111,13 @@ def format_table(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _verbatim(text: str) -> str:
+    """Return text as Markdown's code, which changes no character, in one line."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, gap = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{gap}{printable(text)}{gap}{fence}"
 
 
 def _result_to_json(result: PerplexityResult, *, text: EvaluationText) -> dict[str, Any]:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs.errors import InputError
 from configs.paths import evaluation_folder
+from configs.terminal import status_console
 from training.checkpoint.read import Checkpoint, open_checkpoint
+from training.evaluation.folder import check_evaluation_folder, sole_evaluation, write_evaluation
 from training.evaluation.perplexity import PerplexityResult, Scorer, measure_loss
-from training.evaluation.plot import draw_plot
-from training.evaluation.report import build_report, write_report
+from training.evaluation.report import build_report
 from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.evaluation.windows import WindowProtocol, parse_protocol, place_windows
 from training.model.single import load_single
@@ -39,7 +39,9 @@ class Measurement:
 def evaluate_checkpoint(
     checkpoint: Path, *, lengths: tuple[int, ...] | None, protocols: tuple[str, ...] | None, data: Path | None
 ) -> dict[str, Any]:
-    """Measure a checkpoint's perplexity and write RUN_DIR/evaluation: report.json, report.md, perplexity.png.
+    """Measure a checkpoint's perplexity and write report.json, report.md and perplexity.png.
+
+    They are written to RUN_DIR/evaluation, and to a folder in it that has the checkpoint's name.
 
     Args:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
@@ -50,12 +52,18 @@ def evaluate_checkpoint(
         The contents of report.json.
     Raises:
         InputError: the checkpoint, the text, a length or a protocol is wrong; raised before the model is loaded.
+        MachineError: RUN_DIR/evaluation cannot be written; raised before the model is loaded.
+        ReportNotWritten: the disk has become full since; the error holds the report.
     """
     opened = open_checkpoint(checkpoint)
     config = opened.config
     parsed = [parse_protocol(name) for name in protocols or config.evaluate.protocols]
     text = held_out_text(opened) if data is None else file_text(opened, data)
     measurements = plan_measurements(lengths or config.evaluation_lengths, parsed, tokens=len(text.tokens))
+    folder = evaluation_folder(opened.run_dir)
+    # Not the name that was given, which may be a link.
+    name = opened.path.resolve().name
+    check_evaluation_folder(folder, name=name)
     # Attach now: the tracker's thread imports mlflow while the model runs.
     tracker = attach(opened.run_dir, uri=config.track.uri)
     model = load_single(opened)
@@ -68,10 +76,13 @@ def evaluate_checkpoint(
         certificate=model.certificate,
         text=text,
     )
-    folder = evaluation_folder(opened.run_dir)
-    files = [*write_report(report, folder), draw_plot(report, folder / "perplexity.png")]
-    if tracker is not None:
-        _track(tracker, opened, results, files)
+    files: Sequence[Path] = ()
+    with sole_evaluation(folder):
+        try:
+            files = write_evaluation(report, folder, name=name)
+        finally:
+            if tracker is not None:  # within: the files that it sends must not be replaced meanwhile
+                _track(tracker, opened, results, files)
     return report
 
 
@@ -120,12 +131,12 @@ def run_measurements(
 @contextmanager
 def _progress(total: int) -> Iterator[tuple[Progress, Any]]:
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=status_console(),
         transient=True,
     )
     with bar:

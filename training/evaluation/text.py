@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import InputError
+from configs.load import load_run
+from configs.paths import config_file
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.text import TokenStream, file_stream, held_out_stream, unigram_perplexity
 from training.checkpoint.read import Checkpoint
@@ -63,7 +65,9 @@ def _text(stream: TokenStream, prepared: Prepared | None) -> EvaluationText:
 
 
 def _prepared(checkpoint: Checkpoint) -> Prepared:
-    data = checkpoint.config.data
+    # The newest start's: the data may have been moved since the checkpoint was saved.
+    newest = config_file(checkpoint.run_dir)
+    data = (load_run(str(newest)) if newest.is_file() else checkpoint.config).data
     # Not run.dir of the configuration: the run folder may have been moved.
     folder = Path(data.dir) if data.dir else checkpoint.run_dir / "data"
     prepared = load_prepared(data, folder=folder)

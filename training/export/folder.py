@@ -1,45 +1,156 @@
-"""Write a folder that appears whole or not at all."""
+"""Write a folder that appears whole or not at all.
+
+A new folder is written under another name beside it and renamed. A folder that exists, perhaps behind a link or as a
+mount point, cannot be replaced by a rename: its files are written to a folder inside it and then moved up.
+"""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from configs.errors import InputError
+from configs.errors import InputError, MachineError
+from configs.files import missing_folders, remove_folders
+
+_PARTIAL = ".partial-"
+# moved last: an engine that finds it loads the folder
+_LAST = "config.json"
+# what a new file system holds
+_NO_FILES = ("lost+found",)
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` to fill. At the end it is renamed to `out`; an exception deletes it.
+    """Yield a temporary folder to fill. At the end its files are put in place of `out`; an exception deletes it.
 
     Raises:
-        InputError: `out` is a file or holds files, or its parent cannot hold a folder.
+        InputError: `out` is a file or holds files, or no folder can be made there.
+        MachineError: the files cannot be put in place; they are kept, and the message says where.
     """
-    out = out.absolute()
-    require_new(out)
-    # Beside `out`: a rename is atomic only within one file system. The process id keeps two exports apart.
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot write beside {out} ({error.strerror}): choose another --out") from None
+    place = require_new(out)
+    partial = _make_partial(place, out=out)
     try:
         yield partial
-        partial.rename(out)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    try:
+        _put_in_place(partial, place)
+    except OSError as error:
+        raise MachineError(
+            f"export folder {out} cannot be filled ({error.strerror}): the whole export is in {partial}, move it from "
+            "there"
+        ) from None
 
 
-def require_new(out: Path) -> None:
-    """Refuse a path that exists, unless it is an empty folder.
+def try_new_folder(out: Path) -> None:
+    """Do what `new_folder` does, with an empty file, and undo it: long work must not fail at its end.
 
     Raises:
-        InputError: `out` is a file or holds files.
+        InputError: `out` is a file or holds files, or cannot be written.
     """
-    if out.is_dir():
-        if any(out.iterdir()):
-            raise InputError(f"export folder {out} has files in it: remove them or choose another --out")
-    elif os.path.lexists(out):
-        raise InputError(f"export folder {out} is a file: choose another --out")
+    place = require_new(out)
+    made = missing_folders(place)
+    partial = _make_partial(place, out=out)
+    trial = f"{partial.name}.trial"
+    try:
+        (partial / trial).touch()
+        _put_in_place(partial, place)
+        (place / trial).unlink()
+    except OSError as error:
+        raise _not_writable(out, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        remove_folders(made)
+
+
+def require_new(out: Path) -> Path:
+    """Refuse a path that exists, unless it is an empty folder; return it without links.
+
+    Raises:
+        InputError: `out` is a file, a link to nothing, or holds files.
+    """
+    try:
+        os.path.realpath(out).encode("utf-8")
+        if out.is_dir():
+            files = _files(out)
+            problem = "has files in it: remove them or" if files else None
+            if files and _PARTIAL in files[0]:
+                problem = f"holds {files[0]} of an export that runs or was killed: wait for it, remove it, or"
+        elif out.is_symlink() and not out.exists():
+            problem = f"is a link to {os.readlink(out)}, which does not exist: make that folder or"
+        else:
+            problem = "is a file:" if os.path.lexists(out) else None
+    except UnicodeEncodeError:  # the libraries that write the files cannot take such a path
+        problem = "has a name that is not UTF-8:"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}):"
+    if problem:
+        raise InputError(f"export folder {out} {problem} choose another --out")
+    return Path(os.path.realpath(out))
+
+
+def require_space(out: Path, *, needed_bytes: int) -> None:
+    """Refuse a place whose disk cannot hold the export.
+
+    Args:
+        out: The export folder, which may not exist yet.
+        needed_bytes: The least that will be written.
+    Raises:
+        MachineError: names what is free and what is needed.
+    """
+    place = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise MachineError(
+            f"the disk of export folder {out} has {free / 1e6:,.1f} MB free, the export needs "
+            f"{needed_bytes / 1e6:,.1f} MB: free space or choose another --out"
+        )
+
+
+def _make_partial(place: Path, *, out: Path) -> Path:
+    """Make the temporary folder of a place, which the user calls `out`, and return it."""
+    # On the file system of its place, where a rename is atomic. The random name keeps two exports apart.
+    name = f".{place.name[:50]}{_PARTIAL}{secrets.token_hex(4)}"
+    partial = (place if place.is_dir() else place.parent) / name
+    made = missing_folders(partial)
+    try:
+        with suppress(FileNotFoundError):  # the trial of another export may remove the parent, then it is made again
+            partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remove_folders(made)
+        raise _not_writable(out, error) from None
+    return partial
+
+
+def _not_writable(out: Path, error: OSError) -> InputError:
+    where = "in" if out.is_dir() else "beside"
+    return InputError(f"cannot write {where} {out} ({error.strerror}): choose another --out")
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name not in _NO_FILES)
+
+
+def _put_in_place(partial: Path, place: Path) -> None:
+    """Rename the folder to its place, or move its files into a folder that exists."""
+    if partial.parent != place:
+        partial.rename(place)
+        return
+    others = [name for name in _files(place) if _PARTIAL not in name]
+    if others:  # written meanwhile: overwrite nothing
+        raise FileExistsError(None, f"{others[0]} is in it")
+    moved: list[Path] = []
+    try:
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == _LAST):
+            file.rename(place / file.name)
+            moved.append(file)
+        partial.rmdir()
+    except OSError:
+        for file in moved:
+            with suppress(OSError):
+                (place / file.name).rename(file)
+        raise

@@ -6,25 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from configs.errors import TrainshortError
+from data_pipeline.portable import EDGE_CASE_TEXTS
 from training.export.formats.table import TextTokenizer
 
 # An export is compared at the training length and at this multiple of it.
 COMPARED_MULTIPLE = 4
 # relative to the largest logit, or to 1 if that is smaller
 LOGIT_TOLERANCE = 1e-4
-
-# White space, normalization, byte fallback, special tokens spelled out, code: where two tokenizers may differ.
-EDGE_CASE_TEXTS = (
-    "", " ", "  ", "   leading", "trailing   ", "a  b   c", "\n", "\r\n", "\n\n\n", "\t", "\tx\t", " \n ", "\x00",
-    "a\x00b", "\x7f", "\u00a0nbsp", "\u2003em", "\u200b", "\ufeffbom", "naïve café", "e\u0301 é", "ﬁ ﬀ", "Ⅷ ½ ①",
-    "ＦＵＬＬ width", "Ångström Å", "straße ẞ", "İstanbul ı", "Ελληνικά", "русский", "עברית", "العربية", "हिन्दी",
-    "ไทย", "日本語テキスト", "中文", "한국어", "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽", "𝔘𝔫𝔦", "\U0010ffff",
-    "<s>", "</s>", "<unk>", "<s> a </s>", "<0x41>",
-    "<0x0A>", "<pad>", "def f(x):\n    return x**2  # square\n", "if (a&&b){c[i]+=--d;}", '{"k": [1, 2.5e-3, null]}',
-    "https://example.org/a?b=c&d=%20#e", "C:\\path\\to", "'quoted' \"twice\" `thrice`", "a" * 40, " " * 40, "=" * 70,
-    "ab" * 30, "12345678901234567890", "3.14159", "1,000,000.00", "ALL CAPS camelCase snake_case kebab-case", "…—–“”",
-    "The quick brown fox jumps over the lazy dog.", "Sentence one. Sentence two!  Three?\nNew line.",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +69,9 @@ def compare_logits(
     return parity
 
 
-def compare_tokenizers(trained: TextTokenizer, *, exported: TextTokenizer, texts: Sequence[str]) -> int:
+def compare_tokenizers(
+    trained: TextTokenizer, *, exported: TextTokenizer, texts: Sequence[str] = EDGE_CASE_TEXTS
+) -> int:
     """Compare token ids and decoded text of two tokenizers; return the number of texts compared.
 
     Raises:

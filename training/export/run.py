@@ -2,27 +2,31 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from configs.errors import InputError
+from configs.errors import InputError, MachineError
 from configs.paths import config_file
+from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import Tokenizer
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.text import held_out_text
-from training.export.folder import new_folder, require_new
+from training.export.folder import new_folder, require_space, try_new_folder
 from training.export.formats.table import ExportFormat, LengthLimit, load_format
 from training.export.parity import (
     COMPARED_MULTIPLE,
-    EDGE_CASE_TEXTS,
     LogitParity,
     compare_logits,
     compare_tokenizers,
 )
+from training.families.table import parameter_count
 from training.folder import record_certificate
 from training.model.single import SingleModel, load_single
 from training.tracking.tracker import attach
@@ -69,32 +73,49 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResu
     Args:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
         format: A name in `training.export.formats.table.FORMATS`.
-        out: A folder that does not exist or is empty.
+        out: A folder that does not exist or is empty; a link to one and a mount point will do.
     Raises:
-        InputError: the checkpoint cannot be opened, the format cannot hold its model, or `out` has files.
+        InputError: the checkpoint cannot be opened, the format cannot hold its model, or `out` has files or cannot be
+            written; raised before the model is loaded.
+        MachineError: the disk is too small or failing.
         TrainshortError: the exported model differs from the trained one; the folder is deleted.
     """
     # Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded.
     exporter = load_format(format)
-    require_new(out)
+    try_new_folder(out)
     opened = open_checkpoint(checkpoint)
     exporter.check(opened.config.model)
+    # weights in fp32, by far the most of it
+    require_space(out, needed_bytes=4 * parameter_count(opened.config.model, vocab_size=opened.vocab_size))
     model = load_single(opened)
     with new_folder(out) as folder:
-        exporter.write(
-            folder,
-            weights=opened.weights(),
-            model=opened.config.model,
-            vocab_size=opened.vocab_size,
-            tokenizer=opened.tokenizer,
-            sequence_length=opened.config.data.sequence_length,
-        )
-        text = json.dumps(model.certificate, indent=1)
-        (folder / "certificate.json").write_text(f"{text}\n", encoding="utf-8")
+        with _report_write_errors(out):
+            exporter.write(
+                folder,
+                weights=opened.weights(),
+                model=opened.config.model,
+                vocab_size=opened.vocab_size,
+                tokenizer=opened.tokenizer,
+                sequence_length=opened.config.data.sequence_length,
+            )
+            text = json.dumps(model.certificate, indent=1)
+            (folder / "certificate.json").write_text(f"{text}\n", encoding="utf-8")
         # Compare before the folder takes its name: a wrong export must not be left where an engine would load it.
         result = _compare(opened, model, exporter, folder, out=out)
     _record(opened, model.certificate, file=out / "certificate.json")
     return result
+
+
+@contextmanager
+def _report_write_errors(out: Path) -> Iterator[None]:
+    """Turn a failed write into an error that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MachineError(
+            f"export folder {out} cannot be written ({' '.join(str(error).split())}): nothing was exported; free space "
+            "or choose another --out"
+        ) from None
 
 
 def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, file: Path) -> None:

@@ -8,7 +8,7 @@ from itertools import chain
 
 from configs.schema import Model
 from parallel.parameter import Rule, Shard
-from training.families.description import QKV_ORDER, Family, Parameter
+from training.families.description import QKV_ORDER, Family, Parameter, embedding_std
 
 Names = tuple[str, str, str]
 """A module's names: here, in transformers, in GGUF."""
@@ -16,7 +16,8 @@ Names = tuple[str, str, str]
 
 def _parameters(model: Model, vocab_size: int) -> tuple[Parameter, ...]:
     hidden = model.hidden
-    word = Shard("embedding.word.weight", (vocab_size, hidden), "vocabulary", model.init_std, tied=True)
+    std = embedding_std(model, vocab_size=vocab_size)
+    word = Shard("embedding.word.weight", (vocab_size, hidden), "vocabulary", std, decays=True, tied=True)
     embedding_norm = ("embedding.norm", "transformer.word_embeddings_layernorm", "token_embd_norm")
     return (
         Parameter(word, "transformer.word_embeddings.weight", "token_embd.weight"),
@@ -59,7 +60,8 @@ def _linear(
     # A row-split linear adds its bias after the sum over the tensor ranks, so each rank holds all of it.
     bias_rule: Rule = "replicated" if rule == "row" else rule
     here, huggingface, gguf = names
-    yield Parameter(Shard(f"{here}.weight", shape, rule, std), f"{huggingface}.weight", f"{gguf}.weight", is_qkv)
+    weight = Shard(f"{here}.weight", shape, rule, std, decays=True)
+    yield Parameter(weight, f"{huggingface}.weight", f"{gguf}.weight", is_qkv)
     yield Parameter(Shard(f"{here}.bias", shape[:1], bias_rule), f"{huggingface}.bias", f"{gguf}.bias", is_qkv)
 
 

@@ -6,10 +6,14 @@ from here. Export also takes the names in other formats.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import log, sqrt
 from typing import Literal
 
+from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.parameter import Shard
+
+OWN_PROBABILITY = 1 / 50  # of a token after itself, before training
 
 Axis = Literal["head", "part", "dim"]
 QKV_ORDER: tuple[Axis, Axis, Axis] = ("head", "part", "dim")
@@ -52,6 +56,23 @@ class Family:
     norm_epsilon: float
     huggingface_qkv: tuple[Axis, Axis, Axis]
     gguf_qkv: tuple[Axis, Axis, Axis]
+
+
+def embedding_std(model: Model, *, vocab_size: int) -> float:
+    """Return the std of a family's initial word embedding, with a LayerNorm after it and a head that shares it.
+
+    The norms scale a state to std 1. Before training it is little more than the token's own embedding, so the token's
+    own logit is about std x hidden: with `init_std` alone, a wide model would start by predicting each token after
+    itself. The std returned gives a token at most OWN_PROBABILITY after itself: the first loss is near ln(vocab_size).
+    """
+    if model.embedding_init_std is not None:
+        return model.embedding_init_std
+    # Where a position is added, the token is sqrt(v / (v + added)) of the state, with v = hidden x std^2 (see
+    # `added_variance`). Solve own logit^2 = hidden x v x v / (v + added) for v.
+    hidden, added = model.hidden, POSITIONS[model.position].added_variance
+    square = max(log(vocab_size * OWN_PROBABILITY), 1.0) ** 2
+    variance = (square + sqrt(square**2 + 4 * hidden * added * square)) / (2 * hidden)
+    return min(model.init_std, sqrt(variance / hidden))
 
 
 Shards = Mapping[str, Shard]

@@ -53,7 +53,7 @@ def _position_table(model: Model) -> tuple[Parameter, ...]:
     entries = POSITIONS[model.position].entries_per_head
     if not entries:
         return ()
-    # All blocks use it, so every pipeline stage holds it.
+    # All blocks use it, so every pipeline stage holds it. Its entries are biases, so they do not decay.
     name = position_table_name(model.position)
     shard = Shard(name, (model.heads, entries), "column", model.init_std, tied=True)
     return (Parameter(shard, huggingface=None, gguf=None),)

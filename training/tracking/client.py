@@ -8,11 +8,15 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training.tracking.record import RunRecord, artifact_location, read_record, without_password, write_record
+from parallel.start import environment
+from training.incarnation import died_here
+from training.tracking.record import RunRecord, read_record, write_record
+from training.tracking.store import Store, create_file, follow_move, recorded_uri
 
 # MLflow's limits per request
 _METRICS_PER_REQUEST = 1000
@@ -38,26 +42,24 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class TrackingTarget:
-    """Server, experiment and name of a run folder's MLflow run.
+    """Store, experiment and name of a run folder's MLflow run.
 
     Attributes:
         run_dir: The run folder.
         name: The run's name in MLflow.
         experiment: The experiment's name.
-        uri: The tracking URI.
-        is_default: Whether the URI is that of the sqlite file beside the run folder.
+        store: Where it is logged.
     """
 
     run_dir: Path
     name: str
     experiment: str
-    uri: str
-    is_default: bool
+    store: Store
 
     @property
     def recorded_uri(self) -> str | None:
-        """The URI as the run folder's record holds it."""
-        return None if self.is_default else without_password(self.uri)
+        """The store's URI as the run folder's record holds it."""
+        return recorded_uri(self.store, run_dir=self.run_dir)
 
 
 def set_mlflow_defaults() -> None:
@@ -70,7 +72,8 @@ def set_mlflow_defaults() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        # the tracker reports every error itself; MLflow would add tracebacks, which may show a password
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",
         # the tracker retries by itself; MLflow's defaults are 120 s and seven retries
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -81,8 +84,9 @@ def set_mlflow_defaults() -> None:
 class MlflowRun:
     """An open MLflow run. Not safe to use from several threads."""
 
-    def __init__(self, client: Any, run_id: str, *, logged_steps: dict[str, int]) -> None:
+    def __init__(self, client: Any, target: TrackingTarget, run_id: str, *, logged_steps: dict[str, int]) -> None:
         self._client = client
+        self._target = target
         self._run_id = run_id
         self._logged_steps = logged_steps
 
@@ -121,8 +125,15 @@ class MlflowRun:
         self._client.log_artifact(self._run_id, str(path), artifact_path=folder)
 
     def terminate(self, status: str) -> None:
-        """End the run as FINISHED, FAILED or KILLED."""
-        self._client.set_terminated(self._run_id, status=status)
+        """End the run as FINISHED, FAILED or KILLED; one that has ended keeps its status."""
+        if self._client.get_run(self._run_id).info.status == "RUNNING":
+            self._client.set_terminated(self._run_id, status=status)
+        with suppress(OSError):  # a full disk; the run has its status
+            self.record(is_open=False)
+
+    def record(self, *, is_open: bool) -> None:
+        """Record the run in its run folder, and whether it runs."""
+        write_record(self._target.run_dir, RunRecord(self._run_id, self._target.recorded_uri, is_open=is_open))
 
     def _log(self, metrics: Sequence[StepMetrics], *, tags: list[Any]) -> None:
         from mlflow.entities import Metric
@@ -141,49 +152,51 @@ class MlflowRun:
 
 def open_run(target: TrackingTarget) -> MlflowRun:
     """Return the run folder's MLflow run with status RUNNING: the recorded one, else a new one."""
-    client = _client(target.uri)
     record = read_record(target.run_dir)
-    if record is not None and record.uri == target.recorded_uri:
-        recorded = _find_run(client, record.run_id)
-        if recorded is not None:
-            # its status is that of the last start, FAILED or KILLED
-            client.update_run(record.run_id, status="RUNNING")
-            return MlflowRun(client, record.run_id, logged_steps=_read_logged_steps(recorded))
-    experiment = client.get_experiment_by_name(target.experiment)
-    experiment_id = (
-        client.create_experiment(target.experiment, artifact_location=artifact_location(target.uri))
-        if experiment is None
-        else experiment.experiment_id
-    )
-    created = client.create_run(experiment_id, run_name=target.name, tags={"run_dir": str(target.run_dir.absolute())})
-    run_id = created.info.run_id
-    write_record(target.run_dir, RunRecord(run_id=run_id, uri=target.recorded_uri))
-    return MlflowRun(client, run_id, logged_steps={})
+    client = _client(target, run_id=record.run_id if record else None)
+    recorded = _find_run(client, record, target=target) if record else None
+    folder = str(target.run_dir.absolute())
+    if recorded is None:
+        experiment = _experiment_id(client, target)
+        run_id = client.create_run(experiment, run_name=target.name, tags={"run_dir": folder}).info.run_id
+    else:
+        # its status is that of the last start, FAILED or KILLED
+        run_id = recorded.info.run_id
+        client.update_run(run_id, status="RUNNING")
+        if recorded.data.tags.get("run_dir") != folder:
+            client.set_tag(run_id, "run_dir", folder)
+    return MlflowRun(client, target, run_id, logged_steps=_read_logged_steps(recorded) if recorded else {})
 
 
 def open_recorded_run(target: TrackingTarget) -> MlflowRun:
     """Return the run folder's recorded MLflow run, without changing its status.
 
     Raises:
-        LookupError: the folder has no record, or the server no longer has the run.
+        LookupError: the folder has no record, or the store no longer has the run.
     """
-    record = read_record(target.run_dir)
-    if record is None or record.uri != target.recorded_uri:
-        raise LookupError(f"{target.run_dir} names no run at {without_password(target.uri)}")
-    client = _client(target.uri)
-    if _find_run(client, record.run_id) is None:
+    record, file = read_record(target.run_dir), target.store.file
+    if record is None:
+        raise LookupError(f"{target.run_dir} names no run")
+    if file is not None and not file.exists():  # MLflow would create it
+        raise LookupError(f"{file} does not exist")
+    client = _client(target, run_id=record.run_id)
+    if _find_run(client, record, target=target) is None:
         raise LookupError(f"run {record.run_id} is not there any more")
     # no logged steps: metrics added here may be of any step
-    return MlflowRun(client, record.run_id, logged_steps={})
+    return MlflowRun(client, target, record.run_id, logged_steps={})
 
 
-def is_outage(error: Exception) -> bool:
-    """Return whether an error may pass by itself: no connection, a locked database, a server that restarts."""
-    from mlflow.exceptions import MlflowException
+def end_dead_runs(target: TrackingTarget) -> None:
+    """End as KILLED the runs beside a run folder whose processes on this machine were killed before they could.
 
-    if isinstance(error, MlflowException):
-        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-    return isinstance(error, OSError)
+    They are logged to the same store. A run on another machine is left alone: from here nobody sees whether it lives.
+    """
+    for folder in sorted(target.run_dir.absolute().parent.iterdir()):
+        record = read_record(folder)
+        beside = replace(target, run_dir=folder)
+        if record is not None and record.is_open and record.uri == beside.recorded_uri and died_here(folder):
+            with suppress(Exception):  # an outage shows at the next record of this run
+                open_recorded_run(beside).terminate("KILLED")
 
 
 def import_client() -> type[Any]:
@@ -193,20 +206,51 @@ def import_client() -> type[Any]:
     return MlflowClient
 
 
-def _client(uri: str) -> Any:
+def _client(target: TrackingTarget, *, run_id: str | None) -> Any:
     client = import_client()
     # alembic logs one line per migration of a new database
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    return client(tracking_uri=uri)
+    if target.store.file is not None:
+        create_file(target.store.file, fill=lambda uri: client(tracking_uri=uri).search_experiments(max_results=1))
+        if follow_move(target.store.file, experiment=target.experiment, run_id=run_id):
+            _forget_artifact_places()
+    return client(tracking_uri=target.store.with_passwords(environment()))
 
 
-def _find_run(client: Any, run_id: str) -> Any | None:
+def _forget_artifact_places() -> None:
+    """Empty MLflow's cache of where runs keep their artifacts; it has no public name."""
+    with suppress(ImportError, AttributeError):  # another version of MLflow; only a process that has seen both needs it
+        from mlflow.tracking._tracking_service import utils
+
+        utils._artifact_repos_cache.clear()
+
+
+def _experiment_id(client: Any, target: TrackingTarget) -> str:
     from mlflow.exceptions import MlflowException
 
+    experiment = client.get_experiment_by_name(target.experiment)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(target.experiment, artifact_location=target.store.artifact_location))
+        except MlflowException as error:
+            # another run that starts now may have created it
+            experiment = client.get_experiment_by_name(target.experiment)
+            if experiment is None:
+                raise error from None
+    return str(experiment.experiment_id)
+
+
+def _find_run(client: Any, record: RunRecord, *, target: TrackingTarget) -> Any | None:
+    """Return a recorded run if the store has it; a store that was moved or copied still does."""
+    from mlflow.exceptions import MlflowException
+
+    unknown = ["RESOURCE_DOES_NOT_EXIST"]
+    if record.uri != target.recorded_uri:  # another store, which may refuse to look for a run that it does not know
+        unknown += ["PERMISSION_DENIED", "INVALID_PARAMETER_VALUE"]
     try:
-        run = client.get_run(run_id)
+        run = client.get_run(record.run_id)
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code in unknown:
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None

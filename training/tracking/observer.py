@@ -18,6 +18,11 @@ class TrackingObserver:
         self._tracker.start(config.model_dump(mode="json"), config_file(run_dir))
         self._tracker.artifact(certificate)
 
+    @property
+    def summary(self) -> str:
+        """Where the run is logged, in one line."""
+        return self._tracker.summary
+
     def on_step(self, result: StepResult) -> None:
         """Queue the step's values; the tracker's thread sends them."""
         self._tracker.metrics(result.step, result.values())

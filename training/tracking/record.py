@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from configs.files import whole_file
+from configs.secrets import without_password
 
 
 @dataclass(frozen=True)
@@ -15,47 +15,31 @@ class RunRecord:
 
     Attributes:
         run_id: MLflow's id of the run.
-        uri: The server, without user and password. None for the sqlite file beside the run folder: the two may be
+        uri: The store, without user and password. None for the sqlite file beside the run folder: the two may be
             moved together.
+        is_open: Whether a start has opened the run and not ended it: it is running, or it was killed.
     """
 
     run_id: str
     uri: str | None
-
-
-def default_uri(run_dir: Path) -> str:
-    """Return the URI of the sqlite file beside a run folder."""
-    return f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
-
-
-def artifact_location(uri: str) -> str | None:
-    """Return where a new experiment stores its artifacts: beside a sqlite file, else the server's choice (None)."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
-
-
-def without_password(uri: str) -> str:
-    """Return a URI without its user and password."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    is_open: bool = False
 
 
 def read_record(run_dir: Path) -> RunRecord | None:
     """Return the record of a run folder, or None if there is none or it is broken."""
     try:
         document = json.loads((run_dir / "mlflow_run.json").read_text(encoding="utf-8"))
-        return RunRecord(run_id=str(document["run_id"]), uri=document["uri"])
+        return RunRecord(str(document["run_id"]), document["uri"], is_open=bool(document.get("open")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_record(run_dir: Path, record: RunRecord) -> None:
     """Write the record of a run folder atomically."""
+    uri = without_password(record.uri) if record.uri else None
+    document = {"run_id": record.run_id, "uri": uri} | ({"open": True} if record.is_open else {})
     with whole_file(run_dir / "mlflow_run.json") as temporary:
-        temporary.write_text(json.dumps({"run_id": record.run_id, "uri": record.uri}) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
 def flatten(params: dict[str, Any]) -> dict[str, str]:

@@ -11,18 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.secrets import hide_secrets
+from parallel.start import environment
 from training.observers import Status
 from training.tracking.client import (
     MlflowRun,
     StepMetrics,
     TrackingTarget,
+    end_dead_runs,
     import_client,
-    is_outage,
     open_recorded_run,
     open_run,
     set_mlflow_defaults,
 )
-from training.tracking.record import default_uri, flatten, read_record, without_password
+from training.tracking.failures import advice_on, may_pass, reason_of
+from training.tracking.record import flatten, read_record
+from training.tracking.store import (
+    DEFAULT_EXPERIMENT,
+    EXPERIMENT_VARIABLE,
+    STORE_VARIABLE,
+    choose_store,
+    recorded_store,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -30,6 +40,8 @@ _logger = logging.getLogger(__name__)
 _BATCH_SECONDS = 2.0
 # pauses between retries double from the first one up to this
 _LONGEST_PAUSE_SECONDS = 300.0
+# how long an outage may last once training has ended, and the pause between retries then
+_CLOSING_SECONDS, _CLOSING_PAUSE_SECONDS = 5.0, 0.5
 # bounds the memory that an outage takes; metrics.jsonl has everything anyway
 _MAX_WAITING_RECORDS = 100_000
 
@@ -67,7 +79,7 @@ class MlflowTracker:
         run_dir: Path,
         *,
         name: str,
-        experiment: str,
+        experiment: str | None,
         uri: str | None,
         attached: bool = False,
         first_pause_seconds: float = 5.0,
@@ -77,24 +89,33 @@ class MlflowTracker:
         Args:
             run_dir: The run folder, which records its MLflow run in mlflow_run.json.
             name: The run's name in MLflow.
-            experiment: The experiment's name.
-            uri: Tracking URI; None for a sqlite file beside the run folder.
+            experiment: The experiment's name; None for that of MLFLOW_EXPERIMENT_NAME, else trainshort.
+            uri: Tracking URI; None for that of MLFLOW_TRACKING_URI, else a sqlite file beside the run folder.
             attached: Add to an existing run and keep its status, as in `attach`.
             first_pause_seconds: Pause before the first retry when the server does not answer.
         """
         set_mlflow_defaults()
-        target = TrackingTarget(
+        record = read_record(run_dir) if attached else None
+        self._target = TrackingTarget(
             run_dir=run_dir,
             name=name,
-            experiment=experiment,
-            uri=uri or default_uri(run_dir),
-            is_default=uri is None,
+            experiment=experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT,
+            store=recorded_store(record, uri=uri, run_dir=run_dir, variables=environment())
+            if record
+            else choose_store(uri, run_dir=run_dir, variables=environment()),
         )
         self._queue: queue.SimpleQueue[_Record] = queue.SimpleQueue()
-        self._sender = _Sender(target, self._queue, attached=attached, first_pause_seconds=first_pause_seconds)
+        self._sender = _Sender(self._target, self._queue, attached=attached, first_pause_seconds=first_pause_seconds)
         self._thread = threading.Thread(target=self._sender.run, name="mlflow", daemon=True)
         if attached:
             self._thread.start()
+
+    @property
+    def summary(self) -> str:
+        """Where the run is logged, in one line without secrets."""
+        store = self._target.store
+        origin = f" (from {STORE_VARIABLE})" if store.setting == STORE_VARIABLE else ""
+        return f"MLflow: {store.public_uri}{origin}, experiment {self._target.experiment}"
 
     def start(self, params: Mapping[str, Any], config_file: Path) -> None:
         """Open the run, new or resumed, with the configuration as parameters and as a file.
@@ -115,11 +136,14 @@ class MlflowTracker:
         """Log a file, in a folder of the run's artifacts."""
         self._put(_Artifact(path=path, folder=folder))
 
-    def finish(self, status: Status, *, wait_seconds: float = 30.0) -> None:
+    def finish(self, status: Status, *, wait_seconds: float | None = None) -> None:
         """Send the rest and end the run; wait at most `wait_seconds`."""
+        if wait_seconds is None:
+            # The ranks of a failed run wait for this one to exit.
+            wait_seconds = 10.0 if status == "FAILED" else 60.0
         self._close(_Close(status=status), wait_seconds=wait_seconds)
 
-    def close(self, *, wait_seconds: float = 30.0) -> None:
+    def close(self, *, wait_seconds: float = 60.0) -> None:
         """Send the rest and keep the run's status; wait at most `wait_seconds`."""
         self._close(_Close(status=None), wait_seconds=wait_seconds)
 
@@ -171,6 +195,7 @@ class _Sender:
         self._run: MlflowRun | None = None
         # 0 while the server answers
         self._pause_seconds = 0.0
+        self._closing_until: float | None = None
         self._warned = threading.Event()  # set by either thread
         self._done = False
 
@@ -195,22 +220,27 @@ class _Sender:
         """Log a warning once per tracker: one per failed request would flood training's log."""
         if not self._warned.is_set():
             self._warned.set()
-            _logger.warning("MLflow at %s %s", without_password(self._target.uri), problem)
+            text = f"MLflow at {self._target.store.public_uri} {problem}"
+            _logger.warning("%s", hide_secrets(text, known=self._target.store.secrets(environment())))
 
     def _collect(self) -> None:
         """Move records from the queue to the pending ones until they should be sent."""
         if not self._pending:
             self._pending.append(self._queue.get())  # blocks until there is something to send
         deadline = time.monotonic() + (self._pause_seconds or _BATCH_SECONDS)
-        while not self._is_urgent(self._pending[-1]):
-            try:
+        with suppress(queue.Empty):
+            while True:
+                while not self._queue.empty():
+                    self._pending.append(self._queue.get())
+                if self._is_urgent():
+                    return
                 self._pending.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                return
 
-    def _is_urgent(self, record: _Record) -> bool:
+    def _is_urgent(self) -> bool:
         """Return whether to send now: for the last record, and for all but metrics while the server answers."""
-        return isinstance(record, _Close) or (self._pause_seconds == 0.0 and not isinstance(record, StepMetrics))
+        if self._pause_seconds:
+            return isinstance(self._pending[-1], _Close)
+        return not all(isinstance(record, StepMetrics) for record in self._pending)
 
     def _send(self) -> None:
         while self._pending:
@@ -221,8 +251,10 @@ class _Sender:
                 self._send_metrics(self._run)
                 continue
             if isinstance(record, _Start):
+                self._run.record(is_open=True)
                 self._run.log_params(record.params)
                 self._run.log_artifact(record.config_file, folder=None)
+                end_dead_runs(self._target)
             elif isinstance(record, _Artifact):
                 self._run.log_artifact(record.path, folder=record.folder)
             else:
@@ -247,29 +279,35 @@ class _Sender:
 
     def _handle_error(self, error: Exception) -> None:
         """Keep the records if the error may pass, otherwise drop the refused one."""
-        reason = " ".join(str(error).split())[:200]
+        reason, advice = reason_of(error), advice_on(error, store=self._target.store)
         closing = isinstance(self._pending[-1], _Close)
-        if _may_pass(error) and closing:  # training has ended: do not wait for the outage to pass
-            self.warn(f"cannot be reached ({reason}): {len(self._pending) - 1} records are missing there")
-            self._done = True
-        elif _may_pass(error):
-            self.warn(f"cannot be reached ({reason}): training continues, and the records are sent when it answers")
+        if may_pass(error) and closing:
+            self._wait_for_the_end(reason, advice=advice)
+        elif may_pass(error):
+            self.warn(
+                f"cannot be reached ({reason}): training continues, and the records are sent if it answers in time; "
+                f"{advice}"
+            )
             self._pause_seconds = min(max(2 * self._pause_seconds, self._first_pause_seconds), _LONGEST_PAUSE_SECONDS)
         elif self._run is None:
-            self.warn(f"refuses this run ({reason}): nothing is logged there")
+            self.warn(f"refuses this run ({reason}): nothing is logged there; {advice}")
             # keep reading: nobody else empties the queue
             self._done = closing or self._drop_all()
         else:
-            self.warn(f"refuses a record ({reason}): it is dropped")
+            self.warn(f"refuses a record ({reason}): it is dropped; {advice}")
             self._pending.popleft()
+
+    def _wait_for_the_end(self, reason: str, *, advice: str) -> None:
+        """Pause before a retry once training has ended, which must not wait for long."""
+        self._closing_until = self._closing_until or time.monotonic() + _CLOSING_SECONDS
+        if time.monotonic() < self._closing_until:
+            time.sleep(_CLOSING_PAUSE_SECONDS)
+        else:
+            self.warn(f"cannot be reached ({reason}): {len(self._pending) - 1} records are missing there; {advice}")
+            self._done = True
 
     def _drop_all(self) -> bool:
         """Drop records until one closes the run, then return True."""
         while not isinstance(self._queue.get(), _Close):
             pass
         return True
-
-
-def _may_pass(error: Exception) -> bool:
-    """Return whether a retry may succeed. A deleted file or a broken mlflow stays as it is."""
-    return not isinstance(error, FileNotFoundError | ImportError) and is_outage(error)

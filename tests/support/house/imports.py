@@ -15,7 +15,7 @@ OWNERS = {
     "sentencepiece.sentencepiece_model_pb2": "data_pipeline/vocabulary.py",  # the file format
     "mlflow": "training/tracking/",
     "transformers": "training/export/",
-    "tokenizers": "training/export/",
+    "tokenizers": "data_pipeline/portable.py",
     "gguf": "training/export/",
     "typer": "launch/",
     "jinja2": "launch/",

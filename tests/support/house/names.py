@@ -9,7 +9,16 @@ from tests.support.house.source import FLOORS, Source
 
 FILE_LINES, FUNCTION_LINES, TEST_NAME_LENGTH = 400, 50, 60
 # Private names of the standard library and third parties; never add one of ours.
-PRIVATE_NAMES_OF_OTHERS = ("_asdict", "_exit", "_fields", "_replace", "_relative_position_bucket")
+PRIVATE_NAMES_OF_OTHERS = (
+    "_asdict",
+    "_exit",
+    "_fields",
+    "_internal",  # torch's fake process group
+    "_python_dispatch",  # torch's hooks on every operation
+    "_relative_position_bucket",
+    "_replace",
+    "_world",
+)
 # Calls that take the name of an attribute as a string.
 _NAMED_ATTRIBUTE = ("attrgetter", "delattr", "getattr", "hasattr", "object", "patch", "setattr")
 _PRIVATE = re.compile(r"_(?!_)\w+")

@@ -19,6 +19,7 @@ from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
 from configs.errors import InputError, TrainshortError
 from configs.schema import Model
 from data_pipeline.vocabulary import Vocabulary
+from training.export.formats.bloom_limits import bloom_problem
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import write_tokenizer
 from training.export.parity import COMPARED_MULTIPLE
@@ -31,29 +32,12 @@ _MOST_SCORE_BYTES = 2_000_000_000
 
 
 class HuggingFaceFormat:
-    """Implement `ExportFormat` for BloomForCausalLM; transformers reads it back.
-
-    Attributes:
-        families: Values of model.family that it holds.
-        positions: Values of model.position that it holds.
-    """
-
-    families = (BLOOM.name,)
-    positions = ("alibi",)
+    """Implement `ExportFormat` for BloomForCausalLM; transformers reads it back."""
 
     def check(self, model: Model) -> None:
         """Refuse a model that BloomForCausalLM cannot express; see `ExportFormat`."""
-        problems = []
-        if model.family not in self.families:
-            problems.append(f"model.family {model.family} (it holds {' or '.join(self.families)})")
-        if model.position not in self.positions:
-            problems.append(f"model.position {model.position} (it holds {' or '.join(self.positions)})")
-        if model.inner != 4 * model.hidden:
-            problems.append(f"model.feed_forward {model.inner} (it holds 4 x hidden, {4 * model.hidden})")
-        if problems:
-            raise InputError(
-                f"the Hugging Face Bloom format cannot hold {'; '.join(problems)}: this model cannot be exported"
-            )
+        if problem := bloom_problem(model):
+            raise InputError(problem)
 
     def write(
         self,

@@ -102,13 +102,25 @@ def _huggingface() -> ExportFormat:
     return HuggingFaceFormat()
 
 
-# name: (description for the help text, function that imports the implementation)
-_TABLE: dict[str, tuple[str, Callable[[], ExportFormat]]] = {
-    "hf": ("transformers' BloomForCausalLM", _huggingface),
+def _bloom_problem(model: "Model") -> str | None:
+    from training.export.formats.bloom_limits import bloom_problem
+
+    return bloom_problem(model)
+
+
+# name: (description for the help text, why it cannot hold a model, function that imports the implementation)
+_TABLE: dict[str, tuple[str, "Callable[[Model], str | None]", Callable[[], ExportFormat]]] = {
+    "hf": ("transformers' BloomForCausalLM", _bloom_problem, _huggingface),
 }
-FORMATS = {name: description for name, (description, _) in _TABLE.items()}
+FORMATS = {name: description for name, (description, _, _) in _TABLE.items()}
 # the format that a SLURM chain exports to
 CHAIN_FORMAT = "hf"
+
+
+def export_problems(model: "Model") -> dict[str, str]:
+    """Return why each format that cannot hold a model cannot, by the name of the format."""
+    answers = {name: problem_of(model) for name, (_, problem_of, _) in _TABLE.items()}
+    return {name: problem for name, problem in answers.items() if problem is not None}
 
 
 def load_format(name: str) -> ExportFormat:
@@ -118,7 +130,7 @@ def load_format(name: str) -> ExportFormat:
         InputError: the format is unknown or not available yet.
     """
     if name in _TABLE:
-        _, load = _TABLE[name]
+        _, _, load = _TABLE[name]
         return load()
     available = " or ".join(FORMATS)
     if name in _PLANNED:

@@ -4,14 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-from tokenizers.models import BPE
+from data_pipeline.portable import build_tokenizer
+from data_pipeline.vocabulary import Vocabulary, read_vocabulary
 
-from configs.errors import InputError
-from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary
-
-# sentencepiece's mark for a space inside a piece
-_SPACE = "\u2581"
 # Transformers' value for "no limit". With ALiBi there is none, and any smaller number makes transformers warn about
 # long texts.
 _NO_LIMIT = int(1e30)
@@ -27,7 +22,8 @@ def write_tokenizer(model: Path, out: Path) -> Vocabulary:
         InputError: the tokenizers library would give other ids for this model.
     """
     vocabulary = read_vocabulary(model)
-    build_tokenizer(vocabulary).save(str(out / "tokenizer.json"))
+    # not its save: on a full disk that raises a bare Exception
+    (out / "tokenizer.json").write_text(build_tokenizer(vocabulary).to_str(pretty=True), encoding="utf-8")
     roles = {
         "unk_token": vocabulary.unknown_id,
         "bos_token": vocabulary.begin_id,
@@ -45,53 +41,3 @@ def write_tokenizer(model: Path, out: Path) -> Vocabulary:
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(model, out / "tokenizer.model")
     return vocabulary
-
-
-def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """Return a tokenizer that gives the ids of the sentencepiece model.
-
-    Sentencepiece merges the adjacent pair whose joined piece scores best; tokenizers merges pairs by rank. So each way
-    to split a piece into two pieces becomes a merge, ranked by the score of the joined piece.
-    """
-    ids = {piece.text: number for number, piece in enumerate(vocabulary.pieces)}
-    if len(ids) < len(vocabulary):
-        raise InputError(f"the tokenizer has {len(vocabulary) - len(ids)} pieces twice: train it again")
-    tokenizer = Tokenizer(
-        BPE(
-            vocab=ids,
-            merges=_merges(vocabulary),
-            unk_token=vocabulary.pieces[vocabulary.unknown_id].text,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    # No pre-tokenizer: sentencepiece merges across spaces and newlines.
-    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(_added_tokens(vocabulary, PieceType.UNKNOWN, PieceType.CONTROL, special=True))
-    tokenizer.add_tokens(_added_tokens(vocabulary, PieceType.USER_DEFINED, special=False))
-    return tokenizer
-
-
-def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    # Byte, control and unknown pieces are never matched against text, so no merge contains one.
-    parts = {
-        piece.text
-        for piece in vocabulary.pieces
-        if piece.type in (PieceType.NORMAL, PieceType.USER_DEFINED, PieceType.UNUSED)
-    }
-    merged = [piece for piece in vocabulary.pieces if piece.type is PieceType.NORMAL and len(piece.text) > 1]
-    # The sort is stable: pieces of equal score stay in the order of their ids, as in sentencepiece.
-    merged.sort(key=lambda piece: -piece.score)
-    return [
-        (piece.text[:cut], piece.text[cut:])
-        for piece in merged
-        for cut in range(1, len(piece.text))
-        if piece.text[:cut] in parts and piece.text[cut:] in parts
-    ]
-
-
-def _added_tokens(vocabulary: Vocabulary, *types: PieceType, special: bool) -> list[AddedToken]:
-    return [
-        AddedToken(piece.text, normalized=False, special=special) for piece in vocabulary.pieces if piece.type in types
-    ]

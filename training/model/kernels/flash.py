@@ -36,5 +36,6 @@ class Flash:
         here = self._slopes.on(q.device)
         # flash-attn's order is [batch, seq, heads, head_dim].
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out: Tensor = self._attend(q, k, v, causal=True, alibi_slopes=here)
+        repeats = torch.are_deterministic_algorithms_enabled()
+        out: Tensor = self._attend(q, k, v, causal=True, alibi_slopes=here, deterministic=repeats)
         return out.transpose(1, 2)

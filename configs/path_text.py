@@ -1,0 +1,60 @@
+"""Paths as users write them: `~` and environment variables are expanded alike in every key and argument."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from configs.errors import InputError
+
+UNSET_VARIABLE = "unset_variable"
+"""Type of the schema's error for a path with an environment variable that is not set."""
+
+_VARIABLE = re.compile(r"\$(?:\w+|\{\w+\})", re.ASCII)
+# Stores that are files. Variables in other URIs stay: they may hold a password, which must not be written out.
+_FILE_STORE = re.compile(r"(sqlite:///|file://|)(?:(?<=://)/(?=[~$]))?(?!\w+:)(.*)", re.DOTALL)
+
+
+def expand_path(text: str) -> Path:
+    """Return a path of the command line with `~` and environment variables replaced; one that exists stays as it is.
+
+    Raises:
+        InputError: a variable is not set, or is empty.
+    """
+    if os.path.lexists(text):
+        return Path(text)
+    if problem := _problem(text):
+        raise InputError(f"path {text}: {problem}")
+    return Path(_expanded(text))
+
+
+def _problem(text: str) -> str | None:
+    # an empty variable would make $SCRATCH/run a folder of the root
+    unset = [name for name in _VARIABLE.findall(text) if os.path.expandvars(name) in (name, "")]
+    return f"the variable {unset[0]} is not set: set it, or write the path out" if unset else None
+
+
+def _expanded(text: str) -> str:
+    return os.path.expanduser(os.path.expandvars(text))
+
+
+def _expand_key(text: str) -> str:
+    if problem := _problem(text):
+        # its braces are no fields of a template
+        raise PydanticCustomError(UNSET_VARIABLE, "{problem}", {"problem": problem})
+    return _expanded(text)
+
+
+def _expand_uri(uri: str) -> str:
+    store = _FILE_STORE.fullmatch(uri)
+    return store[1] + _expand_key(store[2]) if store else uri
+
+
+PathText = Annotated[str, AfterValidator(_expand_key)]
+"""A key that holds a path or a pattern of paths."""
+
+StoreText = Annotated[str, AfterValidator(_expand_uri)]
+"""The URI of a tracking store, which may be a file."""

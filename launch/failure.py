@@ -1,0 +1,62 @@
+"""Report why a command failed, and end the process of a failed rank at once."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from configs.errors import TrainshortError
+from configs.secrets import hide_secrets
+from configs.terminal import printable
+from launch.local import STOPPED_BY_HAND
+from launch.show.streams import write_error
+
+FLUSH_SECONDS = 5
+
+
+def report_failure(message: str, *, code: int) -> int:
+    """Write an error message, none if it is empty, and return the exit code."""
+    # Problems of a run file have a line each, indented. A line break in a user's text must not look like one.
+    lines = "\n  ".join(map(printable, hide_secrets(message).split("\n  ")))
+    write_error(f"error: {lines}\n" if message else "")
+    return code
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """End the process as soon as the code inside fails: report the error, then skip the interpreter's teardown.
+
+    Teardown waits for threads, exit handlers and communicators, and these may wait for ranks that sit in a collective.
+    On NCCL such ranks wait for as long as this process lives; whoever started them ends them once it is gone.
+    """
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001  also SystemExit and KeyboardInterrupt
+        # Whatever blocks below, a full pipe or a lock that another thread holds, SIGALRM ends the process.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(FLUSH_SECONDS)
+        code = _report(error)
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or nobody reads it
+                stream.flush()
+        ctypes.CDLL(None).fflush(None)  # what libraries in C have printed, NCCL's warnings among it
+        os._exit(code)
+
+
+def _report(error: BaseException) -> int:
+    """Report an error as the command line or Python would, and return the exit code."""
+    if isinstance(error, TrainshortError):
+        return report_failure(str(error), code=error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED_BY_HAND
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        write_error(f"{error.code}\n")
+        return 1
+    sys.excepthook(type(error), error, error.__traceback__)
+    return 1

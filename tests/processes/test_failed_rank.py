@@ -1,0 +1,100 @@
+"""A rank that fails ends at once: no thread, exit handler or communicator delays the end, and so the other ranks'."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.local import start_ranks
+from tests.support.processes import environment, trainshort
+
+# Keeps an interpreter that ends in the usual way for minutes.
+BLOCKED = "import atexit, threading, time\natexit.register(time.sleep, 300)\n"
+BLOCKED += "threading.Thread(target=time.sleep, args=(300,)).start()\n"
+FAILING = f"""{BLOCKED}
+import ctypes, logging, sys
+from configs.errors import InputError, MachineError
+from launch.failure import ending_at_once
+
+logging.basicConfig(stream=sys.stdout)
+print("printed", end="")
+ctypes.CDLL(None).printf(b" by C")
+with ending_at_once():
+    logging.warning("logged")
+    raise eval(sys.argv[1])
+"""
+SECONDS = 20
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        ("InputError('two\\n  lines')", 2, "error: two\n  lines\n"),
+        ("MachineError('no disk')", 3, "error: no disk\n"),
+        ("RuntimeError('boom')", 1, "RuntimeError: boom\n"),
+        ("KeyboardInterrupt()", 130, ""),
+        ("SystemExit(7)", 7, ""),
+        ("SystemExit('words')", 1, "words\n"),
+    ],
+)
+def test_every_error_ends_the_process_at_once(error: str, code: int, words: str) -> None:
+    command = [sys.executable, "-P", "-c", FAILING, error]
+    done = subprocess.run(
+        command,
+        env=environment(PYTHONUNBUFFERED=""),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
+    assert done.returncode == code
+    assert done.stderr.endswith(words)
+    assert ("Traceback" in done.stderr) == (code == 1 and words != "words\n")
+    assert done.stdout == "printedWARNING:root:logged\n by C"
+
+
+def test_a_pipe_that_nobody_reads_delays_the_end_only_seconds() -> None:
+    code = FAILING.replace("with ending", "import launch.failure\nlaunch.failure.FLUSH_SECONDS = 1\nwith ending")
+    command = [sys.executable, "-P", "-c", code, "InputError('x' * 1_000_000)"]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE) as process:
+        assert process.wait(timeout=SECONDS) == -signal.SIGALRM
+
+
+PENDING = """
+import os
+from launch.failure import ending_at_once
+
+with ending_at_once():
+    import torch
+    import torch.distributed as dist
+    from configs.errors import InputError
+    from parallel.start import find_process_rank, start
+
+    place = find_process_rank(os.environ)
+    start(place)
+    if place.rank == 1:
+        dist.barrier()
+        raise InputError("rank 1 has no data")
+    dist.barrier()
+    dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_the_launcher_names_a_rank_that_left_a_collective(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-P", "-c", BLOCKED + PENDING]
+    assert start_ranks(command, ranks=2, logs=tmp_path, environment=environment()) == 2
+    assert time.monotonic() - began < 3 * SECONDS
+    assert capfd.readouterr().err.endswith(f"; the end of {tmp_path}/rank_1.log:\n  error: rank 1 has no data\n")
+
+
+def test_a_rank_that_cannot_start_ends_at_once(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"{BLOCKED}import sys\nsys.modules['torch'] = None")
+    rank = {"TRAINSHORT_RANK": "1", "TRAINSHORT_RANKS": "4", "TRAINSHORT_RENDEZVOUS": str(tmp_path / "meet")}
+    paths = f"{tmp_path}:{environment()['PYTHONPATH']}"
+    done = trainshort(tmp_path, "train", "demo", environment={**environment(**rank), "PYTHONPATH": paths})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of torch halted")

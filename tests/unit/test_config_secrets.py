@@ -1,0 +1,137 @@
+"""Secrets of a run file: what is hidden, and that no text of ours shows it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from configs.load import dump_run, load_run
+from configs.secrets import hide_secrets, public_variables, uri_secrets, with_references, without_password
+from launch.slurm.script import render_scripts
+
+
+@pytest.mark.parametrize(
+    ("uri", "public", "secrets"),
+    [
+        ("https://me:pw@host:5000/path?x=1", "https://host:5000/path?x=1", {"pw"}),
+        ("https://me:p%40w@host", "https://host", {"p%40w", "p@w"}),
+        ("https://me:a/b?c@d@host:5000/x", "https://host:5000/x", {"a/b?c@d"}),
+        ("https://me:12/3456@host", "https://host", {"12/3456", "3456"}),
+        ("https://token@host/x", "https://host/x", {"token"}),
+        ("HTTPS://me:pw@host#pw", "HTTPS://host", {"pw"}),
+        ("http://me:pw@[::1]:5000", "http://[::1]:5000", {"pw"}),
+        ("https://host/x?access_token=abc&page=1", "https://host/x?page=1", {"abc"}),
+        ("postgresql://me:p?w@host/db?sslmode=require", "postgresql://host/db?sslmode=require", {"p?w"}),
+        ("mysql+pymysql://me:pw@host:3306/db", "mysql+pymysql://host:3306/db", {"pw"}),
+        ("postgresql://host/db?user=me&password=pw", "postgresql://host/db?user=me", {"pw"}),
+        ("me:pw@host:5000", "host:5000", {"pw"}),
+        ("https://me:${PW}@host?token=${T}", "https://me:${PW}@host?token=${T}", set()),
+        ("http://host:5000/?a=b", "http://host:5000/?a=b", set()),
+        ("sqlite:////tmp/a@b.db?timeout=60", "sqlite:////tmp/a@b.db?timeout=60", set()),
+        ("file:///tmp/a:b@c", "file:///tmp/a:b@c", set()),
+        ("databricks://profile", "databricks://profile", set()),
+        ("runs/a@b", "runs/a@b", set()),
+    ],
+)
+def test_a_uri_is_shown_without_its_secrets(uri: str, public: str, secrets: set[str]) -> None:
+    assert without_password(uri) == public
+    assert without_password(public) == public
+    assert uri_secrets(uri) == secrets
+
+
+def test_references_are_filled_in_when_a_store_is_opened() -> None:
+    assert with_references("https://me:${PW}@host/${NO}", variables={"PW": "a@b"}) == "https://me:a%40b@host/${NO}"
+
+
+def test_variables_that_hold_secrets_are_hidden_by_name_or_value() -> None:
+    secret = {
+        "MLFLOW_TRACKING_PASSWORD": "a",
+        "HF_TOKEN": "b",
+        "WANDB_API_KEY": "c",
+        "AWS_SECRET_ACCESS_KEY": "d",
+        "HTTPS_PROXY": "http://me:pw@proxy:3128",
+        "MLFLOW_TRACKING_URI": "https://me:pw@host",
+    }
+    plain = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "NCCL_DEBUG": "INFO",
+        "NCCL_IB_PKEY": "1",
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "HTTP_PROXY": "http://proxy:3128",
+    }
+    assert public_variables(secret | plain) == dict.fromkeys(secret, "***") | plain
+
+
+def test_texts_are_shown_without_what_looks_like_a_secret() -> None:
+    shown = hide_secrets(
+        "GET http://me:pw1@h:1/x?token=pw2&y=1 failed: pw3 {'HF_TOKEN': 'pw4', 'A': 1} export API_KEY=\"pw5\"; "
+        "http://me:p/w6@h in 5 tokens: see step=1, HF_TOKEN=$HF_TOKEN",
+        known={"pw3"},
+    )
+    assert shown == (
+        "GET http://h:1/x?token=***&y=1 failed: *** {'HF_TOKEN': '***', 'A': 1} export API_KEY=\"***\"; "
+        "http://h in 5 tokens: see step=1, HF_TOKEN=$HF_TOKEN"
+    )
+
+
+OVERRIDES = [
+    "track.uri=https://me:hunter2@host/x",
+    "slurm.env={HF_TOKEN: hunter2, HTTPS_PROXY: 'http://me:hunter2@proxy', A: 1}",
+]
+
+
+def test_the_written_run_has_no_secrets_and_the_value_has() -> None:
+    config = load_run("demo", overrides=[*OVERRIDES, "slurm.setup=['export HF_TOKEN=hunter2', 'module load a']"])
+    assert config.track.uri == "https://me:hunter2@host/x"
+    assert config.slurm.env["HF_TOKEN"] == "hunter2"
+    for text in (dump_run(config), json.dumps(config.model_dump(mode="json")), repr(config), str(config.slurm)):
+        assert "hunter2" not in text
+    assert config.model_dump(mode="json")["slurm"]["env"] == {"HF_TOKEN": "***", "HTTPS_PROXY": "***", "A": "1"}
+
+
+def test_a_written_run_can_be_read_again(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_run(load_run("demo", overrides=OVERRIDES)))
+    again = load_run(str(tmp_path / "config.yaml"))
+    assert again.track.uri == "https://host/x"
+    assert dump_run(again) == (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "track=https://me:hunter2@host",
+        "track.uri=[https://me:hunter2@host]",
+        f"track.uri=[https://me:{'hunter2' * 40}@host]",
+        "track.uri=[https://me:h/unter2@host]",
+        "track.uri.x=https://me:hunter2@host",
+        "track.uri={https://me:hunter2@host: 1}",
+        "track.experiment=[https://host?token=hunter2]",
+        "slurm.env.HF_TOKEN=[hunter2]",
+        "slurm.env=[HF_TOKEN=hunter2]",
+        "slurm.env.HF-TOKEN=hunter2",
+        "evaluate.protocols=[https://me:hunter2@host]",
+    ],
+)
+def test_a_refused_value_is_shown_without_its_secret(override: str) -> None:
+    with pytest.raises(InputError) as refused:
+        load_run("demo", overrides=[override])
+    assert "unter2" not in str(refused.value)
+
+
+def test_scripts_name_secrets_and_do_not_hold_them(tmp_path: Path) -> None:
+    overrides = [*OVERRIDES, "slurm.env.WANDB_API_KEY=hunter2", "train.steps=50"]
+    config = load_run("demo", overrides=overrides)
+    scripts = render_scripts(config, run_file="demo", nodes=1, overrides=overrides, folder=tmp_path)
+    for script in scripts.values():
+        assert "hunter2" not in script
+        assert "export A=1" in script
+        for name in ("HF_TOKEN", "HTTPS_PROXY", "WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
+            assert f"\n# {name} is a secret: it comes from the environment of sbatch.\n[[ -v {name} ]] ||" in script
+    assert "train demo --set track.uri=https://host/x --set train.steps=50" in scripts["train"]
+    for key, line in (("setup", "export HF_TOKEN=hunter2"), ("extra", "--export=ALL,HF_TOKEN=hunter2")):
+        config = load_run("demo", overrides=[f"slurm.{key}=['{line}']"])
+        with pytest.raises(InputError, match=rf"slurm.{key} has a secret as written, .*HF_TOKEN=\*\*\*.*slurm.env"):
+            render_scripts(config, run_file="demo", nodes=1, folder=tmp_path)
+    config = load_run("demo", overrides=["slurm.setup=['export HF_TOKEN=$(cat ~/token)', 'export A_TOKEN=$B']"])
+    assert "export HF_TOKEN=$(cat ~/token)\n" in render_scripts(config, run_file="d", nodes=1, folder=tmp_path)["train"]

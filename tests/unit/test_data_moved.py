@@ -1,0 +1,125 @@
+"""Prepared data that was moved or copied, or is named in another way, is the same data: a run resumes with it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from configs.load import dump_run, load_run
+from configs.schema import RunConfig
+from data_pipeline.counts import load_trainable
+from data_pipeline.manifest import load_prepared
+from data_pipeline.prepare import prepare_data
+from launch import local
+from tests.support.command_line import Call, refused, run_here, write_run
+from tests.support.data import BOOK, small_data, write_book
+from training.folder import with_fixed_keys
+
+
+@pytest.fixture(scope="module")
+def started_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run file, prepared data and the records of a first start."""
+    folder = tmp_path_factory.mktemp("started")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_run(folder)
+        write_book(folder)
+        assert run_here("prepare", "run.yaml") == 0
+        (folder / "run").mkdir()
+        config = with_fixed_keys(load_run("run.yaml"), run_dir=Path("run"))
+        (folder / "run" / "config.yaml").write_text(dump_run(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def started(started_once: Path, folder: Path) -> Path:
+    # with the times of the files, as `cp -a` copies them
+    shutil.copytree(started_once, folder, dirs_exist_ok=True)
+    return folder
+
+
+def resume(*overrides: str) -> RunConfig:
+    """Check a second start of the run as the launcher does, and return what it would write to config.yaml."""
+    config = with_fixed_keys(load_run("run.yaml", overrides=overrides), run_dir=Path("run"))
+    load_trainable(config.data, folder=Path(config.data.dir or "run/data"), validates=False)
+    return config
+
+
+def resume_problem(*overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        resume(*overrides)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("started")
+def test_a_run_resumes_with_a_copy_of_its_data(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("data", "elsewhere/copy")
+    assert resume("data.dir=elsewhere/copy").data.dir == "elsewhere/copy"
+    shutil.rmtree("data")
+    commands: list[list[str]] = []
+    monkeypatch.setattr(local, "start_ranks", lambda command, **_: commands.append(command) or 0)
+    assert trainshort("train", "run.yaml", "--set", "data.dir=elsewhere/copy").code == 0
+    assert "data.dir=elsewhere/copy" in commands[0]
+    assert "data.dir was 'data', is 'no'" in refused(trainshort, "train", "run.yaml", "--set", "data.dir=no")
+
+
+@pytest.mark.usefixtures("started")
+def test_other_data_in_another_folder_is_refused() -> None:
+    Path("more").mkdir()
+    # as many bytes at the same time: only the tokens tell
+    write_book(Path("more"), text=BOOK.replace("the", "het"))
+    state = Path("book.txt").stat()
+    os.utime("more/book.txt", ns=(state.st_atime_ns, state.st_mtime_ns))
+    config = load_run("run.yaml")
+    other = config.data.model_copy(update={"sources": small_data("more/book.txt").sources})
+    prepare_data(other, folder=Path("other"), progress=False)
+    assert "data.dir was 'data', is 'other'" in resume_problem("data.dir=other", "data.sources=[more/book.txt]")
+    assert "data.dir was 'data', is 'other'" in resume_problem("data.dir=other")
+
+
+@pytest.mark.usefixtures("started")
+def test_sources_may_be_spelled_in_another_way(started: Path) -> None:
+    for path in ("./book.txt", str(started / "book.txt"), "b*.txt"):
+        assert resume(f"data.sources=['{path}']").data.sources[0].path == path
+        prepare_data(resume(f"data.sources=['{path}']").data, folder=Path("data"), progress=False)
+    Path("corpus").mkdir()
+    Path("book.txt").rename("corpus/book.txt")
+    resume("data.sources=[corpus/book.txt]")
+    resume()  # the old place is empty, but nothing is read from there
+    os.utime("corpus/book.txt")
+    assert "data.sources was" in resume_problem("data.sources=[corpus/book.txt]")
+    assert "data.sources was" in resume_problem("data.sources=[{path: book.txt, weight: 1.0}]")
+
+
+@pytest.mark.usefixtures("started")
+def test_weights_follow_sources_that_are_spelled_anew() -> None:
+    write_book(Path(), "other.txt", text=BOOK[::-1])
+    prepare_data(small_data(("book.txt", 1.0), ("other.txt", 3.0)), folder=Path("blend"), progress=False)
+    prepared = load_prepared(small_data(("./book.txt", 1.0), ("./other.txt", 2.0)), folder=Path("blend"))
+    assert prepared.weights == (1.0, 2.0)
+    with pytest.raises(InputError, match=r"data\.sources was"):
+        load_prepared(small_data(("./other.txt", 1.0), ("./book.txt", 2.0)), folder=Path("blend"))
+
+
+@pytest.mark.usefixtures("started")
+def test_a_tokenizer_is_known_by_its_content() -> None:
+    shutil.copy("data/tokenizer.model", "mine.model")
+    given = "data.tokenizer=mine.model"
+    prepare_data(load_run("run.yaml", overrides=[given]).data, folder=Path("given"), progress=False)
+    Path("run/config.yaml").write_text(dump_run(load_run("run.yaml", overrides=[given, "data.dir=given"])))
+    Path("mine.model").rename("moved.model")
+    resume("data.dir=given", "data.tokenizer=moved.model")
+    resume("data.dir=given", given)
+    Path("moved.model").write_bytes(b"another")
+    assert "data.tokenizer was 'mine.model', is 'moved.model'" in resume_problem(
+        "data.dir=given", "data.tokenizer=moved.model"
+    )
+
+
+def test_initial_weights_may_be_spelled_in_another_way(started: Path) -> None:
+    config = load_run("run.yaml", overrides=["train.init_from=old/run"])
+    Path("run/config.yaml").write_text(dump_run(config))
+    resume(f"train.init_from={started}/old/run")
+    assert "train.init_from was 'old/run', is 'new/run'" in resume_problem("train.init_from=new/run")

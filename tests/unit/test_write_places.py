@@ -1,0 +1,54 @@
+"""Folders are tried before long work: what would fail at its end is refused at its start, and leaves nothing."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import MachineError
+from configs.files import try_folder
+from configs.load import check_run
+from parallel.layout import Layout
+from training.folder import claim_run_folder
+
+
+def test_a_trial_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for folder in (tmp_path / "a" / "b", tmp_path / "kept", tmp_path / "kept" / "c"):
+        try_folder(folder)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "kept"]
+    (tmp_path / "kept" / "file").write_text("kept")
+    for folder in (tmp_path / "kept" / "file", tmp_path / "kept" / "file" / "deep"):
+        with pytest.raises(OSError, match="file"):
+            try_folder(folder)
+    assert (tmp_path / "kept" / "file").read_text() == "kept"
+
+
+def test_a_trial_renames_as_the_work_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="not permitted"):
+        try_folder(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("taken", ["file", "link"])
+def test_a_run_that_could_not_save_is_refused_at_its_start(
+    tmp_path: Path, run_values: dict[str, Any], taken: str
+) -> None:
+    run_values["parallel"] = {}
+    config = check_run(run_values, name="small")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.parent.mkdir()
+    if taken == "file":
+        checkpoints.write_text("a file")
+    else:
+        checkpoints.symlink_to("nowhere")
+    with pytest.raises(MachineError, match=r"run folder .* cannot be written \(File exists\)"):
+        claim_run_folder(config, layout=Layout.of(config, world_size=1), device=torch.device("cpu"))
+    assert not (tmp_path / "run" / "incarnation").exists(), "an older start must not be superseded"

@@ -1,0 +1,191 @@
+"""The store that a run is logged to: which one, and the sqlite file of a store without a server.
+
+MLflow creates a sqlite file table by table, in place. Two runs that start together then break each other's tables, and
+one that is killed leaves a file that nobody can use. So a file is created under another name and appears whole.
+"""
+
+import fcntl
+import os
+import re
+import sqlite3
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from configs.secrets import uri_secrets, with_references, without_password
+from training.tracking.record import RunRecord
+
+STORE_VARIABLE = "MLFLOW_TRACKING_URI"
+EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
+DEFAULT_EXPERIMENT = "trainshort"
+ARTIFACTS = "mlartifacts"
+
+
+@dataclass(frozen=True)
+class Store:
+    """An MLflow store.
+
+    Attributes:
+        uri: Its URI as configured; may hold a password.
+        setting: What to change to use another store.
+    """
+
+    uri: str
+    setting: str
+
+    @property
+    def public_uri(self) -> str:
+        """The URI without its secrets."""
+        return without_password(self.uri)
+
+    @property
+    def file(self) -> Path | None:
+        """The absolute path of a sqlite file; None for a server."""
+        match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", self.uri)
+        if match is None or match[1].startswith((":", "file:")):
+            return None
+        return Path(match[1]).absolute()
+
+    @property
+    def artifact_location(self) -> str | None:
+        """Where a new experiment stores its artifacts: beside a sqlite file, else the server's choice (None)."""
+        return (self.file.parent / ARTIFACTS).as_uri() if self.file else None
+
+    def with_passwords(self, variables: Mapping[str, str]) -> str:
+        """Return the URI to connect to, with the environment variables that it refers to."""
+        return with_references(self.uri, variables=variables)
+
+    def secrets(self, variables: Mapping[str, str]) -> set[str]:
+        """Return what no message may show."""
+        known = {variables.get(name, "") for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")} - {""}
+        return known | uri_secrets(self.with_passwords(variables))
+
+
+def default_store(run_dir: Path) -> Store:
+    """Return the sqlite file beside a run folder."""
+    file = run_dir.absolute().parent / "mlflow.db"
+    return Store(f"sqlite:///{file}", f"the folder {file.parent}")
+
+
+def choose_store(uri: str | None, *, run_dir: Path, variables: Mapping[str, str]) -> Store:
+    """Return the store of a run: `track.uri`, else MLFLOW_TRACKING_URI, else the sqlite file beside the run folder.
+
+    Args:
+        uri: Value of `track.uri`. Copies of it have no password: MLFLOW_TRACKING_URI then gives it, if it names the
+            same store.
+        run_dir: The run folder.
+        variables: The environment.
+    """
+    given = variables.get(STORE_VARIABLE, "").strip()
+    if given and (uri is None or (uri == without_password(uri) == without_password(given))):
+        return Store(given, STORE_VARIABLE)
+    return default_store(run_dir) if uri is None else Store(uri, "track.uri")
+
+
+def recorded_store(record: RunRecord, *, uri: str | None, run_dir: Path, variables: Mapping[str, str]) -> Store:
+    """Return the store that holds a recorded run, wherever later commands are started.
+
+    Args:
+        record: The run folder's record.
+        uri: Value of `track.uri`, perhaps without its password.
+        run_dir: The run folder.
+        variables: The environment.
+    """
+    if record.uri is None:
+        return default_store(run_dir)
+    variable = variables.get(STORE_VARIABLE, "").strip()
+    # whatever gave it, the variable is what a later command can change
+    given = [Store(text, STORE_VARIABLE) for text in (uri, variable) if text]
+    same = [store for store in given if recorded_uri(store, run_dir=run_dir) == record.uri]
+    # of two that name the same store, the one with its password
+    same.sort(key=lambda store: store.uri == store.public_uri)
+    store = same[0] if same else Store(record.uri, STORE_VARIABLE)
+    has_moved = store.file is not None and not store.file.exists()
+    return given[-1] if has_moved and variable else store
+
+
+def recorded_uri(store: Store, *, run_dir: Path) -> str | None:
+    """Return a store's URI for the record of a run folder: None for the sqlite file beside the folder."""
+    if store.file is None:
+        return store.public_uri
+    return None if store.file == default_store(run_dir).file else f"sqlite:///{store.file}"
+
+
+def create_file(file: Path, *, fill: Callable[[str], None]) -> None:
+    """Create a sqlite file with all of MLflow's tables, unless another process creates it first.
+
+    Args:
+        file: The file; nothing is done if it has content.
+        fill: Creates the tables in the store of a URI.
+    """
+    if _has_content(file):
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        folder = os.open(file.parent, os.O_RDONLY)
+        stack.callback(os.close, folder)
+        with suppress(
+            OSError
+        ):  # a file system that cannot lock folders; then several may create it, and the first wins
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        if _has_content(file):
+            return
+        temporary = (
+            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".mlflow-", dir=file.parent))) / "new.db"
+        )
+        fill(f"sqlite:///{temporary}")
+        try:
+            os.link(temporary, file)  # unlike a rename, it never replaces a file that another process has created
+        except OSError:  # there is a file now, or the file system has no links
+            if not _has_content(file):
+                temporary.replace(file)
+
+
+def follow_move(file: Path, *, experiment: str, run_id: str | None) -> bool:
+    """Point an experiment's artifacts to the folder beside a sqlite file that was moved or copied with it.
+
+    MLflow keeps absolute paths: without this, new artifacts would go to the old place. Return whether it has moved.
+
+    Args:
+        file: The sqlite file.
+        experiment: The experiment's name.
+        run_id: A run whose experiment is meant too.
+    Raises:
+        sqlite3.Error: the file cannot be read or written.
+    """
+    here = file.parent / ARTIFACTS
+    with closing(sqlite3.connect(file, timeout=30)) as connection, connection:
+        tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
+        if not {"experiments", "runs"} <= tables:
+            return False  # MLflow has not filled the file yet
+        locations = connection.execute(
+            "select distinct artifact_location from experiments "
+            "where name = ? or experiment_id in (select experiment_id from runs where run_uuid = ?)",
+            (experiment, run_id),
+        ).fetchall()
+        moved = [(here.as_uri(), location) for (location,) in locations if _has_moved(location, here=here)]
+        connection.executemany("update experiments set artifact_location = ? where artifact_location = ?", moved)
+        connection.executemany(
+            "update runs set artifact_uri = ?1 || substr(artifact_uri, length(?2) + 1) "
+            "where substr(artifact_uri, 1, length(?2) + 1) = ?2 || '/'",
+            moved,
+        )
+    return bool(moved)
+
+
+def _has_content(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
+
+
+def _has_moved(location: str, *, here: Path) -> bool:
+    """Return whether artifacts that MLflow looks for elsewhere are here, or are lost there."""
+    parts = urlsplit(location)
+    before = Path(unquote(parts.path))
+    if parts.scheme not in ("file", "") or before.name != ARTIFACTS or before == here:
+        return False
+    if before.parent.exists() and before.parent.samefile(here.parent):  # one folder by two names
+        return False
+    return here.exists() or not before.exists()
