@@ -13,6 +13,7 @@ PRIVATE_NAMES_OF_OTHERS = (
     "_asdict",
     "_exit",
     "_fields",
+    "_get_backend",  # torch: whether a group can be split
     "_internal",  # torch's fake process group
     "_python_dispatch",  # torch's hooks on every operation
     "_relative_position_bucket",
