@@ -13,6 +13,10 @@ from configs.errors import InputError
 UNSET_VARIABLE = "unset_variable"
 """Type of the schema's error for a path with an environment variable that is not set."""
 
+_NOT_UTF8 = (
+    "its name is not UTF-8, which no run file can hold: rename it, or match a source with a pattern such as caf?.txt"
+)
+_ADDRESS = re.compile(r"[\w+.-]+://")  # of a container image, for example; it may hold a `$` of its own
 _VARIABLE = re.compile(r"\$(?:\w+|\{\w+\})", re.ASCII)
 # Stores that are files. Variables in other URIs stay: they may hold a password, which must not be written out.
 _FILE_STORE = re.compile(r"(sqlite:///|file://|)(?:(?<=://)/(?=[~$]))?(?!\w+:)(.*)", re.DOTALL)
@@ -41,11 +45,25 @@ def _expanded(text: str) -> str:
     return os.path.expanduser(os.path.expandvars(text))
 
 
+def expand_store(uri: str) -> str:
+    """Return the URI of a tracking store with a file's `~` and environment variables replaced, if all are set."""
+    store = _FILE_STORE.fullmatch(uri)
+    return uri if store is None or _problem(store[2]) else store[1] + _expanded(store[2])
+
+
 def _expand_key(text: str) -> str:
-    if problem := _problem(text):
-        # its braces are no fields of a template
-        raise PydanticCustomError(UNSET_VARIABLE, "{problem}", {"problem": problem})
-    return _expanded(text)
+    if _ADDRESS.match(text) or os.path.lexists(text):
+        return text
+    problem = _problem(text)
+    if problem is None:
+        try:
+            expanded = _expanded(text)
+            expanded.encode()
+            return expanded
+        except UnicodeEncodeError:
+            problem = _NOT_UTF8
+    # its braces are no fields of a template
+    raise PydanticCustomError(UNSET_VARIABLE, "{problem}", {"problem": problem})
 
 
 def _expand_uri(uri: str) -> str:

@@ -1,5 +1,6 @@
 """Files and folders of a run: the one place that knows their names."""
 
+import os
 from pathlib import Path
 
 from configs.errors import InputError
@@ -81,12 +82,18 @@ def chain_file(run_dir: Path) -> Path:
 
 
 def check_run_folder(config: RunConfig) -> Path:
-    """Return the run folder after checking that no file is in its way.
+    """Return the run folder after checking that no file is in its way, and that libraries can take its name.
 
     Raises:
-        InputError: the run folder, or a folder above it, is a file.
+        InputError: the run folder, or a folder above it, is a file or has a name that is not UTF-8.
     """
     folder = run_folder(config)
+    try:
+        os.path.realpath(folder).encode()
+    except UnicodeEncodeError:  # safetensors and MLflow could write there, but not read
+        raise InputError(
+            f"run.dir {os.path.realpath(folder)} has a name that is not UTF-8: rename the folder or set another run.dir"
+        ) from None
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"run.dir {folder}: {path} is a file, not a folder: move it away or set another run.dir")

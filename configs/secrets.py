@@ -7,19 +7,46 @@ run folder, checkpoints and MLflow get only what this module lets through; messa
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_plus
 
 HIDDEN = "***"
 
 _SECRET_NAME = re.compile(
     r"passw|passphrase|pwd|secret|credential|token(?!iz)|signature|(?:api|access|private|account)[_-]?key"
-    r"|(?:^|[_.-])(?:pass|auth|sig|key)$",
+    r"|connection[_-]?string|(?:^|[_.-])(?:pass|pw|pat|sas|jwt|bearer|creds|cookie|authorization|auth|sig|key)$",
     re.IGNORECASE,
 )
-# What looks like a secret in any text: the user of a URI, a parameter of a URI, and a variable such as HF_TOKEN. A
-# reference such as $HF_TOKEN is none.
-_USER = re.compile(r"(\b[A-Za-z][\w+.-]*://)(?![^\s/@]*\$\{\w+\}@)(?:[^\s/@]+|[^\s/@:]*:[^\s@'\"]+)@")
-_NAMED = re.compile(r"((?:[?&]([\w.%-]+)=|\b([A-Z][A-Z0-9_]*)['\"]?\s*[=:]\s*['\"]?))([^\s&'\",}\]$`]+)")
+_SECRET_VALUE = re.compile(
+    r"\b(?:bearer|basic) \S|(?:^|;)\s*(?:pwd|password|accountkey|sharedaccess\w+)=", re.IGNORECASE
+)
+# How a URI begins whose slashes are mistyped: http(s) with any slashes, others before me:pw@ alone (C:/a is a path).
+_HTTP = r"[Hh][Tt][Tt][Pp][Ss]?(?::/+|//)"
+_MISTYPED = r"[A-Za-z][\w+.-]*(?::/|//)"
+# What looks like a secret in any text: the user of a URI, a parameter of a URI, a variable such as HF_TOKEN, a header
+# and the user of curl. A reference such as $HF_TOKEN is none, nor is $oauthtoken, the user name of every NGC account.
+_USER = re.compile(
+    r"(\b(?:[A-Za-z][\w+.-]*://|" + _HTTP + r"))"
+    r"(?![^\s/@]*\$\{\w+\}@|\$oauthtoken@)(?:[^\s/@]+|[^\s/@:]*:[^\s@'\"]+)@"
+)
+_MISTYPED_USER = re.compile(
+    r"(\b" + _MISTYPED + r"|(?<![\w:/.])//|(?<![^\s'\"=\[{(,])(?=[^\s/@:]+:[^\s/@]+@(?!sha\d+:)[\w\[]))"
+    r"(?![^\s/@]*\$\{\w+\}@)[^\s/@:'\"]*:[^\s@'\"]+@"
+)
+_VALUE = r"[^\s&'\",}\]$`]+"
+_NAMED = re.compile(r"((?:[?&;]([\w.%-]+)=|\b([A-Z][A-Z0-9_]*)['\"]?\s*[=:]\s*['\"]?))(" + _VALUE + ")")
+# Names in small letters are common in code and messages: only those that end as a secret does, and no word such as key.
+_ASSIGNED = re.compile(
+    r"(\b\w*(?:passw(?:or)?d|passphrase|pwd|secret|credentials?|token|signature|(?:api|access|private|account)_?key"
+    r"|connection_?string|authorization|_(?:pass|pw|pat|sas|jwt|bearer|creds|cookie|auth|sig|key)|\b(?:pw|jwt|bearer))"
+    r"=['\"]?)" + _VALUE,
+    re.IGNORECASE,
+)
+_HEADER = re.compile(
+    r"(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token|digest)\s+)?"
+    r"|\bbearer\s+|\bbasic\s+(?=\S*(?-i:[A-Z\d=])))(?!(?:bearer|basic|token|digest)\s)" + _VALUE,
+    re.IGNORECASE,
+)
+_CURL_USER = re.compile(r"((?<!\S)(?:-u|--(?:proxy-)?user)[\s=]*['\"]?(?!\d+:\d+\b)[^\s:/'\"-][^\s:/'\"]*:)" + _VALUE)
 _REFERENCE = re.compile(r"\$\{(\w+)\}", re.ASCII)
 
 
@@ -34,30 +61,31 @@ class _Uri:
 
     @classmethod
     def of(cls, text: str) -> "_Uri":
-        scheme, slashes, rest = text.partition("://")
-        if not slashes and not re.match(r"[^/@]*:[^/]*@", text):
+        # me:pw@host and https:/me:pw@host are no URIs, but their password must not be shown either
+        start = re.match(rf"{_HTTP}|[^/@?]*://|(?:{_MISTYPED}|//)(?=[^/@:]*:.*@)|(?=[^/@]*:[^/]*@)", text)
+        if start is None:
             return cls("", "", text, ())  # a path
-        if not slashes:
-            scheme, rest = "", text  # me:pw@host: no URI, but its password must not be shown either
+        scheme, rest = start[0], text[start.end() :]
         # The user ends at the last @, since a password may hold / and ? as written. Without a host, an @ is in a path.
         head, _, query = rest.partition("?")
         has_user = not rest.startswith("/") and ("@" in head or (":" in head and "@" in query))
         user, _, address = (head if "@" in head else rest).rpartition("@") if has_user else ("", "", head)
         if has_user and "@" not in head:
             address, _, query = address.partition("?")
-        if scheme.lower() in ("http", "https"):
+        if re.match(_HTTP, scheme):
             address, query = address.partition("#")[0], query.partition("#")[0]  # a fragment is never sent
-        return cls(scheme + slashes, user, address, tuple(filter(None, re.split("[&;]", query))))
+        return cls(scheme, user, address, tuple(filter(None, re.split("[&;]", query))))
 
     @property
     def secret(self) -> str:
         """The password, or a user without one, which is then a token; empty if it is a reference such as ${PW}."""
         name, _, password = self.user.partition(":")
-        return _literal(password or name)
+        return "" if self.user == "$oauthtoken" else _literal(password or name)
 
     @property
     def secret_parameters(self) -> tuple[str, ...]:
-        return tuple(pair for pair in self.parameters if _literal(pair.partition("=")[2]) and _is_secret_pair(pair))
+        pairs = (*self.address.split(";")[1:], *self.parameters)  # https://host;password=pw is mistyped
+        return tuple(pair for pair in pairs if _literal(pair.partition("=")[2]) and _is_secret_pair(pair))
 
 
 def is_secret_name(name: str) -> bool:
@@ -72,14 +100,18 @@ def without_password(uri: str) -> str:
     """
     parts = _Uri.of(uri)
     user = f"{parts.user}@" if parts.user and not parts.secret else ""
-    public = [pair for pair in parts.parameters if pair not in parts.secret_parameters]
-    return parts.scheme + user + parts.address + (f"?{'&'.join(public)}" if public else "")
+    hidden = parts.secret_parameters
+    public = [pair for pair in parts.parameters if pair not in hidden]
+    address, *others = parts.address.split(";")
+    address = ";".join([address, *(pair for pair in others if pair not in hidden)])
+    return parts.scheme + user + address + (f"?{'&'.join(public)}" if public else "")
 
 
 def uri_secrets(uri: str) -> set[str]:
     """Return the secrets of a URI, as written and decoded."""
     parts = _Uri.of(uri)
     secrets = [parts.secret, *(pair.partition("=")[2] for pair in parts.secret_parameters)]
+    secrets += [value for pair in parts.secret_parameters for value in _inner_secrets(pair.partition("=")[2])]
     # a library may take a / or ? in a password for the end of the host, and name what comes before it
     secrets += [piece for piece in re.split("[/?#@]", parts.secret) if len(piece) > 3]
     return {text for secret in secrets for text in (secret, unquote(secret)) if text}
@@ -91,8 +123,10 @@ def with_references(uri: str, *, variables: Mapping[str, str]) -> str:
 
 
 def is_secret_variable(name: str, value: str) -> bool:
-    """Return whether an environment variable is a secret by its name, holds a URI with one, or was hidden before."""
-    return is_secret_name(name) or value == HIDDEN or without_password(value) != value
+    """Return whether an environment variable is a secret by its name, holds one in its value, or was hidden before."""
+    if is_secret_name(name) or value == HIDDEN or _SECRET_VALUE.search(value):
+        return True
+    return without_password(value) != value or hide_secrets(value) != value
 
 
 def public_variables(variables: Mapping[str, str]) -> dict[str, str]:
@@ -109,12 +143,26 @@ def hide_secrets(text: str, *, known: Iterable[str] = ()) -> str:
     """
     for secret in sorted(known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    text = _USER.sub(r"\1", text)
-    return _NAMED.sub(lambda found: f"{found[1]}{HIDDEN}" if is_secret_name(found[2] or found[3]) else found[0], text)
+    text = _MISTYPED_USER.sub(r"\1", _USER.sub(r"\1", text))
+    for pattern in (_HEADER, _CURL_USER):
+        text = pattern.sub(rf"\1{HIDDEN}", text)
+    return _ASSIGNED.sub(rf"\1{HIDDEN}", _NAMED.sub(_without_value, text))
+
+
+def _without_value(found: re.Match[str]) -> str:
+    is_secret = is_secret_name(found[2] or found[3]) or _inner_secrets(found[4])
+    return f"{found[1]}{HIDDEN}" if is_secret else found[0]
 
 
 def _is_secret_pair(pair: str) -> bool:
-    return is_secret_name(pair.partition("=")[0]) or "@" in pair
+    name, _, value = pair.partition("=")
+    return is_secret_name(name) or "@" in pair or bool(_inner_secrets(value))
+
+
+def _inner_secrets(value: str) -> list[str]:
+    """Return the secrets in a value that is a list of pairs itself, such as an ODBC connection string."""
+    pairs = re.findall(r"(?:^|[;&])\s*([^=;&\s]+)\s*=\s*([^;&]+)", unquote_plus(value))
+    return [secret for name, secret in pairs if is_secret_name(name) and _literal(secret)]
 
 
 def _literal(secret: str) -> str:

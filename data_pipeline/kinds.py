@@ -64,7 +64,8 @@ _PARQUET_BEGIN = b"PAR1"
 _MARKUP_BEGIN = re.compile(rb"\s*<(?:!doctype|html|\?xml|mediawiki|svg)\b", re.IGNORECASE)
 _STRING = rb'"(?:[^"\\]|\\.)*"'
 _OBJECT_BEGIN = re.compile(rb"\s*\{\s*(?:" + _STRING + rb"\s*:|\})")
-_ARRAY_BEGIN = re.compile(rb"\s*\[[\[\s]*(?:\{\s*" + _STRING + rb"\s*:|" + _STRING + rb"\s*,)")
+_ARRAY_BEGIN = re.compile(rb"\s*\[[\[\s]*(?:\{\s*" + _STRING + rb'\s*:|")')
+_BLANK_BEGIN = re.compile(rb"\A(?:\s|" + codecs.BOM_UTF8 + rb")+")
 _HEAD_BYTES = 1 << 16
 
 
@@ -132,13 +133,13 @@ def _begins_with_record(head: bytes) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    """Return about the first `_HEAD_BYTES` bytes, decompressed, without a byte order mark."""
+    """Return about `_HEAD_BYTES` bytes, decompressed, after blank lines and byte order marks at the beginning."""
     head = b""
     for block in iter_bytes(path, on_read=lambda _: None):
-        head += block
+        head = _BLANK_BEGIN.sub(b"", head + block)
         if len(head) >= _HEAD_BYTES:
             break
-    return head.removeprefix(codecs.BOM_UTF8)
+    return head
 
 
 def _ending(path: Path) -> str:

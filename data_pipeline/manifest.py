@@ -308,7 +308,8 @@ def _differences(manifest: dict[str, Any], new: dict[str, Any]) -> Iterator[str]
             states = zip(now, before.values(), now.values(), strict=True)
             yield from (_file_difference(path, then, state) for path, then, state in states if not _same(then, state))
         else:
-            yield f"{key} was {before!r} then and is {now!r} now"
+            changed = _changed_file(old, now) if key == "data.sources" else None
+            yield changed or f"{key} was {before!r} then and is {now!r} now"
 
 
 def _are_same_files(old: dict[str, Any], paths: list[str]) -> bool:
@@ -323,6 +324,18 @@ def _are_same_files(old: dict[str, Any], paths: list[str]) -> bool:
         )
     except InputError:  # they are gone
         return False
+
+
+def _changed_file(old: dict[str, Any], paths: list[str]) -> str | None:
+    """Return how a file has changed that sources still name, in another place; None if they name other files."""
+    try:
+        states = [_file_states(path) for path in paths]
+    except InputError:  # they are gone
+        return None
+    for path, before, now in zip(paths, old["files"].values(), states, strict=False):
+        if not _same(before, now) and [Path(name).name for name, *_ in before] == [Path(name).name for name, *_ in now]:
+            return _file_difference(path, before, now)
+    return None
 
 
 def _same(before: list[list[Any]], now: list[list[Any]]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from configs.errors import InputError
 from configs.load import check_run, dump_run, load_run
 from configs.path_text import expand_path
-from configs.paths import data_folder, run_folder
+from configs.paths import check_run_folder, data_folder, run_folder
 from tests.support.command_line import Call, write_run
 
 PATHS = {
@@ -111,3 +111,23 @@ def test_arguments_are_expanded_too(trainshort: Call, folder: Path, monkeypatch:
 def test_a_name_with_a_dollar_that_exists_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "$NOT_SET").mkdir()
     assert expand_path(f"{tmp_path}/$NOT_SET") == tmp_path / "$NOT_SET"
+
+
+def test_a_path_that_no_run_file_can_hold_is_refused(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ODD", "caf\udce9.txt")
+    with pytest.raises(
+        InputError, match=r"data\.sources\.0\.path is '\$ODD', but its name is not UTF-8, which no run file can hold"
+    ):
+        check_run(run_with(run_values, {"data": {"sources": ["$ODD"]}}), name="small")
+    (tmp_path / "w\udce9").mkdir()
+    monkeypatch.chdir(tmp_path / "w\udce9")
+    config = check_run(run_with(run_values, {"run": {"dir": "run"}}), name="small")
+    with pytest.raises(InputError, match=r"run\.dir .* has a name that is not UTF-8: rename the folder"):
+        check_run_folder(config)
+
+
+def test_an_address_keeps_its_dollar(run_values: dict[str, Any]) -> None:
+    image = "docker://$oauthtoken@nvcr.io#nvidia/pytorch:24"
+    assert check_run(run_with(run_values, {"slurm": {"container": image}}), name="small").slurm.container == image

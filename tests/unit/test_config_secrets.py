@@ -26,18 +26,48 @@ from launch.slurm.script import render_scripts
         ("mysql+pymysql://me:pw@host:3306/db", "mysql+pymysql://host:3306/db", {"pw"}),
         ("postgresql://host/db?user=me&password=pw", "postgresql://host/db?user=me", {"pw"}),
         ("me:pw@host:5000", "host:5000", {"pw"}),
+        ("https:/me:S3CRET@h", "https:/h", {"S3CRET"}),
+        ("https:/me:S3/CRET@h", "https:/h", {"S3/CRET", "CRET"}),
+        ("https:///me:pw@h", "https:///h", {"pw"}),
+        ("https:/token@h", "https:/h", {"token"}),
+        ("//me:pw@h", "//h", {"pw"}),
+        ("https//me:pw@h", "https//h", {"pw"}),
+        ("postgresql:/me:pw@h/db", "postgresql:/h/db", {"pw"}),
+        ("https://h;password=x", "https://h", {"x"}),
+        ("https://h?pw=a&jwt=b&authorization=c&bearer=d&page=1", "https://h?page=1", {"a", "b", "c", "d"}),
+        (
+            "mssql+pyodbc:///?odbc_connect=DRIVER%3D%7BODBC%7D%3BUID%3Dme%3BPWD%3DS3CRET",
+            "mssql+pyodbc:///",
+            {
+                "DRIVER%3D%7BODBC%7D%3BUID%3Dme%3BPWD%3DS3CRET",
+                "DRIVER={ODBC};UID=me;PWD=S3CRET",
+                "S3CRET",
+            },
+        ),
         ("https://me:${PW}@host?token=${T}", "https://me:${PW}@host?token=${T}", set()),
         ("http://host:5000/?a=b", "http://host:5000/?a=b", set()),
         ("sqlite:////tmp/a@b.db?timeout=60", "sqlite:////tmp/a@b.db?timeout=60", set()),
         ("file:///tmp/a:b@c", "file:///tmp/a:b@c", set()),
         ("databricks://profile", "databricks://profile", set()),
         ("runs/a@b", "runs/a@b", set()),
+        ("C:/a", "C:/a", set()),
+        ("//nas/a:b@c", "//nas/a:b@c", set()),
+        ("sqlite:///runs/a@b/mlflow.db", "sqlite:///runs/a@b/mlflow.db", set()),
+        (
+            "docker://$oauthtoken@nvcr.io#nvidia/pytorch:24",
+            "docker://$oauthtoken@nvcr.io#nvidia/pytorch:24",
+            set(),
+        ),
+        ("https:/me:${PW}@host", "https:/me:${PW}@host", set()),
     ],
 )
 def test_a_uri_is_shown_without_its_secrets(uri: str, public: str, secrets: set[str]) -> None:
     assert without_password(uri) == public
     assert without_password(public) == public
     assert uri_secrets(uri) == secrets
+    shown = hide_secrets(f"no store at {uri} here")
+    assert (shown == f"no store at {uri} here") == (not secrets)
+    assert not any(len(secret) > 5 and secret in shown for secret in secrets)
 
 
 def test_references_are_filled_in_when_a_store_is_opened() -> None:
@@ -73,6 +103,80 @@ def test_texts_are_shown_without_what_looks_like_a_secret() -> None:
         "GET http://h:1/x?token=***&y=1 failed: *** {'HF_TOKEN': '***', 'A': 1} export API_KEY=\"***\"; "
         "http://h in 5 tokens: see step=1, HF_TOKEN=$HF_TOKEN"
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MLFLOW_PW", "GITHUB_PAT", "AUTHORIZATION", "BLOB_SAS", "MY_JWT", "A_COOKIE", "GCP_CREDS", "BEARER"),
+        "AZURE_STORAGE_CONNECTION_STRING",
+    ],
+)
+def test_a_variable_is_secret_by_its_name(name: str) -> None:
+    assert public_variables({name: "x"}) == {name: "***"}
+    assert hide_secrets(f"export {name}=hunter2") == f"export {name}=***"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Authorization: Bearer X",
+        "Basic X",
+        "AccountName=a;AccountKey=X;EndpointSuffix=b",
+        "Server=a;Pwd=X",
+        "SharedAccessSignature=sv=1",
+        "https:/me:pw@h",
+        "-u me:pw",
+    ],
+)
+def test_a_variable_is_secret_by_its_value(value: str) -> None:
+    assert public_variables({"A": value}) == {"A": "***"}
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("export MLFLOW_PW=x", "export MLFLOW_PW=***"),
+        ("export hf_token=x", "export hf_token=***"),
+        ("export A=1;hf_token=x", "export A=***"),
+        ("--export=ALL,my_pw=x", "--export=ALL,my_pw=***"),
+        ("--export=my_pw=x", "--export=my_pw=***"),
+        ("curl -u me:pw http://h", "curl -u me:*** http://h"),
+        ("curl --user 'me:pw' h", "curl --user 'me:***' h"),
+        ('curl -H "Authorization: Bearer x"', 'curl -H "Authorization: Bearer ***"'),
+        ('curl -H "authorization: x"', 'curl -H "authorization: ***"'),
+        ("got Basic bWU6cHc= here", "got Basic *** here"),
+        ("a=1;AccountKey=x==;b", "a=1;AccountKey=***"),
+        ("no store at https:/me:pw@h, https//me:pw@h", "no store at https:/h, https//h"),
+        ("no store at '//me:pw@h' or me:pw@h", "no store at '//h' or h"),
+    ],
+)
+def test_a_line_is_shown_without_its_secret(line: str, shown: str) -> None:
+    assert hide_secrets(line) == shown
+    assert hide_secrets(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step 3: loss=2.1, key: value",
+        "train demo --set data.tokenizer=bpe --set model.heads=4 model.key=4",
+        "tokenizer=x key=value monkey=1 max_tokens=4 tokens_per_second=5",
+        "sorted(names, key=len)",
+        "/data/a:b C:/a ~/x@y runs/a@b file:///tmp/a:b@c",
+        "sqlite:///runs/a@b/mlflow.db",
+        "http://host:5000",
+        "git@github.com:me/x.git",
+        "srun --container-image=docker://$oauthtoken@nvcr.io#nvidia/pytorch:24",
+        "docker run -u 1000:1000 ubuntu:22.04@sha256:0123",
+        "python -u train.py",
+        "a basic test of the bearer",
+        'curl -H "Authorization: Bearer $TOKEN" -u me:$PW h',
+        "export hf_token=$(cat ~/token) my_pw=${PW}",
+    ],
+)
+def test_a_harmless_text_stays(text: str) -> None:
+    assert hide_secrets(text) == text
 
 
 OVERRIDES = [

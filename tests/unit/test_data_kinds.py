@@ -80,6 +80,14 @@ def test_records_are_read_under_any_name(tmp_path: Path, name: str, pack: Callab
     assert documents(tmp_path / name) == PAGES
 
 
+def test_records_are_found_behind_marks_and_blank_lines(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    marked = b"".join(mark + line + b"\n" for line in RECORDS.splitlines())
+    for before in (mark, mark + b"\n", mark + b"\r\n", b"\n" * 70_000):
+        (tmp_path / "a").write_bytes(before + (RECORDS if before == mark else marked))
+        assert documents(tmp_path / "a") == PAGES, before[:9]
+
+
 @pytest.mark.parametrize("name", ["a.PARQUET", "a.pq", "a", "a.part-000"])
 def test_parquet_is_read_under_any_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(parquet())
@@ -126,6 +134,8 @@ def archive(kind: str) -> bytes:
         ("a", b"<?xml version='1.0'?>", "is markup: extract its text"),
         ("a.pdf", b"%PDF-1.7\nabc", "is a PDF file, not text"),
         ("a.xlsx", archive("zip"), "is a zip archive (or an office document"),
+        ("a", json.dumps([BOOK * 9] * 3).encode(), "begins like JSON, but not with one record per line"),
+        ("a", b'["only one"]', "begins like JSON, but not with one record per line"),
         ("a.tar.gz", gzip.compress(archive("tar")), "is an archive, not text"),
         ("a.txt.bz2", bz2.compress(BOOK.encode()), "is compressed with bzip2 or lz4: compress it with gzip"),
         ("a.arrow", b"ARROW1\0\0", "is an Arrow file: write one {"),

@@ -89,6 +89,8 @@ def test_sources_may_be_spelled_in_another_way(started: Path) -> None:
     resume("data.sources=[corpus/book.txt]")
     resume()  # the old place is empty, but nothing is read from there
     os.utime("corpus/book.txt")
+    with pytest.raises(InputError, match=r"data source \S*corpus/book\.txt changed \(modified since\)"):
+        load_prepared(small_data("corpus/book.txt"), folder=Path("data"))
     assert "data.sources was" in resume_problem("data.sources=[corpus/book.txt]")
     assert "data.sources was" in resume_problem("data.sources=[{path: book.txt, weight: 1.0}]")
 

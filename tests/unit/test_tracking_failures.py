@@ -94,6 +94,8 @@ def test_the_advice_fits_the_error() -> None:
     assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in advice_on(answered(401), store=SERVER)
     assert advice_on(LASTING[2], store=SERVER) == "install the package, or change track.uri"
     assert advice_on(PASSING[-1], store=SERVER) == "check that the server runs, or change track.uri"
+    folder = Store("./mlruns", "track.uri")
+    assert advice_on(PASSING[-1], store=folder) == "change track.uri, for example to sqlite:///mlflow.db"
     file = Store("sqlite:////data/runs/mlflow.db", "MLFLOW_TRACKING_URI")
     assert file.file == Path("/data/runs/mlflow.db")
     assert advice_on(LOCKED, store=file) == "check the folder /data/runs and its disk, or change MLFLOW_TRACKING_URI"

@@ -137,6 +137,8 @@ def test_the_environment_names_the_store_of_a_run_file_without(tmp_path: Path) -
     assert choose_store(None, run_dir=run_dir, variables={"MLFLOW_TRACKING_URI": " "}) == default_store(run_dir)
     chosen = choose_store(None, run_dir=run_dir, variables=variables)
     assert (chosen.uri, chosen.setting) == ("https://me:pw@host:5000", "MLFLOW_TRACKING_URI")
+    in_home = choose_store(None, run_dir=run_dir, variables={"MLFLOW_TRACKING_URI": "sqlite:///~/m.db"})
+    assert in_home.file == Path("~/m.db").expanduser()
     assert choose_store("http://other", run_dir=run_dir, variables=variables).uri == "http://other"
     # a copy of the run file has no password
     assert choose_store("https://host:5000", run_dir=run_dir, variables=variables) == chosen

@@ -66,6 +66,8 @@ def advice_on(error: Exception, *, store: Store) -> str:
         )
     if store.file is not None:
         return f"check the folder {store.file.parent} and its disk, or change {store.setting}"
+    if "://" not in store.uri or store.uri.startswith("file:"):
+        return f"change {store.setting}, for example to sqlite:///mlflow.db"
     return f"check that the server runs, or change {store.setting}"
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from configs.path_text import expand_store
 from configs.secrets import uri_secrets, with_references, without_password
 from training.tracking.record import RunRecord
 
@@ -79,7 +80,7 @@ def choose_store(uri: str | None, *, run_dir: Path, variables: Mapping[str, str]
         run_dir: The run folder.
         variables: The environment.
     """
-    given = variables.get(STORE_VARIABLE, "").strip()
+    given = expand_store(variables.get(STORE_VARIABLE, "").strip())
     if given and (uri is None or (uri == without_password(uri) == without_password(given))):
         return Store(given, STORE_VARIABLE)
     return default_store(run_dir) if uri is None else Store(uri, "track.uri")
@@ -96,7 +97,7 @@ def recorded_store(record: RunRecord, *, uri: str | None, run_dir: Path, variabl
     """
     if record.uri is None:
         return default_store(run_dir)
-    variable = variables.get(STORE_VARIABLE, "").strip()
+    variable = expand_store(variables.get(STORE_VARIABLE, "").strip())
     # whatever gave it, the variable is what a later command can change
     given = [Store(text, STORE_VARIABLE) for text in (uri, variable) if text]
     same = [store for store in given if recorded_uri(store, run_dir=run_dir) == record.uri]
