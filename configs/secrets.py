@@ -29,15 +29,17 @@ _USER = re.compile(
     r"(?![^\s/@]*\$\{\w+\}@|\$oauthtoken@)(?:[^\s/@]+|[^\s/@:]*:[^\s@'\"]+)@"
 )
 _MISTYPED_USER = re.compile(
-    r"(\b" + _MISTYPED + r"|(?<![\w:/.])//|(?<![^\s'\"=\[{(,])(?=[^\s/@:]+:[^\s/@]+@(?!sha\d+:)[\w\[]))"
+    r"(\b" + _MISTYPED + r"|(?<![\w:/.])//|(?<![^\s'\"=\[{(,])(?=[^\s/@:;=]{1,64}:[^\s/@]+@(?!sha\d+:)[\w\[]))"
     r"(?![^\s/@]*\$\{\w+\}@)[^\s/@:'\"]*:[^\s@'\"]+@"
 )
 _VALUE = r"[^\s&'\",}\]$`]+"
 _NAMED = re.compile(r"((?:[?&;]([\w.%-]+)=|\b([A-Z][A-Z0-9_]*)['\"]?\s*[=:]\s*['\"]?))(" + _VALUE + ")")
-# Names in small letters are common in code and messages: only those that end as a secret does, and no word such as key.
+# Names in small letters are common in code and messages: only those that end as a secret does, and no word such as key
+# or eos_token.
 _ASSIGNED = re.compile(
-    r"(\b\w*(?:passw(?:or)?d|passphrase|pwd|secret|credentials?|token|signature|(?:api|access|private|account)_?key"
-    r"|connection_?string|authorization|_(?:pass|pw|pat|sas|jwt|bearer|creds|cookie|auth|sig|key)|\b(?:pw|jwt|bearer))"
+    r"(\b\w*(?:passw(?:or)?d|passphrase|pwd|secret|credentials?|signature|(?:api|access|private|account)_?key"
+    r"|(?<!per_)(?<!unk_)(?<!pad_)(?<!eos_)(?<!bos_)token|connection_?string|authorization"
+    r"|_(?:pass|pw|pat|sas|jwt|bearer|creds|cookie|auth|sig|key)|\b(?:pw|jwt|bearer))"
     r"=['\"]?)" + _VALUE,
     re.IGNORECASE,
 )

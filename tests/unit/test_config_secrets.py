@@ -161,7 +161,7 @@ def test_a_line_is_shown_without_its_secret(line: str, shown: str) -> None:
     [
         "step 3: loss=2.1, key: value",
         "train demo --set data.tokenizer=bpe --set model.heads=4 model.key=4",
-        "tokenizer=x key=value monkey=1 max_tokens=4 tokens_per_second=5",
+        "tokenizer=x key=value monkey=1 max_tokens=4 tokens_per_second=5 per_token=6 eos_token=a",
         "sorted(names, key=len)",
         "/data/a:b C:/a ~/x@y runs/a@b file:///tmp/a:b@c",
         "sqlite:///runs/a@b/mlflow.db",
