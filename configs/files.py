@@ -4,7 +4,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -83,4 +83,20 @@ def one_writer(folder: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
         except BlockingIOError:
             on_wait()
             fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def try_to_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder itself while the block runs, if its file system has such locks; leaves no file.
+
+    Args:
+        folder: It is made if it does not exist; where it cannot be locked, the block runs without the lock.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from configs.errors import InputError
-from configs.path_text import UNSET_VARIABLE, expand_path
+from configs.path_text import BAD_PATH, expand_path
 from configs.rules import problems
 from configs.schema import RunConfig
 from configs.secrets import HIDDEN, hide_secrets, is_secret_name
@@ -189,7 +189,7 @@ def _schema_problem(error: Any) -> str:
         return f"{key} is missing: add it"
     if error["type"] == "finite_number":
         return f"{key} must be a finite number, got {seen}"
-    if error["type"] == UNSET_VARIABLE:
+    if error["type"] == BAD_PATH:
         return f"{key} is {seen}, but {error['msg']}"
     if error["type"] == "tuple_type":
         return f"{key} must be a list, got {seen}: write [{seen}]"

@@ -10,8 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from configs.errors import InputError
 
-UNSET_VARIABLE = "unset_variable"
-"""Type of the schema's error for a path with an environment variable that is not set."""
+BAD_PATH = "bad_path"
+"""Type of the schema's error for a path with a variable that is not set, or a name that is not UTF-8."""
 
 _NOT_UTF8 = (
     "its name is not UTF-8, which no run file can hold: rename it, or match a source with a pattern such as caf?.txt"
@@ -63,7 +63,7 @@ def _expand_key(text: str) -> str:
         except UnicodeEncodeError:
             problem = _NOT_UTF8
     # its braces are no fields of a template
-    raise PydanticCustomError(UNSET_VARIABLE, "{problem}", {"problem": problem})
+    raise PydanticCustomError(BAD_PATH, "{problem}", {"problem": problem})
 
 
 def _expand_uri(uri: str) -> str:

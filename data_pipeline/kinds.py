@@ -75,7 +75,11 @@ def file_kind(path: Path) -> Kind:
     Raises:
         InputError: it cannot be read, or it is neither text nor records nor parquet.
     """
-    head, ending = _head(path), _ending(path)
+    return _kind(path, _head(path))
+
+
+def _kind(path: Path, head: bytes) -> Kind:
+    ending = _ending(path)
     kind = _ENDINGS.get(ending)
     if kind is Kind.PARQUET or (kind is not Kind.TEXT and head.startswith(_PARQUET_BEGIN)):
         if path.suffix.lower() in COMPRESSIONS:
@@ -93,7 +97,7 @@ def check_kind(path: Path) -> None:
         InputError: see `file_kind`.
     """
     head = _head(path)
-    if file_kind(path) is Kind.TEXT and _begins_with_record(head) and b'"text"' in head:
+    if _kind(path, head) is Kind.TEXT and _begins_with_record(head) and b'"text"' in head:
         logger.warning(
             "data source %s begins with a JSON record but is read as plain text, as its name says: if it holds one "
             "record per line, end its name in .jsonl",

@@ -1,5 +1,6 @@
 """Run the real command line in the test's own process: much faster than a new process per command."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from launch.cli import run_command_line
+from tests.support.data import write_book
 from tests.support.small_run import SHARED_DATA, small_run
 
 
@@ -38,6 +40,14 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> None:
     """Write the small run, with some keys of its sections changed, as run.yaml."""
     values = small_run(SHARED_DATA, sections)
     (folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def prepare_here(folder: Path) -> None:
+    """Write the small run and its text to a folder, and prepare the data there."""
+    with contextlib.chdir(folder):
+        write_run(folder)
+        write_book(folder)
+        assert run_here("prepare", "run.yaml") == 0
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:

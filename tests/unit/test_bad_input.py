@@ -12,8 +12,7 @@ import pytest
 
 from configs.load import dump_run, load_run
 from launch import local
-from tests.support.command_line import Answer, Call, contents, refused, run_here, write_run
-from tests.support.data import write_book
+from tests.support.command_line import Answer, Call, contents, prepare_here, refused
 from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import Manifest, write_manifest
 from training.folder import with_fixed_keys
@@ -23,11 +22,7 @@ from training.folder import with_fixed_keys
 def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run file and data that the command line prepared."""
     folder = tmp_path_factory.mktemp("prepared")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_run(folder)
-        write_book(folder)
-        assert run_here("prepare", "run.yaml") == 0
+    prepare_here(folder)
     return folder
 
 

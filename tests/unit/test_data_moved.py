@@ -13,7 +13,7 @@ from data_pipeline.counts import load_trainable
 from data_pipeline.manifest import load_prepared
 from data_pipeline.prepare import prepare_data
 from launch import local
-from tests.support.command_line import Call, refused, run_here, write_run
+from tests.support.command_line import Call, prepare_here, refused
 from tests.support.data import BOOK, small_data, write_book
 from training.folder import with_fixed_keys
 
@@ -22,11 +22,9 @@ from training.folder import with_fixed_keys
 def started_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run file, prepared data and the records of a first start."""
     folder = tmp_path_factory.mktemp("started")
+    prepare_here(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        write_run(folder)
-        write_book(folder)
-        assert run_here("prepare", "run.yaml") == 0
         (folder / "run").mkdir()
         config = with_fixed_keys(load_run("run.yaml"), run_dir=Path("run"))
         (folder / "run" / "config.yaml").write_text(dump_run(config), encoding="utf-8")

@@ -1,9 +1,5 @@
 """RUN_DIR/evaluation: the newest report, and the report of each checkpoint in a folder of the checkpoint's name."""
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +39,10 @@ def check_evaluation_folder(folder: Path, *, name: str) -> None:
             ) from None
 
 
-@contextmanager
-def sole_evaluation(folder: Path) -> Iterator[None]:
-    """Keep other evaluations of the run from writing meanwhile: the files of a report must be of one evaluation."""
-    handle = None
-    try:
-        with suppress(OSError):  # a file system without such locks must not cost the report
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
 def write_evaluation(report: dict[str, Any], folder: Path, *, name: str) -> tuple[Path, ...]:
     """Write a report under its checkpoint's name and as the newest; return the paths of the newest.
 
-    Use it within `sole_evaluation`.
+    Hold the folder's lock: the files of a report must be of one evaluation.
 
     Args:
         report: The contents of report.json.

@@ -9,10 +9,11 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs.errors import InputError
+from configs.files import try_to_lock
 from configs.paths import evaluation_folder
 from configs.terminal import status_console
 from training.checkpoint.read import Checkpoint, open_checkpoint
-from training.evaluation.folder import check_evaluation_folder, sole_evaluation, write_evaluation
+from training.evaluation.folder import check_evaluation_folder, write_evaluation
 from training.evaluation.perplexity import PerplexityResult, Scorer, measure_loss
 from training.evaluation.report import build_report
 from training.evaluation.text import EvaluationText, file_text, held_out_text
@@ -77,7 +78,7 @@ def evaluate_checkpoint(
         text=text,
     )
     files: Sequence[Path] = ()
-    with sole_evaluation(folder):
+    with try_to_lock(folder):
         try:
             files = write_evaluation(report, folder, name=name)
         finally:

@@ -4,17 +4,17 @@ MLflow creates a sqlite file table by table, in place. Two runs that start toget
 one that is killed leaves a file that nobody can use. So a file is created under another name and appears whole.
 """
 
-import fcntl
 import os
 import re
 import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from configs.files import try_to_lock
 from configs.path_text import expand_store
 from configs.secrets import uri_secrets, with_references, without_password
 from training.tracking.record import RunRecord
@@ -126,12 +126,7 @@ def create_file(file: Path, *, fill: Callable[[str], None]) -> None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        folder = os.open(file.parent, os.O_RDONLY)
-        stack.callback(os.close, folder)
-        with suppress(
-            OSError
-        ):  # a file system that cannot lock folders; then several may create it, and the first wins
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        stack.enter_context(try_to_lock(file.parent))  # without the lock several may create it, and the first wins
         if _has_content(file):
             return
         temporary = (
