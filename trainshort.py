@@ -17,10 +17,13 @@ def main() -> None:
                 f"take {foreign.parent} out of PYTHONPATH, or rename {foreign.name} there\n"
             )
             raise SystemExit(3)
-    # Only now: this import would already pick up the foreign packages.
-    from launch.cli import run_command_line
+    try:
+        # Only now: this import would already pick up the foreign packages.
+        from launch.cli import run_command_line
 
-    run_command_line()
+        run_command_line()
+    except KeyboardInterrupt:  # outside a command: while it is imported
+        raise SystemExit(130) from None
 
 
 def foreign_folder(package: str) -> Path | None:

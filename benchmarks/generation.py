@@ -15,8 +15,9 @@ from parallel.groups import lone_groups
 from parallel.seeds import initial_weights
 from parallel.shards import declared
 from training.families.table import huggingface_names
-from training.generation import Sampling, continue_tokens
+from training.generation import continue_tokens
 from training.model.single import SingleModel, lone_decoder
+from training.sampling import Sampling
 
 VOCABULARY, NEW, ROUNDS = 8192, 64, 4
 Timings = dict[str, float]

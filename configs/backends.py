@@ -29,6 +29,10 @@ class Backend(Choice):
         package: A module that must be installed in addition to torch, or None.
         memory: How its memory grows with the length.
         has_run: Where its tests have run.
+        keeps_scores: Whether it keeps all scores, in fp32, for the backward pass.
+        query_block: Queries that it takes at a time where there is a bias, 0 for all. Its output is then joined from
+            blocks, and kept twice for the backward pass.
+        compiles: Whether its kernel is compiled when it is first called.
     """
 
     what: str
@@ -40,6 +44,9 @@ class Backend(Choice):
     package: str | None
     memory: str
     has_run: str
+    keeps_scores: bool = False
+    query_block: int = 0
+    compiles: bool = False
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -62,6 +69,7 @@ BACKENDS = {
             package=None,
             memory="length x length",
             has_run="CPU: fp64, fp32, bf16",
+            keeps_scores=True,
         ),
         Backend(
             name="sdpa",
@@ -75,6 +83,7 @@ BACKENDS = {
             package=None,
             memory="length; on a GPU length x length unless heads are a multiple of 8 wide (4 in fp32)",
             has_run="CPU: fp64, fp32, bf16; one H100: bf16, training steps",
+            query_block=256,
         ),
         Backend(
             name="flex",
@@ -88,6 +97,7 @@ BACKENDS = {
             package=None,
             memory="length",
             has_run="CPU: its formula, uncompiled, forward; one H100: bf16, training steps",
+            compiles=True,
         ),
         Backend(
             name="flash",

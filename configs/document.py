@@ -24,7 +24,7 @@ Generated from the schema by `python -m configs.document`; do not edit by hand.
 
 A run file is YAML: sections that hold keys. It is read strictly: unknown keys, repeated keys, wrong types, `nan` and
 `inf` are errors, and all problems are reported at once. `1e-3` is a number. `on` and `12:30:00` are strings, but quote
-times anyway: other YAML readers read `12:30:00` as a number.
+times anyway: other YAML readers read `12:30:00` as a number. A section without keys has the default of every key.
 
 In every key that holds a path, `~` and environment variables (`$SCRATCH/data`, `${USER}`) are replaced. A variable that
 is not set is an error. In `track.uri` this holds for stores that are files.
@@ -65,11 +65,11 @@ def replace_backend_table(page: str) -> str:
 def _section_table(section: type[BaseModel]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        rows.append(f"| `{name}` | {_field_type(field)} | {_default(field)} | {_cell(field.description or '')} |")
+        rows.append(f"| `{name}` | {field_type(field)} | {_default(field)} | {_cell(field.description or '')} |")
     return "\n".join(rows) + "\n"
 
 
-def _field_type(field: FieldInfo) -> str:
+def field_type(field: FieldInfo) -> str:
     """Return a key's type and range, as in `whole number, at least 1`."""
     # pydantic moves the arguments of Annotated[...] after the type into the metadata
     for item in field.metadata:

@@ -81,6 +81,12 @@ def chain_file(run_dir: Path) -> Path:
     return slurm_folder(run_dir) / "jobs.json"
 
 
+def not_prepared(folder: Path) -> InputError:
+    """Return the error of a folder that holds no prepared data."""
+    place = folder if folder.is_absolute() else f"{folder} (relative to {Path.cwd()})"
+    return InputError(f"data is not prepared in {place}: run `trainshort prepare`")
+
+
 def check_run_folder(config: RunConfig) -> Path:
     """Return the run folder after checking that no file is in its way, and that libraries can take its name.
 

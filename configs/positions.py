@@ -25,17 +25,26 @@ class Position(Choice):
     """One position method; `implementation` is a subclass of `PositionMethod`.
 
     Attributes:
+        title: What it is called in a sentence.
         bias: Kind of bias that it adds to the scores; the attention backend must support it.
         entries_per_head: Columns of the learned table, which has a row per head and is shared by all layers; 0 if
             nothing is learned.
         added_variance: Mean square of what it adds to the embedding, which it first multiplies by sqrt(hidden).
+        rotates: Whether it rotates queries and keys, so that rotated copies are kept for the backward pass.
         problems: Yields a line per requirement that a model breaks: what must hold, the value seen, what to do.
     """
 
+    title: str = ""
     bias: BiasKind = "none"
     entries_per_head: int = 0
     added_variance: float = 0.0
+    rotates: bool = False
     problems: "Callable[[Model], Iterator[str]]" = _no_rule
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether it adds a bias to the scores besides the causal mask."""
+        return self.bias != "none"
 
 
 def _even_hidden(model: "Model") -> Iterator[str]:
@@ -53,15 +62,16 @@ T5_BUCKETS = 32
 POSITIONS = {
     row.name: row
     for row in (
-        Position("alibi", "training.model.positions.alibi.Alibi", bias="slopes"),
+        Position("alibi", "training.model.positions.alibi.Alibi", title="ALiBi", bias="slopes"),
         Position(
             "sinusoidal",
             "training.model.positions.sinusoidal.Sinusoidal",
+            title="sinusoidal positions",
             added_variance=0.5,  # of sines and cosines
             problems=_even_hidden,
         ),
-        Position("rotary", "training.model.positions.rotary.Rotary", problems=_even_heads),
-        Position("t5", "training.model.positions.t5.T5", bias="table", entries_per_head=T5_BUCKETS),
-        Position("none", "training.model.positions.method.PositionMethod"),
+        Position("rotary", "training.model.positions.rotary.Rotary", title="rotary positions", problems=_even_heads),
+        Position("t5", "training.model.positions.t5.T5", title="T5 bias", bias="table", entries_per_head=T5_BUCKETS),
+        Position("none", "training.model.positions.method.PositionMethod", title="attention without positions"),
     )
 }

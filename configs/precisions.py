@@ -28,6 +28,11 @@ class Precision:
     resume_tolerance: float
     available: bool = True
 
+    @property
+    def width(self) -> int:
+        """Bytes of an element in the forward and backward pass."""
+        return 2 if self.dtype.endswith("16") else 4
+
 
 PRECISIONS = {
     row.name: row

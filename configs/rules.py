@@ -10,23 +10,25 @@ from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS, Precision
 from configs.schema import RunConfig
 
+_PROTOCOL = re.compile(r"nonoverlapping|sliding:([1-9]\d*)")
 
-def problems(config: RunConfig) -> list[str]:
-    """Return every broken rule, one line each: what must hold, the value seen, what to do."""
+
+def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
+    """Return every broken rule, one line each: what must hold, the value seen, what to do.
+
+    Args:
+        config: The run.
+        partial: Whether some keys are not set, so that to read them raises AttributeError; rules about them do not
+            count.
+    """
     broken: list[str] = []
-    for rule in (
-        _model,
-        _split,
-        _data,
-        _schedule,
-        _checkpoint,
-        _evaluation,
-        _slurm,
-        _extra,
-        _time_limit,
-        _not_available,
-    ):
-        broken.extend(rule(config))
+    for rule in _RULES:
+        try:
+            for line in rule(config):
+                broken.append(line)
+        except AttributeError:
+            if not partial:
+                raise
     return broken
 
 
@@ -51,53 +53,72 @@ def time_limit_seconds(text: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _model(config: RunConfig) -> Iterator[str]:
+def _heads(config: RunConfig) -> Iterator[str]:
     model = config.model
     if model.hidden % model.heads:
         yield f"model.heads must divide model.hidden ({model.hidden}), got {model.heads}: use {divisors(model.hidden)}"
-    yield from POSITIONS[model.position].problems(model)
+
+
+def _position(config: RunConfig) -> Iterator[str]:
+    yield from POSITIONS[config.model.position].problems(config.model)
+
+
+def _attention(config: RunConfig) -> Iterator[str]:
+    model = config.model
     backend = backend_of(model.attention)
     why = unsupported(backend, position=model.position, precision=config.train.precision, head_dim=model.head_dim)
     if why is not None:
         yield f"model.attention {why}"
 
 
-def _split(config: RunConfig) -> Iterator[str]:
-    model, parallel = config.model, config.parallel
-    if model.heads % parallel.tensor:
+def _tensor_heads(config: RunConfig) -> Iterator[str]:
+    heads, tensor = config.model.heads, config.parallel.tensor
+    if heads % tensor:
+        yield f"parallel.tensor must divide model.heads ({heads}), got {tensor}: use {divisors(heads)}"
+
+
+def _tensor_columns(config: RunConfig) -> Iterator[str]:
+    inner, tensor = config.model.inner, config.parallel.tensor
+    if inner % tensor:
+        yield f"parallel.tensor must divide model.feed_forward ({inner}), got {tensor}: use {divisors(inner)}"
+
+
+def _stages(config: RunConfig) -> Iterator[str]:
+    layers, pipeline = config.model.layers, config.parallel.pipeline
+    if pipeline > layers:
         yield (
-            f"parallel.tensor must divide model.heads ({model.heads}), "
-            f"got {parallel.tensor}: use {divisors(model.heads)}"
+            f"parallel.pipeline must be at most model.layers ({layers}), got {pipeline}: use {layers} stages or fewer"
         )
-    if model.inner % parallel.tensor:
-        yield (
-            f"parallel.tensor must divide model.feed_forward ({model.inner}), "
-            f"got {parallel.tensor}: use {divisors(model.inner)}"
-        )
-    if parallel.pipeline > model.layers:
-        yield (
-            f"parallel.pipeline must be at most model.layers ({model.layers}), "
-            f"got {parallel.pipeline}: use {model.layers} stages or fewer"
-        )
+
+
+def _zero_with_stages(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
     if parallel.pipeline > 1 and parallel.zero != 1:
         yield (
             f"parallel.zero must be 1 with pipeline stages (parallel.pipeline is {parallel.pipeline}), got "
             f"{parallel.zero}: DeepSpeed's pipeline refuses ZeRO 2 and 3 and clips wrongly at ZeRO 0; "
             "set parallel.zero to 1, or parallel.pipeline to 1"
         )
+
+
+def _zero_with_offload(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
     if parallel.zero == 0 and parallel.offload != "none":
         yield (
             f"parallel.zero must be 1 or more with parallel.offload {parallel.offload}, got 0: "
             "ZeRO keeps the state that is offloaded"
         )
-    if parallel.zero == 0 and PRECISIONS[config.train.precision].master_weights:
+
+
+def _zero_with_precision(config: RunConfig) -> Iterator[str]:
+    if config.parallel.zero == 0 and PRECISIONS[config.train.precision].master_weights:
         yield (
             f"parallel.zero must be 1 or more with train.precision {config.train.precision}, got 0: "
             "ZeRO keeps the fp32 master weights"
         )
 
 
-def _data(config: RunConfig) -> Iterator[str]:
+def _weights(config: RunConfig) -> Iterator[str]:
     weighted = [source for source in config.data.sources if source.weight is not None]
     if weighted and len(weighted) < len(config.data.sources):
         yield (
@@ -106,19 +127,27 @@ def _data(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _schedule(config: RunConfig) -> Iterator[str]:
+def _micro_batch(config: RunConfig) -> Iterator[str]:
     train = config.train
     if train.global_batch % train.micro_batch:
         yield (
             f"train.micro_batch must divide train.global_batch ({train.global_batch}), "
             f"got {train.micro_batch}: use {divisors(train.global_batch)}"
         )
+
+
+def _warmup(config: RunConfig) -> Iterator[str]:
+    train = config.train
     decay_steps = train.decay_steps or train.steps
     if train.warmup_steps >= decay_steps:
         yield (
             f"train.warmup_steps must be less than the {decay_steps} steps of the schedule, got {train.warmup_steps}: "
             "lower it or raise train.decay_steps"
         )
+
+
+def _learning_rates(config: RunConfig) -> Iterator[str]:
+    train = config.train
     if train.min_learning_rate > train.learning_rate:
         yield (
             f"train.min_learning_rate must be at most train.learning_rate ({train.learning_rate}), "
@@ -126,13 +155,17 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _checkpoint(config: RunConfig) -> Iterator[str]:
-    checkpoint, measured = config.checkpoint, config.evaluate.every
+def _keep_every(config: RunConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
     if checkpoint.keep_every % checkpoint.every:
         yield (
             f"checkpoint.keep_every must be a multiple of checkpoint.every ({checkpoint.every}), "
             f"got {checkpoint.keep_every}: no other step is saved"
         )
+
+
+def _keep_best(config: RunConfig) -> Iterator[str]:
+    checkpoint, measured = config.checkpoint, config.evaluate.every
     if checkpoint.keep_best and (not measured or checkpoint.every % measured):
         yield (
             f"checkpoint.keep_best is {checkpoint.keep_best}, but not every saved step has a validation loss: "
@@ -140,15 +173,23 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _evaluation(config: RunConfig) -> Iterator[str]:
+def _protocols(config: RunConfig) -> Iterator[str]:
     for protocol in config.evaluate.protocols:
-        if not re.fullmatch(r"nonoverlapping|sliding:[1-9]\d*", protocol):
+        if not _PROTOCOL.fullmatch(protocol):
             yield f"evaluate.protocols has {protocol!r}: use nonoverlapping or sliding:STRIDE"
-        elif protocol.startswith("sliding:") and int(protocol[8:]) > min(config.evaluation_lengths):
+
+
+def _strides(config: RunConfig) -> Iterator[str]:
+    for protocol in config.evaluate.protocols:
+        match = _PROTOCOL.fullmatch(protocol)
+        if match and match[1] and int(match[1]) > min(config.evaluation_lengths):
             yield (
                 f"evaluate.protocols has {protocol!r}, a stride over the shortest evaluated length "
                 f"({min(config.evaluation_lengths)}): use a stride of at most that"
             )
+
+
+def _validation(config: RunConfig) -> Iterator[str]:
     if config.evaluate.every and not config.data.split:
         yield (
             f"evaluate.every is {config.evaluate.every} but data.split is 0, so nothing is held out: "
@@ -156,17 +197,27 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _slurm(config: RunConfig) -> Iterator[str]:
+def _memory(config: RunConfig) -> Iterator[str]:
+    memory = config.slurm.memory
+    if memory and not re.fullmatch(r"[1-9]\d*[MGT]", memory):
+        yield f'slurm.memory must be a number with M, G or T, got {memory!r}: write "500M" or "500G"'
+
+
+def _mounts(config: RunConfig) -> Iterator[str]:
     slurm = config.slurm
-    if slurm.memory and not re.fullmatch(r"[1-9]\d*[MGT]", slurm.memory):
-        yield f'slurm.memory must be a number with M, G or T, got {slurm.memory!r}: write "500M" or "500G"'
     if slurm.mounts and not slurm.container:
         yield f"slurm.mounts is {list(slurm.mounts)} but slurm.container is not set: set it or remove slurm.mounts"
-    for name in slurm.env:
+
+
+def _variables(config: RunConfig) -> Iterator[str]:
+    for name in config.slurm.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield f"slurm.env has {name!r}, no name of an environment variable: use letters, digits and _"
+
+
+def _one_line(config: RunConfig) -> Iterator[str]:
     for key in ("partition", "account", "qos", "constraint", "container", "mounts", "modules", "setup"):
-        values = getattr(slurm, key) or ()
+        values = getattr(config.slurm, key, None) or ()  # None also where a partial run does not have the key
         for value in (values,) if isinstance(values, str) else values:
             if "\n" in value:
                 yield f"slurm.{key} must be one line, got {value!r}: remove the line break"
@@ -181,14 +232,18 @@ def _extra(config: RunConfig) -> Iterator[str]:
 
 
 def _time_limit(config: RunConfig) -> Iterator[str]:
-    slurm = config.slurm
-    limit = time_limit_seconds(slurm.time)
-    if not limit:
+    time = config.slurm.time
+    if not time_limit_seconds(time):
         yield (
-            f'slurm.time must be hours:minutes:seconds in quotes, got {slurm.time}: write "1:30:00" or "2-00:00:00" '
+            f'slurm.time must be hours:minutes:seconds in quotes, got {time}: write "1:30:00" or "2-00:00:00" '
             "(SLURM takes a number alone for minutes, and YAML may make a number of 1:30:00)"
         )
-    elif limit <= slurm.signal_seconds:
+
+
+def _signal(config: RunConfig) -> Iterator[str]:
+    slurm = config.slurm
+    limit = time_limit_seconds(slurm.time)
+    if limit and limit <= slurm.signal_seconds:
         yield (
             f"slurm.signal_seconds must be less than slurm.time ({slurm.time}, {limit} seconds), "
             f"got {slurm.signal_seconds}: lower it or raise slurm.time"
@@ -197,19 +252,50 @@ def _time_limit(config: RunConfig) -> Iterator[str]:
 
 def _not_available(config: RunConfig) -> Iterator[str]:
     """Yield values that this version knows but does not support: they are refused, never replaced."""
-    asked = {
-        "model.family": (config.model.family, _available(FAMILIES)),
-        "model.windows": (config.model.windows, ("off",)),
-        "data.mask_documents": (config.data.mask_documents, (False,)),
-        "parallel.sequence": (config.parallel.sequence, (False,)),
-        "train.precision": (config.train.precision, _available(PRECISIONS)),
-        "checkpoint.background": (config.checkpoint.background, (False,)),
-    }
-    for key, (value, available) in asked.items():
-        if value not in available:
+    for section, key, available in (
+        ("model", "family", _available(FAMILIES)),
+        ("model", "windows", ("off",)),
+        ("data", "mask_documents", (False,)),
+        ("parallel", "sequence", (False,)),
+        ("train", "precision", _available(PRECISIONS)),
+        ("checkpoint", "background", (False,)),
+    ):
+        value = getattr(getattr(config, section, None), key, None)  # None where a partial run does not have the key
+        if value is not None and value not in available:
             shown = [str(v).lower() if isinstance(v, bool) else str(v) for v in (value, *available)]
-            yield f"{key} {shown[0]} is not available in this version: use {' or '.join(shown[1:])}"
+            yield f"{section}.{key} {shown[0]} is not available in this version: use {' or '.join(shown[1:])}"
 
 
 def _available(table: Mapping[str, Choice | Precision]) -> tuple[str, ...]:
     return tuple(name for name, row in table.items() if row.available)
+
+
+# A rule about each few keys that belong together: where one of them is wrong, the others are still checked.
+_RULES = (
+    _heads,
+    _position,
+    _attention,
+    _tensor_heads,
+    _tensor_columns,
+    _stages,
+    _zero_with_stages,
+    _zero_with_offload,
+    _zero_with_precision,
+    _weights,
+    _micro_batch,
+    _warmup,
+    _learning_rates,
+    _keep_every,
+    _keep_best,
+    _protocols,
+    _strides,
+    _validation,
+    _memory,
+    _mounts,
+    _variables,
+    _one_line,
+    _extra,
+    _time_limit,
+    _signal,
+    _not_available,
+)

@@ -176,6 +176,9 @@ class Train(Section):
         description="Use only algorithms that repeat bit for bit, at some cost in speed; the start says what may not.",
     )
     init_from: PathText | None = Field(default=None, description="A checkpoint whose weights start this run.")
+    log_every: PositiveInt | None = Field(
+        default=None, description="Steps between two lines of the log; about one line every 10 s unless set."
+    )
 
 
 class CheckpointRules(Section):

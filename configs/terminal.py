@@ -1,5 +1,7 @@
 """Show text on a terminal as it is: no markup, no emoji codes, and nothing that controls the terminal."""
 
+import logging
+import os
 import re
 import sys
 from contextlib import suppress
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
 
 # Control characters, line and paragraph separators, and halves of surrogate pairs: bytes of a name that is not UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+CLEAR_LINE = "\r\x1b[2K"
 
 
 def printable(text: str) -> str:
@@ -17,15 +20,78 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Format a record as its message, with control characters escaped: it may hold names of files."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the message; one of a library may have several lines."""
+        return "\n".join(map(printable, super().formatMessage(record).split("\n")))
+
+
+class Terminal(logging.Handler):
+    """Show records on a stream and, on a terminal, one live line below them.
+
+    What cannot be written is dropped: a full disk or a closed terminal must not end long work.
+
+    Args:
+        stream: Where to write; None for what standard error is at each record, as progress bars replace it.
+        redraws: Whether the stream is a terminal on which a line can be written again.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, redraws: bool = False) -> None:
+        super().__init__()
+        self.setFormatter(PrintableFormatter())
+        self._stream, self._redraws, self._live = stream, redraws, ""
+
+    @property
+    def columns(self) -> int | None:
+        """Columns of the terminal; None where lines may have any length: in a file and in a pipe."""
+        if not self._redraws:
+            return None
+        with suppress(OSError, ValueError):
+            return os.get_terminal_size((self._stream or sys.stderr).fileno()).columns or None
+        return None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record above the live line."""
+        try:
+            self._write(f"{self.format(record)}\n{self._live}")
+        except Exception:  # noqa: BLE001  as logging's own handlers: a wrong record must not end the program
+            self.handleError(record)
+
+    def show(self, text: str) -> None:
+        """Replace the live line; an empty text removes it. There is none with `--quiet`."""
+        if not self._redraws or self.level > logging.INFO or text == self._live:
+            return
+        self.acquire()
+        try:
+            self._live = text
+            self._write(text)
+        finally:
+            self.release()
+
+    def clear(self) -> None:
+        """Erase the live line, also that of another process, before text is written to the stream directly."""
+        if self._redraws:
+            self._write("")
+
+    def _write(self, text: str) -> None:
+        stream = self._stream or sys.stderr
+        with suppress(OSError, ValueError):
+            stream.write(f"{CLEAR_LINE}{text}" if self._redraws else text)
+            stream.flush()
+
+
 def status_console(*, quiet: bool = False) -> "Console":
     """Return a console on standard error for progress and notes; writes that fail are dropped.
 
     Args:
-        quiet: Whether to show nothing.
+        quiet: Whether to show nothing; `--quiet` hides it too.
     """
     from rich.console import Console  # here: every command imports this module, and few show progress
 
     file = cast("TextIO", _BestEffort(sys.stderr))
+    quiet = quiet or not logging.getLogger().isEnabledFor(logging.INFO)
     return Console(file=file, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 

@@ -90,9 +90,11 @@ def _kind(path: Path, head: bytes) -> Kind:
     return kind or (Kind.RECORDS if _OBJECT_BEGIN.match(head) else Kind.TEXT)
 
 
-def check_kind(path: Path) -> None:
+def check_kind(path: Path) -> bool:
     """Check that a file can be read, as far as its beginning tells; warn of records in a file named as text.
 
+    Returns:
+        Whether it holds anything but white space.
     Raises:
         InputError: see `file_kind`.
     """
@@ -103,6 +105,7 @@ def check_kind(path: Path) -> None:
             "record per line, end its name in .jsonl",
             path,
         )
+    return bool(head)
 
 
 def _problem(head: bytes, kind: Kind | None, ending: str) -> str | None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import whole_file
-from configs.paths import MANIFEST_NAME, TOKENIZER_NAME
+from configs.paths import MANIFEST_NAME, TOKENIZER_NAME, not_prepared
 from configs.schema import Data
-from data_pipeline.indexed import bin_path, find_prefix, idx_path
+from data_pipeline.prefixes import bin_path, find_prefix, idx_path
 from data_pipeline.sources import PYTHON_DOCS, source_files
 from data_pipeline.split import held_out_count
 
@@ -92,7 +92,7 @@ def load_prepared(data: Data, *, folder: Path) -> Prepared:
     """
     manifest = read_data_manifest(folder)
     if manifest is None:
-        raise InputError(f"data is not prepared in {folder}: run `trainshort prepare`")
+        raise not_prepared(folder)
     check_inputs(manifest, _settings(data), folder=folder)
     # data.split and the weights may change without preparing again: take them from the run file
     parts = [Part(**part) for part in manifest["parts"]]

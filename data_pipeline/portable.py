@@ -43,7 +43,7 @@ def check_portable(tokenizer: Tokenizer) -> None:
             raise InputError(
                 f"tokenizer {tokenizer.path} would encode differently in other runtimes, so the model could not be "
                 f"exported: it gives {ids[:8]} for {text[:40]!r}, and they give {exported_ids[:8]}; use one without "
-                "user-defined symbols that hold spaces, or one that `trainshort prepare` trained"
+                "user-defined symbols that hold spaces, or remove data.tokenizer to have one trained"
             )
 
 

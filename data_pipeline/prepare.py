@@ -16,8 +16,7 @@ from configs.files import one_writer, whole_file
 from configs.paths import MANIFEST_NAME, TOKENIZER_NAME
 from configs.schema import Data, Source
 from configs.terminal import printable, status_console
-from data_pipeline.indexed import bin_path, find_prefix, histogram, idx_path, read_index, words_path
-from data_pipeline.kinds import check_kind
+from data_pipeline.indexed import histogram, read_index
 from data_pipeline.manifest import (
     UNIGRAM_NAME,
     Part,
@@ -32,8 +31,18 @@ from data_pipeline.manifest import (
     write_json,
 )
 from data_pipeline.portable import check_portable
+from data_pipeline.prefixes import bin_path, find_prefix, idx_path, words_path
 from data_pipeline.reading import OnRead
-from data_pipeline.sources import PYTHON_DOCS, Chunk, file_chunks, source_chunks, source_files, source_size
+from data_pipeline.sources import (
+    PYTHON_DOCS,
+    Chunk,
+    check_source,
+    file_chunks,
+    require_tokenizer,
+    source_chunks,
+    source_files,
+    source_size,
+)
 from data_pipeline.tokenizer import SAMPLE_CHARACTERS, Tokenizer, train_tokenizer
 
 _UNFINISHED_NAME = "preparing.json"
@@ -59,7 +68,8 @@ def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
     inputs = describe_inputs(data)
     check_tokenizer(data)
     if read_data_manifest(folder) is None:
-        _check_kinds(data)
+        for source in data.sources:  # every file: the last of many must not fail after hours
+            check_source(source.path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -92,12 +102,8 @@ def check_tokenizer(data: Data) -> None:
     Raises:
         InputError: names what does not fit.
     """
+    require_tokenizer(data)
     if data.tokenizer is None:
-        if tokenized := [source.path for source in data.sources if find_prefix(source.path)]:
-            raise InputError(
-                f"data source {tokenized[0]} is already tokenized, but data.tokenizer is not set: "
-                "give the .model that it was prepared with"
-            )
         return
     given = Tokenizer.load(Path(data.tokenizer))
     check_portable(given)
@@ -134,14 +140,6 @@ def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console)
     # delete the records of unfinished work: the manifest now holds all of it
     for record in (folder / _UNFINISHED_NAME, *folder.glob("part-*.json")):
         record.unlink()
-
-
-def _check_kinds(data: Data) -> None:
-    """Check how every file begins: the last of many must not fail after hours."""
-    for source in data.sources:
-        if source.path != PYTHON_DOCS and not find_prefix(source.path):
-            for file in source_files(source.path):
-                check_kind(file)
 
 
 def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:

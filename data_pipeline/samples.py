@@ -1,10 +1,12 @@
 """Read samples of fixed length from prepared data, with megatron-core's GPTDataset. Imports torch."""
 
 import hashlib
+import logging
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,8 @@ with warnings.catch_warnings():
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 1  # validation is the same for every seed of the run
 
@@ -118,9 +122,11 @@ def _build_index(open_with: Callable[[Path], GPTDataset], cache: Path) -> None:
     """Build an index in a temporary folder and rename that, so that an interrupted build is never used."""
     ranks = torch.distributed
     assert not (ranks.is_available() and ranks.is_initialized() and ranks.get_rank()), "rank 0 opens samples first"
-    with one_writer(cache.parent.parent, on_wait=lambda: None):  # two runs may share the data
+    waiting = partial(logger.info, "waiting: another process is writing to %s", cache.parent.parent)
+    with one_writer(cache.parent.parent, on_wait=waiting):  # two runs may share the data
         if cache.is_dir():
             return
+        logger.info("building the index of samples, %s", cache)
         temporary = cache.with_name(f".{cache.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         open_with(temporary)  # GPTDataset writes the index where there is none

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.errors import InputError
-from configs.schema import Source
-from data_pipeline.kinds import Kind, file_kind
+from configs.schema import Data, Source
+from data_pipeline.kinds import Kind, check_kind, file_kind
+from data_pipeline.prefixes import find_prefix
 from data_pipeline.python_docs import PYTHON_DOCS_CHARACTERS, python_docs
 from data_pipeline.reading import BYTE_ORDER_MARK, OnRead, iter_text
 from data_pipeline.records import jsonl_texts, parquet_texts
@@ -42,7 +43,42 @@ def source_chunks(source: Source, *, separator: str | None, on_read: OnRead = la
         has_text = has_text or not chunk.text.isspace()
         yield chunk
     if not has_text:
-        raise InputError(f"data source {source.path} holds no text: remove it from data.sources or give another")
+        raise _no_text(source.path)
+
+
+def check_source(path: str, *, most_files: int | None = None) -> None:
+    """Check that a source is there and that its files can be read, as far as the beginning of each tells.
+
+    Args:
+        path: A file, a glob, a prepared .bin or `python-docs`.
+        most_files: How many files to open; None for all. Without the others, a source is not known to be empty.
+    Raises:
+        InputError: see `source_files` and `file_kind`; or no file holds any text.
+    """
+    if path == PYTHON_DOCS or find_prefix(path):
+        return
+    files = source_files(path)
+    filled = [check_kind(file) for file in files[:most_files]]
+    if not any(filled) and len(filled) == len(files):
+        raise _no_text(path)
+
+
+def require_tokenizer(data: Data) -> None:
+    """Check that `data.tokenizer` is set where it is needed, and is a file.
+
+    Raises:
+        InputError: it is not set, and a source is already tokenized; or there is no such file.
+    """
+    if data.tokenizer is None:
+        if tokenized := [source.path for source in data.sources if find_prefix(source.path)]:
+            raise InputError(
+                f"data source {tokenized[0]} is already tokenized, but data.tokenizer is not set: "
+                "give the .model that it was prepared with"
+            )
+    elif not Path(data.tokenizer).is_file():
+        raise InputError(
+            f"data.tokenizer {data.tokenizer} does not exist: check the path, it is relative to {Path.cwd()}"
+        )
 
 
 def source_files(path: str) -> tuple[Path, ...]:
@@ -58,6 +94,10 @@ def source_files(path: str) -> tuple[Path, ...]:
         state = _readable(file, path)
         by_identity.setdefault((state.st_dev, state.st_ino), file)
     return tuple(by_identity.values())
+
+
+def _no_text(path: str) -> InputError:
+    return InputError(f"data source {path} holds no text: remove it from data.sources or give another")
 
 
 def _matches(pattern: str) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.files import whole_file
-from data_pipeline.indexed import bin_path, idx_path, words_path
+from data_pipeline.prefixes import bin_path, idx_path, words_path
 from data_pipeline.sources import Chunk
 from data_pipeline.tokenizer import Tokenizer
 

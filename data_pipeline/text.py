@@ -1,5 +1,6 @@
 """Read evaluation text as one stream of tokens, to be evaluated at any length."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_pipeline.indexed import read_sequences, words_path
+from data_pipeline.indexed import read_sequences
+from data_pipeline.kinds import file_kind
 from data_pipeline.manifest import UNIGRAM_NAME, Part, Prepared
+from data_pipeline.prefixes import words_path
 from data_pipeline.sources import file_chunks, source_files
 from data_pipeline.split import held_out_sequences
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.vocabulary import Piece, PieceType, read_vocabulary
+
+_HASHED_AT_ONCE = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,8 @@ def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
     Raises:
         InputError: not one file, broken, not UTF-8, or empty.
     """
+    require_text_file(path)
     tokenizer = Tokenizer.load(tokenizer_path)
-    if len(source_files(str(path))) != 1 or not path.is_file():
-        raise InputError(f"evaluation text {path} is not a single file: give the path of one")
     tokens: list[NDArray[np.int64]] = []
     words = 0
     document_ended = False
@@ -65,6 +70,39 @@ def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
     if not tokens:
         raise InputError(f"evaluation text {path} holds no text: give another file")
     return TokenStream(path.name, np.concatenate(tokens), words)
+
+
+def require_text_file(path: Path) -> None:
+    """Check that a path names one file whose beginning can be read as text.
+
+    Raises:
+        InputError: it does not.
+    """
+    if len(source_files(str(path))) != 1 or not path.is_file():
+        raise InputError(f"evaluation text {path} is not a single file: give the path of one")
+    file_kind(path)
+
+
+def text_sha256(tokens: NDArray[np.int64], tokenizer_path: Path) -> str:
+    """Return the hash of the text that tokens stand for: the same for any tokenizer. Control tokens count nothing.
+
+    Args:
+        tokens: The text, [tokens].
+        tokenizer_path: The tokenizer that made them.
+    """
+    spelled = [_bytes_of(piece) for piece in read_vocabulary(tokenizer_path).pieces]
+    text = hashlib.sha256()
+    for first in range(0, len(tokens), _HASHED_AT_ONCE):
+        text.update(b"".join([spelled[token] for token in tokens[first : first + _HASHED_AT_ONCE].tolist()]))
+    return text.hexdigest()
+
+
+def _bytes_of(piece: Piece) -> bytes:
+    if piece.type is PieceType.CONTROL:
+        return b""
+    if piece.type is PieceType.BYTE:  # <0x0A>
+        return bytes([int(piece.text[1:-1], 16)])
+    return piece.text.replace("\u2581", " ").encode()
 
 
 def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.int64]) -> float:

@@ -1,5 +1,6 @@
 """The tokenizer: sentencepiece BPE that is lossless and encodes identically in other runtimes."""
 
+import codecs
 import hashlib
 import io
 import re
@@ -75,6 +76,25 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; control pieces decode to nothing."""
         return str(self._processor.decode([int(token) for token in ids]))
+
+    def decode_each(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of token ids as they come, in whole characters; joined, it is what `decode` returns of all.
+
+        A character without a piece is up to four tokens, one a byte: their text is yielded with the last of them.
+        """
+        waiting: list[int] = []  # bytes of a character that is not complete
+        for token in ids:
+            waiting.append(token)
+            decided = len(waiting)
+            if self._processor.is_byte(token):
+                # <0xE2> to a byte; `decided` are those that later bytes do not change
+                raw = bytes(int(self._processor.id_to_piece(byte)[1:-1], 16) for byte in waiting)
+                decided = codecs.utf_8_decode(raw, "replace", False)[1]
+            if decided:
+                yield self.decode(waiting[:decided])
+                del waiting[:decided]
+        if waiting:
+            yield self.decode(waiting)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: Path) -> Tokenizer:

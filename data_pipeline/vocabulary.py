@@ -105,5 +105,5 @@ def _require_portable(proto: Any, model: Path) -> None:
     if wrong:
         raise InputError(
             f"tokenizer {model} would encode differently in other runtimes: it has {', '.join(wrong)}; "
-            "use a tokenizer that `trainshort prepare` trained"
+            "use another, or remove data.tokenizer to have one trained"
         )

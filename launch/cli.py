@@ -4,24 +4,36 @@ The commands are in `launch/commands/`. Each one imports what it needs when it r
 start.
 """
 
-from typing import Any, cast
+import logging
+import os
+from collections.abc import Callable
+from typing import Annotated, Any, cast
 
 import typer
 
 from configs.errors import InputError, TrainshortError
 from launch.commands.checkpoint import checkpoint_commands
+from launch.commands.group import CommandGroup, ListingGroup, did_you_mean
 from launch.commands.jobs import jobs_commands, slurm_commands
 from launch.commands.machine import machine_commands
 from launch.commands.model import model_commands
 from launch.commands.run import run_commands
+from launch.commands.runs import runs_commands
 from launch.failure import report_failure
 from launch.local import STOPPED_BY_HAND
 from launch.show.streams import ready_streams, write_output
-from training.versions import check_frozen
+from training.out_of_memory import out_of_memory_in_words
+from training.versions import check_frozen, installed_version
+
+PROGRAM = "trainshort"
+SHOWN_VERSIONS = ("torch", "deepspeed", "megatron-core", "mlflow")
+# typer's: set by the shell when it asks for completions
+COMPLETE_VARIABLE = "_TRAINSHORT_COMPLETE"
 
 app = typer.Typer(
-    add_completion=False,
+    cls=CommandGroup,
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # rich would take [default: 64] for a style, and show nothing
     pretty_exceptions_enable=False,
     help="Train decoder language models short, test them long.",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -29,31 +41,109 @@ app = typer.Typer(
 # In the order of the help text. Commands of an app without a name become commands of `trainshort` itself.
 for commands in (run_commands, model_commands, slurm_commands, machine_commands):
     app.add_typer(commands)
-app.add_typer(checkpoint_commands, name="checkpoint")
-app.add_typer(jobs_commands, name="jobs")
+app.add_typer(runs_commands, name="runs", cls=ListingGroup)
+app.add_typer(checkpoint_commands, name="checkpoint", cls=CommandGroup)
+app.add_typer(jobs_commands, name="jobs", cls=CommandGroup)
 
 # The error of a wrong command line. It has no stable import path: some versions of typer bring their own click.
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 
+def _show_version(value: bool) -> None:
+    if value:
+        others = ", ".join(f"{package} {installed_version(package) or 'missing'}" for package in SHOWN_VERSIONS)
+        write_output(f"{PROGRAM} {installed_version(PROGRAM) or '(not installed)'} ({others})\n")
+        raise typer.Exit
+
+
+def _choose_level(option: str, level: int) -> Callable[[typer.Context, bool], None]:
+    """Return what `--quiet` or `--verbose` does: it sets the root logger's level, which decides what is said."""
+
+    def choose(context: typer.Context, value: bool) -> None:
+        if not value or context.resilient_parsing:
+            return
+        if context.meta.setdefault(f"{PROGRAM}.verbosity", option) != option:
+            raise InputError("--quiet and --verbose contradict each other: leave one of them out")
+        logging.getLogger().setLevel(level)
+
+    return choose
+
+
+@app.callback()
+def _options_of_every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, expose_value=False, callback=_show_version, help="Show versions and exit."
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            expose_value=False,
+            callback=_choose_level("--quiet", logging.WARNING),
+            help="Say nothing but results, warnings and errors.",
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            expose_value=False,
+            callback=_choose_level("--verbose", logging.DEBUG),
+            help="Say more, for finding out why something happens.",
+        ),
+    ] = False,
+) -> None:
+    """Declare the options; their callbacks do the work."""
+
+
+def build_command() -> Any:
+    """Return the whole command line, where every command takes `--quiet` and `--verbose` too."""
+    command: Any = typer.main.get_command(app)
+    shared = [option for option in command.params if option.name in ("quiet", "verbose")]
+    _add_options(command, shared)
+    return command
+
+
+def _add_options(group: Any, options: list[Any]) -> None:
+    for command in group.commands.values():
+        command.params.extend(options)
+        if isinstance(command, CommandGroup):
+            _add_options(command, options)
+
+
 def run_command_line() -> None:
     """Run one command and exit; an error that the user can fix prints one line and sets the exit code."""
+    if os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"  # rich's own NO_COLOR still writes bold text and moves the cursor
+    color = False if os.environ.get("TERM") == "dumb" else None
+    is_completing = COMPLETE_VARIABLE in os.environ  # the shell shows what is being typed: nothing may appear in it
     ready_streams()
+    logging.getLogger().setLevel(logging.INFO)
     try:
         check_frozen()
-        code = app(standalone_mode=False, prog_name="trainshort")
+        with out_of_memory_in_words():
+            code = build_command().main(standalone_mode=False, prog_name=PROGRAM, color=color)
         write_output("")  # flush the help text
     except TrainshortError as error:
-        code = report_failure(str(error), code=error.exit_code)
+        code = report_failure("" if is_completing else str(error), code=error.exit_code)
     except typer.Abort:  # Ctrl-C
         code = STOPPED_BY_HAND
     except UsageError as error:
-        code = report_failure(_usage_message(error), code=InputError.exit_code)
+        code = report_failure("" if is_completing else _usage_message(error), code=InputError.exit_code)
     raise SystemExit(code)
 
 
 def _usage_message(error: Any) -> str:
     """Return one line that says what is wrong with the command line and what to do."""
-    message = str(error.format_message()).rstrip(".?")
-    command = error.ctx.command_path if error.ctx else "trainshort"
+    is_unknown_option = hasattr(error, "possibilities")
+    message = str(error.message if is_unknown_option else error.format_message()).rstrip(".?")
+    command = error.ctx.command_path if error.ctx else PROGRAM
+    if is_unknown_option and error.ctx:
+        options = [name for option in error.ctx.command.params for name in option.opts if name.startswith("--")]
+        message += did_you_mean(error.option_name, options)
     return f"{message[0].lower()}{message[1:]}: see `{command} --help`" if message else ""

@@ -11,6 +11,7 @@ from typing import Any
 
 from configs.backends import BACKENDS, Backend, backend_of, unavailable
 from configs.errors import InputError, TrainshortError
+from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
 from launch.machine import core_count, gpu_count
@@ -155,18 +156,21 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: the run has other positions, or its backend is not available on this machine.
     """
+    model, precision = config.model, config.train.precision
+    if POSITIONS[model.position].bias != "slopes":  # before the slow imports below
+        raise InputError(
+            f"--alibi audits ALiBi, but model.position is {model.position}: give a run with model.position alibi"
+        )
+    check_backend(model, device="cuda" if gpu_count(os.environ) else "cpu")
+
     import torch
 
     from training.model.positions.method import position_method
     from training.model.proof.attention_weights import dtype_of
     from training.model.proof.audit import audit
 
-    model, precision = config.model, config.train.precision
     slopes = position_method(model.position).promised_slopes(model.heads)
-    if slopes is None:
-        raise InputError(
-            f"--alibi audits ALiBi, but model.position is {model.position}: give a run with model.position alibi"
-        )
+    assert slopes is not None, "a bias of slopes promises them"
     device = "cuda" if gpu_report()["usable"] else "cpu"
     check_backend(model, device=device)
     backend, dtype = backend_of(model.attention).name, dtype_of(precision)

@@ -6,6 +6,7 @@ session, so that a terminal's Ctrl-C reaches only the launcher, and the kernel k
 """
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -15,14 +16,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from configs.errors import MachineError
 from launch.machine import core_count
-from launch.show.streams import write_error
+from launch.rank_failure import EndedRank, ExplainMemory, cause_of, explain, explain_in_short
+from training.host_memory import oom_kills
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.01  # shorter than what a rank takes to end after it has lost another one
-TAIL_LINES = 20
 # Ranks write to the file they meet in during a save too, which must not fail there because the disk is full.
 MEMORY = "/dev/shm"
 STOPPED_BY_HAND = 130  # 128 + SIGINT, as in a shell
@@ -35,13 +38,13 @@ class Rank:
     Attributes:
         number: Its rank, from 0.
         process: The process.
-        log: File that its output goes to, or None for the terminal.
+        log: File that its output goes to.
         log_start: Byte offset in the log at which this start's output begins.
     """
 
     number: int
     process: "subprocess.Popen[bytes]"
-    log: Path | None
+    log: Path
     log_start: int
 
 
@@ -65,8 +68,11 @@ class Signals:
         if number == signal.SIGINT and self.asked > 1:
             self.killed = True
             kill(self.ranks)
-        else:
-            ask_to_stop(self.ranks)
+            return
+        ask_to_stop(self.ranks)
+        # Now, from here: the ranks learn of it only after the step or the import that they are in.
+        how = "press again" if number == signal.SIGINT else f"asked by {signal.Signals(number).name}; press Ctrl-C"
+        logger.warning("saving, %s to end without saving", how)
 
 
 def start_ranks(
@@ -76,11 +82,13 @@ def start_ranks(
     logs: Path,
     environment: Mapping[str, str],
     grace_seconds: float = 10.0,
+    explain_memory: ExplainMemory = explain_in_short,
 ) -> int:
     """Run a command once per rank, wait until all have ended, and return one exit code.
 
-    Rank 0 writes to the launcher's terminal, the others append to logs/rank_N.log. Ctrl-C, SIGTERM and SIGHUP are
-    forwarded to all ranks as SIGTERM, and the ranks may take as long as they need to save.
+    The output of rank N is appended to logs/rank_N.log, and rank 0 is handed the launcher's standard error too, to tell
+    the run's story. Ctrl-C, SIGTERM and SIGHUP are forwarded to all ranks as SIGTERM, and the ranks may take as long as
+    they need to save.
 
     Args:
         command: Program and arguments, the same for all ranks.
@@ -89,37 +97,48 @@ def start_ranks(
         environment: Environment of the ranks; each rank's number and the rendezvous are added.
         grace_seconds: After a rank has failed, how long the others may take to end by themselves, and then again
             after SIGTERM.
+        explain_memory: Makes the message about a rank that ran out of memory.
     Raises:
         MachineError: the folder of the logs cannot be created or written.
     Returns:
-        0 if all ranks ended well; 2 or 3 if a rank ended with that code; 130 if they were stopped and could not save;
-        otherwise 1.
+        0 if all ranks ended well; 2 or 3 if a rank ended with that code; 3 if one was killed; 130 if they were stopped
+        and could not save; otherwise 1.
     """
-    _make_folder(logs)
+    make_log_folder(logs)
+    kills_before = oom_kills()
     in_memory = MEMORY if os.access(MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="trainshort-", dir=in_memory) as folder, _handled_signals() as signals:
-        shared = {
-            **environment,
-            "TRAINSHORT_RANKS": str(ranks),
-            "TRAINSHORT_RENDEZVOUS": str(Path(folder) / "rendezvous"),
-        }
-        shared.setdefault("OMP_NUM_THREADS", str(max(1, core_count() // ranks)))
+        shared = _shared_environment(environment, ranks=ranks, folder=Path(folder))
         started: list[Rank] = []
+        terminal = os.dup(sys.stderr.fileno())
         try:
             for number in range(ranks):
-                started.append(_start(command, number=number, logs=logs, environment=shared))
+                started.append(_start(command, number=number, logs=logs, environment=shared, terminal=terminal))
             signals.ranks = started
             if signals.asked:  # a signal came while they were being started
                 ask_to_stop(started)
             failed = _wait(started, grace_seconds=grace_seconds)
         finally:
             kill(started)
-    if signals.killed or (signals.asked and failed and failed.process.returncode == -signal.SIGTERM):
+            os.close(terminal)
+    if signals.killed or (signals.asked and failed and failed.code == -signal.SIGTERM):
         return STOPPED_BY_HAND  # killed by force, or stopped before there was anything to save
-    return _explain(failed)
+    return explain(failed, kills_before=kills_before, explain_memory=explain_memory) if failed else 0
 
 
-def _make_folder(logs: Path) -> None:
+def _shared_environment(environment: Mapping[str, str], *, ranks: int, folder: Path) -> dict[str, str]:
+    """Return the part of the ranks' environment that is the same for all; they meet in a folder."""
+    threads = str(max(1, core_count() // ranks))
+    meeting = {"TRAINSHORT_RANKS": str(ranks), "TRAINSHORT_RENDEZVOUS": str(folder / "rendezvous")}
+    return {"OMP_NUM_THREADS": threads, **environment, **meeting}
+
+
+def make_log_folder(logs: Path) -> None:
+    """Make the folder of the ranks' logs.
+
+    Raises:
+        MachineError: it cannot be made or written.
+    """
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -155,25 +174,35 @@ def _handled_signals() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapping[str, str]) -> Rank:
+def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapping[str, str], terminal: int) -> Rank:
     # -I -S: the wrapper needs nothing from site-packages and starts faster without it.
     wrapper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("die_with_parent.py")), str(os.getpid())]
-    log = logs / f"rank_{number}.log" if number else None
-    log_start = log.stat().st_size if log and log.exists() else 0
-    with contextlib.ExitStack() as stack:
-        output: IO[bytes] | None = stack.enter_context(log.open("ab")) if log else None
+    log = logs / f"rank_{number}.log"
+    log_start = log.stat().st_size if log.exists() else 0
+    try:
+        output = log.open("ab")
+    except OSError as error:
+        raise MachineError(
+            f"{log} cannot be written ({error.strerror}): remove it, or choose another run.dir"
+        ) from None
+    with output:
         process = subprocess.Popen(
             [*wrapper, *command],
-            env={**environment, "TRAINSHORT_RANK": str(number)},
+            env={
+                **environment,
+                "TRAINSHORT_RANK": str(number),
+                **({} if number else {"TRAINSHORT_TERMINAL": str(terminal)}),
+            },
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT if output else None,
+            stderr=subprocess.STDOUT,
+            pass_fds=() if number else (terminal,),
             start_new_session=True,
         )
     return Rank(number=number, process=process, log=log, log_start=log_start)
 
 
-def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> Rank | None:
+def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> EndedRank | None:
     """Wait for all ranks, stop the others once one has failed, and return the rank that caused the failure, if any."""
     failed: list[Rank] = []
     killed: list[Rank] = []
@@ -184,11 +213,7 @@ def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> Rank | None:
         if not asked:  # stop looking once asked: the launcher's own SIGTERM ends ranks too
             killed = [rank for rank in failed if rank.process.returncode < 0]
         if not running:
-            # The cause is a rank that ended with 2 or 3 (input, machine), else one that was killed. The others fail
-            # only because they lost their connection to it. If several ended with 2 or 3, the lowest rank is named:
-            # rank 0 has already printed the error on the terminal.
-            causes = [rank for rank in failed if rank.process.returncode in (2, 3)]
-            return min(causes, key=lambda rank: rank.number) if causes else next(iter([*killed, *failed]), None)
+            return cause_of(list(map(_ended, failed)), killed=list(map(_ended, killed)))
         now = time.monotonic()
         if failed and deadline == float("inf"):
             deadline = now + grace_seconds
@@ -199,22 +224,5 @@ def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> Rank | None:
         time.sleep(POLL_SECONDS)
 
 
-def _explain(failed: Rank | None) -> int:
-    if failed is None:
-        return 0
-    code = failed.process.returncode
-    if failed.log is None and code in (1, 2, 3):
-        return int(code)  # rank 0 has printed its error on the terminal
-    how = f"exit code {code}" if code > 0 else f"signal {-code} ({signal.Signals(-code).name})"
-    message = f"error: rank {failed.number} ended with {how}"
-    if failed.log:
-        message += f"; the end of {failed.log}:\n" + _tail(failed.log, start=failed.log_start)
-    write_error(f"{message}\n")
-    return int(code) if code in (2, 3) else 1
-
-
-def _tail(log: Path, *, start: int) -> str:
-    with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - 20_000))
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
-    return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])
+def _ended(rank: Rank) -> EndedRank:
+    return EndedRank(rank.number, code=rank.process.returncode, log=rank.log, log_start=rank.log_start)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -40,6 +41,16 @@ def _visible_count(visible: str, *, present: int) -> int:
 def _index(entry: str) -> int:
     number = re.match(r"[0-9]{1,9}", entry)
     return int(number[0]) if number else -1
+
+
+def gpu_bytes() -> int | None:
+    """Return the memory of this machine's smallest GPU, as nvidia-smi gives it; None if it cannot be asked."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return min(int(line) for line in done.stdout.split()) * (1 << 20)  # it counts in MiB
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def core_count() -> int:

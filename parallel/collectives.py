@@ -4,6 +4,7 @@ A rank comes to them from work that may take as long as a slow disk. So the rank
 limit, and only then enter torch's collective, which ends the job after its timeout.
 """
 
+import errno
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -70,6 +71,8 @@ def broadcast_from_first(make: Callable[[], T], *, group: Group) -> T:
         except TrainshortError as error:
             made = [error]
         except OSError as error:
+            if error.errno == errno.ENOMEM:  # not the disk: the rank says what it held
+                raise
             where = f" {error.filename}" if error.filename else ""
             made = [MachineError(f"rank 0 cannot use the disk ({error.strerror}{where}): fix it and start again")]
     wait_for_all(group)

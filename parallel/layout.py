@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from configs.errors import InputError
 from configs.schema import RunConfig
 
+REDUCE_BUCKET = 50_000_000  # elements of the buffer that DeepSpeed allocates; its default is ten times as many
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,6 +53,12 @@ class Layout:
     def world_size(self) -> int:
         """Total number of ranks."""
         return self.tensor * self.pipeline * self.data
+
+    def place_of(self, rank: int) -> str:
+        """Return a rank's place on each axis in words: `tensor rank 1, pipeline rank 0, data rank 0`."""
+        group, tensor = divmod(rank, self.tensor)  # tensor varies fastest, then data
+        stage, data = divmod(group, self.data)
+        return f"tensor rank {tensor}, pipeline rank {stage}, data rank {data}"
 
     def __str__(self) -> str:
         return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}, ZeRO-{self.zero}"

@@ -34,6 +34,7 @@ class ProcessRank:
         local_rank: Rank on this machine; it picks the GPU.
         rendezvous: Where the ranks meet, as torch's init_method.
         starter: local, torchrun or slurm.
+        terminal: File descriptor of the terminal to which a rank of the local launcher tells the run's story, or None.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class ProcessRank:
     local_rank: int
     rendezvous: str
     starter: str
+    terminal: int | None = None
 
 
 def find_process_rank(environ: Mapping[str, str]) -> ProcessRank | None:
@@ -55,7 +57,8 @@ def find_process_rank(environ: Mapping[str, str]) -> ProcessRank | None:
         if "TRAINSHORT_RANK" in environ:
             rank = int(environ["TRAINSHORT_RANK"])
             meet = f"file://{environ['TRAINSHORT_RENDEZVOUS']}"
-            return ProcessRank(rank, int(environ["TRAINSHORT_RANKS"]), rank, meet, "local")
+            terminal = int(environ["TRAINSHORT_TERMINAL"]) if "TRAINSHORT_TERMINAL" in environ else None
+            return ProcessRank(rank, int(environ["TRAINSHORT_RANKS"]), rank, meet, "local", terminal)
         if "TORCHELASTIC_RUN_ID" in environ:
             return ProcessRank(
                 int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]), "env://", "torchrun"
@@ -94,6 +97,21 @@ def _first_host(node_list: str) -> str:
 def environment() -> Mapping[str, str]:
     """Return the environment, for the variables of a library that a user expects to count."""
     return os.environ
+
+
+def slurm_job(environ: Mapping[str, str]) -> dict[str, str | None] | None:
+    """Return the id and the nodes of the SLURM job that a process belongs to; None outside SLURM."""
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    return {"job_id": environ["SLURM_JOB_ID"], "nodes": environ.get("SLURM_JOB_NODELIST")}
+
+
+def node_count(environ: Mapping[str, str]) -> int:
+    """Return how many nodes the ranks of this process's job run on."""
+    if "TRAINSHORT_RANK" in environ:
+        return 1
+    name = "GROUP_WORLD_SIZE" if "TORCHELASTIC_RUN_ID" in environ else "SLURM_STEP_NUM_NODES"
+    return int(environ.get(name) or 1)
 
 
 def hold_stop_signals() -> None:
@@ -247,7 +265,9 @@ def choose_accelerator() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep library logs and warnings off the user's terminal; warnings about our own code still show."""
+    """Keep library logs and warnings off the user's terminal, unless `--verbose` asks for all of them."""
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        return
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from configs.precisions import PRECISIONS
 from configs.schema import Train
 from parallel.axes import Groups
-from parallel.layout import Layout
+from parallel.layout import REDUCE_BUCKET, Layout
 from parallel.libraries import (
     BF16_Optimizer,
     DeepSpeedZeroOptimizer,
@@ -23,8 +23,6 @@ from parallel.libraries import (
     deepspeed,
 )
 from parallel.parameter import Shard
-
-REDUCE_BUCKET = 50_000_000  # elements of the buffer that DeepSpeed allocates; its default is ten times as many
 
 
 def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:

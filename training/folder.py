@@ -16,6 +16,7 @@ from configs.paths import checkpoints_folder, config_file, data_folder, logs_fol
 from configs.schema import RunConfig
 from data_pipeline.manifest import same_content, same_inputs
 from parallel.layout import Layout
+from parallel.start import environment, slurm_job
 from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints
 from training.incarnation import Fence, begin_incarnation
 from training.versions import installed_versions, source_code
@@ -28,7 +29,9 @@ MAY_CHANGE = (
     "parallel",
     "train.steps",
     "train.micro_batch",
+    "train.recompute",
     "train.deterministic",
+    "train.log_every",
     "checkpoint",
     "evaluate",
     "track",
@@ -94,20 +97,27 @@ def report_write_errors(run_dir: Path) -> Iterator[None]:
 
 
 def _write_records(config: RunConfig, *, fence: Fence, layout: Layout, device: "torch.device") -> None:
-    import torch  # here: the launcher uses `with_fixed_keys` and must not wait for torch
-
     run_dir = fence.run_dir
     with whole_file(config_file(run_dir), mark=f".{fence.token}") as temporary:
         temporary.write_text(dump_run(config), encoding="utf-8")
-    environment = {
+    document = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": device_name(device),
+        "world_size": layout.tensor * layout.pipeline * layout.data,
         "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data, "zero": layout.zero},
+        "slurm": slurm_job(environment()),
         "packages": installed_versions(),
         "code": source_code(),
     }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+    (run_dir / "environment.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def device_name(device: "torch.device") -> str:
+    """Return the name of a GPU, or of this machine's kind of CPU."""
+    import torch  # here: the launcher uses `with_fixed_keys` and must not wait for torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
 
 
 def record_certificate(document: dict[str, Any], *, run_dir: Path, step: int) -> Path:

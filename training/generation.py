@@ -1,59 +1,24 @@
-"""Generate text from a checkpoint of any layout, one token at a time, with a key-value cache."""
+"""Generate text one token at a time, with a key-value cache, and show it while it is generated."""
 
-import math
-import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from configs.errors import InputError, TrainshortError
-from data_pipeline.reading import BYTE_ORDER_MARK
 from data_pipeline.tokenizer import Tokenizer
-from training.checkpoint.read import open_checkpoint
 from training.model.cache import KeyValueCache
-from training.model.single import load_single
+from training.sampling import Sampling, require_utf8
 
-SEED_LIMIT = 2**64  # torch's generator takes seeds below it
 PREFILL_TOKENS = 4096  # tokens of a prompt in one pass; split a longer prompt, so that memory stays bounded
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is sampled.
-
-    Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Sample from the smallest set of likeliest tokens that has this probability.
-        seed: Seed of the draws.
-
-    Source of top_p: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"--temperature must be 0 or more, got {self.temperature}: 0 takes the likeliest token")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p must be above 0 and at most 1, got {self.top_p}: 1 draws from all tokens")
-        if not 0 <= self.seed < SEED_LIMIT:
-            raise InputError(f"--seed must be from 0 to {SEED_LIMIT - 1}, got {self.seed}: write --seed 1")
-        if self.top_p < 1 and self.temperature == 0:
-            raise InputError(f"--top-p {self.top_p} draws, but --temperature is 0: add --temperature 1 or drop it")
-
-
-@dataclass(frozen=True)
 class GeneratedText:
-    """A prompt and its continuation.
+    """A prompt and its continuation; `str()` of it is the text.
 
     Attributes:
         prompt: The prompt.
@@ -65,6 +30,9 @@ class GeneratedText:
         prefill_seconds: Time to the first new token.
         token_seconds: Mean time of each further token; None if there was none.
         train_length: Tokens that the model was trained at.
+        temperature: What the logits were divided by; 0 for the likeliest tokens.
+        top_p: Share of the probability that tokens were drawn from.
+        seed: Seed of the draws, which gives the same text again; None if nothing was drawn.
     """
 
     prompt: str
@@ -76,6 +44,12 @@ class GeneratedText:
     prefill_seconds: float
     token_seconds: float | None
     train_length: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class LanguageModel(Protocol):
@@ -91,80 +65,87 @@ class LanguageModel(Protocol):
         ...
 
 
-def read_prompt(text: str | None, file: Path | None) -> str:
-    r"""Return the prompt, from text or a file, as training reads text: verbatim, but for a byte order mark before it.
+class TextStream(Iterator[str]):
+    """A text while it is generated: an iterator of its pieces, which are whole characters.
 
-    Args:
-        text: The prompt itself; None if it is in a file.
-        file: A file, or `-` for standard input; its last line break, \n or \r\n, is dropped.
-    Raises:
-        InputError: both are given or neither, or the file cannot be read.
+    The first piece is the prompt, unless it is empty. All pieces together are the text of `result`.
     """
-    if (text is None) == (file is None):
-        given = "neither" if text is None else "both"
-        raise InputError(f"--prompt TEXT or --prompt-file FILE must be given, got {given}: give one of them")
-    if file is None:
-        assert text is not None
-        return text.removeprefix(BYTE_ORDER_MARK)
-    name = "standard input" if file == Path("-") else str(file)
-    try:
-        raw = _read_standard_input() if file == Path("-") else file.read_bytes()
-        return re.sub(r"\r?\n\Z", "", raw.decode("utf-8").removeprefix(BYTE_ORDER_MARK))
-    except OSError as error:
-        raise InputError(f"--prompt-file {name} cannot be read ({error.strerror}): give a text file, or -") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompt-file {name} is not UTF-8 at byte {error.start}: write it in UTF-8") from None
 
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        prompt: str,
+        tokens: int,
+        sampling: Sampling,
+        train_length: int,
+    ) -> None:
+        """Encode the prompt; the model runs when pieces are asked for.
 
-def _read_standard_input() -> bytes:
-    if sys.stdin is None:
-        raise OSError(None, "it is closed")
-    return sys.stdin.buffer.read()
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer.
+            prompt: Text to continue; empty for the start of a document.
+            tokens: New tokens at most; generation stops at the end of the document.
+            sampling: How tokens are sampled.
+            train_length: Tokens that the model was trained at, for the result.
+        Raises:
+            InputError: the prompt is not text in UTF-8, or tokens is below 1.
+        """
+        self._prompt = require_utf8(prompt, name="the prompt")
+        if tokens < 1:
+            raise InputError(f"tokens to generate must be 1 or more, got {tokens}")
+        # Training data is documents separated by the end token, so that token also starts a document.
+        self._ids = tokenizer.encode(prompt) or [tokenizer.end_of_document]
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._tokens, self._train_length = tokens, train_length
+        self._new: list[int] = []  # with the end-of-document token
+        self._seconds: list[float] = []  # of each new token
+        self._pieces = self._generate()
 
+    def __next__(self) -> str:
+        return next(self._pieces)
 
-def generate_from_checkpoint(checkpoint: Path, *, prompt: str, tokens: int, sampling: Sampling) -> GeneratedText:
-    """Continue a prompt with a trained model.
+    @property
+    def result(self) -> GeneratedText:
+        """What has been generated so far: the whole text, once there are no more pieces."""
+        ended = self._new[-1:] == [self._tokenizer.end_of_document]
+        new = self._new[:-1] if ended else self._new
+        first, *further = self._seconds or [0.0]
+        return GeneratedText(
+            prompt=self._prompt,
+            text=self._prompt + self._tokenizer.decode(new),
+            prompt_tokens=len(self._ids),
+            tokens=len(new),
+            token_ids=tuple(new),
+            ended=ended,
+            prefill_seconds=first,
+            token_seconds=sum(further) / len(further) if further else None,
+            train_length=self._train_length,
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            seed=None if self._sampling.greedy else self._sampling.seed,
+        )
 
-    Args:
-        checkpoint: A step folder of any layout, or a run folder for its newest checkpoint.
-        prompt: Text to continue; empty for the start of a document.
-        tokens: New tokens at most; generation stops at the end of the document.
-        sampling: How tokens are sampled.
-    Raises:
-        InputError: the checkpoint cannot be read, the prompt is not UTF-8, or tokens is below 1.
-        TrainshortError: the model's logits are not finite.
-    """
-    if tokens < 1:
-        raise InputError(f"tokens to generate must be 1 or more, got {tokens}")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"--prompt is not UTF-8 at character {error.start}: write it in UTF-8") from None
-    opened = open_checkpoint(checkpoint)
-    tokenizer = Tokenizer.load(opened.tokenizer)
-    # Training data is documents separated by the end token, so that token also starts a document.
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_document]
-    model = load_single(opened)
-    stream = continue_tokens(model, ids, sampling=sampling, end=tokenizer.end_of_document)
-    new, times = [], [time.perf_counter()]
-    # The range comes first: zip would otherwise generate one more token before it stops.
-    for _, token in zip(range(tokens), stream, strict=False):
-        times.append(time.perf_counter())
-        new.append(token)
-    ended = bool(new) and new[-1] == tokenizer.end_of_document
-    new = new[:-1] if ended else new
-    return GeneratedText(
-        prompt=prompt,
-        # Decode all ids at once: a token may be one byte of a character.
-        text=tokenizer.decode([*(ids if prompt else []), *new]),
-        prompt_tokens=len(ids),
-        tokens=len(new),
-        token_ids=tuple(new),
-        ended=ended,
-        prefill_seconds=times[1] - times[0],
-        token_seconds=(times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else None,
-        train_length=opened.config.data.sequence_length,
-    )
+    def _generate(self) -> Iterator[str]:
+        if self._prompt:
+            yield self._prompt
+        # A control piece has no text.
+        yield from filter(None, self._tokenizer.decode_each(self._new_tokens()))
+
+    def _new_tokens(self) -> Iterator[int]:
+        """Yield the new tokens; time each one alone, without what the reader of the text does between two."""
+        end = self._tokenizer.end_of_document
+        stream = continue_tokens(self._model, self._ids, sampling=self._sampling, end=end)
+        while len(self._new) < self._tokens:
+            started = time.perf_counter()
+            token = next(stream)
+            self._seconds.append(time.perf_counter() - started)
+            self._new.append(token)
+            if token == end:
+                return
+            yield token
 
 
 def continue_tokens(model: LanguageModel, ids: Sequence[int], *, sampling: Sampling, end: int | None) -> Iterator[int]:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ class Fence:
         where = f"on {newest.host} at {newest.started_at}" if newest else "since"
         return Superseded(
             f"{self.run_dir} was started again {where}, and this older start ({self.token}) stops without writing "
-            "more; if that was not intended, end the newer start and start again"
+            "more; if that was not intended, end the newer start and resume with `trainshort train`"
         )
 
 
@@ -132,9 +133,26 @@ def refuse_second_start(run_dir: Path) -> None:
         if time.monotonic() > deadline:
             raise InputError(
                 f"{run_dir} is being trained by process {other.pid} on this machine since {other.started_at}: "
-                f"wait for it, or end it (`touch {stop_file(run_dir)}` lets it save), or choose another run.dir"
+                f"wait for it, or end it (`touch {shlex.quote(str(stop_file(run_dir)))}` lets it save), or choose "
+                "another run.dir"
             )
         time.sleep(0.1)
+
+
+def has_ended(run_dir: Path) -> bool:
+    """Return whether the newest start of a run folder ran on this machine and has ended, by a reboot too."""
+    newest = newest_incarnation(run_dir)
+    if newest is None:
+        return False
+    boot, now = newest.machine.partition(" ")[0], _machine().partition(" ")[0]
+    rebooted = newest.host == socket.gethostname() and re.fullmatch("[0-9a-f-]{36}", boot) and boot != now
+    return died_here(run_dir) or bool(rebooted)
+
+
+def runs_here(run_dir: Path) -> bool:
+    """Return whether the newest start of a run folder runs on this machine."""
+    newest = newest_incarnation(run_dir)
+    return newest is not None and _is_alive(newest)
 
 
 def died_here(run_dir: Path) -> bool:

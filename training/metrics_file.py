@@ -3,18 +3,21 @@
 import errno
 import json
 import logging
+import math
 import os
 import secrets
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.files import whole_file
 from configs.paths import logs_folder
-from training.observers import Status, StepResult
+from training.observers import Observer, Status, StepResult
 
 logger = logging.getLogger(__name__)
 
+_TAIL_BYTES = 100_000  # of the file's end, far more than a line
 SPARSE_FIELDS = (
     "validation_loss",
     "validation_seconds",
@@ -23,20 +26,48 @@ SPARSE_FIELDS = (
 )  # left out if None; other fields are then null
 
 
-class MetricsFile:
-    """Writes the result of each step to metrics.jsonl."""
+@dataclass(frozen=True)
+class Best:
+    """The lowest validation loss of all starts of a run, and the step that it was measured after."""
+
+    loss: float
+    step: int
+
+
+def better_of(best: Best | None, measured: Best) -> Best | None:
+    """Return the lower one of two validations; a loss that is no number does not count."""
+    if not math.isfinite(measured.loss):
+        return best
+    return measured if best is None or measured.loss < best.loss else best
+
+
+class MetricsFile(Observer):
+    """Writes the result of each step to metrics.jsonl.
+
+    Attributes:
+        best: The best validation of earlier starts; None if there is none.
+    """
 
     def __init__(self, run_dir: Path, *, last_step: int) -> None:
         """Open the file to append after `last_step`; move later steps and torn lines of an earlier start to logs/."""
-        path = run_dir / "metrics.jsonl"
+        self.best: Best | None = None
+        path = metrics_path(run_dir)
         # A power cut may leave any bytes. A line that is not UTF-8 is invalid, and is moved too.
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        lines = text.splitlines(keepends=True)
-        kept = [line for line in lines if _is_step_up_to(line, last_step)]
-        if len(kept) < len(lines):
+        kept, discarded = [], []
+        for line in text.splitlines(keepends=True):
+            fields = _fields_of(line)
+            if fields is None or fields["step"] > last_step:
+                discarded.append(line)
+                continue
+            kept.append(line)
+            loss = fields.get("validation_loss")
+            if isinstance(loss, float):
+                self.best = better_of(self.best, Best(loss, fields["step"]))
+        if discarded:
             logs_folder(run_dir).mkdir(exist_ok=True)
-            with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("a", encoding="utf-8") as discarded:
-                discarded.writelines(line for line in lines if not _is_step_up_to(line, last_step))
+            with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(discarded)
         # Always write a new file: an older start that is still alive then appends to the old one, now without a name.
         # Open it before the rename: afterwards the name may belong to the file of a newer start.
         with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
@@ -80,8 +111,24 @@ class MetricsFile:
         self._size, self._waiting = self._size + written, b""
 
 
-def _is_step_up_to(line: str, last_step: int) -> bool:
+def metrics_path(run_dir: Path) -> Path:
+    """Return the file of a run's metrics."""
+    return run_dir / "metrics.jsonl"
+
+
+def last_reported_step(run_dir: Path) -> int:
+    """Return the last step in metrics.jsonl; 0 if there is none."""
+    with suppress(OSError), metrics_path(run_dir).open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines(keepends=True)
+        return max((int(fields["step"]) for fields in map(_fields_of, lines) if fields), default=0)
+    return 0
+
+
+def _fields_of(line: str) -> dict[str, Any] | None:
+    """Return the fields of a whole line; None for any other."""
     try:
-        return line.endswith("\n") and int(json.loads(line)["step"]) <= last_step
-    except (ValueError, KeyError, TypeError):
-        return False
+        fields = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) and isinstance(fields.get("step"), int) else None

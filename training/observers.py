@@ -5,7 +5,8 @@ after the same step.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal
 
 # MLflow's words for how a run ends; SUPERSEDED, a newer start has taken over, is ours
 Status = Literal["FINISHED", "FAILED", "KILLED", "SUPERSEDED"]
@@ -51,17 +52,35 @@ class StepResult:
         return {name: value for name, value in asdict(self).items() if value is not None and name != "step"}
 
 
-class Observer(Protocol):
-    """Follows training on rank 0."""
+@dataclass(frozen=True)
+class Save:
+    """One checkpoint that was saved.
+
+    Attributes:
+        step: The step after which it was saved.
+        folder: Its folder.
+        seconds: Time of the save.
+    """
+
+    step: int
+    folder: Path
+    seconds: float
+
+
+class Observer:
+    """Follows training on rank 0; an observer overrides the methods that it needs."""
 
     def on_step(self, result: StepResult) -> None:
         """Take the result of a step."""
-        ...
+
+    def before_validation(self, step: int) -> None:
+        """Learn that the step is done and a validation begins; `on_step` follows after it."""
 
     def before_save(self) -> None:
         """Make earlier results durable: a checkpoint is about to be saved, and a resume will not repeat its steps."""
-        ...
+
+    def on_save(self, save: Save) -> None:
+        """Learn that a checkpoint was saved."""
 
     def close(self, status: Status) -> None:
         """Release resources; training has ended with this status."""
-        ...

@@ -65,22 +65,39 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     check_backend(config.model, device=device)
     run_dir = check_run_folder(config)
     config = with_fixed_keys(config, run_dir=run_dir)
-    _require_learning(config.train)
+    require_learning(config.train)
     validates = bool(config.evaluate.every)
     prepared = load_trainable(config.data, folder=data_folder(config), validates=validates)
+    newest = newest_to_resume(config, run_dir=run_dir)
+    if newest is None and config.train.init_from is not None:
+        check_init_from(Path(config.train.init_from), config=config, prepared=prepared)
+    return Ready(config, run_dir, layout, prepared, newest)
+
+
+def newest_to_resume(config: RunConfig, *, run_dir: Path) -> Manifest | None:
+    """Return the manifest of the newest checkpoint of a run; None at a first start.
+
+    Args:
+        config: The run, with the keys that its first start fixed.
+        run_dir: The run folder.
+    Raises:
+        InputError: no checkpoint is whole, or the newest has more steps than the run.
+    """
     newest = find_checkpoint(run_dir)[1] if list_checkpoints(run_dir) else None
     if newest is not None and newest.step > config.train.steps:
         raise InputError(
             f"train.steps is {config.train.steps}, but {run_dir} is trained to step {newest.step}: "
             f"set train.steps to {newest.step} or more, or choose another run.dir"
         )
-    if newest is None and config.train.init_from is not None:
-        _check_init_from(Path(config.train.init_from), config=config, prepared=prepared)
-    return Ready(config, run_dir, layout, prepared, newest)
+    return newest
 
 
-def _require_learning(train: Train) -> None:
-    """Refuse steps at a learning rate of 0."""
+def require_learning(train: Train) -> None:
+    """Refuse steps at a learning rate of 0.
+
+    Raises:
+        InputError: the run has more steps than its schedule, which ends at 0.
+    """
     assert train.decay_steps is not None, "with_fixed_keys sets it"
     if train.steps > train.decay_steps and not train.min_learning_rate:
         raise InputError(
@@ -110,8 +127,16 @@ def installed_packages() -> frozenset[str]:
     return frozenset(package for package in wanted if find_spec(package) is not None)
 
 
-def _check_init_from(path: Path, *, config: RunConfig, prepared: Prepared) -> None:
-    """Refuse weights of another kind of model or tokenizer, even if their shapes fit."""
+def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None) -> None:
+    """Refuse weights of another kind of model or tokenizer, even if their shapes fit.
+
+    Args:
+        path: A checkpoint or a run folder.
+        config: The run.
+        prepared: Its data; None if it is not prepared yet.
+    Raises:
+        InputError: there is no checkpoint, or it does not fit the run or its data.
+    """
     folder, manifest = find_checkpoint(path)
     source = load_run(str(folder / CONFIG_NAME))
     for key in ("heads", "position", "family", "layers", "hidden", "inner"):
@@ -121,7 +146,7 @@ def _check_init_from(path: Path, *, config: RunConfig, prepared: Prepared) -> No
                 f"train.init_from {folder} has model.{'feed_forward' if key == 'inner' else key} {seen}, "
                 f"the run has {wanted}: initial weights need the same model"
             )
-    if manifest.files[TOKENIZER_NAME].sha256 != prepared.tokenizer_sha256:
+    if prepared is not None and manifest.files[TOKENIZER_NAME].sha256 != prepared.tokenizer_sha256:
         raise InputError(
             f"train.init_from {folder} has another tokenizer than the data in {prepared.folder}: "
             f"set data.tokenizer to {folder / TOKENIZER_NAME} and prepare in another data.dir"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configs.errors import InputError
-from configs.paths import run_folder
+from configs.paths import checkpoints_folder, run_folder
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
 from data_pipeline.loader import Loader
@@ -38,8 +38,11 @@ def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups,
         InputError: no checkpoint is whole, or something changed that was not accepted; raised on every rank.
     """
     state, run_dir = engine.state(), run_folder(config)
+    say = logger.info if groups.world.rank == 0 else logger.debug
     if broadcast_from_first(lambda: bool(list_checkpoints(run_dir)), group=groups.world):
+        say("checking the newest checkpoint")
         checkpoint = open_on_all_ranks(run_dir, kinds=state.kinds, world=groups.world)
+        say("Resuming from step %d, %s", checkpoint.step, checkpoints_folder(run_dir) / checkpoint.path.name)
         load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
         state.set_step(checkpoint.step)
         precision, world = config.train.precision, groups.world
@@ -51,8 +54,11 @@ def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups,
                 logger.warning("accepted: %s", change)
         return TrainState(checkpoint.step, checkpoint.manifest.consumed_samples)
     if config.train.init_from is not None:
+        say("starting with the weights of train.init_from, %s", config.train.init_from)
         source = open_on_all_ranks(Path(config.train.init_from), kinds=("weight",), world=groups.world)
         load_slices(state, source, kinds=("weight",), groups=groups)
+    else:
+        say("starting new: %s has no checkpoint", run_dir)
     return TrainState(0, 0)
 
 

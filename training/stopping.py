@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,10 +31,20 @@ class StopRequest:
         """Ask for a stop: all ranks then save and end after the same step, whichever rank was asked."""
         self.asked = True
 
-    def listen(self) -> None:
-        """Treat SIGTERM and SIGINT as requests from now on, including those that arrived while they were blocked."""
+    def listen(self, *, says_so: bool = False) -> None:
+        """Treat SIGTERM and SIGINT as requests from now on, including those that arrived while they were blocked.
+
+        Args:
+            says_so: Whether to say so at the first one, where no launcher does.
+        """
+
+        def handle(number: int, _frame: Any) -> None:
+            if says_so and not self.asked:
+                logger.warning("asked by %s: saving after this step", signal.Signals(number).name)
+            self.ask()
+
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: self.ask())
+            signal.signal(number, handle)
         # Unblock last: a pending signal is delivered at once, and needs its handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 

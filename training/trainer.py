@@ -24,7 +24,7 @@ from parallel.engine import Engine, StepOutcome
 from parallel.seeds import seed_for
 from training.checkpoint.write import SaveError
 from training.incarnation import Fence, Superseded
-from training.observers import Observer, Status, StepResult
+from training.observers import Observer, Save, Status, StepResult
 from training.preflight import Ready
 from training.resume import resume
 from training.saver import Saver
@@ -88,7 +88,7 @@ class Trainer:
         If a checkpoint before the last cannot be saved, log an error and continue.
 
         Args:
-            observers: Get each step's result and how training ended; empty on all ranks but the first.
+            observers: Get each step's result and how training ended; most ranks have none.
         Raises:
             SaveError: the last state cannot be saved.
             Superseded: a newer start of the run has taken over.
@@ -124,15 +124,14 @@ class Trainer:
         wait_for_all(self.groups.world)  # the first rank has opened its observers' files
         while state.step < steps and not self._must_stop():
             state, taken = self._take_step(state)
-            began = time.perf_counter()
-            validation_loss = self.validator.loss_after(state.step)
+            validation_loss, validation_seconds = self._validate(state, observers)
             # Report before saving: a resume drops the lines past its checkpoint, but cannot recover a lost one.
             self._report(
                 observers,
                 state,
                 taken,
                 validation_loss=validation_loss,
-                validation_seconds=None if validation_loss is None else time.perf_counter() - began,
+                validation_seconds=validation_seconds,
                 save_seconds=save_seconds,
                 failed_saves=failed_saves or None,
             )
@@ -166,6 +165,15 @@ class Trainer:
         memory_gb = _largest(_peak_memory_gb(self.device), device=self.device)
         after = TrainState(step, state.consumed_samples + config.train.global_batch)
         return after, _TakenStep(outcome, rate, seconds, memory_gb)
+
+    def _validate(self, state: TrainState, observers: Sequence[Observer]) -> tuple[float | None, float | None]:
+        """Return the validation loss and its seconds if the run validates after this step."""
+        if not self.validator.is_due(state.step):
+            return None, None
+        for observer in observers:
+            observer.before_validation(state.step)
+        began = time.perf_counter()
+        return self.validator.loss(), time.perf_counter() - began
 
     def _report(self, observers: Sequence[Observer], state: TrainState, taken: _TakenStep, **sparse: Any) -> None:
         """Report a step to the observers; `sparse` holds the fields that only some steps have."""
@@ -202,7 +210,10 @@ class Trainer:
         for observer in observers:
             observer.before_save()
         wait_for_all(self.groups.world)  # the first rank's observers write to a disk
-        self.saver.save(state, validation_loss=validation_loss)
+        began = time.perf_counter()
+        folder = self.saver.save(state, validation_loss=validation_loss)
+        for observer in observers:
+            observer.on_save(Save(state.step, folder, time.perf_counter() - began))
 
 
 def _peak_memory_gb(device: torch.device) -> float:

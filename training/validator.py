@@ -20,11 +20,13 @@ class Validator:
     def __init__(self, engine: Engine, samples: Samples | None, *, config: RunConfig, data: Group) -> None:
         self._engine, self._samples, self._config, self._data = engine, samples, config, data
 
-    def loss_after(self, step: int) -> float | None:
-        """Return the mean loss in nats over all ranks if the run validates after this step; every rank must call it."""
-        every = self._config.evaluate.every
-        if self._samples is None or step % every:
-            return None
+    def is_due(self, step: int) -> bool:
+        """Return whether the run validates after this step."""
+        return self._samples is not None and step % self._config.evaluate.every == 0
+
+    def loss(self) -> float:
+        """Return the mean loss in nats over all ranks; every rank must call it."""
+        assert self._samples is not None, "the run does not validate"
         parts = held_out_parts(
             self._samples,
             count=self._config.evaluate.samples,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import MachineError
-from configs.secrets import hide_secrets
+from configs.secrets import hide_secrets, without_password
 
 HOUSE = Path(__file__).resolve().parents[1]
 CODE = ("configs", "parallel", "data_pipeline", "training", "launch", "trainshort.py")
@@ -40,7 +40,9 @@ def check_frozen(house: Path = HOUSE) -> None:
 
 
 def source_code(house: Path = HOUSE) -> dict[str, Any] | None:
-    """Return the commit of the code and the diff from it; None for an installed wheel.
+    """Return the commit of the code, its branch and repository, and the diff from it; None for an installed wheel.
+
+    Branch and repository are None if the commit is on no branch, or was cloned from nowhere.
 
     For a frozen copy, return those of the checkout that it was copied from.
     """
@@ -52,7 +54,15 @@ def source_code(house: Path = HOUSE) -> dict[str, Any] | None:
     if _git(house, "ls-files", "--error-unmatch", "trainshort.py") is None:
         return None
     commit = _git(house, "rev-parse", "HEAD")
-    return None if commit is None else {"commit": commit.strip(), "diff": _changes(house)}
+    if commit is None:
+        return None
+    url = _line(_git(house, "remote", "get-url", "origin"))
+    return {
+        "commit": commit.strip(),
+        "branch": _line(_git(house, "symbolic-ref", "--short", "--quiet", "HEAD")),
+        "repository": hide_secrets(without_password(url)) if url else None,
+        "diff": _changes(house),
+    }
 
 
 def installed_version(package: str) -> str | None:
@@ -70,6 +80,10 @@ def _changes(house: Path) -> str:
     # exit code 1: the two files differ
     parts = [_git(house, "diff", "--no-index", "--", "/dev/null", name, accepted=(0, 1)) for name in added]
     return hide_secrets("".join(part or "" for part in (_git(house, "diff", "HEAD"), *parts)))
+
+
+def _line(output: str | None) -> str | None:
+    return (output or "").strip() or None
 
 
 def _git(folder: Path, *arguments: str, accepted: Collection[int] = (0,)) -> str | None:

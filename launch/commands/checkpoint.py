@@ -1,5 +1,6 @@
 """`trainshort checkpoint`: list, verify, reshape."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -7,13 +8,22 @@ import typer
 
 from configs.errors import InputError
 from launch.commands.options import AsJson, CheckpointPath, Overrides, count_option, path_of
+from launch.complete import complete_checkpoints
 
 checkpoint_commands = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
 
 
 @checkpoint_commands.command("list")
 def checkpoint_list_command(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", parser=path_of, help="A run folder, or a checkpoint.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_DIR",
+            parser=path_of,
+            autocompletion=complete_checkpoints,
+            help="A run folder, or a checkpoint.",
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """List the checkpoints of a run, oldest first, without reading their bytes."""
@@ -53,12 +63,16 @@ def checkpoint_reshape_command(
     as_json: AsJson = False,
 ) -> None:
     """Show what another layout reads of a checkpoint. Nothing needs converting: any layout resumes from it."""
+    from configs.paths import config_file
     from launch.show.console import show_json, show_lines
+    from training.checkpoint.manifest import find_checkpoint
 
     if not dry_run:
+        run_file = config_file(find_checkpoint(checkpoint)[0].parents[1])
+        command = ["trainshort", "train", str(run_file) if run_file.is_file() else "RUN.yaml"]
         show_lines(
             "nothing has to be done: a run resumes from any checkpoint in any layout; start it there, as in "
-            "`trainshort train RUN.yaml --set parallel.tensor=4`, or see what is read with --dry-run"
+            f"`{shlex.join([*command, '--set', 'parallel.tensor=4'])}`, or see what is read with --dry-run"
         )
         return
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from configs.errors import run_file_named
 from launch.commands.options import AsJson, Overrides, RunDir, RunFile, count_option
 
 slurm_commands = typer.Typer()
@@ -35,7 +36,9 @@ def slurm_command(
         from launch.show.jobs import show_submitted
         from launch.slurm.submit import submit_run
 
-        show_submitted(submit_run(config, nodes=nodes, folder=Path.cwd()), run_dir=run_dir)
+        with run_file_named(run, overrides or []):
+            jobs = submit_run(config, nodes=nodes, folder=Path.cwd())
+        show_submitted(jobs, run_dir=run_dir)
         return
     # The scripts start in the current folder, so that relative paths in the run file mean the same there.
     scripts = render_scripts(

@@ -6,6 +6,7 @@ import typer
 
 from configs.errors import InputError
 from launch.commands.options import AsJson, Overrides
+from launch.complete import complete_run_files
 
 machine_commands = typer.Typer()
 
@@ -13,7 +14,12 @@ machine_commands = typer.Typer()
 @machine_commands.command("doctor")
 def doctor_command(
     alibi: Annotated[
-        str | None, typer.Option(metavar="RUN.yaml", help="Audit how exact this run's ALiBi is here, at its lengths.")
+        str | None,
+        typer.Option(
+            metavar="RUN.yaml",
+            autocompletion=complete_run_files,
+            help="Audit how exact this run's ALiBi is here, at its lengths.",
+        ),
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,

@@ -1,17 +1,52 @@
-"""Commands on a trained model: evaluate, generate, export."""
+"""Commands on a trained model: evaluate, compare, generate, export."""
 
+import logging
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from configs.errors import InputError
 from launch.commands.options import AsJson, CheckpointPath, Lengths, count_option, lengths_option, path_of
+from launch.complete import complete_checkpoints, complete_formats, complete_protocols
 from training.export.formats.table import FORMATS
+from training.out_of_memory import out_of_memory_in_words
+
+logger = logging.getLogger(__name__)
 
 model_commands = typer.Typer()
 
+PromptText = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Text to continue; empty for the start of a document.")
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        parser=path_of,
+        help="That text in a UTF-8 file; - for standard input. Its last line break is dropped.",
+    ),
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help="0 takes the likeliest token; higher is more varied.  [default: 0.8]")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P", help="Draw from the likeliest tokens whose probabilities add up to this.  [default: 0.95]"
+    ),
+]
+DrawSeed = Annotated[
+    int | None, typer.Option(metavar="N", help="Seed of the draws.  [default: a random one, which is printed]")
+]
+
 
 @model_commands.command("evaluate")
+@out_of_memory_in_words("shorter --lengths")
 def evaluate_command(
     checkpoint: CheckpointPath,
     lengths: Annotated[
@@ -19,7 +54,12 @@ def evaluate_command(
         lengths_option("--lengths", "Lengths in tokens.  [default: the run file's, else 1, 2, 4, 8 x trained]"),
     ] = None,
     protocol: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="nonoverlapping or sliding:STRIDE; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=complete_protocols,
+            help="nonoverlapping or sliding:STRIDE; may be repeated.",
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -27,54 +67,129 @@ def evaluate_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity at each length; write the run's evaluation folder, by checkpoint and as the newest."""
+    """Measure perplexity at each length; keep the report in the run's evaluation folder, by checkpoint and text."""
     from launch.show.console import show_json
     from launch.show.model import show_report
+    from training.evaluation.precheck import check_request
+
+    protocols = tuple(protocol) if protocol else None  # None: those of the run file
+    check_request(checkpoint, lengths=lengths, protocols=protocols, data=data)  # before the slow imports
+
     from training.evaluation.folder import ReportNotWritten
     from training.evaluation.run import evaluate_checkpoint
 
     show = show_json if as_json else show_report
-    protocols = tuple(protocol) if protocol else None  # None: those of the run file
+    command = shlex.join(["trainshort", *sys.argv[1:]])
     try:
-        report = evaluate_checkpoint(checkpoint, lengths=lengths, protocols=protocols, data=data)
+        report = evaluate_checkpoint(checkpoint, lengths=lengths, protocols=protocols, data=data, command=command)
     except ReportNotWritten as error:
         show(error.report)  # the work of minutes or hours
         raise
     show(report)
 
 
-@model_commands.command("generate")
-def generate_command(
-    checkpoint: CheckpointPath,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Text to continue; empty for the start of a document.")
-    ] = None,
-    prompt_file: Annotated[
+@model_commands.command("compare")
+def compare_command(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR",
+            parser=path_of,
+            autocompletion=complete_checkpoints,
+            help="Run folders, or checkpoints in them.",
+        ),
+    ],
+    out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
+            metavar="FILE.png",
             parser=path_of,
-            help="That text in a UTF-8 file; - for standard input. Its last line break is dropped.",
+            help="The plot; a file that is no plot of this command is never overwritten.  [default: comparison.png]",
         ),
     ] = None,
-    tokens: Annotated[int, count_option("--tokens", "New tokens at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens whose probabilities add up to this.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 1,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compare on this file of evaluate --data.  [default: the held-out text, else the newest report]",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text, with a key-value cache; past the training length too."""
-    from launch.show.model import show_generated
-    from training.generation import Sampling, generate_from_checkpoint, read_prompt
+    """Compare runs: losses, perplexity at each length, speed, the keys that differ; draw perplexity and loss."""
+    from launch.show.comparison import show_comparison
+    from launch.show.console import show_json
+    from training.comparison.comparison import compare_runs
 
-    text = read_prompt(prompt, prompt_file)
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    show_generated(generate_from_checkpoint(checkpoint, prompt=text, tokens=tokens, sampling=sampling), as_json=as_json)
+    comparison = compare_runs(runs, text=text)
+
+    from training.comparison.plot import check_plot_file, draw_comparison
+
+    plot = out or Path("comparison.png")
+    check_plot_file(plot)
+    if as_json:
+        show_json(comparison.to_json())
+    else:
+        show_comparison(comparison)
+    if draw_comparison(comparison, plot) is not None:
+        logger.info("plot: %s", plot)
+
+
+@model_commands.command("generate")
+@out_of_memory_in_words("fewer --tokens", "a shorter prompt")
+def generate_command(
+    checkpoint: CheckpointPath,
+    prompt: PromptText = None,
+    prompt_file: PromptFile = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Read prompts from standard input, a line each, until it ends.")
+    ] = False,
+    tokens: Annotated[int, count_option("--tokens", "New tokens at most.")] = 64,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: DrawSeed = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token; draw nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, shown while it is generated; past the training length too."""
+    from training.checkpoint.manifest import require_checkpoint
+    from training.sampling import choose_sampling, read_prompt
+
+    if greedy:
+        _refuse_given(
+            {"--temperature": temperature, "--top-p": top_p, "--seed": seed},
+            "--greedy takes the likeliest token, so {} has no effect: drop one of them",
+        )
+    if interactive:
+        _refuse_given(
+            {"--prompt": prompt, "--prompt-file": prompt_file, "--json": as_json or None},
+            "--interactive reads prompts from standard input and streams, so {} has no effect: drop one of them",
+        )
+    sampling = choose_sampling(temperature=0.0 if greedy else temperature, top_p=top_p, seed=seed)
+    text = "" if interactive else read_prompt(prompt, prompt_file)
+    require_checkpoint(checkpoint)  # a wrong path is answered before the slow imports
+
+    from launch.show.generation import answer_prompts, show_generated, show_stream
+    from training.api import load
+
+    model = load(checkpoint)
+    if interactive:
+        answer_prompts(model, tokens=tokens, sampling=sampling)
+        return
+    show = show_generated if as_json else show_stream
+    show(model.stream(text, tokens=tokens, **asdict(sampling)))
+
+
+def _refuse_given(options: Mapping[str, object], problem: str) -> None:
+    """Refuse the first option that is given; the problem has {} for it."""
+    for name, value in options.items():
+        if value is not None:
+            given = name if value is True else f"{name} {value}"
+            raise InputError(problem.format(given))
 
 
 @model_commands.command("export")
+@out_of_memory_in_words()
 def export_command(
     checkpoint: CheckpointPath,
     format_name: Annotated[
@@ -82,6 +197,7 @@ def export_command(
         typer.Option(
             "--format",
             metavar="|".join(FORMATS),
+            autocompletion=complete_formats,
             help=" ".join(f"{name}: {description}." for name, description in FORMATS.items()),
         ),
     ],
@@ -90,7 +206,16 @@ def export_command(
     ],
 ) -> None:
     """Write the model for inference engines, and compare its logits with the trained model's."""
-    from launch.show.console import show_lines
+    from training.checkpoint.manifest import require_checkpoint
+    from training.export.folder import try_new_folder
+    from training.export.formats.table import require_format
+
+    # a wrong word or path is answered before the slow imports
+    require_format(format_name)
+    try_new_folder(out)
+    require_checkpoint(checkpoint)
+
+    from launch.show.model import show_export
     from training.export.run import export_checkpoint
 
-    show_lines(f"exported {export_checkpoint(checkpoint, format=format_name, out=out)}")
+    show_export(export_checkpoint(checkpoint, format=format_name, out=out), checkpoint=checkpoint)

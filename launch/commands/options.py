@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.errors import InputError
+from launch.complete import complete_checkpoints, complete_run_files, complete_run_folders
 
 
 def path_of(text: str) -> Path:
@@ -16,16 +17,30 @@ def path_of(text: str) -> Path:
     return expand_path(text)
 
 
-RunFile = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A run file, or the name of a shipped run.")]
+RunFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN.yaml", autocompletion=complete_run_files, help="A run file, or the name of a shipped run."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="section.key=value", help="Override one key; may be repeated, the last one wins."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", parser=path_of, help="A checkpoint, or a run folder for its newest one.")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        parser=path_of,
+        autocompletion=complete_checkpoints,
+        help="A checkpoint, or a run folder for its newest one.",
+    ),
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", parser=path_of, help="A run folder.")]
+RunDir = Annotated[
+    Path,
+    typer.Argument(metavar="RUN_DIR", parser=path_of, autocompletion=complete_run_folders, help="A run folder."),
+]
 
 
 class Lengths(tuple[int, ...]):
@@ -41,6 +56,17 @@ def count_option(name: str, description: str) -> Any:
         return int(value)
 
     return typer.Option(name, metavar="N", help=description, parser=parse)
+
+
+def gigabytes_option(name: str, description: str) -> Any:
+    """Return an option whose value is a positive number of GB, for `Annotated[float, ...]`."""
+
+    def parse(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or not float(value):
+            raise InputError(f"{name} must be a number of GB over 0, got {value!r}: write {name} 80")
+        return float(value)
+
+    return typer.Option(name, metavar="G", help=description, parser=parse)
 
 
 def lengths_option(name: str, description: str) -> Any:

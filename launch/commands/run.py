@@ -1,43 +1,123 @@
-"""Commands on a run file: check, prepare, train."""
+"""Commands on a run file: init, check, prepare, train."""
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from configs.errors import InputError
-from launch.commands.options import AsJson, Overrides, RunFile, count_option
+from configs.errors import InputError, name_run_file, run_file_named
+from configs.secrets import hide_secrets
+from launch.commands.options import AsJson, Overrides, RunFile, count_option, gigabytes_option, path_of
+from launch.complete import complete_shipped_runs
+from training.out_of_memory import out_of_memory_in_words
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
+    from parallel.start import ProcessRank
+    from training.memory_fit import MemoryFit
 
 RECORD_SECONDS = 30
 
 run_commands = typer.Typer()
 
 
+@run_commands.command("init")
+def init_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run; its folder will be runs/NAME.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            autocompletion=complete_shipped_runs,
+            help="A shipped run: demo takes minutes on a CPU and comes with its text; alibi-125m is for 8 GPUs.",
+        ),
+    ] = "demo",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", parser=path_of, help="The file to write.  [default: NAME.yaml]"),
+    ] = None,
+) -> None:
+    """Write a run file of your own from a shipped one: every key with its meaning, to be edited."""
+    from configs.commented import write_run_file
+    from launch.show.run import show_new_file
+
+    file = out or Path(f"{name}.yaml")
+    write_run_file(file, name=name, source=source)
+    show_new_file(file, source=source)
+
+
 @run_commands.command("check")
-def check_command(run: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Validate a run file and report all of its problems at once."""
+def check_command(
+    run: RunFile,
+    overrides: Overrides = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also estimate the memory of each rank, and say whether it fits.")
+    ] = False,
+    gpu_memory_gb: Annotated[
+        float | None,
+        gigabytes_option("--gpu-memory-gb", "With --memory: the GPU to fit.  [default: that of this machine]"),
+    ] = None,
+    ranks: Annotated[
+        int | None, count_option("--ranks", "With --memory: all ranks.  [default: tensor x pipeline]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Validate a run file, report all of its problems at once, and note what is missing on this machine."""
     from configs.load import load_run
     from launch.show.console import show_json
     from launch.show.run import run_summary, show_summary
+    from training.check_notes import check_notes
 
+    for option, value in (("--gpu-memory-gb", gpu_memory_gb), ("--ranks", ranks)):
+        if value is not None and not memory:
+            raise InputError(f"{option} is for the estimate of memory: add --memory, or leave {option} out")
     config = load_run(run, overrides=overrides or [])
+    fit = _fit_memory(config, ranks=ranks, gpu_memory_gb=gpu_memory_gb) if memory else None
     model = Path(config.data.tokenizer) if config.data.tokenizer else None
-    if model is not None and model.is_file():  # whether it exists is for `prepare`
+    if model is not None and model.is_file():  # if it is missing, that is a note
         from data_pipeline.prepare import check_tokenizer
 
         check_tokenizer(config.data)
+    notes = check_notes(config, variables=os.environ)
+    notes = [hide_secrets(name_run_file(note, run, overrides or [])) for note in notes]
     if as_json:
-        show_json(run_summary(config))
+        show_json({**run_summary(config, notes=notes), **({"memory": fit.to_json()} if fit else {})})
+        return
+    show_summary(config, notes=notes)
+    if fit is not None:
+        from launch.show.memory import show_memory
+
+        show_memory(fit, is_default=ranks is None)
+
+
+def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float | None) -> "MemoryFit":
+    """Estimate a run's memory, and compare it with a GPU of this size, this machine's GPUs, or its memory."""
+    from launch.machine import gpu_bytes, gpu_count
+    from parallel.layout import Layout
+    from training.host_memory import host_limit, in_gigabytes
+    from training.memory_fit import MemoryThere, fit_memory
+
+    layout = Layout.of(config, world_size=ranks or config.parallel.tensor * config.parallel.pipeline)
+    if gpu_memory_gb is not None:
+        size = int(gpu_memory_gb * 1e9)
+        there = MemoryThere(size, f"a GPU of {in_gigabytes(size)} (--gpu-memory-gb)", on_gpu=True)
+    elif gpu_count(os.environ):
+        found = gpu_bytes()
+        name = f"this machine's GPU of {in_gigabytes(found)}" if found else "name the GPU's memory, --gpu-memory-gb 80"
+        there = MemoryThere(found, name, on_gpu=True)
     else:
-        show_summary(config)
+        limit = host_limit()
+        share = limit.size // layout.world_size
+        there = MemoryThere(share, f"the {in_gigabytes(share)} that a rank has of {limit.name}", on_gpu=False)
+    return fit_memory(config, layout=layout, there=there)
 
 
 @run_commands.command("prepare")
+@out_of_memory_in_words("data.sources in smaller files", "data.document_separator, to cut text into documents")
 def prepare_command(run: RunFile, overrides: Overrides = None) -> None:
     """Turn the sources into a tokenizer and training data; parts that are done are skipped."""
     from configs.load import load_run
@@ -49,7 +129,8 @@ def prepare_command(run: RunFile, overrides: Overrides = None) -> None:
     from data_pipeline.prepare import prepare_data
     from launch.show.run import show_prepared
 
-    show_prepared(prepare_data(config.data, folder=data_folder(config), progress=True))
+    with run_file_named(run, overrides or []):
+        show_prepared(prepare_data(config.data, folder=data_folder(config), progress=True))
 
 
 @run_commands.command("train")
@@ -63,29 +144,50 @@ def train_command(
     accept_change: Annotated[
         bool, typer.Option("--accept-change", help="Resume even if the model or the data has changed.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the plan; start and write nothing.")
+    ] = False,
 ) -> None:
     """Train, resuming from the newest checkpoint; start local ranks, or join those of srun or torchrun."""
     from configs.load import load_run
     from launch.failure import ending_at_once
-    from parallel.start import find_process_rank, hold_stop_signals
+    from parallel.start import find_process_rank
 
     config = load_run(run, overrides=overrides or [])
     process_rank = find_process_rank(os.environ)
-    if process_rank is None:
-        options = ["--accept-change"] if accept_change else []
-        raise SystemExit(_start_local_ranks(config, run=run, overrides=overrides or [], ranks=ranks, options=options))
-    if ranks is not None:
+    if process_rank is not None and ranks is not None:
         raise InputError(
             f"--ranks {ranks} starts local ranks, but this is rank {process_rank.rank} of {process_rank.world_size} "
             f"already: leave --ranks out under {process_rank.starter}"
         )
+    if dry_run:
+        from launch.show.console import show_lines
+        from launch.start_check import dry_run_lines
+
+        with run_file_named(run, overrides or []):
+            show_lines(*dry_run_lines(config, process_rank, ranks=ranks, environ=os.environ))
+        return
+    if process_rank is None:
+        options = ["--accept-change"] if accept_change else []
+        with run_file_named(run, overrides or []):
+            code = _start_local_ranks(config, run=run, overrides=overrides or [], ranks=ranks, options=options)
+        raise SystemExit(code)
+
+    with ending_at_once(), run_file_named(run, overrides or []):
+        _train_one_rank(config, process_rank, accept_change=accept_change)
+
+
+def _train_one_rank(config: "RunConfig", place: "ProcessRank", *, accept_change: bool) -> None:
+    from launch.show.train import following_rank
+    from parallel.start import hold_stop_signals
+    from training.rank_errors import rank_failures_in_words
 
     # The import below takes seconds. A SIGTERM meanwhile must wait until the rank can save.
     hold_stop_signals()
-    with ending_at_once():
+    with following_rank(config, place, environ=os.environ) as terminal, rank_failures_in_words(config, place):
         from training.run import train_rank
 
-        train_rank(config, process_rank, accept_change=accept_change)
+        train_rank(config, place, accept_change=accept_change, terminal=terminal)
 
 
 def _start_local_ranks(
@@ -102,31 +204,35 @@ def _start_local_ranks(
     """
     from configs.paths import logs_folder
     from launch.local import STOPPED_BY_HAND, start_ranks
-    from launch.machine import gpu_count
     from launch.show.console import show_lines
+    from launch.show.train import following_launcher, say_end, train_command_line, verbosity_options
+    from launch.start_check import check_start, finished_line
     from training.export.formats.table import export_problems
     from training.incarnation import refuse_second_start, sole_launcher
-    from training.preflight import make_ready
+    from training.rank_errors import rank_out_of_memory
 
-    gpus = gpu_count(os.environ)
-    ranks = ranks or gpus or config.parallel.tensor * config.parallel.pipeline
-    if 0 < gpus < ranks:
-        raise InputError(
-            f"--ranks {ranks} is more than this machine's GPUs ({gpus}): start {gpus} or fewer, "
-            'or set CUDA_VISIBLE_DEVICES="" for CPU ranks'
-        )
-    ready = make_ready(config, world_size=ranks, device="cuda" if gpus else "cpu")
+    ready, device = check_start(config, ranks=ranks, environ=os.environ)
     if ready.finished:
-        show_lines(f"{ready.run_dir} is trained to its last step, {config.train.steps}: raise train.steps to continue")
+        show_lines(finished_line(ready))
         return 0
     if ready.newest is None:  # said before training, not after it
         show_lines(*export_problems(config.model).values())
     refuse_second_start(ready.run_dir)
     sets = [argument for override in overrides for argument in ("--set", override)]
     # -P keeps the working directory off sys.path: the user may have a folder called training or configs there.
-    command = [sys.executable, "-P", "-m", "trainshort", "train", *options, *sets, "--", run]
-    with sole_launcher(ready.run_dir):
-        code = start_ranks(command, ranks=ranks, logs=logs_folder(ready.run_dir), environment=os.environ)
+    spoken = verbosity_options()
+    given_ranks = ["--ranks", str(ranks)] if ranks else []
+    command = [sys.executable, "-P", "-m", "trainshort", "train", *spoken, *options, *sets, "--", run]
+    again = train_command_line(run, options=[*spoken, *options, *given_ranks], overrides=overrides)
+    with sole_launcher(ready.run_dir), following_launcher(ready, device=device, environ=os.environ):
+        code = start_ranks(
+            command,
+            ranks=ready.layout.world_size,
+            logs=logs_folder(ready.run_dir),
+            environment=os.environ,
+            explain_memory=partial(rank_out_of_memory, config, ready.layout, on_gpu=False),
+        )
+        say_end(config, code=code, again=again)
         if code:
             _end_tracking(ready.run_dir, uri=config.track.uri, stopped=code == STOPPED_BY_HAND)
         return code

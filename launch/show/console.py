@@ -22,12 +22,13 @@ def show_json(document: Any) -> None:
     write_output(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
-def show_text(text: str) -> None:
+def show_text(text: str) -> bool:
     """Write text that a user wants as data: unchanged, as UTF-8 whatever the encoding of standard output.
 
-    Bytes of a file name that is not UTF-8 are written as they are in the name.
+    Bytes of a file name that is not UTF-8 are written as they are in the name. Return whether somebody may have read
+    it.
     """
-    write_output(text.encode("utf-8", "surrogateescape"))
+    return write_output(text.encode("utf-8", "surrogateescape"))
 
 
 def show_lines(*lines: str) -> None:
@@ -37,18 +38,23 @@ def show_lines(*lines: str) -> None:
 
 def show_table(table: Table) -> None:
     """Write a table, as wide as its cells need: a path stays on one line, to be copied."""
-    _show(table, width=_NO_LIMIT)
+    _show(table, width=None)
 
 
 def show_folded(grid: Table) -> None:
     """Write a table whose cells fold at the terminal's width; in a file or a pipe they do not, unless COLUMNS says."""
+    _show(grid, width=output_width())
+
+
+def output_width() -> int | None:
+    """Return the columns that output should fit into; None if any: in a file or a pipe, unless COLUMNS says."""
     limited = sys.stdout.isatty() or "COLUMNS" in os.environ
-    _show(grid, width=None if limited else _NO_LIMIT)
+    return Console().width if limited else None
 
 
 def _show(renderable: RenderableType, *, width: int | None) -> None:
     # Cells are data: without these, rich reads [red] as a colour and :smile: as an emoji.
-    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    console = Console(width=width or _NO_LIMIT, markup=False, emoji=False, highlight=False)
     write_output("".join(segment.text for segment in console.render(renderable)))
 
 

@@ -1,5 +1,6 @@
 """Output of `trainshort slurm --submit` and `trainshort jobs`."""
 
+import shlex
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def show_submitted(jobs: dict[str, str], *, run_dir: Path) -> None:
     """Write the ids of submitted jobs."""
     show_lines(
         *(f"submitted {name}: job {job_id}" for name, job_id in jobs.items()),
-        f"logs: {logs_folder(run_dir)}; where they are: trainshort jobs status {run_dir}",
+        f"logs: {logs_folder(run_dir)}; where they are: trainshort jobs status {shlex.quote(str(run_dir))}",
     )
 
 

@@ -1,13 +1,14 @@
-"""Output of `evaluate` and `generate`."""
+"""Output of `evaluate` and `export`."""
 
-from dataclasses import asdict
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.terminal import status_console
-from launch.show.console import narrow_table, show_json, show_lines, show_table, show_text
+from launch.show.console import narrow_table, show_lines, show_table
+from training.evaluation.report import protocol_name
 
 if TYPE_CHECKING:
-    from training.generation import GeneratedText
+    from training.export.run import ExportResult
 
 
 def show_report(report: dict[str, Any]) -> None:
@@ -27,8 +28,7 @@ def show_report(report: dict[str, Any]) -> None:
         ]
         if per_word:
             cells.append(f"{result['word_perplexity']:,.4g}" if "word_perplexity" in result else "-")
-        sliding = result["protocol"] != "nonoverlapping"
-        table.add_row(*cells, f"sliding:{result['stride']}" if sliding else "nonoverlapping")
+        table.add_row(*cells, protocol_name(result))
     if report.get("unigram_perplexity") is not None:
         gap = ["-"] if per_word else []
         table.add_section()
@@ -36,18 +36,12 @@ def show_report(report: dict[str, Any]) -> None:
     show_table(table)
 
 
-def show_generated(generated: "GeneratedText", *, as_json: bool) -> None:
-    """Write a generated text and a line break; its timings go to standard error."""
-    if as_json:
-        show_json(asdict(generated))
-        return
-    show_text(f"{generated.text}\n")
-    each = "" if generated.token_seconds is None else f", {1000 * generated.token_seconds:.1f} ms for each further one"
-    total = generated.prompt_tokens + generated.tokens
-    status_console().print(
-        f"{generated.prompt_tokens} tokens of prompt in {generated.prefill_seconds:.2f} s, "
-        f"{generated.tokens} new{each}; "
-        f"{total:,} in all, {total / generated.train_length:.3g} x the training length"
-        f"{'; the document ended' if generated.ended else ''}",
-        soft_wrap=True,
+def show_export(result: "ExportResult", *, checkpoint: Path) -> None:
+    """Write how an export compared, the longest text that it allows, and in the last line its folder."""
+    facts = result.facts
+    advice = f"; run `trainshort evaluate {shlex.quote(str(checkpoint))}` and export again"
+    show_lines(
+        f"exported {result}",
+        f"longest text: {facts.longest:,} tokens, {facts.reason}{'' if facts.report else advice}",
+        f"exported: {result.folder}",
     )

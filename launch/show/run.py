@@ -1,5 +1,8 @@
-"""Output of `check` and `prepare`."""
+"""Output of `init`, `check` and `prepare`."""
 
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.paths import data_folder, run_folder
@@ -13,8 +16,8 @@ if TYPE_CHECKING:
     from data_pipeline.manifest import Prepared
 
 
-def run_summary(config: RunConfig) -> dict[str, Any]:
-    """Return the figures that `check` reports of a valid run."""
+def run_summary(config: RunConfig, *, notes: Sequence[str]) -> dict[str, Any]:
+    """Return the figures that `check` reports of a valid run, and what it noticed around it."""
     parallel, model = config.parallel, config.model
     return {
         "run": config.run.name,
@@ -33,12 +36,13 @@ def run_summary(config: RunConfig) -> dict[str, Any]:
         "zero": parallel.zero,
         "data": str(data_folder(config)),
         "export_problems": export_problems(model),
+        "notes": list(notes),
     }
 
 
-def show_summary(config: RunConfig) -> None:
-    """Write the summary of a valid run."""
-    summary = run_summary(config)
+def show_summary(config: RunConfig, *, notes: Sequence[str]) -> None:
+    """Write the summary of a valid run, and what `check` noticed around it."""
+    summary = run_summary(config, notes=notes)
     model_ranks = summary["tensor"] * summary["pipeline"]
     show_lines(
         f"{summary['run']} is valid",
@@ -50,6 +54,7 @@ def show_summary(config: RunConfig) -> None:
         f"ranks in multiples of {model_ranks}",
         f"  folders   run {summary['dir']}, data {summary['data']}",
         *(f"  export    {name}: {problem}" for name, problem in summary["export_problems"].items()),
+        *(f"note: {note}" for note in summary["notes"]),
     )
 
 
@@ -60,3 +65,14 @@ def show_prepared(prepared: "Prepared") -> None:
     for part in prepared.parts:
         table.add_row(printable(part.name), f"{part.documents:,}", f"{part.tokens:,}")
     show_table(table)
+
+
+def show_new_file(file: Path, *, source: str) -> None:
+    """Write what to do with a run file that `init` has written."""
+    name = shlex.quote(str(file))
+    show_lines(
+        f"{file} is written from {source}: edit it, data.sources first, then type",
+        f"  trainshort check {name}",
+        f"  trainshort prepare {name}",
+        f"  trainshort train {name}",
+    )

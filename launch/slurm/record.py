@@ -1,5 +1,6 @@
 """Record of a run's submitted jobs: RUN_DIR/slurm/jobs.json."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import InputError
 from configs.files import whole_file
-from configs.paths import chain_file
+from configs.paths import chain_file, config_file
 from launch.slurm.query import Job, find_job
 from launch.slurm.script import job_name
 
@@ -43,8 +44,10 @@ def read_chain(run_dir: Path) -> Chain:
     try:
         return _ADAPTER.validate_json(chain_file(run_dir).read_bytes())
     except FileNotFoundError:
+        # the file of a run that was trained here without SLURM
+        file = shlex.quote(str(config_file(run_dir))) if config_file(run_dir).is_file() else "RUN.yaml"
         raise InputError(
-            f"{run_dir} has no submitted jobs: submit them with trainshort slurm RUN.yaml --submit"
+            f"{run_dir} has no submitted jobs: submit them with trainshort slurm {file} --submit"
         ) from None
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]  # one is enough: nobody edits this file by hand
@@ -77,5 +80,5 @@ def refuse_active_jobs(run_dir: Path) -> None:
         if not job.ended:
             raise InputError(
                 f"{run_dir} has job {job.job_id} ({name}, {job.state}) already: wait for it, or end it with "
-                f"trainshort jobs stop {run_dir}"
+                f"trainshort jobs stop {shlex.quote(str(run_dir))}"
             )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from launch.slurm.record import find_jobs, read_chain, refuse_active_jobs
 from launch.slurm.script import CHAIN_JOBS, STOPPED_EXIT_CODE
 from launch.slurm.submit import job_secrets, sole_submission, submit_jobs
 from training.checkpoint.manifest import list_checkpoints, step_folder
+from training.evaluation.kept import HELD_OUT, NEWEST, is_held_out
 from training.export.formats.table import CHAIN_FORMAT
 from training.folder import report_write_errors
 
@@ -149,8 +151,9 @@ def remaining_jobs(run_dir: Path) -> tuple[str, ...]:
     if not last.is_dir():
         return CHAIN_JOBS
     # The newest report may be of another checkpoint, which the user evaluated by hand.
-    evaluations = (evaluation_folder(run_dir), evaluation_folder(run_dir) / last.name)
-    reports = [folder / "report.json" for folder in evaluations if _is_newer(folder / "report.json", last)]
+    folder = evaluation_folder(run_dir)
+    places = (folder / last.name / f"{HELD_OUT}.json", folder / last.name / f"{NEWEST}.json", folder / f"{NEWEST}.json")
+    reports = [report for report in places if _is_newer(report, last)]
     if not any(_is_complete(report, config=config, checkpoint=last) for report in reports):
         return CHAIN_JOBS[1:]
     return () if _is_newer(export_folder(run_dir, form=CHAIN_FORMAT), last) else CHAIN_JOBS[2:]
@@ -161,9 +164,9 @@ def _is_newer(result: Path, checkpoint: Path) -> bool:
 
 
 def _is_complete(report: Path, *, config: RunConfig, checkpoint: Path) -> bool:
-    """Return whether a report is of this checkpoint and has all lengths and protocols of the run.
+    """Return whether a report is of this checkpoint and the held-out text, with all lengths and protocols of the run.
 
-    The report may come from an evaluation that the user ran by hand with other lengths.
+    The report may come from an evaluation that the user ran by hand with other lengths, or on another text.
     """
     wanted = {(length, protocol) for length in config.evaluation_lengths for protocol in config.evaluate.protocols}
     try:
@@ -172,7 +175,8 @@ def _is_complete(report: Path, *, config: RunConfig, checkpoint: Path) -> bool:
             (result["length"], f"sliding:{result['stride']}" if result["protocol"] == "sliding" else result["protocol"])
             for result in document["results"]
         }
-        return Path(document["checkpoint"]).name == checkpoint.name and wanted <= measured
+        is_of_run = Path(document["checkpoint"]).name == checkpoint.name and is_held_out(document)
+        return is_of_run and wanted <= measured
     except (OSError, ValueError, KeyError, TypeError):
         return False  # a broken report: evaluate again
 
@@ -206,13 +210,14 @@ def _advice(run_dir: Path, jobs: dict[str, Job], *, nodes: int) -> str | None:
 
 
 def _advice_while_active(name: str, job: Job, *, run_dir: Path, log: Path, nodes: int) -> str | None:
+    folder = shlex.quote(str(run_dir))
     if "held" in job.reason.lower():
         return f"{name} is held ({job.reason}): see why in sinfo -R and {log}, then scontrol release {job.job_id}"
     if job.state != "PENDING":
         return None
     if PERMANENT_REASONS.fullmatch(job.reason):
         return (
-            f"{name} will never start as it is ({job.reason}): trainshort jobs stop {run_dir}, change the slurm "
+            f"{name} will never start as it is ({job.reason}): trainshort jobs stop {folder}, change the slurm "
             "section, and submit again"
         )
     if not PASSING_REASONS.fullmatch(job.reason):
@@ -221,12 +226,13 @@ def _advice_while_active(name: str, job: Job, *, run_dir: Path, log: Path, nodes
 
 
 def _advice_after_end(name: str, state: str, *, run_dir: Path, log: Path, is_training: bool) -> str | None:
+    folder = shlex.quote(str(run_dir))
     if state == UNKNOWN_STATE:
-        return f"SLURM has forgotten {name}: read {log}, then trainshort jobs resume {run_dir}"
+        return f"SLURM has forgotten {name}: read {log}, then trainshort jobs resume {folder}"
     if state == "STOPPED":
-        return f"stopped: trainshort jobs resume {run_dir} continues it"
+        return f"stopped: trainshort jobs resume {folder} continues it"
     if state == "CANCELLED" and is_training:
-        return f"{name} is cancelled: once train has ended, trainshort jobs resume {run_dir} submits what is left"
+        return f"{name} is cancelled: once train has ended, trainshort jobs resume {folder} submits what is left"
     if state != "COMPLETED":
-        return f"{name} ended {state}: read {log}, then trainshort jobs resume {run_dir}"
+        return f"{name} ended {state}: read {log}, then trainshort jobs resume {folder}"
     return None

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from launch.slurm.script import (
 )
 from training.folder import report_write_errors, with_fixed_keys
 from training.preflight import make_ready
+from training.tracking.store import choose_store, require_known_scheme
 from training.versions import CODE, HOUSE, SOURCE, VERSIONS, installed_versions, source_code
 
 
@@ -82,6 +84,7 @@ def submit_run(config: RunConfig, *, nodes: int, folder: Path) -> dict[str, str]
 
 def _check_run(config: RunConfig, *, nodes: int) -> RunConfig:
     """Return the run with the keys that its first start fixed, checked as far as this machine can."""
+    require_known_scheme(choose_store(config.track.uri, run_dir=run_folder(config), variables=os.environ))
     if config.slurm.container:  # the packages installed here are not those of the image
         config = with_fixed_keys(config, run_dir=check_run_folder(config))
         load_trainable(config.data, folder=data_folder(config), validates=bool(config.evaluate.every))
@@ -101,7 +104,8 @@ def sole_submission(run_dir: Path) -> Iterator[None]:
 
     def refuse() -> None:
         raise InputError(
-            f"{run_dir} is being submitted by another process: wait for it, then see trainshort jobs status {run_dir}"
+            f"{run_dir} is being submitted by another process: wait for it, then see "
+            f"trainshort jobs status {shlex.quote(str(run_dir))}"
         )
 
     with report_write_errors(run_dir):

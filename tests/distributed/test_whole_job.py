@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 import signal
 import sqlite3
 import struct
@@ -21,6 +23,7 @@ from tests.support.processes import PATIENCE_SECONDS, PROGRAM, exact, metrics, t
 from tests.support.small_run import WHOLE_JOB, overrides_of, set_options
 from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import open_checkpoint
+from training.evaluation.usable import usable_length
 from training.model.single import load_single
 
 PROMPT = topics["with"][:1200]  # longer than the training length
@@ -36,8 +39,9 @@ class Job:
 
     Attributes:
         folder: Where they ran; the run folders are one/run and two/run.
-        stopped: The metrics of the first start, which ended on SIGTERM.
+        stopped: The metrics of the first start, which ended on Ctrl-C.
         saved: The steps of its checkpoints.
+        resumed: What the second start said.
         report: Output of `evaluate --json`.
         exported: Output of `export`.
         generated: Output of `generate --json` for a prompt longer than the training length.
@@ -48,6 +52,7 @@ class Job:
     folder: Path
     stopped: list[dict[str, Any]]
     saved: list[int]
+    resumed: str
     report: str
     exported: str
     generated: str
@@ -75,7 +80,7 @@ def run(run_dir: str) -> list[str]:
 
 
 def train_and_stop(folder: Path, run_dir: str, *, after_lines: int) -> None:
-    """Train until there are some lines of metrics, then send SIGTERM to the launcher."""
+    """Train until there are some lines of metrics, then press Ctrl-C."""
     with (folder / "first.log").open("w+") as log:
         process = subprocess.Popen([*PROGRAM, "train", *run(run_dir)], cwd=folder, stdout=log, stderr=log)
 
@@ -85,7 +90,7 @@ def train_and_stop(folder: Path, run_dir: str, *, after_lines: int) -> None:
 
         try:
             wait_until(enough_lines, lambda: "no metrics", pause_seconds=0.02)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
             assert process.wait(timeout=PATIENCE_SECONDS) == 0, log.read()
         finally:
             process.kill()
@@ -105,7 +110,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     train_and_stop(folder, "one/run", after_lines=2)
     stopped = metrics(folder / "one" / "run")
     saved = [each.step for each in list_checkpoints(folder / "one" / "run")]
-    done(folder, "train", *run("one/run"))
+    resumed = trainshort(folder, "train", *run("one/run"))
+    assert resumed.returncode == 0, resumed.stderr
     done(folder, "train", *run("two/run"))
     before = states(folder)
     again = done(folder, "train", *run("one/run"))
@@ -113,8 +119,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     report = done(folder, "evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
     exported = done(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
-    generated = done(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--json")
-    return Job(folder, stopped, saved, report, exported, generated, again, changed)
+    generated = done(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--greedy", "--json")
+    return Job(folder, stopped, saved, resumed.stderr, report, exported, generated, again, changed)
 
 
 def test_a_stopped_run_has_saved_the_last_step_that_it_finished(job: Job) -> None:
@@ -122,6 +128,45 @@ def test_a_stopped_run_has_saved_the_last_step_that_it_finished(job: Job) -> Non
     assert 2 <= len(steps) < STEPS, "the stop came too late to test anything"
     assert steps == list(range(1, len(steps) + 1))
     assert job.saved == sorted({*range(4, len(steps) + 1, 4), len(steps)})
+
+
+def test_a_file_and_the_log_have_the_whole_story(job: Job) -> None:
+    first, second = (job.folder / "first.log").read_text(), job.resumed
+    assert (job.broken / "logs" / "rank_0.log").read_text() == first + second
+    assert "\x1b" not in first + second
+    assert all(len(line) <= 80 for line in second.splitlines() if "/" not in line and "deterministic" not in line)
+    stop, last = len(job.stopped), f"one/run/checkpoints/step_{STEPS:07d}"
+    begin, *_ = first.splitlines()
+    assert begin.endswith("  demo in one/run")
+    for words in (
+        f" parameters; {STEPS} steps of 2,048 tokens, 24.6k in all\n",
+        "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32\nimporting torch",
+        "ALiBi verified on 4 ranks: attention sdpa, fp32, ",
+        "building the index of samples, data/index/",
+        "starting new: one/run has no checkpoint\nMLflow: sqlite:",
+        "\ntraining from step 1\nstep 1/12  loss ",
+        "\nsaving, press again to end without saving\n",
+        f"\nsaved step {stop}: one/run/checkpoints/step_{stop:07d} (",
+        f"\nstopped after step {stop}, saved: start again to continue\ntotal ",
+        f"\nto continue: {shlex.join(['trainshort', 'train', *run('one/run')])}\n",
+    ):
+        assert words in first, first
+    for words in (
+        f"\nto go: {STEPS - stop} steps, ",
+        f"\nResuming from step {stop}, one/run/checkpoints/step_{stop:07d}\n",
+        f"\ntraining from step {stop + 1}\nstep {stop + 1}/{STEPS}  loss ",
+        f"\nstep {STEPS}/{STEPS}  loss ",
+        f"\nsaved step {STEPS}: {last} (",
+        " tokens/s (training alone), peak memory ",
+    ):
+        assert words in second, second
+    assert second.endswith("\nnext: trainshort evaluate one/run\n")
+    story = first + second
+    assert re.findall(r"^validation at step (\d+): loss ", story, re.MULTILINE) == ["5", "10"]
+    saves = [int(step) for step in re.findall(r"^saved step (\d+): ", story, re.MULTILINE)]
+    assert saves == sorted({*job.saved, *range(4, STEPS + 1, 4)})
+    best = min((line["validation_loss"], line["step"]) for line in metrics(job.broken) if "validation_loss" in line)
+    assert f"best validation: loss {best[0]:.4f} at step {best[1]}\n" in second
 
 
 def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None:
@@ -168,6 +213,8 @@ def test_the_exported_model_has_the_logits_of_the_trained_one(job: Job) -> None:
 
     folder = job.broken / "export" / "hf"
     assert job.exported.startswith(f"exported one/run/export/hf: at lengths {LENGTH} and {4 * LENGTH} logits differ by")
+    assert job.exported.endswith("\nexported: one/run/export/hf\n")
+    assert json.loads((folder / "config.json").read_text())["seq_length"] == usable_length(json.loads(job.report))
     text = topics["with"]
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, : 4 * LENGTH]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -212,20 +259,26 @@ def test_every_start_and_the_export_leave_a_certificate(job: Job) -> None:
 def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
     with closing(sqlite3.connect(job.folder / "one" / "mlflow.db")) as database:
         runs = database.execute("select run_uuid, name, status from runs").fetchall()
-        losses = database.execute("select step, value from metrics where key = 'loss' order by step").fetchall()
+        losses = database.execute("select step, value from metrics where key = 'train/loss' order by step").fetchall()
         evaluated = database.execute("select distinct key from metrics where key like 'evaluation/%'").fetchall()
     ((run_id, name, status),) = runs
     assert (name, status) == ("demo", "FINISHED")
     assert json.loads((job.broken / "mlflow_run.json").read_text())["run_id"] == run_id
     assert losses == [(line["step"], line["loss"]) for line in metrics(job.broken)]
-    assert len(evaluated) == 4
+    last = f"step_{STEPS:07d}"
+    prefix = "evaluation/held-out/nonoverlapping"
+    assert {key for (key,) in evaluated} == {
+        f"{prefix}/{last}/perplexity",
+        *(f"{prefix}/{length}/{name}" for length in (LENGTH, 2 * LENGTH) for name in ("loss", "perplexity")),
+    }
     artifacts = job.folder / "one" / "mlartifacts" / run_id / "artifacts"
     assert {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()} == {
         "certificates.jsonl",
         "config.yaml",
-        "evaluation/report.json",
-        "evaluation/report.md",
-        "evaluation/perplexity.png",
+        "environment.json",
+        f"evaluation/{last}/held-out.json",
+        f"evaluation/{last}/held-out.md",
+        f"evaluation/{last}/held-out.png",
         "export/certificate.json",
     }
 

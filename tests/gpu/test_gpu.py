@@ -15,7 +15,7 @@ from configs.precisions import PRECISIONS
 from configs.schema import Model
 from parallel.groups import lone_groups
 from tests.support.models import LAYERS, VOCABULARY, make_decoder, make_wandering_decoder
-from training.generation import Sampling, continue_tokens
+from training.generation import continue_tokens
 from training.model.attention import make_attention
 from training.model.kernels.reference import Reference
 from training.model.positions.alibi import slopes
@@ -25,6 +25,7 @@ from training.model.proof.audit import audit
 from training.model.proof.certificate import certify
 from training.model.single import SingleModel
 from training.preflight import installed_packages
+from training.sampling import Sampling
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

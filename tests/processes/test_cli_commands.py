@@ -39,6 +39,7 @@ def run_file(folder: Path, values: dict[str, Any]) -> str:
         ("check", "alibi-1b3"),
         ("slurm", "alibi-1b3", "--nodes", "4"),
         ("checkpoint", "list", "."),
+        ("runs", str(OLD_RUN.parent)),
         ("checkpoint", "reshape", str(OLD_RUN), "--dry-run"),
     ],
 )
@@ -68,8 +69,27 @@ def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
     shown = trainshort("--help", folder=tmp_path).stdout
     commands = [line.split()[1] for line in shown.split("Commands")[1].splitlines() if line[2:3].isalpha()]
     assert commands == [
-        *("check", "prepare", "train", "evaluate", "generate", "export", "slurm", "doctor", "checkpoint", "jobs")
+        *("init", "check", "prepare", "train", "evaluate", "compare", "generate", "export", "slurm", "doctor"),
+        *("runs", "checkpoint", "jobs"),
     ]
+
+
+@pytest.mark.parametrize("plain", [{"NO_COLOR": "1", "TERM": "xterm"}, {"TERM": "dumb"}, {}])
+def test_escape_codes_reach_a_terminal_that_wants_them(plain: dict[str, str], tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    subprocess.run(
+        [sys.executable, "-P", "-m", "trainshort", "check", "--help"],
+        cwd=tmp_path,
+        env={**kept, "TERM": "xterm", **plain},
+        stdout=theirs,
+        stderr=theirs,
+        check=True,
+        timeout=60,
+    )
+    os.close(theirs)
+    assert (b"\x1b" in os.read(ours, 1 << 16)) == (not plain)
+    os.close(ours)
 
 
 def test_check_summarizes_the_run(tmp_path: Path) -> None:
@@ -115,7 +135,7 @@ def test_train_refuses_before_any_process_starts(tmp_path: Path, run_values: dic
         "ranks must be a multiple of parallel.tensor x parallel.pipeline (2 x 2 = 4), got 3: start 4 or 8 ranks"
     )
     assert one_line(trainshort("train", run, folder=tmp_path)) == (
-        "data is not prepared in run/data: run `trainshort prepare`"
+        f"data is not prepared in run/data (relative to {tmp_path}): run `trainshort prepare small.yaml`"
     )
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").write_text("")

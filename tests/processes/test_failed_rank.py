@@ -88,7 +88,47 @@ def test_the_launcher_names_a_rank_that_left_a_collective(tmp_path: Path, capfd:
     command = [sys.executable, "-P", "-c", BLOCKED + PENDING]
     assert start_ranks(command, ranks=2, logs=tmp_path, environment=environment()) == 2
     assert time.monotonic() - began < 3 * SECONDS
-    assert capfd.readouterr().err.endswith(f"; the end of {tmp_path}/rank_1.log:\n  error: rank 1 has no data\n")
+    assert capfd.readouterr().err == "error: rank 1 has no data\n"
+
+
+# What `ulimit -v` does, on one of the ranks.
+SHORT_OF_MEMORY = """
+import os
+import resource
+from configs.load import load_run
+from launch.failure import ending_at_once
+from parallel.start import find_process_rank
+from training.rank_errors import rank_failures_in_words
+
+place = find_process_rank(os.environ)
+with ending_at_once(), rank_failures_in_words(load_run("demo", overrides=["parallel.pipeline=1"]), place):
+    import torch
+    import torch.distributed as dist
+    from parallel.start import start
+
+    start(place)
+    dist.barrier()
+    if place.rank == 1:
+        held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (64 << 20), resource.RLIM_INFINITY))
+        torch.ones(1 << 28)
+    dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_a_rank_out_of_memory_says_so_and_the_others_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-P", "-c", SHORT_OF_MEMORY]
+    assert start_ranks(command, ranks=2, logs=tmp_path, environment=environment()) == 3
+    first, place, held, limit, *changes = capfd.readouterr().err.splitlines()
+    assert first == "error: rank 1 ran out of memory"
+    assert place.startswith("  place: tensor rank 1, pipeline rank 0, data rank 0, on ")
+    assert held.endswith(" GB of address space, and asked for 1.07 GB more")
+    assert limit.endswith(" GB, the address space that ulimit -v allows")
+    assert changes[1:3] == ["    train.micro_batch 8 -> 4", "    train.recompute false -> true"]
+    assert "Traceback" in (tmp_path / "rank_1.log").read_text()
+    other = (tmp_path / "rank_0.log").read_text()
+    assert "Traceback" in other
+    assert other.splitlines()[-1].startswith("error: rank 0 lost its connection to the other ranks: the cause is in")
 
 
 def test_a_rank_that_cannot_start_ends_at_once(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_superseded_start_leaves_the_mlflow_status_alone(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(MlflowTracker, "start", lambda *_: None)
+    monkeypatch.setattr(MlflowTracker, "start", lambda *_, **__: None)
     monkeypatch.setattr(MlflowTracker, "finish", lambda _, status: ended.append(status))
     observer = TrackingObserver(rank.config(tmp_path), run_dir=tmp_path, certificate=tmp_path / "certificate.json")
     observer.close("SUPERSEDED")

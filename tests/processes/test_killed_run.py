@@ -4,6 +4,7 @@ import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,7 +28,8 @@ def test_the_launcher_ends_the_mlflow_run_of_killed_ranks(
     folder: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = folder / "run"
-    monkeypatch.setattr(preflight, "load_trainable", lambda *_, **__: None)  # no rank reads it
+    monkeypatch.setattr(preflight, "load_trainable", lambda *_, **__: Mock(vocab_size=600))  # no rank reads it
+    said: list[str] = []
 
     def train(code: int, *, until: str | None = None, alive: bool = False) -> list[str]:
         """Start training with ranks that leave what killed ranks leave, and return the status of each MLflow run."""
@@ -47,10 +49,16 @@ def test_the_launcher_ends_the_mlflow_run_of_killed_ranks(
             return code
 
         monkeypatch.setattr(local, "start_ranks", start_ranks)
-        assert trainshort("train", "run.yaml").code == code
+        answer = trainshort("train", "run.yaml", "--ranks", "4")
+        assert answer.code == code
+        said[:] = answer.error.splitlines()
         return statuses(folder)
 
     assert train(STOPPED_BY_HAND) == ["KILLED"], "a second Ctrl-C"
+    assert said[-2:] == [
+        "ended without saving: no finished step is lost, there is no checkpoint",
+        "to continue: trainshort train run.yaml --ranks 4",
+    ]
     assert train(1) == ["FAILED"], "killed for memory"
     assert train(1, until="FINISHED") == ["FINISHED"], "rank 0 has ended it"
     assert train(1, alive=True) == ["RUNNING"], "a newer start trains"

@@ -1,7 +1,9 @@
 """The local launcher starts ranks, forwards signals, and kills its ranks when it dies. Here a rank is a shell."""
 
 import contextlib
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import local
+from launch import local, rank_failure
 from launch.local import STOPPED_BY_HAND, start_ranks
 from launch.machine import core_count, gpu_count
+from training.host_memory import host_limit
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 
@@ -51,6 +54,7 @@ sys.exit(start_ranks(sys.argv[2:], ranks=2, logs=Path(sys.argv[1]), environment=
 """
 
 
+PRESSED = "saving, press again to end without saving\n"
 Launch = Callable[[str], "subprocess.Popen[bytes]"]
 
 
@@ -91,18 +95,17 @@ def end(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
     return process.returncode, output.decode()
 
 
-def test_each_rank_knows_its_number_and_rank_0_has_the_terminal(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    script = 'echo "$TRAINSHORT_RANK of $TRAINSHORT_RANKS, $OMP_NUM_THREADS"; test ! -e "$TRAINSHORT_RENDEZVOUS"'
+def test_each_rank_has_a_number_and_a_log_one_has_the_screen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = '[[ $TRAINSHORT_TERMINAL ]] && echo "told by $TRAINSHORT_RANK" >&$TRAINSHORT_TERMINAL; '
+    script += 'echo "$TRAINSHORT_RANK of $TRAINSHORT_RANKS, $OMP_NUM_THREADS"; test ! -e "$TRAINSHORT_RENDEZVOUS"'
     script += f' && test -d "$(dirname "$TRAINSHORT_RENDEZVOUS")" && echo "$TRAINSHORT_RENDEZVOUS" >>{tmp_path}/meet'
     assert start(script, tmp_path) == 0
     assert start(script, tmp_path, ranks=2, OMP_NUM_THREADS="7") == 0
     threads = max(1, core_count() // 3)
-    assert capfd.readouterr().out == f"0 of 3, {threads}\n0 of 2, 7\n"
+    assert capfd.readouterr() == ("", "told by 0\n" * 2)
+    assert (tmp_path / "rank_0.log").read_text() == f"0 of 3, {threads}\n0 of 2, 7\n"
     assert (tmp_path / "rank_1.log").read_text() == f"1 of 3, {threads}\n1 of 2, 7\n"
     assert (tmp_path / "rank_2.log").read_text() == f"2 of 3, {threads}\n"
-    assert not (tmp_path / "rank_0.log").exists()
     meeting = (tmp_path / "meet").read_text().splitlines()
     assert len(meeting) == 5
     assert len(set(meeting)) == 2
@@ -124,24 +127,79 @@ def test_the_cause_decides_the_exit_code(tmp_path: Path, capfd: pytest.CaptureFi
     # Rank 1 has the error, but the others lose their connection and end before it.
     script = f"if [[ $TRAINSHORT_RANK == 1 ]]; then sleep 0.2; echo 'error: no'; exit {code}; else exit 1; fi"
     assert start(script, tmp_path, grace_seconds=5) == code
-    assert f"rank 1 ended with exit code {code}" in capfd.readouterr().err
+    assert capfd.readouterr().err == "error: rank 1: no\n"
 
 
-def test_an_error_of_rank_0_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert start("echo 'error: bad input' >&2; exit 2", tmp_path) == 2
-    assert capfd.readouterr().err == "error: bad input\n"
+def test_an_error_of_rank_0_is_shown_once_with_its_details(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    says = "echo 'Traceback (most recent call last):'; echo 'error: two'; echo '  lines'; echo '    of it'; echo later"
+    assert start(f"[[ $TRAINSHORT_RANK == 0 ]] && {{ {says}; exit 2; }}; sleep 60", tmp_path) == 2
+    assert capfd.readouterr().err == "error: two\n  lines\n    of it\n"
+    # the nan of a loss is an error in words too, and its code is 1
+    assert start("[[ $TRAINSHORT_RANK == 2 ]] && { echo 'error: the loss is nan'; exit 1; }; sleep 60", tmp_path) == 1
+    assert capfd.readouterr().err == "error: rank 2: the loss is nan\n"
 
 
-def test_a_killed_rank_is_named_with_the_signal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert start("[[ $TRAINSHORT_RANK == 0 ]] && kill -KILL $$; sleep 60", tmp_path) == 1
-    assert capfd.readouterr().err == "error: rank 0 ended with signal 9 (SIGKILL)\n"
+def test_an_unexpected_exception_is_ours_and_its_log_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    script = "[[ $TRAINSHORT_RANK == 1 ]] && { python -c 'raise KeyError(7)'; echo later; exit 1; }; sleep 60"
+    ours = "error: rank 1 failed, which is a fault of trainshort: KeyError: 7\n"
+    ours += f"  please report it with the whole traceback, in {tmp_path}/rank_1.log"
+    assert start(script, tmp_path) == 1
+    assert capfd.readouterr().err == f"{ours}\n"
+    caplog.set_level(logging.DEBUG)
+    assert start(script, tmp_path) == 1
+    error = capfd.readouterr().err
+    assert error.startswith(f"{ours}; the end of {tmp_path}/rank_1.log:\n")
+    assert "\n  Traceback (most recent call last):\n" in error
+
+
+def test_the_rank_that_failed_by_itself_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # Rank 2 has the error. The others notice that its connection is closed, and end before it.
+    lost = 'echo "error: rank $TRAINSHORT_RANK lost its connection"; exit 4'
+    script = f"[[ $TRAINSHORT_RANK == 2 ]] && {{ sleep 0.3; echo 'error: boom'; exit 1; }}; {lost}"
+    assert start(script, tmp_path, grace_seconds=5) == 1
+    assert capfd.readouterr().err == "error: rank 2: boom\n"
+    assert start(lost, tmp_path) == 1
+    assert re.fullmatch(r"error: rank [012] lost its connection\n", capfd.readouterr().err)
 
 
 def test_a_killed_rank_is_named_before_ranks_that_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script = "[[ $TRAINSHORT_RANK == 2 ]] && { sleep 0.3; kill -KILL $$; }; exit 1"
-    assert start(script, tmp_path, grace_seconds=5) == 1
-    error = capfd.readouterr().err
-    assert error == f"error: rank 2 ended with signal 9 (SIGKILL); the end of {tmp_path}/rank_2.log:\n\n"
+    assert start(script, tmp_path, grace_seconds=5) == 3
+    first, reason, held, limit = capfd.readouterr().err.splitlines()
+    assert first == "error: rank 2 ended with signal 9 (SIGKILL), which the launcher did not send"
+    assert reason.startswith("  the kernel counts no kill for lack of memory: a person did it")
+    assert re.fullmatch(r"  held: [0-9.]+ GB at most, by the largest rank", held)
+    assert limit == f"  limit: {host_limit()}"
+
+
+@pytest.mark.parametrize(
+    ("kills", "words"),
+    [
+        ((4, 5), "ran out of memory: the kernel killed it, with signal 9 (SIGKILL)"),
+        ((None, None), "ended with signal 9 (SIGKILL), most likely from the kernel, for lack of memory"),
+    ],
+)
+def test_a_rank_that_the_kernel_killed_ran_out_of_memory(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kills: tuple[int | None, int | None],
+    words: str,
+) -> None:
+    monkeypatch.setattr(local, "oom_kills", lambda: kills[0])
+    monkeypatch.setattr(rank_failure, "oom_kills", lambda: kills[1])
+    assert start("[[ $TRAINSHORT_RANK == 1 ]] && kill -KILL $$; sleep 60", tmp_path) == 3
+    assert capfd.readouterr().err.startswith(f"error: rank 1 {words}\n  held: ")
+
+
+def test_a_rank_that_c_code_aborted_may_have_run_out_of_memory(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = """[[ $TRAINSHORT_RANK == 1 ]] && { echo "what():  std::bad_alloc"; kill -ABRT $$; }; exit 4"""
+    assert start(script, tmp_path) == 3
+    assert capfd.readouterr().err.startswith("error: rank 1 ran out of memory and was aborted, with signal 6 (SIGABRT)")
 
 
 def test_ranks_that_ignore_sigterm_are_killed_after_a_failure(tmp_path: Path) -> None:
@@ -158,7 +216,8 @@ def test_a_request_to_stop_lets_every_rank_save(launch: Launch, tmp_path: Path, 
     save = f"sleep 1; echo saved >{tmp_path}/saved$TRAINSHORT_RANK; exit 0"
     process = launch(f"trap '{save}' TERM; trap '' INT")
     process.send_signal(number)
-    assert end(process) == (0, "")
+    asked = "press again" if number == signal.SIGINT else f"asked by {number.name}; press Ctrl-C"
+    assert end(process) == (0, f"saving, {asked} to end without saving\n")
     assert (tmp_path / "saved0").exists()
     assert (tmp_path / "saved1").exists()
 
@@ -168,14 +227,14 @@ def test_a_second_ctrl_c_does_not_wait(launch: Launch, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     wait_until(lambda: (tmp_path / "asked").exists())
     process.send_signal(signal.SIGINT)
-    assert end(process) == (STOPPED_BY_HAND, "")
+    assert end(process) == (STOPPED_BY_HAND, PRESSED)
     assert not any(alive(pid) for pid in pids(tmp_path))
 
 
 def test_a_stop_before_anything_can_be_saved_is_exit_130(launch: Launch) -> None:
     process = launch("true")  # a rank without a trap: TERM ends it at once
     process.send_signal(signal.SIGTERM)
-    assert end(process) == (STOPPED_BY_HAND, "")
+    assert end(process)[0] == STOPPED_BY_HAND
 
 
 def test_a_terminals_ctrl_c_reaches_the_launcher_alone(launch: Launch, tmp_path: Path) -> None:
@@ -184,7 +243,7 @@ def test_a_terminals_ctrl_c_reaches_the_launcher_alone(launch: Launch, tmp_path:
     assert len(groups) == 2
     assert os.getpgid(process.pid) not in groups
     process.send_signal(signal.SIGINT)
-    assert end(process) == (0, "")
+    assert end(process) == (0, PRESSED)
 
 
 def test_ranks_die_with_a_killed_launcher(launch: Launch, tmp_path: Path) -> None:

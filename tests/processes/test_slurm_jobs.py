@@ -178,7 +178,12 @@ def test_a_report_counts_if_it_has_all_the_run_measures(
     report.rename(named)
     report.write_text('{"results": [')
     assert remaining_jobs(run_dir) == left, "the newest report may be of another checkpoint"
-    named.unlink()
+    kept = named.rename(named.with_name("held-out.json"))
+    assert remaining_jobs(run_dir) == left
+    document = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**document, "data": {"name": "book.txt"}, "text_path": "/texts/book.txt"}))
+    assert remaining_jobs(run_dir) == ("evaluate", "export"), "it is of another text"
+    kept.unlink()
     assert remaining_jobs(run_dir) == ("evaluate", "export")
 
 

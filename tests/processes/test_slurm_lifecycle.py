@@ -116,6 +116,13 @@ def test_a_failed_save_shows_the_errors_of_the_ranks(run_values: dict[str, Any],
     for request, code in ((STOP, 3), (LIMIT, 1)):
         done = run_script(train, tmp_path, DURING=request + fail)
         assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "error: the disk is full")
+    (tmp_path / "run" / "slurm" / "starts").unlink()
+    # An error of several lines is whole. Ranks that only lost the others are left out, and errors of earlier starts.
+    lost = "error: rank %s lost its connection to the other ranks: the cause is elsewhere"
+    fail = "".join(f"echo '{lost % rank}' >>run/logs/rank_{rank}.log; " for rank in (0, 2))
+    memory = "error: rank 1 ran out of memory\n  held: 5 GB\n  change:\n    train.micro_batch 8 -> 4\n  or more"
+    done = run_script(train, tmp_path, DURING=f"{fail}echo '{memory}' >run/logs/rank_1.log; exit 3")
+    assert done.stdout.endswith(f": read run/logs/rank_*.log\n{memory}\n")
 
 
 def test_an_error_of_an_earlier_start_is_not_repeated(run_values: dict[str, Any], tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def test_the_recorded_diff_restores_the_checkout(tmp_path: Path) -> None:
     checkout, again = tmp_path / "checkout", tmp_path / "again"
     (checkout / "training").mkdir(parents=True)
     (checkout / "trainshort.py").write_text("one\n")
-    git("init", "-q", folder=checkout)
+    git("init", "-q", "-b", "topic", folder=checkout)
+    git("remote", "add", "origin", "https://me:hunter2@host/our/code.git", folder=checkout)
     git("add", ".", folder=checkout)
     git("commit", "-q", "-m", "first", folder=checkout)
     (checkout / "trainshort.py").write_text("two\n")
@@ -109,11 +110,17 @@ def test_the_recorded_diff_restores_the_checkout(tmp_path: Path) -> None:
     (checkout / "notes.py").write_text("none of the packages' code\n")
     source = source_code(checkout)
     assert source is not None
+    assert (source["branch"], source["repository"]) == ("topic", "https://host/our/code.git")
     git("clone", "-q", str(checkout), str(again), folder=tmp_path)
     (tmp_path / "diff").write_text(source["diff"])
     git("apply", str(tmp_path / "diff"), folder=again)
     files = {path.relative_to(again): path.read_text() for path in again.rglob("*.py")}
     assert files == {Path("trainshort.py"): "two\n", Path("training/new module.py"): "new\n"}
+    git("checkout", "-q", "--detach", folder=checkout)
+    git("remote", "remove", "origin", folder=checkout)
+    source = source_code(checkout)
+    assert source is not None
+    assert source["branch"] is source["repository"] is None
 
 
 def test_package_versions_that_changed_are_refused_by_name(run_values: dict[str, Any], tmp_path: Path) -> None:

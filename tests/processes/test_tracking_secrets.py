@@ -49,9 +49,14 @@ def train(rank: OneRank, run_dir: Path, *overrides: str) -> None:
 
 
 def test_a_run_leaves_its_secrets_nowhere(
-    rank: OneRank, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    rank: OneRank,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # outside a job the section slurm is not logged
     run_dir = tmp_path / "runs" / "stored"
     train(rank, run_dir, *SECRETS)
     database = MlflowDatabase(tmp_path / "runs" / "mlflow.db")

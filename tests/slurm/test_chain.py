@@ -130,13 +130,19 @@ def test_two_jobs_share_a_node(home: Path) -> None:
             )
             for written, seen in (("5400", "5400"), ("'90'", "90"))
         ),
-        ("data.dir=elsewhere", 2, "data is not prepared in elsewhere: run `trainshort prepare`"),
+        (
+            "data.dir=elsewhere",
+            2,
+            "data is not prepared in elsewhere (relative to HOME): "
+            "run `trainshort prepare small.yaml --set run.dir=runs/refused --set data.dir=elsewhere`",
+        ),
     ],
 )
 def test_a_request_the_cluster_cannot_satisfy_is_one_line(home: Path, value: str, code: int, message: str) -> None:
     words = ("--set", "run.dir=runs/refused", "--set", value)
     done = trainshort(home, "slurm", "small.yaml", "--nodes", "2", "--submit", *words)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"error: {message}\n")
+    expected = message.replace("HOME", str(home))
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"error: {expected}\n")
     assert slurm("squeue", "--noheader") == ""
 
 

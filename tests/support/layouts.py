@@ -150,8 +150,7 @@ def train_one(
             outcomes.append(engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3))
     logits = {length: _logits(engine, length=length) for length in (LENGTH, 4 * LENGTH)}
     held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
-    validation = Validator(engine, HeldOut(), config=config, data=groups.data).loss_after(steps.stop)  # type: ignore[arg-type]
-    assert validation is not None
+    validation = Validator(engine, HeldOut(), config=config, data=groups.data).loss()  # type: ignore[arg-type]
     after = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)  # at the training length again
     outcomes.append(after)
     save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)

@@ -16,6 +16,10 @@ class PeakBytes(TorchDispatchMode):
         self.peak = self._alive = 0
         self._storages: set[int] = set()
 
+    def forget_peak(self) -> None:
+        """Count the most bytes from now on."""
+        self.peak = self._alive
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}
     ) -> Any:

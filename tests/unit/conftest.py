@@ -23,5 +23,6 @@ def _no_process() -> Iterator[None]:
         patch.setattr(subprocess.Popen, "__init__", refuse_process)
         for name in STARTERS:
             patch.setattr(os, name, refuse_process)
-        patch.setattr("training.folder.source_code", lambda: None)  # asks git
+        for module in ("training.folder", "training.evaluation.provenance"):
+            patch.setattr(f"{module}.source_code", lambda: None)  # asks git
         yield

@@ -115,7 +115,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused(trainshort: Call, prepared: Pa
     (prepared / "own.model").write_bytes(b"another")
     assert refused(trainshort, "train", "run.yaml", *sets) == (
         "data.tokenizer own.model is not the one that other was prepared with: "
-        "set data.dir to another folder, or delete that one and run `trainshort prepare`"
+        "set data.dir to another folder, or delete that one and run "
+        f"`trainshort prepare run.yaml {' '.join(sets)}`"
     )
     assert refused(trainshort, "prepare", "run.yaml", "--set", "data.tokenizer=no.model") == (
         "tokenizer no.model cannot be read (No such file or directory): check the path"
@@ -138,7 +139,7 @@ def nothing(folder: Path) -> None:
     pass
 
 
-AGAIN = "set data.dir to another folder, or delete that one and run `trainshort prepare`"
+AGAIN = "set data.dir to another folder, or delete that one and run `trainshort prepare run.yaml`"
 TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "a cut .bin": (
         cut("part-000.bin"),
@@ -153,7 +154,8 @@ TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "another vocabulary": (
         nothing,
         ["--set", "data.vocab_size=700"],
-        rf"data holds data prepared from other inputs: data.vocab_size was 600 then and is 700 now; {AGAIN}",
+        "data holds data prepared from other inputs: data.vocab_size was 600 then and is 700 now; "
+        f"{AGAIN[:-1]} --set data.vocab_size=700`",
     ),
     "a kernel for GPUs": (
         nothing,
@@ -168,7 +170,8 @@ TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "data that is not prepared": (
         nothing,
         ["--set", "data.dir=elsewhere"],
-        "data is not prepared in elsewhere: run `trainshort prepare`",
+        r"data is not prepared in elsewhere \(relative to .*\): "
+        "run `trainshort prepare run.yaml --set data.dir=elsewhere`",
     ),
     "text shorter than a sample": (
         nothing,

@@ -70,7 +70,9 @@ def test_a_broken_source_is_named_and_nothing_prepared(trainshort: Call, folder:
     assert last == f"error: {expected}"
     assert answer.error.count("error: ") == 1
     assert {path: content for path, content in contents(folder).items() if path in before} == before
-    assert refused(trainshort, "train", "run.yaml") == "data is not prepared in data: run `trainshort prepare`"
+    assert refused(trainshort, "train", "run.yaml") == (
+        f"data is not prepared in data (relative to {folder}): run `trainshort prepare run.yaml`"
+    )
 
 
 def test_missing_sources_are_refused_first(trainshort: Call, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 from pathlib import Path
 
@@ -52,6 +53,20 @@ def test_encoding_by_lines_is_encoding_in_one_go(tokenizer: Tokenizer) -> None:
     whole = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(BOOK)
     assert tokenizer.encode(BOOK) == whole
     assert len(whole) < 0.6 * len(BOOK)
+
+
+def test_text_decoded_token_by_token_is_the_whole_text(tokenizer: Tokenizer) -> None:
+    chance = random.Random(0)
+    by_bytes = tokenizer.encode("\x00")[0]  # the pieces of the bytes follow one another
+    assert list(tokenizer.decode_each([by_bytes + byte for byte in "日".encode()])) == ["日"]
+    for _ in range(2000):
+        raw = bytearray("".join(chance.choices("aé日👍€\u0301\ufffd\U0010ffff <", k=4)).encode())
+        for _ in range(chance.randrange(3)):  # no longer UTF-8
+            raw[chance.randrange(len(raw))] = chance.choice(b"\xe2\x82\xf0\x9f\xed\xa0\xc0\xff\x41\xf4\x90")
+        ids = [by_bytes + byte for byte in raw]
+        for _ in range(chance.randrange(3)):  # control pieces and others in between
+            ids.insert(chance.randrange(len(ids) + 1), chance.randrange(tokenizer.vocab_size))
+        assert "".join(tokenizer.decode_each(ids)) == tokenizer.decode(ids), ids
 
 
 def test_a_model_whose_pieces_hold_newlines_is_encoded_in_one_go(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.image
@@ -19,62 +18,48 @@ import pytest
 import torch
 
 from configs.errors import InputError
-from configs.load import check_run
 from tests.support.command_line import Call
+from tests.support.evaluation import (
+    CERTIFICATE,
+    PROVENANCE,
+    VOCAB,
+    UniformModel,
+    opened_checkpoint,
+    report_of,
+    text_of,
+    uniform_run,
+)
 from tests.support.small_run import small_run
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.plot import draw_plot
-from training.evaluation.report import build_report, format_table, word_perplexity, write_report
+from training.evaluation.report import (
+    build_report,
+    format_table,
+    word_perplexity,
+    write_report,
+)
 from training.evaluation.run import evaluate_checkpoint, plan_measurements
 from training.evaluation.text import EvaluationText
 from training.evaluation.windows import WindowProtocol, parse_protocol
 from training.tracking.tracker import MlflowTracker
 
-VOCAB = 32
-FILES = ("report.json", "report.md", "perplexity.png")
-CERTIFICATE = {"ranks": [{"position": "alibi", "backend": "sdpa", "precision": "fp32"}]}
-
-
-class UniformModel:
-    """A model for which every token is equally likely."""
-
-    certificate = CERTIFICATE
-
-    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.full(tokens[:, 1:].shape, math.log(VOCAB))
-
-
-def text(tokens: int, *, words: int | None = 100, unigram: float | None = 40.0) -> EvaluationText:
-    return EvaluationText("held-out", np.zeros(tokens, dtype=np.int64), words, unigram)
+NEWEST = ("report.json", "report.md", "perplexity.png")
+KEPT = ("held-out.json", "held-out.md", "held-out.png")
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run folder whose checkpoint of step 7 has a uniform model and 1000 held-out tokens."""
-    folder = tmp_path / "runs" / "one"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text("{}")
-    opened = SimpleNamespace(
-        path=folder / "checkpoints" / "step_0000007",
-        run_dir=folder,
-        step=7,
-        config=check_run(run_values, name="small"),
-    )
-    monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda path: opened)
-    monkeypatch.setattr("training.evaluation.run.held_out_text", lambda _: text(1000))
-    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: UniformModel())
-    return folder
+    return uniform_run(tmp_path / "runs" / "one", run_values, monkeypatch)
 
 
 def test_by_default_the_runs_lengths_and_protocols_are_measured(run_dir: Path) -> None:
     report = evaluate_checkpoint(run_dir, lengths=None, protocols=None, data=None)
     folder = run_dir / "evaluation"
     named = folder / "step_0000007"
-    assert {path.name for path in folder.iterdir()} == {*FILES, named.name}
-    assert {path.name: path.read_bytes() for path in named.iterdir()} == {
-        name: (folder / name).read_bytes() for name in FILES
-    }
+    assert {path.name for path in folder.iterdir()} == {*NEWEST, named.name}
+    assert {path.name for path in named.iterdir()} == {*KEPT}
     assert json.loads((folder / "report.json").read_text()) == report
+    assert json.loads((named / "held-out.json").read_text()) == report
     assert report["checkpoint"] == str(run_dir / "checkpoints" / "step_0000007")
     assert (report["train_length"], report["step"], report["position"]) == (32, 7, "alibi")
     assert (report["attention"], report["precision"]) == ("sdpa", "fp32")
@@ -110,10 +95,10 @@ def test_evaluations_at_once_keep_a_whole_report_each(run_dir: Path, monkeypatch
         path.write_text(str(report["step"]))
         return path
 
-    config = check_run(small_run(), name="small")
-    monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda path: SimpleNamespace(
-        path=path, run_dir=run_dir, step=int(path.name[-1]), config=config
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        "training.evaluation.run.open_checkpoint",
+        lambda path: opened_checkpoint(path, small_run(), step=int(path.name[-1])),
+    )
     monkeypatch.setattr("training.evaluation.run.load_single", lambda _: Waiting())
     monkeypatch.setattr("training.evaluation.folder.draw_plot", draw)
     folder = run_dir / "evaluation"
@@ -131,8 +116,8 @@ def test_evaluations_at_once_keep_a_whole_report_each(run_dir: Path, monkeypatch
     reports = {report["step"]: report for report in (each.result() for each in done)}
     for step, report in reports.items():
         named = folder / f"step_000000{step}"
-        assert json.loads((named / "report.json").read_text()) == report
-        assert f"step_000000{step}`" in (named / "report.md").read_text()
+        assert json.loads((named / "held-out.json").read_text()) == report
+        assert f"step_000000{step}`" in (named / "held-out.md").read_text()
     newest = drawn[-1]
     assert json.loads((folder / "report.json").read_text()) == reports[newest]
     assert f"step_000000{newest}`" in (folder / "report.md").read_text()
@@ -143,7 +128,7 @@ def test_evaluations_at_once_keep_a_whole_report_each(run_dir: Path, monkeypatch
 def test_a_report_that_cannot_be_written_is_still_shown(
     run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
     monkeypatch.setattr("training.evaluation.folder.write_report", full)
@@ -171,13 +156,12 @@ def test_any_name_of_a_text_or_run_folder_can_be_reported(tmp_path: Path) -> Non
     name = "a$x^{$ [red] :smile: \U0001f604 日本 `b``\n\udcff" + "long" * 20
     report = build_report(
         [PerplexityResult(32, WindowProtocol(stride=None), 992, 2.0)],
-        checkpoint=Path(name),
-        step=7,
-        train_length=32,
+        checkpoint=opened_checkpoint(Path(name), small_run(), step=7),
         certificate=CERTIFICATE,
         text=EvaluationText(name, np.zeros(1000, dtype=np.int64), 100, None),
+        provenance=PROVENANCE,
     )
-    json_path, table_path = write_report(report, tmp_path)
+    json_path, table_path = write_report(report, tmp_path, name="book", plot="book.png")
     assert draw_plot(report, tmp_path / "plot.png").stat().st_size > 1000
     assert json.loads(json_path.read_text()) == report
     shown = name.replace("\n", "\\n").replace("\udcff", "\\udcff")
@@ -196,13 +180,15 @@ def test_results_are_added_to_the_runs_mlflow_run(run_dir: Path) -> None:
     connection.close()
     assert statuses == [("one", "FINISHED")]
     assert rows == [
-        ("evaluation/nonoverlapping/64/loss", 7, 3.466),
-        ("evaluation/nonoverlapping/64/perplexity", 7, 32.0),
-        ("evaluation/sliding_16/64/loss", 7, 3.466),
-        ("evaluation/sliding_16/64/perplexity", 7, 32.0),
+        ("evaluation/held-out/nonoverlapping/64/loss", 7, 3.466),
+        ("evaluation/held-out/nonoverlapping/64/perplexity", 7, 32.0),
+        ("evaluation/held-out/nonoverlapping/step_0000007/perplexity", 64, 32.0),
+        ("evaluation/held-out/sliding_16/64/loss", 7, 3.466),
+        ("evaluation/held-out/sliding_16/64/perplexity", 7, 32.0),
+        ("evaluation/held-out/sliding_16/step_0000007/perplexity", 64, 32.0),
     ]
     artifacts = run_dir.parent / "mlartifacts"
-    assert {path.name for path in artifacts.rglob("evaluation/*")} == {"report.json", "report.md", "perplexity.png"}
+    assert {path.name for path in artifacts.rglob("evaluation/step_0000007/*")} == {*KEPT}
 
 
 @pytest.mark.parametrize(
@@ -242,24 +228,13 @@ def test_word_perplexity_is_the_texts_likelihood_per_word() -> None:
     assert word_perplexity(5.0, tokens=100_000, words=1) is None
 
 
-def report_of(*results: PerplexityResult, of: EvaluationText | None = None) -> dict[str, Any]:
-    return build_report(
-        results,
-        checkpoint=Path("runs/one/checkpoints/step_0000007"),
-        step=7,
-        train_length=32,
-        certificate=CERTIFICATE,
-        text=of or text(1000),
-    )
-
-
 def test_report_leaves_out_unknown_words_and_baseline(tmp_path: Path) -> None:
     bare = report_of(
-        PerplexityResult(32, WindowProtocol(stride=None), 992, 2.0), of=text(1000, words=None, unigram=None)
+        PerplexityResult(32, WindowProtocol(stride=None), 992, 2.0), of=text_of(1000, words=None, unigram=None)
     )
     assert bare["unigram_perplexity"] is None
     assert "word_perplexity" not in bare["results"][0]
-    json_path, table_path = write_report(bare, tmp_path / "new")
+    json_path, table_path = write_report(bare, tmp_path / "new", name="report", plot="perplexity.png")
     assert json.loads(json_path.read_text()) == bare
     assert "per word" not in table_path.read_text()
     assert "unigram" not in table_path.read_text()
@@ -270,8 +245,14 @@ def test_table_has_a_row_per_result() -> None:
         report_of(
             PerplexityResult(32, WindowProtocol(stride=None), 992, 2.0),
             PerplexityResult(80, WindowProtocol(stride=16), 976, 1.5),
-        )
+        ),
+        plot="held-out.png",
     )
+    assert "\n![Perplexity against length](held-out.png)\n" in table
+    assert (
+        "- evaluated 2026-01-02T03:04:05Z by trainshort 0.2.0, torch 2.13.0, commit 4ea461ed7004: "
+        "`trainshort evaluate 'a run'`\n"
+    ) in table
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert rows[1:] == [
         "| 32 | 1 | nonoverlapping | 992 | 2.0000 | 7.39 | 4.852e+08 |",
@@ -287,7 +268,7 @@ def test_plot_is_drawn_for_any_curve(tmp_path: Path, curve: Callable[[int], floa
         for n in range(4)
     ]
     for number, shown in enumerate((results, results[:4], results[:1])):
-        path = draw_plot(report_of(*shown, of=text(1000, unigram=25.0)), tmp_path / f"{number}.png")
+        path = draw_plot(report_of(*shown, of=text_of(1000, unigram=25.0)), tmp_path / f"{number}.png")
         picture = matplotlib.image.imread(path)
         assert picture.shape[0] > 400
         assert picture.std() > 0.01

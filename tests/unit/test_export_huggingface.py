@@ -40,16 +40,24 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path, vocab_si
     return out
 
 
-def write(out: Path, *, tokenizer: Path, vocab_size: int, model: Model = SHAPE) -> None:
+def write(
+    out: Path,
+    *,
+    tokenizer: Path,
+    vocab_size: int,
+    model: Model = SHAPE,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     FORMAT.check(model)
     with new_folder(out) as folder:
         FORMAT.write(
             folder,
-            weights=random_weights(SHAPE, vocab_size=vocab_size),
+            weights=weights or random_weights(SHAPE, vocab_size=vocab_size),
             model=model,
             vocab_size=vocab_size,
             tokenizer=tokenizer,
             sequence_length=32,
+            longest=96,
         )
 
 
@@ -123,7 +131,7 @@ def test_folder_holds_what_engines_read(exported: Path, tokenizer: Path, vocab_s
         "apply_residual_connection_post_layernorm": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "seq_length": 128,
+        "seq_length": 96,
         "train_length": 32,
         "dtype": "float32",
     }
@@ -187,18 +195,14 @@ def test_weights_that_do_not_fit_are_refused(tokenizer: Path, vocab_size: int, t
     weights = random_weights(SHAPE, vocab_size=vocab_size)
     del weights["blocks.1.attention_norm.bias"]
     with pytest.raises(AssertionError, match=r"h\.1\.input_layernorm\.bias"):
-        FORMAT.write(
-            tmp_path, weights=weights, model=SHAPE, vocab_size=vocab_size, tokenizer=tokenizer, sequence_length=32
-        )
+        write(tmp_path / "out", tokenizer=tokenizer, vocab_size=vocab_size, weights=weights)
 
 
 def test_unknown_parameters_are_refused(tokenizer: Path, vocab_size: int, tmp_path: Path) -> None:
     for name in ("blocks.0.rotary.weight", "embedding.position.weight", "blocks.2.final_norm.bias"):
         weights = random_weights(SHAPE, vocab_size=vocab_size) | {name: torch.zeros(1)}
         with pytest.raises(KeyError, match=name):
-            FORMAT.write(
-                tmp_path, weights=weights, model=SHAPE, vocab_size=vocab_size, tokenizer=tokenizer, sequence_length=32
-            )
+            write(tmp_path / "out", tokenizer=tokenizer, vocab_size=vocab_size, weights=weights)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,8 @@ def model(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.Monkey
     run_values["model"] = SHAPE.model_dump()
     run_values["parallel"] = {}
     checkpoint = SimpleNamespace(
+        path=tmp_path / "no run" / "checkpoints" / "step_0000010",
+        manifest=SimpleNamespace(step=10, consumed_samples=80, vocab_size=vocab_size, files={}),
         config=check_run(run_values, name="small"),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -70,15 +73,57 @@ def test_logits_are_compared_at_one_and_four_training_lengths(tmp_path: Path) ->
     assert exported.logits.lengths == (32, 128)
     assert exported.logits.difference <= exported.logits.tolerance
     assert exported.held_out
-    assert "at lengths 32 and 128 logits differ by" in str(exported)
+    assert f"{exported.folder}: at lengths 32 and 128 logits differ by" in str(exported)
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["hf"]
+
+
+@pytest.mark.usefixtures("model")
+def test_files_have_the_rights_of_new_files(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir(mode=0o700)
+    before = os.umask(0o027)
+    try:
+        for name, rights in (("new", 0o750), ("mine", 0o700)):
+            out = export_checkpoint(tmp_path, format="hf", out=tmp_path / name).folder
+            assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o640}
+            assert stat.S_IMODE(out.stat().st_mode) == rights
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("exists", [True, False])
+def test_ctrl_c_leaves_no_partial_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool) -> None:
+    rename, out = os.rename, tmp_path / "deep" / "out"
+    if exists:
+        out.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted_rename(old: str | Path, new: str | Path) -> None:
+        if Path(new).name == "config.json" or (Path(old) / "config.json").exists():
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    places = {
+        "training.export.formats.huggingface.save_torch_state_dict": interrupted,
+        "training.export.run.compare_logits": interrupted,
+        "os.rename": interrupted_rename,
+    }
+    for place, replacement in places.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(place, replacement)
+            with pytest.raises(KeyboardInterrupt):
+                export_checkpoint(tmp_path, format="hf", out=out)
+        assert sorted(tmp_path.rglob("*")) == before, place
 
 
 def test_model_that_differs_is_not_exported(model: FormulaModel, tmp_path: Path) -> None:
     model.error = 0.01
     with pytest.raises(TrainshortError, match=r"differ from the trained model's by 0\.01"):
         export_checkpoint(tmp_path, format="hf", out=tmp_path / "export" / "hf")
-    assert not list((tmp_path / "export").iterdir())
+    assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.usefixtures("model")
@@ -134,7 +179,14 @@ def test_formats_outside_the_table_are_refused(tmp_path: Path) -> None:
             export_checkpoint(tmp_path, format=name, out=tmp_path / "out")
 
 
-EXPORTED = ["certificate.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+EXPORTED = [
+    "README.md",
+    "certificate.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+]
 
 
 @pytest.mark.usefixtures("model")

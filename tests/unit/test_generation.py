@@ -13,9 +13,10 @@ from configs.errors import InputError, TrainshortError
 from data_pipeline.sources import file_chunks
 from tests.support.command_line import Call, refused
 from tests.support.models import VOCABULARY, bloom_of, make_wandering_decoder, weights_of
-from training.generation import Sampling, continue_tokens, generate_from_checkpoint, read_prompt, sample_token
+from training.generation import continue_tokens, sample_token
 from training.model.cache import ROOM, KeyValueCache
 from training.model.single import SingleModel
+from training.sampling import Sampling, choose_sampling, read_prompt
 
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()  # from the likeliest: tokens 1, 3, 2, 0
 
@@ -52,13 +53,16 @@ def test_draws_depend_on_the_seed_alone() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -0.1}, "--temperature must be 0 or more, got -0.1: 0 takes the likeliest token"),
-        ({"temperature": math.nan}, "--temperature must be 0 or more, got nan: 0 takes the likeliest token"),
-        ({"top_p": 0.0}, "--top-p must be above 0 and at most 1, got 0.0: 1 draws from all tokens"),
-        ({"top_p": 1.5}, "--top-p must be above 0 and at most 1, got 1.5: 1 draws from all tokens"),
-        ({"seed": -1}, "--seed must be from 0 to 18446744073709551615, got -1: write --seed 1"),
-        ({"seed": 2**64}, f"--seed must be from 0 to 18446744073709551615, got {2**64}: write --seed 1"),
-        ({"top_p": 0.5}, "--top-p 0.5 draws, but --temperature is 0: add --temperature 1 or drop it"),
+        ({"temperature": -0.1}, "temperature must be 0 or more, got -0.1: 0 takes the likeliest token"),
+        ({"temperature": math.nan}, "temperature must be 0 or more, got nan: 0 takes the likeliest token"),
+        ({"top_p": 0.0}, "top-p must be above 0 and at most 1, got 0.0: 1 draws from all tokens"),
+        ({"top_p": 1.5}, "top-p must be above 0 and at most 1, got 1.5: 1 draws from all tokens"),
+        ({"seed": -1}, "seed must be from 0 to 18446744073709551615, got -1: use 1"),
+        ({"seed": 2**64}, f"seed must be from 0 to 18446744073709551615, got {2**64}: use 1"),
+        (
+            {"top_p": 0.5},
+            "top-p 0.5 draws, but temperature 0 takes the likeliest token: raise the temperature or drop top-p",
+        ),
     ],
 )
 def test_sampling_values_out_of_range_are_refused(values: dict[str, float], message: str) -> None:
@@ -129,8 +133,34 @@ def test_a_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         (("--prompt-file", "latin1.txt"), "--prompt-file latin1.txt is not UTF-8 at byte 2: write it in UTF-8"),
         (
             ("--prompt", "x", "--seed", "18446744073709551616"),
-            "--seed must be from 0 to 18446744073709551615, got 18446744073709551616: write --seed 1",
+            "seed must be from 0 to 18446744073709551615, got 18446744073709551616: use 1",
         ),
+        (
+            ("--prompt", "x", "--temperature", "-1"),
+            "temperature must be 0 or more, got -1.0: 0 takes the likeliest token",
+        ),
+        (
+            ("--prompt", "x", "--greedy", "--temperature", "0.7"),
+            "--greedy takes the likeliest token, so --temperature 0.7 has no effect: drop one of them",
+        ),
+        (
+            ("--prompt", "x", "--greedy", "--top-p", "0.9"),
+            "--greedy takes the likeliest token, so --top-p 0.9 has no effect: drop one of them",
+        ),
+        (
+            ("--prompt", "x", "--greedy", "--seed", "0"),
+            "--greedy takes the likeliest token, so --seed 0 has no effect: drop one of them",
+        ),
+        (
+            ("--interactive", "--prompt", "x"),
+            "--interactive reads prompts from standard input and streams, so --prompt x has no effect: drop "
+            "one of them",
+        ),
+        (
+            ("--interactive", "--json"),
+            "--interactive reads prompts from standard input and streams, so --json has no effect: drop one of them",
+        ),
+        (("--prompt", "x"), "checkpoint nowhere does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(trainshort: Call, arguments: tuple[str, ...], message: str) -> None:
@@ -138,13 +168,16 @@ def test_a_wrong_command_line_is_one_line(trainshort: Call, arguments: tuple[str
     assert refused(trainshort, "generate", "nowhere", *arguments) == message
 
 
-def test_bad_input_is_refused_before_a_checkpoint_is_read(tmp_path: Path) -> None:
-    for prompt, tokens, message in (
-        ("x", 0, "tokens to generate must be 1 or more, got 0"),
-        ("a\udcff", 1, "not UTF-8"),
-    ):
-        with pytest.raises(InputError, match=message):
-            generate_from_checkpoint(tmp_path / "none", prompt=prompt, tokens=tokens, sampling=Sampling())
+def test_what_is_not_given_has_a_default() -> None:
+    chosen = choose_sampling()
+    assert (chosen.temperature, chosen.top_p) == (0.8, 0.95)
+    assert len({choose_sampling().seed for _ in range(20)}) > 1
+    assert choose_sampling(temperature=0).greedy
+    assert choose_sampling(temperature=0, seed=3) == Sampling(0, 1.0, 3)
+    assert choose_sampling(top_p=0.5, seed=3) == Sampling(0.8, 0.5, 3)
+    assert choose_sampling(temperature=2, seed=3) == Sampling(2, 0.95, 3)
+    with pytest.raises(InputError, match=r"top-p 0\.5 draws, but temperature 0"):
+        choose_sampling(temperature=0, top_p=0.5)
 
 
 @pytest.mark.parametrize("position", ["alibi", "sinusoidal", "rotary", "t5", "none"])

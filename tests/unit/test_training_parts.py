@@ -1,4 +1,4 @@
-"""The learning rate, utilization, metrics.jsonl and the progress line."""
+"""The learning rate, utilization and metrics.jsonl."""
 
 import json
 import math
@@ -10,7 +10,6 @@ import torch
 from configs.load import load_run
 from tests.support.steps import step_result
 from training.metrics_file import MetricsFile
-from training.progress_line import progress_text
 from training.schedule import learning_rate
 from training.utilization import flops_per_token, peak_flops
 
@@ -71,9 +70,3 @@ def test_metrics_have_the_fields_that_other_tools_read(tmp_path: Path) -> None:
         "model_flops_utilization",
         "memory_gb",
     ]
-
-
-def test_the_progress_line_leaves_out_unknown_figures() -> None:
-    assert progress_text(step_result()) == "loss 2.000  640 tokens/s  utilization 25%  1.0 GB"
-    unknown = step_result(model_flops_utilization=None, validation_loss=3.0)
-    assert progress_text(unknown) == "loss 2.000  640 tokens/s  1.0 GB  validation 3.000"

@@ -17,9 +17,11 @@ import json
 import logging
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -27,7 +29,7 @@ from typing import Annotated, Any, cast, get_args
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import InputError
-from configs.paths import MANIFEST_NAME, TOKENIZER_NAME, checkpoints_folder, logs_folder
+from configs.paths import MANIFEST_NAME, TOKENIZER_NAME, checkpoints_folder, config_file, logs_folder
 from parallel.parameter import Rule, Shard
 from training.checkpoint.disk import FileEntry, describe_file, write_file
 from training.state import JsonInt, TrainState
@@ -147,7 +149,9 @@ def candidate_folders(path: Path) -> list[Path]:
     # a run whose start was cut short has logs/ but no checkpoints/ yet
     is_run = checkpoints_folder(path).is_dir() or logs_folder(path).is_dir()
     if is_run and not newest_first:
-        raise InputError(f"{path} has no checkpoint yet: train it first")
+        file = config_file(path)
+        how = f" with `trainshort train {shlex.quote(str(file))}`" if file.is_file() else ""
+        raise InputError(f"{path} has no checkpoint yet: train it first{how}")
     return newest_first or [path.absolute()]
 
 
@@ -179,6 +183,19 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
         InputError: there is none, or none is whole.
     """
     return first_whole(candidate_folders(path), check=read_manifest)
+
+
+def require_checkpoint(path: Path) -> Path:
+    """Return the folder that `find_checkpoint` finds, without its warnings: for a check before slow imports.
+
+    Raises:
+        InputError: see `find_checkpoint`.
+    """
+    for folder in candidate_folders(path):
+        with suppress(InputError):
+            read_manifest(folder)
+            return folder
+    return find_checkpoint(path)[0]  # raises the error, after the warnings that explain it
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -263,6 +280,12 @@ def needed_files(manifest: Manifest, *, kinds: Collection[str]) -> dict[str, Fil
         for name, entry in manifest.files.items()
         if not name.endswith(".safetensors") or name.split(".")[1] in kinds
     }
+
+
+def model_sha256(manifest: Manifest) -> str:
+    """Return one hash of all files that a checkpoint's model is built from."""
+    hashes = {name: entry.sha256 for name, entry in needed_files(manifest, kinds=("weight",)).items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def saved_shard(name: str, entry: TensorEntry, *, folder: Path) -> Shard:

@@ -1,12 +1,16 @@
-"""RUN_DIR/evaluation: the newest report, and the report of each checkpoint in a folder of the checkpoint's name."""
+"""Write RUN_DIR/evaluation: a report per checkpoint and text, and the newest. See `training.evaluation.kept`."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from configs.errors import MachineError
+from configs.errors import InputError, MachineError
 from configs.files import try_folder
+from training.evaluation.kept import NEWEST, NEWEST_PLOT, read_report, text_label
 from training.evaluation.plot import draw_plot
-from training.evaluation.report import write_report
+from training.evaluation.report import merge_reports, write_report
+
+logger = logging.getLogger(__name__)
 
 
 class ReportNotWritten(MachineError):
@@ -40,7 +44,9 @@ def check_evaluation_folder(folder: Path, *, name: str) -> None:
 
 
 def write_evaluation(report: dict[str, Any], folder: Path, *, name: str) -> tuple[Path, ...]:
-    """Write a report under its checkpoint's name and as the newest; return the paths of the newest.
+    """Add a report to what is kept of its checkpoint and text, and write it as the newest.
+
+    Return the JSON, Markdown and PNG of what is kept.
 
     Hold the folder's lock: the files of a report must be of one evaluation.
 
@@ -52,10 +58,10 @@ def write_evaluation(report: dict[str, Any], folder: Path, *, name: str) -> tupl
         ReportNotWritten: a disk is full or failing.
     """
     try:
-        for place in (folder / name, folder):
-            # report.json last: where it is, the others are too
-            plot = draw_plot(report, place / "perplexity.png")
-            files = (*write_report(report, place), plot)
+        label = text_label(report, folder)
+        kept = _with_earlier(report, folder / name / f"{label}.json")
+        files = _write(kept, folder / name, name=label, plot=f"{label}.png")
+        _write(report, folder, name=NEWEST, plot=NEWEST_PLOT)
         return files
     except OSError as error:
         raise ReportNotWritten(
@@ -63,3 +69,24 @@ def write_evaluation(report: dict[str, Any], folder: Path, *, name: str) -> tupl
             "this command; free space and evaluate again to write it",
             report=report,
         ) from None
+
+
+def _write(report: dict[str, Any], folder: Path, *, name: str, plot: str) -> tuple[Path, ...]:
+    # the JSON last: where it is, the others are too
+    picture = draw_plot(report, folder / plot)
+    return (*write_report(report, folder, name=name, plot=plot), picture)
+
+
+def _with_earlier(report: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a report with the results kept at a path; results that do not belong to it are moved aside there."""
+    try:
+        earlier = read_report(path) if path.exists() else None
+        merged = report if earlier is None else merge_reports(earlier, report)
+    except (InputError, KeyError):  # broken, or of another version
+        merged = None
+    if merged is not None:
+        return merged
+    aside = path.with_name(f"{path.stem}.until-{report['date'].replace(':', '')}.json")
+    path.replace(aside)
+    logger.warning("%s was of other weights, text, attention or precision: it is now %s", path, aside.name)
+    return report

@@ -1,4 +1,4 @@
-"""Write the report of an evaluation: report.json for programs, report.md to read."""
+"""The report of an evaluation: JSON for programs, Markdown to read. Imports no torch."""
 
 import json
 import math
@@ -6,22 +6,29 @@ import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.files import whole_file
 from configs.terminal import printable
-from training.evaluation.perplexity import PerplexityResult
-from training.evaluation.text import EvaluationText
+from training.evaluation.usable import USABLE, usable_length, whole_windows
+
+if TYPE_CHECKING:
+    from training.checkpoint.read import Checkpoint
+    from training.evaluation.perplexity import PerplexityResult
+    from training.evaluation.provenance import Provenance
+    from training.evaluation.text import EvaluationText
+
+# results of two evaluations stand in one report only if they agree in these
+_ONE_REPORT = ("weights_sha256", "text_sha256", "attention", "precision")
 
 
 def build_report(
-    results: Sequence[PerplexityResult],
+    results: "Sequence[PerplexityResult]",
     *,
-    checkpoint: Path,
-    step: int,
-    train_length: int,
+    checkpoint: "Checkpoint",
     certificate: dict[str, Any],
-    text: EvaluationText,
+    text: "EvaluationText",
+    provenance: "Provenance",
 ) -> dict[str, Any]:
     """Return the contents of report.json.
 
@@ -31,25 +38,69 @@ def build_report(
 
     Args:
         results: One result per length and protocol, in the order of the report.
-        checkpoint: The step folder that was evaluated.
-        step: Its training step.
-        train_length: Tokens of a training sequence.
+        checkpoint: The checkpoint that was evaluated.
         certificate: Certificate of the model that was evaluated; it ran on one rank.
         text: The text it was evaluated on.
+        provenance: What the evaluation was made from, and when.
     """
     (rank,) = certificate["ranks"]
     return {
-        "checkpoint": str(checkpoint),
-        "step": step,
-        "train_length": train_length,
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "train_length": checkpoint.config.data.sequence_length,
         "position": rank["position"],
         # those of the evaluation: training may have used others
         "attention": rank["backend"],
         "precision": rank["precision"],
         "data": {"name": text.name, "tokens": len(text.tokens), "words": text.words},
         "unigram_perplexity": text.unigram_perplexity,
-        "results": [_result_to_json(result, text=text) for result in results],
+        "date": provenance.date,
+        "command": provenance.command,
+        "versions": provenance.versions,
+        "weights_sha256": provenance.weights_sha256,
+        "tokenizer_sha256": provenance.tokenizer_sha256,
+        "text_sha256": provenance.text_sha256,
+        "text_path": provenance.text_path,
+        "results": [_result_to_json(result, text=text, date=provenance.date) for result in results],
     }
+
+
+def merge_reports(earlier: dict[str, Any], newest: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the newest report with the results that only an earlier one has, ordered by protocol and length.
+
+    A result of the same length, protocol and stride is the newest one's. The evaluations that the other results are
+    from are listed as `earlier`, each with its date, command and versions.
+
+    Returns:
+        The report, or None if the two are not of the same weights and text, at the same precision.
+    """
+    if any(key not in earlier or earlier[key] != newest[key] for key in _ONE_REPORT):
+        return None
+    results = {result_key(result): result for result in (*earlier["results"], *newest["results"])}
+    dates = {result["date"] for result in results.values()} - {newest["date"]}
+    made = {each["date"]: each for each in (*earlier.get("earlier", ()), _evaluation_of(earlier))}
+    merged = {key: value for key, value in newest.items() if key != "results"}
+    if dates:
+        merged["earlier"] = [made[date] for date in sorted(dates)]
+    return {**merged, "results": [results[key] for key in sorted(results)]}
+
+
+def result_key(result: dict[str, Any]) -> tuple[str, int, int]:
+    """Return what a result was measured with: protocol, stride (0 if windows do not overlap) and length.
+
+    Sorted by it, results stand as in a table: those without overlap first.
+    """
+    stride = result["stride"] if result["protocol"] == "sliding" else 0
+    return result["protocol"], stride, result["length"]
+
+
+def protocol_name(result: dict[str, Any]) -> str:
+    """Return the protocol of a result as on the command line: nonoverlapping or sliding:STRIDE."""
+    return f"sliding:{result['stride']}" if result["protocol"] == "sliding" else str(result["protocol"])
+
+
+def _evaluation_of(report: dict[str, Any]) -> dict[str, Any]:
+    return {key: report[key] for key in ("date", "command", "versions")}
 
 
 def word_perplexity(loss: float, *, tokens: int, words: int) -> float | None:
@@ -73,25 +124,40 @@ def word_perplexity(loss: float, *, tokens: int, words: int) -> float | None:
     return math.exp(exponent) if exponent < math.log(1e300) else None
 
 
-def write_report(report: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Write report.md, then report.json, each whole or not at all; return the paths of report.json and report.md."""
+def write_report(report: dict[str, Any], folder: Path, *, name: str, plot: str) -> tuple[Path, Path]:
+    """Write NAME.md, then NAME.json, each whole or not at all; return the paths of NAME.json and NAME.md.
+
+    Args:
+        report: The contents of the JSON.
+        folder: Where to write; it is made if it does not exist.
+        name: The files' name without its ending.
+        plot: Name of the PNG beside them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    json_path, table_path = folder / "report.json", folder / "report.md"
+    json_path, table_path = folder / f"{name}.json", folder / f"{name}.md"
     # in ASCII: a file name that is not UTF-8 can then be written too
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    for path, content in ((table_path, format_table(report)), (json_path, text)):
+    for path, content in ((table_path, format_table(report, plot=plot)), (json_path, text)):
         with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
             temporary.write_text(content, encoding="utf-8")
     return json_path, table_path
 
 
-def format_table(report: dict[str, Any]) -> str:
-    """Return the report as Markdown."""
+def format_table(report: dict[str, Any], *, plot: str) -> str:
+    """Return the report as Markdown, with its plot.
+
+    Args:
+        report: The contents of the JSON.
+        plot: Path of the PNG, from the folder of the Markdown.
+    """
     data = report["data"]
     unigram = report["unigram_perplexity"]
     words = any("word_perplexity" in result for result in report["results"])
+    dated = bool(report.get("earlier"))  # otherwise all results have the date above the table
     lines = [
         "# Perplexity against length",
+        "",
+        f"![Perplexity against length]({plot})",
         "",
         f"- checkpoint: {_verbatim(report['checkpoint'])} (step {report['step']:,})",
         f"- position: {report['position']}, trained at {report['train_length']:,} tokens",
@@ -99,11 +165,14 @@ def format_table(report: dict[str, Any]) -> str:
         f"- text: {_verbatim(data['name'])}, {data['tokens']:,} tokens"
         + (f", {data['words']:,} words" if data["words"] is not None else ""),
         *([f"- a unigram model's perplexity: {unigram:,.1f}"] if unigram is not None else []),
+        *([f"- longest usable text: {usable_length(report):,} tokens, {USABLE}"] if whole_windows(report) else []),
+        *map(_evaluation_line, (report, *reversed(report.get("earlier", ())))),
         "",
         "| length | x training length | protocol | scored tokens | loss | perplexity |"
-        + (" per word |" if words else ""),
-        "|---:|---:|---|---:|---:|---:|" + ("---:|" if words else ""),
-        *(_row(result, train_length=report["train_length"], words=words) for result in report["results"]),
+        + (" per word |" if words else "")
+        + (" evaluated |" if dated else ""),
+        "|---:|---:|---|---:|---:|---:|" + ("---:|" if words else "") + ("---|" if dated else ""),
+        *(_row(result, train_length=report["train_length"], words=words, dated=dated) for result in report["results"]),
         "",
         "`nonoverlapping`: the text is cut into windows of the length. `sliding:STRIDE`: the window moves by STRIDE",
         "tokens and scores its last STRIDE, so all but the first window's predictions see at least length - STRIDE",
@@ -113,6 +182,17 @@ def format_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _evaluation_line(evaluation: dict[str, Any]) -> str:
+    """Return the date, versions and command of an evaluation as an item of a list."""
+    versions = {**evaluation["versions"]}
+    if commit := versions.get("commit"):
+        sha, *changes = commit.split(" ", 1)
+        versions["commit"] = " ".join([sha[:12], *changes])
+    made_by = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    command = "" if evaluation["command"] is None else f": {_verbatim(evaluation['command'])}"
+    return f"- evaluated {evaluation['date']} by {made_by}{command}"
+
+
 def _verbatim(text: str) -> str:
     """Return text as Markdown's code, which changes no character, in one line."""
     longest = max(map(len, re.findall("`+", text)), default=0)
@@ -120,7 +200,7 @@ def _verbatim(text: str) -> str:
     return f"{fence}{gap}{printable(text)}{gap}{fence}"
 
 
-def _result_to_json(result: PerplexityResult, *, text: EvaluationText) -> dict[str, Any]:
+def _result_to_json(result: "PerplexityResult", *, text: "EvaluationText", date: str) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "length": result.length,
         "protocol": result.protocol.name,
@@ -134,19 +214,21 @@ def _result_to_json(result: PerplexityResult, *, text: EvaluationText) -> dict[s
         per_word = word_perplexity(result.loss, tokens=len(text.tokens), words=text.words)
         if per_word is not None:
             entry["word_perplexity"] = per_word
+    entry["date"] = date
     return entry
 
 
-def _row(result: dict[str, Any], *, train_length: int, words: bool) -> str:
-    protocol = "nonoverlapping" if result["protocol"] == "nonoverlapping" else f"sliding:{result['stride']}"
+def _row(result: dict[str, Any], *, train_length: int, words: bool, dated: bool) -> str:
     cells = [
         f"{result['length']:,}",
         f"{result['length'] / train_length:g}",
-        protocol,
+        protocol_name(result),
         f"{result['tokens']:,}",
         f"{result['loss']:.4f}",
         f"{result['perplexity']:,.2f}",
     ]
     if words:
         cells.append(f"{result['word_perplexity']:,.4g}" if "word_perplexity" in result else "-")
+    if dated:
+        cells.append(result["date"])
     return f"| {' | '.join(cells)} |"

@@ -1,25 +1,33 @@
 """`trainshort evaluate`: measure one checkpoint at many lengths."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs.errors import InputError
 from configs.files import try_to_lock
 from configs.paths import evaluation_folder
-from configs.terminal import status_console
-from training.checkpoint.read import Checkpoint, open_checkpoint
-from training.evaluation.folder import check_evaluation_folder, write_evaluation
+from training.checkpoint.read import open_checkpoint
+from training.evaluation.folder import ReportNotWritten, check_evaluation_folder, write_evaluation
+from training.evaluation.kept import text_label
 from training.evaluation.perplexity import PerplexityResult, Scorer, measure_loss
-from training.evaluation.report import build_report
+from training.evaluation.progress import EvaluationProgress
+from training.evaluation.provenance import provenance_of
+from training.evaluation.report import build_report, protocol_name
 from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.evaluation.windows import WindowProtocol, parse_protocol, place_windows
 from training.model.single import load_single
 from training.tracking.tracker import MlflowTracker, attach
+
+logger = logging.getLogger(__name__)
+
+# write what is finished once it has taken this long since the last time: a kill must not lose hours
+_WRITE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,17 +46,23 @@ class Measurement:
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, *, lengths: tuple[int, ...] | None, protocols: tuple[str, ...] | None, data: Path | None
+    checkpoint: Path,
+    *,
+    lengths: tuple[int, ...] | None,
+    protocols: tuple[str, ...] | None,
+    data: Path | None,
+    command: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a checkpoint's perplexity and write report.json, report.md and perplexity.png.
+    """Measure a checkpoint's perplexity and write the reports of RUN_DIR/evaluation: see `training.evaluation.kept`.
 
-    They are written to RUN_DIR/evaluation, and to a folder in it that has the checkpoint's name.
+    If a measurement fails or is interrupted, the reports hold those that were finished.
 
     Args:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
         lengths: Lengths in tokens; by default the run's.
         protocols: nonoverlapping or sliding:STRIDE; by default the run's.
         data: A text file; by default the run's held-out text.
+        command: The command line, to be named in the report.
     Returns:
         The contents of report.json.
     Raises:
@@ -67,24 +81,64 @@ def evaluate_checkpoint(
     check_evaluation_folder(folder, name=name)
     # Attach now: the tracker's thread imports mlflow while the model runs.
     tracker = attach(opened.run_dir, uri=config.track.uri)
+    provenance = provenance_of(opened, text.tokens, data=data, command=command)
     model = load_single(opened)
-    results = run_measurements(model, text, measurements)
-    report = build_report(
-        results,
-        checkpoint=opened.path,
-        step=opened.step,
-        train_length=config.data.sequence_length,
-        certificate=model.certificate,
-        text=text,
-    )
-    files: Sequence[Path] = ()
-    with try_to_lock(folder):
-        try:
-            files = write_evaluation(report, folder, name=name)
-        finally:
-            if tracker is not None:  # within: the files that it sends must not be replaced meanwhile
-                _track(tracker, opened, results, files)
-    return report
+    build = partial(build_report, checkpoint=opened, certificate=model.certificate, text=text, provenance=provenance)
+    record = _Record(build, folder, name)
+    try:
+        run_measurements(model, text, measurements, results=record.results, write=record.keep)
+    except BaseException as error:  # Ctrl-C too
+        record.keep_finished(of=len(measurements), error=error, tracker=tracker)
+        raise
+    logger.info("report: %s", record.keep(tracker=tracker))
+    return record.report
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The results so far of an evaluation, and the reports that keep them.
+
+    Attributes:
+        build: Makes a report of results.
+        folder: RUN_DIR/evaluation.
+        name: Name of the checkpoint's folder.
+    """
+
+    build: Callable[[Sequence[PerplexityResult]], dict[str, Any]]
+    folder: Path
+    name: str
+    results: list[PerplexityResult] = field(default_factory=list)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The contents of report.json."""
+        return self.build(self.results)
+
+    def keep(self, *, tracker: MlflowTracker | None = None) -> Path:
+        """Write the reports, and add them to the MLflow run of the training; return the Markdown of what is kept."""
+        with try_to_lock(self.folder):
+            files: Sequence[Path] = ()
+            try:
+                files = write_evaluation(self.report, self.folder, name=self.name)
+            finally:
+                if tracker is not None:  # within: the files that it sends must not be replaced meanwhile
+                    label = text_label(self.report, self.folder)
+                    _track(tracker, self.report, files, label=label, checkpoint=self.name)
+        return files[1]
+
+    def keep_finished(self, *, of: int, error: BaseException, tracker: MlflowTracker | None) -> None:
+        """Keep what is finished of an evaluation that an error or Ctrl-C has ended, and say so.
+
+        Args:
+            of: Number of measurements to make.
+            error: What ended it.
+            tracker: Attached to the MLflow run of the training.
+        """
+        if self.results:
+            kept = self.keep(tracker=tracker)
+            logger.warning("stopped after %d of %d measurements, which are kept: %s", len(self.results), of, kept)
+        elif isinstance(error, KeyboardInterrupt):  # an error speaks for itself
+            logger.warning("stopped in the first measurement: nothing is written")
 
 
 def plan_measurements(lengths: Sequence[int], protocols: Sequence[WindowProtocol], *, tokens: int) -> list[Measurement]:
@@ -110,53 +164,73 @@ def plan_measurements(lengths: Sequence[int], protocols: Sequence[WindowProtocol
 
 
 def run_measurements(
-    scorer: Scorer, text: EvaluationText, measurements: Sequence[Measurement]
-) -> list[PerplexityResult]:
-    """Return one result per measurement; show progress on the standard error stream."""
-    results = []
+    scorer: Scorer,
+    text: EvaluationText,
+    measurements: Sequence[Measurement],
+    *,
+    results: list[PerplexityResult],
+    write: Callable[[], object],
+) -> None:
+    """Make measurements, and show progress on the standard error stream.
+
+    Args:
+        scorer: The model.
+        text: The text.
+        measurements: What to measure, in this order.
+        results: The result of each is added here when it is finished.
+        write: Called between two measurements, so that long work is not lost.
+    """
+    written_at = time.monotonic()
     # Count inputs, not windows: a long window takes longer.
-    with _progress(sum(measurement.inputs for measurement in measurements)) as (progress, task):
+    total = sum(measurement.inputs for measurement in measurements)
+    with EvaluationProgress(inputs=total, measurements=len(measurements)) as progress:
         for measurement in measurements:
-            progress.update(task, description=f"{measurement.protocol} at {measurement.length:,}")
+            if results and time.monotonic() - written_at > _WRITE_SECONDS:
+                _try_to_write(write)
+                written_at = time.monotonic()
+            progress.begin(f"{measurement.protocol} at {measurement.length:,}")
             result = measure_loss(
                 scorer,
                 text.tokens,
                 length=measurement.length,
                 protocol=measurement.protocol,
-                progress=lambda inputs: progress.advance(task, inputs),
+                progress=progress.advance,
             )
             results.append(result)
-    return results
+            progress.finish(f"loss {result.loss:.4f}, perplexity {result.perplexity:,.2f}")
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[tuple[Progress, Any]]:
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=status_console(),
-        transient=True,
-    )
-    with bar:
-        yield bar, bar.add_task("evaluation", total=total)
+def _try_to_write(write: Callable[[], object]) -> None:
+    try:
+        write()
+    except ReportNotWritten as error:  # the disk may have space again at the end
+        logger.warning("not yet written: %s", error)
 
 
 def _track(
-    tracker: MlflowTracker, checkpoint: Checkpoint, results: Sequence[PerplexityResult], files: Sequence[Path]
+    tracker: MlflowTracker, report: dict[str, Any], files: Sequence[Path], *, label: str, checkpoint: str
 ) -> None:
-    """Add the results to the MLflow run of the training.
+    """Add a report to the MLflow run of the training.
 
-    Log one metric per protocol and length at the checkpoint's step, so that checkpoints of a run can be compared.
+    Log one metric per protocol and length at the checkpoint's step, so that checkpoints of a run can be compared. Log
+    one per protocol and checkpoint with the length as MLflow's step: MLflow then draws perplexity against length.
+
+    Args:
+        tracker: Attached to the MLflow run.
+        report: The contents of report.json.
+        files: Sent to the folder evaluation/CHECKPOINT of the run's artifacts.
+        label: The text's label.
+        checkpoint: Name of the checkpoint's folder.
     """
     values: dict[str, float] = {}
-    for result in results:
+    curve = re.sub(r"[^\w.-]", "_", checkpoint, flags=re.ASCII)  # a user may have renamed the folder
+    for result in report["results"]:
         # MLflow does not allow a colon in a name on every system.
-        name = f"evaluation/{str(result.protocol).replace(':', '_')}/{result.length}"
-        values |= {f"{name}/loss": result.loss, f"{name}/perplexity": result.perplexity}
-    tracker.metrics(checkpoint.step, values)
+        text_and_protocol = f"evaluation/{label}/{protocol_name(result).replace(':', '_')}"
+        name = f"{text_and_protocol}/{result['length']}"
+        values |= {f"{name}/loss": result["loss"], f"{name}/perplexity": result["perplexity"]}
+        tracker.metrics(result["length"], {f"{text_and_protocol}/{curve}/perplexity": result["perplexity"]})
+    tracker.metrics(report["step"], values)
     for file in files:
-        tracker.artifact(file, folder="evaluation")
+        tracker.artifact(file, folder=f"evaluation/{checkpoint}")
     tracker.close()

@@ -1,6 +1,5 @@
 """Load the text that a checkpoint is evaluated on."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import InputError
-from configs.load import load_run
-from configs.paths import config_file
-from data_pipeline.manifest import Prepared, load_prepared
+from data_pipeline.manifest import Prepared
 from data_pipeline.text import TokenStream, file_stream, held_out_stream, unigram_perplexity
 from training.checkpoint.read import Checkpoint
+from training.evaluation.precheck import run_data
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def held_out_text(checkpoint: Checkpoint) -> EvaluationText:
     Raises:
         InputError: the data is missing, is not the run's, or has no held-out part.
     """
-    prepared = _prepared(checkpoint)
+    prepared = run_data(checkpoint.path, config=checkpoint.config)
     return _text(held_out_stream(prepared, split=checkpoint.config.data.split), prepared)
 
 
@@ -51,7 +49,7 @@ def file_text(checkpoint: Checkpoint, path: Path) -> EvaluationText:
     """
     stream = file_stream(path, checkpoint.tokenizer)
     try:
-        prepared = _prepared(checkpoint)
+        prepared = run_data(checkpoint.path, config=checkpoint.config)
     except InputError:
         # The checkpoint may have been moved to another machine: leave out the baseline, which needs the data.
         return _text(stream, None)
@@ -62,19 +60,3 @@ def _text(stream: TokenStream, prepared: Prepared | None) -> EvaluationText:
     predicted = stream.tokens[1:]
     baseline = unigram_perplexity(prepared, predicted) if prepared is not None and len(predicted) else None
     return EvaluationText(stream.name, stream.tokens, stream.words, baseline)
-
-
-def _prepared(checkpoint: Checkpoint) -> Prepared:
-    # The newest start's: the data may have been moved since the checkpoint was saved.
-    newest = config_file(checkpoint.run_dir)
-    data = (load_run(str(newest)) if newest.is_file() else checkpoint.config).data
-    # Not run.dir of the configuration: the run folder may have been moved.
-    folder = Path(data.dir) if data.dir else checkpoint.run_dir / "data"
-    prepared = load_prepared(data, folder=folder)
-    # Without this check, another tokenizer's ids would be scored as other text, without an error.
-    if hashlib.sha256(checkpoint.tokenizer.read_bytes()).hexdigest() != prepared.tokenizer_sha256:
-        raise InputError(
-            f"data in {folder} was prepared again with another tokenizer than that of {checkpoint.path}: "
-            "its token ids stand for other text; give a text with --data"
-        )
-    return prepared

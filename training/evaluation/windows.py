@@ -70,6 +70,19 @@ def parse_protocol(text: str) -> WindowProtocol:
     return WindowProtocol(stride=int(match[1]))
 
 
+def require_stride(protocol: WindowProtocol, *, length: int) -> None:
+    """Refuse a stride over the length of a window.
+
+    Raises:
+        InputError: it would skip tokens.
+    """
+    if protocol.stride is not None and protocol.stride > length:
+        raise InputError(
+            f"protocol {protocol} moves further than its window of {length} tokens, so it would skip some: "
+            f"use a stride of at most {length}"
+        )
+
+
 def place_windows(tokens: int, *, length: int, protocol: WindowProtocol) -> Windows:
     """Return the whole windows that fit into a text. A partial window at the end is dropped.
 
@@ -82,12 +95,8 @@ def place_windows(tokens: int, *, length: int, protocol: WindowProtocol) -> Wind
     """
     if length < 1:
         raise InputError(f"evaluation length must be 1 or more, got {length}")
+    require_stride(protocol, length=length)
     stride = length if protocol.stride is None else protocol.stride
-    if stride > length:
-        raise InputError(
-            f"protocol {protocol} moves further than its window of {length} tokens, so it would skip some: "
-            f"use a stride of at most {length}"
-        )
     if tokens < length + 1:
         hint = f"use at most {tokens - 1}, or more text" if tokens > 1 else "give more text"
         raise InputError(f"length {length} needs a text of {length + 1} tokens, this one has {tokens}: {hint}")

@@ -25,24 +25,32 @@ _NO_FILES = ("lost+found",)
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill. At the end its files are put in place of `out`; an exception deletes it.
 
+    The files get the access rights of new files here, whoever wrote them: safetensors lets only the owner read.
+
     Raises:
         InputError: `out` is a file or holds files, or no folder can be made there.
         MachineError: the files cannot be put in place; they are kept, and the message says where.
     """
     place = require_new(out)
+    made = missing_folders(place)
     partial = _make_partial(place, out=out)
+    problem: OSError | None = None
     try:
         yield partial
-    except BaseException:
+        _let_others_read(partial)
+        try:
+            _put_in_place(partial, place)
+        except OSError as error:
+            problem = error
+    except BaseException:  # also Ctrl-C
         shutil.rmtree(partial, ignore_errors=True)
+        remove_folders(made)
         raise
-    try:
-        _put_in_place(partial, place)
-    except OSError as error:
+    if problem is not None:
         raise MachineError(
-            f"export folder {out} cannot be filled ({error.strerror}): the whole export is in {partial}, move it from "
-            "there"
-        ) from None
+            f"export folder {out} cannot be filled ({problem.strerror}): the whole export is in {partial}, move it "
+            "from there"
+        )
 
 
 def try_new_folder(out: Path) -> None:
@@ -126,6 +134,14 @@ def _make_partial(place: Path, *, out: Path) -> Path:
     return partial
 
 
+def _let_others_read(folder: Path) -> None:
+    """Give files and folders the rights that the umask leaves, which the folder itself was made with."""
+    rights = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # not every file system has rights
+            path.chmod(rights if path.is_dir() else rights & 0o666)
+
+
 def _not_writable(out: Path, error: OSError) -> InputError:
     where = "in" if out.is_dir() else "beside"
     return InputError(f"cannot write {where} {out} ({error.strerror}): choose another --out")
@@ -149,7 +165,7 @@ def _put_in_place(partial: Path, place: Path) -> None:
             file.rename(place / file.name)
             moved.append(file)
         partial.rmdir()
-    except OSError:
+    except (OSError, KeyboardInterrupt):
         for file in moved:
             with suppress(OSError):
                 (place / file.name).rename(file)

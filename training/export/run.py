@@ -16,8 +16,11 @@ from configs.errors import InputError, MachineError
 from configs.paths import config_file
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import Tokenizer
+from training.checkpoint.manifest import model_sha256
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.text import held_out_text
+from training.evaluation.usable import find_held_out_report
+from training.export.facts import ModelFacts
 from training.export.folder import new_folder, require_space, try_new_folder
 from training.export.formats.table import ExportFormat, LengthLimit, load_format
 from training.export.parity import (
@@ -40,6 +43,7 @@ class ExportResult:
 
     Attributes:
         folder: The exported folder.
+        facts: What its model card says of the model.
         logits: The difference between its logits and the trained model's.
         wanted_length: The longest length to compare.
         limit: The longest length that the format's reader can run; `logits.lengths` stops there.
@@ -48,21 +52,27 @@ class ExportResult:
     """
 
     folder: Path
+    facts: ModelFacts
     logits: LogitParity
     wanted_length: int
     limit: LengthLimit
     texts: int
     held_out: bool
 
-    def __str__(self) -> str:
+    @property
+    def comparison(self) -> str:
+        """How the exported model compared with the trained one, in words."""
         lengths = " and ".join(map(str, self.logits.lengths))
         limited = self.logits.lengths[-1] < self.wanted_length
         shortened = f" (not {self.wanted_length}: {self.limit.reason})" if limited else ""
         return (
-            f"{self.folder}: at lengths {lengths}{shortened} logits differ by {self.logits.difference:.2g} at most "
+            f"at lengths {lengths}{shortened} logits differ by {self.logits.difference:.2g} at most "
             f"(largest {self.logits.scale:.3g}, allowed {self.logits.tolerance:.2g}) on "
             f"{'held-out text' if self.held_out else 'random tokens'}; {self.texts} texts have equal token ids"
         )
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {self.comparison}"
 
 
 def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResult:
@@ -85,8 +95,9 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResu
     try_new_folder(out)
     opened = open_checkpoint(checkpoint)
     exporter.check(opened.config.model)
+    facts = _facts(opened)
     # weights in fp32, by far the most of it
-    require_space(out, needed_bytes=4 * parameter_count(opened.config.model, vocab_size=opened.vocab_size))
+    require_space(out, needed_bytes=4 * facts.parameters)
     model = load_single(opened)
     with new_folder(out) as folder:
         with _report_write_errors(out):
@@ -96,12 +107,15 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResu
                 model=opened.config.model,
                 vocab_size=opened.vocab_size,
                 tokenizer=opened.tokenizer,
-                sequence_length=opened.config.data.sequence_length,
+                sequence_length=facts.train_length,
+                longest=facts.longest,
             )
             text = json.dumps(model.certificate, indent=1)
             (folder / "certificate.json").write_text(f"{text}\n", encoding="utf-8")
         # Compare before the folder takes its name: a wrong export must not be left where an engine would load it.
-        result = _compare(opened, model, exporter, folder, out=out)
+        result = _compare(opened, model, exporter, folder, out=out, facts=facts)
+        with _report_write_errors(out):
+            exporter.write_card(folder, facts, comparison=result.comparison)
     _record(opened, model.certificate, file=out / "certificate.json")
     return result
 
@@ -133,10 +147,22 @@ def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, file: Path) 
         tracker.close()
 
 
+def _facts(checkpoint: Checkpoint) -> ModelFacts:
+    manifest = checkpoint.manifest
+    return ModelFacts(
+        config=checkpoint.config,
+        step=manifest.step,
+        samples=manifest.consumed_samples,
+        vocab_size=manifest.vocab_size,
+        parameters=parameter_count(checkpoint.config.model, vocab_size=manifest.vocab_size),
+        report=find_held_out_report(checkpoint.path, step=manifest.step, sha256=model_sha256(manifest)),
+    )
+
+
 def _compare(
-    checkpoint: Checkpoint, model: SingleModel, exporter: ExportFormat, folder: Path, *, out: Path
+    checkpoint: Checkpoint, model: SingleModel, exporter: ExportFormat, folder: Path, *, out: Path, facts: ModelFacts
 ) -> ExportResult:
-    length = checkpoint.config.data.sequence_length
+    length = facts.train_length
     wanted = (length, COMPARED_MULTIPLE * length)
     limit = exporter.length_limit(checkpoint.config.model)
     # Without duplicates: both lengths may be over the limit.
@@ -149,6 +175,7 @@ def _compare(
     parity = compare_logits(model.logits, exported=exporter.read_logits(folder), tokens=tokens, lengths=lengths)
     return ExportResult(
         folder=out,
+        facts=facts,
         logits=parity,
         wanted_length=wanted[-1],
         limit=limit,

@@ -1,5 +1,7 @@
 """A trained decoder in one process, for evaluation, export and generation: no engine, no other ranks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from configs.schema import Model
 from parallel.groups import lone_groups
 from parallel.layers import split_cross_entropy
 from parallel.shards import declared
-from parallel.start import start_alone
+from parallel.start import flush_denormals, start_alone
 from training.checkpoint.read import Checkpoint
 from training.model.cache import KeyValueCache
 from training.model.decoder import Decoder, plan_layers
@@ -17,6 +19,14 @@ from training.model.proof.certificate import certificates_to_json, certify
 
 HEAD_TOKENS = 1024  # tokens whose logits are in memory at one time
 READ_OTHERWISE = "read the checkpoint with another torch or on another machine, and report this"
+
+
+@contextmanager
+def _inference() -> Iterator[None]:
+    """Compute without gradients, fast in any thread: another than the loader's does not flush denormals by itself."""
+    flush_denormals()
+    with torch.no_grad():
+        yield
 
 
 class SingleModel:
@@ -30,7 +40,7 @@ class SingleModel:
         self._decoder, self._device = decoder.to(device).eval(), device
         self.certificate = certificate
 
-    @torch.no_grad()
+    @_inference()
     def losses(self, tokens: Tensor) -> Tensor:
         """Return the loss of each predicted token; memory grows linearly with length.
 
@@ -48,7 +58,7 @@ class SingleModel:
         ]
         return torch.cat(losses).view(tokens.shape[0], -1).cpu()
 
-    @torch.no_grad()
+    @_inference()
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the logits of the token after the last, [batch, vocab] fp32 on the CPU.
 
@@ -59,7 +69,7 @@ class SingleModel:
         x = self._decoder.hidden(tokens.to(self._device), cache)
         return self._decoder.logits(x[:, -1]).cpu()
 
-    @torch.no_grad()
+    @_inference()
     def logits(self, tokens: Tensor) -> Tensor:
         """Return [batch, seq, vocab] fp32 on the CPU, of tokens [batch, seq]."""
         logits: Tensor = self._decoder(tokens.to(self._device))

@@ -1,13 +1,14 @@
-"""Access one MLflow run. This is the only module that imports mlflow.
+"""Access one MLflow run.
 
 Every call may block for seconds, and may raise any error of MLflow, its database driver or the network.
 `training.tracking.tracker` shields training from both.
 """
 
+import getpass
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +31,13 @@ class StepMetrics:
     """Metrics of one step.
 
     Attributes:
-        step: The step.
+        step: The step; None for what was measured at a time and not at a step: it is logged at the seconds since the
+            MLflow run began, which go on growing over all starts.
         timestamp_ms: When they were measured, in milliseconds since the epoch.
         values: Value of each metric by name.
     """
 
-    step: int
+    step: int | None
     timestamp_ms: int
     values: dict[str, float]
 
@@ -49,12 +51,15 @@ class TrackingTarget:
         name: The run's name in MLflow.
         experiment: The experiment's name.
         store: Where it is logged.
+        began_ms: When this start began, in milliseconds since the epoch: a new MLflow run began then too, also if the
+            server answers only later.
     """
 
     run_dir: Path
     name: str
     experiment: str
     store: Store
+    began_ms: int
 
     @property
     def recorded_uri(self) -> str | None:
@@ -84,10 +89,11 @@ def set_mlflow_defaults() -> None:
 class MlflowRun:
     """An open MLflow run. Not safe to use from several threads."""
 
-    def __init__(self, client: Any, target: TrackingTarget, run_id: str, *, logged_steps: dict[str, int]) -> None:
+    def __init__(self, client: Any, target: TrackingTarget, info: Any, *, logged_steps: dict[str, int]) -> None:
         self._client = client
         self._target = target
-        self._run_id = run_id
+        self._run_id = info.run_id
+        self._began_ms = info.start_time
         self._logged_steps = logged_steps
 
     def log_params(self, params: dict[str, str]) -> None:
@@ -109,6 +115,9 @@ class MlflowRun:
         logged_steps = dict(self._logged_steps)
         new = []
         for metric in metrics:
+            if metric.step is None:
+                new.append(metric)
+                continue
             values = {key: value for key, value in metric.values.items() if metric.step > logged_steps.get(key, -1)}
             logged_steps.update(dict.fromkeys(values, metric.step))
             new.append(replace(metric, values=values))
@@ -119,6 +128,12 @@ class MlflowRun:
     def log(self, metrics: Sequence[StepMetrics]) -> None:
         """Log metrics, even of steps already logged."""
         self._log(metrics, tags=[])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags, in place of those of the same names."""
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def log_artifact(self, path: Path, *, folder: str | None) -> None:
         """Copy a file to the run's artifacts."""
@@ -139,7 +154,7 @@ class MlflowRun:
         from mlflow.entities import Metric
 
         entities = [
-            Metric(key, value, metric.timestamp_ms, metric.step)
+            Metric(key, value, metric.timestamp_ms, self._step_of(metric))
             for metric in metrics
             for key, value in metric.values.items()
         ]
@@ -148,6 +163,11 @@ class MlflowRun:
         for first in range(0, len(entities), size):
             last = first + size >= len(entities)
             self._client.log_batch(self._run_id, metrics=entities[first : first + size], tags=tags if last else [])
+
+    def _step_of(self, metric: StepMetrics) -> int:
+        if metric.step is not None:
+            return metric.step
+        return int(max(0, (metric.timestamp_ms - self._began_ms) // 1000))
 
 
 def open_run(target: TrackingTarget) -> MlflowRun:
@@ -158,14 +178,16 @@ def open_run(target: TrackingTarget) -> MlflowRun:
     folder = str(target.run_dir.absolute())
     if recorded is None:
         experiment = _experiment_id(client, target)
-        run_id = client.create_run(experiment, run_name=target.name, tags={"run_dir": folder}).info.run_id
+        # MLflow takes the user only now
+        tags = {"run_dir": folder, "mlflow.user": _user_name()}
+        info = client.create_run(experiment, start_time=target.began_ms, run_name=target.name, tags=tags).info
     else:
         # its status is that of the last start, FAILED or KILLED
-        run_id = recorded.info.run_id
-        client.update_run(run_id, status="RUNNING")
+        info = recorded.info
+        client.update_run(info.run_id, status="RUNNING")
         if recorded.data.tags.get("run_dir") != folder:
-            client.set_tag(run_id, "run_dir", folder)
-    return MlflowRun(client, target, run_id, logged_steps=_read_logged_steps(recorded) if recorded else {})
+            client.set_tag(info.run_id, "run_dir", folder)
+    return MlflowRun(client, target, info, logged_steps=_read_logged_steps(recorded) if recorded else {})
 
 
 def open_recorded_run(target: TrackingTarget) -> MlflowRun:
@@ -180,10 +202,11 @@ def open_recorded_run(target: TrackingTarget) -> MlflowRun:
     if file is not None and not file.exists():  # MLflow would create it
         raise LookupError(f"{file} does not exist")
     client = _client(target, run_id=record.run_id)
-    if _find_run(client, record, target=target) is None:
+    recorded = _find_run(client, record, target=target)
+    if recorded is None:
         raise LookupError(f"run {record.run_id} is not there any more")
     # no logged steps: metrics added here may be of any step
-    return MlflowRun(client, target, record.run_id, logged_steps={})
+    return MlflowRun(client, target, recorded.info, logged_steps={})
 
 
 def end_dead_runs(target: TrackingTarget) -> None:
@@ -204,6 +227,13 @@ def import_client() -> type[Any]:
     from mlflow.tracking import MlflowClient
 
     return MlflowClient
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def _client(target: TrackingTarget, *, run_id: str | None) -> Any:

@@ -4,19 +4,25 @@ from pathlib import Path
 
 from configs.paths import config_file
 from configs.schema import RunConfig
-from training.observers import Status, StepResult
+from training.observers import Observer, Status, StepResult
+from training.tracking.names import METRIC_NAMES, run_params, run_tags
+from training.tracking.system import SystemMetrics
 from training.tracking.tracker import MlflowTracker
 
 
-class TrackingObserver:
-    """Log a run to MLflow: parameters, config and certificate at the start, metrics at each step."""
+class TrackingObserver(Observer):
+    """Log a run to MLflow: parameters, files and tags at the start, metrics at each step, and what the node does."""
 
     def __init__(self, config: RunConfig, *, run_dir: Path, certificate: Path) -> None:
         self._tracker = MlflowTracker(
             run_dir, name=config.run.name, experiment=config.track.experiment, uri=config.track.uri
         )
-        self._tracker.start(config.model_dump(mode="json"), config_file(run_dir))
-        self._tracker.artifact(certificate)
+        environment_file = run_dir / "environment.json"
+        params = run_params(config, environment_file=environment_file, certificate=certificate)
+        self._tracker.start(params, config_file(run_dir), tags=run_tags(environment_file))
+        for file in (certificate, environment_file):
+            self._tracker.artifact(file)
+        self._system = SystemMetrics(self._tracker)
 
     @property
     def summary(self) -> str:
@@ -25,13 +31,12 @@ class TrackingObserver:
 
     def on_step(self, result: StepResult) -> None:
         """Queue the step's values; the tracker's thread sends them."""
-        self._tracker.metrics(result.step, result.values())
-
-    def before_save(self) -> None:
-        """Do nothing: a save must not wait for a server that may be down."""
+        values = {METRIC_NAMES[name]: value for name, value in result.values().items()}
+        self._tracker.metrics(result.step, values)
 
     def close(self, status: Status) -> None:
         """Send the rest and end the MLflow run with this status; a superseded start leaves the run to the newer one."""
+        self._system.stop()
         if status == "SUPERSEDED":
             return
         self._tracker.finish(status)

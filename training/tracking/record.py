@@ -25,10 +25,15 @@ class RunRecord:
     is_open: bool = False
 
 
+def record_file(run_dir: Path) -> Path:
+    """Return the file that holds the record of a run folder."""
+    return run_dir / "mlflow_run.json"
+
+
 def read_record(run_dir: Path) -> RunRecord | None:
     """Return the record of a run folder, or None if there is none or it is broken."""
     try:
-        document = json.loads((run_dir / "mlflow_run.json").read_text(encoding="utf-8"))
+        document = json.loads(record_file(run_dir).read_text(encoding="utf-8"))
         return RunRecord(str(document["run_id"]), document["uri"], is_open=bool(document.get("open")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -38,20 +43,21 @@ def write_record(run_dir: Path, record: RunRecord) -> None:
     """Write the record of a run folder atomically."""
     uri = without_password(record.uri) if record.uri else None
     document = {"run_id": record.run_id, "uri": uri} | ({"open": True} if record.is_open else {})
-    with whole_file(run_dir / "mlflow_run.json") as temporary:
+    with whole_file(record_file(run_dir)) as temporary:
         temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
 def flatten(params: dict[str, Any]) -> dict[str, str]:
     """Return nested values with dotted keys: {"model": {"heads": 4}} becomes {"model.heads": "4"}.
 
-    Lists become JSON. Keys are cut at 250 characters and values at 6000, which are MLflow's limits.
+    Keys that are not set (None) are left out. Lists become JSON. Keys are cut at 250 characters and values at 6000,
+    which are MLflow's limits.
     """
     flat: dict[str, str] = {}
     for key, value in params.items():
         if isinstance(value, dict):
             flat.update({f"{key}.{inner}"[:250]: text for inner, text in flatten(value).items()})
-        else:
+        elif value is not None:
             text = json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple) else str(value)
             flat[str(key)[:250]] = text[:6000]
     return flat

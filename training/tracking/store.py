@@ -11,9 +11,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from configs.errors import InputError
 from configs.files import try_to_lock
 from configs.path_text import expand_store
 from configs.secrets import uri_secrets, with_references, without_password
@@ -23,6 +25,10 @@ STORE_VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 DEFAULT_EXPERIMENT = "trainshort"
 ARTIFACTS = "mlartifacts"
+_SCHEMES = (
+    *("", "file", "http", "https", "databricks", "databricks-uc", "uc"),
+    *("sqlite", "mysql", "mssql", "postgresql"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,26 @@ def choose_store(uri: str | None, *, run_dir: Path, variables: Mapping[str, str]
     if given and (uri is None or (uri == without_password(uri) == without_password(given))):
         return Store(given, STORE_VARIABLE)
     return default_store(run_dir) if uri is None else Store(uri, "track.uri")
+
+
+def require_known_scheme(store: Store) -> None:
+    """Refuse a store that MLflow cannot open because of how its URI begins: a run would be logged nowhere.
+
+    Raises:
+        InputError: says how to write it.
+    """
+    parts = urlsplit(store.uri)
+    scheme = parts.scheme.partition("+")[0]
+    plugins = () if scheme in _SCHEMES else entry_points(group="mlflow.tracking_store").names
+    seen = f"{store.setting} is {store.public_uri}"
+    if re.fullmatch(r"[\w.-]+:\d{1,5}/?", store.uri):
+        raise InputError(f"{seen}, a host without http: write http://{store.uri}")
+    if scheme not in (*_SCHEMES, *plugins):
+        raise InputError(
+            f"{seen}, but MLflow knows no {scheme}: use http://HOST:PORT, https://HOST, sqlite:///FILE or a database"
+        )
+    if scheme in ("http", "https") and not parts.netloc:
+        raise InputError(f"{seen}, which names no host: write {scheme}://HOST")
 
 
 def recorded_store(record: RunRecord, *, uri: str | None, run_dir: Path, variables: Mapping[str, str]) -> Store:

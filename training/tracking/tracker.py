@@ -42,6 +42,8 @@ _BATCH_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 300.0
 # how long an outage may last once training has ended, and the pause between retries then
 _CLOSING_SECONDS, _CLOSING_PAUSE_SECONDS = 5.0, 0.5
+# how long the end may take before a person is told why
+_SILENT_SECONDS = 3.0
 # bounds the memory that an outage takes; metrics.jsonl has everything anyway
 _MAX_WAITING_RECORDS = 100_000
 
@@ -49,6 +51,7 @@ _MAX_WAITING_RECORDS = 100_000
 @dataclass(frozen=True)
 class _Start:
     params: dict[str, str]
+    tags: dict[str, str]
     config_file: Path
 
 
@@ -82,6 +85,7 @@ class MlflowTracker:
         experiment: str | None,
         uri: str | None,
         attached: bool = False,
+        warns: bool = True,
         first_pause_seconds: float = 5.0,
     ) -> None:
         """Build the tracker; it sends nothing before `start`.
@@ -92,6 +96,7 @@ class MlflowTracker:
             experiment: The experiment's name; None for that of MLFLOW_EXPERIMENT_NAME, else trainshort.
             uri: Tracking URI; None for that of MLFLOW_TRACKING_URI, else a sqlite file beside the run folder.
             attached: Add to an existing run and keep its status, as in `attach`.
+            warns: Whether to warn when something cannot be logged; if not, only `--verbose` shows it.
             first_pause_seconds: Pause before the first retry when the server does not answer.
         """
         set_mlflow_defaults()
@@ -103,9 +108,16 @@ class MlflowTracker:
             store=recorded_store(record, uri=uri, run_dir=run_dir, variables=environment())
             if record
             else choose_store(uri, run_dir=run_dir, variables=environment()),
+            began_ms=_now_ms(),
         )
         self._queue: queue.SimpleQueue[_Record] = queue.SimpleQueue()
-        self._sender = _Sender(self._target, self._queue, attached=attached, first_pause_seconds=first_pause_seconds)
+        self._sender = _Sender(
+            self._target,
+            self._queue,
+            attached=attached,
+            level=logging.WARNING if warns else logging.DEBUG,
+            first_pause_seconds=first_pause_seconds,
+        )
         self._thread = threading.Thread(target=self._sender.run, name="mlflow", daemon=True)
         if attached:
             self._thread.start()
@@ -117,20 +129,24 @@ class MlflowTracker:
         origin = f" (from {STORE_VARIABLE})" if store.setting == STORE_VARIABLE else ""
         return f"MLflow: {store.public_uri}{origin}, experiment {self._target.experiment}"
 
-    def start(self, params: Mapping[str, Any], config_file: Path) -> None:
+    def start(self, params: Mapping[str, Any], config_file: Path, *, tags: Mapping[str, str] | None = None) -> None:
         """Open the run, new or resumed, with the configuration as parameters and as a file.
 
         Args:
             params: The configuration, nested or flat.
             config_file: The resolved run file.
+            tags: Tags of the run; those of the newest start count.
         """
-        self._put(_Start(params=flatten(dict(params)), config_file=config_file))
+        self._put(_Start(params=flatten(dict(params)), tags=dict(tags or {}), config_file=config_file))
         self._thread.start()
 
-    def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Log the values of a step, leaving out those that are None. A step already logged is not logged again."""
+    def metrics(self, step: int | None, values: Mapping[str, float | None]) -> None:
+        """Log the values of a step, leaving out those that are None. A step already logged is not logged again.
+
+        Without a step they are logged at the seconds since the MLflow run began.
+        """
         known = {key: float(value) for key, value in values.items() if value is not None}
-        self._put(StepMetrics(step=step, timestamp_ms=time.time_ns() // 1_000_000, values=known))
+        self._put(StepMetrics(step=step, timestamp_ms=_now_ms(), values=known))
 
     def artifact(self, path: Path, *, folder: str | None = None) -> None:
         """Log a file, in a folder of the run's artifacts."""
@@ -151,7 +167,10 @@ class MlflowTracker:
         if not self._thread.is_alive():
             return  # never started, or already closed
         self._put(record)
-        self._thread.join(wait_seconds)
+        self._thread.join(min(wait_seconds, _SILENT_SECONDS))
+        if self._thread.is_alive():
+            _logger.info("sending the last records to MLflow, for at most %g s", wait_seconds)
+            self._thread.join(max(0.0, wait_seconds - _SILENT_SECONDS))
         if self._thread.is_alive():
             self._sender.warn(f"took longer than {wait_seconds:g} s to end the run: its last records may be missing")
 
@@ -162,7 +181,7 @@ class MlflowTracker:
             self._queue.put(record)
 
 
-def attach(run_dir: Path, *, uri: str | None) -> MlflowTracker | None:
+def attach(run_dir: Path, *, uri: str | None, warns: bool = True) -> MlflowTracker | None:
     """Return a tracker that adds to the MLflow run of a run folder, or None if there is no such run.
 
     It logs metrics of any step, even of steps already logged. End it with `close`.
@@ -170,10 +189,15 @@ def attach(run_dir: Path, *, uri: str | None) -> MlflowTracker | None:
     Args:
         run_dir: The run folder.
         uri: Tracking URI that the run was started with.
+        warns: Whether to warn when something cannot be logged.
     """
     if read_record(run_dir) is None:
         return None
-    return MlflowTracker(run_dir, name="", experiment="", uri=uri, attached=True)
+    return MlflowTracker(run_dir, name="", experiment="", uri=uri, attached=True, warns=warns)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 class _Sender:
@@ -185,11 +209,13 @@ class _Sender:
         records: queue.SimpleQueue[_Record],
         *,
         attached: bool,
+        level: int,
         first_pause_seconds: float,
     ) -> None:
         self._target = target
         self._queue = records
         self._attached = attached
+        self._level = level
         self._first_pause_seconds = first_pause_seconds
         self._pending: deque[_Record] = deque()
         self._run: MlflowRun | None = None
@@ -221,7 +247,7 @@ class _Sender:
         if not self._warned.is_set():
             self._warned.set()
             text = f"MLflow at {self._target.store.public_uri} {problem}"
-            _logger.warning("%s", hide_secrets(text, known=self._target.store.secrets(environment())))
+            _logger.log(self._level, "%s", hide_secrets(text, known=self._target.store.secrets(environment())))
 
     def _collect(self) -> None:
         """Move records from the queue to the pending ones until they should be sent."""
@@ -252,6 +278,7 @@ class _Sender:
                 continue
             if isinstance(record, _Start):
                 self._run.record(is_open=True)
+                self._run.set_tags(record.tags)
                 self._run.log_params(record.params)
                 self._run.log_artifact(record.config_file, folder=None)
                 end_dead_runs(self._target)

@@ -19,10 +19,11 @@ from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
 from configs.errors import InputError, TrainshortError
 from configs.schema import Model
 from data_pipeline.vocabulary import Vocabulary
+from training.export.facts import ModelFacts
 from training.export.formats.bloom_limits import bloom_problem
+from training.export.formats.model_card import model_card
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import write_tokenizer
-from training.export.parity import COMPARED_MULTIPLE
 from training.families.bloom import BLOOM
 from training.families.description import QKV_ORDER
 from training.families.table import huggingface_names
@@ -48,6 +49,7 @@ class HuggingFaceFormat:
         vocab_size: int,
         tokenizer: Path,
         sequence_length: int,
+        longest: int,
     ) -> None:
         """Write safetensors, configuration and tokenizer; see `ExportFormat`.
 
@@ -60,7 +62,9 @@ class HuggingFaceFormat:
                 f"tokenizer {tokenizer} has {len(vocabulary)} pieces, the model's embedding {vocab_size} rows: "
                 "give the tokenizer that the model was trained with"
             )
-        config = _bloom_config(model, vocab_size=vocab_size, sequence_length=sequence_length, vocabulary=vocabulary)
+        config = _bloom_config(
+            model, vocab_size=vocab_size, sequence_length=sequence_length, longest=longest, vocabulary=vocabulary
+        )
         config.save_pretrained(folder)
         generation: Any = GenerationConfig  # untyped in transformers
         ids = {
@@ -77,6 +81,10 @@ class HuggingFaceFormat:
         _require_whole(renamed, config)
         # No lm_head.weight: it is tied to the word embedding, and transformers ties it again when it loads.
         save_torch_state_dict(renamed, folder, max_shard_size="5GB", metadata={"format": "pt"})
+
+    def write_card(self, folder: Path, facts: ModelFacts, *, comparison: str) -> None:
+        """Write README.md, the card that the Hugging Face Hub shows; see `ExportFormat`."""
+        (folder / "README.md").write_text(model_card(facts, comparison=comparison), encoding="utf-8")
 
     def length_limit(self, model: Model) -> LengthLimit:
         """Return the length at which a layer's attention scores take 2 GB; see `ExportFormat`."""
@@ -188,7 +196,9 @@ def _require_whole(weights: Mapping[str, Tensor], config: BloomConfig) -> None:
     assert not differing, f"weights that do not fit BloomForCausalLM: {differing[:5]}"
 
 
-def _bloom_config(model: Model, *, vocab_size: int, sequence_length: int, vocabulary: Vocabulary) -> BloomConfig:
+def _bloom_config(
+    model: Model, *, vocab_size: int, sequence_length: int, longest: int, vocabulary: Vocabulary
+) -> BloomConfig:
     settings: dict[str, Any] = {
         "architectures": ["BloomForCausalLM"],
         "vocab_size": vocab_size,
@@ -206,9 +216,8 @@ def _bloom_config(model: Model, *, vocab_size: int, sequence_length: int, vocabu
         # Padding is masked, so any token will do.
         "pad_token_id": vocabulary.pad_id if vocabulary.pad_id is not None else vocabulary.end_id,
         "dtype": "float32",
-        # Transformers ignores seq_length, but other engines limit the context to it. ALiBi works past the training
-        # length, so set the longest length that an export is compared at.
-        "seq_length": COMPARED_MULTIPLE * sequence_length,
+        # Transformers ignores it, but other engines limit prompt and continuation to it: vLLM's max_model_len.
+        "seq_length": longest,
         "train_length": sequence_length,
     }
     return BloomConfig(**settings)

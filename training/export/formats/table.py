@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from configs.schema import Model
+    from training.export.facts import ModelFacts
 
 # Planned formats, refused with their own message.
 _PLANNED = ("gguf",)
@@ -64,6 +65,7 @@ class ExportFormat(Protocol):
         vocab_size: int,
         tokenizer: Path,
         sequence_length: int,
+        longest: int,
     ) -> None:
         """Write the model and its tokenizer.
 
@@ -74,6 +76,17 @@ class ExportFormat(Protocol):
             vocab_size: Rows of the word embedding, without padding.
             tokenizer: A sentencepiece .model file.
             sequence_length: Tokens that the model was trained at.
+            longest: Tokens of the longest text that an engine should take.
+        """
+        ...
+
+    def write_card(self, folder: Path, facts: "ModelFacts", *, comparison: str) -> None:
+        """Write what a reader of the folder should know of the model.
+
+        Args:
+            folder: The written folder.
+            facts: How the model was trained, and what was measured of it.
+            comparison: How the exported model compared with the trained one.
         """
         ...
 
@@ -129,9 +142,19 @@ def load_format(name: str) -> ExportFormat:
     Raises:
         InputError: the format is unknown or not available yet.
     """
+    require_format(name)
+    _, _, load = _TABLE[name]
+    return load()
+
+
+def require_format(name: str) -> None:
+    """Refuse the name of a format that cannot be written; imports nothing.
+
+    Raises:
+        InputError: the format is unknown or not available yet.
+    """
     if name in _TABLE:
-        _, _, load = _TABLE[name]
-        return load()
+        return
     available = " or ".join(FORMATS)
     if name in _PLANNED:
         raise InputError(f"format {name} is not available in this version: use {available}")

@@ -37,6 +37,8 @@ def write_tokenizer(model: Path, out: Path) -> Vocabulary:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": _NO_LIMIT,
+        # transformers 4 would add token_type_ids, which Bloom's generate() refuses
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(model, out / "tokenizer.model")

@@ -1,0 +1,134 @@
+"""Say what the schema refuses in a run file: a line per key, with the value seen and what to write instead."""
+
+import math
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from reprlib import Repr
+from typing import Any
+
+from pydantic import ValidationError
+
+from configs.path_text import BAD_PATH
+from configs.schema import RunConfig, Source
+from configs.secrets import hide_secrets, is_secret_name
+
+_WORDS = {**dict.fromkeys(("true", "on", "yes"), "true"), **dict.fromkeys(("false", "off", "no"), "false")}
+
+
+class _Shortened(Repr):
+    """Show values in messages: truncated, since a few YAML aliases can expand into a huge list, and without secrets."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        # before it is truncated: what remains of a URI may not look like one
+        return super().repr_str(hide_secrets(x), level)
+
+
+_SHORT = _Shortened()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 4, 4, 80, 80
+
+
+def schema_problems(error: ValidationError, *, is_whole: bool) -> list[str]:
+    """Return one line per error: the key, what is wrong, the value seen, what to do.
+
+    Args:
+        error: What pydantic raised for a `RunConfig`.
+        is_whole: Whether to report keys that are missing.
+    """
+    items = [item for item in error.errors() if is_whole or item["type"] != "missing"]
+    # if all items of a list are wrong, pydantic also reports the list as too short: drop that
+    return [_problem(item) for item in items if item["type"] != "too_short" or not item["input"]]
+
+
+def refused_keys(error: ValidationError) -> set[tuple[Any, ...]]:
+    """Return the sections and keys that are wrong or missing, as in ("slurm",) and ("model", "heads")."""
+    return {item["loc"][:2] for item in error.errors()}
+
+
+def _problem(error: Any) -> str:
+    location = error["loc"]
+    key = ".".join(str(part) for part in location)
+    is_secret = location and is_secret_name(str(location[-1]))
+    seen = f"a {type(error['input']).__name__}" if is_secret else _SHORT.repr(error["input"])[:80]
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        return f"unknown key {key}" + _advice_on_unknown(location)
+    if error["type"] == "missing":
+        return f"{key} is missing: add it"
+    if error["type"] == "finite_number":
+        return f"{key} must be a finite number, got {seen}"
+    if error["type"] == BAD_PATH:
+        return f"{key} is {seen}, but {error['msg']}"
+    if error["type"] == "tuple_type":
+        return f"{key} must be a list, got {seen}: write [{seen}]"
+    if error["type"] == "model_type" and len(location) == 1:
+        return f"{key}: must be a section of keys, got {seen}: see configs/runs/demo.yaml"
+    # pydantic's messages begin with "Input should"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    advice = "" if is_secret else _advice_on_type(error["type"], error["input"])
+    return f"{key}: {message.replace('input should', 'must')}, got {seen}{advice}"
+
+
+def _advice_on_type(kind: str, value: Any) -> str:
+    """Return what to write where YAML reads a value as another type than is meant."""
+    if kind == "bool_type" and str(value).lower() in _WORDS:
+        return f": write {_WORDS[str(value).lower()]}"
+    number = _number(value) if kind in ("int_type", "float_type") else None
+    if number is not None and (kind == "float_type" or number.is_integer()):
+        return f": write {int(number) if number.is_integer() else number}"
+    if kind == "string_pattern_mismatch":  # of run.name alone
+        return ": use letters, digits, dots, _ and -"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f': write "{str(value).lower()}"'
+    return ""
+
+
+def _number(value: Any) -> float | None:
+    """Return the number that a value is or spells, as in "64", 4.0 and 010; None for others, and for true."""
+    try:
+        number = float(value) if isinstance(value, str | float) else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _advice_on_unknown(location: tuple[Any, ...]) -> str:
+    names = list(_similar(str(location[-1]).lower(), location[:-1]))
+    return f": did you mean {' or '.join(names)}?" if names else ": remove it"
+
+
+def _similar(key: str, parents: tuple[Any, ...]) -> Iterable[str]:
+    """Return the keys that an unknown one may stand for: those of its own section by name, others as section.key."""
+    here = _keys_at(parents)
+    elsewhere = {
+        f"{section}.{name}": name
+        for section, field in RunConfig.model_fields.items()
+        for name in _keys_of(field.annotation)
+        if parents != (section,)
+    }
+    if len(parents) > 1:  # an item of a list: it has no neighbours
+        elsewhere = {}
+    return (
+        [*get_close_matches(key, here, n=1), *(dotted for dotted, name in elsewhere.items() if name == key)]
+        or [name for name in here if _shares_a_word(key, name)]
+        or [dotted for dotted, name in elsewhere.items() if name in get_close_matches(key, elsewhere.values(), n=1)]
+    )
+
+
+def _shares_a_word(key: str, name: str) -> bool:
+    """Return whether two keys share a word, or one is the other's initials: `lr` is learning_rate."""
+    words = name.split("_")
+    return not {*key.split("_")}.isdisjoint(words) or (len(words) > 1 and key == "".join(word[0] for word in words))
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    """Return the known keys of the section at a location of the schema; none if it is not a section."""
+    if location and isinstance(location[-1], int):  # in data.sources, the one list of sections
+        return list(_keys_of(Source))
+    section: Any = RunConfig
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(str(part))
+        section = field.annotation if field else None
+    return list(_keys_of(section))
+
+
+def _keys_of(section: Any) -> Iterator[str]:
+    yield from getattr(section, "model_fields", {})

@@ -1,0 +1,76 @@
+"""What the shell is offered for an argument: run files, run folders, checkpoints. A user waits for it at each TAB.
+
+Where nothing is offered, the shell completes paths itself, into folders too.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+# what a shell would split or expand, it should complete and quote itself
+_PLAIN = re.compile(r"[\w./~+@%,:-]+")
+PROTOCOL_WORDS = ("nonoverlapping", "sliding:")
+
+
+def complete_run_files(incomplete: str) -> list[str]:
+    """Return the names of the shipped runs, and the YAML files in the folder that is being typed."""
+    from configs.load import RUNS
+
+    shipped = [] if "/" in incomplete else [path.stem for path in RUNS.glob("*.yaml")]
+    return _matching(incomplete, [*shipped, *_entries(incomplete, lambda path: path.suffix in (".yaml", ".yml"))])
+
+
+def complete_shipped_runs(incomplete: str) -> list[str]:
+    """Return the names of the shipped runs."""
+    from configs.load import shipped_runs
+
+    return _matching(incomplete, shipped_runs())
+
+
+def complete_run_folders(incomplete: str) -> list[str]:
+    """Return the run folders in the folder that is being typed, and those in runs/."""
+    from launch.runs import is_run_folder
+
+    below = [] if "/" in incomplete else _entries("runs/", is_run_folder)
+    return _matching(incomplete, [*_entries(incomplete, is_run_folder), *below])
+
+
+def complete_checkpoints(incomplete: str) -> list[str]:
+    """Return run folders and, once one is typed, its checkpoints."""
+    from training.checkpoint.manifest import list_checkpoints
+
+    folder, _, _ = incomplete.rpartition("/")
+    run_dir = folder.removesuffix("/checkpoints") or "."
+    checkpoints = [f"{run_dir}/checkpoints/{each.path.name}" for each in list_checkpoints(_expanded(run_dir))]
+    return complete_run_folders(incomplete) + _matching(incomplete, checkpoints)
+
+
+def complete_formats(incomplete: str) -> list[str]:
+    """Return the formats of `export`."""
+    from training.export.formats.table import FORMATS
+
+    return _matching(incomplete, FORMATS)
+
+
+def complete_protocols(incomplete: str) -> list[str]:
+    """Return how a protocol of `evaluate` begins."""
+    return _matching(incomplete, PROTOCOL_WORDS)
+
+
+def _entries(typed: str, is_wanted: Callable[[Path], bool]) -> list[str]:
+    """Return the wanted entries of the folder that typed text ends in, as they would be typed."""
+    folder = typed[: typed.rfind("/") + 1]
+    try:
+        paths = [path for path in _expanded(folder or ".").iterdir() if not path.name.startswith(".")]
+        return [folder + path.name for path in paths if is_wanted(path)]
+    except OSError:
+        return []
+
+
+def _expanded(typed: str) -> Path:
+    return Path(os.path.expandvars(typed)).expanduser()
+
+
+def _matching(incomplete: str, words: Iterable[str]) -> list[str]:
+    return sorted({word for word in words if word.startswith(incomplete) and _PLAIN.fullmatch(word)})

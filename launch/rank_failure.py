@@ -1,0 +1,142 @@
+"""Say why local ranks failed: by the error of the rank that caused it, from its log."""
+
+import logging
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from configs.errors import InputError, LostPeers, MachineError
+from configs.secrets import hide_secrets
+from launch.show.streams import write_error
+from training.host_memory import host_limit, in_gigabytes, oom_kills
+from training.out_of_memory import DETAIL, tells_of_memory
+
+SHOWN_LINES = 20
+READ_BYTES = 20_000
+_ERROR, _TRACEBACK = "error: ", "Traceback (most recent call last):"
+_SAID = (InputError.exit_code, MachineError.exit_code)
+
+ExplainMemory = Callable[[int, str], str]
+"""Function from a rank and what happened to it to the message about a rank that ran out of memory."""
+
+
+def explain_in_short(rank: int, how: str) -> str:
+    """Return the message about a rank of which nothing more is known."""
+    return f"rank {rank} {how}"
+
+
+@dataclass(frozen=True)
+class EndedRank:
+    """A rank that failed.
+
+    Attributes:
+        number: Its rank.
+        code: Its exit code, or minus the signal that ended it.
+        log: The file of its output.
+        log_start: Byte offset in the log at which this start's output begins.
+    """
+
+    number: int
+    code: int
+    log: Path
+    log_start: int
+
+    def last_lines(self) -> list[str]:
+        """Return the end of its output."""
+        with self.log.open("rb") as file:
+            file.seek(max(self.log_start, self.log.stat().st_size - READ_BYTES))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+
+
+def cause_of(failed: Sequence[EndedRank], *, killed: Sequence[EndedRank]) -> EndedRank | None:
+    """Return the rank that failed on its own account: the others fail because they lost their connection to it.
+
+    Args:
+        failed: Ranks that ended with an error, the first one first.
+        killed: Those of them that were ended by a signal which the launcher had not sent.
+    """
+    refused = [rank for rank in failed if rank.code in _SAID]
+    if refused:  # all ranks raise some errors together
+        return min(refused, key=lambda rank: rank.number)
+    # A rank that waits in vain may be aborted by NCCL.
+    shot = [rank for rank in killed if rank.code != -signal.SIGABRT]
+    own = [rank for rank in failed if rank in killed or (rank.code > 0 and rank.code != LostPeers.exit_code)]
+    return next(iter([*shot, *own, *failed]), None)
+
+
+def explain(rank: EndedRank, *, kills_before: int | None, explain_memory: ExplainMemory) -> int:
+    """Write why the ranks failed, and return the launcher's exit code.
+
+    Args:
+        rank: The rank that caused it.
+        kills_before: Processes that the kernel had killed for lack of memory before the start; None if unknown.
+        explain_memory: Makes the message about a rank that ran out of memory.
+    """
+    lines = rank.last_lines()
+    code = rank.code if rank.code in _SAID else 1
+    is_enough = True
+    if (how := _lack_of_memory(rank, lines, kills_before=kills_before)) is not None:
+        shown, code = [f"error: {explain_memory(rank.number, how)}"], MachineError.exit_code
+    elif shown := _own_words(rank, lines):
+        pass
+    elif rank.code == 1 and _TRACEBACK in lines:
+        shown = [
+            f"error: rank {rank.number} failed, which is a fault of trainshort: {_exception(lines)}",
+            f"  please report it with the whole traceback, in {rank.log}",
+        ]
+    else:
+        shown, is_enough = [f"error: rank {rank.number} ended with {_ending(rank.code)}"], False
+    if not is_enough or logging.getLogger().isEnabledFor(logging.DEBUG):
+        shown[-1] += f"; the end of {rank.log}:"
+        shown += [f"  {line}" for line in lines[-SHOWN_LINES:]]
+    write_error("".join(f"{line}\n" for line in shown))
+    return code
+
+
+def _lack_of_memory(rank: EndedRank, lines: Sequence[str], *, kills_before: int | None) -> str | None:
+    """Say how a rank ended that was killed or aborted, if that was or may have been for lack of memory."""
+    kills = oom_kills()
+    if rank.code == -signal.SIGABRT and tells_of_memory("\n".join(lines)):
+        how = "ran out of memory and was aborted, with signal 6 (SIGABRT)"
+    elif rank.code != -signal.SIGKILL:
+        return None
+    elif kills is None or kills_before is None:
+        how = "ended with signal 9 (SIGKILL), most likely from the kernel, for lack of memory"
+    elif kills > kills_before:
+        how = "ran out of memory: the kernel killed it, with signal 9 (SIGKILL)"
+    else:
+        how = (
+            f"ended with signal 9 (SIGKILL), which the launcher did not send{DETAIL}the kernel counts no kill for lack "
+            "of memory: a person did it, a scheduler, or a guard of the memory"
+        )
+    # After the last rank has ended, the kernel tells no more than this.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return DETAIL.join([how, f"held: {in_gigabytes(peak)} at most, by the largest rank", f"limit: {host_limit()}"])
+
+
+def _own_words(rank: EndedRank, lines: Sequence[str]) -> list[str]:
+    """Return the error that a rank has written last, naming the rank; nothing if it ended in another way."""
+    starts = [number for number, line in enumerate(lines) if line.startswith(_ERROR) or line == _TRACEBACK]
+    if rank.code < 0 or not starts or lines[starts[-1]] == _TRACEBACK:
+        return []
+    first, *more = lines[starts[-1] :]
+    message = first.removeprefix(_ERROR)
+    is_named = rank.number == 0 or message.startswith(f"rank {rank.number} ")
+    return [_ERROR + (message if is_named else f"rank {rank.number}: {message}"), *takewhile(_is_indented, more)]
+
+
+def _exception(lines: Sequence[str]) -> str:
+    """Return the line of the last traceback that names the exception."""
+    after = lines[len(lines) - lines[::-1].index(_TRACEBACK) :]
+    return hide_secrets(next((line for line in after if line and not _is_indented(line)), lines[-1]))
+
+
+def _is_indented(line: str) -> bool:
+    return line.startswith("  ")
+
+
+def _ending(code: int) -> str:
+    return f"exit code {code}" if code > 0 else f"signal {-code} ({signal.Signals(-code).name})"

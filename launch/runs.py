@@ -1,0 +1,257 @@
+"""Find the runs below a folder and tell how far each is, from its files alone: no torch, no SLURM, no MLflow.
+
+A folder may hold hundreds of runs, and a run's metrics.jsonl a hundred megabytes: only its end is read.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from configs.errors import InputError
+from configs.paths import (
+    MANIFEST_NAME,
+    chain_file,
+    config_file,
+    frozen_config,
+    incarnation_file,
+    slurm_folder,
+)
+from configs.saved import saved_values
+from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
+from training.incarnation import Incarnation, has_ended, newest_incarnation, runs_here
+from training.tracking.record import read_record, record_file
+
+DEPTH = 3
+TAIL_BYTES = 1 << 20
+HEAD_BYTES = 1 << 12
+# Folders of a run, which hold no other runs: data may have a million files, and slurm/ a copy of the run file.
+SKIPPED = {"data", "checkpoints", "evaluation", "export", "logs", "slurm", "mlartifacts"}
+
+# as JSON writes it
+_VALIDATION_LOSS = re.compile(rb'"validation_loss": ([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)[,}]')
+
+RunState = Literal["running", "finished", "stopped", "failed", "submitted", "prepared", "new", "unknown", "broken"]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run folder shows of its run.
+
+    Attributes:
+        path: The run folder.
+        name: `run.name`; None if the folder has no readable run file yet.
+        state: `unknown` was started on another machine, from where nobody sees whether it runs; `stopped` has saved
+            its last step, `failed` has not; `broken` has a file that cannot be read.
+        host: Machine of the newest start; None if it was never started.
+        step: Last step in metrics.jsonl or of a checkpoint.
+        steps: Steps of the whole run; None if unknown.
+        loss: Loss of the last step in metrics.jsonl.
+        best_validation: Lowest validation loss of the checkpoints and of the last megabyte of metrics.jsonl.
+        checkpoints: Number of checkpoints.
+        newest_checkpoint: Step of the newest one.
+        bytes: Size of all files; what links lead to does not count.
+        written_at: When a file was last written; None if the folder cannot be read.
+        problem: What cannot be read.
+    """
+
+    path: Path
+    name: str | None
+    state: RunState
+    host: str | None
+    step: int
+    steps: int | None
+    loss: float | None
+    best_validation: float | None
+    checkpoints: int
+    newest_checkpoint: int | None
+    bytes: int
+    written_at: datetime | None
+    problem: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        written_at = self.written_at and self.written_at.isoformat(timespec="seconds")
+        return {**vars(self), "path": str(self.path), "written_at": written_at}
+
+
+def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
+    """Return the run folders at and below a folder; a link to a folder is followed, and no folder is read twice.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not folder.is_dir():
+        seen = "is a file" if folder.is_file() else "does not exist"
+        raise InputError(f"folder {folder} {seen}: give the folder of your runs, as in `trainshort runs FOLDER`")
+    runs: list[Path] = []
+    level, real_paths = [folder], set[str]()
+    for _ in range(depth + 1):
+        below: list[Path] = []
+        for place in level:
+            if (real := os.path.realpath(place)) not in real_paths:
+                real_paths.add(real)
+                runs += [place] if is_run_folder(place) or _has_broken_run_file(place) else []
+                below += _folders_in(place)
+        level = below
+    return sorted(runs)
+
+
+def is_run_folder(path: Path) -> bool:
+    """Return whether a run was prepared, submitted, started or saved in a folder; a checkpoint is no run folder."""
+    marks = (incarnation_file(path), chain_file(path), record_file(path), path / "data" / MANIFEST_NAME)
+    try:
+        if any(mark.is_file() for mark in marks) or list_checkpoints(path):
+            return True
+        # a checkpoint holds a run file too, and so does the folder of a submission
+        if (path / MANIFEST_NAME).exists() or path == slurm_folder(path.parent):
+            return False
+        return bool(saved_values(config_file(path)))
+    except (OSError, ValueError):
+        return False
+
+
+def _has_broken_run_file(path: Path) -> bool:
+    file = config_file(path)
+    try:
+        saved_values(file)
+    except OSError:
+        return (path / "metrics.jsonl").is_file()
+    except ValueError as error:
+        return error.__cause__ is not None  # YAML that holds no run is another program's
+    return False
+
+
+def summarize_run(path: Path) -> RunSummary:
+    """Return what a run folder shows of its run; a file that is broken or cannot be read makes it `broken`."""
+    try:
+        return _summarize(path)
+    except OSError as error:
+        problem = f"{error.filename or path} cannot be read ({error.strerror})"
+        return RunSummary(path, None, "broken", None, 0, None, None, None, 0, None, 0, None, problem)
+
+
+def _summarize(path: Path) -> RunSummary:
+    problems: list[str] = []
+    checkpoints = list_checkpoints(path)
+    values = _values(path, problems)
+    last, validations = _read_metrics(path / "metrics.jsonl", problems)
+    start = newest_incarnation(path)
+    if start is None and incarnation_file(path).exists():
+        problems.append(f"{incarnation_file(path)} cannot be read")
+    saved = checkpoints[-1].step if checkpoints else 0
+    steps = values.get("train", {}).get("steps")
+    validations += [loss for checkpoint in checkpoints for loss in _validation_of(checkpoint)]
+    size, written = _size_of(path)
+    step = max(last.get("step", 0), saved)
+    state = _state_of(path, start=start, step=step, saved=saved, steps=steps if isinstance(steps, int) else None)
+    return RunSummary(
+        path=path,
+        name=values.get("run", {}).get("name"),
+        state="broken" if problems and state != "running" else state,
+        host=str(start.host) if start else None,
+        step=step,
+        steps=steps if isinstance(steps, int) else None,
+        loss=last.get("loss"),
+        best_validation=min(validations, default=None),
+        checkpoints=len(checkpoints),
+        newest_checkpoint=saved if checkpoints else None,
+        bytes=size,
+        written_at=datetime.fromtimestamp(written, UTC),
+        problem=problems[0] if problems else None,
+    )
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder that may hold runs, real ones before links."""
+    try:
+        with os.scandir(folder) as entries:
+            folders = [entry for entry in entries if entry.name not in SKIPPED and not entry.name.startswith(".")]
+            folders = [entry for entry in folders if entry.is_dir()]
+    except OSError:
+        return []
+    return [folder / entry.name for entry in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name))]
+
+
+def _state_of(path: Path, *, start: Incarnation | None, step: int, saved: int, steps: int | None) -> RunState:
+    if runs_here(path):
+        return "running"
+    if steps is not None and saved >= steps:
+        return "finished"
+    if start is None:
+        if step:
+            return "stopped"  # trained by a version that recorded no starts
+        if chain_file(path).is_file():
+            return "submitted"
+        return "prepared" if (path / "data" / MANIFEST_NAME).is_file() else "new"
+    if not has_ended(path) and not _reported_end(path):
+        return "unknown"
+    return "stopped" if 0 < step == saved else "failed"
+
+
+def _reported_end(path: Path) -> bool:
+    """Return whether the newest start has told MLflow how it ended: the record is closed, and later than the start."""
+    record = read_record(path)
+    if record is None or record.is_open:
+        return False
+    return record_file(path).stat().st_mtime >= incarnation_file(path).stat().st_mtime
+
+
+def _values(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the sections of the run file that the newest start wrote, else of the submitted one; empty if none."""
+    file = next((file for file in (config_file(path), frozen_config(path)) if file.exists()), None)
+    if file is None:
+        return {}
+    try:
+        return saved_values(file)
+    except (OSError, ValueError) as error:
+        problems.append(f"{file} {f'cannot be read ({error.strerror})' if isinstance(error, OSError) else error}")
+        return {}
+
+
+def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[str, Any], list[float]]:
+    """Return the last whole line of metrics.jsonl, empty if there is none, and the validation losses of its end."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return {}, []
+    except OSError as error:
+        problems.append(f"{path} cannot be read ({error.strerror})")
+        return {}, []
+    validations = [float(number) for number in _VALIDATION_LOSS.findall(tail)]
+    *lines, _ = tail.split(b"\n")  # what stands behind the last line break is half written
+    try:
+        last = json.loads(lines[-1]) if lines else {}
+        return ({"step": int(last["step"]), "loss": float(last["loss"])} if last else {}), validations
+    except (ValueError, KeyError, TypeError):
+        problems.append(f"{path} has a broken last line")
+        return {}, validations
+
+
+def _validation_of(checkpoint: CheckpointFolder) -> list[float]:
+    """Return the validation loss that a checkpoint's manifest holds near its beginning, if it was measured."""
+    try:
+        with (checkpoint.path / MANIFEST_NAME).open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return []
+    return [float(number) for number in _VALIDATION_LOSS.findall(head)[:1]]
+
+
+def _size_of(path: Path) -> tuple[int, float]:
+    """Return the bytes of all files below a folder, and when one was last written, in seconds since the epoch."""
+    size, written = 0, path.stat().st_mtime
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                state = os.lstat(os.path.join(folder, name))
+            except OSError:
+                continue  # removed meanwhile
+            size, written = size + state.st_size, max(written, state.st_mtime)
+    return size, written

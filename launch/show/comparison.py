@@ -1,0 +1,140 @@
+"""Output of `compare`."""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from configs.terminal import printable
+from launch.show.console import narrow_table, output_width, show_folded, show_lines
+
+if TYPE_CHECKING:
+    from training.comparison.comparison import Comparison, TextResults
+
+_NOT_KNOWN = "-"
+_LABEL_WIDTH = 16  # columns that a run's name may take more than its figures
+
+Row = tuple[str, list[str]]
+"""A name and a figure of each run; no figures in a heading."""
+
+
+def show_comparison(comparison: "Comparison") -> None:
+    """Write the figures of the runs, a column each, then the keys that differ, then what keeps them from comparing.
+
+    Where the terminal is too narrow for all runs, the next ones follow below.
+    """
+    labels = [printable(run.label) for run in comparison.runs]
+    sections = [_figures(comparison), *(list(_perplexities(comparison, text)) for text in comparison.texts)]
+    for runs, widths in _blocks(labels, sections):
+        table = narrow_table(("", *(labels[run] for run in runs)))
+        table.columns[0].justify, table.columns[0].no_wrap = "left", True
+        for column, width in zip(table.columns[1:], widths, strict=True):
+            column.width, column.overflow = width, "fold"
+        for section in sections:
+            for name, cells in section:
+                table.add_row(name, *(cells[run] for run in runs if cells))
+            table.add_section()
+        show_folded(table)
+    if comparison.differences:
+        show_lines("Keys that differ")
+        show_folded(_differences(comparison, labels))
+    show_lines(*(f"note: {note}" for note in comparison.notes))
+
+
+def _blocks(labels: list[str], sections: list[list[Row]]) -> Iterator[tuple[range, list[int]]]:
+    """Yield the runs of each table, as many as the output has room for, with the widths of their columns."""
+    rows = [row for section in sections for row in section]
+    widths = [
+        max(min(len(label), _LABEL_WIDTH), *(len(cells[run]) for _, cells in rows if cells))
+        for run, label in enumerate(labels)
+    ]
+    room = (output_width() or math.inf) - max(len(name) for name, _ in rows) - 2
+    first, used = 0, 0
+    for run, width in enumerate(widths):
+        if run > first and used + width + 1 > room:
+            yield range(first, run), widths[first:run]
+            first, used = run, 0
+        used += width + 1
+    yield range(first, len(labels)), widths[first:]
+
+
+def _figures(comparison: "Comparison") -> list[Row]:
+    runs = [run.values() for run in comparison.runs]
+
+    def row(name: str, key: str, form: str, *, scale: int = 1) -> Row:
+        return name, [_NOT_KNOWN if run[key] is None else format(run[key] * scale, form) for run in runs]
+
+    rows: list[Row] = [
+        ("position", [run["position"] for run in runs]),
+        row("training length", "train_length", ",d"),
+        ("parameters", [_count(run["parameters"]) for run in runs]),
+        ("steps", [_steps(run) for run in runs]),
+        ("tokens", [_count(run["tokens"]) for run in runs]),
+        row("training loss", "loss", ".4f"),
+        row("  best", "best_loss", ".4f"),
+        row("validation loss", "validation_loss", ".4f"),
+        row("  best", "best_validation_loss", ".4f"),
+        row("tokens/s, median", "tokens_per_second", ",.0f"),
+        row("utilization, %", "model_flops_utilization", ".1f", scale=100),
+        row("peak memory, GB", "memory_gb", ".2f"),
+        ("time", [_time(run["seconds"]) for run in runs]),
+    ]
+    return [(name, cells) for name, cells in rows if set(cells) != {_NOT_KNOWN}]
+
+
+def _perplexities(comparison: "Comparison", text: "TextResults") -> Iterator[Row]:
+    yield f"perplexity per {'word' if text.unit == 'word_perplexity' else 'token'}", []
+    yield f"on {printable(text.text)}", []
+    reports = [run.report if number in text.runs else None for number, run in enumerate(comparison.runs)]
+    yield "at step", [_NOT_KNOWN if report is None else f"{report['step']:,}" for report in reports]
+    protocol = None
+    for key in text.keys:
+        if text.protocol(key) != protocol:
+            protocol = text.protocol(key)
+            yield f"  {protocol}", []
+        values = [text.value(number, key) for number in range(len(comparison.runs))]
+        yield f"    {key[2]:,}", [_NOT_KNOWN if value is None else _perplexity(value) for value in values]
+
+
+def _differences(comparison: "Comparison", labels: list[str]) -> Table:
+    table = narrow_table(("", *labels), left=("", *labels))
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.overflow = "fold"
+    for key, values in comparison.differences.items():
+        table.add_row(key, *map(_setting, values))
+    return table
+
+
+def _perplexity(value: float) -> str:
+    if value >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _count(value: int | None) -> str:
+    """Return a count in four digits: 819.2K, 1.331B."""
+    if value is None:
+        return _NOT_KNOWN
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return str(value)
+
+
+def _steps(run: dict[str, Any]) -> str:
+    return f"{run['step']:,}" if run["step"] == run["steps"] else f"{run['step']:,} of {run['steps']:,}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return _NOT_KNOWN
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _setting(value: Any) -> str:
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

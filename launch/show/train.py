@@ -1,0 +1,120 @@
+"""What is said before and after a rank trains; the rank itself tells the rest (training/story.py)."""
+
+import logging
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from configs.paths import logs_folder, run_folder
+from configs.schema import RunConfig
+from configs.secrets import hide_secrets
+from configs.terminal import Terminal
+from launch.local import STOPPED_BY_HAND, make_log_folder
+from launch.machine import gpu_count
+from launch.show.streams import following
+from parallel.start import ProcessRank
+from training.checkpoint.manifest import list_checkpoints
+from training.metrics_file import last_reported_step
+from training.preflight import Ready, make_ready
+from training.story_text import evaluate_line, lost_line, start_lines
+
+logger = logging.getLogger(__name__)
+
+STORY_LOG = "rank_0.log"
+
+
+@contextmanager
+def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str]) -> Iterator[None]:
+    """Let the launcher say what starts, on its terminal and in the run's log; both stay open while the block runs.
+
+    Args:
+        ready: The run, checked.
+        device: Device type of the ranks: cpu or cuda.
+        environ: Environment.
+    Raises:
+        MachineError: the folder of the logs cannot be made or written.
+    """
+    logs = logs_folder(ready.run_dir)
+    make_log_folder(logs)
+    with following(logs / STORY_LOG, descriptor=None, environ=environ):
+        _say_start(ready, device=device)
+        yield
+
+
+@contextmanager
+def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[str, str]) -> Iterator[Terminal | None]:
+    """Let rank 0 say how the run goes, on the terminal and in the run's log, while the block runs.
+
+    Under srun and torchrun it says the start and the end too: there is no launcher of ours.
+
+    Args:
+        config: The run.
+        place: This process among the ranks.
+        environ: Environment.
+    Yields:
+        The terminal; None on all ranks but the first, which have nothing to say.
+    Raises:
+        InputError: the run does not fit; found before the slow imports.
+        MachineError: the folder of the logs cannot be made or written.
+    """
+    if place.rank:
+        yield None
+        return
+    logs, ready, device = logs_folder(run_folder(config)), None, "cuda" if gpu_count(environ) else "cpu"
+    if place.starter != "local":
+        ready = make_ready(config, world_size=place.world_size, device=device)
+    make_log_folder(logs)
+    with following(logs / STORY_LOG, descriptor=place.terminal, environ=environ) as terminal:
+        if ready is not None:
+            _say_start(ready, device=device)
+        yield terminal
+        if ready is not None:
+            say_end(config, code=0, again="start the same job again")
+
+
+def say_end(config: RunConfig, *, code: int, again: str) -> None:
+    """Say what was lost, if the ranks were ended before they could save, and what to type next.
+
+    Args:
+        config: The run.
+        code: Exit code of the ranks; an error has been reported already.
+        again: The command that continues the run.
+    """
+    run_dir = run_folder(config)
+    newest = next(reversed(list_checkpoints(run_dir)), None)
+    saved_step = newest.step if newest else 0
+    if code == STOPPED_BY_HAND:
+        checkpoint = newest.path if newest else None
+        lost = lost_line(last_step=last_reported_step(run_dir), checkpoint=checkpoint, saved_step=saved_step)
+        logger.warning("%s", lost)
+    elif code:
+        return
+    if saved_step >= config.train.steps:
+        logger.info("%s", evaluate_line(run_dir))
+    else:
+        logger.info("to continue: %s", again)
+
+
+def train_command_line(run: str, *, options: Sequence[str], overrides: Sequence[str]) -> str:
+    """Return the command that starts a run again, as a user types it, without secrets.
+
+    Args:
+        run: The run file as the user gave it.
+        options: Options of `train`.
+        overrides: Values of `--set`.
+    """
+    sets = [word for override in overrides for word in ("--set", override)]
+    words = [*options, *sets, "--", run] if run.startswith("-") else [run, *options, *sets]
+    return hide_secrets(shlex.join(["trainshort", "train", *words]))
+
+
+def verbosity_options() -> list[str]:
+    """Return the options that give another process this process's verbosity."""
+    level = logging.getLogger().level
+    return ["--quiet"] if level > logging.INFO else ["--verbose"] if level < logging.INFO else []
+
+
+def _say_start(ready: Ready, *, device: str) -> None:
+    for line in start_lines(ready, device=device):
+        logger.info("%s", line)
+    logger.info("importing torch and DeepSpeed")

@@ -1,0 +1,91 @@
+"""What `train` checks before it starts a rank, and the plan that `train --dry-run` shows. Imports no torch."""
+
+from collections.abc import Iterator, Mapping
+
+from configs.errors import InputError
+from configs.files import try_folder
+from configs.paths import checkpoints_folder
+from configs.schema import RunConfig
+from launch.machine import gpu_count
+from parallel.start import ProcessRank
+from training.checkpoint.manifest import step_folder
+from training.export.formats.table import export_problems
+from training.folder import report_write_errors
+from training.incarnation import refuse_second_start
+from training.preflight import Ready, make_ready
+from training.story_text import start_lines
+from training.tracking.store import choose_store, require_known_scheme
+
+
+def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, str]) -> tuple[Ready, str]:
+    """Check a run that this machine's ranks are to train, as far as that takes no rank; write nothing.
+
+    Args:
+        config: The run, overrides applied.
+        ranks: Value of `--ranks`; None for one per GPU, else the fewest that the layout needs.
+        environ: Environment of the ranks.
+    Returns:
+        The run, and the device type of its ranks: cpu or cuda.
+    Raises:
+        InputError: the ranks, the MLflow store, the run folder, the data or a checkpoint does not fit the run.
+    """
+    gpus = gpu_count(environ)
+    ranks = ranks or gpus or config.parallel.tensor * config.parallel.pipeline
+    if 0 < gpus < ranks:
+        raise InputError(
+            f"--ranks {ranks} is more than this machine's GPUs ({gpus}): start {gpus} or fewer, "
+            'or set CUDA_VISIBLE_DEVICES="" for CPU ranks'
+        )
+    device = "cuda" if gpus else "cpu"
+    ready = make_ready(config, world_size=ranks, device=device)
+    require_known_scheme(choose_store(config.track.uri, run_dir=ready.run_dir, variables=environ))
+    return ready, device
+
+
+def dry_run_lines(
+    config: RunConfig, place: ProcessRank | None, *, ranks: int | None, environ: Mapping[str, str]
+) -> list[str]:
+    """Do everything that `train` does before its first rank; return the plan, a line each. Writes nothing.
+
+    Args:
+        config: The run, overrides applied.
+        place: This process among the ranks of srun or torchrun; None where `train` starts the ranks.
+        ranks: Value of `--ranks`.
+        environ: Environment of the ranks.
+    Returns:
+        The plan; nothing for all ranks but the first.
+    Raises:
+        InputError: see `check_start`; or another start of the run is alive here.
+        MachineError: the run folder cannot be written.
+    """
+    is_other = place is not None and place.rank > 0
+    if place is None:
+        ready, device = check_start(config, ranks=ranks, environ=environ)
+    else:
+        device = "cuda" if gpu_count(environ) else "cpu"
+        ready = make_ready(config, world_size=place.world_size, device=device)
+    if ready.finished:
+        return [] if is_other else [finished_line(ready)]
+    refuse_second_start(ready.run_dir)
+    with report_write_errors(ready.run_dir):
+        try_folder(checkpoints_folder(ready.run_dir))
+    return [] if is_other else [*start_lines(ready, device=device), *_beginning(ready, environ=environ)]
+
+
+def finished_line(ready: Ready) -> str:
+    """Return what is said of a run that has nothing left to train."""
+    return f"{ready.run_dir} is trained to its last step, {ready.config.train.steps}: raise train.steps to continue"
+
+
+def _beginning(ready: Ready, *, environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield where a start would begin, where it would log, and that nothing has begun."""
+    config, run_dir, newest = ready.config, ready.run_dir, ready.newest
+    if newest is not None:
+        yield f"resumes from step {newest.step}, {step_folder(checkpoints_folder(run_dir), step=newest.step)}"
+    else:
+        weights = f", with the weights of {config.train.init_from}" if config.train.init_from else ""
+        yield f"begins at step 0{weights}"
+        yield from export_problems(config.model).values()
+    store = choose_store(config.track.uri, run_dir=run_dir, variables=environ)
+    yield f"logs to MLflow at {store.public_uri}"
+    yield "dry run: no rank was started, nothing was written"

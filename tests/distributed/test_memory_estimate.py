@@ -1,0 +1,71 @@
+"""The estimate of a rank's memory is what its tensors take: weights, gradients, optimizer, activations, logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel import zero
+from parallel.groups import make_groups
+from parallel.layout import Layout
+from parallel.start import ProcessRank
+from tests.support.layouts import config_of, tokens_of
+from tests.support.memory import PeakBytes
+from tests.support.ranks import run_ranks, start_again
+from training.build import build_engine
+from training.memory import estimate_memory
+
+RANKS, BUCKET, LENGTH, VOCABULARY = 4, 500_000, 320, 4096
+MORE = (
+    "model.layers=4",
+    "model.hidden=256",
+    "model.heads=4",
+    f"data.sequence_length={LENGTH}",
+    f"data.vocab_size={VOCABULARY}",
+    "train.micro_batch=1",
+    "train.global_batch=4",
+)
+RECOMPUTE, BF16 = "train.recompute=true", "train.precision=bf16"
+CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+    "zero 2": ({"tensor": 1, "pipeline": 1, "zero": 2}, ()),
+    "zero 3": ({"tensor": 1, "pipeline": 1, "zero": 3}, ()),
+    "zero 1, bf16": ({"tensor": 1, "pipeline": 1, "zero": 1}, (BF16,)),
+    "tensor 2": ({"tensor": 2, "pipeline": 1, "zero": 1}, ()),
+    "pipeline 2": ({"tensor": 1, "pipeline": 2, "zero": 1}, ()),
+    "tensor 2 x pipeline 2, recompute": ({"tensor": 2, "pipeline": 2, "zero": 1}, (RECOMPUTE,)),
+    "reference": ({"tensor": 2, "pipeline": 1, "zero": 1}, ("model.attention=reference",)),
+}
+
+
+def measure_training(process: ProcessRank, *, folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the most bytes of tensors that this rank held in two steps of each case, and the estimate of them."""
+    zero.REDUCE_BUCKET = BUCKET  # its size is fixed: here it would be larger than the model
+    measured = {}
+    for number, (name, (keys, more)) in enumerate(CASES.items()):
+        start_again(process, number=number)
+        config = config_of(keys, run_dir=folder, more=(*MORE, *more))
+        layout = Layout.of(config, world_size=process.world_size)
+        groups = make_groups(layout)
+        batches = [tokens_of(number, samples=1, length=LENGTH) for _ in range(layout.micro_batches)]
+        with PeakBytes() as memory:
+            engine, _ = build_engine(
+                config, layout=layout, groups=groups, vocab_size=VOCABULARY, device=torch.device("cpu")
+            )
+            engine.train_step(batches, learning_rate=1e-3)
+            memory.forget_peak()
+            engine.train_step(batches, learning_rate=1e-3)
+        stage = estimate_memory(config, layout=layout, on_gpu=False, bucket=BUCKET).stages[groups.pipeline.rank]
+        measured[name] = (memory.peak, stage.total - stage.overhead)
+    return measured
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[int, int]]]:
+    """Bytes of each case, measured and estimated, by rank."""
+    return run_ranks(measure_training, ranks=RANKS, arguments={"folder": tmp_path_factory.mktemp("memory")})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_what_training_holds(measured: list[dict[str, tuple[int, int]]], case: str) -> None:
+    for peak, estimate in (rank[case] for rank in measured):
+        assert estimate == pytest.approx(peak, rel=0.1)

@@ -1,0 +1,243 @@
+"""`trainshort compare`: figures of runs, perplexities on the same text, keys that differ, and the plot."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from tests.support.command_line import Call, refused
+from tests.support.compared_runs import add_report, make_run
+from training.comparison.plot import draw_comparison
+
+OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test's working directory. Nothing is drawn, which takes time, unless the test asks for `drawn`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.comparison.plot.draw_comparison", lambda *_: None)
+    return tmp_path
+
+
+@pytest.fixture
+def drawn(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The plot that `compare` draws by default."""
+    monkeypatch.setattr("training.comparison.plot.draw_comparison", draw_comparison)
+    return here / "comparison.png"
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Return the cells of each row by its name; names and cells are two spaces apart at least."""
+    cells = [line.split("  ") for line in text.splitlines()]
+    words = [[cell.strip() for cell in line if cell.strip()] for line in cells]
+    return {line[0]: line[1:] for line in words if line}
+
+
+def compared(trainshort: Call, *arguments: str) -> dict[str, Any]:
+    answer = trainshort("compare", *arguments, "--json")
+    assert answer.code == 0, answer
+    document: dict[str, Any] = json.loads(answer.out)
+    return document
+
+
+def test_two_runs_stand_side_by_side_in_80_columns(
+    trainshort: Call, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for position, last in (("alibi", 20.5), ("sinusoidal", 3_200_000.0)):
+        run_dir = make_run(Path("runs") / position, model={"position": position}, train={"learning_rate": 4e-3})
+        add_report(run_dir, {32: 21.25, 64: last})
+        add_report(run_dir, {256: 19.5}, stride=16, text="other.txt")
+    add_report(Path("runs/alibi"), {32: 21.25, 64: 20.5, 128: 20.25})
+    answer = trainshort("compare", "runs/alibi", "runs/sinusoidal")
+    assert answer.code == 0
+    assert max(map(len, answer.out.splitlines())) <= 80
+    shown = rows(answer.out)
+    assert shown["position"] == ["alibi", "sinusoidal"]
+    assert shown["training length"] == ["32", "32"]
+    assert shown["steps"] == ["10", "10"]
+    assert shown["tokens"] == ["2.56K", "2.56K"]
+    assert shown["training loss"] == ["4.0000", "4.0000"]
+    assert shown["validation loss"] == ["3.6000", "3.6000"]
+    assert shown["tokens/s, median"] == ["1,001", "1,001"]
+    assert shown["peak memory, GB"] == ["2.00", "2.00"]
+    assert shown["time"] == ["1 min 04 s", "1 min 04 s"]
+    assert (shown["32"], shown["64"], shown["128"]) == (["21.25", "21.25"], ["20.50", "3.2e+06"], ["20.25", "-"])
+    assert shown["model.position"] == ["alibi", "sinusoidal"]
+    assert "utilization" not in answer.out, "no run knows it"
+    assert "train.learning_rate" not in answer.out, "it does not differ"
+    assert "note: " not in answer.out
+    assert answer.error == "plot: comparison.png\n"
+    assert matplotlib.image.imread(drawn).std() > 0.01
+
+
+def test_json_holds_what_the_tables_show(trainshort: Call, drawn: Path) -> None:
+    add_report(make_run(Path("a"), steps=7, checkpoints=(5,)), {32: 20.0, 64: 19.0}, step=5)
+    add_report(make_run(Path("b"), train={"steps": 40, "learning_rate": 1e-3}), {64: 18.0}, stride=8)
+    document = compared(trainshort, "a", "b", "--out", "plots/ab.png")
+    first, second = document["runs"]
+    assert (first["label"], first["step"], first["steps"], first["checkpoint"]) == ("a", 7, 10, "step_0000005")
+    assert (second["label"], second["step"], second["steps"]) == ("b", 10, 40)
+    assert (first["loss"], first["best_loss"]) == (pytest.approx(4.3), pytest.approx(4.3))
+    assert (first["validation_loss"], first["best_validation_loss"]) == (pytest.approx(3.7), pytest.approx(3.7))
+    assert first["seconds"] == pytest.approx(7 * 6 + 2)
+    # 4 layers of 12 x 64^2 weights and 13 x 64 biases and norms; 600 x 64 embeddings; two norms
+    assert first["parameters"] == 4 * (12 * 64**2 + 13 * 64) + 600 * 64 + 4 * 64
+    assert first["evaluation"]["report"] == "a/evaluation/step_0000005/held-out.json"
+    assert document["differences"] == {"train.steps": [10, 40], "train.learning_rate": [8e-3, 1e-3]}
+    assert document["perplexity"] == [
+        {
+            "text": "held-out",
+            "unit": "perplexity",
+            "results": [
+                {"length": 32, "protocol": "nonoverlapping", "values": [20.0, None]},
+                {"length": 64, "protocol": "nonoverlapping", "values": [19.0, None]},
+                {"length": 64, "protocol": "sliding:8", "values": [None, 18.0]},
+            ],
+        }
+    ]
+    assert Path("plots/ab.png").is_file()
+    assert not drawn.exists()
+
+
+def test_the_newest_checkpoint_counts_unless_one_is_given(trainshort: Call) -> None:
+    run_dir = make_run(Path("run"), checkpoints=(5, 10))
+    add_report(run_dir, {32: 30.0}, step=5)
+    (run,) = compared(trainshort, "run")["runs"]
+    assert run["evaluation"]["checkpoint"] == "step_0000005"
+    answer = trainshort("compare", "run")
+    assert "note: run was evaluated at step 5, not at its newest checkpoint: trainshort evaluate run\n" in answer.out
+    add_report(run_dir, {32: 20.0}, step=10, newest=False)
+    document = compared(trainshort, "run", "run/checkpoints/step_0000005", "./run")
+    assert [run["label"] for run in document["runs"]] == ["run step_0000010", "run step_0000005"]
+    assert [run["step"] for run in document["runs"]] == [10, 5]
+    assert document["perplexity"][0]["results"][0]["values"] == [20.0, 30.0]
+    assert document["notes"] == []
+
+
+def test_labels_of_equal_names_are_told_apart(trainshort: Call) -> None:
+    for place in ("x/seed-1", "y/seed-1", "x/seed-2"):
+        make_run(Path(place), run={"name": "demo"})
+    make_run(Path("other"))
+    labels = [run["label"] for run in compared(trainshort, "x/seed-1", "y/seed-1", "x/seed-2", "other")["runs"]]
+    assert labels == ["x/seed-1", "y/seed-1", "seed-2", "other"]
+
+
+def test_different_texts_are_never_compared(trainshort: Call) -> None:
+    for name, text in (("a", "held-out"), ("b", "held-out"), ("c", "mine.txt")):
+        run_dir = make_run(Path(name))
+        add_report(run_dir, {32: 15.0}, text="book.txt")
+        add_report(run_dir, {32: 20.0}, text=text)
+    add_report(Path("b"), {32: 21.0}, text_sha256="of other data")
+    answer = trainshort("compare", "a", "b", "c")
+    assert "note: evaluated on texts that differ" in answer.out
+    assert answer.out.endswith("All were evaluated on book: add --text book\n")
+    shutil.rmtree("c/evaluation/step_0000010")
+    answer = trainshort("compare", "a", "b", "c")
+    assert answer.out.endswith("Evaluate each with the same --data FILE, then compare with --text FILE\n")
+    add_report(Path("c"), {32: 15.0}, text="book.txt", newest=False)
+    document = compared(trainshort, "a", "b", "c")
+    assert [text["results"][0]["values"] for text in document["perplexity"]] == [
+        [20.0, None, None],
+        [None, 21.0, None],
+        [None, None, 20.0],
+    ]
+    (on_book,) = compared(trainshort, "a", "b", "c", "--text", "book.txt")["perplexity"]
+    assert (on_book["text"], on_book["results"][0]["values"]) == ("book.txt", [15.0, 15.0, 15.0])
+    answer = trainshort("compare", "a", "c", "--text", "mine.txt")
+    assert "note: a has no evaluation of mine.txt: trainshort evaluate a --data FILE\n" in answer.out
+
+
+def test_other_tokenizers_are_compared_per_word(trainshort: Call) -> None:
+    add_report(make_run(Path("a")), {32: 20.0})
+    add_report(make_run(Path("b")), {32: 22.0}, tokenizer_sha256="two")
+    (text,) = compared(trainshort, "a", "b")["perplexity"]
+    assert (text["unit"], text["results"][0]["values"]) == ("word_perplexity", [200.0, 220.0])
+    answer = trainshort("compare", "a", "b")
+    assert "perplexity per word" in answer.out
+    assert "note: the tokenizers differ" in answer.out
+
+
+def test_a_run_without_evaluation_says_what_to_type(trainshort: Call) -> None:
+    make_run(Path("my run"), run={"name": "plain"}, checkpoints=())
+    add_report(make_run(Path("b")), {32: 20.0})
+    answer = trainshort("compare", "my run", "b")
+    assert answer.code == 0
+    assert "note: plain has no evaluation: trainshort evaluate 'my run'\n" in answer.out
+    assert rows(answer.out)["32"] == ["-", "20.00"]
+
+
+def test_a_run_of_0_1_0_is_compared(trainshort: Call) -> None:
+    shutil.copytree(OLD_RUN, "old")
+    report = json.loads(add_report(Path("old"), {32: 20.0}, step=2).read_text())
+    older = {key: report[key] for key in ("checkpoint", "step", "train_length", "data", "results")}
+    Path("old/evaluation/step_0000002/held-out.json").unlink()
+    Path("old/evaluation/step_0000002/report.json").write_text(json.dumps(older))
+    add_report(make_run(Path("new")), {32: 19.0})
+    document = compared(trainshort, "old", "new")
+    assert document["perplexity"][0]["results"][0]["values"] == [20.0, 19.0]
+    assert document["runs"][0]["evaluation"]["checkpoint"] == "step_0000002"
+    assert document["notes"] == []
+
+
+def test_metrics_that_a_crash_tore_are_read(trainshort: Call) -> None:
+    make_run(Path("run"))
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": NaN, "tokens_seen": 3000}\n[]\n"x"\n{"step": 12, "lo')
+    (run,) = compared(trainshort, "run")["runs"]
+    assert (run["step"], run["loss"]) == (11, pytest.approx(4.0))
+
+
+def test_what_is_no_run_is_refused_in_one_line(trainshort: Call, here: Path) -> None:
+    make_run(Path("good"))
+    (here / "empty").mkdir()
+    (here / "file.txt").touch()
+    assert refused(trainshort, "compare", "good", "nowhere").startswith("run nowhere does not exist: ")
+    assert refused(trainshort, "compare", "good", "file.txt").startswith("run file.txt is a file: ")
+    assert refused(trainshort, "compare", "good", "empty").startswith("empty holds no run, ")
+    make_run(Path("torn"))
+    Path("torn/config.yaml").write_text("run: [")
+    assert "torn/config.yaml" in refused(trainshort, "compare", "torn", "good")
+    report = add_report(make_run(Path("bad")), {32: 20.0})
+    report.write_text("{}")
+    assert f"{report} is no report" in refused(trainshort, "compare", "bad", "good")
+    Path("bad/checkpoints/step_0000010/manifest.json").write_text("{")
+    assert "broken manifest.json" in refused(trainshort, "compare", "bad/checkpoints/step_0000010")
+
+
+@pytest.mark.parametrize("out", ["mine.png", "plot.pdf", "folder.png", "mine"])
+def test_other_files_are_never_overwritten(trainshort: Call, here: Path, out: str) -> None:
+    make_run(Path("run"))
+    (here / "folder.png").mkdir()
+    matplotlib.image.imsave(here / "mine.png", [[0.0, 1.0]])
+    assert refused(trainshort, "compare", "run", "--out", out).startswith(f"--out {out} ")
+
+
+def test_a_plot_of_compare_is_overwritten(trainshort: Call, drawn: Path) -> None:
+    make_run(Path("run"))
+    assert trainshort("compare", "run").code == 0
+    before = drawn.stat()
+    assert trainshort("compare", "run").code == 0
+    assert drawn.stat().st_ino != before.st_ino
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_any_number_of_runs_is_drawn(trainshort: Call, drawn: Path, count: int) -> None:
+    names = [f"run-{number}-{'long' * 20}" for number in range(count)]
+    for number, name in enumerate(names):
+        run_dir = make_run(Path(name), data={"sequence_length": 32 * (number + 1)})
+        add_report(run_dir, {32: 20.0 + number, 64: 20.0 * 10 ** (2 * number), 96: 1e250 if number else 20.0})
+    answer = trainshort("compare", *names)
+    assert answer.code == 0
+    assert matplotlib.image.imread(drawn).std() > 0.01
+
+
+def test_help_says_what_is_overwritten_and_defaults(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    answer = trainshort("compare", "--help")
+    assert "a file that is no plot of this command is never overwritten.  [default: comparison.png]" in answer.out
+    assert "[default: the run's held-out text]" in trainshort("evaluate", "--help").out

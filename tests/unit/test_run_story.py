@@ -1,0 +1,245 @@
+"""The story of a run: its lines fit a terminal, are the same in the log, and count time honestly."""
+
+import logging
+import re
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from configs.backends import BACKENDS
+from configs.errors import InputError
+from configs.load import dump_run
+from configs.paths import config_file
+from configs.positions import POSITIONS
+from launch.show.train import train_command_line
+from tests.support.steps import step_result
+from tests.support.story import ready_to, told_run
+from training.folder import with_fixed_keys
+from training.metrics_file import Best, MetricsFile, last_reported_step
+from training.observers import Save
+from training.pace import Pace, Spent
+from training.story import Story
+from training.story_text import (
+    build_line,
+    closing_lines,
+    duration,
+    live_line,
+    lost_line,
+    save_line,
+    scaled,
+    size,
+    start_lines,
+    step_line,
+    validation_line,
+    verified_line,
+)
+
+HUGE = step_result(
+    step=100_000,
+    loss=10.8254,
+    learning_rate=6e-4,
+    grad_norm=123.456,
+    model_flops_utilization=0.4512,
+    memory_gb=1061.3,
+)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_lines_fit_the_terminal_with_any_numbers(columns: int) -> None:
+    for speed, left in ((1_234_567.0, 99.0 * 86400), (9.87, 3.0), (987_654_321.0, 100_000.0)):
+        line = step_line(HUGE, steps=1_000_000, speed=speed, seconds_left=left, columns=columns)
+        assert len(line) <= columns
+        assert line.startswith("step 100000/1000000 ")
+        for figure in ("loss 10.83", "lr 6.0e-4", f" {scaled(speed)} tok", " 1.06 TB ", "MFU 45%", duration(left)):
+            assert figure in line
+        for doing in ("", "validating", "saving"):
+            live = live_line(HUGE, steps=1_000_000, speed=speed, seconds_left=left, doing=doing, columns=columns)
+            assert len(live) < columns, "a terminal may wrap at its last column"
+            assert live.startswith("step 100000/1000000 ")
+            assert live.endswith(doing or "left")
+        assert ("grad 123 " in line) == (columns == 120), "the gradient norm is there if it fits"
+
+
+def test_a_line_in_a_file_is_whole_without_what_is_unknown() -> None:
+    line = step_line(step_result(), steps=9, speed=640.0, seconds_left=0.0, columns=None)
+    assert line == "step 1/9  loss 2.000  lr 1.0e-3  grad 0.500  640 tokens/s  1.00 GB  MFU 25%  0.0 s left"
+    unknown = step_result(model_flops_utilization=None, loss=float("nan"))
+    line = step_line(unknown, steps=9, speed=36_749.0, seconds_left=5000.0, columns=None)
+    assert line == "step 1/9  loss nan  lr 1.0e-3  grad 0.500  36.7k tokens/s  1.00 GB  1h23m left"
+
+
+def test_numbers_are_said_as_people_read_them() -> None:
+    times = (0.04, 9.94, 9.96, 99.4, 99.6, 3599, 3600, 5000, 172_000, 176_000, 1e7)
+    assert [*map(duration, times)] == [
+        *("0.0 s", "9.9 s", "10 s", "99 s", "1m40s", "59m59s", "1h00m", "1h23m", "47h47m", "2d00h", "115d17h"),
+    ]
+    assert [*map(scaled, (0, 7, 999, 1000, 36_749, 1.5e6, 2e9))] == [
+        "0",
+        "7",
+        "999",
+        "1.00k",
+        "36.7k",
+        "1.50M",
+        "2.00G",
+    ]
+    assert [*map(size, (0, 512, 61.3e9, 9.96e8))] == ["0 B", "512 B", "61.3 GB", "996 MB"]
+
+
+def test_slow_work_is_said_before_it_begins() -> None:
+    assert build_line(BACKENDS["sdpa"]) == "building the model, drawing its weights, checking its positions"
+    assert build_line(BACKENDS["flex"]).endswith("; the attention kernel (flex) is compiled, which takes minutes")
+
+
+def test_the_positions_are_named_once_they_are_verified() -> None:
+    said = {
+        name: verified_line([Mock(position=name, backend="sdpa", precision="bf16")] * 8, device="H100")
+        for name in POSITIONS
+    }
+    assert said["alibi"] == "ALiBi verified on 8 ranks: attention sdpa, bf16, H100"
+    assert said["sinusoidal"].startswith("sinusoidal positions verified on 8 ranks: ")
+    assert all(len(line) <= 80 and not line.startswith(" ") for line in said.values())
+
+
+def test_how_often_lines_come_may_change_between_starts(tmp_path: Path) -> None:
+    first = told_run(f"run.dir={tmp_path}", "train.log_every=1", "train.steps=9")
+    config_file(tmp_path).write_text(dump_run(first), encoding="utf-8")
+    for key, every in (("train.log_every=50", 50), ("train.log_every=null", None)):
+        again = told_run(f"run.dir={tmp_path}", key, "train.steps=9")
+        assert with_fixed_keys(again, run_dir=tmp_path).train.log_every == every
+    with pytest.raises(InputError, match="train.log_every"):
+        told_run("train.log_every=0")
+
+
+def test_validation_and_save_lines_say_what_matters(tmp_path: Path) -> None:
+    best = Best(4.0, 80)
+    assert validation_line(80, loss=4.0, seconds=2.3, best=best) == (
+        "validation at step 80: loss 4.0000, the best so far (2.3 s)"
+    )
+    assert validation_line(90, loss=4.1, seconds=75.0, best=best) == (
+        "validation at step 90: loss 4.1000, best 4.0000 at step 80 (75 s)"
+    )
+    assert "loss nan (1.0 s)" in validation_line(1, loss=float("nan"), seconds=1.0, best=None)
+    save = Save(80, Path("runs/my/checkpoints/step_0000080"), 0.42)
+    assert save_line(save, size_bytes=1_234_567) == "saved step 80: runs/my/checkpoints/step_0000080 (1.23 MB in 0.4 s)"
+    assert lost_line(last_step=130, checkpoint=save.folder, saved_step=80) == (
+        f"ended without saving: steps 81 to 130 are lost, {save.folder} stays"
+    )
+    assert "step 81 is lost" in lost_line(last_step=81, checkpoint=save.folder, saved_step=80)
+    assert lost_line(last_step=0, checkpoint=None, saved_step=0) == (
+        "ended without saving: no finished step is lost, there is no checkpoint"
+    )
+
+
+def test_the_end_says_where_the_time_went() -> None:
+    spent = Spent(total=100.0, training=64.0, validation=20.0, saving=10.0)
+    lines = closing_lines(steps=10, tokens=64_000, spent=spent, memory_gb=1.5, best=Best(4.05, 8))
+    assert lines == [
+        "total 1m40s: training 64 s, validation 20 s, saving 10 s, other 6.0 s",
+        "10 steps at 1.00k tokens/s (training alone), peak memory 1.50 GB",
+        "best validation: loss 4.0500 at step 8",
+    ]
+    assert len(closing_lines(steps=1, tokens=1, spent=spent, memory_gb=1.5, best=None)) == 2
+
+
+def test_the_start_says_what_is_to_go(tmp_path: Path) -> None:
+    run = told_run("train.steps=400", "run.dir=runs/my")
+    date, *lines = start_lines(ready_to(run, world_size=4), device="cpu")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  demo in runs/my", date)
+    assert lines[0].endswith(" parameters; 400 steps of 1,024 tokens, 410k in all")
+    assert lines[1:] == [
+        "to go: 400 steps, 410k tokens",
+        "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32",
+    ]
+    assert all(len(line) <= 80 for line in [date, *lines])
+
+
+def test_the_time_left_counts_validations_and_saves() -> None:
+    run = told_run("train.steps=100", "evaluate.every=10", "evaluate.samples=16", "checkpoint.every=30")
+    pace, now = Pace(run, step=0), 100.0
+    pace.on_step(step_result(step=1, step_seconds=9.0), now=now)
+    assert pace.seconds_left == pytest.approx(99 * 9.0 + 10 * 3.0), "a validation is a third of a step until measured"
+    for step in range(2, 31):
+        validation = 5.0 if step % 10 == 0 else None
+        now += 2.0 + (validation or 0.0)  # 1 s of the step, and 1 s between two steps
+        pace.on_step(step_result(step=step, step_seconds=1.0, validation_seconds=validation), now=now)
+    pace.on_save(7.0)
+    now += 7.0
+    assert pace.seconds_left == pytest.approx(70 * 2.0 + 7 * 5.0 + 3 * 7.0), "the first step warms up: it is left out"
+    pace.on_step(step_result(step=31, step_seconds=1.0), now=now + 2.0)
+    assert pace.step_seconds == pytest.approx(2.0), "a save does not count as time of a step"
+    spent = pace.spent()
+    assert (spent.training, spent.validation, spent.saving) == (9.0 + 30.0, 15.0, 7.0)
+    assert pace.steps_taken == 31
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the lines since the last call."""
+    lines = [record.getMessage() for record in caplog.records if record.name == "training.story"]
+    caplog.clear()
+    return lines
+
+
+def test_a_line_every_so_many_steps_and_none_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run = told_run("train.steps=7", "train.log_every=3", "evaluate.every=2", "checkpoint.every=5")
+    story = Story(run, first_step=0, best=None, terminal=None)
+    for step, loss in enumerate((None, 5.0, None, 4.0, None, float("nan"), None), start=1):
+        story.on_step(step_result(step=step, validation_loss=loss, validation_seconds=loss and 1.5))
+        if step in (5, 7):
+            story.before_save()
+            story.on_save(Save(step, tmp_path / f"step_000000{step}", 0.2))
+    kinds = [re.sub(r"(\d)[:/].*", r"\1", line) for line in told(caplog)]
+    assert kinds == [
+        *("validation at step 2", "step 3", "validation at step 4", "saved step 5", "step 6", "validation at step 6"),
+        *("step 7", "saved step 7"),
+    ]
+    story.close("FINISHED")
+    total, steps, best = told(caplog)
+    assert total.startswith("total ")
+    assert steps.startswith("7 steps at 10.2k tokens/s")
+    assert best == "best validation: loss 4.0000 at step 4"
+
+
+def test_a_stop_shows_its_last_step_and_a_slow_run_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with pytest.MonkeyPatch.context() as patch:
+        clock = iter(range(0, 1000, 4))
+        patch.setattr("training.story.time.monotonic", lambda: float(next(clock)))
+        story = Story(told_run("train.steps=9"), first_step=0, best=None, terminal=None)
+        for step in range(1, 6):
+            story.on_step(step_result(step=step))
+    assert [line.split("/")[0] for line in told(caplog)] == ["step 1", "step 4"], "a line every 10 s"
+    story.before_save()
+    story.on_save(Save(5, tmp_path, 0.2))
+    story.close("KILLED")
+    assert [line.partition(" ")[0] for line in told(caplog)] == ["step", "saved", "total", "5"]
+    Story(told_run(), first_step=0, best=None, terminal=None).close("KILLED")
+    assert told(caplog) == [], "a start that took no step has no summary"
+
+
+def test_the_best_validation_is_that_of_all_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert last_reported_step(tmp_path) == 0
+    first = MetricsFile(tmp_path, last_step=0)
+    assert first.best is None
+    for step, loss in ((1, 4.0), (2, float("nan")), (3, 5.0), (4, 3.0)):
+        first.on_step(step_result(step=step, validation_loss=loss))
+    first.close("KILLED")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    assert last_reported_step(tmp_path) == 4, "a torn line is no step"
+    again = MetricsFile(tmp_path, last_step=3)
+    assert again.best == Best(4.0, 1), "step 4 comes again"
+    again.close("KILLED")
+    story = Story(told_run(), first_step=3, best=again.best, terminal=None)
+    story.on_step(step_result(step=4, validation_loss=4.5, validation_seconds=1.0))
+    assert "validation at step 4: loss 4.5000, best 4.0000 at step 1 (1.0 s)" in told(caplog)
+
+
+def test_the_command_that_continues_is_the_users_own() -> None:
+    overrides = ["train.steps=20", "run.name=a b", "track.uri=https://me:hunter2@mlflow.example"]
+    line = train_command_line("my.yaml", options=["--ranks", "2"], overrides=overrides)
+    assert line.startswith("trainshort train my.yaml --ranks 2 --set train.steps=20 --set 'run.name=a b' --set ")
+    assert "hunter2" not in line
+    assert train_command_line("-x.yaml", options=[], overrides=[]) == "trainshort train -- -x.yaml"

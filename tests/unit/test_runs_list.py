@@ -1,0 +1,173 @@
+"""`trainshort runs`: which runs are found, and what is said about each."""
+
+import errno
+import json
+import socket
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.paths import chain_file
+from tests.support.command_line import Call, refused
+from tests.support.run_folders import make_run, start_run
+from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
+from training.tracking.record import RunRecord, write_record
+
+OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
+ENDED = {"process_started": 1}
+ELSEWHERE = {"machine": "another", "host": "node7"}
+
+
+def listed(trainshort: Call, *arguments: str) -> dict[str, dict[str, Any]]:
+    """Return the runs of `trainshort runs --json` by the path below the test's runs/."""
+    answer = trainshort("runs", *arguments, "--json")
+    assert (answer.code, answer.error) == (0, "")
+    return {run["path"].removeprefix("runs/"): run for run in json.loads(answer.out)}
+
+
+def test_the_state_of_a_run_is_read_from_its_files(trainshort: Call, folder: Path) -> None:
+    runs = folder / "runs"
+    start_run(make_run(runs / "running", last=6, saved=(4,)))
+    start_run(make_run(runs / "finished", last=10, saved=(8, 10)), **ENDED)
+    start_run(make_run(runs / "stopped", last=6, saved=(4, 6)), **ENDED)
+    start_run(make_run(runs / "failed", last=6, saved=(4,)), **ENDED)
+    start_run(make_run(runs / "never began"), **ENDED)
+    start_run(make_run(runs / "elsewhere", last=6, saved=(6,)), **ELSEWHERE)
+    start_run(make_run(runs / "ended elsewhere", last=6, saved=(4,)), **ELSEWHERE)
+    write_record(runs / "ended elsewhere", RunRecord("1", None))  # that start has told MLflow its end
+    start_run(make_run(runs / "rebooted", last=6, saved=(6,)), machine=f"{'0' * 36} pid:[1]")
+    make_run(runs / "new")
+    make_run(runs / "submitted")
+    chain_file(runs / "submitted").parent.mkdir()
+    chain_file(runs / "submitted").write_text("{}")
+    (runs / "prepared" / "data").mkdir(parents=True)
+    (runs / "prepared" / "data" / "manifest.json").write_text("{}")
+
+    shown = listed(trainshort)
+    assert {name: run["state"] for name, run in shown.items()} == {
+        "running": "running",
+        "finished": "finished",
+        "stopped": "stopped",
+        "failed": "failed",
+        "never began": "failed",
+        "elsewhere": "unknown",
+        "ended elsewhere": "failed",
+        "rebooted": "stopped",
+        "new": "new",
+        "submitted": "submitted",
+        "prepared": "prepared",
+    }
+    table = trainshort("runs").out
+    assert "unknown: started on node7" in table
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_a_run_shows_its_figures(trainshort: Call, folder: Path) -> None:
+    start_run(make_run(folder / "runs" / "a", last=6, saved=(4, 5)))
+    start_run(make_run(folder / "runs" / "b", last=4), **ENDED)
+    make_run(folder / "runs" / "c")
+    shown = listed(trainshort)
+    assert shown["a"].pop("bytes") == sum(
+        path.stat().st_size for path in (folder / "runs" / "a").rglob("*") if path.is_file()
+    )
+    assert datetime.now(UTC) - datetime.fromisoformat(shown["a"].pop("written_at")) < timedelta(minutes=1)
+    assert shown["a"] == {
+        "path": "runs/a",
+        "name": "demo",
+        "state": "running",
+        "host": socket.gethostname(),
+        "step": 6,
+        "steps": 10,
+        "loss": 8.4,
+        "best_validation": 7.25,
+        "checkpoints": 2,
+        "newest_checkpoint": 5,
+        "problem": None,
+    }
+    assert shown["b"]["best_validation"] == 7.6
+    assert shown["c"]["loss"] is shown["c"]["newest_checkpoint"] is shown["c"]["best_validation"] is None
+
+
+def test_runs_are_found_three_levels_deep_and_once(trainshort: Call, folder: Path) -> None:
+    runs = folder / "runs"
+    for path in ("a", "team/b", "team/x/c", "team/x/y/too deep", "data/hidden", "team/checkpoints/hidden"):
+        make_run(runs / path)
+    inner = make_run(runs / "a" / "inner")
+    (runs / "loop").symlink_to(runs)
+    (runs / "team" / "again").symlink_to(inner)
+    make_run(folder / "outside")
+    (runs / "link").symlink_to(folder / "outside")
+    (runs / "foreign").mkdir()
+    (runs / "foreign" / "config.yaml").write_text("a: 1\n")  # another program's
+    assert [*listed(trainshort)] == ["a", "a/inner", "link", "team/b", "team/x/c"]
+    assert [*listed(trainshort, "runs/team/x/y")] == ["team/x/y/too deep"]
+    assert [*listed(trainshort, "runs/a/inner")] == ["a/inner"]
+    (folder / "rm").mkdir()
+    assert trainshort("runs", "./rm").out == "rm holds no run\n"
+    assert "folder nope does not exist: give the folder of your runs" in refused(trainshort, "runs", "nope")
+    assert "folder run.yaml is a file" in refused(trainshort, "runs", "run.yaml")
+
+
+def test_a_broken_run_is_a_row_that_says_so(trainshort: Call, folder: Path) -> None:
+    names = ("yaml", "metrics", "incarnation", "torn")
+    for name in names:
+        start_run(make_run(folder / "runs" / name, last=6, saved=(6,)), **ENDED)
+    (folder / "runs" / "yaml" / "config.yaml").write_text("run: [")
+    (folder / "runs" / "metrics" / "metrics.jsonl").write_bytes(b"\x00\xff\n")
+    (folder / "runs" / "incarnation" / "incarnation").write_text("nonsense")
+    with (folder / "runs" / "torn" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # a line that is being written is no damage
+    (folder / "runs" / "alone").mkdir()
+    (folder / "runs" / "alone" / "config.yaml").write_text("run: [")
+    answer = trainshort("runs")
+    assert answer.code == 0
+    assert answer.out.count("\n broken ") == 4
+    for problem in ("yaml/config.yaml is not YAML", "metrics/metrics.jsonl has a broken last line", "incarnation can"):
+        assert problem in answer.out
+    assert listed(trainshort)["torn"]["state"] == "stopped"
+
+
+def test_a_folder_that_cannot_be_read_is_a_row(trainshort: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(folder / "runs" / "good", last=6, saved=(6,))
+    start_run(make_run(folder / "runs" / "locked", last=6), **ENDED)
+
+    def refuse(path: Path) -> list[CheckpointFolder]:
+        if path.name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return list_checkpoints(path)
+
+    monkeypatch.setattr("launch.runs.list_checkpoints", refuse)
+    assert {name: run["state"] for name, run in listed(trainshort).items()} == {"good": "stopped", "locked": "broken"}
+    assert "broken: runs/locked cannot be read (Permission denied)" in trainshort("runs").out
+
+
+def test_the_old_release_is_listed(trainshort: Call, folder: Path) -> None:
+    [run] = listed(trainshort, str(OLD_RUN)).values()
+    assert (run["state"], run["step"], run["steps"], run["checkpoints"]) == ("stopped", 4, 4, 1)
+
+
+def test_hundreds_of_runs_and_large_metrics_are_fast(trainshort: Call, folder: Path) -> None:
+    for number in range(100):
+        make_run(folder / "runs" / f"run-{number:03}", last=8, saved=(4, 8))
+    with (folder / "runs" / "run-000" / "metrics.jsonl").open("r+b") as file:
+        last = file.read()
+        file.truncate(1 << 30)  # a hole: nothing is written
+        file.seek(0, 2)
+        file.write(b"\n" + last)
+    began = time.monotonic()
+    shown = listed(trainshort)
+    assert time.monotonic() - began < 2
+    assert len(shown) == 100
+    assert shown["run-000"]["step"] == 8
+
+
+@pytest.mark.parametrize("width", ["80", "60"])
+def test_a_long_name_folds_on_a_narrow_terminal(
+    trainshort: Call, folder: Path, monkeypatch: pytest.MonkeyPatch, width: str
+) -> None:
+    start_run(make_run(folder / "runs" / ("long-name-" * 6), steps=123456, last=6, saved=(6,)), **ENDED)
+    monkeypatch.setenv("COLUMNS", width)
+    assert max(map(len, trainshort("runs").out.splitlines())) <= int(width) + 12

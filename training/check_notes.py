@@ -1,0 +1,116 @@
+"""What `check` says beyond the run file: what `prepare` and `train` would refuse or resume.
+
+A user types `check` often: what takes a tenth of a second to import, numpy first, is imported where it is needed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.errors import InputError
+from configs.paths import (
+    MANIFEST_NAME,
+    check_run_folder,
+    checkpoints_folder,
+    config_file,
+    data_folder,
+    not_prepared,
+    run_folder,
+)
+from configs.schema import Data, RunConfig
+from data_pipeline.sources import check_source, require_tokenizer
+
+if TYPE_CHECKING:
+    from data_pipeline.manifest import Prepared
+
+OPENED_FILES = 50
+"""Files of a source whose beginning is read: a corpus may have a hundred thousand."""
+
+
+def check_notes(config: RunConfig, *, variables: Mapping[str, str]) -> list[str]:
+    """Return what `prepare` and `train` would refuse or resume, a line each. Reads little, writes nothing.
+
+    Args:
+        config: The run file with its overrides.
+        variables: The environment, which may name the MLflow store.
+    """
+    prepared: list[Prepared] = []
+    checks = (partial(_start, config, prepared=prepared), partial(_check_store, config, variables))
+    return [*_data_notes(config, prepared), *(note for check in checks for note in _answer(check))]
+
+
+def _data_notes(config: RunConfig, prepared: "list[Prepared]") -> Iterator[str]:
+    """Yield what is wrong with the sources, the tokenizer and the data; append the data if nothing is."""
+    data, folder = config.data, data_folder(config)
+    inputs = list(_input_notes(data))
+    if not (folder / MANIFEST_NAME).exists():
+        yield from (*inputs, str(not_prepared(folder)))
+        return
+
+    from data_pipeline.counts import load_trainable
+    from data_pipeline.manifest import check_inputs, describe_inputs, read_data_manifest
+
+    try:
+        prepared.append(load_trainable(data, folder=folder, validates=bool(config.evaluate.every)))
+    except (InputError, OSError) as error:
+        yield from (*inputs, str(error))
+        return
+    manifest = read_data_manifest(folder) or {}
+    for note in inputs or _answer(lambda: check_inputs(manifest, describe_inputs(data), folder=folder)):
+        yield f"{note} (training does without: its data is prepared)"
+
+
+def _input_notes(data: Data) -> Iterator[str]:
+    """Yield what `prepare` would refuse of the sources and the tokenizer."""
+    checks = [partial(check_source, source.path, most_files=OPENED_FILES) for source in data.sources]
+    notes = [note for check in (*checks, partial(require_tokenizer, data)) for note in _answer(check)]
+    yield from notes
+    if not notes and len(data.sources) > 1:  # all are there, and may name the same file
+        from data_pipeline.manifest import describe_inputs
+
+        yield from _answer(partial(describe_inputs, data))
+
+
+def _start(config: RunConfig, *, prepared: "list[Prepared]") -> str | None:
+    """Return what a start would resume from; None at a first start.
+
+    Raises:
+        InputError: the run folder or a checkpoint does not fit the run.
+    """
+    run_dir, init_from = check_run_folder(config), config.train.init_from
+    if not (config_file(run_dir).exists() or checkpoints_folder(run_dir).exists() or init_from):
+        return None
+
+    from training.checkpoint.manifest import step_folder
+    from training.folder import with_fixed_keys
+    from training.preflight import check_init_from, newest_to_resume, require_learning
+
+    config = with_fixed_keys(config, run_dir=run_dir)
+    require_learning(config.train)
+    newest = newest_to_resume(config, run_dir=run_dir)
+    if newest is None:
+        if init_from is not None:
+            check_init_from(Path(init_from), config=config, prepared=next(iter(prepared), None))
+        return None
+    if newest.step == config.train.steps:
+        return f"{run_dir} is trained to its last step, {newest.step}"
+    return f"training resumes from step {newest.step}, {step_folder(checkpoints_folder(run_dir), step=newest.step)}"
+
+
+def _check_store(config: RunConfig, variables: Mapping[str, str]) -> None:
+    from training.tracking.store import choose_store, require_known_scheme
+
+    require_known_scheme(choose_store(config.track.uri, run_dir=run_folder(config), variables=variables))
+
+
+def _answer(check: Callable[[], object]) -> Iterator[str]:
+    """Yield what a check refuses, or the text that it returns."""
+    try:
+        answer = check()
+    except InputError as error:
+        answer = str(error)
+    except OSError as error:
+        answer = f"{error.filename} cannot be read ({error.strerror}): check its mode"
+    if isinstance(answer, str):
+        yield answer

@@ -1,0 +1,209 @@
+"""Compare runs: figures, perplexities on the same text, and the keys that differ. Imports no torch."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.comparison.run import ComparedRun, read_runs
+from training.evaluation.kept import checkpoint_reports, read_report, text_name
+from training.evaluation.report import protocol_name, result_key
+
+# They differ between any two runs; the labels show them.
+_OWN_KEYS = ("run.name", "run.dir")
+
+
+@dataclass(frozen=True)
+class TextResults:
+    """Perplexities of the runs that were evaluated on one text.
+
+    Attributes:
+        text: Its name.
+        unit: perplexity, per token; or word_perplexity where their tokenizers differ.
+        runs: The runs' numbers, in the order of the comparison.
+        results: Each run's results by protocol, stride and length; in the order of `runs`.
+    """
+
+    text: str
+    unit: str
+    runs: tuple[int, ...]
+    results: tuple[dict[tuple[str, int, int], dict[str, Any]], ...]
+
+    @property
+    def keys(self) -> list[tuple[str, int, int]]:
+        """What was measured of any of the runs: protocol, stride and length."""
+        return sorted({key for results in self.results for key in results})
+
+    def value(self, run: int, key: tuple[str, int, int]) -> float | None:
+        """Return a perplexity of a run; None if it was not measured."""
+        results = dict(zip(self.runs, self.results, strict=True)).get(run, {})
+        value: float | None = results.get(key, {}).get(self.unit)
+        return value
+
+    def protocol(self, key: tuple[str, int, int]) -> str:
+        """Return the protocol of a result as on the command line."""
+        return next(protocol_name(results[key]) for results in self.results if key in results)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is known of several runs.
+
+    Attributes:
+        runs: The runs.
+        texts: Perplexities, a table per text; the one with the most runs first.
+        differences: Values of each key of the run files that differs, in the order of the runs.
+        notes: What keeps the runs from being compared, and what to do about it.
+    """
+
+    runs: tuple[ComparedRun, ...]
+    texts: tuple[TextResults, ...]
+    differences: dict[str, list[Any]]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            "runs": [_run_to_json(run) for run in self.runs],
+            "perplexity": [self._text_to_json(text) for text in self.texts],
+            "differences": self.differences,
+            "notes": list(self.notes),
+        }
+
+    def _text_to_json(self, text: TextResults) -> dict[str, Any]:
+        results = [
+            {
+                "length": key[2],
+                "protocol": text.protocol(key),
+                "values": [text.value(number, key) for number in range(len(self.runs))],
+            }
+            for key in text.keys
+        ]
+        return {"text": text.text, "unit": text.unit, "results": results}
+
+
+def compare_runs(paths: Sequence[Path], *, text: str | None) -> Comparison:
+    """Compare runs, in the order given; one that is given twice counts once.
+
+    Args:
+        paths: Run folders, or checkpoints in them.
+        text: Name of the file whose perplexities to compare; None for the held-out text, or what there is.
+    Raises:
+        InputError: one holds no run, or has a broken file.
+    """
+    runs = read_runs(paths, text=text)
+    texts = tuple(_results_of(group, runs) for group in _groups(runs))
+    notes = [*_missing(runs, text=text), *_incomparable(runs, texts=texts)]
+    return Comparison(runs=runs, texts=texts, differences=_differences(runs), notes=tuple(notes))
+
+
+def _groups(runs: Sequence[ComparedRun]) -> list[list[int]]:
+    """Return the numbers of the runs that were evaluated on the same text, the largest group first."""
+    groups: list[list[int]] = []
+    for number, run in enumerate(runs):
+        if run.report is None:
+            continue
+        for group in groups:
+            first = runs[group[0]].report
+            if first is not None and _compares(first, run.report):
+                group.append(number)
+                break
+        else:
+            groups.append([number])
+    return sorted(groups, key=len, reverse=True)
+
+
+def _compares(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two reports are of one text, and have perplexities that can be compared."""
+    both = (one, other)
+    if all("text_sha256" in report for report in both):
+        same_text = one["text_sha256"] == other["text_sha256"]
+    else:  # one is of version 0.1.0
+        same_text = one["data"] == other["data"]
+    return same_text and (_same_tokenizer(one, other) or all(_has_words(report) for report in both))
+
+
+def _same_tokenizer(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    hashes = {report.get("tokenizer_sha256") for report in (one, other)} - {None}
+    return len(hashes) < 2 and one["data"].get("tokens") == other["data"].get("tokens")
+
+
+def _has_words(report: dict[str, Any]) -> bool:
+    return all("word_perplexity" in result for result in report["results"])
+
+
+def _results_of(group: list[int], runs: Sequence[ComparedRun]) -> TextResults:
+    reports = [report for number in group if (report := runs[number].report) is not None]
+    same = all(_same_tokenizer(reports[0], report) for report in reports)
+    return TextResults(
+        text=text_name(reports[0]),
+        unit="perplexity" if same else "word_perplexity",
+        runs=tuple(group),
+        results=tuple({result_key(result): result for result in report["results"]} for report in reports),
+    )
+
+
+def _differences(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
+    """Return the keys in which the run files differ; those of one run differ in nothing."""
+    # the JSON form holds no secrets
+    files = [_flat(run.config.model_dump(mode="json")) for run in runs]
+    keys = dict.fromkeys(key for file in files for key in file if key not in _OWN_KEYS)
+    values = {key: [file.get(key) for file in files] for key in keys}
+    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
+    return flat
+
+
+def _missing(runs: Sequence[ComparedRun], *, text: str | None) -> Iterator[str]:
+    """Yield a note for each run that was not evaluated where one looks for it."""
+    for run in runs:
+        command = f"trainshort evaluate {shlex.quote(str(run.path))}"
+        if run.report is None:
+            on = "" if text is None else f" of {text}"
+            yield f"{run.label} has no evaluation{on}: {command}{'' if text is None else ' --data FILE'}"
+        elif run.checkpoint not in (None, Path(run.report["checkpoint"]).name):
+            yield f"{run.label} was evaluated at step {run.report['step']}, not at its newest checkpoint: {command}"
+
+
+def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) -> Iterator[str]:
+    """Yield a note for each reason why figures of the runs do not compare."""
+    if len(texts) > 1:
+        on = "; ".join(f"{', '.join(runs[number].label for number in text.runs)} on {text.text}" for text in texts)
+        yield f"evaluated on texts that differ, so their perplexities do not compare: {on}. {_advice(runs)}"
+    if any(text.unit == "word_perplexity" for text in texts):
+        yield "the tokenizers differ: perplexities are per word, and losses, which are per token, do not compare"
+    elif len({run.tokenizer_sha256 for run in runs} - {None}) > 1:
+        yield "the tokenizers differ: losses, which are per token, do not compare"
+
+
+def _advice(runs: Sequence[ComparedRun]) -> str:
+    """Return how to compare runs that were evaluated on different texts."""
+    texts = [
+        {(label, read_report(path).get("text_sha256")) for label, path in reports.items()}
+        for run in runs
+        if (reports := {} if run.checkpoint is None else checkpoint_reports(run.run_dir, checkpoint=run.checkpoint))
+    ]
+    shared = sorted(label for label, sha256 in set.intersection(*texts) if sha256) if len(texts) == len(runs) else []
+    if shared:
+        return f"All were evaluated on {shared[0]}: add --text {shared[0]}"
+    return "Evaluate each with the same --data FILE, then compare with --text FILE"
+
+
+def _run_to_json(run: ComparedRun) -> dict[str, Any]:
+    report = run.report
+    evaluation = None
+    if report is not None:
+        evaluation = {
+            "report": str(run.report_path),
+            "checkpoint": Path(report["checkpoint"]).name,
+            "text": text_name(report),
+            "date": report.get("date"),
+        }
+    return {"label": run.label, "run_dir": str(run.run_dir), "checkpoint": run.checkpoint, **run.values(),
+            "evaluation": evaluation}  # fmt: skip

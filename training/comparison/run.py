@@ -1,0 +1,201 @@
+"""Read what a run folder says of its run, to compare it with others. Imports no torch."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.load import load_run
+from configs.paths import MANIFEST_NAME, TOKENIZER_NAME, config_file
+from configs.schema import RunConfig
+from training.checkpoint.manifest import (
+    CONFIG_NAME,
+    Manifest,
+    is_checkpoint_name,
+    list_checkpoints,
+    read_manifest,
+)
+from training.evaluation.kept import HELD_OUT, checkpoint_reports, newest_report, read_report, text_slug
+from training.families.table import parameter_count
+
+# what the time of a run is made of
+_TIMES = ("step", "validation", "save")
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run of a comparison.
+
+    Attributes:
+        label: Its name, distinct from the others'.
+        path: The run folder or checkpoint, as given.
+        run_dir: The run folder.
+        checkpoint: Name of the checkpoint that is compared: the given or the newest one; None if there is none.
+        config: The run file of the newest start, or of the given checkpoint.
+        manifest: That of the compared checkpoint; None if there is none that can be read.
+        steps: Results of its steps up to the given checkpoint, as in metrics.jsonl.
+        report_path: The report of an evaluation; None if there is none.
+        report: Its contents.
+    """
+
+    label: str
+    path: Path
+    run_dir: Path
+    checkpoint: str | None
+    config: RunConfig
+    manifest: Manifest | None
+    steps: tuple[dict[str, Any], ...]
+    report_path: Path | None
+    report: dict[str, Any] | None
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Hash of the tokenizer; None if unknown."""
+        return None if self.manifest is None else self.manifest.files[TOKENIZER_NAME].sha256
+
+    def values(self) -> dict[str, Any]:
+        """Return the figures of a comparison by name; None where unknown."""
+        last = self.steps[-1] if self.steps else {}
+        losses, validations = column(self.steps, "loss"), column(self.steps, "validation_loss")
+        seconds = [value for kind in _TIMES for value in column(self.steps, f"{kind}_seconds")]
+        vocab_size = self.manifest.vocab_size if self.manifest else self.config.data.vocab_size
+        return {
+            "position": self.config.model.position,
+            "train_length": self.config.data.sequence_length,
+            "parameters": parameter_count(self.config.model, vocab_size=vocab_size),
+            "step": last.get("step", self.manifest.step if self.manifest else 0),
+            "steps": self.config.train.steps,
+            "tokens": last.get("tokens_seen"),
+            "loss": losses[-1] if losses else None,
+            "best_loss": min(losses, default=None),
+            "validation_loss": validations[-1] if validations else None,
+            "best_validation_loss": min(validations, default=None),
+            "tokens_per_second": _median(column(self.steps, "tokens_per_second")),
+            "model_flops_utilization": _median(column(self.steps, "model_flops_utilization")),
+            "memory_gb": max(column(self.steps, "memory_gb"), default=None),
+            "seconds": sum(seconds) if seconds else None,
+        }
+
+
+def read_runs(paths: Sequence[Path], *, text: str | None) -> tuple[ComparedRun, ...]:
+    """Read run folders and checkpoints; one that is given twice counts once.
+
+    Args:
+        paths: Run folders, or checkpoints in them.
+        text: Name of the file whose report to take; None for the held-out text.
+    Raises:
+        InputError: one holds no run, or has a broken file.
+    """
+    runs = {(run.run_dir.resolve(), run.checkpoint): run for run in (_read_run(path, text=text) for path in paths)}
+    return _with_labels([*runs.values()])
+
+
+def _read_run(path: Path, *, text: str | None) -> ComparedRun:
+    if not path.is_dir():
+        seen = "is a file" if path.is_file() else "does not exist"
+        raise InputError(f"run {path} {seen}: give a run folder, or a checkpoint in one")
+    folder = path.resolve()  # what is given may be a link
+    is_checkpoint = is_checkpoint_name(folder.name) or (folder / MANIFEST_NAME).is_file()
+    if is_checkpoint:
+        newest: tuple[Path, Manifest] | None = (folder, read_manifest(folder))
+        run_dir, config = folder.parent.parent, load_run(str(folder / CONFIG_NAME))
+    else:
+        run_dir, config, newest = path, _run_file(path), _newest_checkpoint(path)
+    name, manifest = (newest[0].name, newest[1]) if newest else (None, None)
+    last = manifest.step if manifest and is_checkpoint else None
+    report_path = _choose_report(run_dir, checkpoint=name, is_given=is_checkpoint, text=text)
+    return ComparedRun(
+        label=config.run.name,
+        path=path,
+        run_dir=run_dir,
+        checkpoint=name,
+        config=config,
+        manifest=manifest,
+        steps=tuple(_read_steps(run_dir / "metrics.jsonl", last=last)),
+        report_path=report_path,
+        report=None if report_path is None else read_report(report_path),
+    )
+
+
+def _run_file(run_dir: Path) -> RunConfig:
+    files = [config_file(run_dir), *(each.path / CONFIG_NAME for each in reversed(list_checkpoints(run_dir)))]
+    for file in files:
+        if file.is_file():
+            return load_run(str(file))
+    raise InputError(f"{run_dir} holds no run, there is no {files[0].name} in it: give a run.dir that was trained in")
+
+
+def _newest_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:
+    """Return the newest checkpoint that is whole as far as sizes tell."""
+    for folder in reversed(list_checkpoints(run_dir)):
+        with suppress(InputError):  # `checkpoint verify` tells what is wrong with it
+            return folder.path, read_manifest(folder.path)
+    return None
+
+
+def _choose_report(run_dir: Path, *, checkpoint: str | None, is_given: bool, text: str | None) -> Path | None:
+    """Return the report of a checkpoint's text; for a run folder without it, that of an earlier checkpoint.
+
+    Without a text: the held-out text's, else that of the run's newest evaluation.
+    """
+    label = HELD_OUT if text is None else text_slug(text)
+    earlier = [] if is_given or text is None else [each.path.name for each in reversed(list_checkpoints(run_dir))]
+    for name in (checkpoint, *earlier):
+        reports = {} if name is None else checkpoint_reports(run_dir, checkpoint=name)
+        if label in reports:
+            return reports[label]
+        if is_given and text is None and reports:
+            return max(reports.values(), key=lambda path: path.stat().st_mtime)
+    return None if is_given or text is not None else newest_report(run_dir)
+
+
+def _read_steps(path: Path, *, last: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the steps of metrics.jsonl up to the last one; a torn line, as a crash may leave, is left out.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): fix its mode") from None
+    for line in lines:
+        try:
+            step = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(step, dict) and isinstance(step.get("step"), int) and (last is None or step["step"] <= last):
+            yield step
+
+
+def _with_labels(runs: list[ComparedRun]) -> tuple[ComparedRun, ...]:
+    """Return the runs with distinct labels: the name, else the end of the folder's path; then the step."""
+    folders = {run.run_dir.resolve(): run.config.run.name for run in runs}
+    labels = dict(folders)
+    depth = 0
+    while len(set(labels.values())) < len(labels):
+        depth += 1
+        shared = {label for label in labels.values() if [*labels.values()].count(label) > 1}
+        for folder, label in labels.items():
+            if label in shared:
+                labels[folder] = "/".join(folder.parts[-depth:])
+    named = [(run, labels[run.run_dir.resolve()]) for run in runs]
+    of_one_folder = {label for _, label in named if [other for _, other in named].count(label) > 1}
+    return tuple(
+        replace(run, label=f"{label} {run.checkpoint}" if label in of_one_folder else label) for run, label in named
+    )
+
+
+def column(steps: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Return the values of a field in the steps that have it; a diverged run may have nan."""
+    values = [step.get(name) for step in steps]
+    return [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None

@@ -1,0 +1,121 @@
+"""Find and read the reports that RUN_DIR/evaluation keeps. Imports no torch.
+
+    evaluation/
+        step_0000400/held-out.json, .md, .png   all that was measured of a checkpoint on the held-out text
+        step_0000400/book.json, .md, .png       the same on --data book.txt
+        report.json, report.md, perplexity.png  the newest evaluation, whatever it measured
+
+Version 0.1.0 wrote report.json, report.md and perplexity.png to a checkpoint's folder too.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.paths import evaluation_folder
+
+HELD_OUT = "held-out"
+NEWEST = "report"
+NEWEST_PLOT = "perplexity.png"
+# labels that no file may take: the held-out text's, and the names that version 0.1.0 wrote
+_RESERVED = (HELD_OUT, NEWEST, "perplexity")
+_LONGEST_SLUG = 60
+_NEEDED = ("checkpoint", "step", "train_length", "data", "results")
+_NEEDED_RESULT = ("length", "protocol", "stride", "loss", "perplexity")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Return a report after checking that it has the keys of every version.
+
+    Raises:
+        InputError: it cannot be read, or is no report.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in _NEEDED if key not in report]
+        missing += [] if "data" in missing or "name" in report["data"] else ["data.name"]
+        missing += [key for result in report["results"] for key in _NEEDED_RESULT if key not in result]
+        if missing or not report["results"]:
+            raise ValueError(f"no {', '.join(missing) or 'results'}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no report of an evaluation ({error}): move it away and evaluate again") from None
+    return report
+
+
+def checkpoint_reports(run_dir: Path, *, checkpoint: str) -> dict[str, Path]:
+    """Return the reports of a checkpoint by the label of their text, the held-out text's first.
+
+    Args:
+        run_dir: The run folder.
+        checkpoint: Name of the checkpoint's folder.
+    """
+    reports = {path.stem: path for path in sorted((evaluation_folder(run_dir) / checkpoint).glob("*.json"))}
+    older = reports.pop(NEWEST, None)  # of version 0.1.0
+    if older is not None and HELD_OUT not in reports and is_held_out(read_report(older)):
+        reports[HELD_OUT] = older
+    labels = [label for label in reports if "." not in label]  # a dot marks a report that was replaced
+    return {label: reports[label] for label in sorted(labels, key=lambda label: label != HELD_OUT)}
+
+
+def newest_report(run_dir: Path) -> Path | None:
+    """Return the report of the newest evaluation of a run; None if there is none."""
+    path = evaluation_folder(run_dir) / f"{NEWEST}.json"
+    return path if path.is_file() else None
+
+
+def text_name(report: dict[str, Any]) -> str:
+    """Return the name of a report's text: held-out, or that of a file."""
+    return str(report["data"]["name"])
+
+
+def is_held_out(report: dict[str, Any]) -> bool:
+    """Return whether a report is of the run's held-out text, and not of a file that is named so."""
+    return report.get("text_path") is None and report.get("data", {}).get("name", HELD_OUT) == HELD_OUT
+
+
+def text_label(report: dict[str, Any], folder: Path) -> str:
+    """Return the label of a report's text in file names and in MLflow; two texts of one run never share it.
+
+    It is the file's name without its endings. Files of one name share it if their content or their path is the same;
+    otherwise the later one's has a part of its hash added.
+
+    Args:
+        report: The contents of the report.
+        folder: RUN_DIR/evaluation, with the reports so far.
+    """
+    if report["text_path"] is None:
+        return HELD_OUT
+    slug = text_slug(text_name(report))
+    known = dict(_texts_like(slug, folder))
+    for place in (0, 1):  # the content counts before the path
+        identity = (report["text_sha256"], report["text_path"])[place]
+        for label, text in known.items():
+            if text[place] == identity:
+                return label
+    return f"{slug}-{report['text_sha256'][:8]}" if slug in known or slug in _RESERVED else slug
+
+
+def text_slug(name: str) -> str:
+    """Return a file's name without its endings, in small letters that every file system and MLflow takes.
+
+    A label stays as it is.
+    """
+    path = Path(name)
+    stem = Path(path.stem).stem if path.suffix in (".gz", ".xz", ".zst") else path.stem
+    ascii_only = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9_]+", "-", ascii_only).strip("-_")[:_LONGEST_SLUG] or "text"
+
+
+def _texts_like(slug: str, folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield the labels made from a slug, each with hash and path of its text."""
+    for path in sorted(folder.glob(f"*/{slug}*.json")):
+        if re.fullmatch(rf"{slug}(-[0-9a-f]{{8}})?", path.stem):
+            try:
+                report = read_report(path)
+                yield path.stem, (report["text_sha256"], report["text_path"])
+            except (InputError, KeyError):  # it is broken, or of version 0.1.0: its name stays taken
+                yield path.stem, ("", "")

@@ -1,0 +1,65 @@
+"""What `evaluate` can refuse without torch, which takes seconds to import; and the run's data, checked."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.errors import InputError, run_file_named
+from configs.load import load_run
+from configs.paths import TOKENIZER_NAME, config_file
+from configs.schema import RunConfig
+from data_pipeline.manifest import Prepared, load_prepared
+from data_pipeline.text import require_text_file
+from training.checkpoint.manifest import CONFIG_NAME, require_checkpoint
+from training.evaluation.windows import parse_protocol, require_stride
+
+
+def check_request(
+    checkpoint: Path, *, lengths: Sequence[int] | None, protocols: Sequence[str] | None, data: Path | None
+) -> None:
+    """Refuse an evaluation whose checkpoint, text, lengths or protocols are wrong, as far as that needs no model.
+
+    Args:
+        checkpoint: A step folder, or a run folder for its newest checkpoint.
+        lengths: Lengths in tokens; None for the run's.
+        protocols: nonoverlapping or sliding:STRIDE; None for the run's.
+        data: A text file; None for the run's held-out text.
+    Raises:
+        InputError: names what is wrong.
+    """
+    parsed = [parse_protocol(name) for name in protocols or ()]
+    folder = require_checkpoint(checkpoint)
+    config = load_run(str(folder / CONFIG_NAME))
+    for protocol in parsed:
+        for length in lengths or config.evaluation_lengths:
+            require_stride(protocol, length=length)
+    if data is not None:
+        require_text_file(data)
+    else:
+        run_data(folder, config=config)
+
+
+def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:
+    """Load the prepared data of the run that saved a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint's folder, in its run folder.
+        config: The run as the checkpoint holds it.
+    Raises:
+        InputError: the data is missing, or is not what the checkpoint was trained on.
+    """
+    run_dir, tokenizer = checkpoint.parent.parent, checkpoint / TOKENIZER_NAME
+    # The newest start's: the data may have been moved since the checkpoint was saved.
+    newest = config_file(run_dir)
+    data = (load_run(str(newest)) if newest.is_file() else config).data
+    # Not run.dir of the configuration: the run folder may have been moved.
+    folder = Path(data.dir) if data.dir else run_dir / "data"
+    with run_file_named(str(newest if newest.is_file() else checkpoint / CONFIG_NAME)):
+        prepared = load_prepared(data, folder=folder)
+    # Without this check, another tokenizer's ids would be scored as other text, without an error.
+    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != prepared.tokenizer_sha256:
+        raise InputError(
+            f"data in {folder} was prepared again with another tokenizer than that of {checkpoint}: "
+            "its token ids stand for other text; give a text with --data"
+        )
+    return prepared

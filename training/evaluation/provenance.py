@@ -1,0 +1,64 @@
+"""What an evaluation was made from, and when. Imports no torch."""
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.text import text_sha256
+from training.checkpoint.manifest import model_sha256
+from training.versions import installed_version, source_code
+
+if TYPE_CHECKING:
+    from training.checkpoint.read import Checkpoint
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an evaluation was made from, and when.
+
+    Attributes:
+        date: When it began, in UTC, as ISO 8601 with seconds.
+        command: The command line, quoted for a shell; None if no command made it.
+        versions: Of trainshort, torch and the code's commit; None where unknown.
+        weights_sha256: Hash of the checkpoint's weights, configuration and tokenizer.
+        tokenizer_sha256: Hash of its tokenizer.
+        text_sha256: Hash of the text, whatever the tokenizer.
+        text_path: The text's file; None for the held-out text.
+    """
+
+    date: str
+    command: str | None
+    versions: dict[str, str | None]
+    weights_sha256: str
+    tokenizer_sha256: str
+    text_sha256: str
+    text_path: str | None
+
+
+def provenance_of(
+    checkpoint: "Checkpoint", tokens: NDArray[np.int64], *, data: Path | None, command: str | None
+) -> Provenance:
+    """Return what an evaluation that begins now is made from.
+
+    Args:
+        checkpoint: The checkpoint.
+        tokens: The text, [tokens].
+        data: The text's file; None for the held-out text.
+        command: The command line, quoted for a shell.
+    """
+    source = source_code()
+    commit = None if source is None else f"{source['commit']}{' with changes' if source['diff'] else ''}"
+    return Provenance(
+        date=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        command=command,
+        versions={**{name: installed_version(name) for name in ("trainshort", "torch")}, "commit": commit},
+        weights_sha256=model_sha256(checkpoint.manifest),
+        tokenizer_sha256=hashlib.sha256(checkpoint.tokenizer.read_bytes()).hexdigest(),
+        text_sha256=text_sha256(tokens, checkpoint.tokenizer),
+        text_path=None if data is None else str(data.resolve()),
+    )

@@ -1,0 +1,90 @@
+"""The longest text that a model was measured to be usable at. Imports no torch."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.paths import MANIFEST_NAME, evaluation_folder
+from training.evaluation.kept import HELD_OUT, NEWEST, read_report, text_name
+
+# how much worse than the best a perplexity may be
+_RATIO = 1.01
+USABLE = "within 1 % of the best perplexity, or the training length"
+
+
+@dataclass(frozen=True)
+class HeldOutReport:
+    """What was measured of a checkpoint on its run's held-out text.
+
+    Attributes:
+        path: The file.
+        contents: The report.
+    """
+
+    path: Path
+    contents: Mapping[str, Any]
+
+
+def usable_length(report: Mapping[str, Any]) -> int:
+    """Return the longest length whose perplexity is within 1 % of the best, and the training length at least.
+
+    Only windows that do not overlap count: in a sliding window each prediction has a long context at any length.
+
+    Args:
+        report: The contents of a report.
+    """
+    results = whole_windows(report)
+    best = min((result["perplexity"] for result in results), default=0.0)
+    good = [result["length"] for result in results if result["perplexity"] <= _RATIO * best]
+    return int(max(report["train_length"], *good, 0))
+
+
+def whole_windows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the results of windows that do not overlap, the shortest first."""
+    results = [result for result in report["results"] if result["protocol"] == "nonoverlapping"]
+    return sorted(results, key=lambda result: result["length"])
+
+
+def find_held_out_report(checkpoint: Path, *, step: int, sha256: str) -> HeldOutReport | None:
+    """Return what was measured of a checkpoint on held-out text, without overlap; None if nothing was.
+
+    A broken report, and one of other weights or of another text, is passed over.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        step: Its training step.
+        sha256: Its `training.checkpoint.manifest.model_sha256`.
+    """
+    checkpoint = checkpoint.resolve()
+    for path in _candidates(checkpoint):
+        try:
+            report = read_report(path)
+        except InputError:
+            continue
+        held_out = text_name(report) == HELD_OUT and report.get("text_path") is None
+        if held_out and whole_windows(report) and _is_of(report, path, checkpoint, step=step, sha256=sha256):
+            return HeldOutReport(path, report)
+    return None
+
+
+def _candidates(checkpoint: Path) -> Iterator[Path]:
+    folder = evaluation_folder(checkpoint.parent.parent)
+    for path in (
+        folder / checkpoint.name / f"{HELD_OUT}.json",
+        folder / checkpoint.name / f"{NEWEST}.json",  # of version 0.1.0
+        folder / f"{NEWEST}.json",
+    ):
+        if path.is_file():
+            yield path
+
+
+def _is_of(report: Mapping[str, Any], path: Path, checkpoint: Path, *, step: int, sha256: str) -> bool:
+    if "weights_sha256" in report:
+        return bool(report["weights_sha256"] == sha256)
+    # Version 0.1.0 wrote no hash. Its report has the checkpoint's name and step, and was written after the checkpoint:
+    # a run that was trained again in the same folder has checkpoints of the same names.
+    names = (path.parent.name, Path(str(report["checkpoint"])).name)
+    newer = path.stat().st_mtime >= (checkpoint / MANIFEST_NAME).stat().st_mtime
+    return checkpoint.name in names and report["step"] == step and newer

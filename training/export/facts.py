@@ -1,0 +1,48 @@
+"""What a model card says of a model. Imports no torch."""
+
+from dataclasses import dataclass
+
+from configs.schema import RunConfig
+from training.evaluation.usable import HeldOutReport, usable_length, whole_windows
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """How an exported model was trained, and what was measured of it.
+
+    Attributes:
+        config: The run that trained it.
+        step: Optimizer steps taken.
+        samples: Sequences that it was trained on.
+        vocab_size: Tokens, without padding.
+        parameters: Their number; the tied embedding counts once.
+        report: What was measured of it on held-out text; None if nothing was.
+    """
+
+    config: RunConfig
+    step: int
+    samples: int
+    vocab_size: int
+    parameters: int
+    report: HeldOutReport | None
+
+    @property
+    def train_length(self) -> int:
+        """Tokens of a training sequence."""
+        return self.config.data.sequence_length
+
+    @property
+    def longest(self) -> int:
+        """The longest text that the model should be served with, in tokens: see `usable_length`."""
+        return max(self.train_length, usable_length(self.report.contents) if self.report else 0)
+
+    @property
+    def reason(self) -> str:
+        """Where `longest` comes from, in words that follow it and a comma."""
+        if self.report is None:
+            return "the training length: its perplexity by length was not measured"
+        if self.longest > self.train_length:
+            return "the longest whose perplexity on held-out text is within 1 % of the best"
+        measured = whole_windows(self.report.contents)[-1]["length"]
+        why = "perplexity is higher beyond it" if measured > self.train_length else "no longer text was measured"
+        return f"the training length: {why}"

@@ -1,0 +1,127 @@
+"""README.md of an exported folder: the model card that the Hugging Face Hub shows. Imports no torch."""
+
+import os
+from pathlib import Path
+
+from configs.terminal import printable
+from training.evaluation.usable import whole_windows
+from training.export.facts import ModelFacts
+
+# The lines between the dashes are YAML that the Hub reads.
+_FRONT_MATTER = """\
+---
+# Choose a licence that your data allows: https://huggingface.co/docs/hub/repositories-licenses
+license: unknown
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {position}
+- {family}
+- trainshort
+---
+"""
+_USE = """\
+## Use
+
+With transformers (`pip install transformers torch`), where `.` is this folder or its name on the Hub:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".", dtype=torch.float32)
+inputs = tokenizer("Once", return_tensors="pt")
+text = model.generate(**inputs, max_new_tokens=50, do_sample=True, temperature=0.8, top_p=0.95)
+print(tokenizer.decode(text[0]))
+```
+
+With vLLM, as a server with OpenAI's interface:
+
+```sh
+vllm serve . --served-model-name {name}
+curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "{name}", "prompt": "Once", "max_tokens": 50}}'
+```
+
+vLLM refuses texts longer than `seq_length` in config.json, {longest:,} tokens. To allow more, where nobody has measured
+how good the model is, add `--hf-overrides '{{"seq_length": {more}}}'`.
+"""
+_LIMITS = """\
+## Limits
+
+- It continues text: it was not trained to follow instructions. It repeats what its data says, wrong or harmful.
+- In transformers load it in float32, as above: BLOOM's code there rounds ALiBi's bias to the model's type, and in 16
+  bits distances get lost after a few hundred tokens. vLLM computes the bias in fp32, so bfloat16 is fine there.
+- transformers computes all attention scores of a layer at once: its memory grows with the square of the length.
+- vLLM has the exact GELU, training the tanh form: logits differ by about 0.005.
+- `</s>` spelled out in a text is read as the end of a document, unless the tokenizer is called with
+  `split_special_tokens=True`.
+"""
+
+
+def model_card(facts: ModelFacts, *, comparison: str) -> str:
+    """Return the card.
+
+    Args:
+        facts: What to say of the model.
+        comparison: How the exported model compared with the trained one.
+    """
+    model, name = facts.config.model, facts.config.run.name
+    return "\n".join(
+        (
+            _FRONT_MATTER.format(position=model.position, family=model.family),
+            f"# {name}\n",
+            f"A decoder language model with {model.position} positions, trained at {facts.train_length:,} tokens by "
+            "trainshort.",
+            f"Longest text: {facts.longest:,} tokens, {facts.reason}.\n",
+            _training(facts),
+            _perplexity(facts),
+            _USE.format(name=name, longest=facts.longest, more=2 * facts.longest),
+            _LIMITS,
+            f"Before this folder was written, it was loaded with transformers and compared with the trained model: "
+            f"{comparison}.",
+            "",
+        )
+    )
+
+
+def _training(facts: ModelFacts) -> str:
+    model, train, data = facts.config.model, facts.config.train, facts.config.data
+    sources = ", ".join(_source_name(source.path) for source in data.sources)
+    rows = {
+        "parameters": f"{facts.parameters:,}",
+        "shape": f"{model.layers} layers, hidden {model.hidden:,}, {model.heads} heads, feed-forward {model.inner:,}",
+        "vocabulary": f"{facts.vocab_size:,} tokens (sentencepiece BPE)",
+        "positions": model.position,
+        "training length": f"{facts.train_length:,} tokens",
+        "trained on": f"{facts.samples * facts.train_length:,} tokens: {facts.step:,} steps of {train.global_batch:,} "
+        "sequences",
+        "data": sources,
+        "precision": f"{train.precision}; the weights here are fp32",
+        "learning rate": f"{train.learning_rate:g} at most, {train.optimizer}, weight decay {train.weight_decay:g}",
+        "seed": f"{facts.config.run.seed}",
+    }
+    table = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(("## Training\n", "| | |", "|---|---|", *table, ""))
+
+
+def _source_name(path: str) -> str:
+    """Return how the card calls a source: as in the run file, but only the last part of a path of this machine."""
+    name = Path(path).name if os.path.isabs(path) else path
+    return f"`{printable(name).replace('`', '').replace('|', '')}`"
+
+
+def _perplexity(facts: ModelFacts) -> str:
+    if facts.report is None:
+        return "## Perplexity by length\n\nNot measured: run `trainshort evaluate` and export again.\n"
+    report = facts.report.contents
+    rows = [
+        f"| {each['length']:,} | {each['length'] / facts.train_length:g} | {each['loss']:.4f} | "
+        f"{each['perplexity']:,.2f} |"
+        for each in whole_windows(report)
+    ]
+    tokens = f"{report['data']['tokens']:,} tokens of " if "tokens" in report["data"] else ""
+    head = f"On {tokens}held-out text, cut into windows of each length that do not overlap; loss in nats per token.\n"
+    table = ("| length | x training length | loss | perplexity |", "|---:|---:|---:|---:|", *rows)
+    return "\n".join(("## Perplexity by length\n", head, *table, ""))

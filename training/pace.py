@@ -1,0 +1,104 @@
+"""How fast a start of a run goes: where its time went, and how long the rest takes. Imports no torch."""
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+
+from configs.schema import RunConfig
+from training.observers import StepResult
+
+RECENT_STEPS = 100  # the speed may change, for example when another job shares the machine
+FORWARD_SHARE = 1 / 3  # of a step's time per sample
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of one start of a run: in all, and in each kind of work."""
+
+    total: float
+    training: float
+    validation: float
+    saving: float
+
+
+class Pace:
+    """Measures a start of a run.
+
+    Args:
+        config: The run.
+        step: The step that this start continues from.
+
+    Attributes:
+        steps_taken: By this start.
+    """
+
+    def __init__(self, config: RunConfig, *, step: int) -> None:
+        self._config, self._step, self._saved_step = config, step, step
+        self.steps_taken = 0
+        self._training = 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds from step to step
+        self._validations: list[float] = []
+        self._saves: list[float] = []
+        self._stepped_at: float | None = None
+        self._paused = 0.0  # seconds of saves since then
+
+    def on_step(self, result: StepResult, *, now: float) -> None:
+        """Take the times of a step.
+
+        Args:
+            result: The step.
+            now: Seconds of a clock that never goes back.
+        """
+        if self._stepped_at is None:
+            seconds = result.step_seconds
+        else:
+            seconds = now - self._stepped_at - self._paused - (result.validation_seconds or 0.0)
+        if self.steps_taken == 1:
+            self._recent.clear()  # the first step warms up: kernels are compiled, memory is allocated
+        self._recent.append(max(seconds, result.step_seconds))
+        if result.validation_seconds is not None:
+            self._validations.append(result.validation_seconds)
+        self._training += result.step_seconds
+        self.steps_taken += 1
+        self._step, self._stepped_at, self._paused = result.step, now, 0.0
+
+    def on_save(self, seconds: float) -> None:
+        """Take the time of a save."""
+        self._saves.append(seconds)
+        self._paused += seconds
+        self._saved_step = self._step
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean time of the recent steps; at least one must have been taken."""
+        return sum(self._recent) / len(self._recent)
+
+    @property
+    def seconds_left(self) -> float:
+        """Time to the end of the run, with the validations and saves that it still has to do."""
+        config, step = self._config, self._step
+        steps, every, saves_every = config.train.steps, config.evaluate.every, config.checkpoint.every
+        validations = steps // every - step // every if every else 0
+        unsaved = step if self._saved_step == step else step - 1
+        saves = -(-steps // saves_every) - max(0, unsaved) // saves_every
+        return (
+            (steps - step) * self.step_seconds
+            + validations * self._validation_seconds
+            + saves * (_mean(self._saves) if self._saves else 0.0)
+        )
+
+    @property
+    def _validation_seconds(self) -> float:
+        if self._validations:
+            return _mean(self._validations)
+        return self.step_seconds * FORWARD_SHARE * self._config.evaluate.samples / self._config.train.global_batch
+
+    def spent(self) -> Spent:
+        """Return where the time of this process went; the rest of the total is its start and its end."""
+        # logging counts from its import, at the beginning of the process
+        total = logging.makeLogRecord({}).relativeCreated / 1000
+        return Spent(total, self._training, sum(self._validations), sum(self._saves))
+
+
+def _mean(seconds: list[float]) -> float:
+    return sum(seconds) / len(seconds)

@@ -1,0 +1,82 @@
+"""Say in words why a rank of a run failed: out of memory, or without the other ranks. Imports no torch.
+
+Everything that is needed to say it is imported before memory is short.
+"""
+
+import logging
+import re
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from configs.errors import LostPeers, TrainshortError
+from configs.schema import RunConfig
+from parallel.layout import Layout
+from parallel.start import ProcessRank
+from training.memory_changes import change_lines, memory_changes
+from training.out_of_memory import DETAIL, OutOfMemory, how_it_ran_out, is_of_gpu, memory_error, with_remedies
+
+logger = logging.getLogger(__name__)
+
+# What gloo, NCCL and the store in which the ranks met say once another rank has ended.
+_LOST_PEERS = re.compile(
+    r"gloo/transport|connection (?:was likely )?(?:closed|reset)|broken pipe|failed to recv|ncclRemoteError|"
+    r"remote process|communicator was aborted",
+    re.IGNORECASE,
+)
+
+
+@contextmanager
+def rank_failures_in_words(config: RunConfig, place: ProcessRank) -> Iterator[None]:
+    """Say in words that a rank ran out of memory, or that it lost the others; a local rank's log gets the traceback.
+
+    Args:
+        config: The run.
+        place: This process among the ranks.
+    Raises:
+        OutOfMemory: names the rank, what it held, and what to change.
+        LostPeers: points to the rank that failed first.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, ImportError, RuntimeError) as error:
+        words: TrainshortError
+        if (cause := memory_error(error)) is not None:
+            words = OutOfMemory(
+                rank_out_of_memory(
+                    config,
+                    Layout.of(config, world_size=place.world_size),
+                    place.rank,
+                    how_it_ran_out(cause),
+                    on_gpu=is_of_gpu(cause),
+                )
+            )
+        elif isinstance(error, RuntimeError) and _LOST_PEERS.search(str(error)):
+            words = LostPeers(
+                f"rank {place.rank} lost its connection to the other ranks: the cause is in the log of the rank that "
+                "failed first"
+            )
+        else:
+            raise
+        if place.starter == "local":  # its output is its log
+            traceback.print_exception(error)
+        else:
+            logger.debug("rank %d failed", place.rank, exc_info=error)
+        raise words from None
+
+
+def rank_out_of_memory(config: RunConfig, layout: Layout, rank: int, how: str, *, on_gpu: bool) -> str:
+    """Return the message about a rank that ran out of memory.
+
+    Args:
+        config: The run.
+        layout: How its ranks are split into axes.
+        rank: The rank.
+        how: What happened to it, `ran out of memory`, then details, each after DETAIL.
+        on_gpu: Whether it was a GPU's memory.
+    """
+    remedies = change_lines(memory_changes(config, layout=layout, on_gpu=on_gpu))
+    first, *more = how.split(DETAIL)
+    place = f"place: {layout.place_of(rank)}, on {socket.gethostname()}"
+    return with_remedies([f"rank {rank} {first}", place, *more], remedies, on_gpu=on_gpu)

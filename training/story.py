@@ -1,0 +1,120 @@
+"""Tells a run's story as it happens: steps, validations, saves and the end, to the terminal and the run's log."""
+
+import logging
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from configs.schema import RunConfig
+from configs.terminal import Terminal
+from training.metrics_file import Best, better_of
+from training.observers import Observer, Save, Status, StepResult
+from training.pace import Pace
+from training.story_text import closing_lines, live_line, save_line, step_line, validation_line
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 10.0  # between two lines of steps, unless `train.log_every` is set
+LIVE_SECONDS = 0.1  # between two changes of the live line
+
+
+class Story(Observer):
+    """Logs a line from time to time, one for each validation and save, and a summary at the end.
+
+    Args:
+        config: The run.
+        first_step: The step that this start continues from.
+        best: The best validation up to that step; None if there was none.
+        terminal: Shows the live line; None for none.
+    """
+
+    def __init__(self, config: RunConfig, *, first_step: int, best: Best | None, terminal: Terminal | None) -> None:
+        self._config, self._best = config, best
+        self._terminal = terminal or Terminal()  # without a live line
+        self._pace = Pace(config, step=first_step)
+        self._newest: StepResult | None = None
+        self._since_line: list[float] = []  # seconds of the steps since the last line
+        self._line_at = self._live_at = float("-inf")
+
+    def on_step(self, result: StepResult) -> None:
+        """Show the step, and log it if a line is due."""
+        now, train = time.monotonic(), self._config.train
+        self._newest = result
+        self._since_line.append(result.step_seconds)
+        self._pace.on_step(result, now=now)
+        due = now - self._line_at >= LOG_SECONDS if train.log_every is None else result.step % train.log_every == 0
+        if due or result.step == train.steps:
+            self._log_step(result)
+            self._line_at = now
+        if result.validation_loss is not None:
+            self._log_validation(result, loss=result.validation_loss)
+        if now - self._live_at >= LIVE_SECONDS:
+            self._show()
+            self._live_at = now
+
+    def before_validation(self, step: int) -> None:
+        """Show it, as it may take minutes."""
+        self._show("validating")
+
+    def before_save(self) -> None:
+        """Show it, as it may take minutes."""
+        if self._since_line and self._newest and self._newest.step % self._config.checkpoint.every:
+            self._log_step(self._newest)  # the run stops here
+        self._show("saving")
+
+    def on_save(self, save: Save) -> None:
+        """Log the save."""
+        self._pace.on_save(save.seconds)
+        logger.info("%s", save_line(save, size_bytes=_size_of(save.folder)))
+        self._show()
+
+    def close(self, status: Status) -> None:
+        """Log the last step and the summary, and remove the live line."""
+        self._terminal.show("")
+        if self._newest is None or status == "SUPERSEDED":
+            return
+        if self._since_line:
+            self._log_step(self._newest)
+        tokens = self._pace.steps_taken * self._tokens_per_step
+        memory_gb, spent = self._newest.memory_gb, self._pace.spent()
+        lines = closing_lines(
+            steps=self._pace.steps_taken, tokens=tokens, spent=spent, memory_gb=memory_gb, best=self._best
+        )
+        for line in lines:
+            logger.info("%s", line)
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self._config.train.global_batch * self._config.data.sequence_length
+
+    def _log_step(self, result: StepResult) -> None:
+        speed = self._tokens_per_step * len(self._since_line) / sum(self._since_line)
+        self._since_line.clear()
+        steps, left = self._config.train.steps, self._pace.seconds_left
+        columns = self._terminal.columns
+        logger.info("%s", step_line(result, steps=steps, speed=speed, seconds_left=left, columns=columns))
+
+    def _log_validation(self, result: StepResult, *, loss: float) -> None:
+        self._best = better_of(self._best, Best(loss, result.step))
+        seconds = result.validation_seconds or 0.0
+        logger.info("%s", validation_line(result.step, loss=loss, seconds=seconds, best=self._best))
+
+    def _show(self, doing: str = "") -> None:
+        columns = self._terminal.columns
+        if columns is None or self._newest is None:
+            return
+        text = live_line(
+            self._newest,
+            steps=self._config.train.steps,
+            speed=self._tokens_per_step / self._pace.step_seconds,
+            seconds_left=self._pace.seconds_left,
+            doing=doing,
+            columns=columns,
+        )
+        self._terminal.show(text)
+
+
+def _size_of(folder: Path) -> int:
+    with suppress(OSError):  # a line of the log must not end training
+        return sum(file.stat().st_size for file in folder.iterdir())
+    return 0

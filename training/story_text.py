@@ -1,0 +1,212 @@
+"""The lines that tell a person how a run goes; each fits 80 columns if its paths are short. Imports no torch."""
+
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.backends import Backend
+from configs.positions import POSITIONS
+from training.families.table import parameter_count
+from training.metrics_file import Best
+from training.observers import Save, StepResult
+from training.pace import Spent
+from training.preflight import Ready
+
+if TYPE_CHECKING:
+    from training.model.proof.certificate import Certificate  # it imports torch
+
+
+def start_lines(ready: Ready, *, device: str) -> list[str]:
+    """Return what starts: name, folder, size, steps and tokens in all and to go, layout, precision; a date first.
+
+    Args:
+        ready: The run, checked.
+        device: Device type of the ranks: cpu or cuda.
+    """
+    config, train = ready.config, ready.config.train
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    parameters = parameter_count(config.model, vocab_size=ready.prepared.vocab_size)
+    tokens = train.global_batch * config.data.sequence_length
+    steps_left = train.steps - (ready.newest.step if ready.newest else 0)
+    ranks = _count(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
+    return [
+        f"{now}  {config.run.name} in {ready.run_dir}",
+        f"{parameters:,} parameters; {train.steps:,} steps of {tokens:,} tokens, {scaled(train.steps * tokens)} in all",
+        f"to go: {_count(steps_left, 'step')}, {scaled(steps_left * tokens)} tokens",
+        f"{ranks}: {ready.layout}, {train.precision}",
+    ]
+
+
+def build_line(backend: Backend) -> str:
+    """Return what is said before the model is built."""
+    compiled = f"; the attention kernel ({backend.name}) is compiled, which takes minutes" if backend.compiles else ""
+    return f"building the model, drawing its weights, checking its positions{compiled}"
+
+
+def verified_line(certificates: "Sequence[Certificate]", *, device: str) -> str:
+    """Return what is said once all ranks have measured their attention.
+
+    Args:
+        certificates: What they measured.
+        device: Name of the device.
+    """
+    first, ranks = certificates[0], _count(len(certificates), "rank")
+    title = POSITIONS[first.position].title
+    return f"{title} verified on {ranks}: attention {first.backend}, {first.precision}, {device}"
+
+
+def step_line(result: StepResult, *, steps: int, speed: float, seconds_left: float, columns: int | None) -> str:
+    """Return the line of a step.
+
+    Args:
+        result: The step.
+        steps: Steps of the run.
+        speed: Tokens per second of the steps since the last line.
+        seconds_left: Time to the end of the run.
+        columns: Width that it must fit; None for any.
+    """
+    figures = [
+        f"step {result.step}/{steps}",
+        f"loss {result.loss:#.4g}",
+        f"lr {result.learning_rate:.1e}".replace("e-0", "e-").replace("e+00", ""),
+        f"grad {_three_digits(result.grad_norm)}",
+        f"{scaled(speed)} tokens/s",
+        size(result.memory_gb * 1e9),
+        *([] if result.model_flops_utilization is None else [f"MFU {result.model_flops_utilization:.0%}"]),
+        f"{duration(seconds_left)} left",
+    ]
+    return fitted(figures, spare=3, columns=columns)
+
+
+def live_line(
+    result: StepResult, *, steps: int, speed: float, seconds_left: float, doing: str, columns: int | None
+) -> str:
+    """Return the line below the others that shows the newest step.
+
+    Args:
+        result: The step.
+        steps: Steps of the run.
+        speed: Tokens per second of the recent steps.
+        seconds_left: Time to the end of the run.
+        doing: What happens now, if it is not a step.
+        columns: Width that it must fit; None for any.
+    """
+    figures = [
+        f"step {result.step}/{steps}",
+        f"{result.step / steps:.0%}",
+        f"loss {result.loss:#.4g}",
+        f"{scaled(speed)} tokens/s",
+        f"{duration(seconds_left)} left",
+        *([doing] if doing else []),
+    ]
+    # A terminal may go to the next line after its last column.
+    return fitted(figures, spare=3, columns=None if columns is None else columns - 1)
+
+
+def validation_line(step: int, *, loss: float, seconds: float, best: Best | None) -> str:
+    """Return the line of a validation; `best` includes it."""
+    if best is None:
+        compared = ""
+    elif best.step == step:
+        compared = ", the best so far"
+    else:
+        compared = f", best {best.loss:.4f} at step {best.step}"
+    return f"validation at step {step}: loss {loss:.4f}{compared} ({duration(seconds)})"
+
+
+def save_line(save: Save, *, size_bytes: int) -> str:
+    """Return the line of a saved checkpoint."""
+    return f"saved step {save.step}: {save.folder} ({size(size_bytes)} in {duration(save.seconds)})"
+
+
+def closing_lines(*, steps: int, tokens: int, spent: Spent, memory_gb: float, best: Best | None) -> list[str]:
+    """Return the summary of a start.
+
+    Args:
+        steps: Taken by this start, at least one.
+        tokens: Of these steps.
+        spent: Its time.
+        memory_gb: Peak of the rank with the largest.
+        best: Of all starts; None if nothing was measured.
+    """
+    rest = spent.total - spent.training - spent.validation - spent.saving
+    parts = [("training", spent.training), ("validation", spent.validation), ("saving", spent.saving), ("other", rest)]
+    lines = [
+        f"total {duration(spent.total)}: " + ", ".join(f"{name} {duration(max(0.0, each))}" for name, each in parts),
+        f"{_count(steps, 'step')} at {scaled(tokens / spent.training)} tokens/s (training alone), "
+        f"peak memory {size(memory_gb * 1e9)}",
+    ]
+    return lines if best is None else [*lines, f"best validation: loss {best.loss:.4f} at step {best.step}"]
+
+
+def evaluate_line(run_dir: Path) -> str:
+    """Return the command to type after the last step."""
+    return f"next: {shlex.join(['trainshort', 'evaluate', str(run_dir)])}"
+
+
+def lost_line(*, last_step: int, checkpoint: Path | None, saved_step: int) -> str:
+    """Return what a run has lost that was ended without saving.
+
+    Args:
+        last_step: The last step that it had finished.
+        checkpoint: Its newest checkpoint, if there is one.
+        saved_step: Step of that checkpoint, or 0.
+    """
+    if last_step <= saved_step:
+        lost = "no finished step is lost"
+    elif last_step == saved_step + 1:
+        lost = f"step {last_step} is lost"
+    else:
+        lost = f"steps {saved_step + 1} to {last_step} are lost"
+    kept = f"{checkpoint} stays" if checkpoint else "there is no checkpoint"
+    return f"ended without saving: {lost}, {kept}"
+
+
+def fitted(figures: Sequence[str], *, spare: int, columns: int | None) -> str:
+    """Join figures into a line that fits: leave out one, then space between them, and at last what does not fit.
+
+    Args:
+        figures: In order.
+        spare: Index of the one to leave out.
+        columns: Width; None for any.
+    """
+    needed = [*figures[:spare], *figures[spare + 1 :]]
+    narrow = " ".join(needed)
+    for line in ("  ".join(figures), "  ".join(needed), narrow, narrow.replace("tokens/s", "tok/s")):
+        if columns is None or len(line) <= columns:
+            return line
+    return line[:columns]
+
+
+def scaled(number: float, *, unit: str = "") -> str:
+    """Return a number with three digits and a letter for its thousands: 36.7k, 1.23M."""
+    for letter in ("", "k", "M", "G", "T"):
+        if number < 999.5:
+            return f"{_three_digits(number) if letter else f'{number:.3g}'}{unit and ' '}{letter}{unit}"
+        number /= 1000
+    return f"{number:,.0f}{unit and ' '}P{unit}"
+
+
+def size(number: float) -> str:
+    """Return a number of bytes: 1.23 GB, 340 MB."""
+    return scaled(number, unit="B")
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units: 2.3 s, 38 s, 2m05s, 1h23m, 4d05h."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds < 3599.5:
+        return f"{round(seconds) // 60}m{round(seconds) % 60:02}s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours}h{minutes:02}m" if hours < 48 else f"{hours // 24}d{hours % 24:02}h"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:#.3g}".rstrip(".")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,76 @@
+"""Names in MLflow: of a step's metrics, grouped as MLflow draws them, and of a run's parameters and tags."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.schema import RunConfig
+from training.families.table import parameter_count
+
+# The MLflow name of each field of `StepResult` but the step. MLflow draws what has one prefix in one group.
+METRIC_NAMES = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "tokens_seen": "train/tokens_seen",
+    "consumed_samples": "train/consumed_samples",
+    "step_seconds": "time/step_seconds",
+    "tokens_per_second": "time/tokens_per_second",
+    "model_flops_utilization": "time/model_flops_utilization",
+    "memory_gb": "memory/peak_gb",
+    "validation_loss": "validation/loss",
+    "validation_seconds": "time/validation_seconds",
+    "save_seconds": "time/save_seconds",
+    "failed_saves": "train/failed_saves",
+}
+
+
+def run_params(config: RunConfig, *, environment_file: Path, certificate: Path) -> dict[str, Any]:
+    """Return the parameters of a run: its run file, and what it became on these ranks.
+
+    Args:
+        config: The run. Its section `slurm` counts only in a job of SLURM.
+        environment_file: environment.json of this start.
+        certificate: The certificates, whose last line is this start's.
+    """
+    values = config.model_dump(mode="json")
+    environment, backend = _read(environment_file), {}
+    if not environment.get("slurm"):
+        del values["slurm"]
+    for rank in _read(certificate).get("ranks", [])[:1]:
+        backend = {"attention_backend": rank.get("backend")}
+    return {
+        **values,
+        "parameters": parameter_count(config.model, vocab_size=config.data.vocab_size),
+        "precision": config.train.precision,
+        **backend,
+        **{key: environment.get(key) for key in ("world_size", "device", "layout")},
+    }
+
+
+def run_tags(environment_file: Path) -> dict[str, str]:
+    """Return MLflow's own tags for where a run comes from, and the SLURM job of this start."""
+    environment = _read(environment_file)
+    code, job = environment.get("code") or {}, environment.get("slurm") or {}
+    tags: Mapping[str, str | None] = {
+        "mlflow.source.name": "trainshort train",
+        "mlflow.source.type": "JOB" if job else "LOCAL",
+        "mlflow.source.git.commit": code.get("commit"),
+        "mlflow.source.git.branch": code.get("branch"),
+        "mlflow.source.git.repoURL": code.get("repository"),
+        "mlflow.source.git.dirty": str(bool(code["diff"])).lower() if "diff" in code else None,
+        "slurm.job_id": job.get("job_id"),
+        "slurm.nodes": job.get("nodes"),
+    }
+    return {name: value for name, value in tags.items() if value is not None}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return the JSON of a file, of its last line if it has several documents; empty if it cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text if text.startswith("{\n") else text.splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return values if isinstance(values, dict) else {}
