@@ -97,7 +97,8 @@ def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
                 runs += [place] if is_run_folder(place) or _has_broken_run_file(place) else []
                 below += _folders_in(place)
         level = below
-    return sorted(runs)
+    # A folder without a run file that holds runs is theirs: its data is what they share.
+    return sorted(run for run in runs if config_file(run).exists() or not any(run in other.parents for other in runs))
 
 
 def is_run_folder(path: Path) -> bool:

@@ -96,6 +96,7 @@ def test_runs_are_found_three_levels_deep_and_once(trainshort: Call, folder: Pat
     for path in ("a", "team/b", "team/x/c", "team/x/y/too deep", "data/hidden", "team/checkpoints/hidden"):
         make_run(runs / path)
     inner = make_run(runs / "a" / "inner")
+    (runs / "data" / "manifest.json").write_text("{}")  # data that the runs share
     (runs / "loop").symlink_to(runs)
     (runs / "team" / "again").symlink_to(inner)
     make_run(folder / "outside")
