@@ -86,9 +86,9 @@ def start_ranks(
 ) -> int:
     """Run a command once per rank, wait until all have ended, and return one exit code.
 
-    The output of rank N is appended to logs/rank_N.log, and rank 0 is handed the launcher's standard error too, to tell
-    the run's story. Ctrl-C, SIGTERM and SIGHUP are forwarded to all ranks as SIGTERM, and the ranks may take as long as
-    they need to save.
+    The output of rank N is appended to logs/rank_N.log, and rank 0 is handed the launcher's standard error too, to show
+    progress. Ctrl-C, SIGTERM and SIGHUP are forwarded to all ranks as SIGTERM, and the ranks may take as long as they
+    need to save.
 
     Args:
         command: Program and arguments, the same for all ranks.

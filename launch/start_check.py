@@ -13,7 +13,7 @@ from training.export.formats.table import export_problems
 from training.folder import report_write_errors
 from training.incarnation import refuse_second_start
 from training.preflight import Ready, make_ready
-from training.story_text import start_lines
+from training.progress_lines import start_lines
 from training.tracking.store import choose_store, require_known_scheme
 
 

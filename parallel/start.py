@@ -34,7 +34,7 @@ class ProcessRank:
         local_rank: Rank on this machine; it picks the GPU.
         rendezvous: Where the ranks meet, as torch's init_method.
         starter: local, torchrun or slurm.
-        terminal: File descriptor of the terminal to which a rank of the local launcher tells the run's story, or None.
+        terminal: File descriptor of the terminal to which a rank of the local launcher shows progress, or None.
     """
 
     rank: int

@@ -18,9 +18,9 @@ from training.metrics_file import MetricsFile
 from training.model.proof.certificate import Certificate, certificates_to_json
 from training.observers import Observer
 from training.preflight import Ready, make_ready
+from training.progress_lines import build_line, verified_line
+from training.progress_log import ProgressLog
 from training.stopping import StopRequest
-from training.story import Story
-from training.story_text import build_line, verified_line
 from training.tracking.observer import TrackingObserver
 from training.tracking.system import node_observers
 from training.trainer import build_trainer
@@ -88,4 +88,4 @@ def _observers(
     if config.train.deterministic:
         logger.info("%s", limits_of_determinism(ready.layout, device=certificates[0].device))
     # Closed in reverse: the summary does not wait for MLflow, which may take a minute.
-    return [metrics, tracking, Story(config, first_step=step, best=metrics.best, terminal=terminal)]
+    return [metrics, tracking, ProgressLog(config, first_step=step, best=metrics.best, terminal=terminal)]

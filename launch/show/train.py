@@ -1,4 +1,4 @@
-"""What is said before and after a rank trains; the rank itself tells the rest (training/story.py)."""
+"""What is said before and after a rank trains; the rank itself tells the rest (training/progress_log.py)."""
 
 import logging
 import shlex
@@ -16,11 +16,11 @@ from parallel.start import ProcessRank
 from training.checkpoint.manifest import list_checkpoints
 from training.metrics_file import last_reported_step
 from training.preflight import Ready, make_ready
-from training.story_text import evaluate_line, lost_line, start_lines
+from training.progress_lines import evaluate_line, lost_line, start_lines
 
 logger = logging.getLogger(__name__)
 
-STORY_LOG = "rank_0.log"
+RANK_0_LOG = "rank_0.log"
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str])
     """
     logs = logs_folder(ready.run_dir)
     make_log_folder(logs)
-    with following(logs / STORY_LOG, descriptor=None, environ=environ):
+    with following(logs / RANK_0_LOG, descriptor=None, environ=environ):
         _say_start(ready, device=device)
         yield
 
@@ -64,7 +64,7 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
     if place.starter != "local":
         ready = make_ready(config, world_size=place.world_size, device=device)
     make_log_folder(logs)
-    with following(logs / STORY_LOG, descriptor=place.terminal, environ=environ) as terminal:
+    with following(logs / RANK_0_LOG, descriptor=place.terminal, environ=environ) as terminal:
         if ready is not None:
             _say_start(ready, device=device)
         yield terminal

@@ -130,7 +130,7 @@ def test_a_stopped_run_has_saved_the_last_step_that_it_finished(job: Job) -> Non
     assert job.saved == sorted({*range(4, len(steps) + 1, 4), len(steps)})
 
 
-def test_a_file_and_the_log_have_the_whole_story(job: Job) -> None:
+def test_a_file_and_the_log_have_all_progress(job: Job) -> None:
     first, second = (job.folder / "first.log").read_text(), job.resumed
     assert (job.broken / "logs" / "rank_0.log").read_text() == first + second
     assert "\x1b" not in first + second
@@ -161,9 +161,9 @@ def test_a_file_and_the_log_have_the_whole_story(job: Job) -> None:
     ):
         assert words in second, second
     assert second.endswith("\nnext: trainshort evaluate one/run\n")
-    story = first + second
-    assert re.findall(r"^validation at step (\d+): loss ", story, re.MULTILINE) == ["5", "10"]
-    saves = [int(step) for step in re.findall(r"^saved step (\d+): ", story, re.MULTILINE)]
+    output = first + second
+    assert re.findall(r"^validation at step (\d+): loss ", output, re.MULTILINE) == ["5", "10"]
+    saves = [int(step) for step in re.findall(r"^saved step (\d+): ", output, re.MULTILINE)]
     assert saves == sorted({*job.saved, *range(4, STEPS + 1, 4)})
     best = min((line["validation_loss"], line["step"]) for line in metrics(job.broken) if "validation_loss" in line)
     assert f"best validation: loss {best[0]:.4f} at step {best[1]}\n" in second

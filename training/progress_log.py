@@ -1,4 +1,4 @@
-"""Tells a run's story as it happens: steps, validations, saves and the end, to the terminal and the run's log."""
+"""Log a run's progress: steps, validations, saves and the end, on the terminal and in the run's log."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ from configs.terminal import Terminal
 from training.metrics_file import Best, better_of
 from training.observers import Observer, Save, Status, StepResult
 from training.pace import Pace
-from training.story_text import closing_lines, live_line, save_line, step_line, validation_line
+from training.progress_lines import closing_lines, live_line, save_line, step_line, validation_line
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ LOG_SECONDS = 10.0  # between two lines of steps, unless `train.log_every` is se
 LIVE_SECONDS = 0.1  # between two changes of the live line
 
 
-class Story(Observer):
+class ProgressLog(Observer):
     """Logs a line from time to time, one for each validation and save, and a summary at the end.
 
     Args:

@@ -1,4 +1,4 @@
-"""The story of a run: its lines fit a terminal, are the same in the log, and count time honestly."""
+"""Progress of a run: its lines fit a terminal, are the same in the log, and count time honestly."""
 
 import logging
 import re
@@ -13,14 +13,13 @@ from configs.load import dump_run
 from configs.paths import config_file
 from configs.positions import POSITIONS
 from launch.show.train import train_command_line
+from tests.support.progress import progress_run, ready_to
 from tests.support.steps import step_result
-from tests.support.story import ready_to, told_run
 from training.folder import with_fixed_keys
 from training.metrics_file import Best, MetricsFile, last_reported_step
 from training.observers import Save
 from training.pace import Pace, Spent
-from training.story import Story
-from training.story_text import (
+from training.progress_lines import (
     build_line,
     closing_lines,
     duration,
@@ -34,6 +33,7 @@ from training.story_text import (
     validation_line,
     verified_line,
 )
+from training.progress_log import ProgressLog
 
 HUGE = step_result(
     step=100_000,
@@ -102,13 +102,13 @@ def test_the_positions_are_named_once_they_are_verified() -> None:
 
 
 def test_how_often_lines_come_may_change_between_starts(tmp_path: Path) -> None:
-    first = told_run(f"run.dir={tmp_path}", "train.log_every=1", "train.steps=9")
+    first = progress_run(f"run.dir={tmp_path}", "train.log_every=1", "train.steps=9")
     config_file(tmp_path).write_text(dump_run(first), encoding="utf-8")
     for key, every in (("train.log_every=50", 50), ("train.log_every=null", None)):
-        again = told_run(f"run.dir={tmp_path}", key, "train.steps=9")
+        again = progress_run(f"run.dir={tmp_path}", key, "train.steps=9")
         assert with_fixed_keys(again, run_dir=tmp_path).train.log_every == every
     with pytest.raises(InputError, match="train.log_every"):
-        told_run("train.log_every=0")
+        progress_run("train.log_every=0")
 
 
 def test_validation_and_save_lines_say_what_matters(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_end_says_where_the_time_went() -> None:
 
 
 def test_the_start_says_what_is_to_go(tmp_path: Path) -> None:
-    run = told_run("train.steps=400", "run.dir=runs/my")
+    run = progress_run("train.steps=400", "run.dir=runs/my")
     date, *lines = start_lines(ready_to(run, world_size=4), device="cpu")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  demo in runs/my", date)
     assert lines[0].endswith(" parameters; 400 steps of 1,024 tokens, 410k in all")
@@ -155,7 +155,7 @@ def test_the_start_says_what_is_to_go(tmp_path: Path) -> None:
 
 
 def test_the_time_left_counts_validations_and_saves() -> None:
-    run = told_run("train.steps=100", "evaluate.every=10", "evaluate.samples=16", "checkpoint.every=30")
+    run = progress_run("train.steps=100", "evaluate.every=10", "evaluate.samples=16", "checkpoint.every=30")
     pace, now = Pace(run, step=0), 100.0
     pace.on_step(step_result(step=1, step_seconds=9.0), now=now)
     assert pace.seconds_left == pytest.approx(99 * 9.0 + 10 * 3.0), "a validation is a third of a step until measured"
@@ -173,29 +173,29 @@ def test_the_time_left_counts_validations_and_saves() -> None:
     assert pace.steps_taken == 31
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the lines since the last call."""
-    lines = [record.getMessage() for record in caplog.records if record.name == "training.story"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "training.progress_log"]
     caplog.clear()
     return lines
 
 
 def test_a_line_every_so_many_steps_and_none_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    run = told_run("train.steps=7", "train.log_every=3", "evaluate.every=2", "checkpoint.every=5")
-    story = Story(run, first_step=0, best=None, terminal=None)
+    run = progress_run("train.steps=7", "train.log_every=3", "evaluate.every=2", "checkpoint.every=5")
+    progress = ProgressLog(run, first_step=0, best=None, terminal=None)
     for step, loss in enumerate((None, 5.0, None, 4.0, None, float("nan"), None), start=1):
-        story.on_step(step_result(step=step, validation_loss=loss, validation_seconds=loss and 1.5))
+        progress.on_step(step_result(step=step, validation_loss=loss, validation_seconds=loss and 1.5))
         if step in (5, 7):
-            story.before_save()
-            story.on_save(Save(step, tmp_path / f"step_000000{step}", 0.2))
-    kinds = [re.sub(r"(\d)[:/].*", r"\1", line) for line in told(caplog)]
+            progress.before_save()
+            progress.on_save(Save(step, tmp_path / f"step_000000{step}", 0.2))
+    kinds = [re.sub(r"(\d)[:/].*", r"\1", line) for line in logged_lines(caplog)]
     assert kinds == [
         *("validation at step 2", "step 3", "validation at step 4", "saved step 5", "step 6", "validation at step 6"),
         *("step 7", "saved step 7"),
     ]
-    story.close("FINISHED")
-    total, steps, best = told(caplog)
+    progress.close("FINISHED")
+    total, steps, best = logged_lines(caplog)
     assert total.startswith("total ")
     assert steps.startswith("7 steps at 10.2k tokens/s")
     assert best == "best validation: loss 4.0000 at step 4"
@@ -205,17 +205,17 @@ def test_a_stop_shows_its_last_step_and_a_slow_run_each(tmp_path: Path, caplog: 
     caplog.set_level(logging.INFO)
     with pytest.MonkeyPatch.context() as patch:
         clock = iter(range(0, 1000, 4))
-        patch.setattr("training.story.time.monotonic", lambda: float(next(clock)))
-        story = Story(told_run("train.steps=9"), first_step=0, best=None, terminal=None)
+        patch.setattr("training.progress_log.time.monotonic", lambda: float(next(clock)))
+        progress = ProgressLog(progress_run("train.steps=9"), first_step=0, best=None, terminal=None)
         for step in range(1, 6):
-            story.on_step(step_result(step=step))
-    assert [line.split("/")[0] for line in told(caplog)] == ["step 1", "step 4"], "a line every 10 s"
-    story.before_save()
-    story.on_save(Save(5, tmp_path, 0.2))
-    story.close("KILLED")
-    assert [line.partition(" ")[0] for line in told(caplog)] == ["step", "saved", "total", "5"]
-    Story(told_run(), first_step=0, best=None, terminal=None).close("KILLED")
-    assert told(caplog) == [], "a start that took no step has no summary"
+            progress.on_step(step_result(step=step))
+    assert [line.split("/")[0] for line in logged_lines(caplog)] == ["step 1", "step 4"], "a line every 10 s"
+    progress.before_save()
+    progress.on_save(Save(5, tmp_path, 0.2))
+    progress.close("KILLED")
+    assert [line.partition(" ")[0] for line in logged_lines(caplog)] == ["step", "saved", "total", "5"]
+    ProgressLog(progress_run(), first_step=0, best=None, terminal=None).close("KILLED")
+    assert logged_lines(caplog) == [], "a start that took no step has no summary"
 
 
 def test_the_best_validation_is_that_of_all_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,9 +232,9 @@ def test_the_best_validation_is_that_of_all_starts(tmp_path: Path, caplog: pytes
     again = MetricsFile(tmp_path, last_step=3)
     assert again.best == Best(4.0, 1), "step 4 comes again"
     again.close("KILLED")
-    story = Story(told_run(), first_step=3, best=again.best, terminal=None)
-    story.on_step(step_result(step=4, validation_loss=4.5, validation_seconds=1.0))
-    assert "validation at step 4: loss 4.5000, best 4.0000 at step 1 (1.0 s)" in told(caplog)
+    progress = ProgressLog(progress_run(), first_step=3, best=again.best, terminal=None)
+    progress.on_step(step_result(step=4, validation_loss=4.5, validation_seconds=1.0))
+    assert "validation at step 4: loss 4.5000, best 4.0000 at step 1 (1.0 s)" in logged_lines(caplog)
 
 
 def test_the_command_that_continues_is_the_users_own() -> None:

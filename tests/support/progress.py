@@ -1,4 +1,4 @@
-"""A run whose story tests tell, without data or ranks."""
+"""A run whose progress tests log, without data or ranks."""
 
 from pathlib import Path
 from unittest.mock import Mock
@@ -9,7 +9,7 @@ from parallel.layout import Layout
 from training.preflight import Ready
 
 
-def told_run(*overrides: str) -> RunConfig:
+def progress_run(*overrides: str) -> RunConfig:
     """Return the demo run of 1,024 tokens a step, with further overrides."""
     return load_run(
         "demo", overrides=["train.global_batch=16", "data.sequence_length=64", "train.warmup_steps=0", *overrides]

@@ -1,4 +1,4 @@
-"""Where the story of a run is written: a terminal, a file, the log of rank 0."""
+"""Where progress is written: a terminal, a file, the log of rank 0."""
 
 import logging
 import os
@@ -19,9 +19,9 @@ from launch.failure import report_failure
 from launch.show.streams import can_redraw, following, ready_streams
 from launch.show.train import following_rank
 from parallel.start import ProcessRank
+from tests.support.progress import progress_run, ready_to
 from tests.support.steps import step_result
-from tests.support.story import ready_to, told_run
-from training.story import Story
+from training.progress_log import ProgressLog
 
 
 def seen(reader: int) -> str:
@@ -51,12 +51,12 @@ def test_the_log_has_the_same_lines_as_the_terminal(
     caplog.set_level(logging.INFO)
     logger, library = logging.getLogger("training.anything"), logging.getLogger("library.anything")
     with following(tmp_path / "rank_0.log", descriptor=writer, environ={"TERM": "xterm"}) as terminal:
-        story = Story(told_run("train.log_every=1"), first_step=0, best=None, terminal=terminal)
+        progress = ProgressLog(progress_run("train.log_every=1"), first_step=0, best=None, terminal=terminal)
         logger.info("starting")
         library.info("not ours")
         library.warning("a library warns\nof %s", "a\x1b[2J")
-        story.on_step(step_result(validation_loss=4.0, validation_seconds=1.0))
-        story.before_validation(2)
+        progress.on_step(step_result(validation_loss=4.0, validation_seconds=1.0))
+        progress.before_validation(2)
         logger.debug("only with --verbose")
     shown = seen(reader)
     lines = (tmp_path / "rank_0.log").read_text()
@@ -69,7 +69,7 @@ def test_the_log_has_the_same_lines_as_the_terminal(
     assert all(len(line) < 80 for line in re.split(r"\r\n|\r\x1b\[2K", shown))
 
 
-def test_quiet_hides_the_story_and_verbose_shows_all(tmp_path: Path, screen: tuple[int, int]) -> None:
+def test_quiet_hides_progress_and_verbose_shows_all(tmp_path: Path, screen: tuple[int, int]) -> None:
     reader, writer = screen
     root, logger = logging.getLogger(), logging.getLogger("training.anything")
     before = root.level, set(root.handlers)
@@ -78,7 +78,7 @@ def test_quiet_hides_the_story_and_verbose_shows_all(tmp_path: Path, screen: tup
         log = tmp_path / f"{level}.log"
         root.setLevel(level)
         with following(log, descriptor=os.dup(writer), environ={"TERM": "xterm"}) as terminal:
-            Story(told_run(), first_step=0, best=None, terminal=terminal).on_step(step_result())
+            ProgressLog(progress_run(), first_step=0, best=None, terminal=terminal).on_step(step_result())
             logger.warning("warning")
             logger.debug("debug")
             logging.getLogger("library").info("a library")
@@ -112,7 +112,7 @@ def test_the_first_rank_of_torchrun_tells_what_a_launcher_would(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    run = told_run("train.steps=400", f"run.dir={tmp_path / 'run'}")
+    run = progress_run("train.steps=400", f"run.dir={tmp_path / 'run'}")
     monkeypatch.setattr("launch.show.train.make_ready", lambda config, **_: ready_to(config, world_size=4))
     place = ProcessRank(0, 4, 0, "env://", "torchrun")
     with following_rank(run, replace(place, rank=1), environ={}) as terminal:
@@ -155,11 +155,11 @@ def test_a_closed_terminal_or_a_full_disk_ends_no_training(tmp_path: Path, capsy
     reader, writer = pty.openpty()
     (tmp_path / "full").symlink_to("/dev/full")
     with following(tmp_path / "full", descriptor=writer, environ={"TERM": "xterm"}) as terminal:
-        story = Story(told_run("train.log_every=1"), first_step=0, best=None, terminal=terminal)
+        progress = ProgressLog(progress_run("train.log_every=1"), first_step=0, best=None, terminal=terminal)
         os.close(reader)
         began = time.perf_counter()
         for step in range(1, 101):
-            story.on_step(step_result(step=step))
-        story.close("FINISHED")
+            progress.on_step(step_result(step=step))
+        progress.close("FINISHED")
     assert time.perf_counter() - began < 0.5, "5 ms a step, a hundred times what it takes"
     assert capsys.readouterr().err == ""
