@@ -132,9 +132,10 @@ def unsupported(backend: Backend, *, position: str, precision: str, head_dim: in
         return f"{backend.name} cannot compute train.precision {precision}: use {' or '.join(fitting)}"
     smallest, largest = backend.head_dims
     if not smallest <= head_dim <= largest:
+        advice = f"use {AUTO} or other heads" if head_dim <= ANY_WIDTH else "set a smaller model.hidden or more heads"
         return (
             f"{backend.name} cannot compute heads of {head_dim} (model.hidden / model.heads), only {smallest} to "
-            f"{largest}: use {AUTO} or other heads"
+            f"{largest}: {advice}"
         )
     return None
 

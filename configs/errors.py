@@ -1,13 +1,6 @@
-"""Exceptions whose cause a user can fix. The command line prints each as one message, with its exit code.
+"""Exceptions whose cause a user can fix. The command line prints each as one message, with its exit code."""
 
-A message that tells the user to type `trainshort prepare` or `trainshort train` leaves out the run file: most code does
-not know its name. The command line, which does, completes the message.
-"""
-
-import re
-import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from pathlib import Path
 
 
 class TrainshortError(Exception):
@@ -34,27 +27,7 @@ class LostPeers(TrainshortError):
     exit_code = 4
 
 
-_COMMAND = re.compile(r"`trainshort (?:prepare|train)(?=`| --)")
-
-
-def name_run_file(text: str, run: str, overrides: Sequence[str] = ()) -> str:
-    """Return a message whose commands on a run file are those to type, quoted for the shell.
-
-    Args:
-        text: As in "run `trainshort prepare`".
-        run: The run file as the user named it.
-        overrides: The values of the user's `--set` options.
-    """
-    # a name that begins with a dash would be read as an option
-    words = [f"./{run}" if run.startswith("-") else run, *(word for value in overrides for word in ("--set", value))]
-    return _COMMAND.sub(lambda match: f"{match[0]} {shlex.join(words)}", text)
-
-
-@contextmanager
-def run_file_named(run: str, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Name the run file in the commands that errors of the block tell the user to type; see `name_run_file`."""
-    try:
-        yield
-    except TrainshortError as error:
-        error.args = (name_run_file(str(error), run, overrides), *error.args[1:])
-        raise
+def not_prepared(folder: Path) -> InputError:
+    """Return the error of a folder that holds no prepared data; see `configs.commands` for the run file."""
+    place = folder if folder.is_absolute() else f"{folder} (relative to {Path.cwd()})"
+    return InputError(f"data is not prepared in {place}: run `trainshort prepare`")

@@ -30,12 +30,13 @@ def load_run(name_or_path: str, *, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: the file, an override or the run is wrong; the message lists every problem.
     """
     path = find_run(name_or_path)
-    parsed = parse_yaml(_read_text(path))
+    text = _read_text(path)
+    parsed = parse_yaml(text)
     data = parsed.value
     is_run = isinstance(data, dict)
     wrong = [with_subject(str(path), problem) for problem in parsed.problems]
     if not is_run and not wrong:
-        wrong = [f"{path} must hold sections of keys, got {type(data).__name__}: see configs/runs/demo.yaml"]
+        wrong = [_without_sections(path, text, data)]
     data = data if is_run else {}
     for override in overrides:
         wrong.extend(_set_override(data, override))
@@ -63,6 +64,10 @@ def find_run(name_or_path: str) -> Path:
         InputError: there is neither, or the path cannot be read.
     """
     path = expand_path(name_or_path)
+    if not name_or_path.strip():
+        raise InputError(
+            f"run file {name_or_path!r} is no name: give a YAML file or one of {', '.join(shipped_runs())}"
+        )
     try:
         if path.is_file():
             return path
@@ -71,7 +76,7 @@ def find_run(name_or_path: str) -> Path:
     shipped = RUNS / f"{name_or_path}.yaml"
     if "/" not in name_or_path and shipped.is_file():
         return shipped
-    problem = "is a folder" if path.is_dir() else "does not exist"
+    problem = "is a folder" if path.is_dir() else "is a device or a pipe" if path.exists() else "does not exist"
     raise InputError(f"run file {name_or_path} {problem}: give a YAML file or one of {', '.join(shipped_runs())}")
 
 
@@ -138,13 +143,21 @@ def _read_text(path: Path) -> str:
         raise InputError(f"run file {path} cannot be read ({error.strerror}): check the path") from None
 
 
+def _without_sections(path: Path, text: str, value: Any) -> str:
+    if value is None:
+        what = "holds no keys" if text.strip() else "is empty"
+        return f"run file {path} {what}: type `trainshort init NAME` for one to edit"
+    kind = "a list" if isinstance(value, list) else "text" if isinstance(value, str) else "a value"
+    return f"run file {path} must hold sections of keys, got {kind}: type `trainshort init NAME` for one to edit"
+
+
 def _set_override(data: dict[str, Any], override: str) -> Sequence[str]:
     """Apply `section.key=value` in place or return what is wrong. Add missing sections: the schema checks names."""
     match = re.fullmatch(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)=(.*)", override, re.DOTALL)
     if match is None:
         return [f"--set {_shown(override)} is not an override: write section.key=value"]
     section, keys, text = map(str, match.groups())
-    parsed = parse_yaml(text)
+    parsed = parse_yaml(text, has_lines=False)
     if parsed.problems:
         return [with_subject(f"--set {section}.{keys}", problem) for problem in parsed.problems]
     *parents, last = [section, *keys.split(".")]

@@ -46,6 +46,11 @@ def logs_folder(run_dir: Path) -> Path:
     return run_dir / "logs"
 
 
+def metrics_path(run_dir: Path) -> Path:
+    """Return the file that has a line of JSON per step."""
+    return run_dir / "metrics.jsonl"
+
+
 def incarnation_file(run_dir: Path) -> Path:
     """Return the file that identifies the newest start of a run."""
     return run_dir / "incarnation"
@@ -81,17 +86,14 @@ def chain_file(run_dir: Path) -> Path:
     return slurm_folder(run_dir) / "jobs.json"
 
 
-def not_prepared(folder: Path) -> InputError:
-    """Return the error of a folder that holds no prepared data."""
-    place = folder if folder.is_absolute() else f"{folder} (relative to {Path.cwd()})"
-    return InputError(f"data is not prepared in {place}: run `trainshort prepare`")
-
-
 def check_run_folder(config: RunConfig) -> Path:
     """Return the run folder after checking that no file is in its way, and that libraries can take its name.
 
+    A folder that holds other things is refused too: a run replaces config.yaml, and `trainshort runs rm` removes all.
+
     Raises:
-        InputError: the run folder, or a folder above it, is a file or has a name that is not UTF-8.
+        InputError: the run folder, or a folder above it, is a file or has a name that is not UTF-8; or it is the root,
+            the home folder, or one above the current folder, unless it holds a run.
     """
     folder = run_folder(config)
     try:
@@ -100,6 +102,12 @@ def check_run_folder(config: RunConfig) -> Path:
         raise InputError(
             f"run.dir {os.path.realpath(folder)} has a name that is not UTF-8: rename the folder or set another run.dir"
         ) from None
+    resolved = folder.resolve()
+    is_shared = resolved in (Path("/"), Path(os.path.expanduser("~")), *Path.cwd().parents)
+    if is_shared and not incarnation_file(folder).exists():
+        raise InputError(
+            f"run.dir must be a folder for this run alone, got {resolved}: set one such as runs/{config.run.name}"
+        )
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"run.dir {folder}: {path} is a file, not a folder: move it away or set another run.dir")

@@ -6,11 +6,11 @@ from math import isqrt
 
 from configs.backends import backend_of, unsupported
 from configs.choices import FAMILIES, Choice
+from configs.errors import InputError
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS, Precision
+from configs.protocols import WindowProtocol, parse_protocol
 from configs.schema import RunConfig
-
-_PROTOCOL = re.compile(r"nonoverlapping|sliding:([1-9]\d*)")
 
 
 def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
@@ -174,19 +174,27 @@ def _keep_best(config: RunConfig) -> Iterator[str]:
 
 
 def _protocols(config: RunConfig) -> Iterator[str]:
-    for protocol in config.evaluate.protocols:
-        if not _PROTOCOL.fullmatch(protocol):
-            yield f"evaluate.protocols has {protocol!r}: use nonoverlapping or sliding:STRIDE"
+    for name in config.evaluate.protocols:
+        if _protocol(name) is None:
+            yield f"evaluate.protocols has {name!r}: use nonoverlapping or sliding:STRIDE"
 
 
 def _strides(config: RunConfig) -> Iterator[str]:
-    for protocol in config.evaluate.protocols:
-        match = _PROTOCOL.fullmatch(protocol)
-        if match and match[1] and int(match[1]) > min(config.evaluation_lengths):
+    shortest = min(config.evaluation_lengths)
+    for name in config.evaluate.protocols:
+        protocol = _protocol(name)
+        if protocol and protocol.stride and protocol.stride > shortest:
             yield (
-                f"evaluate.protocols has {protocol!r}, a stride over the shortest evaluated length "
-                f"({min(config.evaluation_lengths)}): use a stride of at most that"
+                f"evaluate.protocols has {name!r}, a stride over the shortest evaluated length "
+                f"({shortest}): use a stride of at most that"
             )
+
+
+def _protocol(name: str) -> WindowProtocol | None:
+    try:
+        return parse_protocol(name)
+    except InputError:
+        return None
 
 
 def _validation(config: RunConfig) -> Iterator[str]:

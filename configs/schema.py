@@ -6,7 +6,8 @@ the decay) are in `configs.rules`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic_core import PydanticCustomError
 
 from configs.backends import BACKENDS
 from configs.choices import FAMILIES, OPTIMIZERS, OneOf
@@ -30,10 +31,20 @@ def _text_of_number(value: Any) -> Any:
     return str(value) if type(value) in (int, float) else value
 
 
+def _countable(value: int) -> int:
+    if value > LARGEST_NUMBER:
+        raise PydanticCustomError("too_large", "Input should be at most 2^53")
+    return value
+
+
 def _public_lines(lines: tuple[str, ...]) -> list[str]:
     return [hide_secrets(line) for line in lines]
 
 
+LARGEST_NUMBER = 2**53
+"""Largest whole number of a run file, but for the seed: JSON, MLflow and floats hold all whole numbers up to it."""
+
+COUNTABLE = AfterValidator(_countable)
 TUPLE = BeforeValidator(_tuple_of_list)
 # What is written and sent is the JSON form of a run: keys that may hold a secret leave it out there.
 PUBLIC_URI = PlainSerializer(without_password, return_type=str, when_used="json")
@@ -41,8 +52,8 @@ PUBLIC_VARIABLES = PlainSerializer(public_variables, return_type=dict[str, str],
 PUBLIC_LINES = PlainSerializer(_public_lines, return_type=list[str], when_used="json")
 TextOrNumber = Annotated[str, BeforeValidator(_text_of_number)]
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1), COUNTABLE]
+NonNegativeInt = Annotated[int, Field(ge=0), COUNTABLE]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -58,7 +69,7 @@ class Run(Section):
     name: str = Field(
         min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, shown in MLflow and SLURM."
     )
-    seed: NonNegativeInt = Field(default=1, description="Seed of weights, sample order and dropout.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=1, description="Seed of weights, sample order and dropout.")
     dir: PathText = Field(min_length=1, description="The run folder; relative to where the command is started.")
 
 
@@ -122,8 +133,8 @@ class Data(Section):
     tokenizer: PathText | None = Field(
         default=None, description="An existing sentencepiece .model; one is trained unless set."
     )
-    vocab_size: Annotated[int, Field(ge=300)] = Field(description="Pieces of the tokenizer.")
-    sequence_length: Annotated[int, Field(ge=2)] = Field(description="Training length in tokens.")
+    vocab_size: Annotated[int, Field(ge=300), COUNTABLE] = Field(description="Pieces of the tokenizer.")
+    sequence_length: Annotated[int, Field(ge=2), COUNTABLE] = Field(description="Training length in tokens.")
     split: Fraction = Field(default=0.02, description="Share of the documents held out for validation; 0 for none.")
     document_separator: str | None = Field(
         default=None,

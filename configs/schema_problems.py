@@ -59,10 +59,17 @@ def _problem(error: Any) -> str:
         return f"{key} is {seen}, but {error['msg']}"
     if error["type"] == "tuple_type":
         return f"{key} must be a list, got {seen}: write [{seen}]"
+    if error["type"] == "too_short":
+        return f"{key} must have at least one item, got none: add one"
+    if error["type"] == "string_too_short":
+        return f"{key} must not be empty: write a text"
     if error["type"] == "model_type" and len(location) == 1:
-        return f"{key}: must be a section of keys, got {seen}: see configs/runs/demo.yaml"
+        return f"{key}: must be a section of keys, got {seen}: write its keys below it, indented"
+    if error["type"] == "model_type":
+        return f"{key} must be a path or {{path: ..., weight: ...}}, got {seen}"
     # pydantic's messages begin with "Input should"
     message = error["msg"][0].lower() + error["msg"][1:]
+    message = message.replace("valid dictionary", "map of names to values")
     advice = "" if is_secret else _advice_on_type(error["type"], error["input"])
     return f"{key}: {message.replace('input should', 'must')}, got {seen}{advice}"
 

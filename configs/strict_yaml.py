@@ -9,9 +9,21 @@ import yaml
 
 from configs.errors import InputError
 
-_ADVICE = {
-    "found character '\\t' that cannot start any token": "indent with spaces, not tabs",
-    "mapping values are not allowed here": "indent the line like its neighbours, or quote a value with a colon in it",
+# What PyYAML says, in words: a pattern of its whole message, and what is wrong instead, or what to do.
+_WORDS = {
+    r"(found character '\\t' that cannot start any token)": r"\1: indent with spaces, not tabs",
+    r"found character '(.)' that cannot start any token": r"a value cannot begin with \1: quote it",
+    "(mapping values are not allowed here)": r"\1: indent the line like its neighbours, or quote a value with a colon "
+    "in it",
+    "expected the node content, but found '<stream end>'": "it ends where a value is expected: close every bracket",
+    "expected the node content, but found '(.+)'": r"\1 stands where a value is expected: write the value, or quote it",
+    "expected ',' or '(.)', but got '<stream end>'": r"it ends before a closing \1: add it",
+    "expected ',' or '(.)', but got '(.+)'": r"a comma or a closing \1 is missing before '\2': add it",
+    "found unexpected end of stream": "it ends inside quotes: close them",
+    "expected alphabetic or numeric character, but found .*": "a value cannot begin with *, & or %: quote it",
+    "found undefined alias '(.*)'": r"the alias *\1 is not defined: quote a value that begins with *",
+    "expected <block end>, but found .*|could not find expected ':'": "a line does not fit what is above it: check its "
+    "indentation, quotes and brackets",
 }
 
 
@@ -29,10 +41,15 @@ class ParsedYaml:
     problems: tuple[str, ...]
 
 
-def parse_yaml(text: str) -> ParsedYaml:
-    """Parse strict YAML, and collect what is wrong with it. A tag such as !!python/object is refused."""
+def parse_yaml(text: str, *, has_lines: bool = True) -> ParsedYaml:
+    """Parse strict YAML, and collect what is wrong with it. A tag such as !!python/object is refused.
+
+    Args:
+        text: The text.
+        has_lines: Whether to name the line of a problem.
+    """
     try:
-        loader = _StrictLoader(text)
+        loader = _StrictLoader(text, has_lines=has_lines)
         try:
             return ParsedYaml(loader.get_single_data(), tuple(loader.repeated))
         finally:
@@ -41,14 +58,21 @@ def parse_yaml(text: str) -> ParsedYaml:
         problem = " ".join(str(error.problem or error.context).split())
         if problem.startswith("but "):  # the rest of a sentence, as in "expected one document, but found another"
             problem = f"{error.context}, {problem}"
-        if advice := _ADVICE.get(problem):
-            problem = f"{problem}: {advice}"
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else "is not YAML: "
-        return ParsedYaml(None, (f"{line}{problem}",))
+        for pattern, words in _WORDS.items():
+            if match := re.fullmatch(pattern, problem):
+                problem = match.expand(words)
+                break
+        mark = error.problem_mark if has_lines else None
+        return ParsedYaml(None, (f"line {mark.line + 1}: {problem}" if mark else f"is not YAML: {problem}",))
     except yaml.reader.ReaderError as error:
-        number, character = text.count("\n", 0, error.position) + 1, text[error.position]
-        return ParsedYaml(None, (f"is not YAML: line {number} holds the control character {character!r}: remove it",))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        place = f"line {text.count(chr(10), 0, error.position) + 1}" if has_lines else "it"
+        character = text[error.position]
+        return ParsedYaml(None, (f"is not YAML: {place} holds the control character {character!r}: remove it",))
+    except RecursionError:
+        return ParsedYaml(None, ("is not YAML: its brackets are nested too deeply",))
+    except (ValueError, AttributeError, LookupError):  # also of a tag, as in !!bool x
+        return ParsedYaml(None, ("is not YAML: a number is too long, or a value is not of its tag's type: quote it",))
+    except yaml.YAMLError as error:
         return ParsedYaml(None, (f"is not YAML: {' '.join(str(error).split())}",))
 
 
@@ -73,9 +97,10 @@ class _StrictLoader(yaml.SafeLoader):
     # PyYAML's own resolvers follow YAML 1.1, where `on` is true, 12:30:00 is 45000 and 1e-3 a string
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, has_lines: bool) -> None:
         super().__init__(text)
         self.repeated: list[str] = []
+        self._has_lines = has_lines
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -86,7 +111,8 @@ class _StrictLoader(yaml.SafeLoader):
                     None, None, f"a key must be a string, got {key!r}", key_node.start_mark
                 )
             if key in seen:
-                self.repeated.append(f"line {key_node.start_mark.line + 1}: key {key!r} appears twice: remove one")
+                line = f"line {key_node.start_mark.line + 1}: " if self._has_lines else ""
+                self.repeated.append(f"{line}key {key!r} appears twice: remove one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import select
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -31,10 +32,12 @@ class PrintableFormatter(logging.Formatter):
 class Terminal(logging.Handler):
     """Show records on a stream and, on a terminal, one live line below them.
 
-    What cannot be written is dropped: a full disk or a closed terminal must not end long work.
+    What cannot be written is dropped: a full disk or a closed terminal must not end long work. What a given stream does
+    not take at once is dropped too: ranks must not wait for a terminal that is stopped or a pipe that nobody reads.
 
     Args:
-        stream: Where to write; None for what standard error is at each record, as progress bars replace it.
+        stream: Where to write without blocking; None for what standard error is at each record, as progress bars
+            replace it.
         redraws: Whether the stream is a terminal on which a line can be written again.
     """
 
@@ -42,6 +45,9 @@ class Terminal(logging.Handler):
         super().__init__()
         self.setFormatter(PrintableFormatter())
         self._stream, self._redraws, self._live = stream, redraws, ""
+        self._own = None if stream is None else _open_again(stream)
+        self._descriptor = _descriptor_of(stream) if stream is not None and self._own is None else self._own
+        self._unsent = b""  # of a line that has been begun
 
     @property
     def columns(self) -> int | None:
@@ -75,11 +81,59 @@ class Terminal(logging.Handler):
         if self._redraws:
             self._write("")
 
+    def close(self) -> None:
+        """Close what the handler has opened, not the stream."""
+        own, self._own = self._own, None
+        if own is not None:
+            self._descriptor = None
+            os.close(own)
+        super().close()
+
     def _write(self, text: str) -> None:
         stream = self._stream or sys.stderr
+        text = f"{CLEAR_LINE}{text}" if self._redraws else text
         with suppress(OSError, ValueError):
-            stream.write(f"{CLEAR_LINE}{text}" if self._redraws else text)
+            if self._descriptor is not None:
+                self._send(text.encode(stream.encoding, "backslashreplace"), descriptor=self._descriptor)
+                return
+            stream.write(text)
             stream.flush()
+
+    def _send(self, data: bytes, *, descriptor: int) -> None:
+        self._unsent = _write_at_once(descriptor, self._unsent)
+        if not self._unsent:
+            rest = _write_at_once(descriptor, data)
+            self._unsent = rest if len(rest) < len(data) else b""
+
+
+def _descriptor_of(stream: TextIO) -> int | None:
+    with suppress(OSError, ValueError):
+        return stream.fileno()
+    return None
+
+
+def _open_again(stream: TextIO) -> int | None:
+    """Open a terminal again, without blocking; None if the stream is none, or is another user's.
+
+    A terminal that is ready may still take less than a line, and a write of the rest would block. The open file of the
+    stream itself is shared with the user's shell, which O_NONBLOCK would break.
+    """
+    descriptor = _descriptor_of(stream)
+    if descriptor is None or not os.isatty(descriptor):
+        return None
+    with suppress(OSError):
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return None
+
+
+def _write_at_once(descriptor: int, data: bytes) -> bytes:
+    """Write what a descriptor takes without blocking, and return the rest; a pipe that is ready takes PIPE_BUF."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    with suppress(BlockingIOError):
+        while data and any(events & select.POLLOUT for _, events in poll.poll(0)):
+            data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
+    return data
 
 
 def status_console(*, quiet: bool = False) -> "Console":

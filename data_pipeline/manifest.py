@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError
+from configs.errors import InputError, not_prepared
 from configs.files import whole_file
-from configs.paths import MANIFEST_NAME, TOKENIZER_NAME, not_prepared
+from configs.paths import MANIFEST_NAME, TOKENIZER_NAME
 from configs.schema import Data
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path
 from data_pipeline.sources import PYTHON_DOCS, source_files

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from configs.errors import InputError, MachineError
 from configs.files import one_writer, whole_file
@@ -46,6 +48,8 @@ from data_pipeline.sources import (
 from data_pipeline.tokenizer import SAMPLE_CHARACTERS, Tokenizer, train_tokenizer
 
 _UNFINISHED_NAME = "preparing.json"
+_BAR_CELLS = 20
+_OTHER_CELLS = _BAR_CELLS + 15 + 2 * 7 + 4  # of a progress bar's line, its description apart: sizes, two times, spaces
 _EXPANSION = {".gz": 3, ".xz": 4, ".zst": 3}
 """About how many bytes of text a compressed byte holds, to estimate each file's share of the tokenizer's sample."""
 
@@ -117,7 +121,11 @@ def check_tokenizer(data: Data) -> None:
 def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console) -> None:
     _start_or_continue(folder, inputs)
     with _progress_bars(console) as bars:
-        tokenizer = _own_tokenizer(data, folder, bars)
+        try:
+            tokenizer = _own_tokenizer(data, folder, bars)
+        finally:
+            if not _written(folder):  # refused or stopped with nothing to continue from
+                (folder / _UNFINISHED_NAME).unlink()
         parts = tuple(
             _part(sources, folder / f"part-{number:03d}", data.document_separator, tokenizer, bars)
             for number, sources in enumerate(_sources_by_part(data))
@@ -145,8 +153,7 @@ def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console)
 def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
     """Keep the files of an interrupted prepare of the same inputs, delete those of other inputs, refuse any others."""
     record = folder / _UNFINISHED_NAME
-    # part-* includes the records of finished parts
-    written = sorted({*folder.glob("part-*"), *folder.glob(TOKENIZER_NAME), *folder.glob(UNIGRAM_NAME)})
+    written = _written(folder)
     if not record.is_file():
         if written:
             raise InputError(f"{written[0]} exists, but no {MANIFEST_NAME}: set data.dir to an empty folder")
@@ -154,6 +161,12 @@ def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
         for file in written:
             file.unlink()
     write_json(record, inputs)
+
+
+def _written(folder: Path) -> list[Path]:
+    """Return the files of prepared data, those of an unfinished prepare too, except the records of the whole."""
+    # part-* includes the records of finished parts
+    return sorted({*folder.glob("part-*"), *folder.glob(TOKENIZER_NAME), *folder.glob(UNIGRAM_NAME)})
 
 
 def _own_tokenizer(data: Data, folder: Path, bars: Progress) -> Tokenizer:
@@ -165,6 +178,7 @@ def _own_tokenizer(data: Data, folder: Path, bars: Progress) -> Tokenizer:
         with whole_file(path) as temporary:
             temporary.write_bytes(Path(data.tokenizer).read_bytes())
         return Tokenizer.load(path)
+    bars.console.print("training the tokenizer")
     task = bars.add_task("sample for the tokenizer", total=None)
 
     def sample() -> Iterator[str]:
@@ -224,12 +238,12 @@ def _part(
         part = Part(**json.loads(record.read_text(encoding="utf-8")))
         if files_are_whole(part, folder=prefix.parent):
             return part
+    total = sum(source_size(source.path) for source in sources)
+    name = _shortened(printable(_part_name(sources)), cells=bars.console.width - _OTHER_CELLS)
+    task = bars.add_task(name, total=total)
     # not at the top: torch and megatron-core take seconds to import, and most calls write nothing
     from data_pipeline.storage import write_part
 
-    total = sum(source_size(source.path) for source in sources)
-    name = printable(_part_name(sources))
-    task = bars.add_task(name if len(name) < 40 else f"{name[:36]} ...", total=total)
     chunks = _part_chunks(sources, separator, lambda count: bars.advance(task, count))
     write_part(chunks, tokenizer=tokenizer, prefix=prefix)
     bars.update(task, completed=total)  # for parquet and python-docs, the bytes reported are estimates
@@ -266,6 +280,18 @@ def _describe_part(sources: tuple[Source, ...], prefix: Path, *, words: int | No
     )
 
 
+def _shortened(text: str, *, cells: int) -> str:
+    """Return a text that takes at most so many cells of a terminal, at least 8; its middle is cut out."""
+    short, kept = text, max(cells, 8)
+    while cell_len(short) > max(cells, 8):
+        kept -= 1
+        short = f"{text[: kept // 3]}...{text[-(kept - kept // 3) :]}"
+    return short
+
+
 def _progress_bars(console: Console) -> Progress:
     text = TextColumn("{task.description}", markup=False)  # it holds the names of files
-    return Progress(text, BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+    size, elapsed, left = (
+        column(table_column=Column(no_wrap=True)) for column in (DownloadColumn, TimeElapsedColumn, TimeRemainingColumn)
+    )
+    return Progress(text, BarColumn(_BAR_CELLS), size, elapsed, left, console=console)

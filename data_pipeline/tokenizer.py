@@ -4,7 +4,10 @@ import codecs
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from data_pipeline.vocabulary import read_vocabulary
 SAMPLE_CHARACTERS = 10_000_000
 """Most characters that a tokenizer is trained on."""
 
+_END_SECONDS = 0.3  # that Ctrl-C waits for the sample's reader
 _MAX_SENTENCE = 16_000  # characters
 _MIN_VOCAB_SIZE = 300  # the schema's bound of data.vocab_size
 # Lossless: bytes for rare characters, no normalization, no space added or removed. BPE, since unigram ids differ
@@ -109,16 +113,19 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: Path) -> Toke
     """
     model = io.BytesIO()
     raised: list[BaseException] = []
+    stopped = threading.Event()
     # silence sentencepiece's log: its exception has the same message
     sentencepiece.set_min_log_level(3)
+    train = partial(
+        sentencepiece.SentencePieceTrainer.train,
+        sentence_iterator=_keep_errors(_sentences(texts), raised, stopped),
+        model_writer=model,
+        vocab_size=vocab_size,
+        max_sentence_length=4 * _MAX_SENTENCE,  # in bytes: UTF-8 has at most 4 per character
+        **_OPTIONS,
+    )
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_keep_errors(_sentences(texts), raised),
-            model_writer=model,
-            vocab_size=vocab_size,
-            max_sentence_length=4 * _MAX_SENTENCE,  # in bytes: UTF-8 has at most 4 per character
-            **_OPTIONS,
-        )
+        _run_in_thread(train, stopped)
     except RuntimeError as error:
         raise (raised[0] if raised else _training_error(str(error), vocab_size)) from None
     with whole_file(out) as temporary:
@@ -126,10 +133,37 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: Path) -> Toke
     return Tokenizer.load(out)
 
 
-def _keep_errors(sentences: Iterator[str], raised: list[BaseException]) -> Iterator[str]:
-    """Yield sentences and record their exceptions: sentencepiece turns any, even Ctrl-C, into a RuntimeError."""
+def _run_in_thread(work: Callable[[], None], stopped: threading.Event) -> None:
+    """Run a call into C++ so that Ctrl-C interrupts it: the main thread handles signals only between Python's steps.
+
+    The thread then goes on until the process ends; `stopped` tells it to read no more.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            done.set_result(None)
+        except BaseException as error:  # noqa: BLE001  raised below, in the thread that waits
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     try:
-        yield from sentences
+        done.result()
+    except KeyboardInterrupt:
+        stopped.set()
+        thread.join(_END_SECONDS)  # if it read text as the interpreter ends, C++ would abort the process
+        raise
+
+
+def _keep_errors(sentences: Iterator[str], raised: list[BaseException], stopped: threading.Event) -> Iterator[str]:
+    """Yield sentences until `stopped`, and record their exceptions: sentencepiece turns any into a RuntimeError."""
+    try:
+        for sentence in sentences:
+            if stopped.is_set():
+                raise InterruptedError
+            yield sentence
     except BaseException as error:
         raised.append(error)
         raise

@@ -19,16 +19,15 @@ from launch.commands.machine import machine_commands
 from launch.commands.model import model_commands
 from launch.commands.run import run_commands
 from launch.commands.runs import runs_commands
+from launch.complete import COMPLETE_VARIABLE
 from launch.failure import report_failure
 from launch.local import STOPPED_BY_HAND
 from launch.show.streams import ready_streams, write_output
-from training.out_of_memory import out_of_memory_in_words
+from training.out_of_memory import explain_out_of_memory
 from training.versions import check_frozen, installed_version
 
 PROGRAM = "trainshort"
 SHOWN_VERSIONS = ("torch", "deepspeed", "megatron-core", "mlflow")
-# typer's: set by the shell when it asks for completions
-COMPLETE_VARIABLE = "_TRAINSHORT_COMPLETE"
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -126,7 +125,7 @@ def run_command_line() -> None:
     logging.getLogger().setLevel(logging.INFO)
     try:
         check_frozen()
-        with out_of_memory_in_words():
+        with explain_out_of_memory():
             code = build_command().main(standalone_mode=False, prog_name=PROGRAM, color=color)
         write_output("")  # flush the help text
     except TrainshortError as error:

@@ -5,11 +5,14 @@ Where nothing is offered, the shell completes paths itself, into folders too.
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# what a shell would split or expand, it should complete and quote itself
-_PLAIN = re.compile(r"[\w./~+@%,:-]+")
+# typer's: set by the shell when it asks for completions, to the shell's name
+COMPLETE_VARIABLE = "_TRAINSHORT_COMPLETE"
+# what a shell would expand, it should complete and quote itself
+_PLAIN = re.compile(r"[\w./~+@%,: -]+")
 PROTOCOL_WORDS = ("nonoverlapping", "sliding:")
 
 
@@ -73,4 +76,16 @@ def _expanded(typed: str) -> Path:
 
 
 def _matching(incomplete: str, words: Iterable[str]) -> list[str]:
-    return sorted({word for word in words if word.startswith(incomplete) and _PLAIN.fullmatch(word)})
+    matching = sorted({word for word in words if word.startswith(incomplete) and _PLAIN.fullmatch(word)})
+    return [word.replace(" ", "\\ ") for word in matching] if _is_typed_as_it_is() else matching
+
+
+def _is_typed_as_it_is() -> bool:
+    """Return whether the shell puts an offered word into its line as it is: bash does, outside quotes."""
+    if os.environ.get(COMPLETE_VARIABLE) != "complete_bash":
+        return False
+    try:
+        shlex.split(os.environ.get("COMP_WORDS", ""))
+    except ValueError:  # a quote is open
+        return False
+    return True

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from configs.errors import MachineError
 from launch.machine import core_count
-from launch.rank_failure import EndedRank, ExplainMemory, cause_of, explain, explain_in_short
+from launch.rank_failure import ExplainMemory, Rank, cause_of, explain
 from training.host_memory import oom_kills
 
 logger = logging.getLogger(__name__)
@@ -32,47 +32,47 @@ STOPPED_BY_HAND = 130  # 128 + SIGINT, as in a shell
 
 
 @dataclass
-class Rank:
-    """One started rank.
-
-    Attributes:
-        number: Its rank, from 0.
-        process: The process.
-        log: File that its output goes to.
-        log_start: Byte offset in the log at which this start's output begins.
-    """
-
-    number: int
-    process: "subprocess.Popen[bytes]"
-    log: Path
-    log_start: int
-
-
-@dataclass
 class Signals:
     """State that the launcher's signal handlers keep.
 
     Attributes:
+        metrics: File that rank 0 makes anew before its first step.
+        metrics_before: Its version when the launcher started.
         ranks: The ranks to forward to; empty while they are being started.
         asked: Requests to stop so far.
         killed: Whether the user forced the ranks to end.
+        unannounced: Signal of a request that no line tells of yet; None if there is none.
     """
 
+    metrics: Path
+    metrics_before: tuple[int, int] | None
     ranks: list[Rank] = field(default_factory=list)
     asked: int = 0
     killed: bool = False
+    unannounced: int | None = None
 
     def handle(self, number: int, _frame: Any) -> None:
-        """Forward a request to stop to the ranks, which save and end; a second Ctrl-C kills them."""
+        """Forward a request to stop to the ranks, which save and end; a second Ctrl-C kills them.
+
+        Logs nothing: the signal may have come while a line was being written.
+        """
         self.asked += 1
         if number == signal.SIGINT and self.asked > 1:
-            self.killed = True
+            self.killed, self.unannounced = True, None
             kill(self.ranks)
             return
         ask_to_stop(self.ranks)
-        # Now, from here: the ranks learn of it only after the step or the import that they are in.
+        self.unannounced = number
+
+    def announce(self) -> None:
+        """Log a new request; the ranks learn of it only after the step or the import that they are in."""
+        if self.unannounced is None:
+            return
+        number, self.unannounced = self.unannounced, None
         how = "press again" if number == signal.SIGINT else f"asked by {signal.Signals(number).name}; press Ctrl-C"
-        logger.warning("saving, %s to end without saving", how)
+        has_begun = _version(self.metrics) != self.metrics_before  # before the first step there is nothing to save
+        first, last = ("saving", "end without saving") if has_begun else ("stopping", "end at once")
+        logger.warning("%s, %s to %s", first, how, last)
 
 
 def start_ranks(
@@ -81,23 +81,23 @@ def start_ranks(
     ranks: int,
     logs: Path,
     environment: Mapping[str, str],
+    metrics: Path,
+    explain_memory: ExplainMemory,
     grace_seconds: float = 10.0,
-    explain_memory: ExplainMemory = explain_in_short,
 ) -> int:
     """Run a command once per rank, wait until all have ended, and return one exit code.
 
-    The output of rank N is appended to logs/rank_N.log, and rank 0 is handed the launcher's standard error too, to show
-    progress. Ctrl-C, SIGTERM and SIGHUP are forwarded to all ranks as SIGTERM, and the ranks may take as long as they
-    need to save.
+    The output of rank N is appended to logs/rank_N.log; rank 0 gets the launcher's standard error too, for progress.
+    Ctrl-C, SIGTERM and SIGHUP are forwarded to all ranks as SIGTERM, and the ranks may take as long as they need.
 
     Args:
         command: Program and arguments, the same for all ranks.
         ranks: Number of ranks to start.
         logs: Folder of the log files.
         environment: Environment of the ranks; each rank's number and the rendezvous are added.
-        grace_seconds: After a rank has failed, how long the others may take to end by themselves, and then again
-            after SIGTERM.
+        metrics: File that rank 0 makes anew before its first step.
         explain_memory: Makes the message about a rank that ran out of memory.
+        grace_seconds: How long the others may take to end after a rank has failed, and again after SIGTERM.
     Raises:
         MachineError: the folder of the logs cannot be created or written.
     Returns:
@@ -107,7 +107,7 @@ def start_ranks(
     make_log_folder(logs)
     kills_before = oom_kills()
     in_memory = MEMORY if os.access(MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="trainshort-", dir=in_memory) as folder, _handled_signals() as signals:
+    with tempfile.TemporaryDirectory(prefix="trainshort-", dir=in_memory) as folder, _forwarding(metrics) as signals:
         shared = _shared_environment(environment, ranks=ranks, folder=Path(folder))
         started: list[Rank] = []
         terminal = os.dup(sys.stderr.fileno())
@@ -117,7 +117,7 @@ def start_ranks(
             signals.ranks = started
             if signals.asked:  # a signal came while they were being started
                 ask_to_stop(started)
-            failed = _wait(started, grace_seconds=grace_seconds)
+            failed = _wait(started, grace_seconds=grace_seconds, on_poll=signals.announce)
         finally:
             kill(started)
             os.close(terminal)
@@ -147,6 +147,14 @@ def make_log_folder(logs: Path) -> None:
         raise MachineError(f"folder {logs} cannot be written: fix its permissions, or choose another run.dir")
 
 
+def _version(file: Path) -> tuple[int, int] | None:
+    """Return what changes once a file is made anew; None if there is no file."""
+    with contextlib.suppress(OSError):
+        status = file.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
 def ask_to_stop(ranks: Sequence[Rank]) -> None:
     """Send SIGTERM to each running rank, but not to its helper processes: it may need them to save."""
     for rank in ranks:
@@ -162,8 +170,8 @@ def kill(ranks: Sequence[Rank]) -> None:
 
 
 @contextlib.contextmanager
-def _handled_signals() -> Iterator[Signals]:
-    signals = Signals()
+def _forwarding(metrics: Path) -> Iterator[Signals]:
+    signals = Signals(metrics, _version(metrics))
     # nohup makes the launcher ignore SIGHUP: keep it ignored.
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, signals.handle) for number in numbers}
@@ -202,18 +210,19 @@ def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapp
     return Rank(number=number, process=process, log=log, log_start=log_start)
 
 
-def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> EndedRank | None:
+def _wait(ranks: Sequence[Rank], *, grace_seconds: float, on_poll: Callable[[], None]) -> Rank | None:
     """Wait for all ranks, stop the others once one has failed, and return the rank that caused the failure, if any."""
     failed: list[Rank] = []
     killed: list[Rank] = []
     deadline, asked = float("inf"), False
     while True:
         running = [rank for rank in ranks if rank.process.poll() is None]
+        on_poll()
         failed += [rank for rank in ranks if rank.process.returncode and rank not in failed]
         if not asked:  # stop looking once asked: the launcher's own SIGTERM ends ranks too
             killed = [rank for rank in failed if rank.process.returncode < 0]
         if not running:
-            return cause_of(list(map(_ended, failed)), killed=list(map(_ended, killed)))
+            return cause_of(failed, killed=killed)
         now = time.monotonic()
         if failed and deadline == float("inf"):
             deadline = now + grace_seconds
@@ -222,7 +231,3 @@ def _wait(ranks: Sequence[Rank], *, grace_seconds: float) -> EndedRank | None:
             stop(running)
             deadline, asked = now + grace_seconds, True
         time.sleep(POLL_SECONDS)
-
-
-def _ended(rank: Rank) -> EndedRank:
-    return EndedRank(rank.number, code=rank.process.returncode, log=rank.log, log_start=rank.log_start)

@@ -3,62 +3,66 @@
 import logging
 import resource
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from configs.errors import InputError, LostPeers, MachineError
+from configs.figures import byte_size
 from configs.secrets import hide_secrets
 from launch.show.streams import write_error
-from training.host_memory import host_limit, in_gigabytes, oom_kills
-from training.out_of_memory import DETAIL, tells_of_memory
+from training.host_memory import OomKills, host_limit, oom_kills
+from training.out_of_memory import DETAIL, is_out_of_memory_text
 
 SHOWN_LINES = 20
 READ_BYTES = 20_000
 _ERROR, _TRACEBACK = "error: ", "Traceback (most recent call last):"
-_SAID = (InputError.exit_code, MachineError.exit_code)
+_REPORTED_CODES = (InputError.exit_code, MachineError.exit_code)
 
 ExplainMemory = Callable[[int, str], str]
 """Function from a rank and what happened to it to the message about a rank that ran out of memory."""
 
 
-def explain_in_short(rank: int, how: str) -> str:
-    """Return the message about a rank of which nothing more is known."""
-    return f"rank {rank} {how}"
-
-
-@dataclass(frozen=True)
-class EndedRank:
-    """A rank that failed.
+@dataclass
+class Rank:
+    """One started rank.
 
     Attributes:
-        number: Its rank.
-        code: Its exit code, or minus the signal that ended it.
-        log: The file of its output.
+        number: Its rank, from 0.
+        process: The process.
+        log: File that its output goes to.
         log_start: Byte offset in the log at which this start's output begins.
     """
 
     number: int
-    code: int
+    process: "subprocess.Popen[bytes]"
     log: Path
     log_start: int
 
+    @property
+    def code(self) -> int:
+        """Exit code of a rank that has ended, or minus the signal that ended it."""
+        return self.process.wait()
+
     def last_lines(self) -> list[str]:
-        """Return the end of its output."""
-        with self.log.open("rb") as file:
+        """Return the end of its output; nothing if the log is gone."""
+        with suppress(OSError), self.log.open("rb") as file:
             file.seek(max(self.log_start, self.log.stat().st_size - READ_BYTES))
             return file.read().decode("utf-8", errors="replace").splitlines()
+        return []
 
 
-def cause_of(failed: Sequence[EndedRank], *, killed: Sequence[EndedRank]) -> EndedRank | None:
+def cause_of(failed: Sequence[Rank], *, killed: Sequence[Rank]) -> Rank | None:
     """Return the rank that failed on its own account: the others fail because they lost their connection to it.
 
     Args:
         failed: Ranks that ended with an error, the first one first.
         killed: Those of them that were ended by a signal which the launcher had not sent.
     """
-    refused = [rank for rank in failed if rank.code in _SAID]
+    refused = [rank for rank in failed if rank.code in _REPORTED_CODES]
     if refused:  # all ranks raise some errors together
         return min(refused, key=lambda rank: rank.number)
     # A rank that waits in vain may be aborted by NCCL.
@@ -67,20 +71,20 @@ def cause_of(failed: Sequence[EndedRank], *, killed: Sequence[EndedRank]) -> End
     return next(iter([*shot, *own, *failed]), None)
 
 
-def explain(rank: EndedRank, *, kills_before: int | None, explain_memory: ExplainMemory) -> int:
+def explain(rank: Rank, *, kills_before: OomKills, explain_memory: ExplainMemory) -> int:
     """Write why the ranks failed, and return the launcher's exit code.
 
     Args:
         rank: The rank that caused it.
-        kills_before: Processes that the kernel had killed for lack of memory before the start; None if unknown.
+        kills_before: Processes that the kernel had killed for lack of memory before the start.
         explain_memory: Makes the message about a rank that ran out of memory.
     """
     lines = rank.last_lines()
-    code = rank.code if rank.code in _SAID else 1
+    code = rank.code if rank.code in _REPORTED_CODES else 1
     is_enough = True
     if (how := _lack_of_memory(rank, lines, kills_before=kills_before)) is not None:
         shown, code = [f"error: {explain_memory(rank.number, how)}"], MachineError.exit_code
-    elif shown := _own_words(rank, lines):
+    elif shown := _reported_error(rank, lines):
         pass
     elif rank.code == 1 and _TRACEBACK in lines:
         shown = [
@@ -96,17 +100,17 @@ def explain(rank: EndedRank, *, kills_before: int | None, explain_memory: Explai
     return code
 
 
-def _lack_of_memory(rank: EndedRank, lines: Sequence[str], *, kills_before: int | None) -> str | None:
+def _lack_of_memory(rank: Rank, lines: Sequence[str], *, kills_before: OomKills) -> str | None:
     """Say how a rank ended that was killed or aborted, if that was or may have been for lack of memory."""
     kills = oom_kills()
-    if rank.code == -signal.SIGABRT and tells_of_memory("\n".join(lines)):
+    if rank.code == -signal.SIGABRT and is_out_of_memory_text("\n".join(lines)):
         how = "ran out of memory and was aborted, with signal 6 (SIGABRT)"
     elif rank.code != -signal.SIGKILL:
         return None
-    elif kills is None or kills_before is None:
-        how = "ended with signal 9 (SIGKILL), most likely from the kernel, for lack of memory"
-    elif kills > kills_before:
+    elif _has_risen(kills_before.here, kills.here):
         how = "ran out of memory: the kernel killed it, with signal 9 (SIGKILL)"
+    elif None in (kills_before.anywhere, kills.anywhere) or _has_risen(kills_before.anywhere, kills.anywhere):
+        how = "ended with signal 9 (SIGKILL), most likely from the kernel, for lack of memory"
     else:
         how = (
             f"ended with signal 9 (SIGKILL), which the launcher did not send{DETAIL}the kernel counts no kill for lack "
@@ -114,10 +118,14 @@ def _lack_of_memory(rank: EndedRank, lines: Sequence[str], *, kills_before: int 
         )
     # After the last rank has ended, the kernel tells no more than this.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return DETAIL.join([how, f"held: {in_gigabytes(peak)} at most, by the largest rank", f"limit: {host_limit()}"])
+    return DETAIL.join([how, f"held: {byte_size(peak)} at most, by the largest rank", f"limit: {host_limit()}"])
 
 
-def _own_words(rank: EndedRank, lines: Sequence[str]) -> list[str]:
+def _has_risen(before: int | None, now: int | None) -> bool:
+    return before is not None and now is not None and now > before
+
+
+def _reported_error(rank: Rank, lines: Sequence[str]) -> list[str]:
     """Return the error that a rank has written last, naming the rank; nothing if it ended in another way."""
     starts = [number for number, line in enumerate(lines) if line.startswith(_ERROR) or line == _TRACEBACK]
     if rank.code < 0 or not starts or lines[starts[-1]] == _TRACEBACK:

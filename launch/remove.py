@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.commands import typed_path
 from configs.errors import InputError, MachineError
-from configs.paths import chain_file, config_file, incarnation_file
+from configs.paths import chain_file, config_file, incarnation_file, stop_file
 from configs.saved import saved_values
-from launch.runs import RunSummary, find_runs, is_run_folder, summarize_run
-from training.incarnation import newest_incarnation, runs_here, sole_launcher
+from launch.runs import RunSummary, find_runs, is_run_folder, reported_end, size_and_time, summarize_run
+from launch.slurm.record import find_jobs, read_chain
+from training.incarnation import has_ended, newest_incarnation, runs_here, sole_launcher
 from training.tracking.record import RunRecord, read_record
 
 
@@ -21,7 +23,9 @@ class Removal:
     Attributes:
         summary: What the folder shows of its run.
         unseen: What may still use the folder and cannot be seen from here; None if nothing can.
+        searched: Where other runs were searched that train on data in the folder; empty if it holds none.
         kept: The data in the folder that other runs train on; None if there is no such run.
+        kept_bytes: Its size.
         users: Those runs.
         data: The data elsewhere that the run trains on; None for data in its folder.
         record: Its MLflow run; None if it has none.
@@ -29,7 +33,9 @@ class Removal:
 
     summary: RunSummary
     unseen: str | None
+    searched: tuple[Path, ...]
     kept: Path | None
+    kept_bytes: int
     users: tuple[Path, ...]
     data: Path | None
     record: RunRecord | None
@@ -39,7 +45,7 @@ def plan_removals(folders: Sequence[Path]) -> list[Removal]:
     """Check run folders that shall be removed, and change nothing.
 
     Raises:
-        InputError: one is no run folder, a link, in use, or holds other runs or the current folder.
+        InputError: one is no run folder, a link, in use, has jobs, or holds other runs or the current folder.
     """
     for folder in folders:
         _refuse(folder)
@@ -87,7 +93,10 @@ def _refuse(folder: Path) -> None:
     if runs_here(folder):
         start = newest_incarnation(folder)
         pid = f" (process {start.pid})" if start else ""
-        raise InputError(f"{folder} runs here{pid}: stop it first, with Ctrl-C or touch {folder / 'STOP'}")
+        stop = typed_path(stop_file(folder))
+        raise InputError(f"{folder} runs here{pid}: stop it first, with Ctrl-C or touch {stop}")
+    if chain_file(folder).is_file():
+        _slurm_answers(folder)
     if Path.cwd().is_relative_to(folder.resolve()):
         raise InputError(f"{folder} holds the current folder: start the command from elsewhere")
     inner = [run for run in find_runs(folder) if run != folder]
@@ -96,33 +105,54 @@ def _refuse(folder: Path) -> None:
 
 
 def _plan(folder: Path, *, removed: Sequence[Path]) -> Removal:
-    summary = summarize_run(folder)
-    own = folder / "data"
-    data = _data_of(folder)
-    users = tuple(run for run in _neighbours(folder) if run.resolve() not in removed and _data_of(run) == own.resolve())
+    own, data, searched = folder / "data", _data_of(folder), _places_beside(folder)
+    neighbours = {run.resolve() for place in searched for run in find_runs(place)} - {folder.resolve(), *removed}
+    users = tuple(sorted(run for run in neighbours if _data_of(run) == own.resolve()))
     return Removal(
-        summary=summary,
-        unseen=_unseen(folder, summary=summary),
+        summary=summarize_run(folder),
+        unseen=_unseen(folder),
+        searched=searched if own.is_dir() else (),
         kept=own if users else None,
+        kept_bytes=size_and_time(own)[0] if users and not own.is_symlink() else 0,
         users=users,
         data=data if data != own.resolve() else None,
         record=read_record(folder),
     )
 
 
-def _unseen(folder: Path, *, summary: RunSummary) -> str | None:
-    start = newest_incarnation(folder)
-    if summary.state not in ("unknown", "submitted"):
-        return None
-    if chain_file(folder).is_file():
-        return f"its SLURM jobs may still wait or run: see trainshort jobs status {folder}"
-    return f"it was started on {start.host} at {start.started_at}, and may still run there" if start else None
+def _unseen(folder: Path) -> str | None:
+    if chain_file(folder).is_file() and not _slurm_answers(folder):
+        return f"its SLURM jobs may still wait or run: see trainshort jobs status {typed_path(folder)}"
+    start, file = newest_incarnation(folder), incarnation_file(folder)
+    if start is None:
+        return f"{file} cannot be read, so it may run on another machine" if file.exists() else None
+    ended = has_ended(folder) or reported_end(folder)
+    return None if ended else f"it was started on {start.host} at {start.started_at}, and may still run there"
 
 
-def _neighbours(folder: Path) -> list[Path]:
-    """Return the runs that may share data with a run: those beside it and in ./runs."""
-    places = {place.resolve() for place in (folder.parent, Path("runs")) if place.is_dir()}
-    return sorted({run.resolve() for place in places for run in find_runs(place)} - {folder.resolve()})
+def _slurm_answers(folder: Path) -> bool:
+    """Return whether SLURM can be asked here about a run's jobs.
+
+    Raises:
+        InputError: one runs or waits.
+    """
+    try:
+        jobs = find_jobs(read_chain(folder))
+    except (InputError, MachineError):
+        return False
+    for name, job in jobs.items():
+        if not job.ended:
+            raise InputError(
+                f"{folder} has job {job.job_id} ({name}, {job.state}): end it first, with "
+                f"trainshort jobs stop {typed_path(folder)}"
+            )
+    return True
+
+
+def _places_beside(folder: Path) -> tuple[Path, ...]:
+    """Return where runs may lie that share data with a run: beside it, and in ./runs."""
+    places = (folder.parent, Path("runs"))
+    return tuple({place.resolve(): place for place in reversed(places) if place.is_dir()}.values())
 
 
 def _data_of(run_dir: Path) -> Path:

@@ -3,7 +3,7 @@
 A folder may hold hundreds of runs, and a run's metrics.jsonl a hundred megabytes: only its end is read.
 """
 
-import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -18,20 +18,21 @@ from configs.paths import (
     config_file,
     frozen_config,
     incarnation_file,
+    metrics_path,
     slurm_folder,
 )
 from configs.saved import saved_values
 from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
 from training.incarnation import Incarnation, has_ended, newest_incarnation, runs_here
+from training.metrics_reader import newest_step, newest_values
 from training.tracking.record import read_record, record_file
 
 DEPTH = 3
-TAIL_BYTES = 1 << 20
 HEAD_BYTES = 1 << 12
 # Folders of a run, which hold no other runs: data may have a million files, and slurm/ a copy of the run file.
 SKIPPED = {"data", "checkpoints", "evaluation", "export", "logs", "slurm", "mlartifacts"}
 
-# as JSON writes it
+# in a manifest, as JSON writes it
 _VALIDATION_LOSS = re.compile(rb'"validation_loss": ([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)[,}]')
 
 RunState = Literal["running", "finished", "stopped", "failed", "submitted", "prepared", "new", "unknown", "broken"]
@@ -49,7 +50,7 @@ class RunSummary:
         host: Machine of the newest start; None if it was never started.
         step: Last step in metrics.jsonl or of a checkpoint.
         steps: Steps of the whole run; None if unknown.
-        loss: Loss of the last step in metrics.jsonl.
+        loss: Loss of the last step in metrics.jsonl; a diverged run may have nan.
         best_validation: Lowest validation loss of the checkpoints and of the last megabyte of metrics.jsonl.
         checkpoints: Number of checkpoints.
         newest_checkpoint: Step of the newest one.
@@ -75,7 +76,8 @@ class RunSummary:
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
         written_at = self.written_at and self.written_at.isoformat(timespec="seconds")
-        return {**vars(self), "path": str(self.path), "written_at": written_at}
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None  # JSON has no nan
+        return {**vars(self), "path": str(self.path), "loss": loss, "written_at": written_at}
 
 
 def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
@@ -120,7 +122,7 @@ def _has_broken_run_file(path: Path) -> bool:
     try:
         saved_values(file)
     except OSError:
-        return (path / "metrics.jsonl").is_file()
+        return metrics_path(path).is_file()
     except ValueError as error:
         return error.__cause__ is not None  # YAML that holds no run is another program's
     return False
@@ -139,14 +141,14 @@ def _summarize(path: Path) -> RunSummary:
     problems: list[str] = []
     checkpoints = list_checkpoints(path)
     values = _values(path, problems)
-    last, validations = _read_metrics(path / "metrics.jsonl", problems)
+    last, validations = _read_metrics(path, problems)
     start = newest_incarnation(path)
     if start is None and incarnation_file(path).exists():
         problems.append(f"{incarnation_file(path)} cannot be read")
     saved = checkpoints[-1].step if checkpoints else 0
     steps = values.get("train", {}).get("steps")
     validations += [loss for checkpoint in checkpoints for loss in _validation_of(checkpoint)]
-    size, written = _size_of(path)
+    size, written = size_and_time(path)
     step = max(last.get("step", 0), saved)
     state = _state_of(path, start=start, step=step, saved=saved, steps=steps if isinstance(steps, int) else None)
     return RunSummary(
@@ -188,12 +190,12 @@ def _state_of(path: Path, *, start: Incarnation | None, step: int, saved: int, s
         if chain_file(path).is_file():
             return "submitted"
         return "prepared" if (path / "data" / MANIFEST_NAME).is_file() else "new"
-    if not has_ended(path) and not _reported_end(path):
+    if not has_ended(path) and not reported_end(path):
         return "unknown"
     return "stopped" if 0 < step == saved else "failed"
 
 
-def _reported_end(path: Path) -> bool:
+def reported_end(path: Path) -> bool:
     """Return whether the newest start has told MLflow how it ended: the record is closed, and later than the start."""
     record = read_record(path)
     if record is None or record.is_open:
@@ -214,25 +216,12 @@ def _values(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[str, Any], list[float]]:
-    """Return the last whole line of metrics.jsonl, empty if there is none, and the validation losses of its end."""
+    """Return the last step in metrics.jsonl, empty if there is none, and the validation losses of the file's end."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            tail = file.read()
-    except FileNotFoundError:
+        return newest_step(path), newest_values(path, "validation_loss")
+    except InputError as error:
+        problems.append(str(error))
         return {}, []
-    except OSError as error:
-        problems.append(f"{path} cannot be read ({error.strerror})")
-        return {}, []
-    validations = [float(number) for number in _VALIDATION_LOSS.findall(tail)]
-    *lines, _ = tail.split(b"\n")  # what stands behind the last line break is half written
-    try:
-        last = json.loads(lines[-1]) if lines else {}
-        return ({"step": int(last["step"]), "loss": float(last["loss"])} if last else {}), validations
-    except (ValueError, KeyError, TypeError):
-        problems.append(f"{path} has a broken last line")
-        return {}, validations
 
 
 def _validation_of(checkpoint: CheckpointFolder) -> list[float]:
@@ -245,7 +234,7 @@ def _validation_of(checkpoint: CheckpointFolder) -> list[float]:
     return [float(number) for number in _VALIDATION_LOSS.findall(head)[:1]]
 
 
-def _size_of(path: Path) -> tuple[int, float]:
+def size_and_time(path: Path) -> tuple[int, float]:
     """Return the bytes of all files below a folder, and when one was last written, in seconds since the epoch."""
     size, written = 0, path.stat().st_mtime
     for folder, _, names in os.walk(path):

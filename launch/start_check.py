@@ -7,18 +7,20 @@ from configs.files import try_folder
 from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
 from launch.machine import gpu_count
+from parallel.layout import Layout
 from parallel.start import ProcessRank
-from training.checkpoint.manifest import step_folder
 from training.export.formats.table import export_problems
 from training.folder import report_write_errors
 from training.incarnation import refuse_second_start
-from training.preflight import Ready, make_ready
-from training.progress_lines import start_lines
+from training.metrics_file import Best, better_of
+from training.metrics_reader import read_steps
+from training.preflight import Ready, finished_line, make_ready, newest_to_resume, resume_line
+from training.progress_lines import best_line, evaluate_line, start_lines
 from training.tracking.store import choose_store, require_known_scheme
 
 
 def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, str]) -> tuple[Ready, str]:
-    """Check a run that this machine's ranks are to train, as far as that takes no rank; write nothing.
+    """Check of a run everything that can be checked without starting a rank; write nothing.
 
     Args:
         config: The run, overrides applied.
@@ -30,7 +32,7 @@ def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, s
         InputError: the ranks, the MLflow store, the run folder, the data or a checkpoint does not fit the run.
     """
     gpus = gpu_count(environ)
-    ranks = ranks or gpus or config.parallel.tensor * config.parallel.pipeline
+    ranks = ranks or gpus or _fewest_ranks(config)
     if 0 < gpus < ranks:
         raise InputError(
             f"--ranks {ranks} is more than this machine's GPUs ({gpus}): start {gpus} or fewer, "
@@ -40,6 +42,23 @@ def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, s
     ready = make_ready(config, world_size=ranks, device=device)
     require_known_scheme(choose_store(config.track.uri, run_dir=ready.run_dir, variables=environ))
     return ready, device
+
+
+def default_layout(config: RunConfig, *, environ: Mapping[str, str]) -> tuple[Layout, str]:
+    """Return the layout of the ranks that `train` starts unless told how many, and why there are so many.
+
+    If one rank per GPU is no legal layout, it is that of the fewest ranks.
+    """
+    if gpus := gpu_count(environ):
+        try:
+            return Layout.of(config, world_size=gpus), "this machine's GPUs"
+        except InputError:
+            pass  # the run is for another machine
+    return Layout.of(config, world_size=_fewest_ranks(config)), "tensor x pipeline"
+
+
+def _fewest_ranks(config: RunConfig) -> int:
+    return config.parallel.tensor * config.parallel.pipeline
 
 
 def dry_run_lines(
@@ -65,23 +84,32 @@ def dry_run_lines(
         device = "cuda" if gpu_count(environ) else "cpu"
         ready = make_ready(config, world_size=place.world_size, device=device)
     if ready.finished:
-        return [] if is_other else [finished_line(ready)]
+        return [] if is_other else finished_lines(ready)
     refuse_second_start(ready.run_dir)
     with report_write_errors(ready.run_dir):
         try_folder(checkpoints_folder(ready.run_dir))
     return [] if is_other else [*start_lines(ready, device=device), *_beginning(ready, environ=environ)]
 
 
-def finished_line(ready: Ready) -> str:
-    """Return what is said of a run that has nothing left to train."""
-    return f"{ready.run_dir} is trained to its last step, {ready.config.train.steps}: raise train.steps to continue"
+def finished_lines(ready: Ready) -> list[str]:
+    """Return what is said of a run that has nothing left to train: its best validation too, and what to type next."""
+    best = None
+    for fields in read_steps(ready.run_dir):
+        if isinstance(loss := fields.get("validation_loss"), float):
+            best = better_of(best, Best(loss, fields["step"]))
+    return [
+        finished_line(ready.run_dir, steps=ready.config.train.steps),
+        *([] if best is None else [best_line(best)]),
+        evaluate_line(ready.run_dir),
+    ]
 
 
 def _beginning(ready: Ready, *, environ: Mapping[str, str]) -> Iterator[str]:
     """Yield where a start would begin, where it would log, and that nothing has begun."""
-    config, run_dir, newest = ready.config, ready.run_dir, ready.newest
+    config, run_dir = ready.config, ready.run_dir
+    newest = newest_to_resume(config, run_dir=run_dir)  # `make_ready` does not warn of broken ones
     if newest is not None:
-        yield f"resumes from step {newest.step}, {step_folder(checkpoints_folder(run_dir), step=newest.step)}"
+        yield resume_line(run_dir, step=newest.step)
     else:
         weights = f", with the weights of {config.train.init_from}" if config.train.init_from else ""
         yield f"begins at step 0{weights}"

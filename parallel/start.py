@@ -119,6 +119,15 @@ def hold_stop_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+def ignore_stop_signals() -> None:
+    """Ignore SIGTERM and SIGINT in a rank that has saved: Python drops handlers at exit, and then they would kill it.
+
+    Blocking them is not enough: libraries have threads that do not.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def choose_gpu(place: ProcessRank, *, visible: int) -> int | None:
     """Return the index of this rank's GPU among those that its process sees; None for a CPU rank.
 

@@ -45,7 +45,7 @@ class TrainedModel:
         """Load the weights; see `load`."""
         self._tokenizer = Tokenizer.load(checkpoint.tokenizer)
         self._model = load_single(checkpoint)
-        self.path, self.step, self.config = checkpoint.path, checkpoint.step, checkpoint.config
+        self.path, self.step, self.config = checkpoint.path.absolute(), checkpoint.step, checkpoint.config
         self.train_length = checkpoint.config.data.sequence_length
         self.vocab_size = checkpoint.vocab_size
         self.certificate = self._model.certificate
@@ -73,7 +73,7 @@ class TrainedModel:
         Returns:
             The text with its tokens and times; `str()` of it is the text.
         Raises:
-            InputError: the prompt is not text in UTF-8, or a value is out of range.
+            InputError: the prompt is not text in UTF-8, or a value is no number or out of range.
             TrainshortError: the model's logits are not finite.
         """
         stream = self.stream(prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -136,9 +136,9 @@ class TrainedModel:
         """Return the token ids of a text, with nothing added.
 
         Raises:
-            InputError: the text is not UTF-8.
+            InputError: it is no text, or not UTF-8.
         """
-        return self._tokenizer.encode(require_utf8(text, name="the text"))
+        return self._tokenizer.encode(require_utf8(text, name="what is encoded"))
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[Any] | Tensor) -> str:
         """Return the text of token ids, [length]; control tokens have none.

@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import InputError
+from configs.errors import InputError, not_prepared
 from configs.paths import (
     MANIFEST_NAME,
     check_run_folder,
     checkpoints_folder,
     config_file,
     data_folder,
-    not_prepared,
     run_folder,
 )
 from configs.schema import Data, RunConfig
@@ -82,9 +81,8 @@ def _start(config: RunConfig, *, prepared: "list[Prepared]") -> str | None:
     if not (config_file(run_dir).exists() or checkpoints_folder(run_dir).exists() or init_from):
         return None
 
-    from training.checkpoint.manifest import step_folder
     from training.folder import with_fixed_keys
-    from training.preflight import check_init_from, newest_to_resume, require_learning
+    from training.preflight import check_init_from, finished_line, newest_to_resume, require_learning, resume_line
 
     config = with_fixed_keys(config, run_dir=run_dir)
     require_learning(config.train)
@@ -94,8 +92,8 @@ def _start(config: RunConfig, *, prepared: "list[Prepared]") -> str | None:
             check_init_from(Path(init_from), config=config, prepared=next(iter(prepared), None))
         return None
     if newest.step == config.train.steps:
-        return f"{run_dir} is trained to its last step, {newest.step}"
-    return f"training resumes from step {newest.step}, {step_folder(checkpoints_folder(run_dir), step=newest.step)}"
+        return finished_line(run_dir, steps=newest.step)
+    return f"training {resume_line(run_dir, step=newest.step)}"
 
 
 def _check_store(config: RunConfig, variables: Mapping[str, str]) -> None:

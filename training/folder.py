@@ -104,7 +104,7 @@ def _write_records(config: RunConfig, *, fence: Fence, layout: Layout, device: "
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": device_name(device),
-        "world_size": layout.tensor * layout.pipeline * layout.data,
+        "world_size": layout.world_size,
         "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data, "zero": layout.zero},
         "slurm": slurm_job(environment()),
         "packages": installed_versions(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.errors import InputError, TrainshortError
 from data_pipeline.tokenizer import Tokenizer
 from training.model.cache import KeyValueCache
-from training.sampling import Sampling, require_utf8
+from training.sampling import Sampling, require_utf8, require_whole_number
 
 PREFILL_TOKENS = 4096  # tokens of a prompt in one pass; split a longer prompt, so that memory stays bounded
 
@@ -91,9 +91,10 @@ class TextStream(Iterator[str]):
             sampling: How tokens are sampled.
             train_length: Tokens that the model was trained at, for the result.
         Raises:
-            InputError: the prompt is not text in UTF-8, or tokens is below 1.
+            InputError: the prompt is not text in UTF-8, or tokens is no whole number from 1.
         """
         self._prompt = require_utf8(prompt, name="the prompt")
+        tokens = require_whole_number(tokens, name="tokens to generate")
         if tokens < 1:
             raise InputError(f"tokens to generate must be 1 or more, got {tokens}")
         # Training data is documents separated by the end token, so that token also starts a document.

@@ -3,7 +3,10 @@
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+
+from configs.figures import byte_size
 
 CGROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc")
 ADDRESS_SPACE = "the address space that ulimit -v allows"
@@ -22,12 +25,20 @@ class MemoryLimit:
     name: str
 
     def __str__(self) -> str:
-        return f"{in_gigabytes(self.size)}, {self.name}"
+        return f"{byte_size(self.size)}, {self.name}"
 
 
-def in_gigabytes(size: float) -> str:
-    """Return bytes as a user reads them: 1.93 GB, of 10^9 bytes each."""
-    return f"{size / 1e9:.2f} GB"
+@dataclass(frozen=True)
+class OomKills:
+    """How many processes the kernel has killed for lack of memory so far; None if unknown.
+
+    Attributes:
+        here: In this process's cgroup: ranks are in it too.
+        anywhere: Also in the cgroups around it and, where it is shown, on the machine: it may be anybody's process.
+    """
+
+    here: int | None
+    anywhere: int | None
 
 
 def address_space_bytes() -> int:
@@ -41,31 +52,35 @@ def host_limit() -> MemoryLimit:
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:
         limits.append(MemoryLimit(address_space, ADDRESS_SPACE))
-    for folder in _cgroups():
+    for folder in chain.from_iterable(_cgroups()):
         size = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
         if size:
             limits.append(MemoryLimit(size, "the limit of its cgroup: of the container, or of the job"))
     return min(limits, key=lambda limit: limit.size)
 
 
-def oom_kills() -> int | None:
-    """Return how many processes the kernel has killed for lack of memory, here since it started; None if unknown.
+def oom_kills() -> OomKills:
+    """Return how many processes the kernel has killed for lack of memory so far."""
+    own, around = [], []
+    for folder, *parents in _cgroups():
+        own += _kills_in(folder)
+        around += [count for parent in parents for count in _kills_in(parent)]
+    machine = _counted(PROC / "vmstat", "oom_kill")
+    counts = [*own, *around, *([] if machine is None else [machine])]
+    return OomKills(here=sum(own) if own else None, anywhere=sum(counts) if counts else None)
 
-    Counts those of this process's cgroup and, where it is shown, of the machine.
-    """
-    counts = [_counted(PROC / "vmstat", "oom_kill")]
-    for folder in _cgroups():
-        counts += [_counted(folder / name, "oom_kill") for name in ("memory.events", "memory.oom_control")]
-    seen = [count for count in counts if count is not None]
-    return sum(seen) if seen else None
+
+def _kills_in(cgroup: Path) -> list[int]:
+    counts = (_counted(cgroup / name, "oom_kill") for name in ("memory.events", "memory.oom_control"))
+    return [count for count in counts if count is not None]
 
 
 def _machine_bytes() -> int:
     return (_counted(PROC / "meminfo", "MemTotal:") or 0) * 1024
 
 
-def _cgroups() -> Iterator[Path]:
-    """Yield the folders of this process's memory cgroup and of those around it, of version 1 and of version 2."""
+def _cgroups() -> Iterator[list[Path]]:
+    """Yield the folders of this process's memory cgroup and of those around it, for version 1 and for version 2."""
     try:
         lines = (PROC / "self/cgroup").read_text().splitlines()
     except OSError:
@@ -77,7 +92,9 @@ def _cgroups() -> Iterator[Path]:
         root = CGROUPS / "memory" if controllers else CGROUPS
         folder = root / path.lstrip("/")
         # A container sees its own cgroup as the root, under a path that may be the host's.
-        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(root) and each.is_dir())
+        folders = [each for each in (folder, *folder.parents) if each.is_relative_to(root) and each.is_dir()]
+        if folders:
+            yield folders
 
 
 def _number(file: Path) -> int | None:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
+from configs.commands import typed_path
 from configs.errors import InputError, MachineError
 from configs.files import whole_file
 from configs.paths import incarnation_file, stop_file
@@ -133,7 +133,7 @@ def refuse_second_start(run_dir: Path) -> None:
         if time.monotonic() > deadline:
             raise InputError(
                 f"{run_dir} is being trained by process {other.pid} on this machine since {other.started_at}: "
-                f"wait for it, or end it (`touch {shlex.quote(str(stop_file(run_dir)))}` lets it save), or choose "
+                f"wait for it, or end it (`touch {typed_path(stop_file(run_dir))}` lets it save), or choose "
                 "another run.dir"
             )
         time.sleep(0.1)

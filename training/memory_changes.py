@@ -1,7 +1,8 @@
 """Changes of a run that need less memory per rank, the cheapest first. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
@@ -9,6 +10,10 @@ from configs.errors import InputError
 from configs.rules import problems
 from configs.schema import Parallel, RunConfig, Train
 from parallel.layout import Layout
+from training.memory import estimate_memory
+
+TOLERANCE = 1.03
+"""How much more a change may need by the estimate, which is no more exact, and still be called equal."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +41,32 @@ class MemoryChange:
 
 
 def memory_changes(config: RunConfig, *, layout: Layout, on_gpu: bool) -> list[MemoryChange]:
-    """Return what makes a rank need less memory, in the order in which to try it; nothing that the run has already.
+    """Return what may make the largest rank need less memory, in the order in which to try it.
+
+    What clearly needs more by the estimate is left out. What needs as much is not: a rank that ran out may have done so
+    before the peak of the estimate.
 
     Args:
         config: The run.
         layout: How its ranks are split into axes.
         on_gpu: Whether the ranks have GPUs, so that there is other memory to move the optimizer's state to.
     """
-    train, parallel = config.train, config.parallel
+    model, train, parallel = config.model, config.train, config.parallel
+    # Without DeepSpeed's buffer: a rank may run out before it is used, and in a small run it is most of the estimate.
+    largest = estimate_memory(config, layout=layout, on_gpu=on_gpu, bucket=0).largest
+
+    def may_help(changed: RunConfig, new_layout: Layout) -> bool:
+        return estimate_memory(changed, layout=new_layout, on_gpu=on_gpu, bucket=0).largest < TOLERANCE * largest
+
+    first = partial(_first_change, config, layout, may_help=may_help)
     found = [
-        _first_legal(config, layout, "parallel.offload", [] if on_gpu or parallel.offload == "none" else ["none"]),
-        _first_legal(config, layout, "train.micro_batch", list(_smaller(train.micro_batch))),
-        _first_legal(config, layout, "train.recompute", [] if train.recompute else [True]),
-        *(
-            _first_legal(config, layout, "parallel.zero", [zero])
-            # One data rank has nobody to share with.
-            for zero in range(parallel.zero + 1, 4 if layout.data > 1 else 0)
-        ),
-        _first_legal(config, layout, "parallel.offload", ["cpu"] if on_gpu and parallel.offload == "none" else []),
-        _first_legal(config, layout, "parallel.tensor", range(parallel.tensor + 1, config.model.heads + 1)),
-        _first_legal(config, layout, "parallel.pipeline", range(parallel.pipeline + 1, config.model.layers + 1)),
+        first("train.micro_batch", _smaller(train.micro_batch)),
+        first("train.recompute", [] if train.recompute else [True]),
+        # One data rank has nobody to share with.
+        *(first("parallel.zero", [zero]) for zero in range(parallel.zero + 1, 4 if layout.data > 1 else 0)),
+        first("parallel.offload", ["cpu"] if on_gpu and parallel.offload == "none" else []),
+        first("parallel.tensor", range(parallel.tensor + 1, model.heads + 1)),
+        first("parallel.pipeline", _more_stages(layout, layers=model.layers)),
     ]
     return [change for change in found if change is not None]
 
@@ -78,10 +89,22 @@ def _smaller(micro_batch: int) -> Iterator[int]:
     yield from range(micro_batch - 1, 0, -1)
 
 
-def _first_legal(
-    config: RunConfig, layout: Layout, key: str, values: "range | list[int] | list[bool] | list[str]"
+def _more_stages(layout: Layout, *, layers: int) -> list[int]:
+    """Return the numbers of stages of which the largest gets fewer layers; first those that take no more ranks."""
+    numbers = range(layout.pipeline + 1, layers + 1)
+    useful = [stages for stages in numbers if -(-layers // stages) < -(-layers // (stages - 1))]
+    return sorted(useful, key=lambda stages: layout.world_size % (layout.tensor * stages) > 0)
+
+
+def _first_change(
+    config: RunConfig,
+    layout: Layout,
+    key: str,
+    values: Iterable[int | str],
+    *,
+    may_help: Callable[[RunConfig, Layout], bool],
 ) -> MemoryChange | None:
-    """Return the change to the first value that is legal with all else as it is, or None."""
+    """Return the change to the first value that is legal with all else as it is and may help, or None."""
     section_name, _, name = key.partition(".")
     section: Train | Parallel = getattr(config, section_name)
     for value in values:
@@ -96,9 +119,11 @@ def _first_legal(
             new_layout = Layout.of(changed, world_size=world_size)
         except InputError:
             continue
-        needs_ranks = world_size if world_size != layout.world_size else None
-        old = getattr(section, name)
-        return MemoryChange(key, _as_written(old), _as_written(value), changed, new_layout, needs_ranks)
+        if may_help(changed, new_layout):
+            needs_ranks = world_size if world_size != layout.world_size else None
+            return MemoryChange(
+                key, _as_written(getattr(section, name)), _as_written(value), changed, new_layout, needs_ranks
+            )
     return None
 
 

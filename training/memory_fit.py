@@ -5,23 +5,38 @@ from typing import Any
 
 from configs.schema import RunConfig
 from parallel.layout import Layout
+from training.host_memory import MemoryLimit
 from training.memory import MemoryEstimate, estimate_memory
 from training.memory_changes import MemoryChange, memory_changes
 
 
 @dataclass(frozen=True)
-class MemoryThere:
+class AvailableMemory:
     """The memory that one rank can have.
 
     Attributes:
         size: Bytes; None if nothing is known.
         name: Whose memory it is and how much, in words; if nothing is known, what to do.
         on_gpu: Whether it is a GPU's.
+        host: What the machine of these GPUs has beside them; None if nothing is known.
+        gpus: GPUs of that machine, one for each of its ranks.
     """
 
     size: int | None
     name: str
     on_gpu: bool
+    host: MemoryLimit | None = None
+    gpus: int = 1
+
+    def holds(self, estimate: MemoryEstimate, *, ranks: int) -> bool | None:
+        """Return whether the largest of so many ranks fits; None if the memory is not known."""
+        if self.size is None:
+            return None
+        return estimate.largest <= self.size and not self.lacks_host(estimate, ranks=ranks)
+
+    def lacks_host(self, estimate: MemoryEstimate, *, ranks: int) -> bool:
+        """Return whether the ranks of a machine offload more than it has; not if nothing is known of it."""
+        return self.host is not None and estimate.offloaded * min(ranks, self.gpus) > self.host.size
 
 
 @dataclass(frozen=True)
@@ -31,20 +46,20 @@ class MemoryFit:
     Attributes:
         layout: How the ranks are split into axes.
         estimate: What its ranks will hold.
-        there: What one rank can have.
-        changes: What needs less, in the order in which to try it, each with the bytes of its largest rank; empty if
-            the run fits.
+        available: What one rank can have.
+        changes: What needs less, in the order in which to try it, each with its estimate; empty if the largest rank
+            fits.
     """
 
     layout: Layout
     estimate: MemoryEstimate
-    there: MemoryThere
-    changes: tuple[tuple[MemoryChange, int], ...]
+    available: AvailableMemory
+    changes: tuple[tuple[MemoryChange, MemoryEstimate], ...]
 
     @property
     def fits(self) -> bool | None:
-        """Whether the largest rank fits; None if the memory is not known."""
-        return None if self.there.size is None else self.estimate.largest <= self.there.size
+        """Whether the ranks fit; None if the memory is not known."""
+        return self.available.holds(self.estimate, ranks=self.layout.world_size)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything in bytes."""
@@ -55,38 +70,31 @@ class MemoryFit:
             "pipeline": layout.pipeline,
             "data": layout.data,
             "zero": layout.zero,
-            "device": "gpu" if self.there.on_gpu else "cpu",
+            "device": "gpu" if self.available.on_gpu else "cpu",
             "stages": [stage.to_json() for stage in self.estimate.stages],
             "largest": self.estimate.largest,
             "offloaded": self.estimate.offloaded,
-            "available": self.there.size,
-            "available_from": self.there.name,
+            "available": self.available.size,
+            "available_from": self.available.name,
             "fits": self.fits,
-            "changes": [
-                {
-                    "key": change.key,
-                    "old": change.old,
-                    "new": change.new,
-                    "ranks": change.layout.world_size,
-                    "largest": size,
-                }
-                for change, size in self.changes
-            ],
+            "host_available": self.available.host and self.available.host.size,
+            "changes": [{**change.to_json(), "largest": then.largest} for change, then in self.changes],
         }
 
 
-def fit_memory(config: RunConfig, *, layout: Layout, there: MemoryThere) -> MemoryFit:
+def fit_memory(config: RunConfig, *, layout: Layout, available: AvailableMemory) -> MemoryFit:
     """Estimate a run's memory, and what to change if it does not fit.
 
     Args:
         config: The run.
         layout: How its ranks are split into axes.
-        there: What one rank can have.
+        available: What one rank can have.
     """
-    estimate = estimate_memory(config, layout=layout, on_gpu=there.on_gpu)
+    estimate = estimate_memory(config, layout=layout, on_gpu=available.on_gpu)
     changes = []
-    if there.size is not None and estimate.largest > there.size:
-        for change in memory_changes(config, layout=layout, on_gpu=there.on_gpu):
-            then = estimate_memory(change.config, layout=change.layout, on_gpu=there.on_gpu)
-            changes.append((change, then.largest))
-    return MemoryFit(layout, estimate, there, tuple(changes))
+    if available.size is not None and estimate.largest > available.size:
+        for change in memory_changes(config, layout=layout, on_gpu=available.on_gpu):
+            then = estimate_memory(change.config, layout=change.layout, on_gpu=available.on_gpu)
+            if then.largest < estimate.largest:
+                changes.append((change, then))
+    return MemoryFit(layout, estimate, available, tuple(changes))

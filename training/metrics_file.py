@@ -9,15 +9,15 @@ import secrets
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from configs.errors import InputError
 from configs.files import whole_file
-from configs.paths import logs_folder
+from configs.paths import logs_folder, metrics_path
+from training.metrics_reader import newest_step, step_fields
 from training.observers import Observer, Status, StepResult
 
 logger = logging.getLogger(__name__)
 
-_TAIL_BYTES = 100_000  # of the file's end, far more than a line
 SPARSE_FIELDS = (
     "validation_loss",
     "validation_seconds",
@@ -52,11 +52,9 @@ class MetricsFile(Observer):
         """Open the file to append after `last_step`; move later steps and torn lines of an earlier start to logs/."""
         self.best: Best | None = None
         path = metrics_path(run_dir)
-        # A power cut may leave any bytes. A line that is not UTF-8 is invalid, and is moved too.
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         kept, discarded = [], []
-        for line in text.splitlines(keepends=True):
-            fields = _fields_of(line)
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            fields = step_fields(line)
             if fields is None or fields["step"] > last_step:
                 discarded.append(line)
                 continue
@@ -66,12 +64,12 @@ class MetricsFile(Observer):
                 self.best = better_of(self.best, Best(loss, fields["step"]))
         if discarded:
             logs_folder(run_dir).mkdir(exist_ok=True)
-            with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("a", encoding="utf-8") as file:
+            with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("ab") as file:
                 file.writelines(discarded)
         # Always write a new file: an older start that is still alive then appends to the old one, now without a name.
         # Open it before the rename: afterwards the name may belong to the file of a newer start.
         with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(kept))
             self._path, self._handle = path, os.open(temporary, os.O_WRONLY | os.O_APPEND)
         self._size = os.fstat(self._handle).st_size  # of whole lines
         self._waiting = b""
@@ -111,24 +109,8 @@ class MetricsFile(Observer):
         self._size, self._waiting = self._size + written, b""
 
 
-def metrics_path(run_dir: Path) -> Path:
-    """Return the file of a run's metrics."""
-    return run_dir / "metrics.jsonl"
-
-
 def last_reported_step(run_dir: Path) -> int:
     """Return the last step in metrics.jsonl; 0 if there is none."""
-    with suppress(OSError), metrics_path(run_dir).open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-        lines = file.read().decode(errors="replace").splitlines(keepends=True)
-        return max((int(fields["step"]) for fields in map(_fields_of, lines) if fields), default=0)
+    with suppress(InputError):
+        return int(newest_step(run_dir).get("step", 0))
     return 0
-
-
-def _fields_of(line: str) -> dict[str, Any] | None:
-    """Return the fields of a whole line; None for any other."""
-    try:
-        fields = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
-        return None
-    return fields if isinstance(fields, dict) and isinstance(fields.get("step"), int) else None

@@ -1,7 +1,7 @@
 """The observers of training: the interface, and the result of a step that they are given.
 
-Observers live on rank 0. One that wants to end training asks the run's `StopRequest`: all ranks then save and stop
-after the same step.
+Rank 0 has those of the run, and the first rank of each other node may have one of the node. One that wants to end
+training asks the run's `StopRequest`: all ranks then save and stop after the same step.
 """
 
 from dataclasses import asdict, dataclass
@@ -68,7 +68,7 @@ class Save:
 
 
 class Observer:
-    """Follows training on rank 0; an observer overrides the methods that it needs."""
+    """Follows training on a rank; an observer overrides the methods that it needs."""
 
     def on_step(self, result: StepResult) -> None:
         """Take the result of a step."""
@@ -81,6 +81,9 @@ class Observer:
 
     def on_save(self, save: Save) -> None:
         """Learn that a checkpoint was saved."""
+
+    def on_failed_save(self, seconds: float) -> None:
+        """Learn that a checkpoint could not be saved, which took this time; training continues."""
 
     def close(self, status: Status) -> None:
         """Release resources; training has ended with this status."""

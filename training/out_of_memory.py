@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from configs.errors import MachineError
-from training.host_memory import ADDRESS_SPACE, address_space_bytes, host_limit, in_gigabytes
+from configs.figures import byte_size
+from training.host_memory import ADDRESS_SPACE, address_space_bytes, host_limit
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class OutOfMemory(MachineError):
 
 
 @contextmanager
-def out_of_memory_in_words(*remedies: str) -> Iterator[None]:
-    """Say in words that a command of one process ran out of memory.
+def explain_out_of_memory(*remedies: str) -> Iterator[None]:
+    """Report that a command of one process ran out of memory, and what to change.
 
     Args:
         remedies: What needs less memory, in the order in which to try it.
@@ -61,13 +62,13 @@ def memory_error(error: BaseException) -> BaseException | None:
     while seen is not None:
         if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM):
             return seen
-        if isinstance(seen, RuntimeError | ImportError) and tells_of_memory(str(seen)):
+        if isinstance(seen, RuntimeError | ImportError) and is_out_of_memory_text(str(seen)):
             return seen
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
 
 
-def tells_of_memory(text: str) -> bool:
+def is_out_of_memory_text(text: str) -> bool:
     """Return whether the words of a library say that memory ran out."""
     if host_limit().name == ADDRESS_SPACE and _NO_ADDRESS_SPACE.search(text):
         return True
@@ -94,13 +95,13 @@ def how_it_ran_out(error: BaseException) -> str:
     more = ""
     if wanted:
         size = float(wanted[1]) * _UNITS[(wanted[2] or "")[:1].upper()]
-        more = f", and asked for {in_gigabytes(size)} more"
+        more = f", and asked for {byte_size(size)} more"
     if is_of_gpu(error):
         return DETAIL.join(["ran out of GPU memory", *_held_on_gpu(more)])
     limit = host_limit()
-    held = f"{in_gigabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} of memory"
+    held = f"{byte_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} of memory"
     if limit.name == ADDRESS_SPACE:
-        held += f", {in_gigabytes(address_space_bytes())} of address space"
+        held += f", {byte_size(address_space_bytes())} of address space"
     return DETAIL.join(["ran out of memory", f"held: {held}{more}", f"limit: {limit}"])
 
 
@@ -114,7 +115,7 @@ def _held_on_gpu(more: str) -> list[str]:
         return []
     outside = total - free - torch.cuda.memory_reserved()
     return [
-        f"held: {in_gigabytes(torch.cuda.max_memory_allocated())}{more}",
-        f"limit: {in_gigabytes(total)}, of cuda:{torch.cuda.current_device()}, {torch.cuda.get_device_name()}; "
-        f"outside of torch {in_gigabytes(outside)} are taken",
+        f"held: {byte_size(torch.cuda.max_memory_allocated())}{more}",
+        f"limit: {byte_size(total)}, of cuda:{torch.cuda.current_device()}, {torch.cuda.get_device_name()}; "
+        f"outside of torch {byte_size(outside)} are taken",
     ]

@@ -63,7 +63,7 @@ class Pace:
         self._step, self._stepped_at, self._paused = result.step, now, 0.0
 
     def on_save(self, seconds: float) -> None:
-        """Take the time of a save."""
+        """Take the time of a save, also of one that failed."""
         self._saves.append(seconds)
         self._paused += seconds
         self._saved_step = self._step

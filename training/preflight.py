@@ -7,7 +7,7 @@ from pathlib import Path
 from configs.backends import BACKENDS, backend_of, unavailable
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import TOKENIZER_NAME, check_run_folder, data_folder
+from configs.paths import TOKENIZER_NAME, check_run_folder, checkpoints_folder, data_folder
 from configs.schema import Model, RunConfig, Train
 from data_pipeline.counts import load_trainable
 from data_pipeline.manifest import Prepared
@@ -20,6 +20,7 @@ from training.checkpoint.manifest import (
     find_checkpoint,
     first_whole,
     list_checkpoints,
+    step_folder,
 )
 from training.folder import with_fixed_keys
 
@@ -48,7 +49,7 @@ class Ready:
         steps = self.config.train.steps
         if self.newest is None or self.newest.step < steps:
             return False
-        return first_whole(candidate_folders(self.run_dir), check=check_whole)[1].step >= steps
+        return first_whole(candidate_folders(self.run_dir), check=check_whole, warn=False)[1].step >= steps
 
 
 def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
@@ -68,22 +69,33 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     require_learning(config.train)
     validates = bool(config.evaluate.every)
     prepared = load_trainable(config.data, folder=data_folder(config), validates=validates)
-    newest = newest_to_resume(config, run_dir=run_dir)
+    newest = newest_to_resume(config, run_dir=run_dir, warn=False)
     if newest is None and config.train.init_from is not None:
-        check_init_from(Path(config.train.init_from), config=config, prepared=prepared)
+        check_init_from(Path(config.train.init_from), config=config, prepared=prepared, warn=False)
     return Ready(config, run_dir, layout, prepared, newest)
 
 
-def newest_to_resume(config: RunConfig, *, run_dir: Path) -> Manifest | None:
+def finished_line(run_dir: Path, *, steps: int) -> str:
+    """Return what is said of a run that has nothing left to train."""
+    return f"{run_dir} is trained to its last step, {steps}: raise train.steps to continue"
+
+
+def resume_line(run_dir: Path, *, step: int) -> str:
+    """Return what a start would resume from."""
+    return f"resumes from step {step}, {step_folder(checkpoints_folder(run_dir), step=step)}"
+
+
+def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> Manifest | None:
     """Return the manifest of the newest checkpoint of a run; None at a first start.
 
     Args:
         config: The run, with the keys that its first start fixed.
         run_dir: The run folder.
+        warn: Whether to warn about broken ones that are skipped; the resume itself does.
     Raises:
         InputError: no checkpoint is whole, or the newest has more steps than the run.
     """
-    newest = find_checkpoint(run_dir)[1] if list_checkpoints(run_dir) else None
+    newest = find_checkpoint(run_dir, warn=warn)[1] if list_checkpoints(run_dir) else None
     if newest is not None and newest.step > config.train.steps:
         raise InputError(
             f"train.steps is {config.train.steps}, but {run_dir} is trained to step {newest.step}: "
@@ -127,17 +139,18 @@ def installed_packages() -> frozenset[str]:
     return frozenset(package for package in wanted if find_spec(package) is not None)
 
 
-def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None) -> None:
+def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None, warn: bool = True) -> None:
     """Refuse weights of another kind of model or tokenizer, even if their shapes fit.
 
     Args:
         path: A checkpoint or a run folder.
         config: The run.
         prepared: Its data; None if it is not prepared yet.
+        warn: Whether to warn about broken checkpoints that are skipped; a start does when it loads the weights.
     Raises:
         InputError: there is no checkpoint, or it does not fit the run or its data.
     """
-    folder, manifest = find_checkpoint(path)
+    folder, manifest = find_checkpoint(path, warn=warn)
     source = load_run(str(folder / CONFIG_NAME))
     for key in ("heads", "position", "family", "layers", "hidden", "inner"):
         seen, wanted = getattr(source.model, key), getattr(config.model, key)

@@ -1,12 +1,13 @@
 """The lines that tell a person how a run goes; each fits 80 columns if its paths are short. Imports no torch."""
 
-import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.backends import Backend
+from configs.commands import typed_path
+from configs.figures import byte_size, counted, duration, scaled
 from configs.positions import POSITIONS
 from training.families.table import parameter_count
 from training.metrics_file import Best
@@ -30,11 +31,11 @@ def start_lines(ready: Ready, *, device: str) -> list[str]:
     parameters = parameter_count(config.model, vocab_size=ready.prepared.vocab_size)
     tokens = train.global_batch * config.data.sequence_length
     steps_left = train.steps - (ready.newest.step if ready.newest else 0)
-    ranks = _count(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
+    ranks = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
     return [
         f"{now}  {config.run.name} in {ready.run_dir}",
         f"{parameters:,} parameters; {train.steps:,} steps of {tokens:,} tokens, {scaled(train.steps * tokens)} in all",
-        f"to go: {_count(steps_left, 'step')}, {scaled(steps_left * tokens)} tokens",
+        f"to go: {counted(steps_left, 'step')}, {scaled(steps_left * tokens)} tokens",
         f"{ranks}: {ready.layout}, {train.precision}",
     ]
 
@@ -52,7 +53,7 @@ def verified_line(certificates: "Sequence[Certificate]", *, device: str) -> str:
         certificates: What they measured.
         device: Name of the device.
     """
-    first, ranks = certificates[0], _count(len(certificates), "rank")
+    first, ranks = certificates[0], counted(len(certificates), "rank")
     title = POSITIONS[first.position].title
     return f"{title} verified on {ranks}: attention {first.backend}, {first.precision}, {device}"
 
@@ -67,14 +68,15 @@ def step_line(result: StepResult, *, steps: int, speed: float, seconds_left: flo
         seconds_left: Time to the end of the run.
         columns: Width that it must fit; None for any.
     """
+    utilization = result.model_flops_utilization or 0.0
     figures = [
         f"step {result.step}/{steps}",
         f"loss {result.loss:#.4g}",
         f"lr {result.learning_rate:.1e}".replace("e-0", "e-").replace("e+00", ""),
         f"grad {_three_digits(result.grad_norm)}",
         f"{scaled(speed)} tokens/s",
-        size(result.memory_gb * 1e9),
-        *([] if result.model_flops_utilization is None else [f"MFU {result.model_flops_utilization:.0%}"]),
+        byte_size(result.memory_gb * 1e9),
+        *([f"MFU {utilization:.0%}"] if utilization >= 0.01 else []),
         f"{duration(seconds_left)} left",
     ]
     return fitted(figures, spare=3, columns=columns)
@@ -118,7 +120,7 @@ def validation_line(step: int, *, loss: float, seconds: float, best: Best | None
 
 def save_line(save: Save, *, size_bytes: int) -> str:
     """Return the line of a saved checkpoint."""
-    return f"saved step {save.step}: {save.folder} ({size(size_bytes)} in {duration(save.seconds)})"
+    return f"saved step {save.step}: {save.folder} ({byte_size(size_bytes)} in {duration(save.seconds)})"
 
 
 def closing_lines(*, steps: int, tokens: int, spent: Spent, memory_gb: float, best: Best | None) -> list[str]:
@@ -135,18 +137,23 @@ def closing_lines(*, steps: int, tokens: int, spent: Spent, memory_gb: float, be
     parts = [("training", spent.training), ("validation", spent.validation), ("saving", spent.saving), ("other", rest)]
     lines = [
         f"total {duration(spent.total)}: " + ", ".join(f"{name} {duration(max(0.0, each))}" for name, each in parts),
-        f"{_count(steps, 'step')} at {scaled(tokens / spent.training)} tokens/s (training alone), "
-        f"peak memory {size(memory_gb * 1e9)}",
+        f"{counted(steps, 'step')} at {scaled(tokens / spent.training)} tokens/s (training alone), "
+        f"peak memory {byte_size(memory_gb * 1e9)}",
     ]
-    return lines if best is None else [*lines, f"best validation: loss {best.loss:.4f} at step {best.step}"]
+    return lines if best is None else [*lines, best_line(best)]
+
+
+def best_line(best: Best) -> str:
+    """Return the best validation of all starts."""
+    return f"best validation: loss {best.loss:.4f} at step {best.step}"
 
 
 def evaluate_line(run_dir: Path) -> str:
     """Return the command to type after the last step."""
-    return f"next: {shlex.join(['trainshort', 'evaluate', str(run_dir)])}"
+    return f"next: trainshort evaluate {typed_path(run_dir)}"
 
 
-def lost_line(*, last_step: int, checkpoint: Path | None, saved_step: int) -> str:
+def lost_lines(*, last_step: int, checkpoint: Path | None, saved_step: int) -> list[str]:
     """Return what a run has lost that was ended without saving.
 
     Args:
@@ -160,8 +167,9 @@ def lost_line(*, last_step: int, checkpoint: Path | None, saved_step: int) -> st
         lost = f"step {last_step} is lost"
     else:
         lost = f"steps {saved_step + 1} to {last_step} are lost"
-    kept = f"{checkpoint} stays" if checkpoint else "there is no checkpoint"
-    return f"ended without saving: {lost}, {kept}"
+    if checkpoint is None:
+        return [f"ended without saving: {lost}, there is no checkpoint"]
+    return [f"ended without saving: {lost}", f"{checkpoint} stays"]
 
 
 def fitted(figures: Sequence[str], *, spare: int, columns: int | None) -> str:
@@ -180,33 +188,5 @@ def fitted(figures: Sequence[str], *, spare: int, columns: int | None) -> str:
     return line[:columns]
 
 
-def scaled(number: float, *, unit: str = "") -> str:
-    """Return a number with three digits and a letter for its thousands: 36.7k, 1.23M."""
-    for letter in ("", "k", "M", "G", "T"):
-        if number < 999.5:
-            return f"{_three_digits(number) if letter else f'{number:.3g}'}{unit and ' '}{letter}{unit}"
-        number /= 1000
-    return f"{number:,.0f}{unit and ' '}P{unit}"
-
-
-def size(number: float) -> str:
-    """Return a number of bytes: 1.23 GB, 340 MB."""
-    return scaled(number, unit="B")
-
-
-def duration(seconds: float) -> str:
-    """Return a time in its two largest units: 2.3 s, 38 s, 2m05s, 1h23m, 4d05h."""
-    if seconds < 99.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    if seconds < 3599.5:
-        return f"{round(seconds) // 60}m{round(seconds) % 60:02}s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours}h{minutes:02}m" if hours < 48 else f"{hours // 24}d{hours % 24:02}h"
-
-
 def _three_digits(number: float) -> str:
     return f"{number:#.3g}".rstrip(".")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -68,6 +68,11 @@ class ProgressLog(Observer):
         logger.info("%s", save_line(save, size_bytes=_size_of(save.folder)))
         self._show()
 
+    def on_failed_save(self, seconds: float) -> None:
+        """Count its time; the trainer logs why."""
+        self._pace.on_save(seconds)
+        self._show()
+
     def close(self, status: Status) -> None:
         """Log the last step and the summary, and remove the live line."""
         self._terminal.show("")

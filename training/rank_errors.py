@@ -28,8 +28,8 @@ _LOST_PEERS = re.compile(
 
 
 @contextmanager
-def rank_failures_in_words(config: RunConfig, place: ProcessRank) -> Iterator[None]:
-    """Say in words that a rank ran out of memory, or that it lost the others; a local rank's log gets the traceback.
+def explain_rank_failure(config: RunConfig, place: ProcessRank) -> Iterator[None]:
+    """Report a rank that ran out of memory or lost the others as such; a local rank's log gets the traceback.
 
     Args:
         config: The run.

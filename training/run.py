@@ -45,7 +45,7 @@ def train_rank(
     """
     stop_request = StopRequest()
     # Before the slow part: a signal during start-up must not kill the rank.
-    stop_request.listen(says_so=place.rank == 0 and place.starter != "local")
+    stop_request.listen(announce=place.rank == 0 and place.starter != "local")
     ready = make_ready(config, world_size=place.world_size, device="cuda" if torch.cuda.is_available() else "cpu")
     config, layout = ready.config, ready.layout
     if config.train.deterministic:

@@ -5,6 +5,7 @@ import re
 import secrets
 import sys
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 from configs.errors import InputError
@@ -64,12 +65,33 @@ def choose_sampling(
     The defaults are temperature 0.8, top-p 0.95 and a random seed. With temperature 0, top-p is 1.
 
     Raises:
-        InputError: a value is out of range, or top-p is given for temperature 0.
+        InputError: a value is no number or out of range, or top-p is given for temperature 0.
     """
-    temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
+    temperature = DEFAULT_TEMPERATURE if temperature is None else _number(temperature, name="temperature")
     if top_p is None:
         top_p = DEFAULT_TOP_P if temperature else 1.0
-    return Sampling(temperature, top_p, secrets.randbelow(_DRAWN_SEEDS) if seed is None else seed)
+    drawn = secrets.randbelow(_DRAWN_SEEDS) if seed is None else require_whole_number(seed, name="seed")
+    return Sampling(temperature, _number(top_p, name="top-p"), drawn)
+
+
+def require_whole_number(value: object, *, name: str) -> int:
+    """Return a whole number of Python or numpy as an int.
+
+    Raises:
+        InputError: it is none; the message calls it by `name`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{name} must be a whole number, got {value!r}: give an int")
+    return int(value)
+
+
+def _number(value: object, *, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"{name} must be a number, got {value!r}: give an int or a float")
+    try:
+        return float(value)
+    except OverflowError:  # an int above all floats
+        return math.inf
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
@@ -97,14 +119,15 @@ def read_prompt(text: str | None, file: Path | None) -> str:
         raise InputError(f"--prompt-file {name} is not UTF-8 at byte {error.start}: write it in UTF-8") from None
 
 
-def require_utf8(text: str, *, name: str) -> str:
+def require_utf8(text: object, *, name: str) -> str:
     """Return a text that UTF-8 can hold; the bytes of an argument that was not UTF-8 are halves of surrogate pairs.
 
     Raises:
         InputError: it cannot, or is no text; the message calls it by `name`.
     """
     if not isinstance(text, str):
-        raise InputError(f"{name} must be text, got {type(text).__name__}: write it in quotes, or decode() token ids")
+        advice = "decode its bytes, as in text.decode()" if isinstance(text, bytes) else "give a str"
+        raise InputError(f"{name} must be text, got {type(text).__name__}: {advice}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

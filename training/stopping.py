@@ -26,21 +26,23 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self._unannounced: int | None = None
 
     def ask(self) -> None:
         """Ask for a stop: all ranks then save and end after the same step, whichever rank was asked."""
         self.asked = True
 
-    def listen(self, *, says_so: bool = False) -> None:
+    def listen(self, *, announce: bool = False) -> None:
         """Treat SIGTERM and SIGINT as requests from now on, including those that arrived while they were blocked.
 
         Args:
-            says_so: Whether to say so at the first one, where no launcher does.
+            announce: Whether `any_rank_asked` is to log the first one, where no launcher does. The handler logs
+                nothing: the signal may have come while a line was being written.
         """
 
         def handle(number: int, _frame: Any) -> None:
-            if says_so and not self.asked:
-                logger.warning("asked by %s: saving after this step", signal.Signals(number).name)
+            if announce and not self.asked:
+                self._unannounced = number
             self.ask()
 
         for number in STOP_SIGNALS:
@@ -58,6 +60,9 @@ class StopRequest:
         Raises:
             Superseded: a newer start has taken over; raised on every rank.
         """
+        if self._unannounced is not None:
+            logger.warning("asked by %s to stop", signal.Signals(self._unannounced).name)
+            self._unannounced = None
         verdict = _STOP if self.asked else _GO_ON
         if reads_folder:
             verdict = max(verdict, _STOP if stop_file(fence.run_dir).exists() else _GO_ON)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.errors import TrainshortError
+from configs.errors import InputError
+from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Prepared
@@ -22,6 +23,7 @@ from parallel.axes import Group, Groups
 from parallel.collectives import wait_for_all
 from parallel.engine import Engine, StepOutcome
 from parallel.seeds import seed_for
+from training.checkpoint.manifest import step_folder
 from training.checkpoint.write import SaveError
 from training.incarnation import Fence, Superseded
 from training.observers import Observer, Save, Status, StepResult
@@ -92,7 +94,7 @@ class Trainer:
         Raises:
             SaveError: the last state cannot be saved.
             Superseded: a newer start of the run has taken over.
-            TrainshortError: the loss or the gradient norm is no longer a number.
+            InputError: the loss or the gradient norm is no longer a number; raised on every rank.
         """
         status: Status = "FAILED"
         try:
@@ -124,6 +126,7 @@ class Trainer:
         wait_for_all(self.groups.world)  # the first rank has opened its observers' files
         while state.step < steps and not self._must_stop():
             state, taken = self._take_step(state)
+            self._require_finite(taken.outcome, step=state.step, saved_step=saved_step)
             validation_loss, validation_seconds = self._validate(state, observers)
             # Report before saving: a resume drops the lines past its checkpoint, but cannot recover a lost one.
             self._report(
@@ -156,15 +159,21 @@ class Trainer:
         # same elements of the residual stream.
         torch.manual_seed(seed_for(config.run.seed, "dropout", step, self.groups.data.rank, self.groups.pipeline.rank))
         outcome = self.engine.train_step(self.loader.step(state.consumed_samples), learning_rate=rate)
-        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
-            raise TrainshortError(
-                f"the loss is {outcome.loss} and the gradient norm {outcome.grad_norm} at step {step}: nothing was "
-                "saved since the last checkpoint; use a lower train.learning_rate or more warm-up in another run.dir"
-            )
         seconds = time.perf_counter() - began
         memory_gb = _largest(_peak_memory_gb(self.device), device=self.device)
         after = TrainState(step, state.consumed_samples + config.train.global_batch)
         return after, _TakenStep(outcome, rate, seconds, memory_gb)
+
+    def _require_finite(self, outcome: StepOutcome, *, step: int, saved_step: int) -> None:
+        if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+            return
+        kept = "no checkpoint was saved"
+        if saved_step:
+            kept = f"the last good checkpoint is {step_folder(checkpoints_folder(self.fence.run_dir), step=saved_step)}"
+        raise InputError(
+            f"the loss is {outcome.loss} and the gradient norm {outcome.grad_norm} at step {step}, so training has "
+            f"diverged: train in another run.dir, with a lower train.learning_rate or more train.warmup_steps; {kept}"
+        )
 
     def _validate(self, state: TrainState, observers: Sequence[Observer]) -> tuple[float | None, float | None]:
         """Return the validation loss and its seconds if the run validates after this step."""
@@ -177,7 +186,7 @@ class Trainer:
 
     def _report(self, observers: Sequence[Observer], state: TrainState, taken: _TakenStep, **sparse: Any) -> None:
         """Report a step to the observers; `sparse` holds the fields that only some steps have."""
-        if observers and not self.fence.may_be_ours():
+        if not observers or (self.is_first_rank and not self.fence.may_be_ours()):
             return  # a newer start writes the metrics now; all ranks end together before the next step
         tokens_per_second = self.config.train.global_batch * self.config.data.sequence_length / taken.seconds
         flops_per_second = tokens_per_second * self.flops_per_token
@@ -198,11 +207,14 @@ class Trainer:
             observer.on_step(result)
 
     def _try_to_save(self, state: TrainState, validation_loss: float | None, observers: Sequence[Observer]) -> bool:
+        began = time.perf_counter()
         try:
             self._save(state, validation_loss, observers)
         except SaveError as error:
             if self.is_first_rank:
                 logger.error("NOT SAVED: %s; training continues, and the next checkpoint is tried as planned", error)
+            for observer in observers:
+                observer.on_failed_save(time.perf_counter() - began)
             return False
         return True
 

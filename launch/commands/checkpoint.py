@@ -1,6 +1,5 @@
 """`trainshort checkpoint`: list, verify, reshape."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -63,16 +62,17 @@ def checkpoint_reshape_command(
     as_json: AsJson = False,
 ) -> None:
     """Show what another layout reads of a checkpoint. Nothing needs converting: any layout resumes from it."""
+    from configs.commands import typed_path
     from configs.paths import config_file
     from launch.show.console import show_json, show_lines
     from training.checkpoint.manifest import find_checkpoint
 
     if not dry_run:
         run_file = config_file(find_checkpoint(checkpoint)[0].parents[1])
-        command = ["trainshort", "train", str(run_file) if run_file.is_file() else "RUN.yaml"]
+        file = typed_path(run_file) if run_file.is_file() else "RUN.yaml"
         show_lines(
             "nothing has to be done: a run resumes from any checkpoint in any layout; start it there, as in "
-            f"`{shlex.join([*command, '--set', 'parallel.tensor=4'])}`, or see what is read with --dry-run"
+            f"`trainshort train {file} --set parallel.tensor=4`, or see what is read with --dry-run"
         )
         return
 

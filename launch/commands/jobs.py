@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from configs.errors import run_file_named
+from configs.commands import run_file_named
 from launch.commands.options import AsJson, Overrides, RunDir, RunFile, count_option
 
 slurm_commands = typer.Typer()

@@ -5,16 +5,25 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from configs.errors import InputError
-from launch.commands.options import AsJson, CheckpointPath, Lengths, count_option, lengths_option, path_of
+from launch.commands.options import (
+    AsJson,
+    CheckpointPath,
+    Lengths,
+    count_option,
+    lengths_option,
+    number_option,
+    path_of,
+)
 from launch.complete import complete_checkpoints, complete_formats, complete_protocols
 from training.export.formats.table import FORMATS
-from training.out_of_memory import out_of_memory_in_words
+from training.out_of_memory import explain_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +41,23 @@ PromptFile = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(metavar="T", help="0 takes the likeliest token; higher is more varied.  [default: 0.8]")
+    float | None,
+    number_option("--temperature", "T", "0 takes the likeliest token; higher is more varied.  [default: 0.8]"),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(
-        metavar="P", help="Draw from the likeliest tokens whose probabilities add up to this.  [default: 0.95]"
+    number_option(
+        "--top-p", "P", "Draw from the likeliest tokens whose probabilities add up to this.  [default: 0.95]"
     ),
 ]
 DrawSeed = Annotated[
-    int | None, typer.Option(metavar="N", help="Seed of the draws.  [default: a random one, which is printed]")
+    int | None,
+    number_option("--seed", "N", "Seed of the draws.  [default: a random one, which is printed]", is_whole=True),
 ]
 
 
 @model_commands.command("evaluate")
-@out_of_memory_in_words("shorter --lengths")
+@explain_out_of_memory("shorter --lengths")
 def evaluate_command(
     checkpoint: CheckpointPath,
     lengths: Annotated[
@@ -78,7 +89,7 @@ def evaluate_command(
     from training.evaluation.folder import ReportNotWritten
     from training.evaluation.run import evaluate_checkpoint
 
-    show = show_json if as_json else show_report
+    show = show_json if as_json else partial(show_report, checkpoint=checkpoint)
     command = shlex.join(["trainshort", *sys.argv[1:]])
     try:
         report = evaluate_checkpoint(checkpoint, lengths=lengths, protocols=protocols, data=data, command=command)
@@ -136,7 +147,7 @@ def compare_command(
 
 
 @model_commands.command("generate")
-@out_of_memory_in_words("fewer --tokens", "a shorter prompt")
+@explain_out_of_memory("fewer --tokens", "a shorter prompt")
 def generate_command(
     checkpoint: CheckpointPath,
     prompt: PromptText = None,
@@ -189,7 +200,7 @@ def _refuse_given(options: Mapping[str, object], problem: str) -> None:
 
 
 @model_commands.command("export")
-@out_of_memory_in_words()
+@explain_out_of_memory()
 def export_command(
     checkpoint: CheckpointPath,
     format_name: Annotated[

@@ -58,6 +58,19 @@ def count_option(name: str, description: str) -> Any:
     return typer.Option(name, metavar="N", help=description, parser=parse)
 
 
+def number_option(name: str, metavar: str, description: str, *, is_whole: bool = False) -> Any:
+    """Return an option whose value is a number, for `Annotated[float, ...]`; who uses it checks its range."""
+
+    def parse(value: str) -> float:
+        try:
+            return int(value) if is_whole else float(value)
+        except ValueError:
+            kind = "whole number" if is_whole else "number"
+            raise InputError(f"{name} must be a {kind}, got {value!r}: write {name} 1") from None
+
+    return typer.Option(name, metavar=metavar, help=description, parser=parse)
+
+
 def gigabytes_option(name: str, description: str) -> Any:
     """Return an option whose value is a positive number of GB, for `Annotated[float, ...]`."""
 

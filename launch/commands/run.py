@@ -1,5 +1,6 @@
 """Commands on a run file: init, check, prepare, train."""
 
+import logging
 import os
 import sys
 from functools import partial
@@ -8,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from configs.errors import InputError, name_run_file, run_file_named
+from configs.commands import name_run_file, run_file_named, typed_overrides, typed_path
+from configs.errors import InputError
 from configs.secrets import hide_secrets
 from launch.commands.options import AsJson, Overrides, RunFile, count_option, gigabytes_option, path_of
 from launch.complete import complete_shipped_runs
-from training.out_of_memory import out_of_memory_in_words
+from training.out_of_memory import explain_out_of_memory
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from training.memory_fit import MemoryFit
 
 RECORD_SECONDS = 30
+
+logger = logging.getLogger(__name__)
 
 run_commands = typer.Typer()
 
@@ -62,7 +66,8 @@ def check_command(
         gigabytes_option("--gpu-memory-gb", "With --memory: the GPU to fit.  [default: that of this machine]"),
     ] = None,
     ranks: Annotated[
-        int | None, count_option("--ranks", "With --memory: all ranks.  [default: tensor x pipeline]")
+        int | None,
+        count_option("--ranks", "With --memory: all ranks.  [default: this machine's GPUs, else tensor x pipeline]"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -76,7 +81,7 @@ def check_command(
         if value is not None and not memory:
             raise InputError(f"{option} is for the estimate of memory: add --memory, or leave {option} out")
     config = load_run(run, overrides=overrides or [])
-    fit = _fit_memory(config, ranks=ranks, gpu_memory_gb=gpu_memory_gb) if memory else None
+    fit, origin = _fit_memory(config, ranks=ranks, gpu_memory_gb=gpu_memory_gb) if memory else (None, "")
     model = Path(config.data.tokenizer) if config.data.tokenizer else None
     if model is not None and model.is_file():  # if it is missing, that is a note
         from data_pipeline.prepare import check_tokenizer
@@ -91,33 +96,40 @@ def check_command(
     if fit is not None:
         from launch.show.memory import show_memory
 
-        show_memory(fit, is_default=ranks is None)
+        show_memory(fit, origin=origin)
 
 
-def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float | None) -> "MemoryFit":
-    """Estimate a run's memory, and compare it with a GPU of this size, this machine's GPUs, or its memory."""
+def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float | None) -> "tuple[MemoryFit, str]":
+    """Estimate a run's memory, and compare it with a GPU of this size, this machine's GPUs, or its memory.
+
+    Returns:
+        The estimate and what it was compared with; and why it is of so many ranks, empty if the user said so.
+    """
+    from configs.figures import byte_size
     from launch.machine import gpu_bytes, gpu_count
+    from launch.start_check import default_layout
     from parallel.layout import Layout
-    from training.host_memory import host_limit, in_gigabytes
-    from training.memory_fit import MemoryThere, fit_memory
+    from training.host_memory import host_limit
+    from training.memory_fit import AvailableMemory, fit_memory
 
-    layout = Layout.of(config, world_size=ranks or config.parallel.tensor * config.parallel.pipeline)
+    layout, origin = (Layout.of(config, world_size=ranks), "") if ranks else default_layout(config, environ=os.environ)
+    gpus = gpu_count(os.environ)
     if gpu_memory_gb is not None:
         size = int(gpu_memory_gb * 1e9)
-        there = MemoryThere(size, f"a GPU of {in_gigabytes(size)} (--gpu-memory-gb)", on_gpu=True)
-    elif gpu_count(os.environ):
+        available = AvailableMemory(size, f"a GPU of {byte_size(size)} (--gpu-memory-gb)", on_gpu=True)
+    elif gpus:
         found = gpu_bytes()
-        name = f"this machine's GPU of {in_gigabytes(found)}" if found else "name the GPU's memory, --gpu-memory-gb 80"
-        there = MemoryThere(found, name, on_gpu=True)
+        name = f"this machine's GPU of {byte_size(found)}" if found else "name the GPU's memory, --gpu-memory-gb 80"
+        available = AvailableMemory(found, name, on_gpu=True, host=host_limit(), gpus=gpus)
     else:
         limit = host_limit()
         share = limit.size // layout.world_size
-        there = MemoryThere(share, f"the {in_gigabytes(share)} that a rank has of {limit.name}", on_gpu=False)
-    return fit_memory(config, layout=layout, there=there)
+        available = AvailableMemory(share, f"the {byte_size(share)} that a rank has of {limit.name}", on_gpu=False)
+    return fit_memory(config, layout=layout, available=available), origin
 
 
 @run_commands.command("prepare")
-@out_of_memory_in_words("data.sources in smaller files", "data.document_separator, to cut text into documents")
+@explain_out_of_memory("data.sources in smaller files", "data.document_separator, to cut text into documents")
 def prepare_command(run: RunFile, overrides: Overrides = None) -> None:
     """Turn the sources into a tokenizer and training data; parts that are done are skipped."""
     from configs.load import load_run
@@ -130,7 +142,12 @@ def prepare_command(run: RunFile, overrides: Overrides = None) -> None:
     from launch.show.run import show_prepared
 
     with run_file_named(run, overrides or []):
-        show_prepared(prepare_data(config.data, folder=data_folder(config), progress=True))
+        try:
+            show_prepared(prepare_data(config.data, folder=data_folder(config), progress=True))
+        except KeyboardInterrupt:
+            again = f"trainshort prepare {typed_path(run)}{typed_overrides(overrides or [])}"
+            logger.warning("stopped: start it again to continue: %s", again)
+            raise
 
 
 @run_commands.command("train")
@@ -179,15 +196,16 @@ def train_command(
 
 def _train_one_rank(config: "RunConfig", place: "ProcessRank", *, accept_change: bool) -> None:
     from launch.show.train import following_rank
-    from parallel.start import hold_stop_signals
-    from training.rank_errors import rank_failures_in_words
+    from parallel.start import hold_stop_signals, ignore_stop_signals
+    from training.rank_errors import explain_rank_failure
 
     # The import below takes seconds. A SIGTERM meanwhile must wait until the rank can save.
     hold_stop_signals()
-    with following_rank(config, place, environ=os.environ) as terminal, rank_failures_in_words(config, place):
+    with following_rank(config, place, environ=os.environ) as terminal, explain_rank_failure(config, place):
         from training.run import train_rank
 
         train_rank(config, place, accept_change=accept_change, terminal=terminal)
+    ignore_stop_signals()
 
 
 def _start_local_ranks(
@@ -202,18 +220,18 @@ def _start_local_ranks(
         ranks: Value of `--ranks`.
         options: Further options of `train` that are passed on to the ranks.
     """
-    from configs.paths import logs_folder
+    from configs.paths import logs_folder, metrics_path
     from launch.local import STOPPED_BY_HAND, start_ranks
     from launch.show.console import show_lines
     from launch.show.train import following_launcher, say_end, train_command_line, verbosity_options
-    from launch.start_check import check_start, finished_line
+    from launch.start_check import check_start, finished_lines
     from training.export.formats.table import export_problems
     from training.incarnation import refuse_second_start, sole_launcher
     from training.rank_errors import rank_out_of_memory
 
     ready, device = check_start(config, ranks=ranks, environ=os.environ)
     if ready.finished:
-        show_lines(finished_line(ready))
+        show_lines(*finished_lines(ready))
         return 0
     if ready.newest is None:  # said before training, not after it
         show_lines(*export_problems(config.model).values())
@@ -229,6 +247,7 @@ def _start_local_ranks(
             command,
             ranks=ready.layout.world_size,
             logs=logs_folder(ready.run_dir),
+            metrics=metrics_path(ready.run_dir),
             environment=os.environ,
             explain_memory=partial(rank_out_of_memory, config, ready.layout, on_gpu=False),
         )

@@ -45,21 +45,28 @@ def runs_remove_command(
         list[Path],
         typer.Argument(metavar="RUN_DIR...", parser=path_of, autocompletion=complete_run_folders, help="Run folders."),
     ],
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without a question.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without a question what cannot be in use.")] = False,
 ) -> None:
     """Remove run folders with all that is in them, after a question; their MLflow runs stay."""
+    from configs.figures import counted
     from launch.remove import plan_removals, remove_run
     from launch.show.console import show_lines
     from launch.show.runs import removal_lines, removed_lines
     from launch.show.streams import write_error
 
     removals = plan_removals(folders)
+    unsure = next((removal for removal in removals if removal.unseen), None)
+    if yes and unsure:
+        raise InputError(
+            f"{unsure.summary.path} may be in use, {unsure.unseen}: once you know that it is not, leave out --yes "
+            "and answer the question"
+        )
     if not yes:
         if not sys.stdin.isatty():
             raise InputError("standard input is no terminal, so nobody can be asked: add --yes to remove without")
         write_error("".join(f"{line}\n" for removal in removals for line in removal_lines(removal)))
         # not typer.confirm: it writes a part of its question to standard output
-        write_error(f"Remove {len(removals)} run{'s' * (len(removals) > 1)}? [y/N] ")
+        write_error(f"Remove {counted(len(removals), 'run')}? [y/N] ")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             show_lines("nothing was removed")
             return

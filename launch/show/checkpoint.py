@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.figures import byte_size
 from configs.terminal import printable
 from launch.show.console import show_lines, show_table, wide_table
 
@@ -16,11 +17,11 @@ def show_checkpoints(verdicts: "list[Verdict]", *, folder: Path) -> None:
     if not verdicts:
         show_lines(f"{folder} has no checkpoint yet")
         return
-    table = wide_table(("step", "MB", "validation", "checkpoint"), left=("checkpoint",))
+    table = wide_table(("step", "size", "validation", "checkpoint"), left=("checkpoint",))
     for verdict in verdicts:
         values = verdict.to_json()
         step, loss = values["step"], values["validation_loss"]
-        size = "broken" if verdict.problems else f"{verdict.bytes / 1e6:,.1f}"
+        size = "broken" if verdict.problems else byte_size(verdict.bytes)
         path = printable(str(verdict.path))
         table.add_row("-" if step is None else f"{step:,}", size, "-" if loss is None else f"{loss:.4f}", path)
     show_table(table)
@@ -33,14 +34,14 @@ def show_verdicts(verdicts: "list[Verdict]") -> None:
         if verdict.problems:
             show_lines(f"broken  {verdict.path}", *(f"        {problem}" for problem in verdict.problems))
         else:
-            show_lines(f"whole   {verdict.path}  ({verdict.bytes / 1e6:,.1f} MB read)")
+            show_lines(f"whole   {verdict.path}  ({byte_size(verdict.bytes)} read)")
 
 
 def show_reshape(plan: "Reshape") -> None:
     """Write how each tensor of a checkpoint would be split in another layout."""
     show_lines(
         f"{plan.path}: saved with tensor {plan.tensor} x pipeline {plan.pipeline}, read by {plan.layout}; "
-        f"{plan.state_bytes / 1e6:,.1f} MB of weights and moments"
+        f"{byte_size(plan.state_bytes)} of weights and moments"
     )
     names = ("tensor", "rule", "shape", "saved", "read", "padding")
     table = wide_table(names, left=names)

@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from configs.figures import byte_size, duration, scaled
 from configs.terminal import printable
 from launch.show.console import narrow_table, output_width, show_folded, show_lines
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from training.comparison.comparison import Comparison, TextResults
 
 _NOT_KNOWN = "-"
+_LOSS = "{:.4f}".format
 _LABEL_WIDTH = 16  # columns that a run's name may take more than its figures
 
 Row = tuple[str, list[str]]
@@ -63,23 +65,23 @@ def _blocks(labels: list[str], sections: list[list[Row]]) -> Iterator[tuple[rang
 def _figures(comparison: "Comparison") -> list[Row]:
     runs = [run.values() for run in comparison.runs]
 
-    def row(name: str, key: str, form: str, *, scale: int = 1) -> Row:
-        return name, [_NOT_KNOWN if run[key] is None else format(run[key] * scale, form) for run in runs]
+    def row(name: str, key: str, text: Callable[[Any], str]) -> Row:
+        return name, [_NOT_KNOWN if run[key] is None else text(run[key]) for run in runs]
 
     rows: list[Row] = [
-        ("position", [run["position"] for run in runs]),
-        row("training length", "train_length", ",d"),
-        ("parameters", [_count(run["parameters"]) for run in runs]),
+        row("position", "position", str),
+        row("training length", "train_length", "{:,}".format),
+        row("parameters", "parameters", scaled),
         ("steps", [_steps(run) for run in runs]),
-        ("tokens", [_count(run["tokens"]) for run in runs]),
-        row("training loss", "loss", ".4f"),
-        row("  best", "best_loss", ".4f"),
-        row("validation loss", "validation_loss", ".4f"),
-        row("  best", "best_validation_loss", ".4f"),
-        row("tokens/s, median", "tokens_per_second", ",.0f"),
-        row("utilization, %", "model_flops_utilization", ".1f", scale=100),
-        row("peak memory, GB", "memory_gb", ".2f"),
-        ("time", [_time(run["seconds"]) for run in runs]),
+        row("tokens", "tokens", scaled),
+        row("training loss", "loss", _LOSS),
+        row("  best", "best_loss", _LOSS),
+        row("validation loss", "validation_loss", _LOSS),
+        row("  best", "best_validation_loss", _LOSS),
+        row("tokens/s, median", "tokens_per_second", scaled),
+        row("utilization, %", "model_flops_utilization", lambda share: f"{100 * share:.1f}"),
+        row("peak memory", "memory_gb", lambda gigabytes: byte_size(gigabytes * 1e9)),
+        row("time", "seconds", duration),
     ]
     return [(name, cells) for name, cells in rows if set(cells) != {_NOT_KNOWN}]
 
@@ -114,26 +116,8 @@ def _perplexity(value: float) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _count(value: int | None) -> str:
-    """Return a count in four digits: 819.2K, 1.331B."""
-    if value is None:
-        return _NOT_KNOWN
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= size:
-            return f"{value / size:.4g}{unit}"
-    return str(value)
-
-
 def _steps(run: dict[str, Any]) -> str:
     return f"{run['step']:,}" if run["step"] == run["steps"] else f"{run['step']:,} of {run['steps']:,}"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return _NOT_KNOWN
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _setting(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -55,7 +56,8 @@ def output_width() -> int | None:
 def _show(renderable: RenderableType, *, width: int | None) -> None:
     # Cells are data: without these, rich reads [red] as a colour and :smile: as an emoji.
     console = Console(width=width or _NO_LIMIT, markup=False, emoji=False, highlight=False)
-    write_output("".join(segment.text for segment in console.render(renderable)))
+    text = "".join(segment.text for segment in console.render(renderable))
+    write_output(re.sub(" +$", "", text, flags=re.MULTILINE))  # rich pads each line
 
 
 def wide_table(columns: Sequence[str], *, left: Collection[str] = ()) -> Table:

@@ -1,9 +1,9 @@
 """Output of `trainshort slurm --submit` and `trainshort jobs`."""
 
-import shlex
 from datetime import timedelta
 from pathlib import Path
 
+from configs.commands import typed_path
 from configs.paths import logs_folder
 from configs.terminal import printable
 from launch.show.console import narrow_table, show_lines, show_table
@@ -14,7 +14,7 @@ def show_submitted(jobs: dict[str, str], *, run_dir: Path) -> None:
     """Write the ids of submitted jobs."""
     show_lines(
         *(f"submitted {name}: job {job_id}" for name, job_id in jobs.items()),
-        f"logs: {logs_folder(run_dir)}; where they are: trainshort jobs status {shlex.quote(str(run_dir))}",
+        f"logs: {logs_folder(run_dir)}; where they are: trainshort jobs status {typed_path(run_dir)}",
     )
 
 

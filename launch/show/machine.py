@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from configs.figures import byte_size
 from configs.terminal import printable
 from launch.show.console import narrow_table, show_folded, show_lines, show_table
 
@@ -17,7 +18,8 @@ def show_machine(report: dict[str, Any]) -> None:
         "python": f"{report['python']['version']} {report['python']['executable']}",
         "system": report["python"]["system"],
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
-        "cpu": f"{cpu['cores']} cores, memory {_gib(cpu['memory_bytes'])}, {_gib(cpu['available_bytes'])} of it free",
+        "cpu": f"{cpu['cores']} cores, "
+        f"memory {_memory(cpu['memory_bytes'])}, {_memory(cpu['available_bytes'])} of it free",
         "gpu": _gpus(gpus),
         "ranks talk by": _collectives(gpus),
         "network": _network(network),
@@ -76,14 +78,14 @@ def _grid(rows: dict[str, str]) -> Table:
     return grid
 
 
-def _gib(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
+def _memory(size: int | None) -> str:
+    return "unknown" if size is None else byte_size(size)
 
 
 def _gpus(gpus: dict[str, Any]) -> str:
     if gpus["usable"]:
         return ", ".join(
-            f"{gpu['name']} {_gib(gpu['memory_bytes'])}{'' if gpu['bf16'] else ' without bf16'}"
+            f"{gpu['name']} {_memory(gpu['memory_bytes'])}{'' if gpu['bf16'] else ' without bf16'}"
             for gpu in gpus["usable"]
         )
     build = f"torch is built for CUDA {gpus['torch_cuda']}" if gpus["torch_cuda"] else "torch is built without CUDA"

@@ -1,27 +1,27 @@
 """Output of `check --memory`."""
 
+from configs.figures import byte_size, counted
 from launch.show.console import narrow_table, show_lines, show_table
-from training.host_memory import in_gigabytes
 from training.memory_changes import change_lines
 from training.memory_fit import MemoryFit
 
 _FOR_A_GPU = "for a GPU, name its memory: --gpu-memory-gb 80"
 
 
-def show_memory(fit: MemoryFit, *, is_default: bool) -> None:
+def show_memory(fit: MemoryFit, *, origin: str) -> None:
     """Write a table of the estimate, whether it fits, and what to change if it does not.
 
     Args:
         fit: The estimate and what there is.
-        is_default: Whether nobody said how many ranks there are.
+        origin: Why there are so many ranks; empty if the user said so.
     """
     layout, stages = fit.layout, [stage.to_json() for stage in fit.estimate.stages]
-    ranks = f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}"
-    if is_default:
-        ranks += " (tensor x pipeline; see --ranks)"
+    ranks = counted(layout.world_size, "rank")
+    if origin:
+        ranks += f" ({origin}; see --ranks)"
     show_lines(
         f"memory of a rank in GB, estimated for {ranks}",
-        f"  {layout}, on {'GPUs' if fit.there.on_gpu else 'CPUs'}",
+        f"  {layout}, on {'GPUs' if fit.available.on_gpu else 'CPUs'}",
     )
     table = narrow_table(("", *(f"stage {number}" for number in range(layout.pipeline))), left=("",))
     for part in stages[0]:
@@ -31,20 +31,34 @@ def show_memory(fit: MemoryFit, *, is_default: bool) -> None:
 
 
 def _verdict(fit: MemoryFit) -> list[str]:
-    lines = [f"the largest rank needs {in_gigabytes(fit.estimate.largest)}"]
-    if fit.estimate.offloaded:
-        lines.append(f"  and {in_gigabytes(fit.estimate.offloaded)} of the machine's memory (parallel.offload)")
+    lines = [f"the largest rank needs {byte_size(fit.estimate.largest)}"]
+    lines += _offloaded(fit)
     if fit.fits is None:
-        return [*lines, f"whether it fits is not known: {fit.there.name}"]
+        return [*lines, f"whether it fits is not known: {fit.available.name}"]
     if fit.fits:
-        lines.append(f"it fits {fit.there.name}")
-        return lines if fit.there.on_gpu else [*lines, _FOR_A_GPU]
-    lines.append(f"it does not fit {fit.there.name}")
+        lines.append(f"it fits {fit.available.name}")
+        return lines if fit.available.on_gpu else [*lines, _FOR_A_GPU]
+    if fit.available.size is not None and fit.estimate.largest <= fit.available.size:  # only its machine is too small
+        return [*lines, "set parallel.offload to none, or use a machine with more memory"]
+    lines.append(f"it does not fit {fit.available.name}")
     if fit.changes:
         lines.append("to need less memory, change the first of these that you can:")
-    for change, size in fit.changes:
-        enough = ", which fits" if fit.there.size is not None and size <= fit.there.size else ""
-        lines += [f"  {line}: {in_gigabytes(size)}{enough}" for line in change_lines([change])]
-    more = f"use a {'GPU' if fit.there.on_gpu else 'machine'} with more memory"
+    for change, then in fit.changes:
+        enough = ", which fits" if fit.available.holds(then, ranks=change.layout.world_size) else ""
+        lines += [f"  {line}: {byte_size(then.largest)}{enough}" for line in change_lines([change])]
+    more = f"use a {'GPU' if fit.available.on_gpu else 'machine'} with more memory"
     lines.append(f"or {more}" if fit.changes else more)
-    return lines if fit.there.on_gpu else [*lines, _FOR_A_GPU]
+    return lines if fit.available.on_gpu else [*lines, _FOR_A_GPU]
+
+
+def _offloaded(fit: MemoryFit) -> list[str]:
+    """Return what parallel.offload takes of the machine's memory, and whether that is there."""
+    estimate, host, ranks = fit.estimate, fit.available.host, fit.layout.world_size
+    if not estimate.offloaded:
+        return []
+    line = f"  and {byte_size(estimate.offloaded)} of its machine's memory (parallel.offload)"
+    if host is None:
+        return [line, "  whether its machine has that for each rank is not checked"]
+    here = counted(min(ranks, fit.available.gpus), "rank")
+    verb = "exceeds" if fit.available.lacks_host(estimate, ranks=ranks) else "is within"
+    return [line, f"  for {here} that {verb} {host}"]

@@ -1,9 +1,10 @@
 """Output of `evaluate` and `export`."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.commands import typed_path
+from configs.paths import checkpoints_folder
 from launch.show.console import narrow_table, show_lines, show_table
 from training.evaluation.report import protocol_name
 
@@ -11,11 +12,19 @@ if TYPE_CHECKING:
     from training.export.run import ExportResult
 
 
-def show_report(report: dict[str, Any]) -> None:
-    """Write the perplexity table of an evaluation report."""
+def show_report(report: dict[str, Any], *, checkpoint: Path) -> None:
+    """Write the perplexity table of an evaluation report.
+
+    Args:
+        report: Its contents.
+        checkpoint: What was evaluated, as given: the checkpoint, or its run folder.
+    """
+    evaluated = Path(report["checkpoint"])
+    if checkpoint.resolve() != evaluated.resolve():
+        checkpoint = checkpoints_folder(checkpoint) / evaluated.name
     # Only a text whose words were counted has a perplexity per word.
     per_word = any("word_perplexity" in result for result in report["results"])
-    show_lines(f"{report['checkpoint']}, trained at {report['train_length']:,} tokens")
+    show_lines(f"{checkpoint}, trained at {report['train_length']:,} tokens")
     table = narrow_table(("length", "x trained", "tokens", "loss", "perplexity", *(["per word"] if per_word else [])))
     table.add_column("protocol")
     for result in report["results"]:
@@ -39,7 +48,7 @@ def show_report(report: dict[str, Any]) -> None:
 def show_export(result: "ExportResult", *, checkpoint: Path) -> None:
     """Write how an export compared, the longest text that it allows, and in the last line its folder."""
     facts = result.facts
-    advice = f"; run `trainshort evaluate {shlex.quote(str(checkpoint))}` and export again"
+    advice = f"; run `trainshort evaluate {typed_path(checkpoint)}` and export again"
     show_lines(
         f"exported {result}",
         f"longest text: {facts.longest:,} tokens, {facts.reason}{'' if facts.report else advice}",

@@ -1,10 +1,10 @@
 """Output of `init`, `check` and `prepare`."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.commands import typed_path
 from configs.paths import data_folder, run_folder
 from configs.schema import RunConfig
 from configs.terminal import printable
@@ -69,7 +69,7 @@ def show_prepared(prepared: "Prepared") -> None:
 
 def show_new_file(file: Path, *, source: str) -> None:
     """Write what to do with a run file that `init` has written."""
-    name = shlex.quote(str(file))
+    name = typed_path(file)
     show_lines(
         f"{file} is written from {source}: edit it, data.sources first, then type",
         f"  trainshort check {name}",

@@ -1,15 +1,22 @@
 """Output of `trainshort runs`."""
 
-from datetime import UTC, datetime, timedelta
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.figures import byte_size, counted, duration
 from configs.terminal import printable
-from launch.show.console import narrow_table, show_folded, show_lines
+from launch.show.console import narrow_table, output_width, show_folded, show_lines
 
 if TYPE_CHECKING:
     from launch.remove import Removal
     from launch.runs import RunSummary
+
+_NAME_WIDTH = 16  # columns that a name gets before figures do
+_LEAST_FIRST = ("best", "newest", "size", "age", "saves", "loss")  # what is left out on a narrow terminal
+_NAMED_RUNS = 4
 
 
 def show_runs(summaries: "list[RunSummary]", *, folder: Path) -> None:
@@ -18,23 +25,14 @@ def show_runs(summaries: "list[RunSummary]", *, folder: Path) -> None:
         show_lines(f"{folder} holds no run")
         return
     now = datetime.now(UTC)
-    table = narrow_table(("state", "step", "loss", "best", "saves", "newest", "size", "age"), left=("state",))
+    names = [printable(str(run.path.relative_to(folder) if run.path != folder else run.path)) for run in summaries]
+    figures = _fitting([_figures(run, now=now) for run in summaries], names)
+    table = narrow_table([*figures[0]], left=("state",))
     for column in table.columns:
         column.no_wrap = True
     table.add_column("run", overflow="fold")  # on a terminal; in a file a path stays on one line
-    for run in summaries:
-        path = run.path.relative_to(folder) if run.path != folder else run.path
-        table.add_row(
-            run.state,
-            f"{run.step}/{run.steps or '?'}",
-            _loss(run.loss),
-            _loss(run.best_validation),
-            str(run.checkpoints),
-            "-" if run.newest_checkpoint is None else str(run.newest_checkpoint),
-            size_text(run.bytes),
-            age_text(now - run.written_at) if run.written_at else "-",
-            printable(str(path)),
-        )
+    for cells, name in zip(figures, names, strict=True):
+        table.add_row(*cells.values(), name)
     show_folded(table)
     hosts = sorted({run.host for run in summaries if run.state == "unknown" and run.host})
     if hosts:
@@ -42,53 +40,77 @@ def show_runs(summaries: "list[RunSummary]", *, folder: Path) -> None:
     show_lines(*(f"broken: {run.problem}" for run in summaries if run.problem))
 
 
+def _figures(run: "RunSummary", *, now: datetime) -> dict[str, str]:
+    """Return the cells of a run's row by heading, without its name."""
+    return {
+        "state": run.state,
+        "step": f"{run.step}/{run.steps or '?'}",
+        "loss": _loss(run.loss),
+        "best": _loss(run.best_validation),
+        "saves": str(run.checkpoints),
+        "newest": "-" if run.newest_checkpoint is None else str(run.newest_checkpoint),
+        "size": byte_size(run.bytes),
+        "age": _age((now - run.written_at).total_seconds()) if run.written_at else "-",
+    }
+
+
+def _fitting(figures: list[dict[str, str]], names: list[str]) -> list[dict[str, str]]:
+    """Leave out columns until the names have room beside the others."""
+    room = (output_width() or math.inf) - min(max(map(len, names)), _NAME_WIDTH) - 2
+    widths = {heading: max(len(heading), *(len(row[heading]) for row in figures)) for heading in figures[0]}
+    for heading in _LEAST_FIRST:
+        if sum(widths.values()) + 2 * len(widths) > room:  # two blanks between columns
+            del widths[heading]
+    return [{heading: row[heading] for heading in widths} for row in figures]
+
+
 def removal_lines(removal: "Removal") -> list[str]:
     """Return what is lost if a run folder is removed, and what is kept."""
     run = removal.summary
     checkpoints = "no checkpoint"
     if run.checkpoints:
-        checkpoints = f"{run.checkpoints} checkpoint{'s' * (run.checkpoints > 1)}, the newest of step"
-        checkpoints += f" {run.newest_checkpoint:,}"
-    lines = [f"{printable(str(run.path))}: {run.state}, {size_text(run.bytes)}, {checkpoints}"]
+        checkpoints = f"{counted(run.checkpoints, 'checkpoint')}, the newest of step {run.newest_checkpoint:,}"
+    size = byte_size(run.bytes - removal.kept_bytes) + (" without its data" if removal.kept else "")
+    lines = [f"{printable(str(run.path))}: {run.state}, {size}, {checkpoints}"]
     if removal.unseen:
         lines.append(f"  {removal.unseen}")
-    return lines + [f"  {line}" for line in _left(removal)]
+    return lines + [f"  {line}" for line in _left(removal, keep="will keep")]
 
 
 def removed_lines(removal: "Removal") -> list[str]:
     """Return what was removed, and what was kept."""
     run = removal.summary
-    return [f"removed {run.path} ({size_text(run.bytes)})", *_left(removal)]
+    removed = f"removed {run.path}{' except its data' if removal.kept else ''}"
+    return [f"{removed} ({byte_size(run.bytes - removal.kept_bytes)})", *_left(removal, keep="kept")]
 
 
-def _left(removal: "Removal") -> list[str]:
+def _left(removal: "Removal", *, keep: str) -> list[str]:
     lines = []
+    if removal.searched and not removal.kept:
+        lines.append(f"its data too: no other run in {' or '.join(map(str, removal.searched))} trains on it")
     if removal.kept:
-        lines.append(f"kept {removal.kept}: {', '.join(map(str, removal.users))} trains on it")
+        lines.append(f"{keep} {removal.kept} ({byte_size(removal.kept_bytes)}): {_train(removal.users)} on it")
     if removal.data:
-        lines.append(f"kept {removal.data}, which it trained on")
+        lines.append(f"{keep} {removal.data}, which it trained on")
     if removal.record:
         where = removal.record.uri or "the mlflow.db beside it"
-        lines.append(f"kept its MLflow run {removal.record.run_id} in {where}")
+        lines.append(f"{keep} its MLflow run {removal.record.run_id} in {where}")
     return lines
 
 
-def size_text(size: int) -> str:
-    """Return a number of bytes with a unit: 999 B, 1.2 MB, 34 GB."""
-    value, units = float(size), iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while value >= 999.5 and unit != "TB":
-        value, unit = value / 1000, next(units)
-    return f"{value:.1f} {unit}" if value < 10 and unit != "B" else f"{value:.0f} {unit}"
+def _train(runs: Sequence[Path]) -> str:
+    """Return who trains, as in `runs/a, runs/b and 7 others train`."""
+    here = Path.cwd()
+    names = [str(run.relative_to(here) if run.is_relative_to(here) else run) for run in runs]
+    if len(names) == 1:
+        return f"{names[0]} trains"
+    if len(names) > _NAMED_RUNS:
+        names = [*names[: _NAMED_RUNS - 1], f"{len(names) - _NAMED_RUNS + 1:,} others"]
+    return f"{', '.join(names[:-1])} and {names[-1]} train"
 
 
-def age_text(age: timedelta) -> str:
-    """Return how long ago something was: 5 s, 12 min, 3 h, 40 d."""
-    seconds = max(0, int(age.total_seconds()))
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= length:
-            return f"{seconds // length} {unit}"
-    return f"{seconds} s"
+def _age(seconds: float) -> str:
+    return duration(seconds) if seconds >= 10 else "now"
 
 
 def _loss(value: float | None) -> str:

@@ -30,13 +30,13 @@ def ready_streams() -> None:
 
 
 @contextmanager
-def following(log: Path, *, descriptor: int | None, environ: Mapping[str, str]) -> Iterator[Terminal]:
+def following(log: Path | None, *, descriptor: int | None, environ: Mapping[str, str]) -> Iterator[Terminal]:
     """Send what is said to a person and to the run's log, the same lines, while the block runs.
 
     The log gets the lines that `--quiet` hides too, and what `write_error` writes.
 
     Args:
-        log: RUN_DIR/logs/rank_0.log, in a folder that exists.
+        log: RUN_DIR/logs/rank_0.log, in a folder that exists; None for none.
         descriptor: File descriptor of the terminal, as the launcher hands it to rank 0; None for standard error.
         environ: Environment, whose TERM says whether a line can be written again.
     Yields:
@@ -50,8 +50,8 @@ def following(log: Path, *, descriptor: int | None, environ: Mapping[str, str]) 
     root.setLevel(min(level, logging.INFO))
     _use_handlers(terminal)
     with suppress(OSError):  # without a log of its own, the run is still told on the terminal
-        if not _is_file(stream, log):  # as it is in a batch job
-            _use_handlers(terminal, _LogFile(log))
+        if log is not None and not _is_file(stream, log):  # as it is in a batch job
+            _use_handlers(_LogFile(log), terminal)  # the file first: it is whole
     try:
         yield terminal
     except BaseException:
@@ -80,11 +80,11 @@ def _use_handlers(*handlers: logging.Handler) -> None:
                 installed.close()
     for handler in handlers:
         if isinstance(handler, Terminal | _LogFile):
-            handler.addFilter(_is_said)
+            handler.addFilter(_is_shown)
             root.addHandler(handler)
 
 
-def _is_said(record: logging.LogRecord) -> bool:
+def _is_shown(record: logging.LogRecord) -> bool:
     """Return whether to show a record: libraries say warnings only, unless `--verbose` asks for all of it."""
     if record.levelno >= logging.WARNING or logging.getLogger().isEnabledFor(logging.DEBUG):
         return True

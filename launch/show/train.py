@@ -1,22 +1,25 @@
-"""What is said before and after a rank trains; the rank itself tells the rest (training/progress_log.py)."""
+"""Log lines of the launcher, before and after the ranks run; training/progress_log.py has those of a rank."""
 
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from configs.commands import typed_overrides, typed_path
+from configs.errors import InputError
 from configs.paths import logs_folder, run_folder
 from configs.schema import RunConfig
 from configs.secrets import hide_secrets
 from configs.terminal import Terminal
-from launch.local import STOPPED_BY_HAND, make_log_folder
+from launch.local import make_log_folder
 from launch.machine import gpu_count
 from launch.show.streams import following
 from parallel.start import ProcessRank
 from training.checkpoint.manifest import list_checkpoints
+from training.incarnation import has_ended, newest_incarnation
 from training.metrics_file import last_reported_step
 from training.preflight import Ready, make_ready
-from training.progress_lines import evaluate_line, lost_line, start_lines
+from training.progress_lines import evaluate_line, lost_lines, start_lines
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,8 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
         MachineError: the folder of the logs cannot be made or written.
     """
     if place.rank:
-        yield None
+        with following(None, descriptor=None, environ=environ):
+            yield None
         return
     logs, ready, device = logs_folder(run_folder(config)), None, "cuda" if gpu_count(environ) else "cpu"
     if place.starter != "local":
@@ -73,7 +77,10 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
 
 
 def say_end(config: RunConfig, *, code: int, again: str) -> None:
-    """Say what was lost, if the ranks were ended before they could save, and what to type next.
+    """Say what was lost, if the ranks failed or were ended before they could save, and what to type next.
+
+    After an error in the user's input it says nothing, as the same command would fail again, nor if a newer start
+    trains, whose files these are.
 
     Args:
         config: The run.
@@ -83,12 +90,13 @@ def say_end(config: RunConfig, *, code: int, again: str) -> None:
     run_dir = run_folder(config)
     newest = next(reversed(list_checkpoints(run_dir)), None)
     saved_step = newest.step if newest else 0
-    if code == STOPPED_BY_HAND:
-        checkpoint = newest.path if newest else None
-        lost = lost_line(last_step=last_reported_step(run_dir), checkpoint=checkpoint, saved_step=saved_step)
-        logger.warning("%s", lost)
-    elif code:
+    newer_trains = newest_incarnation(run_dir) is not None and not has_ended(run_dir)
+    if code == InputError.exit_code or (code and newer_trains):
         return
+    if code:
+        checkpoint, last_step = newest.path if newest else None, last_reported_step(run_dir)
+        for line in lost_lines(last_step=last_step, checkpoint=checkpoint, saved_step=saved_step):
+            logger.warning("%s", line)
     if saved_step >= config.train.steps:
         logger.info("%s", evaluate_line(run_dir))
     else:
@@ -103,9 +111,8 @@ def train_command_line(run: str, *, options: Sequence[str], overrides: Sequence[
         options: Options of `train`.
         overrides: Values of `--set`.
     """
-    sets = [word for override in overrides for word in ("--set", override)]
-    words = [*options, *sets, "--", run] if run.startswith("-") else [run, *options, *sets]
-    return hide_secrets(shlex.join(["trainshort", "train", *words]))
+    words = ["trainshort train", typed_path(run), *map(shlex.quote, options)]
+    return hide_secrets(" ".join(words) + typed_overrides(overrides))
 
 
 def verbosity_options() -> list[str]:

@@ -1,11 +1,11 @@
 """Record of a run's submitted jobs: RUN_DIR/slurm/jobs.json."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from configs.commands import typed_path
 from configs.errors import InputError
 from configs.files import whole_file
 from configs.paths import chain_file, config_file
@@ -45,7 +45,7 @@ def read_chain(run_dir: Path) -> Chain:
         return _ADAPTER.validate_json(chain_file(run_dir).read_bytes())
     except FileNotFoundError:
         # the file of a run that was trained here without SLURM
-        file = shlex.quote(str(config_file(run_dir))) if config_file(run_dir).is_file() else "RUN.yaml"
+        file = typed_path(config_file(run_dir)) if config_file(run_dir).is_file() else "RUN.yaml"
         raise InputError(
             f"{run_dir} has no submitted jobs: submit them with trainshort slurm {file} --submit"
         ) from None
@@ -80,5 +80,5 @@ def refuse_active_jobs(run_dir: Path) -> None:
         if not job.ended:
             raise InputError(
                 f"{run_dir} has job {job.job_id} ({name}, {job.state}) already: wait for it, or end it with "
-                f"trainshort jobs stop {shlex.quote(str(run_dir))}"
+                f"trainshort jobs stop {typed_path(run_dir)}"
             )

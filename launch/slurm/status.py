@@ -2,17 +2,16 @@
 
 import json
 import re
-import shlex
 import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from configs.commands import typed_path
 from configs.errors import MachineError
 from configs.load import load_run
 from configs.paths import (
     checkpoints_folder,
-    evaluation_folder,
     export_folder,
     frozen_config,
     logs_folder,
@@ -24,9 +23,11 @@ from launch.slurm.record import find_jobs, read_chain, refuse_active_jobs
 from launch.slurm.script import CHAIN_JOBS, STOPPED_EXIT_CODE
 from launch.slurm.submit import job_secrets, sole_submission, submit_jobs
 from training.checkpoint.manifest import list_checkpoints, step_folder
-from training.evaluation.kept import HELD_OUT, NEWEST, is_held_out
+from training.evaluation.kept import held_out_files, is_held_out
+from training.evaluation.report import protocol_name
 from training.export.formats.table import CHAIN_FORMAT
 from training.folder import report_write_errors
+from training.metrics_reader import newest_step
 
 STOP_SIGNAL = signal.SIGUSR2  # makes the script of a training job save and stop
 # Reasons to wait that never pass, and those that pass by themselves, mostly when other jobs end.
@@ -39,7 +40,7 @@ class TrainingProgress:
     """How far training is.
 
     Attributes:
-        step: Step of the last line of metrics.jsonl; None if there is no line.
+        step: Step of the last whole line of metrics.jsonl; None if there is no such line.
         loss: Loss of that line, likewise.
         steps: Steps of the whole run.
         checkpoint: Name of the newest checkpoint; None if there is none.
@@ -150,10 +151,7 @@ def remaining_jobs(run_dir: Path) -> tuple[str, ...]:
     last = step_folder(checkpoints_folder(run_dir), step=config.train.steps)
     if not last.is_dir():
         return CHAIN_JOBS
-    # The newest report may be of another checkpoint, which the user evaluated by hand.
-    folder = evaluation_folder(run_dir)
-    places = (folder / last.name / f"{HELD_OUT}.json", folder / last.name / f"{NEWEST}.json", folder / f"{NEWEST}.json")
-    reports = [report for report in places if _is_newer(report, last)]
+    reports = [report for report in held_out_files(last) if _is_newer(report, last)]
     if not any(_is_complete(report, config=config, checkpoint=last) for report in reports):
         return CHAIN_JOBS[1:]
     return () if _is_newer(export_folder(run_dir, form=CHAIN_FORMAT), last) else CHAIN_JOBS[2:]
@@ -171,10 +169,7 @@ def _is_complete(report: Path, *, config: RunConfig, checkpoint: Path) -> bool:
     wanted = {(length, protocol) for length in config.evaluation_lengths for protocol in config.evaluate.protocols}
     try:
         document = json.loads(report.read_text(encoding="utf-8"))
-        measured = {
-            (result["length"], f"sliding:{result['stride']}" if result["protocol"] == "sliding" else result["protocol"])
-            for result in document["results"]
-        }
+        measured = {(result["length"], protocol_name(result)) for result in document["results"]}
         is_of_run = Path(document["checkpoint"]).name == checkpoint.name and is_held_out(document)
         return is_of_run and wanted <= measured
     except (OSError, ValueError, KeyError, TypeError):
@@ -182,13 +177,14 @@ def _is_complete(report: Path, *, config: RunConfig, checkpoint: Path) -> bool:
 
 
 def read_progress(run_dir: Path) -> TrainingProgress:
-    """Return how far a submitted run's training is."""
+    """Return how far a submitted run's training is.
+
+    Raises:
+        InputError: metrics.jsonl cannot be read.
+    """
     steps = load_run(str(frozen_config(run_dir))).train.steps
     newest = next((checkpoint.path.name for checkpoint in reversed(list_checkpoints(run_dir))), None)
-    file = run_dir / "metrics.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    whole = [line for line in lines[-2:] if line.endswith(b"\n")]  # the last line may be half written
-    last = json.loads(whole[-1]) if whole else {}
+    last = newest_step(run_dir)
     return TrainingProgress(last.get("step"), last.get("loss"), steps, newest)
 
 
@@ -210,7 +206,7 @@ def _advice(run_dir: Path, jobs: dict[str, Job], *, nodes: int) -> str | None:
 
 
 def _advice_while_active(name: str, job: Job, *, run_dir: Path, log: Path, nodes: int) -> str | None:
-    folder = shlex.quote(str(run_dir))
+    folder = typed_path(run_dir)
     if "held" in job.reason.lower():
         return f"{name} is held ({job.reason}): see why in sinfo -R and {log}, then scontrol release {job.job_id}"
     if job.state != "PENDING":
@@ -226,7 +222,7 @@ def _advice_while_active(name: str, job: Job, *, run_dir: Path, log: Path, nodes
 
 
 def _advice_after_end(name: str, state: str, *, run_dir: Path, log: Path, is_training: bool) -> str | None:
-    folder = shlex.quote(str(run_dir))
+    folder = typed_path(run_dir)
     if state == UNKNOWN_STATE:
         return f"SLURM has forgotten {name}: read {log}, then trainshort jobs resume {folder}"
     if state == "STOPPED":

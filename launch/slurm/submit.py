@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from configs.commands import typed_path
 from configs.errors import InputError, MachineError
 from configs.files import one_writer
 from configs.load import dump_run
@@ -105,7 +105,7 @@ def sole_submission(run_dir: Path) -> Iterator[None]:
     def refuse() -> None:
         raise InputError(
             f"{run_dir} is being submitted by another process: wait for it, then see "
-            f"trainshort jobs status {shlex.quote(str(run_dir))}"
+            f"trainshort jobs status {typed_path(run_dir)}"
         )
 
     with report_write_errors(run_dir):

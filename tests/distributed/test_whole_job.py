@@ -184,7 +184,10 @@ def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None
 
 
 def test_a_finished_run_is_left_alone(job: Job) -> None:
-    assert job.again == f"one/run is trained to its last step, {STEPS}: raise train.steps to continue\n"
+    first, best, then = job.again.splitlines()
+    assert first == f"one/run is trained to its last step, {STEPS}: raise train.steps to continue"
+    assert best.startswith("best validation: loss ")
+    assert then == "next: trainshort evaluate one/run"
     # Every start of ranks writes config.yaml again, so no rank was started.
     assert job.changed == set()
 

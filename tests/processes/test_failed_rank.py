@@ -1,5 +1,6 @@
 """A rank that fails ends at once: no thread, exit handler or communicator delays the end, and so the other ranks'."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,14 @@ with ending_at_once():
     raise eval(sys.argv[1])
 """
 SECONDS = 20
+
+
+def end_of_two(program: str, logs: Path) -> int:
+    """Return the launcher's exit code after two ranks have run a program."""
+    command = [sys.executable, "-P", "-c", program]
+    metrics = logs / "metrics.jsonl"
+    explain = "rank {} {}".format
+    return start_ranks(command, ranks=2, logs=logs, environment=environment(), metrics=metrics, explain_memory=explain)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +94,7 @@ with ending_at_once():
 
 def test_the_launcher_names_a_rank_that_left_a_collective(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
-    command = [sys.executable, "-P", "-c", BLOCKED + PENDING]
-    assert start_ranks(command, ranks=2, logs=tmp_path, environment=environment()) == 2
+    assert end_of_two(BLOCKED + PENDING, tmp_path) == 2
     assert time.monotonic() - began < 3 * SECONDS
     assert capfd.readouterr().err == "error: rank 1 has no data\n"
 
@@ -98,10 +106,10 @@ import resource
 from configs.load import load_run
 from launch.failure import ending_at_once
 from parallel.start import find_process_rank
-from training.rank_errors import rank_failures_in_words
+from training.rank_errors import explain_rank_failure
 
 place = find_process_rank(os.environ)
-with ending_at_once(), rank_failures_in_words(load_run("demo", overrides=["parallel.pipeline=1"]), place):
+with ending_at_once(), explain_rank_failure(load_run("demo", overrides=["parallel.pipeline=1"]), place):
     import torch
     import torch.distributed as dist
     from parallel.start import start
@@ -117,13 +125,12 @@ with ending_at_once(), rank_failures_in_words(load_run("demo", overrides=["paral
 
 
 def test_a_rank_out_of_memory_says_so_and_the_others_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-P", "-c", SHORT_OF_MEMORY]
-    assert start_ranks(command, ranks=2, logs=tmp_path, environment=environment()) == 3
+    assert end_of_two(SHORT_OF_MEMORY, tmp_path) == 3
     first, place, held, limit, *changes = capfd.readouterr().err.splitlines()
     assert first == "error: rank 1 ran out of memory"
     assert place.startswith("  place: tensor rank 1, pipeline rank 0, data rank 0, on ")
-    assert held.endswith(" GB of address space, and asked for 1.07 GB more")
-    assert limit.endswith(" GB, the address space that ulimit -v allows")
+    assert re.search(r" [MG]B of address space, and asked for 1.07 GB more$", held)
+    assert re.search(r" [MG]B, the address space that ulimit -v allows$", limit)
     assert changes[1:3] == ["    train.micro_batch 8 -> 4", "    train.recompute false -> true"]
     assert "Traceback" in (tmp_path / "rank_1.log").read_text()
     other = (tmp_path / "rank_0.log").read_text()

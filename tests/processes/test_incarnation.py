@@ -20,6 +20,7 @@ from training.checkpoint.manifest import check_whole, list_checkpoints
 from training.checkpoint.retention import remove_unfinished
 from training.checkpoint.write import SaveError
 from training.incarnation import (
+    Fence,
     Superseded,
     begin_incarnation,
     newest_incarnation,
@@ -27,9 +28,10 @@ from training.incarnation import (
     sole_launcher,
 )
 from training.metrics_file import MetricsFile
-from training.observers import StepResult
+from training.observers import Observer, StepResult
 from training.tracking.observer import TrackingObserver
 from training.tracking.tracker import MlflowTracker
+from training.trainer import Trainer
 
 
 def test_each_start_is_newer_than_those_before(tmp_path: Path) -> None:
@@ -74,13 +76,27 @@ def test_an_unreadable_incarnation_stops_saves_not_training(
             (run_dir / "incarnation").unlink()
             (run_dir / "incarnation").mkdir()
 
+    failed: list[float] = []
     monkeypatch.setattr(MetricsFile, "on_step", unreadable)
+    monkeypatch.setattr(MetricsFile, "on_failed_save", lambda _, seconds: failed.append(seconds))
     with pytest.raises(
         SaveError, match=r"step_0000003 was not saved \(Is a directory .*/incarnation\): free space, or"
     ):
         rank.start(run_dir, steps=3)
     assert "NOT SAVED" in caplog.text
+    assert len(failed) == 2, "of step 2, and of step 3 before its error"
+    assert all(0 < seconds < 60 for seconds in failed)
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [1]
+
+
+def test_one_rank_alone_looks_for_a_newer_start(rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(Observer, "on_step", lambda _, result: seen.append(result.step))
+    monkeypatch.setattr(Trainer, "is_first_rank", False)  # as the first rank of another node
+    monkeypatch.setattr(Fence, "may_be_ours", lambda _: pytest.fail("read on each node at each step"))
+    trainer = rank.trainer(rank.config(tmp_path / "run", "train.steps=2", "train.decay_steps=2"))
+    trainer.run([Observer()])
+    assert seen == [1, 2]
 
 
 def test_an_older_start_keeps_unfinished_folders_of_a_newer_one(tmp_path: Path) -> None:

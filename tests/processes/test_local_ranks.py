@@ -16,7 +16,7 @@ import pytest
 from launch import local, rank_failure
 from launch.local import STOPPED_BY_HAND, start_ranks
 from launch.machine import core_count, gpu_count
-from training.host_memory import host_limit
+from training.host_memory import OomKills, host_limit
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 
@@ -27,7 +27,15 @@ def bash(script: str) -> list[str]:
 
 def start(script: str, logs: Path, *, ranks: int = 3, grace_seconds: float = 0.3, **more: str) -> int:
     environment = {**ENVIRONMENT, **more}
-    return start_ranks(bash(script), ranks=ranks, logs=logs, environment=environment, grace_seconds=grace_seconds)
+    return start_ranks(
+        bash(script),
+        ranks=ranks,
+        logs=logs,
+        environment=environment,
+        metrics=logs / "metrics.jsonl",
+        explain_memory=lambda rank, how: f"rank {rank} {how}",
+        grace_seconds=grace_seconds,
+    )
 
 
 def alive(pid: int) -> bool:
@@ -50,12 +58,14 @@ LAUNCHER = """
 import os, sys
 from pathlib import Path
 from launch.local import start_ranks
-sys.exit(start_ranks(sys.argv[2:], ranks=2, logs=Path(sys.argv[1]), environment=os.environ, grace_seconds=0.3))
+metrics, logs, *command = sys.argv[1:]
+more = {"metrics": Path(metrics), "explain_memory": str, "grace_seconds": 0.3}
+sys.exit(start_ranks(command, ranks=2, logs=Path(logs), environment=os.environ, **more))
 """
 
 
 PRESSED = "saving, press again to end without saving\n"
-Launch = Callable[[str], "subprocess.Popen[bytes]"]
+Launch = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
@@ -63,11 +73,14 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     """Start a launcher with two ranks; each writes its pid to the test's folder when it is ready."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start_launcher(script: str) -> "subprocess.Popen[bytes]":
-        ready = f'trap "exit 9" HUP; {script}; echo $$ >{tmp_path}/.pid$TRAINSHORT_RANK; '
+    def start_launcher(script: str, *, has_trained: bool = True) -> "subprocess.Popen[bytes]":
+        metrics = tmp_path / "metrics.jsonl"
+        metrics.write_text("of an earlier start\n")
+        anew = f"echo >{tmp_path}/.new$$; mv {tmp_path}/.new$$ {metrics}" if has_trained else "true"
+        ready = f'trap "exit 9" HUP; {script}; {anew}; echo $$ >{tmp_path}/.pid$TRAINSHORT_RANK; '
         ready += f"mv {tmp_path}/.pid$TRAINSHORT_RANK {tmp_path}/pid$TRAINSHORT_RANK; while true; do sleep 0.05; done"
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", LAUNCHER, str(tmp_path / "logs"), *bash(ready)],
+            [sys.executable, "-P", "-c", LAUNCHER, str(metrics), str(tmp_path / "logs"), *bash(ready)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -120,6 +133,8 @@ def test_a_failed_rank_is_named_with_the_end_of_its_log(tmp_path: Path, capfd: p
     assert time.monotonic() - began < 10
     error = capfd.readouterr().err
     assert error == f"error: rank 2 ended with exit code 5; the end of {tmp_path}/rank_2.log:\n  nothing fits\n"
+    assert start(f"rm -f {tmp_path}/rank_*.log; exit 5", tmp_path) == 1, "its log was removed"
+    assert re.fullmatch(r"error: rank \d ended with exit code 5; the end of \S+:\n", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("code", [2, 3])
@@ -170,22 +185,27 @@ def test_a_killed_rank_is_named_before_ranks_that_failed(tmp_path: Path, capfd: 
     first, reason, held, limit = capfd.readouterr().err.splitlines()
     assert first == "error: rank 2 ended with signal 9 (SIGKILL), which the launcher did not send"
     assert reason.startswith("  the kernel counts no kill for lack of memory: a person did it")
-    assert re.fullmatch(r"  held: [0-9.]+ GB at most, by the largest rank", held)
+    assert re.fullmatch(r"  held: [0-9.]+ [MG]B at most, by the largest rank", held)
     assert limit == f"  limit: {host_limit()}"
+
+
+MOST_LIKELY = "ended with signal 9 (SIGKILL), most likely from the kernel, for lack of memory"
 
 
 @pytest.mark.parametrize(
     ("kills", "words"),
     [
-        ((4, 5), "ran out of memory: the kernel killed it, with signal 9 (SIGKILL)"),
-        ((None, None), "ended with signal 9 (SIGKILL), most likely from the kernel, for lack of memory"),
+        ((OomKills(4, 9), OomKills(5, 10)), "ran out of memory: the kernel killed it, with signal 9 (SIGKILL)"),
+        ((OomKills(4, 9), OomKills(4, 10)), MOST_LIKELY),  # somebody's process on this machine
+        ((OomKills(None, 9), OomKills(None, 10)), MOST_LIKELY),
+        ((OomKills(None, None), OomKills(None, None)), MOST_LIKELY),
     ],
 )
 def test_a_rank_that_the_kernel_killed_ran_out_of_memory(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    kills: tuple[int | None, int | None],
+    kills: tuple[OomKills, OomKills],
     words: str,
 ) -> None:
     monkeypatch.setattr(local, "oom_kills", lambda: kills[0])
@@ -232,9 +252,9 @@ def test_a_second_ctrl_c_does_not_wait(launch: Launch, tmp_path: Path) -> None:
 
 
 def test_a_stop_before_anything_can_be_saved_is_exit_130(launch: Launch) -> None:
-    process = launch("true")  # a rank without a trap: TERM ends it at once
+    process = launch("true", has_trained=False)  # a rank without a trap: TERM ends it at once
     process.send_signal(signal.SIGTERM)
-    assert end(process)[0] == STOPPED_BY_HAND
+    assert end(process) == (STOPPED_BY_HAND, "stopping, asked by SIGTERM; press Ctrl-C to end at once\n")
 
 
 def test_a_terminals_ctrl_c_reaches_the_launcher_alone(launch: Launch, tmp_path: Path) -> None:

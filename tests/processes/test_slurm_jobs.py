@@ -35,7 +35,8 @@ def test_status_shows_the_chain_and_says_what_to_do(
     run_dir = submitted(run_values, tmp_path)
     stub("scontrol", f"{RUNNING_101}; {show(102, 'PENDING', Reason='Dependency')}; {show(103, 'PENDING')}; true")
     metrics = run_dir / "metrics.jsonl"
-    metrics.write_text('{"step": 3, "loss": 5.5}\n{"step": 4, "loss": 5.25}\n{"step": 5, "lo')
+    damaged = b'\x00\xff\n[]\n{"step": 5, "loss": \n{"step": 5, "lo'
+    metrics.write_bytes(b'{"step": 3, "loss": 5.5}\n{"step": 4, "loss": 5.25}\n' + damaged)
     answer = trainshort("jobs", "status", str(run_dir))
     assert (answer.code, answer.error) == (0, "")
     header, _, train, evaluate, export = [line.split() for line in answer.out.splitlines() if line.strip()]
@@ -50,6 +51,9 @@ def test_status_shows_the_chain_and_says_what_to_do(
     assert status["jobs"][0]["state"] == "STOPPED"
     assert (status["step"], status["loss"], status["steps"]) == (4, 5.25, 10)
     assert status["advice"] == f"stopped: trainshort jobs resume {run_dir} continues it"
+    metrics.write_bytes(damaged)
+    status = json.loads(trainshort("jobs", "status", str(run_dir), "--json").out)
+    assert status["step"] is status["loss"] is None
 
 
 @pytest.mark.parametrize(

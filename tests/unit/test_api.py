@@ -39,7 +39,7 @@ def test_a_run_folder_or_a_checkpoint_is_loaded(
     assert model.path == checkpoint
     assert model.config.model.position == model.certificate["ranks"][0]["position"] == "alibi"
     assert "step 2" in repr(model)
-    with pytest.raises(InputError, match="checkpoint nowhere does not exist"):
+    with pytest.raises(InputError, match="checkpoint .*nowhere does not exist"):
         load("nowhere")
     assert capfd.readouterr() == ("", ""), "it prints nothing"
 
@@ -149,17 +149,32 @@ def test_what_is_no_text_in_tokens_is_refused(model: TrainedModel, tokens: Any, 
 
 def test_other_wrong_input_is_refused(model: TrainedModel) -> None:
     wrong: dict[str, Callable[[], object]] = {
-        "the prompt must be text, got list": lambda: model.generate([5, 6]),  # type: ignore[arg-type]
+        "the prompt must be text, got list: give a str": lambda: model.generate([5, 6]),  # type: ignore[arg-type]
+        "what is encoded must be text, got bytes: decode its bytes": lambda: model.encode(b"x"),  # type: ignore[arg-type]
         "the prompt is not UTF-8 at character 1": lambda: model.stream("a\udcff"),
-        "the text is not UTF-8 at character 0": lambda: model.encode("\udcff"),
+        "what is encoded is not UTF-8 at character 0": lambda: model.encode("\udcff"),
         "tokens to generate must be 1 or more, got 0": lambda: model.stream("x", tokens=0),
+        "tokens to generate must be a whole number, got 2.5": lambda: model.stream("x", tokens=2.5),  # type: ignore[arg-type]
+        "tokens to generate must be a whole number, got True": lambda: model.stream("x", tokens=True),
         "temperature must be 0 or more, got nan": lambda: model.stream("x", temperature=math.nan),
+        "temperature must be 0 or more, got inf": lambda: model.stream("x", temperature=10**400),
+        "temperature must be a number, got '1': give an int": lambda: model.stream("x", temperature="1"),  # type: ignore[arg-type]
+        r"temperature must be a number, got \[1\]": lambda: model.stream("x", temperature=[1]),  # type: ignore[arg-type]
+        "top-p must be a number, got '1'": lambda: model.stream("x", top_p="1"),  # type: ignore[arg-type]
+        "seed must be a whole number, got 'a': give an int": lambda: model.stream("x", seed="a"),  # type: ignore[arg-type]
+        "seed must be a whole number, got 1.5": lambda: model.stream("x", seed=1.5),  # type: ignore[arg-type]
         r"a length of at least 1, got \[0\]": lambda: model.logits([]),
         r"must have the shape \[length\], got \[1, 2\]": lambda: model.decode([[5, 6]]),  # type: ignore[list-item]
     }
     for message, call in wrong.items():
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_numbers_of_numpy_are_numbers(model: TrainedModel) -> None:
+    generated = model.generate("Once", tokens=np.int64(3), temperature=np.float32(0.5), seed=np.uint8(4))  # type: ignore[arg-type]
+    assert generated.text == model.generate("Once", tokens=3, temperature=0.5, seed=4).text
+    assert [type(value) for value in (generated.temperature, generated.seed)] == [float, int]
 
 
 def test_threads_share_a_model(model: TrainedModel) -> None:

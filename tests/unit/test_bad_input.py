@@ -87,10 +87,13 @@ def test_every_command_checks_its_run_file(trainshort: Call, command: str) -> No
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (b"run: {name: a\n", "run.yaml, line 2: expected ',' or '}', but got '<stream end>'"),
+        (b"run: {name: a\n", "run.yaml, line 2: it ends before a closing }: add it"),
         (b"run: {name: \xff}\n", "run file run.yaml is not UTF-8 at byte 12: save it as UTF-8"),
         (b"model: {heads: 2}\nmodel: {heads: 4}\n", "run.yaml, line 2: key 'model' appears twice: remove one"),
-        (b"just words\n", "run.yaml must hold sections of keys, got str: see configs/runs/demo.yaml"),
+        (
+            b"just words\n",
+            "run file run.yaml must hold sections of keys, got text: type `trainshort init NAME` for one to edit",
+        ),
     ],
 )
 def test_a_file_that_is_no_run_file_is_refused(trainshort: Call, folder: Path, text: bytes, expected: str) -> None:
@@ -262,9 +265,15 @@ def test_accept_change_is_passed_on_to_the_ranks(
 
 @pytest.mark.usefixtures("trained")
 def test_a_finished_run_is_left_as_it_is(trainshort: Call) -> None:
+    lines = [f'{{"step": {step}, "loss": 5.0, "validation_loss": {loss}}}\n' for step, loss in ((2, 4.5), (4, "NaN"))]
+    Path("run/metrics.jsonl").write_text("".join(lines))
     before = contents(Path.cwd())
     assert trainshort("train", "run.yaml", "--set", "train.steps=4") == Answer(
-        0, "run is trained to its last step, 4: raise train.steps to continue\n", ""
+        0,
+        "run is trained to its last step, 4: raise train.steps to continue\n"
+        "best validation: loss 4.5000 at step 2\n"
+        "next: trainshort evaluate run\n",
+        "",
     )
     assert contents(Path.cwd()) == before
 

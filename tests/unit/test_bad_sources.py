@@ -93,4 +93,5 @@ def test_a_vocabulary_too_large_says_how_large_it_may_be(trainshort: Call, folde
     assert last.startswith("error: data.vocab_size 5000 is larger than the ")
     largest = int(last.split(" is larger than the ")[1].split()[0])
     assert last.endswith(f"the text allows: use {largest} or less, or add text")
+    assert [file.name for file in (folder / "data").iterdir()] == [".lock"], "there is nothing to continue from"
     assert trainshort("prepare", "run.yaml", "--set", f"data.vocab_size={largest}", "--set", "data.split=0").code == 0

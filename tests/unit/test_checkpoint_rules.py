@@ -17,6 +17,8 @@ from configs.files import sync_folder
 from configs.load import load_run
 from configs.schema import CheckpointRules
 from data_pipeline.prepare import prepare_data
+from parallel.engine import StepOutcome
+from tests.support.compared_runs import make_run
 from tests.support.edited_manifest import edit_manifest
 from tests.support.one_rank import STEPS, OneRank
 from tests.support.steps import step_result
@@ -28,7 +30,7 @@ from training.checkpoint.retention import checkpoints_to_remove
 from training.checkpoint.write import SaveError
 from training.metrics_file import MetricsFile
 from training.observers import StepResult
-from training.preflight import make_ready
+from training.preflight import make_ready, newest_to_resume
 from training.state import TrainState
 
 SAVED = 2
@@ -114,6 +116,25 @@ def test_a_stop_file_saves_and_ends_once(
     monkeypatch.undo()
     rank.start(run_dir)
     assert list_checkpoints(run_dir)[-1].step == STEPS
+
+
+@pytest.mark.parametrize("saved_step", [0, SAVED])
+def test_a_diverged_run_says_what_to_do(
+    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, saved_step: int
+) -> None:
+    if not saved_step:
+        shutil.rmtree(run_dir / "checkpoints")
+    outcome = StepOutcome(loss=math.nan, grad_norm=math.inf)
+    monkeypatch.setattr(type(rank.engine), "train_step", lambda *_, **__: outcome)
+    with pytest.raises(InputError) as error:
+        rank.start(run_dir)
+    kept = "no checkpoint was saved"
+    if saved_step:
+        kept = f"the last good checkpoint is {list_checkpoints(run_dir)[-1].path}"
+    assert str(error.value) == (
+        f"the loss is nan and the gradient norm inf at step {saved_step + 1}, so training has diverged: train in "
+        f"another run.dir, with a lower train.learning_rate or more train.warmup_steps; {kept}"
+    )
 
 
 def test_an_old_stop_file_ends_a_start_before_its_first_step(rank: OneRank, run_dir: Path) -> None:
@@ -281,6 +302,47 @@ def test_a_run_whose_last_checkpoint_was_altered_is_not_finished(rank: OneRank, 
     content[-1] ^= 1
     weights.write_bytes(content)
     assert not make_ready(config, world_size=1, device="cpu").finished
+
+
+def test_a_start_warns_of_a_broken_checkpoint_once(
+    rank: OneRank, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = rank.config(run_dir, f"train.steps={STEPS}", f"train.decay_steps={STEPS}")
+    broken = run_dir / "checkpoints" / f"step_{SAVED:07d}" / "tokenizer.model"
+    broken.write_bytes(broken.read_bytes()[1:])
+    for _ in ("the launcher", "the rank"):
+        assert make_ready(config, world_size=1, device="cpu").newest is not None
+    assert rank.trainer(config).start.step == SAVED - 1
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warning.startswith(f"checkpoint file {broken} has ")
+    assert warning.endswith(f"; it is skipped, and step_{SAVED - 1:07d} is used instead")
+    assert "use another" not in warning
+    caplog.clear()
+    assert newest_to_resume(config, run_dir=run_dir) is not None, "of `check` and `train --dry-run`"
+    assert caplog.messages == [warning]
+
+
+@pytest.mark.parametrize(
+    ("place", "given", "found", "run"),
+    [
+        ("", "run", "run/checkpoints/step_0000002", "run"),
+        ("", "run/checkpoints/step_0000001", "run/checkpoints/step_0000001", "run"),
+        ("run", ".", "checkpoints/step_0000002", "."),
+        ("run/checkpoints", "..", "../checkpoints/step_0000002", ".."),
+        ("run/checkpoints", "step_0000001", None, None),
+        ("run/checkpoints/step_0000002", ".", None, None),
+        ("run/checkpoints/step_0000002", "../step_0000001", None, None),
+    ],
+)
+def test_a_checkpoint_is_named_as_the_user_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, given: str, found: str | None, run: str | None
+) -> None:
+    run_dir = make_run(tmp_path / "run", checkpoints=(1, 2))
+    monkeypatch.chdir(tmp_path / place)
+    opened = open_checkpoint(Path(given))
+    assert (opened.path.exists(), opened.run_dir.resolve()) == (True, run_dir)
+    if found is not None:
+        assert (str(opened.path), str(opened.run_dir)) == (found, run)
 
 
 def test_fewer_steps_than_were_taken_are_refused(rank: OneRank, run_dir: Path) -> None:

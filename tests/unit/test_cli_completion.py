@@ -24,7 +24,7 @@ def complete(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         run_here()
         shown = capsys.readouterr()
         assert shown.err == ""
-        return shown.out.split()
+        return [line for line in shown.out.splitlines() if line]
 
     return ask
 
@@ -44,10 +44,11 @@ def test_run_files_are_completed(complete: Complete, folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     for command in ("check", "prepare", "train", "slurm", "doctor --alibi"):
-        assert complete(f"trainshort {command} ") == sorted([*SHIPPED, "my.yaml", "run.yaml"])
+        assert complete(f"trainshort {command} ") == sorted([*SHIPPED, "my.yaml", "run.yaml", "two\\ words.yaml"])
     assert complete("trainshort train m") == ["my.yaml"]
     assert complete("trainshort train ./m") == ["./my.yaml"]
     assert complete("trainshort train sub/") == ["sub/inner.yml"]
+    assert complete("trainshort train 'two") == ["two words.yaml"], "bash adds the quote"
     assert complete("trainshort train nothing/") == []  # the shell completes paths itself
 
 
@@ -77,9 +78,12 @@ def test_a_wrong_word_before_shows_no_error(complete: Complete) -> None:
     assert complete("trainshort nonsense ") in ([], complete("trainshort "))
 
 
-def test_other_shells_get_their_own_form(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "trainshort train dem")
+def test_other_shells_get_their_own_form(trainshort: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "two words.yaml").touch()
     monkeypatch.setenv("_TRAINSHORT_COMPLETE", "complete_zsh")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "trainshort train two")
+    assert '"two words.yaml"' in trainshort().out, "zsh quotes what it puts into its line"
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "trainshort train dem")
     assert '"demo"' in trainshort().out
     monkeypatch.setenv("_TRAINSHORT_COMPLETE", "complete_fish")
     monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")

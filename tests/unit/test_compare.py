@@ -1,5 +1,6 @@
 """`trainshort compare`: figures of runs, perplexities on the same text, keys that differ, and the plot."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
 from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
@@ -60,12 +62,12 @@ def test_two_runs_stand_side_by_side_in_80_columns(
     assert shown["position"] == ["alibi", "sinusoidal"]
     assert shown["training length"] == ["32", "32"]
     assert shown["steps"] == ["10", "10"]
-    assert shown["tokens"] == ["2.56K", "2.56K"]
+    assert shown["tokens"] == ["2.56k", "2.56k"]
     assert shown["training loss"] == ["4.0000", "4.0000"]
     assert shown["validation loss"] == ["3.6000", "3.6000"]
-    assert shown["tokens/s, median"] == ["1,001", "1,001"]
-    assert shown["peak memory, GB"] == ["2.00", "2.00"]
-    assert shown["time"] == ["1 min 04 s", "1 min 04 s"]
+    assert shown["tokens/s, median"] == ["1.00k", "1.00k"]
+    assert shown["peak memory"] == ["2.00 GB", "2.00 GB"]
+    assert shown["time"] == ["64 s", "64 s"]
     assert (shown["32"], shown["64"], shown["128"]) == (["21.25", "21.25"], ["20.50", "3.2e+06"], ["20.25", "-"])
     assert shown["model.position"] == ["alibi", "sinusoidal"]
     assert "utilization" not in answer.out, "no run knows it"
@@ -148,8 +150,74 @@ def test_different_texts_are_never_compared(trainshort: Call) -> None:
     ]
     (on_book,) = compared(trainshort, "a", "b", "c", "--text", "book.txt")["perplexity"]
     assert (on_book["text"], on_book["results"][0]["values"]) == ("book.txt", [15.0, 15.0, 15.0])
+    add_report(Path("c"), {32: 15.0}, text="mine.txt")
     answer = trainshort("compare", "a", "c", "--text", "mine.txt")
     assert "note: a has no evaluation of mine.txt: trainshort evaluate a --data FILE\n" in answer.out
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_text_is_found_by_label_content_and_path(trainshort: Call, here: Path) -> None:
+    run_dir = make_run(Path("run"))
+    kept = {}
+    for place, text in (("x", "one text"), ("y", "another text")):
+        file = here / place / "book.txt"
+        file.parent.mkdir()
+        file.write_text(text)
+        facts = {"data": {"name": "book.txt", "tokens": 5000, "words": 1000}, "text_path": str(file)}
+        label = f"book-{sha256(text)[:8]}" if kept else "book"
+        perplexity = 10.0 * (1 + len(kept))
+        add_report(run_dir, {32: perplexity}, text=f"{label}.txt", text_sha256=sha256(text), **facts)
+        kept[place] = (label, perplexity)
+
+    def found(name: str) -> tuple[str, float]:
+        (text,) = compared(trainshort, "run", "--text", name)["perplexity"]
+        return text["text"], text["results"][0]["values"][0]
+
+    for place, expected in kept.items():
+        assert found(f"{place}/book.txt") == found(expected[0]) == expected
+    (here / "copy.txt").write_text("another text")
+    assert found("copy.txt") == kept["y"], "the same content"
+    (here / "x" / "book.txt").unlink()
+    assert found("x/book.txt") == kept["x"], "the same path"
+    assert f"on {kept['y'][0]}" in rows(trainshort("compare", "run").out), "the newest report"
+    line = refused(trainshort, "compare", "run", "--text", "book.txt")
+    assert line == f"--text book.txt is the name of several texts: give one of book, {kept['y'][0]}"
+    (here / "book.txt").write_text("a third text")
+    assert refused(trainshort, "compare", "run", "--text", "book.txt").startswith(
+        f"--text book.txt: no run was evaluated on it, there are book, {kept['y'][0]}: "
+    )
+
+
+def test_a_text_that_no_run_has_is_refused(trainshort: Call, drawn: Path) -> None:
+    for name in ("a", "b"):
+        make_run(Path(name))
+    typo = ("compare", "a", "b", "--text", "bok.txt")
+    assert "no run was evaluated on it, they have no evaluation yet: " in refused(trainshort, *typo)
+    add_report(Path("a"), {32: 20.0})
+    add_report(Path("b"), {32: 20.0}, text="book.txt")
+    assert "no run was evaluated on it, there are book, held-out: " in refused(trainshort, *typo)
+    assert not drawn.exists()
+
+
+def test_a_name_with_a_line_break_is_one_line_of_the_plot(
+    trainshort: Call, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("training.comparison.plot.save_figure", lambda figure, path, **_: figures.append(figure))
+    names = ("a\nb\x1b[2J", "long" * 20, "cost $1$ and $2^$")
+    for name in names:
+        add_report(make_run(Path(name), run={"name": "demo"}), {32: 20.0, 64: 19.0})
+    assert trainshort("compare", *names).code == 0
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        r"a\nb\x1b[2J",
+        "long" * 9 + "l...",
+        "cost $1$ and $2^$",
+    ]
+    figures[0].draw_without_rendering()
 
 
 def test_other_tokenizers_are_compared_per_word(trainshort: Call) -> None:
@@ -163,12 +231,36 @@ def test_other_tokenizers_are_compared_per_word(trainshort: Call) -> None:
 
 
 def test_a_run_without_evaluation_says_what_to_type(trainshort: Call) -> None:
-    make_run(Path("my run"), run={"name": "plain"}, checkpoints=())
+    make_run(Path("my run"), run={"name": "plain"})
     add_report(make_run(Path("b")), {32: 20.0})
-    answer = trainshort("compare", "my run", "b")
+    make_run(Path("new"), checkpoints=())
+    answer = trainshort("compare", "my run", "b", "new")
     assert answer.code == 0
     assert "note: plain has no evaluation: trainshort evaluate 'my run'\n" in answer.out
-    assert rows(answer.out)["32"] == ["-", "20.00"]
+    assert "note: new has no checkpoint yet, so there is nothing to evaluate\n" in answer.out
+    assert rows(answer.out)["32"] == ["-", "20.00", "-"]
+
+
+def test_a_note_on_an_older_step_names_the_text(trainshort: Call) -> None:
+    for name in ("a", "b"):
+        add_report(
+            make_run(Path(name), checkpoints=(5, 10)),
+            {32: 20.0},
+            step=5,
+            text="book.txt",
+            text_path="/texts/my book.txt",
+        )
+    for arguments in (("a", "b", "--text", "book.txt"), ("a", "b")):
+        notes = compared(trainshort, *arguments)["notes"]
+        assert notes[0] == (
+            "a was evaluated at step 5, not at its newest checkpoint: trainshort evaluate a --data '/texts/my book.txt'"
+        )
+    older = json.loads(Path("a/evaluation/step_0000005/book.json").read_text())
+    Path("a/evaluation/report.json").write_text(json.dumps({k: v for k, v in older.items() if k != "text_path"}))
+    add_report(Path("b"), {32: 20.0}, step=5)
+    held_out, unnamed = compared(trainshort, "b", "a")["notes"][:2]
+    assert held_out.endswith(": trainshort evaluate b")
+    assert unnamed.endswith(": trainshort evaluate a --data FILE")
 
 
 def test_a_run_of_0_1_0_is_compared(trainshort: Call) -> None:
@@ -187,7 +279,7 @@ def test_a_run_of_0_1_0_is_compared(trainshort: Call) -> None:
 def test_metrics_that_a_crash_tore_are_read(trainshort: Call) -> None:
     make_run(Path("run"))
     with Path("run/metrics.jsonl").open("a") as file:
-        file.write('{"step": 11, "loss": NaN, "tokens_seen": 3000}\n[]\n"x"\n{"step": 12, "lo')
+        file.write('{"step": 11, "loss": NaN, "tokens_seen": 3000}\n[]\n"x"\n{"step": 12, "loss": \n{"step": 12, "lo')
     (run,) = compared(trainshort, "run")["runs"]
     assert (run["step"], run["loss"]) == (11, pytest.approx(4.0))
 

@@ -65,7 +65,7 @@ def test_every_float_is_read_back(number: float) -> None:
     [
         ("run: {name: a, name: b}", "here, line 1: key 'name' appears twice: remove one"),
         ("a: 1\nb: 2\na: 3", "here, line 3: key 'a' appears twice: remove one"),
-        ("a: [1, 2", "here, line 1: expected ',' or ']', but got '<stream end>'"),
+        ("a: [1, 2", "here, line 1: it ends before a closing ]: add it"),
         (
             "a: !!python/object/apply:os.system [true]",
             "here, line 1: could not determine a constructor for the tag "
@@ -75,7 +75,7 @@ def test_every_float_is_read_back(number: float) -> None:
         ("a: \x07", "here is not YAML: "),
         ("? [a]\n: b", "here, line 1: "),
         ("? {a: 1}\n: b", "here, line 1: "),
-        ("a: &x 1\nb: *y", "here, line 2: found undefined alias 'y'"),
+        ("a: &x 1\nb: *y", "here, line 2: the alias *y is not defined: quote a value that begins with *"),
     ],
 )
 def test_yaml_that_is_not_strict_is_refused(text: str, message: str) -> None:
@@ -104,15 +104,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     )
     assert message_of("demmo").startswith("run file demmo does not exist: give a YAML file or one of ")
     assert message_of(str(tmp_path)).startswith(f"run file {tmp_path} is a folder: give a YAML file")
+    assert message_of("/dev/null").startswith("run file /dev/null is a device or a pipe: give a YAML file or one of ")
+    assert message_of("").startswith("run file '' is no name: give a YAML file or one of alibi-125m, ")
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"run: {name: caf\xe9}")
     assert message_of(str(latin)) == f"run file {latin} is not UTF-8 at byte 15: save it as UTF-8"
 
 
 def test_a_file_without_sections_is_refused(tmp_path: Path) -> None:
-    for text, kind in (("", "NoneType"), ("- a\n- b", "list"), ("word", "str")):
+    for text, problem in (
+        ("", "is empty"),
+        ("# model:\n", "holds no keys"),
+        ("- a\n- b", "must hold sections of keys, got a list"),
+        ("word", "must hold sections of keys, got text"),
+        ("7", "must hold sections of keys, got a value"),
+    ):
         run = write(tmp_path / "odd.yaml", text)
-        assert message_of(run) == f"{run} must hold sections of keys, got {kind}: see configs/runs/demo.yaml"
+        assert message_of(run) == f"run file {run} {problem}: type `trainshort init NAME` for one to edit"
 
 
 def test_overrides_are_yaml_and_the_last_one_wins() -> None:
@@ -147,7 +155,13 @@ def test_overrides_are_yaml_and_the_last_one_wins() -> None:
         ("train.steps", "--set 'train.steps' is not an override: write section.key=value"),
         ("=", "--set '=' is not an override: write section.key=value"),
         ("train.steps.more=3", "--set 'train.steps.more=3': steps has no keys of its own: write section.key=value"),
-        ("train.steps=[1", "--set train.steps, line 1: expected ',' or ']', but got '<stream end>'"),
+        ("train.steps=[1", "--set train.steps is not YAML: it ends before a closing ]: add it"),
+        ("train.x=[", "--set train.x is not YAML: it ends where a value is expected: close every bracket"),
+        ("run.name='a", "--set run.name is not YAML: it ends inside quotes: close them"),
+        ("data.sources=*.txt", "--set data.sources is not YAML: a value cannot begin with *, & or %: quote it"),
+        ("data.sources=[@a]", "--set data.sources is not YAML: a value cannot begin with @: quote it"),
+        ("run.name=\x07", "--set run.name is not YAML: it holds the control character '\\x07': remove it"),
+        ("slurm.env={a: b, a: c}", "--set slurm.env, key 'a' appears twice: remove one"),
         ("train.stepps=3", "demo: unknown key train.stepps: did you mean steps?"),
         ("trian.steps=3", "demo: unknown key trian: did you mean train?"),
         ("train.steps=", "demo: train.steps: must be a valid integer, got None"),

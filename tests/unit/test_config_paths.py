@@ -8,7 +8,7 @@ import pytest
 from configs.errors import InputError
 from configs.load import check_run, dump_run, load_run
 from configs.path_text import expand_path
-from configs.paths import check_run_folder, data_folder, run_folder
+from configs.paths import check_run_folder, data_folder, incarnation_file, run_folder
 from tests.support.command_line import Call, write_run
 
 PATHS = {
@@ -126,6 +126,23 @@ def test_a_path_that_no_run_file_can_hold_is_refused(
     config = check_run(run_with(run_values, {"run": {"dir": "run"}}), name="small")
     with pytest.raises(InputError, match=r"run\.dir .* has a name that is not UTF-8: rename the folder"):
         check_run_folder(config)
+
+
+def test_a_folder_that_holds_other_things_is_no_run_folder(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    for text in ("/", "..", "run/../..", "~"):
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        with pytest.raises(InputError, match=r"run\.dir must be a folder for this run alone, got .*: set one such"):
+            check_run_folder(check_run(run_with(run_values, {"run": {"dir": text}}), name="small"))
+    for text in ("run", ".", "../other", "~/run"):
+        check_run_folder(check_run(run_with(run_values, {"run": {"dir": text}}), name="small"))
+    monkeypatch.chdir("run")
+    config = check_run(run_with(run_values, {"run": {"dir": ".."}}), name="small")
+    incarnation_file(Path("..")).touch()  # a run that was started before goes on
+    assert check_run_folder(config) == Path("..")
 
 
 def test_an_address_keeps_its_dollar(run_values: dict[str, Any]) -> None:

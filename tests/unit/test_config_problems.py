@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from configs.backends import ANY_WIDTH
 from configs.errors import InputError
 from configs.load import check_run, load_run
 from configs.schema import RunConfig
@@ -147,6 +148,18 @@ def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
         ({"train": {"clip": "0.5"}}, "train.clip: must be a valid number, got '0.5': write 0.5"),
         ({"run": {"name": 7}}, 'run.name: must be a valid string, got 7: write "7"'),
         ({"run": {"name": True}}, 'run.name: must be a valid string, got True: write "true"'),
+        ({"data": {"sources": []}}, "data.sources must have at least one item, got none: add one"),
+        ({"run": {"name": ""}}, "run.name must not be empty: write a text"),
+        ({"slurm": {"env": 3}}, "slurm.env: must be a map of names to values, got 3"),
+        ({"data": {"sources": [3]}}, "data.sources.0 must be a path or {path: ..., weight: ...}, got 3"),
+        ({"train": {"steps": 10**22}}, f"train.steps: must be at most 2^53, got {10**22}"),
+        ({"data": {"vocab_size": 2**53 + 1}}, f"data.vocab_size: must be at most 2^53, got {2**53 + 1}"),
+        ({"evaluate": {"lengths": [10**30]}}, f"evaluate.lengths.0: must be at most 2^53, got {10**30}"),
+        (
+            {"model": {"hidden": 4 * (ANY_WIDTH + 1), "heads": 4}},
+            f"model.attention sdpa cannot compute heads of {ANY_WIDTH + 1} (model.hidden / model.heads), only 1 to "
+            f"{ANY_WIDTH}: set a smaller model.hidden or more heads",
+        ),
         ({"model": {3: 1}}, "unknown key model.3: remove it"),
         (
             {"data": {"sources": [{"path": "a", "weigt": 1.0}]}},
@@ -161,7 +174,7 @@ def test_every_wrong_override_is_reported_with_the_file(tmp_path: Path) -> None:
     overrides = ["train.steps", "train.x=[", "train.steps.more=3", "model.hiden=64", "TRAIN.steps=4", "train.clip=x"]
     assert problems_of(tmp_path / "mine.yaml", text, *overrides) == [
         "--set 'train.steps' is not an override: write section.key=value",
-        "--set train.x, line 1: expected the node content, but found '<stream end>'",
+        "--set train.x is not YAML: it ends where a value is expected: close every bracket",
         "--set 'train.steps.more=3': steps has no keys of its own: write section.key=value",
         "unknown key model.hiden: did you mean hidden?",
         "train.clip: must be a valid number, got 'x'",
@@ -170,7 +183,7 @@ def test_every_wrong_override_is_reported_with_the_file(tmp_path: Path) -> None:
     ]
     wrong = tmp_path / "wrong.yaml"
     assert problems_of(wrong, "run: {name: a\n", "steps=3") == [
-        f"{wrong}, line 2: expected ',' or '}}', but got '<stream end>'",
+        f"{wrong}, line 2: it ends before a closing }}: add it",
         "--set 'steps=3' is not an override: write section.key=value",
     ]
 
@@ -199,6 +212,14 @@ def test_a_repeated_key_hides_nothing_and_invents_nothing(tmp_path: Path) -> Non
             "a colon in it",
         ),
         ("a: 1\n---\nb: 2", "line 2: expected a single document in the stream, but found another document"),
+        (
+            "a:\n  b: 1\n c: 2",
+            "line 3: a line does not fit what is above it: check its indentation, quotes and brackets",
+        ),
+        ("a: [1, 2\nb: 3", "line 2: a comma or a closing ] is missing before ':': add it"),
+        ("a: !!bool x", "is not YAML: a number is too long, or a value is not of its tag's type: quote it"),
+        ("a: !!timestamp x", "is not YAML: a number is too long, or a value is not of its tag's type: quote it"),
+        ("[" * 5000, "is not YAML: its brackets are nested too deeply"),
         ("a: 1\nb: \x07", "is not YAML: line 2 holds the control character '\\x07': remove it"),
     ],
 )

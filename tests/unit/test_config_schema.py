@@ -40,8 +40,8 @@ def message_of(values: dict[str, Any], changes: dict[str, Any]) -> str:
         ("train.learning_rate", "fast", "train.learning_rate: must be a valid number, got 'fast'"),
         ("train.recompute", "on", "train.recompute: must be a valid boolean, got 'on'"),
         ("data.sources", "text.txt", "data.sources must be a list, got 'text.txt': write ['text.txt']"),
-        ("data.sources", [], "data.sources: "),
-        ("data.sources", [3], "data.sources.0: "),
+        ("data.sources", [], "data.sources must have at least one item, got none: add one"),
+        ("data.sources", [3], "data.sources.0 must be a path or {path: ..., weight: ...}, got 3"),
         ("data.sources", [{"path": "a", "wait": 1.0}], "unknown key data.sources.0.wait"),
         ("data.vocab_size", 200, "data.vocab_size: must be greater than or equal to 300, got 200"),
         ("parallel.zero", 4, "parallel.zero: must be less than or equal to 3, got 4"),
@@ -130,6 +130,10 @@ RULES = [
     (
         {"evaluate.protocols": ["overlapping"]},
         "evaluate.protocols has 'overlapping': use nonoverlapping or sliding:STRIDE",
+    ),
+    (
+        {"evaluate.protocols": ["sliding:08"]},
+        "evaluate.protocols has 'sliding:08': use nonoverlapping or sliding:STRIDE",
     ),
     ({"evaluate.protocols": ["sliding:0"]}, "evaluate.protocols has 'sliding:0': use nonoverlapping or sliding:STRIDE"),
     (

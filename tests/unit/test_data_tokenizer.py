@@ -4,14 +4,20 @@ import io
 import json
 import random
 import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from configs.errors import InputError
+from data_pipeline import prepare
 from data_pipeline.portable import check_portable
 from data_pipeline.prepare import prepare_data
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -90,6 +96,50 @@ def test_a_vocabulary_too_large_for_the_text_names_the_largest(tmp_path: Path) -
     assert not out.exists()
     largest = int(re.findall(r"use (\d+) or less", str(caught.value))[0])
     assert train_tokenizer([BOOK[:3000]], vocab_size=largest, out=out).vocab_size == largest
+
+
+def test_ctrl_c_ends_the_training_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def train_in_cpp(*, sentence_iterator: Iterator[str], **_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as code that is not Python's
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(3)
+        read.extend(sentence_iterator)
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", train_in_cpp)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer([BOOK], vocab_size=600, out=tmp_path / "tokenizer.model")
+    assert time.monotonic() - began < 2
+    assert not read
+
+
+@pytest.mark.usefixtures("folder")
+def test_prepare_tells_what_it_does_in_80_columns(
+    trainshort: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below = folder / "a folder with a long name for the texts 日本語" / "and another one below it"
+    below.mkdir(parents=True)
+    (below / "book.txt").write_text(BOOK, encoding="utf-8")
+    write_run(folder, data={"sources": [str(below / "book.txt")]})
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "train_tokenizer", interrupted)
+        told, sample, last = trainshort("prepare", "run.yaml", "--set", "data.split=0.1").error.splitlines()
+    assert told == "training the tokenizer"
+    assert last == "stopped: start it again to continue: trainshort prepare run.yaml --set data.split=0.1"
+    told, sample, part = trainshort("prepare", "run.yaml").error.splitlines()
+    assert told == "training the tokenizer"
+    assert re.match("sample for the tokenizer +━", sample)
+    assert re.match(r"\S+\.\.\.\S.*/book\.txt +━", part)
+    assert re.search(r"━ [\d.]+/[\d.]+ kB +\d:\d\d:\d\d \d:\d\d:\d\d *$", part)
+    assert max(map(cell_len, (sample, part))) <= 80
+    write_run(folder, data={"dir": "other"})
+    assert trainshort("--quiet", "prepare", "run.yaml").error == ""
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_vocabulary_too_small_for_the_text_names_the_least(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from configs.errors import TrainshortError
+from configs.errors import InputError, LostPeers, MachineError, TrainshortError
 from configs.load import check_run
 from configs.schema import RunConfig
 from launch.cli import UsageError, app
@@ -40,6 +40,7 @@ OPTIONS_OF_OTHERS = {
     "--hf-overrides": "vLLM",
     "--max-model-len": "vLLM",
 }
+ERRORS = (InputError, MachineError, LostPeers)
 NOT_OURS = "trainshort: command not found"
 
 
@@ -217,6 +218,14 @@ def test_messages_of_the_troubleshooting_page_exist() -> None:
         fragments = [part.strip() for part in re.split(r"\.\.\.|\b[A-Z]\b|\btraining\b(?= tokens)", code)]
         missing += [(code, part) for part in fragments if part not in said and code != NOT_OURS]
     assert missing == []
+
+
+def test_exit_codes_of_all_errors_are_explained() -> None:
+    command_line, troubleshooting = read_pages("docs/command-line.md", "docs/troubleshooting.md")
+    codes = command_line.text.partition("exit code: ")[2].partition("\n\n")[0].split(" · ")
+    explained = {int(code.split()[0]) for code in codes}
+    rows = {int(code) for code in re.findall(r"^\| (\d+) \| ", troubleshooting.text, re.MULTILINE)}
+    assert explained == rows == {0, 130, *(error.exit_code for error in (TrainshortError, *ERRORS))}
 
 
 def test_the_readme_leads_to_every_page_and_stays_short() -> None:

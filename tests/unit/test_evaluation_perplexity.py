@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from configs.errors import InputError, TrainshortError
+from configs.protocols import parse_protocol
 from training.evaluation.perplexity import measure_loss
-from training.evaluation.windows import parse_protocol
 
 VOCAB = 50
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from configs.errors import TrainshortError
+from configs.protocols import WindowProtocol
 from data_pipeline.text import text_sha256
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.command_line import Call
@@ -30,7 +31,6 @@ from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.progress import EvaluationProgress
 from training.evaluation.report import format_table, merge_reports
 from training.evaluation.run import evaluate_checkpoint
-from training.evaluation.windows import WindowProtocol
 
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -241,12 +241,12 @@ def test_a_log_shows_progress_within_a_measurement(
             now[0] += 1
             progress.advance(1)
     lines = caplog.messages
-    assert lines[0] == "1/2  sliding:1 at 512: 5.0% of the evaluation, about 3 min 10 s left"
+    assert lines[0] == "1/2  sliding:1 at 512: 5.0% of the evaluation, about 3m10s left"
     assert len(lines[:9]) == 9
     assert all(line.startswith("1/2  sliding:1 at 512: ") for line in lines[:9])
     # a line every ten seconds of the hundred; the last one is the result
-    assert lines.index("1/2  sliding:1 at 512: loss 2.0000, perplexity 7.39, 1 min 40 s") in (9, 10)
+    assert lines.index("1/2  sliding:1 at 512: loss 2.0000, perplexity 7.39, 1m40s") in (9, 10)
     later = [line for line in lines if line.startswith("2/2")]
-    assert later[0] == "2/2  sliding:1 at 1,024: 60.0% of the evaluation, about 12 min 13 s left"
+    assert later[0] == "2/2  sliding:1 at 1,024: 60.0% of the evaluation, about 12m13s left"
     assert len(later) == 3, "every thirty seconds once it has taken ten minutes"
     assert math.isclose(float(later[-1].split()[4].rstrip("%")), 66.0)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from configs.errors import InputError
+from configs.protocols import WindowProtocol, parse_protocol
 from tests.support.command_line import Call
 from tests.support.evaluation import (
     CERTIFICATE,
@@ -40,7 +41,6 @@ from training.evaluation.report import (
 )
 from training.evaluation.run import evaluate_checkpoint, plan_measurements
 from training.evaluation.text import EvaluationText
-from training.evaluation.windows import WindowProtocol, parse_protocol
 from training.tracking.tracker import MlflowTracker
 
 NEWEST = ("report.json", "report.md", "perplexity.png")
@@ -136,6 +136,21 @@ def test_a_report_that_cannot_be_written_is_still_shown(
     assert answer.code == 3
     assert json.loads(answer.out)["step"] == 7
     assert answer.error.splitlines()[-1].startswith("error: somewhere cannot be written (No space left on device): ")
+
+
+def test_paths_are_shown_as_they_were_typed(
+    tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, trainshort: Call
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = uniform_run(Path("runs/one"), run_values, monkeypatch)
+    checkpoint = run_dir / "checkpoints" / "step_0000007"
+    for given in (run_dir, checkpoint, tmp_path / run_dir):
+        answer = trainshort("evaluate", str(given), "--lengths", "32")
+        shown = checkpoint if given != tmp_path / run_dir else tmp_path / checkpoint
+        assert answer.out.startswith(f"{shown}, trained at 32 tokens\n")
+        assert "report: runs/one/evaluation/step_0000007/held-out.md\n" in answer.error
+    report = json.loads((run_dir / "evaluation" / "report.json").read_text())
+    assert report["checkpoint"] == str(tmp_path / checkpoint), "it may be read elsewhere"
 
 
 @pytest.mark.parametrize("taken", ["evaluation", "evaluation/step_0000007"])

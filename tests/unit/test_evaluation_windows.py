@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import InputError
-from training.evaluation.windows import WindowProtocol, parse_protocol, place_windows
+from configs.protocols import WindowProtocol, parse_protocol
+from training.evaluation.windows import place_windows
 
 PLACED = st.integers(1, 40).flatmap(
     lambda length: st.tuples(
@@ -68,7 +69,7 @@ def test_unknown_protocol_is_refused(text: str, message: str) -> None:
 
 
 def test_misspelled_protocols_are_refused() -> None:
-    for text in ("sliding:-1", "sliding:1.5", "sliding:٣", "Nonoverlapping", ""):
+    for text in ("sliding:-1", "sliding:1.5", "sliding:08", "sliding:٣", "Nonoverlapping", ""):
         with pytest.raises(InputError, match="is not known"):
             parse_protocol(text)
 

@@ -136,6 +136,14 @@ def test_a_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
             "seed must be from 0 to 18446744073709551615, got 18446744073709551616: use 1",
         ),
         (
+            ("--prompt", "x", "--seed", "1.5"),
+            "--seed must be a whole number, got '1.5': write --seed 1",
+        ),
+        (
+            ("--prompt", "x", "--temperature", "warm"),
+            "--temperature must be a number, got 'warm': write --temperature 1",
+        ),
+        (
             ("--prompt", "x", "--temperature", "-1"),
             "temperature must be 0 or more, got -1.0: 0 takes the likeliest token",
         ),

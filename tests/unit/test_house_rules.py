@@ -57,6 +57,7 @@ LIGHT = (
     "training/memory.py",
     "training/memory_changes.py",
     "training/memory_fit.py",
+    "training/metrics_reader.py",
     "training/out_of_memory.py",
     "training/preflight.py",
     "training/rank_errors.py",

@@ -9,13 +9,14 @@ import pytest
 from configs.backends import AUTO, BACKENDS
 from configs.load import load_run
 from configs.schema import RunConfig
-from launch import machine
+from launch import machine, start_check
 from parallel.layout import Layout
 from tests.support.command_line import Call, refused
 from training import host_memory
 from training.host_memory import MemoryLimit
 from training.memory import StageMemory, estimate_memory
 from training.memory_changes import change_lines, memory_changes
+from training.memory_fit import AvailableMemory, fit_memory
 from training.model.positions.bias import QUERY_BLOCK
 
 ONE_RANK = ("parallel.tensor=1", "parallel.pipeline=1", "train.global_batch=16")
@@ -28,6 +29,11 @@ def run_of(*overrides: str) -> RunConfig:
 def stages_of(*overrides: str, ranks: int) -> tuple[StageMemory, ...]:
     config = run_of(*overrides)
     return estimate_memory(config, layout=Layout.of(config, world_size=ranks), on_gpu=True).stages
+
+
+def use_gpus(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (machine, start_check):
+        monkeypatch.setattr(module, "gpu_count", lambda _: number)
 
 
 def changes_of(*overrides: str, ranks: int, on_gpu: bool = True) -> list[str]:
@@ -81,7 +87,22 @@ def test_changes_are_in_order_legal_and_new() -> None:
     ]
     offloaded = (*ONE_RANK, *done, "parallel.zero=3", "parallel.offload=cpu")
     assert changes_of(*offloaded, ranks=2) == ["parallel.tensor 1 -> 2"]  # ZeRO 3 is not legal with stages
-    assert changes_of(*offloaded, ranks=2, on_gpu=False)[0] == "parallel.offload cpu -> none"
+    assert changes_of(*offloaded, ranks=2, on_gpu=False) == ["parallel.tensor 1 -> 2"]
+
+
+def test_a_change_that_needs_more_is_left_out() -> None:
+    # two stages keep logits of earlier micro-batches, three would take more ranks
+    config = load_run("alibi-125m")
+    layout = Layout.of(config, world_size=8)
+    changes = memory_changes(config, layout=layout, on_gpu=True)
+    assert change_lines(changes)[-1] == "parallel.pipeline 1 -> 4"
+    now = estimate_memory(config, layout=layout, on_gpu=True).largest
+    assert all(estimate_memory(each.config, layout=each.layout, on_gpu=True).largest < now for each in changes)
+    # `check` knows no rank that ran out before the peak of the estimate: what leaves that as it is does not help
+    small = load_run("demo", overrides=["parallel.pipeline=1"])
+    fit = fit_memory(small, layout=Layout.of(small, world_size=4), available=AvailableMemory(10**8, "", on_gpu=False))
+    assert [change.key for change, _ in fit.changes] == ["parallel.tensor"]
+    assert all(then.largest < fit.estimate.largest for _, then in fit.changes)
 
 
 def test_check_says_what_fits_and_what_to_change(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,24 +110,53 @@ def test_check_says_what_fits_and_what_to_change(trainshort: Call, monkeypatch: 
     fits = trainshort("check", "alibi-1b3", "--memory", "--gpu-memory-gb", "80")
     assert fits.code == 0
     assert "estimated for 4 ranks (tensor x pipeline; see --ranks)" in fits.out
-    assert "it fits a GPU of 80.00 GB (--gpu-memory-gb)" in fits.out
+    assert "it fits a GPU of 80.0 GB (--gpu-memory-gb)" in fits.out
     assert time.monotonic() - began < 2
     does_not = trainshort("check", "alibi-1b3", "--memory", "--gpu-memory-gb", "16", "--ranks", "8").out
-    assert "it does not fit a GPU of 16.00 GB" in does_not
+    assert "it does not fit a GPU of 16.0 GB" in does_not
     words = ("train.micro_batch 8 -> 4: ", "train.recompute", "parallel.tensor", "or use a GPU")
     assert [does_not.index(word) for word in words] == sorted(does_not.index(word) for word in words)
     assert all(len(line) <= 80 for line in does_not[does_not.index("memory of a rank") :].splitlines())
 
-    monkeypatch.setattr(machine, "gpu_count", lambda _: 0)
+    use_gpus(0, monkeypatch)
     monkeypatch.setattr(host_memory, "host_limit", lambda: MemoryLimit(20 * 10**9, "this machine's memory"))
     values = json.loads(trainshort("check", "alibi-1b3", "--memory", "--json").out)["memory"]
     assert (values["device"], values["available"], values["fits"]) == ("cpu", 5 * 10**9, False)
     assert values["largest"] == max(stage["total"] for stage in values["stages"])
     assert values["changes"][0]["key"] == "train.micro_batch"
 
-    monkeypatch.setattr(machine, "gpu_count", lambda _: 8)
     monkeypatch.setattr(machine, "gpu_bytes", lambda: None)
-    assert "whether it fits is not known" in trainshort("check", "alibi-1b3", "--memory").out
+    use_gpus(8, monkeypatch)
+    unknown = trainshort("check", "alibi-1b3", "--memory").out
+    assert "whether it fits is not known" in unknown
+    assert "estimated for 8 ranks (this machine's GPUs; see --ranks)" in unknown, "as many as train starts"
+    assert "estimated for 4 ranks\n" in trainshort("check", "alibi-1b3", "--memory", "--ranks", "4").out
+    use_gpus(1, monkeypatch)  # a run for another machine
+    assert "estimated for 4 ranks (tensor x pipeline; " in trainshort("check", "alibi-1b3", "--memory").out
+
+
+def test_offloaded_state_must_fit_the_machine(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 4.55 GB of each rank
+    check = ("check", "alibi-1b3", "--memory", "--set", "parallel.offload=cpu", "--ranks")
+    monkeypatch.setattr(machine, "gpu_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr(host_memory, "host_limit", lambda: MemoryLimit(15 * 10**9, "this machine's memory"))
+    use_gpus(4, monkeypatch)
+    too_much = trainshort(*check, "4").out
+    assert "for 4 ranks that exceeds 15.0 GB, this machine's memory\n" in too_much
+    assert too_much.endswith("\nset parallel.offload to none, or use a machine with more memory\n")
+    values = json.loads(trainshort(*check, "4", "--json").out)["memory"]
+    assert (values["fits"], values["host_available"], values["changes"]) == (False, 15 * 10**9, [])
+    use_gpus(2, monkeypatch)  # the other ranks are on another machine
+    fits = trainshort(*check, "4").out
+    assert "for 2 ranks that is within 15.0 GB" in fits
+    assert "\nit fits this machine's GPU of 80.0 GB" in fits
+    other = trainshort(*check, "4", "--gpu-memory-gb", "80").out
+    assert "whether its machine has that for each rank is not checked\n" in other
+    # nor does a change fit that offloads more than there is
+    monkeypatch.setattr(machine, "gpu_bytes", lambda: 16 * 10**9)
+    use_gpus(4, monkeypatch)
+    change = next(line for line in trainshort("check", "alibi-1b3", "--memory").out.splitlines() if "-> cpu" in line)
+    assert not change.endswith("which fits")
 
 
 def test_check_refuses_options_that_mean_nothing(folder: Path, trainshort: Call) -> None:

@@ -1,6 +1,7 @@
 """Memory that runs out is said in words: which rank, what it held, what to change."""
 
 import errno
+import re
 import resource
 import sys
 from pathlib import Path
@@ -11,14 +12,15 @@ import pytest
 import torch
 
 from configs.errors import LostPeers
+from configs.figures import byte_size
 from configs.load import load_run
 from data_pipeline import prepare
 from parallel.start import ProcessRank
 from tests.support.command_line import Call
 from training import host_memory, out_of_memory
-from training.host_memory import ADDRESS_SPACE, MemoryLimit, host_limit, oom_kills
-from training.out_of_memory import OutOfMemory, how_it_ran_out, is_of_gpu, memory_error, tells_of_memory
-from training.rank_errors import rank_failures_in_words
+from training.host_memory import ADDRESS_SPACE, MemoryLimit, OomKills, host_limit, oom_kills
+from training.out_of_memory import OutOfMemory, how_it_ran_out, is_of_gpu, is_out_of_memory_text, memory_error
+from training.rank_errors import explain_rank_failure
 
 CPU_ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -75,10 +77,10 @@ def test_other_errors_are_not_taken_for_memory(error: Exception) -> None:
 
 
 def test_without_address_space_libraries_say_other_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not tells_of_memory("can't start new thread")
+    assert not is_out_of_memory_text("can't start new thread")
     monkeypatch.setattr(out_of_memory, "host_limit", lambda: MemoryLimit(10**9, ADDRESS_SPACE))
-    assert tells_of_memory("can't start new thread")
-    assert tells_of_memory("libx.so: failed to map segment from shared object")
+    assert is_out_of_memory_text("can't start new thread")
+    assert is_out_of_memory_text("libx.so: failed to map segment from shared object")
     assert "of address space" in how_it_ran_out(MemoryError())
 
 
@@ -86,7 +88,7 @@ def message_of(error: BaseException, *, rank: int = 3, ranks: int = 4, kind: typ
     """Return what a rank of a run says after an error."""
     config = load_run("demo", overrides=["parallel.pipeline=1"])
     place = ProcessRank(rank=rank, world_size=ranks, local_rank=rank, rendezvous="", starter="slurm")
-    with pytest.raises(kind) as seen, rank_failures_in_words(config, place):
+    with pytest.raises(kind) as seen, explain_rank_failure(config, place):
         raise error
     return str(seen.value)
 
@@ -96,8 +98,8 @@ def test_a_rank_says_where_how_much_and_what_to_change(monkeypatch: pytest.Monke
     first, place, held, limit, *changes = message_of(RuntimeError(CPU_ALLOCATOR)).split("\n")
     assert first == "rank 3 ran out of memory"
     assert place.startswith("  place: tensor rank 1, pipeline rank 0, data rank 1, on ")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    assert held == f"  held: {peak:.2f} GB of memory, and asked for 4.00 GB more"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert held == f"  held: {byte_size(peak)} of memory, and asked for 4.00 GB more"
     assert limit == "  limit: 5.00 GB, this machine's memory"
     assert changes == [
         "  to need less memory, change the first of these that you can:",
@@ -124,8 +126,8 @@ def test_a_gpu_is_named_with_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> N
     assert is_of_gpu(error)
     said = message_of(error)
     assert "rank 3 ran out of GPU memory\n" in said
-    assert "\n  held: 69.00 GB, and asked for 2.15 GB more\n" in said
-    assert "\n  limit: 80.00 GB, of cuda:1, H100; outside of torch 9.00 GB are taken\n" in said
+    assert "\n  held: 69.0 GB, and asked for 2.15 GB more\n" in said
+    assert "\n  limit: 80.0 GB, of cuda:1, H100; outside of torch 9.00 GB are taken\n" in said
     assert "\n    parallel.offload none -> cpu\n" in said
     assert said.endswith("\n  or use a GPU with more memory")
 
@@ -163,7 +165,7 @@ def test_a_command_says_it_in_words(folder: Path, trainshort: Call, monkeypatch:
     assert (answer.code, answer.out) == (3, "")
     first, held, _, _, *remedies = answer.error.splitlines()
     assert first == "error: this command ran out of memory"
-    assert held.endswith(" GB of memory, and asked for 1.61 GB more")
+    assert re.fullmatch(r"  held: \d.* [MG]B of memory, and asked for 1.61 GB more", held)
     assert remedies[0] == "    data.sources in smaller files"
     assert remedies[-1] == "  or give it more memory"
 
@@ -175,7 +177,7 @@ def test_the_smallest_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(host_memory, "PROC", proc)
     monkeypatch.setattr(host_memory, "CGROUPS", groups)
     assert host_limit() == MemoryLimit(1_024_000, "this machine's memory")
-    assert oom_kills() is None
+    assert oom_kills() == OomKills(None, None)
 
     job = groups / "memory" / "jobs" / "7"  # version 1
     job.mkdir(parents=True)
@@ -184,7 +186,7 @@ def test_the_smallest_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (job.parent / "memory.limit_in_bytes").write_text("500000\n")
     (job / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
     assert host_limit().size == 500_000
-    assert oom_kills() == 2
+    assert oom_kills() == OomKills(2, 2)
 
     service = groups / "a.slice"  # version 2
     service.mkdir()
@@ -195,4 +197,6 @@ def test_the_smallest_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (service / "memory.max").write_text("400000\n")
     assert host_limit().size == 400_000
     (proc / "vmstat").write_text("nr_free 5\noom_kill 10\n")
-    assert oom_kills() == 13
+    assert oom_kills() == OomKills(3, 13)
+    (groups / "memory.events").write_text("oom_kill 4\n")  # of all that runs here
+    assert oom_kills() == OomKills(3, 17)

@@ -5,8 +5,10 @@ import os
 import pty
 import re
 import select
+import signal
 import termios
 import time
+import tty
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +19,10 @@ from configs.errors import InputError
 from configs.terminal import CLEAR_LINE, Terminal
 from launch.failure import report_failure
 from launch.show.streams import can_redraw, following, ready_streams
-from launch.show.train import following_rank
+from launch.show.train import following_rank, say_end
 from parallel.start import ProcessRank
 from tests.support.progress import progress_run, ready_to
+from tests.support.run_folders import make_run, start_run
 from tests.support.steps import step_result
 from training.progress_log import ProgressLog
 
@@ -33,6 +36,16 @@ def seen(reader: int) -> str:
         except OSError:  # its other end is closed
             break
     return text.decode()
+
+
+@pytest.fixture
+def time_limit() -> Iterator[None]:
+    """End a test that waits for ever."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("a step waits for the terminal"))
+    signal.setitimer(signal.ITIMER_REAL, 20, 1)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
@@ -129,12 +142,64 @@ def test_the_first_rank_of_torchrun_tells_what_a_launcher_would(
     assert capsys.readouterr().err == "", "the launcher says it"
 
 
+@pytest.mark.parametrize("code", [1, 3, 130])
+def test_a_failed_start_says_what_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture, code: int) -> None:
+    caplog.set_level(logging.INFO)
+    run_dir = make_run(tmp_path / "run", last=9, saved=(4, 6))
+    run = progress_run("train.steps=10", f"run.dir={run_dir}")
+    say_end(run, code=InputError.exit_code, again="again")
+    assert caplog.messages == [], "the same command would fail again"
+    start_run(run_dir)
+    say_end(run, code=code, again="again")
+    assert caplog.messages == [], "a newer start trains"
+    start_run(run_dir, process_started=1)
+    say_end(run, code=code, again="again")
+    assert caplog.messages == [
+        "ended without saving: steps 7 to 9 are lost",
+        f"{run_dir}/checkpoints/step_0000006 stays",
+        "to continue: again",
+    ]
+
+
 def test_a_batch_jobs_log_gets_each_line_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     log = tmp_path / "rank_0.log"  # where srun sends the output of rank 0
     with log.open("a") as output, following(log, descriptor=os.dup(output.fileno()), environ={"TERM": "xterm"}):
         logging.getLogger("training.run").info("training")
     assert log.read_text() == "training\n"
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a terminal", "a raw terminal", "a stopped terminal"])
+@pytest.mark.usefixtures("time_limit")
+def test_a_step_never_waits_for_who_reads_the_terminal(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    reader, writer = os.pipe() if kind == "a pipe" else pty.openpty()
+    if kind == "a raw terminal":
+        tty.setraw(writer)
+    if kind == "a stopped terminal":
+        termios.tcflow(writer, termios.TCOOFF)  # as Ctrl-S does
+    log, steps = tmp_path / "rank_0.log", 3000
+    with following(log, descriptor=os.dup(writer), environ={"TERM": "xterm"}) as terminal:
+        run = progress_run("train.log_every=1", f"train.steps={steps + 1}")
+        progress = ProgressLog(run, first_step=0, best=None, terminal=terminal)
+        for step in range(1, steps + 1):
+            progress.on_step(step_result(step=step))
+        assert len(log.read_text().splitlines()) == steps, "the log has all"
+        assert os.get_blocking(writer), "the user's shell has the same open file"
+        if kind == "a stopped terminal":
+            termios.tcflow(writer, termios.TCOON)
+        early = seen(reader)
+        progress.on_step(step_result(step=steps + 1, loss=8.125))
+        late = seen(reader)
+        progress.close("FINISHED")
+    shown = re.split(f"\r\n|\n|{re.escape(CLEAR_LINE)}", early + late)
+    last = f"step {steps + 1}/{steps + 1}  loss 8.125"
+    assert [line for line in shown if last in line], "it recovers"
+    assert all(line.startswith("step ") and "loss" in line for line in shown if line), "no line is torn"
+    os.close(reader)
+    os.close(writer)
 
 
 def test_the_report_of_an_error_is_in_the_log_too(

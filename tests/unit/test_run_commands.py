@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import MachineError, name_run_file, run_file_named
+from configs.commands import name_run_file, run_file_named, typed_path
+from configs.errors import MachineError
 from configs.load import RUNS, dump_run, load_run, shipped_runs
+from launch.show.train import train_command_line
 from tests.support.command_line import Call, contents, prepare_here, refused
 from tests.support.small_run import set_options
 from training.checkpoint.disk import describe_file
@@ -127,7 +129,7 @@ def test_check_notes_data_of_other_inputs(trainshort: Call, prepared: Path) -> N
 @pytest.mark.usefixtures("trained")
 def test_check_notes_what_a_start_would_do(trainshort: Call) -> None:
     assert notes(trainshort) == ["training resumes from step 4, run/checkpoints/step_0000004"]
-    assert notes(trainshort, "train.steps=4") == ["run is trained to its last step, 4"]
+    assert notes(trainshort, "train.steps=4") == ["run is trained to its last step, 4: raise train.steps to continue"]
     assert notes(trainshort, "run.seed=3") == [
         "run holds a run that this one would change: run.seed was 1, is 3: set the old values, or choose another "
         "run.dir"
@@ -159,8 +161,7 @@ def test_messages_name_the_command_to_type(trainshort: Call, folder: Path) -> No
 def test_messages_of_a_run_folder_name_its_run_file(trainshort: Call, trained: Path) -> None:
     shutil.rmtree("data")
     assert refused(trainshort, "evaluate", "run") == (
-        f"data is not prepared in data (relative to {trained}): "
-        f"run `trainshort prepare {trained / 'run' / 'config.yaml'}`"
+        f"data is not prepared in data (relative to {trained}): run `trainshort prepare run/config.yaml`"
     )
     shutil.rmtree("run/checkpoints/step_0000004")
     assert refused(trainshort, "generate", "run", "--prompt", "a") == (
@@ -201,7 +202,11 @@ def test_a_dry_run_says_what_it_would_resume_from(trainshort: Call) -> None:
     started = trainshort("train", "run.yaml", "--dry-run", "--set", "run.dir=new", "--set", "train.init_from=run").out
     assert "begins at step 0, with the weights of run\n" in started
     done = trainshort("train", "run.yaml", "--dry-run", "--set", "train.steps=4")
-    assert (done.code, done.out) == (0, "run is trained to its last step, 4: raise train.steps to continue\n")
+    finished = [
+        "run is trained to its last step, 4: raise train.steps to continue",
+        "next: trainshort evaluate run",
+    ]
+    assert (done.code, done.out.splitlines()) == (0, finished)
     assert contents(Path.cwd()) == before
 
 
@@ -263,8 +268,29 @@ def test_init_writes_once_and_says_what_to_type(trainshort: Call, folder: Path) 
         (("other", "--out", "book.txt"), "book.txt exists already: "),
     ):
         assert refused(trainshort, "init", *arguments).startswith(message)
+    for name in ("123", "1e3", "1_000", "true", "null", "on", "1.5"):  # YAML reads some of them as no text
+        assert trainshort("init", name).code == 0
+        assert load_run(f"{name}.yaml").run.name == name
     quoted = trainshort("init", "other", "--out", "my file.yaml").out
     assert "trainshort train 'my file.yaml'" in quoted
+
+
+def test_a_run_file_that_begins_with_a_dash_is_one_word(trainshort: Call, folder: Path) -> None:
+    (folder / "run.yaml").rename(folder / "-x.yaml")
+    messages = [trainshort("check", "--", "-x.yaml").out, trainshort("train", "--", "-x.yaml").error]
+    for message in messages:
+        [command] = re.findall(r"run `(trainshort prepare [^`]*)`", message)
+        assert command == "trainshort prepare ./-x.yaml"
+    assert trainshort(*shlex.split(command)[1:]).code == 0
+    plan = ["--set", "run.dir=-runs/a b"]
+    assert trainshort("prepare", "./-x.yaml", *plan).code == 0
+    answer = refused(trainshort, "jobs", "status", "./-runs/a b")
+    assert "-runs/a b" in answer
+    assert train_command_line("-x.yaml", options=["--ranks", "2"], overrides=["run.name=a b"]) == (
+        "trainshort train ./-x.yaml --ranks 2 --set 'run.name=a b'"
+    )
+    assert typed_path(Path("-runs/a b")) == "'./-runs/a b'"
+    assert [typed_path(path) for path in ("runs/-x", "a", "/x")] == ["runs/-x", "a", "/x"]
 
 
 def test_a_command_in_a_message_is_named_once() -> None:

@@ -113,22 +113,46 @@ def test_runs_are_found_three_levels_deep_and_once(trainshort: Call, folder: Pat
 
 
 def test_a_broken_run_is_a_row_that_says_so(trainshort: Call, folder: Path) -> None:
-    names = ("yaml", "metrics", "incarnation", "torn")
+    names = ("yaml", "metrics", "incarnation")
     for name in names:
         start_run(make_run(folder / "runs" / name, last=6, saved=(6,)), **ENDED)
     (folder / "runs" / "yaml" / "config.yaml").write_text("run: [")
-    (folder / "runs" / "metrics" / "metrics.jsonl").write_bytes(b"\x00\xff\n")
+    (folder / "runs" / "metrics" / "metrics.jsonl").unlink()
+    (folder / "runs" / "metrics" / "metrics.jsonl").mkdir()
     (folder / "runs" / "incarnation" / "incarnation").write_text("nonsense")
-    with (folder / "runs" / "torn" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')  # a line that is being written is no damage
     (folder / "runs" / "alone").mkdir()
     (folder / "runs" / "alone" / "config.yaml").write_text("run: [")
     answer = trainshort("runs")
     assert answer.code == 0
     assert answer.out.count("\n broken ") == 4
-    for problem in ("yaml/config.yaml is not YAML", "metrics/metrics.jsonl has a broken last line", "incarnation can"):
+    for problem in (
+        "yaml/config.yaml is not YAML",
+        "metrics/metrics.jsonl cannot be read (Is",
+        "incarnation can",
+    ):
         assert problem in answer.out
-    assert listed(trainshort)["torn"]["state"] == "stopped"
+
+
+def test_torn_and_damaged_metrics_are_passed_over(trainshort: Call, folder: Path) -> None:
+    damage = {
+        "torn": b'{"step": 7, "lo',
+        "zeros": b"\x00" * 512 + b"\n",
+        "bytes": b'{"step": 7, \xff}\n',
+        "other": b'[]\n"x"\n{"step": "7", "loss": 1.0}\n{"step": 7, "loss": "low"}\n',
+    }
+    for name, end in damage.items():
+        run_dir = start_run(make_run(folder / "runs" / name, last=6, saved=(6,)), **ENDED)
+        with (run_dir / "metrics.jsonl").open("ab") as file:
+            file.write(end)
+    diverged = start_run(make_run(folder / "runs" / "diverged", last=6, saved=(6,)), **ENDED)
+    with (diverged / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 6, "loss": NaN, "validation_loss": NaN}\n')
+    shown = listed(trainshort)
+    assert shown.pop("diverged")["loss"] is None
+    assert " nan " in trainshort("runs").out
+    for name, run in shown.items():
+        assert (run["state"], run["step"], run["loss"], run["problem"]) == ("stopped", 6, 8.4, None), name
+        assert run["best_validation"] == 7.25
 
 
 def test_a_folder_that_cannot_be_read_is_a_row(trainshort: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +189,29 @@ def test_hundreds_of_runs_and_large_metrics_are_fast(trainshort: Call, folder: P
     assert shown["run-000"]["step"] == 8
 
 
+def test_a_narrow_terminal_shows_the_names(trainshort: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("baseline", "rotary", "a-long-name-of-a-run"):
+        start_run(make_run(folder / "runs" / name, last=6, saved=(6,)), **ENDED)
+    headings = {}
+    for width in (30, 40, 50, 60, 70, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        out = trainshort("runs").out
+        assert max(map(len, out.splitlines())) <= width
+        assert not [line for line in out.splitlines() if line.endswith(" ")]
+        assert "baseline" in out
+        assert "rotary" in out
+        headings[width] = out.split("\n")[1].split()
+        assert headings[width][:2] == ["state", "step"]
+        assert headings[width][-1] == "run"
+    assert headings[30] == headings[40] == ["state", "step", "run"]
+    assert headings[80] == ["state", "step", "loss", "best", "saves", "newest", "size", "age", "run"]
+    assert headings[70] == ["state", "step", "loss", "saves", "newest", "size", "age", "run"]
+
+
 @pytest.mark.parametrize("width", ["80", "60"])
 def test_a_long_name_folds_on_a_narrow_terminal(
     trainshort: Call, folder: Path, monkeypatch: pytest.MonkeyPatch, width: str
 ) -> None:
     start_run(make_run(folder / "runs" / ("long-name-" * 6), steps=123456, last=6, saved=(6,)), **ENDED)
     monkeypatch.setenv("COLUMNS", width)
-    assert max(map(len, trainshort("runs").out.splitlines())) <= int(width) + 12
+    assert max(map(len, trainshort("runs").out.splitlines())) <= int(width)

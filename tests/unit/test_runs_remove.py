@@ -3,10 +3,15 @@
 import io
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from configs.paths import chain_file
+from configs.errors import MachineError
+from configs.figures import byte_size
+from configs.paths import chain_file, incarnation_file, stop_file
+from launch.slurm.query import Job
+from launch.slurm.record import Chain, write_chain
 from tests.support.command_line import Call, contents, refused
 from tests.support.run_folders import make_run, start_run
 from training.tracking.record import RunRecord, write_record
@@ -51,6 +56,59 @@ def test_what_may_still_use_a_run_is_said(trainshort: Call, runs: Path, monkeypa
     assert asked.endswith("Remove 2 runs? [y/N] ")
 
 
+def submit(run: Path) -> Path:
+    """Record a submitted job of a run; return the folder."""
+    chain_file(run).parent.mkdir()
+    write_chain(run, Chain("demo", {"train": "7"}, 1, "noon"))
+    return run
+
+
+def test_yes_does_not_remove_what_may_be_in_use(trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, elsewhere = {"process_started": 1}, {"machine": "another", "host": "node7", "started_at": "noon"}
+    make_run(runs / "free", last=1, saved=(1,))
+    # however far they are: evaluation may wait, and the state of a broken one is not known
+    start_run(submit(make_run(runs / "stopped", last=6, saved=(6,))), **ended)
+    start_run(submit(make_run(runs / "finished", last=10, saved=(10,))), **ended)
+    start_run(make_run(runs / "broken", last=6, saved=(6,)), **elsewhere)
+    (runs / "broken" / "config.yaml").write_text("run: [")
+    start_run(make_run(runs / "complete", last=10, saved=(10,)), **elsewhere)
+    incarnation_file(make_run(runs / "unreadable", last=6, saved=(6,))).write_text("nonsense")
+
+    def refuse(chain: Chain) -> NoReturn:
+        raise MachineError("scontrol is not on this machine")
+
+    monkeypatch.setattr("launch.remove.find_jobs", refuse)
+    jobs = "its SLURM jobs may still wait or run: see trainshort jobs status runs/"
+    before = contents(runs)
+    for name, why in {
+        "stopped": f"{jobs}stopped",
+        "finished": f"{jobs}finished",
+        "broken": "it was started on node7 at noon, and may still run there",
+        "complete": "it was started on node7 at noon, and may still run there",
+        "unreadable": "runs/unreadable/incarnation cannot be read, so it may run on another machine",
+    }.items():
+        said = refused(trainshort, "runs", "rm", "runs/free", f"runs/{name}", "--yes")
+        assert said.startswith(f"runs/{name} may be in use, {why}: once you know that it is not, leave out --yes")
+    assert contents(runs) == before
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    assert trainshort("runs", "rm", "runs/stopped").code == 0
+    assert not (runs / "stopped").exists()
+
+
+def test_slurm_is_asked_about_the_jobs_of_a_run(trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = submit(make_run(runs / "my run", last=6, saved=(6,)))
+    state = "PENDING"
+    monkeypatch.setattr("launch.remove.find_jobs", lambda chain: {"train": Job(chain.jobs["train"], state)})
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    for arguments in ((), ("--yes",)):
+        assert refused(trainshort, "runs", "rm", "runs/my run", *arguments) == (
+            "runs/my run has job 7 (train, PENDING): end it first, with trainshort jobs stop 'runs/my run'"
+        )
+    state = "COMPLETED"
+    assert trainshort("runs", "rm", "runs/my run", "--yes").code == 0
+    assert not run.exists()
+
+
 def test_without_a_terminal_yes_is_needed(trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b", "c"):
         make_run(runs / name, last=1, saved=(1,))
@@ -64,7 +122,7 @@ def test_without_a_terminal_yes_is_needed(trainshort: Call, runs: Path, monkeypa
 
 def test_what_is_no_run_or_in_use_stays(trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = make_run(runs / "good", last=1, saved=(1,))
-    start_run(make_run(runs / "alive", last=1, saved=(1,)))
+    alive = start_run(make_run(runs / "it is alive", last=1, saved=(1,)))
     make_run(runs / "outer")
     make_run(runs / "outer" / "inner")
     (runs / "notes").mkdir()
@@ -78,7 +136,7 @@ def test_what_is_no_run_or_in_use_stays(trainshort: Call, runs: Path, monkeypatc
         "runs/good/checkpoints/step_0000001": "is no run folder",
         "run.yaml": "is a file",
         "runs/nope": "does not exist",
-        "runs/alive": "runs here (process",
+        "runs/it is alive": f"touch '{stop_file(alive.relative_to(runs.parent))}'",
         "runs/outer": "holds another run, runs/outer/inner",
         "runs/link": f"is a link to {good}",
     }.items():
@@ -88,23 +146,39 @@ def test_what_is_no_run_or_in_use_stays(trainshort: Call, runs: Path, monkeypatc
     assert "holds the current folder" in refused(trainshort, "runs", "rm", str(good), "--yes")
 
 
-def test_shared_data_and_what_links_lead_to_are_kept(trainshort: Call, folder: Path, runs: Path) -> None:
+def test_shared_data_and_what_links_lead_to_are_kept(
+    trainshort: Call, folder: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner = make_run(runs / "owner", last=1, saved=(1,))
     (owner / "data").mkdir()
     (owner / "data" / "manifest.json").write_text("{}")
-    user = make_run(runs / "deep" / "user", "data.dir=runs/owner/data")
+    (owner / "data" / "part").write_bytes(bytes(1_500_000))
+    size = sum(path.stat().st_size for path in owner.rglob("*") if path.is_file()) - 1_500_002
+    for name in ("user", "b", "c"):
+        make_run(runs / "deep" / name, "data.dir=runs/owner/data")
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "file").write_text("kept")
     (owner / "checkpoints" / "step_0000009").symlink_to(elsewhere)
     (owner / "notes.txt").symlink_to(elsewhere / "file")
-    removed = trainshort("runs", "rm", "runs/owner", "--yes").out
-    assert f"kept runs/owner/data: {user} trains on it" in removed
+    size += (owner / "notes.txt").lstat().st_size  # of the link
+    monkeypatch.setattr(sys, "stdin", Terminal("n\n"))
+    asked = trainshort("runs", "rm", "runs/owner").error.splitlines()
+    assert asked[0].startswith(f"runs/owner: stopped, {byte_size(size)} without its data, 2 checkpoints")
+    assert asked[1] == "  will keep runs/owner/data (1.50 MB): runs/deep/b, runs/deep/c and runs/deep/user train on it"
+    for name in ("b", "c"):
+        assert trainshort("runs", "rm", f"runs/deep/{name}", "--yes").code == 0
+    assert trainshort("runs", "rm", "runs/owner", "--yes").out.splitlines() == [
+        f"removed runs/owner except its data ({byte_size(size)})",
+        "kept runs/owner/data (1.50 MB): runs/deep/user trains on it",
+    ]
     assert [path.name for path in owner.iterdir()] == ["data"]
     assert (elsewhere / "file").read_text() == "kept"
-    # with its user gone, the data goes too
+    # with its user gone, the data goes too: it was searched for beside the run and in ./runs
     assert "kept runs/owner/data, which it trained on" in trainshort(
         "runs", "rm", "runs/deep/user", "--yes"
     ).out.replace(f"{folder}/", "")
-    assert trainshort("runs", "rm", "runs/owner", "--yes").code == 0
-    assert not owner.exists()
+    owner.rename(folder / "owner")
+    gone = trainshort("runs", "rm", str(folder / "owner"), "--yes")
+    assert gone.out.endswith(f"\nits data too: no other run in runs or {folder} trains on it\n")
+    assert not (folder / "owner").exists()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, ClassVar
 
 import pytest
@@ -89,6 +89,33 @@ def test_mlflows_variables_count(run_dir: Path, database: MlflowDatabase, monkey
     assert is_wanted({"MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true"})
 
 
+class Recorder:
+    """A tracker that counts what it gets."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+
+    def metrics(self, step: int | None, values: dict[str, float]) -> None:
+        self.lines += 1
+
+
+@pytest.mark.usefixtures("run_dir")
+@pytest.mark.parametrize("value", ["0", "inf", "nan"])
+def test_a_variable_that_means_nothing_is_survived(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", value)
+    tracker: Any = Recorder()
+    system = SystemMetrics(tracker)
+    wait_for(lambda: tracker.lines)
+    time.sleep(0.3)
+    system.stop()
+    assert tracker.lines <= 4  # one per interval, and the last
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "inf")  # as if it were not set
+    system = SystemMetrics(tracker)
+    system.stop()
+    assert tracker.lines <= 5
+
+
 def test_a_broken_monitor_is_left_out(
     run_dir: Path, database: MlflowDatabase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,6 +188,22 @@ def test_another_node_adds_to_the_same_run(
         time.sleep(0.3)
         observer.close("FAILED")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_wait_for_the_last_records_is_said_if_one_follows(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("training.tracking.tracker.SILENT_SECONDS", 0.2)
+    caplog.set_level(logging.INFO)
+    waiting, hung = Event(), Event()
+    monkeypatch.setattr("training.tracking.tracker.import_client", lambda: (waiting.set(), hung.wait(20)))
+    for seconds, expected in ((0.1, 0), (0.5, 1)):
+        tracker = MlflowTracker(run_dir, name="a", experiment=None, uri="http://127.0.0.1:9")
+        tracker.start({}, run_dir / "config.yaml")
+        assert waiting.wait(20)
+        tracker.close(wait_seconds=seconds)
+        assert caplog.text.count("sending the last records to MLflow, for at most 0.3 s more") == expected
+    hung.set()
 
 
 def test_nodes_are_counted_by_whoever_started_the_ranks() -> None:

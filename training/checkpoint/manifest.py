@@ -17,17 +17,16 @@ import json
 import logging
 import os
 import re
-import shlex
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from configs.commands import typed_path
 from configs.errors import InputError
 from configs.paths import MANIFEST_NAME, TOKENIZER_NAME, checkpoints_folder, config_file, logs_folder
 from parallel.parameter import Rule, Shard
@@ -137,7 +136,7 @@ def list_checkpoints(run_dir: Path) -> list[CheckpointFolder]:
 
 
 def candidate_folders(path: Path) -> list[Path]:
-    """Return a checkpoint folder itself, or the checkpoints of a run folder, newest first.
+    """Return a checkpoint folder itself, or the checkpoints of a run folder, newest first; named as the path is.
 
     Raises:
         InputError: there is none.
@@ -145,44 +144,61 @@ def candidate_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         seen = "is a file" if path.is_file() else "does not exist"
         raise InputError(f"checkpoint {path} {seen}: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
-    newest_first = [folder.path.absolute() for folder in reversed(list_checkpoints(path))]
+    newest_first = [folder.path for folder in reversed(list_checkpoints(path))]
     # a run whose start was cut short has logs/ but no checkpoints/ yet
     is_run = checkpoints_folder(path).is_dir() or logs_folder(path).is_dir()
     if is_run and not newest_first:
         file = config_file(path)
-        how = f" with `trainshort train {shlex.quote(str(file))}`" if file.is_file() else ""
+        how = f" with `trainshort train {typed_path(file)}`" if file.is_file() else ""
         raise InputError(f"{path} has no checkpoint yet: train it first{how}")
-    return newest_first or [path.absolute()]
+    return newest_first or [_below_run_folder(path)]
 
 
-def first_whole(folders: Sequence[Path], *, check: FolderCheck) -> tuple[Path, Manifest]:
-    """Return the first whole checkpoint and its manifest.
+def _below_run_folder(path: Path) -> Path:
+    """Return the path of a checkpoint as it is if its parents lead to the run folder, else an absolute one."""
+    if ".." in path.parts[-2:]:
+        return path.resolve()
+    return path if len(path.parts) > 1 else path.absolute()
 
-    Warn about each broken one, skip it and leave it in place.
+
+def first_whole(folders: Sequence[Path], *, check: FolderCheck, warn: bool = True) -> tuple[Path, Manifest]:
+    """Return the first whole checkpoint and its manifest; skip broken ones and leave them in place.
 
     Args:
         folders: Folders to try in order, at least one.
         check: Checks one folder and returns its manifest.
+        warn: Whether to warn about each that is skipped: no, if a later check of the same start does. If none is
+            whole, the warnings explain the error.
     Raises:
         InputError: none is whole.
     """
+    problems: list[str] = []
     for folder in folders:
         try:
-            return folder, check(folder)
+            manifest = check(folder)
         except InputError as error:
             if len(folders) == 1:
                 raise
-            logger.warning("%s; trying the one before", error)
+            problems.append(str(error).rpartition(": ")[0] or str(error))  # what follows is advice on a given folder
+            continue
+        for problem in problems if warn else ():
+            logger.warning("%s; it is skipped, and %s is used instead", problem, folder.name)
+        return folder, manifest
+    for problem in problems:
+        logger.warning("%s", problem)
     raise InputError(f"no checkpoint in {folders[0].parent} is whole: move that folder away to start from step 0")
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
+def find_checkpoint(path: Path, *, warn: bool = True) -> tuple[Path, Manifest]:
     """Return the checkpoint at a path, or a run folder's newest with the right file sizes, and its manifest.
 
+    Args:
+        path: A checkpoint or a run folder.
+        warn: See `first_whole`.
     Raises:
         InputError: there is none, or none is whole.
     """
-    return first_whole(candidate_folders(path), check=read_manifest)
+    return first_whole(candidate_folders(path), check=read_manifest, warn=warn)
 
 
 def require_checkpoint(path: Path) -> Path:
@@ -191,11 +207,7 @@ def require_checkpoint(path: Path) -> Path:
     Raises:
         InputError: see `find_checkpoint`.
     """
-    for folder in candidate_folders(path):
-        with suppress(InputError):
-            read_manifest(folder)
-            return folder
-    return find_checkpoint(path)[0]  # raises the error, after the warnings that explain it
+    return find_checkpoint(path, warn=False)[0]
 
 
 def read_manifest(folder: Path) -> Manifest:

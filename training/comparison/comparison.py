@@ -1,13 +1,21 @@
 """Compare runs: figures, perplexities on the same text, and the keys that differ. Imports no torch."""
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.commands import typed_path
+from configs.paths import evaluation_folder
+from training.checkpoint.manifest import list_checkpoints
 from training.comparison.run import ComparedRun, read_runs
-from training.evaluation.kept import checkpoint_reports, read_report, text_name
+from training.evaluation.kept import (
+    checkpoint_reports,
+    is_held_out,
+    label_among_equals,
+    read_report,
+    text_name,
+)
 from training.evaluation.report import protocol_name, result_key
 
 # They differ between any two runs; the labels show them.
@@ -19,7 +27,7 @@ class TextResults:
     """Perplexities of the runs that were evaluated on one text.
 
     Attributes:
-        text: Its name.
+        text: Its name; its label where a run has several texts of that name.
         unit: perplexity, per token; or word_perplexity where their tokenizers differ.
         runs: The runs' numbers, in the order of the comparison.
         results: Each run's results by protocol, stride and length; in the order of `runs`.
@@ -88,9 +96,9 @@ def compare_runs(paths: Sequence[Path], *, text: str | None) -> Comparison:
 
     Args:
         paths: Run folders, or checkpoints in them.
-        text: Name of the file whose perplexities to compare; None for the held-out text, or what there is.
+        text: Label or file of the text whose perplexities to compare; None for the held-out text, or what there is.
     Raises:
-        InputError: one holds no run, or has a broken file.
+        InputError: one holds no run, or has a broken file; or no run was evaluated on the text.
     """
     runs = read_runs(paths, text=text)
     texts = tuple(_results_of(group, runs) for group in _groups(runs))
@@ -136,8 +144,10 @@ def _has_words(report: dict[str, Any]) -> bool:
 def _results_of(group: list[int], runs: Sequence[ComparedRun]) -> TextResults:
     reports = [report for number in group if (report := runs[number].report) is not None]
     same = all(_same_tokenizer(reports[0], report) for report in reports)
+    folders = [evaluation_folder(runs[number].run_dir) for number in group]
+    labels = [label for each in zip(reports, folders, strict=True) if (label := label_among_equals(*each)) is not None]
     return TextResults(
-        text=text_name(reports[0]),
+        text=labels[0] if labels else text_name(reports[0]),
         unit="perplexity" if same else "word_perplexity",
         runs=tuple(group),
         results=tuple({result_key(result): result for result in report["results"]} for report in reports),
@@ -163,12 +173,18 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _missing(runs: Sequence[ComparedRun], *, text: str | None) -> Iterator[str]:
     """Yield a note for each run that was not evaluated where one looks for it."""
     for run in runs:
-        command = f"trainshort evaluate {shlex.quote(str(run.path))}"
-        if run.report is None:
+        command = f"trainshort evaluate {typed_path(run.path)}"
+        if run.report is None and run.checkpoint is None:
+            broken = "" if not list_checkpoints(run.run_dir) else " that is whole"
+            yield f"{run.label} has no checkpoint{broken or ' yet'}, so there is nothing to evaluate"
+        elif run.report is None:
             on = "" if text is None else f" of {text}"
             yield f"{run.label} has no evaluation{on}: {command}{'' if text is None else ' --data FILE'}"
         elif run.checkpoint not in (None, Path(run.report["checkpoint"]).name):
-            yield f"{run.label} was evaluated at step {run.report['step']}, not at its newest checkpoint: {command}"
+            file = run.report.get("text_path")  # version 0.1.0 did not keep it
+            data = "" if is_held_out(run.report) else f" --data {typed_path(file) if file else 'FILE'}"
+            at = f"at step {run.report['step']}, not at its newest checkpoint"
+            yield f"{run.label} was evaluated {at}: {command}{data}"
 
 
 def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) -> Iterator[str]:
@@ -202,7 +218,7 @@ def _run_to_json(run: ComparedRun) -> dict[str, Any]:
         evaluation = {
             "report": str(run.report_path),
             "checkpoint": Path(report["checkpoint"]).name,
-            "text": text_name(report),
+            "text": label_among_equals(report, evaluation_folder(run.run_dir)) or text_name(report),
             "date": report.get("date"),
         }
     return {"label": run.label, "run_dir": str(run.run_dir), "checkpoint": run.checkpoint, **run.values(),

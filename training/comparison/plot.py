@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
 
 from configs.errors import InputError, MachineError
+from configs.figures import scaled
 from configs.terminal import printable
 from training.comparison.comparison import Comparison, TextResults
-from training.comparison.run import ComparedRun, column
+from training.comparison.run import ComparedRun
 from training.evaluation.chart import (
     draw_curve,
     head_axes,
@@ -23,6 +23,7 @@ from training.evaluation.chart import (
     scale_axes,
     shorten,
 )
+from training.metrics_reader import column
 
 _SOFTWARE = "trainshort compare"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -82,7 +83,9 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path | None:
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, line)
     columns = min(3, len(handles)) if max(map(len, handles)) <= 24 else 2
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    for name in legend.get_texts():
+        name.set_parse_math(False)  # a name with two dollar signs is no formula
     try:
         return save_figure(figure, path, software=_SOFTWARE)
     except OSError as error:
@@ -171,7 +174,7 @@ def _draw_losses(axes: Axes, comparison: Comparison, trained: list[int]) -> None
         tops += [float(losses[int(_SHOWN_FROM * losses.size)]), *column(validated, "validation_loss")]
     bottom, _ = axes.get_ylim()
     axes.set_ylim(bottom, max(tops) + 0.05 * (max(tops) - bottom) or None)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(lambda value, _: scaled(value))
     axes.set_xlabel("training tokens")
     axes.set_ylabel("loss (nats per token)")
     head_axes(axes, heading="Loss against tokens", facts="lines: training, smoothed · points: validation")
@@ -192,4 +195,4 @@ def _losses(run: ComparedRun) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.f
 
 def _label(run: ComparedRun) -> str:
     # matplotlib leaves labels that begin with an underscore out of a legend
-    return shorten(run.label, characters=_LONGEST_LABEL).lstrip("_") or "run"
+    return shorten(printable(run.label), characters=_LONGEST_LABEL).lstrip("_") or "run"

@@ -1,9 +1,7 @@
 """Read what a run folder says of its run, to compare it with others. Imports no torch."""
 
-import json
-import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +18,10 @@ from training.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
 )
-from training.evaluation.kept import HELD_OUT, checkpoint_reports, newest_report, read_report, text_slug
+from training.comparison.text import WantedText
+from training.evaluation.kept import HELD_OUT, checkpoint_reports, newest_report, read_report
 from training.families.table import parameter_count
+from training.metrics_reader import column, read_steps
 
 # what the time of a run is made of
 _TIMES = ("step", "validation", "save")
@@ -87,15 +87,24 @@ def read_runs(paths: Sequence[Path], *, text: str | None) -> tuple[ComparedRun, 
 
     Args:
         paths: Run folders, or checkpoints in them.
-        text: Name of the file whose report to take; None for the held-out text.
+        text: Label or file of the text whose reports to take; None for the held-out text.
     Raises:
-        InputError: one holds no run, or has a broken file.
+        InputError: one holds no run, or has a broken file; or no run was evaluated on the text, or on several of its
+            name.
     """
-    runs = {(run.run_dir.resolve(), run.checkpoint): run for run in (_read_run(path, text=text) for path in paths)}
+    wanted = None if text is None else WantedText.of(text)
+    runs = {(run.run_dir.resolve(), run.checkpoint): run for run in (_read_run(path, text=wanted) for path in paths)}
+    if text is not None and all(run.report is None for run in runs.values()):
+        names = sorted({label for run in runs.values() for label in _kept_reports(run.run_dir, run.checkpoint)})
+        have = f"there are {', '.join(names)}" if names else "they have no evaluation yet"
+        raise InputError(
+            f"--text {text}: no run was evaluated on it, {have}: give the name of a text that was, or run "
+            "`trainshort evaluate RUN_DIR --data FILE`"
+        )
     return _with_labels([*runs.values()])
 
 
-def _read_run(path: Path, *, text: str | None) -> ComparedRun:
+def _read_run(path: Path, *, text: WantedText | None) -> ComparedRun:
     if not path.is_dir():
         seen = "is a file" if path.is_file() else "does not exist"
         raise InputError(f"run {path} {seen}: give a run folder, or a checkpoint in one")
@@ -116,7 +125,7 @@ def _read_run(path: Path, *, text: str | None) -> ComparedRun:
         checkpoint=name,
         config=config,
         manifest=manifest,
-        steps=tuple(_read_steps(run_dir / "metrics.jsonl", last=last)),
+        steps=tuple(step for step in read_steps(run_dir) if last is None or step["step"] <= last),
         report_path=report_path,
         report=None if report_path is None else read_report(report_path),
     )
@@ -138,39 +147,29 @@ def _newest_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def _choose_report(run_dir: Path, *, checkpoint: str | None, is_given: bool, text: str | None) -> Path | None:
+def _choose_report(run_dir: Path, *, checkpoint: str | None, is_given: bool, text: WantedText | None) -> Path | None:
     """Return the report of a checkpoint's text; for a run folder without it, that of an earlier checkpoint.
 
     Without a text: the held-out text's, else that of the run's newest evaluation.
     """
-    label = HELD_OUT if text is None else text_slug(text)
-    earlier = [] if is_given or text is None else [each.path.name for each in reversed(list_checkpoints(run_dir))]
-    for name in (checkpoint, *earlier):
-        reports = {} if name is None else checkpoint_reports(run_dir, checkpoint=name)
-        if label in reports:
-            return reports[label]
-        if is_given and text is None and reports:
-            return max(reports.values(), key=lambda path: path.stat().st_mtime)
-    return None if is_given or text is not None else newest_report(run_dir)
+    if text is not None:
+        return text.find(_kept_reports(run_dir, checkpoint, earlier=not is_given))
+    reports = _kept_reports(run_dir, checkpoint, earlier=False)
+    if HELD_OUT in reports:
+        return reports[HELD_OUT]
+    if is_given:
+        return max(reports.values(), key=lambda path: path.stat().st_mtime, default=None)
+    return newest_report(run_dir)
 
 
-def _read_steps(path: Path, *, last: int | None) -> Iterator[dict[str, Any]]:
-    """Yield the steps of metrics.jsonl up to the last one; a torn line, as a crash may leave, is left out.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): fix its mode") from None
-    for line in lines:
-        try:
-            step = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(step, dict) and isinstance(step.get("step"), int) and (last is None or step["step"] <= last):
-            yield step
+def _kept_reports(run_dir: Path, checkpoint: str | None, *, earlier: bool = True) -> dict[str, Path]:
+    """Return a checkpoint's reports by the label of their text, then those on other texts of earlier checkpoints."""
+    names = [] if checkpoint is None else [checkpoint]
+    names += [each.path.name for each in reversed(list_checkpoints(run_dir))] if earlier else []
+    reports: dict[str, Path] = {}
+    for name in names:
+        reports = checkpoint_reports(run_dir, checkpoint=name) | reports
+    return reports
 
 
 def _with_labels(runs: list[ComparedRun]) -> tuple[ComparedRun, ...]:
@@ -189,12 +188,6 @@ def _with_labels(runs: list[ComparedRun]) -> tuple[ComparedRun, ...]:
     return tuple(
         replace(run, label=f"{label} {run.checkpoint}" if label in of_one_folder else label) for run, label in named
     )
-
-
-def column(steps: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """Return the values of a field in the steps that have it; a diverged run may have nan."""
-    values = [step.get(name) for step in steps]
-    return [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def _median(values: list[float]) -> float | None:

@@ -67,13 +67,29 @@ def newest_report(run_dir: Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def held_out_files(checkpoint: Path) -> Iterator[Path]:
+    """Yield the files that may hold a checkpoint's report on the held-out text, in the order in which to ask them.
+
+    Args:
+        checkpoint: The checkpoint's folder, in its run folder.
+    """
+    folder = evaluation_folder(checkpoint.parent.parent)
+    for file in (
+        folder / checkpoint.name / f"{HELD_OUT}.json",
+        folder / checkpoint.name / f"{NEWEST}.json",  # of version 0.1.0
+        folder / f"{NEWEST}.json",  # of any checkpoint and text
+    ):
+        if file.is_file():
+            yield file
+
+
 def text_name(report: dict[str, Any]) -> str:
     """Return the name of a report's text: held-out, or that of a file."""
     return str(report["data"]["name"])
 
 
 def is_held_out(report: dict[str, Any]) -> bool:
-    """Return whether a report is of the run's held-out text, and not of a file that is named so."""
+    """Return whether a report is of the run's held-out text, and not of a file of that name."""
     return report.get("text_path") is None and report.get("data", {}).get("name", HELD_OUT) == HELD_OUT
 
 
@@ -97,6 +113,19 @@ def text_label(report: dict[str, Any], folder: Path) -> str:
             if text[place] == identity:
                 return label
     return f"{slug}-{report['text_sha256'][:8]}" if slug in known or slug in _RESERVED else slug
+
+
+def label_among_equals(report: dict[str, Any], folder: Path) -> str | None:
+    """Return the label of a report's text if the run has several texts of its name, else None.
+
+    Args:
+        report: The contents of the report, of any version.
+        folder: RUN_DIR/evaluation.
+    """
+    if report.get("text_path") is None:
+        return None
+    labels = {label for label, _ in _texts_like(text_slug(text_name(report)), folder)}
+    return text_label(report, folder) if len(labels) > 1 else None
 
 
 def text_slug(name: str) -> str:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from configs.errors import TrainshortError
-from training.evaluation.windows import WindowProtocol, Windows, place_windows
+from configs.protocols import WindowProtocol
+from training.evaluation.windows import Windows, place_windows
 
 # inputs of one forward pass
 BATCH_TOKENS = 8192

@@ -4,14 +4,16 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.errors import InputError, run_file_named
+from configs.commands import run_file_named
+from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import TOKENIZER_NAME, config_file
+from configs.protocols import parse_protocol
 from configs.schema import RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.text import require_text_file
 from training.checkpoint.manifest import CONFIG_NAME, require_checkpoint
-from training.evaluation.windows import parse_protocol, require_stride
+from training.evaluation.windows import require_stride
 
 
 def check_request(

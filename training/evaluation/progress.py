@@ -6,6 +6,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from configs.figures import duration
 from configs.terminal import status_console
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class EvaluationProgress:
                 self._measurements,
                 self._name,
                 100 * self._done_inputs / self._inputs,
-                _duration(left),
+                duration(left),
             )
 
     def finish(self, outcome: str) -> None:
@@ -83,13 +84,5 @@ class EvaluationProgress:
             self._measurements,
             self._name,
             outcome,
-            _duration(self._shown_at - self._begun_at),
+            duration(self._shown_at - self._begun_at),
         )
-
-
-def _duration(seconds: float) -> str:
-    """Return a time as a person would say it: 12.3 s, 4 min 05 s, 3 h 20 min."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

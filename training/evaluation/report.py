@@ -45,7 +45,7 @@ def build_report(
     """
     (rank,) = certificate["ranks"]
     return {
-        "checkpoint": str(checkpoint.path),
+        "checkpoint": str(checkpoint.path.absolute()),
         "step": checkpoint.step,
         "train_length": checkpoint.config.data.sequence_length,
         "position": rank["position"],

@@ -12,6 +12,7 @@ from typing import Any
 from configs.errors import InputError
 from configs.files import try_to_lock
 from configs.paths import evaluation_folder
+from configs.protocols import WindowProtocol, parse_protocol
 from training.checkpoint.read import open_checkpoint
 from training.evaluation.folder import ReportNotWritten, check_evaluation_folder, write_evaluation
 from training.evaluation.kept import text_label
@@ -20,7 +21,7 @@ from training.evaluation.progress import EvaluationProgress
 from training.evaluation.provenance import provenance_of
 from training.evaluation.report import build_report, protocol_name
 from training.evaluation.text import EvaluationText, file_text, held_out_text
-from training.evaluation.windows import WindowProtocol, parse_protocol, place_windows
+from training.evaluation.windows import place_windows
 from training.model.single import load_single
 from training.tracking.tracker import MlflowTracker, attach
 

@@ -1,13 +1,13 @@
 """The longest text that a model was measured to be usable at. Imports no torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.paths import MANIFEST_NAME, evaluation_folder
-from training.evaluation.kept import HELD_OUT, NEWEST, read_report, text_name
+from configs.paths import MANIFEST_NAME
+from training.evaluation.kept import held_out_files, is_held_out, read_report
 
 # how much worse than the best a perplexity may be
 _RATIO = 1.01
@@ -58,26 +58,15 @@ def find_held_out_report(checkpoint: Path, *, step: int, sha256: str) -> HeldOut
         sha256: Its `training.checkpoint.manifest.model_sha256`.
     """
     checkpoint = checkpoint.resolve()
-    for path in _candidates(checkpoint):
+    for path in held_out_files(checkpoint):
         try:
             report = read_report(path)
         except InputError:
             continue
-        held_out = text_name(report) == HELD_OUT and report.get("text_path") is None
-        if held_out and whole_windows(report) and _is_of(report, path, checkpoint, step=step, sha256=sha256):
+        is_measured = is_held_out(report) and whole_windows(report)
+        if is_measured and _is_of(report, path, checkpoint, step=step, sha256=sha256):
             return HeldOutReport(path, report)
     return None
-
-
-def _candidates(checkpoint: Path) -> Iterator[Path]:
-    folder = evaluation_folder(checkpoint.parent.parent)
-    for path in (
-        folder / checkpoint.name / f"{HELD_OUT}.json",
-        folder / checkpoint.name / f"{NEWEST}.json",  # of version 0.1.0
-        folder / f"{NEWEST}.json",
-    ):
-        if path.is_file():
-            yield path
 
 
 def _is_of(report: Mapping[str, Any], path: Path, checkpoint: Path, *, step: int, sha256: str) -> bool:

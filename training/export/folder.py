@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.errors import InputError, MachineError
+from configs.figures import byte_size
 from configs.files import missing_folders, remove_folders
 
 _PARTIAL = ".partial-"
@@ -113,8 +114,8 @@ def require_space(out: Path, *, needed_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
         raise MachineError(
-            f"the disk of export folder {out} has {free / 1e6:,.1f} MB free, the export needs "
-            f"{needed_bytes / 1e6:,.1f} MB: free space or choose another --out"
+            f"the disk of export folder {out} has {byte_size(free)} free, the export needs "
+            f"{byte_size(needed_bytes)}: free space or choose another --out"
         )
 
 

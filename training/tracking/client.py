@@ -194,7 +194,7 @@ def open_recorded_run(target: TrackingTarget) -> MlflowRun:
     """Return the run folder's recorded MLflow run, without changing its status.
 
     Raises:
-        LookupError: the folder has no record, or the store no longer has the run.
+        LookupError: the folder has no record, or the run was deleted from the store.
     """
     record, file = read_record(target.run_dir), target.store.file
     if record is None:
@@ -204,7 +204,7 @@ def open_recorded_run(target: TrackingTarget) -> MlflowRun:
     client = _client(target, run_id=record.run_id)
     recorded = _find_run(client, record, target=target)
     if recorded is None:
-        raise LookupError(f"run {record.run_id} is not there any more")
+        raise LookupError(f"run {record.run_id} was deleted from the store")
     # no logged steps: metrics added here may be of any step
     return MlflowRun(client, target, recorded.info, logged_steps={})
 

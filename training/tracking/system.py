@@ -5,6 +5,7 @@ tracker like all metrics: they wait while the server is away.
 """
 
 import logging
+import math
 import socket
 import threading
 from collections.abc import Mapping
@@ -52,11 +53,11 @@ class SystemMetrics:
 
     def _run(self) -> None:
         variables = environment()
-        interval = _number(variables.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"), default=SAMPLING_SECONDS)
-        samples = int(_number(variables.get("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING"), default=1))
         node = variables.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or node_name(variables)
         prefix = f"system/{node}/" if node else "system/"
         try:
+            interval = _number(variables.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"), default=SAMPLING_SECONDS)
+            samples = max(1, int(_number(variables.get("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING"), default=1)))
             monitors = _monitors()
             for monitor in monitors:
                 monitor.collect_metrics()  # the load of a CPU is measured since the call before
@@ -64,9 +65,11 @@ class SystemMetrics:
             self._measures.set()
             while monitors and not self._ended.is_set():
                 for _ in range(samples):
-                    self._ended.wait(interval)
+                    is_last = self._ended.wait(interval)
                     for monitor in monitors:
                         monitor.collect_metrics()
+                    if is_last:
+                        break
                 values: dict[str, float] = {}
                 for monitor in monitors:
                     values |= monitor.aggregate_metrics()
@@ -135,7 +138,9 @@ def _monitors() -> list[Any]:
 
 
 def _number(text: str | None, *, default: float) -> float:
+    """Return a number of 0.1 at least; the default for none, for what is no number, and for one without an end."""
     try:
-        return max(float(text or default), 0.1)
+        number = float(text or default)
     except ValueError:
         return default
+    return max(number, 0.1) if math.isfinite(number) else default

@@ -43,7 +43,7 @@ _LONGEST_PAUSE_SECONDS = 300.0
 # how long an outage may last once training has ended, and the pause between retries then
 _CLOSING_SECONDS, _CLOSING_PAUSE_SECONDS = 5.0, 0.5
 # how long the end may take before a person is told why
-_SILENT_SECONDS = 3.0
+SILENT_SECONDS = 3.0
 # bounds the memory that an outage takes; metrics.jsonl has everything anyway
 _MAX_WAITING_RECORDS = 100_000
 
@@ -167,10 +167,11 @@ class MlflowTracker:
         if not self._thread.is_alive():
             return  # never started, or already closed
         self._put(record)
-        self._thread.join(min(wait_seconds, _SILENT_SECONDS))
-        if self._thread.is_alive():
-            _logger.info("sending the last records to MLflow, for at most %g s", wait_seconds)
-            self._thread.join(max(0.0, wait_seconds - _SILENT_SECONDS))
+        self._thread.join(min(wait_seconds, SILENT_SECONDS))
+        remaining = wait_seconds - SILENT_SECONDS
+        if self._thread.is_alive() and remaining > 0:
+            _logger.info("sending the last records to MLflow, for at most %g s more", remaining)
+            self._thread.join(remaining)
         if self._thread.is_alive():
             self._sender.warn(f"took longer than {wait_seconds:g} s to end the run: its last records may be missing")
 

@@ -1,0 +1,37 @@
+"""Figures as a person reads them: times, counts, sizes. Each has about three digits, and one form everywhere."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units: 2.3 s, 38 s, 2m05s, 1h23m, 4d05h."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds < 3599.5:
+        return f"{round(seconds) // 60}m{round(seconds) % 60:02}s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours}h{minutes:02}m" if hours < 48 else f"{hours // 24}d{hours % 24:02}h"
+
+
+def scaled(number: float) -> str:
+    """Return a count with a letter for its thousands: 999, 36.7k, 1.23M, 1.36B, 1.40T."""
+    return "".join(_in_thousands(number, ("", "k", "M", "B", "T")))
+
+
+def byte_size(number: float) -> str:
+    """Return a number of bytes: 512 B, 340 MB, 1.23 GB; of 10^3, 10^6, 10^9 bytes."""
+    return " ".join(_in_thousands(number, ("B", "kB", "MB", "GB", "TB")))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things: 1 step, 1,200 steps."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _in_thousands(number: float, units: tuple[str, ...]) -> tuple[str, str]:
+    first, *larger = units
+    if number < 999.5:
+        return f"{number:.3g}", first
+    for unit in larger:
+        number /= 1000
+        if number < 999.5:
+            return f"{number:#.3g}".rstrip("."), unit
+    return f"{number:,.0f}", units[-1]
