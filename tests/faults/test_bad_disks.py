@@ -73,8 +73,10 @@ def test_a_full_disk_stops_saves_and_a_larger_one_resumes(folder: Path, disk: Pa
     assert done.returncode == 3, done.stderr
     assert "NOT SAVED: " in done.stderr
     assert "(No space left on device" in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {run_dir}/checkpoints/step_{STEPS:07d} was not saved (No space left on device")
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert error.startswith(f"error: {run_dir}/checkpoints/step_{STEPS:07d} was not saved (No space left on device")
+    assert re.search(rf"ended without saving: steps {FITTING + 1} to \d+ are lost", done.stderr), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("to continue: trainshort train demo ")
     assert "Traceback" not in done.stderr
     saved = [check_whole(checkpoint.path).step for checkpoint in list_checkpoints(run_dir)]
     assert saved == list(range(1, FITTING + 1))
