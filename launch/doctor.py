@@ -14,7 +14,7 @@ from configs.errors import InputError, TrainshortError
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
-from launch.machine import core_count, gpu_count
+from launch.machine import core_count, device_type, gpu_count
 from training.preflight import check_backend, installed_packages
 from training.versions import installed_version
 
@@ -161,7 +161,7 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
         raise InputError(
             f"--alibi audits ALiBi, but model.position is {model.position}: give a run with model.position alibi"
         )
-    check_backend(model, device="cuda" if gpu_count(os.environ) else "cpu")
+    check_backend(model, device=device_type(os.environ))
 
     import torch
 

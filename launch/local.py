@@ -36,7 +36,7 @@ class Signals:
     """State that the launcher's signal handlers keep.
 
     Attributes:
-        metrics: File that rank 0 makes anew before its first step.
+        metrics: File that rank 0 replaces before its first step.
         metrics_before: Its version when the launcher started.
         ranks: The ranks to forward to; empty while they are being started.
         asked: Requests to stop so far.
@@ -95,7 +95,7 @@ def start_ranks(
         ranks: Number of ranks to start.
         logs: Folder of the log files.
         environment: Environment of the ranks; each rank's number and the rendezvous are added.
-        metrics: File that rank 0 makes anew before its first step.
+        metrics: File that rank 0 replaces before its first step.
         explain_memory: Makes the message about a rank that ran out of memory.
         grace_seconds: How long the others may take to end after a rank has failed, and again after SIGTERM.
     Raises:
@@ -148,7 +148,7 @@ def make_log_folder(logs: Path) -> None:
 
 
 def _version(file: Path) -> tuple[int, int] | None:
-    """Return what changes once a file is made anew; None if there is no file."""
+    """Return what changes when a file is replaced; None if there is no file."""
     with contextlib.suppress(OSError):
         status = file.stat()
         return status.st_ino, status.st_mtime_ns

@@ -20,6 +20,11 @@ def gpu_count(environment: Mapping[str, str], *, devices: Path = Path("/dev")) -
     return present if visible is None else _visible_count(visible, present=present)
 
 
+def device_type(environment: Mapping[str, str]) -> str:
+    """Return the device type of the ranks that a process with this environment would start: cuda or cpu."""
+    return "cuda" if gpu_count(environment) else "cpu"
+
+
 def _visible_count(visible: str, *, present: int) -> int:
     """Count the entries of CUDA_VISIBLE_DEVICES as torch does: up to the first that names no GPU.
 

@@ -6,13 +6,13 @@ from configs.errors import InputError
 from configs.files import try_folder
 from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
-from launch.machine import gpu_count
+from launch.machine import device_type, gpu_count
 from parallel.layout import Layout
 from parallel.start import ProcessRank
 from training.export.formats.table import export_problems
 from training.folder import report_write_errors
 from training.incarnation import refuse_second_start
-from training.metrics_file import Best, better_of
+from training.metrics_file import better_of, validation_of
 from training.metrics_reader import read_steps
 from training.preflight import Ready, finished_line, make_ready, newest_to_resume, resume_line
 from training.progress_lines import best_line, evaluate_line, start_lines
@@ -81,7 +81,7 @@ def dry_run_lines(
     if place is None:
         ready, device = check_start(config, ranks=ranks, environ=environ)
     else:
-        device = "cuda" if gpu_count(environ) else "cpu"
+        device = device_type(environ)
         ready = make_ready(config, world_size=place.world_size, device=device)
     if ready.finished:
         return [] if is_other else finished_lines(ready)
@@ -95,8 +95,7 @@ def finished_lines(ready: Ready) -> list[str]:
     """Return what is said of a run that has nothing left to train: its best validation too, and what to type next."""
     best = None
     for fields in read_steps(ready.run_dir):
-        if isinstance(loss := fields.get("validation_loss"), float):
-            best = better_of(best, Best(loss, fields["step"]))
+        best = better_of(best, validation_of(fields))
     return [
         finished_line(ready.run_dir, steps=ready.config.train.steps),
         *([] if best is None else [best_line(best)]),

@@ -9,6 +9,7 @@ import secrets
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.errors import InputError
 from configs.files import whole_file
@@ -34,9 +35,15 @@ class Best:
     step: int
 
 
-def better_of(best: Best | None, measured: Best) -> Best | None:
+def validation_of(fields: dict[str, Any]) -> Best | None:
+    """Return the validation in the fields of a step; None if the step has none."""
+    loss = fields.get("validation_loss")
+    return Best(loss, fields["step"]) if isinstance(loss, float) else None
+
+
+def better_of(best: Best | None, measured: Best | None) -> Best | None:
     """Return the lower one of two validations; a loss that is no number does not count."""
-    if not math.isfinite(measured.loss):
+    if measured is None or not math.isfinite(measured.loss):
         return best
     return measured if best is None or measured.loss < best.loss else best
 
@@ -59,9 +66,7 @@ class MetricsFile(Observer):
                 discarded.append(line)
                 continue
             kept.append(line)
-            loss = fields.get("validation_loss")
-            if isinstance(loss, float):
-                self.best = better_of(self.best, Best(loss, fields["step"]))
+            self.best = better_of(self.best, validation_of(fields))
         if discarded:
             logs_folder(run_dir).mkdir(exist_ok=True)
             with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("ab") as file:

@@ -12,7 +12,7 @@ from configs.schema import RunConfig
 from configs.secrets import hide_secrets
 from configs.terminal import Terminal
 from launch.local import make_log_folder
-from launch.machine import gpu_count
+from launch.machine import device_type
 from launch.show.streams import following
 from parallel.start import ProcessRank
 from training.checkpoint.manifest import list_checkpoints
@@ -64,7 +64,7 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
         with following(None, descriptor=None, environ=environ):
             yield None
         return
-    logs, ready, device = logs_folder(run_folder(config)), None, "cuda" if gpu_count(environ) else "cpu"
+    logs, ready, device = logs_folder(run_folder(config)), None, device_type(environ)
     if place.starter != "local":
         ready = make_ready(config, world_size=place.world_size, device=device)
     make_log_folder(logs)

@@ -76,8 +76,8 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     def start_launcher(script: str, *, has_trained: bool = True) -> "subprocess.Popen[bytes]":
         metrics = tmp_path / "metrics.jsonl"
         metrics.write_text("of an earlier start\n")
-        anew = f"echo >{tmp_path}/.new$$; mv {tmp_path}/.new$$ {metrics}" if has_trained else "true"
-        ready = f'trap "exit 9" HUP; {script}; {anew}; echo $$ >{tmp_path}/.pid$TRAINSHORT_RANK; '
+        replaced = f"echo >{tmp_path}/.new$$; mv {tmp_path}/.new$$ {metrics}" if has_trained else "true"
+        ready = f'trap "exit 9" HUP; {script}; {replaced}; echo $$ >{tmp_path}/.pid$TRAINSHORT_RANK; '
         ready += f"mv {tmp_path}/.pid$TRAINSHORT_RANK {tmp_path}/pid$TRAINSHORT_RANK; while true; do sleep 0.05; done"
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", LAUNCHER, str(metrics), str(tmp_path / "logs"), *bash(ready)],

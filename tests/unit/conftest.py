@@ -4,9 +4,12 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+from tests.support.command_line import prepare_here
 
 STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system")
 
@@ -26,3 +29,11 @@ def _no_process() -> Iterator[None]:
         for module in ("training.folder", "training.evaluation.provenance"):
             patch.setattr(f"{module}.source_code", lambda: None)  # asks git
         yield
+
+
+@pytest.fixture(scope="package")
+def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run file and data that the command line prepared; tests copy it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare_here(folder)
+    return folder

@@ -12,18 +12,10 @@ import pytest
 
 from configs.load import dump_run, load_run
 from launch import local
-from tests.support.command_line import Answer, Call, contents, prepare_here, refused
+from tests.support.command_line import Answer, Call, contents, refused
 from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import Manifest, write_manifest
 from training.folder import with_fixed_keys
-
-
-@pytest.fixture(scope="module")
-def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run file and data that the command line prepared."""
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare_here(folder)
-    return folder
 
 
 @pytest.fixture

@@ -13,20 +13,12 @@ from configs.commands import name_run_file, run_file_named, typed_path
 from configs.errors import MachineError
 from configs.load import RUNS, dump_run, load_run, shipped_runs
 from launch.show.train import train_command_line
-from tests.support.command_line import Call, contents, prepare_here, refused
+from tests.support.command_line import Call, contents, refused
 from tests.support.small_run import set_options
 from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import Manifest, write_manifest
 from training.folder import with_fixed_keys
 from training.tracking.store import Store, require_known_scheme
-
-
-@pytest.fixture(scope="module")
-def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run file and data that the command line prepared."""
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare_here(folder)
-    return folder
 
 
 @pytest.fixture

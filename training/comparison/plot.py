@@ -22,6 +22,7 @@ from training.evaluation.chart import (
     save_figure,
     scale_axes,
     shorten,
+    write_above,
 )
 from training.metrics_reader import column
 
@@ -131,15 +132,8 @@ def _write_last_values(axes: Axes, points: list[tuple[int, float]]) -> None:
     for (length, perplexity), (x, y) in zip(points, places, strict=True):
         if any(abs(x - other_x) < 0.12 and 0 < other_y - y < 0.09 for other_x, other_y in places):
             continue
-        axes.annotate(
-            f"{perplexity:,.1f}" if perplexity < 1e4 else f"{perplexity:.2g}",
-            xy=(length, perplexity),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            zorder=2,
-        )
+        text = f"{perplexity:,.1f}" if perplexity < 1e4 else f"{perplexity:.2g}"
+        write_above(axes, text, point=(length, perplexity))
 
 
 def _keys_of_one_protocol(text: TextResults) -> list[tuple[str, int, int]]:

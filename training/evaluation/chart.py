@@ -56,6 +56,13 @@ def line_style(number: int) -> dict[str, Any]:
     return {"color": _COLOURS[place], "marker": _MARKERS[(place + turn) % len(_MARKERS)]}
 
 
+def write_above(axes: Axes, text: str, *, point: tuple[int, float], bbox: dict[str, Any] | None = None) -> None:
+    """Write a value above a point of a line; `bbox` is the background."""
+    axes.annotate(
+        text, xy=point, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9, bbox=bbox, zorder=2
+    )
+
+
 def draw_curve(axes: Axes, points: Iterable[tuple[int, float]], *, label: str, number: int) -> None:
     """Draw perplexity against length as a line.
 

@@ -16,6 +16,7 @@ from training.evaluation.chart import (
     save_figure,
     scale_axes,
     shorten,
+    write_above,
 )
 
 # Draw the unigram baseline up to this multiple of the highest perplexity; a higher one would flatten the curves.
@@ -82,16 +83,8 @@ def _annotate(axes: Axes, report: dict[str, Any], lines: dict[str, list[tuple[in
     if len(lines) == 1:
         (points,) = lines.values()
         for length, perplexity in points if len(points) <= 8 else ():
-            axes.annotate(
-                f"{perplexity:,.2f}" if perplexity < 100 else f"{perplexity:,.0f}",
-                xy=(length, perplexity),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
-                bbox=TEXT_BOX,
-                zorder=2,
-            )
+            text = f"{perplexity:,.2f}" if perplexity < 100 else f"{perplexity:,.0f}"
+            write_above(axes, text, point=(length, perplexity), bbox=TEXT_BOX)
 
 
 def _facts(report: dict[str, Any], lines: dict[str, list[tuple[int, float]]]) -> list[str]:
