@@ -4,10 +4,12 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick unit-model unit-rest test lint bench test-gpu test-layouts test-faults test-slurm
+.PHONY: help install demo quick unit-model unit-rest test lint bench bench-gpu test-gpu test-gpu-full test-layouts \
+	test-faults test-slurm
 
 help:
-	@echo "make demo | quick | test | lint | install | test-gpu | test-layouts | test-faults | test-slurm | bench"
+	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | bench"
+	@echo "on a GPU: make test-gpu | test-gpu-full | bench-gpu"
 
 install: $(INSTALLED)
 
@@ -37,8 +39,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check -q . && $(BIN)/ruff format --check -q .
 	$(BIN)/mypy
 
+# The core, in a minute where pytest-xdist shares it among processes: `make test-gpu WORKERS="-n 12"`.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -P -m pytest -q -m gpu
+	$(BIN)/python -P -m pytest -q -m "gpu and not slow" $(WORKERS) tests/gpu
+
+test-gpu-full: $(INSTALLED)
+	$(BIN)/python -P -m pytest -q -m gpu $(WORKERS) tests/gpu
 
 test-layouts: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q -m slow tests/distributed
@@ -49,5 +55,10 @@ test-faults: $(INSTALLED)
 test-slurm: $(INSTALLED)
 	tests/slurm/test.sh $(BIN)/python
 
+# All parts on CPUs, some ten minutes on two cores; `make bench PARTS="train_step ranks"` for some.
 bench: $(INSTALLED)
-	for script in benchmarks/*.py; do $(BIN)/python -P "$$script"; done
+	PYTHONPATH=. $(BIN)/python -P -m benchmarks $(PARTS)
+
+# In four minutes; `make bench-gpu OPTIONS="--only step --budget 600"`. It needs no install: see benchmarks/gpu.py.
+bench-gpu: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python -P -m benchmarks.gpu $(OPTIONS)

@@ -3,7 +3,6 @@
 16 heads of 128, fp32, batch 1, all cores. Compare ratios between machines, not milliseconds.
 """
 
-import json
 import time
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.machine import print_result
 from parallel.start import flush_denormals
 from training.model.kernels.reference import Reference
 from training.model.kernels.sdpa import Sdpa
@@ -27,7 +27,7 @@ def main() -> None:
         length: {name: _milliseconds(attend, length) for name, attend in _implementations(length).items()}
         for length in (1024, 2048)
     }
-    print(json.dumps({"benchmark": "attention", "unit": "ms", "threads": torch.get_num_threads(), "lengths": lengths}))
+    print_result("attention", unit="ms", lengths=lengths)
 
 
 def _implementations(length: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

@@ -4,12 +4,12 @@
 from elsewhere slows both; the fastest round counts. Compare ratios between machines, not seconds.
 """
 
-import json
 import time
 
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
+from benchmarks.machine import print_result
 from configs.schema import Model
 from parallel.groups import lone_groups
 from parallel.seeds import initial_weights
@@ -44,7 +44,7 @@ def main() -> None:
             name: {key: min(timings[key] for timings in repeats) for key in repeats[0]}
             for name, repeats in zip(("trainshort", "transformers"), zip(*rounds, strict=True), strict=True)
         }
-    print(json.dumps({"benchmark": "generation", "threads": torch.get_num_threads(), "prompts": prompts}))
+    print_result("generation", prompts=prompts)
 
 
 def _ours(model: SingleModel, ids: torch.Tensor) -> Timings:

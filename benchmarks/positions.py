@@ -4,15 +4,14 @@ Forward, loss and backward, fp32, all cores: 4 layers x 512, 8 heads of 64. Comp
 milliseconds.
 """
 
-import json
 import time
 
 import torch
 
+from benchmarks.machine import print_result
 from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.groups import lone_groups
-from parallel.layers import mean_loss
 from parallel.seeds import initial_weights
 from training.model.single import lone_decoder
 
@@ -29,13 +28,13 @@ def main() -> None:
         for _ in range(REPEATS):
             for position, decoder in decoders.items():
                 started = time.perf_counter()
-                mean_loss(decoder(tokens[:, :-1]), tokens[:, 1:].contiguous()).backward()
+                decoder(tokens[:, :-1], tokens[:, 1:].contiguous()).backward()
                 fastest[position] = min(fastest[position], time.perf_counter() - started)
         lengths[length] = {
             name: {"ms": round(1000 * seconds), "ratio": round(seconds / fastest["none"], 3)}
             for name, seconds in fastest.items()
         }
-    print(json.dumps({"benchmark": "positions", "threads": torch.get_num_threads(), "lengths": lengths}))
+    print_result("positions", lengths=lengths)
 
 
 def _decoder(position: str) -> torch.nn.Module:

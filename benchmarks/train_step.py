@@ -1,97 +1,68 @@
-"""Time a training step in one process against transformers' Bloom of the same shape. Prints one JSON line.
+"""Time a step of `trainshort train` against transformers' Bloom of the same shape. Prints a JSON line a shape.
 
-Forward, loss, backward and AdamW, fp32, all cores. Each model runs in a process of its own, so that the peak resident
-set of one does not include the other. Compare ratios between machines, not seconds.
+Ours is read from metrics.jsonl, so it counts all that a user waits for: the engine, reading, the exchange of figures.
+The two take turns, so that load from elsewhere slows both. At the first shape, `trainshort profile` adds the share of
+matrix products. Compare ratios between machines, not seconds.
 """
 
 import json
-import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from benchmarks.commands import Bench, Shape
+from benchmarks.machine import print_result
+from training.profiling.categories import MATRIX
 
-from configs.schema import Model
-
-STEPS = 4
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Shape of the model and of a batch."""
-
-    hidden: int
-    heads: int
-    layers: int
-    length: int
-    batch: int
-    vocab: int
-
-
-SHAPES = (Shape(512, 8, 6, 512, 4, 8192), Shape(1024, 16, 4, 1024, 1, 8192), Shape(1024, 16, 4, 2048, 1, 8192))
+# shape, rounds, steps of a round
+CASES = (
+    (Shape(1024, 16, 4, 1024), 2, 4),
+    (Shape(1024, 16, 4, 2048), 1, 4),
+    (Shape(1024, 16, 1, 8192), 1, 3),
+)
 
 
 def main() -> None:
-    """Measure each shape with each model; in a child process, only the one that the arguments name."""
-    if len(sys.argv) == 3:
-        print(json.dumps(_measure(sys.argv[1], SHAPES[int(sys.argv[2])])))
-        return
-    shapes = []
-    for index, shape in enumerate(SHAPES):
-        row = {name: _measure_in_child(name, index) for name in ("trainshort", "transformers")}
-        speedup = row["transformers"]["seconds"] / row["trainshort"]["seconds"]
-        shapes.append({**asdict(shape), **row, "speedup": speedup})
-    print(json.dumps({"benchmark": "train_step", "threads": torch.get_num_threads(), "shapes": shapes}))
+    """Measure each shape."""
+    with tempfile.TemporaryDirectory() as home:
+        bench = Bench(Path(home))
+        for number, (shape, rounds, steps) in enumerate(CASES):
+            _measure(bench, shape, rounds=rounds, steps=steps, profiles=number == 0)
 
 
-def _measure_in_child(name: str, index: int) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, name, str(index)], capture_output=True, text=True, check=True)
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+def _measure(bench: Bench, shape: Shape, *, rounds: int, steps: int, profiles: bool) -> None:
+    ours: list[float] = []
+    theirs: list[float] = []
+    memory = {"trainshort": 0.0, "transformers": 0.0}
+    for _ in range(rounds):
+        mine = bench.train(shape.overrides(), steps=steps)
+        peer = _bloom(shape, steps=steps)
+        ours += mine.seconds
+        theirs += peer["seconds"]
+        memory["trainshort"] = max(memory["trainshort"], mine.memory_gb)
+        memory["transformers"] = max(memory["transformers"], peer["memory_gb"])
+    shares = {}
+    if profiles:
+        categories = bench.profile(shape.overrides(), steps=2)["categories"]
+        shares = {row["name"]: round(row["share"], 3) for row in categories}
+    print_result(
+        "train_step",
+        **asdict(shape),
+        seconds={"trainshort": round(median(ours), 3), "transformers": round(median(theirs), 3)},
+        times_faster=round(median(theirs) / median(ours), 3),
+        memory_gb={name: round(value, 2) for name, value in memory.items()},
+        memory_ratio=round(memory["trainshort"] / memory["transformers"], 3),
+        **({"matrix_products_share": shares.get(MATRIX), "shares": shares} if profiles else {}),
+    )
 
 
-def _measure(name: str, shape: Shape) -> dict[str, float]:
-    module, loss_of = _trainshort(shape) if name == "trainshort" else _transformers(shape)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.length + 1))
-    fastest = float("inf")
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        loss_of(tokens[:, :-1], tokens[:, 1:].contiguous()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        fastest = min(fastest, time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {"seconds": round(fastest, 3), "peak_gb": round(peak, 2)}
-
-
-def _trainshort(shape: Shape) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    from parallel.groups import lone_groups
-    from parallel.layers import mean_loss
-    from parallel.seeds import initial_weights
-    from training.model.single import lone_decoder
-
-    model = Model(layers=shape.layers, hidden=shape.hidden, heads=shape.heads)
-    decoder = lone_decoder(model, vocab_size=shape.vocab)
-    initial_weights(decoder, seed=1, tensor=lone_groups().tensor)
-    return decoder, lambda inputs, targets: mean_loss(decoder(inputs), targets)
-
-
-def _transformers(shape: Shape) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    config = BloomConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=shape.layers, n_head=shape.heads)
-    bloom = BloomForCausalLM(config)
-
-    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(bloom(inputs, use_cache=False).logits.flatten(0, 1), targets.flatten())
-
-    return bloom, loss_of
+def _bloom(shape: Shape, *, steps: int) -> dict:
+    command = [sys.executable, "-P", "-m", "benchmarks.peers", json.dumps(asdict(shape)), str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

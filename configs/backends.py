@@ -4,6 +4,7 @@ The kernels are in `training/model/kernels/`, a file per backend.
 """
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 
 from configs.choices import Choice
 from configs.positions import POSITIONS, BiasKind
@@ -26,7 +27,7 @@ class Backend(Choice):
         head_dims: Smallest and largest width of a head.
         devices: Kinds of device that it trains on.
         capability: Lowest compute capability of a GPU.
-        package: A module that must be installed in addition to torch, or None.
+        package: A package that must be installed in addition to torch, or None.
         memory: How its memory grows with the length.
         has_run: Where its tests have run.
         keeps_scores: Whether it keeps all scores, in fp32, for the backward pass.
@@ -88,15 +89,30 @@ BACKENDS = {
         Backend(
             name="flex",
             implementation="training.model.kernels.flex.Flex",
-            what="torch's FlexAttention, compiled; the bias is computed inside the kernel",
+            what="torch's FlexAttention, compiled by Triton; the bias is computed inside the kernel",
             biases=COMPUTED_BIAS,
             precisions=("fp32", "bf16"),
-            head_dims=(16, ANY_WIDTH),
+            head_dims=(16, 256),
             devices=("cuda",),
             capability=(7, 0),
             package=None,
             memory="length",
-            has_run="CPU: its formula, uncompiled, forward; one H100: bf16, training steps",
+            has_run="CPU: compiled, forward; its gradients as formulas in fp64; one H100: bf16, training steps, "
+            "before lengths were padded and slopes computed inside it",
+            compiles=True,
+        ),
+        Backend(
+            name="flash4",
+            implementation="training.model.kernels.flash4.Flash4",
+            what="FlexAttention with FlashAttention 4's kernel, compiled; the bias is computed inside the kernel",
+            biases=COMPUTED_BIAS,
+            precisions=("bf16",),
+            head_dims=(128, 128),
+            devices=("cuda",),
+            capability=(9, 0),
+            package="flash-attn-4",
+            memory="length",
+            has_run="never; its formulas are those of flex",
             compiles=True,
         ),
         Backend(
@@ -114,12 +130,90 @@ BACKENDS = {
         ),
     )
 }
-AUTO = "sdpa"  # the only one tested on CPUs and GPUs; the others must be asked for
+EVERYWHERE = "sdpa"  # what runs on every machine, with every position method, precision and head width
+AUTO = ("flash4", "flex", EVERYWHERE)  # the fastest first; flash-attn 2 must be asked for
 
 
-def backend_of(attention: str) -> Backend:
-    """Return the backend for a value of `model.attention`."""
-    return BACKENDS[AUTO if attention == "auto" else attention]
+def candidates(
+    *,
+    device: Device,
+    bias: BiasKind,
+    precision: str,
+    head_dim: int,
+    packages: frozenset[str],
+    capability: tuple[int, int] | None = None,
+) -> list[Backend]:
+    """Return the backends that `auto` may use on a device, the fastest first; never empty.
+
+    Args:
+        device: Kind of device of the ranks: cpu or cuda.
+        bias: What the position method adds to the scores.
+        precision: Value of `train.precision`.
+        head_dim: Width of a head.
+        packages: Installed packages, out of those that backends need.
+        capability: The GPU's compute capability; None if unknown, since asking for it needs torch.
+    """
+    fitting = [
+        backend
+        for backend in map(BACKENDS.__getitem__, AUTO)
+        if bias in backend.biases
+        and precision in backend.precisions
+        and backend.head_dims[0] <= head_dim <= backend.head_dims[1]
+        and unavailable(backend, device=device, packages=packages, capability=capability) is None
+    ]
+    return fitting or [BACKENDS[EVERYWHERE]]
+
+
+def named_backend(attention: str) -> Backend | None:
+    """Return the backend that a value of `model.attention` names; None for `auto`, which names none."""
+    return None if attention == "auto" else BACKENDS[attention]
+
+
+def backend_of(
+    attention: str,
+    *,
+    device: Device,
+    position: str,
+    precision: str,
+    head_dim: int,
+    capability: tuple[int, int] | None = None,
+) -> Backend:
+    """Return the backend that a value of `model.attention` means on this machine; `auto` means the fastest.
+
+    Args:
+        attention: The value.
+        device: Kind of device of the ranks: cpu or cuda.
+        position: Value of `model.position`.
+        precision: Value of `train.precision`.
+        head_dim: Width of a head.
+        capability: The GPU's compute capability; None if unknown.
+    """
+    return (
+        named_backend(attention)
+        or candidates(
+            device=device,
+            bias=POSITIONS[position].bias,
+            precision=precision,
+            head_dim=head_dim,
+            packages=installed_packages(),
+            capability=capability,
+        )[0]
+    )
+
+
+def installed_packages() -> frozenset[str]:
+    """Return the packages of the attention backends that are installed, without importing them."""
+    return frozenset(
+        backend.package for backend in BACKENDS.values() if backend.package and _installed(backend.package)
+    )
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def unsupported(backend: Backend, *, position: str, precision: str, head_dim: int) -> str | None:
@@ -132,7 +226,9 @@ def unsupported(backend: Backend, *, position: str, precision: str, head_dim: in
         return f"{backend.name} cannot compute train.precision {precision}: use {' or '.join(fitting)}"
     smallest, largest = backend.head_dims
     if not smallest <= head_dim <= largest:
-        advice = f"use {AUTO} or other heads" if head_dim <= ANY_WIDTH else "set a smaller model.hidden or more heads"
+        advice = (
+            f"use {EVERYWHERE} or other heads" if head_dim <= ANY_WIDTH else "set a smaller model.hidden or more heads"
+        )
         return (
             f"{backend.name} cannot compute heads of {head_dim} (model.hidden / model.heads), only {smallest} to "
             f"{largest}: {advice}"
@@ -152,10 +248,11 @@ def unavailable(
         capability: The GPU's compute capability; None if unknown, since asking for it needs torch.
     """
     if device not in backend.devices:
-        return f"{backend.name} needs a GPU and this machine's ranks run on {device}: use {AUTO}"
+        return f"{backend.name} needs a GPU and this machine's ranks run on {device}: use {EVERYWHERE}"
     if backend.package is not None and backend.package not in packages:
-        return f"{backend.name} needs the package {backend.package}, which is not installed: install it or use {AUTO}"
+        missing = f"{backend.name} needs the package {backend.package}, which is not installed"
+        return f"{missing}: install it or use {EVERYWHERE}"
     if capability is not None and capability < backend.capability:
         seen, needed = (".".join(map(str, some)) for some in (capability, backend.capability))
-        return f"{backend.name} needs a GPU of compute capability {needed}, this one has {seen}: use {AUTO}"
+        return f"{backend.name} needs a GPU of compute capability {needed}, this one has {seen}: use {EVERYWHERE}"
     return None

@@ -98,7 +98,8 @@ def _type(annotation: Any) -> str:
 
 
 def _choices(words: tuple[Any, ...]) -> str:
-    return " \\| ".join(f"`{word}`" for word in words)
+    # YAML writes true and false
+    return " \\| ".join(f"`{str(word).lower() if isinstance(word, bool) else word}`" for word in words)
 
 
 def _bounds(field: FieldInfo) -> list[tuple[str, float]]:

@@ -1,8 +1,12 @@
-"""Training precisions, and everything that depends on them. Imports no torch."""
+"""Precisions of training, evaluation and generation, and everything that depends on them. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from configs.errors import InputError
+
+DEFAULT_PRECISION = "fp32"
 
 
 @dataclass(frozen=True)
@@ -10,14 +14,17 @@ class Precision:
     """One precision.
 
     Attributes:
-        name: Value of `train.precision`.
+        name: Value of `train.precision` and `--precision`.
         dtype: Torch dtype of the forward and backward pass, by name.
         master_weights: Whether ZeRO keeps fp32 weights in addition to those of the forward pass.
         deepspeed: Its part of DeepSpeed's configuration.
         row_tolerance: How far a measured attention row may be from the exact one, in total variation.
         resume_tolerance: How far the check loss may be from the saved one, in nats per token. Layouts and attention
             backends differ by about 1e-6 in fp32, and by the rounding of the weights in 16 bits.
-        available: Whether this version supports it.
+        available: Whether this version trains in it.
+        evaluates: Whether `evaluate` and `generate` take it.
+        gpu_only: Whether a CPU cannot compute in it.
+        fp32_products: How a GPU multiplies fp32 matrices, as torch.set_float32_matmul_precision takes it.
     """
 
     name: str
@@ -27,6 +34,9 @@ class Precision:
     row_tolerance: float
     resume_tolerance: float
     available: bool = True
+    evaluates: bool = True
+    gpu_only: bool = False
+    fp32_products: str = "highest"
 
     @property
     def width(self) -> int:
@@ -49,9 +59,10 @@ PRECISIONS = {
             "bf16",
             dtype="bfloat16",
             master_weights=True,
-            # Without these two DeepSpeed adds gradients up in bf16: over micro-batches, and over data ranks.
+            # Without the last two DeepSpeed adds gradients up in bf16: over micro-batches, and over data ranks. The
+            # first lets it add a gradient to the fp32 sum, and free it, as soon as it is there.
             deepspeed={
-                "bf16": {"enabled": True},
+                "bf16": {"enabled": True, "immediate_grad_update": True},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",
             },
@@ -66,6 +77,30 @@ PRECISIONS = {
             row_tolerance=3e-3,
             resume_tolerance=0.05,
             available=False,
+            evaluates=False,
+        ),
+        Precision(
+            "tf32",  # fp32 weights, multiplied with 10 bits of mantissa where bf16 has 7
+            dtype="float32",
+            master_weights=False,
+            deepspeed={},
+            row_tolerance=1e-3,
+            resume_tolerance=1e-3,
+            available=False,
+            gpu_only=True,
+            fp32_products="high",
         ),
     )
 }
+INFERENCE_PRECISIONS = tuple(name for name, row in PRECISIONS.items() if row.evaluates)
+
+
+def require_precision(name: str) -> Precision:
+    """Return the precision for a value of `--precision`.
+
+    Raises:
+        InputError: it is not known.
+    """
+    if name not in INFERENCE_PRECISIONS:
+        raise InputError(f"precision {name!r} is not known: use {', '.join(INFERENCE_PRECISIONS)}")
+    return PRECISIONS[name]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from math import isqrt
 
-from configs.backends import backend_of, unsupported
+from configs.backends import BACKENDS, EVERYWHERE, named_backend, unsupported
 from configs.choices import FAMILIES, Choice
 from configs.errors import InputError
 from configs.positions import POSITIONS
@@ -65,7 +65,7 @@ def _position(config: RunConfig) -> Iterator[str]:
 
 def _attention(config: RunConfig) -> Iterator[str]:
     model = config.model
-    backend = backend_of(model.attention)
+    backend = named_backend(model.attention) or BACKENDS[EVERYWHERE]  # auto falls back to it
     why = unsupported(backend, position=model.position, precision=config.train.precision, head_dim=model.head_dim)
     if why is not None:
         yield f"model.attention {why}"
@@ -98,6 +98,16 @@ def _zero_with_stages(config: RunConfig) -> Iterator[str]:
             f"parallel.zero must be 1 with pipeline stages (parallel.pipeline is {parallel.pipeline}), got "
             f"{parallel.zero}: DeepSpeed's pipeline refuses ZeRO 2 and 3 and clips wrongly at ZeRO 0; "
             "set parallel.zero to 1, or parallel.pipeline to 1"
+        )
+
+
+def _sequence(config: RunConfig) -> Iterator[str]:
+    parallel, length = config.parallel, config.data.sequence_length
+    if parallel.sequence and length % parallel.tensor:
+        yield (
+            f"data.sequence_length must be a multiple of parallel.tensor ({parallel.tensor}) with parallel.sequence "
+            f"true, got {length}: use {length - length % parallel.tensor or parallel.tensor}, or set parallel.sequence "
+            "to false"
         )
 
 
@@ -264,7 +274,6 @@ def _not_available(config: RunConfig) -> Iterator[str]:
         ("model", "family", _available(FAMILIES)),
         ("model", "windows", ("off",)),
         ("data", "mask_documents", (False,)),
-        ("parallel", "sequence", (False,)),
         ("train", "precision", _available(PRECISIONS)),
         ("checkpoint", "background", (False,)),
     ):
@@ -287,6 +296,7 @@ _RULES = (
     _tensor_columns,
     _stages,
     _zero_with_stages,
+    _sequence,
     _zero_with_offload,
     _zero_with_precision,
     _weights,

@@ -27,7 +27,7 @@ def _source_of_path(value: Any) -> Any:
 
 
 def _text_of_number(value: Any) -> Any:
-    # YAML reads an unquoted 90 as a number: accept it as text; configs.rules says what to write.
+    # YAML reads an unquoted 90 as a number: accept it as text; configs.rules says what to write. And 1 equals true.
     return str(value) if type(value) in (int, float) else value
 
 
@@ -87,7 +87,7 @@ class Model(Section):
         default="bloom", description="Block design; it determines the export format."
     )
     attention: Annotated[str, OneOf(BACKENDS, also=("auto",))] = Field(
-        default="auto", description="Attention backend; auto is sdpa."
+        default="auto", description="Attention backend; auto is flex on a GPU where it can, else sdpa."
     )
     windows: Literal["auto", "off"] = Field(default="off", description="Lossless windows per head (off: none).")
     init_std: Annotated[float, Field(gt=0.0)] = Field(default=0.02, description="Std of the initial weights.")
@@ -179,8 +179,14 @@ class Train(Section):
         default="fp32", description="Type of the forward and backward pass."
     )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(default="adamw", description="Optimizer.")
-    recompute: bool = Field(
-        default=False, description="Recompute each block in the backward pass: less memory, more time."
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Compile what lies between the matrix products into fused kernels; auto does so on a GPU.",
+    )
+    recompute: Annotated[Literal[False, True, "selective"], BeforeValidator(_text_of_number)] = Field(
+        default=False,
+        description="Recompute in the backward pass: true whole blocks, `selective` attention and what lies between "
+        "the matrix products. Less memory, more time.",
     )
     deterministic: bool = Field(
         default=False,

@@ -69,14 +69,14 @@ def _problem(error: Any) -> str:
         return f"{key} must be a path or {{path: ..., weight: ...}}, got {seen}"
     # pydantic's messages begin with "Input should"
     message = error["msg"][0].lower() + error["msg"][1:]
-    message = message.replace("valid dictionary", "map of names to values")
-    advice = "" if is_secret else _advice_on_type(error["type"], error["input"])
+    message = message.replace("valid dictionary", "map of names to values").replace("False, True", "false, true")
+    advice = "" if is_secret else _advice_on_type(error["type"], error["msg"], error["input"])
     return f"{key}: {message.replace('input should', 'must')}, got {seen}{advice}"
 
 
-def _advice_on_type(kind: str, value: Any) -> str:
+def _advice_on_type(kind: str, message: str, value: Any) -> str:
     """Return what to write where YAML reads a value as another type than is meant."""
-    if kind == "bool_type" and str(value).lower() in _WORDS:
+    if (kind == "bool_type" or "False, True" in message) and str(value).lower() in _WORDS:
         return f": write {_WORDS[str(value).lower()]}"
     number = _number(value) if kind in ("int_type", "float_type") else None
     if number is not None and (kind == "float_type" or number.is_integer()):

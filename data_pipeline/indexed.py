@@ -1,9 +1,10 @@
-"""Read, check and count Megatron's .bin/.idx with numpy alone. Imports neither torch nor megatron.
+"""Read, write, check and count Megatron's .bin/.idx with numpy alone. Imports neither torch nor megatron.
 
 Source: megatron.core.datasets.indexed_dataset, index version 1.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 # the format's codes for token types; 6 and 7 are floats
 _DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_SMALL_VOCABULARY = 65_500  # below it megatron-core stores tokens in 16 bits
 _COUNTED_AT_ONCE = 1 << 24  # tokens
 
 
@@ -33,6 +35,31 @@ class Index:
     def tokens(self) -> int:
         """Number of tokens in all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype[np.integer]:
+    """Return the type that megatron-core stores tokens of a vocabulary in."""
+    return np.dtype(np.uint16 if vocab_size < _SMALL_VOCABULARY else np.int32)
+
+
+def write_index(
+    file: Path, *, dtype: np.dtype[np.integer], lengths: Sequence[int], document_ends: Sequence[int]
+) -> None:
+    """Write the index of a .bin whose sequences follow each other without a gap.
+
+    Args:
+        file: The .idx.
+        dtype: Of the tokens.
+        lengths: Tokens of each sequence.
+        document_ends: The number of sequences up to the end of each document.
+    """
+    (code,) = (code for code, each in _DTYPES.items() if each is dtype.type)
+    ends = np.cumsum([0, *lengths], dtype=np.int64) * dtype.itemsize
+    with file.open("wb") as out:
+        out.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), 1 + len(document_ends)))
+        out.write(np.array(lengths, np.int32).tobytes())
+        out.write(ends[:-1].tobytes())
+        out.write(np.array([0, *document_ends], np.int64).tobytes())
 
 
 def read_index(prefix: Path) -> Index:

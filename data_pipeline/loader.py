@@ -21,6 +21,9 @@ class Loader:
         micro_batch: Samples of one forward pass on one data rank.
         data_rank: This rank's place among the data ranks.
         data_size: Number of data ranks.
+
+    Attributes:
+        global_batch: Samples of one step over all data ranks.
     """
 
     def __init__(
@@ -29,7 +32,7 @@ class Loader:
         assert global_batch % (micro_batch * data_size) == 0, "micro_batch x data ranks must divide the global batch"
         self._samples = samples
         self._order = SampleOrder(seed=seed, sizes=samples.sizes, weights=samples.weights)
-        self._global_batch = global_batch
+        self.global_batch = global_batch
         self._micro_batch = micro_batch
         self._data_rank = data_rank
         self._data_size = data_size
@@ -43,7 +46,7 @@ class Loader:
         Args:
             consumed_samples: Samples of all steps before this one.
         """
-        ids = self._order.ids(start=consumed_samples, count=self._global_batch)
+        ids = self._order.ids(start=consumed_samples, count=self.global_batch)
         # [global_batch] -> [micro-batches, data ranks, micro_batch] -> [micro-batches, micro_batch]
         by_rank = ids.reshape(-1, self._data_size, self._micro_batch)[:, self._data_rank]
         return [torch.from_numpy(self._samples.read(batch)) for batch in by_rank]

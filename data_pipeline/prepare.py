@@ -45,6 +45,7 @@ from data_pipeline.sources import (
     source_files,
     source_size,
 )
+from data_pipeline.storage import write_part
 from data_pipeline.tokenizer import SAMPLE_CHARACTERS, Tokenizer, train_tokenizer
 
 _UNFINISHED_NAME = "preparing.json"
@@ -241,9 +242,6 @@ def _part(
     total = sum(source_size(source.path) for source in sources)
     name = _shortened(printable(_part_name(sources)), cells=bars.console.width - _OTHER_CELLS)
     task = bars.add_task(name, total=total)
-    # not at the top: torch and megatron-core take seconds to import, and most calls write nothing
-    from data_pipeline.storage import write_part
-
     chunks = _part_chunks(sources, separator, lambda count: bars.advance(task, count))
     write_part(chunks, tokenizer=tokenizer, prefix=prefix)
     bars.update(task, completed=total)  # for parquet and python-docs, the bytes reported are estimates

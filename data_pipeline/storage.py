@@ -1,22 +1,21 @@
-"""Write tokens as Megatron's .bin/.idx, with megatron-core's builder. Imports torch: import it only when needed."""
+"""Write tokens as Megatron's .bin/.idx, with numpy alone: megatron-core's own builder takes seconds to import."""
 
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.files import whole_file
+from data_pipeline.indexed import smallest_dtype, write_index
 from data_pipeline.prefixes import bin_path, idx_path, words_path
 from data_pipeline.sources import Chunk
 from data_pipeline.tokenizer import Tokenizer
 
-with warnings.catch_warnings():
-    # megatron-core warns that optional GPU libraries are missing; writing tokens needs none
-    warnings.simplefilter("ignore")
-    import torch
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+_ENCODED_AT_ONCE = 1 << 21  # characters: enough to keep all cores busy
 
 
 def write_part(chunks: Iterable[Chunk], *, tokenizer: Tokenizer, prefix: Path) -> None:
@@ -28,24 +27,48 @@ def write_part(chunks: Iterable[Chunk], *, tokenizer: Tokenizer, prefix: Path) -
     Raises:
         InputError: what `chunks` raises.
     """
-    words = []
+    words, lengths, document_ends = [], [], []
+    dtype = smallest_dtype(tokenizer.vocab_size)
+    end = np.array([tokenizer.end_of_document], dtype)
     with ExitStack() as files:
         # contexts exit in reverse: the .bin, entered first, gets its name last
         tokens_file = files.enter_context(whole_file(bin_path(prefix)))
         index_file = files.enter_context(whole_file(idx_path(prefix)))
         words_file = files.enter_context(whole_file(words_path(prefix)))
-        # optimal_dtype: uint16 where the vocabulary allows, else int32
-        builder = IndexedDatasetBuilder(str(tokens_file), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-        # the builder closes its file only in finalize, which an error skips
-        files.callback(builder.data_file.close)
-        for chunk in chunks:
-            tokens = tokenizer.encode(chunk.text)
-            if chunk.ends_document:
-                tokens.append(tokenizer.end_of_document)
-            builder.add_item(torch.tensor(tokens, dtype=torch.int64))
-            words.append(len(chunk.text.split()))
-            if chunk.ends_document:
-                builder.end_document()
-        builder.finalize(str(index_file))
+        with tokens_file.open("wb") as file:
+            for chunk, ids in _encoded(chunks, tokenizer):
+                file.write(ids.astype(dtype).tobytes())
+                lengths.append(len(ids) + chunk.ends_document)
+                words.append(len(chunk.text.split()))
+                if chunk.ends_document:
+                    file.write(end.tobytes())
+                    document_ends.append(len(lengths))
+        write_index(index_file, dtype=dtype, lengths=lengths, document_ends=document_ends)
         with words_file.open("wb") as file:
             np.save(file, np.array(words, np.int64))
+
+
+def _encoded(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> Iterator[tuple[Chunk, NDArray[np.int32]]]:
+    """Yield each chunk with its tokens. A thread encodes while this one reads on and writes what came before."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        started = (
+            (batch, thread.submit(tokenizer.encode_each, [chunk.text for chunk in batch])) for batch in _batches(chunks)
+        )
+        before = None
+        for now in chain(started, [None]):
+            if before is not None:
+                batch, ids = before
+                yield from zip(batch, ids.result(), strict=True)
+            before = now
+
+
+def _batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    batch, characters = [], 0
+    for chunk in chunks:
+        batch.append(chunk)
+        characters += len(chunk.text)
+        if characters >= _ENCODED_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -17,6 +17,7 @@ from launch.commands.group import CommandGroup, ListingGroup, did_you_mean
 from launch.commands.jobs import jobs_commands, slurm_commands
 from launch.commands.machine import machine_commands
 from launch.commands.model import model_commands
+from launch.commands.profile import profile_commands
 from launch.commands.run import run_commands
 from launch.commands.runs import runs_commands
 from launch.complete import COMPLETE_VARIABLE
@@ -38,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order of the help text. Commands of an app without a name become commands of `trainshort` itself.
-for commands in (run_commands, model_commands, slurm_commands, machine_commands):
+for commands in (run_commands, profile_commands, model_commands, slurm_commands, machine_commands):
     app.add_typer(commands)
 app.add_typer(runs_commands, name="runs", cls=ListingGroup)
 app.add_typer(checkpoint_commands, name="checkpoint", cls=CommandGroup)

@@ -61,6 +61,13 @@ def complete_protocols(incomplete: str) -> list[str]:
     return _matching(incomplete, PROTOCOL_WORDS)
 
 
+def complete_precisions(incomplete: str) -> list[str]:
+    """Return the precisions of `evaluate` and `generate`."""
+    from configs.precisions import INFERENCE_PRECISIONS
+
+    return _matching(incomplete, INFERENCE_PRECISIONS)
+
+
 def _entries(typed: str, is_wanted: Callable[[Path], bool]) -> list[str]:
     """Return the wanted entries of the folder that typed text ends in, as they would be typed."""
     folder = typed[: typed.rfind("/") + 1]

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.backends import BACKENDS, Backend, backend_of, unavailable
+from configs.backends import BACKENDS, Backend, backend_of, installed_packages, unavailable
 from configs.errors import InputError, TrainshortError
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
 from launch.machine import core_count, device_type, gpu_count
-from training.preflight import check_backend, installed_packages
+from training.preflight import check_backend
 from training.versions import installed_version
 
 # The dependencies in pyproject.toml, and the packages that attention backends may need.
@@ -173,7 +173,7 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
     assert slopes is not None, "a bias of slopes promises them"
     device = "cuda" if gpu_report()["usable"] else "cpu"
     check_backend(model, device=device)
-    backend, dtype = backend_of(model.attention).name, dtype_of(precision)
+    backend, dtype = alibi_backend(config, device=device).name, dtype_of(precision)
     lengths = sorted({config.data.sequence_length, *config.evaluation_lengths})
     audits = [
         audit(
@@ -199,6 +199,19 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
         ),
         "lengths": [asdict(length_audit) for length_audit in audits],
     }
+
+
+def alibi_backend(config: RunConfig, *, device: str) -> Backend:
+    """Return the attention backend of a run on this machine, whose oldest GPU decides for `auto`."""
+    model = config.model
+    return backend_of(
+        model.attention,
+        device=device,
+        position=model.position,
+        precision=config.train.precision,
+        head_dim=model.head_dim,
+        capability=min((gpu["capability"] for gpu in gpu_report()["usable"]), default=None),
+    )
 
 
 def check_audit(report: dict[str, Any]) -> None:

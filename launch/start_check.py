@@ -6,7 +6,7 @@ from configs.errors import InputError
 from configs.files import try_folder
 from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
-from launch.machine import device_type, gpu_count
+from launch.machine import device_type, gpu_bytes, gpu_count
 from parallel.layout import Layout
 from parallel.start import ProcessRank
 from training.export.formats.table import export_problems
@@ -16,6 +16,7 @@ from training.metrics_file import better_of, validation_of
 from training.metrics_reader import read_steps
 from training.preflight import Ready, finished_line, make_ready, newest_to_resume, resume_line
 from training.progress_lines import best_line, evaluate_line, start_lines
+from training.simpler_layouts import simpler_layout, simpler_lines
 from training.tracking.store import choose_store, require_known_scheme
 
 
@@ -57,6 +58,14 @@ def default_layout(config: RunConfig, *, environ: Mapping[str, str]) -> tuple[La
     return Layout.of(config, world_size=_fewest_ranks(config)), "tensor x pipeline"
 
 
+def simpler_layout_lines(config: RunConfig, *, layout: Layout, environ: Mapping[str, str]) -> list[str]:
+    """Return what to say if a layout with fewer splits fits this machine's GPUs too; nothing without GPUs."""
+    is_split = layout.tensor * layout.pipeline > 1
+    found = gpu_bytes() if is_split and gpu_count(environ) else None
+    simpler = simpler_layout(config, layout=layout, gpu_bytes=found) if found else None
+    return simpler_lines(simpler, gpu_bytes=found) if simpler and found else []
+
+
 def _fewest_ranks(config: RunConfig) -> int:
     return config.parallel.tensor * config.parallel.pipeline
 
@@ -88,7 +97,10 @@ def dry_run_lines(
     refuse_second_start(ready.run_dir)
     with report_write_errors(ready.run_dir):
         try_folder(checkpoints_folder(ready.run_dir))
-    return [] if is_other else [*start_lines(ready, device=device), *_beginning(ready, environ=environ)]
+    if is_other:
+        return []
+    simpler = simpler_layout_lines(ready.config, layout=ready.layout, environ=environ)
+    return [*start_lines(ready, device=device), *simpler, *_beginning(ready, environ=environ)]
 
 
 def finished_lines(ready: Ready) -> list[str]:

@@ -6,7 +6,6 @@ chooses it per communicator, so copies can drift apart by rounding. A checkpoint
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -14,29 +13,6 @@ from torch import Tensor
 from parallel.axes import Group, Groups
 from parallel.collectives import all_gather_object
 from parallel.engine import State
-
-
-def sum_tied_gradients(engine: Any, *, data: Group) -> None:
-    """Give each stage's copy of a tied parameter the same gradient, bit for bit.
-
-    Sum over the data ranks first, then over the stages: a sum of two has one order. DeepSpeed then averages the
-    gradient over the data ranks, like any other: one rank hands it the sum and the others zeros, which add up exactly
-    in any order.
-
-    Args:
-        engine: DeepSpeed's pipeline engine, before it reduces gradients.
-        data: The data axis.
-    """
-    for parameter, stages in engine.module.get_tied_weights_and_groups():
-        if engine.using_bf16_optimizer:
-            gradient = getattr(parameter, "_hp_grad", None)
-        else:
-            gradient = engine.optimizer.get_param_gradient_attribute(parameter)
-        assert gradient is not None, "a stage gave a tied parameter no gradient, so the other stages would wait"
-        dist.all_reduce(gradient, group=data.handle)
-        dist.all_reduce(gradient, group=stages)
-        if data.rank > 0:
-            gradient.zero_()
 
 
 def equalize_copies(state: State, *, groups: Groups) -> list[str]:

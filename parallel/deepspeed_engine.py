@@ -4,6 +4,7 @@ Without pipeline stages, DeepSpeed's plain engine runs all layers (ZeRO 0 to 3).
 each rank's layers by 1F1B (ZeRO 1).
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -17,16 +18,18 @@ from torch import Tensor, nn
 from configs.choices import OPTIMIZERS
 from configs.precisions import PRECISIONS
 from configs.schema import Train
+from configs.slow_parts import timed
 from parallel import zero
 from parallel.axes import Group, Groups
-from parallel.copies import sum_tied_gradients
 from parallel.engine import Engine, State, StepOutcome
+from parallel.gradients import add_from_now_on, add_no_more, adds_in_turn, sum_tied_gradients, take_over
 from parallel.layout import Layout
-from parallel.libraries import NoopTimer, ReduceTiedGrads, deepspeed
+from parallel.libraries import BackwardPass, NoopTimer, ReduceTiedGrads, deepspeed
 from parallel.pipeline import StagedModule
-from parallel.plan import LayerPlan
 from parallel.seeds import initial_range
 from parallel.shards import declared
+
+logger = logging.getLogger(__name__)
 
 
 def layer_placer(
@@ -49,24 +52,22 @@ def layer_placer(
     return place
 
 
-def make_engine(
-    module: nn.Module, plan: LayerPlan, *, train: Train, layout: Layout, groups: Groups, seed: int
-) -> Engine:
-    """Return the engine of a module, with the run's initial weights.
+def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Groups, seed: int | None) -> Engine:
+    """Return the engine of a module.
 
     Args:
-        module: A `StagedModule` for pipeline > 1, else a module from tokens to local logits; its layers are placed by
-            `layer_placer`.
-        plan: Defines the loss.
+        module: A `StagedModule` for pipeline > 1, else a module from tokens to local logits, or from tokens and targets
+            to the mean loss; its layers are placed by `layer_placer`.
         train: Optimization settings.
         layout: How the ranks are split into axes.
         groups: Their process groups.
-        seed: The run's seed.
+        seed: Seed of the initial weights; None to leave them unset, because a checkpoint will be loaded.
     """
     optimizer = OPTIMIZERS[train.optimizer]
     kinds = optimizer.state_kinds
     staged = isinstance(module, StagedModule)
-    with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
+    say = logger.info if groups.world.rank == 0 else logger.debug
+    with timed("built the engine", say=say), redirect_stdout(StringIO()):  # DeepSpeed prints its settings
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer.load()(module.parameters(), train=train),
@@ -74,12 +75,15 @@ def make_engine(
             mpu=None if staged else groups.grid,
             dist_init_required=False,
         )
-    zero.start_optimizer(engine, moments=kinds[1:])
+        zero.start_optimizer(engine, moments=kinds[1:])
+        take_over(engine, groups=groups, clip=train.clip)
     state = ZeroState(engine, kinds=kinds)
-    state.draw_weights(seed=seed, tensor=groups.tensor)
+    if seed is not None:
+        with timed(f"drew {state.held_weights:,} initial weights", say=say):
+            state.draw_weights(seed=seed, tensor=groups.tensor)
     if staged:
         return _PipelineEngine(engine, state, data=groups.data)
-    return _PlainEngine(engine, state, plan, groups=groups, train=train)
+    return _PlainEngine(engine, state, data=groups.data)
 
 
 class ZeroState:
@@ -98,11 +102,17 @@ class ZeroState:
         """Set this tensor rank's slice; for a weight, also update the forward pass's copy."""
         zero.write_state(self._engine, self.parameters[name][0], kind, value)
 
+    @property
+    def held_weights(self) -> int:
+        """Number of weights that this rank draws."""
+        ranges = (zero.held_range(self._engine, parameter) for parameter, _ in self.parameters.values())
+        return sum(stop - start for start, stop in ranges)
+
     def draw_weights(self, *, seed: int, tensor: Group) -> None:
         """Set the run's initial weights, in fp32 also where the forward pass rounds them."""
         for parameter, shard in self.parameters.values():
             start, stop = zero.held_range(self._engine, parameter)
-            part = initial_range(shard, seed=seed, tensor=tensor, start=start, stop=stop)
+            part = initial_range(shard, seed=seed, tensor=tensor, start=start, stop=stop, device=parameter.device)
             zero.write_held(self._engine, parameter, "weight", part)
 
     def set_step(self, step: int) -> None:
@@ -111,27 +121,31 @@ class ZeroState:
 
 
 class _PlainEngine:
-    def __init__(self, engine: Any, state: State, plan: LayerPlan, *, groups: Groups, train: Train) -> None:
-        self._engine, self._state, self._loss, self._data = engine, state, plan.loss, groups.data
-        zero.report_norm_without_zero(engine, clip=train.clip)
+    def __init__(self, engine: Any, state: State, *, data: Group) -> None:
+        self._engine, self._state, self._data = engine, state, data
+        self._adds_in_turn = adds_in_turn(engine)
 
     def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
         zero.set_learning_rate(self._engine, learning_rate)
         self._engine.train()
-        total = torch.zeros((), device=self._engine.device)
+        losses = []
         for batch in micro_batches:
             inputs, targets = split_batch(batch, device=self._engine.device)
-            loss = self._loss(self._engine(inputs), targets)
+            loss = self._engine(inputs, targets)
             self._engine.backward(loss)
+            losses.append(loss.detach())
+            if self._adds_in_turn and len(losses) < len(micro_batches):
+                add_from_now_on(self._engine)
             self._engine.step()  # DeepSpeed steps the optimizer only at the last micro-batch
-            total += loss.detach()
-        return StepOutcome(self._mean(total / len(micro_batches)), float(self._engine.get_global_grad_norm()))
+        if self._adds_in_turn:
+            add_no_more(self._engine)
+        return StepOutcome(torch.stack(losses).mean(), zero.gradient_norm(self._engine))
 
     @torch.no_grad()
     def mean_loss(self, micro_batches: Sequence[Tensor]) -> float:
         self._engine.eval()
         batches = [split_batch(batch, device=self._engine.device) for batch in micro_batches]
-        losses = [self._loss(self._engine(inputs), targets) for inputs, targets in batches]
+        losses = [self._engine(inputs, targets) for inputs, targets in batches]
         return self._mean(torch.stack(losses).mean())
 
     @torch.no_grad()
@@ -156,12 +170,18 @@ class _PipelineEngine:
             **engine._INSTRUCTION_MAP,
             ReduceTiedGrads: lambda engine: sum_tied_gradients(engine, data=data),
         }
+        engine._aggregate_total_loss = self._loss  # DeepSpeed's own sends it to all ranks, in two collectives
+        self._adds_in_turn = adds_in_turn(engine)
+        if self._adds_in_turn:
+            engine._INSTRUCTION_MAP[BackwardPass] = _backward_and_add
         self._shape: tuple[int, ...] | None = None
 
     def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
         zero.set_learning_rate(self._engine, learning_rate)
         loss = self._engine.train_batch(self._batches(micro_batches))
-        return StepOutcome(float(loss), float(self._engine.get_global_grad_norm()))
+        if self._adds_in_turn:
+            add_no_more(self._engine)
+        return StepOutcome(loss, zero.gradient_norm(self._engine))
 
     def mean_loss(self, micro_batches: Sequence[Tensor]) -> float:
         loss = self._engine.eval_batch(self._batches(micro_batches), num_micro_batches=len(micro_batches))
@@ -169,14 +189,17 @@ class _PipelineEngine:
 
     def local_logits(self, tokens: Tensor) -> Tensor | None:
         batch = torch.cat([tokens, tokens[:, :1]], dim=1)  # any target will do: the loss is not used
-        # The loss overwrites the logits, and DeepSpeed needs a scalar: give it a dummy loss.
-        module = self._engine.module
-        with patch.object(module, "loss_fn", lambda logits, targets: logits.new_zeros(())):
-            _, logits = self._engine.eval_batch(self._batches([batch]), return_logits=True, num_micro_batches=1)
-        return logits  # type: ignore[no-any-return]
+        module: StagedModule = self._engine.module
+        with patch.object(module, "loss_fn", lambda x, targets: x.new_zeros(())), torch.no_grad():
+            _, x = self._engine.eval_batch(self._batches([batch]), return_logits=True, num_micro_batches=1)
+            return None if x is None else module.logits(x)  # DeepSpeed takes the last layer's output for logits
 
     def state(self) -> State:
         return self._state
+
+    def _loss(self) -> Tensor:
+        total = self._engine.total_loss  # of the last stage
+        return torch.zeros((), device=self._engine.device) if total is None else total / self._engine.micro_batches
 
     def _batches(self, micro_batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         if self._shape != micro_batches[0].shape:
@@ -184,6 +207,11 @@ class _PipelineEngine:
             self._engine.reset_activation_shape()
             self._shape = tuple(micro_batches[0].shape)
         return iter([split_batch(batch, device=self._engine.device) for batch in micro_batches])
+
+
+def _backward_and_add(engine: Any, buffer_id: int) -> None:
+    engine._exec_backward_pass(buffer_id)
+    add_from_now_on(engine)
 
 
 def split_batch(batch: Tensor, *, device: torch.device) -> tuple[Tensor, Tensor]:

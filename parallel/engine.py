@@ -11,10 +11,15 @@ from parallel.parameter import Shard
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The result of one optimizer step: mean loss in nats and the gradient norm before clipping, over all ranks."""
+    """What a rank knows of one optimizer step: scalars on its device, for which nobody has waited yet.
 
-    loss: float
-    grad_norm: float
+    Attributes:
+        loss: Mean over this rank's micro-batches, nats per token, fp32; zero on ranks of other stages than the last.
+        grad_norm: Global, before clipping, fp32; the same on every rank.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
 
 
 class State(Protocol):

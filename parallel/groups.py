@@ -16,7 +16,6 @@ from parallel.libraries import (
     deepspeed,
     deepspeed_backend,
     deepspeed_comm,
-    parallel_state,
 )
 from parallel.start import COLLECTIVE_TIMEOUT
 
@@ -60,7 +59,6 @@ def partitions_of(layout: Layout) -> dict[str, Partition]:
 def lone_groups() -> Groups:
     """Return the groups of a world of one, for a model in one process."""
     handles = dict.fromkeys(("world", "tensor", "pipeline", "data"), dist.group.WORLD)
-    _tell_megatron(handles)
     return _groups(handles, grid=None)
 
 
@@ -100,8 +98,7 @@ def _can_split() -> bool:
 
 
 def _share(handles: Mapping[str, Any]) -> None:
-    """Give megatron-core and DeepSpeed these groups instead of groups of their own."""
-    _tell_megatron(handles)
+    """Give DeepSpeed these groups instead of groups of its own; megatron's layers are handed theirs."""
     of_ranks = {tuple(dist.get_process_group_ranks(handle)): handle for handle in handles.values()}
 
     def group_of(ranks: Iterable[int]) -> Any:
@@ -113,11 +110,6 @@ def _share(handles: Mapping[str, Any]) -> None:
 
     # DeepSpeed creates all its groups through this function.
     deepspeed_comm.cdb.new_group = group_of
-
-
-def _tell_megatron(handles: Mapping[str, Any]) -> None:
-    # Its layers are handed their group, but its cross entropy looks this one up, and nothing else.
-    parallel_state._TENSOR_MODEL_PARALLEL_GROUP = handles["tensor"]
 
 
 def _groups(handles: Mapping[str, Any], *, grid: Any) -> Groups:

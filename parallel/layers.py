@@ -1,74 +1,200 @@
-"""Tensor-parallel layers from megatron-core, with each parameter declared by its shard."""
+"""Tensor-parallel layers from megatron-core, with each parameter declared by its shard.
+
+States are [seq, batch, hidden]. If the sequence is split, a rank holds [seq / tensor, batch, hidden] of them between
+the linears: column linears gather the parts, row linears and the word embedding scatter their sums.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from parallel.axes import Group
+from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize
+from parallel.head import Compile, as_it_is
 from parallel.layout import padded_vocabulary
 from parallel.libraries import (
     ColumnParallelLinear,
     ModelParallelConfig,
     RowParallelLinear,
     VocabParallelEmbedding,
-    linear_with_grad_accumulation_and_async_allreduce,
-    vocab_parallel_cross_entropy,
+    parallel_state,
 )
 from parallel.parameter import Rule, Shard
+from parallel.sequence import with_summed_gradients
 from parallel.shards import declare
 
-# Megatron only allocates: parallel.seeds draws the initial weights.
-_CONFIG = ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False)
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def _unused(_: Tensor) -> None:
     """Stand in for the init method that megatron requires."""
 
 
-def column_linear(shards: Mapping[str, Shard], name: str, *, tensor: Group) -> nn.Module:
-    """Return a linear whose outputs are split: [batch, seq, inputs] -> ([batch, seq, outputs / tensor], None).
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """A linear whose outputs are split: states -> [seq, batch, outputs / tensor] and the bias that is still to add."""
 
-    Args:
-        shards: The model's shards; `name`.weight and `name`.bias are this layer's.
-        name: Logical name of the layer.
-        tensor: The tensor axis.
-    """
-    outputs, inputs = _shape(shards[f"{name}.weight"], rule="column")
-    layer: nn.Module = ColumnParallelLinear(
-        inputs, outputs, config=_CONFIG, init_method=_unused, gather_output=False, tp_group=tensor.handle
+    def __init__(self, shape: tuple[int, ...], *, tensor: Group, config: ModelParallelConfig, adds_bias: bool) -> None:
+        outputs, inputs = shape
+        super().__init__(
+            inputs, outputs, config=config, init_method=_unused, skip_bias_add=True, tp_group=tensor.handle
+        )
+        self._adds_bias = adds_bias
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the output with its bias and None, or without it and the bias."""
+        out, bias = super().forward(x)
+        # The output is new and not kept for the backward pass.
+        return (out.add_(bias), None) if self._adds_bias else (out, bias)
+
+
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """A linear whose inputs are split: [seq, batch, inputs / tensor] -> states, and the bias that is still to add."""
+
+    def __init__(self, shape: tuple[int, ...], *, tensor: Group, config: ModelParallelConfig) -> None:
+        outputs, inputs = shape
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=_unused,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=tensor.handle,
+        )
+        self._tensor = tensor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output without its bias, and the bias."""
+        out, bias = super().forward(x)
+        if self.sequence_parallel:
+            (bias,) = with_summed_gradients(bias, tensor=self._tensor)
+        return out, bias
+
+
+class Norm(nn.LayerNorm):
+    """A LayerNorm of states, whole on every rank."""
+
+    def __init__(self, shape: tuple[int, ...], *, epsilon: float, split: Group | None, compiled: Compile) -> None:
+        super().__init__(shape, eps=epsilon)
+        self._split, self._normalize = split, compiled(normalize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the states' LayerNorm."""
+        out: Tensor = self._normalize(_rows(x), *self._parameters_here(), self.eps)
+        return out.view(x.shape)
+
+    def _parameters_here(self) -> tuple[Tensor, ...]:
+        pair = (self.weight, self.bias)
+        return pair if self._split is None else with_summed_gradients(*pair, tensor=self._split)
+
+
+class ResidualNorm(Norm):
+    """The same, after a linear's output is added to the states."""
+
+    def __init__(self, shape: tuple[int, ...], *, epsilon: float, split: Group | None, compiled: Compile) -> None:
+        super().__init__(shape, epsilon=epsilon, split=split, compiled=compiled)
+        self._add_and_normalize = compiled(add_and_normalize)
+
+    def forward(self, x: Tensor, output: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the sum of states, a linear's output and its bias, and the sum's LayerNorm."""
+        rows = self._add_and_normalize(_rows(x), _rows(output), bias, *self._parameters_here(), self.eps)
+        added, normalized = rows
+        return added.view(x.shape), normalized.view(x.shape)
+
+
+def _config(tensor: Group, *, sequence: bool) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        use_cpu_initialization=True,
+        perform_initialization=False,  # megatron only allocates: parallel.seeds draws the initial weights
+        tensor_model_parallel_size=tensor.size,
+        sequence_parallel=sequence,
     )
-    return _declared(layer, shards, name)
 
 
-def row_linear(shards: Mapping[str, Shard], name: str, *, tensor: Group) -> nn.Module:
-    """Return a linear whose inputs are split: [batch, seq, inputs / tensor] -> ([batch, seq, outputs], None).
-
-    Args:
-        shards: The model's shards; `name`.weight and `name`.bias are this layer's.
-        name: Logical name of the layer.
-        tensor: The tensor axis; its ranks sum their parts of the output.
-    """
-    outputs, inputs = _shape(shards[f"{name}.weight"], rule="row")
-    layer: nn.Module = RowParallelLinear(
-        inputs,
-        outputs,
-        config=_CONFIG,
-        init_method=_unused,
-        bias=True,
-        input_is_parallel=True,
-        skip_bias_add=False,
-        tp_group=tensor.handle,
-    )
-    return _declared(layer, shards, name)
+def _let_megatron_split() -> None:
+    """Give megatron-core what its split sequences need: a shared buffer, and a device where there is no CUDA."""
+    if not torch.cuda.is_available():
+        # It allocates on the current CUDA device, whatever its inputs are on.
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
 
 
-def layer_norm(shards: Mapping[str, Shard], name: str, *, epsilon: float) -> nn.LayerNorm:
-    """Return a LayerNorm over [..., hidden], whole on every rank."""
-    layer = nn.LayerNorm(_shape(shards[f"{name}.weight"], rule="replicated"), eps=epsilon)
-    _declared(layer, shards, name)
-    return layer
+def _rows(x: Tensor) -> Tensor:
+    """Return [..., hidden] as [tokens, hidden]: compiled functions then serve any batch and length."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class Layers:
+    """Builds the layers of one rank from the model's shards."""
+
+    def __init__(
+        self, shards: Mapping[str, Shard], *, tensor: Group, sequence: bool = False, compiled: Compile = as_it_is
+    ) -> None:
+        """Set what all of them share.
+
+        Args:
+            shards: The model's shards; `name`.weight and `name`.bias are the layer's of that name.
+            tensor: The tensor axis.
+            sequence: Whether the sequence is split between the linears.
+            compiled: Compiles a function of tensors.
+        """
+        self._shards, self._tensor, self._compiled = shards, tensor, compiled
+        self._split = tensor if sequence and tensor.size > 1 else None
+        if self._split is not None:
+            _let_megatron_split()
+        self._config = _config(tensor, sequence=self._split is not None)
+        self._gelu, self._add_to_residual = compiled(gelu), compiled(add_to_residual)
+
+    def column_linear(self, name: str, *, adds_bias: bool) -> ColumnLinear:
+        """Return the linear of a name, whose outputs are split.
+
+        Args:
+            name: Logical name of the layer.
+            adds_bias: Whether to add the bias even where compiled functions add it to the output at no cost.
+        """
+        shape, adds = self._shape(name, rule="column"), adds_bias or self._compiled is as_it_is
+        return self._declared(ColumnLinear(shape, tensor=self._tensor, config=self._config, adds_bias=adds), name)
+
+    def row_linear(self, name: str) -> RowLinear:
+        """Return the linear of a name, whose inputs are split."""
+        shape = self._shape(name, rule="row")
+        return self._declared(RowLinear(shape, tensor=self._tensor, config=self._config), name)
+
+    def norm(self, name: str, *, epsilon: float) -> Norm:
+        """Return the LayerNorm of a name."""
+        shape = self._shape(name, rule="replicated")
+        return self._declared(Norm(shape, epsilon=epsilon, split=self._split, compiled=self._compiled), name)
+
+    def residual_norm(self, name: str, *, epsilon: float) -> ResidualNorm:
+        """Return the LayerNorm of a name, which follows a linear whose output is added to the states."""
+        shape = self._shape(name, rule="replicated")
+        return self._declared(ResidualNorm(shape, epsilon=epsilon, split=self._split, compiled=self._compiled), name)
+
+    def gelu(self, up: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the GELU of a linear's output and its bias, [..., inner / tensor]."""
+        out: Tensor = self._gelu(_rows(up), bias)
+        return out.view(up.shape)
+
+    def add_to_residual(self, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
+        """Return states plus a linear's output and its bias."""
+        out: Tensor = self._add_to_residual(_rows(x), _rows(output), bias)
+        return out.view(x.shape)
+
+    def start_of(self, x: Tensor) -> int:
+        """Return the place in the sequence of the first token of this rank's states."""
+        return 0 if self._split is None else self._split.rank * x.shape[0]
+
+    def _shape(self, name: str, *, rule: Rule) -> tuple[int, ...]:
+        return _shape(self._shards[f"{name}.weight"], rule=rule)
+
+    def _declared(self, layer: _Layer, name: str) -> _Layer:
+        for part in ("weight", "bias"):
+            declare(layer.get_parameter(part), self._shards[f"{name}.{part}"])
+        return layer
 
 
 def _shape(shard: Shard, *, rule: Rule) -> tuple[int, ...]:
@@ -77,22 +203,24 @@ def _shape(shard: Shard, *, rule: Rule) -> tuple[int, ...]:
     return shard.shape
 
 
-def _declared(layer: nn.Module, shards: Mapping[str, Shard], name: str) -> nn.Module:
-    for part in ("weight", "bias"):
-        declare(layer.get_parameter(part), shards[f"{name}.{part}"])
-    return layer
-
-
 class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
-    """The word embedding, with rows split over the tensor ranks; also the head, which shares the weight.
+    """The word embedding, with rows split over the tensor ranks; the head shares the weight.
 
-    tokens [batch, seq] int64 -> [batch, seq, hidden].
+    tokens [batch, seq] int64 -> states.
     """
 
-    def __init__(self, shard: Shard, *, tensor: Group) -> None:
+    def __init__(self, shard: Shard, *, tensor: Group, sequence: bool = False) -> None:
         vocab_size, hidden = _shape(shard, rule="vocabulary")
         padded = padded_vocabulary(vocab_size, tensor=tensor.size)
-        super().__init__(padded, hidden, init_method=_unused, config=_CONFIG, tp_group=tensor.handle)
+        split = sequence and tensor.size > 1
+        super().__init__(
+            padded,
+            hidden,
+            init_method=_unused,
+            reduce_scatter_embeddings=split,
+            config=_config(tensor, sequence=split),
+            tp_group=tensor.handle,
+        )
         # F.embedding's gradient adds rows on a GPU in no fixed order; indexing has a deterministic gradient.
         self.deterministic_mode = torch.are_deterministic_algorithms_enabled()
         declare(self.weight, shard)
@@ -100,39 +228,9 @@ class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
         real = min(max(vocab_size - self.vocab_start_index, 0), self.num_embeddings_per_partition)
         self.padding = self.num_embeddings_per_partition - real
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Return this rank's logits: [batch, seq, hidden] -> [batch, seq, local_vocab], padding at -inf."""
-        logits: Tensor = linear_with_grad_accumulation_and_async_allreduce(
-            input=x,
-            weight=self.weight,
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.tp_group.size() > 1,
-            sequence_parallel=False,
-            tp_group=self.tp_group,
-        )
-        if self.padding:
-            # A padding row is not a token: if it took any probability, the loss would depend on the layout.
-            columns = torch.arange(logits.shape[-1], device=logits.device)
-            logits = logits.masked_fill(columns >= logits.shape[-1] - self.padding, -torch.inf)
-        return logits
-
-
-def split_cross_entropy(local_logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of each token without gathering logits.
-
-    Overwrites fp32 logits: megatron subtracts the largest one in place.
-
-    Args:
-        local_logits: This rank's columns, [batch, seq, local_vocab].
-        targets: Token ids, [batch, seq] int64.
-    Returns:
-        Negative log-likelihood in nats, [batch, seq] fp32.
-    """
-    losses: Any = vocab_parallel_cross_entropy(local_logits.contiguous(), targets.contiguous())
-    return losses  # type: ignore[no-any-return]
-
-
-def mean_loss(local_logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss of a micro-batch over all targets; shapes as for `split_cross_entropy`."""
-    return split_cross_entropy(local_logits, targets).mean()
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the states of tokens [batch, seq]."""
+        # megatron exchanges the first two dimensions itself where it scatters. Contiguous: an index's states lie as it
+        # does, and megatron sums a copy of what is not contiguous, and drops it.
+        out: Tensor = super().forward(tokens if self.reduce_scatter_embeddings else tokens.t().contiguous())
+        return out

@@ -1,11 +1,14 @@
 """Arithmetic of a layout: how many ranks share what. Imports no torch."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from configs.errors import InputError
-from configs.schema import RunConfig
+from configs.precisions import PRECISIONS
+from configs.schema import Model, RunConfig, Train
 
 REDUCE_BUCKET = 50_000_000  # elements of the buffer that DeepSpeed allocates; its default is ten times as many
+HEAD_CHUNK_BYTES = 2**28  # of a chunk's logits on one rank, in the type of the forward pass
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,42 @@ class Layout:
         return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}, ZeRO-{self.zero}"
 
 
-def stage_bounds(blocks: int, *, stages: int) -> tuple[int, ...]:
-    """Return each stage's first block, and the end: 25 blocks on 2 stages are (0, 13, 25).
+def effective_zero(train: Train, *, layout: Layout) -> int:
+    """Return the ZeRO stage that DeepSpeed runs at.
 
-    The first stages take the remainder, because the last stage also computes the logits.
+    One data rank has nothing to partition. Without ZeRO, fp32 needs no copies of weights and gradients; bf16 needs
+    fp32 weights, and ZeRO 1 is what keeps them with the fewest buffers.
     """
-    each, odd = divmod(blocks, stages)
-    sizes = [each + (stage < odd) for stage in range(stages)]
-    return tuple(sum(sizes[:stage]) for stage in range(stages + 1))
+    if layout.data > 1 or layout.zero == 3 or layout.offload != "none":
+        return layout.zero
+    return 1 if PRECISIONS[train.precision].master_weights else 0
+
+
+def head_blocks(model: Model, *, vocab_size: int, length: int) -> float:
+    """Return how many blocks the head is worth, by the multiplications of a token.
+
+    A block multiplies by its weights, 4 hidden^2 + 2 hidden x inner, and with length / 2 keys and values; the head by
+    hidden x vocab_size. The embedding multiplies nothing.
+    """
+    return vocab_size / (4 * model.hidden + 2 * model.inner + length)
+
+
+def stage_bounds(blocks: int, *, stages: int, head: float) -> tuple[int, ...]:
+    """Return each stage's first block, and the end, so that the largest stage is as small as it can be.
+
+    25 blocks on 3 stages are (0, 9, 18, 25), with a head worth 2 blocks on the last stage. Each stage has a block. The
+    first stages take fewer where blocks do not divide: they hold the activations of more micro-batches.
+    """
+    if stages == 1:
+        return 0, blocks
+
+    def largest(last: int) -> tuple[float, int]:
+        return max(-(-(blocks - last) // (stages - 1)), last + head), -last
+
+    last = min(range(1, blocks - stages + 2), key=largest)
+    each, odd = divmod(blocks - last, stages - 1)
+    sizes = [*(each + (stage >= stages - 1 - odd) for stage in range(stages - 1)), last]
+    return tuple(accumulate(sizes, initial=0))
 
 
 def padded_vocabulary(vocab_size: int, *, tensor: int) -> int:

@@ -38,9 +38,8 @@ with _lean():
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+    from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-    from deepspeed.runtime.utils import clip_grad_norm_
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -50,16 +49,18 @@ with _lean():
         ColumnParallelLinear,
         RowParallelLinear,
         VocabParallelEmbedding,
-        vocab_parallel_cross_entropy,
     )
-    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
+    # DeepSpeed imports it when an engine is built, for an optimizer that we do not use, and passes it to torch.compile.
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     # Import by name: the attribute `deepspeed.comm.torch` is torch itself.
     deepspeed_backend = importlib.import_module("deepspeed.comm.torch")
     deepspeed_comm = importlib.import_module("deepspeed.comm.comm")
+    megatron_layers = importlib.import_module("megatron.core.tensor_parallel.layers")
 
 __all__ = [
     "BF16_Optimizer",
+    "BackwardPass",
     "ColumnParallelLinear",
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
@@ -74,11 +75,9 @@ __all__ = [
     "TiedLayerSpec",
     "VocabParallelEmbedding",
     "ZeroParamStatus",
-    "clip_grad_norm_",
     "deepspeed",
     "deepspeed_backend",
     "deepspeed_comm",
-    "linear_with_grad_accumulation_and_async_allreduce",
+    "megatron_layers",
     "parallel_state",
-    "vocab_parallel_cross_entropy",
 ]

@@ -19,4 +19,5 @@ def adamw(parameters: Iterable[nn.Parameter], *, train: Train) -> torch.optim.Op
         {"params": [p for p in parameters if shard_of(p).decays], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if not shard_of(p).decays], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon)
+    betas = (train.beta1, train.beta2)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=True)

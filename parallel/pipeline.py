@@ -1,5 +1,6 @@
 """Pipeline stages: DeepSpeed's PipelineModule over a plan, cut at the bounds of our layout."""
 
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import accumulate, chain, pairwise
@@ -8,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from parallel.axes import Groups
-from parallel.layout import stage_bounds
 from parallel.libraries import LayerSpec, PipelineModule, TiedLayerSpec
 from parallel.plan import LayerPlan, Maker
 
@@ -44,18 +44,35 @@ def _pass(_: nn.Module, x: Tensor) -> Tensor:
 class StagedModule(PipelineModule):  # type: ignore[misc]
     """This stage's layers of a plan."""
 
-    def __init__(self, plan: LayerPlan, *, groups: Groups) -> None:
+    def __init__(self, plan: LayerPlan, *, groups: Groups, bounds: Sequence[int]) -> None:
+        """Build the layers of this stage.
+
+        Args:
+            plan: All layers.
+            groups: The axes.
+            bounds: Each stage's first block, and the end.
+        """
         blocks = list(map(_Layer, plan.blocks))
-        bounds = stage_bounds(len(blocks), stages=groups.pipeline.size)
         stages: list[list[LayerSpec]] = [blocks[start:stop] for start, stop in pairwise(bounds)]
         if (shared := plan.shared) is not None:
             # Listed as a layer only to put it on every stage: the blocks call it themselves.
             stages = [[_TiedLayer("shared", lambda: shared, forward_fn=_pass), *stage] for stage in stages]
         stages[0] = [_TiedLayer("embedding", plan.embedding), *map(_Layer, plan.before), *stages[0]]
-        stages[-1] += [*map(_Layer, plan.after), _TiedLayer("embedding", plan.embedding, forward_fn=plan.head)]
+        # The head's layer passes states on to the loss: DeepSpeed keeps the last layer's output of two micro-batches.
+        stages[-1] += [*map(_Layer, plan.after), _TiedLayer("embedding", plan.embedding, forward_fn=_pass)]
+        self._plan = plan
         self._bounds = list(accumulate(map(len, stages), initial=0))
         with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
-            super().__init__(list(chain(*stages)), topology=groups.grid.topology(), loss_fn=plan.loss)
+            super().__init__(list(chain(*stages)), topology=groups.grid.topology(), loss_fn=self._loss)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return local logits [batch, seq, local_vocab] of the last layer's output, on the last stage."""
+        return self._plan.logits(self.tied_modules["embedding"], x)
+
+    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        # DeepSpeed's BF16_Optimizer zeroes every `grad` when the gradient reaches the output of the last layer, after
+        # the head's own: in bf16 the weight needs its `main_grad`.
+        return self._plan.loss(self.tied_modules["embedding"], x, targets)
 
     def _partition_layers(self, method: str = "") -> None:
         # DeepSpeed would split by the size or name of layers: use our layout's bounds instead.

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from parallel.head import Head
+
 Maker = Callable[[], nn.Module]
+Recompute = Literal[False, True, "selective"]  # see `configs.schema.Train`
 
 
 @dataclass(frozen=True)
@@ -15,21 +18,27 @@ class LayerPlan:
 
     Attributes:
         embedding: Builds the word embedding, which the last stage shares.
-        head: Function from the word embedding and states [batch, seq, hidden] to local logits.
+        head: The head, which uses the word embedding.
         before: Layers between the word embedding and the blocks; they live on the first stage.
         blocks: The blocks, spread over the stages.
         after: Layers between the blocks and the head; they live on the last stage.
-        loss: Function from local logits and targets [batch, seq] to a scalar.
         shared: A module whose weights all blocks use, or None; every stage holds an equal copy.
     """
 
     embedding: Maker
-    head: Callable[[Any, Tensor], Tensor]
+    head: Head
     before: tuple[Maker, ...]
     blocks: tuple[Maker, ...]
     after: tuple[Maker, ...]
-    loss: Callable[[Tensor, Tensor], Tensor]
     shared: nn.Module | None = None
+
+    def loss(self, embedding: Any, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of the last layer's output, a scalar; shapes as for `Head.loss`."""
+        return self.head.loss(embedding, x, targets)
+
+    def logits(self, embedding: Any, x: Tensor) -> Tensor:
+        """Return local logits [batch, seq, local_vocab] of the last layer's output."""
+        return self.head.logits(embedding, x)
 
     def placed(self, place: Callable[[nn.Module], nn.Module]) -> "LayerPlan":
         """Return the plan with each layer passed through `place` as soon as it is built, except the shared module."""

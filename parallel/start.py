@@ -10,8 +10,10 @@ import resource
 import signal
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError, MachineError
@@ -148,6 +150,24 @@ def choose_gpu(place: ProcessRank, *, visible: int) -> int | None:
         f"local rank {place.local_rank}, counted from 0, has no GPU, because this machine's ranks see {visible}: start "
         f"at most {visible} ranks on a machine, or let each rank see all GPUs or one of its own (CUDA_VISIBLE_DEVICES)"
     )
+
+
+def open_gpu_early(place: ProcessRank) -> None:
+    """Open this rank's GPU in a thread, which takes a second or two, while DeepSpeed and megatron-core are imported.
+
+    Errors are left to `start`, which opens the GPU if this has not.
+    """
+    import torch
+
+    def open_gpu(index: int) -> None:
+        with suppress(RuntimeError):  # of CUDA
+            torch.cuda.set_device(index)
+            torch.zeros(1, device="cuda")  # makes CUDA's context
+
+    with suppress(InputError):
+        index = choose_gpu(place, visible=torch.cuda.device_count())
+        if index is not None:
+            Thread(target=open_gpu, args=(index,), name="opening the GPU", daemon=True).start()
 
 
 def start(place: ProcessRank) -> "torch.device":

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from configs.precisions import PRECISIONS
 from configs.schema import Train
 from parallel.axes import Groups
-from parallel.layout import REDUCE_BUCKET, Layout
+from parallel.layout import REDUCE_BUCKET, Layout, effective_zero
 from parallel.libraries import (
     BF16_Optimizer,
     DeepSpeedZeroOptimizer,
     DeepSpeedZeroOptimizer_Stage3,
     ZeroParamStatus,
-    clip_grad_norm_,
     deepspeed,
 )
 from parallel.parameter import Shard
@@ -32,9 +31,10 @@ def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
         "gradient_accumulation_steps": layout.micro_batches,
         "gradient_clipping": train.clip,
         "zero_optimization": {
-            "stage": layout.zero,
+            "stage": effective_zero(train, layout=layout),
             "reduce_bucket_size": REDUCE_BUCKET,
-            "overlap_comm": False,
+            # Gradients are reduced while others are computed. A CPU has no second queue for it.
+            "overlap_comm": layout.data > 1 and layout.zero > 1 and torch.cuda.is_available(),
             "contiguous_gradients": True,
             "offload_optimizer": {"device": layout.offload},
         },
@@ -63,7 +63,8 @@ def start_optimizer(engine: Any, *, moments: Sequence[str]) -> None:
     base = _base(engine)
     for master in _masters(engine):
         zeros = {moment: torch.zeros_like(master) for moment in moments}
-        base.state[master] = {"step": torch.tensor(0.0), **zeros}
+        # beside its moments, where a fused optimizer counts steps without waiting
+        base.state[master] = {"step": torch.zeros((), device=master.device), **zeros}
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -78,6 +79,11 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """Set the learning rate of every group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def gradient_norm(engine: Any) -> Tensor:
+    """Return the global gradient norm of the last step before clipping, a scalar on the device, fp32."""
+    return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=engine.device)
 
 
 def read_state(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
@@ -145,16 +151,6 @@ def write_held(engine: Any, parameter: nn.Parameter, kind: str, part: Tensor) ->
         parameter.data.copy_(value)
     else:
         deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
-
-
-def report_norm_without_zero(engine: Any, *, clip: float) -> None:
-    """Make an engine at ZeRO 0 report its gradient norm, which DeepSpeed drops after clipping."""
-
-    def clip_gradients() -> None:
-        norm = clip_grad_norm_(parameters=engine.module.parameters(), max_norm=clip, mpu=engine.mpu)
-        engine._global_grad_norm = norm
-
-    engine.clip_fp32_gradients = clip_gradients
 
 
 def _is_sharded(engine: Any) -> bool:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from configs.errors import InputError
 from configs.path_text import expand_path
+from configs.precisions import DEFAULT_PRECISION
 from data_pipeline.tokenizer import Tokenizer
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.generation import GeneratedText, TextStream
-from training.model.single import load_single
+from training.model.single import inference_device, load_single
 from training.sampling import choose_sampling, require_utf8
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any] | Tensor
@@ -30,7 +31,7 @@ TokenIds = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any] | Tensor
 
 
 class TrainedModel:
-    """A trained model in this process: whole weights in fp32, on a GPU if there is one.
+    """A trained model in this process: whole weights, on a GPU if there is one.
 
     Attributes:
         path: The checkpoint's folder.
@@ -38,13 +39,14 @@ class TrainedModel:
         config: The run that trained it.
         train_length: Tokens of a training sequence. No call is limited to it.
         vocab_size: Tokens that it knows; their ids are 0 to vocab_size - 1.
+        precision: What it computes in: fp32, tf32 or bf16.
         certificate: What was measured of its positions when it was loaded, as plain values.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, precision: str) -> None:
         """Load the weights; see `load`."""
         self._tokenizer = Tokenizer.load(checkpoint.tokenizer)
-        self._model = load_single(checkpoint)
+        self._model, self.precision = load_single(checkpoint, precision=precision), precision
         self.path, self.step, self.config = checkpoint.path.absolute(), checkpoint.step, checkpoint.config
         self.train_length = checkpoint.config.data.sequence_length
         self.vocab_size = checkpoint.vocab_size
@@ -115,7 +117,7 @@ class TrainedModel:
             InputError: these are no token ids of the model, or too few.
         """
         ids = self._checked(tokens, shortest=2)
-        losses = self._model.losses(ids if ids.ndim == 2 else ids[None])
+        losses = self._model.losses(ids if ids.ndim == 2 else ids[None]).cpu()
         return losses if ids.ndim == 2 else losses[0]
 
     def logits(self, tokens: TokenIds) -> Tensor:
@@ -167,16 +169,18 @@ class TrainedModel:
         return torch.from_numpy(ids.astype(np.int64))
 
 
-def load(path: str | Path) -> TrainedModel:
+def load(path: str | Path, *, precision: str = DEFAULT_PRECISION) -> TrainedModel:
     """Load a trained model.
 
     Args:
         path: A run folder for its newest checkpoint, or a checkpoint's folder. Its layout does not matter.
+        precision: What to compute in, whatever it trained in: fp32; tf32, on a GPU; or bf16.
     Raises:
-        InputError: there is no whole checkpoint.
+        InputError: there is no whole checkpoint, or the precision is not known or needs a GPU where there is none.
         TrainshortError: the model's positions are wrong; see `training.model.proof.certificate`.
     """
-    return TrainedModel(open_checkpoint(expand_path(str(path))))
+    inference_device(precision)  # before the checkpoint is read
+    return TrainedModel(open_checkpoint(expand_path(str(path))), precision=precision)
 
 
 def _as_integers(tokens: object) -> npt.NDArray[Any]:

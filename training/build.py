@@ -1,16 +1,23 @@
 """Build a run's engine on this rank: the model, its initial weights, the certificate of its positions."""
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from configs.figures import duration
 from configs.schema import RunConfig
+from configs.slow_parts import timed
 from parallel.axes import Groups
+from parallel.collectives import wait_for_all
+from parallel.compiled import compile_now, make_compile
 from parallel.deepspeed_engine import layer_placer, make_engine
 from parallel.engine import Engine
-from parallel.layout import Layout
+from parallel.head import Compile, as_it_is
+from parallel.layout import Layout, head_blocks, stage_bounds
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_weights
 from training.folder import record_certificate, report_write_errors
@@ -19,11 +26,13 @@ from training.model.proof.attention_weights import dtype_of
 from training.model.proof.certificate import Certificate, WrongPositions, certificates_to_json, certify
 from training.preflight import Ready
 
+logger = logging.getLogger(__name__)
+
 
 def build_engine(
-    config: RunConfig, *, layout: Layout, groups: Groups, vocab_size: int, device: torch.device
+    config: RunConfig, *, layout: Layout, groups: Groups, vocab_size: int, device: torch.device, draws: bool = True
 ) -> tuple[Engine, list[Certificate]]:
-    """Return the engine of a run on this rank, with the run's initial weights, and all ranks' certificates.
+    """Return the engine of a run on this rank and all ranks' certificates.
 
     Args:
         config: The run.
@@ -31,19 +40,60 @@ def build_engine(
         groups: Their process groups.
         vocab_size: Tokens, without padding.
         device: This rank's device.
+        draws: Whether to draw the run's initial weights; not if others will be loaded.
     Raises:
         WrongPositions: a rank's positions are wrong; raised on every rank.
     """
     train, seed = config.train, config.run.seed
-    plan = plan_layers(config.model, vocab_size=vocab_size, tensor=groups.tensor, recompute=train.recompute)
+    say = logger.info if groups.world.rank == 0 else logger.debug
+    plan = plan_layers(
+        config.model,
+        vocab_size=vocab_size,
+        tensor=groups.tensor,
+        recompute=train.recompute,
+        sequence=config.parallel.sequence,
+        compiled=_compile(config, groups=groups, device=device, say=say),
+    )
     if plan.shared is not None:  # a position table: the certificate needs its weights
         plan.shared.to(device, dtype_of(train.precision))
         initial_weights(plan.shared, seed=seed, tensor=groups.tensor)
-    plan = plan.placed(layer_placer(train=train, layout=layout, groups=groups, device=device))
-    module: nn.Module = StagedModule(plan, groups=groups) if layout.pipeline > 1 else Decoder(plan)
-    certificates = certify(module, config.model, groups=groups, precision=train.precision, device=device)
-    engine = make_engine(module, plan, train=train, layout=layout, groups=groups, seed=seed)
+    with timed("built the layers", say=say):
+        plan = plan.placed(layer_placer(train=train, layout=layout, groups=groups, device=device))
+    head = head_blocks(config.model, vocab_size=vocab_size, length=config.data.sequence_length)
+    bounds = stage_bounds(config.model.layers, stages=layout.pipeline, head=head)
+    staged = layout.pipeline > 1
+    module: nn.Module = StagedModule(plan, groups=groups, bounds=bounds) if staged else Decoder(plan)
+    with timed("checked the positions", say=say):
+        certificates = certify(module, config.model, groups=groups, precision=train.precision, device=device)
+    engine = make_engine(module, train=train, layout=layout, groups=groups, seed=seed if draws else None)
     return engine, certificates
+
+
+def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Callable[..., None]) -> Compile:
+    """Compile what `train.compile` asks for, on one rank of each machine first: the others read its results."""
+    train, tensor = config.train, groups.tensor.size
+    compiled, lacks = make_compile(train.compile, device=device)
+    if lacks is not None:
+        say("%s", lacks)
+    if compiled is as_it_is:
+        return compiled
+    first = device.index == 0 or groups.world.rank == 0
+    if not first:
+        wait_for_all(groups.world)
+    began, split = time.perf_counter(), config.parallel.sequence and tensor > 1
+    compile_now(
+        compiled,
+        rows=train.micro_batch * config.data.sequence_length // (tensor if split else 1),
+        widths=(config.model.hidden, config.model.inner // tensor),
+        dtype=dtype_of(train.precision),
+        device=device,
+        split=split,
+        drops=config.model.dropout > 0,
+    )
+    say("compiled what lies between the matrix products in %s", duration(time.perf_counter() - began))
+    if first:
+        wait_for_all(groups.world)
+    return compiled
 
 
 @contextmanager

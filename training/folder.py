@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "parallel",
     "train.steps",
     "train.micro_batch",
+    "train.compile",
     "train.recompute",
     "train.deterministic",
     "train.log_every",

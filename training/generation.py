@@ -191,7 +191,11 @@ def sample_token(logits: Tensor, *, sampling: Sampling, generator: torch.Generat
         return int(logits.argmax())
     # In fp64, and with the largest logit at 0, so that a tiny temperature cannot overflow.
     scaled = (logits.double() - logits.max().double()) / sampling.temperature
-    likely, order = scaled.softmax(-1).sort(descending=True, stable=True)
+    probabilities = scaled.softmax(-1)
+    # Sort few: tokens below this share together have less than half of what top_p leaves out.
+    (candidates,) = torch.where(probabilities >= (1 - sampling.top_p) / (2 * len(logits)))
+    likely, order = probabilities[candidates].sort(descending=True, stable=True)
     # Keep a token while the likelier ones sum to less than top_p. The first is always kept.
-    kept = likely * (likely.cumsum(0) - likely < sampling.top_p)
-    return int(order[torch.multinomial(kept, 1, generator=generator)])
+    kept = torch.zeros_like(probabilities)  # of all tokens, so that a draw takes as many random numbers for any logits
+    kept[: len(likely)] = likely * (likely.cumsum(0) - likely < sampling.top_p)
+    return int(candidates[order[torch.multinomial(kept, 1, generator=generator)]])

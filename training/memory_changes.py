@@ -15,6 +15,9 @@ from training.memory import estimate_memory
 TOLERANCE = 1.03
 """How much more a change may need by the estimate, which is no more exact, and still be called equal."""
 
+RECOMPUTES: tuple[bool | str, ...] = (False, "selective", True)
+"""Values of train.recompute: the more, the less memory and the more time."""
+
 
 @dataclass(frozen=True)
 class MemoryChange:
@@ -61,7 +64,8 @@ def memory_changes(config: RunConfig, *, layout: Layout, on_gpu: bool) -> list[M
     first = partial(_first_change, config, layout, may_help=may_help)
     found = [
         first("train.micro_batch", _smaller(train.micro_batch)),
-        first("train.recompute", [] if train.recompute else [True]),
+        first("parallel.sequence", [True] if parallel.tensor > 1 and not parallel.sequence else []),
+        *(first("train.recompute", [more]) for more in RECOMPUTES[RECOMPUTES.index(train.recompute) + 1 :]),
         # One data rank has nobody to share with.
         *(first("parallel.zero", [zero]) for zero in range(parallel.zero + 1, 4 if layout.data > 1 else 0)),
         first("parallel.offload", ["cpu"] if on_gpu and parallel.offload == "none" else []),

@@ -8,6 +8,7 @@ from parallel.layout import Layout
 from training.host_memory import MemoryLimit
 from training.memory import MemoryEstimate, estimate_memory
 from training.memory_changes import MemoryChange, memory_changes
+from training.simpler_layouts import SimplerLayout, simpler_layout
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class MemoryFit:
         available: What one rank can have.
         changes: What needs less, in the order in which to try it, each with its estimate; empty if the largest rank
             fits.
+        simpler: A layout with fewer splits that fits the same GPUs; None if there is none, or if they are not known.
     """
 
     layout: Layout
     estimate: MemoryEstimate
     available: AvailableMemory
     changes: tuple[tuple[MemoryChange, MemoryEstimate], ...]
+    simpler: SimplerLayout | None
 
     @property
     def fits(self) -> bool | None:
@@ -79,6 +82,7 @@ class MemoryFit:
             "fits": self.fits,
             "host_available": self.available.host and self.available.host.size,
             "changes": [{**change.to_json(), "largest": then.largest} for change, then in self.changes],
+            "simpler": self.simpler and self.simpler.to_json(),
         }
 
 
@@ -97,4 +101,9 @@ def fit_memory(config: RunConfig, *, layout: Layout, available: AvailableMemory)
             then = estimate_memory(change.config, layout=change.layout, on_gpu=available.on_gpu)
             if then.largest < estimate.largest:
                 changes.append((change, then))
-    return MemoryFit(layout, estimate, available, tuple(changes))
+    simpler = None
+    if available.on_gpu and available.size is not None:
+        simpler = simpler_layout(config, layout=layout, gpu_bytes=available.size)
+        if simpler and available.lacks_host(simpler.estimate, ranks=layout.world_size):
+            simpler = None
+    return MemoryFit(layout, estimate, available, tuple(changes), simpler)

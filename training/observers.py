@@ -24,7 +24,9 @@ class StepResult:
         consumed_samples: Since the first step of the run.
         step_seconds: Time of the step alone, without validation and saving.
         tokens_per_second: Over all ranks.
-        model_flops_utilization: Fraction of all ranks' peak; None if the peak is unknown.
+        model_flops_utilization: Fraction of all ranks' peak by the `full` convention, 6 N + 12 layers x hidden x length
+            FLOPs a token; None if the peak is unknown.
+        model_flops_utilization_causal: The same by the `causal` convention, with 6 instead of 12.
         memory_gb: Peak of the rank with the largest, in 1e9 bytes: resident set on a CPU, allocated on a GPU.
         validation_loss: Mean over the held-out samples; None in steps that did not measure it.
         validation_seconds: Time of that measurement.
@@ -41,6 +43,7 @@ class StepResult:
     step_seconds: float
     tokens_per_second: float
     model_flops_utilization: float | None
+    model_flops_utilization_causal: float | None
     memory_gb: float
     validation_loss: float | None = None
     validation_seconds: float | None = None

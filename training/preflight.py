@@ -1,10 +1,9 @@
 """Checks before a run starts, made by the launcher and again by every rank. Imports no torch."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-from configs.backends import BACKENDS, backend_of, unavailable
+from configs.backends import installed_packages, named_backend, unavailable
 from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import TOKENIZER_NAME, check_run_folder, checkpoints_folder, data_folder
@@ -128,15 +127,10 @@ def check_backend(model: Model, *, device: str) -> None:
     Raises:
         InputError: names what the machine lacks.
     """
-    why = unavailable(backend_of(model.attention), device=device, packages=installed_packages())
+    backend = named_backend(model.attention)  # auto takes one that runs
+    why = backend and unavailable(backend, device=device, packages=installed_packages())
     if why is not None:
         raise InputError(f"model.attention {why}")
-
-
-def installed_packages() -> frozenset[str]:
-    """Return the packages of the attention backends that are installed, without importing them."""
-    wanted = {backend.package for backend in BACKENDS.values() if backend.package}
-    return frozenset(package for package in wanted if find_spec(package) is not None)
 
 
 def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None, warn: bool = True) -> None:

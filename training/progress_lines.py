@@ -40,10 +40,11 @@ def start_lines(ready: Ready, *, device: str) -> list[str]:
     ]
 
 
-def build_line(backend: Backend) -> str:
-    """Return what is said before the model is built."""
+def build_line(backend: Backend, *, draws: bool) -> str:
+    """Return what is said before the model is built, with initial weights or without."""
     compiled = f"; the attention kernel ({backend.name}) is compiled, which takes minutes" if backend.compiles else ""
-    return f"building the model, drawing its weights, checking its positions{compiled}"
+    drawing = " drawing its weights," if draws else ""
+    return f"building the model,{drawing} checking its positions{compiled}"
 
 
 def verified_line(certificates: "Sequence[Certificate]", *, device: str) -> str:

@@ -8,6 +8,7 @@ from configs.errors import InputError
 from configs.paths import checkpoints_folder, run_folder
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
+from configs.slow_parts import timed
 from data_pipeline.loader import Loader
 from parallel.axes import Group, Groups
 from parallel.collectives import broadcast_from_first, wait_for_all
@@ -21,16 +22,24 @@ logger = logging.getLogger(__name__)
 CHECKED_SAMPLES = 4  # the run's first ones; every data rank scores them all, so that any layout gives the same loss
 
 
-def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups, accept_change: bool) -> TrainState:
+def has_checkpoint(config: RunConfig, *, world: Group) -> bool:
+    """Return whether a run resumes, as rank 0 sees its folder. A collective: every rank calls it."""
+    return broadcast_from_first(lambda: bool(list_checkpoints(run_folder(config))), group=world)
+
+
+def resume(
+    engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups, resumes: bool, accept_change: bool
+) -> TrainState:
     """Load the run's newest checkpoint into an engine or, at a first start, the weights of `train.init_from`, if set.
 
     A collective: every rank calls it.
 
     Args:
-        engine: Holds the run's initial weights.
+        engine: Holds the run's initial weights, unless others are loaded.
         loader: The run's samples.
         config: The run.
         groups: This rank's places.
+        resumes: From `has_checkpoint`.
         accept_change: If model or data have changed, warn and resume.
     Returns:
         The position to train from.
@@ -39,11 +48,13 @@ def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups,
     """
     state, run_dir = engine.state(), run_folder(config)
     say = logger.info if groups.world.rank == 0 else logger.debug
-    if broadcast_from_first(lambda: bool(list_checkpoints(run_dir)), group=groups.world):
+    if resumes:
         say("checking the newest checkpoint")
-        checkpoint = open_on_all_ranks(run_dir, kinds=state.kinds, world=groups.world)
+        with timed("checked it", say=say):
+            checkpoint = open_on_all_ranks(run_dir, kinds=state.kinds, world=groups.world)
         say("Resuming from step %d, %s", checkpoint.step, checkpoints_folder(run_dir) / checkpoint.path.name)
-        load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
+        with timed("loaded it", say=say):
+            load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
         state.set_step(checkpoint.step)
         precision, world = config.train.precision, groups.world
         changes = list(changes_since(engine, loader, checkpoint=checkpoint, precision=precision, world=world))
@@ -55,8 +66,9 @@ def resume(engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups,
         return TrainState(checkpoint.step, checkpoint.manifest.consumed_samples)
     if config.train.init_from is not None:
         say("starting with the weights of train.init_from, %s", config.train.init_from)
-        source = open_on_all_ranks(Path(config.train.init_from), kinds=("weight",), world=groups.world)
-        load_slices(state, source, kinds=("weight",), groups=groups)
+        with timed("loaded them", say=say):
+            source = open_on_all_ranks(Path(config.train.init_from), kinds=("weight",), world=groups.world)
+            load_slices(state, source, kinds=("weight",), groups=groups)
     else:
         say("starting new: %s has no checkpoint", run_dir)
     return TrainState(0, 0)

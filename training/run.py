@@ -1,25 +1,29 @@
 """One rank's training, in the order in which things are built. Read this first."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from configs.backends import backend_of
+from configs.backends import Backend, backend_of
 from configs.schema import RunConfig
+from configs.slow_parts import timed
 from configs.terminal import Terminal
+from parallel.axes import Groups
 from parallel.collectives import broadcast_from_first
 from parallel.groups import make_groups
 from parallel.start import ProcessRank, start, stop, use_deterministic_algorithms
 from training.build import build_engine, record_refusal
 from training.determinism import limits_of_determinism, nondeterminism_named
 from training.folder import claim_run_folder, device_name, record_certificate, report_write_errors
+from training.incarnation import Fence
 from training.metrics_file import MetricsFile
 from training.model.proof.certificate import Certificate, certificates_to_json
 from training.observers import Observer
 from training.preflight import Ready, make_ready
 from training.progress_lines import build_line, verified_line
 from training.progress_log import ProgressLog
+from training.resume import has_checkpoint
 from training.stopping import StopRequest
 from training.tracking.observer import TrackingObserver
 from training.tracking.system import node_observers
@@ -51,18 +55,24 @@ def train_rank(
     if config.train.deterministic:
         use_deterministic_algorithms()
     say = logger.info if place.rank == 0 else logger.debug
-    say("joining the other ranks" if place.world_size > 1 else "starting one rank")
-    device = start(place)
-    groups = make_groups(layout)
-    fence = broadcast_from_first(lambda: claim_run_folder(config, layout=layout, device=device), group=groups.world)
-    say("%s", build_line(backend_of(config.model.attention)))
+    device, groups, fence = _join(place, ready, say=say)
+    resumes = has_checkpoint(config, world=groups.world)
+    draws = not resumes and config.train.init_from is None
+    say("%s", build_line(_backend(config, device=device), draws=draws))
     with record_refusal(ready, groups=groups):
         engine, certificates = build_engine(
-            config, layout=layout, groups=groups, vocab_size=ready.prepared.vocab_size, device=device
+            config, layout=layout, groups=groups, vocab_size=ready.prepared.vocab_size, device=device, draws=draws
         )
     say("%s", verified_line(certificates, device=device_name(device)))
     trainer = build_trainer(
-        ready, engine=engine, groups=groups, fence=fence, device=device, stop=stop_request, accept_change=accept_change
+        ready,
+        engine=engine,
+        groups=groups,
+        fence=fence,
+        device=device,
+        stop=stop_request,
+        resumes=resumes,
+        accept_change=accept_change,
     )
     # Building takes minutes: a start that was overtaken meanwhile must not replace the newer one's metrics.
     broadcast_from_first(fence.check, group=groups.world)
@@ -71,6 +81,29 @@ def train_rank(
         say("training from step %d", trainer.start.step + 1)
     trainer.run(observers)
     stop()  # not after an error: other ranks may wait in a collective, and are ended only once this one has ended
+
+
+def _backend(config: RunConfig, *, device: torch.device) -> Backend:
+    model = config.model
+    return backend_of(
+        model.attention,
+        device=device.type,
+        position=model.position,
+        precision=config.train.precision,
+        head_dim=model.head_dim,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+    )
+
+
+def _join(place: ProcessRank, ready: Ready, *, say: Callable[..., None]) -> tuple[torch.device, Groups, Fence]:
+    """Meet the other ranks, and make this start the run folder's newest."""
+    config, layout = ready.config, ready.layout
+    say("joining the other ranks" if place.world_size > 1 else "starting one rank")
+    with timed("joined them" if place.world_size > 1 else "started it", say=say):
+        device, groups = start(place), make_groups(layout)
+    with timed("claimed the run folder", say=say):
+        fence = broadcast_from_first(lambda: claim_run_folder(config, layout=layout, device=device), group=groups.world)
+    return device, groups, fence
 
 
 def _observers(

@@ -2,26 +2,27 @@
 
 import logging
 import math
-import resource
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from configs.errors import InputError
 from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
+from configs.slow_parts import timed
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Prepared
+from data_pipeline.reading_ahead import ReadStep, reading_ahead
 from data_pipeline.samples import Samples, open_samples
-from parallel.axes import Group, Groups
+from parallel.axes import Groups
 from parallel.collectives import wait_for_all
-from parallel.engine import Engine, StepOutcome
+from parallel.engine import Engine
 from parallel.seeds import seed_for
 from training.checkpoint.manifest import step_folder
 from training.checkpoint.write import SaveError
@@ -32,19 +33,28 @@ from training.resume import resume
 from training.saver import Saver
 from training.schedule import learning_rate
 from training.state import TrainState
-from training.stopping import StopRequest, remove_stop_file
-from training.utilization import flops_per_token, world_peak_flops
+from training.step_figures import FigureExchange, SentFigures, StepFigures, mark_time
+from training.stopping import StopRequest, must_stop, remove_stop_file
+from training.utilization import causal_flops_per_token, flops_per_token, world_peak_flops
 from training.validator import Validator
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _TakenStep:
-    outcome: StepOutcome
+class _LaunchedStep:
+    after: TrainState
     learning_rate: float
-    seconds: float
-    memory_gb: float
+    sent: SentFigures
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """A step that is done: the state after it, its learning rate and its figures."""
+
+    after: TrainState
+    learning_rate: float
+    figures: StepFigures
 
 
 @dataclass(frozen=True)
@@ -62,8 +72,11 @@ class Trainer:
         stop: Shows whether someone asked to stop.
         fence: Shows whether this start of the run is still the newest.
         start: Where training continues.
-        flops_per_token: FLOPs of forward and backward.
+        flops_per_token: FLOPs of forward and backward, `full` convention.
+        causal_flops_per_token: The same, `causal` convention.
         peak_flops: FLOP/s of all ranks together; None if unknown.
+        steps_ahead: Steps that are launched before the result of one is read: 1 on a GPU, so that its queue never runs
+            empty. Before a validation or a save none is.
     """
 
     config: RunConfig
@@ -77,7 +90,9 @@ class Trainer:
     fence: Fence
     start: TrainState
     flops_per_token: float
+    causal_flops_per_token: float
     peak_flops: float | None
+    steps_ahead: int
 
     @property
     def is_first_rank(self) -> bool:
@@ -119,59 +134,93 @@ class Trainer:
                     stack.callback(observer.close, status)
 
     def _train(self, observers: Sequence[Observer]) -> TrainState:
-        steps, every = self.config.train.steps, self.config.checkpoint.every
         state, saved_step, failed_saves = self.start, self.start.step, 0
         validation_loss: float | None = None
         save_seconds: float | None = None
         wait_for_all(self.groups.world)  # the first rank has opened its observers' files
-        while state.step < steps and not self._must_stop():
-            state, taken = self._take_step(state)
-            self._require_finite(taken.outcome, step=state.step, saved_step=saved_step)
-            validation_loss, validation_seconds = self._validate(state, observers)
-            # Report before saving: a resume drops the lines past its checkpoint, but cannot recover a lost one.
-            self._report(
-                observers,
-                state,
-                taken,
-                validation_loss=validation_loss,
-                validation_seconds=validation_seconds,
-                save_seconds=save_seconds,
-                failed_saves=failed_saves or None,
-            )
-            began, save_seconds = time.perf_counter(), None
-            if state.step % every == 0 or state.step == steps:
-                if self._try_to_save(state, validation_loss, observers):
-                    saved_step = state.step
-                else:
-                    failed_saves += 1
-                save_seconds = time.perf_counter() - began
+        with reading_ahead(self.loader, device=self.device) as read_step:
+            for taken in self.steps(read_step):
+                state = taken.after
+                self._require_finite(taken.figures, step=state.step, saved_step=saved_step)
+                validation_loss, validation_seconds = self._validate(state, observers)
+                # Report before saving: a resume drops the lines past its checkpoint, but cannot recover a lost one.
+                self._report(
+                    observers,
+                    taken,
+                    validation_loss=validation_loss,
+                    validation_seconds=validation_seconds,
+                    save_seconds=save_seconds,
+                    failed_saves=failed_saves or None,
+                )
+                began, save_seconds = time.perf_counter(), None
+                if self._saves_after(state):
+                    if self._try_to_save(state, validation_loss, observers):
+                        saved_step = state.step
+                    else:
+                        failed_saves += 1
+                    save_seconds = time.perf_counter() - began
         if state.step != saved_step:
             self._save(state, validation_loss, observers)
         return state
 
-    def _must_stop(self) -> bool:
-        return self.stop.any_rank_asked(fence=self.fence, reads_folder=self.is_first_rank, device=self.device)
+    def steps(self, read_step: ReadStep) -> Iterator[TakenStep]:
+        """Take steps to the last one or until asked to stop, and yield each, in order.
 
-    def _take_step(self, state: TrainState) -> tuple[TrainState, _TakenStep]:
-        config, step, began = self.config, state.step + 1, time.perf_counter()
+        When a step is yielded, `steps_ahead` more may be launched, but none if the run validates or saves after it: the
+        engine then holds its state.
+        """
+        steps = self.config.train.steps
+        exchange = FigureExchange(groups=self.groups, device=self.device, stop=self.stop, fence=self.fence)
+        launched: deque[_LaunchedStep] = deque()
+        state = self.start
+        stops = state.step < steps and self._any_rank_asked()
+        while launched or (state.step < steps and not stops):
+            while state.step < steps and not stops and self._may_launch(after=launched):
+                launched.append(self._launch(state, read_step, exchange))
+                state = launched[-1].after
+            step = launched.popleft()
+            figures = exchange.read(step.sent)
+            yield TakenStep(step.after, step.learning_rate, figures)
+            stops = stops or must_stop(figures.verdict, fence=self.fence)
+            # A rank alone needs no exchange. Of several, one may have been asked during the validation or the save.
+            asks_again = self.groups.world.size == 1 or self._pauses_after(step.after)
+            stops = stops or (asks_again and step.after.step < steps and self._any_rank_asked())
+
+    def _may_launch(self, *, after: Sequence[_LaunchedStep]) -> bool:
+        """Return whether to launch a step after those that were launched and not read."""
+        return not after or (len(after) <= self.steps_ahead and not self._pauses_after(after[-1].after))
+
+    def _pauses_after(self, state: TrainState) -> bool:
+        return self._saves_after(state) or self.validator.is_due(state.step)
+
+    def _saves_after(self, state: TrainState) -> bool:
+        return state.step % self.config.checkpoint.every == 0 or state.step == self.config.train.steps
+
+    def _any_rank_asked(self) -> bool:
+        return self.stop.any_rank_asked(
+            fence=self.fence, reads_folder=self.is_first_rank, world=self.groups.world, device=self.device
+        )
+
+    def _launch(self, state: TrainState, read_step: ReadStep, exchange: FigureExchange) -> _LaunchedStep:
+        config, step, began = self.config, state.step + 1, mark_time(self.device)
         rate = learning_rate(step, train=config.train)
         # Seed each step, so that dropout needs no saved random state. Tensor ranks share the seed: they must drop the
-        # same elements of the residual stream.
-        torch.manual_seed(seed_for(config.run.seed, "dropout", step, self.groups.data.rank, self.groups.pipeline.rank))
-        outcome = self.engine.train_step(self.loader.step(state.consumed_samples), learning_rate=rate)
-        seconds = time.perf_counter() - began
-        memory_gb = _largest(_peak_memory_gb(self.device), device=self.device)
+        # same elements of the residual stream, unless each has a part of its own.
+        split = [self.groups.tensor.rank] if config.parallel.sequence and self.groups.tensor.size > 1 else []
+        place = (self.groups.data.rank, self.groups.pipeline.rank, *split)
+        torch.manual_seed(seed_for(config.run.seed, "dropout", step, *place))
+        outcome = self.engine.train_step(read_step(state.consumed_samples), learning_rate=rate)
         after = TrainState(step, state.consumed_samples + config.train.global_batch)
-        return after, _TakenStep(outcome, rate, seconds, memory_gb)
+        return _LaunchedStep(after, rate, exchange.send(outcome, began=began))
 
-    def _require_finite(self, outcome: StepOutcome, *, step: int, saved_step: int) -> None:
-        if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+    def _require_finite(self, figures: StepFigures, *, step: int, saved_step: int) -> None:
+        if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
             return
         kept = "no checkpoint was saved"
         if saved_step:
             kept = f"the last good checkpoint is {step_folder(checkpoints_folder(self.fence.run_dir), step=saved_step)}"
         raise InputError(
-            f"the loss is {outcome.loss} and the gradient norm {outcome.grad_norm} at step {step}, so training has "
+            f"the loss is {figures.loss} and the gradient norm {figures.grad_norm} at step {step}, so training has "
             f"diverged: train in another run.dir, with a lower train.learning_rate or more train.warmup_steps; {kept}"
         )
 
@@ -184,27 +233,31 @@ class Trainer:
         began = time.perf_counter()
         return self.validator.loss(), time.perf_counter() - began
 
-    def _report(self, observers: Sequence[Observer], state: TrainState, taken: _TakenStep, **sparse: Any) -> None:
+    def _report(self, observers: Sequence[Observer], taken: TakenStep, **sparse: Any) -> None:
         """Report a step to the observers; `sparse` holds the fields that only some steps have."""
         if not observers or (self.is_first_rank and not self.fence.may_be_ours()):
-            return  # a newer start writes the metrics now; all ranks end together before the next step
-        tokens_per_second = self.config.train.global_batch * self.config.data.sequence_length / taken.seconds
-        flops_per_second = tokens_per_second * self.flops_per_token
+            return  # a newer start writes the metrics now; all ranks end together after this step
+        state, figures = taken.after, taken.figures
+        tokens_per_second = self.config.train.global_batch * self.config.data.sequence_length / figures.seconds
         result = StepResult(
             step=state.step,
-            loss=taken.outcome.loss,
+            loss=figures.loss,
             learning_rate=taken.learning_rate,
-            grad_norm=taken.outcome.grad_norm,
+            grad_norm=figures.grad_norm,
             tokens_seen=state.consumed_samples * self.config.data.sequence_length,
             consumed_samples=state.consumed_samples,
-            step_seconds=taken.seconds,
+            step_seconds=figures.seconds,
             tokens_per_second=tokens_per_second,
-            model_flops_utilization=flops_per_second / self.peak_flops if self.peak_flops else None,
-            memory_gb=taken.memory_gb,
+            model_flops_utilization=self._share_of_peak(tokens_per_second * self.flops_per_token),
+            model_flops_utilization_causal=self._share_of_peak(tokens_per_second * self.causal_flops_per_token),
+            memory_gb=figures.memory_gb,
             **sparse,
         )
         for observer in observers:
             observer.on_step(result)
+
+    def _share_of_peak(self, flops_per_second: float) -> float | None:
+        return flops_per_second / self.peak_flops if self.peak_flops else None
 
     def _try_to_save(self, state: TrainState, validation_loss: float | None, observers: Sequence[Observer]) -> bool:
         began = time.perf_counter()
@@ -228,18 +281,6 @@ class Trainer:
             observer.on_save(Save(state.step, folder, time.perf_counter() - began))
 
 
-def _peak_memory_gb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
-
-
-def _largest(value: float, *, device: torch.device) -> float:
-    largest = torch.tensor(value, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest)
-
-
 def build_trainer(
     ready: Ready,
     *,
@@ -248,28 +289,31 @@ def build_trainer(
     fence: Fence,
     device: torch.device,
     stop: StopRequest,
+    resumes: bool,
     accept_change: bool = False,
 ) -> Trainer:
     """Return the trainer of a run on this rank, resumed from the newest checkpoint; every rank must call it.
 
     Args:
         ready: The run, checked.
-        engine: From `build_engine`, with the run's initial weights.
+        engine: From `build_engine`; with the run's initial weights, unless others are loaded.
         groups: This rank's places.
         fence: Shows whether this start of the run is still the newest.
         device: This rank's device.
         stop: Shows whether someone asked to stop.
+        resumes: From `has_checkpoint`.
         accept_change: Resume even if model or data have changed.
     Raises:
         InputError: the data or a checkpoint does not fit the run; raised on every rank.
     """
     config, prepared = ready.config, ready.prepared
-    open_run_samples = partial(_open_on_first_rank_first, config, prepared=prepared, groups=groups)
-    loader = _loader_of(config, open_run_samples(held_out=False), data=groups.data)
-    held_out = open_run_samples(held_out=True) if config.evaluate.every else None
-    start = resume(engine, loader, config=config, groups=groups, accept_change=accept_change)
-    flops = flops_per_token(config.model, vocab_size=prepared.vocab_size, length=config.data.sequence_length)
-    peak_flops = world_peak_flops(device, precision=config.train.precision)
+    with timed("opened the data", say=logger.info if groups.world.rank == 0 else logger.debug):
+        loader, held_out = _open_data(config, prepared=prepared, groups=groups)
+    start = resume(engine, loader, config=config, groups=groups, resumes=resumes, accept_change=accept_change)
+    flops, causal_flops = (
+        count(config.model, vocab_size=prepared.vocab_size, length=config.data.sequence_length)
+        for count in (flops_per_token, causal_flops_per_token)
+    )
     return Trainer(
         config=config,
         engine=engine,
@@ -282,19 +326,24 @@ def build_trainer(
         fence=fence,
         start=start,
         flops_per_token=flops,
-        peak_flops=peak_flops,
+        causal_flops_per_token=causal_flops,
+        peak_flops=world_peak_flops(device, precision=config.train.precision),
+        steps_ahead=1 if device.type == "cuda" else 0,
     )
 
 
-def _loader_of(config: RunConfig, samples: Samples, *, data: Group) -> Loader:
-    return Loader(
-        samples,
+def _open_data(config: RunConfig, *, prepared: Prepared, groups: Groups) -> tuple[Loader, Samples | None]:
+    """Return the run's loader, and the held-out samples if the run validates."""
+    open_run_samples = partial(_open_on_first_rank_first, config, prepared=prepared, groups=groups)
+    loader = Loader(
+        open_run_samples(held_out=False),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        data_rank=data.rank,
-        data_size=data.size,
+        data_rank=groups.data.rank,
+        data_size=groups.data.size,
     )
+    return loader, open_run_samples(held_out=True) if config.evaluate.every else None
 
 
 def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: Groups, held_out: bool) -> Samples:

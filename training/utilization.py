@@ -1,4 +1,10 @@
-"""How much of the hardware a step used: model FLOPs by the published convention over the peak."""
+"""How much of the hardware a step used: the model's FLOPs over the peak, in the two published conventions.
+
+`full` counts attention as if it had no causal mask: 6 N + 12 layers x hidden x length FLOPs a token, as PaLM (Chowdhery
+et al. 2022, appendix B), llm-foundry and Megatron-LM do. `causal` counts the half that a causal model needs: 6 N + 6
+layers x hidden x length, as FlashAttention's papers do. N counts all parameters, a tied embedding once. Recomputation
+is not counted.
+"""
 
 import math
 import time
@@ -10,26 +16,41 @@ from configs.precisions import PRECISIONS
 from configs.schema import Model
 from training.families.table import parameter_count
 
-# Dense peaks from the vendors' data sheets, FLOP/s: (16 bit, fp32 as torch runs it by default).
-# The first name that is part of the device's wins: H100 PCIe must come before H100.
+# Dense peaks from the vendors' data sheets, FLOP/s: (16 bit, fp32 as torch runs it by default). Sheets often give the
+# double, for sparse matrices. The first name that is part of the device's wins: H100 PCIe must come before H100.
 _GPU_PEAKS = {
-    "H200": (989e12, 67e12),
+    "GB200": (2500e12, 80e12),
+    "B200": (2250e12, 75e12),
+    "H200": (989e12, 67e12),  # GH200 too
     "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
     "H100": (989e12, 67e12),
+    "H800": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
+    "A800": (312e12, 19.5e12),
+    "A40": (149.7e12, 37.4e12),
+    "A30": (165e12, 10.3e12),
     "V100": (125e12, 15.7e12),
+    "T4": (65e12, 8.1e12),
     "L40S": (362e12, 91.6e12),
-    "B200": (2250e12, 80e12),
+    "L40": (181e12, 90.5e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165.2e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+    "MI300X": (1307e12, 163.4e12),
 }
 
 
 def flops_per_token(model: Model, *, vocab_size: int, length: int) -> float:
-    """Return forward and backward FLOPs of one token: 6 N + 12 layers x hidden x length.
-
-    Attention is counted in full, not halved for causality, as the published figures do. Recomputation is not counted.
-    """
+    """Return forward and backward FLOPs of one token by the `full` convention: 6 N + 12 layers x hidden x length."""
     parameters = parameter_count(model, vocab_size=vocab_size)
     return 6.0 * parameters + 12.0 * model.layers * model.hidden * length
+
+
+def causal_flops_per_token(model: Model, *, vocab_size: int, length: int) -> float:
+    """Return forward and backward FLOPs of one token by the `causal` convention: 6 N + 6 layers x hidden x length."""
+    full = flops_per_token(model, vocab_size=vocab_size, length=length)
+    return full - 6.0 * model.layers * model.hidden * length
 
 
 def world_peak_flops(device: torch.device, *, precision: str) -> float | None:
@@ -47,7 +68,7 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
     None for a GPU that is not in the table.
     """
     if device.type == "cpu":
-        return _measured_gemm(torch.float32)
+        return measured_gemm(device, torch.float32)
     name = torch.cuda.get_device_name(device)
     for known, (half, single) in _GPU_PEAKS.items():
         if known in name:
@@ -55,11 +76,15 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
     return None
 
 
-def _measured_gemm(dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:
-    left, right = torch.rand(size, size, dtype=dtype), torch.rand(size, size, dtype=dtype)
+def measured_gemm(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> float:
+    """Return the FLOP/s of a large matrix product, measured now: the fastest of several."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     fastest = float("inf")
     for _ in range(repeats):
         started = time.perf_counter()
         left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - started)
     return 2.0 * size**3 / fastest

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import InputError
+from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS, require_precision
 from launch.commands.options import (
     AsJson,
     CheckpointPath,
@@ -21,7 +22,7 @@ from launch.commands.options import (
     number_option,
     path_of,
 )
-from launch.complete import complete_checkpoints, complete_formats, complete_protocols
+from launch.complete import complete_checkpoints, complete_formats, complete_precisions, complete_protocols
 from training.export.formats.table import FORMATS
 from training.out_of_memory import explain_out_of_memory
 
@@ -55,6 +56,16 @@ DrawSeed = Annotated[
     number_option("--seed", "N", "Seed of the draws.  [default: a random one, which is printed]", is_whole=True),
 ]
 
+PrecisionName = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="|".join(INFERENCE_PRECISIONS),
+        autocompletion=complete_precisions,
+        help="What to compute in, whatever the model trained in; tf32 needs a GPU.",
+    ),
+]
+
 
 @model_commands.command("evaluate")
 @explain_out_of_memory("shorter --lengths")
@@ -76,6 +87,7 @@ def evaluate_command(
         Path | None,
         typer.Option(metavar="FILE", parser=path_of, help="A text file.  [default: the run's held-out text]"),
     ] = None,
+    precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity at each length; keep the report in the run's evaluation folder, by checkpoint and text."""
@@ -83,6 +95,7 @@ def evaluate_command(
     from launch.show.model import show_report
     from training.evaluation.precheck import check_request
 
+    require_precision(precision)
     protocols = tuple(protocol) if protocol else None  # None: those of the run file
     check_request(checkpoint, lengths=lengths, protocols=protocols, data=data)  # before the slow imports
 
@@ -92,7 +105,9 @@ def evaluate_command(
     show = show_json if as_json else partial(show_report, checkpoint=checkpoint)
     command = shlex.join(["trainshort", *sys.argv[1:]])
     try:
-        report = evaluate_checkpoint(checkpoint, lengths=lengths, protocols=protocols, data=data, command=command)
+        report = evaluate_checkpoint(
+            checkpoint, lengths=lengths, protocols=protocols, data=data, precision=precision, command=command
+        )
     except ReportNotWritten as error:
         show(error.report)  # the work of minutes or hours
         raise
@@ -160,6 +175,7 @@ def generate_command(
     top_p: TopP = None,
     seed: DrawSeed = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token; draw nothing.")] = False,
+    precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, shown while it is generated; past the training length too."""
@@ -176,6 +192,7 @@ def generate_command(
             {"--prompt": prompt, "--prompt-file": prompt_file, "--json": as_json or None},
             "--interactive reads prompts from standard input and streams, so {} has no effect: drop one of them",
         )
+    require_precision(precision)
     sampling = choose_sampling(temperature=0.0 if greedy else temperature, top_p=top_p, seed=seed)
     text = "" if interactive else read_prompt(prompt, prompt_file)
     require_checkpoint(checkpoint)  # a wrong path is answered before the slow imports
@@ -183,7 +200,7 @@ def generate_command(
     from launch.show.generation import answer_prompts, show_generated, show_stream
     from training.api import load
 
-    model = load(checkpoint)
+    model = load(checkpoint, precision=precision)
     if interactive:
         answer_prompts(model, tokens=tokens, sampling=sampling)
         return

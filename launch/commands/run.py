@@ -88,6 +88,8 @@ def check_command(
 
         check_tokenizer(config.data)
     notes = check_notes(config, variables=os.environ)
+    if not memory:
+        notes += _simpler_layout_notes(config)
     notes = [hide_secrets(name_run_file(note, run, overrides or [])) for note in notes]
     if as_json:
         show_json({**run_summary(config, notes=notes), **({"memory": fit.to_json()} if fit else {})})
@@ -97,6 +99,14 @@ def check_command(
         from launch.show.memory import show_memory
 
         show_memory(fit, origin=origin)
+
+
+def _simpler_layout_notes(config: "RunConfig") -> list[str]:
+    from launch.start_check import default_layout, simpler_layout_lines
+
+    layout, _ = default_layout(config, environ=os.environ)
+    lines = simpler_layout_lines(config, layout=layout, environ=os.environ)
+    return [": ".join(line.strip() for line in lines)] if lines else []
 
 
 def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float | None) -> "tuple[MemoryFit, str]":
@@ -195,14 +205,17 @@ def train_command(
 
 
 def _train_one_rank(config: "RunConfig", place: "ProcessRank", *, accept_change: bool) -> None:
+    from configs.slow_parts import timed
     from launch.show.train import following_rank
-    from parallel.start import hold_stop_signals, ignore_stop_signals
+    from parallel.start import hold_stop_signals, ignore_stop_signals, open_gpu_early
     from training.rank_errors import explain_rank_failure
 
     # The import below takes seconds. A SIGTERM meanwhile must wait until the rank can save.
     hold_stop_signals()
     with following_rank(config, place, environ=os.environ) as terminal, explain_rank_failure(config, place):
-        from training.run import train_rank
+        with timed("imported torch and DeepSpeed", say=logger.debug if place.rank else logger.info):
+            open_gpu_early(place)
+            from training.run import train_rank
 
         train_rank(config, place, accept_change=accept_change, terminal=terminal)
     ignore_stop_signals()
@@ -224,7 +237,7 @@ def _start_local_ranks(
     from launch.local import STOPPED_BY_HAND, start_ranks
     from launch.show.console import show_lines
     from launch.show.train import following_launcher, say_end, train_command_line, verbosity_options
-    from launch.start_check import check_start, finished_lines
+    from launch.start_check import check_start, finished_lines, simpler_layout_lines
     from training.export.formats.table import export_problems
     from training.incarnation import refuse_second_start, sole_launcher
     from training.rank_errors import rank_out_of_memory
@@ -235,6 +248,7 @@ def _start_local_ranks(
         return 0
     if ready.newest is None:  # said before training, not after it
         show_lines(*export_problems(config.model).values())
+        show_lines(*simpler_layout_lines(ready.config, layout=ready.layout, environ=os.environ))
     refuse_second_start(ready.run_dir)
     sets = [argument for override in overrides for argument in ("--set", override)]
     # -P keeps the working directory off sys.path: the user may have a folder called training or configs there.

@@ -4,6 +4,7 @@ from configs.figures import byte_size, counted
 from launch.show.console import narrow_table, show_lines, show_table
 from training.memory_changes import change_lines
 from training.memory_fit import MemoryFit
+from training.simpler_layouts import simpler_lines
 
 _FOR_A_GPU = "for a GPU, name its memory: --gpu-memory-gb 80"
 
@@ -28,6 +29,8 @@ def show_memory(fit: MemoryFit, *, origin: str) -> None:
         table.add_row(part, *(f"{stage[part] / 1e9:.2f}" for stage in stages))
     show_table(table)
     show_lines(*_verdict(fit))
+    if fit.simpler and fit.available.size:
+        show_lines(*simpler_lines(fit.simpler, gpu_bytes=fit.available.size))
 
 
 def _verdict(fit: MemoryFit) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from configs.commands import typed_path
 from configs.paths import checkpoints_folder
 from launch.show.console import narrow_table, show_lines, show_table
+from training.evaluation.kept import other_precision
 from training.evaluation.report import protocol_name
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def show_report(report: dict[str, Any], *, checkpoint: Path) -> None:
         checkpoint = checkpoints_folder(checkpoint) / evaluated.name
     # Only a text whose words were counted has a perplexity per word.
     per_word = any("word_perplexity" in result for result in report["results"])
-    show_lines(f"{checkpoint}, trained at {report['train_length']:,} tokens")
+    precision = other_precision(report)
+    computed = "" if precision is None else f", computed in {precision}"
+    show_lines(f"{checkpoint}, trained at {report['train_length']:,} tokens{computed}")
     table = narrow_table(("length", "x trained", "tokens", "loss", "perplexity", *(["per word"] if per_word else [])))
     table.add_column("protocol")
     for result in report["results"]:

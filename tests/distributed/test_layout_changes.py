@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from parallel.start import ProcessRank
-from tests.support.layouts import build, config_of, save, tokens_of
+from tests.support.layouts import build, config_of, over_all_ranks, save, tokens_of
 from tests.support.ranks import run_ranks, start_again
 from training.checkpoint.read import load_slices, open_on_all_ranks
 
@@ -97,7 +97,7 @@ def run_changes(process: ProcessRank, *, changes: list[Change], folder: Path) ->
                 save(engine, config, groups=groups, tokenizer=folder / "tokenizer.model", step=step)
             mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
             outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3)
-            steps.append((outcome.loss, outcome.grad_norm))
+            steps.append(over_all_ranks(outcome, groups=groups))
         runs.append(steps)
     return runs
 

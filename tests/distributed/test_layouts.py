@@ -14,15 +14,18 @@ WARM_STEPS = range(3)  # so that Adam's moments are not zero in the saved state
 STEPS = range(3, 13)
 
 
-def _layout(tensor: int, pipeline: int, zero: int) -> dict[str, int]:
-    return {"tensor": tensor, "pipeline": pipeline, "zero": zero}
+def _layout(tensor: int, pipeline: int, zero: int, *, sequence: bool = False) -> dict[str, int | bool]:
+    return {"tensor": tensor, "pipeline": pipeline, "zero": zero, "sequence": sequence}
 
 
 REFERENCE = _layout(1, 1, 0)
 LAYOUTS = {
     1: [REFERENCE],
-    2: [_layout(2, 1, 1), _layout(1, 2, 1), _layout(1, 1, 2), _layout(1, 1, 3)],
-    4: [_layout(2, 2, 1), _layout(4, 1, 0), _layout(2, 1, 3), _layout(1, 2, 1), _layout(2, 1, 2)],
+    2: [_layout(2, 1, 1), _layout(1, 2, 1), _layout(1, 1, 2), _layout(1, 1, 3), _layout(2, 1, 0, sequence=True)],
+    4: [
+        *(_layout(2, 2, 1), _layout(4, 1, 0), _layout(2, 1, 3), _layout(1, 2, 1), _layout(2, 1, 2)),
+        *(_layout(2, 2, 1, sequence=True), _layout(2, 1, 3, sequence=True), _layout(2, 1, 2, sequence=True)),
+    ],
 }
 NAMES = [name_of(keys, ranks=ranks) for ranks, some in LAYOUTS.items() for keys in some]
 

@@ -25,7 +25,8 @@ MORE = (
     "train.micro_batch=1",
     "train.global_batch=4",
 )
-RECOMPUTE, BF16 = "train.recompute=true", "train.precision=bf16"
+RECOMPUTE, SELECTIVE, SEQUENCE = "train.recompute=true", "train.recompute=selective", "parallel.sequence=true"
+BF16 = "train.precision=bf16"
 CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "zero 2": ({"tensor": 1, "pipeline": 1, "zero": 2}, ()),
     "zero 3": ({"tensor": 1, "pipeline": 1, "zero": 3}, ()),
@@ -33,6 +34,12 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "tensor 2": ({"tensor": 2, "pipeline": 1, "zero": 1}, ()),
     "pipeline 2": ({"tensor": 1, "pipeline": 2, "zero": 1}, ()),
     "tensor 2 x pipeline 2, recompute": ({"tensor": 2, "pipeline": 2, "zero": 1}, (RECOMPUTE,)),
+    "one data rank": ({"tensor": 4, "pipeline": 1, "zero": 1}, ()),
+    "one data rank, one micro-batch": ({"tensor": 4, "pipeline": 1, "zero": 1}, ("train.global_batch=1",)),
+    "one data rank, bf16": ({"tensor": 4, "pipeline": 1, "zero": 1}, (BF16,)),
+    "selective": ({"tensor": 2, "pipeline": 1, "zero": 1}, (SELECTIVE,)),
+    "sequence": ({"tensor": 4, "pipeline": 1, "zero": 1}, (SEQUENCE, "train.global_batch=1", "train.micro_batch=1")),
+    "sequence, selective": ({"tensor": 2, "pipeline": 2, "zero": 1}, (SEQUENCE, SELECTIVE)),
     "reference": ({"tensor": 2, "pipeline": 1, "zero": 1}, ("model.attention=reference",)),
 }
 

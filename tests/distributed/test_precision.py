@@ -12,6 +12,8 @@ from training.checkpoint.read import open_checkpoint
 LAYOUTS = [
     {"tensor": 2, "pipeline": 1, "zero": 1},
     {"tensor": 2, "pipeline": 2, "zero": 1},
+    {"tensor": 2, "pipeline": 1, "zero": 2, "sequence": True},
+    {"tensor": 2, "pipeline": 2, "zero": 1, "sequence": True},
     {"tensor": 1, "pipeline": 2, "zero": 1},
     {"tensor": 1, "pipeline": 2, "zero": 1, "offload": "cpu"},
     {"tensor": 1, "pipeline": 1, "zero": 1},

@@ -97,8 +97,9 @@ def build_fake_engine(world: World, *, folder: Path) -> None:
     config = config_of(keys, run_dir=folder, more=(*model, *batch))
     groups = make_groups(layout)
     plan = plan_layers(config.model, vocab_size=VOCABULARY, tensor=groups.tensor, recompute=False)
-    module = StagedModule(plan, groups=groups) if layout.pipeline > 1 else Decoder(plan)
-    make_engine(module, plan, train=config.train, layout=layout, groups=groups, seed=1)
+    staged = layout.pipeline > 1
+    module = StagedModule(plan, groups=groups, bounds=range(world.pipeline + 1)) if staged else Decoder(plan)
+    make_engine(module, train=config.train, layout=layout, groups=groups, seed=1)
 
 
 def count_groups(process: ProcessRank, *, folder: Path) -> dict[tuple[World, str, int], Calls]:

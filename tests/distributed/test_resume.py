@@ -1,17 +1,25 @@
 """A run that is interrupted after any step and started again equals the unbroken one bit for bit."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from configs.load import load_run
 from configs.paths import data_folder
 from data_pipeline.prepare import prepare_data
+from parallel.start import ProcessRank
 from tests.support.processes import exact, metrics
 from tests.support.ranks import run_ranks
 from tests.support.runs import Start, train_runs
 from tests.support.small_run import QUICK, overrides_of, small_run
+from tests.support.watched_steps import watching
 from training.checkpoint.manifest import list_checkpoints
+from training.observers import Observer
+from training.state import TrainState
+from training.trainer import Trainer
 
 STEPS = 5
 SAVED_EACH_STEP = {
@@ -34,6 +42,22 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     config = load_run("demo", overrides=overrides)
     prepare_data(config.data, folder=data_folder(config), progress=False)
     return overrides
+
+
+def collectives_of(process: ProcessRank, *, runs: list[list[str]]) -> list[list[list[str]]]:
+    """Train each run, all but the first as GPU ranks do; return the collectives of each step, without the engine's."""
+    counted = []
+
+    def watched_run(self: Trainer, observers: Sequence[Observer]) -> TrainState:
+        with watching(self.engine) as watch:
+            end = run(replace(self, steps_ahead=min(len(counted), 1)), observers)
+        counted.append([step.collectives for step in watch.steps])
+        return end
+
+    run = Trainer.run
+    with patch.object(Trainer, "run", watched_run):
+        train_runs(process, starts=[Start(overrides) for overrides in runs])
+    return counted
 
 
 LAYOUTS = {
@@ -71,3 +95,30 @@ def test_a_run_interrupted_at_any_step_equals_the_unbroken(prepared: list[str], 
         discarded = run_dir / "logs" / "metrics_discarded.jsonl"
         assert len(discarded.read_text().splitlines()) == STEPS - step + 1  # the lines after the step, and the torn one
         assert [saved.step for saved in list_checkpoints(run_dir)] == list(range(1, STEPS + 1))
+
+
+def test_a_step_exchanges_its_figures_in_one_collective(prepared: list[str], tmp_path: Path) -> None:
+    layouts = {"t1p1z1": (1, 1), "t1p2z1": (1, 2), "t2p1z0": (2, 1)}
+    runs = []
+    for name, (tensor, pipeline) in layouts.items():
+        layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.zero={name[-1]}"]
+        runs.append(
+            [
+                *prepared,
+                *layout,
+                "model.dropout=0",
+                "checkpoint.every=100",
+                "evaluate.every=0",
+                f"run.dir={tmp_path / name}",
+            ]
+        )
+    for of_rank in run_ranks(collectives_of, ranks=2, arguments={"runs": runs}):
+        for steps in of_rank:
+            assert len(steps) == STEPS + 1
+            assert steps[0][-1:] == ["c10d::allreduce_"], "whether one asked to stop before the first step"
+            # the last step is followed by its save
+            assert steps[1:STEPS] == [["c10d::_allgather_base_"]] * (STEPS - 1)
+    # and its figures are those of all ranks: each layout has the same losses
+    first, *others = ([line["loss"] for line in metrics(tmp_path / name)] for name in layouts)
+    for losses in others:
+        assert losses == pytest.approx(first, rel=1e-5)

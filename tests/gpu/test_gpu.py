@@ -1,5 +1,10 @@
-"""Tests that need a GPU: `make test-gpu`."""
+"""Tests that need a GPU: `make test-gpu`; those marked slow run in `make test-gpu-full` alone.
 
+Compiling a kernel takes longer than all else: a test takes all lengths that one compilation serves.
+"""
+
+import json
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -9,12 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.backends import BACKENDS, unavailable, unsupported
+from configs.backends import BACKENDS, installed_packages, unavailable, unsupported
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
 from configs.schema import Model
 from parallel.groups import lone_groups
+from tests.support.data import BOOK
+from tests.support.house.source import HOUSE
 from tests.support.models import LAYERS, VOCABULARY, make_decoder, make_wandering_decoder
+from tests.support.small_run import ONE_RANK, overrides_of, set_options, small_run
 from training.generation import continue_tokens
 from training.model.attention import make_attention
 from training.model.kernels.reference import Reference
@@ -24,7 +32,7 @@ from training.model.proof.attention_weights import dtype_of
 from training.model.proof.audit import audit
 from training.model.proof.certificate import certify
 from training.model.single import SingleModel
-from training.preflight import installed_packages
+from training.profiling.categories import ATTENTION_WORK, ELEMENTWISE, MATRIX, OPTIMIZER, OTHER
 from training.sampling import Sampling
 
 pytestmark = pytest.mark.gpu
@@ -42,48 +50,48 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("length", [64, 192, 1001, 1024, 2112])
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), CASES)
-def test_a_backend_equals_the_reference_with_gradients(
-    backend: str, length: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    torch.manual_seed(0)
+def test_a_backend_equals_the_reference_with_gradients(backend: str, dtype: torch.dtype, tolerance: float) -> None:
     strip = SlopeBias(torch.tensor(slopes(16), dtype=torch.float64))
-    strip(rows=2, keys=4096, device=CUDA, dtype=dtype)  # longer than the call needs
-    exact = [torch.randn(1, 16, length, 128, device="cuda", dtype=dtype).double().requires_grad_() for _ in range(3)]
-    q, k, v = (x.detach().to(dtype).requires_grad_() for x in exact)
-    weight = torch.randn(1, 16, length, 128, device="cuda", dtype=torch.float64)
-    expected = Reference(SlopeBias(strip.local_slopes))(*exact)
-    found = make_attention(backend, strip)(q, k, v)
-    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
-    (expected * weight).sum().backward()
-    (found.double() * weight).sum().backward()
-    for x, y in zip((q, k, v), exact, strict=True):
-        assert x.grad is not None
-        assert y.grad is not None
-        torch.testing.assert_close(x.grad.double(), y.grad, atol=10 * tolerance, rtol=10 * tolerance)
+    strip(rows=2, keys=4096, device=CUDA, dtype=dtype)  # longer than the calls need
+    attend = make_attention(backend, strip)
+    for length in (64, 192, 1001, 1024, 2112):
+        torch.manual_seed(0)
+        shape = (1, 16, length, 128)
+        exact = [torch.randn(shape, device="cuda", dtype=dtype).double().requires_grad_() for _ in range(3)]
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in exact)
+        weight = torch.randn(shape, device="cuda", dtype=torch.float64)
+        expected, found = Reference(SlopeBias(strip.local_slopes))(*exact), attend(q, k, v)
+        torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+        (expected * weight).sum().backward()
+        (found.double() * weight).sum().backward()
+        for x, y in zip((q, k, v), exact, strict=True):
+            assert x.grad is not None
+            assert y.grad is not None
+            torch.testing.assert_close(x.grad.double(), y.grad, atol=10 * tolerance, rtol=10 * tolerance)
 
 
-@pytest.mark.parametrize("length", [1024, 4096, 16384])
-@pytest.mark.parametrize("heads", [16, 112])
+@pytest.mark.parametrize("heads", [16, pytest.param(112, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("backend", "dtype"), [case[:2] for case in CASES])
-def test_rows_are_within_the_limit(backend: str, dtype: torch.dtype, heads: int, length: int) -> None:
-    found = audit(backend, slopes=slopes(heads), head_dim=128, length=length, dtype=dtype, device=CUDA)
-    assert found.worst.measured.worst <= LIMITS[dtype], found.worst
+def test_rows_are_within_the_limit(backend: str, dtype: torch.dtype, heads: int) -> None:
+    for length in (1024, 4096) if heads == 16 else (1024, 4096, 16384):
+        found = audit(backend, slopes=slopes(heads), head_dim=128, length=length, dtype=dtype, device=CUDA)
+        assert found.worst.measured.worst <= LIMITS[dtype], found.worst
 
 
-@pytest.mark.parametrize("length", [256, 300])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_a_step_of_every_position_method_equals_the_cpus(position: str, length: int) -> None:
-    tokens = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(0))
-    found = []
-    for device in ("cpu", "cuda"):
-        decoder = make_decoder(4, head_dim=16, position=position).to(device)
-        logits = decoder(tokens[:, :-1].to(device))
-        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(device)).backward()
-        found.append([logits.cpu(), *(p.grad.cpu() for p in decoder.parameters() if p.grad is not None)])
-    for there, here in zip(*found, strict=True):
-        torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-3)
+def test_a_step_of_every_position_method_equals_the_cpus(position: str) -> None:
+    decoders = {device: make_decoder(4, head_dim=16, position=position).to(device) for device in ("cpu", "cuda")}
+    for length in (256, 300):
+        tokens = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(0))
+        found = []
+        for device, decoder in decoders.items():
+            decoder.zero_grad()
+            logits = decoder(tokens[:, :-1].to(device))
+            F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(device)).backward()
+            found.append([logits.cpu(), *(p.grad.cpu() for p in decoder.parameters() if p.grad is not None)])
+        for there, here in zip(*found, strict=True):
+            torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -97,7 +105,9 @@ def test_every_position_method_is_certified(position: str, precision: str) -> No
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [case[:2] for case in CASES if case[0] != "reference"])
-@pytest.mark.parametrize("length", [4096, 4001])  # 4001: kernels cannot read such rows of a mask directly
+@pytest.mark.parametrize(
+    "length", [pytest.param(4096, marks=pytest.mark.slow), 4001]
+)  # 4001: kernels cannot read such rows of a mask directly
 def test_twice_the_length_takes_twice_the_memory(backend: str, dtype: torch.dtype, length: int) -> None:
     peaks = []
     for keys in (length, 2 * length):
@@ -120,12 +130,42 @@ def test_greedy_tokens_are_those_of_the_cpu(position: str) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_demo_trains_and_evaluates_on_one_gpu(tmp_path: Path, precision: str) -> None:
-    run_dir = tmp_path / "run"
-    keys = [f"run.dir={run_dir}", "parallel.tensor=1", "parallel.pipeline=1", "train.steps=20"]
-    overrides = [part for key in (*keys, f"train.precision={precision}") for part in ("--set", key)]
-    for arguments in (["prepare", "demo", *overrides], ["train", "demo", "--ranks", "1", *overrides]):
-        subprocess.run([sys.executable, "-P", "-m", "trainshort", *arguments], check=True)
-    subprocess.run([sys.executable, "-P", "-m", "trainshort", "evaluate", str(run_dir)], check=True)
-    assert (run_dir / "evaluation" / "report.json").is_file()
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+def test_a_run_trains_and_evaluates_on_one_gpu(tmp_path: Path, precision: str) -> None:
+    overrides = one_gpu_run(tmp_path, precision)
+    for command in ("prepare", "train"):
+        call(command, "demo", *overrides)
+    call("evaluate", str(tmp_path / "run"))
+    assert (tmp_path / "run" / "evaluation" / "report.json").is_file()
+
+
+def test_a_profile_on_a_gpu_adds_up(tmp_path: Path) -> None:
+    overrides = one_gpu_run(tmp_path, "bf16")
+    call("prepare", "demo", *overrides)
+    document = json.loads(call("profile", "demo", "--json", *overrides))
+    times = {row["name"]: row["milliseconds"] for row in document["categories"]}
+    assert sum(times.values()) == pytest.approx(document["profiled_step_milliseconds"])
+    assert {MATRIX, ATTENTION_WORK, OPTIMIZER, ELEMENTWISE} <= set(times)
+    assert times.get(OTHER, 0) < 0.05 * document["profiled_step_milliseconds"]
+    assert document["matrix_products"]["flops_per_second"] > 0
+    assert document["tensors"]
+
+
+def test_no_step_waits_for_the_gpu() -> None:
+    """A process of its own: the ranks of the other tests have met by gloo, which waits."""
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
+    subprocess.run([sys.executable, "-P", "-m", "tests.gpu.watched_step"], check=True, env=environment)
+
+
+def one_gpu_run(folder: Path, precision: str) -> list[str]:
+    """Return the options of a small run on a text in the folder."""
+    (folder / "book.txt").write_text(BOOK, encoding="utf-8")
+    keys = {"data": {"sources": [str(folder / "book.txt")]}, "run": {"dir": str(folder / "run")}}
+    shape = {"model": {"hidden": 128, "heads": 4}, "train": {"precision": precision}}
+    return set_options(overrides_of(small_run(ONE_RANK, keys, shape)))
+
+
+def call(*arguments: str) -> str:
+    """Run a command, and return what it writes."""
+    command = [sys.executable, "-P", "-m", "trainshort", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -24,7 +24,7 @@ class Mutant:
 
 POSITIONS, KERNELS = "training/model/positions", "training/model/kernels"
 ALIBI, BIAS, T5 = f"{POSITIONS}/alibi.py", f"{POSITIONS}/bias.py", f"{POSITIONS}/t5.py"
-SDPA, FLEX = f"{KERNELS}/sdpa.py", f"{KERNELS}/flex.py"
+SDPA, FLEX, BLOCKS = f"{KERNELS}/sdpa.py", f"{KERNELS}/flex.py", f"{KERNELS}/bias_blocks.py"
 BLOOM, CERTIFICATE = "training/model/blocks/bloom.py", "training/model/proof/certificate.py"
 BY_FORMULA = "tests/unit/test_model_alibi.py::test_both_backends_equal_the_formula_in_fp64"
 BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join_to_the_whole"
@@ -32,6 +32,7 @@ BY_BIAS = "tests/unit/test_model_alibi.py::test_bias_is_minus_slope_times_distan
 BY_LENGTH = "tests/unit/test_model_alibi.py::test_bias_is_exact_at_distances_past_65536"
 BY_CACHE = "tests/unit/test_model_properties.py::test_token_by_token_past_a_query_block_equals_the_whole"
 BY_GREEDY = "tests/unit/test_generation.py::test_greedy_tokens_past_train_length_match_transformers"
+BY_FAR = "tests/unit/test_model_properties.py::test_blocks_of_any_size_equal_the_whole_with_gradients"
 BY_FLEX = "tests/unit/test_model_backends.py::test_flex_on_the_cpu_equals_the_reference[5-40-alibi]"
 REFUSED = "tests/unit/test_model_certificate.py"
 
@@ -102,43 +103,78 @@ MUTANTS = (
     Mutant(
         "sdpa: bias scaled by 1 / sqrt(head_dim)",
         SDPA,
-        "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)",
-        "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype) / q.shape[-1] ** 0.5",
+        "strip = self.bias(rows=rows, keys=width, device=q.device, dtype=dtype)",
+        "strip = self.bias(rows=rows, keys=width, device=q.device, dtype=dtype) / q.shape[-1] ** 0.5",
         f"{REFUSED}::test_a_real_decoder_is_certified_to_rounding[alibi-sdpa]",
     ),
     Mutant(
         "sdpa: a short block takes the strip's first rows",
-        SDPA,
-        "strip[:, :, rows - query.shape[2] :, keys - seen :]",
-        "strip[:, :, : query.shape[2], keys - seen :]",
+        BLOCKS,
+        "strip[:, :, rows - count :, width - (seen - first) :]",
+        "strip[:, :, :count, width - (seen - first) :]",
         BY_FORMULA,
     ),
     Mutant(
         "sdpa: a block takes the strip's first columns",
-        SDPA,
-        "strip[:, :, rows - query.shape[2] :, keys - seen :]",
-        "strip[:, :, rows - query.shape[2] :, :seen]",
+        BLOCKS,
+        "strip[:, :, rows - count :, width - (seen - first) :]",
+        "strip[:, :, rows - count :, : seen - first]",
         BY_FORMULA,
+    ),
+    Mutant(
+        "sdpa: far keys lack the offset of their query",
+        f"{KERNELS}/sdpa_cpu.py",
+        "far_total = far_total - _offset(row, block)",
+        "far_total = far_total",
+        BY_FAR,
+    ),
+    Mutant(
+        "sdpa: far keys take the bias of the nearest",
+        f"{KERNELS}/sdpa_cpu.py",
+        "return row[..., start : start + block.first]",
+        "return row[..., row.shape[3] - block.first :]",
+        BY_FAR,
+    ),
+    Mutant(
+        "sdpa: gradients of far keys lack the offset",
+        f"{KERNELS}/sdpa_cpu.py",
+        "total + _offset(row, block), _far",
+        "total, _far",
+        BY_FAR,
     ),
     Mutant(
         "ALiBi zeroed behind a cache",
         SDPA,
-        "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)",
-        "strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype) * (queries > 1)",
+        "strip = self.bias(rows=rows, keys=width, device=q.device, dtype=dtype)",
+        "strip = self.bias(rows=rows, keys=width, device=q.device, dtype=dtype) * (queries > 1)",
         BY_GREEDY,
     ),
     Mutant(
         "flex: wrong sign",
         FLEX,
-        "score - here[head] * (query",
-        "score + here[head] * (query",
+        "score - slope_of(head) * (query",
+        "score + slope_of(head) * (query",
         BY_FLEX,
     ),
     Mutant(
-        "flex: queries behind a cache are masked as if they came first",
+        "flex: queries behind a cache come first",
         FLEX,
-        "return query + (keys - queries) >= key",
+        "_padded(q, keys - queries, end)",
+        "_padded(q, 0, end + keys - queries)",
+        BY_FLEX,
+    ),
+    Mutant(
+        "flex: slopes of the local heads",
+        ALIBI,
+        "number = head + first",
+        "number = head",
+        "tests/unit/test_model_backends.py::test_the_slope_formula_is_alibis_for_any_heads_and_split",
+    ),
+    Mutant(
+        "flex: a query sees the next key",
+        FLEX,
         "return query >= key",
+        "return query + 1 >= key",
         BY_FLEX,
     ),
     Mutant(
@@ -151,29 +187,29 @@ MUTANTS = (
     Mutant(
         "rotary: values are turned too",
         BLOOM,
-        "q, k = self.position.rotate(q, k, start=cache.length if cache else 0)",
-        "q, k, v = (self.position.rotate(x, x, start=cache.length if cache else 0)[0] for x in (q, k, v))",
+        "q, k = self.position.rotate(q, k, start=cache.start if cache else 0)",
+        "q, k, v = (self.position.rotate(x, x, start=cache.start if cache else 0)[0] for x in (q, k, v))",
         "tests/unit/test_model_rotary.py::test_decoder_equals_the_formula_with_llamas_rotation[30-sdpa]",
     ),
     Mutant(
         "sinusoidal: embeddings are not scaled",
         f"{POSITIONS}/sinusoidal.py",
-        "out: Tensor = x * x.shape[2] ** 0.5 + table.to(x.dtype)",
+        "out: Tensor = x * hidden**0.5 + table.to(x.dtype)",
         "out: Tensor = x + table.to(x.dtype)",
         "tests/unit/test_model_sinusoidal.py::test_decoder_equals_the_formula_in_logits_and_gradients[30-sdpa]",
     ),
     Mutant(
         "rotary: position off by one behind a cache",
         BLOOM,
-        "rotate(q, k, start=cache.length if cache else 0)",
-        "rotate(q, k, start=max(cache.length - 1, 0) if cache else 0)",
+        "rotate(q, k, start=cache.start if cache else 0)",
+        "rotate(q, k, start=max(cache.start - 1, 0) if cache else 0)",
         f"{BY_CACHE}[rotary-sdpa]",
     ),
     Mutant(
         "sinusoidal: position off by one behind a cache",
         BLOOM,
-        "embed(x, start=cache.length if cache else 0)",
-        "embed(x, start=cache.length + 1 if cache else 0)",
+        "embed(x, start=cache.start if cache else self.layers.start_of(x))",
+        "embed(x, start=cache.start + 1 if cache else self.layers.start_of(x))",
         f"{BY_CACHE}[sinusoidal-sdpa]",
     ),
     Mutant(

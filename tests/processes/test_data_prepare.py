@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from configs.errors import InputError, MachineError
 from configs.files import one_writer
 from configs.schema import Data
-from data_pipeline.indexed import histogram, read_sequences
+from data_pipeline.indexed import histogram, read_sequences, smallest_dtype, write_index
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.prepare import prepare_data
 from data_pipeline.samples import open_samples
@@ -73,6 +73,15 @@ def test_megatron_reads_the_text_back(whole: tuple[Data, Path]) -> None:
     assert (prepared.tokens, part.words) == (len(tokens), len(BOOK.split()))
     assert np.array_equal(np.load(folder / "unigram.npy"), np.bincount(tokens, minlength=600))
     assert not [file.name for file in folder.iterdir() if file.name.endswith((".tmp", "preparing.json"))]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_an_index_is_the_one_that_megatron_writes(tmp_path: Path, dtype: type) -> None:
+    data = megatron_data(tmp_path / "theirs", [[1, 2, 3], [], [4]], dtype=dtype)
+    write_index(tmp_path / "ours.idx", dtype=np.dtype(dtype), lengths=[3, 0, 1], document_ends=[1, 2, 3])
+    assert (tmp_path / "ours.idx").read_bytes() == data.with_suffix(".idx").read_bytes()
+    for vocab_size in (300, 65_499, 65_500, 250_880):
+        assert smallest_dtype(vocab_size) == DType.optimal_dtype(vocab_size)
 
 
 def test_sources_without_weights_share_a_part_and_documents_end(tmp_path: Path) -> None:

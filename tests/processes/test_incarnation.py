@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.errors import InputError
-from data_pipeline.loader import Loader
+from parallel.engine import StepOutcome
 from tests.support.command_line import contents
 from tests.support.one_rank import STEPS, OneRank
 from tests.support.steps import step_result
@@ -186,21 +187,21 @@ def test_a_superseded_save_changes_no_checkpoint(
 def test_an_older_start_ends_before_its_next_step(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, on_step, take = [], MetricsFile.on_step, Loader.step
+    steps, on_step, take = [], MetricsFile.on_step, rank.engine.train_step
 
     def newer_one_comes(self: MetricsFile, step: StepResult) -> None:
         on_step(self, step)
         begin_incarnation(tmp_path)
 
-    def counted(self: Loader, consumed_samples: int) -> object:
-        steps.append(consumed_samples)
-        return take(self, consumed_samples)
+    def counted(*arguments: Any, learning_rate: float) -> StepOutcome:
+        steps.append(learning_rate)
+        return take(*arguments, learning_rate=learning_rate)
 
     monkeypatch.setattr(MetricsFile, "on_step", newer_one_comes)
-    monkeypatch.setattr(Loader, "step", counted)
+    monkeypatch.setattr(rank.engine, "train_step", counted)
     with pytest.raises(Superseded):
         rank.start(tmp_path, "checkpoint.every=100")
-    assert steps == [0]
+    assert len(steps) == 1
 
 
 def test_a_superseded_start_leaves_the_mlflow_status_alone(

@@ -13,6 +13,7 @@ os.kill(os.getpid(), signal.SIGINT)
 import torch, torch.distributed as dist
 from pathlib import Path
 from unittest.mock import Mock
+from parallel.axes import Group
 from training.stopping import StopRequest
 
 request = StopRequest()
@@ -23,7 +24,8 @@ os.kill(os.getpid(), signal.SIGTERM)
 print("alive")
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 for _ in range(2):
-    print(request.any_rank_asked(fence=Mock(run_dir=Path("/none")), reads_folder=True, device=torch.device("cpu")))
+    CPU, world = torch.device("cpu"), Group(rank=0, size=1, handle=dist.group.WORLD)
+    print(request.any_rank_asked(fence=Mock(run_dir=Path("/none")), reads_folder=True, world=world, device=CPU))
 
 class Late:
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):

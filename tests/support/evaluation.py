@@ -34,6 +34,7 @@ PROVENANCE = Provenance(
 class UniformModel:
     """A model for which every token is equally likely."""
 
+    batch_tokens = 8192
     certificate = CERTIFICATE
 
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -74,7 +75,7 @@ def uniform_run(folder: Path, values: dict[str, Any], monkeypatch: pytest.Monkey
     monkeypatch.setattr("training.evaluation.precheck.check_request", lambda *_, **__: None)
     monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda path: opened)
     monkeypatch.setattr("training.evaluation.run.held_out_text", lambda _: text_of(1000))
-    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: UniformModel())
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: UniformModel())
     return folder
 
 

@@ -17,7 +17,7 @@ from configs.paths import run_folder
 from configs.schema import RunConfig
 from parallel.axes import Groups
 from parallel.collectives import broadcast_from_first
-from parallel.engine import Engine
+from parallel.engine import Engine, StepOutcome
 from parallel.groups import make_groups
 from parallel.layout import Layout
 from parallel.start import ProcessRank
@@ -28,8 +28,11 @@ from training.checkpoint.manifest import SavedState
 from training.checkpoint.read import load_slices, open_checkpoint
 from training.checkpoint.write import save_checkpoint
 from training.incarnation import Fence, begin_incarnation
+from training.step_figures import FigureExchange, mark_time
+from training.stopping import StopRequest
 from training.validator import Validator
 
+CPU = torch.device("cpu")
 VOCABULARY = 331  # prime: every tensor size above one pads
 LENGTH = SMALL["data"]["sequence_length"]
 DIFFERENCE: Values = {
@@ -127,9 +130,17 @@ def train_layouts(
 
 
 def name_of(keys: Mapping[str, Any], *, ranks: int) -> str:
-    """Return a layout's name: tensor 2, pipeline 1, ZeRO 3 on four ranks is t2p1z3w4."""
-    offloaded = "-offload" if keys.get("offload") == "cpu" else ""
-    return f"t{keys['tensor']}p{keys['pipeline']}z{keys['zero']}w{ranks}{offloaded}"
+    """Return a layout's name: tensor 2, pipeline 1, ZeRO 3 on four ranks is t2p1z3w4; t2s if the sequence is split."""
+    split, offloaded = "s" * bool(keys.get("sequence")), "-offload" if keys.get("offload") == "cpu" else ""
+    return f"t{keys['tensor']}{split}p{keys['pipeline']}z{keys['zero']}w{ranks}{offloaded}"
+
+
+def over_all_ranks(outcome: StepOutcome, *, groups: Groups) -> tuple[float, float]:
+    """Return the mean loss and the gradient norm of a step, as the trainer finds them."""
+    fence = Fence(Path("a folder that does not exist"), token="1")
+    exchange = FigureExchange(groups=groups, device=CPU, stop=StopRequest(), fence=fence)
+    figures = exchange.read(exchange.send(outcome, began=mark_time(CPU)))
+    return figures.loss, figures.grad_norm
 
 
 def train_one(
@@ -143,16 +154,17 @@ def train_one(
         checkpoint = open_checkpoint(start_from)
         load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
         state.set_step(checkpoint.step)
-    outcomes = []
+    taken = []
     with count_mantissas() as mantissas:
         for step in steps:
             mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
-            outcomes.append(engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3))
+            outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3)
+            taken.append(over_all_ranks(outcome, groups=groups))
     logits = {length: _logits(engine, length=length) for length in (LENGTH, 4 * LENGTH)}
     held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
     validation = Validator(engine, HeldOut(), config=config, data=groups.data).loss()  # type: ignore[arg-type]
     after = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)  # at the training length again
-    outcomes.append(after)
+    taken.append(over_all_ranks(after, groups=groups))
     save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
     dist.barrier()
     return Trained(
@@ -160,7 +172,7 @@ def train_one(
         size=groups.tensor.size,
         stage=groups.pipeline.rank,
         initial=initial,
-        steps=[(outcome.loss, outcome.grad_norm) for outcome in outcomes],
+        steps=taken,
         logits=logits,
         held_out_loss=held_out,
         validation_loss=validation,

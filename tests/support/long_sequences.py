@@ -35,7 +35,7 @@ def reference_losses(tokens: torch.Tensor) -> torch.Tensor:
     decoder, cache = make("reference"), KeyValueCache()
     with torch.no_grad():
         parts = [decoder.logits(decoder.hidden(part, cache)) for part in torch.split(tokens[:, :-1], CHUNK, dim=1)]
-    return torch.nn.functional.cross_entropy(torch.cat(parts, dim=1)[0], tokens[0, 1:], reduction="none")[None]
+    return torch.nn.functional.cross_entropy(torch.cat(parts)[:, 0], tokens[0, 1:], reduction="none")[None]
 
 
 def peak_gb() -> float:

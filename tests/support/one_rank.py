@@ -28,6 +28,7 @@ from training.build import build_engine
 from training.folder import claim_run_folder
 from training.metrics_file import MetricsFile
 from training.preflight import Ready
+from training.resume import has_checkpoint
 from training.state import TrainState
 from training.stopping import StopRequest
 from training.trainer import Trainer, build_trainer
@@ -68,6 +69,7 @@ class OneRank:
             fence=claim_run_folder(config, layout=layout, device=CPU),
             device=CPU,
             stop=StopRequest(),
+            resumes=has_checkpoint(config, world=self.groups.world),
             accept_change=accept_change,
         )
 

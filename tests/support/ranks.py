@@ -26,7 +26,15 @@ from parallel.start import ProcessRank, start, stop
 TIMEOUT_SECONDS = 900
 ROOT = Path(__file__).parents[2]
 # Imported before the ranks are forked.
-WARM = ("training.trainer", "training.build", "training.model.kernels.sdpa", "tests.support.layouts")
+WARM = (
+    "training.trainer",
+    "training.build",
+    "training.model.kernels.sdpa",
+    "tests.support.layouts",
+    "torch._dynamo",  # torch's optimizers import it at the first call
+    "mlflow.tracking",  # rank 0 imports these in a thread
+    "mlflow.store.tracking.sqlalchemy_store",
+)
 
 
 def run_ranks(function: Callable[..., Any], *, ranks: int, arguments: dict[str, Any] | None = None) -> list[Any]:

@@ -15,6 +15,7 @@ _RESULT = StepResult(
     step_seconds=0.1,
     tokens_per_second=640.0,
     model_flops_utilization=0.25,
+    model_flops_utilization_causal=0.24,
     memory_gb=1.0,
 )
 

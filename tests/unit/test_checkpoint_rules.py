@@ -124,7 +124,7 @@ def test_a_diverged_run_says_what_to_do(
 ) -> None:
     if not saved_step:
         shutil.rmtree(run_dir / "checkpoints")
-    outcome = StepOutcome(loss=math.nan, grad_norm=math.inf)
+    outcome = StepOutcome(loss=torch.tensor(math.nan), grad_norm=torch.tensor(math.inf))
     monkeypatch.setattr(type(rank.engine), "train_step", lambda *_, **__: outcome)
     with pytest.raises(InputError) as error:
         rank.start(run_dir)

@@ -1,26 +1,57 @@
 """What an attention backend can do, and what a machine lacks for it."""
 
+from typing import Any
+
 import pytest
 
-from configs.backends import AUTO, BACKENDS, backend_of, unavailable, unsupported
+from configs.backends import AUTO, BACKENDS, EVERYWHERE, backend_of, candidates, unavailable, unsupported
+from configs.errors import InputError
+from configs.load import load_run
+
+ALL = frozenset(backend.package for backend in BACKENDS.values() if backend.package)
 
 
-def test_auto_is_a_backend_of_the_table() -> None:
-    assert backend_of("auto") is BACKENDS[AUTO]
+def best(**changed: Any) -> list[str]:
+    """Return the names of what `auto` may use for ALiBi in bf16 on an H100 with every package, or what is changed."""
+    asked: dict[str, Any] = {"device": "cuda", "bias": "slopes", "precision": "bf16", "head_dim": 128}
+    asked |= {"packages": ALL, "capability": (9, 0), **changed}
+    return [backend.name for backend in candidates(**asked)]
 
 
-def test_the_default_can_compute_everything_everywhere() -> None:
+def test_auto_takes_the_fastest_that_can_compute_it() -> None:
+    assert best() == ["flash4", "flex", "sdpa"] == list(AUTO)
+    assert best(packages=frozenset()) == best(precision="fp32") == best(head_dim=64) == ["flex", "sdpa"]
+    assert best(capability=(8, 0)) == best(capability=(7, 0)) == ["flex", "sdpa"]
+    assert best(capability=None) == ["flash4", "flex", "sdpa"]
+    for alone in (
+        {"device": "cpu"},
+        {"bias": "table"},
+        {"head_dim": 8},
+        {"precision": "other"},
+        {"capability": (6, 1)},
+    ):
+        assert best(**alone) == ["sdpa"], alone
+
+
+def test_a_word_is_never_replaced_and_auto_never_refused() -> None:
     for position in ("alibi", "sinusoidal", "rotary", "t5", "none"):
         for precision in ("fp32", "bf16"):
-            assert unsupported(backend_of("auto"), position=position, precision=precision, head_dim=7) is None
+            asked = {"position": position, "precision": precision, "head_dim": 7}
+            assert backend_of("auto", device="cuda", **asked) is BACKENDS[EVERYWHERE]
+            assert backend_of("auto", device="cpu", **asked) is BACKENDS[EVERYWHERE]
+            assert backend_of("flash4", device="cpu", **asked) is BACKENDS["flash4"]
+            assert unsupported(BACKENDS[EVERYWHERE], **asked) is None
+            load_run("demo", overrides=[f"model.position={position}", f"train.precision={precision}"])
     for device in ("cpu", "cuda"):
-        assert unavailable(backend_of("auto"), device=device, packages=frozenset()) is None
+        assert unavailable(BACKENDS[EVERYWHERE], device=device, packages=frozenset()) is None
+    with pytest.raises(InputError, match=r"flash4 cannot compute train\.precision fp32: use reference or sdpa or flex"):
+        load_run("demo", overrides=["model.attention=flash4", "train.precision=fp32"])
 
 
 def test_a_precision_that_no_backend_has_is_left_to_a_rule() -> None:
     for backend in BACKENDS.values():
         assert "fp16" not in backend.precisions
-        assert unsupported(backend, position="none", precision="fp16", head_dim=64) is None
+        assert unsupported(backend, position="none", precision="fp16", head_dim=128) is None
     why = unsupported(BACKENDS["flash"], position="none", precision="fp32", head_dim=64)
     assert why == "flash cannot compute train.precision fp32: use reference or sdpa or flex"
 
@@ -32,12 +63,12 @@ def test_a_precision_that_no_backend_has_is_left_to_a_rule() -> None:
         ("flex", (6, 1), "flex needs a GPU of compute capability 7.0, this one has 6.1: use sdpa"),
         ("flash", (8, 0), None),
         ("flash", None, None),
+        ("flash4", (8, 0), "flash4 needs a GPU of compute capability 9.0, this one has 8.0: use sdpa"),
         ("sdpa", (6, 1), None),
     ],
 )
 def test_a_gpu_that_is_too_old_is_named(name: str, capability: tuple[int, int] | None, expected: str | None) -> None:
-    packages = frozenset({"flash_attn"})
-    assert unavailable(BACKENDS[name], device="cuda", packages=packages, capability=capability) == expected
+    assert unavailable(BACKENDS[name], device="cuda", packages=ALL, capability=capability) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,6 +82,12 @@ def test_a_gpu_that_is_too_old_is_named(name: str, capability: tuple[int, int] |
             "cuda",
             set(),
             "flash needs the package flash_attn, which is not installed: install it or use sdpa",
+        ),
+        (
+            "flash4",
+            "cuda",
+            {"flash_attn"},
+            "flash4 needs the package flash-attn-4, which is not installed: install it or use sdpa",
         ),
     ],
 )

@@ -99,8 +99,8 @@ def test_dumped_runs_load_to_equal_values(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert message_of("no/such.yaml") == (
-        "run file no/such.yaml does not exist: give a YAML file or one of alibi-125m, alibi-1b3, bloom-176b, demo, "
-        "sinusoidal-1b3, wikitext103"
+        "run file no/such.yaml does not exist: give a YAML file or one of alibi-125m, alibi-1b3, "
+        "alibi-1b3-80gb, bloom-176b, demo, sinusoidal-1b3, sinusoidal-1b3-80gb, wikitext103"
     )
     assert message_of("demmo").startswith("run file demmo does not exist: give a YAML file or one of ")
     assert message_of(str(tmp_path)).startswith(f"run file {tmp_path} is a folder: give a YAML file")

@@ -141,8 +141,9 @@ def test_an_unknown_section_names_what_is_meant(key: str, expected: str) -> None
 def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
     for keys, expected in (
         ({"train": {"steps": 1e3}}, "train.steps: must be a valid integer, got 1000.0: write 1000"),
-        ({"train": {"recompute": "on"}}, "train.recompute: must be a valid boolean, got 'on': write true"),
-        ({"train": {"recompute": "No"}}, "train.recompute: must be a valid boolean, got 'No': write false"),
+        ({"train": {"deterministic": "on"}}, "train.deterministic: must be a valid boolean, got 'on': write true"),
+        ({"train": {"recompute": "No"}}, "train.recompute: must be false, true or 'selective', got 'No': write false"),
+        ({"train": {"recompute": 1}}, "train.recompute: must be false, true or 'selective', got '1'"),
         ({"model": {"layers": "4"}}, "model.layers: must be a valid integer, got '4': write 4"),
         ({"model": {"layers": "010"}}, "model.layers: must be a valid integer, got '010': write 10"),
         ({"train": {"clip": "0.5"}}, "train.clip: must be a valid number, got '0.5': write 0.5"),

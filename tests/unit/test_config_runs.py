@@ -22,14 +22,16 @@ def test_parameter_counts_are_the_published_ones() -> None:
 def test_shipped_runs_state_their_own_size() -> None:
     for run, parameters in (
         ("alibi-1b3", 1_361_987_584),
+        ("alibi-1b3-80gb", 1_361_987_584),
         ("sinusoidal-1b3", 1_361_987_584),
+        ("sinusoidal-1b3-80gb", 1_361_987_584),
         ("wikitext103", 235_098_112),
         ("bloom-176b", 176_244_404_224),
     ):
         config = load_run(run)
         assert parameter_count(config.model, vocab_size=config.data.vocab_size) == parameters, run
         text = (RUNS / f"{run}.yaml").read_text(encoding="utf-8")
-        assert run == "sinusoidal-1b3" or f"{parameters:,} parameters" in text, run
+        assert run.startswith("sinusoidal-1b3") or f"{parameters:,} parameters" in text, run
 
 
 def test_the_reference_job_is_the_papers_shape_and_blooms_recipe() -> None:
@@ -44,6 +46,14 @@ def test_the_reference_job_is_the_papers_shape_and_blooms_recipe() -> None:
     sinusoidal = load_run("sinusoidal-1b3")
     assert sinusoidal.data.sequence_length == 2 * config.data.sequence_length
     assert sinusoidal.train.global_batch * sinusoidal.data.sequence_length == tokens_a_step
+
+
+def test_the_runs_for_80_gb_differ_in_the_layout_alone() -> None:
+    for name in ("alibi-1b3", "sinusoidal-1b3"):
+        split, whole = load_run(name), load_run(f"{name}-80gb")
+        assert (whole.parallel.tensor, whole.parallel.pipeline) == (1, 1)
+        train = whole.train.model_copy(update={"micro_batch": split.train.micro_batch})
+        assert split == whole.model_copy(update={"run": split.run, "parallel": split.parallel, "train": train})
 
 
 def test_the_demo_stays_legal_when_made_smaller() -> None:

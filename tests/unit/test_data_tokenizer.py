@@ -59,6 +59,11 @@ def test_encoding_by_lines_is_encoding_in_one_go(tokenizer: Tokenizer) -> None:
     whole = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(BOOK)
     assert tokenizer.encode(BOOK) == whole
     assert len(whole) < 0.6 * len(BOOK)
+    texts = ["", "\n", "one\n\n", BOOK, "a \x0b\x85\u2028b\r\nc\rd", "x" * 1000, "\n" * 500]
+    each = [ids.tolist() for ids in tokenizer.encode_each(texts)]
+    assert each == [tokenizer.encode(text) for text in texts]
+    assert [tokenizer.decode(ids) for ids in each] == texts
+    assert tokenizer.encode_each([]) == []
 
 
 def test_text_decoded_token_by_token_is_the_whole_text(tokenizer: Tokenizer) -> None:

@@ -12,6 +12,7 @@ from configs.protocols import parse_protocol
 from training.evaluation.perplexity import measure_loss
 
 VOCAB = 50
+NONOVERLAPPING = parse_protocol("nonoverlapping")
 
 
 class BloomScorer:
@@ -87,7 +88,7 @@ def test_batches_keep_to_their_tokens_and_progress_counts_them(tokens: np.ndarra
 def test_read_only_tokens_are_accepted(bloom: BloomScorer, tokens: np.ndarray) -> None:
     frozen = tokens.copy()
     frozen.flags.writeable = False
-    measure_loss(bloom, frozen, length=50, protocol=parse_protocol("nonoverlapping"))
+    measure_loss(bloom, frozen, length=50, protocol=NONOVERLAPPING, batch_tokens=100)
     assert (frozen == tokens).all()
 
 
@@ -97,7 +98,7 @@ def test_losses_are_summed_in_double_precision() -> None:
             return torch.full(tokens[:, 1:].shape, 0.1, dtype=torch.float32)
 
     tokens = np.zeros(2_000_001, dtype=np.int64)
-    result = measure_loss(Constant(), tokens, length=100_000, protocol=parse_protocol("nonoverlapping"))
+    result = measure_loss(Constant(), tokens, length=100_000, protocol=NONOVERLAPPING, batch_tokens=8192)
     assert result.loss == pytest.approx(float(np.float32(0.1)), rel=1e-12)
 
 
@@ -108,9 +109,9 @@ def test_loss_of_a_diverged_model_is_an_error(loss: float) -> None:
             return torch.full(tokens[:, 1:].shape, loss)
 
     with pytest.raises(TrainshortError, match=r"loss at length 8 is (nan|inf|1000000)"):
-        measure_loss(Broken(), np.zeros(20, dtype=np.int64), length=8, protocol=parse_protocol("nonoverlapping"))
+        measure_loss(Broken(), np.zeros(20, dtype=np.int64), length=8, protocol=NONOVERLAPPING, batch_tokens=100)
 
 
 def test_text_shorter_than_a_window_is_refused(bloom: BloomScorer) -> None:
     with pytest.raises(InputError, match="length 8 needs a text of 9 tokens, this one has 5"):
-        measure_loss(bloom, np.zeros(5, dtype=np.int64), length=8, protocol=parse_protocol("nonoverlapping"))
+        measure_loss(bloom, np.zeros(5, dtype=np.int64), length=8, protocol=NONOVERLAPPING, batch_tokens=100)

@@ -186,7 +186,7 @@ def test_an_interruption_keeps_what_is_finished(
     run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = run_dir / "evaluation" / "step_0000007" / "held-out.json"
-    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: Interrupted(KeyboardInterrupt()))
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: Interrupted(KeyboardInterrupt()))
     answer = trainshort("evaluate", str(run_dir), "--lengths", "64,32")
     assert (answer.code, answer.out, kept.exists()) == (130, "", False)
     assert "stopped in the first measurement: nothing is written\n" in answer.error
@@ -196,7 +196,7 @@ def test_an_interruption_keeps_what_is_finished(
     assert measured(kept) == [("nonoverlapping", 32, 32)]
     assert json.loads(kept.read_text())["command"] == f"trainshort evaluate {run_dir} --lengths 32,64"
     kept.unlink()
-    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: Interrupted(TrainshortError("diverged")))
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: Interrupted(TrainshortError("diverged")))
     answer = trainshort("evaluate", str(run_dir), "--lengths", "32,64")
     assert (answer.code, answer.error.splitlines()[-1]) == (1, "error: diverged")
     assert measured(kept) == [("nonoverlapping", 32, 32)]
@@ -216,7 +216,7 @@ def test_a_long_evaluation_is_written_on_the_way(
             seen.append([length for *_, length in measured(kept)] if kept.exists() else [])
             return super().losses(tokens)
 
-    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: Slow())
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: Slow())
     monkeypatch.setattr("time.monotonic", lambda: float(next(hour)))
     evaluate(999, 998, 997)
     assert seen == [[], [999], [998, 999]]

@@ -99,7 +99,7 @@ def test_evaluations_at_once_keep_a_whole_report_each(run_dir: Path, monkeypatch
         "training.evaluation.run.open_checkpoint",
         lambda path: opened_checkpoint(path, small_run(), step=int(path.name[-1])),
     )
-    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: Waiting())
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: Waiting())
     monkeypatch.setattr("training.evaluation.folder.draw_plot", draw)
     folder = run_dir / "evaluation"
     with ThreadPoolExecutor(2) as threads:
@@ -157,7 +157,7 @@ def test_paths_are_shown_as_they_were_typed(
 def test_the_reports_folder_is_tried_before_a_model_is_loaded(
     run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch, taken: str
 ) -> None:
-    monkeypatch.setattr("training.evaluation.run.load_single", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: pytest.fail("the model was loaded"))
     (run_dir / taken).parent.mkdir(exist_ok=True)
     (run_dir / taken).write_text("a file")
     before = sorted(run_dir.rglob("*"))
@@ -222,7 +222,7 @@ def test_wrong_lengths_are_refused_before_a_model_is_loaded(
     protocols: tuple[str, ...] | None,
     message: str,
 ) -> None:
-    def load(_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         pytest.fail("the model was loaded")
 
     monkeypatch.setattr("training.evaluation.run.load_single", load)

@@ -31,6 +31,7 @@ LIGHT = (
     "parallel/parameter.py",
     "data_pipeline/counts.py",
     "data_pipeline/manifest.py",
+    "data_pipeline/prepare.py",
     "data_pipeline/sources.py",
     "data_pipeline/text.py",
     "training/check_notes.py",
@@ -55,19 +56,25 @@ LIGHT = (
     "training/host_memory.py",
     "training/incarnation.py",
     "training/memory.py",
+    "training/memory_activations.py",
     "training/memory_changes.py",
     "training/memory_fit.py",
     "training/metrics_reader.py",
     "training/out_of_memory.py",
     "training/preflight.py",
+    "training/profiling/categories.py",
+    "training/profiling/report.py",
+    "training/profiling/timeline.py",
     "training/rank_errors.py",
     "training/sampling.py",
+    "training/simpler_layouts.py",
     "training/versions.py",
     "launch/",
 )
 # Whoever imports one of these waits for DeepSpeed and megatron-core: few should.
 SLOW_TO_IMPORT = (
     "parallel/deepspeed_engine.py",
+    "parallel/gradients.py",
     "parallel/groups.py",
     "parallel/layers.py",
     "parallel/libraries.py",
@@ -79,6 +86,7 @@ SLOW_TO_IMPORT = (
     "training/export/run.py",
     "training/model/blocks/bloom.py",
     "training/model/single.py",
+    "training/profiling/run.py",
     "training/run.py",
 )
 SLOW_TO_IMPORT_LIMIT = 18

@@ -6,22 +6,29 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from configs.errors import MachineError
+from training.model.kernels import flash4, flex
 from training.model.kernels.flash import Flash
+from training.model.kernels.flash4 import Flash4
 from training.model.kernels.flex import Flex
 from training.model.kernels.reference import Reference
-from training.model.positions.alibi import slopes
+from training.model.positions.alibi import slope_formula, slopes
 from training.model.positions.bias import SlopeBias
 
-HEADS = 3
+HEADS, CPU = 3, torch.device("cpu")
 
 
 def bias_of(position: str) -> SlopeBias:
-    return SlopeBias(torch.tensor(slopes(HEADS), dtype=torch.float64) if position == "alibi" else None)
+    if position == "none":
+        return SlopeBias(None)
+    local = torch.tensor(slopes(HEADS), dtype=torch.float64)
+    return SlopeBias(local, slope_of=slope_formula(HEADS, first=0) if position == "alibi" else None)
 
 
 def random_qkv(queries: int, keys: int, *, seed: int, head_dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,12 +39,70 @@ def random_qkv(queries: int, keys: int, *, seed: int, head_dim: int = 16) -> tup
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
-@pytest.mark.parametrize("position", ["alibi", "none"])
+@pytest.mark.parametrize("position", ["alibi", "looked up", "none"])
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (200, 200), (5, 40), (1, 150), (130, 300)])
 @torch.no_grad()
 def test_flex_on_the_cpu_equals_the_reference(position: str, queries: int, keys: int) -> None:
     bias, inputs = bias_of(position), random_qkv(queries, keys, seed=0)
     torch.testing.assert_close(Flex(bias)(*inputs), Reference(bias)(*inputs), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("position", ["alibi", "none"])
+@pytest.mark.parametrize("length", [1, 130, 300])
+def test_the_formulas_of_flex_have_the_references_gradients(position: str, length: int) -> None:
+    # FlexAttention has no backward pass on a CPU: write out its score function and mask, padded as it pads.
+    bias = bias_of(position)
+    tiles = max(flex.FEWEST_TILES, -(-length // flex.TILE))
+    mask, score_of = (
+        flex.causal_mask(tiles, device=CPU),
+        flex.penalty(bias.slope_of(torch.device("cpu"))),
+    )
+    q, k, v = (x.double().requires_grad_() for x in random_qkv(length, length, seed=2))
+    end = tiles * flex.TILE - length
+    wide = [F.pad(x, (0, 0, 0, end)) for x in (q, k, v)]
+    scores = wide[0] @ wide[1].mT / q.shape[3] ** 0.5
+    batch, head, query, key = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
+    if score_of is not None:
+        scores = score_of(scores, batch, head, query, key)
+    scores = scores.masked_fill(~mask.mask_mod(batch, head, query, key), -torch.inf)
+    out = (scores.softmax(-1) @ wide[2])[:, :, :length]
+    weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3))
+    ours = torch.autograd.grad(out, (q, k, v), weight)
+    exact = torch.autograd.grad(Reference(bias)(q, k, v), (q, k, v), weight)
+    for found, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)  # its slopes are fp32
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5])
+def test_the_mask_of_flex_is_that_of_torch(tiles: int) -> None:
+    length = tiles * flex.TILE
+    ours = flex.causal_mask(tiles, device=CPU)
+    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu")
+    assert ours.shape == theirs.shape
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+
+
+def test_the_slope_formula_is_alibis_for_any_heads_and_split() -> None:
+    for heads in range(1, 129):
+        expected = torch.tensor(slopes(heads), dtype=torch.float64).float()
+        for ranks in (ranks for ranks in range(1, heads + 1) if heads % ranks == 0):
+            local = heads // ranks
+            parts = [slope_formula(heads, first=rank * local)(torch.arange(local)) for rank in range(ranks)]
+            torch.testing.assert_close(torch.cat(parts), expected, atol=0, rtol=2**-22)
+
+
+def test_flash4_says_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MachineError, match="model.attention flash4 needs the package flash-attn-4"):
+        Flash4(bias_of("alibi"))
+    monkeypatch.setattr(flash4, "installed_packages", lambda: frozenset({"flash-attn-4"}))
+    attend = Flash4(bias_of("alibi"))
+    assert (attend.options, Flex.options) == ({"BACKEND": "FLASH"}, {"IS_DIVISIBLE": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    with pytest.raises(MachineError, match="flash4 needs a GPU of compute capability 9.0, this one has 8.9"):
+        Flash4(bias_of("alibi"))
 
 
 @pytest.fixture

@@ -166,15 +166,18 @@ def test_attention_of_any_tensor_ranks_slices_joins_to_the_whole(
     queries=st.integers(1, 40),
     before=st.integers(0, 30),
     block=st.integers(1, 20),
+    near=st.integers(1, 40),
     seed=some_seed,
 )
 def test_blocks_of_any_size_equal_the_whole_with_gradients(
-    position: str, queries: int, before: int, block: int, seed: int
+    position: str, queries: int, before: int, block: int, near: int, seed: int
 ) -> None:
     bias = bias_of(position)
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sdpa, "QUERY_BLOCK", block)
+        patch.setattr(sdpa, "STRIP_KEYS", near)
+        patch.setattr(sdpa, "NEAR_KEYS", min(near, 20))
         for make in (Reference, Sdpa):
             inputs = [x.requires_grad_() for x in random_qkv(queries, before + queries, seed=seed)]
             out = make(bias)(*inputs)
@@ -204,7 +207,7 @@ def test_any_split_through_the_cache_equals_the_whole(
         patch.setattr(sdpa, "QUERY_BLOCK", block)
         parts = [decoder.hidden(tokens[:, start:end], cache) for start, end in pairwise([0, *sorted(cuts), 40])]
     assert cache.length == 40
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-11, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, dim=0), whole, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -216,7 +219,7 @@ def test_token_by_token_past_a_query_block_equals_the_whole(position: str, backe
     cache = KeyValueCache()
     parts = [decoder.hidden(tokens[:, :250], cache)]
     parts += [decoder.hidden(tokens[:, place : place + 1], cache) for place in range(250, 260)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), decoder.hidden(tokens), atol=1e-11, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, dim=0), decoder.hidden(tokens), atol=1e-11, rtol=0)
 
 
 @quickly

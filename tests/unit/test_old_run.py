@@ -43,6 +43,7 @@ def test_an_old_run_resumes_with_its_losses(tmp_path: Path, monkeypatch: pytest.
             fence=claim_run_folder(ready.config, layout=ready.layout, device=torch.device("cpu")),
             device=torch.device("cpu"),
             stop=StopRequest(),
+            resumes=True,
         )
         assert trainer.start.step == 2
         trainer.run([MetricsFile(run_dir, last_step=2)])

@@ -104,7 +104,8 @@ def test_a_rank_says_where_how_much_and_what_to_change(monkeypatch: pytest.Monke
     assert changes == [
         "  to need less memory, change the first of these that you can:",
         "    train.micro_batch 8 -> 4",
-        "    train.recompute false -> true",
+        "    parallel.sequence false -> true",
+        "    train.recompute false -> selective or true",
         "    parallel.zero 1 -> 2 or 3",
         "    parallel.tensor 2 -> 4",
         "    parallel.pipeline 1 -> 2",

@@ -1,6 +1,8 @@
 """Initial weights: drawn by name and place, the same in every layout; a rank draws only what it holds."""
 
+from functools import partial
 from math import erf, prod
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from parallel.axes import Group
 from parallel.parameter import Rule, Shard
-from parallel.seeds import initial_range, initial_slice, seed_for
+from parallel.seeds import draw_on_gpu, initial_range, initial_slice, seed_for
 from parallel.shards import cut
 
 WHOLE = Group(0, 1, None)
@@ -64,6 +66,21 @@ def test_any_part_has_the_values_of_the_whole(
         drawn = initial_range(shard, seed=1, tensor=tensor, start=start, stop=stop)
         assert drawn.dtype == torch.float32
         assert torch.equal(drawn, padded[start:stop])
+        # a GPU's operations, which any device has
+        with patch("parallel.seeds.draw_on_cpu", partial(draw_on_gpu, chunk=other)):
+            drawn = initial_range(shard, seed=1, tensor=tensor, start=start, stop=stop)
+        assert torch.equal(drawn, padded[start:stop])
+
+
+def test_a_gpu_draws_the_same_bits_far_into_the_stream() -> None:
+    for key, row in [(2**63 - 1, 2**32 - 3), (0, 0), (2**62 + 12345, 2**40 + 7)]:
+        numbers = [(row + each) * 3 + column for each in range(40) for column in range(3)]
+        generator = np.random.Philox(key=key)
+        generator.advance(numbers[0] // 16)
+        words = generator.random_raw(4 * 16).astype("<u8").view("<u2")[numbers[0] % 16 :][: len(numbers)]
+        shard, held = Shard("linear.weight", (row + 40, 3), "column", init_std=1.0), torch.empty(40, 3)
+        draw_on_gpu(held, shard, key=key, row=row, column=0)
+        assert held.flatten().argsort(stable=True).tolist() == words.astype(int).argsort(kind="stable").tolist()
 
 
 def test_constants_are_cut_like_weights() -> None:

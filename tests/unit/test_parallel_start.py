@@ -1,13 +1,22 @@
 """Find a process's rank from the environment variables that its starter set."""
 
 import os
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from configs.errors import InputError, MachineError
-from parallel.start import COLLECTIVE_TIMEOUT, ProcessRank, choose_gpu, find_process_rank, start, start_alone
+from parallel.start import (
+    COLLECTIVE_TIMEOUT,
+    ProcessRank,
+    choose_gpu,
+    find_process_rank,
+    open_gpu_early,
+    start,
+    start_alone,
+)
 
 SRUN = {
     "SLURM_PROCID": "5",
@@ -100,6 +109,25 @@ def test_more_ranks_than_gpus_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     with pytest.raises(InputError, match=rf"local rank {local_rank}, .* see {visible}: start at most {visible} ranks"):
         start(place(local_rank, starter))
+
+
+@pytest.mark.parametrize(("visible", "opened"), [(0, []), (4, [2]), (2, [])])
+def test_a_gpu_is_opened_early_and_errors_wait(
+    monkeypatch: pytest.MonkeyPatch, visible: int, opened: list[int]
+) -> None:
+    asked: list[int] = []
+
+    def set_device(index: int) -> None:
+        asked.append(index)
+        raise RuntimeError("CUDA error: out of memory")  # `start` will say it
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    open_gpu_early(place(2, "local"))
+    for thread in threading.enumerate():
+        if thread.name == "opening the GPU":
+            thread.join(60)
+    assert asked == opened
 
 
 def test_a_gpu_that_two_ranks_share_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

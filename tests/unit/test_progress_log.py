@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,6 +14,7 @@ from configs.figures import duration, scaled
 from configs.load import dump_run
 from configs.paths import config_file
 from configs.positions import POSITIONS
+from configs.slow_parts import timed
 from launch.show.train import train_command_line
 from tests.support.progress import progress_run, ready_to
 from tests.support.steps import step_result
@@ -39,6 +41,7 @@ HUGE = step_result(
     learning_rate=6e-4,
     grad_norm=123.456,
     model_flops_utilization=0.4512,
+    model_flops_utilization_causal=0.4456,
     memory_gb=1061.3,
 )
 
@@ -69,8 +72,21 @@ def test_a_line_in_a_file_is_whole_without_what_is_unknown() -> None:
 
 
 def test_slow_work_is_said_before_it_begins() -> None:
-    assert build_line(BACKENDS["sdpa"]) == "building the model, drawing its weights, checking its positions"
-    assert build_line(BACKENDS["flex"]).endswith("; the attention kernel (flex) is compiled, which takes minutes")
+    sdpa = BACKENDS["sdpa"]
+    assert build_line(sdpa, draws=True) == "building the model, drawing its weights, checking its positions"
+    assert build_line(sdpa, draws=False) == "building the model, checking its positions"
+    compiled = build_line(BACKENDS["flex"], draws=True)
+    assert compiled.endswith("; the attention kernel (flex) is compiled, which takes minutes")
+
+
+def test_a_part_of_the_start_is_told_if_it_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    clock = iter([0.0, 4.7, 10.0, 10.9])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    for _ in range(2):
+        with timed("drew 1,361,987,584 initial weights", say=lambda text, *words: said.append(text % words)):
+            pass
+    assert said == ["drew 1,361,987,584 initial weights in 4.7 s"]
 
 
 def test_the_positions_are_named_once_they_are_verified() -> None:

@@ -11,7 +11,7 @@ from configs.load import load_run
 from tests.support.steps import step_result
 from training.metrics_file import MetricsFile
 from training.schedule import learning_rate
-from training.utilization import flops_per_token, peak_flops
+from training.utilization import causal_flops_per_token, flops_per_token, peak_flops
 
 
 def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
@@ -27,6 +27,7 @@ def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
 def test_flops_of_the_reference_model_are_the_published_ones() -> None:
     model = load_run("alibi-1b3").model
     assert flops_per_token(model, vocab_size=50304, length=1024) == 6 * 1_361_987_584 + 12 * 25 * 2048 * 1024
+    assert causal_flops_per_token(model, vocab_size=50304, length=1024) == 6 * 1_361_987_584 + 6 * 25 * 2048 * 1024
 
 
 def test_peak_of_a_cpu_is_measured() -> None:
@@ -68,5 +69,6 @@ def test_metrics_have_the_fields_that_other_tools_read(tmp_path: Path) -> None:
         "step_seconds",
         "tokens_per_second",
         "model_flops_utilization",
+        "model_flops_utilization_causal",
         "memory_gb",
     ]

@@ -7,17 +7,20 @@ from typing import Any
 
 from configs.commands import typed_path
 from configs.paths import evaluation_folder
+from configs.precisions import DEFAULT_PRECISION
 from training.checkpoint.manifest import list_checkpoints
 from training.comparison.run import ComparedRun, read_runs
 from training.evaluation.kept import (
     checkpoint_reports,
     is_held_out,
     label_among_equals,
+    other_precision,
     read_report,
     text_name,
 )
 from training.evaluation.report import protocol_name, result_key
 
+_SAME_PRECISION = f"Evaluate each in the same --precision; {DEFAULT_PRECISION} is the default"
 # They differ between any two runs; the labels show them.
 _OWN_KEYS = ("run.name", "run.dir")
 
@@ -125,6 +128,8 @@ def _groups(runs: Sequence[ComparedRun]) -> list[list[int]]:
 def _compares(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Return whether two reports are of one text, and have perplexities that can be compared."""
     both = (one, other)
+    if other_precision(one) != other_precision(other):
+        return False
     if all("text_sha256" in report for report in both):
         same_text = one["text_sha256"] == other["text_sha256"]
     else:  # one is of version 0.1.0
@@ -146,8 +151,10 @@ def _results_of(group: list[int], runs: Sequence[ComparedRun]) -> TextResults:
     same = all(_same_tokenizer(reports[0], report) for report in reports)
     folders = [evaluation_folder(runs[number].run_dir) for number in group]
     labels = [label for each in zip(reports, folders, strict=True) if (label := label_among_equals(*each)) is not None]
+    precision = other_precision(reports[0])
+    suffix = "" if precision is None else f" in {precision}"
     return TextResults(
-        text=labels[0] if labels else text_name(reports[0]),
+        text=(labels[0] if labels else text_name(reports[0])) + suffix,
         unit="perplexity" if same else "word_perplexity",
         runs=tuple(group),
         results=tuple({result_key(result): result for result in report["results"]} for report in reports),
@@ -191,7 +198,9 @@ def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) 
     """Yield a note for each reason why figures of the runs do not compare."""
     if len(texts) > 1:
         on = "; ".join(f"{', '.join(runs[number].label for number in text.runs)} on {text.text}" for text in texts)
-        yield f"evaluated on texts that differ, so their perplexities do not compare: {on}. {_advice(runs)}"
+        precisions = {other_precision(run.report) for run in runs if run.report is not None}
+        where, advice = ("on texts", _advice(runs)) if len(precisions) < 2 else ("in precisions", _SAME_PRECISION)
+        yield f"evaluated {where} that differ, so their perplexities do not compare: {on}. {advice}"
     if any(text.unit == "word_perplexity" for text in texts):
         yield "the tokenizers differ: perplexities are per word, and losses, which are per token, do not compare"
     elif len({run.tokenizer_sha256 for run in runs} - {None}) > 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from training.evaluation.kept import read_report, text_name
+from training.evaluation.kept import other_precision, read_report, text_name
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class WantedText:
         same_path = [label for label, report in contents.items() if report.get("text_path") == place]
         same_name = [label for label, report in contents.items() if text_name(report) == self.name]
         labels = same_content or same_path or (same_name if self.sha256 is None else [])
+        # One text may have a report per precision; the others have labels of their own.
+        labels = [label for label in labels if other_precision(contents[label]) is None] or labels
         if len(labels) > 1:
             raise InputError(
                 f"--text {self.name} is the name of several texts: give one of {', '.join(sorted(labels))}"

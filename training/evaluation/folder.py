@@ -1,4 +1,4 @@
-"""Write RUN_DIR/evaluation: a report per checkpoint and text, and the newest. See `training.evaluation.kept`."""
+"""Write RUN_DIR/evaluation: a report per checkpoint, text and precision; see `training.evaluation.kept`."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.errors import InputError, MachineError
 from configs.files import try_folder
-from training.evaluation.kept import NEWEST, NEWEST_PLOT, read_report, text_label
+from training.evaluation.kept import NEWEST, NEWEST_PLOT, read_report, report_label
 from training.evaluation.plot import draw_plot
 from training.evaluation.report import merge_reports, write_report
 
@@ -44,7 +44,7 @@ def check_evaluation_folder(folder: Path, *, name: str) -> None:
 
 
 def write_evaluation(report: dict[str, Any], folder: Path, *, name: str) -> tuple[Path, ...]:
-    """Add a report to what is kept of its checkpoint and text, and write it as the newest.
+    """Add a report to what is kept of its checkpoint, text and precision, and write it as the newest.
 
     Return the JSON, Markdown and PNG of what is kept.
 
@@ -58,7 +58,7 @@ def write_evaluation(report: dict[str, Any], folder: Path, *, name: str) -> tupl
         ReportNotWritten: a disk is full or failing.
     """
     try:
-        label = text_label(report, folder)
+        label = report_label(report, folder)
         kept = _with_earlier(report, folder / name / f"{label}.json")
         files = _write(kept, folder / name, name=label, plot=f"{label}.png")
         _write(report, folder, name=NEWEST, plot=NEWEST_PLOT)

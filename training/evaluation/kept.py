@@ -3,6 +3,7 @@
     evaluation/
         step_0000400/held-out.json, .md, .png   all that was measured of a checkpoint on the held-out text
         step_0000400/book.json, .md, .png       the same on --data book.txt
+        step_0000400/held-out-bf16.json, ...    the same in --precision bf16
         report.json, report.md, perplexity.png  the newest evaluation, whatever it measured
 
 Version 0.1.0 wrote report.json, report.md and perplexity.png to a checkpoint's folder too.
@@ -17,6 +18,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.paths import evaluation_folder
+from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS
 
 HELD_OUT = "held-out"
 NEWEST = "report"
@@ -24,6 +26,8 @@ NEWEST_PLOT = "perplexity.png"
 # labels that no file may take: the held-out text's, and the names that version 0.1.0 wrote
 _RESERVED = (HELD_OUT, NEWEST, "perplexity")
 _LONGEST_SLUG = 60
+# ends of the labels of reports in other precisions than the default
+_PRECISIONS = tuple(f"-{precision}" for precision in INFERENCE_PRECISIONS if precision != DEFAULT_PRECISION)
 _NEEDED = ("checkpoint", "step", "train_length", "data", "results")
 _NEEDED_RESULT = ("length", "protocol", "stride", "loss", "perplexity")
 
@@ -75,12 +79,29 @@ def held_out_files(checkpoint: Path) -> Iterator[Path]:
     """
     folder = evaluation_folder(checkpoint.parent.parent)
     for file in (
-        folder / checkpoint.name / f"{HELD_OUT}.json",
+        *(folder / checkpoint.name / f"{HELD_OUT}{precision}.json" for precision in ("", *_PRECISIONS)),
         folder / checkpoint.name / f"{NEWEST}.json",  # of version 0.1.0
         folder / f"{NEWEST}.json",  # of any checkpoint and text
     ):
         if file.is_file():
             yield file
+
+
+def report_label(report: dict[str, Any], folder: Path) -> str:
+    """Return the label of a report in file names and in MLflow: its text's, and its precision unless it is fp32.
+
+    Args:
+        report: The contents of the report.
+        folder: RUN_DIR/evaluation, with the reports so far.
+    """
+    precision = other_precision(report)
+    return text_label(report, folder) + ("" if precision is None else f"-{precision}")
+
+
+def other_precision(report: dict[str, Any]) -> str | None:
+    """Return the precision of a report of any version; None if it is the default."""
+    precision = str(report.get("precision", DEFAULT_PRECISION))
+    return None if precision == DEFAULT_PRECISION else precision
 
 
 def text_name(report: dict[str, Any]) -> str:
@@ -94,7 +115,7 @@ def is_held_out(report: dict[str, Any]) -> bool:
 
 
 def text_label(report: dict[str, Any], folder: Path) -> str:
-    """Return the label of a report's text in file names and in MLflow; two texts of one run never share it.
+    """Return the label of a report's text; two texts of one run never share it.
 
     It is the file's name without its endings. Files of one name share it if their content or their path is the same;
     otherwise the later one's has a part of its hash added.
@@ -112,7 +133,8 @@ def text_label(report: dict[str, Any], folder: Path) -> str:
         for label, text in known.items():
             if text[place] == identity:
                 return label
-    return f"{slug}-{report['text_sha256'][:8]}" if slug in known or slug in _RESERVED else slug
+    is_taken = slug in known or slug in _RESERVED or slug.endswith(_PRECISIONS)
+    return f"{slug}-{report['text_sha256'][:8]}" if is_taken else slug
 
 
 def label_among_equals(report: dict[str, Any], folder: Path) -> str | None:
@@ -142,9 +164,15 @@ def text_slug(name: str) -> str:
 def _texts_like(slug: str, folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield the labels made from a slug, each with hash and path of its text."""
     for path in sorted(folder.glob(f"*/{slug}*.json")):
-        if re.fullmatch(rf"{slug}(-[0-9a-f]{{8}})?", path.stem):
+        label = _without_precision(path.stem)
+        if re.fullmatch(rf"{slug}(-[0-9a-f]{{8}})?", label):
             try:
                 report = read_report(path)
-                yield path.stem, (report["text_sha256"], report["text_path"])
+                yield label, (report["text_sha256"], report["text_path"])
             except (InputError, KeyError):  # it is broken, or of version 0.1.0: its name stays taken
-                yield path.stem, ("", "")
+                yield label, ("", "")
+
+
+def _without_precision(label: str) -> str:
+    ends = [end for end in _PRECISIONS if label.endswith(end)]
+    return label.removesuffix(ends[0]) if ends else label

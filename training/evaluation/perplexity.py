@@ -13,22 +13,27 @@ from configs.errors import TrainshortError
 from configs.protocols import WindowProtocol
 from training.evaluation.windows import Windows, place_windows
 
-# inputs of one forward pass
-BATCH_TOKENS = 8192
 # exp overflows fp64 above this loss, so there is no perplexity to report
 _HIGHEST_LOSS = math.log(1e300)
 
 
 class Scorer(Protocol):
-    """A model that evaluation can run."""
+    """A model that evaluation can run.
+
+    Attributes:
+        batch_tokens: Inputs of one pass that use its device well.
+    """
+
+    @property
+    def batch_tokens(self) -> int: ...
 
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the negative log-likelihood of each predicted token.
+        """Return the negative log-likelihood of each predicted token, perhaps before it is computed.
 
         Args:
             tokens: [batch, length + 1] int64, of any length.
         Returns:
-            Of tokens[:, 1:], in nats, [batch, length] fp32.
+            Of tokens[:, 1:], in nats, [batch, length] fp32, on any device.
         """
         ...
 
@@ -61,7 +66,7 @@ def measure_loss(
     *,
     length: int,
     protocol: WindowProtocol,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:
     """Measure the mean loss of a text, cut into windows.
@@ -72,7 +77,7 @@ def measure_loss(
         length: Inputs of a window.
         protocol: How the window moves.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
-        progress: Called after each pass with the number of inputs in it, windows x length.
+        progress: Called after each pass with the number of inputs in it, windows x length; a GPU's may not be done.
     Raises:
         InputError: the text is shorter than a window, or the protocol does not fit the length.
         TrainshortError: the loss is nan, or too large for a perplexity.
@@ -81,15 +86,16 @@ def measure_loss(
     # a view of every window at stride 1, [tokens - length, length + 1]; indexing copies only a batch's windows
     views = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
     batch = max(1, batch_tokens // length)
-    total = 0.0
+    # Sums stay where the losses are: reading one would wait for a GPU, which can begin the next batch meanwhile.
+    sums = []
     with torch.no_grad():
         for first in range(0, windows.count, batch):
             starts = windows.starts(first, first + batch)
             losses = scorer.losses(torch.from_numpy(views[starts]))
-            total += _sum_scored(losses, windows=windows, first=first)
+            sums.append(_sum_scored(losses, windows=windows, first=first))
             if progress is not None:
                 progress(len(starts) * length)
-    loss = total / windows.scored
+    loss = float(torch.stack(sums).sum()) / windows.scored
     # `not <` instead of `>=`: nan must fail too.
     if not loss < _HIGHEST_LOSS:
         raise TrainshortError(
@@ -98,8 +104,8 @@ def measure_loss(
     return PerplexityResult(length=length, protocol=protocol, tokens=windows.scored, loss=loss)
 
 
-def _sum_scored(losses: torch.Tensor, *, windows: Windows, first: int) -> float:
-    """Return the sum of the losses that a batch of windows scores.
+def _sum_scored(losses: torch.Tensor, *, windows: Windows, first: int) -> torch.Tensor:
+    """Return the sum of the losses that a batch of windows scores, a scalar in fp64.
 
     Args:
         losses: [batch, length] fp32.
@@ -107,9 +113,9 @@ def _sum_scored(losses: torch.Tensor, *, windows: Windows, first: int) -> float:
         first: Index of the batch's first window.
     """
     # In fp64: a sum of millions of fp32 losses would lose digits.
-    exact = losses.to("cpu", torch.float64)
+    exact = losses.double()
     total = exact[:, windows.first_scored(first + 1) :].sum()
     if first == 0:
         # The slice above left out the early predictions, which the text's first window scores too.
         total += exact[0, : windows.first_scored(1)].sum()
-    return float(total)
+    return total

@@ -18,6 +18,7 @@ from training.evaluation.chart import (
     shorten,
     write_above,
 )
+from training.evaluation.kept import other_precision
 
 # Draw the unigram baseline up to this multiple of the highest perplexity; a higher one would flatten the curves.
 _BASELINE_RATIO = 1.5
@@ -90,6 +91,7 @@ def _annotate(axes: Axes, report: dict[str, Any], lines: dict[str, list[tuple[in
 def _facts(report: dict[str, Any], lines: dict[str, list[tuple[int, float]]]) -> list[str]:
     unigram, name = report["unigram_perplexity"], printable(str(report["data"]["name"]))
     facts = [f"{report['position']} positions", f"step {report['step']:,}", shorten(name, characters=_LONGEST_NAME)]
+    facts += filter(None, [other_precision(report)])
     if unigram is not None:
         facts.append(f"unigram model: {unigram:,.1f}")
     if len(lines) == 1:  # otherwise the legend names them

@@ -12,17 +12,18 @@ from typing import Any
 from configs.errors import InputError
 from configs.files import try_to_lock
 from configs.paths import evaluation_folder
+from configs.precisions import DEFAULT_PRECISION
 from configs.protocols import WindowProtocol, parse_protocol
 from training.checkpoint.read import open_checkpoint
 from training.evaluation.folder import ReportNotWritten, check_evaluation_folder, write_evaluation
-from training.evaluation.kept import text_label
+from training.evaluation.kept import report_label
 from training.evaluation.perplexity import PerplexityResult, Scorer, measure_loss
 from training.evaluation.progress import EvaluationProgress
 from training.evaluation.provenance import provenance_of
 from training.evaluation.report import build_report, protocol_name
 from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.evaluation.windows import place_windows
-from training.model.single import load_single
+from training.model.single import inference_device, load_single
 from training.tracking.tracker import MlflowTracker, attach
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def evaluate_checkpoint(
     lengths: tuple[int, ...] | None,
     protocols: tuple[str, ...] | None,
     data: Path | None,
+    precision: str = DEFAULT_PRECISION,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint's perplexity and write the reports of RUN_DIR/evaluation: see `training.evaluation.kept`.
@@ -63,27 +65,28 @@ def evaluate_checkpoint(
         lengths: Lengths in tokens; by default the run's.
         protocols: nonoverlapping or sliding:STRIDE; by default the run's.
         data: A text file; by default the run's held-out text.
+        precision: Value of `--precision`, whatever the checkpoint trained in.
         command: The command line, to be named in the report.
     Returns:
         The contents of report.json.
     Raises:
-        InputError: the checkpoint, the text, a length or a protocol is wrong; raised before the model is loaded.
-        MachineError: RUN_DIR/evaluation cannot be written; raised before the model is loaded.
+        InputError: the precision, the checkpoint, the text, a length or a protocol is wrong.
+        MachineError: RUN_DIR/evaluation cannot be written. Both are raised before the model is loaded.
         ReportNotWritten: the disk has become full since; the error holds the report.
     """
+    inference_device(precision)
     opened = open_checkpoint(checkpoint)
-    config = opened.config
+    config, folder = opened.config, evaluation_folder(opened.run_dir)
     parsed = [parse_protocol(name) for name in protocols or config.evaluate.protocols]
     text = held_out_text(opened) if data is None else file_text(opened, data)
     measurements = plan_measurements(lengths or config.evaluation_lengths, parsed, tokens=len(text.tokens))
-    folder = evaluation_folder(opened.run_dir)
     # Not the name that was given, which may be a link.
     name = opened.path.resolve().name
     check_evaluation_folder(folder, name=name)
     # Attach now: the tracker's thread imports mlflow while the model runs.
     tracker = attach(opened.run_dir, uri=config.track.uri)
     provenance = provenance_of(opened, text.tokens, data=data, command=command)
-    model = load_single(opened)
+    model = load_single(opened, precision=precision)
     build = partial(build_report, checkpoint=opened, certificate=model.certificate, text=text, provenance=provenance)
     record = _Record(build, folder, name)
     try:
@@ -123,7 +126,7 @@ class _Record:
                 files = write_evaluation(self.report, self.folder, name=self.name)
             finally:
                 if tracker is not None:  # within: the files that it sends must not be replaced meanwhile
-                    label = text_label(self.report, self.folder)
+                    label = report_label(self.report, self.folder)
                     _track(tracker, self.report, files, label=label, checkpoint=self.name)
         return files[1]
 
@@ -181,7 +184,7 @@ def run_measurements(
         results: The result of each is added here when it is finished.
         write: Called between two measurements, so that long work is not lost.
     """
-    written_at = time.monotonic()
+    written_at, batch_tokens = time.monotonic(), scorer.batch_tokens
     # Count inputs, not windows: a long window takes longer.
     total = sum(measurement.inputs for measurement in measurements)
     with EvaluationProgress(inputs=total, measurements=len(measurements)) as progress:
@@ -195,6 +198,7 @@ def run_measurements(
                 text.tokens,
                 length=measurement.length,
                 protocol=measurement.protocol,
+                batch_tokens=batch_tokens,
                 progress=progress.advance,
             )
             results.append(result)
@@ -220,7 +224,7 @@ def _track(
         tracker: Attached to the MLflow run.
         report: The contents of report.json.
         files: Sent to the folder evaluation/CHECKPOINT of the run's artifacts.
-        label: The text's label.
+        label: The report's label: its text and precision.
         checkpoint: Name of the checkpoint's folder.
     """
     values: dict[str, float] = {}

@@ -1,12 +1,18 @@
 """Causal attention with a bias. `configs.backends` has a row per kernel: what it can do and where it is."""
 
+import logging
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from configs.backends import backend_of
+from configs.backends import BACKENDS, Backend, candidates, installed_packages
+from configs.positions import BiasKind
+from configs.precisions import PRECISIONS
 from training.model.positions.bias import Bias
 from training.model.positions.method import PositionMethod
+
+logger = logging.getLogger(__name__)
 
 
 class Attention(Protocol):
@@ -40,11 +46,86 @@ class AttentionBlock(Protocol):
     position: PositionMethod
 
 
+class AutoAttention:
+    """The fastest kernel that computes a bias, chosen for the device, type and head width of the first call with them.
+
+    Attributes:
+        bias: The bias.
+    """
+
+    def __init__(self, bias: Bias) -> None:
+        self.bias = bias
+        self._refused: set[str] = set()
+        self._kernels: dict[tuple[str, torch.dtype, int], tuple[Backend, Attention]] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [batch, local_heads, queries, head_dim], by the kernel for such queries."""
+        return self._kernel(q)[1](q, k, v)
+
+    def backend(self, q: Tensor) -> Backend:
+        """Return the backend of queries like these, [batch, local_heads, queries, head_dim]."""
+        return self._kernel(q)[0]
+
+    def refuse(self, q: Tensor, why: str) -> bool:
+        """Replace the kernel of queries like these by the next one.
+
+        Args:
+            q: The queries.
+            why: What is wrong with it here, for the log.
+        Returns:
+            Whether there is a next one.
+        """
+        backend = self.backend(q)
+        fitting = self._candidates(q)
+        if backend is fitting[-1]:
+            return False
+        self._refused.add(backend.name)
+        self._kernels.clear()
+        logger.warning("attention %s is not used: %s; using %s", backend.name, why, self.backend(q).name)
+        return True
+
+    def _kernel(self, q: Tensor) -> tuple[Backend, Attention]:
+        key = (q.device.type, q.dtype, q.shape[3])
+        if key not in self._kernels:
+            backend = self._candidates(q)[0]
+            self._kernels[key] = (backend, backend.load()(self.bias))
+        return self._kernels[key]
+
+    def _candidates(self, q: Tensor) -> list[Backend]:
+        fitting = candidates(
+            device=q.device.type,
+            bias=kind_of(self.bias),
+            precision=_precision_of(q.dtype),
+            head_dim=q.shape[3],
+            packages=installed_packages(),
+            capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
+        )
+        return [backend for backend in fitting if backend.name not in self._refused]
+
+
+def _precision_of(dtype: torch.dtype) -> str:
+    return next((name for name, row in PRECISIONS.items() if getattr(torch, row.dtype) is dtype), "none")
+
+
+def kind_of(bias: Bias) -> BiasKind:
+    """Return what a bias adds to the scores, for the table of backends."""
+    if bias.causal_only:
+        return "none"
+    return "table" if bias.local_slopes is None else "slopes"
+
+
 def make_attention(attention: str, bias: Bias) -> Attention:
     """Return the kernel for a value of `model.attention`, with a bias.
 
     Raises:
         MachineError: the kernel cannot run on this machine.
     """
-    kernel: Attention = backend_of(attention).load()(bias)
+    if attention == "auto":
+        return AutoAttention(bias)
+    kernel: Attention = BACKENDS[attention].load()(bias)
     return kernel
+
+
+def backend_used(attend: Attention, *, attention: str, like: Tensor) -> Backend:
+    """Return the backend of an attention made for a value of `model.attention`, for queries like `like`."""
+    return attend.backend(like) if isinstance(attend, AutoAttention) else BACKENDS[attention]

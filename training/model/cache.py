@@ -1,20 +1,62 @@
 """Keys and values of the tokens so far, so that the next token costs one query."""
 
+from typing import Protocol
+
 from torch import Tensor
+
+from training.model.attention import Attention
+from training.model.positions.rows import Start
 
 ROOM = 256  # tokens that fit after a prompt: most generations are shorter and copy nothing
 
 
+class Cache(Protocol):
+    """What a decoder asks of a cache while it adds new tokens to it."""
+
+    @property
+    def start(self) -> Start:
+        """Position of the first new token."""
+        ...
+
+    def attend(self, attend: Attention, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention of new tokens to all tokens so far, themselves included.
+
+        Args:
+            attend: The attention.
+            block: Number of the block.
+            q: [batch, heads, new, head_dim].
+            k: Like q.
+            v: Like q.
+        Returns:
+            [batch, heads, new, head_dim].
+        """
+        ...
+
+    def advance(self, tokens: int) -> None:
+        """Count new tokens, once all blocks have seen them."""
+        ...
+
+
 class KeyValueCache:
-    """One growing pair of keys and values per block.
+    """One growing pair of buffers, of keys and of values, per block.
 
     Attributes:
         length: Tokens that every block has seen.
+        pairs: The buffers by the number of the block, [batch, heads, size, head_dim] each; the first `length` are set.
     """
 
     def __init__(self) -> None:
         self.length = 0
-        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def start(self) -> int:
+        """Position of the next token."""
+        return self.length
+
+    def attend(self, attend: Attention, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Add new tokens' keys and values of one block, and attend to all so far; see `Cache`."""
+        return attend(q, *self.extend(block, k, v))
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add new tokens' keys and values of one block; return all of them so far.
@@ -27,12 +69,12 @@ class KeyValueCache:
             Keys and values [batch, heads, length + new, head_dim].
         """
         end = self.length + k.shape[2]
-        pair = self._pairs.get(block)
+        pair = self.pairs.get(block)
         if pair is None or pair[0].shape[2] < end:
             # Double the size to grow: copies then cost amortized constant time per token.
             size = max(end + ROOM, 0 if pair is None else 2 * pair[0].shape[2])
             pair = (_grown(pair and pair[0], like=k, size=size), _grown(pair and pair[1], like=v, size=size))
-            self._pairs[block] = pair
+            self.pairs[block] = pair
         for stored, new in zip(pair, (k, v), strict=True):
             stored[:, :, self.length : end] = new
         return pair[0][:, :, :end], pair[1][:, :, :end]

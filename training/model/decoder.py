@@ -5,27 +5,47 @@ from torch import Tensor, nn
 from configs.choices import FAMILIES
 from configs.schema import Model
 from parallel.axes import Group
-from parallel.plan import LayerPlan
+from parallel.head import Compile, as_it_is
+from parallel.plan import LayerPlan, Recompute
 from training.families.table import shards_of
 from training.model.attention import make_attention
-from training.model.cache import KeyValueCache
+from training.model.cache import Cache
 from training.model.positions.method import make_position
 
 
-def plan_layers(model: Model, *, vocab_size: int, tensor: Group, recompute: bool) -> LayerPlan:
+def plan_layers(
+    model: Model,
+    *,
+    vocab_size: int,
+    tensor: Group,
+    recompute: Recompute,
+    sequence: bool = False,
+    compiled: Compile = as_it_is,
+) -> LayerPlan:
     """Return the layers of a decoder, not yet built: a pipeline stage builds only its own.
 
     Args:
         model: The decoder's shape.
         vocab_size: Tokens, without padding.
         tensor: The tensor axis; each rank builds its own heads, columns and rows.
-        recompute: Recompute each block in the backward pass.
+        recompute: What each block recomputes in the backward pass.
+        sequence: Whether the sequence is split between the linears.
+        compiled: Compiles a function of tensors.
     """
     shards = shards_of(model, vocab_size=vocab_size)
     position = make_position(model, shards, tensor=tensor)
     attend = make_attention(model.attention, position.bias)
     plan_family = FAMILIES[model.family].load_layers()
-    plan: LayerPlan = plan_family(model, shards, tensor=tensor, position=position, attend=attend, recompute=recompute)
+    plan: LayerPlan = plan_family(
+        model,
+        shards,
+        tensor=tensor,
+        position=position,
+        attend=attend,
+        recompute=recompute,
+        sequence=sequence,
+        compiled=compiled,
+    )
     return plan
 
 
@@ -35,12 +55,12 @@ class Decoder(nn.Module):
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__()
         self.embedding = plan.embedding()
-        self.head = plan.head
+        self._plan = plan
         self.layers = nn.ModuleList(make() for make in (*plan.before, *plan.blocks, *plan.after))
         self.shared = plan.shared
 
-    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return the states before the head: [batch, seq] -> [batch, seq, hidden].
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the states before the head: [batch, seq] -> [seq, batch, hidden].
 
         With a cache, the tokens follow those in it and are added to it.
         """
@@ -51,10 +71,15 @@ class Decoder(nn.Module):
             cache.advance(tokens.shape[1])
         return x
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return this rank's logits: [batch, seq] -> [batch, seq, local_vocab]."""
-        return self.logits(self.hidden(tokens))
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return this rank's logits [batch, seq, local_vocab]; with targets, the mean loss; both take [batch, seq]."""
+        x = self.hidden(tokens)
+        return self._plan.logits(self.embedding, x) if targets is None else self._plan.loss(self.embedding, x, targets)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return this rank's logits of states [..., hidden]: [..., local_vocab]."""
-        return self.head(self.embedding, x)
+        """Return this rank's logits of whole states: [..., hidden] -> [..., local_vocab]."""
+        return self._plan.head.row_logits(self.embedding, x)
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return each token's loss in nats, without gradients: [..., hidden] and [...] -> [...]."""
+        return self._plan.head.token_losses(self.embedding, x, targets)

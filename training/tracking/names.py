@@ -18,6 +18,7 @@ METRIC_NAMES = {
     "step_seconds": "time/step_seconds",
     "tokens_per_second": "time/tokens_per_second",
     "model_flops_utilization": "time/model_flops_utilization",
+    "model_flops_utilization_causal": "time/model_flops_utilization_causal",
     "memory_gb": "memory/peak_gb",
     "validation_loss": "validation/loss",
     "validation_seconds": "time/validation_seconds",

@@ -11,13 +11,16 @@ FILE_LINES, FUNCTION_LINES, TEST_NAME_LENGTH = 400, 50, 60
 # Private names of the standard library and third parties; never add one of ours.
 PRIVATE_NAMES_OF_OTHERS = (
     "_asdict",
+    "_dynamo",  # torch: how often it compiled
     "_exit",
     "_fields",
     "_get_backend",  # torch: whether a group can be split
+    "_inductor",  # torch: which compiler it finds
     "_internal",  # torch's fake process group
     "_python_dispatch",  # torch's hooks on every operation
     "_relative_position_bucket",
     "_replace",
+    "_triton",  # torch: whether it finds Triton
     "_world",
 )
 # Calls that take the name of an attribute as a string.

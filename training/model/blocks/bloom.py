@@ -1,35 +1,41 @@
-"""The layers of the bloom family. A layer takes and returns [batch, seq, hidden]."""
+"""The layers of the bloom family. A layer takes and returns states [seq, batch, hidden].
+
+If the sequence is split between the linears, states are [seq / tensor, batch, hidden].
+"""
 
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Model
 from parallel.axes import Group
-from parallel.layers import WordEmbedding, column_linear, layer_norm, mean_loss, row_linear
-from parallel.plan import LayerPlan
+from parallel.head import Compile, Head
+from parallel.layers import Layers, WordEmbedding
+from parallel.plan import LayerPlan, Recompute
 from training.families.bloom import BLOOM
 from training.families.description import Shards
 from training.model.attention import Attention
-from training.model.cache import KeyValueCache
+from training.model.blocks.selective import directly, feed, recomputed
+from training.model.cache import Cache
+from training.model.heads import split_heads
 from training.model.positions.method import PositionMethod
 
 
 class EmbeddingNorm(nn.Module):
     """The layer after the word embedding: absolute positions if the method has them, LayerNorm, dropout."""
 
-    def __init__(self, model: Model, shards: Shards, *, position: PositionMethod) -> None:
+    def __init__(self, model: Model, layers: Layers, *, position: PositionMethod) -> None:
         super().__init__()
-        self.position = position
-        self.norm = layer_norm(shards, "embedding.norm", epsilon=BLOOM.norm_epsilon)
+        self.layers, self.position = layers, position
+        self.norm = layers.norm("embedding.norm", epsilon=BLOOM.norm_epsilon)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return [batch, seq, hidden] -> [batch, seq, hidden]; a cache says how many tokens came before."""
-        x = self.position.embed(x, start=cache.length if cache else 0)
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return states -> states; a cache says how many tokens came before."""
+        x = self.position.embed(x, start=cache.start if cache else self.layers.start_of(x))
         out: Tensor = self.dropout(self.norm(x))
         return out
 
@@ -40,68 +46,81 @@ class Block(nn.Module):
     def __init__(
         self,
         model: Model,
-        shards: Shards,
+        layers: Layers,
         *,
         index: int,
-        tensor: Group,
         position: PositionMethod,
         attend: Attention,
-        recompute: bool,
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         name, epsilon = f"blocks.{index}", BLOOM.norm_epsilon
-        self.local_heads, self.head_dim = len(position.heads), model.head_dim
-        self.index, self.position, self.attend, self.recompute = index, position, attend, recompute
-        self.attention_norm = layer_norm(shards, f"{name}.attention_norm", epsilon=epsilon)
-        self.query_key_value = column_linear(shards, f"{name}.attention.query_key_value", tensor=tensor)
-        self.output = row_linear(shards, f"{name}.attention.output", tensor=tensor)
-        self.feed_forward_norm = layer_norm(shards, f"{name}.feed_forward_norm", epsilon=epsilon)
-        self.up = column_linear(shards, f"{name}.feed_forward.up", tensor=tensor)
-        self.down = row_linear(shards, f"{name}.feed_forward.down", tensor=tensor)
+        self.local_heads, self.index = len(position.heads), index
+        self.position, self.attend, self.layers, self.recompute = position, attend, layers, recompute
+        self.attention_norm = layers.norm(f"{name}.attention_norm", epsilon=epsilon)
+        self.query_key_value = layers.column_linear(f"{name}.attention.query_key_value", adds_bias=True)
+        self.output = layers.row_linear(f"{name}.attention.output")
+        self.feed_forward_norm = layers.residual_norm(f"{name}.feed_forward_norm", epsilon=epsilon)
+        self.up = layers.column_linear(f"{name}.feed_forward.up", adds_bias=False)
+        self.down = layers.row_linear(f"{name}.feed_forward.down")
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return [batch, seq, hidden] -> [batch, seq, hidden]; with a cache, x follows the tokens in it."""
-        if self.recompute and torch.is_grad_enabled():
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return states -> states; with a cache, they follow the tokens in it."""
+        if self.recompute is True and torch.is_grad_enabled():
             out: Tensor = checkpoint(self._forward, x, cache, use_reentrant=False)
             return out
         return self._forward(x, cache)
 
-    def _forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
-        x = x + self.dropout(self._attention(self.attention_norm(x), cache))
-        up, _ = self.up(self.feed_forward_norm(x))  # [batch, seq, inner / tensor]
-        down, _ = self.down(F.gelu(up, approximate="tanh"))
-        out: Tensor = x + self.dropout(down)
-        return out
+    def _forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        run: Any = directly  # between the linears
+        into: Any = directly  # a linear
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            run, into = recomputed, feed
+        qkv, _ = into(self.query_key_value, run(self.attention_norm, x))
+        output = self._drop(*into(self.output, run(self._attention, qkv, cache)))
+        x, normalized = run(self.feed_forward_norm, x, *output)
+        up = into(self.up, normalized)  # [seq, batch, inner / tensor]
+        down = self._drop(*into(self.down, run(self.layers.gelu, *up)))
+        return self.layers.add_to_residual(x, *down)
 
-    def _attention(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
-        batch, seq, _ = x.shape
-        # Columns in QKV_ORDER: [batch, seq, local_heads, 3, head_dim] -> 3 x [batch, local_heads, seq, head_dim].
-        qkv = self.query_key_value(x)[0].view(batch, seq, self.local_heads, 3, self.head_dim)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)
-        q, k = self.position.rotate(q, k, start=cache.length if cache else 0)
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        joined = self.attend(q, k, v).transpose(1, 2).reshape(batch, seq, self.local_heads * self.head_dim)
-        out: Tensor = self.output(joined)[0]
-        return out
+    def _attention(self, qkv: Tensor, cache: Cache | None) -> Tensor:
+        seq, batch, _ = qkv.shape
+        q, k, v = split_heads(qkv, heads=self.local_heads)  # [batch, local_heads, seq, head_dim] each
+        q, k = self.position.rotate(q, k, start=cache.start if cache else 0)
+        attended = self.attend(q, k, v) if cache is None else cache.attend(self.attend, self.index, q, k, v)
+        return attended.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+
+    def _drop(self, output: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return a linear's output and its bias, added up where dropout comes between them and the residual stream."""
+        if not (self.training and self.dropout.p):
+            return output, bias
+        return self.dropout(output + bias), None
 
 
 class FinalNorm(nn.Module):
     """The LayerNorm before the head."""
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, layers: Layers) -> None:
         super().__init__()
-        self.norm = layer_norm(shards, "final_norm", epsilon=BLOOM.norm_epsilon)
+        self.norm = layers.norm("final_norm", epsilon=BLOOM.norm_epsilon)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return [batch, seq, hidden] -> [batch, seq, hidden]; the cache is not used."""
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return states -> states; the cache is not used."""
         out: Tensor = self.norm(x)
         return out
 
 
 def plan_bloom(
-    model: Model, shards: Shards, *, tensor: Group, position: PositionMethod, attend: Attention, recompute: bool
+    model: Model,
+    shards: Shards,
+    *,
+    tensor: Group,
+    position: PositionMethod,
+    attend: Attention,
+    recompute: Recompute,
+    sequence: bool,
+    compiled: Compile,
 ) -> LayerPlan:
     """Return the layers of a bloom decoder, not yet built.
 
@@ -111,18 +130,20 @@ def plan_bloom(
         tensor: The tensor axis; each rank builds its own heads, columns and rows.
         position: The position method on this rank.
         attend: The attention of all blocks.
-        recompute: Recompute each block in the backward pass.
+        recompute: What each block recomputes in the backward pass.
+        sequence: Whether the sequence is split between the linears.
+        compiled: Compiles a function of tensors.
     """
+    layers = Layers(shards, tensor=tensor, sequence=sequence, compiled=compiled)
 
     def block(index: int) -> Block:
-        return Block(model, shards, index=index, tensor=tensor, position=position, attend=attend, recompute=recompute)
+        return Block(model, layers, index=index, position=position, attend=attend, recompute=recompute)
 
     return LayerPlan(
-        embedding=lambda: WordEmbedding(shards["embedding.word.weight"], tensor=tensor),
-        head=WordEmbedding.logits,
-        before=(lambda: EmbeddingNorm(model, shards, position=position),),
+        embedding=lambda: WordEmbedding(shards["embedding.word.weight"], tensor=tensor, sequence=sequence),
+        head=Head(tensor=tensor, sequence=sequence, compiled=compiled),
+        before=(lambda: EmbeddingNorm(model, layers, position=position),),
         blocks=tuple(partial(block, index) for index in range(model.layers)),
-        after=(lambda: FinalNorm(shards),),
-        loss=mean_loss,
+        after=(lambda: FinalNorm(layers),),
         shared=position.module,
     )

@@ -6,8 +6,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from training.model.kernels.bias_blocks import bias_blocks
+from training.model.kernels.sdpa_cpu import attend_by_blocks
 from training.model.positions.bias import QUERY_BLOCK, Bias
 
+STRIP_KEYS = 1024  # on a CPU, a strip as long as the sequence is the fastest up to here
+NEAR_KEYS = 512  # in longer sequences, keys of a strip that stays in the caches
 KERNEL_READS = 8  # elements of a mask that a GPU kernel loads together, of any type
 
 
@@ -28,17 +32,18 @@ class Sdpa:
         rows = min(queries, QUERY_BLOCK)
         # GPU kernels need the mask in the queries' type. The bias is relative, so rounding it loses little.
         dtype = q.dtype if q.is_cuda else torch.promote_types(torch.float32, q.dtype)
-        strip = self.bias(rows=rows, keys=keys, device=q.device, dtype=dtype)
+        by_line = self.bias.local_slopes is not None and not q.is_cuda
+        width = max(rows, NEAR_KEYS) if by_line and queries > 1 and keys > STRIP_KEYS else keys
+        strip = self.bias(rows=rows, keys=width, device=q.device, dtype=dtype)
+        if by_line:
+            row = self.bias(rows=1, keys=keys, device=q.device, dtype=dtype) if width < keys else None
+            return attend_by_blocks(q, k, v, strip=strip, row=row, at_once=rows)
         # A mask that needs a gradient makes torch compute and keep all scores: recompute each block instead.
-        recompute = self.bias.learned and torch.is_grad_enabled()
-        blocks = []
-        for start in range(0, queries, QUERY_BLOCK):
-            query = q[:, :, start : start + QUERY_BLOCK]
-            seen = keys - queries + start + query.shape[2]
-            # The bias depends on distance alone: any block takes the strip's last rows and last `seen` columns.
-            mask = strip[:, :, rows - query.shape[2] :, keys - seen :]
-            block = (query, k[:, :, :seen], v[:, :, :seen], mask)
-            blocks.append(_attend_recomputed(*block) if recompute else _attend_block(*block))
+        attend = _attend_recomputed if self.bias.learned and torch.is_grad_enabled() else _attend_block
+        blocks = [
+            attend(q[:, :, block.queries], k[:, :, : block.seen], v[:, :, : block.seen], block.near)
+            for block in bias_blocks(strip, queries=queries, keys=keys, at_once=rows)
+        ]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.schema import Model
 from parallel.axes import Group
 from parallel.parameter import Shard
-from training.model.positions.bias import SlopeBias
+from training.model.positions.bias import SlopeBias, SlopeOf
 from training.model.positions.method import PositionMethod, local_heads
 
 
@@ -22,7 +22,8 @@ class Alibi(PositionMethod):
     def __init__(self, model: Model, *, tensor: Group, table: Shard | None) -> None:
         """Build the method for one tensor rank; there is no table."""
         super().__init__(model, tensor=tensor, table=table)
-        self.bias = SlopeBias(local_slopes(model.heads, tensor=tensor))
+        formula = slope_formula(model.heads, first=self.heads.start)
+        self.bias = SlopeBias(local_slopes(model.heads, tensor=tensor), slope_of=formula)
         self._all_slopes = slopes(model.heads)
 
     @classmethod
@@ -46,6 +47,26 @@ def slopes(heads: int) -> list[float]:
     first = [2.0 ** (-8.0 * (head + 1) / below) for head in range(below)]
     between = [2.0 ** (-4.0 * (2 * head + 1) / below) for head in range(heads - below)]
     return first + between
+
+
+def slope_formula(heads: int, *, first: int) -> SlopeOf:
+    """Return the slopes of a tensor rank's heads as a function that a kernel can contain.
+
+    It has no tensor of its own, and exponents are exact in fp32: the slopes are those of `slopes`, rounded to fp32.
+
+    Args:
+        heads: Heads of the model.
+        first: Global number of the rank's first head.
+    """
+    below = 2 ** int(math.log2(heads))
+
+    def slope_of(head: Tensor) -> Tensor:
+        number = head + first
+        # in units of 4 / below: 2, 4, 6, ... up to the power of two, then 1, 3, 5, ...
+        units = torch.where(number < below, 2 * number + 2, 2 * (number - below) + 1)
+        return torch.exp2(units * (-4.0 / below))
+
+    return slope_of
 
 
 def local_slopes(heads: int, *, tensor: Group) -> Tensor:

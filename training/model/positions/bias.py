@@ -4,6 +4,7 @@ A bias depends on distance alone, so one strip serves every block of queries: th
 needs the strip's last k columns. Nothing of size [seq, seq] is kept.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 QUERY_BLOCK = 256
 ALIGNED = 16  # elements; on a GPU torch copies a mask whose rows begin or end off a multiple of 8
+
+
+SlopeOf = Callable[[Tensor], Tensor]  # this rank's numbers of heads -> their slopes, in fp32, of any shape
 
 
 class Bias(Protocol):
@@ -26,6 +30,14 @@ class Bias(Protocol):
     local_slopes: Tensor | None
     learned: bool
     causal_only: bool
+
+    def slope_of(self, device: torch.device) -> SlopeOf | None:
+        """Return a function for kernels that compute the bias themselves; None if there are no slopes.
+
+        Args:
+            device: Where the kernel runs.
+        """
+        ...
 
     def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the bias of the last `rows` queries of `keys` positions, -inf where the key is ahead.
@@ -50,10 +62,28 @@ class SlopeBias:
 
     learned = False
 
-    def __init__(self, local_slopes: Tensor | None) -> None:
+    def __init__(self, local_slopes: Tensor | None, *, slope_of: SlopeOf | None = None) -> None:
+        """Take the slopes of this rank's heads, [local_heads] fp64.
+
+        Args:
+            local_slopes: The slopes; None for the causal mask alone.
+            slope_of: The same slopes as a formula, of operations that a kernel can contain; without it, kernels look
+                them up in a tensor.
+        """
         self.local_slopes = local_slopes
         self.causal_only = local_slopes is None
+        self._slope_of = slope_of
         self._strips: dict[int, Tensor] = {}
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def slope_of(self, device: torch.device) -> SlopeOf | None:
+        """Return the slopes as a function of the head, for a kernel on a device."""
+        if self.local_slopes is None or self._slope_of is not None:
+            return self._slope_of
+        if device not in self._tables:
+            self._tables[device] = self.local_slopes.to(device, torch.float32)
+        table = self._tables[device]
+        return lambda head: table[head]
 
     def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the strip [1, local_heads or 1, rows, keys]."""

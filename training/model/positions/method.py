@@ -16,6 +16,7 @@ from parallel.parameter import Shard
 from training.families.description import Shards
 from training.families.table import position_table_name
 from training.model.positions.bias import Bias, SlopeBias
+from training.model.positions.rows import Start
 
 
 def local_heads(heads: int, *, tensor: Group) -> range:
@@ -45,11 +46,11 @@ class PositionMethod:
         self.bias: Bias = SlopeBias(None)
         self.module: nn.Module | None = None
 
-    def embed(self, x: Tensor, *, start: int) -> Tensor:
-        """Return embeddings [batch, seq, hidden] with their positions; the first token is at `start`."""
+    def embed(self, x: Tensor, *, start: Start) -> Tensor:
+        """Return embeddings [seq, batch, hidden] with their positions; the first token is at `start`."""
         return x
 
-    def rotate(self, q: Tensor, k: Tensor, *, start: int) -> tuple[Tensor, Tensor]:
+    def rotate(self, q: Tensor, k: Tensor, *, start: Start) -> tuple[Tensor, Tensor]:
         """Return queries and keys [batch, local_heads, seq, head_dim], rotated by their positions from `start` on."""
         return q, k
 

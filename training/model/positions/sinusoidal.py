@@ -5,24 +5,24 @@ sines, then all cosines), which the ALiBi paper's models used.
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from training.model.positions.bias import power_of_two
 from training.model.positions.method import PositionMethod
+from training.model.positions.rows import Start, rows_of
 
 
 class Sinusoidal(PositionMethod):
     """A fixed vector per position, added to the embedding."""
 
-    def embed(self, x: Tensor, *, start: int) -> Tensor:
-        """Return [batch, seq, hidden]: scaled embeddings plus the vectors of positions from `start` on."""
-        end = start + x.shape[1]
-        table = sinusoids(power_of_two(end), hidden=x.shape[2], device=x.device)[start:end]
+    def embed(self, x: Tensor, *, start: Start) -> Tensor:
+        """Return [seq, batch, hidden]: scaled embeddings plus the vectors of positions from `start` on."""
+        seq, _, hidden = x.shape
+        table = rows_of(partial(sinusoids, hidden=hidden, device=x.device), start=start, count=seq)[:, None]
         # Scaled as in the source: sines of size 1 would hide the small initial embeddings.
-        out: Tensor = x * x.shape[2] ** 0.5 + table.to(x.dtype)
+        out: Tensor = x * hidden**0.5 + table.to(x.dtype)
         return out
 
 

@@ -52,6 +52,9 @@ class LearnedBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads // tensor.size, entries))
         declare(self.weight, table)
 
+    def slope_of(self, device: torch.device) -> None:
+        """Return None: there are no slopes."""
+
     def forward(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the strip [1, local_heads, rows, keys], -inf where the key is ahead."""
         # Round up to a power of two, so that the cache serves many generated tokens.

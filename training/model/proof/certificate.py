@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.backends import backend_of
 from configs.errors import TrainshortError
 from configs.precisions import PRECISIONS
 from configs.schema import Model
 from parallel.axes import Groups
 from parallel.collectives import all_gather_object
-from training.model.attention import Attention, AttentionBlock
+from training.model.attention import Attention, AttentionBlock, backend_used
 from training.model.positions.bias import QUERY_BLOCK
 from training.model.positions.method import local_heads, position_method
 from training.model.proof.attention_weights import dtype_of, in_classes, read_classes, read_rows, total_variation
+from training.model.proof.gradients import ROW_ERRORS, gradient_fault
 
 PROBED = 64  # positions whose rows are read key by key: there the flattest slope of 8 heads still moves 3 % of a row
 LONG = 2 * QUERY_BLOCK + 17  # positions read by classes of keys: three blocks of queries, the last one short
@@ -90,6 +90,8 @@ def certify(
 ) -> list[Certificate]:
     """Measure this rank's blocks, gather all ranks' certificates and check them; every rank must call it.
 
+    If gradients are enabled, the model will train, so those of its attention are checked too.
+
     Args:
         module: This rank's part of the model.
         model: The decoder's shape.
@@ -100,12 +102,47 @@ def certify(
     Returns:
         All ranks' certificates, by rank, the same on every rank.
     Raises:
-        WrongPositions: a rank's positions are wrong; names the rank, on every rank.
+        WrongPositions: a rank's positions, or its attention's gradients, are wrong; names the rank, on every rank.
     """
+    tolerance = PRECISIONS[precision].row_tolerance
+    fault = None  # found first: `auto` then takes another kernel
+    if torch.is_grad_enabled():
+        fault = _gradient_fault(module, model, groups=groups, precision=precision, device=device)
     mine = measure_certificate(module, model, groups=groups, precision=precision, device=device)
-    certificates = all_gather_object(mine, group=groups.world)
-    check_certificates(certificates, model, tolerance=PRECISIONS[precision].row_tolerance, otherwise=otherwise)
+    stated = all_gather_object((mine, fault), group=groups.world)
+    certificates = [certificate for certificate, _ in stated]
+    check_certificates(certificates, model, tolerance=tolerance, otherwise=otherwise)
+    for certificate, seen in stated:
+        if seen is not None:
+            raise WrongPositions(
+                f"{certificate.where} cannot train with attention {certificate.backend}: {seen}; {otherwise}",
+                certificates,
+            )
     return certificates
+
+
+def _gradient_fault(
+    module: nn.Module, model: Model, *, groups: Groups, precision: str, device: torch.device
+) -> str | None:
+    """Return what is wrong with the gradients of this rank's attention, None if they are right."""
+    for attend in _attentions(module):
+        fault = gradient_fault(
+            attend,
+            heads=len(local_heads(model.heads, tensor=groups.tensor)),
+            head_dim=model.head_dim,
+            dtype=dtype_of(precision),
+            device=device,
+            limit=ROW_ERRORS * PRECISIONS[precision].row_tolerance,
+        )
+        if fault is not None:
+            return fault
+    return None
+
+
+def _attentions(module: nn.Module) -> list[Attention]:
+    """Return each attention that a module's blocks call, once."""
+    blocks = [layer for layer in module.modules() if isinstance(layer, AttentionBlock)]
+    return list({id(block.attend): block.attend for block in blocks}.values())
 
 
 @torch.no_grad()
@@ -120,7 +157,7 @@ def measure_certificate(
     expected = position.penalty(LONG)  # [local_heads, LONG]
     shape = (1, len(heads), LONG, model.head_dim)
     zero = torch.zeros(shape, dtype=dtype_of(precision), device=device)
-    attentions = {id(block.attend): block.attend for block in blocks}.values()
+    attentions = _attentions(module)
     measured = torch.stack([recency_and_error(attend, zero, expected=expected) for attend in attentions])
     slopes = blocks[0].attend.bias.local_slopes
     return Certificate(
@@ -129,7 +166,7 @@ def measure_certificate(
         stage=groups.pipeline.rank,
         data_rank=groups.data.rank,
         position=model.position,
-        backend=backend_of(model.attention).name,
+        backend=backend_used(attentions[0], attention=model.attention, like=zero).name,
         precision=precision,
         device=device.type,
         heads=tuple(heads),

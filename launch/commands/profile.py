@@ -1,0 +1,127 @@
+"""The command that shows where a training step's time and memory go."""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from configs.commands import run_file_named
+from configs.errors import InputError
+from launch.commands.options import AsJson, Overrides, RunFile, count_option, path_of
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+    from parallel.start import ProcessRank
+
+logger = logging.getLogger(__name__)
+
+profile_commands = typer.Typer()
+
+
+@profile_commands.command("profile")
+def profile_command(
+    run: RunFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, count_option("--steps", "Steps to time, and as many again to profile.")] = 3,
+    ranks: Annotated[
+        int | None,
+        count_option("--ranks", "Local ranks to start.  [default: this machine's GPUs, else tensor x pipeline]"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", parser=path_of, help="Folder of the trace.  [default: RUN_DIR/profile]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a few training steps, and show where their time and memory go; the run is not touched."""
+    from configs.load import load_run
+    from configs.paths import run_folder
+    from launch.failure import ending_at_once
+    from launch.show.console import show_json
+    from launch.show.profile import show_profile
+    from parallel.start import find_process_rank
+
+    config = load_run(run, overrides=overrides or [])
+    place = find_process_rank(os.environ)
+    folder = out or run_folder(config) / "profile"
+    if place is None:
+        with run_file_named(run, overrides or []):
+            code, document = _profile_local_ranks(config, ranks=ranks, steps=steps, out=folder)
+        if code:
+            raise SystemExit(code)
+        show_json(document) if as_json else show_profile(document, out=folder)
+    elif place.starter != "local":
+        raise InputError(f"profile starts its own ranks on one machine: run it outside {place.starter}'s ranks")
+    else:
+        with ending_at_once():
+            _profile_one_rank(config, place, steps=steps, out=folder)
+
+
+def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, out: Path) -> None:
+    from configs.paths import logs_folder
+    from launch.show.streams import following
+    from launch.show.train import RANK_0_LOG
+    from training.rank_errors import explain_rank_failure
+
+    log = None if place.rank else logs_folder(out) / RANK_0_LOG
+    with following(log, descriptor=place.terminal, environ=os.environ), explain_rank_failure(config, place):
+        from training.profiling.run import profile_rank
+
+        profile_rank(config, place, steps=steps, out=out)
+
+
+def _profile_local_ranks(
+    config: "RunConfig", *, ranks: int | None, steps: int, out: Path
+) -> tuple[int, dict[str, Any]]:
+    """Check the run, start its ranks on a scratch run folder, and return their exit code and the report.
+
+    Raises:
+        InputError: the ranks, the machine or the data do not fit the run.
+        MachineError: the folder of the trace cannot be written.
+    """
+    from configs.figures import counted
+    from configs.load import dump_run
+    from configs.paths import logs_folder, metrics_path
+    from launch.local import make_log_folder, start_ranks
+    from launch.show.train import verbosity_options
+    from launch.start_check import check_start
+    from training.profiling.report import PROFILE_NAME
+    from training.rank_errors import rank_out_of_memory
+
+    ready, device = check_start(_from_the_start(config, run_dir=out), ranks=ranks, environ=os.environ)
+    make_log_folder(logs_folder(out))
+    found = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
+    logger.info("profiling %s on %s: %s", config.run.name, found, ready.layout)
+    with tempfile.TemporaryDirectory(prefix=".run-", dir=out) as scratch:
+        file = Path(scratch) / "run.yaml"
+        file.write_text(dump_run(_from_the_start(config, run_dir=Path(scratch))), encoding="utf-8")
+        options = [*verbosity_options(), "--steps", str(steps), "--out", str(out)]
+        code = start_ranks(
+            [sys.executable, "-P", "-m", "trainshort", "profile", *options, "--", str(file)],
+            ranks=ready.layout.world_size,
+            logs=logs_folder(out),
+            metrics=metrics_path(Path(scratch)),
+            environment=os.environ,
+            explain_memory=partial(rank_out_of_memory, config, ready.layout, on_gpu=False),
+        )
+    return code, {} if code else json.loads((out / PROFILE_NAME).read_text(encoding="utf-8"))
+
+
+def _from_the_start(config: "RunConfig", *, run_dir: Path) -> "RunConfig":
+    """Return the run in another folder, with its own data, and nothing to validate or to load."""
+    from configs.paths import data_folder
+
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": str(run_dir)}),
+            "data": config.data.model_copy(update={"dir": str(data_folder(config))}),
+            "train": config.train.model_copy(update={"init_from": None}),
+            "evaluate": config.evaluate.model_copy(update={"every": 0}),
+        }
+    )

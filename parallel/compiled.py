@@ -1,0 +1,121 @@
+"""`train.compile`: torch.compile of the functions between the matrix products, each once, whatever layers use it.
+
+Collectives and attention are left out, so that it works in every layout. torch keeps what it compiled in a folder of
+the machine, TORCHINDUCTOR_CACHE_DIR or one in /tmp: other ranks and later starts read it.
+"""
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import MachineError
+from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize
+from parallel.head import Compile, as_it_is
+
+
+def make_compile(word: str, *, device: torch.device) -> tuple[Compile, str | None]:
+    """Return what compiles functions on a device, and why nothing is compiled although it could be wanted.
+
+    Args:
+        word: Value of `train.compile`.
+        device: Where they run.
+    Raises:
+        MachineError: it must compile, and the machine cannot.
+    """
+    if word == "off" or (word == "auto" and device.type == "cpu"):
+        return as_it_is, None
+    lacks = _lacks(device)
+    if lacks is None:
+        return _EachOnce(), None
+    if word == "on":
+        raise MachineError(f"train.compile on: this machine cannot compile: {lacks}, or set train.compile to off")
+    return as_it_is, f"nothing is compiled, so steps are slower: {lacks}"
+
+
+def compile_now(
+    compiled: Compile,
+    *,
+    rows: int,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    split: bool,
+    drops: bool,
+) -> None:
+    """Compile the functions of `parallel.fused`, or read what an earlier start or another rank compiled.
+
+    torch compiles at the first call for each kind of arguments: call them as the layers will.
+
+    Args:
+        compiled: What the layers are built with.
+        rows: Tokens of a rank's micro-batch.
+        widths: Width of the states, and of this rank's part of the feed-forward.
+        dtype: Type of the states.
+        device: Where they are.
+        split: Whether the sequence is split: whole parameters then come through `with_summed_gradients`.
+        drops: Whether there is dropout: a bias is then added before it.
+    """
+    hidden, inner = widths
+
+    def states(width: int) -> Tensor:
+        return torch.zeros(rows, width, dtype=dtype, device=device, requires_grad=True)
+
+    def whole() -> Tensor:
+        parameter = nn.Parameter(torch.zeros(hidden, dtype=dtype, device=device))
+        return parameter.view_as(parameter) if split else parameter
+
+    bias, epsilon = None if drops else whole(), 1e-5
+    results = [
+        compiled(normalize)(states(hidden), whole(), whole(), epsilon),
+        *compiled(add_and_normalize)(states(hidden), states(hidden), bias, whole(), whole(), epsilon),
+        compiled(add_to_residual)(states(hidden), states(hidden), bias),
+        compiled(gelu)(states(inner), nn.Parameter(torch.zeros(inner, dtype=dtype, device=device))),
+    ]
+    torch.autograd.backward(results, [torch.zeros_like(result) for result in results])
+
+
+def _lacks(device: torch.device) -> str | None:
+    """Return what must be installed to compile for a device, None if nothing."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "install triton"
+        # Triton compiles its launchers with it.
+        return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "install a C compiler (gcc)"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "install a C++ compiler (g++)"
+    return None
+
+
+class _EachOnce:
+    """Compiles each function once, for any number of tokens."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if function not in self._compiled:
+            self._compiled[function] = _of_any_length(torch.compile(function))
+        return self._compiled[function]
+
+
+def _of_any_length(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a compiled function that another number of tokens, the first dimension, does not compile again."""
+
+    def run(*arguments: Any) -> Any:
+        for argument in arguments:
+            # Parameters have the same size in each call: their kernels are faster if torch knows it.
+            if isinstance(argument, Tensor) and not isinstance(argument, nn.Parameter):
+                torch._dynamo.maybe_mark_dynamic(argument, 0)
+        return compiled(*arguments)
+
+    return run

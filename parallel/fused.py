@@ -1,0 +1,32 @@
+"""What lies between the matrix products: functions of tensors without collectives, so that each can be compiled.
+
+Rows are tokens: states are [tokens, hidden], or of any leading shape.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def normalize(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Return the LayerNorm of states, [..., hidden]."""
+    return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+
+
+def add_to_residual(x: Tensor, output: Tensor, output_bias: Tensor | None) -> Tensor:
+    """Return states plus a linear's output and its bias, [..., hidden]."""
+    added = x + output
+    # The sum is new, so nobody sees that it is written again.
+    return added if output_bias is None else added.add_(output_bias)
+
+
+def add_and_normalize(
+    x: Tensor, output: Tensor, output_bias: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Return states plus a linear's output and its bias, and their LayerNorm, [..., hidden] each."""
+    x = add_to_residual(x, output, output_bias)
+    return x, normalize(x, weight, bias, epsilon)
+
+
+def gelu(up: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the GELU, in its tanh form, of a linear's output and its bias, [..., inner]."""
+    return F.gelu(up if bias is None else up + bias, approximate="tanh")

@@ -1,0 +1,162 @@
+"""Gradients between the backward pass and the optimizer, where DeepSpeed does not partition them.
+
+That is DeepSpeed's engine without ZeRO, whose optimizer steps the parameters, and its BF16_Optimizer. Their gradients
+are added up once, in fp32, and clipped by the optimizer's own kernel. Nothing waits for the device.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from parallel.axes import Group, Groups
+from parallel.libraries import (
+    BF16_Optimizer,
+    ColumnParallelLinear,
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    megatron_layers,
+)
+from parallel.shards import shard_of
+from parallel.weight_gradient import add_product
+
+# megatron's linears call an extension of this name, which adds their weight's gradient to its `main_grad`.
+megatron_layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(  # type: ignore[attr-defined]
+    wgrad_gemm_accum_fp32=lambda x, gradient, total: add_product(total, gradient, x)
+)
+
+
+def take_over(engine: Any, *, groups: Groups, clip: float) -> None:
+    """Reduce, clip and step an engine's gradients without copies and without waiting for the device.
+
+    Engines whose gradients DeepSpeed partitions are left as they are.
+
+    Args:
+        engine: DeepSpeed's engine, with its optimizer's state.
+        groups: The axes.
+        clip: Largest global gradient norm.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
+        return
+    if groups.data.size == 1:
+        # DeepSpeed would copy all gradients into a buffer, sum it over one rank, and copy them back.
+        engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
+    if not isinstance(optimizer, BF16_Optimizer):
+
+        def clip_gradients() -> None:
+            engine._global_grad_norm = _clip(engine, optimizer, groups=groups, clip=clip)
+
+        engine.clip_fp32_gradients = clip_gradients
+        return
+    for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter._hp_grad = gradient
+    add_from_now_on(engine)
+    masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
+
+    def step() -> None:
+        # As DeepSpeed's own, which would read the norm on the host, and set gradients to zero once more than needed.
+        optimizer._global_grad_norm = _clip(engine, optimizer.optimizer, groups=groups, clip=clip)
+        optimizer.optimizer.step()
+        optimizer.update_lp_params()
+
+    optimizer.step = step
+
+
+def gradient_of(engine: Any, parameter: nn.Parameter) -> Tensor | None:
+    """Return a parameter's gradient so far, in its shape; None before the first backward pass of a step."""
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        gradient: Tensor = parameter._hp_grad  # type: ignore[attr-defined]
+        return gradient.view(parameter.shape)
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        return engine.optimizer.get_param_gradient_attribute(parameter)  # type: ignore[no-any-return]
+    return parameter.grad
+
+
+def sum_tied_gradients(engine: Any, *, data: Group) -> None:
+    """Give each stage's copy of a tied parameter the same gradient, bit for bit.
+
+    Sum over the data ranks first, then over the stages: a sum of two has one order. DeepSpeed then averages the
+    gradient over the data ranks, like any other: one rank hands it the sum and the others zeros, which add up exactly
+    in any order.
+
+    Args:
+        engine: DeepSpeed's pipeline engine, before it reduces gradients.
+        data: The data axis.
+    """
+    for parameter, stages in engine.module.get_tied_weights_and_groups():
+        gradient = gradient_of(engine, parameter)
+        assert gradient is not None, "a stage gave a tied parameter no gradient, so the other stages would wait"
+        if data.size > 1:
+            dist.all_reduce(gradient, group=data.handle)
+        dist.all_reduce(gradient, group=stages)
+        if data.rank > 0:
+            gradient.zero_()
+
+
+def add_from_now_on(engine: Any) -> None:
+    """Let the next backward passes add weights' gradients to those that are there, in the products themselves."""
+    for layer in _layers(engine.module):
+        if (gradient := gradient_of(engine, layer.weight)) is not None:
+            layer.weight.main_grad = gradient
+            layer.gradient_accumulation_fusion = True
+
+
+def add_no_more(engine: Any) -> None:
+    """Let the next backward pass write new gradients: so none take memory before, and none are set to zero."""
+    for layer in _layers(engine.module):
+        layer.gradient_accumulation_fusion = False
+        layer.weight.__dict__.pop("main_grad", None)
+
+
+def adds_in_turn(engine: Any) -> bool:
+    """Return whether the first backward pass of a step writes gradients to which the others add."""
+    wrappers = DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer
+    return not isinstance(engine.optimizer, wrappers)
+
+
+def _clip(engine: Any, optimizer: torch.optim.Optimizer, *, groups: Groups, clip: float) -> Tensor:
+    """Make the optimizer's next step clip to a global norm; return the norm, a scalar on the device.
+
+    A step without a finite norm changes nothing.
+    """
+    norm = _global_norm(engine, groups=groups)
+    scale = ((norm + 1e-6) / clip).clamp(min=1.0)
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # torch's fused optimizers divide gradients and skip a step themselves, without a pass over memory.
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    else:
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], scale)
+    return norm
+
+
+def _global_norm(engine: Any, *, groups: Groups) -> Tensor:
+    """Return the norm of all gradients, each parameter counted once: those of one rank of the data axis."""
+    gradients = [
+        gradient_of(engine, parameter)
+        for parameter in engine.module.parameters()
+        # DeepSpeed marks a tied weight on all stages but one.
+        if not getattr(parameter, "ds_pipe_replicated", False)
+        and (groups.tensor.rank == 0 or shard_of(parameter).dim is not None)
+    ]
+    total = get_total_norm([gradient for gradient in gradients if gradient is not None]).square()
+    if groups.tensor.size * groups.pipeline.size > 1:
+        dist.all_reduce(total, group=groups.grid.get_model_parallel_group())
+    return total.sqrt()
+
+
+def _layers(module: nn.Module) -> Iterator[Any]:
+    """Return the layers that can add to their weight's `main_grad`."""
+    kinds = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
+    return (layer for layer in module.modules() if isinstance(layer, kinds))

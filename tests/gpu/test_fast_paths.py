@@ -1,0 +1,102 @@
+"""The parts of a fast step on a GPU, each against plain torch: `make test-gpu`."""
+
+from collections.abc import Callable
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.positions import POSITIONS
+from parallel.axes import Group
+from parallel.compiled import make_compile
+from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize
+from parallel.head import Head
+from parallel.weight_gradient import add_product, adds_in_product
+from tests.support.models import VOCABULARY, make_wandering_decoder
+from training.generation import continue_tokens
+from training.model.single import SingleModel
+from training.sampling import Sampling
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+HIDDEN = 256
+
+
+@pytest.mark.parametrize("compiles", ["on", "off"])
+def test_the_loss_in_chunks_equals_cross_entropy(compiles: str) -> None:
+    tokens, rows, padding = 3000, 50_304, 47  # two chunks, the second one smaller
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 1, HIDDEN, device=CUDA).bfloat16().requires_grad_()
+    weight = nn.Parameter((0.05 * torch.randn(rows, HIDDEN, device=CUDA)).bfloat16())
+    targets = torch.randint(0, rows - padding, (1, tokens), device=CUDA)
+    embedding = SimpleNamespace(weight=weight, padding=padding, vocab_start_index=0)
+    exact_x, exact_weight = (value.detach().float().requires_grad_() for value in (x, weight))
+    expected = F.cross_entropy(exact_x[:, 0] @ exact_weight[: rows - padding].t(), targets[0])
+    compiled, _ = make_compile(compiles, device=CUDA)
+    loss = Head(tensor=Group(0, 1, None), compiled=compiled).loss(embedding, x, targets)
+    torch.testing.assert_close(loss, expected, atol=2e-3, rtol=1e-3)
+    loss.backward()
+    expected.backward()
+    for found, exact in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        assert found is not None
+        assert exact is not None
+        assert (found.float() - exact).norm() <= 1e-2 * exact.norm()
+
+
+def test_weight_gradients_add_up_in_fp32() -> None:
+    torch.manual_seed(0)
+    total = torch.zeros(512, HIDDEN, device=CUDA)
+    exact = torch.zeros(512, HIDDEN, device=CUDA, dtype=torch.float64)
+    for _ in range(20):
+        gradient, x = (torch.randn(1024, width, device=CUDA).bfloat16() for width in (512, HIDDEN))
+        add_product(total, gradient, x)
+        exact += gradient.double().t() @ x.double()
+    error = ((total.double() - exact).norm() / exact.norm()).item()
+    # a product that is rounded to 16 bits before it is added has an error of about 2e-3
+    assert error < (1e-5 if adds_in_product("cuda", torch.bfloat16) else 3e-3)
+
+
+def test_the_fused_functions_equal_the_plain_ones() -> None:
+    compiled, lacks = make_compile("on", device=CUDA)
+    assert lacks is None
+    for function, shapes in FUSED.items():
+        for rows in (256, 1001):
+            torch.manual_seed(0)
+            plain = [torch.randn(rows, HIDDEN, device=CUDA) for _ in range(shapes[0])]
+            plain += [torch.randn(HIDDEN, device=CUDA) for _ in range(shapes[1])]
+            results = [_with_gradients(each, function, plain) for each in (function, compiled(function))]
+            for expected, found in zip(*results, strict=True):
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+# states and vectors that each takes; a norm takes its epsilon after them
+FUSED: dict[Callable[..., Any], tuple[int, int]] = {
+    normalize: (1, 2),
+    add_to_residual: (2, 1),
+    add_and_normalize: (2, 3),
+    gelu: (1, 1),
+}
+
+
+def _with_gradients(called: Callable[..., Any], function: Callable[..., Any], values: list[Tensor]) -> list[Tensor]:
+    arguments = [nn.Parameter(value) if value.ndim == 1 else value.clone().requires_grad_() for value in values]
+    epsilon = (1e-5,) if function in (normalize, add_and_normalize) else ()
+    results = called(*arguments, *epsilon)
+    results = list(results) if isinstance(results, tuple) else [results]
+    gradients = torch.autograd.grad(sum(result.sin().sum() for result in results), arguments)
+    return [*results, *gradients]
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_captured_decoding_gives_the_same_tokens(position: str) -> None:
+    prompt = torch.randint(3, VOCABULARY, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = []
+    for capture in (None, lambda run: run):  # None: a CUDA graph
+        decoder = make_wandering_decoder(position=position)
+        model = SingleModel(decoder, device=CUDA, certificate={}, capture=capture)
+        texts.append(list(islice(continue_tokens(model, prompt, sampling=Sampling(), end=None), 60)))
+    assert texts[0] == texts[1]

@@ -1,0 +1,129 @@
+"""Estimate the bytes that the layers of a pipeline stage keep for the backward pass. Imports no torch."""
+
+from dataclasses import dataclass
+
+from configs.backends import Backend, backend_of
+from configs.positions import POSITIONS
+from configs.precisions import PRECISIONS
+from configs.schema import RunConfig
+from parallel.layout import HEAD_CHUNK_BYTES, Layout, head_blocks, padded_vocabulary, stage_bounds
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one rank.
+
+    Attributes:
+        kept: What all layers keep for the backward pass, of all micro-batches in flight.
+        working: What the head, or the backward pass of one block, needs on top.
+    """
+
+    kept: int
+    working: int
+
+
+def block_bounds(config: RunConfig, layout: Layout) -> tuple[int, ...]:
+    """Return each stage's first block, and the end."""
+    head = head_blocks(config.model, vocab_size=config.data.vocab_size, length=config.data.sequence_length)
+    return stage_bounds(config.model.layers, stages=layout.pipeline, head=head)
+
+
+def in_flight(layout: Layout, stage: int) -> int:
+    """Return the micro-batches whose activations a stage holds: 1F1B gives stages further to the front more."""
+    return min(layout.pipeline - stage, layout.micro_batches)
+
+
+def stage_activations(config: RunConfig, layout: Layout, stage: int, *, on_gpu: bool) -> Activations:
+    """Return what a stage keeps for the backward pass, and what it needs on top.
+
+    Args:
+        config: The run.
+        layout: How the ranks are split into axes.
+        stage: The pipeline stage.
+        on_gpu: Whether the ranks have GPUs.
+    """
+    model, train, width = config.model, config.train, PRECISIONS[config.train.precision].width
+    bounds = block_bounds(config, layout)
+    blocks, first, last = bounds[stage + 1] - bounds[stage], stage == 0, stage == layout.pipeline - 1
+    whole_state = width * train.micro_batch * config.data.sequence_length * model.hidden
+    state = whole_state // _parts(config, layout)  # a rank's states between the linears
+    block, again = _block(config, layout, on_gpu=on_gpu)
+    kept = blocks * block
+    # The embedding's norm keeps a state, and its dropout; so do the last norm and the head.
+    kept += state * first * (2 if model.dropout else 1) + 2 * state * last
+    kept += state * (layout.pipeline > 1)  # the output of the stage
+    held = in_flight(layout, stage) * kept + _bias_strip(config, layout, on_gpu=on_gpu)
+    if last and layout.pipeline > 1:
+        held += min(2, layout.micro_batches) * state  # DeepSpeed keeps the last layer's output of micro-batches before
+    if _parts(config, layout) > 1:
+        held += whole_state  # megatron's buffer for the inputs of column linears, gathered
+    backward = state + 2 * whole_state * model.inner // model.hidden // layout.tensor + again
+    return Activations(held, max(backward, _head(config, layout, on_gpu=on_gpu) if last else 0))
+
+
+def _parts(config: RunConfig, layout: Layout) -> int:
+    """Return into how many parts the tensor ranks split a sequence between the linears."""
+    return layout.tensor if config.parallel.sequence else 1
+
+
+def _head(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
+    """Return the bytes of a chunk of logits, and of the gradients of the head's input and weight."""
+    train, hidden, width = config.train, config.model.hidden, PRECISIONS[config.train.precision].width
+    tokens = train.micro_batch * config.data.sequence_length
+    columns = padded_vocabulary(config.data.vocab_size, tensor=layout.tensor) // layout.tensor
+    most = max(1, HEAD_CHUNK_BYTES // (columns * width))
+    chunk = columns * min(tokens, 1 << (most.bit_length() - 1))
+    # Logits and, of the same size, their gradient; uncompiled also log probabilities, which fp32 overwrites.
+    compiled = train.compile == "on" or (train.compile == "auto" and on_gpu)
+    element = 2 * width + (FP32 if width < FP32 and not compiled else 0)
+    states = width * tokens * hidden * (2 if _parts(config, layout) > 1 else 1)
+    return element * chunk + states + FP32 * columns * hidden
+
+
+def _backend(config: RunConfig, *, on_gpu: bool) -> Backend:
+    """Return the attention backend of a run, on ranks with GPUs or without."""
+    model = config.model
+    return backend_of(
+        model.attention,
+        device="cuda" if on_gpu else "cpu",
+        position=model.position,
+        precision=config.train.precision,
+        head_dim=model.head_dim,
+    )
+
+
+def _bias_strip(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
+    """Return the bytes of the bias that all layers share."""
+    model, seq = config.model, config.data.sequence_length
+    rows = _backend(config, on_gpu=on_gpu).query_block if POSITIONS[model.position].has_bias else 0
+    return FP32 * model.heads // layout.tensor * min(seq, rows) * seq
+
+
+def _block(config: RunConfig, layout: Layout, *, on_gpu: bool) -> tuple[int, int]:
+    """Return the bytes that one block keeps of one micro-batch, and those that its backward pass computes again."""
+    model, train, seq = config.model, config.train, config.data.sequence_length
+    width, tokens = PRECISIONS[train.precision].width, train.micro_batch * seq
+    backend, position = _backend(config, on_gpu=on_gpu), POSITIONS[model.position]
+    hidden, inner, parts = width * model.hidden, width * model.inner, _parts(config, layout)
+    # What a softmax keeps beside queries, keys and values: its output, or its sums and what the method adds.
+    attention = hidden + FP32 * model.heads
+    if position.rotates:
+        attention += 2 * hidden
+    if position.has_bias and 0 < backend.query_block < seq:
+        attention += hidden  # the output, joined from blocks
+    if backend.keeps_scores:
+        attention += 3 * FP32 * model.hidden + FP32 * model.heads * seq
+    # Inputs of both norms and of the linears after them; queries, keys, values; input and output of the GELU.
+    whole, split = 4 * hidden, 3 * hidden + attention + 2 * inner
+    if model.dropout:
+        whole += 2 * model.hidden * (1 if on_gpu else width)
+    everything = tokens * (whole // parts + split // layout.tensor)
+    if train.recompute is False:
+        return everything, 0
+    if train.recompute is True:
+        kept = tokens * hidden // parts
+    else:  # the block's input, attention's output after its linear; queries, keys, values; input of the GELU
+        kept = tokens * ((whole - 2 * hidden) // parts + (3 * hidden + inner) // layout.tensor)
+    return kept, everything - kept

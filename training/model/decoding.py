@@ -1,0 +1,194 @@
+"""Decode the next token with fixed shapes, so that a GPU replays one captured graph instead of many launches.
+
+The buffers of keys and values have a size that is a power of two, and the token's position is a tensor. All of a
+step's shapes then depend on the size alone: it is captured once per size, and replayed for each token.
+"""
+
+import logging
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from training.model.attention import Attention, AttentionBlock
+from training.model.cache import KeyValueCache
+from training.model.decoder import Decoder
+from training.model.positions.bias import Bias, power_of_two
+from training.model.positions.rows import NextPosition
+
+logger = logging.getLogger(__name__)
+
+Launch = Callable[[], Tensor]
+Capture = Callable[[Launch], Launch]
+SMALLEST = 256  # tokens: smaller buffers would save no time
+_WARM_UP = 2  # runs before the capture, which allocate what is made only once
+
+
+class CudaGraph:
+    """The work that a function launches on fixed tensors, captured once; a call replays it and returns its result."""
+
+    def __init__(self, run: Launch) -> None:
+        """Capture it.
+
+        Raises:
+            RuntimeError: the function does what a graph cannot hold.
+        """
+        before, beside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(before)
+        with torch.cuda.stream(beside):
+            for _ in range(_WARM_UP):
+                run()
+        before.wait_stream(beside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+            self._result = run()
+
+    def __call__(self) -> Tensor:
+        """Replay it; the result is overwritten by the next call."""
+        self._graph.replay()
+        return self._result
+
+
+class FixedCache:
+    """Keys and values in buffers of one size; the position at which a token is added is read from the device."""
+
+    def __init__(self, bias: Bias, *, like: KeyValueCache, size: int) -> None:
+        """Make empty buffers.
+
+        Args:
+            bias: What is added to the scores.
+            like: Has buffers of the same blocks.
+            size: Tokens that fit.
+        """
+        # Zeros: the weight of a key that is not yet set is 0, and 0 times what memory happens to hold may be nan.
+        self.pairs = {
+            block: (_empty(keys, size=size), _empty(values, size=size)) for block, (keys, values) in like.pairs.items()
+        }
+        keys, _ = next(iter(self.pairs.values()))
+        self.position = NextPosition(limit=size, device=keys.device)
+        # The last query's row, then as many keys ahead of it. That of position p begins at size - 1 - p.
+        row = bias(rows=1, keys=size, device=keys.device, dtype=keys.dtype)  # [1, local_heads or 1, 1, size]
+        self._rows = torch.cat([row, torch.full_like(row, -torch.inf)], dim=3)
+        self._columns = torch.arange(size - 1, 2 * size - 1, device=keys.device)
+        self._row = row
+
+    @property
+    def start(self) -> NextPosition:
+        """Position of the next token."""
+        return self.position
+
+    def find_row(self) -> None:
+        """Look up the bias of the token's position, for all blocks."""
+        self._row = self._rows.index_select(3, self._columns - self.position.index)
+
+    def attend(self, attend: Attention, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention of one token to those before it; `attend` itself takes only keys that are set."""
+        keys, values = self.pairs[block]
+        keys.index_copy_(2, self.position.index, k)
+        values.index_copy_(2, self.position.index, v)
+        # Without cuDNN: see `training.model.kernels.sdpa`. Flash kernels take no bias.
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._row)
+
+    def advance(self, tokens: int) -> None:
+        """Do nothing: the position is set before each token."""
+
+    def take_over(self, cache: KeyValueCache) -> None:
+        """Copy another cache's tokens, and give it these buffers."""
+        for block, pair in cache.pairs.items():
+            for buffer, filled in zip(self.pairs[block], pair, strict=True):
+                buffer[:, :, : cache.length] = filled[:, :, : cache.length]
+        cache.pairs = dict(self.pairs)
+
+
+def _empty(buffer: Tensor, *, size: int) -> Tensor:
+    batch, heads, _, head_dim = buffer.shape
+    return buffer.new_zeros(batch, heads, size, head_dim)
+
+
+class TokenStep:
+    """One decoding step of one batch and size, on tensors of its own; one generation uses it at a time."""
+
+    def __init__(self, decoder: Decoder, *, like: KeyValueCache, size: int, capture: Capture) -> None:
+        """Build it; the arguments are those of `FixedCache` and `TokenSteps`."""
+        attends = {id(layer.attend): layer.attend for layer in decoder.layers if isinstance(layer, AttentionBlock)}
+        assert len(attends) == 1, "all blocks share their attention"
+        (attend,) = attends.values()
+        self.cache = FixedCache(attend.bias, like=like, size=size)
+        batch = next(iter(like.pairs.values()))[0].shape[0]
+        self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.cache.position.index.device)
+
+        def run() -> Tensor:
+            self.cache.find_row()
+            return decoder.logits(decoder.hidden(self._tokens, self.cache)[-1])
+
+        self._run = capture(run)
+
+    def holds(self, cache: KeyValueCache) -> bool:
+        """Return whether a cache's tokens are in this step's buffers, with space for one more."""
+        block, pair = next(iter(self.cache.pairs.items()))
+        return cache.pairs[block][0] is pair[0] and cache.length < pair[0].shape[2]
+
+    def __call__(self, tokens: Tensor, *, position: int) -> Tensor:
+        """Return the logits [batch, vocab] after tokens [batch, 1] at a position; the next call overwrites them."""
+        self._tokens.copy_(tokens)
+        self.cache.position.index.fill_(position)
+        return self._run()
+
+
+class TokenSteps:
+    """The steps of a model: one per batch and size, and generation at a time."""
+
+    def __init__(self, decoder: Decoder, *, capture: Capture) -> None:
+        """Build it.
+
+        Args:
+            decoder: The model, with its weights.
+            capture: Returns a faster function that does the same on the same tensors.
+        """
+        self._decoder, self._capture, self._has_failed = decoder, capture, False
+        self._free: defaultdict[tuple[int, int], list[TokenStep]] = defaultdict(list)
+        self._used: weakref.WeakKeyDictionary[KeyValueCache, TokenStep] = weakref.WeakKeyDictionary()
+
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor | None:
+        """Return the logits of the token after one token, and add that to the cache.
+
+        Args:
+            tokens: [batch, 1] int64.
+            cache: The tokens before, at least one.
+        Returns:
+            [batch, vocab], overwritten by the next call with this cache. None if a step cannot be captured: then the
+            cache is as it was.
+        """
+        step = self._used.get(cache)
+        if step is None or not step.holds(cache):
+            step = self._take(cache)
+        if step is None:
+            return None
+        logits = step(tokens, position=cache.length)
+        cache.advance(1)
+        return logits
+
+    def _take(self, cache: KeyValueCache) -> TokenStep | None:
+        """Return a free step with the tokens of a cache; it is free again once the cache is gone."""
+        if self._has_failed:
+            return None
+        size = max(SMALLEST, power_of_two(cache.length + 1))
+        free = self._free[len(next(iter(cache.pairs.values()))[0]), size]
+        try:
+            step = free.pop()
+        except IndexError:
+            try:
+                step = TokenStep(self._decoder, like=cache, size=size, capture=self._capture)
+            except (RuntimeError, TypeError) as error:  # TypeError: a position method that takes a number as its start
+                logger.debug("each token is decoded without a CUDA graph: %s", error)
+                self._has_failed = True
+                return None
+        step.cache.take_over(cache)
+        self._used[cache] = step
+        weakref.finalize(cache, free.append, step).atexit = False
+        return step

@@ -1,0 +1,78 @@
+"""The gradients of an attention, compared with those of attention written out.
+
+A compiled kernel has been seen to give NaN gradients where its output was right: nothing would train, or worse. So they
+are checked once at start, on the device, before they are used.
+"""
+
+import torch
+from torch import Tensor
+
+from training.model.attention import Attention, AutoAttention
+from training.model.kernels.reference import Reference
+
+SEQ = 131  # more than one block of a kernel, and a multiple of none
+ROW_ERRORS = 10  # what gradients may be off, in units of what a row may: bf16 rounds queries, weights and outputs
+
+
+def gradient_error(attend: Attention, *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return how far an attention's output and gradients are from exact; nan if one of them is.
+
+    Args:
+        attend: Any kernel.
+        heads: Heads of this rank.
+        head_dim: Their width.
+        dtype: Type of queries, keys and values.
+        device: Where to compute.
+    Returns:
+        The largest difference, relative to the largest entry of the exact tensor.
+    """
+    generator = torch.Generator().manual_seed(SEQ)
+    # as the projection gives them: [seq, batch, local_heads, 3, head_dim] -> 3 x [batch, local_heads, seq, head_dim]
+    drawn = torch.randn(SEQ, 1, heads, 3, head_dim, generator=generator).to(device, dtype)
+    inputs = drawn.permute(3, 1, 2, 0, 4).unbind()
+    weight = torch.randn(1, heads, SEQ, head_dim, generator=generator).to(device, dtype)
+    ours = _output_and_gradients(attend, inputs, weight=weight)
+    wide = torch.promote_types(torch.float32, dtype)
+    exact = _output_and_gradients(Reference(attend.bias), tuple(x.to(wide) for x in inputs), weight=weight.to(wide))
+    errors = [(x.to(wide) - y).abs().max() / y.abs().max() for x, y in zip(ours, exact, strict=True)]
+    return float(torch.stack(errors).max())  # max keeps nan
+
+
+def _output_and_gradients(attend: Attention, inputs: tuple[Tensor, ...], *, weight: Tensor) -> list[Tensor]:
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    with torch.enable_grad():
+        out = attend(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), weight)]
+
+
+def gradient_fault(
+    attend: Attention, *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, limit: float
+) -> str | None:
+    """Return what is wrong with an attention's gradients, None if they are right.
+
+    `auto` takes the next kernel instead, and says so in one line, as long as it has one.
+
+    Args:
+        attend: The attention.
+        heads: Heads of this rank.
+        head_dim: Their width.
+        dtype: Type of queries, keys and values.
+        device: Where to compute.
+        limit: Largest error allowed, as `gradient_error` measures it.
+    """
+    while True:
+        fault = _fault(attend, heads=heads, head_dim=head_dim, dtype=dtype, device=device, limit=limit)
+        if fault is None or not isinstance(attend, AutoAttention):
+            return fault
+        if not attend.refuse(torch.empty(1, heads, 1, head_dim, dtype=dtype, device=device), fault):
+            return fault
+
+
+def _fault(
+    attend: Attention, *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, limit: float
+) -> str | None:
+    try:
+        error = gradient_error(attend, heads=heads, head_dim=head_dim, dtype=dtype, device=device)
+    except (RuntimeError, NotImplementedError) as failure:  # torch's compilers raise both
+        return f"it fails here ({next(iter(str(failure).splitlines()), type(failure).__name__)})"
+    return None if error <= limit else f"its output or gradients are wrong by {error:.3g} (allowed {limit:g})"

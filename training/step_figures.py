@@ -1,0 +1,125 @@
+"""What all ranks learn of a step, in one collective: loss, gradient norm, peak memory, and whether one asks to stop.
+
+A GPU works on a queue, which must not run empty between two steps. So nothing here waits for it but `read`, which is
+called when the next step is in the queue too.
+"""
+
+import resource
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.axes import Groups
+from parallel.engine import StepOutcome
+from training.incarnation import Fence
+from training.stopping import StopRequest, StopVerdict
+
+Instant = Any  # seconds; on a GPU, an event in its queue
+
+_POLL_SECONDS = 0.0005
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """A step, the same on every rank but for the time.
+
+    Attributes:
+        loss: Mean over the global batch, nats per token.
+        grad_norm: Global, before clipping.
+        memory_gb: Peak of the rank with the largest, in 1e9 bytes.
+        verdict: Whether a rank asks to stop.
+        seconds: Time of the step on this rank's device.
+    """
+
+    loss: float
+    grad_norm: float
+    memory_gb: float
+    verdict: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SentFigures:
+    """A step that this rank's device may not have finished.
+
+    Attributes:
+        rows: Each rank's loss, gradient norm, memory and verdict, [world, 4] fp32, on the CPU; filled when it ends.
+        began, ended: From `mark_time`.
+    """
+
+    rows: Tensor
+    began: Instant
+    ended: Instant
+
+
+class FigureExchange:
+    """Gathers each step's figures from all ranks.
+
+    Args:
+        groups: This rank's places.
+        device: This rank's device.
+        stop: Shows whether this rank was asked to stop.
+        fence: Shows whether this start of the run is still the newest.
+    """
+
+    def __init__(self, *, groups: Groups, device: torch.device, stop: StopRequest, fence: Fence) -> None:
+        self._world, self._device = groups.world, device
+        self._stop, self._fence = stop, fence
+        self._last_stage = groups.data.size * groups.tensor.size  # its ranks are the world's last, and have the loss
+        # Memory and verdict. A GPU reads them at the end of a step, so a signal that comes during it still counts.
+        # Neither falls, so it does not matter that the steps in the queue share them.
+        self._own = torch.zeros(2, pin_memory=device.type == "cuda")
+
+    def send(self, outcome: StepOutcome, *, began: Instant) -> SentFigures:
+        """Put the exchange of a step's figures into the device's queue; every rank must call it.
+
+        Args:
+            outcome: This rank's result.
+            began: When the step began, from `mark_time`.
+        """
+        self._own[0] = _peak_memory_gb(self._device)
+        self._write_verdict()
+        own = self._own.to(self._device, non_blocking=True)
+        rows = torch.stack([outcome.loss.float(), outcome.grad_norm.float(), *own])[None]
+        if self._world.size > 1:
+            mine, rows = rows, rows.new_empty(self._world.size, rows.shape[1])
+            dist.all_gather_into_tensor(rows, mine, group=self._world.handle)
+        # the copy first: the event says that it is there
+        return SentFigures(rows.to("cpu", non_blocking=True), began, mark_time(self._device))
+
+    def read(self, sent: SentFigures) -> StepFigures:
+        """Wait for a step and return its figures."""
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            self._write_verdict()
+            while not sent.ended.query():
+                time.sleep(_POLL_SECONDS)  # and not `synchronize`, during which Python runs no signal handler
+                if self._stop.asked and self._own[1] == StopVerdict.GO_ON:
+                    self._own[1] = StopVerdict.STOP
+        _, grad_norm, memory_gb, verdict = sent.rows.amax(dim=0).tolist()  # nan wins
+        loss = sent.rows[-self._last_stage :, 0].double().mean().item()
+        seconds = sent.began.elapsed_time(sent.ended) / 1000 if on_gpu else sent.ended - sent.began
+        return StepFigures(loss, grad_norm, memory_gb, int(verdict), seconds)
+
+    def _write_verdict(self) -> None:
+        if self._world.size > 1:  # one rank alone asks itself, at any time
+            self._own[1] = self._stop.verdict(fence=self._fence, reads_folder=self._world.rank == 0)
+
+
+def mark_time(device: torch.device) -> Instant:
+    """Return now; on a GPU, when its queue gets here."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
