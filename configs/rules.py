@@ -83,6 +83,15 @@ def _tensor_columns(config: RunConfig) -> Iterator[str]:
         yield f"parallel.tensor must divide model.feed_forward ({inner}), got {tensor}: use {divisors(inner)}"
 
 
+def _tensor_vocabulary(config: RunConfig) -> Iterator[str]:
+    vocab_size, tensor = config.data.vocab_size, config.parallel.tensor
+    if -(-vocab_size // tensor) * (tensor - 1) >= vocab_size:
+        yield (
+            f"parallel.tensor {tensor} leaves a rank without any of the {vocab_size} tokens of data.vocab_size: use "
+            "fewer tensor ranks, or a larger vocabulary"
+        )
+
+
 def _stages(config: RunConfig) -> Iterator[str]:
     layers, pipeline = config.model.layers, config.parallel.pipeline
     if pipeline > layers:
@@ -294,6 +303,7 @@ _RULES = (
     _attention,
     _tensor_heads,
     _tensor_columns,
+    _tensor_vocabulary,
     _stages,
     _zero_with_stages,
     _sequence,

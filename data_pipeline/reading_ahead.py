@@ -1,7 +1,9 @@
 """Read the next step's micro-batches while a step runs. Imports torch."""
 
+import queue
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from data_pipeline.loader import Loader
 
 ReadStep = Callable[[int], list[torch.Tensor]]
+_LAST_READ_SECONDS = 1.0  # longer than a read takes: Python may crash if it ends while torch works in a thread
 
 
 @contextmanager
@@ -22,27 +25,42 @@ def reading_ahead(loader: Loader, *, device: torch.device) -> Iterator[ReadStep]
         loader: The run's samples.
         device: Where the micro-batches go.
     """
-
-    def enter_thread() -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # a new thread has GPU 0, and pinning would open it for every rank
-
-    def read(consumed_samples: int) -> list[torch.Tensor]:
-        batches = loader.step(consumed_samples)
-        return [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches
-
-    thread = ThreadPoolExecutor(1, "reading ahead", initializer=enter_thread)
+    asked: queue.SimpleQueue[tuple[int, Future[list[torch.Tensor]]] | None] = queue.SimpleQueue()
     ahead: dict[int, Future[list[torch.Tensor]]] = {}
 
+    def read_all() -> None:
+        while (each := asked.get()) is not None:
+            consumed_samples, batches = each
+            try:
+                batches.set_result(_ready(loader.step(consumed_samples), device))
+            except BaseException as error:  # noqa: BLE001  raised where the step is asked for
+                batches.set_exception(error)
+
+    def submit(consumed_samples: int) -> Future[list[torch.Tensor]]:
+        batches: Future[list[torch.Tensor]] = Future()
+        asked.put((consumed_samples, batches))
+        return batches
+
     def step(consumed_samples: int) -> list[torch.Tensor]:
-        batches = ahead.pop(consumed_samples, None) or thread.submit(read, consumed_samples)
+        batches = ahead.pop(consumed_samples, None) or submit(consumed_samples)
         ahead.clear()
         result = batches.result()
         following = consumed_samples + loader.global_batch
-        ahead[following] = thread.submit(read, following)
+        ahead[following] = submit(following)
         return result
 
+    # A daemon: a disk may hang, and Python waits at its end for every other thread, an executor's too.
+    thread = threading.Thread(target=read_all, name="reading ahead", daemon=True)
+    thread.start()
     try:
         yield step
     finally:
-        thread.shutdown(wait=False, cancel_futures=True)  # a disk may hang, and nobody needs this step
+        asked.put(None)
+        thread.join(_LAST_READ_SECONDS)
+
+
+def _ready(batches: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    if device.type == "cpu":
+        return batches
+    torch.cuda.set_device(device)  # a new thread has GPU 0, and pinning would open it for every rank
+    return [batch.pin_memory() for batch in batches]

@@ -5,34 +5,37 @@ the machine, TORCHINDUCTOR_CACHE_DIR or one in /tmp: other ranks and later start
 """
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from configs.errors import MachineError
 from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize
 from parallel.head import Compile, as_it_is
 
 
-def make_compile(word: str, *, device: torch.device) -> tuple[Compile, str | None]:
-    """Return what compiles functions on a device, and why nothing is compiled although it could be wanted.
+def make_compile(word: str, *, device: torch.device) -> Compile:
+    """Return what compiles functions on a device; `compiling_fault` says whether the machine can.
 
     Args:
         word: Value of `train.compile`.
         device: Where they run.
-    Raises:
-        MachineError: it must compile, and the machine cannot.
     """
-    if word == "off" or (word == "auto" and device.type == "cpu"):
-        return as_it_is, None
-    lacks = _lacks(device)
-    if lacks is None:
-        return _EachOnce(), None
-    if word == "on":
-        raise MachineError(f"train.compile on: this machine cannot compile: {lacks}, or set train.compile to off")
-    return as_it_is, f"nothing is compiled, so steps are slower: {lacks}"
+    return as_it_is if word == "off" or (word == "auto" and device.type == "cpu") else _EachOnce()
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """Return what torch's compilers raise where they fail."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return RuntimeError, OSError, ImportError, subprocess.SubprocessError, FailOnRecompileLimitHit
+
+
+def first_line(failure: Exception) -> str:
+    """Return the first line of an error's message; a compiler's has many."""
+    return next(iter(str(failure).splitlines()), type(failure).__name__)
 
 
 def compile_now(
@@ -75,6 +78,23 @@ def compile_now(
         compiled(gelu)(states(inner), nn.Parameter(torch.zeros(inner, dtype=dtype, device=device))),
     ]
     torch.autograd.backward(results, [torch.zeros_like(result) for result in results])
+
+
+def compiling_fault(compiling: Callable[[], None], *, device: torch.device) -> str | None:
+    """Compile, and return what to do on this machine if it cannot; None if it can.
+
+    Args:
+        compiling: What compiles.
+        device: For what.
+    """
+    lacks = _lacks(device)
+    if lacks is not None:
+        return lacks
+    try:
+        compiling()
+    except compiler_errors() as failure:
+        return f"torch's compiler fails ({first_line(failure)}): repair it"
+    return None
 
 
 def _lacks(device: torch.device) -> str | None:

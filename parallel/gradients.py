@@ -131,13 +131,10 @@ def _clip(engine: Any, optimizer: torch.optim.Optimizer, *, groups: Groups, clip
     """
     norm = _global_norm(engine, groups=groups)
     scale = ((norm + 1e-6) / clip).clamp(min=1.0)
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        # torch's fused optimizers divide gradients and skip a step themselves, without a pass over memory.
-        optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-    else:
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], scale)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False), "an optimizer must be one of torch's fused ones"
+    # They divide gradients and skip a step themselves, without a pass over memory.
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     return norm
 
 

@@ -67,7 +67,7 @@ class Head:
         rows = _real_rows(embedding)
         losses = [
             self._losses(part @ rows.t(), local)
-            for part, local in _chunks(x, targets - embedding.vocab_start_index, columns=len(rows))
+            for part, local in _chunks(x, targets - embedding.vocab_start_index, columns=len(embedding.weight))
         ]
         return torch.cat(losses).view(targets.shape)
 
@@ -144,7 +144,7 @@ class _MeanLoss(torch.autograd.Function):
         # Summed over chunks in fp32, as gradients are over micro-batches.
         dw = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device)
         losses, sums, start = [], [], 0
-        for part, local in _chunks(whole, targets - embedding.vocab_start_index, columns=len(rows)):
+        for part, local in _chunks(whole, targets - embedding.vocab_start_index, columns=len(embedding.weight)):
             part_losses, gradient = head.losses_and_gradient(part @ rows.t(), local)
             part_dx = dx.view(-1, dx.shape[-1])[start : start + len(part)]
             torch.mm(gradient, rows, out=part_dx)
@@ -174,7 +174,10 @@ def _real_rows(embedding: Any) -> Tensor:
 
 
 def _chunks(x: Tensor, local: Tensor, *, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut states [..., hidden] and targets [...] into chunks of tokens whose logits take HEAD_CHUNK_BYTES at most."""
+    """Cut states [..., hidden] and targets [...] into chunks of tokens whose logits take HEAD_CHUNK_BYTES at most.
+
+    `columns` counts padding too, so that all tensor ranks cut alike.
+    """
     most = max(1, HEAD_CHUNK_BYTES // (columns * x.element_size()))
     tokens = 1 << (most.bit_length() - 1)  # a power of two divides most micro-batches, and suits the matrix products
     flat = x.reshape(-1, x.shape[-1])

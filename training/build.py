@@ -4,16 +4,18 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
+from configs.errors import MachineError
 from configs.figures import duration
 from configs.schema import RunConfig
 from configs.slow_parts import timed
 from parallel.axes import Groups
-from parallel.collectives import wait_for_all
-from parallel.compiled import compile_now, make_compile
+from parallel.collectives import all_gather_object
+from parallel.compiled import compile_now, compiling_fault, make_compile
 from parallel.deepspeed_engine import layer_placer, make_engine
 from parallel.engine import Engine
 from parallel.head import Compile, as_it_is
@@ -70,18 +72,19 @@ def build_engine(
 
 
 def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Callable[..., None]) -> Compile:
-    """Compile what `train.compile` asks for, on one rank of each machine first: the others read its results."""
+    """Compile what `train.compile` asks for, on one rank of each machine first: the others read its results.
+
+    Raises:
+        MachineError: it must compile, and a rank cannot; raised on every rank.
+    """
     train, tensor = config.train, groups.tensor.size
-    compiled, lacks = make_compile(train.compile, device=device)
-    if lacks is not None:
-        say("%s", lacks)
-    if compiled is as_it_is:
+    compiled = make_compile(train.compile, device=device)
+    if compiled is as_it_is:  # on every rank
         return compiled
     first = device.index == 0 or groups.world.rank == 0
-    if not first:
-        wait_for_all(groups.world)
     began, split = time.perf_counter(), config.parallel.sequence and tensor > 1
-    compile_now(
+    compiling = partial(
+        compile_now,
         compiled,
         rows=train.micro_batch * config.data.sequence_length // (tensor if split else 1),
         widths=(config.model.hidden, config.model.inner // tensor),
@@ -90,9 +93,16 @@ def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Ca
         split=split,
         drops=config.model.dropout > 0,
     )
+    for my_turn in (first, not first):
+        fault = compiling_fault(compiling, device=device) if my_turn else None
+        for rank, seen in enumerate(all_gather_object(fault, group=groups.world)):
+            if seen is None:
+                continue
+            if train.compile == "on":
+                raise MachineError(f"train.compile on: rank {rank} cannot compile: {seen}, or set train.compile to off")
+            say("nothing is compiled, so steps are slower: rank %d cannot compile: %s", rank, seen)
+            return as_it_is
     say("compiled what lies between the matrix products in %s", duration(time.perf_counter() - began))
-    if first:
-        wait_for_all(groups.world)
     return compiled
 
 

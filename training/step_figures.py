@@ -71,7 +71,7 @@ class FigureExchange:
         self._stop, self._fence = stop, fence
         self._last_stage = groups.data.size * groups.tensor.size  # its ranks are the world's last, and have the loss
         # Memory and verdict. A GPU reads them at the end of a step, so a signal that comes during it still counts.
-        # Neither falls, so it does not matter that the steps in the queue share them.
+        # The steps in the queue share them: all ranks read the same row, so it does not matter which step's it is.
         self._own = torch.zeros(2, pin_memory=device.type == "cuda")
 
     def send(self, outcome: StepOutcome, *, began: Instant) -> SentFigures:
@@ -82,7 +82,8 @@ class FigureExchange:
             began: When the step began, from `mark_time`.
         """
         self._own[0] = _peak_memory_gb(self._device)
-        self._write_verdict()
+        if self._device.type != "cuda":  # a GPU's is renewed while it computes
+            self._write_verdict()
         own = self._own.to(self._device, non_blocking=True)
         rows = torch.stack([outcome.loss.float(), outcome.grad_norm.float(), *own])[None]
         if self._world.size > 1:

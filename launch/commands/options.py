@@ -14,6 +14,8 @@ def path_of(text: str) -> Path:
     """Parse a path argument: the shell leaves `--data=~/text` and quoted variables as they are."""
     from configs.path_text import expand_path  # here: it loads pydantic, which `--help` does without
 
+    if not text:  # an unset variable of the shell; Path("") is the current folder
+        raise typer.BadParameter("the path is empty: name a file or a folder")
     return expand_path(text)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from configs.commands import run_file_named
-from configs.errors import InputError
+from configs.errors import InputError, MachineError
 from launch.commands.options import AsJson, Overrides, RunFile, count_option, path_of
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def profile_command(
     place = find_process_rank(os.environ)
     folder = out or run_folder(config) / "profile"
     if place is None:
+        if out is not None:
+            _check_out(out)
         with run_file_named(run, overrides or []):
             code, document = _profile_local_ranks(config, ranks=ranks, steps=steps, out=folder)
         if code:
@@ -61,6 +63,26 @@ def profile_command(
     else:
         with ending_at_once():
             _profile_one_rank(config, place, steps=steps, out=folder)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder of somebody else's files, in which the trace and the logs of ranks would replace some.
+
+    Raises:
+        InputError: it is a file, or holds something other than an earlier profile.
+        MachineError: it cannot be made or written.
+    """
+    from configs.files import try_folder
+    from training.profiling.report import PROFILE_NAME
+
+    if out.is_file():
+        raise InputError(f"--out {out} is a file, not a folder: name a new folder")
+    try:
+        if out.is_dir() and any(out.iterdir()) and not (out / PROFILE_NAME).exists():
+            raise InputError(f"--out {out} holds other files: name a new folder")
+        try_folder(out)
+    except OSError as error:
+        raise MachineError(f"--out {out} cannot be written ({error.strerror}): name another folder") from None
 
 
 def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, out: Path) -> None:
@@ -98,7 +120,7 @@ def _profile_local_ranks(
     make_log_folder(logs_folder(out))
     found = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
     logger.info("profiling %s on %s: %s", config.run.name, found, ready.layout)
-    with tempfile.TemporaryDirectory(prefix=".run-", dir=out) as scratch:
+    with tempfile.TemporaryDirectory(prefix="trainshort-profile-") as scratch:
         file = Path(scratch) / "run.yaml"
         file.write_text(dump_run(_from_the_start(config, run_dir=Path(scratch))), encoding="utf-8")
         options = [*verbosity_options(), "--steps", str(steps), "--out", str(out)]

@@ -27,7 +27,9 @@ from tests.support.ranks import run_ranks
 
 RANKS, HIDDEN = 3, 24
 SEQ, BATCH = 12, 3
-CHUNKS = (1, 5, 2**20)  # tokens: one at a time, with a rest, more than there are; a chunk takes a power of two
+# Tokens of a chunk, which takes a power of two: one at a time; as many as only a rank with padding could hold; with a
+# rest; more than there are.
+CHUNKS = (1, 4, 5, 2**20)
 
 
 def whole_problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +69,7 @@ def measure(tensor: Group, *, dtype: torch.dtype, sequence: bool, chunk: int) ->
         x = x.chunk(tensor.size)[tensor.rank].clone()
     x.requires_grad_()
     split = Head(tensor=tensor, sequence=sequence)
-    with patch.object(head, "HEAD_CHUNK_BYTES", chunk * real * x.element_size()):
+    with patch.object(head, "HEAD_CHUNK_BYTES", chunk * (rows - 1) * x.element_size()):
         loss = split.loss(embedding, x, targets)
         (loss / 3).backward()
         with torch.no_grad():

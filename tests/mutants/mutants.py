@@ -34,6 +34,7 @@ BY_CACHE = "tests/unit/test_model_properties.py::test_token_by_token_past_a_quer
 BY_GREEDY = "tests/unit/test_generation.py::test_greedy_tokens_past_train_length_match_transformers"
 BY_FAR = "tests/unit/test_model_properties.py::test_blocks_of_any_size_equal_the_whole_with_gradients"
 BY_FLEX = "tests/unit/test_model_backends.py::test_flex_on_the_cpu_equals_the_reference[5-40-alibi]"
+BY_CHUNKS = "tests/unit/test_model_decoder.py::test_the_loss_in_chunks_equals_cross_entropy_with_gradients"
 REFUSED = "tests/unit/test_model_certificate.py"
 
 MUTANTS = (
@@ -274,6 +275,34 @@ MUTANTS = (
         "out_std = std / (2 * model.layers) ** 0.5",
         "out_std = std",
         "tests/unit/test_model_description.py::test_initial_weights_have_the_described_std[bloom]",
+    ),
+    Mutant(
+        "head: targets in another order than states",
+        "parallel/head.py",
+        "targets = targets.t()",
+        "targets = targets.reshape(targets.shape[::-1])",
+        BY_CHUNKS,
+    ),
+    Mutant(
+        "head: only the last chunk's weight gradient counts",
+        "parallel/weight_gradient.py",
+        "total.addmm_(gradient.t(), x)",
+        "total.addmm_(gradient.t(), x, beta=0)",
+        BY_CHUNKS,
+    ),
+    Mutant(
+        "head: the gradient does not know the loss's scale",
+        "parallel/head.py",
+        "scale = grad / ctx.tokens",
+        "scale = 1 / ctx.tokens + 0 * grad",
+        BY_CHUNKS,
+    ),
+    Mutant(
+        "heads: keys' gradients go to the values",
+        "training/model/heads.py",
+        "joined[:, :, :, part] = grad.permute(2, 0, 1, 3)",
+        "joined[:, :, :, (0, 2, 1)[part]] = grad.permute(2, 0, 1, 3)",
+        "tests/unit/test_model_heads.py::test_heads_are_views_with_the_gradients_of_views",
     ),
     Mutant(
         "description: a parameter that no module has",

@@ -107,6 +107,11 @@ RULES = [
         "ZeRO 2 and 3 and clips wrongly at ZeRO 0; set parallel.zero to 1, or parallel.pipeline to 1",
     ),
     (
+        {"parallel.tensor": 32, "model.heads": 32, "model.hidden": 64, "data.vocab_size": 310, "parallel.pipeline": 1},
+        "parallel.tensor 32 leaves a rank without any of the 310 tokens of data.vocab_size: use fewer tensor ranks, or "
+        "a larger vocabulary",
+    ),
+    (
         {"parallel.sequence": True, "data.sequence_length": 33},
         "data.sequence_length must be a multiple of parallel.tensor (2) with parallel.sequence true, got 33: use 32, "
         "or set parallel.sequence to false",

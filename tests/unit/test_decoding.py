@@ -2,7 +2,11 @@
 
 import gc
 import logging
-from collections.abc import Callable
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 
 import pytest
@@ -13,7 +17,7 @@ from configs.positions import POSITIONS
 from tests.support.models import VOCABULARY, make_wandering_decoder
 from training.generation import continue_tokens
 from training.model.cache import KeyValueCache
-from training.model.decoding import SMALLEST, TokenSteps
+from training.model.decoding import SMALLEST, CudaGraph, TokenSteps
 from training.model.single import SingleModel
 from training.sampling import Sampling
 
@@ -139,3 +143,98 @@ def test_a_step_needs_only_the_tokens_before_it() -> None:
             torch.testing.assert_close(logits, decoder(before)[:, -1], atol=2e-5, rtol=0)
             del cache
     assert len(graphs) == 1
+
+
+class CountedGraph:
+    """Runs a step, and knows the steps whose memory is held."""
+
+    held: weakref.WeakSet["CountedGraph"] = weakref.WeakSet()
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self._run = run
+        self.held.add(self)
+
+    def __call__(self) -> Tensor:
+        return self._run()
+
+    @classmethod
+    def count(cls) -> int:
+        gc.collect()
+        return len(cls.held)
+
+
+def test_a_growing_text_holds_its_largest_step_only() -> None:
+    model = single("alibi", capture=CountedGraph)
+    for batch in (1, 2):
+        tokens, cache = some_tokens(batch, 4 * BORDER), KeyValueCache()
+        for part in tokens.split([BORDER - 1, 1, 1, BORDER - 2, 1, 1, 2 * BORDER - 1], dim=1):
+            model.next_logits(part, cache)
+        assert CountedGraph.count() == 1, "of three sizes, and two batches"
+        del cache
+        assert CountedGraph.count() == 1, "it is kept for the next text"
+
+
+def test_texts_that_end_leave_one_step() -> None:
+    model = single("alibi", capture=CountedGraph)
+    streams = [
+        continue_tokens(model, some_tokens(length).tolist(), sampling=Sampling(), end=None)
+        for length in (30, 40, BORDER + 9)
+    ]
+    assert [len(list(islice(stream, 3))) for stream in streams] == [3, 3, 3]
+    assert CountedGraph.count() == 3
+    del streams[:]
+    assert CountedGraph.count() == 1
+
+
+def test_nothing_is_kept_after_a_failed_capture() -> None:
+    def capture(run: Callable[[], Tensor]) -> CountedGraph:
+        if len(caches) > 2:
+            del caches[0]  # a text ends meanwhile, in another thread
+            raise RuntimeError("CUDA out of memory")
+        return CountedGraph(run)
+
+    model, caches = single("alibi", capture=capture), [KeyValueCache(), KeyValueCache()]
+    tokens = some_tokens(1, 2 * BORDER)
+    for cache in caches:
+        for part in tokens[:, :9].split([8, 1], dim=1):
+            model.next_logits(part, cache)
+    assert CountedGraph.count() == 2
+    del cache
+    caches.append(KeyValueCache())
+    for part in tokens[:, : BORDER + 1].split([BORDER, 1], dim=1):
+        model.next_logits(part, caches[-1])
+    assert CountedGraph.count() == 1, "the text that goes on"
+    model.next_logits(tokens[:, BORDER:], caches[0])
+    model.next_logits(tokens[:, :1], caches[0])
+    assert CountedGraph.count() == 0, "its step has become too small"
+    caches.clear()
+    assert CountedGraph.count() == 0
+
+
+def test_graphs_are_captured_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures: list[str] = []
+
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        captures.append("begin")
+        time.sleep(0.05)
+        yield
+        captures.append("end")
+
+    class Stream:
+        def wait_stream(self, other: "Stream") -> None: ...
+
+    for name, stand_in in (
+        ("Stream", Stream),
+        ("current_stream", Stream),
+        ("CUDAGraph", object),
+        ("graph", graph),
+        ("stream", lambda _: nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    threads = [threading.Thread(target=CudaGraph, args=(lambda: torch.zeros(1),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert captures == ["begin", "end"] * 3

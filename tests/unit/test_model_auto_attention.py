@@ -1,18 +1,22 @@
 """What `auto` means for a call, and the check of gradients before a kernel trains."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from configs.backends import BACKENDS
 from configs.schema import Model
 from parallel.groups import lone_groups
 from tests.support.models import LAYERS, learned_bias, make_decoder
 from training.model.attention import AutoAttention, kind_of
+from training.model.kernels.flex import Flex, flex_kernel
 from training.model.kernels.reference import Reference
 from training.model.positions.alibi import slopes
 from training.model.positions.bias import SlopeBias
@@ -41,12 +45,23 @@ class Fails(Reference):
         return super().__call__(q, k, v)
 
 
+class NeverRuns(Reference):
+    """A kernel that its compiler refuses everywhere, for the reason that no RuntimeError is."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise FailOnRecompileLimitHit("no more of it\nand much more")
+
+
 @pytest.fixture(params=[WrongGradients, Fails])
 def broken_flex(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Reference]:
     """`flex` runs on CPUs and is wrong in training."""
-    row = replace(BACKENDS["flex"], implementation=f"{__name__}.{request.param.__name__}", devices=("cpu", "cuda"))
-    monkeypatch.setitem(BACKENDS, "flex", row)
+    replace_flex(monkeypatch, request.param)
     return request.param
+
+
+def replace_flex(monkeypatch: pytest.MonkeyPatch, kernel: type[Reference]) -> None:
+    row = replace(BACKENDS["flex"], implementation=f"{__name__}.{kernel.__name__}", devices=("cpu", "cuda"))
+    monkeypatch.setitem(BACKENDS, "flex", row)
 
 
 def test_auto_is_sdpa_on_a_cpu_for_every_bias() -> None:
@@ -81,6 +96,36 @@ def test_auto_trains_with_no_kernel_whose_gradients_are_wrong(caplog: pytest.Log
 def test_a_named_kernel_with_wrong_gradients_is_refused() -> None:
     with pytest.raises(WrongPositions, match=r"rank 0 .* cannot train with attention flex: it.*set another model"):
         certified("flex")
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_kernel_that_never_runs_is_replaced_or_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trains: bool
+) -> None:
+    replace_flex(monkeypatch, NeverRuns)
+    with torch.set_grad_enabled(trains), caplog.at_level(logging.WARNING):
+        assert certified("auto") == "sdpa"
+        assert caplog.messages == ["attention flex is not used: it fails here (no more of it); using sdpa"]
+        use = "train" if trains else "compute"
+        with pytest.raises(
+            WrongPositions, match=rf"rank 0 .* cannot {use} with attention flex: it fails here \(no"
+        ) as e:
+            certified("flex")
+    assert math.isnan(e.value.certificates[0].error)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_many_models_of_one_process_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    flex_kernel.cache_clear()
+    try:
+        with torch.no_grad():
+            for heads in range(1, 11):  # torch's own limit is 8
+                bias = SlopeBias(torch.tensor(slopes(heads), dtype=torch.float64))
+                q = torch.randn(1, heads, 130, WIDTH)
+                torch.testing.assert_close(Flex(bias, compiled=True)(q, q, q), Reference(bias)(q, q, q))
+    finally:
+        flex_kernel.cache_clear()
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])

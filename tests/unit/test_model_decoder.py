@@ -1,6 +1,7 @@
 """The decoder in one process: logits and gradients against random-weight Bloom of transformers and a formula."""
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from configs.positions import POSITIONS
 from configs.schema import Model
+from parallel import head
 from parallel.shards import declared
 from tests.support.bloom_formula import bloom_logits, cross_entropy
 from tests.support.models import LAYERS, VOCABULARY, bloom_names, bloom_of, make_decoder, weights_of
@@ -82,6 +84,19 @@ def test_order_matters_with_positions_and_only_then() -> None:
         decoder.layers = torch.nn.ModuleList([decoder.layers[0], decoder.layers[1], decoder.layers[3]])
         same = torch.allclose(decoder(tokens)[0, -1], decoder(swapped)[0, -1], atol=1e-5)
         assert same is (position == "none"), position
+
+
+def test_the_loss_in_chunks_equals_cross_entropy_with_gradients() -> None:
+    tokens = torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    plain, in_chunks = make_decoder(4).double(), make_decoder(4).double()
+    F.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten()).backward()
+    with patch.object(head, "HEAD_CHUNK_BYTES", 8 * 8 * VOCABULARY):  # 8 tokens: the last chunk is smaller
+        (3 * in_chunks(inputs, targets)).backward()
+    for (name, (one, _)), (other, _) in zip(declared(plain).items(), declared(in_chunks).values(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(other.grad, 3 * one.grad, atol=1e-12, rtol=1e-9, msg=name)
 
 
 def test_single_model_losses_equal_cross_entropy_of_its_logits() -> None:

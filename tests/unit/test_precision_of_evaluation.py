@@ -1,6 +1,7 @@
 """The precision that `evaluate` and `generate` compute in: what it changes, what it keeps apart, what is refused."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,67 @@ def test_a_precision_says_how_a_gpu_multiplies() -> None:
             assert torch.get_float32_matmul_precision() == outside
     torch.set_float32_matmul_precision(before)
     assert set(INFERENCE_PRECISIONS) == {"fp32", "tf32", "bf16"}
+
+
+def test_threads_of_two_precisions_take_turns() -> None:
+    before, products, done = torch.get_float32_matmul_precision(), torch.get_float32_matmul_precision, threading.Event()
+    torch.set_float32_matmul_precision("medium")
+    seen: dict[str, str] = {}
+    entered = {name: threading.Event() for name in ("fp32", "bf16", "tf32")}
+
+    def compute(name: str) -> None:
+        try:
+            with inference(require_precision(name)):
+                entered[name].set()
+                assert done.wait(60)
+                seen[name] = products()
+                raise InputError("a call that fails")
+        except InputError:
+            pass
+
+    threads = {name: threading.Thread(target=compute, args=(name,)) for name in entered}
+    try:
+        for name in ("fp32", "bf16"):
+            threads[name].start()
+            assert entered[name].wait(60), "calls that multiply alike run at once"
+        threads["tf32"].start()
+        assert not entered["tf32"].wait(0.2), "it would change how the others multiply"
+    finally:
+        done.set()
+    for thread in threads.values():
+        thread.join(60)
+    assert seen == {"fp32": "highest", "bf16": "highest", "tf32": "high"}
+    assert products() == "medium", "as it was before the first"
+    torch.set_float32_matmul_precision(before)
+
+
+def test_a_precision_gets_its_turn_while_others_come() -> None:
+    first, waits, done = threading.Event(), threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def compute(name: str, entered: threading.Event) -> None:
+        waits.set()
+        with inference(require_precision(name)):
+            order.append(name)
+            entered.set()
+            assert done.wait(60)
+
+    threads = [threading.Thread(target=compute, args=("fp32", first))]
+    threads[0].start()
+    assert first.wait(60)
+    try:
+        for name in ("tf32", "fp32"):
+            waits.clear()
+            threads.append(threading.Thread(target=compute, args=(name, threading.Event())))
+            threads[-1].start()
+            assert waits.wait(60)
+            threads[-1].join(0.1)
+        assert order == ["fp32"], "who comes later waits behind the call that waits"
+    finally:
+        done.set()
+    for thread in threads:
+        thread.join(60)
+    assert order == ["fp32", "tf32", "fp32"]
 
 
 def test_tf32_without_a_gpu_is_refused_in_one_line(

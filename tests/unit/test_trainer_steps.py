@@ -197,3 +197,22 @@ def test_an_error_while_reading_ahead_is_raised_when_asked_for(
         if thread.name.startswith("reading ahead"):
             thread.join(60)
             assert not thread.is_alive()
+
+
+def test_a_read_that_hangs_delays_no_end(rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, real, disk = rank.loader(rank.config(tmp_path / "run")), Loader.step, threading.Event()
+
+    def step(self: Loader, consumed_samples: int) -> list[torch.Tensor]:
+        assert consumed_samples == 0 or disk.wait(60)
+        return real(self, consumed_samples)
+
+    monkeypatch.setattr(Loader, "step", step)
+    try:
+        with reading_ahead(loader, device=CPU) as read_step:
+            read_step(0)
+        (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("reading ahead"))
+        assert thread.daemon, "Python waits for every other thread before it ends"
+    finally:
+        disk.set()
+    thread.join(60)
+    assert not thread.is_alive()

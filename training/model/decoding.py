@@ -5,8 +5,8 @@ step's shapes then depend on the size alone: it is captured once per size, and r
 """
 
 import logging
+import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -31,26 +31,33 @@ _WARM_UP = 2  # runs before the capture, which allocate what is made only once
 class CudaGraph:
     """The work that a function launches on fixed tensors, captured once; a call replays it and returns its result."""
 
+    _capturing = threading.Lock()  # torch captures on one stream for all threads, and may warm up on the same one
+
     def __init__(self, run: Launch) -> None:
         """Capture it.
 
         Raises:
             RuntimeError: the function does what a graph cannot hold.
         """
-        before, beside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(before)
-        with torch.cuda.stream(beside):
-            for _ in range(_WARM_UP):
-                run()
-        before.wait_stream(beside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may use the GPU
-            self._result = run()
+        with self._capturing:
+            self._graph, self._result = _captured(run)
 
     def __call__(self) -> Tensor:
         """Replay it; the result is overwritten by the next call."""
         self._graph.replay()
         return self._result
+
+
+def _captured(run: Launch) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    before, beside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    beside.wait_stream(before)
+    with torch.cuda.stream(beside):
+        for _ in range(_WARM_UP):
+            run()
+    before.wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+        return graph, run()
 
 
 class FixedCache:
@@ -111,7 +118,12 @@ def _empty(buffer: Tensor, *, size: int) -> Tensor:
 
 
 class TokenStep:
-    """One decoding step of one batch and size, on tensors of its own; one generation uses it at a time."""
+    """One decoding step of one batch and size, on tensors of its own; one generation uses it at a time.
+
+    Attributes:
+        cache: The buffers.
+        shape: Batch and size.
+    """
 
     def __init__(self, decoder: Decoder, *, like: KeyValueCache, size: int, capture: Capture) -> None:
         """Build it; the arguments are those of `FixedCache` and `TokenSteps`."""
@@ -120,6 +132,7 @@ class TokenStep:
         (attend,) = attends.values()
         self.cache = FixedCache(attend.bias, like=like, size=size)
         batch = next(iter(like.pairs.values()))[0].shape[0]
+        self.shape = batch, size
         self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.cache.position.index.device)
 
         def run() -> Tensor:
@@ -141,7 +154,10 @@ class TokenStep:
 
 
 class TokenSteps:
-    """The steps of a model: one per batch and size, and generation at a time."""
+    """The steps of a model: one per text that is generated, and one that is kept for the next text.
+
+    A step is used only at its own batch and size, so that a text does not depend on those before it.
+    """
 
     def __init__(self, decoder: Decoder, *, capture: Capture) -> None:
         """Build it.
@@ -151,8 +167,8 @@ class TokenSteps:
             capture: Returns a faster function that does the same on the same tensors.
         """
         self._decoder, self._capture, self._has_failed = decoder, capture, False
-        self._free: defaultdict[tuple[int, int], list[TokenStep]] = defaultdict(list)
-        self._used: weakref.WeakKeyDictionary[KeyValueCache, TokenStep] = weakref.WeakKeyDictionary()
+        self._free: dict[tuple[int, int], TokenStep] = {}  # at most one, by its shape
+        self._used: weakref.WeakKeyDictionary[KeyValueCache, list[TokenStep]] = weakref.WeakKeyDictionary()
 
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor | None:
         """Return the logits of the token after one token, and add that to the cache.
@@ -164,31 +180,39 @@ class TokenSteps:
             [batch, vocab], overwritten by the next call with this cache. None if a step cannot be captured: then the
             cache is as it was.
         """
-        step = self._used.get(cache)
-        if step is None or not step.holds(cache):
+        held = self._used.get(cache)  # the step, if there is one
+        if held is None:
+            held = self._used[cache] = []
+            weakref.finalize(cache, self._keep, held).atexit = False
+        if not (held and held[0].holds(cache)):
+            held.clear()  # a smaller step: the cache alone still has its buffers, until they are copied
             step = self._take(cache)
-        if step is None:
-            return None
-        logits = step(tokens, position=cache.length)
+            if step is None:
+                return None
+            held.append(step)
+        logits = held[0](tokens, position=cache.length)
         cache.advance(1)
         return logits
 
+    def _keep(self, held: list[TokenStep]) -> None:
+        """Keep the step of a text that has ended, in place of any other."""
+        if held and not self._has_failed:
+            self._free = {held[0].shape: held[0]}
+
     def _take(self, cache: KeyValueCache) -> TokenStep | None:
-        """Return a free step with the tokens of a cache; it is free again once the cache is gone."""
+        """Return a step with the tokens of a cache."""
         if self._has_failed:
             return None
         size = max(SMALLEST, power_of_two(cache.length + 1))
-        free = self._free[len(next(iter(cache.pairs.values()))[0]), size]
-        try:
-            step = free.pop()
-        except IndexError:
+        step = self._free.pop((len(next(iter(cache.pairs.values()))[0]), size), None)
+        self._free.clear()  # before more memory is taken
+        if step is None:
             try:
                 step = TokenStep(self._decoder, like=cache, size=size, capture=self._capture)
             except (RuntimeError, TypeError) as error:  # TypeError: a position method that takes a number as its start
                 logger.debug("each token is decoded without a CUDA graph: %s", error)
                 self._has_failed = True
+                self._free.clear()  # another text may have ended meanwhile
                 return None
         step.cache.take_over(cache)
-        self._used[cache] = step
-        weakref.finalize(cache, free.append, step).atexit = False
         return step

@@ -28,17 +28,43 @@ _PASS_SHARE = 0.5  # of a GPU's free memory
 _STATES_KEPT = 16  # hidden states of a token that a block has at one time, at most: 4 of them are the feed-forward's
 
 
+class _Products:
+    """How fp32 matrices are multiplied: torch has one setting for all threads."""
+
+    def __init__(self) -> None:
+        self._turn, self._ended, self._running, self._before = threading.Lock(), threading.Condition(), 0, ""
+
+    @contextmanager
+    def set_to(self, products: str) -> Iterator[None]:
+        """Multiply in one way. Calls that multiply alike run together; on a CPU all do."""
+        with self._turn, self._ended:  # whoever comes while a call waits stays behind it, or it might wait forever
+            self._ended.wait_for(lambda: not self._running or torch.get_float32_matmul_precision() == products)
+            if not self._running:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision(products)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._running -= 1
+                if not self._running:
+                    torch.set_float32_matmul_precision(self._before)
+                    self._ended.notify()
+
+
+_PRODUCTS = _Products()
+
+
 @contextmanager
 def inference(precision: Precision) -> Iterator[None]:
-    """Compute without gradients in a precision, fast in any thread: another than the loader's flushes no denormals."""
+    """Compute without gradients in a precision, fast in any thread: another than the loader's flushes no denormals.
+
+    Waits while other threads multiply fp32 matrices in another way, on a GPU.
+    """
     flush_denormals()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision.fp32_products)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with _PRODUCTS.set_to(precision.fp32_products), torch.no_grad():
+        yield
 
 
 class SingleModel:

@@ -83,7 +83,13 @@ def flex_kernel(compiled: bool) -> Any:
     """Return FlexAttention; compiled, it fails where torch cannot compile it, instead of computing all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, fullgraph=True) if compiled else flex_attention
+    if not compiled:
+        return flex_attention
+    # torch compiles a function for 8 kinds of arguments, and all models of a process share this one: allow as many as
+    # torch ever does.
+    limits = torch._dynamo.config
+    limits.recompile_limit = limits.accumulated_recompile_limit
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 @lru_cache(maxsize=16)

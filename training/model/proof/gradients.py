@@ -1,4 +1,4 @@
-"""The gradients of an attention, compared with those of attention written out.
+"""An attention's output and gradients, compared with those of attention written out.
 
 A compiled kernel has been seen to give NaN gradients where its output was right: nothing would train, or worse. So they
 are checked once at start, on the device, before they are used.
@@ -7,6 +7,7 @@ are checked once at start, on the device, before they are used.
 import torch
 from torch import Tensor
 
+from parallel.compiled import compiler_errors, first_line
 from training.model.attention import Attention, AutoAttention
 from training.model.kernels.reference import Reference
 
@@ -15,7 +16,7 @@ ROW_ERRORS = 10  # what gradients may be off, in units of what a row may: bf16 r
 
 
 def gradient_error(attend: Attention, *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return how far an attention's output and gradients are from exact; nan if one of them is.
+    """Return how far an attention's output and, where gradients are enabled, those are from exact; nan if one is.
 
     Args:
         attend: Any kernel.
@@ -39,16 +40,15 @@ def gradient_error(attend: Attention, *, heads: int, head_dim: int, dtype: torch
 
 
 def _output_and_gradients(attend: Attention, inputs: tuple[Tensor, ...], *, weight: Tensor) -> list[Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in inputs)
-    with torch.enable_grad():
-        out = attend(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), weight)]
+    q, k, v = (x.detach().requires_grad_(torch.is_grad_enabled()) for x in inputs)
+    out = attend(q, k, v)
+    return [out.detach(), *(torch.autograd.grad(out, (q, k, v), weight) if torch.is_grad_enabled() else ())]
 
 
 def gradient_fault(
     attend: Attention, *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, limit: float
 ) -> str | None:
-    """Return what is wrong with an attention's gradients, None if they are right.
+    """Return what is wrong with an attention as `gradient_error` measures it, None if nothing is.
 
     `auto` takes the next kernel instead, and says so in one line, as long as it has one.
 
@@ -73,6 +73,6 @@ def _fault(
 ) -> str | None:
     try:
         error = gradient_error(attend, heads=heads, head_dim=head_dim, dtype=dtype, device=device)
-    except (RuntimeError, NotImplementedError) as failure:  # torch's compilers raise both
-        return f"it fails here ({next(iter(str(failure).splitlines()), type(failure).__name__)})"
+    except compiler_errors() as failure:
+        return f"it fails here ({first_line(failure)})"
     return None if error <= limit else f"its output or gradients are wrong by {error:.3g} (allowed {limit:g})"
