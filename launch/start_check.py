@@ -6,8 +6,8 @@ from configs.errors import InputError
 from configs.files import try_folder
 from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
-from launch.machine import device_type, gpu_bytes, gpu_count
-from parallel.layout import Layout
+from launch.layout_choice import fewest_ranks, simpler_layout_lines
+from launch.machine import device_type, gpu_count
 from parallel.start import ProcessRank
 from training.export.formats.table import export_problems
 from training.folder import report_write_errors
@@ -16,7 +16,6 @@ from training.metrics_file import better_of, validation_of
 from training.metrics_reader import read_steps
 from training.preflight import Ready, finished_line, make_ready, newest_to_resume, resume_line
 from training.progress_lines import best_line, evaluate_line, start_lines
-from training.simpler_layouts import simpler_layout, simpler_lines
 from training.tracking.store import choose_store, require_known_scheme
 
 
@@ -33,7 +32,7 @@ def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, s
         InputError: the ranks, the MLflow store, the run folder, the data or a checkpoint does not fit the run.
     """
     gpus = gpu_count(environ)
-    ranks = ranks or gpus or _fewest_ranks(config)
+    ranks = ranks or gpus or fewest_ranks(config)
     if 0 < gpus < ranks:
         raise InputError(
             f"--ranks {ranks} is more than this machine's GPUs ({gpus}): start {gpus} or fewer, "
@@ -43,31 +42,6 @@ def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, s
     ready = make_ready(config, world_size=ranks, device=device)
     require_known_scheme(choose_store(config.track.uri, run_dir=ready.run_dir, variables=environ))
     return ready, device
-
-
-def default_layout(config: RunConfig, *, environ: Mapping[str, str]) -> tuple[Layout, str]:
-    """Return the layout of the ranks that `train` starts unless told how many, and why there are so many.
-
-    If one rank per GPU is no legal layout, it is that of the fewest ranks.
-    """
-    if gpus := gpu_count(environ):
-        try:
-            return Layout.of(config, world_size=gpus), "this machine's GPUs"
-        except InputError:
-            pass  # the run is for another machine
-    return Layout.of(config, world_size=_fewest_ranks(config)), "tensor x pipeline"
-
-
-def simpler_layout_lines(config: RunConfig, *, layout: Layout, environ: Mapping[str, str]) -> list[str]:
-    """Return what to say if a layout with fewer splits fits this machine's GPUs too; nothing without GPUs."""
-    is_split = layout.tensor * layout.pipeline > 1
-    found = gpu_bytes() if is_split and gpu_count(environ) else None
-    simpler = simpler_layout(config, layout=layout, gpu_bytes=found) if found else None
-    return simpler_lines(simpler, gpu_bytes=found) if simpler and found else []
-
-
-def _fewest_ranks(config: RunConfig) -> int:
-    return config.parallel.tensor * config.parallel.pipeline
 
 
 def dry_run_lines(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from configs.errors import InputError
+from configs.figures import byte_size
 from configs.rules import problems
 from configs.schema import RunConfig
 from parallel.layout import Layout
@@ -68,9 +69,9 @@ def _with_splits(config: RunConfig, *, tensor: int, pipeline: int, world_size: i
 
 def simpler_lines(simpler: SimplerLayout, *, gpu_bytes: int) -> list[str]:
     """Return what to say of a simpler layout, and how to set it."""
-    layout, needs = simpler.layout, simpler.estimate.largest / 1e9
+    layout, needs = simpler.layout, simpler.estimate.largest
     return [
         f"tensor {layout.tensor} x pipeline {layout.pipeline} would fit too, and each split costs speed: it needs "
-        f"{needs:.0f} of {gpu_bytes / 1e9:.0f} GB per GPU",
+        f"{byte_size(needs)} of {byte_size(gpu_bytes)} per GPU",
         f"  --set {' --set '.join(simpler.changes)}",
     ]

@@ -102,7 +102,7 @@ def check_command(
 
 
 def _simpler_layout_notes(config: "RunConfig") -> list[str]:
-    from launch.start_check import default_layout, simpler_layout_lines
+    from launch.layout_choice import default_layout, simpler_layout_lines
 
     layout, _ = default_layout(config, environ=os.environ)
     lines = simpler_layout_lines(config, layout=layout, environ=os.environ)
@@ -116,8 +116,8 @@ def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float 
         The estimate and what it was compared with; and why it is of so many ranks, empty if the user said so.
     """
     from configs.figures import byte_size
+    from launch.layout_choice import default_layout
     from launch.machine import gpu_bytes, gpu_count
-    from launch.start_check import default_layout
     from parallel.layout import Layout
     from training.host_memory import host_limit
     from training.memory_fit import AvailableMemory, fit_memory
@@ -234,10 +234,11 @@ def _start_local_ranks(
         options: Further options of `train` that are passed on to the ranks.
     """
     from configs.paths import logs_folder, metrics_path
+    from launch.layout_choice import simpler_layout_lines
     from launch.local import STOPPED_BY_HAND, start_ranks
     from launch.show.console import show_lines
     from launch.show.train import following_launcher, say_end, train_command_line, verbosity_options
-    from launch.start_check import check_start, finished_lines, simpler_layout_lines
+    from launch.start_check import check_start, finished_lines
     from training.export.formats.table import export_problems
     from training.incarnation import refuse_second_start, sole_launcher
     from training.rank_errors import rank_out_of_memory

@@ -56,4 +56,4 @@ def _rates(document: dict[str, Any]) -> list[str]:
     full, causal = document["model_flops_utilization"], document["model_flops_utilization_causal"]
     if full is not None:
         lines.append(f"model FLOPs utilization: {full:.1%} full (attention not halved), {causal:.1%} causal")
-    return [*lines, f"peak memory of the largest rank: {document['memory_gb']:.2f} GB"]
+    return [*lines, f"peak memory of the largest rank: {byte_size(document['memory_gb'] * 1e9)}"]
