@@ -131,7 +131,11 @@ def test_a_rank_out_of_memory_says_so_and_the_others_nothing(tmp_path: Path, cap
     assert place.startswith("  place: tensor rank 1, pipeline rank 0, data rank 0, on ")
     assert re.search(r" [MG]B of address space, and asked for 1.07 GB more$", held)
     assert re.search(r" [MG]B, the address space that ulimit -v allows$", limit)
-    assert changes[1:3] == ["    train.micro_batch 8 -> 4", "    train.recompute false -> true"]
+    assert changes[1:4] == [
+        "    train.micro_batch 8 -> 4",
+        "    parallel.sequence false -> true",
+        "    train.recompute false -> selective or true",
+    ]
     assert "Traceback" in (tmp_path / "rank_1.log").read_text()
     other = (tmp_path / "rank_0.log").read_text()
     assert "Traceback" in other
