@@ -54,11 +54,11 @@ def write_user_files(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder with a trained and evaluated run, and a copy of it that is called demo."""
+    """A user's folder with a trained, evaluated and profiled run, and a copy of it that is called demo."""
     folder = tmp_path_factory.mktemp("home")
     write_user_files(folder)
     with contextlib.chdir(folder):
-        for words in ("prepare my.yaml", "train my.yaml", "evaluate runs/my"):
+        for words in ("prepare my.yaml", "train my.yaml", "evaluate runs/my", "profile my.yaml --steps 1"):
             assert run_here(*words.split()) == 0, words
         shutil.copytree("runs/my", "runs/demo")
     return folder
@@ -69,7 +69,8 @@ def user_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A copy of the user's folder, the working directory; nobody types there, and new runs are trained already."""
 
     def copy_trained(*_: object, logs: Path, **__: object) -> int:
-        shutil.copytree("runs/my", logs.parent, dirs_exist_ok=True)
+        if not logs.is_relative_to("runs/my"):  # which is trained, and profiled
+            shutil.copytree("runs/my", logs.parent, dirs_exist_ok=True)
         return 0
 
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
