@@ -9,7 +9,7 @@ import pytest
 from configs.backends import BACKENDS, EVERYWHERE
 from configs.load import load_run
 from configs.schema import RunConfig
-from launch import machine, start_check
+from launch import layout_choice, machine, start_check
 from parallel.layout import Layout
 from tests.support.command_line import Call, refused
 from training import host_memory
@@ -32,7 +32,7 @@ def stages_of(*overrides: str, ranks: int) -> tuple[StageMemory, ...]:
 
 
 def use_gpus(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (machine, start_check):
+    for module in (machine, start_check, layout_choice):
         monkeypatch.setattr(module, "gpu_count", lambda _: number)
 
 
@@ -191,7 +191,7 @@ def test_check_says_that_a_simpler_layout_fits(trainshort: Call, monkeypatch: py
     split = (*check, "80", "--set", "parallel.sequence=true", "--json")
     assert json.loads(trainshort(*split).out)["memory"]["simpler"]["set"][-1] == "parallel.sequence=false"
     assert "would fit" not in trainshort("check", "alibi-1b3").out
-    monkeypatch.setattr(start_check, "gpu_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr(layout_choice, "gpu_bytes", lambda: 80 * 10**9)
     use_gpus(4, monkeypatch)
     assert "note: tensor 1 x pipeline 1 would fit too" in trainshort("check", "alibi-1b3").out
 
