@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 
 # While you work: the linters, and the tests that start no process, on two cores. Under a minute.
 quick:
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync --jobs=2 lint unit-model unit-rest
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync --jobs=2 unit-rest unit-model lint
 
 unit-model: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q tests/unit/test_model_*.py
@@ -32,8 +32,9 @@ unit-model: $(INSTALLED)
 unit-rest: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q tests/unit --ignore-glob='*/test_model_*'
 
-test: lint
-	$(BIN)/python -P -m pytest -q
+# What starts processes uses both cores by itself.
+test: quick
+	$(BIN)/python -P -m pytest -q --ignore=tests/unit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check -q . && $(BIN)/ruff format --check -q .

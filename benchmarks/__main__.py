@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-PARTS = ("train_step", "ranks", "positions", "attention", "generation", "checkpoint", "prepare")
+PARTS = ("train_step", "ranks", "positions", "attention", "windows", "generation", "checkpoint", "prepare")
 
 
 def main() -> int:

@@ -4,7 +4,6 @@ The plain copy reads from the page cache and waits for the disk, as a save does,
 torch.distributed.checkpoint saves the same tensors. Compare ratios between machines, not seconds.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.machine import print_result
 from configs.load import load_run
 from parallel.groups import make_groups
 from parallel.layout import Layout
@@ -79,18 +79,14 @@ def main() -> None:
         size = sum(file.stat().st_size for file in folder.iterdir())
         parameters = sum(parameter.numel() for parameter, _ in state.parameters.values())
         stop()
-    print(
-        json.dumps(
-            {
-                "benchmark": "checkpoint",
-                "parameters": parameters,
-                "bytes_per_parameter": round(size / parameters, 3),
-                "of_16_bytes": round(size / parameters / 16, 3),
-                "seconds": {name: round(value, 3) for name, value in seconds.items()},
-                "megabytes_per_second": {name: round(size / value / 1e6) for name, value in seconds.items()},
-                "save_against_plain_copy": round(seconds["save"] / seconds["plain_copy"], 2),
-            }
-        )
+    print_result(
+        "checkpoint",
+        parameters=parameters,
+        bytes_per_parameter=round(size / parameters, 3),
+        of_16_bytes=round(size / parameters / 16, 3),
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        megabytes_per_second={name: round(size / value / 1e6) for name, value in seconds.items()},
+        save_against_plain_copy=round(seconds["save"] / seconds["plain_copy"], 2),
     )
 
 

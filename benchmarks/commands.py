@@ -44,8 +44,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of a run after the warm-up."""
+    """Steps of a run after the warm-up, and the run's folder."""
 
+    run_dir: Path
     seconds: list[float]
     tokens_per_second: float
     memory_gb: float
@@ -61,9 +62,10 @@ class Bench:
 
     Args:
         folder: An empty folder.
+        data: Further keys, for another text than random words.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, data: Sequence[str] = ()) -> None:
         self._folder, self._runs = folder, 0
         draw = random.Random(1)
         letters = "abcdefghijklmnopqrstuvwxyz"
@@ -76,6 +78,7 @@ class Bench:
             f"data.vocab_size={VOCABULARY}",
             "data.split=0",
             "track.uri=" + f"sqlite:///{folder / 'mlflow.db'}",
+            *data,
         ]
         self.call("prepare", "demo", ["evaluate.every=0", f"run.dir={folder / 'prepared'}"])
 
@@ -89,7 +92,7 @@ class Bench:
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
         seconds = [line["step_seconds"] for line in lines]
         tokens = lines[0]["tokens_per_second"] * seconds[0]
-        return Steps(seconds, tokens / median(seconds), max(line["memory_gb"] for line in lines))
+        return Steps(run_dir, seconds, tokens / median(seconds), max(line["memory_gb"] for line in lines))
 
     def profile(self, overrides: Sequence[str], *, steps: int) -> dict[str, Any]:
         """Profile a run by `trainshort profile`, and return its report."""

@@ -1,6 +1,5 @@
 """The parts of `benchmarks.gpu`: each yields rows, one measured variant a row, in the order of importance."""
 
-import gc
 import json
 import os
 import subprocess
@@ -8,20 +7,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.commands import Bench, Shape
+from benchmarks.gpu_attention import attention_rows, window_rows
+from benchmarks.gpu_lab import Lab, Row, Variant
 from benchmarks.peers import make_bloom
-from configs.backends import BACKENDS, installed_packages, unavailable
+from configs.backends import BACKENDS
 from configs.load import load_run
 from configs.schema import Model, RunConfig
 from parallel.groups import lone_groups, make_groups
@@ -30,86 +28,13 @@ from parallel.seeds import initial_weights
 from training.build import build_engine
 from training.families.table import parameter_count
 from training.generation import continue_tokens
-from training.model.attention import make_attention
-from training.model.positions.alibi import slopes
-from training.model.positions.bias import SlopeBias
 from training.model.single import SingleModel, lone_decoder
 from training.profiling.recording import read_recording, recording, window
 from training.profiling.report import category_times
 from training.sampling import Sampling
 from training.utilization import causal_flops_per_token, flops_per_token, peak_flops
 
-Row = dict[str, Any]
-Variant = tuple[str, Callable[[], Row]]  # its name, and what measures it
 POLL_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large everything is.
-
-    Attributes:
-        overrides: Keys of the large model's shape.
-        small: Keys of the small one's.
-        vocab_size: Tokens.
-        length: The training length; the long one is twice that.
-        micro_batch: Sequences of `length` in a micro-batch.
-        micro_batches: In a step.
-        attention_lengths: Lengths of the attention alone.
-        attention_tokens: Tokens of it, over a batch.
-        decoded: Tokens to decode.
-    """
-
-    overrides: tuple[str, ...]
-    small: tuple[str, ...]
-    vocab_size: int
-    length: int
-    micro_batch: int
-    micro_batches: int
-    attention_lengths: tuple[int, ...]
-    attention_tokens: int
-    decoded: int
-
-
-FULL = Sizes((), (), 50304, 1024, 8, 16, (1024, 2048, 8192), 16384, 128)
-_TINY_SHAPE = ("model.layers=1", "model.hidden=32", "model.heads=2", "model.feed_forward=64", "train.precision=fp32")
-TINY = Sizes(_TINY_SHAPE, _TINY_SHAPE, 320, 16, 2, 2, (32,), 32, 4)
-
-
-@dataclass(frozen=True)
-class Lab:
-    """Where to measure, and how large."""
-
-    device: torch.device
-    sizes: Sizes
-
-    def wait(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, action: Callable[[], object], *, repeats: int) -> float:
-        """Return the median time of an action, after one warm-up."""
-        action()
-        self.wait()
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            action()
-            self.wait()
-            times.append(time.perf_counter() - began)
-        return median(times)
-
-    def forget(self) -> None:
-        """Free what the last variant held, and count the peak from here on."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak_gb(self) -> float | None:
-        """Return the peak of allocated memory; None on a CPU."""
-        return round(torch.cuda.max_memory_allocated() / 1e9, 1) if self.device.type == "cuda" else None
 
 
 def step_rows(lab: Lab) -> Iterator[Variant]:
@@ -117,7 +42,7 @@ def step_rows(lab: Lab) -> Iterator[Variant]:
     sizes = lab.sizes
     length, batch = sizes.length, sizes.micro_batch
     off, none, sinusoidal = "train.compile=off", "model.position=none", "model.position=sinusoidal"
-    backends = [name for name in BACKENDS if name != "reference" and _runs(name, lab)]
+    backends = [name for name in BACKENDS if name != "reference" and lab.runs(name)]
     variants: list[tuple[str, list[str], int, int, bool]] = [
         ("default", [], length, batch, True),
         ("sinusoidal", [sinusoidal], 2 * length, batch // 2, False),
@@ -141,10 +66,6 @@ def small_rows(lab: Lab) -> Iterator[Variant]:
     length, batch = lab.sizes.length, 2 * lab.sizes.micro_batch
     measure = partial(_step, lab, "alibi-125m", lab.sizes.small, length=length, micro_batch=batch, profiles=True)
     yield f"alibi-125m, {batch} x {length}", measure
-
-
-def _runs(backend: str, lab: Lab) -> bool:
-    return unavailable(BACKENDS[backend], device=lab.device.type, packages=installed_packages()) is None
 
 
 def _config(run: str, overrides: Sequence[str], *, length: int, micro_batch: int, micro_batches: int) -> RunConfig:
@@ -256,40 +177,6 @@ def _bloom(lab: Lab, *, length: int, micro_batch: int, micro_batches: int = 2) -
     }
 
 
-def attention_rows(lab: Lab) -> Iterator[Variant]:
-    """Yield attention alone by length, 16 heads of 128: our backends, and torch's causal one without positions."""
-    for length in lab.sizes.attention_lengths:
-        backends = [name for name in BACKENDS if _runs(name, lab) and (name != "reference" or length <= 1024)]
-        for name in ("causal, no positions", *backends):
-            yield name, partial(_attention, lab, name, length=length)
-
-
-def _attention(lab: Lab, name: str, *, length: int, heads: int = 16, head_dim: int = 128) -> Row:
-    lab.forget()
-    dtype = torch.bfloat16 if lab.device.type == "cuda" else torch.float32
-    batch = max(1, lab.sizes.attention_tokens // length)
-    shape = (batch, length, heads, head_dim)  # as the projection leaves them
-    q, k, v = (torch.randn(shape, device=lab.device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
-    gradient = torch.randn_like(q)
-    own = None if name not in BACKENDS else make_attention(name, SlopeBias(torch.tensor(slopes(heads)).double()))
-
-    def forward() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True) if own is None else own(q, k, v)
-
-    def both() -> None:
-        torch.autograd.grad(forward(), (q, k, v), gradient)
-
-    repeats = 20 if lab.device.type == "cuda" else 2
-    times = [round(1000 * lab.seconds(action, repeats=repeats), 3) for action in (forward, both)]
-    return {
-        "length": length,
-        "batch": batch,
-        "forward_ms": times[0],
-        "forward_backward_ms": times[1],
-        "peak_gb": lab.peak_gb(),
-    }
-
-
 def decoding_rows(lab: Lab) -> Iterator[Variant]:
     """Yield the time of a decoded token by the 125M model."""
     for precision in ("fp32", "bf16") if lab.device.type == "cuda" else ("fp32",):
@@ -369,6 +256,7 @@ def _sweep(bench: Bench, home: Path) -> Row:
 PARTS: dict[str, Callable[[Lab], Iterator[Variant]]] = {
     "step": step_rows,
     "attention": attention_rows,
+    "windows": window_rows,
     "bloom": bloom_rows,
     "small": small_rows,
     "decoding": decoding_rows,

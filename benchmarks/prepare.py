@@ -7,7 +7,6 @@ parts alone, from and into memory. `tokenizers` trains and encodes from and into
 written: `metaspace` with bytes for rare characters is what `prepare` trains, `byte_level` is GPT-2's.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as OtherTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
+from benchmarks.machine import print_result
 from configs.schema import Data
 from data_pipeline.prepare import prepare_data
 from data_pipeline.sources import source_chunks
@@ -32,7 +32,7 @@ def main() -> None:
     data = Data.model_validate({"sources": sources, "vocab_size": VOCABULARIES[0], "sequence_length": 1024})
     texts = [chunk.text for source in data.sources for chunk in source_chunks(source, separator=None)]
     rows = [_row(texts, data.model_copy(update={"vocab_size": vocab_size})) for vocab_size in VOCABULARIES]
-    print(json.dumps({"benchmark": "prepare", "characters": sum(map(len, texts)), "vocabularies": rows}))
+    print_result("prepare", characters=sum(map(len, texts)), vocabularies=rows)
 
 
 def _row(texts: list[str], data: Data) -> dict[str, object]:

@@ -4,6 +4,7 @@ The kernels are in `training/model/kernels/`, a file per backend.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 
 from configs.choices import Choice
@@ -34,6 +35,7 @@ class Backend(Choice):
         query_block: Queries that it takes at a time where there is a bias, 0 for all. Its output is then joined from
             blocks, and kept twice for the backward pass.
         compiles: Whether its kernel is compiled when it is first called.
+        leaves_out_on: Kinds of device on which it leaves out keys without weight.
     """
 
     what: str
@@ -48,11 +50,21 @@ class Backend(Choice):
     keeps_scores: bool = False
     query_block: int = 0
     compiles: bool = False
+    leaves_out_on: tuple[Device, ...] = ()
 
     @property
     def positions(self) -> tuple[str, ...]:
         """Values of `model.position` that it supports."""
         return tuple(position.name for position in POSITIONS.values() if position.bias in self.biases)
+
+    def unmet(self, *, bias: BiasKind, precision: str, head_dim: int) -> set[str]:
+        """Return which of the three it supports on no machine, by name."""
+        supported = {
+            "bias": bias in self.biases,
+            "precision": precision in self.precisions,
+            "head_dim": self.head_dims[0] <= head_dim <= self.head_dims[1],
+        }
+        return {name for name, is_supported in supported.items() if not is_supported}
 
 
 BACKENDS = {
@@ -85,6 +97,7 @@ BACKENDS = {
             memory="length; on a GPU length x length unless heads are a multiple of 8 wide (4 in fp32)",
             has_run="CPU: fp64, fp32, bf16; one H100: bf16, training steps",
             query_block=256,
+            leaves_out_on=("cpu",),
         ),
         Backend(
             name="flex",
@@ -97,9 +110,10 @@ BACKENDS = {
             capability=(7, 0),
             package=None,
             memory="length",
-            has_run="CPU: compiled, forward; its gradients as formulas in fp64; one H100: bf16, training steps, "
-            "before lengths were padded and slopes computed inside it",
+            has_run="CPU: compiled, forward, with windows; its gradients as formulas in fp64; one H100: bf16, training "
+            "steps, before lengths were padded, slopes computed inside it and windows",
             compiles=True,
+            leaves_out_on=("cuda",),
         ),
         Backend(
             name="flash4",
@@ -112,8 +126,9 @@ BACKENDS = {
             capability=(9, 0),
             package="flash-attn-4",
             memory="length",
-            has_run="never; its formulas are those of flex",
+            has_run="never; its formulas and windows are those of flex",
             compiles=True,
+            leaves_out_on=("cuda",),
         ),
         Backend(
             name="flash",
@@ -156,9 +171,7 @@ def candidates(
     fitting = [
         backend
         for backend in map(BACKENDS.__getitem__, AUTO)
-        if bias in backend.biases
-        and precision in backend.precisions
-        and backend.head_dims[0] <= head_dim <= backend.head_dims[1]
+        if not backend.unmet(bias=bias, precision=precision, head_dim=head_dim)
         and unavailable(backend, device=device, packages=packages, capability=capability) is None
     ]
     return fitting or [BACKENDS[EVERYWHERE]]
@@ -201,6 +214,7 @@ def backend_of(
     )
 
 
+@cache
 def installed_packages() -> frozenset[str]:
     """Return the packages of the attention backends that are installed, without importing them."""
     return frozenset(
@@ -218,22 +232,27 @@ def _installed(package: str) -> bool:
 
 def unsupported(backend: Backend, *, position: str, precision: str, head_dim: int) -> str | None:
     """Return the setting that a backend supports on no machine, and what to do; None if there is none."""
-    if position not in backend.positions:
-        fitting = [other.name for other in BACKENDS.values() if position in other.positions]
-        return f"{backend.name} cannot compute model.position {position}: use {' or '.join(fitting)}"
-    fitting = [other.name for other in BACKENDS.values() if precision in other.precisions]
-    if fitting and precision not in backend.precisions:  # another rule refuses what no backend supports
-        return f"{backend.name} cannot compute train.precision {precision}: use {' or '.join(fitting)}"
-    smallest, largest = backend.head_dims
-    if not smallest <= head_dim <= largest:
+    bias = POSITIONS[position].bias
+    unmet = backend.unmet(bias=bias, precision=precision, head_dim=head_dim)
+    if "bias" in unmet:
+        fitting = _in_words([other for other in BACKENDS.values() if bias in other.biases])
+        return f"{backend.name} cannot compute model.position {position}: use {fitting}"
+    fitting = _in_words([other for other in BACKENDS.values() if precision in other.precisions])
+    if fitting and "precision" in unmet:  # another rule refuses what no backend supports
+        return f"{backend.name} cannot compute train.precision {precision}: use {fitting}"
+    if "head_dim" in unmet:
+        smallest, largest = backend.head_dims
+        widths = f"{smallest} to {largest}" if smallest < largest else f"{smallest}"
         advice = (
             f"use {EVERYWHERE} or other heads" if head_dim <= ANY_WIDTH else "set a smaller model.hidden or more heads"
         )
-        return (
-            f"{backend.name} cannot compute heads of {head_dim} (model.hidden / model.heads), only {smallest} to "
-            f"{largest}: {advice}"
-        )
+        heads = f"heads of {head_dim} (model.hidden / model.heads)"
+        return f"{backend.name} cannot compute {heads}, only {widths}: {advice}"
     return None
+
+
+def _in_words(backends: list[Backend]) -> str:
+    return " or ".join(row.name if "cpu" in row.devices else f"{row.name} (on a GPU)" for row in backends)
 
 
 def unavailable(

@@ -3,7 +3,8 @@
 The implementations are in `training/model/positions/`, a file per method.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +28,7 @@ class Position(Choice):
     Attributes:
         title: What it is called in a sentence.
         bias: Kind of bias that it adds to the scores; the attention backend must support it.
+        slopes: Slope of each head, by the number of the model's heads; None without a bias of slopes.
         entries_per_head: Columns of the learned table, which has a row per head and is shared by all layers; 0 if
             nothing is learned.
         added_variance: Mean square of what it adds to the embedding, which it first multiplies by sqrt(hidden).
@@ -36,6 +38,7 @@ class Position(Choice):
 
     title: str = ""
     bias: BiasKind = "none"
+    slopes: Callable[[int], Sequence[float]] | None = None
     entries_per_head: int = 0
     added_variance: float = 0.0
     rotates: bool = False
@@ -57,12 +60,24 @@ def _even_heads(model: "Model") -> Iterator[str]:
         yield f"model.hidden / model.heads must be even for rotary positions, got {model.head_dim}: use fewer heads"
 
 
+def slopes(heads: int) -> list[float]:
+    """Return the slope of every head of the model.
+
+    For a power of two n, a geometric sequence that begins at its own ratio, 2^(-8/n). For any other number, the
+    slopes of the power of two below, then every other slope of the power of two above.
+    """
+    below = 2 ** int(math.log2(heads))
+    first = [2.0 ** (-8.0 * (head + 1) / below) for head in range(below)]
+    between = [2.0 ** (-4.0 * (2 * head + 1) / below) for head in range(heads - below)]
+    return first + between
+
+
 T5_BUCKETS = 32
 
 POSITIONS = {
     row.name: row
     for row in (
-        Position("alibi", "training.model.positions.alibi.Alibi", title="ALiBi", bias="slopes"),
+        Position("alibi", "training.model.positions.alibi.Alibi", title="ALiBi", bias="slopes", slopes=slopes),
         Position(
             "sinusoidal",
             "training.model.positions.sinusoidal.Sinusoidal",

@@ -43,6 +43,11 @@ class Precision:
         """Bytes of an element in the forward and backward pass."""
         return 2 if self.dtype.endswith("16") else 4
 
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the forward pass's type."""
+        return {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[self.dtype]
+
 
 PRECISIONS = {
     row.name: row
@@ -102,5 +107,6 @@ def require_precision(name: str) -> Precision:
         InputError: it is not known.
     """
     if name not in INFERENCE_PRECISIONS:
-        raise InputError(f"precision {name!r} is not known: use {', '.join(INFERENCE_PRECISIONS)}")
+        words = [f"{row} (on a GPU)" if PRECISIONS[row].gpu_only else row for row in INFERENCE_PRECISIONS]
+        raise InputError(f"precision {name!r} is not known: use --precision {' or '.join(words)}")
     return PRECISIONS[name]

@@ -281,7 +281,6 @@ def _not_available(config: RunConfig) -> Iterator[str]:
     """Yield values that this version knows but does not support: they are refused, never replaced."""
     for section, key, available in (
         ("model", "family", _available(FAMILIES)),
-        ("model", "windows", ("off",)),
         ("data", "mask_documents", (False,)),
         ("train", "precision", _available(PRECISIONS)),
         ("checkpoint", "background", (False,)),

@@ -89,7 +89,14 @@ class Model(Section):
     attention: Annotated[str, OneOf(BACKENDS, also=("auto",))] = Field(
         default="auto", description="Attention backend; auto is flex on a GPU where it can, else sdpa."
     )
-    windows: Literal["auto", "off"] = Field(default="off", description="Lossless windows per head (off: none).")
+    windows: Literal["auto", "off"] = Field(
+        default="auto", description="Leave out keys to which ALiBi gives no weight (auto), or compute them (off)."
+    )
+    window: PositiveInt | None = Field(
+        default=None,
+        description="Tokens that a query sees, itself included, with any position method; all before it unless set. "
+        "A window of sequence_length or more changes nothing in training, only at longer lengths.",
+    )
     init_std: Annotated[float, Field(gt=0.0)] = Field(default=0.02, description="Std of the initial weights.")
     embedding_init_std: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,

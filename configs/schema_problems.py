@@ -12,7 +12,11 @@ from configs.path_text import BAD_PATH
 from configs.schema import RunConfig, Source
 from configs.secrets import hide_secrets, is_secret_name
 
-_WORDS = {**dict.fromkeys(("true", "on", "yes"), "true"), **dict.fromkeys(("false", "off", "no"), "false")}
+_WORDS = {**dict.fromkeys(("true", "on", "yes", "1"), "true"), **dict.fromkeys(("false", "off", "no", "0"), "false")}
+# What a key of words has instead, the first that it takes.
+_WORDS_FOR = {"true": ("on", "auto"), "false": ("off", "none")}
+# difflib's ratio from which a key may be a slip of the pen for another of its section, or of another section.
+_NEAR, _NEAR_ELSEWHERE = 0.7, 0.8
 
 
 class _Shortened(Repr):
@@ -70,14 +74,18 @@ def _problem(error: Any) -> str:
     # pydantic's messages begin with "Input should"
     message = error["msg"][0].lower() + error["msg"][1:]
     message = message.replace("valid dictionary", "map of names to values").replace("False, True", "false, true")
+    message = message.replace("be a valid boolean", "be true or false")
     advice = "" if is_secret else _advice_on_type(error["type"], error["msg"], error["input"])
     return f"{key}: {message.replace('input should', 'must')}, got {seen}{advice}"
 
 
 def _advice_on_type(kind: str, message: str, value: Any) -> str:
     """Return what to write where YAML reads a value as another type than is meant."""
-    if (kind == "bool_type" or "False, True" in message) and str(value).lower() in _WORDS:
-        return f": write {_WORDS[str(value).lower()]}"
+    truth = _WORDS.get(str(value).lower())
+    if truth is not None and (kind == "bool_type" or "False, True" in message):
+        return f": write {truth}"
+    if truth is not None and kind == "literal_error":
+        return next((f": write {word}" for word in _WORDS_FOR[truth] if f"'{word}'" in message), "")
     number = _number(value) if kind in ("int_type", "float_type") else None
     if number is not None and (kind == "float_type" or number.is_integer()):
         return f": write {int(number) if number.is_integer() else number}"
@@ -113,11 +121,20 @@ def _similar(key: str, parents: tuple[Any, ...]) -> Iterable[str]:
     }
     if len(parents) > 1:  # an item of a list: it has no neighbours
         elsewhere = {}
+    near = get_close_matches(key, here, n=1, cutoff=_NEAR)
+    near_elsewhere = get_close_matches(key, elsewhere.values(), n=1, cutoff=_NEAR_ELSEWHERE)
     return (
-        [*get_close_matches(key, here, n=1), *(dotted for dotted, name in elsewhere.items() if name == key)]
-        or [name for name in here if _shares_a_word(key, name)]
-        or [dotted for dotted, name in elsewhere.items() if name in get_close_matches(key, elsewhere.values(), n=1)]
+        [*near, *(dotted for dotted, name in elsewhere.items() if name == key)]
+        or [name for name in here if _shares_a_word(key, name) or _abbreviates(key, name)]
+        or [dotted for dotted, name in elsewhere.items() if name in near_elsewhere]
+        or [dotted for dotted, name in elsewhere.items() if _abbreviates(key, name)]
     )
+
+
+def _abbreviates(key: str, name: str) -> bool:
+    """Return whether each word of a key begins one of another: `seq_len` is sequence_length."""
+    parts, words = key.split("_"), name.split("_")
+    return len(key) > 2 and len(parts) <= len(words) and all(map(str.startswith, words, parts))
 
 
 def _shares_a_word(key: str, name: str) -> bool:

@@ -5,7 +5,9 @@ import platform
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,18 +175,18 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
     assert slopes is not None, "a bias of slopes promises them"
     device = "cuda" if gpu_report()["usable"] else "cpu"
     check_backend(model, device=device)
-    backend, dtype = alibi_backend(config, device=device).name, dtype_of(precision)
-    lengths = sorted({config.data.sequence_length, *config.evaluation_lengths})
+    backend, limit = alibi_backend(config, device=device).name, PRECISIONS[precision].row_tolerance
     audits = [
         audit(
             backend,
             slopes=slopes,
             head_dim=model.head_dim,
             length=length,
-            dtype=dtype,
+            dtype=dtype_of(precision),
             device=torch.device(device),
+            windows=model.windows == "auto",
         )
-        for length in lengths
+        for length in sorted({config.data.sequence_length, *config.evaluation_lengths})
     ]
     return {
         "run": config.run.name,
@@ -193,12 +195,43 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
         "device": device,
         "heads": model.heads,
         "head_dim": model.head_dim,
-        "limit": PRECISIONS[precision].row_tolerance,
-        "within": all(
-            length_audit.worst.measured.worst <= PRECISIONS[precision].row_tolerance for length_audit in audits
-        ),
+        "limit": limit,
+        "within": all(length_audit.worst.measured.worst <= limit for length_audit in audits),
+        "windows": model.windows,
         "lengths": [asdict(length_audit) for length_audit in audits],
     }
+
+
+def weights_report(path: Path, *, lengths: Sequence[int], precision: str) -> dict[str, Any]:
+    """Return the windows of a checkpoint's queries and keys on its held-out text, per layer and head.
+
+    Args:
+        path: The checkpoint.
+        lengths: Tokens of the text to take, each from its start; longer ones than the text are left out.
+        precision: Type of queries and keys, as a value of `train.precision`.
+    Returns:
+        The checkpoint, the text and the windows by length; without windows, `unknown` says why.
+    """
+    import torch
+
+    from training.checkpoint.read import open_checkpoint
+    from training.evaluation.text import held_out_text
+    from training.model.proof.head_windows import windows_of_weights
+    from training.model.single import load_single
+
+    opened = open_checkpoint(path)
+    report: dict[str, Any] = {"checkpoint": str(opened.path), "lengths": []}
+    try:
+        text = held_out_text(opened)
+    except InputError as error:
+        return {**report, "unknown": f"not measured: it needs the held-out text, of which evaluate says: {error}"}
+    model, tokens = load_single(opened, precision=precision), torch.from_numpy(text.tokens)
+    for length in lengths:
+        if length < len(tokens):
+            windows = windows_of_weights(model.blocks, partial(model.losses, tokens[None, : length + 1]))
+            report["lengths"].append({"length": length, "layers": [asdict(layer) for layer in windows]})
+    shortest = f"the held-out text has {len(tokens):,} tokens, fewer than the run's lengths need"
+    return {**report, "text": text.name, **({} if report["lengths"] else {"unknown": shortest})}
 
 
 def alibi_backend(config: RunConfig, *, device: str) -> Backend:

@@ -4,7 +4,6 @@ Collectives and attention are left out, so that it works in every layout. torch 
 the machine, TORCHINDUCTOR_CACHE_DIR or one in /tmp: other ranks and later starts read it.
 """
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.compilers import missing_compiler
 from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize
 from parallel.head import Compile, as_it_is
+from parallel.start import environment
 
 
 def make_compile(word: str, *, device: torch.device) -> Compile:
@@ -87,32 +88,13 @@ def compiling_fault(compiling: Callable[[], None], *, device: torch.device) -> s
         compiling: What compiles.
         device: For what.
     """
-    lacks = _lacks(device)
+    lacks = missing_compiler(device.type, environ=environment())
     if lacks is not None:
         return lacks
     try:
         compiling()
     except compiler_errors() as failure:
         return f"torch's compiler fails ({first_line(failure)}): repair it"
-    return None
-
-
-def _lacks(device: torch.device) -> str | None:
-    """Return what must be installed to compile for a device, None if nothing."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            return "install triton"
-        # Triton compiles its launchers with it.
-        return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "install a C compiler (gcc)"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "install a C++ compiler (g++)"
     return None
 
 

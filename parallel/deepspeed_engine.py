@@ -123,6 +123,7 @@ class ZeroState:
 class _PlainEngine:
     def __init__(self, engine: Any, state: State, *, data: Group) -> None:
         self._engine, self._state, self._data = engine, state, data
+        self.module: nn.Module = engine.module
         self._adds_in_turn = adds_in_turn(engine)
 
     def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
@@ -165,6 +166,7 @@ class _PlainEngine:
 class _PipelineEngine:
     def __init__(self, engine: Any, state: State, *, data: Group) -> None:
         self._engine, self._state = engine, state
+        self.module: nn.Module = engine.module
         engine.timers = NoopTimer()  # DeepSpeed's own keep two CUDA events per step for ever
         engine._INSTRUCTION_MAP = {
             **engine._INSTRUCTION_MAP,

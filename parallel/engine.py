@@ -47,7 +47,13 @@ class State(Protocol):
 
 
 class Engine(Protocol):
-    """This rank's part of the decoder, with its optimizer."""
+    """This rank's part of the decoder, with its optimizer.
+
+    Attributes:
+        module: This rank's layers.
+    """
+
+    module: nn.Module
 
     def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
         """Take one optimizer step on this data rank's micro-batches, each [micro_batch, seq + 1]."""

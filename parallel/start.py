@@ -17,6 +17,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError, MachineError
+from parallel.compilers import check_cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -211,10 +212,15 @@ def start(place: ProcessRank) -> "torch.device":
 
 
 def start_alone() -> "torch.device":
-    """Create a world of one rank, for evaluation and export; a second call changes nothing."""
+    """Create a world of one rank, for evaluation and export; a second call changes nothing.
+
+    Raises:
+        InputError: torch cannot use the folder of what it compiles.
+    """
     import torch
     import torch.distributed as dist
 
+    check_cache_folder(os.environ)
     flush_denormals()
     sum_in_fp32()
     if not dist.is_initialized():

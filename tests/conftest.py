@@ -1,5 +1,6 @@
 """Fixtures that several tests share."""
 
+import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,18 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def _own_verbosity() -> Iterator[None]:
+    """Undo what a command line that ran in this process set for all of it: the verbosity, and who shows lines."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from configs.paths import (
 )
 from configs.schema import Data, RunConfig
 from data_pipeline.sources import check_source, require_tokenizer
+from parallel.compilers import check_compiling
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Prepared
@@ -27,15 +28,20 @@ OPENED_FILES = 50
 """Files of a source whose beginning is read: a corpus may have a hundred thousand."""
 
 
-def check_notes(config: RunConfig, *, variables: Mapping[str, str]) -> list[str]:
+def check_notes(config: RunConfig, *, device: str, variables: Mapping[str, str]) -> list[str]:
     """Return what `prepare` and `train` would refuse or resume, a line each. Reads little, writes nothing.
 
     Args:
         config: The run file with its overrides.
-        variables: The environment, which may name the MLflow store.
+        device: Device type of this machine's ranks: cpu or cuda.
+        variables: The environment, which may name the MLflow store and torch's folder of what it compiled.
     """
     prepared: list[Prepared] = []
-    checks = (partial(_start, config, prepared=prepared), partial(_check_store, config, variables))
+    checks = (
+        partial(_start, config, prepared=prepared),
+        partial(_check_store, config, variables),
+        partial(check_compiling, config.train.compile, device=device, environ=variables),
+    )
     return [*_data_notes(config, prepared), *(note for check in checks for note in _answer(check))]
 
 

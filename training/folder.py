@@ -24,9 +24,10 @@ from training.versions import installed_versions, source_code
 if TYPE_CHECKING:
     import torch
 
-# prefixes of keys that a later start may change: neither learning rate nor sample order depends on them
+# prefixes of keys that a later start may change: the model, the learning rate and the sample order are the same
 MAY_CHANGE = (
     "parallel",
+    "model.windows",
     "train.steps",
     "train.micro_batch",
     "train.compile",

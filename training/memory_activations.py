@@ -95,10 +95,18 @@ def _backend(config: RunConfig, *, on_gpu: bool) -> Backend:
 
 
 def _bias_strip(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
-    """Return the bytes of the bias that all layers share."""
+    """Return the bytes of the mask that all layers share, of each head if there is a bias."""
     model, seq = config.model, config.data.sequence_length
-    rows = _backend(config, on_gpu=on_gpu).query_block if POSITIONS[model.position].has_bias else 0
-    return FP32 * model.heads // layout.tensor * min(seq, rows) * seq
+    rows = min(seq, _backend(config, on_gpu=on_gpu).query_block) if _has_mask(config) else 0
+    heads = model.heads // layout.tensor if POSITIONS[model.position].has_bias else 1
+    return FP32 * heads * rows * (seq if model.window is None else min(seq, rows + model.window))
+
+
+def _has_mask(config: RunConfig) -> bool:
+    """Return whether attention needs a mask besides the causal one: a bias, or a window shorter than the sequence."""
+    model = config.model
+    has_window = model.window is not None and model.window < config.data.sequence_length
+    return has_window or POSITIONS[model.position].has_bias
 
 
 def _block(config: RunConfig, layout: Layout, *, on_gpu: bool) -> tuple[int, int]:
@@ -111,7 +119,7 @@ def _block(config: RunConfig, layout: Layout, *, on_gpu: bool) -> tuple[int, int
     attention = hidden + FP32 * model.heads
     if position.rotates:
         attention += 2 * hidden
-    if position.has_bias and 0 < backend.query_block < seq:
+    if _has_mask(config) and 0 < backend.query_block < seq:
         attention += hidden  # the output, joined from blocks
     if backend.keeps_scores:
         attention += 3 * FP32 * model.hidden + FP32 * model.heads * seq

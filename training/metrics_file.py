@@ -20,6 +20,7 @@ from training.observers import Observer, Status, StepResult
 logger = logging.getLogger(__name__)
 
 SPARSE_FIELDS = (
+    "attention_density",
     "validation_loss",
     "validation_seconds",
     "save_seconds",

@@ -28,6 +28,8 @@ class StepResult:
             FLOPs a token; None if the peak is unknown.
         model_flops_utilization_causal: The same by the `causal` convention, with 6 instead of 12.
         memory_gb: Peak of the rank with the largest, in 1e9 bytes: resident set on a CPU, allocated on a GPU.
+        attention_density: Mean share of the causal score blocks that attention computed, over all blocks, heads and
+            micro-batches; None if no kernel counts them.
         validation_loss: Mean over the held-out samples; None in steps that did not measure it.
         validation_seconds: Time of that measurement.
         save_seconds: Time of the save between the step before and this one; None if there was none.
@@ -45,6 +47,7 @@ class StepResult:
     model_flops_utilization: float | None
     model_flops_utilization_causal: float | None
     memory_gb: float
+    attention_density: float | None = None
     validation_loss: float | None = None
     validation_seconds: float | None = None
     save_seconds: float | None = None

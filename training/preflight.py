@@ -10,7 +10,9 @@ from configs.paths import TOKENIZER_NAME, check_run_folder, checkpoints_folder, 
 from configs.schema import Model, RunConfig, Train
 from data_pipeline.counts import load_trainable
 from data_pipeline.manifest import Prepared
+from parallel.compilers import check_compiling
 from parallel.layout import Layout
+from parallel.start import environment
 from training.checkpoint.manifest import (
     CONFIG_NAME,
     Manifest,
@@ -63,6 +65,7 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     """
     layout = Layout.of(config, world_size=world_size)
     check_backend(config.model, device=device)
+    check_compiling(config.train.compile, device=device, environ=environment())
     run_dir = check_run_folder(config)
     config = with_fixed_keys(config, run_dir=run_dir)
     require_learning(config.train)
@@ -146,9 +149,10 @@ def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None,
     """
     folder, manifest = find_checkpoint(path, warn=warn)
     source = load_run(str(folder / CONFIG_NAME))
-    for key in ("heads", "position", "family", "layers", "hidden", "inner"):
+    for key in ("heads", "position", "window", "family", "layers", "hidden", "inner"):
         seen, wanted = getattr(source.model, key), getattr(config.model, key)
         if seen != wanted:
+            seen, wanted = ("null" if value is None else value for value in (seen, wanted))
             raise InputError(
                 f"train.init_from {folder} has model.{'feed_forward' if key == 'inner' else key} {seen}, "
                 f"the run has {wanted}: initial weights need the same model"

@@ -5,11 +5,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.backends import Backend
+from configs.backends import Backend, backend_of
 from configs.commands import typed_path
 from configs.figures import byte_size, counted, duration, scaled
 from configs.positions import POSITIONS
+from configs.schema import RunConfig
 from training.families.table import parameter_count
+from training.least_density import attention_words
 from training.metrics_file import Best
 from training.observers import Save, StepResult
 from training.pace import Spent
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def start_lines(ready: Ready, *, device: str) -> list[str]:
-    """Return what starts: name, folder, size, steps and tokens in all and to go, layout, precision; a date first.
+    """Return what starts: name, folder, size, steps and tokens in all and to go, layout, attention; a date first.
 
     Args:
         ready: The run, checked.
@@ -37,7 +39,18 @@ def start_lines(ready: Ready, *, device: str) -> list[str]:
         f"{parameters:,} parameters; {train.steps:,} steps of {tokens:,} tokens, {scaled(train.steps * tokens)} in all",
         f"to go: {counted(steps_left, 'step')}, {scaled(steps_left * tokens)} tokens",
         f"{ranks}: {ready.layout}, {train.precision}",
+        f"attention {attention_here(config, device=device)}",
     ]
+
+
+def attention_here(config: RunConfig, *, device: str) -> str:
+    """Return how a run's ranks compute attention on a kind of device, as far as is known without asking a GPU."""
+    model, precision = config.model, config.train.precision
+    backend = backend_of(
+        model.attention, device=device, position=model.position, precision=precision, head_dim=model.head_dim
+    )
+    device = device if device in backend.devices else backend.devices[-1]  # it will run elsewhere
+    return attention_words(model, backend, device=device, precision=precision, length=config.data.sequence_length)
 
 
 def build_line(backend: Backend, *, draws: bool) -> str:
@@ -80,7 +93,11 @@ def step_line(result: StepResult, *, steps: int, speed: float, seconds_left: flo
         *([f"MFU {utilization:.0%}"] if utilization >= 0.01 else []),
         f"{duration(seconds_left)} left",
     ]
-    return fitted(figures, spare=3, columns=columns)
+    density = result.attention_density
+    if density is not None and density < 0.995:  # only what windows leave out is worth a place
+        figures.insert(4, f"scores {density:.0%}")
+        return fitted(figures, spares=(4, 3), columns=columns)
+    return fitted(figures, spares=(3,), columns=columns)
 
 
 def live_line(
@@ -105,7 +122,7 @@ def live_line(
         *([doing] if doing else []),
     ]
     # A terminal may go to the next line after its last column.
-    return fitted(figures, spare=3, columns=None if columns is None else columns - 1)
+    return fitted(figures, spares=(3,), columns=None if columns is None else columns - 1)
 
 
 def validation_line(step: int, *, loss: float, seconds: float, best: Best | None) -> str:
@@ -173,17 +190,17 @@ def lost_lines(*, last_step: int, checkpoint: Path | None, saved_step: int) -> l
     return [f"ended without saving: {lost}", f"{checkpoint} stays"]
 
 
-def fitted(figures: Sequence[str], *, spare: int, columns: int | None) -> str:
-    """Join figures into a line that fits: leave out one, then space between them, and at last what does not fit.
+def fitted(figures: Sequence[str], *, spares: Sequence[int], columns: int | None) -> str:
+    """Join figures into a line that fits: leave out some, then space between them, and at last what does not fit.
 
     Args:
         figures: In order.
-        spare: Index of the one to leave out.
+        spares: Indices of those to leave out, the first one first.
         columns: Width; None for any.
     """
-    needed = [*figures[:spare], *figures[spare + 1 :]]
-    narrow = " ".join(needed)
-    for line in ("  ".join(figures), "  ".join(needed), narrow, narrow.replace("tokens/s", "tok/s")):
+    kept = [[each for place, each in enumerate(figures) if place not in spares[:out]] for out in range(len(spares) + 1)]
+    narrow = " ".join(kept[-1])
+    for line in (*map("  ".join, kept), narrow, narrow.replace("tokens/s", "tok/s")):
         if columns is None or len(line) <= columns:
             return line
     return line[:columns]

@@ -1,4 +1,4 @@
-"""What all ranks learn of a step, in one collective: loss, gradient norm, peak memory, and whether one asks to stop.
+"""What all ranks learn of a step, in one collective: its figures, and whether one asks to stop.
 
 A GPU works on a queue, which must not run empty between two steps. So nothing here waits for it but `read`, which is
 called when the next step is in the queue too.
@@ -16,6 +16,7 @@ from torch import Tensor
 from parallel.axes import Groups
 from parallel.engine import StepOutcome
 from training.incarnation import Fence
+from training.model.windows import LosslessWindows
 from training.stopping import StopRequest, StopVerdict
 
 Instant = Any  # seconds; on a GPU, an event in its queue
@@ -32,6 +33,7 @@ class StepFigures:
         grad_norm: Global, before clipping.
         memory_gb: Peak of the rank with the largest, in 1e9 bytes.
         verdict: Whether a rank asks to stop.
+        attention_density: Mean share of the causal score blocks that attention computed; None if no kernel counts them.
         seconds: Time of the step on this rank's device.
     """
 
@@ -39,6 +41,7 @@ class StepFigures:
     grad_norm: float
     memory_gb: float
     verdict: int
+    attention_density: float | None
     seconds: float
 
 
@@ -47,7 +50,8 @@ class SentFigures:
     """A step that this rank's device may not have finished.
 
     Attributes:
-        rows: Each rank's loss, gradient norm, memory and verdict, [world, 4] fp32, on the CPU; filled when it ends.
+        rows: Each rank's loss, gradient norm, memory, verdict, sum of its attention's densities and their number,
+            [world, 6] fp32, on the CPU; filled when the step ends.
         began, ended: From `mark_time`.
     """
 
@@ -64,28 +68,43 @@ class FigureExchange:
         device: This rank's device.
         stop: Shows whether this rank was asked to stop.
         fence: Shows whether this start of the run is still the newest.
+        windows: Those of this rank's attention; None if it has none.
     """
 
-    def __init__(self, *, groups: Groups, device: torch.device, stop: StopRequest, fence: Fence) -> None:
+    def __init__(
+        self,
+        *,
+        groups: Groups,
+        device: torch.device,
+        stop: StopRequest,
+        fence: Fence,
+        windows: LosslessWindows | None,
+    ) -> None:
         self._world, self._device = groups.world, device
-        self._stop, self._fence = stop, fence
+        self._stop, self._fence, self._windows = stop, fence, windows
         self._last_stage = groups.data.size * groups.tensor.size  # its ranks are the world's last, and have the loss
         # Memory and verdict. A GPU reads them at the end of a step, so a signal that comes during it still counts.
         # The steps in the queue share them: all ranks read the same row, so it does not matter which step's it is.
         self._own = torch.zeros(2, pin_memory=device.type == "cuda")
+
+    def begin(self) -> Instant:
+        """Return when a step begins; what attention computed before, in a validation say, is not the step's."""
+        self._densities()
+        return mark_time(self._device)
 
     def send(self, outcome: StepOutcome, *, began: Instant) -> SentFigures:
         """Put the exchange of a step's figures into the device's queue; every rank must call it.
 
         Args:
             outcome: This rank's result.
-            began: When the step began, from `mark_time`.
+            began: When the step began, from `begin`.
         """
         self._own[0] = _peak_memory_gb(self._device)
         if self._device.type != "cuda":  # a GPU's is renewed while it computes
             self._write_verdict()
         own = self._own.to(self._device, non_blocking=True)
-        rows = torch.stack([outcome.loss.float(), outcome.grad_norm.float(), *own])[None]
+        densities = self._densities()
+        rows = torch.stack([outcome.loss.float(), outcome.grad_norm.float(), *own, *densities])[None]
         if self._world.size > 1:
             mine, rows = rows, rows.new_empty(self._world.size, rows.shape[1])
             dist.all_gather_into_tensor(rows, mine, group=self._world.handle)
@@ -101,10 +120,20 @@ class FigureExchange:
                 time.sleep(_POLL_SECONDS)  # and not `synchronize`, during which Python runs no signal handler
                 if self._stop.asked and self._own[1] == StopVerdict.GO_ON:
                     self._own[1] = StopVerdict.STOP
-        _, grad_norm, memory_gb, verdict = sent.rows.amax(dim=0).tolist()  # nan wins
+        _, grad_norm, memory_gb, verdict, *_ = sent.rows.amax(dim=0).tolist()  # nan wins
         loss = sent.rows[-self._last_stage :, 0].double().mean().item()
+        density, calls = sent.rows[:, 4:].double().sum(0).tolist()
+        attention_density = density / calls if calls else None  # all ranks have as many heads
         seconds = sent.began.elapsed_time(sent.ended) / 1000 if on_gpu else sent.ended - sent.began
-        return StepFigures(loss, grad_norm, memory_gb, int(verdict), seconds)
+        return StepFigures(loss, grad_norm, memory_gb, int(verdict), attention_density, seconds)
+
+    def _densities(self) -> Tensor:
+        """Return the sum of the densities of attention's calls since the last time, and their number, [2]."""
+        taken = self._windows.take() if self._windows else []
+        if not taken:
+            return torch.zeros(2, device=self._device)
+        total = torch.stack(taken).sum(dtype=torch.float32)
+        return torch.stack([total, torch.full_like(total, len(taken))])
 
     def _write_verdict(self) -> None:
         if self._world.size > 1:  # one rank alone asks itself, at any time

@@ -27,13 +27,14 @@ from parallel.seeds import seed_for
 from training.checkpoint.manifest import step_folder
 from training.checkpoint.write import SaveError
 from training.incarnation import Fence, Superseded
+from training.model.attention import windows_of
 from training.observers import Observer, Save, Status, StepResult
 from training.preflight import Ready
 from training.resume import resume
 from training.saver import Saver
 from training.schedule import learning_rate
 from training.state import TrainState
-from training.step_figures import FigureExchange, SentFigures, StepFigures, mark_time
+from training.step_figures import FigureExchange, SentFigures, StepFigures
 from training.stopping import StopRequest, must_stop, remove_stop_file
 from training.utilization import causal_flops_per_token, flops_per_token, world_peak_flops
 from training.validator import Validator
@@ -170,7 +171,13 @@ class Trainer:
         engine then holds its state.
         """
         steps = self.config.train.steps
-        exchange = FigureExchange(groups=self.groups, device=self.device, stop=self.stop, fence=self.fence)
+        exchange = FigureExchange(
+            groups=self.groups,
+            device=self.device,
+            stop=self.stop,
+            fence=self.fence,
+            windows=windows_of(self.engine.module),
+        )
         launched: deque[_LaunchedStep] = deque()
         state = self.start
         stops = state.step < steps and self._any_rank_asked()
@@ -202,7 +209,7 @@ class Trainer:
         )
 
     def _launch(self, state: TrainState, read_step: ReadStep, exchange: FigureExchange) -> _LaunchedStep:
-        config, step, began = self.config, state.step + 1, mark_time(self.device)
+        config, step, began = self.config, state.step + 1, exchange.begin()
         rate = learning_rate(step, train=config.train)
         # Seed each step, so that dropout needs no saved random state. Tensor ranks share the seed: they must drop the
         # same elements of the residual stream, unless each has a part of its own.
@@ -251,6 +258,7 @@ class Trainer:
             model_flops_utilization=self._share_of_peak(tokens_per_second * self.flops_per_token),
             model_flops_utilization_causal=self._share_of_peak(tokens_per_second * self.causal_flops_per_token),
             memory_gb=figures.memory_gb,
+            attention_density=figures.attention_density,
             **sparse,
         )
         for observer in observers:

@@ -3,7 +3,7 @@
 `full` counts attention as if it had no causal mask: 6 N + 12 layers x hidden x length FLOPs a token, as PaLM (Chowdhery
 et al. 2022, appendix B), llm-foundry and Megatron-LM do. `causal` counts the half that a causal model needs: 6 N + 6
 layers x hidden x length, as FlashAttention's papers do. N counts all parameters, a tied embedding once. Recomputation
-is not counted.
+is not counted. Keys that a sliding window or lossless windows leave out are: both conventions are of the whole length.
 """
 
 import math

@@ -18,7 +18,8 @@ def doctor_command(
         typer.Option(
             metavar="RUN.yaml",
             autocompletion=complete_run_files,
-            help="Audit how exact this run's ALiBi is here, at its lengths.",
+            help="Audit how exact this run's ALiBi is here, at its lengths; of a run folder or a checkpoint, also show "
+            "the windows of its weights.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -40,14 +41,21 @@ def doctor_command(
             show_machine(machine)
         return
 
-    from configs.load import load_run
+    from configs.load import load_run, shipped_runs
+    from configs.path_text import expand_path
+    from training.checkpoint.manifest import CONFIG_NAME, require_checkpoint
 
-    config = load_run(alibi, overrides=overrides or [])
+    folder = None if alibi in shipped_runs() else expand_path(alibi)
+    checkpoint = require_checkpoint(folder) if folder is not None and folder.is_dir() else None
+    config = load_run(str(checkpoint / CONFIG_NAME) if checkpoint else alibi, overrides=overrides or [])
 
-    from launch.doctor import alibi_report, check_audit
+    from launch.doctor import alibi_report, check_audit, weights_report
     from launch.show.machine import show_audit
 
     audit = alibi_report(config)
+    if checkpoint is not None:
+        lengths = [each["length"] for each in audit["lengths"]]
+        audit["weights"] = weights_report(checkpoint, lengths=lengths, precision=audit["precision"])
     if as_json:
         show_json(audit)
     else:

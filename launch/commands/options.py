@@ -9,6 +9,8 @@ import typer
 from configs.errors import InputError
 from launch.complete import complete_checkpoints, complete_run_files, complete_run_folders
 
+_LARGEST = 999_999_999  # what counts and lengths of the command line go up to
+
 
 def path_of(text: str) -> Path:
     """Parse a path argument: the shell leaves `--data=~/text` and quoted variables as they are."""
@@ -54,7 +56,7 @@ def count_option(name: str, description: str) -> Any:
 
     def parse(value: str | int) -> int:  # typer parses the default too
         if not _is_whole_number(str(value), minimum=1):
-            raise InputError(f"{name} must be a whole number from 1, got {value!r}: write {name} 4")
+            raise InputError(f"{name} must be a whole number from 1 to {_LARGEST}, got {value!r}: write {name} 4")
         return int(value)
 
     return typer.Option(name, metavar="N", help=description, parser=parse)
@@ -90,7 +92,9 @@ def lengths_option(name: str, description: str) -> Any:
     def parse(value: str) -> Lengths:
         lengths = [length.strip() for length in value.split(",")]
         if not all(_is_whole_number(length, minimum=2) for length in lengths):
-            raise InputError(f"{name} must be whole numbers from 2 with commas between, got {value!r}: write 1024,2048")
+            raise InputError(
+                f"{name} must be whole numbers from 2 to {_LARGEST} with commas between, got {value!r}: write 1024,2048"
+            )
         return Lengths(map(int, lengths))
 
     return typer.Option(name, metavar="L,L,...", help=description, parser=parse)

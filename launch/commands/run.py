@@ -73,6 +73,7 @@ def check_command(
 ) -> None:
     """Validate a run file, report all of its problems at once, and note what is missing on this machine."""
     from configs.load import load_run
+    from launch.machine import device_type
     from launch.show.console import show_json
     from launch.show.run import run_summary, show_summary
     from training.check_notes import check_notes
@@ -87,14 +88,16 @@ def check_command(
         from data_pipeline.prepare import check_tokenizer
 
         check_tokenizer(config.data)
-    notes = check_notes(config, variables=os.environ)
+    device = device_type(os.environ)
+    notes = check_notes(config, device=device, variables=os.environ)
     if not memory:
         notes += _simpler_layout_notes(config)
     notes = [hide_secrets(name_run_file(note, run, overrides or [])) for note in notes]
+    summary = run_summary(config, device=device, notes=notes)
     if as_json:
-        show_json({**run_summary(config, notes=notes), **({"memory": fit.to_json()} if fit else {})})
+        show_json({**summary, **({"memory": fit.to_json()} if fit else {})})
         return
-    show_summary(config, notes=notes)
+    show_summary(summary)
     if fit is not None:
         from launch.show.memory import show_memory
 

@@ -53,6 +53,12 @@ def output_width() -> int | None:
     return Console().width if limited else None
 
 
+def fits(table: Table) -> bool:
+    """Return whether a table is as narrow as the terminal; in a file or a pipe every table is, unless COLUMNS says."""
+    width = output_width()
+    return width is None or Console(width=_NO_LIMIT).measure(table).maximum - 1 <= width  # its right edge is a space
+
+
 def _show(renderable: RenderableType, *, width: int | None) -> None:
     # Cells are data: without these, rich reads [red] as a colour and :smile: as an emoji.
     console = Console(width=width or _NO_LIMIT, markup=False, emoji=False, highlight=False)

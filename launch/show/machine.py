@@ -1,13 +1,17 @@
 """Output of `doctor`: the machine, its attention backends, the audit of a run's ALiBi."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from configs.figures import byte_size
+from configs.figures import byte_size, scaled
 from configs.terminal import printable
 from launch.show.console import narrow_table, show_folded, show_lines, show_table
+
+# columns that fit a terminal of 80
+_LENGTHS_IN_ROW, _HEADS_IN_ROW = 4, 6
 
 
 def show_machine(report: dict[str, Any]) -> None:
@@ -67,6 +71,61 @@ def show_audit(report: dict[str, Any]) -> None:
         "worst row, and the mean of its worst head.",
         f"{verdict} the limit for {report['precision']}, {report['limit']:g}",
     )
+    _show_windows(report)
+    if "weights" in report:
+        _show_weights(report["weights"])
+
+
+def _show_windows(report: dict[str, Any]) -> None:
+    """Write each head's windows, for the audit's queries and keys."""
+    audits = {audit["length"]: {head["head"]: head for head in audit["heads"]} for audit in report["lengths"]}
+    slopes = {number: head["slope"] for heads in audits.values() for number, head in heads.items()}
+    show_lines(
+        "",
+        "Windows of each length: the most tokens that one of these rows needs, and the",
+        "share of all tokens that its head needs. Older keys weigh less than rounding.",
+        *(["They are computed all the same: model.windows is off."] if report["windows"] == "off" else []),
+    )
+    for lengths in _in_parts([*audits], _LENGTHS_IN_ROW):
+        table = narrow_table(("head", "slope", *(f"{length:,}" for length in lengths)))
+        for number in sorted(slopes):
+            heads = [audits[length].get(number) for length in lengths]
+            table.add_row(str(number), f"{slopes[number]:.3g}", *map(_window, heads))
+        show_table(table)
+    for audit in report["lengths"]:
+        if audit["density"] is not None:
+            show_lines(f"{audit['length']:,} tokens: {report['backend']} computed {audit['density']:.1%} of the scores")
+
+
+def _show_weights(weights: dict[str, Any]) -> None:
+    """Write the windows of a checkpoint's layers and heads on its held-out text."""
+    show_lines("", f"Windows of {weights['checkpoint']}:")
+    if "unknown" in weights:
+        show_lines(weights["unknown"])
+    else:
+        show_lines(
+            f"on {weights['text']}; the most tokens that a query of the head needs,",
+            "and the share of the scores that the layer computed",
+        )
+    for each in weights["lengths"]:
+        show_lines("", f"{each['length']:,} tokens")
+        numbers = range(len(each["layers"][0]["heads"]))
+        for part in _in_parts(numbers, _HEADS_IN_ROW):
+            table = narrow_table(("layer", "scores", *(f"head {number}" for number in part)))
+            for layer in each["layers"]:
+                density = "-" if layer["density"] is None else f"{layer['density']:.1%}"
+                windows = [scaled(layer["heads"][number]["largest"]) for number in part]
+                table.add_row(str(layer["layer"]), density, *windows)
+            show_table(table)
+
+
+def _window(head: dict[str, Any] | None) -> str:
+    """Return a head's window and its share of the scores; - if it was not drawn at this length."""
+    return "-" if head is None else f"{head['window']['largest']:,} {head['window']['share']:4.0%}"
+
+
+def _in_parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _grid(rows: dict[str, str]) -> Table:

@@ -11,13 +11,20 @@ from configs.terminal import printable
 from launch.show.console import show_lines, show_table, wide_table
 from training.export.formats.table import export_problems
 from training.families.table import parameter_count
+from training.progress_lines import attention_here
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Prepared
 
 
-def run_summary(config: RunConfig, *, notes: Sequence[str]) -> dict[str, Any]:
-    """Return the figures that `check` reports of a valid run, and what it noticed around it."""
+def run_summary(config: RunConfig, *, device: str, notes: Sequence[str]) -> dict[str, Any]:
+    """Return the figures that `check` reports of a valid run, and what it noticed around it.
+
+    Args:
+        config: The run.
+        device: Device type of this machine's ranks: cpu or cuda.
+        notes: What it noticed.
+    """
     parallel, model = config.parallel, config.model
     return {
         "run": config.run.name,
@@ -26,6 +33,7 @@ def run_summary(config: RunConfig, *, notes: Sequence[str]) -> dict[str, Any]:
         "hidden": model.hidden,
         "heads": model.heads,
         "position": model.position,
+        "attention": attention_here(config, device=device),
         "parameters": parameter_count(model, vocab_size=config.data.vocab_size),
         "sequence_length": config.data.sequence_length,
         "tokens_per_step": config.train.global_batch * config.data.sequence_length,
@@ -40,14 +48,14 @@ def run_summary(config: RunConfig, *, notes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def show_summary(config: RunConfig, *, notes: Sequence[str]) -> None:
-    """Write the summary of a valid run, and what `check` noticed around it."""
-    summary = run_summary(config, notes=notes)
+def show_summary(summary: dict[str, Any]) -> None:
+    """Write the summary of a valid run, from `run_summary`."""
     model_ranks = summary["tensor"] * summary["pipeline"]
     show_lines(
         f"{summary['run']} is valid",
         f"  model     {summary['layers']} layers x {summary['hidden']} x {summary['heads']} heads, "
         f"{summary['position']}: {summary['parameters']:,} parameters",
+        f"  attention {summary['attention']}",
         f"  training  {summary['steps']:,} steps of {summary['tokens_per_step']:,} tokens "
         f"({summary['tokens']:,} in all) at length {summary['sequence_length']:,}",
         f"  layout    tensor {summary['tensor']} x pipeline {summary['pipeline']}, ZeRO-{summary['zero']}: "

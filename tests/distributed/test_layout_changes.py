@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from parallel.start import ProcessRank
-from tests.support.layouts import build, config_of, over_all_ranks, save, tokens_of
+from tests.support.layouts import build, config_of, save, take_step, tokens_of
 from tests.support.ranks import run_ranks, start_again
 from training.checkpoint.read import load_slices, open_on_all_ranks
 
@@ -95,9 +95,8 @@ def run_changes(process: ProcessRank, *, changes: list[Change], folder: Path) ->
         for step in (*BEFORE, *AFTER) if change.source is None else AFTER:
             if step == BEFORE.stop and change.source is None:
                 save(engine, config, groups=groups, tokenizer=folder / "tokenizer.model", step=step)
-            mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
-            outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3)
-            steps.append(over_all_ranks(outcome, groups=groups))
+            figures = take_step(engine, tokens_of(step), groups=groups, layout=layout, learning_rate=3e-3)
+            steps.append((figures.loss, figures.grad_norm))
         runs.append(steps)
     return runs
 

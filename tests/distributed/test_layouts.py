@@ -93,6 +93,14 @@ def test_every_layout_has_the_same_logits_at_any_length(trained: dict[str, list[
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_layout_computes_the_same_share_of_the_scores(trained: dict[str, list[Trained]], name: str) -> None:
+    expected = trained[name_of(REFERENCE, ranks=1)][0].long_density
+    assert expected is not None
+    assert 0.5 < expected < 0.95, "the steep half of the heads, which one tensor rank has, leaves keys out"
+    assert [rank.long_density for rank in trained[name]] == pytest.approx([expected] * len(trained[name]), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_checkpoints_of_every_layout_hold_the_same_tensors(
     trained: dict[str, list[Trained]], runs: Path, name: str
 ) -> None:

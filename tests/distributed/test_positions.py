@@ -14,6 +14,7 @@ LONE = {"tensor": 1, "pipeline": 1, "zero": 1}
 STAGED = {"tensor": 2, "pipeline": 2, "zero": 1}
 SPREAD = {"tensor": 1, "pipeline": 4, "zero": 1}  # the learned bias on four stages
 SHARDED = {"tensor": 2, "pipeline": 1, "zero": 3}
+MORE = {"none": ("model.window=12",)}  # without positions, a sliding window
 CASES = [("t5", STAGED), ("t5", SPREAD), ("t5", SHARDED), ("rotary", STAGED), ("sinusoidal", STAGED), ("none", STAGED)]
 
 
@@ -25,7 +26,7 @@ def train_positions(
     for number, (position, keys) in enumerate(cases):
         start_again(process, number=number)
         run_dir = folder / f"{position}_{name_of(keys, ranks=process.world_size)}"
-        config = config_of(keys, run_dir=run_dir, more=(f"model.position={position}",))
+        config = config_of(keys, run_dir=run_dir, more=(f"model.position={position}", *MORE.get(position, ())))
         trained.append(train_one(process, config, steps=range(4), tokenizer=tokenizer, start_from=None))
     return trained
 
@@ -58,6 +59,9 @@ def test_a_layout_changes_no_loss_norm_or_logit(trained: dict[tuple[str, int], l
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-5)
         assert rank.held_out_loss == pytest.approx(lone.held_out_loss, rel=1e-5)
+        assert rank.long_density == lone.long_density
+    assert (lone.long_density is None) == (position not in MORE), "a window leaves out scores that a step then counts"
+    assert lone.long_density is None or lone.long_density < 0.53  # blocks of 256 queries, of 768
     for length in (LENGTH, 4 * LENGTH):
         logits, expected = (
             whole_of(ranks, "logits", length) for ranks in (trained[position, case], trained[position, -1])

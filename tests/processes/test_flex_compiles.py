@@ -4,22 +4,45 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from configs.positions import slopes
 from training.model.kernels.flex import Flex
 from training.model.kernels.reference import Reference
-from training.model.positions.alibi import slope_formula, slopes
+from training.model.kernels.tiles import TILE, tiles_with_weight
+from training.model.positions.alibi import slope_formula
 from training.model.positions.bias import SlopeBias
+from training.model.windows import LosslessWindows
 
 HEADS = 3
-LENGTHS = (1, 64, 127, 128, 129, 200, 256, 300, 384, 511, 640, 1025)
+LENGTHS = (1, 64, 127, 128, 129, 200, 256, 300, 384, 511, 640, 1025, 1921, 2304)  # with windows from 16 tiles on
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_one_compilation_serves_many_lengths() -> None:
     bias = SlopeBias(torch.tensor(slopes(HEADS), dtype=torch.float64), slope_of=slope_formula(HEADS, first=0))
+    bias.lossless = LosslessWindows()
     attend, generator = Flex(bias, compiled=True), torch.Generator().manual_seed(0)
     counters.clear()
     for length in LENGTHS:
         q, k, v = torch.randn(3, 2, HEADS, length, 16, generator=generator)
         torch.testing.assert_close(attend(q, k, v), Reference(bias)(q, k, v), atol=1e-5, rtol=0)
+    after_a_cache = q[:, :, -10:]
+    torch.testing.assert_close(attend(after_a_cache, k, v), Reference(bias)(after_a_cache, k, v), atol=1e-5, rtol=0)
     assert 1 <= counters["stats"]["unique_graphs"] <= 3
+    *short, first, second, cached = bias.lossless.take()
+    assert all(density == 1 for density in short)
+    assert cached < second < first < 0.7
+
+
+@torch.no_grad()
+def test_one_trace_finds_the_tiles_of_all_lengths() -> None:
+    local = torch.tensor(slopes(HEADS), dtype=torch.float32)
+    traced = torch.compile(tiles_with_weight, fullgraph=True, backend="eager")  # its kernels take long on a CPU
+    counters.clear()
+    for tiles in (16, 33, 20):
+        q, k = torch.randn(2, 2, HEADS, tiles, TILE, 16, generator=torch.Generator().manual_seed(tiles))
+        for x in (q, k):
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        found, expected = (find(q, k, local, None) for find in (traced, tiles_with_weight))
+        assert all(map(torch.equal, found, expected))
+    assert counters["stats"]["unique_graphs"] == 1

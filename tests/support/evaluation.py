@@ -36,6 +36,7 @@ class UniformModel:
 
     batch_tokens = 8192
     certificate = CERTIFICATE
+    windows = None
 
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the logarithm of the vocabulary's size for each predicted token."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from configs.paths import run_folder
 from configs.schema import RunConfig
 from parallel.axes import Groups
 from parallel.collectives import broadcast_from_first
-from parallel.engine import Engine, StepOutcome
+from parallel.engine import Engine
 from parallel.groups import make_groups
 from parallel.layout import Layout
 from parallel.start import ProcessRank
@@ -28,13 +29,15 @@ from training.checkpoint.manifest import SavedState
 from training.checkpoint.read import load_slices, open_checkpoint
 from training.checkpoint.write import save_checkpoint
 from training.incarnation import Fence, begin_incarnation
-from training.step_figures import FigureExchange, mark_time
+from training.model.attention import windows_of
+from training.step_figures import FigureExchange, StepFigures
 from training.stopping import StopRequest
 from training.validator import Validator
 
 CPU = torch.device("cpu")
 VOCABULARY = 331  # prime: every tensor size above one pads
 LENGTH = SMALL["data"]["sequence_length"]
+LONG = 768  # more than the keys that the CPU's kernel takes in any case
 DIFFERENCE: Values = {
     "model": {"init_std": 0.08, "embedding_init_std": 0.08},
     "data": {"vocab_size": VOCABULARY},
@@ -52,6 +55,7 @@ class Trained:
         stage: Pipeline stage.
         initial: This rank's slices of the initial weights, by name.
         steps: (loss, gradient norm) of each step.
+        long_density: Share of the scores that a step at the length LONG computed, over all ranks.
         logits: This rank's columns by length, [1, length, local_vocab]; None except on the last stage.
         held_out_loss: Mean loss at four times the training length.
         validation_loss: Mean loss of a validation.
@@ -64,6 +68,7 @@ class Trained:
     stage: int
     initial: dict[str, torch.Tensor]
     steps: list[tuple[float, float]]
+    long_density: float | None
     logits: dict[int, torch.Tensor | None]
     held_out_loss: float
     validation_loss: float
@@ -135,12 +140,17 @@ def name_of(keys: Mapping[str, Any], *, ranks: int) -> str:
     return f"t{keys['tensor']}{split}p{keys['pipeline']}z{keys['zero']}w{ranks}{offloaded}"
 
 
-def over_all_ranks(outcome: StepOutcome, *, groups: Groups) -> tuple[float, float]:
-    """Return the mean loss and the gradient norm of a step, as the trainer finds them."""
+def take_step(
+    engine: Engine, samples: torch.Tensor, *, groups: Groups, layout: Layout, learning_rate: float
+) -> StepFigures:
+    """Take a step on a global batch, [samples, length + 1], and return its figures as the trainer finds them."""
     fence = Fence(Path("a folder that does not exist"), token="1")
-    exchange = FigureExchange(groups=groups, device=CPU, stop=StopRequest(), fence=fence)
-    figures = exchange.read(exchange.send(outcome, began=mark_time(CPU)))
-    return figures.loss, figures.grad_norm
+    windows = windows_of(engine.module)
+    exchange = FigureExchange(groups=groups, device=CPU, stop=StopRequest(), fence=fence, windows=windows)
+    began = exchange.begin()
+    mine = samples.chunk(groups.data.size)[groups.data.rank]
+    outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=learning_rate)
+    return exchange.read(exchange.send(outcome, began=began))
 
 
 def train_one(
@@ -154,25 +164,23 @@ def train_one(
         checkpoint = open_checkpoint(start_from)
         load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
         state.set_step(checkpoint.step)
-    taken = []
+    take = partial(take_step, engine, groups=groups, layout=layout)
     with count_mantissas() as mantissas:
-        for step in steps:
-            mine = tokens_of(step).chunk(groups.data.size)[groups.data.rank]
-            outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=3e-3)
-            taken.append(over_all_ranks(outcome, groups=groups))
+        taken = [take(tokens_of(step), learning_rate=3e-3) for step in steps]
     logits = {length: _logits(engine, length=length) for length in (LENGTH, 4 * LENGTH)}
     held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
     validation = Validator(engine, HeldOut(), config=config, data=groups.data).loss()  # type: ignore[arg-type]
-    after = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=0.0)  # at the training length again
-    taken.append(over_all_ranks(after, groups=groups))
+    taken.append(take(tokens_of(steps[-1]), learning_rate=0.0))  # at the training length again
     save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
     dist.barrier()
+    long = take(tokens_of(97, samples=groups.data.size * layout.micro_batches, length=LONG), learning_rate=0.0)
     return Trained(
         rank=groups.tensor.rank,
         size=groups.tensor.size,
         stage=groups.pipeline.rank,
         initial=initial,
-        steps=taken,
+        steps=[(figures.loss, figures.grad_norm) for figures in taken],
+        long_density=long.attention_density,
         logits=logits,
         held_out_loss=held_out,
         validation_loss=validation,

@@ -28,7 +28,13 @@ def learned_bias(heads: int, *, tensor: Group = ONE_RANK) -> LearnedBias:
 
 
 def make_decoder(
-    heads: int, *, head_dim: int = 8, position: str = "alibi", backend: str = "sdpa", recompute: bool = False
+    heads: int,
+    *,
+    head_dim: int = 8,
+    position: str = "alibi",
+    backend: str = "sdpa",
+    recompute: bool = False,
+    window: int | None = None,
 ) -> Decoder:
     """Return a decoder of two blocks in one process; at any width, every weight changes the logits."""
     start_alone()
@@ -41,6 +47,7 @@ def make_decoder(
         embedding_init_std=1.2 / hidden**0.5,
         position=position,
         attention=backend,
+        window=window,
     )
     tensor = lone_groups().tensor
     decoder = Decoder(plan_layers(model, vocab_size=VOCABULARY, tensor=tensor, recompute=recompute))

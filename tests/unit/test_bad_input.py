@@ -3,6 +3,7 @@
 Broken sources have their own file, test_bad_sources.py.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -55,7 +56,15 @@ CHECKED = {
     ),
     "a kernel without fp32": (
         ["model.attention=flash"],
-        "run.yaml: model.attention flash cannot compute train.precision fp32: use reference or sdpa or flex",
+        "run.yaml: model.attention flash cannot compute train.precision fp32: use reference or sdpa or flex (on a GPU)",
+    ),
+    "a window without a token": (
+        ["model.window=0"],
+        "run.yaml: model.window: must be greater than or equal to 1, got 0",
+    ),
+    "a window that is no number": (
+        ["model.window=off"],
+        "run.yaml: model.window: must be a valid integer, got 'off'",
     ),
     "no override": (["model.heads"], "--set 'model.heads' is not an override: write section.key=value"),
 }
@@ -214,6 +223,19 @@ def test_train_refuses_before_any_rank_starts(trainshort: Call, prepared: Path, 
     break_it, arguments, expected = TRAINED[name]
     break_it(prepared)
     assert_matches(refused(trainshort, "train", "run.yaml", *arguments), expected)
+
+
+def test_train_refuses_before_torch_would_fail_to_compile(
+    trainshort: Call, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    told = r"train.compile is on, but this machine cannot compile: install a C\+\+ compiler \(g\+\+\), or set .* off"
+    assert_matches(refused(trainshort, "train", "run.yaml", "--set", "train.compile=on"), told)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "run.yaml")
+    told = "TORCHINDUCTOR_CACHE_DIR is 'run.yaml', where .*: name a folder that can be written, or unset it"
+    for command in ("train", "profile"):
+        assert_matches(refused(trainshort, command, "run.yaml"), told)
+    assert any(re.search(told, note) for note in json.loads(trainshort("check", "run.yaml", "--json").out)["notes"])
 
 
 def assert_matches(message: str, expected: str) -> None:

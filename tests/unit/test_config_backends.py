@@ -44,7 +44,9 @@ def test_a_word_is_never_replaced_and_auto_never_refused() -> None:
             load_run("demo", overrides=[f"model.position={position}", f"train.precision={precision}"])
     for device in ("cpu", "cuda"):
         assert unavailable(BACKENDS[EVERYWHERE], device=device, packages=frozenset()) is None
-    with pytest.raises(InputError, match=r"flash4 cannot compute train\.precision fp32: use reference or sdpa or flex"):
+    with pytest.raises(
+        InputError, match=r"flash4 cannot compute train\.precision fp32: use reference or sdpa or flex \(on a"
+    ):
         load_run("demo", overrides=["model.attention=flash4", "train.precision=fp32"])
 
 
@@ -53,7 +55,9 @@ def test_a_precision_that_no_backend_has_is_left_to_a_rule() -> None:
         assert "fp16" not in backend.precisions
         assert unsupported(backend, position="none", precision="fp16", head_dim=128) is None
     why = unsupported(BACKENDS["flash"], position="none", precision="fp32", head_dim=64)
-    assert why == "flash cannot compute train.precision fp32: use reference or sdpa or flex"
+    assert why == "flash cannot compute train.precision fp32: use reference or sdpa or flex (on a GPU)"
+    only = "flash4 cannot compute heads of 64 (model.hidden / model.heads), only 128: use sdpa or other heads"
+    assert unsupported(BACKENDS["flash4"], position="none", precision="bf16", head_dim=64) == only
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def message_of(values: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+WORDS = "'auto', 'reference', 'sdpa', 'flex', 'flash4' or 'flash'"
 # A mistake of each kind, with a word of its message.
 MISTAKES = {
     "an unknown key": ({"model": {"head": 4}}, "unknown key model.head: did you mean heads?"),
@@ -116,6 +117,10 @@ def test_a_rule_says_nothing_of_values_that_are_refused() -> None:
         ("model", "n_layers", "did you mean layers?"),
         ("model", "HEADS", "did you mean heads?"),
         ("slurm", "gpus", "did you mean gpus_per_node?"),
+        ("model", "seq_len", "did you mean data.sequence_length?"),
+        ("parallel", "pipe", "did you mean pipeline?"),
+        ("data", "validation", "remove it"),
+        ("model", "activation", "remove it"),
         ("data", "zzz", "remove it"),
     ],
 )
@@ -141,9 +146,14 @@ def test_an_unknown_section_names_what_is_meant(key: str, expected: str) -> None
 def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
     for keys, expected in (
         ({"train": {"steps": 1e3}}, "train.steps: must be a valid integer, got 1000.0: write 1000"),
-        ({"train": {"deterministic": "on"}}, "train.deterministic: must be a valid boolean, got 'on': write true"),
+        ({"train": {"deterministic": "on"}}, "train.deterministic: must be true or false, got 'on': write true"),
+        ({"parallel": {"sequence": "maybe"}}, "parallel.sequence: must be true or false, got 'maybe'"),
+        ({"parallel": {"sequence": 1}}, "parallel.sequence: must be true or false, got 1: write true"),
+        ({"train": {"compile": True}}, "train.compile: must be 'auto', 'on' or 'off', got True: write on"),
+        ({"model": {"attention": "On"}}, f"model.attention: must be {WORDS}, got 'On': write auto"),
+        ({"parallel": {"offload": False}}, "parallel.offload: must be 'none' or 'cpu', got False: write none"),
         ({"train": {"recompute": "No"}}, "train.recompute: must be false, true or 'selective', got 'No': write false"),
-        ({"train": {"recompute": 1}}, "train.recompute: must be false, true or 'selective', got '1'"),
+        ({"train": {"recompute": 1}}, "train.recompute: must be false, true or 'selective', got '1': write true"),
         ({"model": {"layers": "4"}}, "model.layers: must be a valid integer, got '4': write 4"),
         ({"model": {"layers": "010"}}, "model.layers: must be a valid integer, got '010': write 10"),
         ({"train": {"clip": "0.5"}}, "train.clip: must be a valid number, got '0.5': write 0.5"),

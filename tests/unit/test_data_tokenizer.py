@@ -202,7 +202,7 @@ def test_check_refuses_a_tokenizer_that_prepare_refuses(trainshort: Call, folder
 @pytest.mark.usefixtures("folder")
 def test_check_says_that_a_model_cannot_be_exported(trainshort: Call) -> None:
     assert "cannot be exported" not in trainshort("check", "run.yaml").out
-    for key, value in (("position", "rotary"), ("feed_forward", "100")):
+    for key, value in (("position", "rotary"), ("feed_forward", "100"), ("window", "16")):
         answer = trainshort("check", "run.yaml", "--set", f"model.{key}={value}")
         assert answer.code == 0
         assert f"cannot hold model.{key} {value} (it holds " in answer.out

@@ -1,6 +1,7 @@
 """`trainshort doctor`: the report of a machine, and the audit of a run's ALiBi."""
 
 import json
+import shutil
 import socket
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from configs.backends import BACKENDS
 from launch import doctor
 from tests.support.command_line import Call, refused
+from training.evaluation.text import EvaluationText
 from training.model.positions import bias
 from training.model.positions.bias import causal_bias
 
@@ -72,10 +74,38 @@ def test_the_audit_takes_the_runs_lengths_and_precision(trainshort: Call) -> Non
     assert (report["backend"], report["precision"], report["heads"], report["limit"]) == ("sdpa", "bf16", 4, 3e-3)
     assert [audit["length"] for audit in report["lengths"]] == [24, 32, 512]
     assert report["within"]
-    assert set(report["lengths"][0]["heads"][0]) == {"head", "slope", "measured", "absolute", "relative"}
+    assert set(report["lengths"][0]["heads"][0]) == {"head", "slope", "measured", "absolute", "relative", "window"}
+    assert [audit["density"] for audit in report["lengths"]] == [1.0] * 3
+    assert report["lengths"][2]["heads"][3]["window"]["largest"] == 512, "its slope is flat"
     shown = trainshort("doctor", "--alibi", "run.yaml", *sets)
     assert "every row is within the limit for bf16, 0.003" in shown.out
     assert max(len(line) for line in shown.out.splitlines()) <= 80
+
+
+def test_a_run_folder_shows_the_windows_of_its_weights(
+    trainshort: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(HOUSE / "tests" / "fixtures" / "run_of_0.1.0", tmp_path / "run")
+    (tmp_path / "run" / "data").rename(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    words = ("doctor", "--alibi", "run", "--set", "evaluate.lengths=[1024]")
+    unknown = trainshort(*words)
+    assert (unknown.code, unknown.error) == (0, "")
+    assert "Windows of run/checkpoints/step_0000002" in unknown.out
+    assert "not measured: it needs the held-out text, of which evaluate says: data.split is 0" in unknown.out
+    tokens = torch.randint(0, 300, (1200,), generator=torch.Generator().manual_seed(1)).numpy()
+    text = EvaluationText("held-out", tokens, None, None)
+    monkeypatch.setattr("training.evaluation.text.held_out_text", lambda _: text)
+    report = json.loads(trainshort(*words, "--json").out)["weights"]
+    assert [each["length"] for each in report["lengths"]] == [8, 1024]
+    layer, _ = report["lengths"][1]["layers"]
+    steep, flat = layer["heads"]
+    assert 200 < steep["median"] <= steep["largest"] < 400, "18 / 2^-4 tokens, and what its queries and keys add"
+    assert (flat["largest"], flat["share"]) == (1024, 1.0)
+    assert steep["share"] < layer["density"] < 1.0
+    shown = trainshort(*words).out
+    assert f"     0   {layer['density']:.1%}     {steep['largest']}   1.02k\n" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 80
 
 
 @pytest.mark.usefixtures("folder")

@@ -165,6 +165,7 @@ def test_generation_without_a_model_is_refused(tmp_path: Path) -> None:
     [
         ({"position": "sinusoidal"}, r"model\.position sinusoidal \(it holds alibi\)"),
         ({"feed_forward": 100}, r"model\.feed_forward 100 \(it holds 4 x hidden, 192\)"),
+        ({"window": 128}, r"model\.window 128 \(it holds null, all tokens\): this model cannot be exported"),
         ({"family": "mpt"}, r"model\.family mpt \(it holds bloom\)"),
         ({"family": "mpt", "position": "none"}, r"model\.family mpt .*; model\.position none"),
     ],

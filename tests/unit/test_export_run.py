@@ -150,7 +150,7 @@ def test_length_limit_shortens_the_comparison_and_is_reported(tmp_path: Path, mo
     assert "at lengths 32 and 50 (not 128: transformers' attention scores would take over 2 GB)" in str(exported)
 
 
-@pytest.mark.parametrize("changed", [{"position": "sinusoidal"}, {"feed_forward": 100}])
+@pytest.mark.parametrize("changed", [{"position": "sinusoidal"}, {"feed_forward": 100}, {"window": 128}])
 def test_model_that_the_format_cannot_hold_writes_nothing(
     tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changed: dict[str, object]
 ) -> None:

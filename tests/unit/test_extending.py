@@ -17,12 +17,13 @@ from parallel.parameter import Shard
 from tests.support.one_rank import one_rank
 from training.checkpoint.read import open_checkpoint
 from training.export.run import export_checkpoint
-from training.model.positions.bias import Bias
+from training.model.positions.bias import Bias, within
 from training.model.positions.method import PositionMethod
 from training.model.proof.certificate import WrongPositions
 from training.model.single import load_single
+from training.model.windows import LosslessWindows
 
-RUN = ("model.position=logarithmic", "model.attention=headwise", "data.split=0.2")
+RUN = ("model.position=logarithmic", "model.attention=headwise", "model.window=9", "data.split=0.2")
 
 
 class LogarithmicBias:
@@ -31,11 +32,16 @@ class LogarithmicBias:
     local_slopes = None
     learned = False
     causal_only = False
+    lossless: LosslessWindows | None = None
+    window: int | None = None
+
+    def slope_of(self, device: torch.device) -> None:
+        """Return None: there are no slopes."""
 
     def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         distance = torch.arange(keys - rows, keys)[:, None] - torch.arange(keys)
         bias = -distance.clamp(min=0).double().log1p().masked_fill(distance < 0, torch.inf)
-        return bias.to(device, dtype)[None, None]
+        return within(bias.to(device, dtype)[None, None], window=self.window)
 
 
 class Logarithmic(PositionMethod):

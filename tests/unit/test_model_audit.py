@@ -38,6 +38,8 @@ def test_the_longest_rows_are_within_the_limit(backend: str, dtype: torch.dtype)
     for heads, length in ((16, 16_384), (112, 65_536)):
         audited = measured(backend, dtype, heads=heads, length=length)
         assert audited.queries >= 8
+        assert (audited.density is None) == (backend == "reference")
+        assert audited.density is None or audited.density < 0.3, "far keys without weight are left out, and it is exact"
         assert {slopes(heads)[head.head] for head in audited.heads} >= {max(slopes(heads)), min(slopes(heads))}
         assert 0 < audited.worst.measured.worst <= LIMITS[dtype], (heads, length)
 
@@ -70,6 +72,21 @@ def test_a_broken_bias_is_over_the_limit(fault: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bias, "causal_bias", lambda *args, **keys: BROKEN[fault](causal_bias(*args, **keys)))
     found = measured("sdpa", torch.float32, heads=4, length=512)
     assert found.worst.measured.worst > LIMITS[torch.float32]
+
+
+def test_an_audit_says_the_windows_that_its_rows_need() -> None:
+    cpu, keys = torch.device("cpu"), {"slopes": slopes(8), "head_dim": HEAD_DIM, "length": 2048, "dtype": torch.float32}
+    audited = audit("sdpa", **keys, device=cpu)  # type: ignore[arg-type]
+    whole = audit("sdpa", **keys, device=cpu, windows=False)  # type: ignore[arg-type]
+    assert whole.density is None
+    assert [head.window for head in whole.heads] == [head.window for head in audited.heads]
+    assert audited.density is not None
+    largest = [head.window.largest for head in audited.heads]
+    assert largest == sorted(largest), "the flatter, the longer"
+    assert largest[0] * 2**-1 > 18, "the logarithm of the limit at least"
+    assert largest[-1] == 2048
+    # the kernel takes whole blocks of queries and keys: never less than the rows need
+    assert sum(head.window.share for head in audited.heads) / 8 <= audited.density < 0.9
 
 
 def test_far_keys_read_as_one_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from training.model.kernels.reference import Reference
 from training.model.positions.alibi import slopes
 from training.model.positions.bias import SlopeBias
 from training.model.proof.certificate import WrongPositions, certify
-from training.model.proof.gradients import gradient_error
+from training.model.proof.kernel_error import kernel_error
 
 HEADS, WIDTH, CPU = 4, 16, torch.device("cpu")
 
@@ -134,4 +134,4 @@ def test_right_gradients_are_within_the_limit(backend: str, dtype: torch.dtype, 
     make: Callable[..., Reference] = BACKENDS[backend].load()
     for heads, head_dim in ((4, 16), (16, 128)):
         bias = SlopeBias(torch.tensor(slopes(heads), dtype=torch.float64))
-        assert gradient_error(make(bias), heads=heads, head_dim=head_dim, dtype=dtype, device=CPU) < limit / 2
+        assert kernel_error(make(bias), heads=heads, head_dim=head_dim, dtype=dtype, device=CPU) < limit / 2

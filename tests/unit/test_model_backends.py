@@ -10,18 +10,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 
 from configs.errors import MachineError
+from configs.positions import slopes
 from training.model.kernels import flash4, flex
 from training.model.kernels.flash import Flash
 from training.model.kernels.flash4 import Flash4
 from training.model.kernels.flex import Flex
 from training.model.kernels.reference import Reference
-from training.model.positions.alibi import slope_formula, slopes
+from training.model.kernels.tiles import TILE
+from training.model.positions.alibi import slope_formula
 from training.model.positions.bias import SlopeBias
 
-HEADS, CPU = 3, torch.device("cpu")
+HEADS = 3
 
 
 def bias_of(position: str) -> SlopeBias:
@@ -52,36 +53,22 @@ def test_flex_on_the_cpu_equals_the_reference(position: str, queries: int, keys:
 def test_the_formulas_of_flex_have_the_references_gradients(position: str, length: int) -> None:
     # FlexAttention has no backward pass on a CPU: write out its score function and mask, padded as it pads.
     bias = bias_of(position)
-    tiles = max(flex.FEWEST_TILES, -(-length // flex.TILE))
-    mask, score_of = (
-        flex.causal_mask(tiles, device=CPU),
-        flex.penalty(bias.slope_of(torch.device("cpu"))),
-    )
+    tiles = max(flex.FEWEST_TILES, -(-length // TILE))
+    score_of = flex.penalty(bias.slope_of(torch.device("cpu")))
     q, k, v = (x.double().requires_grad_() for x in random_qkv(length, length, seed=2))
-    end = tiles * flex.TILE - length
+    end = tiles * TILE - length
     wide = [F.pad(x, (0, 0, 0, end)) for x in (q, k, v)]
     scores = wide[0] @ wide[1].mT / q.shape[3] ** 0.5
     batch, head, query, key = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
     if score_of is not None:
         scores = score_of(scores, batch, head, query, key)
-    scores = scores.masked_fill(~mask.mask_mod(batch, head, query, key), -torch.inf)
+    scores = scores.masked_fill(~flex.visible(None)(batch, head, query, key), -torch.inf)
     out = (scores.softmax(-1) @ wide[2])[:, :, :length]
     weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3))
     ours = torch.autograd.grad(out, (q, k, v), weight)
     exact = torch.autograd.grad(Reference(bias)(q, k, v), (q, k, v), weight)
     for found, expected in zip(ours, exact, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)  # its slopes are fp32
-
-
-@pytest.mark.parametrize("tiles", [1, 2, 5])
-def test_the_mask_of_flex_is_that_of_torch(tiles: int) -> None:
-    length = tiles * flex.TILE
-    ours = flex.causal_mask(tiles, device=CPU)
-    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu")
-    assert ours.shape == theirs.shape
-    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert torch.equal(ours.to_dense(), theirs.to_dense())
 
 
 def test_the_slope_formula_is_alibis_for_any_heads_and_split() -> None:
@@ -116,7 +103,14 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     def flash_attn_func(
-        q: Tensor, k: Tensor, v: Tensor, *, causal: bool, alibi_slopes: Tensor | None, deterministic: bool
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        window_size: tuple[int, int],
+        alibi_slopes: Tensor | None,
+        deterministic: bool,
     ) -> Tensor:
         assert not deterministic
         calls.append({"q": q, "k": k, "v": v, "causal": causal, "alibi_slopes": alibi_slopes})
@@ -130,6 +124,9 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             scores = scores - alibi_slopes[..., None, None] * aligned.abs()
         if causal:
             scores = scores.masked_fill(aligned < 0, -torch.inf)
+        before, after = window_size
+        if before >= 0:  # a query sees keys from `before` ahead of it to `after` behind it
+            scores = scores.masked_fill((aligned > before) | (aligned < -after), -torch.inf)
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
     module = ModuleType("flash_attn")
@@ -138,13 +135,15 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+@pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("position", ["alibi", "none"])
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (5, 40), (1, 30)])
 @torch.no_grad()
 def test_the_call_of_flash_means_the_reference(
-    flash_calls: list[dict[str, Any]], position: str, queries: int, keys: int
+    flash_calls: list[dict[str, Any]], position: str, queries: int, keys: int, window: int | None
 ) -> None:
     bias, inputs = bias_of(position), random_qkv(queries, keys, seed=1)
+    bias.window = window
     out = Flash(bias)(*inputs)
     assert out.shape == inputs[0].shape
     torch.testing.assert_close(out, Reference(bias)(*inputs), atol=1e-5, rtol=0)

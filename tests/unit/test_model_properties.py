@@ -176,8 +176,7 @@ def test_blocks_of_any_size_equal_the_whole_with_gradients(
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sdpa, "QUERY_BLOCK", block)
-        patch.setattr(sdpa, "STRIP_KEYS", near)
-        patch.setattr(sdpa, "NEAR_KEYS", min(near, 20))
+        patch.setattr(sdpa, "NEAR_KEYS", near)
         for make in (Reference, Sdpa):
             inputs = [x.requires_grad_() for x in random_qkv(queries, before + queries, seed=seed)]
             out = make(bias)(*inputs)

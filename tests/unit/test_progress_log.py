@@ -154,8 +154,40 @@ def test_the_start_says_what_is_to_go(tmp_path: Path) -> None:
     assert lines[1:] == [
         "to go: 400 steps, 410k tokens",
         "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32",
+        "attention sdpa, lossless windows: all scores at length 64",
     ]
     assert all(len(line) <= 80 for line in [date, *lines])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("model.heads=8", "sdpa, lossless windows: at least 0.59 of the scores"),
+        ("train.precision=bf16", "sdpa, lossless windows: at least 0.48 of the scores"),
+        ("model.windows=off", "sdpa, windows off"),
+        ("model.attention=reference", "reference"),
+        ("model.position=rotary", "sdpa"),
+        ("model.position=rotary model.window=256", "sdpa, window 256: at least 0.43 of the scores"),
+        ("model.window=256", "sdpa, window 256, lossless windows: at least 0.36 of the scores"),
+        ("model.window=256 model.windows=off", "sdpa, window 256, windows off: at least 0.43 of the scores"),
+    ],
+)
+def test_the_start_says_what_attention_leaves_out(keys: str, words: str) -> None:
+    run = progress_run("data.sequence_length=1024", *keys.split())
+    line = start_lines(ready_to(run, world_size=4), device="cpu")[-1]
+    assert line == f"attention {words}"
+    assert len(line) <= 80
+
+
+def test_a_step_says_what_it_left_out_if_that_fits() -> None:
+    result = step_result(attention_density=0.414)
+    line = step_line(result, steps=9, speed=640.0, seconds_left=0.0, columns=None)
+    assert line == "step 1/9  loss 2.000  lr 1.0e-3  grad 0.500  scores 41%  640 tokens/s  1.00 GB  MFU 25%  0.0 s left"
+    for density, columns in ((0.414, 90), (0.996, None), (1.0, None), (None, None)):
+        result = step_result(attention_density=density)
+        assert step_line(result, steps=9, speed=640.0, seconds_left=0.0, columns=columns) == line.replace(
+            "scores 41%  ", ""
+        )
 
 
 def test_the_time_left_counts_validations_and_saves() -> None:

@@ -126,10 +126,16 @@ def test_check_notes_what_a_start_would_do(trainshort: Call) -> None:
         "run holds a run that this one would change: run.seed was 1, is 3: set the old values, or choose another "
         "run.dir"
     ]
+    assert notes(trainshort, "model.windows=off") == ["training resumes from step 4, run/checkpoints/step_0000004"]
+    assert notes(trainshort, "model.window=8")[0].startswith(
+        "run holds a run that this one would change: model.window was None, is 8: "
+    )
     assert notes(trainshort, "train.steps=3")[0].startswith("train.steps is 3, but run is trained to step 4: ")
     assert notes(trainshort, "run.dir=new", "train.init_from=run") == []
     other = notes(trainshort, "run.dir=new", "train.init_from=run", "model.heads=2")
     assert "has model.heads 4, the run has 2" in other[0]
+    other = notes(trainshort, "run.dir=new", "train.init_from=run", "model.window=8")
+    assert "has model.window null, the run has 8: initial weights need the same model" in other[0]
 
 
 def test_messages_name_the_command_to_type(trainshort: Call, folder: Path) -> None:
@@ -174,6 +180,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(trainshort: Call, prepared:
     assert lines[1:] == [
         "to go: 10 steps, 2.56k tokens",
         "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32",
+        "attention sdpa, lossless windows: all scores at length 32",
         "begins at step 0",
         f"logs to MLflow at sqlite:///{prepared}/mlflow.db",
         "dry run: no rank was started, nothing was written",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from configs.errors import TrainshortError
 from configs.protocols import WindowProtocol
 from training.evaluation.windows import Windows, place_windows
+from training.model.windows import LosslessWindows
 
 # exp overflows fp64 above this loss, so there is no perplexity to report
 _HIGHEST_LOSS = math.log(1e300)
@@ -47,17 +49,25 @@ class PerplexityResult:
         protocol: How the window moved.
         tokens: Predictions scored, each once.
         loss: Mean negative log-likelihood of the scored predictions, in nats.
+        density_by_layer: Share of the causal scores that each block's attention computed, mean over heads and windows;
+            empty if its kernel does not count them.
     """
 
     length: int
     protocol: WindowProtocol
     tokens: int
     loss: float
+    density_by_layer: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
         """Perplexity per token."""
         return math.exp(self.loss)
+
+    @property
+    def attention_density(self) -> float | None:
+        """Share of the causal scores that attention computed, mean over layers; None if nothing counts them."""
+        return fmean(self.density_by_layer) if self.density_by_layer else None
 
 
 def measure_loss(
@@ -67,6 +77,7 @@ def measure_loss(
     length: int,
     protocol: WindowProtocol,
     batch_tokens: int,
+    attention: LosslessWindows | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:
     """Measure the mean loss of a text, cut into windows.
@@ -77,6 +88,7 @@ def measure_loss(
         length: Inputs of a window.
         protocol: How the window moves.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
+        attention: Counts the scores that the model's attention computes; None if nothing counts them.
         progress: Called after each pass with the number of inputs in it, windows x length; a GPU's may not be done.
     Raises:
         InputError: the text is shorter than a window, or the protocol does not fit the length.
@@ -87,12 +99,13 @@ def measure_loss(
     views = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
     batch = max(1, batch_tokens // length)
     # Sums stay where the losses are: reading one would wait for a GPU, which can begin the next batch meanwhile.
-    sums = []
+    sums, densities = [], _Densities(attention)
     with torch.no_grad():
         for first in range(0, windows.count, batch):
             starts = windows.starts(first, first + batch)
             losses = scorer.losses(torch.from_numpy(views[starts]))
             sums.append(_sum_scored(losses, windows=windows, first=first))
+            densities.add(windows=len(starts))
             if progress is not None:
                 progress(len(starts) * length)
     loss = float(torch.stack(sums).sum()) / windows.scored
@@ -101,7 +114,34 @@ def measure_loss(
         raise TrainshortError(
             f"the loss at length {length} is {loss}: the checkpoint's weights have diverged, take an earlier one"
         )
-    return PerplexityResult(length=length, protocol=protocol, tokens=windows.scored, loss=loss)
+    return PerplexityResult(
+        length=length, protocol=protocol, tokens=windows.scored, loss=loss, density_by_layer=densities.by_layer()
+    )
+
+
+@dataclass
+class _Densities:
+    """The densities of a measurement's passes; like the losses, they stay on the device until the end."""
+
+    attention: LosslessWindows | None
+    total: torch.Tensor | None = None
+    windows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.attention is not None:
+            self.attention.take()  # of calls before the first pass
+
+    def add(self, *, windows: int) -> None:
+        """Add those of a pass over so many windows of text, one per block."""
+        taken = self.attention.take() if self.attention is not None else []
+        if taken:
+            weighted = torch.stack(taken).double() * windows
+            self.total = weighted if self.total is None else self.total + weighted
+            self.windows += windows
+
+    def by_layer(self) -> tuple[float, ...]:
+        """Return each block's mean over windows."""
+        return () if self.total is None else tuple((self.total / self.windows).tolist())
 
 
 def _sum_scored(losses: torch.Tensor, *, windows: Windows, first: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ def build_report(
 
     Other programs read these keys: checkpoint, train_length, and for each result length, protocol, stride (equal to
     the length if windows do not overlap), tokens (predictions scored), loss (nats per token), perplexity (per token),
-    and word_perplexity if the text's words are known.
+    word_perplexity if the text's words are known, and attention_density, the share of the causal scores that attention
+    computed, with attention_density_by_layer, if its kernel counts them.
 
     Args:
         results: One result per length and protocol, in the order of the report.
@@ -99,6 +100,11 @@ def protocol_name(result: dict[str, Any]) -> str:
     return f"sliding:{result['stride']}" if result["protocol"] == "sliding" else str(result["protocol"])
 
 
+def shown_density(result: dict[str, Any]) -> str:
+    """Return the share of the scores that a result's attention computed; - if it was not counted."""
+    return f"{result['attention_density']:.1%}" if "attention_density" in result else "-"
+
+
 def _evaluation_of(report: dict[str, Any]) -> dict[str, Any]:
     return {key: report[key] for key in ("date", "command", "versions")}
 
@@ -152,7 +158,9 @@ def format_table(report: dict[str, Any], *, plot: str) -> str:
     """
     data = report["data"]
     unigram = report["unigram_perplexity"]
-    words = any("word_perplexity" in result for result in report["results"])
+    words, counted = (
+        any(key in each for each in report["results"]) for key in ("word_perplexity", "attention_density")
+    )
     dated = bool(report.get("earlier"))  # otherwise all results have the date above the table
     lines = [
         "# Perplexity against length",
@@ -170,14 +178,19 @@ def format_table(report: dict[str, Any], *, plot: str) -> str:
         "",
         "| length | x training length | protocol | scored tokens | loss | perplexity |"
         + (" per word |" if words else "")
+        + (" scores |" if counted else "")
         + (" evaluated |" if dated else ""),
-        "|---:|---:|---|---:|---:|---:|" + ("---:|" if words else "") + ("---|" if dated else ""),
-        *(_row(result, train_length=report["train_length"], words=words, dated=dated) for result in report["results"]),
+        "|---:|---:|---|---:|---:|---:|" + "---:|" * (words + counted) + ("---|" if dated else ""),
+        *(
+            _row(result, train_length=report["train_length"], words=words, counted=counted, dated=dated)
+            for result in report["results"]
+        ),
         "",
         "`nonoverlapping`: the text is cut into windows of the length. `sliding:STRIDE`: the window moves by STRIDE",
         "tokens and scores its last STRIDE, so all but the first window's predictions see at least length - STRIDE",
         "tokens of context. Loss is in nats per token.",
         "",
+        *(_density_lines(report["results"]) if counted else []),
     ]
     return "\n".join(lines)
 
@@ -214,11 +227,29 @@ def _result_to_json(result: "PerplexityResult", *, text: "EvaluationText", date:
         per_word = word_perplexity(result.loss, tokens=len(text.tokens), words=text.words)
         if per_word is not None:
             entry["word_perplexity"] = per_word
+    if result.attention_density is not None:
+        entry["attention_density"] = result.attention_density
+        entry["attention_density_by_layer"] = list(result.density_by_layer)
     entry["date"] = date
     return entry
 
 
-def _row(result: dict[str, Any], *, train_length: int, words: bool, dated: bool) -> str:
+def _density_lines(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield what the column `scores` means, and its numbers by layer."""
+    yield "`scores`: the share of causal attention's scores that were computed. The others weigh less than rounding, or"
+    yield "lie outside of the model's sliding window. By layer:"
+    yield ""
+    columns = [result for result in results if "attention_density_by_layer" in result]
+    several = len({protocol_name(result) for result in columns}) > 1
+    names = [f"{each['length']:,}" + (f" {protocol_name(each)}" if several else "") for each in columns]
+    yield f"| layer | {' | '.join(names)} |"
+    yield "|---:|" + "---:|" * len(columns)
+    for layer, shares in enumerate(zip(*(each["attention_density_by_layer"] for each in columns), strict=True)):
+        yield f"| {layer} | {' | '.join(f'{share:.1%}' for share in shares)} |"
+    yield ""
+
+
+def _row(result: dict[str, Any], *, train_length: int, words: bool, counted: bool, dated: bool) -> str:
     cells = [
         f"{result['length']:,}",
         f"{result['length'] / train_length:g}",
@@ -229,6 +260,8 @@ def _row(result: dict[str, Any], *, train_length: int, words: bool, dated: bool)
     ]
     if words:
         cells.append(f"{result['word_perplexity']:,.4g}" if "word_perplexity" in result else "-")
+    if counted:
+        cells.append(shown_density(result))
     if dated:
         cells.append(result["date"])
     return f"| {' | '.join(cells)} |"

@@ -24,6 +24,7 @@ from training.evaluation.report import build_report, protocol_name
 from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.evaluation.windows import place_windows
 from training.model.single import inference_device, load_single
+from training.model.windows import LosslessWindows
 from training.tracking.tracker import MlflowTracker, attach
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def evaluate_checkpoint(
     build = partial(build_report, checkpoint=opened, certificate=model.certificate, text=text, provenance=provenance)
     record = _Record(build, folder, name)
     try:
-        run_measurements(model, text, measurements, results=record.results, write=record.keep)
+        run_measurements(model, text, measurements, results=record.results, write=record.keep, attention=model.windows)
     except BaseException as error:  # Ctrl-C too
         record.keep_finished(of=len(measurements), error=error, tracker=tracker)
         raise
@@ -174,6 +175,7 @@ def run_measurements(
     *,
     results: list[PerplexityResult],
     write: Callable[[], object],
+    attention: LosslessWindows | None = None,
 ) -> None:
     """Make measurements, and show progress on the standard error stream.
 
@@ -183,6 +185,7 @@ def run_measurements(
         measurements: What to measure, in this order.
         results: The result of each is added here when it is finished.
         write: Called between two measurements, so that long work is not lost.
+        attention: Counts the scores that the model's attention computes; None if nothing counts them.
     """
     written_at, batch_tokens = time.monotonic(), scorer.batch_tokens
     # Count inputs, not windows: a long window takes longer.
@@ -199,6 +202,7 @@ def run_measurements(
                 length=measurement.length,
                 protocol=measurement.protocol,
                 batch_tokens=batch_tokens,
+                attention=attention,
                 progress=progress.advance,
             )
             results.append(result)
@@ -233,7 +237,8 @@ def _track(
         # MLflow does not allow a colon in a name on every system.
         text_and_protocol = f"evaluation/{label}/{protocol_name(result).replace(':', '_')}"
         name = f"{text_and_protocol}/{result['length']}"
-        values |= {f"{name}/loss": result["loss"], f"{name}/perplexity": result["perplexity"]}
+        kept = ("loss", "perplexity", "attention_density")
+        values |= {f"{name}/{key}": result[key] for key in kept if key in result}
         tracker.metrics(result["length"], {f"{text_and_protocol}/{curve}/perplexity": result["perplexity"]})
     tracker.metrics(report["step"], values)
     for file in files:

@@ -16,6 +16,8 @@ from configs.errors import InputError, MachineError
 from configs.paths import config_file
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import Tokenizer
+from parallel.compilers import check_cache_folder
+from parallel.start import environment
 from training.checkpoint.manifest import model_sha256
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.text import held_out_text
@@ -85,12 +87,13 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResu
         format: A name in `training.export.formats.table.FORMATS`.
         out: A folder that does not exist or is empty; a link to one and a mount point will do.
     Raises:
-        InputError: the checkpoint cannot be opened, the format cannot hold its model, or `out` has files or cannot be
-            written; raised before the model is loaded.
+        InputError: the checkpoint cannot be opened, the format cannot hold its model, `out` has files or cannot be
+            written, or torch cannot use its cache folder; raised before the model is loaded.
         MachineError: the disk is too small or failing.
         TrainshortError: the exported model differs from the trained one; the folder is deleted.
     """
     # Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded.
+    check_cache_folder(environment())  # transformers makes it
     exporter = load_format(format)
     try_new_folder(out)
     opened = open_checkpoint(checkpoint)

@@ -4,13 +4,14 @@ import logging
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.backends import BACKENDS, Backend, candidates, installed_packages
 from configs.positions import BiasKind
 from configs.precisions import PRECISIONS
 from training.model.positions.bias import Bias
 from training.model.positions.method import PositionMethod
+from training.model.windows import LosslessWindows
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,12 @@ class AttentionBlock(Protocol):
 
     attend: Attention
     position: PositionMethod
+
+
+def windows_of(module: nn.Module) -> LosslessWindows | None:
+    """Return the windows of a module's blocks, which share one bias; None if it has no block, or they have none."""
+    blocks = (layer for layer in module.modules() if isinstance(layer, AttentionBlock))
+    return next((block.attend.bias.lossless for block in blocks), None)
 
 
 class AutoAttention:

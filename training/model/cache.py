@@ -2,10 +2,13 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from training.model.attention import Attention
+from training.model.kernels.sdpa import attend_next
 from training.model.positions.rows import Start
+from training.model.windows import norms
 
 ROOM = 256  # tokens that fit after a prompt: most generations are shorter and copy nothing
 
@@ -43,11 +46,13 @@ class KeyValueCache:
     Attributes:
         length: Tokens that every block has seen.
         pairs: The buffers by the number of the block, [batch, heads, size, head_dim] each; the first `length` are set.
+        radii: Largest norm of a key by the number of the block, [batch, heads, 1], where windows are on.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self.radii: dict[int, Tensor] = {}
 
     @property
     def start(self) -> int:
@@ -56,7 +61,16 @@ class KeyValueCache:
 
     def attend(self, attend: Attention, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Add new tokens' keys and values of one block, and attend to all so far; see `Cache`."""
-        return attend(q, *self.extend(block, k, v))
+        keys, values = self.extend(block, k, v)
+        if attend.bias.lossless is None or attend.bias.window is not None or q.is_cuda:
+            return attend(q, keys, values)
+        radius = norms(k).amax(2, keepdim=True)
+        if block in self.radii:
+            radius = torch.maximum(radius, self.radii[block])
+        self.radii[block] = radius
+        if q.shape[2] > 1:
+            return attend(q, keys, values)
+        return attend_next(q, keys, values, bias=attend.bias, radius=radius)
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add new tokens' keys and values of one block; return all of them so far.

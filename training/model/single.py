@@ -15,6 +15,7 @@ from parallel.groups import lone_groups
 from parallel.shards import declared
 from parallel.start import flush_denormals, start_alone
 from training.checkpoint.read import Checkpoint
+from training.model.attention import AttentionBlock, windows_of
 from training.model.cache import KeyValueCache
 from training.model.decoder import Decoder, plan_layers
 from training.model.decoding import Capture, CudaGraph, TokenSteps
@@ -73,6 +74,7 @@ class SingleModel:
     Attributes:
         certificate: The certificate of its positions, as plain values.
         batch_tokens: Inputs of one pass that use the device well.
+        windows: Those of its attention; None if it has none.
     """
 
     def __init__(
@@ -100,7 +102,12 @@ class SingleModel:
         elif capture is None:
             capture = CudaGraph
         self._steps = None if capture is None else TokenSteps(decoder, capture=capture)
-        self.certificate = certificate
+        self.certificate, self.windows = certificate, windows_of(decoder)
+
+    @property
+    def blocks(self) -> list[AttentionBlock]:
+        """The blocks, in order."""
+        return [layer for layer in self._decoder.layers if isinstance(layer, AttentionBlock)]
 
     @property
     def batch_tokens(self) -> int:
@@ -184,7 +191,8 @@ def inference_device(precision: str) -> torch.device:
 def load_single(checkpoint: Checkpoint, *, precision: str = DEFAULT_PRECISION) -> SingleModel:
     """Return the model of a checkpoint of any layout, with the default attention, whatever it trained with.
 
-    `reference` is replaced too: it computes all scores at once, which do not fit in memory at long lengths.
+    `reference` is replaced too: it computes all scores at once, which do not fit in memory at long lengths. Lossless
+    windows are on for the same reason.
 
     Args:
         checkpoint: The checkpoint.
@@ -194,7 +202,7 @@ def load_single(checkpoint: Checkpoint, *, precision: str = DEFAULT_PRECISION) -
         TrainshortError: its positions are wrong; see `training.model.proof.certificate`.
     """
     device = inference_device(precision)
-    model = checkpoint.config.model.model_copy(update={"attention": "auto"})
+    model = checkpoint.config.model.model_copy(update={"attention": "auto", "windows": "auto"})
     decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
     for parameter, shard in declared(decoder).values():
         parameter.data = checkpoint.slice(shard, kind="weight", part=None)

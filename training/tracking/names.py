@@ -20,6 +20,7 @@ METRIC_NAMES = {
     "model_flops_utilization": "time/model_flops_utilization",
     "model_flops_utilization_causal": "time/model_flops_utilization_causal",
     "memory_gb": "memory/peak_gb",
+    "attention_density": "train/attention_density",
     "validation_loss": "validation/loss",
     "validation_seconds": "time/validation_seconds",
     "save_seconds": "time/save_seconds",

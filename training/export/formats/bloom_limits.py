@@ -16,6 +16,8 @@ def bloom_problem(model: Model) -> str | None:
         problems.append(f"model.position {model.position} (it holds {' or '.join(_POSITIONS)})")
     if model.inner != 4 * model.hidden:
         problems.append(f"model.feed_forward {model.inner} (it holds 4 x hidden, {4 * model.hidden})")
+    if model.window is not None:
+        problems.append(f"model.window {model.window} (it holds null, all tokens)")
     if not problems:
         return None
     return f"the Hugging Face Bloom format cannot hold {'; '.join(problems)}: this model cannot be exported"

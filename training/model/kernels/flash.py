@@ -37,5 +37,9 @@ class Flash:
         # flash-attn's order is [batch, seq, heads, head_dim].
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         repeats = torch.are_deterministic_algorithms_enabled()
-        out: Tensor = self._attend(q, k, v, causal=True, alibi_slopes=here, deterministic=repeats)
+        window = self.bias.window
+        keys_around = (-1, -1) if window is None else (window - 1, 0)  # before a query and after it; -1 for all
+        out: Tensor = self._attend(
+            q, k, v, causal=True, window_size=keys_around, alibi_slopes=here, deterministic=repeats
+        )
         return out.transpose(1, 2)

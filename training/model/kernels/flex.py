@@ -9,17 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.model.kernels.sdpa import Sdpa
+from training.model.kernels.slopes import DeviceSlopes
+from training.model.kernels.tiles import TILE, TileCounts, all_tiles, block_mask, compiled_finder, tiles_with_weight
 from training.model.positions.bias import Bias
 
-TILE = 128  # queries and keys of one block of the mask
 FEWEST_TILES = 2  # torch compiles again for a size of 1
+# Finding tiles without weight reads all queries and keys once: in shorter sequences that costs about what it saves.
+FEWEST_TILES_OF_WINDOWS = 16
 
 
 class Flex:
     """FlexAttention; no tensor holds a bias, and its slopes come from the number of the head.
 
     Sequences are padded to whole tiles: at other lengths compiled FlexAttention has given NaN gradients
-    (pytorch#153799), and one compilation then serves all lengths.
+    (pytorch#153799), and one compilation then serves all lengths. With windows, tiles without weight are left out: how
+    many a row of tiles takes is data, so that nothing is compiled again, and the host never waits for it.
 
     Attributes:
         bias: The bias.
@@ -37,6 +41,7 @@ class Flex:
             compiled: Whether to compile the kernel; by default, on a GPU only. On a CPU it has no backward pass.
         """
         self.bias, self._compiled, self._one_query = bias, compiled, Sdpa(bias)
+        self._slopes = DeviceSlopes(bias)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return [batch, local_heads, queries, head_dim]; a single query after a cache is left to SDPA."""
@@ -47,16 +52,28 @@ class Flex:
         end = tiles * TILE - keys
         # Queries after a cache take their own places in the sequence; the rows before them are not used.
         q, k, v = _padded(q, keys - queries, end), _padded(k, 0, end), _padded(v, 0, end)
+        counts = self._count(q, k, tiles=tiles)
+        if self.bias.lossless is not None:
+            self.bias.lossless.add(counts.density)
         compiled = q.is_cuda if self._compiled is None else self._compiled
+        window = self.bias.window
         out: Tensor = flex_kernel(compiled)(
             q,
             k,
             v,
             score_mod=penalty(self.bias.slope_of(q.device)),
-            block_mask=causal_mask(tiles, device=q.device),
+            block_mask=block_mask(counts, window=window, mask=visible(window)),
             kernel_options=self.options,
         )
         return out if end == 0 and queries == keys else out[:, :, keys - queries : keys]
+
+    @torch.no_grad()
+    def _count(self, q: Tensor, k: Tensor, *, tiles: int) -> TileCounts:
+        slopes, window = self._slopes.on(q.device), self.bias.window
+        if self.bias.lossless is None or slopes is None or tiles < FEWEST_TILES_OF_WINDOWS:
+            return all_tiles(*q.shape[:2], tiles, window=window, device=q.device)
+        q, k = (x.detach().view(*x.shape[:2], tiles, TILE, -1) for x in (q, k))
+        return compiled_finder()(q, k, slopes, window) if q.is_cuda else tiles_with_weight(q, k, slopes, window)
 
 
 def _padded(x: Tensor, before: int, after: int) -> Tensor:
@@ -93,23 +110,19 @@ def flex_kernel(compiled: bool) -> Any:
 
 
 @lru_cache(maxsize=16)
-def causal_mask(tiles: int, *, device: torch.device) -> Any:
-    """Return the causal mask of whole tiles, a BlockMask: a tile on the diagonal is masked, those before it are not.
+def visible(window: int | None) -> Callable[..., Tensor]:
+    """Return the mask function: batch, head, query, key -> whether the query sees the key.
 
-    torch's `create_block_mask` finds the same by a compiled kernel, or in memory of [queries, keys].
+    Args:
+        window: Keys that a query sees, its own included; None for all before it.
     """
-    from torch.nn.attention.flex_attention import BlockMask
+    if window is None:
+        return _seen
 
-    row = torch.arange(tiles, dtype=torch.int32, device=device)
-    # Row r: one masked tile, number r, and r whole tiles, from 0 on. Entries beyond these counts are not read.
-    return BlockMask.from_kv_blocks(
-        torch.ones_like(row)[None, None],
-        row[:, None].expand(-1, tiles).contiguous()[None, None],
-        row[None, None],
-        row.expand(tiles, -1).contiguous()[None, None],
-        BLOCK_SIZE=TILE,
-        mask_mod=_seen,
-    )
+    def seen_within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _seen(batch, head, query, key) & (query - key < window)
+
+    return seen_within
 
 
 def _seen(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
 """Attention with ALiBi on a CPU: torch's kernel on blocks, with a backward pass that adds up in place.
 
-Each block of queries makes two calls. Its near keys take a small strip of bias. For its far keys, ALiBi is a line: the
-bias of the block's last query, which is one row for all queries, plus a number for each query. Softmax ignores such a
-number, so the kernel reads one row instead of a strip as long as the sequence, and the number is added to the logarithm
-of the sum of weights. Two calls of one row of attention are joined by their sums.
+Each block of queries takes its near keys with a small strip of bias. For its far keys, ALiBi is a line: the bias of the
+block's last query, which is one row for all queries, plus a number for each query. Softmax ignores such a number, so
+the kernel reads one row instead of a strip as long as the sequence, and the number is added to the logarithm of the sum
+of weights. Near and far keys are joined by their sums.
+
+With windows, each head takes only the far keys that can have weight. What bounds them, the sum of the near keys'
+weights, is there by then. The backward pass is that of what the forward pass computed: it takes the same keys.
 
 The row is computed from distances, as the strip is, and used for keys further away than a block is long: its rounding
 is that of the strip at most twice as far.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +21,28 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from training.model.kernels.bias_blocks import BiasBlock, bias_blocks
+from training.model.positions.bias import Bias
+from training.model.windows import first_keys, norms, reach, runs_of_heads
+
+FAR_KEYS = 128  # far keys that a window takes or leaves together
+
+Far = Sequence[tuple[slice, slice]]  # heads, and the far keys that they take
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, *, strip: Tensor, row: Tensor | None, at_once: int) -> Tensor:
+def attend_by_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    strip: Tensor,
+    row: Tensor | None,
+    at_once: int,
+    bias: Bias,
+    radius: Tensor | None = None,
+) -> Tensor:
     """Return causal attention with a bias that is linear in the distance.
 
     Args:
@@ -30,32 +50,60 @@ def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, *, strip: Tensor, row: Ten
         k: [batch, local_heads, keys, head_dim].
         v: Like k.
         strip: Bias of the last queries on the last keys, [1, local_heads, rows, width].
-        row: Bias of the last query on all keys, [1, local_heads, 1, keys]; None if the strip covers all keys.
+        row: Bias of the last query on all keys, [1, local_heads, 1, keys]; None if no query sees a key that the strip
+            does not cover.
         at_once: Queries of a block, at most `rows`, at most `width`.
+        bias: The bias itself; if it is `lossless`, far keys without weight are left out.
+        radius: Largest norm of a far key, if it is known, [batch, local_heads, 1].
     Returns:
         [batch, local_heads, queries, head_dim], in memory [queries, batch, local_heads, head_dim].
     """
-    out: Tensor = _Blocks.apply(q, k, v, strip, row, at_once)  # type: ignore[no-untyped-call]
+    largest = None  # norm of a key up to each, [batch, local_heads, keys]
+    if bias.lossless is not None and row is not None:
+        known = norms(k.detach()).cummax(2).values if radius is None else radius
+        largest = known.expand(-1, -1, k.shape[2])
+    out: Tensor = _Blocks.apply(q, k, v, strip, row, at_once, bias, largest)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Blocks(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, strip: Tensor, row: Tensor | None, at_once: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        strip: Tensor,
+        row: Tensor | None,
+        at_once: int,
+        bias: Bias,
+        largest: Tensor | None,
+    ) -> Tensor:
         (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
         out = q.new_empty(queries, batch, heads, head_dim).permute(1, 2, 0, 3)
         # the logarithm of each query's sum of weights, [batch, local_heads, queries], in fp32 or wider
         sums = q.new_empty(batch, heads, queries, dtype=strip.dtype)
+        ctx.far = []
         for block in bias_blocks(strip, queries=queries, keys=keys, at_once=at_once):
-            part, first = q[:, :, block.queries], block.first
+            rows, first = block.queries, block.first
             near = slice(first, block.seen)
-            joined, total = _forward(part, k[:, :, near], v[:, :, near], attn_mask=block.near)
-            if row is not None and first:
-                far, far_total = _forward(part, k[:, :, :first], v[:, :, :first], attn_mask=_far(row, block, keys=keys))
-                far_total = far_total - _offset(row, block)
-                near_total, total = total, torch.logaddexp(total, far_total)
-                joined = joined * (near_total - total).exp()[..., None] + far * (far_total - total).exp()[..., None]
-            out[:, :, block.queries], sums[:, :, block.queries] = joined, total
+            joined, total = _forward(q[:, :, rows], k[:, :, near], v[:, :, near], attn_mask=block.near)
+            out[:, :, rows], sums[:, :, rows] = joined, total
+            firsts = [first if row is None else 0] * heads
+            if largest is not None and first:
+                radius = largest[:, :, first - 1 : first]
+                firsts = _first_far_keys(q[:, :, rows], block, radius=radius, sums=total, bias=bias)
+            ctx.far.append(list(runs_of_heads(firsts, end=first)))
+            for some, seen in ctx.far[-1]:
+                mask, offset = _line(row, block, heads=some, seen=seen)
+                far, far_total = _forward(q[:, some, rows], k[:, some, seen], v[:, some, seen], attn_mask=mask)
+                far_total, near_total = far_total - offset, total[:, some]
+                both = torch.logaddexp(near_total, far_total)
+                near_share, far_share = (near_total - both).exp()[..., None], (far_total - both).exp()[..., None]
+                out[:, some, rows], sums[:, some, rows] = joined[:, some] * near_share + far * far_share, both
+        if bias.lossless is not None:
+            blocks = bias_blocks(strip, queries=queries, keys=keys, at_once=at_once)
+            bias.lossless.add(torch.tensor(computed_share(blocks, ctx.far, heads=heads)))
         ctx.save_for_backward(q, k, v, out, sums, strip, row)
         ctx.at_once = at_once
         return out
@@ -67,31 +115,61 @@ class _Blocks(Function):
         grad = grad if grad.stride(3) == 1 else grad.contiguous()
         keys = k.shape[2]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for block in bias_blocks(strip, queries=q.shape[2], keys=keys, at_once=ctx.at_once):
-            rows, first, total = block.queries, block.first, sums[:, :, block.queries]
-            near = slice(first, block.seen)
-            calls = [(near, total, block.near)]
-            if row is not None and first:
-                calls.append((slice(0, first), total + _offset(row, block), _far(row, block, keys=keys)))
-            for number, (seen, known, mask) in enumerate(calls):
-                own = (grad[:, :, rows], q[:, :, rows], k[:, :, seen], v[:, :, seen], out[:, :, rows])
-                part_q, part_k, part_v = _backward(*own, known.contiguous(), 0.0, False, attn_mask=mask)
+        blocks = bias_blocks(strip, queries=q.shape[2], keys=keys, at_once=ctx.at_once)
+        for block, runs in zip(blocks, ctx.far, strict=True):
+            rows, near = block.queries, slice(block.first, block.seen)
+            calls = [(slice(None), near, sums[:, :, rows], block.near)]
+            for some, seen in runs:
+                mask, offset = _line(row, block, heads=some, seen=seen)
+                calls.append((some, seen, sums[:, some, rows] + offset, mask))
+            for number, (some, seen, total, mask) in enumerate(calls):
+                own = (grad[:, some, rows], q[:, some, rows], k[:, some, seen], v[:, some, seen], out[:, some, rows])
+                part_q, part_k, part_v = _backward(*own, total.contiguous(), 0.0, False, attn_mask=mask)
                 if number:
-                    grad_q[:, :, rows] += part_q
+                    grad_q[:, some, rows] += part_q
                 else:
-                    grad_q[:, :, rows] = part_q
-                grad_k[:, :, seen] += part_k
-                grad_v[:, :, seen] += part_v
-        return grad_q, grad_k, grad_v, None, None, None
+                    grad_q[:, some, rows] = part_q
+                grad_k[:, some, seen] += part_k
+                grad_v[:, some, seen] += part_v
+        return grad_q, grad_k, grad_v, None, None, None, None, None
 
 
-def _far(row: Tensor, block: BiasBlock, *, keys: int) -> Tensor:
-    """Return the bias of a block's last query on its far keys, [1, local_heads, 1, first]."""
+def _first_far_keys(q: Tensor, block: BiasBlock, *, radius: Tensor, sums: Tensor, bias: Bias) -> list[int]:
+    """Return the number of the first key that a block's queries need, by head; at its first near key or later: none."""
+    assert bias.local_slopes is not None, "without slopes there is no window"
+    distances = reach(q, radius=radius, sums=sums, slopes=bias.local_slopes)
+    return first_keys(distances, position=block.seen - q.shape[2], step=FAR_KEYS)
+
+
+def computed_share(blocks: Iterable[BiasBlock], far: Sequence[Far], *, heads: int) -> float:
+    """Return the share of the scores of all blocks that near keys and windows are.
+
+    Args:
+        blocks: The blocks of one call.
+        far: The far keys that are taken, by block.
+        heads: Heads of this rank.
+    """
+    computed = whole = 0
+    for block, runs in zip(blocks, far, strict=True):
+        rows = block.queries.stop - block.queries.start
+        taken = sum((some.stop - some.start) * (seen.stop - seen.start) for some, seen in runs)
+        computed += rows * (heads * (block.seen - block.first) + taken)
+        whole += rows * heads * block.seen
+    return computed / whole
+
+
+def _line(row: Tensor | None, block: BiasBlock, *, heads: slice, seen: slice) -> tuple[Tensor, Tensor]:
+    """Return the bias of a block's last query on far keys, and that bias minus the one of each of its queries.
+
+    Args:
+        row: Bias of the last query on all keys, [1, local_heads, 1, keys].
+        block: The block.
+        heads: Some of the heads.
+        seen: Some of the far keys.
+    Returns:
+        [1, heads, 1, seen] and [1, heads, queries].
+    """
+    assert row is not None, "far keys have a row"
+    keys, count = row.shape[3], block.queries.stop - block.queries.start
     start = keys - block.seen
-    return row[..., start : start + block.first]
-
-
-def _offset(row: Tensor, block: BiasBlock) -> Tensor:
-    """Return the bias of a block's last query minus that of each of its queries, [1, local_heads, queries]."""
-    count = block.queries.stop - block.queries.start
-    return row[:, :, 0, row.shape[3] - count :]
+    return row[:, heads, :, start + seen.start : start + seen.stop], row[:, heads, 0, keys - count :]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from configs.positions import slopes
 from configs.schema import Model
 from parallel.axes import Group
 from parallel.parameter import Shard
@@ -35,18 +36,6 @@ class Alibi(PositionMethod):
         """Return minus slope times distance, [local_heads, distances] fp64."""
         slope = torch.tensor([self._all_slopes[head] for head in self.heads], dtype=torch.float64)
         return -slope[:, None] * torch.arange(distances)
-
-
-def slopes(heads: int) -> list[float]:
-    """Return the slope of every head of the model.
-
-    For a power of two n, a geometric sequence that begins at its own ratio, 2^(-8/n). For any other number, the
-    slopes of the power of two below, then every other slope of the power of two above.
-    """
-    below = 2 ** int(math.log2(heads))
-    first = [2.0 ** (-8.0 * (head + 1) / below) for head in range(below)]
-    between = [2.0 ** (-4.0 * (2 * head + 1) / below) for head in range(heads - below)]
-    return first + between
 
 
 def slope_formula(heads: int, *, first: int) -> SlopeOf:

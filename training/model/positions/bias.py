@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from training.model.windows import LosslessWindows
+
 QUERY_BLOCK = 256
 ALIGNED = 16  # elements; on a GPU torch copies a mask whose rows begin or end off a multiple of 8
 
@@ -24,12 +26,17 @@ class Bias(Protocol):
         local_slopes: ALiBi's slopes, [local_heads] fp64, for kernels that compute the bias themselves; None if
             there are none.
         learned: Whether it has parameters.
-        causal_only: Whether it is the causal mask alone.
+        causal_only: Whether it adds nothing to the scores of the keys that a query sees.
+        lossless: Where kernels note what share of the scores they compute. If there are slopes, they may leave out keys
+            without weight. None if all scores are computed; set by `make_position`.
+        window: Keys that a query sees, its own included, or None for all before it; set by `make_position`.
     """
 
     local_slopes: Tensor | None
     learned: bool
     causal_only: bool
+    lossless: LosslessWindows | None
+    window: int | None
 
     def slope_of(self, device: torch.device) -> SlopeOf | None:
         """Return a function for kernels that compute the bias themselves; None if there are no slopes.
@@ -40,7 +47,7 @@ class Bias(Protocol):
         ...
 
     def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the bias of the last `rows` queries of `keys` positions, -inf where the key is ahead.
+        """Return the bias of the last `rows` queries of `keys` positions, -inf where the key is not seen.
 
         Args:
             rows: Queries.
@@ -61,6 +68,8 @@ class SlopeBias:
     """
 
     learned = False
+    lossless: LosslessWindows | None = None
+    window: int | None = None
 
     def __init__(self, local_slopes: Tensor | None, *, slope_of: SlopeOf | None = None) -> None:
         """Take the slopes of this rank's heads, [local_heads] fp64.
@@ -101,7 +110,7 @@ class SlopeBias:
     def _make(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         slopes = torch.zeros(1) if self.local_slopes is None else self.local_slopes
         wide = torch.promote_types(torch.float32, dtype)
-        return causal_bias(slopes.to(device, wide), queries=rows, keys=keys).to(dtype)
+        return within(causal_bias(slopes.to(device, wide), queries=rows, keys=keys), window=self.window).to(dtype)
 
 
 def causal_bias(local_slopes: Tensor, *, queries: int, keys: int) -> Tensor:
@@ -122,6 +131,21 @@ def causal_bias(local_slopes: Tensor, *, queries: int, keys: int) -> Tensor:
     distance = query[:, None] - torch.arange(keys, device=device)[None, :]  # [queries, keys]
     bias = -local_slopes[:, None, None] * distance
     return bias.masked_fill_(distance < 0, -torch.inf)
+
+
+def within(bias: Tensor, *, window: int | None) -> Tensor:
+    """Return a causal bias within a sliding window, -inf where the distance is the window or more.
+
+    Args:
+        bias: Bias of a sequence's last queries on its last keys, [..., queries, keys].
+        window: Keys that a query sees, its own included; None for all before it.
+    """
+    queries, keys = bias.shape[-2:]
+    if window is None or window >= keys:
+        return bias
+    # the distance is keys - queries + query - key
+    outside = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril(keys - queries - window)
+    return bias.masked_fill(outside, -torch.inf)
 
 
 def padded(length: int) -> int:

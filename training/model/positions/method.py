@@ -17,6 +17,7 @@ from training.families.description import Shards
 from training.families.table import position_table_name
 from training.model.positions.bias import Bias, SlopeBias
 from training.model.positions.rows import Start
+from training.model.windows import LosslessWindows
 
 
 def local_heads(heads: int, *, tensor: Group) -> range:
@@ -87,4 +88,8 @@ def make_position(model: Model, shards: Shards, *, tensor: Group) -> PositionMet
         tensor: The tensor axis.
     """
     table = shards.get(position_table_name(model.position))
-    return position_method(model.position)(model, tensor=tensor, table=table)
+    method = position_method(model.position)(model, tensor=tensor, table=table)
+    bias = method.bias
+    leaves_out = model.window is not None if bias.local_slopes is None else model.windows == "auto"
+    bias.lossless, bias.window = LosslessWindows() if leaves_out else None, model.window
+    return method

@@ -17,6 +17,7 @@ from parallel.parameter import Shard
 from parallel.shards import declare
 from training.model.positions.bias import padded, power_of_two
 from training.model.positions.method import PositionMethod
+from training.model.windows import LosslessWindows
 
 MAX_DISTANCE = 128
 
@@ -45,6 +46,8 @@ class LearnedBias(nn.Module):
     local_slopes: Tensor | None = None
     learned = True
     causal_only = False
+    lossless: LosslessWindows | None = None
+    window: int | None = None
 
     def __init__(self, table: Shard, *, tensor: Group) -> None:
         super().__init__()
@@ -56,15 +59,16 @@ class LearnedBias(nn.Module):
         """Return None: there are no slopes."""
 
     def forward(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the strip [1, local_heads, rows, keys], -inf where the key is ahead."""
+        """Return the strip [1, local_heads, rows, keys], -inf where the key is not seen."""
         # Round up to a power of two, so that the cache serves many generated tokens.
-        by_distance = self.weight.to(dtype)[:, buckets(power_of_two(keys), device=device)[:keys]]  # [heads, keys]
+        seen = buckets(power_of_two(keys), device=device)[:keys][: self.window]
+        by_distance = self.weight.to(dtype)[:, seen]  # [heads, distances]
         # Row r, column first + c needs distance keys - rows + r - c. Write one line of all distances, the longest
         # first, then the keys ahead. Repeat this line of width + 1 elements and cut it into rows of `width`: each
         # row is then the row above, shifted right by one.
-        first, heads = padded(rows - 1), by_distance.shape[0]
-        width, before = first + padded(keys), first - (rows - 1)
-        other = by_distance.new_full((heads, width + 1 - keys), -torch.inf)
+        first, (heads, distances) = padded(rows - 1), by_distance.shape
+        width, before = first + padded(keys), first - (rows - 1) + keys - distances
+        other = by_distance.new_full((heads, width + 1 - distances), -torch.inf)
         line = torch.cat([other[:, :before], by_distance.flip(1), other[:, before:]], dim=1)  # [heads, width + 1]
         repeated = line[:, None, :].expand(-1, rows, -1).reshape(heads, rows * (width + 1))
         return repeated[:, : rows * width].view(heads, rows, width)[None, :, :, first : first + keys]

@@ -23,6 +23,8 @@ from torch import Tensor
 from training.model.attention import Attention, make_attention
 from training.model.positions.bias import QUERY_BLOCK, SlopeBias
 from training.model.proof.attention_weights import read_rows, read_total, total_variation
+from training.model.proof.head_windows import HeadWindow, head_windows
+from training.model.windows import LosslessWindows
 
 SAMPLE_WEIGHTS = 2**22  # attention weights compared at one length
 SAMPLE_QUERIES = 8  # fewest queries compared: the last ones, which have the longest rows
@@ -41,6 +43,11 @@ class Distance:
     worst: float
     mean: float
 
+    @classmethod
+    def of(cls, rows: Tensor) -> "Distance":
+        """Return that of rows whose total variations are given, [rows]."""
+        return cls(float(rows.max()), float(rows.mean()))
+
 
 @dataclass(frozen=True)
 class HeadAudit:
@@ -51,6 +58,7 @@ class HeadAudit:
         slope: Its slope.
         measured: What the backend computes.
         absolute, relative: The forms slope * key and -slope * distance, rounded to the run's type.
+        window: How far back its queries need keys.
     """
 
     head: int
@@ -58,6 +66,7 @@ class HeadAudit:
     measured: Distance
     absolute: Distance
     relative: Distance
+    window: HeadWindow
 
 
 @dataclass(frozen=True)
@@ -68,11 +77,13 @@ class LengthAudit:
         length: Keys of the last query.
         queries: How many queries were compared, the last ones.
         heads: The heads compared, by number.
+        density: Share of the causal scores of these queries that the backend computed; None if it does not count them.
     """
 
     length: int
     queries: int
     heads: tuple[HeadAudit, ...]
+    density: float | None
 
     @property
     def worst(self) -> HeadAudit:
@@ -82,7 +93,14 @@ class LengthAudit:
 
 @torch.no_grad()
 def audit(
-    backend: str, *, slopes: Sequence[float], head_dim: int, length: int, dtype: torch.dtype, device: torch.device
+    backend: str,
+    *,
+    slopes: Sequence[float],
+    head_dim: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    windows: bool = True,
 ) -> LengthAudit:
     """Compare a backend's ALiBi attention with the exact one at one length; memory stays bounded.
 
@@ -93,18 +111,27 @@ def audit(
         length: Tokens.
         dtype: Type of queries and keys.
         device: Where attention runs; the oracle is computed on the CPU.
+        windows: Whether the backend may leave out keys without weight.
     """
     queries = min(length, max(SAMPLE_QUERIES, SAMPLE_WEIGHTS // (len(slopes) * length)))
     chosen = sample_heads(slopes, count=max(2, SAMPLE_WEIGHTS // (queries * length)))
     at_once = max(1, GROUP_WEIGHTS // (max(queries, QUERY_BLOCK) * length))
     generator = torch.Generator().manual_seed(length)
     audits: list[HeadAudit] = []
+    lossless = LosslessWindows() if windows else None
+    shares: list[tuple[Tensor, int]] = []
     for start in range(0, len(chosen), at_once):
         group = chosen[start : start + at_once]
         q = torch.randn(1, len(group), queries, head_dim, generator=generator).to(dtype)
         k = torch.randn(1, len(group), length, head_dim, generator=generator).to(dtype)
-        audits += _audit_group(backend, group, slopes=slopes, q=q, k=k, device=device)
-    return LengthAudit(length, queries, tuple(audits))
+        slope = torch.tensor([slopes[head] for head in group], dtype=torch.float64)
+        bias = SlopeBias(slope)
+        bias.lossless = lossless
+        audits += _audit_group(make_attention(backend, bias), group, slope=slope, q=q, k=k, device=device)
+        shares += [(density, len(group)) for density in (lossless.take() if lossless else [])]
+    total = sum(count for _, count in shares)
+    density = sum(float(share) * count for share, count in shares) / total if total else None
+    return LengthAudit(length, queries, tuple(audits), density)
 
 
 def sample_heads(slopes: Sequence[float], *, count: int) -> list[int]:
@@ -117,9 +144,8 @@ def sample_heads(slopes: Sequence[float], *, count: int) -> list[int]:
 
 
 def _audit_group(
-    backend: str, group: Sequence[int], *, slopes: Sequence[float], q: Tensor, k: Tensor, device: torch.device
+    attend: Attention, group: Sequence[int], *, slope: Tensor, q: Tensor, k: Tensor, device: torch.device
 ) -> list[HeadAudit]:
-    slope = torch.tensor([slopes[head] for head in group], dtype=torch.float64)
     queries, keys = q.shape[2], k.shape[2]
     position = torch.arange(keys)
     distance = torch.arange(keys - queries, keys)[:, None] - position
@@ -131,12 +157,12 @@ def _audit_group(
         bias = (slope.float()[:, None, None] * penalty).to(q.dtype)
         return total_variation((scores + bias.double()).softmax(-1), exact)
 
-    attend = make_attention(backend, SlopeBias(slope))
     measured = _measured(attend, q.to(device), k.to(device), exact=exact)
     forms = zip(measured, rounded(position), rounded(-distance), strict=True)
+    windows = head_windows(q, k, slopes=slope, heads=group)
     return [
-        HeadAudit(head, float(slope[place]), *(Distance(float(form.max()), float(form.mean())) for form in head_forms))
-        for place, (head, head_forms) in enumerate(zip(group, forms, strict=True))
+        HeadAudit(window.head, window.slope, Distance.of(own), Distance.of(absolute), Distance.of(relative), window)
+        for window, (own, absolute, relative) in zip(windows, forms, strict=True)
     ]
 
 

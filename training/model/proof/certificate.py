@@ -22,15 +22,17 @@ from parallel.collectives import all_gather_object
 from parallel.compiled import compiler_errors
 from training.model.attention import Attention, AttentionBlock, backend_used
 from training.model.positions.bias import QUERY_BLOCK
-from training.model.positions.method import local_heads, position_method
+from training.model.positions.method import PositionMethod, local_heads, position_method
 from training.model.proof.attention_weights import dtype_of, in_classes, read_classes, read_rows, total_variation
-from training.model.proof.gradients import ROW_ERRORS, gradient_fault
+from training.model.proof.kernel_error import ROW_ERRORS, kernel_fault
 
 PROBED = 64  # positions whose rows are read key by key: there the flattest slope of 8 heads still moves 3 % of a row
 LONG = 2 * QUERY_BLOCK + 17  # positions read by classes of keys: three blocks of queries, the last one short
 STARTS = range(0, LONG, QUERY_BLOCK)
 # first and last query of each block
 BLOCK_ENDS = sorted({*STARTS, *(start - 1 for start in STARTS[1:]), LONG - 1})
+EDGE = 17  # queries at the edge of a longer sliding window, the first that do not see all keys
+LONGEST_EDGE = 8192  # tokens: the edge of a longer window is not read, its keys may not fit into memory
 REPORT = "this is a fault of trainshort: report it"
 TRAIN_OTHERWISE = "set another model.attention, reference is the plainest, and report this"
 
@@ -128,7 +130,7 @@ def _attention_fault(
 ) -> str | None:
     """Return what is wrong with the output or the gradients of this rank's attention, None if nothing is."""
     for attend in _attentions(module):
-        fault = gradient_fault(
+        fault = kernel_fault(
             attend,
             heads=len(local_heads(model.heads, tensor=groups.tensor)),
             head_dim=model.head_dim,
@@ -165,12 +167,17 @@ def measure_certificate(
     position = blocks[0].position
     # From this rank's own place: weights are split by it, but the modules may wrongly have been built with another.
     heads = local_heads(model.heads, tensor=groups.tensor)
-    expected = position.penalty(LONG)  # [local_heads, LONG]
+    window = model.window
+    expected = promised_penalty(position, distances=LONG, window=window)  # [local_heads, LONG]
     shape = (1, len(heads), LONG, model.head_dim)
     zero = torch.zeros(shape, dtype=dtype_of(precision), device=device)
     attentions = _attentions(module)
     try:
         measured = torch.stack([recency_and_error(attend, zero, expected=expected) for attend in attentions])
+        if window is not None and LONG <= window <= LONGEST_EDGE:
+            edge = promised_penalty(position, distances=window + EDGE, window=window)
+            errors = torch.stack([edge_error(attend, zero, expected=edge) for attend in attentions])
+            measured[:, 1] = torch.maximum(measured[:, 1], errors)
     except compiler_errors():
         if fault is None:
             raise
@@ -190,6 +197,20 @@ def measure_certificate(
         recency=float(measured[:, 0].min()),
         error=float(measured[:, 1].max()),
     )
+
+
+def promised_penalty(position: PositionMethod, *, distances: int, window: int | None) -> Tensor:
+    """Return the penalty that a position method promises, -inf outside a sliding window.
+
+    Args:
+        position: The method.
+        distances: Number of distances, from 0 on.
+        window: Keys that a query sees, its own included; None for all before it.
+    Returns:
+        [local_heads, distances] fp64.
+    """
+    penalty = position.penalty(distances)
+    return penalty if window is None else penalty.masked_fill(torch.arange(distances) >= window, -torch.inf)
 
 
 def expected_rows(penalty: Tensor, *, rows: Sequence[int], keys: int) -> Tensor:
@@ -219,6 +240,20 @@ def recency_and_error(attend: Attention, zero: Tensor, *, expected: Tensor) -> T
     exact_ends = in_classes(expected_rows(expected, rows=BLOCK_ENDS, keys=LONG), classes=zero.shape[3])
     error = torch.maximum(total_variation(rows, exact).max(), total_variation(ends, exact_ends).max())
     return torch.stack([(rows[:, -1, -1] - rows[:, -1, 0]).min(), error])
+
+
+def edge_error(attend: Attention, zero: Tensor, *, expected: Tensor) -> Tensor:
+    """Return how far the rows of the last EDGE queries are from exact, a scalar; nan if a weight is.
+
+    Args:
+        attend: One attention of this rank.
+        zero: Queries of zeros, [1, heads, at least EDGE, head_dim].
+        expected: Promised penalty at each distance, one per key, [heads, keys] fp64.
+    """
+    keys, (batch, heads, _, width) = expected.shape[1], zero.shape
+    rows = read_classes(attend, zero[:, :, :EDGE], zero.new_zeros(batch, heads, keys, width))
+    exact = expected_rows(expected, rows=range(keys - EDGE, keys), keys=keys)
+    return total_variation(rows, in_classes(exact, classes=width)).max()
 
 
 def hash_slopes(head_slopes: Sequence[float]) -> str:

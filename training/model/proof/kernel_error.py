@@ -15,7 +15,7 @@ SEQ = 131  # more than one block of a kernel, and a multiple of none
 ROW_ERRORS = 10  # what gradients may be off, in units of what a row may: bf16 rounds queries, weights and outputs
 
 
-def gradient_error(attend: Attention, *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> float:
+def kernel_error(attend: Attention, *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return how far an attention's output and, where gradients are enabled, those are from exact; nan if one is.
 
     Args:
@@ -45,10 +45,10 @@ def _output_and_gradients(attend: Attention, inputs: tuple[Tensor, ...], *, weig
     return [out.detach(), *(torch.autograd.grad(out, (q, k, v), weight) if torch.is_grad_enabled() else ())]
 
 
-def gradient_fault(
+def kernel_fault(
     attend: Attention, *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, limit: float
 ) -> str | None:
-    """Return what is wrong with an attention as `gradient_error` measures it, None if nothing is.
+    """Return what is wrong with an attention as `kernel_error` measures it, None if nothing is.
 
     `auto` takes the next kernel instead, and says so in one line, as long as it has one.
 
@@ -58,7 +58,7 @@ def gradient_fault(
         head_dim: Their width.
         dtype: Type of queries, keys and values.
         device: Where to compute.
-        limit: Largest error allowed, as `gradient_error` measures it.
+        limit: Largest error allowed, as `kernel_error` measures it.
     """
     while True:
         fault = _fault(attend, heads=heads, head_dim=head_dim, dtype=dtype, device=device, limit=limit)
@@ -72,7 +72,7 @@ def _fault(
     attend: Attention, *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, limit: float
 ) -> str | None:
     try:
-        error = gradient_error(attend, heads=heads, head_dim=head_dim, dtype=dtype, device=device)
+        error = kernel_error(attend, heads=heads, head_dim=head_dim, dtype=dtype, device=device)
     except compiler_errors() as failure:
         return f"it fails here ({first_line(failure)})"
     return None if error <= limit else f"its output or gradients are wrong by {error:.3g} (allowed {limit:g})"

@@ -1,0 +1,80 @@
+"""Lossless and sliding windows in the kernels of a GPU, against all keys in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from configs.backends import BACKENDS, installed_packages, unavailable, unsupported
+from configs.positions import slopes
+from training.model.attention import make_attention
+from training.model.kernels.reference import Reference
+from training.model.positions.alibi import slope_formula
+from training.model.positions.bias import SlopeBias
+from training.model.windows import LosslessWindows
+
+pytestmark = pytest.mark.gpu
+CUDA, HEADS, HEAD_DIM = torch.device("cuda"), 6, 128
+CASES = [
+    (name, dtype, tolerance)
+    for name, backend in BACKENDS.items()
+    for precision, dtype, tolerance in (("fp32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 3e-2))
+    if "cuda" in backend.leaves_out_on
+    and unsupported(backend, position="alibi", precision=precision, head_dim=HEAD_DIM) is None
+    and unavailable(backend, device="cuda", packages=installed_packages()) is None
+]
+
+
+def alibi(window: int | None = None) -> SlopeBias:
+    bias = SlopeBias(torch.tensor(slopes(HEADS), dtype=torch.float64), slope_of=slope_formula(HEADS, first=0))
+    bias.window = window
+    return bias
+
+
+def inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return q, k, v; the keys of one head have an outlier, as attention sinks have, and some queries are zero."""
+    torch.manual_seed(length)
+    q, k, v = torch.randn(3, 2, HEADS, length, HEAD_DIM, device=CUDA)
+    k[:, 2, 0] *= 20
+    q[:, 1, 300:500] = 0
+    return [x.to(dtype).requires_grad_() for x in (q, k, v)]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), CASES)
+def test_windows_change_neither_output_nor_gradients(backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    for window in (None, 300):
+        bias = alibi(window)
+        bias.lossless = LosslessWindows()
+        attend = make_attention(backend, bias)
+        counters.clear()
+        for length in (2048, 2500, 4001):
+            given = inputs(length, dtype)
+            exact = [x.detach().double().requires_grad_() for x in given]
+            weight = torch.randn(given[0].shape, device=CUDA, dtype=torch.float64)
+            found, expected = attend(*given), Reference(alibi(window))(*exact)
+            torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+            ours = torch.autograd.grad((found.double() * weight).sum(), given)
+            theirs = torch.autograd.grad((expected * weight).sum(), exact)
+            for x, y in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(x.double(), y, atol=10 * tolerance, rtol=10 * tolerance)
+            (density,) = bias.lossless.take()
+            assert density < 0.8
+        # the kernel at its first length, then at any, and the tiles
+        assert counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [case[:2] for case in CASES])
+def test_windows_are_found_without_waiting_for_the_gpu(backend: str, dtype: torch.dtype) -> None:
+    bias = alibi()
+    bias.lossless = LosslessWindows()
+    attend, given = make_attention(backend, bias), inputs(2048, dtype)
+    gradient = torch.ones_like(given[0])
+    for _ in range(2):
+        torch.autograd.grad(attend(*given), given, gradient)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(attend(*given), given, gradient)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(density < 1 for density in bias.lossless.take())

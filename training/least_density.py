@@ -1,0 +1,61 @@
+"""The least share of the scores that a model's attention computes, and its line at the start. Imports no torch."""
+
+import math
+
+from configs.backends import Backend
+from configs.positions import POSITIONS
+from configs.precisions import PRECISIONS
+from configs.schema import Model
+
+
+def attention_words(model: Model, backend: Backend, *, device: str, precision: str, length: int) -> str:
+    """Return how attention is computed: the backend, its windows, and the least share of the scores that they leave.
+
+    Args:
+        model: The decoder's shape.
+        backend: What `model.attention` means here.
+        device: Kind of device of the ranks: cpu or cuda.
+        precision: Value of `train.precision`.
+        length: Tokens of a training sequence.
+    """
+    words = [backend.name]
+    if model.window is not None:
+        words.append(f"window {model.window:,}")
+    slopes = POSITIONS[model.position].slopes
+    if slopes is not None and model.windows == "off":
+        words.append("windows off")
+    if slopes is not None and leaves_out(model, backend, device=device):
+        words.append("lossless windows")
+    share = least_density(model, backend, device=device, precision=precision, length=length)
+    if share is not None:
+        whole, percent = share == 1, math.floor(100 * share)  # rounded down: no metric of the run is below it
+        words[-1] += f": all scores at length {length:,}" if whole else f": at least {percent / 100:.2f} of the scores"
+    return ", ".join(words)
+
+
+def leaves_out(model: Model, backend: Backend, *, device: str) -> bool:
+    """Return whether lossless windows are on, and this backend leaves keys out."""
+    return model.windows == "auto" and device in backend.leaves_out_on
+
+
+def least_density(model: Model, backend: Backend, *, device: str, precision: str, length: int) -> float | None:
+    """Return the share of causal attention's scores that queries and keys of zeros need; None if all are computed.
+
+    With zeros the slope alone decides: `training.model.windows.reach` is then at least the logarithm of the limit over
+    the slope. Longer queries and keys need more, and so do kernels, which take whole blocks of keys. Arguments as in
+    `attention_words`.
+    """
+    slopes = POSITIONS[model.position].slopes
+    seen = float(length) if model.window is None else float(model.window)
+    reaches = [seen]
+    if slopes is not None and leaves_out(model, backend, device=device):
+        limit = PRECISIONS[precision].epsilon / 8  # as training.model.windows.share_limit
+        reaches = [min(seen, math.ceil(-math.log(limit) / slope)) for slope in slopes(model.heads)]
+    elif model.window is None:
+        return None
+    return sum(_share_within(min(reach, length), length) for reach in reaches) / len(reaches)
+
+
+def _share_within(reach: float, length: int) -> float:
+    """Return the share of the causal scores of a sequence whose distance is below `reach`, at most `length`."""
+    return reach * (2 * length - reach + 1) / (length * (length + 1))

@@ -1,0 +1,207 @@
+"""Tiles of scores that FlexAttention computes: the causal ones, those within a sliding window, those with weight.
+
+A tile is TILE queries by TILE keys. A row of tiles takes its own one, on the diagonal, and some of those before it, the
+nearest first. A tile's number then follows from its place in the row, and only how many a row takes is data: the
+numbers are made once for a length, and no number ever leaves the device.
+"""
+
+import logging
+from functools import cache, lru_cache, reduce
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.compiled import compiler_errors, first_line
+from training.model.windows import norms, reach
+
+logger = logging.getLogger(__name__)
+
+TILE = 128
+NEAREST = 8  # keys whose weights bound a query's sum of weights; on trained weights, more gain little
+
+
+class TileCounts(NamedTuple):
+    """How many tiles are computed, [batch, local_heads, tiles] int32 each, by row of queries and by column of keys.
+
+    Attributes:
+        cut, whole: Tiles of a row that the mask cuts, and that it leaves whole.
+        column_cut, column_whole: The same of a column, for the backward pass.
+        density: Share of the causal tiles, mean over batch and heads, a scalar in fp32.
+    """
+
+    cut: Tensor
+    whole: Tensor
+    column_cut: Tensor
+    column_whole: Tensor
+    density: Tensor
+
+
+@lru_cache(maxsize=16)
+def all_tiles(batch: int, heads: int, tiles: int, *, window: int | None, device: torch.device) -> TileCounts:
+    """Return the tiles that the causal mask and a sliding window leave.
+
+    Args:
+        batch: Sequences.
+        heads: Heads of this rank.
+        tiles: Length of the sequence in tiles.
+        window: Keys that a query sees, its own included; None for all before it.
+        device: Where they are needed.
+    """
+    rows = torch.arange(tiles, dtype=torch.int32, device=device)
+    return _count(rows.expand(batch, heads, -1), window=window)
+
+
+def tiles_with_weight(q: Tensor, k: Tensor, slopes: Tensor, window: int | None) -> TileCounts:
+    """Return the tiles in which keys have weight, by `windows.reach`; nothing waits for the device.
+
+    Args:
+        q: By tile, [batch, local_heads, tiles, TILE, head_dim], zero where there is no query.
+        k: Like q.
+        slopes: [local_heads], on the same device.
+        window: Keys that a query sees, its own included; None for all before it.
+    """
+    tiles = q.shape[2]
+    # the largest norm of a key in the tiles before each, [batch, local_heads, tiles]
+    radius = F.pad(norms(k).amax(3).cummax(2).values[:, :, :-1], (1, 0))
+    radius = radius[..., None].expand(-1, -1, -1, TILE).flatten(2)
+    q, k = q.flatten(2, 3), k.flatten(2, 3)  # [batch, local_heads, tiles * TILE, head_dim]
+    sums = nearest_sums(q, k, slopes, nearest=NEAREST if window is None else min(NEAREST, window))
+    keys_before = torch.arange(tiles * TILE, device=q.device)
+    first_keys = keys_before - reach(q, radius=radius, sums=sums, slopes=slopes)
+    # nan is a query or key of nan or inf: take all
+    first = first_keys.view(-1, slopes.shape[0], tiles, TILE).amin(3).nan_to_num(nan=0.0).clamp(min=0.0) // TILE
+    rows = torch.arange(tiles, device=q.device)
+    # No row begins before the one above it, so that the rows that need a column follow each other: see `_count`.
+    first = torch.minimum(first, rows).flip(2).cummin(2).values.flip(2)
+    return _count((rows - first).int(), window=window)
+
+
+class TileFinder:
+    """Compiles `tiles_with_weight` to a few kernels, once for all lengths; if that fails, runs it as it is."""
+
+    def __init__(self) -> None:
+        self._compiled = torch.compile(tiles_with_weight, fullgraph=True)
+        self._fails = False
+
+    def __call__(self, q: Tensor, k: Tensor, slopes: Tensor, window: int | None) -> TileCounts:
+        """Return the tiles, as `tiles_with_weight` does."""
+        for x in (q, k):
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        if not self._fails:
+            try:
+                counts: TileCounts = self._compiled(q, k, slopes, window)
+            except compiler_errors() as failure:
+                self._fails = True
+                why = first_line(failure)
+                logger.warning("lossless windows are found by slower functions: torch's compiler fails (%s)", why)
+            else:
+                return counts
+        return tiles_with_weight(q, k, slopes, window)
+
+
+@cache
+def compiled_finder() -> TileFinder:
+    """Return the finder that all models of a process share."""
+    return TileFinder()
+
+
+def nearest_sums(q: Tensor, k: Tensor, slopes: Tensor, *, nearest: int) -> Tensor:
+    """Return the logarithm of the sum of weights of each query's nearest keys, [batch, local_heads, queries].
+
+    Args:
+        q: [batch, local_heads, queries, head_dim].
+        k: Like q.
+        slopes: [local_heads].
+        nearest: How many keys, the query's own included.
+    """
+    length = k.shape[2]
+    scaled = q.to(torch.promote_types(torch.float32, q.dtype)) / q.shape[3] ** 0.5
+    k = F.pad(k, (0, 0, nearest - 1, 0))
+    place = torch.arange(length, device=q.device)
+    weights = []
+    # One product of neighbours a distance: compiled, all are one pass over queries and keys.
+    for distance in range(nearest):
+        start = nearest - 1 - distance
+        score = (scaled * k[:, :, start : start + length]).sum(3) - slopes[:, None] * distance
+        weights.append(score.masked_fill(place < distance, -torch.inf))
+    total: Tensor = reduce(torch.logaddexp, weights)
+    return total
+
+
+def _count(behind: Tensor, *, window: int | None) -> TileCounts:
+    """Count the tiles of rows and columns.
+
+    Args:
+        behind: Tiles before its own that a row needs, [batch, local_heads, tiles]. The first of them never lies before
+            that of the row above.
+        window: Keys that a query sees, its own included; None for all before it.
+    """
+    tiles = behind.shape[2]
+    rows = torch.arange(tiles, dtype=torch.int32, device=behind.device)
+    # A column is needed by the rows from its own on that begin at it or before it, less those above it.
+    ahead = ((rows - behind)[:, :, None, :] <= rows[:, None]).sum(3, dtype=torch.int32) - rows - 1
+    uncut, edges = _within(window, tiles=tiles)
+    cut, column_cut = (1 + (some - uncut).clamp(0, edges) for some in (behind, ahead))
+    whole, column_whole = (some.clamp(max=uncut) for some in (behind, ahead))
+    density = (cut + whole).sum(2, dtype=torch.float32).mean() / (tiles * (tiles + 1) // 2)
+    return TileCounts(cut, whole, column_cut, column_whole, density)
+
+
+def _within(window: int | None, *, tiles: int) -> tuple[int, int]:
+    """Return how many tiles before its own a sliding window leaves whole in a row, and how many it cuts after them."""
+    if window is None:
+        return tiles, 0
+    whole = max(0, window // TILE - 1)
+    return whole, (window + TILE - 2) // TILE - whole
+
+
+def block_mask(counts: TileCounts, *, window: int | None, mask: Any) -> Any:
+    """Return FlexAttention's BlockMask of some tiles.
+
+    Args:
+        counts: How many.
+        window: Keys that a query sees, its own included; None for all before it.
+        mask: Its `mask_mod`, for tiles that are cut.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    batch, heads, tiles = counts.cut.shape
+    cut, whole, column_cut, column_whole = (
+        numbers.expand(batch, heads, -1, -1) for numbers in tile_numbers(tiles, window=window, device=counts.cut.device)
+    )
+    # Passed in one by one: `from_kv_blocks` would sort the columns at each call.
+    return BlockMask(
+        seq_lengths=(tiles * TILE, tiles * TILE),
+        kv_num_blocks=counts.cut,
+        kv_indices=cut,
+        full_kv_num_blocks=counts.whole,
+        full_kv_indices=whole,
+        q_num_blocks=counts.column_cut,
+        q_indices=column_cut,
+        full_q_num_blocks=counts.column_whole,
+        full_q_indices=column_whole,
+        BLOCK_SIZE=(TILE, TILE),
+        mask_mod=mask,
+    )
+
+
+@lru_cache(maxsize=16)
+def tile_numbers(tiles: int, *, window: int | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the numbers of the tiles of each row that are cut and whole, and those of each column.
+
+    Args:
+        tiles: Length of the sequence in tiles.
+        window: Keys that a query sees, its own included; None for all before it.
+        device: Where they are needed.
+    Returns:
+        [tiles, tiles] int32 each, the nearest first. What lies beyond the counts is not read, but is a tile's number.
+    """
+    own = torch.arange(tiles, dtype=torch.int32, device=device)[:, None]
+    place = own[:, 0]
+    whole = place + 1  # distance in tiles of the first, second, ...
+    cut = torch.where(place == 0, 0, place + _within(window, tiles=tiles)[0])
+    signed = [sign * distance for sign in (-1, 1) for distance in (cut, whole)]
+    row_cut, row_whole, column_cut, column_whole = ((own + distance).clamp(0, tiles - 1) for distance in signed)
+    return row_cut, row_whole, column_cut, column_whole

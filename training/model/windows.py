@@ -1,0 +1,102 @@
+"""Lossless windows: from which distance on ALiBi leaves the keys of a query no weight.
+
+A key at distance D has the score q.k / sqrt(d) - slope * D, and |q.k| is at most |q| |k|. So all keys at distance D and
+beyond together have at most this share of a query's attention, where `radius` is the largest norm of a key among them
+and `sum` the logarithm of its sum of weights, or anything below it:
+
+    exp(|q| radius / sqrt(d) - slope * D - sum) / (1 - exp(-slope))
+
+Left out, keys of a share s change the output by at most 2 s max|v|. The limit of s below keeps that within half a unit
+in the last place of max|v|, and the distance follows in closed form. Nothing here is learned, assumed or kept: each
+call computes its windows from its own queries and keys. docs/decisions/0037 derives it and names its source.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+# Norms, sums of weights and this bound are computed in fp32: their rounding, with room to spare.
+_RELATIVE_SLACK, _SLACK = 1e-5, 0.01
+
+
+_CALLS_KEPT = 4096
+
+
+class LosslessWindows:
+    """Lets a kernel leave out keys without weight, and keeps what share of the scores its calls computed."""
+
+    def __init__(self) -> None:
+        self._densities: deque[Tensor] = deque(maxlen=_CALLS_KEPT)
+
+    def add(self, density: Tensor) -> None:
+        """Note a call.
+
+        Args:
+            density: Share of the score blocks of causal attention that were computed, mean over heads; a scalar in
+                fp32, on the device: nothing waits for it.
+        """
+        self._densities.append(density)
+
+    def take(self) -> list[Tensor]:
+        """Return the densities of the latest calls, in their order, and forget them: one per block and pass."""
+        taken = list(self._densities)
+        self._densities.clear()
+        return taken
+
+
+def share_limit(dtype: torch.dtype) -> float:
+    """Return the share of a query's attention that may be left out, all keys together.
+
+    Twice this share is a quarter of the type's machine epsilon: half a unit in the last place is never less.
+    """
+    return torch.finfo(dtype).eps / 8
+
+
+def norms(x: Tensor) -> Tensor:
+    """Return the norms of queries or keys, [..., head_dim] -> [...], in fp32 or wider."""
+    wide: Tensor = x.norm(dim=-1, dtype=torch.promote_types(torch.float32, x.dtype))
+    return wide
+
+
+def reach(q: Tensor, *, radius: Tensor, sums: Tensor, slopes: Tensor) -> Tensor:
+    """Return the distance from which on all keys together have no weight; inf or nan if there is none.
+
+    Args:
+        q: [batch, local_heads, queries, head_dim].
+        radius: Largest norm of a key that may be left out, [batch, local_heads, queries or 1].
+        sums: Logarithm of each query's sum of weights, or less, [batch, local_heads, queries].
+        slopes: [local_heads].
+    Returns:
+        [batch, local_heads, queries], in fp32 or wider.
+    """
+    slope = slopes.to(sums.device, sums.dtype)[:, None]
+    score = norms(q) * radius * ((1 + _RELATIVE_SLACK) / q.shape[-1] ** 0.5)  # a key's largest, but for its distance
+    distance: Tensor = (score - sums - (-torch.expm1(-slope)).log() - math.log(share_limit(q.dtype)) + _SLACK) / slope
+    return distance
+
+
+def first_keys(distances: Tensor, *, position: int, step: int) -> list[int]:
+    """Return the number of the first key that any of a block's queries needs, by head, a multiple of `step`.
+
+    Args:
+        distances: From `reach`, [batch, local_heads, queries].
+        position: Number of the first query among the keys.
+        step: Keys that are computed or left out together.
+    """
+    places = torch.arange(position, position + distances.shape[2], device=distances.device)
+    lowest = (places - distances).amin((0, 2)).nan_to_num(nan=0.0).clamp(min=0)
+    return [int(first) // step * step for first in lowest.tolist()]
+
+
+def runs_of_heads(firsts: Sequence[int], *, end: int) -> Iterator[tuple[slice, slice]]:
+    """Yield neighbouring heads with the same keys before `end`, and these keys; heads without any are left out."""
+    place = 0
+    for first, group in groupby(min(first, end) for first in firsts):
+        heads = slice(place, place + sum(1 for _ in group))
+        place = heads.stop
+        if first < end:
+            yield heads, slice(first, end)
