@@ -111,7 +111,7 @@ def _steps(bench: Bench, checkpoint: Checkpoint, *, length: int) -> None:
 
 def _evaluation(checkpoint: Checkpoint) -> None:
     """Time one pass over a short and a long window."""
-    model, tokens = load_single(checkpoint), _tokens(checkpoint, count=LONG + 1)
+    model, tokens = load_single(checkpoint), tokens_of(checkpoint, count=LONG + 1)
     model.losses(tokens[:, : SHORT + 1])
     seconds: dict[int, float] = {}
     losses: dict[int, float] = {}
@@ -129,7 +129,7 @@ def _evaluation(checkpoint: Checkpoint) -> None:
     )
 
 
-def _tokens(checkpoint: Checkpoint, *, count: int) -> Tensor:
+def tokens_of(checkpoint: Checkpoint, *, count: int) -> Tensor:
     """Return the first tokens of a checkpoint's text, [1, count]."""
     tokenizer, ids = Tokenizer.load(checkpoint.tokenizer), list[int]()
     for text in _texts(checkpoint.config.data.sources):
@@ -149,7 +149,7 @@ def _decoding(checkpoint: Checkpoint, *, export: Path) -> None:
     """Time the next token after a long cache against transformers' Bloom with the same weights, keys and values."""
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    tokens = _tokens(checkpoint, count=CACHED)
+    tokens = tokens_of(checkpoint, count=CACHED)
     model, cache = load_single(checkpoint), KeyValueCache()
     for part in torch.split(tokens, SHORT, dim=1):
         model.next_logits(part, cache)

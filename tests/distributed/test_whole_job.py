@@ -140,7 +140,8 @@ def test_a_file_and_the_log_have_all_progress(job: Job) -> None:
     assert begin.endswith("  demo in one/run")
     for words in (
         f" parameters; {STEPS} steps of 2,048 tokens, 24.6k in all\n",
-        "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32\nimporting torch",
+        "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32\n"
+        "attention sdpa, lossless windows: at least 0.95 of the scores\nimporting torch",
         "ALiBi verified on 4 ranks: attention sdpa, fp32, ",
         "building the index of samples, data/index/",
         "starting new: one/run has no checkpoint\nMLflow: sqlite:",
@@ -269,10 +270,10 @@ def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
     assert json.loads((job.broken / "mlflow_run.json").read_text())["run_id"] == run_id
     assert losses == [(line["step"], line["loss"]) for line in metrics(job.broken)]
     last = f"step_{STEPS:07d}"
-    prefix = "evaluation/held-out/nonoverlapping"
+    prefix, names = "evaluation/held-out/nonoverlapping", ("loss", "perplexity", "attention_density")
     assert {key for (key,) in evaluated} == {
         f"{prefix}/{last}/perplexity",
-        *(f"{prefix}/{length}/{name}" for length in (LENGTH, 2 * LENGTH) for name in ("loss", "perplexity")),
+        *(f"{prefix}/{length}/{name}" for length in (LENGTH, 2 * LENGTH) for name in names),
     }
     artifacts = job.folder / "one" / "mlartifacts" / run_id / "artifacts"
     assert {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()} == {

@@ -36,12 +36,6 @@ BY_FAR = "tests/unit/test_model_properties.py::test_blocks_of_any_size_equal_the
 BY_FLEX = "tests/unit/test_model_backends.py::test_flex_on_the_cpu_equals_the_reference[5-40-alibi]"
 BY_BLOOM = "tests/unit/test_model_decoder.py::test_logits_and_gradients_equal_bloom[32-all_heads0]"
 BY_CHUNKS = "tests/unit/test_model_decoder.py::test_the_loss_in_chunks_equals_cross_entropy_with_gradients"
-WINDOWS, SDPA_CPU = "training/model/windows.py", f"{KERNELS}/sdpa_cpu.py"
-BY_REACH = "tests/unit/test_model_windows.py::test_keys_out_of_reach_weigh_less_than_the_limit"
-BY_EQUAL = "tests/unit/test_model_windows.py::test_the_bound_is_tight_where_scores_are_equal"
-BY_LOST = "tests/unit/test_model_windows.py::test_no_row_of_sdpa_loses_more_than_the_limit"
-BY_BATCH = "tests/unit/test_model_windows.py::test_outputs_and_gradients_of_a_batch_are_the_exact_ones"
-BY_NAN = "tests/unit/test_model_windows.py::test_a_number_that_is_none_spreads_as_without_windows"
 REFUSED = "tests/unit/test_model_certificate.py"
 
 MUTANTS = (
@@ -132,22 +126,22 @@ MUTANTS = (
     Mutant(
         "sdpa: far keys lack the offset of their query",
         f"{KERNELS}/sdpa_cpu.py",
-        "far_total = far_total - _offset(row, block)",
-        "far_total = far_total",
+        "far_total, near_total = far_total - offset,",
+        "far_total, near_total = far_total,",
         BY_FAR,
     ),
     Mutant(
         "sdpa: far keys take the bias of the nearest",
         f"{KERNELS}/sdpa_cpu.py",
-        "return row[..., start : start + block.first]",
-        "return row[..., row.shape[3] - block.first :]",
+        "return row[:, heads, :, start + seen.start : start + seen.stop],",
+        "return row[:, heads, :, keys - seen.stop + seen.start :],",
         BY_FAR,
     ),
     Mutant(
         "sdpa: gradients of far keys lack the offset",
         f"{KERNELS}/sdpa_cpu.py",
-        "total + _offset(row, block), _far",
-        "total, _far",
+        "sums[:, some, rows] + offset, mask",
+        "sums[:, some, rows], mask",
         BY_FAR,
     ),
     Mutant(
@@ -317,89 +311,5 @@ MUTANTS = (
         "return (*family.parameters(model, vocab_size), *_position_table(model))",
         "return (*(described := family.parameters(model, vocab_size)), described[0], *_position_table(model))",
         "tests/unit/test_model_description.py::test_the_description_is_that_of_the_modules[bloom-alibi]",
-    ),
-    Mutant(
-        "windows: half the bound",
-        WINDOWS,
-        "+ _SLACK) / slope",
-        "+ _SLACK) / slope / 2",
-        BY_REACH,
-    ),
-    Mutant(
-        "windows: the bound takes the score's sum for granted",
-        WINDOWS,
-        "(score - sums - (",
-        "(score - (",
-        BY_REACH,
-    ),
-    Mutant(
-        "windows: a key alone is bounded, not all beyond it",
-        WINDOWS,
-        "- (-torch.expm1(-slope)).log() ",
-        "",
-        BY_EQUAL,
-    ),
-    Mutant(
-        "windows: keys that weigh a hundred times the limit are left out",
-        WINDOWS,
-        "- math.log(share_limit(q.dtype))",
-        "- math.log(100 * share_limit(q.dtype))",
-        BY_EQUAL,
-    ),
-    Mutant(
-        "windows: mean norm of the keys, not the largest",
-        SDPA_CPU,
-        "norms(k.detach()).cummax(2).values",
-        "norms(k.detach()).mean(2, keepdim=True)",
-        BY_LOST,
-    ),
-    Mutant(
-        "windows: norms of the nearest far key alone",
-        SDPA_CPU,
-        "norms(k.detach()).cummax(2).values",
-        "norms(k.detach())",
-        BY_LOST,
-    ),
-    Mutant(
-        "windows: places count from the first key, not from the block's first query",
-        WINDOWS,
-        "torch.arange(position, position + distances.shape[2]",
-        "torch.arange(position + distances.shape[2] - 1, position + 2 * distances.shape[2] - 1",
-        BY_LOST,
-    ),
-    Mutant(
-        "windows: a block of keys is left out if it lies in part beyond reach",
-        WINDOWS,
-        "int(first) // step * step",
-        "-(-int(first) // step) * step",
-        BY_LOST,
-    ),
-    Mutant(
-        "windows: the nearest far key is left out",
-        WINDOWS,
-        "yield heads, slice(first, end)",
-        "yield heads, slice(first, end - 1)",
-        BY_LOST,
-    ),
-    Mutant(
-        "windows: neighbouring heads take the first one's window",
-        WINDOWS,
-        "groupby(min(first, end) for first in firsts)",
-        "groupby((min(first, end) for first in firsts), lambda first: first < end)",
-        BY_LOST,
-    ),
-    Mutant(
-        "windows: a batch takes its first sequence's",
-        WINDOWS,
-        "amin((0, 2))",
-        "amin(2)[0]",
-        BY_BATCH,
-    ),
-    Mutant(
-        "windows: a bound that is no number leaves all out",
-        WINDOWS,
-        "nan_to_num(nan=0.0)",
-        "nan_to_num(nan=1e9)",
-        BY_NAN + "[3-nan]",
     ),
 )

@@ -11,8 +11,10 @@ import pytest
 
 from tests.mutants.forks import CODE, IDS, PROJECT, SAID
 from tests.mutants.mutants import MUTANTS, Mutant
+from tests.mutants.window_mutants import WINDOW_MUTANTS
 
 HOUSE = Path(__file__).parents[2]
+ALL = (*MUTANTS, *WINDOW_MUTANTS)
 TIMEOUT_SECONDS = 600
 # Output of a test that noticed the mistake; a broken import or fixture does not count.
 CAUGHT = re.compile(
@@ -32,7 +34,7 @@ def copy_code(folder: Path, mutant: Mutant | None) -> None:
         text = file.read_text(encoding="utf-8")
         assert text.count(mutant.right) == 1, f"{mutant.file} must hold once: {mutant.right}"
         file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
-    ids = {each.caught_by for each in MUTANTS} if mutant is None else {mutant.caught_by}
+    ids = {each.caught_by for each in ALL} if mutant is None else {mutant.caught_by}
     (folder / IDS).write_text("\n".join(sorted(ids)), encoding="utf-8")
 
 
@@ -40,7 +42,7 @@ def copy_code(folder: Path, mutant: Mutant | None) -> None:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, tuple[int, str]]:
     """Pytest's exit code and output for each mutant, by name, and for the right code, by None."""
     folders: dict[str | None, Path] = {}
-    for mutant in (None, *MUTANTS):
+    for mutant in (None, *ALL):
         folder = folders[mutant and mutant.name] = tmp_path_factory.mktemp("copy")
         copy_code(folder, mutant)
     environment = {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
@@ -57,7 +59,7 @@ def test_right_code_passes_every_named_test(outcomes: dict[str | None, tuple[int
     assert code == 0, said
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", ALL, ids=lambda mutant: mutant.name)
 def test_a_mutant_is_caught_by_its_named_test(outcomes: dict[str | None, tuple[int, str]], mutant: Mutant) -> None:
     code, said = outcomes[mutant.name]
     assert code == 1, said

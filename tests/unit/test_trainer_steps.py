@@ -14,6 +14,7 @@ import torch
 from configs.errors import InputError
 from data_pipeline.loader import Loader
 from data_pipeline.reading_ahead import reading_ahead
+from parallel.axes import Group
 from parallel.engine import StepOutcome
 from tests.support.one_rank import CPU, OneRank
 from tests.support.watched_steps import watching
@@ -85,6 +86,33 @@ def test_late_results_are_those_of_results_read_at_once(
     for key in ("step", "loss", "grad_norm", "learning_rate", "consumed_samples"):
         assert [line[key] for line in late] == [line[key] for line in at_once]
     assert [saved.step for saved in list_checkpoints(tmp_path / "late")] == [3, 6, 7]
+
+
+def test_ranks_with_states_of_their_own_draw_other_dropout(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(_: int) -> None:
+        raise Killed
+
+    def seed(run_dir: Path, *, tensor_rank: int, sequence: bool) -> int:
+        trainer = rank.trainer(rank.config(run_dir, "train.decay_steps=9"))
+        parallel = trainer.config.parallel.model_copy(update={"sequence": sequence})
+        tensor = Group(rank=tensor_rank, size=2, handle=trainer.groups.tensor.handle)
+        config = trainer.config.model_copy(update={"parallel": parallel})
+        with pytest.raises(Killed):
+            replace(trainer, config=config, groups=replace(trainer.groups, tensor=tensor)).run([])
+        return torch.initial_seed()
+
+    launched(rank, monkeypatch, end)
+    runs = [(tensor_rank, sequence) for sequence in (False, True) for tensor_rank in (0, 1)]
+    first, again = (
+        [seed(tmp_path / f"{start}{tensor}{split}", tensor_rank=tensor, sequence=split) for tensor, split in runs]
+        for start in ("one", "two")
+    )
+    assert first == again, "a start of its own draws the same"
+    whole, other_whole, part, other_part = first
+    assert whole == other_whole, "the tensor ranks drop the same elements of whole states"
+    assert part != other_part, "and others where each has a part"
 
 
 def test_a_validation_sees_no_later_step(rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
