@@ -213,7 +213,7 @@ class Trainer:
         rate = learning_rate(step, train=config.train)
         # Seed each step, so that dropout needs no saved random state. Tensor ranks share the seed: they must drop the
         # same elements of the residual stream, unless each has a part of its own.
-        split = [] if config.parallel.sequence and self.groups.tensor.size > 1 else []
+        split = [self.groups.tensor.rank] if config.parallel.sequence and self.groups.tensor.size > 1 else []
         place = (self.groups.data.rank, self.groups.pipeline.rank, *split)
         torch.manual_seed(seed_for(config.run.seed, "dropout", step, *place))
         outcome = self.engine.train_step(read_step(state.consumed_samples), learning_rate=rate)
