@@ -10,6 +10,7 @@ from training.model.kernels.sdpa import attend_next
 from training.model.positions.rows import Start
 from training.model.windows import norms
 
+LONG_CACHE = 4096  # keys from which on a window for each head takes less time than all keys in one call
 ROOM = 256  # tokens that fit after a prompt: most generations are shorter and copy nothing
 
 
@@ -68,7 +69,7 @@ class KeyValueCache:
         if block in self.radii:
             radius = torch.maximum(radius, self.radii[block])
         self.radii[block] = radius
-        if q.shape[2] > 1:
+        if q.shape[2] > 1 or keys.shape[2] < LONG_CACHE:
             return attend(q, keys, values)
         return attend_next(q, keys, values, bias=attend.bias, radius=radius)
 
