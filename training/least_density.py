@@ -2,10 +2,20 @@
 
 import math
 
-from configs.backends import Backend
+from configs.backends import Backend, backend_of
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
-from configs.schema import Model
+from configs.schema import Model, RunConfig
+
+
+def attention_here(config: RunConfig, *, device: str) -> str:
+    """Return how a run's ranks compute attention on a kind of device, as far as is known without asking a GPU."""
+    model, precision = config.model, config.train.precision
+    backend = backend_of(
+        model.attention, device=device, position=model.position, precision=precision, head_dim=model.head_dim
+    )
+    device = device if device in backend.devices else backend.devices[-1]  # it will run elsewhere
+    return attention_words(model, backend, device=device, precision=precision, length=config.data.sequence_length)
 
 
 def attention_words(model: Model, backend: Backend, *, device: str, precision: str, length: int) -> str:

@@ -5,13 +5,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.backends import Backend, backend_of
+from configs.backends import Backend
 from configs.commands import typed_path
 from configs.figures import byte_size, counted, duration, scaled
 from configs.positions import POSITIONS
-from configs.schema import RunConfig
 from training.families.table import parameter_count
-from training.least_density import attention_words
+from training.least_density import attention_here
 from training.metrics_file import Best
 from training.observers import Save, StepResult
 from training.pace import Spent
@@ -41,16 +40,6 @@ def start_lines(ready: Ready, *, device: str) -> list[str]:
         f"{ranks}: {ready.layout}, {train.precision}",
         f"attention {attention_here(config, device=device)}",
     ]
-
-
-def attention_here(config: RunConfig, *, device: str) -> str:
-    """Return how a run's ranks compute attention on a kind of device, as far as is known without asking a GPU."""
-    model, precision = config.model, config.train.precision
-    backend = backend_of(
-        model.attention, device=device, position=model.position, precision=precision, head_dim=model.head_dim
-    )
-    device = device if device in backend.devices else backend.devices[-1]  # it will run elsewhere
-    return attention_words(model, backend, device=device, precision=precision, length=config.data.sequence_length)
 
 
 def build_line(backend: Backend, *, draws: bool) -> str:

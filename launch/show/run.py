@@ -11,7 +11,7 @@ from configs.terminal import printable
 from launch.show.console import show_lines, show_table, wide_table
 from training.export.formats.table import export_problems
 from training.families.table import parameter_count
-from training.progress_lines import attention_here
+from training.least_density import attention_here
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Prepared

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -169,6 +169,7 @@ def test_attention_of_any_tensor_ranks_slices_joins_to_the_whole(
     near=st.integers(1, 40),
     seed=some_seed,
 )
+@example(position="alibi", queries=40, before=20, block=8, near=10, seed=0)  # two blocks of far keys and more
 def test_blocks_of_any_size_equal_the_whole_with_gradients(
     position: str, queries: int, before: int, block: int, near: int, seed: int
 ) -> None:
