@@ -165,6 +165,18 @@ def test_the_bound_is_tight_where_scores_are_equal(heads: int, limit: float) -> 
     scale=some_scale,
     seed=some_seed,
 )
+@example(
+    kind="loud key",
+    limit=LIMITS[torch.bfloat16],
+    heads=8,
+    queries=200,
+    before=0,
+    block=16,
+    near=20,
+    step=8,
+    scale=1.0,
+    seed=0,
+)
 @torch.no_grad()
 def test_no_row_of_sdpa_loses_more_than_the_limit(
     kind: str,
