@@ -2,8 +2,9 @@
 
     python -P -m benchmarks.windows_picture CHECKPOINT PICTURE.png
 
-Left: how far back each head of the first block looks on the model's own text, at LONGEST tokens. Right: forward and
-backward of that attention alone, fp32, all cores, with the same queries, keys and values. Prints both as a JSON line.
+Left: how far back the last queries of each head of the first block look in LONGEST tokens of the model's text. Right:
+forward and backward of that attention alone, fp32, all cores, with the same queries, keys and values. Prints both as a
+JSON line.
 """
 
 import sys
@@ -28,6 +29,7 @@ from training.model.single import load_single
 from training.model.windows import LosslessWindows
 
 LONGEST, LENGTHS, REPEATS = 8192, (1024, 2048, 4096, 8192), 3
+QUERIES = 1024  # the last ones, which could look back nearly as far as the text is long
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -48,7 +50,8 @@ def main() -> None:
     flush_denormals()  # as every rank does
     qkv, bias = _first_block(Path(sys.argv[1]))
     assert bias.local_slopes is not None, "windows come from slopes"
-    heads = head_windows(qkv[0], qkv[1], slopes=bias.local_slopes, heads=range(len(bias.local_slopes)))
+    last = qkv[0][:, :, -QUERIES:]
+    heads = head_windows(last, qkv[1], slopes=bias.local_slopes, heads=range(len(bias.local_slopes)))
     with_windows, without = SlopeBias(bias.local_slopes), SlopeBias(bias.local_slopes)
     with_windows.lossless = LosslessWindows()
     ways: dict[str, Attend] = {
@@ -91,18 +94,21 @@ def _milliseconds(attend: Attend, qkv: list[Tensor]) -> float:
 
 
 def _draw_heads(axes: Axes, heads: tuple[HeadWindow, ...]) -> None:
-    computed, skipped = "#0072B2", "#DDDDDD"
     numbers = [head.head for head in heads]
-    axes.barh(numbers, [LONGEST] * len(heads), color=skipped, label="skipped")
-    axes.barh(numbers, [head.largest for head in heads], color="#9CC9E6", label="computed for some tokens")
-    axes.barh(numbers, [head.median for head in heads], color=computed, label="computed for most tokens")
+    axes.barh(numbers, [LONGEST] * len(heads), color="#DDDDDD", label="skipped")
+    axes.barh(numbers, [head.largest for head in heads], color="#9CC9E6", label="computed for some queries")
+    axes.barh(numbers, [head.median for head in heads], color="#0072B2", label="computed for most queries")
+    ticks = [2**power for power in range(5, LONGEST.bit_length(), 2)]
     axes.set_xscale("log", base=2)
-    axes.set_xlim(16, LONGEST)
+    axes.set_xlim(ticks[0] / 2, LONGEST)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_yticks(numbers[::3])
     axes.invert_yaxis()
     axes.set_xlabel("distance from the query (tokens)")
     axes.set_ylabel("head, steepest slope first")
-    axes.legend(fontsize=8, loc="upper right", framealpha=0.9)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
     head_axes(axes, heading="What is computed and what is skipped", facts=f"trained weights, {LONGEST:,} tokens, fp32")
+    axes.grid(visible=False)
 
 
 def _draw_times(axes: Axes, ms: dict[int, dict[str, float]], *, heads: int, head_dim: int) -> None:
