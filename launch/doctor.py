@@ -167,19 +167,18 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
 
     import torch
 
-    from training.model.positions.method import position_method
     from training.model.proof.attention_weights import dtype_of
     from training.model.proof.audit import audit
 
-    slopes = position_method(model.position).promised_slopes(model.heads)
-    assert slopes is not None, "a bias of slopes promises them"
+    promised = POSITIONS[model.position].slopes
+    assert promised is not None, "a bias of slopes promises them"
     device = "cuda" if gpu_report()["usable"] else "cpu"
     check_backend(model, device=device)
     backend, limit = alibi_backend(config, device=device).name, PRECISIONS[precision].row_tolerance
     audits = [
         audit(
             backend,
-            slopes=slopes,
+            slopes=promised(model.heads),
             head_dim=model.head_dim,
             length=length,
             dtype=dtype_of(precision),

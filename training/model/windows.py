@@ -21,8 +21,6 @@ from torch import Tensor
 
 # Norms, sums of weights and this bound are computed in fp32: their rounding, with room to spare.
 _RELATIVE_SLACK, _SLACK = 1e-5, 0.01
-
-
 _CALLS_KEPT = 4096
 
 

@@ -84,7 +84,8 @@ class _Blocks(Function):
         # the logarithm of each query's sum of weights, [batch, local_heads, queries], in fp32 or wider
         sums = q.new_empty(batch, heads, queries, dtype=strip.dtype)
         ctx.far = []
-        for block in bias_blocks(strip, queries=queries, keys=keys, at_once=at_once):
+        blocks = list(bias_blocks(strip, queries=queries, keys=keys, at_once=at_once))
+        for block in blocks:
             rows, first = block.queries, block.first
             near = slice(first, block.seen)
             joined, total = _forward(q[:, :, rows], k[:, :, near], v[:, :, near], attn_mask=block.near)
@@ -102,7 +103,6 @@ class _Blocks(Function):
                 near_share, far_share = (near_total - both).exp()[..., None], (far_total - both).exp()[..., None]
                 out[:, some, rows], sums[:, some, rows] = joined[:, some] * near_share + far * far_share, both
         if bias.lossless is not None:
-            blocks = bias_blocks(strip, queries=queries, keys=keys, at_once=at_once)
             bias.lossless.add(torch.tensor(computed_share(blocks, ctx.far, heads=heads)))
         ctx.save_for_backward(q, k, v, out, sums, strip, row)
         ctx.at_once = at_once

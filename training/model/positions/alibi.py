@@ -4,7 +4,6 @@ Source: Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022, section 3 and 
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,11 +25,6 @@ class Alibi(PositionMethod):
         formula = slope_formula(model.heads, first=self.heads.start)
         self.bias = SlopeBias(local_slopes(model.heads, tensor=tensor), slope_of=formula)
         self._all_slopes = slopes(model.heads)
-
-    @classmethod
-    def promised_slopes(cls, heads: int) -> Sequence[float]:
-        """Return the slope of each of the model's heads."""
-        return slopes(heads)
 
     def penalty(self, distances: int) -> Tensor:
         """Return minus slope times distance, [local_heads, distances] fp64."""

@@ -4,8 +4,6 @@ Each method is a subclass in its own file, named by its row in `configs.position
 `none`.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -54,11 +52,6 @@ class PositionMethod:
     def rotate(self, q: Tensor, k: Tensor, *, start: Start) -> tuple[Tensor, Tensor]:
         """Return queries and keys [batch, local_heads, seq, head_dim], rotated by their positions from `start` on."""
         return q, k
-
-    @classmethod
-    def promised_slopes(cls, heads: int) -> Sequence[float] | None:
-        """Return the slope of each of the model's heads, or None if the method promises no slopes."""
-        return None
 
     def penalty(self, distances: int) -> Tensor:
         """Return the promised penalty at each distance, which the certificate checks.
