@@ -64,10 +64,9 @@ PRECISIONS = {
             "bf16",
             dtype="bfloat16",
             master_weights=True,
-            # Without the last two DeepSpeed adds gradients up in bf16: over micro-batches, and over data ranks. The
-            # first lets it add a gradient to the fp32 sum, and free it, as soon as it is there.
+            # Otherwise DeepSpeed adds gradients up in bf16: over micro-batches, and over data ranks.
             deepspeed={
-                "bf16": {"enabled": True, "immediate_grad_update": True},
+                "bf16": {"enabled": True},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",
             },

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.compilers import missing_compiler
-from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize
+from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize, split_heads
 from parallel.head import Compile, as_it_is
 from parallel.start import environment
 
@@ -44,6 +44,7 @@ def compile_now(
     *,
     rows: int,
     widths: tuple[int, int],
+    heads: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
     split: bool,
@@ -57,18 +58,23 @@ def compile_now(
         compiled: What the layers are built with.
         rows: Tokens of a rank's micro-batch.
         widths: Width of the states, and of this rank's part of the feed-forward.
+        heads: Heads of this rank, and their width.
         dtype: Type of the states.
         device: Where they are.
         split: Whether the sequence is split: whole parameters then come through `with_summed_gradients`.
         drops: Whether there is dropout: a bias is then added before it.
     """
     hidden, inner = widths
+    projected = 3 * heads[0] * heads[1]
 
     def states(width: int) -> Tensor:
         return torch.zeros(rows, width, dtype=dtype, device=device, requires_grad=True)
 
+    def local(width: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+
     def whole() -> Tensor:
-        parameter = nn.Parameter(torch.zeros(hidden, dtype=dtype, device=device))
+        parameter = local(hidden)
         return parameter.view_as(parameter) if split else parameter
 
     bias, epsilon = None if drops else whole(), 1e-5
@@ -76,7 +82,8 @@ def compile_now(
         compiled(normalize)(states(hidden), whole(), whole(), epsilon),
         *compiled(add_and_normalize)(states(hidden), states(hidden), bias, whole(), whole(), epsilon),
         compiled(add_to_residual)(states(hidden), states(hidden), bias),
-        compiled(gelu)(states(inner), nn.Parameter(torch.zeros(inner, dtype=dtype, device=device))),
+        *compiled(split_heads)(states(projected), local(projected), heads[0]),
+        compiled(gelu)(states(inner), local(inner)),
     ]
     torch.autograd.backward(results, [torch.zeros_like(result) for result in results])
 

@@ -27,6 +27,18 @@ def add_and_normalize(
     return x, normalize(x, weight, bias, epsilon)
 
 
+def split_heads(qkv: Tensor, bias: Tensor | None, heads: int) -> tuple[Tensor, ...]:
+    """Return queries, keys and values of a linear's output and its bias, [tokens, heads, head_dim] each.
+
+    Args:
+        qkv: [tokens, heads * 3 * head_dim], its columns ordered by head, part, dim.
+        bias: The linear's.
+        heads: Heads of this tensor rank.
+    """
+    parts = (qkv if bias is None else qkv + bias).view(len(qkv), heads, 3, -1).unbind(2)
+    return tuple(part.contiguous() for part in parts)
+
+
 def gelu(up: Tensor, bias: Tensor | None) -> Tensor:
     """Return the GELU, in its tanh form, of a linear's output and its bias, [..., inner]."""
     return F.gelu(up if bias is None else up + bias, approximate="tanh")

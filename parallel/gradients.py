@@ -59,6 +59,7 @@ def take_over(engine: Any, *, groups: Groups, clip: float) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter._hp_grad = gradient
     add_from_now_on(engine)
+    optimizer.update_hp_grads = lambda **_: _add_others(optimizer)
     masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition
     for master, gradient in zip(masters, gradients, strict=True):
         master.grad = gradient
@@ -70,6 +71,27 @@ def take_over(engine: Any, *, groups: Groups, clip: float) -> None:
         optimizer.update_lp_params()
 
     optimizer.step = step
+
+
+@torch.no_grad()
+def _add_others(optimizer: Any) -> None:
+    """Add the gradients that no product has added, those of norms, biases and tables, and free them.
+
+    DeepSpeed calls this after each backward pass; its own would convert and add them one by one.
+    """
+    groups = zip(
+        optimizer.bf16_groups, optimizer.fp32_groups_gradients, optimizer.fp32_groups_gradients_flat, strict=True
+    )
+    for parameters, totals, flat in groups:
+        given = [(p, total) for p, total in zip(parameters, totals, strict=True) if p.grad is not None]
+        if len(given) == len(parameters):  # norms and biases: one addition for all
+            joined = torch.cat([parameter.grad.flatten() for parameter in parameters])
+            flat[: len(joined)].add_(joined)
+        else:
+            for parameter, total in given:
+                total.add_(parameter.grad.flatten())
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def gradient_of(engine: Any, parameter: nn.Parameter) -> Tensor | None:

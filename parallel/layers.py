@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from parallel.axes import Group
-from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize
+from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize, split_heads
 from parallel.head import Compile, as_it_is
+from parallel.heads import view_heads
 from parallel.layout import padded_vocabulary
 from parallel.libraries import (
     ColumnParallelLinear,
@@ -148,15 +149,11 @@ class Layers:
             _let_megatron_split()
         self._config = _config(tensor, sequence=self._split is not None)
         self._gelu, self._add_to_residual = compiled(gelu), compiled(add_to_residual)
+        self._split_heads = compiled(split_heads)
 
-    def column_linear(self, name: str, *, adds_bias: bool) -> ColumnLinear:
-        """Return the linear of a name, whose outputs are split.
-
-        Args:
-            name: Logical name of the layer.
-            adds_bias: Whether to add the bias even where compiled functions add it to the output at no cost.
-        """
-        shape, adds = self._shape(name, rule="column"), adds_bias or self._compiled is as_it_is
+    def column_linear(self, name: str) -> ColumnLinear:
+        """Return the linear of a name, whose outputs are split; a compiled function that follows adds its bias."""
+        shape, adds = self._shape(name, rule="column"), self._compiled is as_it_is
         return self._declared(ColumnLinear(shape, tensor=self._tensor, config=self._config, adds_bias=adds), name)
 
     def row_linear(self, name: str) -> RowLinear:
@@ -173,6 +170,23 @@ class Layers:
         """Return the LayerNorm of a name, which follows a linear whose output is added to the states."""
         shape = self._shape(name, rule="replicated")
         return self._declared(ResidualNorm(shape, epsilon=epsilon, split=self._split, compiled=self._compiled), name)
+
+    def split_heads(self, qkv: Tensor, bias: Tensor | None, *, heads: int) -> tuple[Tensor, ...]:
+        """Return queries, keys and values of the projection's output and its bias.
+
+        Compiled, each is written in one piece, with its bias; otherwise they are views.
+
+        Args:
+            qkv: [seq, batch, local_heads * 3 * head_dim].
+            bias: None if it is added already.
+            heads: Heads of this tensor rank.
+        Returns:
+            Three tensors [batch, local_heads, seq, head_dim].
+        """
+        if self._compiled is as_it_is:
+            return view_heads(qkv, heads=heads)
+        parts = self._split_heads(_rows(qkv), bias, heads)
+        return tuple(part.view(*qkv.shape[:2], heads, -1).permute(1, 2, 0, 3) for part in parts)
 
     def gelu(self, up: Tensor, bias: Tensor | None) -> Tensor:
         """Return the GELU of a linear's output and its bias, [..., inner / tensor]."""

@@ -88,6 +88,7 @@ def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Ca
         compiled,
         rows=train.micro_batch * config.data.sequence_length // (tensor if split else 1),
         widths=(config.model.hidden, config.model.inner // tensor),
+        heads=(config.model.heads // tensor, config.model.head_dim),
         dtype=dtype_of(train.precision),
         device=device,
         split=split,

@@ -300,7 +300,7 @@ MUTANTS = (
     ),
     Mutant(
         "heads: keys' gradients go to the values",
-        "training/model/heads.py",
+        "parallel/heads.py",
         "joined[:, :, :, part] = grad.permute(2, 0, 1, 3)",
         "joined[:, :, :, (0, 2, 1)[part]] = grad.permute(2, 0, 1, 3)",
         BY_BLOOM,

@@ -15,13 +15,13 @@ from parallel.seeds import initial_weights
 from parallel.start import start_alone
 from training.model.decoder import Decoder, plan_layers
 
-VOCABULARY, HIDDEN = 97, 32
+VOCABULARY, HIDDEN, HEADS = 97, 32, 4
 CPU = torch.device("cpu")
 
 
 def make(compiled: Compile, *, recompute: Any = False) -> Decoder:
     start_alone()
-    model = Model(layers=3, hidden=HIDDEN, heads=4, init_std=0.2, embedding_init_std=0.2)
+    model = Model(layers=3, hidden=HIDDEN, heads=HEADS, init_std=0.2, embedding_init_std=0.2)
     tensor = lone_groups().tensor
     plan = plan_layers(model, vocab_size=VOCABULARY, tensor=tensor, recompute=recompute, compiled=compiled)
     decoder = Decoder(plan).double()
@@ -45,10 +45,17 @@ def test_each_function_is_compiled_once_and_changes_nothing() -> None:
     counters.clear()
     compiled = make_compile("on", device=CPU)
     compile_now(
-        compiled, rows=64, widths=(HIDDEN, 4 * HIDDEN), dtype=torch.float64, device=CPU, split=False, drops=False
+        compiled,
+        rows=64,
+        widths=(HIDDEN, 4 * HIDDEN),
+        heads=(HEADS, HIDDEN // HEADS),
+        dtype=torch.float64,
+        device=CPU,
+        split=False,
+        drops=False,
     )
     before = counters["stats"]["unique_graphs"]
-    assert before == 4
+    assert before == 5
     plain = make(as_it_is)
     fast = [make(compiled, recompute=recompute) for recompute in (False, True, "selective")]
     for length in (37, 64, 129):

@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configs.positions import slopes
-from training.model.kernels import flex
 from training.model.kernels.flex import Flex
 from training.model.kernels.reference import Reference
-from training.model.kernels.tiles import TILE, TileFinder, all_tiles, block_mask, nearest_sums, tiles_with_weight
+from training.model.kernels.tiles import TILE, TileFinder, block_mask, mask_of_all, nearest_sums, tiles_with_weight
 from training.model.positions.alibi import slope_formula
 from training.model.positions.bias import SlopeBias
 from training.model.windows import share_limit
@@ -33,7 +32,7 @@ def random_qk(tiles: int, *, seed: int, scale: float = 1.0) -> tuple[Tensor, Ten
 
 def mask_of(q: Tensor, k: Tensor, window: int | None = None) -> BlockMask:
     counts = tiles_with_weight(q, k, LOCAL_SLOPES.float(), window)
-    made: BlockMask = block_mask(counts, window=window, mask=flex.visible(window))
+    made: BlockMask = block_mask(counts, window=window)
     return made
 
 
@@ -47,14 +46,13 @@ def seen_scores(mask: BlockMask) -> Tensor:
 
 @pytest.mark.parametrize("window", [None, 1, 2, 100, 128, 129, 130, 255, 256, 257, 384, 600, 5000])
 def test_the_tiles_of_a_window_are_those_of_torch(window: int | None) -> None:
-    counts = all_tiles(1, LOCAL, 5, window=window, device=CPU)
-    ours = block_mask(counts, window=window, mask=flex.visible(window))
+    ours, density = mask_of_all(1, LOCAL, 5, window=window, device=CPU)
     theirs = create_block_mask(ours.mask_mod, 1, LOCAL, 5 * TILE, 5 * TILE, device="cpu")
     assert ours.shape == theirs.shape
     for name in LISTS:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert torch.equal(ours.to_dense(), theirs.to_dense())
-    assert counts.density.item() == pytest.approx(theirs.to_dense().sum().item() / (LOCAL * 15))
+    assert density.item() == pytest.approx(theirs.to_dense().sum().item() / (LOCAL * 15))
 
 
 @pytest.mark.parametrize("window", [None, 300])

@@ -18,7 +18,7 @@ from training.model.kernels.flash import Flash
 from training.model.kernels.flash4 import Flash4
 from training.model.kernels.flex import Flex
 from training.model.kernels.reference import Reference
-from training.model.kernels.tiles import TILE
+from training.model.kernels.tiles import TILE, visible
 from training.model.positions.alibi import slope_formula
 from training.model.positions.bias import SlopeBias
 
@@ -62,7 +62,7 @@ def test_the_formulas_of_flex_have_the_references_gradients(position: str, lengt
     batch, head, query, key = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
     if score_of is not None:
         scores = score_of(scores, batch, head, query, key)
-    scores = scores.masked_fill(~flex.visible(None)(batch, head, query, key), -torch.inf)
+    scores = scores.masked_fill(~visible(None)(batch, head, query, key), -torch.inf)
     out = (scores.softmax(-1) @ wide[2])[:, :, :length]
     weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3))
     ours = torch.autograd.grad(out, (q, k, v), weight)

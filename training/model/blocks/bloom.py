@@ -20,7 +20,6 @@ from training.families.description import Shards
 from training.model.attention import Attention
 from training.model.blocks.selective import directly, feed, recomputed
 from training.model.cache import Cache
-from training.model.heads import split_heads
 from training.model.positions.method import PositionMethod
 
 
@@ -58,10 +57,10 @@ class Block(nn.Module):
         self.local_heads, self.index = len(position.heads), index
         self.position, self.attend, self.layers, self.recompute = position, attend, layers, recompute
         self.attention_norm = layers.norm(f"{name}.attention_norm", epsilon=epsilon)
-        self.query_key_value = layers.column_linear(f"{name}.attention.query_key_value", adds_bias=True)
+        self.query_key_value = layers.column_linear(f"{name}.attention.query_key_value")
         self.output = layers.row_linear(f"{name}.attention.output")
         self.feed_forward_norm = layers.residual_norm(f"{name}.feed_forward_norm", epsilon=epsilon)
-        self.up = layers.column_linear(f"{name}.feed_forward.up", adds_bias=False)
+        self.up = layers.column_linear(f"{name}.feed_forward.up")
         self.down = layers.row_linear(f"{name}.feed_forward.down")
         self.dropout = nn.Dropout(model.dropout)
 
@@ -77,16 +76,16 @@ class Block(nn.Module):
         into: Any = directly  # a linear
         if self.recompute == "selective" and torch.is_grad_enabled():
             run, into = recomputed, feed
-        qkv, _ = into(self.query_key_value, run(self.attention_norm, x))
-        output = self._drop(*into(self.output, run(self._attention, qkv, cache)))
+        qkv = into(self.query_key_value, run(self.attention_norm, x))
+        output = self._drop(*into(self.output, run(self._attention, *qkv, cache)))
         x, normalized = run(self.feed_forward_norm, x, *output)
         up = into(self.up, normalized)  # [seq, batch, inner / tensor]
         down = self._drop(*into(self.down, run(self.layers.gelu, *up)))
         return self.layers.add_to_residual(x, *down)
 
-    def _attention(self, qkv: Tensor, cache: Cache | None) -> Tensor:
+    def _attention(self, qkv: Tensor, bias: Tensor | None, cache: Cache | None) -> Tensor:
         seq, batch, _ = qkv.shape
-        q, k, v = split_heads(qkv, heads=self.local_heads)  # [batch, local_heads, seq, head_dim] each
+        q, k, v = self.layers.split_heads(qkv, bias, heads=self.local_heads)  # [batch, local_heads, seq, head_dim] each
         q, k = self.position.rotate(q, k, start=cache.start if cache else 0)
         attended = self.attend(q, k, v) if cache is None else cache.attend(self.attend, self.index, q, k, v)
         return attended.permute(2, 0, 1, 3).reshape(seq, batch, -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training.model.kernels.sdpa import Sdpa
 from training.model.kernels.slopes import DeviceSlopes
-from training.model.kernels.tiles import TILE, TileCounts, all_tiles, block_mask, compiled_finder, tiles_with_weight
+from training.model.kernels.tiles import TILE, block_mask, compiled_finder, mask_of_all, tiles_with_weight
 from training.model.positions.bias import Bias
 
 FEWEST_TILES = 2  # torch compiles again for a size of 1
@@ -22,8 +22,9 @@ class Flex:
     """FlexAttention; no tensor holds a bias, and its slopes come from the number of the head.
 
     Sequences are padded to whole tiles: at other lengths compiled FlexAttention has given NaN gradients
-    (pytorch#153799), and one compilation then serves all lengths. With windows, tiles without weight are left out: how
-    many a row of tiles takes is data, so that nothing is compiled again, and the host never waits for it.
+    (pytorch#153799). Training has one shape, and a kernel compiled for it alone: one for any shape was seen to take 1.7
+    times its time. Without gradients one compilation serves all lengths. With windows, tiles without weight are left
+    out: how many a row of tiles takes is data, so that nothing is compiled again, and the host never waits for it.
 
     Attributes:
         bias: The bias.
@@ -50,30 +51,34 @@ class Flex:
             return self._one_query(q, k, v)
         tiles = max(FEWEST_TILES, -(-keys // TILE))
         end = tiles * TILE - keys
+        one_shape = torch.is_grad_enabled() and q.requires_grad
         # Queries after a cache take their own places in the sequence; the rows before them are not used.
         q, k, v = _padded(q, keys - queries, end), _padded(k, 0, end), _padded(v, 0, end)
-        counts = self._count(q, k, tiles=tiles)
-        if self.bias.lossless is not None:
-            self.bias.lossless.add(counts.density)
         compiled = q.is_cuda if self._compiled is None else self._compiled
-        window = self.bias.window
-        out: Tensor = flex_kernel(compiled)(
+        if compiled and not one_shape:
+            q, k, v = (x.contiguous() for x in (q, k, v))  # so that the kernel knows what strides are multiples of
+        mask, density = self._mask(q, k, tiles=tiles)
+        if self.bias.lossless is not None:
+            self.bias.lossless.add(density)
+        out: Tensor = flex_kernel(compiled, one_shape)(
             q,
             k,
             v,
             score_mod=penalty(self.bias.slope_of(q.device)),
-            block_mask=block_mask(counts, window=window, mask=visible(window)),
+            block_mask=mask,
             kernel_options=self.options,
         )
         return out if end == 0 and queries == keys else out[:, :, keys - queries : keys]
 
     @torch.no_grad()
-    def _count(self, q: Tensor, k: Tensor, *, tiles: int) -> TileCounts:
+    def _mask(self, q: Tensor, k: Tensor, *, tiles: int) -> tuple[Any, Tensor]:
+        """Return FlexAttention's block mask of a call, and what share of the causal tiles it leaves."""
         slopes, window = self._slopes.on(q.device), self.bias.window
         if self.bias.lossless is None or slopes is None or tiles < FEWEST_TILES_OF_WINDOWS:
-            return all_tiles(*q.shape[:2], tiles, window=window, device=q.device)
+            return mask_of_all(*q.shape[:2], tiles, window=window, device=q.device)
         q, k = (x.detach().view(*x.shape[:2], tiles, TILE, -1) for x in (q, k))
-        return compiled_finder()(q, k, slopes, window) if q.is_cuda else tiles_with_weight(q, k, slopes, window)
+        counts = (compiled_finder() if q.is_cuda else tiles_with_weight)(q, k, slopes, window)
+        return block_mask(counts, window=window), counts.density
 
 
 def _padded(x: Tensor, before: int, after: int) -> Tensor:
@@ -95,9 +100,14 @@ def penalty(slope_of: Callable[[Tensor], Tensor] | None) -> Callable[..., Tensor
     return penalized
 
 
-@lru_cache(maxsize=2)
-def flex_kernel(compiled: bool) -> Any:
-    """Return FlexAttention; compiled, it fails where torch cannot compile it, instead of computing all scores."""
+@lru_cache(maxsize=4)
+def flex_kernel(compiled: bool, one_shape: bool) -> Any:
+    """Return FlexAttention; compiled, it fails where torch cannot compile it, instead of computing all scores.
+
+    Args:
+        compiled: Whether to compile it.
+        one_shape: Whether to compile it for each shape, instead of once for all.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     if not compiled:
@@ -106,24 +116,4 @@ def flex_kernel(compiled: bool) -> Any:
     # torch ever does.
     limits = torch._dynamo.config
     limits.recompile_limit = limits.accumulated_recompile_limit
-    return torch.compile(flex_attention, fullgraph=True)
-
-
-@lru_cache(maxsize=16)
-def visible(window: int | None) -> Callable[..., Tensor]:
-    """Return the mask function: batch, head, query, key -> whether the query sees the key.
-
-    Args:
-        window: Keys that a query sees, its own included; None for all before it.
-    """
-    if window is None:
-        return _seen
-
-    def seen_within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _seen(batch, head, query, key) & (query - key < window)
-
-    return seen_within
-
-
-def _seen(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return query >= key
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False if one_shape else None)

@@ -6,6 +6,7 @@ numbers are made once for a length, and no number ever leaves the device.
 """
 
 import logging
+from collections.abc import Callable
 from functools import cache, lru_cache, reduce
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ class TileCounts(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def all_tiles(batch: int, heads: int, tiles: int, *, window: int | None, device: torch.device) -> TileCounts:
-    """Return the tiles that the causal mask and a sliding window leave.
+def mask_of_all(batch: int, heads: int, tiles: int, *, window: int | None, device: torch.device) -> tuple[Any, Tensor]:
+    """Return the block mask of the tiles that the causal mask and a sliding window leave, and their density.
 
     Args:
         batch: Sequences.
@@ -50,7 +51,8 @@ def all_tiles(batch: int, heads: int, tiles: int, *, window: int | None, device:
         device: Where they are needed.
     """
     rows = torch.arange(tiles, dtype=torch.int32, device=device)
-    return _count(rows.expand(batch, heads, -1), window=window)
+    counts = _count(rows.expand(batch, heads, -1), window=window)
+    return block_mask(counts, window=window), counts.density
 
 
 def tiles_with_weight(q: Tensor, k: Tensor, slopes: Tensor, window: int | None) -> TileCounts:
@@ -157,13 +159,12 @@ def _within(window: int | None, *, tiles: int) -> tuple[int, int]:
     return whole, (window + TILE - 2) // TILE - whole
 
 
-def block_mask(counts: TileCounts, *, window: int | None, mask: Any) -> Any:
+def block_mask(counts: TileCounts, *, window: int | None) -> Any:
     """Return FlexAttention's BlockMask of some tiles.
 
     Args:
         counts: How many.
         window: Keys that a query sees, its own included; None for all before it.
-        mask: Its `mask_mod`, for tiles that are cut.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -183,7 +184,7 @@ def block_mask(counts: TileCounts, *, window: int | None, mask: Any) -> Any:
         full_q_num_blocks=counts.column_whole,
         full_q_indices=column_whole,
         BLOCK_SIZE=(TILE, TILE),
-        mask_mod=mask,
+        mask_mod=visible(window),  # for tiles that are cut
     )
 
 
@@ -205,3 +206,23 @@ def tile_numbers(tiles: int, *, window: int | None, device: torch.device) -> tup
     signed = [sign * distance for sign in (-1, 1) for distance in (cut, whole)]
     row_cut, row_whole, column_cut, column_whole = ((own + distance).clamp(0, tiles - 1) for distance in signed)
     return row_cut, row_whole, column_cut, column_whole
+
+
+@lru_cache(maxsize=16)
+def visible(window: int | None) -> Callable[..., Tensor]:
+    """Return the mask function: batch, head, query, key -> whether the query sees the key.
+
+    Args:
+        window: Keys that a query sees, its own included; None for all before it.
+    """
+    if window is None:
+        return _seen
+
+    def seen_within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _seen(batch, head, query, key) & (query - key < window)
+
+    return seen_within
+
+
+def _seen(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key

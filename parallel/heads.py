@@ -1,4 +1,4 @@
-"""Queries, keys and values as views of the projection's output, and their gradients written into one buffer."""
+"""Queries, keys and values from the projection's output, and their gradients written into one buffer."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def split_heads(qkv: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def view_heads(qkv: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values as views of the projection's output; nothing is copied.
 
     The backward pass writes the three gradients into one buffer in the projection's layout. Plain views would give
@@ -14,16 +14,16 @@ def split_heads(qkv: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     in place.
 
     Args:
-        qkv: Output of the projection, [seq, batch, local_heads * 3 * head_dim], its columns in QKV_ORDER.
+        qkv: Output of the projection, [seq, batch, local_heads * 3 * head_dim], its columns ordered by head, part, dim.
         heads: Heads of this tensor rank.
     Returns:
         Three tensors [batch, local_heads, seq, head_dim].
     """
-    q, k, v = _SplitHeads.apply(qkv, heads)  # type: ignore[no-untyped-call]
+    q, k, v = _ViewHeads.apply(qkv, heads)  # type: ignore[no-untyped-call]
     return q, k, v
 
 
-class _SplitHeads(Function):
+class _ViewHeads(Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
         seq, batch, _ = qkv.shape

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from training.model.heads import split_heads
+from parallel.heads import view_heads
 from training.model.kernels.sdpa import Sdpa
 from training.model.positions.bias import SlopeBias
 
@@ -23,12 +23,12 @@ def plain(qkv: Tensor) -> tuple[Tensor, ...]:
 
 def test_heads_are_views_with_the_gradients_of_views() -> None:
     qkv = projected()
-    parts = split_heads(qkv, heads=HEADS)
+    parts = view_heads(qkv, heads=HEADS)
     for part, expected in zip(parts, plain(qkv), strict=True):
         assert part.shape == (BATCH, HEADS, SEQ, WIDTH)
         assert part.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
         assert torch.equal(part, expected)
-    assert torch.autograd.gradcheck(lambda x: split_heads(x, heads=HEADS), (qkv,))
+    assert torch.autograd.gradcheck(lambda x: view_heads(x, heads=HEADS), (qkv,))
     # A part that is not used has no gradient.
     (grad,) = torch.autograd.grad(parts[1].sum(), qkv)
     assert grad.view(SEQ, BATCH, HEADS, 3, WIDTH).sum((0, 1, 2, 4)).tolist() == [0, SEQ * BATCH * HEADS * WIDTH, 0]
@@ -43,7 +43,7 @@ def copies_of(backward: Tensor) -> dict[str, int]:
 
 def test_the_backward_pass_writes_each_gradient_once() -> None:
     counted = []
-    for split in (lambda qkv: split_heads(qkv, heads=HEADS), plain):
+    for split in (lambda qkv: view_heads(qkv, heads=HEADS), plain):
         q, k, v = split(projected())
         counted.append(copies_of((q * k * v).sum()))
     ours, views = counted
@@ -53,6 +53,6 @@ def test_the_backward_pass_writes_each_gradient_once() -> None:
 
 
 def test_attention_of_the_views_needs_no_copy_to_be_joined() -> None:
-    q, k, v = split_heads(projected(seq=300), heads=HEADS)
+    q, k, v = view_heads(projected(seq=300), heads=HEADS)
     out = Sdpa(SlopeBias(torch.ones(HEADS, dtype=torch.float64)))(q, k, v)
     assert out.permute(2, 0, 1, 3).is_contiguous()  # [seq, batch, local_heads, head_dim]: to join copies nothing
