@@ -91,7 +91,7 @@ def _with_gradients(called: Callable[..., Any], function: Callable[..., Any], va
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_captured_decoding_gives_the_same_tokens(position: str) -> None:
+def test_captured_decoding_gives_the_same_tokens(position: str, caplog: pytest.LogCaptureFixture) -> None:
     prompt = torch.randint(3, VOCABULARY, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     texts = []
     for capture in (None, lambda run: run):  # None: a CUDA graph
@@ -99,3 +99,4 @@ def test_captured_decoding_gives_the_same_tokens(position: str) -> None:
         model = SingleModel(decoder, device=CUDA, certificate={}, capture=capture)
         texts.append(list(islice(continue_tokens(model, prompt, sampling=Sampling(), end=None), 60)))
     assert texts[0] == texts[1]
+    assert not caplog.messages  # such as that nothing could be captured

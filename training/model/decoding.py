@@ -210,7 +210,7 @@ class TokenSteps:
             try:
                 step = TokenStep(self._decoder, like=cache, size=size, capture=self._capture)
             except (RuntimeError, TypeError) as error:  # TypeError: a position method that takes a number as its start
-                logger.debug("each token is decoded without a CUDA graph: %s", error)
+                logger.warning("each token is decoded without a CUDA graph: %s", error)
                 self._has_failed = True
                 self._free.clear()  # another text may have ended meanwhile
                 return None
