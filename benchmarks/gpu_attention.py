@@ -86,8 +86,8 @@ def _measure(
     def both() -> None:
         torch.autograd.grad(forward(), (q, k, v), gradient)
 
-    repeats = 20 if lab.device.type == "cuda" else 2
-    times = [round(1000 * lab.seconds(action, repeats=repeats), 3) for action in (forward, both)]
+    in_a_row = 10 if lab.device.type == "cuda" else 1
+    times = [round(1000 * lab.seconds(action, repeats=3, in_a_row=in_a_row), 3) for action in (forward, both)]
     densities = windows.take() if windows is not None else []
     return {
         "length": length,
