@@ -110,8 +110,8 @@ BACKENDS = {
             capability=(7, 0),
             package=None,
             memory="length",
-            has_run="CPU: compiled, forward, with windows; its gradients as formulas in fp64; one H100: bf16, training "
-            "steps, before lengths were padded, slopes computed inside it and windows",
+            has_run="CPU: compiled, forward, with windows; its gradients as formulas in fp64; one H100: fp32 and bf16 "
+            "with gradients, training steps in bf16, windows",
             compiles=True,
             leaves_out_on=("cuda",),
         ),
