@@ -5,10 +5,10 @@ INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo quick unit-model unit-rest test lint bench bench-gpu test-gpu test-gpu-full test-layouts \
-	test-faults test-slurm
+	test-faults test-slurm test-llama
 
 help:
-	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | bench"
+	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | test-llama | bench"
 	@echo "on a GPU: make test-gpu | test-gpu-full | bench-gpu"
 
 install: $(INSTALLED)
@@ -52,6 +52,11 @@ test-layouts: $(INSTALLED)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q -m faults tests
+
+# The exported GGUF files in llama.cpp. The first time it is built: ten minutes on two cores; cmake comes with it.
+test-llama: $(INSTALLED)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[llama]'
+	$(BIN)/python -P -m pytest -q -m llama tests/llama
 
 test-slurm: $(INSTALLED)
 	tests/slurm/test.sh $(BIN)/python

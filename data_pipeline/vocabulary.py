@@ -1,5 +1,6 @@
-"""Read the pieces of a sentencepiece model file, so that exports can write them in other formats."""
+"""Read the pieces of a sentencepiece model file, so that exports can write them in other formats, and back."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -69,6 +70,28 @@ def read_vocabulary(model: Path) -> Vocabulary:
         end_id=trainer.eos_id if trainer.eos_id >= 0 else None,
         pad_id=trainer.pad_id if trainer.pad_id >= 0 else None,
     )
+
+
+def write_proto(
+    pieces: Iterable[tuple[str, float, int]], *, unknown_id: int, adds_prefix: bool, removes_spaces: bool
+) -> bytes:
+    """Return a sentencepiece BPE model of pieces that another format held.
+
+    Args:
+        pieces: Text, score and `PieceType` of each, in the order of their ids.
+        unknown_id: Id of the unknown piece.
+        adds_prefix: Whether a space is added before a text.
+        removes_spaces: Whether spaces at its ends, and of several all but one, are removed.
+    """
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    for text, score, kind in pieces:
+        proto.pieces.add(piece=text, score=score, type=kind)
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback, proto.trainer_spec.unk_id = 2, True, unknown_id
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = adds_prefix
+    proto.normalizer_spec.remove_extra_whitespaces = removes_spaces
+    model: bytes = proto.SerializeToString()
+    return model
 
 
 def _parse(model: Path) -> Any:

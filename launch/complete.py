@@ -56,6 +56,13 @@ def complete_formats(incomplete: str) -> list[str]:
     return _matching(incomplete, FORMATS)
 
 
+def complete_dtypes(incomplete: str) -> list[str]:
+    """Return the types of weights of `export`."""
+    from training.export.formats.table import DTYPES
+
+    return _matching(incomplete, DTYPES)
+
+
 def complete_protocols(incomplete: str) -> list[str]:
     """Return how a protocol of `evaluate` begins."""
     return _matching(incomplete, PROTOCOL_WORDS)

@@ -98,7 +98,7 @@ def _beginning(ready: Ready, *, environ: Mapping[str, str]) -> Iterator[str]:
     else:
         weights = f", with the weights of {config.train.init_from}" if config.train.init_from else ""
         yield f"begins at step 0{weights}"
-        yield from export_problems(config.model).values()
+        yield from dict.fromkeys(export_problems(config.model).values())
     store = choose_store(config.track.uri, run_dir=run_dir, variables=environ)
     yield f"logs to MLflow at {store.public_uri}"
     yield "dry run: no rank was started, nothing was written"

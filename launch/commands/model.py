@@ -22,8 +22,14 @@ from launch.commands.options import (
     number_option,
     path_of,
 )
-from launch.complete import complete_checkpoints, complete_formats, complete_precisions, complete_protocols
-from training.export.formats.table import FORMATS
+from launch.complete import (
+    complete_checkpoints,
+    complete_dtypes,
+    complete_formats,
+    complete_precisions,
+    complete_protocols,
+)
+from training.export.formats.table import DTYPES, FORMATS
 from training.out_of_memory import explain_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -226,12 +232,20 @@ def export_command(
             "--format",
             metavar="|".join(FORMATS),
             autocompletion=complete_formats,
-            help=" ".join(f"{name}: {description}." for name, description in FORMATS.items()),
+            help=" ".join(f"{name}: {row.description}." for name, row in FORMATS.items()),
         ),
     ],
     out: Annotated[
         Path, typer.Option(metavar="DIR", parser=path_of, help="A new or empty folder, also a link or a mount.")
     ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(DTYPES),
+            autocompletion=complete_dtypes,
+            help="Type of the weights; f16 or q8_0 with gguf.  [default: fp32, f32]",
+        ),
+    ] = None,
 ) -> None:
     """Write the model for inference engines, and compare its logits with the trained model's."""
     from training.checkpoint.manifest import require_checkpoint
@@ -239,11 +253,12 @@ def export_command(
     from training.export.formats.table import require_format
 
     # a wrong word or path is answered before the slow imports
-    require_format(format_name)
+    require_format(format_name, dtype=dtype)
     try_new_folder(out)
     require_checkpoint(checkpoint)
 
     from launch.show.model import show_export
     from training.export.run import export_checkpoint
 
-    show_export(export_checkpoint(checkpoint, format=format_name, out=out), checkpoint=checkpoint)
+    exported = export_checkpoint(checkpoint, format=format_name, out=out, dtype=dtype)
+    show_export(exported, checkpoint=checkpoint)

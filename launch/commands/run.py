@@ -251,7 +251,7 @@ def _start_local_ranks(
         show_lines(*finished_lines(ready))
         return 0
     if ready.newest is None:  # said before training, not after it
-        show_lines(*export_problems(config.model).values())
+        show_lines(*dict.fromkeys(export_problems(config.model).values()))
         show_lines(*simpler_layout_lines(ready.config, layout=ready.layout, environ=os.environ))
     refuse_second_start(ready.run_dir)
     sets = [argument for override in overrides for argument in ("--set", override)]

@@ -61,7 +61,7 @@ def show_summary(summary: dict[str, Any]) -> None:
         f"  layout    tensor {summary['tensor']} x pipeline {summary['pipeline']}, ZeRO-{summary['zero']}: "
         f"ranks in multiples of {model_ranks}",
         f"  folders   run {summary['dir']}, data {summary['data']}",
-        *(f"  export    {name}: {problem}" for name, problem in summary["export_problems"].items()),
+        *(f"  export    {problem}" for problem in dict.fromkeys(summary["export_problems"].values())),
         *(f"note: {note}" for note in summary["notes"]),
     )
 

@@ -26,6 +26,7 @@ POSITIONS, KERNELS = "training/model/positions", "training/model/kernels"
 ALIBI, BIAS, T5 = f"{POSITIONS}/alibi.py", f"{POSITIONS}/bias.py", f"{POSITIONS}/t5.py"
 SDPA, FLEX, BLOCKS = f"{KERNELS}/sdpa.py", f"{KERNELS}/flex.py", f"{KERNELS}/bias_blocks.py"
 BLOOM, CERTIFICATE = "training/model/blocks/bloom.py", "training/model/proof/certificate.py"
+BY_GGUF = "tests/unit/test_export_gguf.py::test_transformers_reads_the_logits_of_its_own_format"
 BY_FORMULA = "tests/unit/test_model_alibi.py::test_both_backends_equal_the_formula_in_fp64"
 BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join_to_the_whole"
 BY_BIAS = "tests/unit/test_model_alibi.py::test_bias_is_minus_slope_times_distance_and_nothing_ahead"
@@ -174,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "flex: a query sees the next key",
-        FLEX,
+        f"{KERNELS}/tiles.py",
         "return query >= key",
         "return query + 1 >= key",
         BY_FLEX,
@@ -304,6 +305,34 @@ MUTANTS = (
         "joined[:, :, :, part] = grad.permute(2, 0, 1, 3)",
         "joined[:, :, :, (0, 2, 1)[part]] = grad.permute(2, 0, 1, 3)",
         BY_BLOOM,
+    ),
+    Mutant(
+        "gguf: rows stay in our order",
+        "training/export/formats/gguf.py",
+        "parts.permute(*order, *range(3, parts.ndim))",
+        "parts",
+        BY_GGUF,
+    ),
+    Mutant(
+        "gguf: biases stay in our order",
+        "training/export/formats/gguf.py",
+        "if each.is_qkv else weight",
+        "if each.is_qkv and weight.ndim > 1 else weight",
+        BY_GGUF,
+    ),
+    Mutant(
+        "gguf: a space is added before a text",
+        "training/export/formats/gguf.py",
+        "writer.add_add_space_prefix(False)",
+        "writer.add_add_space_prefix(True)",
+        "tests/unit/test_export_gguf.py::test_the_tokenizer_gives_the_ids_and_text_of_sentencepiece",
+    ),
+    Mutant(
+        "export: what is compared keeps its weights",
+        "training/export/run.py",
+        "    model.change_weights(exporter.rounded)\n",
+        "",
+        "tests/unit/test_export_run.py::test_rounded_weights_are_compared_as_they_are_written",
     ),
     Mutant(
         "description: a parameter that no module has",

@@ -13,7 +13,7 @@ STARTERS = ("trainshort", "srun", "torchrun")
 # A line of a block that begins with one of these is a command.
 PROGRAMS = (
     *(*STARTERS, "make", "sbatch"),
-    *("python", "python3", "python3.11", "pip", "git", "mlflow", "vllm", "curl"),
+    *("python", "python3", "python3.11", "pip", "git", "mlflow", "vllm", "llama-completion", "llama-server", "curl"),
     *(".", "cd", "export", "touch", "tail", "ls", "cp", "rm"),
 )
 _FENCE = re.compile(r"```(\w*)\s*")

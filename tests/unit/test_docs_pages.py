@@ -29,7 +29,7 @@ TODAY = tuple(page for page in PAGES if page.name not in HISTORY)
 # Programs whose command lines say nothing about ours.
 OTHER_PROGRAMS = (
     *(".", "cd", "cp", "export", "ls", "rm", "tail", "touch"),
-    *("curl", "git", "mlflow", "pip", "pre-commit", "vllm"),
+    *("curl", "git", "llama-completion", "llama-server", "mlflow", "pip", "pre-commit", "vllm"),
 )
 OPTIONS_OF_OTHERS = {
     "--exclude": "sbatch",

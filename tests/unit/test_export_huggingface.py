@@ -52,6 +52,7 @@ def write(
     with new_folder(out) as folder:
         FORMAT.write(
             folder,
+            name="small",
             weights=weights or random_weights(SHAPE, vocab_size=vocab_size),
             model=model,
             vocab_size=vocab_size,
@@ -171,7 +172,7 @@ def test_generation_without_a_model_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_model_that_bloom_cannot_hold_is_refused(changed: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=f"the Hugging Face Bloom format cannot hold {message}"):
+    with pytest.raises(InputError, match=f"BLOOM cannot hold {message}"):
         FORMAT.check(SHAPE.model_copy(update=changed))
 
 

@@ -37,6 +37,9 @@ class FormulaModel:
         self.certificate = {"position": "alibi"}
         self.error = 0.0
 
+    def change_weights(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.weights = {name: change(weight) for name, weight in self.weights.items()}
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         return bloom_logits(self.weights, tokens, layers=SHAPE.layers, heads=SHAPE.heads) + self.error
 
@@ -159,24 +162,47 @@ def test_model_that_the_format_cannot_hold_writes_nothing(
     checkpoint = SimpleNamespace(config=check_run(run_values, name="small"))
     monkeypatch.setattr("training.export.run.open_checkpoint", lambda path: checkpoint)
     (key,) = changed
-    with pytest.raises(InputError, match=f"the Hugging Face Bloom format cannot hold model.{key}"):
+    with pytest.raises(InputError, match=f"BLOOM cannot hold model.{key}"):
         export_checkpoint(tmp_path, format="hf", out=tmp_path / "out" / "hf")
     assert not (tmp_path / "out").exists()
 
 
 def test_every_format_of_the_table_loads() -> None:
     assert CHAIN_FORMAT in FORMATS
-    for name in FORMATS:
-        load_format(name).check(SHAPE)
+    for name, row in FORMATS.items():
+        for dtype in row.dtypes:
+            load_format(name, dtype=dtype).check(SHAPE.model_copy(update={"hidden": 96}))
 
 
 def test_formats_outside_the_table_are_refused(tmp_path: Path) -> None:
-    for name, message in (
-        ("gguf", "format gguf is not available in this version: use hf"),
-        ("onnx", "format 'onnx' is not known: use hf"),
+    for name, dtype, message in (
+        ("onnx", None, "format 'onnx' is not known: use hf or gguf"),
+        ("hf", "q8_0", "format hf has no weights in 'q8_0': use fp32 or bf16 or fp16"),
+        ("gguf", "bf16", "format gguf has no weights in 'bf16': use f32 or f16 or q8_0"),
     ):
         with pytest.raises(InputError, match=message):
-            export_checkpoint(tmp_path, format=name, out=tmp_path / "out")
+            export_checkpoint(tmp_path, format=name, out=tmp_path / "out", dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("hf", "bf16"), ("hf", "fp16"), ("gguf", "f16")])
+def test_rounded_weights_are_compared_as_they_are_written(
+    model: FormulaModel, tmp_path: Path, name: str, dtype: str
+) -> None:
+    exported = export_checkpoint(tmp_path, format=name, out=tmp_path / "out", dtype=dtype)
+    assert exported.logits.difference <= exported.logits.tolerance
+    assert exported.rounding is not None
+    assert 10 * exported.logits.difference < exported.rounding.difference < 1
+    assert 0 < exported.rounding.divergence < 1e-3
+    assert "; rounding the weights changed logits by 0.0" in str(exported)
+    card = (exported.folder / "README.md").read_text()
+    assert f"the weights here are {dtype}" in card
+
+
+def test_a_weight_out_of_range_is_not_exported(model: FormulaModel, tmp_path: Path) -> None:
+    model.weights["final_norm.weight"][0] = 1e5
+    with pytest.raises(InputError, match="a weight is larger than fp16 can hold: export in a wider type"):
+        export_checkpoint(tmp_path, format="hf", out=tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
 
 
 EXPORTED = [

@@ -105,7 +105,7 @@ CHOICES = (
     ChoiceRule("model.family", FAMILIES, ("configs/choices.py", "training/families/", "training/model/blocks/")),
     ChoiceRule("train.precision", PRECISIONS, ("configs/precisions.py",)),
     ChoiceRule("train.optimizer", OPTIMIZERS, ("configs/choices.py", "parallel/optimizers.py")),
-    ChoiceRule("--format", {"gguf", *FORMATS}, ("training/export/formats/",)),
+    ChoiceRule("--format", {*FORMATS}, ("training/export/formats/",)),
 )
 
 

@@ -32,6 +32,40 @@ class LogitParity:
     tolerance: float
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding the weights did to the logits.
+
+    Attributes:
+        difference: The largest absolute difference.
+        divergence: Mean divergence of the rounded model's distribution of the next token from the trained one's
+            (Kullback and Leibler), in nats.
+        same: Share of the positions with the same likeliest token.
+    """
+
+    difference: float
+    divergence: float
+    same: float
+
+    def __str__(self) -> str:
+        return (
+            f"rounding the weights changed logits by {self.difference:.2g} at most (mean divergence "
+            f"{self.divergence:.1g} nats, likeliest token equal in {self.same:.2%})"
+        )
+
+
+def measure_rounding(before: torch.Tensor, after: torch.Tensor) -> Rounding | None:
+    """Return what changed from one model's logits to another's, [1, seq, vocab] each; None if nothing did."""
+    if torch.equal(before, after):
+        return None
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (before, after))
+    return Rounding(
+        difference=(before - after).abs().max().item(),
+        divergence=(log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        same=(before.argmax(-1) == after.argmax(-1)).double().mean().item(),
+    )
+
+
 def compare_logits(
     trained: Callable[[torch.Tensor], torch.Tensor],
     *,

@@ -28,8 +28,10 @@ from training.export.formats.table import ExportFormat, LengthLimit, load_format
 from training.export.parity import (
     COMPARED_MULTIPLE,
     LogitParity,
+    Rounding,
     compare_logits,
     compare_tokenizers,
+    measure_rounding,
 )
 from training.families.table import parameter_count
 from training.folder import record_certificate
@@ -46,7 +48,8 @@ class ExportResult:
     Attributes:
         folder: The exported folder.
         facts: What its model card says of the model.
-        logits: The difference between its logits and the trained model's.
+        logits: The difference between its logits and those of the trained model with its weights rounded likewise.
+        rounding: What rounding the weights changed at the training length; None if nothing.
         wanted_length: The longest length to compare.
         limit: The longest length that the format's reader can run; `logits.lengths` stops there.
         texts: Texts whose token ids were found equal.
@@ -56,6 +59,7 @@ class ExportResult:
     folder: Path
     facts: ModelFacts
     logits: LogitParity
+    rounding: Rounding | None
     wanted_length: int
     limit: LengthLimit
     texts: int
@@ -71,13 +75,14 @@ class ExportResult:
             f"at lengths {lengths}{shortened} logits differ by {self.logits.difference:.2g} at most "
             f"(largest {self.logits.scale:.3g}, allowed {self.logits.tolerance:.2g}) on "
             f"{'held-out text' if self.held_out else 'random tokens'}; {self.texts} texts have equal token ids"
+            f"{'' if self.rounding is None else f'; {self.rounding}'}"
         )
 
     def __str__(self) -> str:
         return f"{self.folder}: {self.comparison}"
 
 
-def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResult:
+def export_checkpoint(checkpoint: Path, *, format: str, out: Path, dtype: str | None = None) -> ExportResult:
     """Write a checkpoint's model for inference engines. The folder appears only once it is whole and compared.
 
     The folder also holds the certificate of the exported model's positions, certificate.json.
@@ -86,26 +91,29 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path) -> ExportResu
         checkpoint: A step folder, or a run folder for its newest checkpoint.
         format: A name in `training.export.formats.table.FORMATS`.
         out: A folder that does not exist or is empty; a link to one and a mount point will do.
+        dtype: Type of the weights; None for the format's default.
     Raises:
         InputError: the checkpoint cannot be opened, the format cannot hold its model, `out` has files or cannot be
-            written, or torch cannot use its cache folder; raised before the model is loaded.
+            written, or torch cannot use its cache folder: before the model is loaded. Or a weight is out of the
+            type's range.
         MachineError: the disk is too small or failing.
         TrainshortError: the exported model differs from the trained one; the folder is deleted.
     """
     # Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded.
     check_cache_folder(environment())  # transformers makes it
-    exporter = load_format(format)
+    exporter = load_format(format, dtype=dtype)
     try_new_folder(out)
     opened = open_checkpoint(checkpoint)
     exporter.check(opened.config.model)
     facts = _facts(opened)
-    # weights in fp32, by far the most of it
-    require_space(out, needed_bytes=4 * facts.parameters)
+    # weights, by far the most of it
+    require_space(out, needed_bytes=int(exporter.bytes_per_weight * facts.parameters))
     model = load_single(opened)
     with new_folder(out) as folder:
         with _report_write_errors(out):
             exporter.write(
                 folder,
+                name=opened.config.run.name,
                 weights=opened.weights(),
                 model=opened.config.model,
                 vocab_size=opened.vocab_size,
@@ -175,11 +183,16 @@ def _compare(
     tokenizer = Tokenizer.load(checkpoint.tokenizer)
     texts = EDGE_CASE_TEXTS if held_out is None else (*EDGE_CASE_TEXTS, tokenizer.decode(held_out.tolist()))
     compared = compare_tokenizers(tokenizer, exported=exporter.read_tokenizer(folder), texts=texts)
+    first = tokens[None, : lengths[0]]
+    before = model.logits(first)
+    model.change_weights(exporter.rounded)
+    rounding = measure_rounding(before, model.logits(first))
     parity = compare_logits(model.logits, exported=exporter.read_logits(folder), tokens=tokens, lengths=lengths)
     return ExportResult(
         folder=out,
         facts=facts,
         logits=parity,
+        rounding=rounding,
         wanted_length=wanted[-1],
         limit=limit,
         texts=compared,

@@ -1,7 +1,7 @@
 """A trained decoder in one process, for evaluation, export and generation: no engine, no other ranks."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,6 +117,12 @@ class SingleModel:
         free, _ = torch.cuda.mem_get_info(self._device)
         hidden = self._decoder.get_parameter("embedding.weight").shape[1]
         return gpu_batch_tokens(free, hidden=hidden, width=self._precision.width)
+
+    def change_weights(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace each weight, fp32, by what a function makes of it."""
+        with torch.no_grad():
+            for parameter in self._decoder.parameters():
+                parameter.copy_(change(parameter.float()))
 
     def losses(self, tokens: Tensor) -> Tensor:
         """Return the loss of each predicted token; memory grows linearly with length.

@@ -1,4 +1,4 @@
-"""What transformers' BloomForCausalLM can hold. Imports no torch or transformers: it is said before training."""
+"""What BLOOM can hold, in transformers and llama.cpp. Imports neither, and no torch: it is said before training."""
 
 from configs.schema import Model
 from training.families.bloom import BLOOM
@@ -8,7 +8,7 @@ _POSITIONS = ("alibi",)
 
 
 def bloom_problem(model: Model) -> str | None:
-    """Return why BloomForCausalLM cannot hold a model, with each key, its value and what it holds; None if it can."""
+    """Return why BLOOM cannot hold a model, with each key, its value and what BLOOM holds; None if it can."""
     problems = []
     if model.family not in _FAMILIES:
         problems.append(f"model.family {model.family} (it holds {' or '.join(_FAMILIES)})")
@@ -20,4 +20,4 @@ def bloom_problem(model: Model) -> str | None:
         problems.append(f"model.window {model.window} (it holds null, all tokens)")
     if not problems:
         return None
-    return f"the Hugging Face Bloom format cannot hold {'; '.join(problems)}: this model cannot be exported"
+    return f"BLOOM cannot hold {'; '.join(problems)}: this model cannot be exported"

@@ -21,29 +21,41 @@ from configs.schema import Model
 from data_pipeline.vocabulary import Vocabulary
 from training.export.facts import ModelFacts
 from training.export.formats.bloom_limits import bloom_problem
-from training.export.formats.model_card import model_card
+from training.export.formats.model_card import TRANSFORMERS, model_card
+from training.export.formats.rounding import finite
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import write_tokenizer
 from training.families.bloom import BLOOM
 from training.families.description import QKV_ORDER
 from training.families.table import huggingface_names
+from training.model.proof.attention_weights import dtype_of
 
 # Transformers' Bloom materializes the attention scores of a layer, [heads, seq, seq] fp32.
 _MOST_SCORE_BYTES = 2_000_000_000
 
 
 class HuggingFaceFormat:
-    """Implement `ExportFormat` for BloomForCausalLM; transformers reads it back."""
+    """Implement `ExportFormat` for BloomForCausalLM; transformers reads it back, and computes in fp32."""
+
+    def __init__(self, dtype: str = "fp32") -> None:
+        """Take the type of the weights: fp32, bf16 or fp16."""
+        self._dtype, self._name = dtype_of(dtype), dtype
+        self.bytes_per_weight = float(self._dtype.itemsize)
 
     def check(self, model: Model) -> None:
         """Refuse a model that BloomForCausalLM cannot express; see `ExportFormat`."""
         if problem := bloom_problem(model):
             raise InputError(problem)
 
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Return a weight as the written model has it; see `ExportFormat`."""
+        return finite(weight.to(self._dtype).float(), dtype=self._name)
+
     def write(
         self,
         folder: Path,
         *,
+        name: str,
         weights: Mapping[str, Tensor],
         model: Model,
         vocab_size: int,
@@ -77,14 +89,15 @@ class HuggingFaceFormat:
             "transformers' Bloom has the rows of queries, keys and values in our order"
         )
         names = huggingface_names(model)
-        renamed = {names[name]: weight.contiguous() for name, weight in weights.items()}
+        renamed = {names[key]: weight.contiguous().to(self._dtype) for key, weight in weights.items()}
         _require_whole(renamed, config)
         # No lm_head.weight: it is tied to the word embedding, and transformers ties it again when it loads.
         save_torch_state_dict(renamed, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
     def write_card(self, folder: Path, facts: ModelFacts, *, comparison: str) -> None:
         """Write README.md, the card that the Hugging Face Hub shows; see `ExportFormat`."""
-        (folder / "README.md").write_text(model_card(facts, comparison=comparison), encoding="utf-8")
+        card = model_card(facts, comparison=comparison, engine=TRANSFORMERS, dtype=self._name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def length_limit(self, model: Model) -> LengthLimit:
         """Return the length at which a layer's attention scores take 2 GB; see `ExportFormat`."""
@@ -129,16 +142,19 @@ class HuggingFaceTokenizer:
             return str(self._tokenizer.decode(ids))
 
 
-def load_exported(folder: Path) -> Any:
+def load_exported(folder: Path, *, gguf_file: str | None = None) -> Any:
     """Return an exported folder's model as transformers loads it, in fp32.
 
+    Args:
+        folder: The folder.
+        gguf_file: Its GGUF file, if that is to be read.
     Raises:
         TrainshortError: weights are missing, or transformers does not know some.
     """
     loader: Any = transformers.AutoModelForCausalLM  # its types leave out output_loading_info
     with quiet_transformers():
         model, loading = loader.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, gguf_file=gguf_file
         )
     wrong = sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]) + sorted(loading["mismatched_keys"])
     if wrong:
@@ -215,6 +231,7 @@ def _bloom_config(
         "eos_token_id": vocabulary.end_id,
         # Padding is masked, so any token will do.
         "pad_token_id": vocabulary.pad_id if vocabulary.pad_id is not None else vocabulary.end_id,
+        # In 16 bits transformers' BLOOM would round the distances too.
         "dtype": "float32",
         # Transformers ignores it, but other engines limit prompt and continuation to it: vLLM's max_model_len.
         "seq_length": longest,

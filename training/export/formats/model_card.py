@@ -1,6 +1,7 @@
 """README.md of an exported folder: the model card that the Hugging Face Hub shows. Imports no torch."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from configs.terminal import printable
@@ -12,7 +13,7 @@ _FRONT_MATTER = """\
 ---
 # Choose a licence that your data allows: https://huggingface.co/docs/hub/repositories-licenses
 license: unknown
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags:
 - {position}
@@ -20,7 +21,7 @@ tags:
 - trainshort
 ---
 """
-_USE = """\
+_USE_TRANSFORMERS = """\
 ## Use
 
 With transformers (`pip install transformers torch`), where `.` is this folder or its name on the Hub:
@@ -47,10 +48,7 @@ curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
 vLLM refuses texts longer than `seq_length` in config.json, {longest:,} tokens. To allow more, where nobody has measured
 how good the model is, add `--hf-overrides '{{"seq_length": {more}}}'`.
 """
-_LIMITS = """\
-## Limits
-
-- It continues text: it was not trained to follow instructions. It repeats what its data says, wrong or harmful.
+_LIMITS_TRANSFORMERS = """\
 - In transformers load it in float32, as above: BLOOM's code there rounds ALiBi's bias to the model's type, and in 16
   bits distances get lost after a few hundred tokens. vLLM computes the bias in fp32, so bfloat16 is fine there.
 - transformers computes all attention scores of a layer at once: its memory grows with the square of the length.
@@ -58,27 +56,72 @@ _LIMITS = """\
 - `</s>` spelled out in a text is read as the end of a document, unless the tokenizer is called with
   `split_special_tokens=True`.
 """
+_USE_LLAMA_CPP = """\
+## Use
+
+With [llama.cpp](https://github.com/ggml-org/llama.cpp), which needs nothing but the file:
+
+```sh
+llama-completion -m {file} -p "Once" -n 50
+llama-server -m {file} -c {longest} --port 8080
+curl localhost:8080/v1/completions -H 'Content-Type: application/json' -d '{{"prompt": "Once", "max_tokens": 50}}'
+```
+
+`-c` is the longest text, prompt and continuation together; more is possible, where nobody has measured how good the
+model is. In Python, `llama_cpp.Llama("{file}", n_ctx={longest})` of llama-cpp-python.
+"""
+_LIMITS_LLAMA_CPP = """\
+- llama.cpp on a CPU takes its GELU from a table in fp16: logits differ by about 0.01 from the trained model's, also in
+  fp32.
+"""
+_LIMITS = """\
+## Limits
+
+- It continues text: it was not trained to follow instructions. It repeats what its data says, wrong or harmful.
+"""
 
 
-def model_card(facts: ModelFacts, *, comparison: str) -> str:
+@dataclass(frozen=True)
+class Reader:
+    """What a card says of what runs the model.
+
+    Attributes:
+        library: The Hub's name for it.
+        use: How to load and serve the model.
+        limits: What to know of it there.
+    """
+
+    library: str
+    use: str
+    limits: str
+
+
+TRANSFORMERS = Reader("transformers", _USE_TRANSFORMERS, _LIMITS_TRANSFORMERS)
+LLAMA_CPP = Reader("gguf", _USE_LLAMA_CPP, _LIMITS_LLAMA_CPP)
+
+
+def model_card(facts: ModelFacts, *, comparison: str, engine: Reader, dtype: str, file: str = "") -> str:
     """Return the card.
 
     Args:
         facts: What to say of the model.
         comparison: How the exported model compared with the trained one.
+        engine: What runs it.
+        dtype: Type of its weights.
+        file: Name of its file, if it has one.
     """
     model, name = facts.config.model, facts.config.run.name
     return "\n".join(
         (
-            _FRONT_MATTER.format(position=model.position, family=model.family),
+            _FRONT_MATTER.format(library=engine.library, position=model.position, family=model.family),
             f"# {name}\n",
             f"A decoder language model with {model.position} positions, trained at {facts.train_length:,} tokens by "
             "trainshort.",
             f"Longest text: {facts.longest:,} tokens, {facts.reason}.\n",
-            _training(facts),
+            _training(facts, dtype=dtype),
             _perplexity(facts),
-            _USE.format(name=name, longest=facts.longest, more=2 * facts.longest),
-            _LIMITS,
+            engine.use.format(name=name, longest=facts.longest, more=2 * facts.longest, file=file),
+            _LIMITS + engine.limits,
             f"Before this folder was written, it was loaded with transformers and compared with the trained model: "
             f"{comparison}.",
             "",
@@ -86,7 +129,7 @@ def model_card(facts: ModelFacts, *, comparison: str) -> str:
     )
 
 
-def _training(facts: ModelFacts) -> str:
+def _training(facts: ModelFacts, *, dtype: str) -> str:
     model, train, data = facts.config.model, facts.config.train, facts.config.data
     sources = ", ".join(_source_name(source.path) for source in data.sources)
     rows = {
@@ -98,7 +141,7 @@ def _training(facts: ModelFacts) -> str:
         "trained on": f"{facts.samples * facts.train_length:,} tokens: {facts.step:,} steps of {train.global_batch:,} "
         "sequences",
         "data": sources,
-        "precision": f"{train.precision}; the weights here are fp32",
+        "precision": f"{train.precision}; the weights here are {dtype}",
         "learning rate": f"{train.learning_rate:g} at most, {train.optimizer}, weight decay {train.weight_decay:g}",
         "seed": f"{facts.config.run.seed}",
     }

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from configs.schema import Model
     from training.export.facts import ModelFacts
 
-# Planned formats, refused with their own message.
-_PLANNED = ("gguf",)
-
 
 class TextTokenizer(Protocol):
     """A tokenizer that can be compared with another."""
@@ -46,7 +43,13 @@ class LengthLimit:
 
 
 class ExportFormat(Protocol):
-    """Write a trained model for an inference engine, and read it back to compare it."""
+    """Write a trained model for an inference engine in one type of weights, and read it back to compare it.
+
+    Attributes:
+        bytes_per_weight: What a weight takes, about.
+    """
+
+    bytes_per_weight: float
 
     def check(self, model: "Model") -> None:
         """Refuse a model that the format cannot hold.
@@ -56,10 +59,19 @@ class ExportFormat(Protocol):
         """
         ...
 
+    def rounded(self, weight: "Tensor") -> "Tensor":
+        """Return a weight as the written model has it, in fp32.
+
+        Raises:
+            InputError: it has no such value in this type.
+        """
+        ...
+
     def write(
         self,
         folder: Path,
         *,
+        name: str,
         weights: "Mapping[str, Tensor]",
         model: "Model",
         vocab_size: int,
@@ -71,6 +83,7 @@ class ExportFormat(Protocol):
 
         Args:
             folder: An empty folder that exists.
+            name: Name of the run.
             weights: Whole tensors, fp32, by logical name.
             model: The decoder's shape.
             vocab_size: Rows of the word embedding, without padding.
@@ -109,10 +122,16 @@ class ExportFormat(Protocol):
         ...
 
 
-def _huggingface() -> ExportFormat:
+def _huggingface(dtype: str) -> ExportFormat:
     from training.export.formats.huggingface import HuggingFaceFormat
 
-    return HuggingFaceFormat()
+    return HuggingFaceFormat(dtype)
+
+
+def _gguf(dtype: str) -> ExportFormat:
+    from training.export.formats.gguf import GgufFormat
+
+    return GgufFormat(dtype)
 
 
 def _bloom_problem(model: "Model") -> str | None:
@@ -121,41 +140,57 @@ def _bloom_problem(model: "Model") -> str | None:
     return bloom_problem(model)
 
 
-# name: (description for the help text, why it cannot hold a model, function that imports the implementation)
-_TABLE: dict[str, tuple[str, "Callable[[Model], str | None]", Callable[[], ExportFormat]]] = {
-    "hf": ("transformers' BloomForCausalLM", _bloom_problem, _huggingface),
+@dataclass(frozen=True)
+class FormatRow:
+    """One format.
+
+    Attributes:
+        description: For the help text.
+        dtypes: Types that its weights can have, the default first.
+        problem_of: Returns why it cannot hold a model, None if it can.
+        load: Imports the implementation, and returns it for a type of weights.
+    """
+
+    description: str
+    dtypes: tuple[str, ...]
+    problem_of: "Callable[[Model], str | None]"
+    load: Callable[[str], ExportFormat]
+
+
+FORMATS = {
+    "hf": FormatRow("transformers' BloomForCausalLM", ("fp32", "bf16", "fp16"), _bloom_problem, _huggingface),
+    "gguf": FormatRow("one file for llama.cpp", ("f32", "f16", "q8_0"), _bloom_problem, _gguf),
 }
-FORMATS = {name: description for name, (description, _, _) in _TABLE.items()}
+DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
 # the format that a SLURM chain exports to
 CHAIN_FORMAT = "hf"
 
 
 def export_problems(model: "Model") -> dict[str, str]:
     """Return why each format that cannot hold a model cannot, by the name of the format."""
-    answers = {name: problem_of(model) for name, (_, problem_of, _) in _TABLE.items()}
+    answers = {name: row.problem_of(model) for name, row in FORMATS.items()}
     return {name: problem for name, problem in answers.items() if problem is not None}
 
 
-def load_format(name: str) -> ExportFormat:
-    """Import and return the format of this name.
+def load_format(name: str, *, dtype: str | None = None) -> ExportFormat:
+    """Import and return the format of this name, for a type of weights or its default.
 
     Raises:
-        InputError: the format is unknown or not available yet.
+        InputError: the format is unknown, or has no such type.
     """
-    require_format(name)
-    _, _, load = _TABLE[name]
-    return load()
+    dtype = require_format(name, dtype=dtype)
+    return FORMATS[name].load(dtype)
 
 
-def require_format(name: str) -> None:
-    """Refuse the name of a format that cannot be written; imports nothing.
+def require_format(name: str, *, dtype: str | None = None) -> str:
+    """Return the type of weights of an export, a format's default if none is given; imports nothing.
 
     Raises:
-        InputError: the format is unknown or not available yet.
+        InputError: the format is unknown, or has no such type.
     """
-    if name in _TABLE:
-        return
-    available = " or ".join(FORMATS)
-    if name in _PLANNED:
-        raise InputError(f"format {name} is not available in this version: use {available}")
-    raise InputError(f"format {name!r} is not known: use {available}")
+    if name not in FORMATS:
+        raise InputError(f"format {name!r} is not known: use {' or '.join(FORMATS)}")
+    dtypes = FORMATS[name].dtypes
+    if dtype is not None and dtype not in dtypes:
+        raise InputError(f"format {name} has no weights in {dtype!r}: use {' or '.join(dtypes)}")
+    return dtype or dtypes[0]

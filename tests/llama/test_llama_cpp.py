@@ -1,0 +1,93 @@
+"""GGUF files in llama.cpp itself: `make test-llama`, which builds llama-cpp-python (ten minutes on two cores)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from torch import Tensor
+
+from configs.schema import Model
+from data_pipeline.portable import EDGE_CASE_TEXTS
+from data_pipeline.vocabulary import read_vocabulary
+from tests.support.bloom_formula import bloom_logits
+from tests.support.exports import random_weights, train_sentencepiece
+from training.export.formats.gguf import GgufFormat
+
+pytestmark = pytest.mark.llama
+LENGTH, TOKENS = 512, 2500
+SHAPES = {heads: Model(layers=2, hidden=16 * heads, heads=heads) for heads in (8, 12)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_sentencepiece(tmp_path_factory.mktemp("tokenizer"), user_defined_symbols=["\n", "<|user|>"])
+
+
+def load(folder: Path, *, tokenizer: Path, shape: Model, dtype: str, weights: dict[str, Tensor]) -> Any:
+    """Write a file and return it as llama.cpp loads it, with fp32 keys and values."""
+    import llama_cpp
+
+    form = GgufFormat(dtype)
+    form.write(
+        folder,
+        name="small",
+        weights=weights,
+        model=shape,
+        vocab_size=len(weights["embedding.word.weight"]),
+        tokenizer=tokenizer,
+        sequence_length=LENGTH,
+        longest=4 * LENGTH,
+    )
+    (file,) = folder.glob("*.gguf")
+    fp32 = llama_cpp.GGML_TYPE_F32
+    return llama_cpp.Llama(
+        str(file), n_ctx=4096, n_batch=4096, logits_all=True, type_k=fp32, type_v=fp32, verbose=False
+    )
+
+
+@pytest.mark.parametrize("heads", SHAPES)
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+def test_logits_far_past_the_training_length(
+    tmp_path: Path, tokenizer: Path, heads: int, dtype: str, record_property: Callable[[str, object], None]
+) -> None:
+    shape = SHAPES[heads]
+    weights = random_weights(shape, vocab_size=len(read_vocabulary(tokenizer)))
+    llama = load(tmp_path, tokenizer=tokenizer, shape=shape, dtype=dtype, weights=weights)
+    tokens = torch.randint(3, len(weights["embedding.word.weight"]), (1, TOKENS))
+    llama.eval(tokens[0].tolist())
+    found = torch.from_numpy(np.array(llama.scores[:TOKENS], dtype=np.float64))
+    exact = {name: weight.double() for name, weight in weights.items()}
+    expected = bloom_logits(exact, tokens, layers=shape.layers, heads=heads)[0]
+    log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    difference = float((found - expected).abs().max())
+    record_property(f"{heads} heads, {dtype}", (difference, divergence))
+    assert difference < {"f32": 0.02, "f16": 0.05, "q8_0": np.inf}[dtype]
+    assert divergence < 0.01
+
+
+def test_tokens_are_those_of_sentencepiece(tmp_path: Path, tokenizer: Path) -> None:
+    shape = SHAPES[8]
+    weights = random_weights(shape, vocab_size=len(read_vocabulary(tokenizer)))
+    llama = load(tmp_path, tokenizer=tokenizer, shape=shape, dtype="f16", weights=weights)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    for text in (*EDGE_CASE_TEXTS, "a<|user|>b\n\n <|user|>"):
+        ids = theirs.encode(text)
+        assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids, repr(text)
+        assert llama.detokenize(ids).decode() == theirs.decode(ids), repr(text)
+
+
+def test_greedy_text_is_that_of_the_formula(tmp_path: Path, tokenizer: Path) -> None:
+    shape = SHAPES[12]
+    weights = random_weights(shape, vocab_size=len(read_vocabulary(tokenizer)))
+    llama = load(tmp_path, tokenizer=tokenizer, shape=shape, dtype="f32", weights=weights)
+    prompt = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode("The quick brown fox")
+    ids = list(prompt)
+    for _ in range(20):
+        ids.append(int(bloom_logits(weights, torch.tensor([ids]), layers=shape.layers, heads=12)[0, -1].argmax()))
+    stream = llama.generate(prompt, temp=0.0, repeat_penalty=1.0)
+    assert [next(stream) for _ in range(20)] == ids[len(prompt) :]

@@ -1,0 +1,220 @@
+"""GGUF: one file with weights and tokenizer, which llama.cpp and what is built on it run.
+
+`GgufFormat` writes the file and reads it back: the weights with transformers, which knows the format too, the tokenizer
+from the file's own fields. Names and fields: llama.cpp's loader of the architecture `bloom`.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType, LlamaFileType
+from gguf.quants import dequantize, quantize
+from torch import Tensor
+
+from configs.errors import InputError
+from configs.schema import Model
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary, write_proto
+from training.export.facts import ModelFacts
+from training.export.formats.bloom_limits import bloom_problem
+from training.export.formats.huggingface import HuggingFaceFormat, load_exported
+from training.export.formats.model_card import LLAMA_CPP, model_card
+from training.export.formats.rounding import finite
+from training.export.formats.table import LengthLimit
+from training.families.bloom import BLOOM
+from training.families.description import QKV_ORDER
+from training.families.table import describe
+
+_TYPES = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_Q8_BLOCK = 32  # weights that share a scale, in one row
+# llama.cpp takes pieces of these names for marks of its own, whatever their type, and drops them from text.
+_TAKEN = frozenset(
+    {
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<EOT>"),
+        *("<|end_of_text|>", "<|eom_id|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>", "<PRE>"),
+        *(
+            "<|fim_prefix|>",
+            "<|fim_suffix|>",
+            "<|fim_middle|>",
+            "<|fim_pad|>",
+            "<SUF>",
+            "<MID>",
+            "<PAD>",
+            "<end_of_utterance>",
+        ),
+    }
+)
+
+
+class GgufFormat:
+    """Implement `ExportFormat` for llama.cpp's architecture `bloom`."""
+
+    def __init__(self, dtype: str) -> None:
+        """Take the type of the matrices: f32, f16 or q8_0; norms and biases are f32 in each."""
+        self._dtype = dtype
+        self._type, self._file_type = _TYPES[dtype]
+        block, size = gguf.GGML_QUANT_SIZES[self._type]
+        self.bytes_per_weight = size / block
+
+    def check(self, model: Model) -> None:
+        """Refuse a model that the file cannot hold; see `ExportFormat`."""
+        if problem := bloom_problem(model):
+            raise InputError(problem)
+        if self._type is GGMLQuantizationType.Q8_0 and model.hidden % _Q8_BLOCK:
+            raise InputError(
+                f"q8_0 needs rows of a multiple of {_Q8_BLOCK}, and model.hidden is {model.hidden}: export in f16"
+            )
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Return a weight as the file has it; see `ExportFormat`."""
+        if weight.ndim == 1:
+            return weight
+        rounded = torch.from_numpy(dequantize(self._stored(weight), self._type))
+        return finite(rounded, dtype=self._dtype)
+
+    def write(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        weights: Mapping[str, Tensor],
+        model: Model,
+        vocab_size: int,
+        tokenizer: Path,
+        sequence_length: int,
+        longest: int,
+    ) -> None:
+        """Write the file, one tensor at a time; see `ExportFormat`.
+
+        Raises:
+            InputError: the tokenizer has more pieces than the embedding rows, or one that llama.cpp takes for its own.
+        """
+        vocabulary = read_vocabulary(tokenizer)
+        _check_vocabulary(vocabulary, tokenizer=tokenizer, rows=vocab_size)
+        writer = gguf.GGUFWriter(folder / self._file, BLOOM.name)
+        writer.add_name(name)
+        writer.add_file_type(self._file_type)
+        writer.add_context_length(longest)
+        writer.add_uint32("trainshort.train_length", sequence_length)
+        _add_shape(writer, model, vocab_size=vocab_size)
+        _add_vocabulary(writer, vocabulary, rows=vocab_size)
+        parameters = describe(model, vocab_size=vocab_size)
+        for each in parameters:
+            shape = each.shard.shape
+            kind = GGMLQuantizationType.F32 if len(shape) == 1 else self._type
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            nbytes = int(np.prod(shape)) // block * size
+            writer.add_tensor_info(str(each.gguf), shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for each in parameters:
+            weight = weights[each.shard.name]
+            writer.write_tensor_data(self._stored(_reordered(weight, heads=model.heads) if each.is_qkv else weight))
+        writer.close()
+
+    def write_card(self, folder: Path, facts: ModelFacts, *, comparison: str) -> None:
+        """Write README.md; see `ExportFormat`."""
+        card = model_card(facts, comparison=comparison, engine=LLAMA_CPP, dtype=self._dtype, file=self._file)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def length_limit(self, model: Model) -> LengthLimit:
+        """Return transformers' limit, which reads the file back; see `ExportFormat`."""
+        return HuggingFaceFormat().length_limit(model)
+
+    def read_tokenizer(self, folder: Path) -> Tokenizer:
+        """Return the tokenizer that the file's fields describe."""
+        return read_gguf_tokenizer(folder / self._file)
+
+    def read_logits(self, folder: Path) -> Callable[[Tensor], Tensor]:
+        """Return the file's model, loaded by transformers in fp32; see `ExportFormat`."""
+        model = load_exported(folder, gguf_file=self._file)
+
+        def logits(tokens: Tensor) -> Tensor:
+            result: Tensor = model(input_ids=tokens, use_cache=False).logits
+            return result
+
+        return logits
+
+    @property
+    def _file(self) -> str:
+        return f"model-{self._type.name}.gguf"
+
+    def _stored(self, weight: Tensor) -> np.ndarray[Any, Any]:
+        array = np.ascontiguousarray(weight.numpy())
+        return array if array.ndim == 1 else quantize(array, self._type)
+
+
+def read_gguf_tokenizer(file: Path) -> Tokenizer:
+    """Return the tokenizer that the fields of a GGUF file describe."""
+    fields = gguf.GGUFReader(file).fields
+
+    def field(name: str) -> Any:
+        return fields[f"tokenizer.ggml.{name}"].contents()
+
+    proto = write_proto(
+        zip(field("tokens"), field("scores"), field("token_type"), strict=True),
+        unknown_id=field("unknown_token_id"),
+        adds_prefix=field("add_space_prefix"),
+        removes_spaces=field("remove_extra_whitespaces"),
+    )
+    return Tokenizer(proto, path=file, end_of_document=field("eos_token_id"), newlines_merge=True)
+
+
+def _check_vocabulary(vocabulary: Vocabulary, *, tokenizer: Path, rows: int) -> None:
+    if len(vocabulary) > rows:
+        raise InputError(
+            f"tokenizer {tokenizer} has {len(vocabulary)} pieces, the model's embedding {rows} rows: "
+            "give the tokenizer that the model was trained with"
+        )
+    taken = [p.text for p in vocabulary.pieces if p.type is PieceType.USER_DEFINED and p.text in _TAKEN]
+    if taken:
+        raise InputError(
+            f"tokenizer {tokenizer} has the user-defined symbol {taken[0]!r}, which llama.cpp takes for a mark of its "
+            "own and drops from text: export to hf, or train with another name for it"
+        )
+
+
+def _add_shape(writer: gguf.GGUFWriter, model: Model, *, vocab_size: int) -> None:
+    writer.add_embedding_length(model.hidden)
+    writer.add_block_count(model.layers)
+    writer.add_feed_forward_length(model.inner)
+    writer.add_head_count(model.heads)
+    writer.add_head_count_kv(model.heads)
+    writer.add_layer_norm_eps(BLOOM.norm_epsilon)
+    writer.add_vocab_size(vocab_size)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, *, rows: int) -> None:
+    """Add the pieces, and names for rows of the embedding that no piece has."""
+    unused = [(f"[unused {number}]", 0.0, PieceType.UNUSED) for number in range(len(vocabulary), rows)]
+    pieces = [*((p.text, p.score, p.type) for p in vocabulary.pieces), *unused]
+    writer.add_tokenizer_model("llama")  # sentencepiece's BPE
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([text for text, _, _ in pieces])
+    writer.add_token_scores([score for _, score, _ in pieces])
+    writer.add_token_types([int(kind) for _, _, kind in pieces])
+    writer.add_unk_token_id(vocabulary.unknown_id)
+    if vocabulary.begin_id is not None:
+        writer.add_bos_token_id(vocabulary.begin_id)
+    if vocabulary.end_id is not None:
+        writer.add_eos_token_id(vocabulary.end_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_remove_extra_whitespaces(False)
+
+
+def _reordered(weight: Tensor, *, heads: int) -> Tensor:
+    """Return the rows of a fused query-key-value matrix, or its bias, in llama.cpp's order."""
+    order = [QKV_ORDER.index(axis) for axis in BLOOM.gguf_qkv]
+    parts = weight.view(heads, 3, -1, *weight.shape[1:])
+    return parts.permute(*order, *range(3, parts.ndim)).reshape(weight.shape)
