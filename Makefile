@@ -61,7 +61,7 @@ test-llama: $(INSTALLED)
 test-slurm: $(INSTALLED)
 	tests/slurm/test.sh $(BIN)/python
 
-# All parts on CPUs, some ten minutes on two cores; `make bench PARTS="train_step ranks"` for some.
+# Some fifteen minutes on two cores; `make bench PARTS="train_step ranks"` for some, PARTS=windows for half an hour.
 bench: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/python -P -m benchmarks $(PARTS)
 
