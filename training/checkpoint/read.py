@@ -1,7 +1,7 @@
 """Read a checkpoint: whole tensors in one process, or each rank's slices in any layout."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -63,9 +63,9 @@ class Checkpoint:
         """The file of its sentencepiece model."""
         return self.path / TOKENIZER_NAME
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return every weight whole, fp32, by logical name."""
-        return {name: self.tensor(name, kind="weight") for name in self.manifest.tensors}
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return every weight whole, fp32, by logical name; each is read when it is asked for."""
+        return _Weights(self)
 
     def tensor(self, name: str, *, kind: str) -> Tensor:
         """Return one whole tensor, fp32.
@@ -169,6 +169,22 @@ class Checkpoint:
                 yield file
         except (SafetensorError, OSError, IndexError) as error:
             raise InputError(f"checkpoint file {path} cannot be read ({error}): use another checkpoint") from None
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The weights of a checkpoint, so that a model need not be in memory whole."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.tensor(name, kind="weight")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.manifest.tensors)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.manifest.tensors)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -149,7 +149,7 @@ class GgufFormat:
         return f"model-{self._type.name}.gguf"
 
     def _stored(self, weight: Tensor) -> np.ndarray[Any, Any]:
-        array = np.ascontiguousarray(weight.numpy())
+        array = np.ascontiguousarray(weight.cpu().numpy())
         return array if array.ndim == 1 else quantize(array, self._type)
 
 
