@@ -29,6 +29,8 @@ REPORTED_PACKAGES = (
     "mlflow",
     "transformers",
     "safetensors",
+    "gguf",
+    "accelerate",
     "numpy",
     "pyarrow",
     "zstandard",

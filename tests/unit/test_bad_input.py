@@ -345,5 +345,5 @@ def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
     ):
         assert refused(trainshort, "export", "run", "--format", "hf", "--out", out) == expected
     assert refused(trainshort, "export", "run", "--format", "onnx", "--out", "new") == (
-        "format 'onnx' is not known: use hf"
+        "format 'onnx' is not known: use hf or gguf"
     )
