@@ -64,6 +64,11 @@ sys.exit(start_ranks(command, ranks=2, logs=Path(logs), environment=os.environ, 
 """
 
 
+def heed_hangups() -> None:
+    """Heed SIGHUP also where the tests run under nohup: the launcher keeps it ignored if it starts so."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 PRESSED = "saving, press again to end without saving\n"
 Launch = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -83,6 +88,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
             [sys.executable, "-P", "-c", LAUNCHER, str(metrics), str(tmp_path / "logs"), *bash(ready)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=heed_hangups,
         )
         started.append(process)
         wait_until(lambda: (tmp_path / "pid0").exists() and (tmp_path / "pid1").exists())
