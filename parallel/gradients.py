@@ -84,7 +84,7 @@ def _add_others(optimizer: Any) -> None:
     )
     for parameters, totals, flat in groups:
         given = [(p, total) for p, total in zip(parameters, totals, strict=True) if p.grad is not None]
-        if len(given) == len(parameters):  # norms and biases: one addition for all
+        if given and len(given) == len(parameters):  # norms and biases: one addition for all
             joined = torch.cat([parameter.grad.flatten() for parameter in parameters])
             flat[: len(joined)].add_(joined)
         else:

@@ -243,7 +243,9 @@ def export_command(
         typer.Option(
             metavar="|".join(DTYPES),
             autocompletion=complete_dtypes,
-            help="Type of the weights; f16 or q8_0 with gguf.  [default: fp32, f32]",
+            help="Type of the weights. "
+            + " ".join(f"{name}: {', '.join(row.dtypes)}." for name, row in FORMATS.items())
+            + "  [default: the first]",
         ),
     ] = None,
 ) -> None:
