@@ -13,7 +13,7 @@ from configs.schema import Model
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.vocabulary import read_vocabulary
 from tests.support.bloom_formula import bloom_logits
-from tests.support.exports import random_weights, train_sentencepiece
+from tests.support.exports import random_weights, train_sentencepiece, write_export
 from training.export.formats.gguf import GgufFormat
 
 pytestmark = pytest.mark.llama
@@ -30,17 +30,8 @@ def load(folder: Path, *, tokenizer: Path, shape: Model, dtype: str, weights: di
     """Write a file and return it as llama.cpp loads it, with fp32 keys and values."""
     import llama_cpp
 
-    form = GgufFormat(dtype)
-    form.write(
-        folder,
-        name="small",
-        weights=weights,
-        model=shape,
-        vocab_size=len(weights["embedding.word.weight"]),
-        tokenizer=tokenizer,
-        sequence_length=LENGTH,
-        longest=4 * LENGTH,
-    )
+    lengths = {"sequence_length": LENGTH, "longest": 4 * LENGTH}
+    write_export(GgufFormat(dtype), folder, weights=weights, model=shape, tokenizer=tokenizer, **lengths)
     (file,) = folder.glob("*.gguf")
     fp32 = llama_cpp.GGML_TYPE_F32
     return llama_cpp.Llama(

@@ -6,6 +6,7 @@ import sentencepiece
 import torch
 
 from configs.schema import Model
+from training.export.formats.table import ExportFormat
 
 SHAPE = Model(layers=2, hidden=48, heads=6)
 
@@ -40,6 +41,30 @@ def train_sentencepiece(folder: Path, **options: object) -> Path:
         sentence_iterator=iter(_TEXT * 4), model_prefix=str(prefix), **{**settings, **options}
     )
     return prefix.with_suffix(".model")
+
+
+def write_export(
+    form: ExportFormat,
+    folder: Path,
+    *,
+    weights: dict[str, torch.Tensor],
+    model: Model,
+    tokenizer: Path,
+    sequence_length: int = 32,
+    longest: int = 96,
+) -> Path:
+    """Write a model in a format to a folder that exists, and return the folder."""
+    form.write(
+        folder,
+        name="my run",
+        weights=weights,
+        model=model,
+        vocab_size=len(weights["embedding.word.weight"]),
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        longest=longest,
+    )
+    return folder
 
 
 def random_weights(shape: Model, *, vocab_size: int, seed: int = 0) -> dict[str, torch.Tensor]:

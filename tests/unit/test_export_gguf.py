@@ -15,9 +15,10 @@ from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import read_vocabulary
 from tests.support.bloom_formula import bloom_logits
-from tests.support.exports import random_weights, train_sentencepiece
+from tests.support.exports import random_weights, train_sentencepiece, write_export
 from training.export.formats.gguf import GgufFormat
 from training.export.formats.huggingface import HuggingFaceFormat
+from training.export.formats.table import ExportFormat
 
 SHAPE = Model(layers=2, hidden=96, heads=6)  # slopes between two powers of two; rows for q8_0
 UNUSED = 3  # rows of the embedding that no piece has
@@ -33,20 +34,8 @@ def weights(tokenizer: Path) -> dict[str, torch.Tensor]:
     return random_weights(SHAPE, vocab_size=len(read_vocabulary(tokenizer)) + UNUSED)
 
 
-def write(
-    form: GgufFormat | HuggingFaceFormat, folder: Path, *, weights: dict[str, torch.Tensor], tokenizer: Path
-) -> Path:
-    form.write(
-        folder,
-        name="my run",
-        weights=weights,
-        model=SHAPE,
-        vocab_size=len(weights["embedding.word.weight"]),
-        tokenizer=tokenizer,
-        sequence_length=32,
-        longest=96,
-    )
-    return folder
+def write(form: ExportFormat, folder: Path, *, weights: dict[str, torch.Tensor], tokenizer: Path) -> Path:
+    return write_export(form, folder, weights=weights, model=SHAPE, tokenizer=tokenizer)
 
 
 def tokens_of(weights: dict[str, torch.Tensor]) -> torch.Tensor:

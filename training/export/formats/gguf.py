@@ -21,10 +21,11 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary, write_proto
 from training.export.facts import ModelFacts
 from training.export.formats.bloom_limits import bloom_problem
-from training.export.formats.huggingface import HuggingFaceFormat, load_exported
+from training.export.formats.huggingface import HuggingFaceFormat, load_exported, logits_of
 from training.export.formats.model_card import LLAMA_CPP, model_card
 from training.export.formats.rounding import finite
 from training.export.formats.table import LengthLimit
+from training.export.formats.tokenizer_json import require_rows
 from training.families.bloom import BLOOM
 from training.families.description import QKV_ORDER
 from training.families.table import describe
@@ -136,13 +137,7 @@ class GgufFormat:
 
     def read_logits(self, folder: Path) -> Callable[[Tensor], Tensor]:
         """Return the file's model, loaded by transformers in fp32; see `ExportFormat`."""
-        model = load_exported(folder, gguf_file=self._file)
-
-        def logits(tokens: Tensor) -> Tensor:
-            result: Tensor = model(input_ids=tokens, use_cache=False).logits
-            return result
-
-        return logits
+        return logits_of(load_exported(folder, gguf_file=self._file))
 
     @property
     def _file(self) -> str:
@@ -170,11 +165,7 @@ def read_gguf_tokenizer(file: Path) -> Tokenizer:
 
 
 def _check_vocabulary(vocabulary: Vocabulary, *, tokenizer: Path, rows: int) -> None:
-    if len(vocabulary) > rows:
-        raise InputError(
-            f"tokenizer {tokenizer} has {len(vocabulary)} pieces, the model's embedding {rows} rows: "
-            "give the tokenizer that the model was trained with"
-        )
+    require_rows(vocabulary, tokenizer=tokenizer, rows=rows)
     taken = [p.text for p in vocabulary.pieces if p.type is PieceType.USER_DEFINED and p.text in _TAKEN]
     if taken:
         raise InputError(

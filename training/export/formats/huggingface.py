@@ -24,7 +24,7 @@ from training.export.formats.bloom_limits import bloom_problem
 from training.export.formats.model_card import TRANSFORMERS, model_card
 from training.export.formats.rounding import finite
 from training.export.formats.table import LengthLimit
-from training.export.formats.tokenizer_json import write_tokenizer
+from training.export.formats.tokenizer_json import require_rows, write_tokenizer
 from training.families.bloom import BLOOM
 from training.families.description import QKV_ORDER
 from training.families.table import huggingface_names
@@ -69,11 +69,7 @@ class HuggingFaceFormat:
             InputError: the tokenizer cannot be written with the same ids, or has more pieces than the embedding rows.
         """
         vocabulary = write_tokenizer(tokenizer, folder)
-        if len(vocabulary) > vocab_size:
-            raise InputError(
-                f"tokenizer {tokenizer} has {len(vocabulary)} pieces, the model's embedding {vocab_size} rows: "
-                "give the tokenizer that the model was trained with"
-            )
+        require_rows(vocabulary, tokenizer=tokenizer, rows=vocab_size)
         config = _bloom_config(
             model, vocab_size=vocab_size, sequence_length=sequence_length, longest=longest, vocabulary=vocabulary
         )
@@ -113,13 +109,7 @@ class HuggingFaceFormat:
 
     def read_logits(self, folder: Path) -> Callable[[Tensor], Tensor]:
         """Return the folder's model, loaded by transformers in fp32; see `ExportFormat`."""
-        model = load_exported(folder)
-
-        def logits(tokens: Tensor) -> Tensor:
-            result: Tensor = model(input_ids=tokens, use_cache=False).logits
-            return result
-
-        return logits
+        return logits_of(load_exported(folder))
 
 
 class HuggingFaceTokenizer:
@@ -160,6 +150,16 @@ def load_exported(folder: Path, *, gguf_file: str | None = None) -> Any:
     if wrong:
         raise TrainshortError(f"transformers cannot place these weights of the export: {wrong[:5]}; report this")
     return model.eval()
+
+
+def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
+    """Return a function from tokens, [1, seq] int64, to the logits of transformers' model, [1, seq, vocab] fp32."""
+
+    def logits(tokens: Tensor) -> Tensor:
+        result: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return result
+
+    return logits
 
 
 def generate_text(folder: Path, *, prompt: str, tokens: int) -> str:

@@ -4,12 +4,26 @@ import json
 import shutil
 from pathlib import Path
 
+from configs.errors import InputError
 from data_pipeline.portable import build_tokenizer
 from data_pipeline.vocabulary import Vocabulary, read_vocabulary
 
 # Transformers' value for "no limit". With ALiBi there is none, and any smaller number makes transformers warn about
 # long texts.
 _NO_LIMIT = int(1e30)
+
+
+def require_rows(vocabulary: Vocabulary, *, tokenizer: Path, rows: int) -> None:
+    """Refuse a tokenizer with more pieces than a model's embedding has rows.
+
+    Raises:
+        InputError: names both numbers.
+    """
+    if len(vocabulary) > rows:
+        raise InputError(
+            f"tokenizer {tokenizer} has {len(vocabulary)} pieces, the model's embedding {rows} rows: "
+            "give the tokenizer that the model was trained with"
+        )
 
 
 def write_tokenizer(model: Path, out: Path) -> Vocabulary:
