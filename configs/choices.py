@@ -57,8 +57,8 @@ class FamilyChoice(Choice):
 FAMILIES = {
     row.name: row
     for row in (
-        FamilyChoice("bloom", "training.families.bloom.BLOOM", layers="training.model.blocks.bloom.plan_bloom"),
-        FamilyChoice("mpt", None),
+        FamilyChoice("bloom", "training.families.bloom.BLOOM", layers="training.model.blocks.prenorm.plan_prenorm"),
+        FamilyChoice("mpt", "training.families.mpt.MPT", layers="training.model.blocks.prenorm.plan_prenorm"),
     )
 }
 

@@ -28,7 +28,7 @@ class Position(Choice):
     Attributes:
         title: What it is called in a sentence.
         bias: Kind of bias that it adds to the scores; the attention backend must support it.
-        slopes: Slope of each head, by the number of the model's heads; None without a bias of slopes.
+        slopes: Slope of each head of a model; None without a bias of slopes.
         entries_per_head: Columns of the learned table, which has a row per head and is shared by all layers; 0 if
             nothing is learned.
         added_variance: Mean square of what it adds to the embedding, which it first multiplies by sqrt(hidden).
@@ -38,7 +38,7 @@ class Position(Choice):
 
     title: str = ""
     bias: BiasKind = "none"
-    slopes: Callable[[int], Sequence[float]] | None = None
+    slopes: "Callable[[Model], Sequence[float]] | None" = None
     entries_per_head: int = 0
     added_variance: float = 0.0
     rotates: bool = False
@@ -60,16 +60,24 @@ def _even_heads(model: "Model") -> Iterator[str]:
         yield f"model.hidden / model.heads must be even for rotary positions, got {model.head_dim}: use fewer heads"
 
 
-def slopes(heads: int) -> list[float]:
+ALIBI_BIAS_MAX = 8
+"""The paper's value of `model.alibi_bias_max`, and the only one of BLOOM."""
+
+
+def slopes(heads: int, *, bias_max: int = ALIBI_BIAS_MAX) -> list[float]:
     """Return the slope of every head of the model.
 
-    For a power of two n, a geometric sequence that begins at its own ratio, 2^(-8/n). For any other number, the
+    For a power of two n, a geometric sequence that begins at its own ratio, 2^(-bias_max/n). For any other number, the
     slopes of the power of two below, then every other slope of the power of two above.
     """
     below = 2 ** int(math.log2(heads))
-    first = [2.0 ** (-8.0 * (head + 1) / below) for head in range(below)]
-    between = [2.0 ** (-4.0 * (2 * head + 1) / below) for head in range(heads - below)]
+    first = [2.0 ** (-bias_max * (head + 1) / below) for head in range(below)]
+    between = [2.0 ** (-bias_max * (head + 0.5) / below) for head in range(heads - below)]
     return first + between
+
+
+def _alibi_slopes(model: "Model") -> list[float]:
+    return slopes(model.heads, bias_max=model.alibi_bias_max)
 
 
 T5_BUCKETS = 32
@@ -77,7 +85,7 @@ T5_BUCKETS = 32
 POSITIONS = {
     row.name: row
     for row in (
-        Position("alibi", "training.model.positions.alibi.Alibi", title="ALiBi", bias="slopes", slopes=slopes),
+        Position("alibi", "training.model.positions.alibi.Alibi", title="ALiBi", bias="slopes", slopes=_alibi_slopes),
         Position(
             "sinusoidal",
             "training.model.positions.sinusoidal.Sinusoidal",

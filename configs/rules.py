@@ -7,7 +7,7 @@ from math import isqrt
 from configs.backends import BACKENDS, EVERYWHERE, named_backend, unsupported
 from configs.choices import FAMILIES, Choice
 from configs.errors import InputError
-from configs.positions import POSITIONS
+from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS, Precision
 from configs.protocols import WindowProtocol, parse_protocol
 from configs.schema import RunConfig
@@ -61,6 +61,15 @@ def _heads(config: RunConfig) -> Iterator[str]:
 
 def _position(config: RunConfig) -> Iterator[str]:
     yield from POSITIONS[config.model.position].problems(config.model)
+
+
+def _bias_max(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.alibi_bias_max != ALIBI_BIAS_MAX and POSITIONS[model.position].slopes is None:
+        yield (
+            f"model.alibi_bias_max is {model.alibi_bias_max}, but model.position {model.position} has no slopes: "
+            "remove it or set model.position to alibi"
+        )
 
 
 def _attention(config: RunConfig) -> Iterator[str]:
@@ -299,6 +308,7 @@ def _available(table: Mapping[str, Choice | Precision]) -> tuple[str, ...]:
 _RULES = (
     _heads,
     _position,
+    _bias_max,
     _attention,
     _tensor_heads,
     _tensor_columns,

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from configs.backends import BACKENDS
 from configs.choices import FAMILIES, OPTIMIZERS, OneOf
 from configs.path_text import PathText, StoreText
-from configs.positions import POSITIONS
+from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS
 from configs.secrets import hide_secrets, public_variables, without_password
 
@@ -102,6 +102,13 @@ class Model(Section):
         default=None,
         description="Std of the initial word embedding. Unless set: init_std, or less where the first loss would be "
         "well above ln(vocab_size), as the head shares the embedding.",
+    )
+    tie_embeddings: bool = Field(
+        default=True, description="Whether the head shares the word embedding's weight, or has one of its own (false)."
+    )
+    alibi_bias_max: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=ALIBI_BIAS_MAX,
+        description="The flattest slope of ALiBi is 2^-alibi_bias_max, for a power of two of heads; BLOOM's is 8.",
     )
     dropout: Fraction = Field(
         default=0.0, description="Dropout on embedding, attention output and feed-forward output."

@@ -180,7 +180,7 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
     audits = [
         audit(
             backend,
-            slopes=promised(model.heads),
+            slopes=promised(model),
             head_dim=model.head_dim,
             length=length,
             dtype=dtype_of(precision),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.compilers import missing_compiler
-from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize, split_heads
+from parallel.fused import add_and_normalize, add_to_residual, normalize, split_heads
 from parallel.head import Compile, as_it_is
 from parallel.start import environment
 
@@ -49,6 +49,8 @@ def compile_now(
     device: torch.device,
     split: bool,
     drops: bool,
+    biases: bool,
+    gelu: Callable[..., Tensor],
 ) -> None:
     """Compile the functions of `parallel.fused`, or read what an earlier start or another rank compiled.
 
@@ -63,6 +65,8 @@ def compile_now(
         device: Where they are.
         split: Whether the sequence is split: whole parameters then come through `with_summed_gradients`.
         drops: Whether there is dropout: a bias is then added before it.
+        biases: Whether linears and norms have biases.
+        gelu: The model's, of `parallel.fused`.
     """
     hidden, inner = widths
     projected = 3 * heads[0] * heads[1]
@@ -77,13 +81,14 @@ def compile_now(
         parameter = local(hidden)
         return parameter.view_as(parameter) if split else parameter
 
-    bias, epsilon = None if drops else whole(), 1e-5
+    bias, epsilon = whole() if biases and not drops else None, 1e-5
+    norm = (whole(), whole() if biases else None, epsilon)
     results = [
-        compiled(normalize)(states(hidden), whole(), whole(), epsilon),
-        *compiled(add_and_normalize)(states(hidden), states(hidden), bias, whole(), whole(), epsilon),
+        compiled(normalize)(states(hidden), *norm),
+        *compiled(add_and_normalize)(states(hidden), states(hidden), bias, *norm),
         compiled(add_to_residual)(states(hidden), states(hidden), bias),
-        *compiled(split_heads)(states(projected), local(projected), heads[0]),
-        compiled(gelu)(states(inner), local(inner)),
+        *compiled(split_heads)(states(projected), local(projected) if biases else None, heads[0]),
+        compiled(gelu)(states(inner), local(inner) if biases else None),
     ]
     torch.autograd.backward(results, [torch.zeros_like(result) for result in results])
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def normalize(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     """Return the LayerNorm of states, [..., hidden]."""
     return F.layer_norm(x, weight.shape, weight, bias, epsilon)
 
@@ -20,7 +20,7 @@ def add_to_residual(x: Tensor, output: Tensor, output_bias: Tensor | None) -> Te
 
 
 def add_and_normalize(
-    x: Tensor, output: Tensor, output_bias: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+    x: Tensor, output: Tensor, output_bias: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """Return states plus a linear's output and its bias, and their LayerNorm, [..., hidden] each."""
     x = add_to_residual(x, output, output_bias)
@@ -39,6 +39,15 @@ def split_heads(qkv: Tensor, bias: Tensor | None, heads: int) -> tuple[Tensor, .
     return tuple(part.contiguous() for part in parts)
 
 
-def gelu(up: Tensor, bias: Tensor | None) -> Tensor:
+def gelu_tanh(up: Tensor, bias: Tensor | None) -> Tensor:
     """Return the GELU, in its tanh form, of a linear's output and its bias, [..., inner]."""
     return F.gelu(up if bias is None else up + bias, approximate="tanh")
+
+
+def gelu_exact(up: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the GELU of a linear's output and its bias, [..., inner]."""
+    return F.gelu(up if bias is None else up + bias)
+
+
+GELUS = {"tanh": gelu_tanh, "erf": gelu_exact}
+"""The GELUs by the word of a family's description."""

@@ -1,4 +1,4 @@
-"""The head, which shares the word embedding's weight: logits, and the loss with its gradient in chunks of tokens.
+"""The head: logits, and the loss with its gradient in chunks of tokens. Its weight is the word embedding's or its own.
 
 Logits are many times larger than states. So a chunk's logits become the gradient of the loss at once, in the forward
 pass: no two chunks are in memory together, and no product is computed twice.
@@ -27,9 +27,9 @@ def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 class Head:
     """Logits and losses on one tensor rank; logits stay split over the tensor ranks.
 
-    `embedding` is each call's word embedding: its weight [local_vocab, hidden], the number of its last rows that are
-    padding, and the token id of its first row. A padding row is not a token: the loss is computed without it, or it
-    would depend on the layout.
+    `embedding` is each call's layer with the weight: the word embedding, or one of the head's own. It has the weight
+    [local_vocab, hidden], the number of its last rows that are padding, and the token id of its first row. A padding
+    row is not a token: the loss is computed without it, or it would depend on the layout.
     """
 
     def __init__(self, *, tensor: Group, sequence: bool = False, compiled: Compile = as_it_is) -> None:
@@ -51,7 +51,7 @@ class Head:
         The gradients are computed in the forward pass, unless gradients are off; the backward pass scales them.
 
         Args:
-            embedding: The word embedding.
+            embedding: The layer with the weight.
             x: States [seq, batch, hidden]; [seq / tensor, batch, hidden] if they are split.
             targets: Token ids [batch, seq], int64.
         """

@@ -4,14 +4,14 @@ States are [seq, batch, hidden]. If the sequence is split, a rank holds [seq / t
 the linears: column linears gather the parts, row linears and the word embedding scatter their sums.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from parallel.axes import Group
-from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize, split_heads
+from parallel.fused import add_and_normalize, add_to_residual, normalize, split_heads
 from parallel.head import Compile, as_it_is
 from parallel.heads import view_heads
 from parallel.layout import padded_vocabulary
@@ -27,6 +27,7 @@ from parallel.sequence import with_summed_gradients
 from parallel.shards import declare
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
+_Norm = TypeVar("_Norm", bound="Norm")
 
 
 def _unused(_: Tensor) -> None:
@@ -34,14 +35,16 @@ def _unused(_: Tensor) -> None:
 
 
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
-    """A linear whose outputs are split: states -> [seq, batch, outputs / tensor] and the bias that is still to add."""
+    """A linear whose outputs are split: states -> [seq, batch, outputs / tensor] and a bias that is still to add."""
 
-    def __init__(self, shape: tuple[int, ...], *, tensor: Group, config: ModelParallelConfig, adds_bias: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], *, tensor: Group, config: ModelParallelConfig, bias: bool, adds_bias: bool
+    ) -> None:
         outputs, inputs = shape
         super().__init__(
-            inputs, outputs, config=config, init_method=_unused, skip_bias_add=True, tp_group=tensor.handle
+            inputs, outputs, config=config, init_method=_unused, bias=bias, skip_bias_add=True, tp_group=tensor.handle
         )
-        self._adds_bias = adds_bias
+        self._adds_bias = bias and adds_bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the output with its bias and None, or without it and the bias."""
@@ -51,26 +54,26 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
-    """A linear whose inputs are split: [seq, batch, inputs / tensor] -> states, and the bias that is still to add."""
+    """A linear whose inputs are split: [seq, batch, inputs / tensor] -> states, and a bias that is still to add."""
 
-    def __init__(self, shape: tuple[int, ...], *, tensor: Group, config: ModelParallelConfig) -> None:
+    def __init__(self, shape: tuple[int, ...], *, tensor: Group, config: ModelParallelConfig, bias: bool) -> None:
         outputs, inputs = shape
         super().__init__(
             inputs,
             outputs,
             config=config,
             init_method=_unused,
-            bias=True,
+            bias=bias,
             input_is_parallel=True,
             skip_bias_add=True,
             tp_group=tensor.handle,
         )
         self._tensor = tensor
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the output without its bias, and the bias."""
         out, bias = super().forward(x)
-        if self.sequence_parallel:
+        if self.sequence_parallel and bias is not None:
             (bias,) = with_summed_gradients(bias, tensor=self._tensor)
         return out, bias
 
@@ -78,8 +81,10 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
 class Norm(nn.LayerNorm):
     """A LayerNorm of states, whole on every rank."""
 
-    def __init__(self, shape: tuple[int, ...], *, epsilon: float, split: Group | None, compiled: Compile) -> None:
-        super().__init__(shape, eps=epsilon)
+    def __init__(
+        self, shape: tuple[int, ...], *, epsilon: float, bias: bool, split: Group | None, compiled: Compile
+    ) -> None:
+        super().__init__(shape, eps=epsilon, bias=bias)
         self._split, self._normalize = split, compiled(normalize)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,16 +92,20 @@ class Norm(nn.LayerNorm):
         out: Tensor = self._normalize(_rows(x), *self._parameters_here(), self.eps)
         return out.view(x.shape)
 
-    def _parameters_here(self) -> tuple[Tensor, ...]:
-        pair = (self.weight, self.bias)
-        return pair if self._split is None else with_summed_gradients(*pair, tensor=self._split)
+    def _parameters_here(self) -> tuple[Tensor, Tensor | None]:
+        if self._split is None:
+            return self.weight, self.bias
+        summed = with_summed_gradients(*self.parameters(), tensor=self._split)
+        return summed[0], summed[1] if len(summed) > 1 else None
 
 
 class ResidualNorm(Norm):
     """The same, after a linear's output is added to the states."""
 
-    def __init__(self, shape: tuple[int, ...], *, epsilon: float, split: Group | None, compiled: Compile) -> None:
-        super().__init__(shape, epsilon=epsilon, split=split, compiled=compiled)
+    def __init__(
+        self, shape: tuple[int, ...], *, epsilon: float, bias: bool, split: Group | None, compiled: Compile
+    ) -> None:
+        super().__init__(shape, epsilon=epsilon, bias=bias, split=split, compiled=compiled)
         self._add_and_normalize = compiled(add_and_normalize)
 
     def forward(self, x: Tensor, output: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -133,13 +142,20 @@ class Layers:
     """Builds the layers of one rank from the model's shards."""
 
     def __init__(
-        self, shards: Mapping[str, Shard], *, tensor: Group, sequence: bool = False, compiled: Compile = as_it_is
+        self,
+        shards: Mapping[str, Shard],
+        *,
+        tensor: Group,
+        gelu: Callable[..., Tensor],
+        sequence: bool = False,
+        compiled: Compile = as_it_is,
     ) -> None:
         """Set what all of them share.
 
         Args:
-            shards: The model's shards; `name`.weight and `name`.bias are the layer's of that name.
+            shards: The model's shards; `name`.weight and, if there is one, `name`.bias are the layer's of that name.
             tensor: The tensor axis.
+            gelu: The GELU of `parallel.fused`.
             sequence: Whether the sequence is split between the linears.
             compiled: Compiles a function of tensors.
         """
@@ -153,23 +169,22 @@ class Layers:
 
     def column_linear(self, name: str) -> ColumnLinear:
         """Return the linear of a name, whose outputs are split; a compiled function that follows adds its bias."""
-        shape, adds = self._shape(name, rule="column"), self._compiled is as_it_is
-        return self._declared(ColumnLinear(shape, tensor=self._tensor, config=self._config, adds_bias=adds), name)
+        shape, bias, adds = self._shape(name, rule="column"), self._has_bias(name), self._compiled is as_it_is
+        linear = ColumnLinear(shape, tensor=self._tensor, config=self._config, bias=bias, adds_bias=adds)
+        return self._declared(linear, name)
 
     def row_linear(self, name: str) -> RowLinear:
         """Return the linear of a name, whose inputs are split."""
-        shape = self._shape(name, rule="row")
-        return self._declared(RowLinear(shape, tensor=self._tensor, config=self._config), name)
+        shape, bias = self._shape(name, rule="row"), self._has_bias(name)
+        return self._declared(RowLinear(shape, tensor=self._tensor, config=self._config, bias=bias), name)
 
     def norm(self, name: str, *, epsilon: float) -> Norm:
         """Return the LayerNorm of a name."""
-        shape = self._shape(name, rule="replicated")
-        return self._declared(Norm(shape, epsilon=epsilon, split=self._split, compiled=self._compiled), name)
+        return self._norm(Norm, name, epsilon=epsilon)
 
     def residual_norm(self, name: str, *, epsilon: float) -> ResidualNorm:
         """Return the LayerNorm of a name, which follows a linear whose output is added to the states."""
-        shape = self._shape(name, rule="replicated")
-        return self._declared(ResidualNorm(shape, epsilon=epsilon, split=self._split, compiled=self._compiled), name)
+        return self._norm(ResidualNorm, name, epsilon=epsilon)
 
     def split_heads(self, qkv: Tensor, bias: Tensor | None, *, heads: int) -> tuple[Tensor, ...]:
         """Return queries, keys and values of the projection's output and its bias.
@@ -205,9 +220,17 @@ class Layers:
     def _shape(self, name: str, *, rule: Rule) -> tuple[int, ...]:
         return _shape(self._shards[f"{name}.weight"], rule=rule)
 
+    def _has_bias(self, name: str) -> bool:
+        return f"{name}.bias" in self._shards
+
+    def _norm(self, kind: type[_Norm], name: str, *, epsilon: float) -> _Norm:
+        shape, bias = self._shape(name, rule="replicated"), self._has_bias(name)
+        norm = kind(shape, epsilon=epsilon, bias=bias, split=self._split, compiled=self._compiled)
+        return self._declared(norm, name)
+
     def _declared(self, layer: _Layer, name: str) -> _Layer:
-        for part in ("weight", "bias"):
-            declare(layer.get_parameter(part), self._shards[f"{name}.{part}"])
+        for part, parameter in layer.named_parameters():
+            declare(parameter, self._shards[f"{name}.{part}"])
         return layer
 
 
@@ -248,3 +271,11 @@ class WordEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
         # does, and megatron sums a copy of what is not contiguous, and drops it.
         out: Tensor = super().forward(tokens if self.reduce_scatter_embeddings else tokens.t().contiguous())
         return out
+
+
+class HeadWeight(WordEmbedding):
+    """A weight of the head's own, split like the word embedding: a layer that passes states on to the head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the states."""
+        return x

@@ -57,9 +57,14 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
         if (shared := plan.shared) is not None:
             # Listed as a layer only to put it on every stage: the blocks call it themselves.
             stages = [[_TiedLayer("shared", lambda: shared, forward_fn=_pass), *stage] for stage in stages]
-        stages[0] = [_TiedLayer("embedding", plan.embedding), *map(_Layer, plan.before), *stages[0]]
         # The head's layer passes states on to the loss: DeepSpeed keeps the last layer's output of two micro-batches.
-        stages[-1] += [*map(_Layer, plan.after), _TiedLayer("embedding", plan.embedding, forward_fn=_pass)]
+        if plan.head_weight is None:
+            embedding: LayerSpec = _TiedLayer("embedding", plan.embedding)
+            head: LayerSpec = _TiedLayer("embedding", plan.embedding, forward_fn=_pass)
+        else:
+            embedding, head = _Layer(plan.embedding), _Layer(plan.head_weight)
+        stages[0] = [embedding, *map(_Layer, plan.before), *stages[0]]
+        stages[-1] += [*map(_Layer, plan.after), head]
         self._plan = plan
         self._bounds = list(accumulate(map(len, stages), initial=0))
         with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
@@ -67,12 +72,16 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
 
     def logits(self, x: Tensor) -> Tensor:
         """Return local logits [batch, seq, local_vocab] of the last layer's output, on the last stage."""
-        return self._plan.logits(self.tied_modules["embedding"], x)
+        return self._plan.logits(self._head_weight, x)
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         # DeepSpeed's BF16_Optimizer zeroes every `grad` when the gradient reaches the output of the last layer, after
         # the head's own: in bf16 the weight needs its `main_grad`.
-        return self._plan.loss(self.tied_modules["embedding"], x, targets)
+        return self._plan.loss(self._head_weight, x, targets)
+
+    @property
+    def _head_weight(self) -> Any:
+        return self.tied_modules["embedding"] if self._plan.head_weight is None else self.forward_funcs[-1]
 
     def _partition_layers(self, method: str = "") -> None:
         # DeepSpeed would split by the size or name of layers: use our layout's bounds instead.

@@ -17,11 +17,13 @@ class LayerPlan:
     """Functions that build the layers, in order.
 
     Attributes:
-        embedding: Builds the word embedding, which the last stage shares.
-        head: The head, which uses the word embedding.
+        embedding: Builds the word embedding.
+        head: The head, which uses the word embedding, or what `head_weight` builds.
         before: Layers between the word embedding and the blocks; they live on the first stage.
         blocks: The blocks, spread over the stages.
         after: Layers between the blocks and the head; they live on the last stage.
+        head_weight: Builds the layer that holds a weight of the head's own, on the last stage; None if the head shares
+            the word embedding, which is then on the last stage too.
         shared: A module whose weights all blocks use, or None; every stage holds an equal copy.
     """
 
@@ -30,6 +32,7 @@ class LayerPlan:
     before: tuple[Maker, ...]
     blocks: tuple[Maker, ...]
     after: tuple[Maker, ...]
+    head_weight: Maker | None = None
     shared: nn.Module | None = None
 
     def loss(self, embedding: Any, x: Tensor, targets: Tensor) -> Tensor:
@@ -52,4 +55,5 @@ class LayerPlan:
             before=tuple(map(then_place, self.before)),
             blocks=tuple(map(then_place, self.blocks)),
             after=tuple(map(then_place, self.after)),
+            head_weight=None if self.head_weight is None else then_place(self.head_weight),
         )

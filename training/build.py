@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from configs.choices import FAMILIES
 from configs.errors import MachineError
 from configs.figures import duration
 from configs.schema import RunConfig
@@ -18,10 +19,12 @@ from parallel.collectives import all_gather_object
 from parallel.compiled import compile_now, compiling_fault, make_compile
 from parallel.deepspeed_engine import layer_placer, make_engine
 from parallel.engine import Engine
+from parallel.fused import GELUS
 from parallel.head import Compile, as_it_is
 from parallel.layout import Layout, head_blocks, stage_bounds
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_weights
+from training.families.description import Family
 from training.folder import record_certificate, report_write_errors
 from training.model.decoder import Decoder, plan_layers
 from training.model.proof.attention_weights import dtype_of
@@ -81,6 +84,7 @@ def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Ca
     compiled = make_compile(train.compile, device=device)
     if compiled is as_it_is:  # on every rank
         return compiled
+    family: Family = FAMILIES[config.model.family].load()
     first = device.index == 0 or groups.world.rank == 0
     began, split = time.perf_counter(), config.parallel.sequence and tensor > 1
     compiling = partial(
@@ -93,6 +97,8 @@ def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Ca
         device=device,
         split=split,
         drops=config.model.dropout > 0,
+        biases=family.biases,
+        gelu=GELUS[family.gelu],
     )
     for my_turn in (first, not first):
         fault = compiling_fault(compiling, device=device) if my_turn else None

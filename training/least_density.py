@@ -60,7 +60,7 @@ def least_density(model: Model, backend: Backend, *, device: str, precision: str
     reaches = [seen]
     if slopes is not None and leaves_out(model, backend, device=device):
         limit = PRECISIONS[precision].epsilon / 8  # as training.model.windows.share_limit
-        reaches = [min(seen, math.ceil(-math.log(limit) / slope)) for slope in slopes(model.heads)]
+        reaches = [min(seen, math.ceil(-math.log(limit) / slope)) for slope in slopes(model)]
     elif model.window is None:
         return None
     return sum(_share_within(min(reach, length), length) for reach in reaches) / len(reaches)

@@ -11,6 +11,7 @@ from tests.support.layouts import config_of, name_of, train_layouts
 from tests.support.ranks import run_ranks
 
 MORE = ("train.micro_batch=1",)  # so that each of eight data ranks has one
+UNTIED_MPT = ("model.family=mpt", "model.tie_embeddings=false", "model.alibi_bias_max=5")
 STEPS = range(10)
 AXES = (1, 2, 4, 8)
 
@@ -37,10 +38,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("all_layouts")
 
 
-def _train(runs: Path, *, ranks: int, layouts: list[dict[str, int]]) -> dict[str, list[list[tuple[float, float]]]]:
+def _train(
+    runs: Path, *, ranks: int, layouts: list[dict[str, int]], model: tuple[str, ...] = ()
+) -> dict[str, list[list[tuple[float, float]]]]:
     tokenizer = runs / "tokenizer.model"
     tokenizer.write_bytes(b"no test here reads it")
-    arguments = {"steps": STEPS, "folder": runs, "tokenizer": tokenizer, "start_from": None, "more": MORE}
+    arguments = {"steps": STEPS, "folder": runs, "tokenizer": tokenizer, "start_from": None, "more": (*MORE, *model)}
     by_rank = run_ranks(train_layouts, ranks=ranks, arguments={**arguments, "layouts": layouts})
     return {name_of(keys, ranks=ranks): [r[i].steps for r in by_rank] for i, keys in enumerate(layouts)}
 
@@ -60,3 +63,14 @@ def test_every_legal_layout_has_the_same_losses_and_norms(
         for steps in by_rank:
             assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], rel=1e-5), name
             assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_an_untied_mpt_has_the_same_losses_in_every_layout(tmp_path: Path) -> None:
+    reference = _train(tmp_path, ranks=1, layouts=[{"tensor": 1, "pipeline": 1, "zero": 0}], model=UNTIED_MPT)
+    losses, norms = zip(*reference["t1p1z0w1"][0], strict=True)
+    layouts = [*legal_layouts(4), {"tensor": 2, "pipeline": 2, "zero": 1, "sequence": True}]
+    for name, by_rank in _train(tmp_path, ranks=4, layouts=layouts, model=UNTIED_MPT).items():
+        for steps in by_rank:
+            assert [loss for loss, _ in steps] == pytest.approx(losses, rel=1e-5), name
+            assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-5), name

@@ -1,7 +1,9 @@
-"""The decoder in many layouts equals transformers' Bloom with random weights: logits and every gradient."""
+"""The decoder in many layouts equals transformers' Bloom and Mpt with random weights: logits and every gradient."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +16,27 @@ from parallel.shards import cut
 from parallel.start import ProcessRank
 from tests.support.exports import random_weights
 from tests.support.layouts import LENGTH, VOCABULARY, build, config_of, tokens_of
-from tests.support.models import bloom_names, bloom_of
+from tests.support.models import counterpart_of, gradients_of
 from tests.support.ranks import run_ranks, start_again
 
-HEADS = (8, 12, 24)
 HEAD_DIM = 8
 LAYERS = 2
+
+
+def model_of(heads: int, **keys: Any) -> Model:
+    return Model(layers=LAYERS, hidden=HEAD_DIM * heads, heads=heads, **keys)
+
+
+MODELS = {
+    "bloom-8": model_of(8),
+    "bloom-24": model_of(24),
+    "mpt-12": model_of(12, family="mpt"),
+    "mpt-8-untied": model_of(8, family="mpt", tie_embeddings=False),
+}
 LENGTHS = (LENGTH, 4 * LENGTH)
 # (tensor, pipeline) by number of ranks; the rest of the ranks are data parallel.
 LAYOUTS = {4: [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)], 8: [(4, 2)]}
-UNCLIPPED = ("train.clip=1e9", f"model.layers={LAYERS}")
+UNCLIPPED = "train.clip=1e9"
 
 
 @dataclass(frozen=True)
@@ -43,28 +56,29 @@ class Part:
     logits: dict[int, Tensor | None]
 
 
-def weights_for(heads: int) -> dict[str, Tensor]:
+def weights_for(name: str) -> dict[str, Tensor]:
     """Return whole weights, each of which changes the logits."""
-    return random_weights(Model(layers=LAYERS, hidden=HEAD_DIM * heads, heads=heads), vocab_size=VOCABULARY)
+    return random_weights(MODELS[name], vocab_size=VOCABULARY)
 
 
 def parts_of_layouts(
     process: ProcessRank, *, layouts: list[tuple[int, int]], folder: Path
-) -> dict[tuple[int, int, int], Part]:
-    """Return this rank's parts by (tensor, pipeline, heads)."""
+) -> dict[tuple[int, int, str], Part]:
+    """Return this rank's parts by (tensor, pipeline, name of the model)."""
     parts = {}
     for number, (tensor, pipeline) in enumerate(layouts):
         start_again(process, number=number)
-        for heads in HEADS:
-            shape = (*UNCLIPPED, f"model.heads={heads}", f"model.hidden={HEAD_DIM * heads}")
-            keys = {"tensor": tensor, "pipeline": pipeline, "zero": 1}
-            parts[tensor, pipeline, heads] = _part(config_of(keys, run_dir=folder, more=shape), process, heads=heads)
+        for name, model in MODELS.items():
+            keys = ("layers", "heads", "hidden", "family", "tie_embeddings")
+            shape = (UNCLIPPED, *(f"model.{key}={json.dumps(getattr(model, key))}" for key in keys))
+            split = {"tensor": tensor, "pipeline": pipeline, "zero": 1}
+            parts[tensor, pipeline, name] = _part(config_of(split, run_dir=folder, more=shape), process, model=name)
     return parts
 
 
-def _part(config: RunConfig, process: ProcessRank, *, heads: int) -> Part:
+def _part(config: RunConfig, process: ProcessRank, *, model: str) -> Part:
     engine, groups, layout = build(config, world_size=process.world_size)
-    state, whole = engine.state(), weights_for(heads)
+    state, whole = engine.state(), weights_for(model)
     shards = {name: shard for name, (_, shard) in state.parameters.items()}
     for name, shard in shards.items():
         state.write(name, "weight", cut(whole[name], shard=shard, tensor=groups.tensor))
@@ -84,9 +98,9 @@ def _part(config: RunConfig, process: ProcessRank, *, heads: int) -> Part:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], list[Part]]:
-    """All ranks' parts by (tensor, pipeline, heads)."""
-    by_layout: dict[tuple[int, int, int], list[Part]] = {}
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], list[Part]]:
+    """All ranks' parts by (tensor, pipeline, name of the model)."""
+    by_layout: dict[tuple[int, int, str], list[Part]] = {}
     for ranks, layouts in LAYOUTS.items():
         arguments = {"layouts": layouts, "folder": tmp_path_factory.mktemp("runs")}
         by_rank = run_ranks(parts_of_layouts, ranks=ranks, arguments=arguments)
@@ -103,25 +117,25 @@ def joined(slices: dict[int, Tensor], shard: Shard) -> Tensor:
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [*LAYOUTS[4], *LAYOUTS[8]])
-@pytest.mark.parametrize("heads", HEADS)
-def test_logits_and_gradients_of_every_layout_equal_bloom(
-    parts: dict[tuple[int, int, int], list[Part]], tensor: int, pipeline: int, heads: int
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_and_gradients_of_every_layout_equal_transformers(
+    parts: dict[tuple[int, int, str], list[Part]], tensor: int, pipeline: int, model: str
 ) -> None:
-    ranks, weights = parts[tensor, pipeline, heads], weights_for(heads)
-    bloom = bloom_of(weights, heads=heads, layers=LAYERS)
+    ranks, weights = parts[tensor, pipeline, model], weights_for(model)
+    theirs = counterpart_of(weights, MODELS[model])
     for length in LENGTHS:
         columns = {rank.rank: rank.logits[length] for rank in ranks if rank.logits[length] is not None}
         assert sorted(columns) == list(range(tensor))
         logits = torch.cat([columns[rank] for rank in range(tensor)], dim=-1)[..., :VOCABULARY]  # type: ignore[misc]
         with torch.no_grad():
-            expected = bloom(tokens_of(7, samples=1, length=length - 1)).logits
+            expected = theirs(tokens_of(7, samples=1, length=length - 1)).logits
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-        bloom.zero_grad()
+        theirs.zero_grad()
         batch = tokens_of(0, length=length)
-        F.cross_entropy(bloom(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
-        theirs, names = dict(bloom.named_parameters()), bloom_names(layers=LAYERS)
+        F.cross_entropy(theirs(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        gradients = gradients_of(theirs, MODELS[model])
         for name in weights:
             holders = [rank for rank in ranks if name in rank.shards]
             whole = joined({rank.rank: rank.gradients[length][name] for rank in holders}, holders[0].shards[name])
-            gradient = theirs[names[name]].grad
+            gradient = gradients[name]
             torch.testing.assert_close(whole, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0, msg=name)

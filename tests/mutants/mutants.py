@@ -25,7 +25,7 @@ class Mutant:
 POSITIONS, KERNELS = "training/model/positions", "training/model/kernels"
 ALIBI, BIAS, T5 = f"{POSITIONS}/alibi.py", f"{POSITIONS}/bias.py", f"{POSITIONS}/t5.py"
 SDPA, FLEX, BLOCKS = f"{KERNELS}/sdpa.py", f"{KERNELS}/flex.py", f"{KERNELS}/bias_blocks.py"
-BLOOM, CERTIFICATE = "training/model/blocks/bloom.py", "training/model/proof/certificate.py"
+PRENORM, CERTIFICATE = "training/model/blocks/prenorm.py", "training/model/proof/certificate.py"
 BY_GGUF = "tests/unit/test_export_gguf.py::test_transformers_reads_the_logits_of_its_own_format"
 BY_FORMULA = "tests/unit/test_model_alibi.py::test_both_backends_equal_the_formula_in_fp64"
 BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join_to_the_whole"
@@ -43,15 +43,15 @@ MUTANTS = (
     Mutant(
         "every rank takes the first heads' slopes",
         ALIBI,
-        "slopes(heads)[mine.start : mine.stop]",
-        "slopes(heads)[: len(mine)]",
+        "slopes(heads, bias_max=bias_max)[mine.start : mine.stop]",
+        "slopes(heads, bias_max=bias_max)[: len(mine)]",
         BY_SLICES,
     ),
     Mutant(
         "slopes of the local head count",
         ALIBI,
-        "slopes(heads)[mine.start : mine.stop]",
-        "slopes(len(mine))",
+        "slopes(heads, bias_max=bias_max)[mine.start : mine.stop]",
+        "slopes(len(mine), bias_max=bias_max)",
         BY_SLICES,
     ),
     Mutant(
@@ -189,7 +189,7 @@ MUTANTS = (
     ),
     Mutant(
         "rotary: values are turned too",
-        BLOOM,
+        PRENORM,
         "q, k = self.position.rotate(q, k, start=cache.start if cache else 0)",
         "q, k, v = (self.position.rotate(x, x, start=cache.start if cache else 0)[0] for x in (q, k, v))",
         "tests/unit/test_model_rotary.py::test_decoder_equals_the_formula_with_llamas_rotation[30-sdpa]",
@@ -203,14 +203,14 @@ MUTANTS = (
     ),
     Mutant(
         "rotary: position off by one behind a cache",
-        BLOOM,
+        PRENORM,
         "rotate(q, k, start=cache.start if cache else 0)",
         "rotate(q, k, start=max(cache.start - 1, 0) if cache else 0)",
         f"{BY_CACHE}[rotary-sdpa]",
     ),
     Mutant(
         "sinusoidal: position off by one behind a cache",
-        BLOOM,
+        PRENORM,
         "embed(x, start=cache.start if cache else self.layers.start_of(x))",
         "embed(x, start=cache.start + 1 if cache else self.layers.start_of(x))",
         f"{BY_CACHE}[sinusoidal-sdpa]",
@@ -259,9 +259,9 @@ MUTANTS = (
     ),
     Mutant(
         "description: the output of attention is split like its input",
-        "training/families/bloom.py",
-        '_linear(output, (hidden, hidden), "row", out_std)',
-        '_linear(output, (hidden, hidden), "column", out_std)',
+        "training/families/prenorm.py",
+        '_linear(family, "attention.output", (hidden, hidden), "row", out_std',
+        '_linear(family, "attention.output", (hidden, hidden), "column", out_std',
         "tests/unit/test_model_description.py::test_the_description_is_that_of_the_modules[bloom-alibi]",
     ),
     Mutant(
@@ -273,7 +273,7 @@ MUTANTS = (
     ),
     Mutant(
         "description: what adds to the residual stream starts as large as all else",
-        "training/families/bloom.py",
+        "training/families/prenorm.py",
         "out_std = std / (2 * model.layers) ** 0.5",
         "out_std = std",
         "tests/unit/test_model_description.py::test_initial_weights_have_the_described_std[bloom]",
@@ -337,8 +337,8 @@ MUTANTS = (
     Mutant(
         "description: a parameter that no module has",
         "training/families/table.py",
-        "return (*family.parameters(model, vocab_size), *_position_table(model))",
-        "return (*(described := family.parameters(model, vocab_size)), described[0], *_position_table(model))",
+        "return (*family.parameters(family, model, vocab_size), *_position_table(model))",
+        "return (*(all_of := (*family.parameters(family, model, vocab_size),)), all_of[0], *_position_table(model))",
         "tests/unit/test_model_description.py::test_the_description_is_that_of_the_modules[bloom-alibi]",
     ),
 )

@@ -6,7 +6,9 @@ import sentencepiece
 import torch
 
 from configs.schema import Model
+from parallel.parameter import Shard
 from training.export.formats.table import ExportFormat
+from training.families.table import shards_of
 
 SHAPE = Model(layers=2, hidden=48, heads=6)
 
@@ -70,22 +72,13 @@ def write_export(
 def random_weights(shape: Model, *, vocab_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return weights by logical name, large enough that each of them changes the logits."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = shape.hidden
-    matrices = {
-        "attention.query_key_value": (3 * hidden, hidden),
-        "attention.output": (hidden, hidden),
-        "feed_forward.up": (4 * hidden, hidden),
-        "feed_forward.down": (hidden, 4 * hidden),
-    }
-    weights = {"embedding.word.weight": 0.3 * torch.randn(vocab_size, hidden, generator=generator)}
-    norms = ["embedding.norm", "final_norm"]
-    for block in range(shape.layers):
-        norms += [f"blocks.{block}.attention_norm", f"blocks.{block}.feed_forward_norm"]
-        for name, (rows, columns) in matrices.items():
-            matrix = torch.randn(rows, columns, generator=generator) * 1.2 / columns**0.5
-            weights[f"blocks.{block}.{name}.weight"] = matrix
-            weights[f"blocks.{block}.{name}.bias"] = 0.2 * torch.randn(rows, generator=generator)
-    for name in norms:
-        weights[f"{name}.weight"] = 1 + 0.25 * torch.randn(hidden, generator=generator)
-        weights[f"{name}.bias"] = 0.2 * torch.randn(hidden, generator=generator)
-    return weights
+
+    def weight(shard: Shard) -> torch.Tensor:
+        values = torch.randn(shard.shape, generator=generator)
+        if shard.rule == "vocabulary":
+            return 0.3 * values
+        if values.ndim > 1:
+            return values * 1.2 / values.shape[1] ** 0.5
+        return shard.constant + (0.25 if shard.constant else 0.2) * values
+
+    return {name: weight(shard) for name, shard in shards_of(shape, vocab_size=vocab_size).items()}

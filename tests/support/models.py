@@ -1,10 +1,11 @@
 """Build small decoders in which every weight matters, and the same model in transformers."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
 from configs.schema import Model
 from parallel.axes import Group
@@ -27,28 +28,27 @@ def learned_bias(heads: int, *, tensor: Group = ONE_RANK) -> LearnedBias:
     return LearnedBias(table, tensor=tensor)
 
 
-def make_decoder(
-    heads: int,
-    *,
-    head_dim: int = 8,
-    position: str = "alibi",
-    backend: str = "sdpa",
-    recompute: bool = False,
-    window: int | None = None,
-) -> Decoder:
-    """Return a decoder of two blocks in one process; at any width, every weight changes the logits."""
-    start_alone()
+def small_model(heads: int, *, head_dim: int = 8, **keys: Any) -> Model:
+    """Return a model of two blocks, with the schema's defaults and further keys."""
     hidden = head_dim * heads
-    model = Model(
-        layers=LAYERS,
-        hidden=hidden,
-        heads=heads,
-        init_std=1.2 / hidden**0.5,
-        embedding_init_std=1.2 / hidden**0.5,
-        position=position,
-        attention=backend,
-        window=window,
-    )
+    std = 1.2 / hidden**0.5
+    return Model(layers=LAYERS, hidden=hidden, heads=heads, init_std=std, embedding_init_std=std, **keys)
+
+
+def make_decoder(
+    heads: int, *, head_dim: int = 8, backend: str = "sdpa", recompute: bool = False, **keys: Any
+) -> Decoder:
+    """Return a decoder of two blocks in one process; at any width, every weight changes the logits.
+
+    Args:
+        heads: Its heads.
+        head_dim: Width of each.
+        backend: Value of `model.attention`.
+        recompute: Whether blocks are recomputed in the backward pass.
+        keys: Further keys of the section `model`.
+    """
+    start_alone()
+    model = small_model(heads, head_dim=head_dim, attention=backend, **keys)
     tensor = lone_groups().tensor
     decoder = Decoder(plan_layers(model, vocab_size=VOCABULARY, tensor=tensor, recompute=recompute))
     initial_weights(decoder, seed=3, tensor=tensor)
@@ -80,19 +80,37 @@ def weights_of(decoder: Decoder) -> dict[str, Tensor]:
     return {name: p.detach().clone().requires_grad_() for name, (p, _) in declared(decoder).items()}
 
 
-def bloom_names(*, layers: int = LAYERS) -> dict[str, str]:
-    """Return the names of a bloom model's parameters in transformers, by logical name."""
-    return huggingface_names(Model(layers=layers, hidden=1, heads=1))
-
-
-def bloom_of(weights: Mapping[str, Tensor], *, heads: int, layers: int = LAYERS) -> BloomForCausalLM:
-    """Return transformers' Bloom with these whole weights, copied by the project's table of names."""
-    vocab_size, hidden = weights["embedding.word.weight"].shape
-    config = BloomConfig(vocab_size=vocab_size, hidden_size=hidden, n_layer=layers, n_head=heads)
-    bloom = BloomForCausalLM(config)
-    theirs, names = dict(bloom.named_parameters()), bloom_names(layers=layers)
+def counterpart_of(weights: Mapping[str, Tensor], model: Model) -> BloomForCausalLM | MptForCausalLM:
+    """Return transformers' model of the family with these whole weights, copied by the project's table of names."""
+    config: dict[str, Any] = {
+        "vocab_size": len(weights["embedding.word.weight"]),
+        "hidden_size": model.hidden,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    theirs: BloomForCausalLM | MptForCausalLM
+    if model.family == "mpt":
+        theirs = MptForCausalLM(MptConfig(n_layers=model.layers, n_heads=model.heads, **config))
+    else:
+        theirs = BloomForCausalLM(BloomConfig(n_layer=model.layers, n_head=model.heads, **config))
+    parameters, names = dict(theirs.named_parameters()), huggingface_names(model)
     with torch.no_grad():
         for name, weight in weights.items():
-            theirs.pop(names[name]).copy_(weight)
-    assert not theirs, f"never set: {list(theirs)}"
-    return bloom.eval()
+            parts_first = model.family == "mpt" and "query_key_value" in name
+            by_head = (model.heads, 3, -1, *weight.shape[1:])
+            theirs_order = weight.view(by_head).transpose(0, 1).reshape(weight.shape) if parts_first else weight
+            parameters.pop(names[name]).copy_(theirs_order)
+    assert not parameters, f"never set: {list(parameters)}"
+    return theirs.eval()
+
+
+def gradients_of(theirs: BloomForCausalLM | MptForCausalLM, model: Model) -> dict[str, Tensor]:
+    """Return the gradients of transformers' model by logical name, with rows in our order."""
+    parameters, gradients = dict(theirs.named_parameters()), {}
+    for ours, name in huggingface_names(model).items():
+        gradient = parameters[name].grad
+        assert gradient is not None
+        if model.family == "mpt" and "query_key_value" in ours:
+            by_part = (3, model.heads, -1, *gradient.shape[1:])
+            gradient = gradient.view(by_part).transpose(0, 1).reshape(gradient.shape)
+        gradients[ours] = gradient
+    return gradients

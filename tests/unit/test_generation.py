@@ -12,7 +12,7 @@ import torch
 from configs.errors import InputError, TrainshortError
 from data_pipeline.sources import file_chunks
 from tests.support.command_line import Call, refused
-from tests.support.models import VOCABULARY, bloom_of, make_wandering_decoder, weights_of
+from tests.support.models import VOCABULARY, counterpart_of, make_wandering_decoder, small_model, weights_of
 from training.generation import continue_tokens, sample_token
 from training.model.cache import ROOM, KeyValueCache
 from training.model.single import SingleModel
@@ -225,7 +225,7 @@ def test_greedy_tokens_past_train_length_match_transformers() -> None:
     decoder = make_wandering_decoder()
     model = SingleModel(decoder, device=torch.device("cpu"), certificate={})
     prompt = torch.randint(3, VOCABULARY, (1, TRAIN_LENGTH - 12), generator=torch.Generator().manual_seed(0))
-    expected = bloom_of(weights_of(decoder), heads=4).generate(
+    expected = counterpart_of(weights_of(decoder), small_model(4)).generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=60, do_sample=False, eos_token_id=None
     )[0, prompt.shape[1] :]
     stream = continue_tokens(model, prompt[0].tolist(), sampling=Sampling(), end=None)

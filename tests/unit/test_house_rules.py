@@ -86,7 +86,7 @@ SLOW_TO_IMPORT = (
     "training/build.py",
     "training/evaluation/run.py",
     "training/export/run.py",
-    "training/model/blocks/bloom.py",
+    "training/model/blocks/prenorm.py",
     "training/model/single.py",
     "training/profiling/run.py",
     "training/run.py",

@@ -1,5 +1,6 @@
 """The decoder in one process: logits and gradients against random-weight Bloom of transformers and a formula."""
 
+import math
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -12,7 +13,15 @@ from configs.schema import Model
 from parallel import head
 from parallel.shards import declared
 from tests.support.bloom_formula import bloom_logits, cross_entropy
-from tests.support.models import LAYERS, VOCABULARY, bloom_names, bloom_of, make_decoder, weights_of
+from tests.support.models import (
+    LAYERS,
+    VOCABULARY,
+    counterpart_of,
+    gradients_of,
+    make_decoder,
+    small_model,
+    weights_of,
+)
 from training.model.single import SingleModel, load_single
 
 ALL_HEADS = (*range(1, 17), 20, 24, 40, 112)
@@ -21,20 +30,43 @@ ALL_HEADS = (*range(1, 17), 20, 24, 40, 112)
 @pytest.mark.parametrize(("length", "all_heads"), [(32, (1, 6, 16)), (128, ALL_HEADS)])
 def test_logits_and_gradients_equal_bloom(length: int, all_heads: tuple[int, ...]) -> None:
     for heads in all_heads:
-        check_against_bloom(heads, length=length)
+        check_against_transformers(heads, length=length)
 
 
-def check_against_bloom(heads: int, *, length: int) -> None:
-    decoder = make_decoder(heads, head_dim=8 if heads <= 24 else 4)
-    bloom = bloom_of(weights_of(decoder), heads=heads)
+@pytest.mark.parametrize("ties", [True, False])
+def test_logits_and_gradients_equal_mpt(ties: bool) -> None:
+    for heads, length in ((1, 32), (6, 32), (16, 32), (12, 128), (20, 128)):
+        check_against_transformers(heads, length=length, family="mpt", tie_embeddings=ties)
+
+
+def test_an_untied_bloom_equals_transformers() -> None:
+    check_against_transformers(6, length=40, tie_embeddings=False)
+
+
+def test_steeper_and_flatter_slopes_equal_the_formula() -> None:
+    # Transformers' Mpt reads alibi_bias_max and does not use it, so it cannot be the oracle.
+    for heads, bias_max in ((4, 16), (6, 5), (12, 1)):
+        decoder = make_decoder(heads, backend="reference", alibi_bias_max=bias_max).double()
+        power, distance = 2 ** int(math.log2(heads)), torch.arange(40)[None, :] - torch.arange(40)[:, None]
+        exponents = [(n + 1) / power for n in range(power)] + [(n + 0.5) / power for n in range(heads - power)]
+        penalty = 2 ** (-bias_max * torch.tensor(exponents, dtype=torch.float64)[:, None, None]) * distance
+        tokens = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(heads))
+        expected = bloom_logits(weights_of(decoder), tokens, layers=LAYERS, heads=heads, penalty=penalty)
+        torch.testing.assert_close(decoder(tokens), expected, atol=1e-9, rtol=0)
+
+
+def check_against_transformers(heads: int, *, length: int, **keys: object) -> None:
+    head_dim = 8 if heads <= 24 else 4
+    decoder, model = make_decoder(heads, head_dim=head_dim, **keys), small_model(heads, head_dim=head_dim, **keys)
+    theirs = counterpart_of(weights_of(decoder), model)
     tokens = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(0))
-    logits, expected = decoder(tokens[:, :-1]), bloom(tokens[:, :-1]).logits
+    logits, expected = decoder(tokens[:, :-1]), theirs(tokens[:, :-1]).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     for some in (logits, expected):
         F.cross_entropy(some.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    theirs, names = dict(bloom.named_parameters()), bloom_names()
+    gradients = gradients_of(theirs, model)
     for name, (parameter, _) in declared(decoder).items():
-        gradient = theirs[names[name]].grad
+        gradient = gradients[name]
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0, msg=name)
 

@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
 from configs.backends import BACKENDS
 from configs.choices import FAMILIES, OPTIMIZERS
@@ -15,6 +15,7 @@ from parallel.seeds import initial_weights
 from parallel.shards import declared, shard_of
 from tests.support.models import ONE_RANK
 from training.families.bloom import BLOOM
+from training.families.mpt import MPT
 from training.families.table import describe, parameter_count
 from training.model.positions.method import PositionMethod
 from training.model.single import lone_decoder
@@ -43,7 +44,7 @@ def test_every_word_of_the_schema_has_its_implementation() -> None:
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("family", AVAILABLE)
 def test_the_description_is_that_of_the_modules(family: str, position: str) -> None:
-    model = model_of(family, position)
+    model = model_of(family, position).model_copy(update={"tie_embeddings": position != "t5"})
     described = {parameter.shard.name: parameter.shard for parameter in describe(model, vocab_size=VOCABULARY)}
     built = declared(lone_decoder(model, vocab_size=VOCABULARY))
     assert {name: shard for name, (_, shard) in built.items()} == described
@@ -69,7 +70,7 @@ def test_initial_weights_have_the_described_std(family: str) -> None:
 
 
 def test_matrices_decay_and_norms_biases_and_tables_do_not() -> None:
-    model = model_of(position="t5")
+    model = model_of(position="t5").model_copy(update={"tie_embeddings": False})
     decoder = lone_decoder(model, vocab_size=VOCABULARY)
     train = load_run("demo").train
     groups = OPTIMIZERS["adamw"].load()(decoder.parameters(), train=train).param_groups
@@ -79,12 +80,17 @@ def test_matrices_decay_and_norms_biases_and_tables_do_not() -> None:
     assert decayed == {train.weight_decay: matrices, 0.0: names - matrices}
 
 
-def test_transformers_has_the_described_names_and_shapes() -> None:
-    model = Model(layers=3, hidden=24, heads=3)
-    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=24, n_layer=3, n_head=3)
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("family", AVAILABLE)
+def test_transformers_has_the_described_names_and_shapes(family: str, ties: bool) -> None:
+    model = Model(layers=3, hidden=24, heads=3, family=family, tie_embeddings=ties)
+    bloom = BloomConfig(vocab_size=VOCABULARY, hidden_size=24, n_layer=3, n_head=3)
+    mpt = MptConfig(vocab_size=VOCABULARY, d_model=24, n_layers=3, n_heads=3)
     with torch.device("meta"):
-        theirs = {name: tuple(value.shape) for name, value in BloomForCausalLM(config).state_dict().items()}
-    del theirs["lm_head.weight"]  # the embedding again
+        module = BloomForCausalLM(bloom) if family == "bloom" else MptForCausalLM(mpt)
+    theirs = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    if ties:
+        del theirs["lm_head.weight"]  # the embedding again
     ours = {p.huggingface: p.shard.shape for p in describe(model, vocab_size=VOCABULARY)}
     assert ours == theirs
 
@@ -106,4 +112,9 @@ def test_gguf_names_are_those_of_llama_cpp() -> None:
     assert block == {
         f"{ours}.{p}": f"blk.1.{theirs}.{p}" for ours, theirs in layers.items() for p in ("weight", "bias")
     }
-    assert BLOOM.gguf_qkv == ("part", "head", "dim")  # llama.cpp wants all queries, then all keys, then all values
+    # llama.cpp wants all queries, then all keys, then all values
+    assert BLOOM.gguf_qkv == MPT.gguf_qkv == MPT.huggingface_qkv == ("part", "head", "dim")
+    mpt = describe(Model(layers=2, hidden=24, heads=3, family="mpt", tie_embeddings=False), vocab_size=VOCABULARY)
+    assert {p.gguf for p in mpt} == {
+        name for name in names.values() if "bias" not in name and "embd_norm" not in name
+    } | {"output.weight"}

@@ -19,7 +19,7 @@ from configs.precisions import PRECISIONS
 from configs.schema import Model
 from parallel.groups import lone_groups
 from parallel.seeds import initial_weights
-from tests.support.models import VOCABULARY, bloom_of, make_decoder, weights_of
+from tests.support.models import VOCABULARY, counterpart_of, make_decoder, small_model, weights_of
 from training.model import windows
 from training.model.attention import windows_of
 from training.model.kernels import sdpa, sdpa_cpu
@@ -279,7 +279,7 @@ def test_logits_are_those_of_transformers_beyond_the_near_keys() -> None:
     lossless = windows_of(decoder)
     assert lossless is not None
     assert max(float(density) for density in lossless.take()) < 0.9
-    expected = bloom_of(weights_of(decoder), heads=8)(tokens).logits
+    expected = counterpart_of(weights_of(decoder), small_model(8))(tokens).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 

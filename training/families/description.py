@@ -4,7 +4,7 @@ Modules, initial weights, checkpoints, the parameter count and export all take s
 from here. Export also takes the names in other formats.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import log, sqrt
 from typing import Literal
@@ -46,27 +46,42 @@ class Family:
 
     Attributes:
         name: Value of `model.family`.
-        parameters: Function from a model and its vocabulary size to its parameters, without position tables.
+        parameters: Function from the family, a model and its vocabulary size to the parameters, without position
+            tables.
+        names: Names of each module in transformers and in GGUF, by the name here; {block} is the number of its block.
         norm_epsilon: Added to the variance in each LayerNorm.
+        gelu: The GELU's form: `tanh`, an approximation, or `erf`, the exact one.
+        biases: Whether linears and norms have biases.
         huggingface_qkv, gguf_qkv: Order of the rows of a fused query-key-value matrix in these formats.
     """
 
     name: str
-    parameters: Callable[[Model, int], tuple[Parameter, ...]]
+    parameters: "Callable[[Family, Model, int], Iterable[Parameter]]"
+    names: Mapping[str, tuple[str, str]]
     norm_epsilon: float
+    gelu: Literal["tanh", "erf"]
+    biases: bool
     huggingface_qkv: tuple[Axis, Axis, Axis]
     gguf_qkv: tuple[Axis, Axis, Axis]
 
+    @property
+    def embedding_norm(self) -> bool:
+        """Whether a LayerNorm follows the word embedding."""
+        return "embedding.norm" in self.names
+
 
 def embedding_std(model: Model, *, vocab_size: int) -> float:
-    """Return the std of a family's initial word embedding, with a LayerNorm after it and a head that shares it.
+    """Return the std of a family's initial word embedding.
 
-    The norms scale a state to std 1. Before training it is little more than the token's own embedding, so the token's
-    own logit is about std x hidden: with `init_std` alone, a wide model would start by predicting each token after
-    itself. The std returned gives a token at most OWN_PROBABILITY after itself: the first loss is near ln(vocab_size).
+    The last norm scales a state to std 1. Before training it is little more than the token's own embedding. If the head
+    shares the embedding, the token's own logit is then about std x hidden: with `init_std` alone, a wide model would
+    start by predicting each token after itself. The std returned gives a token at most OWN_PROBABILITY after itself:
+    the first loss is near ln(vocab_size).
     """
     if model.embedding_init_std is not None:
         return model.embedding_init_std
+    if not model.tie_embeddings:
+        return model.init_std
     # Where a position is added, the token is sqrt(v / (v + added)) of the state, with v = hidden x std^2 (see
     # `added_variance`). Solve own logit^2 = hidden x v x v / (v + added) for v.
     hidden, added = model.hidden, POSITIONS[model.position].added_variance

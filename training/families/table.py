@@ -17,7 +17,7 @@ def describe(model: Model, *, vocab_size: int) -> tuple[Parameter, ...]:
         vocab_size: Rows of the embedding, without padding.
     """
     family: Family = FAMILIES[model.family].load()
-    return (*family.parameters(model, vocab_size), *_position_table(model))
+    return (*family.parameters(family, model, vocab_size), *_position_table(model))
 
 
 def shards_of(model: Model, *, vocab_size: int) -> Shards:

@@ -57,6 +57,7 @@ class Decoder(nn.Module):
         self.embedding = plan.embedding()
         self._plan = plan
         self.layers = nn.ModuleList(make() for make in (*plan.before, *plan.blocks, *plan.after))
+        self.head_weight = self.embedding if plan.head_weight is None else plan.head_weight()
         self.shared = plan.shared
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -74,12 +75,14 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return this rank's logits [batch, seq, local_vocab]; with targets, the mean loss; both take [batch, seq]."""
         x = self.hidden(tokens)
-        return self._plan.logits(self.embedding, x) if targets is None else self._plan.loss(self.embedding, x, targets)
+        if targets is None:
+            return self._plan.logits(self.head_weight, x)
+        return self._plan.loss(self.head_weight, x, targets)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return this rank's logits of whole states: [..., hidden] -> [..., local_vocab]."""
-        return self._plan.head.row_logits(self.embedding, x)
+        return self._plan.head.row_logits(self.head_weight, x)
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return each token's loss in nats, without gradients: [..., hidden] and [...] -> [...]."""
-        return self._plan.head.token_losses(self.embedding, x, targets)
+        return self._plan.head.token_losses(self.head_weight, x, targets)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from configs.positions import slopes
+from configs.positions import ALIBI_BIAS_MAX, slopes
 from configs.schema import Model
 from parallel.axes import Group
 from parallel.parameter import Shard
@@ -22,9 +22,10 @@ class Alibi(PositionMethod):
     def __init__(self, model: Model, *, tensor: Group, table: Shard | None) -> None:
         """Build the method for one tensor rank; there is no table."""
         super().__init__(model, tensor=tensor, table=table)
-        formula = slope_formula(model.heads, first=self.heads.start)
-        self.bias = SlopeBias(local_slopes(model.heads, tensor=tensor), slope_of=formula)
-        self._all_slopes = slopes(model.heads)
+        formula = slope_formula(model.heads, first=self.heads.start, bias_max=model.alibi_bias_max)
+        mine = local_slopes(model.heads, tensor=tensor, bias_max=model.alibi_bias_max)
+        self.bias = SlopeBias(mine, slope_of=formula)
+        self._all_slopes = slopes(model.heads, bias_max=model.alibi_bias_max)
 
     def penalty(self, distances: int) -> Tensor:
         """Return minus slope times distance, [local_heads, distances] fp64."""
@@ -32,7 +33,7 @@ class Alibi(PositionMethod):
         return -slope[:, None] * torch.arange(distances)
 
 
-def slope_formula(heads: int, *, first: int) -> SlopeOf:
+def slope_formula(heads: int, *, first: int, bias_max: int = ALIBI_BIAS_MAX) -> SlopeOf:
     """Return the slopes of a tensor rank's heads as a function that a kernel can contain.
 
     It has no tensor of its own, and exponents are exact in fp32: the slopes are those of `slopes`, rounded to fp32.
@@ -40,19 +41,20 @@ def slope_formula(heads: int, *, first: int) -> SlopeOf:
     Args:
         heads: Heads of the model.
         first: Global number of the rank's first head.
+        bias_max: Value of `model.alibi_bias_max`.
     """
     below = 2 ** int(math.log2(heads))
 
     def slope_of(head: Tensor) -> Tensor:
         number = head + first
-        # in units of 4 / below: 2, 4, 6, ... up to the power of two, then 1, 3, 5, ...
+        # in units of bias_max / 2 / below: 2, 4, 6, ... up to the power of two, then 1, 3, 5, ...
         units = torch.where(number < below, 2 * number + 2, 2 * (number - below) + 1)
-        return torch.exp2(units * (-4.0 / below))
+        return torch.exp2(units * (-bias_max / 2 / below))
 
     return slope_of
 
 
-def local_slopes(heads: int, *, tensor: Group) -> Tensor:
+def local_slopes(heads: int, *, tensor: Group, bias_max: int = ALIBI_BIAS_MAX) -> Tensor:
     """Return the slopes of this tensor rank's heads, [local_heads] fp64; rounded to fp32 where they are used."""
     mine = local_heads(heads, tensor=tensor)
-    return torch.tensor(slopes(heads)[mine.start : mine.stop], dtype=torch.float64)
+    return torch.tensor(slopes(heads, bias_max=bias_max)[mine.start : mine.stop], dtype=torch.float64)

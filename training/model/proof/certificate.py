@@ -277,7 +277,7 @@ def check_certificates(certificates: Sequence[Certificate], model: Model, *, tol
 
 def _wrong_rank(certificates: Sequence[Certificate], model: Model, *, tolerance: float, otherwise: str) -> str | None:
     promised = POSITIONS[model.position].slopes
-    slopes = None if promised is None else promised(model.heads)
+    slopes = None if promised is None else promised(model)
     for certificate in certificates:
         if slopes is not None:
             expected = hash_slopes([slopes[head] for head in certificate.heads])

@@ -1,6 +1,7 @@
-"""The layers of the bloom family. A layer takes and returns states [seq, batch, hidden].
+"""The layers of families with a norm before attention and before the feed-forward.
 
-If the sequence is split between the linears, states are [seq / tensor, batch, hidden].
+A layer takes and returns states [seq, batch, hidden]. If the sequence is split between the linears, states are
+[seq / tensor, batch, hidden].
 """
 
 from functools import partial
@@ -10,26 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from configs.choices import FAMILIES
 from configs.schema import Model
 from parallel.axes import Group
+from parallel.fused import GELUS
 from parallel.head import Compile, Head
-from parallel.layers import Layers, WordEmbedding
+from parallel.layers import HeadWeight, Layers, WordEmbedding
 from parallel.plan import LayerPlan, Recompute
-from training.families.bloom import BLOOM
-from training.families.description import Shards
+from training.families.description import Family, Shards
 from training.model.attention import Attention
 from training.model.blocks.selective import directly, feed, recomputed
 from training.model.cache import Cache
 from training.model.positions.method import PositionMethod
 
 
-class EmbeddingNorm(nn.Module):
-    """The layer after the word embedding: absolute positions if the method has them, LayerNorm, dropout."""
+class Embedded(nn.Module):
+    """The layer after the word embedding: absolute positions if the method has them, the family's norm, dropout."""
 
-    def __init__(self, model: Model, layers: Layers, *, position: PositionMethod) -> None:
+    def __init__(self, model: Model, layers: Layers, *, family: Family, position: PositionMethod) -> None:
         super().__init__()
         self.layers, self.position = layers, position
-        self.norm = layers.norm("embedding.norm", epsilon=BLOOM.norm_epsilon)
+        norm = layers.norm("embedding.norm", epsilon=family.norm_epsilon) if family.embedding_norm else nn.Identity()
+        self.norm = norm
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
@@ -47,13 +50,14 @@ class Block(nn.Module):
         model: Model,
         layers: Layers,
         *,
+        family: Family,
         index: int,
         position: PositionMethod,
         attend: Attention,
         recompute: Recompute,
     ) -> None:
         super().__init__()
-        name, epsilon = f"blocks.{index}", BLOOM.norm_epsilon
+        name, epsilon = f"blocks.{index}", family.norm_epsilon
         self.local_heads, self.index = len(position.heads), index
         self.position, self.attend, self.layers, self.recompute = position, attend, layers, recompute
         self.attention_norm = layers.norm(f"{name}.attention_norm", epsilon=epsilon)
@@ -90,19 +94,19 @@ class Block(nn.Module):
         attended = self.attend(q, k, v) if cache is None else cache.attend(self.attend, self.index, q, k, v)
         return attended.permute(2, 0, 1, 3).reshape(seq, batch, -1)
 
-    def _drop(self, output: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _drop(self, output: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return a linear's output and its bias, added up where dropout comes between them and the residual stream."""
         if not (self.training and self.dropout.p):
             return output, bias
-        return self.dropout(output + bias), None
+        return self.dropout(output if bias is None else output + bias), None
 
 
 class FinalNorm(nn.Module):
     """The LayerNorm before the head."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, *, family: Family) -> None:
         super().__init__()
-        self.norm = layers.norm("final_norm", epsilon=BLOOM.norm_epsilon)
+        self.norm = layers.norm("final_norm", epsilon=family.norm_epsilon)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """Return states -> states; the cache is not used."""
@@ -110,7 +114,7 @@ class FinalNorm(nn.Module):
         return out
 
 
-def plan_bloom(
+def plan_prenorm(
     model: Model,
     shards: Shards,
     *,
@@ -121,7 +125,7 @@ def plan_bloom(
     sequence: bool,
     compiled: Compile,
 ) -> LayerPlan:
-    """Return the layers of a bloom decoder, not yet built.
+    """Return the layers of a decoder, not yet built.
 
     Args:
         model: The decoder's shape.
@@ -133,16 +137,19 @@ def plan_bloom(
         sequence: Whether the sequence is split between the linears.
         compiled: Compiles a function of tensors.
     """
-    layers = Layers(shards, tensor=tensor, sequence=sequence, compiled=compiled)
+    family: Family = FAMILIES[model.family].load()
+    layers = Layers(shards, tensor=tensor, gelu=GELUS[family.gelu], sequence=sequence, compiled=compiled)
+    head_weight = None if model.tie_embeddings else partial(HeadWeight, shards["head.weight"], tensor=tensor)
 
     def block(index: int) -> Block:
-        return Block(model, layers, index=index, position=position, attend=attend, recompute=recompute)
+        return Block(model, layers, family=family, index=index, position=position, attend=attend, recompute=recompute)
 
     return LayerPlan(
-        embedding=lambda: WordEmbedding(shards["embedding.word.weight"], tensor=tensor, sequence=sequence),
+        embedding=partial(WordEmbedding, shards["embedding.word.weight"], tensor=tensor, sequence=sequence),
         head=Head(tensor=tensor, sequence=sequence, compiled=compiled),
-        before=(lambda: EmbeddingNorm(model, layers, position=position),),
+        before=(lambda: Embedded(model, layers, family=family, position=position),),
         blocks=tuple(partial(block, index) for index in range(model.layers)),
-        after=(lambda: FinalNorm(layers),),
+        after=(lambda: FinalNorm(layers, family=family),),
+        head_weight=head_weight,
         shared=position.module,
     )
