@@ -1,5 +1,6 @@
 """A tokenizer and weights small enough to export in less than a second."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import sentencepiece
@@ -49,7 +50,7 @@ def write_export(
     form: ExportFormat,
     folder: Path,
     *,
-    weights: dict[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
     model: Model,
     tokenizer: Path,
     sequence_length: int = 32,

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from configs.errors import InputError, TrainshortError
 from configs.schema import Model
 from data_pipeline.vocabulary import PieceType, read_vocabulary
 from tests.support.bloom_formula import bloom_logits
-from tests.support.exports import SHAPE, random_weights, train_sentencepiece
+from tests.support.exports import SHAPE, random_weights, train_sentencepiece, write_export
 from training.export.folder import new_folder
 from training.export.formats.huggingface import HuggingFaceFormat, generate_text
 from training.export.parity import EDGE_CASE_TEXTS, LogitParity, compare_logits, compare_tokenizers
@@ -145,6 +147,46 @@ def test_folder_holds_what_engines_read(exported: Path, tokenizer: Path, vocab_s
     assert (exported / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     assert json.loads((exported / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not [path for path in exported.parent.iterdir() if path != exported]
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Weights read from a file: new tensors at each access. `most_bytes` of them were in memory at once."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self._weights, self._read = weights, list[weakref.ref[torch.Tensor]]()
+        self.most_bytes = 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._weights[name].clone()
+        self._read.append(weakref.ref(weight))
+        alive = [tensor for reference in self._read if (tensor := reference()) is not None]
+        self.most_bytes = max(self.most_bytes, sum(tensor.nbytes for tensor in alive))
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def test_files_of_weights_are_written_one_at_a_time(
+    exported: Path, tokenizer: Path, vocab_size: int, tmp_path: Path
+) -> None:
+    limit = 80_000  # the embedding, 77 kB, fits
+    lazy = Weights(random_weights(SHAPE, vocab_size=vocab_size))
+    form = HuggingFaceFormat(shard_bytes=limit)
+    write_export(form, tmp_path, weights=lazy, model=SHAPE, tokenizer=tokenizer)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert max(file.stat().st_size for file in files) / 2 < lazy.most_bytes <= limit
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"] == {"total_size": sum(weight.nbytes for weight in lazy.values())}
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        assert torch.equal(form.read_logits(tmp_path)(tokens), FORMAT.read_logits(exported)(tokens))
 
 
 def test_generated_text_is_the_greedy_text_of_the_formula(exported: Path, tokenizer: Path, vocab_size: int) -> None:

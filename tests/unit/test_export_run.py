@@ -110,7 +110,7 @@ def test_ctrl_c_leaves_no_partial_folder(tmp_path: Path, monkeypatch: pytest.Mon
         rename(old, new)
 
     places = {
-        "training.export.formats.huggingface.save_torch_state_dict": interrupted,
+        "training.export.formats.safetensors_folder.save_file": interrupted,
         "training.export.run.compare_logits": interrupted,
         "os.rename": interrupted_rename,
     }
@@ -351,7 +351,7 @@ def test_a_disk_that_becomes_full_leaves_nothing(tmp_path: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("training.export.formats.huggingface.save_torch_state_dict", full)
+    monkeypatch.setattr("training.export.formats.safetensors_folder.save_file", full)
     with pytest.raises(MachineError, match=r"cannot be written \(.*No space left on device\): nothing was exported"):
         export_checkpoint(tmp_path, format="hf", out=tmp_path / "out")
     assert not [path.name for path in tmp_path.iterdir() if "out" in path.name or "partial" in path.name]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
 
@@ -23,6 +22,7 @@ from training.export.facts import ModelFacts
 from training.export.formats.bloom_limits import bloom_problem
 from training.export.formats.model_card import TRANSFORMERS, model_card
 from training.export.formats.rounding import finite
+from training.export.formats.safetensors_folder import SHARD_BYTES, write_safetensors
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import require_rows, write_tokenizer
 from training.families.bloom import BLOOM
@@ -37,9 +37,9 @@ _MOST_SCORE_BYTES = 2_000_000_000
 class HuggingFaceFormat:
     """Implement `ExportFormat` for BloomForCausalLM; transformers reads it back, and computes in fp32."""
 
-    def __init__(self, dtype: str = "fp32") -> None:
-        """Take the type of the weights: fp32, bf16 or fp16."""
-        self._dtype, self._name = dtype_of(dtype), dtype
+    def __init__(self, dtype: str = "fp32", *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Take the type of the weights, fp32, bf16 or fp16, and the most bytes of them in a file."""
+        self._dtype, self._name, self._shard_bytes = dtype_of(dtype), dtype, shard_bytes
         self.bytes_per_weight = float(self._dtype.itemsize)
 
     def check(self, model: Model) -> None:
@@ -63,7 +63,7 @@ class HuggingFaceFormat:
         sequence_length: int,
         longest: int,
     ) -> None:
-        """Write safetensors, configuration and tokenizer; see `ExportFormat`.
+        """Write configuration and tokenizer, and one file of weights after the other; see `ExportFormat`.
 
         Raises:
             InputError: the tokenizer cannot be written with the same ids, or has more pieces than the embedding rows.
@@ -85,10 +85,16 @@ class HuggingFaceFormat:
             "transformers' Bloom has the rows of queries, keys and values in our order"
         )
         names = huggingface_names(model)
-        renamed = {names[key]: weight.contiguous().to(self._dtype) for key, weight in weights.items()}
-        _require_whole(renamed, config)
-        # No lm_head.weight: it is tied to the word embedding, and transformers ties it again when it loads.
-        save_torch_state_dict(renamed, folder, max_shard_size="5GB", metadata={"format": "pt"})
+        logical = {names[key]: key for key in weights}
+        planned = _planned(config)
+        differing = sorted(planned.keys() ^ logical.keys())
+        assert not differing, f"weights that do not fit BloomForCausalLM: {differing[:5]}"
+        write_safetensors(
+            folder,
+            {name: tensor.to(self._dtype) for name, tensor in planned.items()},
+            read=lambda name: weights[logical[name]],
+            shard_bytes=self._shard_bytes,
+        )
 
     def write_card(self, folder: Path, facts: ModelFacts, *, comparison: str) -> None:
         """Write README.md, the card that the Hugging Face Hub shows; see `ExportFormat`."""
@@ -201,15 +207,13 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _require_whole(weights: Mapping[str, Tensor], config: BloomConfig) -> None:
-    """Check names and shapes against the model that transformers builds from the configuration."""
-    # On the meta device, so that no memory is allocated for a second copy of the model.
-    with torch.device("meta"):
-        expected = {name: weight.shape for name, weight in BloomForCausalLM(config).state_dict().items()}
-    del expected["lm_head.weight"]
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    differing = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
-    assert not differing, f"weights that do not fit BloomForCausalLM: {differing[:5]}"
+def _planned(config: BloomConfig) -> dict[str, Tensor]:
+    """Return the weights of the model that transformers builds from the configuration, on the meta device."""
+    with torch.device("meta"):  # no memory
+        planned: dict[str, Tensor] = BloomForCausalLM(config).state_dict()
+    # It is tied to the word embedding, and transformers ties it again when it loads.
+    del planned["lm_head.weight"]
+    return planned
 
 
 def _bloom_config(
