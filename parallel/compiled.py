@@ -68,18 +68,16 @@ def compile_now(
         biases: Whether linears and norms have biases.
         gelu: The model's, of `parallel.fused`.
     """
-    hidden, inner = widths
-    projected = 3 * heads[0] * heads[1]
+    (hidden, inner), projected = widths, 3 * heads[0] * heads[1]
 
     def states(width: int) -> Tensor:
         return torch.zeros(rows, width, dtype=dtype, device=device, requires_grad=True)
 
-    def local(width: int) -> nn.Parameter:
+    def local(width: int) -> Tensor:
         return nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
 
     def whole() -> Tensor:
-        parameter = local(hidden)
-        return parameter.view_as(parameter) if split else parameter
+        return local(hidden).view(hidden) if split else local(hidden)
 
     bias, epsilon = whole() if biases and not drops else None, 1e-5
     norm = (whole(), whole() if biases else None, epsilon)

@@ -18,7 +18,13 @@ from training.export.formats.gguf import GgufFormat
 
 pytestmark = pytest.mark.llama
 LENGTH, TOKENS = 512, 2500
-SHAPES = {heads: Model(layers=2, hidden=16 * heads, heads=heads) for heads in (8, 12)}
+SHAPES = {
+    "bloom-8": Model(layers=2, hidden=128, heads=8),
+    "bloom-12": Model(layers=2, hidden=192, heads=12),
+    "bloom-8-untied": Model(layers=2, hidden=128, heads=8, tie_embeddings=False),
+    "mpt-8": Model(layers=2, hidden=128, heads=8, family="mpt", alibi_bias_max=12),
+    "mpt-12-untied": Model(layers=2, hidden=192, heads=12, family="mpt", tie_embeddings=False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +45,18 @@ def load(folder: Path, *, tokenizer: Path, shape: Model, dtype: str, weights: di
     )
 
 
-@pytest.mark.parametrize("heads", SHAPES)
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
-def test_logits_far_past_the_training_length(tmp_path: Path, tokenizer: Path, heads: int, dtype: str) -> None:
-    shape = SHAPES[heads]
+def test_logits_far_past_the_training_length(tmp_path: Path, tokenizer: Path, name: str, dtype: str) -> None:
+    shape = SHAPES[name]
     weights = random_weights(shape, vocab_size=len(read_vocabulary(tokenizer)))
     llama = load(tmp_path, tokenizer=tokenizer, shape=shape, dtype=dtype, weights=weights)
     tokens = torch.randint(3, len(weights["embedding.word.weight"]), (1, TOKENS))
     llama.eval(tokens[0].tolist())
     found = torch.from_numpy(np.array(llama.scores[:TOKENS], dtype=np.float64))
     exact = {name: weight.double() for name, weight in weights.items()}
-    expected = bloom_logits(exact, tokens, layers=shape.layers, heads=heads)[0]
+    slopes = {"heads": shape.heads, "bias_max": shape.alibi_bias_max}
+    expected = bloom_logits(exact, tokens, layers=shape.layers, **slopes)[0]
     log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
     divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     difference = float((found - expected).abs().max())
@@ -58,7 +65,7 @@ def test_logits_far_past_the_training_length(tmp_path: Path, tokenizer: Path, he
 
 
 def test_tokens_are_those_of_sentencepiece(tmp_path: Path, tokenizer: Path) -> None:
-    shape = SHAPES[8]
+    shape = SHAPES["mpt-8"]
     weights = random_weights(shape, vocab_size=len(read_vocabulary(tokenizer)))
     llama = load(tmp_path, tokenizer=tokenizer, shape=shape, dtype="f16", weights=weights)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
@@ -69,7 +76,7 @@ def test_tokens_are_those_of_sentencepiece(tmp_path: Path, tokenizer: Path) -> N
 
 
 def test_greedy_text_is_that_of_the_formula(tmp_path: Path, tokenizer: Path) -> None:
-    shape = SHAPES[12]
+    shape = SHAPES["bloom-12"]
     weights = random_weights(shape, vocab_size=len(read_vocabulary(tokenizer)))
     llama = load(tmp_path, tokenizer=tokenizer, shape=shape, dtype="f32", weights=weights)
     prompt = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode("The quick brown fox")

@@ -308,16 +308,16 @@ MUTANTS = (
     ),
     Mutant(
         "gguf: rows stay in our order",
-        "training/export/formats/gguf.py",
+        "training/export/row_order.py",
         "parts.permute(*order, *range(3, parts.ndim))",
         "parts",
         BY_GGUF,
     ),
     Mutant(
         "gguf: biases stay in our order",
-        "training/export/formats/gguf.py",
-        "if each.is_qkv else weight",
-        "if each.is_qkv and weight.ndim > 1 else weight",
+        "training/export/row_order.py",
+        "if not parameter.is_qkv:",
+        "if not parameter.is_qkv or weight.ndim == 1:",
         BY_GGUF,
     ),
     Mutant(

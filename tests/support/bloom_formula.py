@@ -1,4 +1,7 @@
-"""The Bloom decoder in plain tensor arithmetic from logical weights: no transformers, no code of the project."""
+"""Bloom and Mpt in plain tensor arithmetic from logical weights: no transformers, no code of the project.
+
+The weights tell the family: Mpt has no norm after the embedding, no biases, and an exact GELU.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,6 +18,7 @@ def bloom_logits(
     *,
     layers: int,
     heads: int,
+    bias_max: int = 8,
     penalty: torch.Tensor | None = None,
     embedded: Hook | None = None,
     turned: Hook | None = None,
@@ -26,24 +30,26 @@ def bloom_logits(
         tokens: Token ids.
         layers: Number of blocks.
         heads: Heads per block.
+        bias_max: ALiBi's flattest slope is 2^-bias_max, for a power of two of heads.
         penalty: Bias to add to the scores, [heads, seq, seq]; ALiBi's by default.
         embedded: Function to apply to the embeddings, [batch, seq, hidden].
         turned: Function to apply to queries and to keys, [batch, heads, seq, head_dim].
     """
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
+        return functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights.get(f"{name}.bias"), eps=1e-5)
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+        return functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     batch, seq = tokens.shape
     places = torch.arange(seq)
     distance = places[None, :] - places[:, None]
-    bias = _slopes(heads)[:, None, None] * distance if penalty is None else penalty
+    bias = _slopes(heads, bias_max=bias_max)[:, None, None] * distance if penalty is None else penalty
     bias = bias.masked_fill(distance > 0, -math.inf).to(weights["embedding.word.weight"].dtype)
     x = weights["embedding.word.weight"][tokens]
-    x = norm(x if embedded is None else embedded(x), "embedding.norm")
+    x, is_bloom = x if embedded is None else embedded(x), "embedding.norm.weight" in weights
+    x = norm(x, "embedding.norm") if is_bloom else x
     for block in range(layers):
         prefix = f"blocks.{block}"
         mixed = linear(norm(x, f"{prefix}.attention_norm"), f"{prefix}.attention.query_key_value")
@@ -54,8 +60,8 @@ def bloom_logits(
         attended = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, seq, -1)
         x = x + linear(attended, f"{prefix}.attention.output")
         up = linear(norm(x, f"{prefix}.feed_forward_norm"), f"{prefix}.feed_forward.up")
-        x = x + linear(functional.gelu(up, approximate="tanh"), f"{prefix}.feed_forward.down")
-    return norm(x, "final_norm") @ weights["embedding.word.weight"].T
+        x = x + linear(functional.gelu(up, approximate="tanh" if is_bloom else "none"), f"{prefix}.feed_forward.down")
+    return norm(x, "final_norm") @ weights.get("head.weight", weights["embedding.word.weight"]).T
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -65,8 +71,8 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (total - logits.gather(-1, targets[..., None])).mean()
 
 
-def _slopes(heads: int) -> torch.Tensor:
+def _slopes(heads: int, *, bias_max: int = 8) -> torch.Tensor:
     power = 2 ** int(math.log2(heads))
-    first = [2 ** (-8 * (n + 1) / power) for n in range(power)]
-    between = [2 ** (-4 * (2 * n + 1) / power) for n in range(heads - power)]
+    first = [2 ** (-bias_max * (n + 1) / power) for n in range(power)]
+    between = [2 ** (-bias_max / 2 * (2 * n + 1) / power) for n in range(heads - power)]
     return torch.tensor(first + between, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """GGUF: one file with weights and tokenizer, which llama.cpp and what is built on it run.
 
-`GgufFormat` writes the file and reads it back: the weights with transformers, which knows the format too, the tokenizer
-from the file's own fields. Names and fields: llama.cpp's loader of the architecture `bloom`.
+`GgufFormat` writes the file and reads it back: the weights into transformers' model, the tokenizer from the file's own
+fields. Names and fields: llama.cpp's loaders of the architectures `bloom` and `mpt`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,19 +15,22 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
+from configs.choices import FAMILIES
 from configs.errors import InputError
 from configs.schema import Model
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary, write_proto
 from training.export.facts import ModelFacts
-from training.export.formats.bloom_limits import bloom_problem
+from training.export.formats.family_limits import gguf_problem
+from training.export.formats.gguf_mpt import load_mpt
 from training.export.formats.huggingface import HuggingFaceFormat, load_exported, logits_of
 from training.export.formats.model_card import LLAMA_CPP, model_card
 from training.export.formats.rounding import finite
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import require_rows
-from training.families.bloom import BLOOM
-from training.families.description import QKV_ORDER
+from training.export.row_order import in_order_of
+from training.families.description import Family
+from training.families.mpt import MPT
 from training.families.table import describe
 
 _TYPES = {
@@ -56,7 +59,7 @@ _TAKEN = frozenset(
 
 
 class GgufFormat:
-    """Implement `ExportFormat` for llama.cpp's architecture `bloom`."""
+    """Implement `ExportFormat` for llama.cpp's architectures `bloom` and `mpt`."""
 
     def __init__(self, dtype: str) -> None:
         """Take the type of the matrices: f32, f16 or q8_0; norms and biases are f32 in each."""
@@ -67,7 +70,7 @@ class GgufFormat:
 
     def check(self, model: Model) -> None:
         """Refuse a model that the file cannot hold; see `ExportFormat`."""
-        if problem := bloom_problem(model):
+        if problem := gguf_problem(model):
             raise InputError(problem)
         if self._type is GGMLQuantizationType.Q8_0 and model.hidden % _Q8_BLOCK:
             raise InputError(
@@ -100,7 +103,7 @@ class GgufFormat:
         """
         vocabulary = read_vocabulary(tokenizer)
         _check_vocabulary(vocabulary, tokenizer=tokenizer, rows=vocab_size)
-        writer = gguf.GGUFWriter(folder / self._file, BLOOM.name)
+        writer = gguf.GGUFWriter(folder / self._file, model.family)
         writer.add_name(name)
         writer.add_file_type(self._file_type)
         writer.add_context_length(longest)
@@ -118,8 +121,7 @@ class GgufFormat:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for each in parameters:
-            weight = weights[each.shard.name]
-            writer.write_tensor_data(self._stored(_reordered(weight, heads=model.heads) if each.is_qkv else weight))
+            writer.write_tensor_data(self._stored(in_order_of("gguf", each, weights, model=model)))
         writer.close()
 
     def write_card(self, folder: Path, facts: ModelFacts, *, comparison: str) -> None:
@@ -136,7 +138,10 @@ class GgufFormat:
         return read_gguf_tokenizer(folder / self._file)
 
     def read_logits(self, folder: Path) -> Callable[[Tensor], Tensor]:
-        """Return the file's model, loaded by transformers in fp32; see `ExportFormat`."""
+        """Return the file's model in transformers, in fp32; see `ExportFormat`."""
+        fields = gguf.GGUFReader(folder / self._file).fields
+        if fields["general.architecture"].contents() == MPT.name:  # which transformers does not read from this format
+            return logits_of(load_mpt(folder / self._file))
         return logits_of(load_exported(folder, gguf_file=self._file))
 
     @property
@@ -180,8 +185,11 @@ def _add_shape(writer: gguf.GGUFWriter, model: Model, *, vocab_size: int) -> Non
     writer.add_feed_forward_length(model.inner)
     writer.add_head_count(model.heads)
     writer.add_head_count_kv(model.heads)
-    writer.add_layer_norm_eps(BLOOM.norm_epsilon)
+    family: Family = FAMILIES[model.family].load()
+    writer.add_layer_norm_eps(family.norm_epsilon)
     writer.add_vocab_size(vocab_size)
+    if family is MPT:  # without it llama.cpp computes no bias; its bloom has 8
+        writer.add_max_alibi_bias(float(model.alibi_bias_max))
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, *, rows: int) -> None:
@@ -202,10 +210,3 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, *, rows: in
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
-
-
-def _reordered(weight: Tensor, *, heads: int) -> Tensor:
-    """Return the rows of a fused query-key-value matrix, or its bias, in llama.cpp's order."""
-    order = [QKV_ORDER.index(axis) for axis in BLOOM.gguf_qkv]
-    parts = weight.view(heads, 3, -1, *weight.shape[1:])
-    return parts.permute(*order, *range(3, parts.ndim)).reshape(weight.shape)

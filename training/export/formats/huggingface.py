@@ -1,4 +1,4 @@
-"""Hugging Face format: a folder that transformers and vLLM load as BloomForCausalLM.
+"""Hugging Face format: a folder that transformers loads as BloomForCausalLM or MptForCausalLM, and vLLM the first.
 
 `HuggingFaceFormat` writes the folder and reads it back with transformers. `generate_text` generates from the folder
 with transformers alone, which shows that the export can be served.
@@ -13,29 +13,29 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from configs.errors import InputError, TrainshortError
 from configs.schema import Model
-from data_pipeline.vocabulary import Vocabulary
 from training.export.facts import ModelFacts
-from training.export.formats.bloom_limits import bloom_problem
+from training.export.formats.family_limits import huggingface_problem
+from training.export.formats.huggingface_config import make_config
 from training.export.formats.model_card import TRANSFORMERS, model_card
 from training.export.formats.rounding import finite
 from training.export.formats.safetensors_folder import SHARD_BYTES, write_safetensors
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import require_rows, write_tokenizer
-from training.families.bloom import BLOOM
-from training.families.description import QKV_ORDER
-from training.families.table import huggingface_names
+from training.export.parity import COMPARED_MULTIPLE
+from training.export.row_order import in_order_of
+from training.families.table import describe
 from training.model.proof.attention_weights import dtype_of
 
-# Transformers' Bloom materializes the attention scores of a layer, [heads, seq, seq] fp32.
+# Transformers' Bloom and Mpt materialize the attention scores of a layer, [heads, seq, seq] fp32.
 _MOST_SCORE_BYTES = 2_000_000_000
 
 
 class HuggingFaceFormat:
-    """Implement `ExportFormat` for BloomForCausalLM; transformers reads it back, and computes in fp32."""
+    """Implement `ExportFormat` for transformers' class of the family, which reads it back and computes in fp32."""
 
     def __init__(self, dtype: str = "fp32", *, shard_bytes: int = SHARD_BYTES) -> None:
         """Take the type of the weights, fp32, bf16 or fp16, and the most bytes of them in a file."""
@@ -43,8 +43,8 @@ class HuggingFaceFormat:
         self.bytes_per_weight = float(self._dtype.itemsize)
 
     def check(self, model: Model) -> None:
-        """Refuse a model that BloomForCausalLM cannot express; see `ExportFormat`."""
-        if problem := bloom_problem(model):
+        """Refuse a model that the class cannot express; see `ExportFormat`."""
+        if problem := huggingface_problem(model):
             raise InputError(problem)
 
     def rounded(self, weight: Tensor) -> Tensor:
@@ -70,8 +70,13 @@ class HuggingFaceFormat:
         """
         vocabulary = write_tokenizer(tokenizer, folder)
         require_rows(vocabulary, tokenizer=tokenizer, rows=vocab_size)
-        config = _bloom_config(
-            model, vocab_size=vocab_size, sequence_length=sequence_length, longest=longest, vocabulary=vocabulary
+        config = make_config(
+            model,
+            vocab_size=vocab_size,
+            sequence_length=sequence_length,
+            longest=longest,
+            vocabulary=vocabulary,
+            compared=COMPARED_MULTIPLE * sequence_length,
         )
         config.save_pretrained(folder)
         generation: Any = GenerationConfig  # untyped in transformers
@@ -81,18 +86,15 @@ class HuggingFaceFormat:
             "pad_token_id": config.pad_token_id,
         }
         generation(**ids).save_pretrained(folder)
-        assert BLOOM.huggingface_qkv == QKV_ORDER, (
-            "transformers' Bloom has the rows of queries, keys and values in our order"
-        )
-        names = huggingface_names(model)
-        logical = {names[key]: key for key in weights}
+        described = {each.shard.name: each for each in describe(model, vocab_size=vocab_size)}
+        parameters = {str(described[name].huggingface): described[name] for name in weights}
         planned = _planned(config)
-        differing = sorted(planned.keys() ^ logical.keys())
-        assert not differing, f"weights that do not fit BloomForCausalLM: {differing[:5]}"
+        differing = sorted(planned.keys() ^ parameters.keys())
+        assert not differing, f"weights that do not fit transformers' class: {differing[:5]}"
         write_safetensors(
             folder,
             {name: tensor.to(self._dtype) for name, tensor in planned.items()},
-            read=lambda name: weights[logical[name]],
+            read=lambda name: in_order_of("huggingface", parameters[name], weights, model=model),
             shard_bytes=self._shard_bytes,
         )
 
@@ -207,38 +209,11 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _planned(config: BloomConfig) -> dict[str, Tensor]:
+def _planned(config: PretrainedConfig) -> dict[str, Tensor]:
     """Return the weights of the model that transformers builds from the configuration, on the meta device."""
+    builder: Any = transformers.AutoModelForCausalLM  # untyped in transformers
     with torch.device("meta"):  # no memory
-        planned: dict[str, Tensor] = BloomForCausalLM(config).state_dict()
-    # It is tied to the word embedding, and transformers ties it again when it loads.
-    del planned["lm_head.weight"]
+        planned: dict[str, Tensor] = builder.from_config(config).state_dict()
+    if config.tie_word_embeddings:  # the word embedding again, and transformers ties it when it loads
+        del planned["lm_head.weight"]
     return planned
-
-
-def _bloom_config(
-    model: Model, *, vocab_size: int, sequence_length: int, longest: int, vocabulary: Vocabulary
-) -> BloomConfig:
-    settings: dict[str, Any] = {
-        "architectures": ["BloomForCausalLM"],
-        "vocab_size": vocab_size,
-        "hidden_size": model.hidden,
-        "n_layer": model.layers,
-        "n_head": model.heads,
-        "layer_norm_epsilon": BLOOM.norm_epsilon,
-        "initializer_range": model.init_std,
-        "hidden_dropout": model.dropout,
-        "attention_dropout": 0.0,
-        "apply_residual_connection_post_layernorm": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": vocabulary.begin_id,
-        "eos_token_id": vocabulary.end_id,
-        # Padding is masked, so any token will do.
-        "pad_token_id": vocabulary.pad_id if vocabulary.pad_id is not None else vocabulary.end_id,
-        # In 16 bits transformers' BLOOM would round the distances too.
-        "dtype": "float32",
-        # Transformers ignores it, but other engines limit prompt and continuation to it: vLLM's max_model_len.
-        "seq_length": longest,
-        "train_length": sequence_length,
-    }
-    return BloomConfig(**settings)

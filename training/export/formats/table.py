@@ -134,10 +134,16 @@ def _gguf(dtype: str) -> ExportFormat:
     return GgufFormat(dtype)
 
 
-def _bloom_problem(model: "Model") -> str | None:
-    from training.export.formats.bloom_limits import bloom_problem
+def _huggingface_problem(model: "Model") -> str | None:
+    from training.export.formats.family_limits import huggingface_problem
 
-    return bloom_problem(model)
+    return huggingface_problem(model)
+
+
+def _gguf_problem(model: "Model") -> str | None:
+    from training.export.formats.family_limits import gguf_problem
+
+    return gguf_problem(model)
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,8 @@ class FormatRow:
 
 
 FORMATS = {
-    "hf": FormatRow("transformers' BloomForCausalLM", ("fp32", "bf16", "fp16"), _bloom_problem, _huggingface),
-    "gguf": FormatRow("one file for llama.cpp", ("f32", "f16", "q8_0"), _bloom_problem, _gguf),
+    "hf": FormatRow("transformers' Bloom or Mpt", ("fp32", "bf16", "fp16"), _huggingface_problem, _huggingface),
+    "gguf": FormatRow("one file for llama.cpp", ("f32", "f16", "q8_0"), _gguf_problem, _gguf),
 }
 DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
 # the format that a SLURM chain exports to
