@@ -61,8 +61,7 @@ def compile_now(
         rows: Tokens of a rank's micro-batch.
         widths: Width of the states, and of this rank's part of the feed-forward.
         heads: Heads of this rank, and their width.
-        dtype: Type of the states.
-        device: Where they are.
+        dtype, device: Type and place of the states.
         split: Whether the sequence is split: whole parameters then come through `with_summed_gradients`.
         drops: Whether there is dropout: a bias is then added before it.
         biases: Whether linears and norms have biases.

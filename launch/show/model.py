@@ -1,4 +1,4 @@
-"""Output of `evaluate` and `export`."""
+"""Output of `evaluate`, `export` and `import`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from training.evaluation.kept import other_precision
 from training.evaluation.report import protocol_name, shown_density
 
 if TYPE_CHECKING:
+    from training.export.import_hf import ImportResult
     from training.export.run import ExportResult
 
 
@@ -71,4 +72,15 @@ def show_export(result: "ExportResult", *, checkpoint: Path) -> None:
         f"exported {result}",
         f"longest text: {facts.longest:,} tokens, {facts.reason}{'' if facts.report else advice}",
         f"exported: {result.folder}",
+    )
+
+
+def show_import(result: "ImportResult", *, out: Path) -> None:
+    """Write how an imported model compared, what to do with it, and in the last line its run folder."""
+    folder = typed_path(out)
+    show_lines(
+        f"imported {result}",
+        f"next: `trainshort evaluate {folder} --data FILE`, `trainshort generate {folder}`, or train on with "
+        f"train.init_from: {folder}",
+        f"imported: {out}",
     )

@@ -54,8 +54,7 @@ def bloom_logits(
         prefix = f"blocks.{block}"
         mixed = linear(norm(x, f"{prefix}.attention_norm"), f"{prefix}.attention.query_key_value")
         query, key, value = mixed.view(batch, seq, heads, 3, -1).permute(3, 0, 2, 1, 4)
-        if turned is not None:
-            query, key = turned(query), turned(key)
+        query, key = (query, key) if turned is None else (turned(query), turned(key))
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + bias
         attended = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, seq, -1)
         x = x + linear(attended, f"{prefix}.attention.output")

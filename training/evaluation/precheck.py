@@ -12,7 +12,7 @@ from configs.protocols import parse_protocol
 from configs.schema import RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.text import require_text_file
-from training.checkpoint.manifest import CONFIG_NAME, require_checkpoint
+from training.checkpoint.manifest import CONFIG_NAME, read_manifest, require_checkpoint
 from training.evaluation.windows import require_stride
 
 
@@ -50,6 +50,8 @@ def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:
     Raises:
         InputError: the data is missing, or is not what the checkpoint was trained on.
     """
+    if not read_manifest(checkpoint).step:
+        raise InputError(f"{checkpoint} is an imported model, which has no held-out text: give a text with --data")
     run_dir, tokenizer = checkpoint.parent.parent, checkpoint / TOKENIZER_NAME
     # The newest start's: the data may have been moved since the checkpoint was saved.
     newest = config_file(run_dir)

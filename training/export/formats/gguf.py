@@ -22,9 +22,9 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary, write_proto
 from training.export.facts import ModelFacts
 from training.export.formats.family_limits import gguf_problem
-from training.export.formats.gguf_mpt import load_mpt
 from training.export.formats.huggingface import HuggingFaceFormat, load_exported, logits_of
 from training.export.formats.model_card import LLAMA_CPP, model_card
+from training.export.formats.mpt import load_mpt
 from training.export.formats.rounding import finite
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import require_rows

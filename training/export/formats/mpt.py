@@ -1,4 +1,4 @@
-"""Read a GGUF file of the architecture `mpt` into transformers' MptForCausalLM, which does not read it by itself."""
+"""Transformers' MptForCausalLM: a GGUF file read into it, and its slopes. It does neither by itself."""
 
 from functools import partial
 from pathlib import Path
@@ -46,11 +46,16 @@ def load_mpt(file: Path) -> Any:
         layer_norm_epsilon=field("mpt.attention.layer_norm_epsilon"),
         tie_word_embeddings=ties,
     )
-    mpt: Any = MptForCausalLM(config)  # untyped in transformers
+    mpt: Any = MptForCausalLM(config)  # its eval is untyped
     with torch.no_grad():
         for each in reader.tensors:
             mpt.get_parameter(names[each.name]).copy_(torch.tensor(dequantize(each.data, each.tensor_type)))
-    # transformers' own call leaves alibi_bias_max at 8
-    steep = partial(build_mpt_alibi_tensor, alibi_bias_max=field("mpt.attention.max_alibi_bias"))
-    mpt.transformer.build_mpt_alibi_tensor = steep
-    return mpt.eval()
+    return with_slopes(mpt.eval(), field("mpt.attention.max_alibi_bias"))
+
+
+def with_slopes(model: Any, bias_max: float) -> Any:
+    """Return transformers' model with the slopes of a value of alibi_bias_max: its Mpt computes with 8 by itself."""
+    if isinstance(model, MptForCausalLM):
+        builds: Any = model.transformer
+        builds.build_mpt_alibi_tensor = partial(build_mpt_alibi_tensor, alibi_bias_max=bias_max)
+    return model

@@ -1,0 +1,239 @@
+"""`trainshort import`: a BLOOM or MPT model of a Hugging Face folder becomes a checkpoint of step 0."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.choices import FAMILIES
+from configs.errors import InputError, MachineError, TrainshortError
+from configs.load import dump_run
+from configs.paths import TOKENIZER_NAME, checkpoints_folder
+from configs.schema import Data, Run, RunConfig, Train
+from data_pipeline.tokenizer import Tokenizer
+from parallel.compilers import check_cache_folder
+from parallel.start import environment
+from training.checkpoint import disk
+from training.checkpoint.manifest import (
+    CONFIG_NAME,
+    Manifest,
+    TensorEntry,
+    file_name,
+    step_folder,
+    write_manifest,
+)
+from training.checkpoint.read import open_checkpoint
+from training.checkpoint.tensors import TensorFile
+from training.export.folder import new_folder, require_space, try_new_folder
+from training.export.formats.huggingface import HuggingFaceFormat, load_exported, logits_of
+from training.export.formats.mpt import with_slopes
+from training.export.hf_model import IncomingModel, read_model
+from training.export.hf_weights import HuggingFaceWeights
+from training.export.parity import LOGIT_TOLERANCE
+from training.export.row_order import reorder_rows
+from training.families.description import QKV_ORDER, Family, Parameter
+from training.families.table import describe
+from training.model.single import load_single
+
+_PREFIX = "transformer."  # transformers saves a model without its head under names without it
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """An imported model.
+
+    Attributes:
+        checkpoint: Its checkpoint.
+        parameters: Their number.
+        length: Tokens of the text on which its logits were compared with transformers'.
+        difference: The largest difference of a logit.
+        scale: The largest absolute logit.
+    """
+
+    checkpoint: Path
+    parameters: int
+    length: int
+    difference: float
+    scale: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.checkpoint}: {self.parameters:,} parameters; logits of {self.length} random tokens differ from "
+            f"transformers' by {self.difference:.2g} at most (largest {self.scale:.3g})"
+        )
+
+
+def import_model(source: Path, *, out: Path, train_length: int | None = None) -> ImportResult:
+    """Write a Hugging Face folder's model as the checkpoint of a new run folder, after comparing their logits.
+
+    Tensors are read and written one at a time; to compare them, each model is in memory once, one after the other.
+
+    Args:
+        source: A folder with config.json, weights and a tokenizer.
+        out: A folder that does not exist or is empty; it will hold checkpoints/step_0000000.
+        train_length: Tokens that the model was trained at; None for what its configuration says.
+    Raises:
+        InputError: the model cannot be represented exactly, a file is broken or missing, or `out` has files.
+        MachineError: the disk is too small or failing.
+        TrainshortError: the checkpoint's logits differ from transformers'; it is deleted.
+    """
+    check_cache_folder(environment())  # transformers makes it
+    try_new_folder(out)
+    incoming = read_model(source)
+    tokenizer = _tokenizer(source, incoming)
+    config = _run_config(source, incoming, out=out, train_length=train_length)
+    weights = HuggingFaceWeights(source)
+    names = _names(weights, incoming)
+    parameters = sum(prod(each.shard.shape) for each in names)
+    require_space(out, needed_bytes=_FP32 * parameters)
+    with new_folder(out) as folder:
+        with _report_write_errors(out):
+            step = step_folder(checkpoints_folder(folder), step=0)
+            step.mkdir(parents=True)
+            _write(step, config, names, weights, incoming, tokenizer=tokenizer)
+        length, difference, scale = _compare(source, step, incoming, length=config.data.sequence_length)
+    checkpoint = step_folder(checkpoints_folder(out), step=0)
+    return ImportResult(checkpoint, parameters, length, difference, scale)
+
+
+def _tokenizer(source: Path, incoming: IncomingModel) -> Tokenizer:
+    tokenizer = Tokenizer.load(source / TOKENIZER_NAME)
+    if tokenizer.vocab_size > incoming.vocab_size:
+        raise InputError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {incoming.vocab_size} rows: it is another "
+            "model's"
+        )
+    if incoming.end_token is not None and incoming.end_token != tokenizer.end_of_document:
+        raise InputError(
+            f"{tokenizer.path} ends a document with token {tokenizer.end_of_document}, config.json says eos_token_id "
+            f"{incoming.end_token}: make them agree"
+        )
+    return tokenizer
+
+
+def _run_config(source: Path, incoming: IncomingModel, *, out: Path, train_length: int | None) -> RunConfig:
+    """Return a run that describes the model. It was not trained here, so its `train` section says nothing."""
+    length = train_length or incoming.train_length
+    if length is None:
+        raise InputError(f"{source / 'config.json'} does not say at which length the model was trained: give --length")
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", out.absolute().name)
+    return RunConfig(
+        run=Run(name=name, dir=str(out)),
+        model=incoming.model,
+        data=Data.model_validate(
+            {"sources": [str(source)], "vocab_size": incoming.vocab_size, "sequence_length": length}
+        ),
+        train=Train(micro_batch=1, global_batch=1, steps=1, learning_rate=1e-4),
+    )
+
+
+def _names(weights: HuggingFaceWeights, incoming: IncomingModel) -> dict[Parameter, str]:
+    """Return the name in the folder of each parameter, after checking that names and shapes are the model's.
+
+    Raises:
+        InputError: names a tensor that is missing, not known, or of another shape.
+    """
+    described = describe(incoming.model, vocab_size=incoming.vocab_size)
+    names = {each: _name_in(weights, str(each.huggingface)) for each in described}
+    for each, name in names.items():
+        if name not in weights:
+            raise InputError(f"{weights.folder} has no tensor {name}, which its config.json implies: download it again")
+        if (shape := weights.shape(name)) != each.shard.shape:
+            raise InputError(
+                f"{weights.folder} has {name} as {list(shape)}, its config.json implies {list(each.shard.shape)}: they "
+                "are of different models"
+            )
+    for name in sorted(weights.keys() - {*names.values()}):
+        if not _is_tied_copy(name, weights, names):
+            raise InputError(
+                f"{weights.folder} has a tensor {name}, for which {incoming.model.family.upper()} has no place: it "
+                "cannot be represented exactly, so it is not imported"
+            )
+    return names
+
+
+def _name_in(weights: Mapping[str, Tensor], name: str) -> str:
+    short = name.removeprefix(_PREFIX)
+    return short if short in weights else name
+
+
+def _is_tied_copy(name: str, weights: Mapping[str, Tensor], names: Mapping[Parameter, str]) -> bool:
+    """Return whether a tensor is the word embedding again, which older versions of transformers saved twice."""
+    return name == "lm_head.weight" and torch.equal(weights[name], weights[next(iter(names.values()))])
+
+
+def _write(
+    folder: Path,
+    config: RunConfig,
+    names: Mapping[Parameter, str],
+    weights: Mapping[str, Tensor],
+    incoming: IncomingModel,
+    *,
+    tokenizer: Tokenizer,
+) -> None:
+    family: Family = FAMILIES[incoming.model.family].load()
+    heads = incoming.model.heads
+    path = folder / file_name(stage=0, tensor=0, kind="weight")
+    file = TensorFile(path, shapes={each.shard.name: each.shard.shape for each in names})
+    try:
+        for each, name in names.items():
+            weight = weights[name]
+            if each.is_qkv:
+                weight = reorder_rows(weight, heads=heads, source=family.huggingface_qkv, target=QKV_ORDER)
+            file.add(each.shard.name, weight)
+        files = {path.name: file.finish()}
+    finally:
+        file.close()
+    files[CONFIG_NAME] = disk.write_file(folder / CONFIG_NAME, [dump_run(config).encode()])
+    files[TOKENIZER_NAME] = disk.write_file(folder / TOKENIZER_NAME, [tokenizer.path.read_bytes()])
+    manifest = Manifest(
+        step=0,
+        consumed_samples=0,
+        probe_loss=0.0,
+        order_hash="",
+        validation_loss=None,
+        tensor=1,
+        pipeline=1,
+        vocab_size=incoming.vocab_size,
+        tensors={each.shard.name: TensorEntry(each.shard.shape, each.shard.rule, 0, each.shard.tied) for each in names},
+        files=files,
+    )
+    write_manifest(folder, manifest)
+
+
+def _compare(source: Path, checkpoint: Path, incoming: IncomingModel, *, length: int) -> tuple[int, float, float]:
+    """Compare the logits of both models on random tokens; return the length, the largest difference and logit.
+
+    Raises:
+        TrainshortError: they differ by more than `LOGIT_TOLERANCE`, relative to the largest logit or 1.
+    """
+    length = min(length, HuggingFaceFormat().length_limit(incoming.model).tokens)
+    tokens = torch.randint(incoming.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = logits_of(with_slopes(load_exported(source), incoming.model.alibi_bias_max))(tokens)
+    ours = load_single(open_checkpoint(checkpoint)).logits(tokens)
+    difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if not difference <= LOGIT_TOLERANCE * max(1.0, scale):  # nan fails too
+        raise TrainshortError(
+            f"the imported model's logits differ from transformers' by {difference:.3g} at length {length} (largest "
+            f"logit {scale:.3g}): nothing was imported; report this"
+        )
+    return length, difference, scale
+
+
+@contextmanager
+def _report_write_errors(out: Path) -> Iterator[None]:
+    """Turn a failed write into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(
+            f"folder {out} cannot be written ({' '.join(str(error).split())}): nothing was imported; free space or "
+            "choose another --out"
+        ) from None
