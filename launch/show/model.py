@@ -13,7 +13,7 @@ from training.evaluation.report import protocol_name, shown_density
 
 if TYPE_CHECKING:
     from training.export.import_hf import ImportResult
-    from training.export.run import ExportResult
+    from training.export.result import ExportResult
 
 
 _ALL = 0.9995  # of the scores, as shown: windows have left nothing out

@@ -329,7 +329,7 @@ MUTANTS = (
     ),
     Mutant(
         "export: what is compared keeps its weights",
-        "training/export/run.py",
+        "training/export/trained.py",
         "    model.change_weights(exporter.rounded)\n",
         "",
         "tests/unit/test_export_run.py::test_rounded_weights_are_compared_as_they_are_written",

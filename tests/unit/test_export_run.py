@@ -10,63 +10,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from configs.errors import InputError, MachineError, TrainshortError
 from configs.load import check_run
 from configs.schema import Model
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.vocabulary import read_vocabulary
-from tests.support.bloom_formula import bloom_logits
-from tests.support.exports import SHAPE, random_weights, train_sentencepiece
+from tests.support.exports import SHAPE
+from tests.support.formula_model import FormulaModel, open_formula_model
 from training.evaluation.text import EvaluationText
 from training.export.formats.huggingface import HuggingFaceFormat
 from training.export.formats.table import CHAIN_FORMAT, FORMATS, LengthLimit, load_format
 from training.export.run import export_checkpoint
 
-SENTENCE = "The quick brown fox jumps over the lazy dog.\n" * 40
-
-
-class FormulaModel:
-    """The model of the checkpoint, computed by formula; `error` is added to its logits."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        self.weights = weights
-        self.certificate = {"position": "alibi"}
-        self.error = 0.0
-
-    def change_weights(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.weights = {name: change(weight) for name, weight in self.weights.items()}
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        return bloom_logits(self.weights, tokens, layers=SHAPE.layers, heads=SHAPE.heads) + self.error
-
 
 @pytest.fixture
 def model(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> FormulaModel:
     """Let export open a checkpoint of random weights, trained at 32 tokens."""
-    tokenizer = train_sentencepiece(tmp_path)
-    vocab_size = len(read_vocabulary(tokenizer))
-    weights = random_weights(SHAPE, vocab_size=vocab_size)
-    run_values["model"] = SHAPE.model_dump()
-    run_values["parallel"] = {}
-    checkpoint = SimpleNamespace(
-        path=tmp_path / "no run" / "checkpoints" / "step_0000010",
-        manifest=SimpleNamespace(step=10, consumed_samples=80, vocab_size=vocab_size, files={}),
-        config=check_run(run_values, name="small"),
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        weights=lambda: weights,
-        run_dir=tmp_path / "no run",
-    )
-    tokens = np.array(Tokenizer.load(tokenizer).encode(SENTENCE), dtype=np.int64)
-    model = FormulaModel(weights)
-    monkeypatch.setattr("training.export.run.open_checkpoint", lambda path: checkpoint)
-    monkeypatch.setattr("training.export.run.held_out_text", lambda _: EvaluationText("held-out", tokens, None, None))
-    monkeypatch.setattr("training.export.run.load_single", lambda _: model)
-    return model
+    return open_formula_model(tmp_path, run_values, monkeypatch)
 
 
 @pytest.mark.usefixtures("model")
@@ -134,7 +94,7 @@ def test_without_data_random_tokens_are_compared(tmp_path: Path, monkeypatch: py
     def not_prepared(checkpoint: object) -> EvaluationText:
         raise InputError("data is not prepared")
 
-    monkeypatch.setattr("training.export.run.held_out_text", not_prepared)
+    monkeypatch.setattr("training.export.trained.held_out_text", not_prepared)
     exported = export_checkpoint(tmp_path, format="hf", out=tmp_path / "hf")
     assert not exported.held_out
     assert "on random tokens" in str(exported)
@@ -339,7 +299,7 @@ def test_a_disk_that_is_too_small_is_refused_first(
     model: FormulaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = 4 * sum(weight.numel() for weight in model.weights.values())
-    monkeypatch.setattr("training.export.run.load_single", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("training.export.trained.load_single", lambda _: pytest.fail("the model was loaded"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=weights - 1))
     with pytest.raises(MachineError, match=r"the disk of .* has \d+ k?B free, the export needs \d+ kB"):
         export_checkpoint(tmp_path, format="hf", out=tmp_path / "a" / "out")

@@ -52,6 +52,7 @@ LIGHT = (
     "training/export/facts.py",
     "training/export/formats/model_card.py",
     "training/export/formats/table.py",
+    "training/export/result.py",
     "training/families/",
     "training/folder.py",
     "training/host_memory.py",
@@ -87,12 +88,13 @@ SLOW_TO_IMPORT = (
     "training/evaluation/run.py",
     "training/export/import_hf.py",
     "training/export/run.py",
+    "training/export/trained.py",
     "training/model/blocks/prenorm.py",
     "training/model/single.py",
     "training/profiling/run.py",
     "training/run.py",
 )
-SLOW_TO_IMPORT_LIMIT = 19
+SLOW_TO_IMPORT_LIMIT = 20
 # Each module that logs has its own logger.
 NAMES_OF_MANY_MODULES = ("logger",)
 

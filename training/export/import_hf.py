@@ -30,7 +30,7 @@ from training.checkpoint.manifest import (
 from training.checkpoint.read import open_checkpoint
 from training.checkpoint.tensors import TensorFile
 from training.export.folder import new_folder, require_space, try_new_folder
-from training.export.formats.huggingface import HuggingFaceFormat, load_exported, logits_of
+from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
 from training.export.formats.mpt import with_slopes
 from training.export.hf_model import IncomingModel, read_model
 from training.export.hf_weights import HuggingFaceWeights
@@ -216,7 +216,7 @@ def _compare(source: Path, checkpoint: Path, incoming: IncomingModel, *, length:
     length = min(length, HuggingFaceFormat().length_limit(incoming.model).tokens)
     tokens = torch.randint(incoming.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        theirs = logits_of(with_slopes(load_exported(source), incoming.model.alibi_bias_max))(tokens)
+        theirs = TransformersModel(with_slopes(load_exported(source), incoming.model.alibi_bias_max))(tokens)
     ours = load_single(open_checkpoint(checkpoint)).logits(tokens)
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not difference <= LOGIT_TOLERANCE * max(1.0, scale):  # nan fails too

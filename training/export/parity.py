@@ -1,13 +1,18 @@
-"""Compare an exported model with the trained one: logits within a tolerance, token ids and decoded text exactly."""
+"""Compare an exported model with the trained one: logits within a tolerance, token ids and decoded text exactly.
 
-from collections.abc import Callable, Sequence
+A greedy continuation is compared too. Where two tokens are as likely but for the tolerance, either may come next, and
+what follows is not compared.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
 from configs.errors import TrainshortError
 from data_pipeline.portable import EDGE_CASE_TEXTS
-from training.export.formats.table import TextTokenizer
+from training.export.formats.table import ExportedModel, TextTokenizer
 
 # An export is compared at the training length and at this multiple of it.
 COMPARED_MULTIPLE = 4
@@ -30,6 +35,28 @@ class LogitParity:
     difference: float
     scale: float
     tolerance: float
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The greedy continuation of a text by the trained model.
+
+    Attributes:
+        prompt: The text.
+        prompt_ids: Its token ids.
+        ids: Ids of the new tokens; the last may be the end of the document.
+        logits: What each was chosen from, [tokens, vocab] fp32.
+    """
+
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    logits: torch.Tensor
+
+    def as_likely(self, place: int, *, tolerance: float) -> list[int]:
+        """Return the tokens that are as likely at a place as the likeliest one, but for a tolerance of the logits."""
+        (ids,) = torch.where(self.logits[place] >= self.logits[place].max() - tolerance)
+        return ids.tolist()
 
 
 @dataclass(frozen=True)
@@ -66,33 +93,25 @@ def measure_rounding(before: torch.Tensor, after: torch.Tensor) -> Rounding | No
     )
 
 
-def compare_logits(
-    trained: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    exported: Callable[[torch.Tensor], torch.Tensor],
-    tokens: torch.Tensor,
-    lengths: Sequence[int],
-) -> LogitParity:
+def compare_logits(expected: Sequence[torch.Tensor], *, exported: ExportedModel, tokens: torch.Tensor) -> LogitParity:
     """Compare the logits of an exported model with those of the trained model.
 
     Args:
-        trained: The trained model: [1, seq] int64 to [1, seq, vocab] fp32.
-        exported: The exported model, likewise.
+        expected: The trained model's logits of the first tokens, [1, length, vocab] fp32 for each length to compare.
+        exported: The exported model.
         tokens: The text, [tokens], int64; at least the longest length.
-        lengths: Lengths to compare; each sequence starts at the first token.
     Raises:
         TrainshortError: logits differ by more than `LOGIT_TOLERANCE`.
     """
+    lengths = tuple(logits.shape[1] for logits in expected)
     differences, scale = [], 0.0
     with torch.no_grad():
-        for length in lengths:
-            batch = tokens[None, :length]  # [1, length]
-            logits = trained(batch)
-            differences.append((logits - exported(batch)).abs_().max())
+        for length, logits in zip(lengths, expected, strict=True):
+            differences.append(exported(tokens[None, :length]).sub_(logits).abs_().max())
             scale = max(scale, logits.abs().max().item())
     # torch's max returns nan if any value is nan; Python's may not.
     difference = torch.stack(differences).max().item()
-    parity = LogitParity(tuple(lengths), difference, scale, LOGIT_TOLERANCE * max(1.0, scale))
+    parity = LogitParity(lengths, difference, scale, LOGIT_TOLERANCE * max(1.0, scale))
     # `not <=` instead of `>`: nan must fail too.
     if not difference <= parity.tolerance:
         raise TrainshortError(
@@ -101,6 +120,28 @@ def compare_logits(
             "nothing was exported; report this"
         )
     return parity
+
+
+def compare_continuations(expected: Continuation, ids: Sequence[int], *, tolerance: float) -> int:
+    """Compare a greedy continuation by the exported model with the trained model's; return the equal tokens.
+
+    Args:
+        expected: The trained model's.
+        ids: Ids of the exported model's new tokens.
+        tolerance: Logits that differ by less may be in either order.
+    Raises:
+        TrainshortError: it differs, and not for logits that are as good as equal.
+    """
+    for place, (ours, theirs) in enumerate(zip_longest(expected.ids, ids)):
+        if theirs == ours:
+            continue
+        if ours is not None and theirs in expected.as_likely(place, tolerance=tolerance):
+            return place
+        raise TrainshortError(
+            f"the exported model continues a text with the tokens {list(ids[: place + 1])}, the trained model with "
+            f"{list(expected.ids[: place + 1])}: nothing was exported; report this"
+        )
+    return len(expected.ids)
 
 
 def compare_tokenizers(

@@ -4,15 +4,12 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 
-from configs.errors import InputError, MachineError
+from configs.errors import MachineError
 from configs.paths import config_file
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import Tokenizer
@@ -20,66 +17,23 @@ from parallel.compilers import check_cache_folder
 from parallel.start import environment
 from training.checkpoint.manifest import model_sha256
 from training.checkpoint.read import Checkpoint, open_checkpoint
-from training.evaluation.text import held_out_text
 from training.evaluation.usable import find_held_out_report
 from training.export.facts import ModelFacts
 from training.export.folder import new_folder, require_space, try_new_folder
 from training.export.formats.table import ExportFormat, LengthLimit, load_format
 from training.export.parity import (
     COMPARED_MULTIPLE,
-    LogitParity,
-    Rounding,
+    compare_continuations,
     compare_logits,
     compare_tokenizers,
-    measure_rounding,
 )
+from training.export.result import ExportResult
+from training.export.trained import TrainedOutputs, compute_trained
 from training.families.table import parameter_count
 from training.folder import record_certificate
-from training.model.single import SingleModel, load_single
 from training.tracking.tracker import attach
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """An exported folder, and how it compared with the trained model.
-
-    Attributes:
-        folder: The exported folder.
-        facts: What its model card says of the model.
-        logits: The difference between its logits and those of the trained model with its weights rounded likewise.
-        rounding: What rounding the weights changed at the training length; None if nothing.
-        wanted_length: The longest length to compare.
-        limit: The longest length that the format's reader can run; `logits.lengths` stops there.
-        texts: Texts whose token ids were found equal.
-        held_out: Whether the logits are of held-out text; otherwise of random tokens.
-    """
-
-    folder: Path
-    facts: ModelFacts
-    logits: LogitParity
-    rounding: Rounding | None
-    wanted_length: int
-    limit: LengthLimit
-    texts: int
-    held_out: bool
-
-    @property
-    def comparison(self) -> str:
-        """How the exported model compared with the trained one, in words."""
-        lengths = " and ".join(map(str, self.logits.lengths))
-        limited = self.logits.lengths[-1] < self.wanted_length
-        shortened = f" (not {self.wanted_length}: {self.limit.reason})" if limited else ""
-        return (
-            f"at lengths {lengths}{shortened} logits differ by {self.logits.difference:.2g} at most "
-            f"(largest {self.logits.scale:.3g}, allowed {self.logits.tolerance:.2g}) on "
-            f"{'held-out text' if self.held_out else 'random tokens'}; {self.texts} texts have equal token ids"
-            f"{'' if self.rounding is None else f'; {self.rounding}'}"
-        )
-
-    def __str__(self) -> str:
-        return f"{self.folder}: {self.comparison}"
 
 
 def export_checkpoint(checkpoint: Path, *, format: str, out: Path, dtype: str | None = None) -> ExportResult:
@@ -108,7 +62,8 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path, dtype: str | 
     facts = _facts(opened)
     # weights, by far the most of it
     require_space(out, needed_bytes=int(exporter.bytes_per_weight * facts.parameters))
-    model = load_single(opened)
+    lengths, limit = _compared_lengths(exporter, opened)
+    trained = compute_trained(opened, exporter, lengths=lengths)
     with new_folder(out) as folder:
         with _report_write_errors(out):
             exporter.write(
@@ -121,13 +76,13 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path, dtype: str | 
                 sequence_length=facts.train_length,
                 longest=facts.longest,
             )
-            text = json.dumps(model.certificate, indent=1)
+            text = json.dumps(trained.certificate, indent=1)
             (folder / "certificate.json").write_text(f"{text}\n", encoding="utf-8")
         # Compare before the folder takes its name: a wrong export must not be left where an engine would load it.
-        result = _compare(opened, model, exporter, folder, out=out, facts=facts)
+        result = _compare(opened, trained, exporter, folder, out=out, facts=facts, limit=limit)
         with _report_write_errors(out):
             exporter.write_card(folder, facts, comparison=result.comparison)
-    _record(opened, model.certificate, file=out / "certificate.json")
+    _record(opened, trained.certificate, file=out / "certificate.json")
     return result
 
 
@@ -170,45 +125,40 @@ def _facts(checkpoint: Checkpoint) -> ModelFacts:
     )
 
 
-def _compare(
-    checkpoint: Checkpoint, model: SingleModel, exporter: ExportFormat, folder: Path, *, out: Path, facts: ModelFacts
-) -> ExportResult:
-    length = facts.train_length
+def _compared_lengths(exporter: ExportFormat, checkpoint: Checkpoint) -> tuple[tuple[int, ...], LengthLimit]:
+    """Return the lengths to compare, and the limit that may have shortened them."""
+    length, limit = checkpoint.config.data.sequence_length, exporter.length_limit(checkpoint.config.model)
     wanted = (length, COMPARED_MULTIPLE * length)
-    limit = exporter.length_limit(checkpoint.config.model)
     # Without duplicates: both lengths may be over the limit.
-    lengths = tuple(dict.fromkeys(min(length, limit.tokens) for length in wanted))
-    held_out = _held_out_tokens(checkpoint, count=lengths[-1])
-    tokens = _random_tokens(checkpoint, count=lengths[-1]) if held_out is None else held_out
-    tokenizer = Tokenizer.load(checkpoint.tokenizer)
-    texts = EDGE_CASE_TEXTS if held_out is None else (*EDGE_CASE_TEXTS, tokenizer.decode(held_out.tolist()))
+    return tuple(dict.fromkeys(min(length, limit.tokens) for length in wanted)), limit
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    trained: TrainedOutputs,
+    exporter: ExportFormat,
+    folder: Path,
+    *,
+    out: Path,
+    facts: ModelFacts,
+    limit: LengthLimit,
+) -> ExportResult:
+    tokenizer, continuation = Tokenizer.load(checkpoint.tokenizer), trained.continuation
+    texts = EDGE_CASE_TEXTS if trained.text is None else (*EDGE_CASE_TEXTS, trained.text)
     compared = compare_tokenizers(tokenizer, exported=exporter.read_tokenizer(folder), texts=texts)
-    first = tokens[None, : lengths[0]]
-    before = model.logits(first)
-    model.change_weights(exporter.rounded)
-    rounding = measure_rounding(before, model.logits(first))
-    parity = compare_logits(model.logits, exported=exporter.read_logits(folder), tokens=tokens, lengths=lengths)
+    exported = exporter.read_logits(folder)
+    parity = compare_logits(trained.logits, exported=exported, tokens=trained.tokens)
+    continued = exported.continue_greedily(
+        continuation.prompt_ids, tokens=len(continuation.ids), end=tokenizer.end_of_document
+    )
     return ExportResult(
         folder=out,
         facts=facts,
         logits=parity,
-        rounding=rounding,
-        wanted_length=wanted[-1],
+        rounding=trained.rounding,
+        wanted_length=COMPARED_MULTIPLE * facts.train_length,
         limit=limit,
         texts=compared,
-        held_out=held_out is not None,
+        continued=compare_continuations(continuation, continued, tolerance=parity.tolerance),
+        held_out=trained.text is not None,
     )
-
-
-def _held_out_tokens(checkpoint: Checkpoint, *, count: int) -> torch.Tensor | None:
-    """Return the first held-out tokens, [count] int64, or None if there are fewer or the data is missing."""
-    try:
-        tokens = held_out_text(checkpoint).tokens[:count]
-    except InputError:
-        # The data may be on another machine. Random tokens compare the logits just as well.
-        return None
-    return torch.from_numpy(tokens.copy()) if len(tokens) == count else None
-
-
-def _random_tokens(checkpoint: Checkpoint, *, count: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(checkpoint.vocab_size, size=count))

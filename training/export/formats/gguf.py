@@ -4,7 +4,7 @@
 fields. Names and fields: llama.cpp's loaders of the architectures `bloom` and `mpt`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary, write_proto
 from training.export.facts import ModelFacts
 from training.export.formats.family_limits import gguf_problem
-from training.export.formats.huggingface import HuggingFaceFormat, load_exported, logits_of
+from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
 from training.export.formats.model_card import LLAMA_CPP, model_card
 from training.export.formats.mpt import load_mpt
 from training.export.formats.rounding import finite
@@ -137,12 +137,12 @@ class GgufFormat:
         """Return the tokenizer that the file's fields describe."""
         return read_gguf_tokenizer(folder / self._file)
 
-    def read_logits(self, folder: Path) -> Callable[[Tensor], Tensor]:
+    def read_logits(self, folder: Path) -> TransformersModel:
         """Return the file's model in transformers, in fp32; see `ExportFormat`."""
         fields = gguf.GGUFReader(folder / self._file).fields
         if fields["general.architecture"].contents() == MPT.name:  # which transformers does not read from this format
-            return logits_of(load_mpt(folder / self._file))
-        return logits_of(load_exported(folder, gguf_file=self._file))
+            return TransformersModel(load_mpt(folder / self._file))
+        return TransformersModel(load_exported(folder, gguf_file=self._file))
 
     @property
     def _file(self) -> str:

@@ -29,6 +29,24 @@ class TextTokenizer(Protocol):
         ...
 
 
+class ExportedModel(Protocol):
+    """A written model, as the format's engine loads it."""
+
+    def __call__(self, tokens: "Tensor", /) -> "Tensor":
+        """Return the logits of tokens, [1, seq] int64, as [1, seq, vocab] fp32, which the caller may overwrite."""
+        ...
+
+    def continue_greedily(self, ids: Sequence[int], *, tokens: int, end: int) -> list[int]:
+        """Return the ids of new tokens, the likeliest each.
+
+        Args:
+            ids: Token ids of the text to continue, at least one.
+            tokens: New tokens at most.
+            end: The end-of-document token, the last one if it comes.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class LengthLimit:
     """The longest sequence that a format's reader can run within memory.
@@ -111,11 +129,9 @@ class ExportFormat(Protocol):
         """Return the tokenizer of a written folder, as the format's engine loads it."""
         ...
 
-    def read_logits(self, folder: Path) -> "Callable[[Tensor], Tensor]":
+    def read_logits(self, folder: Path) -> ExportedModel:
         """Return the model of a written folder, as the format's engine loads it.
 
-        Returns:
-            A function from tokens, [1, seq] int64, to logits, [1, seq, vocab] fp32.
         Raises:
             TrainshortError: weights are missing, or the engine does not know some.
         """

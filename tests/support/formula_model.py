@@ -1,0 +1,67 @@
+"""A checkpoint of random weights for the tests of export, its model computed by formula."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configs.load import check_run
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.vocabulary import read_vocabulary
+from tests.support.bloom_formula import bloom_logits
+from tests.support.exports import SHAPE, random_weights, train_sentencepiece
+from training.evaluation.text import EvaluationText
+from training.model.cache import KeyValueCache
+
+SENTENCE = "The quick brown fox jumps over the lazy dog.\n" * 40
+
+
+class FormulaModel:
+    """The model of the checkpoint, computed by formula; `error` is added to its logits."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights = weights
+        self.certificate = {"position": "alibi"}
+        self.error = 0.0
+        self._ids: list[int] = []
+
+    def change_weights(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.weights = {name: change(weight) for name, weight in self.weights.items()}
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        return bloom_logits(self.weights, tokens, layers=SHAPE.layers, heads=SHAPE.heads) + self.error
+
+    def next_logits(self, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+        """Return the logits of the next token; more than one token begins a text, since nothing fills the cache."""
+        self._ids = tokens[0].tolist() if tokens.shape[1] > 1 else [*self._ids, int(tokens)]
+        return self.logits(torch.tensor([self._ids]))[:, -1]
+
+
+def open_formula_model(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> FormulaModel:
+    """Let export open a checkpoint of random weights, trained at 32 tokens; return its model."""
+    tokenizer = train_sentencepiece(tmp_path)
+    vocab_size = len(read_vocabulary(tokenizer))
+    weights = random_weights(SHAPE, vocab_size=vocab_size)
+    run_values["model"] = SHAPE.model_dump()
+    run_values["parallel"] = {}
+    checkpoint = SimpleNamespace(
+        path=tmp_path / "no run" / "checkpoints" / "step_0000010",
+        manifest=SimpleNamespace(step=10, consumed_samples=80, vocab_size=vocab_size, files={}),
+        config=check_run(run_values, name="small"),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        weights=lambda: weights,
+        run_dir=tmp_path / "no run",
+    )
+    tokens = np.array(Tokenizer.load(tokenizer).encode(SENTENCE), dtype=np.int64)
+    model = FormulaModel(weights)
+    monkeypatch.setattr("training.export.run.open_checkpoint", lambda path: checkpoint)
+    monkeypatch.setattr(
+        "training.export.trained.held_out_text", lambda _: EvaluationText("held-out", tokens, None, None)
+    )
+    monkeypatch.setattr("training.export.trained.load_single", lambda _: model)
+    return model

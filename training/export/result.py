@@ -1,0 +1,55 @@
+"""An exported folder, and how it compared with the trained model. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.export.facts import ModelFacts
+from training.export.formats.table import LengthLimit
+
+if TYPE_CHECKING:
+    from training.export.parity import LogitParity, Rounding
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported folder, and how it compared with the trained model.
+
+    Attributes:
+        folder: The exported folder.
+        facts: What its model card says of the model.
+        logits: The difference between its logits and those of the trained model with its weights rounded likewise.
+        rounding: What rounding the weights changed at the training length; None if nothing.
+        wanted_length: The longest length to compare.
+        limit: The longest length that the format's reader can run; `logits.lengths` stops there.
+        texts: Texts whose token ids were found equal.
+        continued: New tokens of a greedy continuation that were found equal.
+        held_out: Whether the logits are of held-out text; otherwise of random tokens.
+    """
+
+    folder: Path
+    facts: ModelFacts
+    logits: "LogitParity"
+    rounding: "Rounding | None"
+    wanted_length: int
+    limit: LengthLimit
+    texts: int
+    continued: int
+    held_out: bool
+
+    @property
+    def comparison(self) -> str:
+        """How the exported model compared with the trained one, in words."""
+        lengths = " and ".join(map(str, self.logits.lengths))
+        limited = self.logits.lengths[-1] < self.wanted_length
+        shortened = f" (not {self.wanted_length}: {self.limit.reason})" if limited else ""
+        return (
+            f"at lengths {lengths}{shortened} logits differ by {self.logits.difference:.2g} at most "
+            f"(largest {self.logits.scale:.3g}, allowed {self.logits.tolerance:.2g}) on "
+            f"{'held-out text' if self.held_out else 'random tokens'}; {self.texts} texts have equal token ids, "
+            f"{self.continued} greedy tokens are equal"
+            f"{'' if self.rounding is None else f'; {self.rounding}'}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {self.comparison}"
