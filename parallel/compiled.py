@@ -52,16 +52,15 @@ def compile_now(
     biases: bool,
     gelu: Callable[..., Tensor],
 ) -> None:
-    """Compile the functions of `parallel.fused`, or read what an earlier start or another rank compiled.
-
-    torch compiles at the first call for each kind of arguments: call them as the layers will.
+    """Compile the functions of `parallel.fused`, called as the layers will, or read what another rank compiled.
 
     Args:
         compiled: What the layers are built with.
         rows: Tokens of a rank's micro-batch.
         widths: Width of the states, and of this rank's part of the feed-forward.
         heads: Heads of this rank, and their width.
-        dtype, device: Type and place of the states.
+        dtype: Type of the states.
+        device: Where they are.
         split: Whether the sequence is split: whole parameters then come through `with_summed_gradients`.
         drops: Whether there is dropout: a bias is then added before it.
         biases: Whether linears and norms have biases.

@@ -47,6 +47,7 @@ LIGHT = (
     "training/evaluation/provenance.py",
     "training/evaluation/report.py",
     "training/evaluation/precheck.py",
+    "training/export/card.py",
     "training/export/folder.py",
     "training/evaluation/usable.py",
     "training/export/facts.py",

@@ -15,11 +15,14 @@ from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import Tokenizer
 from parallel.compilers import check_cache_folder
 from parallel.start import environment
+from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import model_sha256
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.usable import find_held_out_report
+from training.export.card import Origin, write_export_card
 from training.export.facts import ModelFacts
 from training.export.folder import new_folder, require_space, try_new_folder
+from training.export.formats.model_card import model_card
 from training.export.formats.table import ExportFormat, LengthLimit, load_format
 from training.export.parity import (
     COMPARED_MULTIPLE,
@@ -81,9 +84,38 @@ def export_checkpoint(checkpoint: Path, *, format: str, out: Path, dtype: str | 
         # Compare before the folder takes its name: a wrong export must not be left where an engine would load it.
         result = _compare(opened, trained, exporter, folder, out=out, facts=facts, limit=limit)
         with _report_write_errors(out):
-            exporter.write_card(folder, facts, comparison=result.comparison)
+            _write_cards(folder, result, exporter, checkpoint=opened, format=format)
     _record(opened, trained.certificate, file=out / "certificate.json")
     return result
+
+
+def _write_cards(
+    folder: Path, result: ExportResult, exporter: ExportFormat, *, checkpoint: Checkpoint, format: str
+) -> None:
+    """Write README.md for the Hub, and the card of the export, which hashes all other files."""
+    readme = model_card(
+        result.facts,
+        comparison=result.comparison,
+        engine=exporter.reader,
+        dtype=exporter.dtype,
+        file=exporter.file,
+    )
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    origin = Origin(
+        run=checkpoint.config.run.name,
+        step=checkpoint.manifest.step,
+        model_sha256=model_sha256(checkpoint.manifest),
+        tokenizer_sha256=describe_file(checkpoint.tokenizer).sha256,
+    )
+    write_export_card(
+        folder,
+        result,
+        format=format,
+        dtype=exporter.dtype,
+        file=exporter.file,
+        reader=exporter.reader,
+        origin=origin,
+    )
 
 
 @contextmanager

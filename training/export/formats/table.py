@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from configs.errors import InputError
+from training.export.formats.model_card import Reader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from configs.schema import Model
-    from training.export.facts import ModelFacts
 
 
 class TextTokenizer(Protocol):
@@ -64,10 +64,16 @@ class ExportFormat(Protocol):
     """Write a trained model for an inference engine in one type of weights, and read it back to compare it.
 
     Attributes:
+        dtype: The type of the weights.
         bytes_per_weight: What a weight takes, about.
+        file: Name of the file that an engine loads; empty if it loads the folder.
+        reader: What the cards say of what runs the model.
     """
 
+    dtype: str
     bytes_per_weight: float
+    file: str
+    reader: Reader
 
     def check(self, model: "Model") -> None:
         """Refuse a model that the format cannot hold.
@@ -108,16 +114,6 @@ class ExportFormat(Protocol):
             tokenizer: A sentencepiece .model file.
             sequence_length: Tokens that the model was trained at.
             longest: Tokens of the longest text that an engine should take.
-        """
-        ...
-
-    def write_card(self, folder: Path, facts: "ModelFacts", *, comparison: str) -> None:
-        """Write what a reader of the folder should know of the model.
-
-        Args:
-            folder: The written folder.
-            facts: How the model was trained, and what was measured of it.
-            comparison: How the exported model compared with the trained one.
         """
         ...
 
