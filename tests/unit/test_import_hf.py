@@ -10,58 +10,34 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
 from configs.errors import InputError
 from data_pipeline.vocabulary import read_vocabulary
 from tests.support.exports import train_sentencepiece
+from tests.support.huggingface_models import ROWS, save_random
 from training.checkpoint.read import open_checkpoint
 from training.export.import_hf import import_model
 from training.export.run import export_checkpoint
 
-SHAPE = {"vocab_size": 405, "hidden_size": 48, "seq_length": 32, "bos_token_id": 1, "eos_token_id": 2}
 KINDS = ("bloom", "bloom-untied", "mpt", "mpt-untied", "mpt-steep")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = train_sentencepiece(tmp_path_factory.mktemp("tokenizer"))
-    assert len(read_vocabulary(file)) <= SHAPE["vocab_size"]
+    assert len(read_vocabulary(file)) <= ROWS
     return file
-
-
-def model_of(kind: str) -> BloomForCausalLM | MptForCausalLM:
-    """Return transformers' model of six heads with random weights, none of them as they begin."""
-    torch.manual_seed(3)
-    ties: Any = {**SHAPE, "tie_word_embeddings": "untied" not in kind}
-    if kind.startswith("mpt"):
-        attention = {"alibi_bias_max": 5 if "steep" in kind else 8}
-        config = MptConfig(n_layers=2, n_heads=6, max_seq_len=32, attn_config=attention, **ties)
-        model: BloomForCausalLM | MptForCausalLM = MptForCausalLM(config)
-    else:
-        model = BloomForCausalLM(BloomConfig(n_layer=2, n_head=6, **ties))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()  # type: ignore[no-untyped-call, no-any-return]
-
-
-def saved(folder: Path, kind: str, *, tokenizer: Path, shards: str = "1GB") -> Path:
-    """Save a random model as transformers does, with a tokenizer; return the folder."""
-    model_of(kind).save_pretrained(folder, max_shard_size=shards)
-    shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_comes_in_and_goes_out_bit_for_bit(tmp_path: Path, tokenizer: Path, kind: str) -> None:
-    source = saved(tmp_path / "hf", kind, tokenizer=tokenizer, shards="40KB")
+    source = save_random(tmp_path / "hf", kind, tokenizer=tokenizer, shards="40KB")
     assert len(list(source.glob("*.safetensors"))) > 2
     result = import_model(source, out=tmp_path / "run")
     assert result.difference < 1e-4 < result.scale
     assert result.checkpoint == tmp_path / "run/checkpoints/step_0000000"
     opened = open_checkpoint(tmp_path / "run")
-    assert (opened.step, opened.vocab_size, opened.config.data.sequence_length) == (0, 405, 32)
+    assert (opened.step, opened.vocab_size, opened.config.data.sequence_length) == (0, ROWS, 32)
     assert opened.config.model.tie_embeddings is ("untied" not in kind)
     if "steep" in kind:  # transformers' class computes with 8 whatever the key says, so nothing goes out to it
         assert opened.config.model.alibi_bias_max == 5
@@ -78,7 +54,7 @@ def test_a_model_comes_in_and_goes_out_bit_for_bit(tmp_path: Path, tokenizer: Pa
 
 
 def test_other_files_of_weights_are_read(tmp_path: Path, tokenizer: Path) -> None:
-    source = saved(tmp_path / "hf", "bloom", tokenizer=tokenizer)
+    source = save_random(tmp_path / "hf", "bloom", tokenizer=tokenizer)
     weights = load_file(source / "model.safetensors")
     import_model(source, out=tmp_path / "run")
     # as older versions of transformers wrote them: names without a prefix, the tied weight twice, a pickle
@@ -159,7 +135,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(scope="module")
 def mpt_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
-    return saved(tmp_path_factory.mktemp("mpt") / "hf", "mpt", tokenizer=tokenizer)
+    return save_random(tmp_path_factory.mktemp("mpt") / "hf", "mpt", tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -175,7 +151,7 @@ def test_what_does_not_fit_is_refused_and_nothing_left(tmp_path: Path, mpt_folde
 
 
 def test_broken_shards_are_refused(tmp_path: Path, tokenizer: Path) -> None:
-    source = saved(tmp_path / "hf", "bloom", tokenizer=tokenizer, shards="40KB")
+    source = save_random(tmp_path / "hf", "bloom", tokenizer=tokenizer, shards="40KB")
     last = sorted(source.glob("*.safetensors"))[-1]
     content = last.read_bytes()
     last.unlink()
@@ -192,7 +168,7 @@ def test_broken_shards_are_refused(tmp_path: Path, tokenizer: Path) -> None:
 
 
 def test_a_length_that_is_nowhere_must_be_given(tmp_path: Path, tokenizer: Path) -> None:
-    source = saved(tmp_path / "hf", "bloom", tokenizer=tokenizer)
+    source = save_random(tmp_path / "hf", "bloom", tokenizer=tokenizer)
     change_config(seq_length=None)(source)
     with pytest.raises(InputError, match="does not say at which length the model was trained: give --length"):
         import_model(source, out=tmp_path / "run")
