@@ -19,6 +19,7 @@ from configs.load import RUNS
 from launch import local
 from tests.support.command_line import run_here
 from tests.support.data import write_book
+from tests.support.huggingface_models import save_random
 from tests.support.pages import Block, Command, Page, commands_of, read_pages
 from tests.support.small_run import ONE_RANK, TINY, small_run
 
@@ -61,6 +62,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for words in ("prepare my.yaml", "train my.yaml", "evaluate runs/my", "profile my.yaml --steps 1"):
             assert run_here(*words.split()) == 0, words
         shutil.copytree("runs/my", "runs/demo")
+        tokenizer = folder / f"runs/my/checkpoints/step_{STEPS:07d}/tokenizer.model"
+        save_random(folder / "bloom-560m", "bloom", tokenizer=tokenizer, rows=RUN["data"]["vocab_size"])
     return folder
 
 
