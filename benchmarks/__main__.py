@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-PARTS = ("train_step", "ranks", "positions", "attention", "generation", "checkpoint", "prepare")
+PARTS = ("train_step", "ranks", "positions", "attention", "generation", "exported_code", "checkpoint", "prepare")
 
 
 def main() -> int:

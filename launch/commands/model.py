@@ -248,6 +248,14 @@ def export_command(
             + "  [default: the first]",
         ),
     ] = None,
+    with_code: Annotated[
+        bool,
+        typer.Option(
+            "--with-code",
+            help="hf: carry the modelling code, for any model, faster and right in 16 bits; loaded with "
+            "trust_remote_code=True.",
+        ),
+    ] = False,
 ) -> None:
     """Write the model for inference engines, and compare its logits with the trained model's."""
     from training.checkpoint.manifest import require_checkpoint
@@ -255,12 +263,12 @@ def export_command(
     from training.export.formats.table import require_format
 
     # a wrong word or path is answered before the slow imports
-    require_format(format_name, dtype=dtype)
+    require_format(format_name, dtype=dtype, with_code=with_code)
     try_new_folder(out)
     require_checkpoint(checkpoint)
 
     from launch.show.model import show_export
     from training.export.run import export_checkpoint
 
-    exported = export_checkpoint(checkpoint, format=format_name, out=out, dtype=dtype)
+    exported = export_checkpoint(checkpoint, format=format_name, out=out, dtype=dtype, with_code=with_code)
     show_export(exported, checkpoint=checkpoint)

@@ -344,6 +344,9 @@ def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
         ("out/mine.txt", "export folder out/mine.txt is a file: choose another --out"),
     ):
         assert refused(trainshort, "export", "run", "--format", "hf", "--out", out) == expected
+    assert refused(trainshort, "export", "run", "--format", "gguf", "--out", "new", "--with-code") == (
+        "format gguf carries no code: drop --with-code, or use --format hf"
+    )
     assert refused(trainshort, "export", "run", "--format", "onnx", "--out", "new") == (
         "format 'onnx' is not known: use hf or gguf"
     )

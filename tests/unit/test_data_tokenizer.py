@@ -200,14 +200,14 @@ def test_check_refuses_a_tokenizer_that_prepare_refuses(trainshort: Call, folder
 
 
 @pytest.mark.usefixtures("folder")
-def test_check_says_that_a_model_cannot_be_exported(trainshort: Call) -> None:
-    assert "cannot be exported" not in trainshort("check", "run.yaml").out
+def test_check_says_which_formats_cannot_hold_a_model(trainshort: Call) -> None:
+    assert "cannot hold" not in trainshort("check", "run.yaml").out
     for key, value in (("position", "rotary"), ("feed_forward", "100"), ("window", "16")):
         answer = trainshort("check", "run.yaml", "--set", f"model.{key}={value}")
         assert answer.code == 0
         assert f"cannot hold model.{key} {value} (it holds " in answer.out
         report = json.loads(trainshort("check", "run.yaml", "--set", f"model.{key}={value}", "--json").out)
-        assert report["export_problems"]["hf"].endswith(": this model cannot be exported")
+        assert report["export_problems"]["hf"].endswith(": export with --format hf --with-code")
 
 
 def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_generation_without_a_model_is_refused(tmp_path: Path) -> None:
     [
         ({"position": "sinusoidal"}, r"model\.position sinusoidal \(it holds alibi\)"),
         ({"feed_forward": 100}, r"model\.feed_forward 100 \(it holds 4 x hidden, 192\)"),
-        ({"window": 128}, r"model\.window 128 \(it holds null, all tokens\): this model cannot be exported"),
+        ({"window": 128}, r"model\.window 128 \(it holds null, all tokens\): export with --format hf --with-code"),
         ({"alibi_bias_max": 16}, r"model\.alibi_bias_max 16 \(it holds 8\)"),
         ({"feed_forward": 9, "position": "none"}, r"model\.position none .*; model\.feed_forward 9"),
     ],

@@ -158,6 +158,26 @@ def test_rounded_weights_are_compared_as_they_are_written(
     assert f"the weights here are {dtype}" in card
 
 
+@pytest.mark.usefixtures("model")
+def test_a_folder_with_code_is_compared_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = export_checkpoint(tmp_path, format="hf", out=tmp_path / "out", dtype="bf16", with_code=True)
+    assert exported.logits.lengths == (32, 128)
+    assert exported.logits.difference <= exported.logits.tolerance
+    assert (exported.folder / "modeling_trainshort.py").is_file()
+    assert "trust_remote_code=True" in (exported.folder / "README.md").read_text()
+
+    right = Path.read_text
+
+    def other_slopes(file: Path, encoding: str | None = None) -> str:
+        text = right(file, encoding=encoding)
+        return text.replace("(head + 0.5)", "(head + 1.5)") if file.name == "modeling_trainshort.py" else text
+
+    monkeypatch.setattr(Path, "read_text", other_slopes)
+    with pytest.raises(TrainshortError, match="differ from the trained model's by"):
+        export_checkpoint(tmp_path, format="hf", out=tmp_path / "wrong", with_code=True)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_weight_out_of_range_is_not_exported(model: FormulaModel, tmp_path: Path) -> None:
     model.weights["final_norm.weight"][0] = 1e5
     with pytest.raises(InputError, match="a weight is larger than fp16 can hold: export in a wider type"):

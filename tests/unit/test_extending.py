@@ -119,6 +119,10 @@ def test_a_new_position_and_kernel_train(registered: pytest.MonkeyPatch, tmp_pat
     assert reader["error"] < 1e-6
     with pytest.raises(InputError, match=r"cannot hold model\.position logarithmic \(it holds alibi\)"):
         export_checkpoint(run_dir, format="hf", out=tmp_path / "out")
+    with pytest.raises(
+        InputError, match=r"the code of --with-code cannot hold model\.position logarithmic \(it holds alibi,"
+    ):
+        export_checkpoint(run_dir, format="hf", out=tmp_path / "out", with_code=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -100,7 +100,12 @@ SLOW_TO_IMPORT_LIMIT = 20
 NAMES_OF_MANY_MODULES = ("logger",)
 
 CHOICES = (
-    ChoiceRule("model.position", POSITIONS, ("configs/positions.py", "training/model/positions/")),
+    ChoiceRule(
+        "model.position",
+        POSITIONS,
+        # An export carries its modelling code, which must do without the product.
+        ("configs/positions.py", "training/model/positions/", "training/export/formats/carried/modeling_trainshort.py"),
+    ),
     ChoiceRule(
         "model.attention",
         {"auto", *BACKENDS},

@@ -39,26 +39,28 @@ from training.tracking.tracker import attach
 logger = logging.getLogger(__name__)
 
 
-def export_checkpoint(checkpoint: Path, *, format: str, out: Path, dtype: str | None = None) -> ExportResult:
-    """Write a checkpoint's model for inference engines. The folder appears only once it is whole and compared.
+def export_checkpoint(
+    checkpoint: Path, *, format: str, out: Path, dtype: str | None = None, with_code: bool = False
+) -> ExportResult:
+    """Write a checkpoint's model for inference engines, with the certificate of its positions, certificate.json.
 
-    The folder also holds the certificate of the exported model's positions, certificate.json.
+    The folder appears only once it is whole and compared.
 
     Args:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
         format: A name in `training.export.formats.table.FORMATS`.
         out: A folder that does not exist or is empty; a link to one and a mount point will do.
         dtype: Type of the weights; None for the format's default.
+        with_code: Whether the folder carries its own modelling code.
     Raises:
         InputError: the checkpoint cannot be opened, the format cannot hold its model, `out` has files or cannot be
-            written, or torch cannot use its cache folder: before the model is loaded. Or a weight is out of the
-            type's range.
+            written, torch cannot use its cache folder, or a weight is out of the type's range.
         MachineError: the disk is too small or failing.
         TrainshortError: the exported model differs from the trained one; the folder is deleted.
     """
     # Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded.
     check_cache_folder(environment())  # transformers makes it
-    exporter = load_format(format, dtype=dtype)
+    exporter = load_format(format, dtype=dtype, with_code=with_code)
     try_new_folder(out)
     opened = open_checkpoint(checkpoint)
     exporter.check(opened.config.model)

@@ -37,4 +37,4 @@ def _problem(model: Model, *, any_slopes: bool) -> str | None:
         problems.append(f"model.window {model.window} (it holds null, all tokens)")
     if not problems:
         return None
-    return f"{model.family.upper()} cannot hold {'; '.join(problems)}: this model cannot be exported"
+    return f"{model.family.upper()} cannot hold {'; '.join(problems)}: export with --format hf --with-code"

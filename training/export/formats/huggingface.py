@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from configs.errors import InputError, TrainshortError
 from configs.schema import Model
 from training.export.formats.family_limits import huggingface_problem
-from training.export.formats.huggingface_config import make_config
+from training.export.formats.huggingface_config import make_config, save_configuration
 from training.export.formats.model_card import TRANSFORMERS
 from training.export.formats.rounding import finite
 from training.export.formats.safetensors_folder import SHARD_BYTES, write_safetensors
@@ -36,11 +36,12 @@ _MOST_SCORE_BYTES = 2_000_000_000
 class HuggingFaceFormat:
     """Implement `ExportFormat` for transformers' class of the family, which reads it back and computes in fp32."""
 
+    file, reader = "", TRANSFORMERS
+
     def __init__(self, dtype: str = "fp32", *, shard_bytes: int = SHARD_BYTES) -> None:
         """Take the type of the weights, fp32, bf16 or fp16, and the most bytes of them in a file."""
         self.dtype, self._dtype, self._shard_bytes = dtype, dtype_of(dtype), shard_bytes
         self.bytes_per_weight = float(self._dtype.itemsize)
-        self.file, self.reader = "", TRANSFORMERS
 
     def check(self, model: Model) -> None:
         """Refuse a model that the class cannot express; see `ExportFormat`."""
@@ -78,14 +79,7 @@ class HuggingFaceFormat:
             vocabulary=vocabulary,
             compared=COMPARED_MULTIPLE * sequence_length,
         )
-        config.save_pretrained(folder)
-        generation: Any = GenerationConfig  # untyped in transformers
-        ids = {
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
-        }
-        generation(**ids).save_pretrained(folder)
+        save_configuration(config, folder, vocabulary=vocabulary)
         described = {each.shard.name: each for each in describe(model, vocab_size=vocab_size)}
         parameters = {str(described[name].huggingface): described[name] for name in weights}
         planned = _planned(config)
@@ -120,7 +114,10 @@ class HuggingFaceTokenizer:
 
     def __init__(self, folder: Path) -> None:
         with quiet_transformers():
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Code in the folder is the model's, not the tokenizer's: without this, transformers asks the user.
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
@@ -163,19 +160,19 @@ class TransformersModel:
         return new
 
 
-def load_exported(folder: Path, *, gguf_file: str | None = None) -> Any:
+def load_exported(folder: Path, *, loader: Any = transformers.AutoModelForCausalLM, **options: Any) -> Any:
     """Return an exported folder's model as transformers loads it, in fp32.
 
     Args:
         folder: The folder.
-        gguf_file: Its GGUF file, if that is to be read.
+        loader: The class whose `from_pretrained` loads it.
+        options: More arguments for that: `gguf_file`, if one is to be read.
     Raises:
         TrainshortError: weights are missing, or transformers does not know some.
     """
-    loader: Any = transformers.AutoModelForCausalLM  # its types leave out output_loading_info
     with quiet_transformers():
         model, loading = loader.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, gguf_file=gguf_file
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
         )
     wrong = sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]) + sorted(loading["mismatched_keys"])
     if wrong:

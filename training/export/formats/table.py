@@ -140,6 +140,12 @@ def _huggingface(dtype: str) -> ExportFormat:
     return HuggingFaceFormat(dtype)
 
 
+def _huggingface_with_code(dtype: str) -> ExportFormat:
+    from training.export.formats.with_code import WithCodeFormat
+
+    return WithCodeFormat(dtype)
+
+
 def _gguf(dtype: str) -> ExportFormat:
     from training.export.formats.gguf import GgufFormat
 
@@ -167,16 +173,24 @@ class FormatRow:
         dtypes: Types that its weights can have, the default first.
         problem_of: Returns why it cannot hold a model, None if it can.
         load: Imports the implementation, and returns it for a type of weights.
+        load_with_code: Likewise of the one that carries its own modelling code; None if there is none.
     """
 
     description: str
     dtypes: tuple[str, ...]
     problem_of: "Callable[[Model], str | None]"
     load: Callable[[str], ExportFormat]
+    load_with_code: Callable[[str], ExportFormat] | None = None
 
 
 FORMATS = {
-    "hf": FormatRow("transformers' Bloom or Mpt", ("fp32", "bf16", "fp16"), _huggingface_problem, _huggingface),
+    "hf": FormatRow(
+        "transformers' Bloom or Mpt",
+        ("fp32", "bf16", "fp16"),
+        _huggingface_problem,
+        _huggingface,
+        load_with_code=_huggingface_with_code,
+    ),
     "gguf": FormatRow("one file for llama.cpp", ("f32", "f16", "q8_0"), _gguf_problem, _gguf),
 }
 DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
@@ -190,25 +204,30 @@ def export_problems(model: "Model") -> dict[str, str]:
     return {name: problem for name, problem in answers.items() if problem is not None}
 
 
-def load_format(name: str, *, dtype: str | None = None) -> ExportFormat:
+def load_format(name: str, *, dtype: str | None = None, with_code: bool = False) -> ExportFormat:
     """Import and return the format of this name, for a type of weights or its default.
 
     Raises:
-        InputError: the format is unknown, or has no such type.
+        InputError: the format is unknown, has no such type, or cannot carry code.
     """
-    dtype = require_format(name, dtype=dtype)
-    return FORMATS[name].load(dtype)
+    dtype = require_format(name, dtype=dtype, with_code=with_code)
+    row = FORMATS[name]
+    load = row.load_with_code if with_code and row.load_with_code else row.load
+    return load(dtype)
 
 
-def require_format(name: str, *, dtype: str | None = None) -> str:
+def require_format(name: str, *, dtype: str | None = None, with_code: bool = False) -> str:
     """Return the type of weights of an export, a format's default if none is given; imports nothing.
 
     Raises:
-        InputError: the format is unknown, or has no such type.
+        InputError: the format is unknown, has no such type, or cannot carry code.
     """
     if name not in FORMATS:
         raise InputError(f"format {name!r} is not known: use {' or '.join(FORMATS)}")
     dtypes = FORMATS[name].dtypes
     if dtype is not None and dtype not in dtypes:
         raise InputError(f"format {name} has no weights in {dtype!r}: use {' or '.join(dtypes)}")
+    if with_code and FORMATS[name].load_with_code is None:
+        carrying = " or ".join(name for name, row in FORMATS.items() if row.load_with_code)
+        raise InputError(f"format {name} carries no code: drop --with-code, or use --format {carrying}")
     return dtype or dtypes[0]
