@@ -13,8 +13,8 @@ import typer
 
 from configs.errors import InputError, TrainshortError
 from launch.commands.checkpoint import checkpoint_commands
+from launch.commands.exchange import exchange_commands
 from launch.commands.group import CommandGroup, ListingGroup, did_you_mean
-from launch.commands.import_model import import_commands
 from launch.commands.jobs import jobs_commands, slurm_commands
 from launch.commands.machine import machine_commands
 from launch.commands.model import model_commands
@@ -40,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order of the help text. Commands of an app without a name become commands of `trainshort` itself.
-for commands in (run_commands, profile_commands, model_commands, import_commands, slurm_commands, machine_commands):
+for commands in (run_commands, profile_commands, model_commands, exchange_commands, slurm_commands, machine_commands):
     app.add_typer(commands)
 app.add_typer(runs_commands, name="runs", cls=ListingGroup)
 app.add_typer(checkpoint_commands, name="checkpoint", cls=CommandGroup)

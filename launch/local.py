@@ -2,7 +2,7 @@
 
 Torch is not imported: the launcher only starts Python processes, waits, and forwards signals. Each rank has its own
 session, so that a terminal's Ctrl-C reaches only the launcher, and the kernel kills it when the launcher dies
-(see launch/die_with_parent.py). docs/decisions/0002 explains why this is not torchrun.
+(see parallel/die_with_parent.py). docs/decisions/0002 explains why this is not torchrun.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from typing import Any
 from configs.errors import MachineError
 from launch.machine import core_count
 from launch.rank_failure import ExplainMemory, Rank, cause_of, explain
+from parallel.die_with_parent import dying_with_parent
 from training.host_memory import oom_kills
 
 logger = logging.getLogger(__name__)
@@ -183,8 +184,6 @@ def _forwarding(metrics: Path) -> Iterator[Signals]:
 
 
 def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapping[str, str], terminal: int) -> Rank:
-    # -I -S: the wrapper needs nothing from site-packages and starts faster without it.
-    wrapper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("die_with_parent.py")), str(os.getpid())]
     log = logs / f"rank_{number}.log"
     log_start = log.stat().st_size if log.exists() else 0
     try:
@@ -195,7 +194,7 @@ def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapp
         ) from None
     with output:
         process = subprocess.Popen(
-            [*wrapper, *command],
+            dying_with_parent(*command),
             env={
                 **environment,
                 "TRAINSHORT_RANK": str(number),

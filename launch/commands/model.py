@@ -1,4 +1,4 @@
-"""Commands on a trained model: evaluate, compare, generate, export."""
+"""Commands on a trained model: evaluate, compare, generate."""
 
 import logging
 import shlex
@@ -24,12 +24,9 @@ from launch.commands.options import (
 )
 from launch.complete import (
     complete_checkpoints,
-    complete_dtypes,
-    complete_formats,
     complete_precisions,
     complete_protocols,
 )
-from training.export.formats.table import DTYPES, FORMATS
 from training.out_of_memory import explain_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -220,55 +217,3 @@ def _refuse_given(options: Mapping[str, object], problem: str) -> None:
         if value is not None:
             given = name if value is True else f"{name} {value}"
             raise InputError(problem.format(given))
-
-
-@model_commands.command("export")
-@explain_out_of_memory()
-def export_command(
-    checkpoint: CheckpointPath,
-    format_name: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            metavar="|".join(FORMATS),
-            autocompletion=complete_formats,
-            help=" ".join(f"{name}: {row.description}." for name, row in FORMATS.items()),
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", parser=path_of, help="A new or empty folder, also a link or a mount.")
-    ],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(DTYPES),
-            autocompletion=complete_dtypes,
-            help="Type of the weights. "
-            + " ".join(f"{name}: {', '.join(row.dtypes)}." for name, row in FORMATS.items())
-            + "  [default: the first]",
-        ),
-    ] = None,
-    with_code: Annotated[
-        bool,
-        typer.Option(
-            "--with-code",
-            help="hf: carry the modelling code, for any model, faster and right in 16 bits; loaded with "
-            "trust_remote_code=True.",
-        ),
-    ] = False,
-) -> None:
-    """Write the model for inference engines, and compare its logits with the trained model's."""
-    from training.checkpoint.manifest import require_checkpoint
-    from training.export.folder import try_new_folder
-    from training.export.formats.table import require_format
-
-    # a wrong word or path is answered before the slow imports
-    require_format(format_name, dtype=dtype, with_code=with_code)
-    try_new_folder(out)
-    require_checkpoint(checkpoint)
-
-    from launch.show.model import show_export
-    from training.export.run import export_checkpoint
-
-    exported = export_checkpoint(checkpoint, format=format_name, out=out, dtype=dtype, with_code=with_code)
-    show_export(exported, checkpoint=checkpoint)

@@ -16,6 +16,7 @@ import pytest
 from launch import local, rank_failure
 from launch.local import STOPPED_BY_HAND, start_ranks
 from launch.machine import core_count, gpu_count
+from parallel import die_with_parent
 from training.host_memory import OomKills, host_limit
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
@@ -282,9 +283,8 @@ def test_ranks_die_with_a_killed_launcher(launch: Launch, tmp_path: Path) -> Non
 
 
 def test_a_rank_whose_launcher_is_gone_never_starts(tmp_path: Path) -> None:
-    wrapper = Path(local.__file__).with_name("die_with_parent.py")
     ran = tmp_path / "ran"
-    command = [sys.executable, "-I", "-S", str(wrapper), "1", "touch", str(ran)]
+    command = [sys.executable, "-I", "-S", die_with_parent.__file__, "1", "touch", str(ran)]
     assert subprocess.run(command, check=False).returncode == 1
     assert not ran.exists()
 

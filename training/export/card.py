@@ -16,7 +16,7 @@ from training.checkpoint.disk import FileEntry, describe_file
 from training.evaluation.usable import whole_windows
 from training.export.facts import ModelFacts
 from training.export.formats.model_card import Reader, ServingCommand
-from training.export.result import ExportResult
+from training.export.result import ExportResult, ServedText
 from training.versions import installed_version
 
 FORMAT_VERSION = 1
@@ -112,6 +112,7 @@ class Verification:
         rounding: What rounding the weights changed, in words; None if nothing.
         texts: Texts whose token ids are those of sentencepiece.
         greedy_tokens: Tokens of a greedy continuation that are the trained model's.
+        served: What a server gave; None if none was asked.
     """
 
     versions: Mapping[str, str | None]
@@ -123,6 +124,7 @@ class Verification:
     rounding: str | None
     texts: int
     greedy_tokens: int
+    served: ServedText | None
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ def _verification(result: ExportResult, *, packages: Sequence[str]) -> Verificat
         rounding=None if result.rounding is None else str(result.rounding),
         texts=result.texts,
         greedy_tokens=result.continued,
+        served=result.served,
     )
 
 
@@ -261,6 +264,8 @@ def _verified(seen: Verification) -> Iterator[str]:
         yield f"- the trained model was compared with its weights rounded likewise: {seen.rounding}"
     yield f"- a greedy continuation: {seen.greedy_tokens} tokens are equal"
     yield f"- token ids and decoded text of {seen.texts} texts are equal"
+    if seen.served is not None:
+        yield f"- {seen.served}"
     versions = ", ".join(f"{name} {version}" for name, version in seen.versions.items())
     yield f"\nWith {versions}.\n"
 

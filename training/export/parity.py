@@ -12,12 +12,15 @@ import torch
 
 from configs.errors import TrainshortError
 from data_pipeline.portable import EDGE_CASE_TEXTS
+from data_pipeline.tokenizer import Tokenizer
 from training.export.formats.table import ExportedModel, TextTokenizer
 
 # An export is compared at the training length and at this multiple of it.
 COMPARED_MULTIPLE = 4
 # relative to the largest logit, or to 1 if that is smaller
 LOGIT_TOLERANCE = 1e-4
+# what bytes decode to that are no whole character yet
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,36 @@ def compare_continuations(expected: Continuation, ids: Sequence[int], *, toleran
             f"the exported model continues a text with the tokens {list(ids[: place + 1])}, the trained model with "
             f"{list(expected.ids[: place + 1])}: nothing was exported; report this"
         )
+    return len(expected.ids)
+
+
+def compare_text(expected: Continuation, text: str, *, tokenizer: Tokenizer, tolerance: float, engine: str) -> int:
+    """Compare the text of a greedy continuation with the trained model's; return the tokens found equal.
+
+    Args:
+        expected: The trained model's continuation.
+        text: The new text.
+        tokenizer: The trained model's tokenizer.
+        tolerance: Logits that differ by less may be in either order.
+        engine: What gave the text, for the message.
+    Raises:
+        TrainshortError: it differs, and not for logits that are as good as equal.
+    """
+
+    def follows(ids: Sequence[int]) -> bool:
+        """Return whether the text begins like these tokens, or ends with them at the end of the document."""
+        start = tokenizer.decode(ids).rstrip(_INCOMPLETE)
+        return text == start if ids[-1] == tokenizer.end_of_document else text.startswith(start)
+
+    for place in range(len(expected.ids)):
+        if not follows(expected.ids[: place + 1]):
+            likely = expected.as_likely(place, tolerance=tolerance)
+            if any(follows([*expected.ids[:place], other]) for other in likely):
+                return place
+            raise TrainshortError(
+                f"{engine} continues {expected.prompt[-40:]!r} with {text[:80]!r}, the trained model with "
+                f"{tokenizer.decode(expected.ids)[:80]!r}: nothing was exported; report this"
+            )
     return len(expected.ids)
 
 

@@ -12,6 +12,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ServedText:
+    """A greedy completion by a server that ran the exported model.
+
+    Attributes:
+        server: The server.
+        version: Its version; None if it is not known.
+        tokens: New tokens whose text was found equal to the trained model's.
+        asked: New tokens of the trained model; where fewer are equal, two were as likely.
+    """
+
+    server: str
+    version: str | None
+    tokens: int
+    asked: int
+
+    def __str__(self) -> str:
+        version = f" {self.version}" if self.version else ""
+        less = "" if self.tokens == self.asked else f" of {self.asked}, up to two that are as likely"
+        return f"{self.server}{version} serves {self.tokens} equal greedy tokens{less}"
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """An exported folder, and how it compared with the trained model.
 
@@ -24,6 +46,7 @@ class ExportResult:
         limit: The longest length that the format's reader can run; `logits.lengths` stops there.
         texts: Texts whose token ids were found equal.
         continued: New tokens of a greedy continuation that were found equal.
+        served: What a server gave, if one was asked.
         held_out: Whether the logits are of held-out text; otherwise of random tokens.
     """
 
@@ -35,6 +58,7 @@ class ExportResult:
     limit: LengthLimit
     texts: int
     continued: int
+    served: ServedText | None
     held_out: bool
 
     @property
@@ -48,6 +72,7 @@ class ExportResult:
             f"(largest {self.logits.scale:.3g}, allowed {self.logits.tolerance:.2g}) on "
             f"{'held-out text' if self.held_out else 'random tokens'}; {self.texts} texts have equal token ids, "
             f"{self.continued} greedy tokens are equal"
+            f"{'' if self.served is None else f'; {self.served}'}"
             f"{'' if self.rounding is None else f'; {self.rounding}'}"
         )
 

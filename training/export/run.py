@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from training.export.card import Origin, write_export_card
 from training.export.facts import ModelFacts
 from training.export.folder import new_folder, require_space, try_new_folder
 from training.export.formats.model_card import model_card
-from training.export.formats.table import ExportFormat, LengthLimit, load_format
+from training.export.formats.servers import InferenceServer
+from training.export.formats.table import ExportFormat, LengthLimit, load_format, server_of
 from training.export.parity import (
     COMPARED_MULTIPLE,
     compare_continuations,
     compare_logits,
     compare_tokenizers,
 )
-from training.export.result import ExportResult
+from training.export.result import ExportResult, ServedText
+from training.export.serve import check_served
 from training.export.trained import TrainedOutputs, compute_trained
 from training.families.table import parameter_count
 from training.folder import record_certificate
@@ -40,11 +43,15 @@ logger = logging.getLogger(__name__)
 
 
 def export_checkpoint(
-    checkpoint: Path, *, format: str, out: Path, dtype: str | None = None, with_code: bool = False
+    checkpoint: Path,
+    *,
+    format: str,
+    out: Path,
+    dtype: str | None = None,
+    with_code: bool = False,
+    serve_check: bool = False,
 ) -> ExportResult:
-    """Write a checkpoint's model for inference engines, with the certificate of its positions, certificate.json.
-
-    The folder appears only once it is whole and compared.
+    """Write a checkpoint's model for inference engines. The folder appears only once it is whole and compared.
 
     Args:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
@@ -52,18 +59,22 @@ def export_checkpoint(
         out: A folder that does not exist or is empty; a link to one and a mount point will do.
         dtype: Type of the weights; None for the format's default.
         with_code: Whether the folder carries its own modelling code.
+        serve_check: Whether to start a server of the format and compare a completion with the trained model's too.
     Raises:
-        InputError: the checkpoint cannot be opened, the format cannot hold its model, `out` has files or cannot be
-            written, torch cannot use its cache folder, or a weight is out of the type's range.
-        MachineError: the disk is too small or failing.
+        InputError: the checkpoint cannot be opened or its model held, `out` has files or cannot be written, torch
+            cannot use its cache folder, no server is installed, or a weight is out of the type's range.
+        MachineError: the disk is too small or failing, or the server gives no answer; the folder is deleted.
         TrainshortError: the exported model differs from the trained one; the folder is deleted.
     """
     # Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded.
     check_cache_folder(environment())  # transformers makes it
     exporter = load_format(format, dtype=dtype, with_code=with_code)
+    if serve_check:
+        server_of(format, with_code=with_code)
     try_new_folder(out)
     opened = open_checkpoint(checkpoint)
     exporter.check(opened.config.model)
+    server = server_of(format, with_code=with_code, family=opened.config.model.family) if serve_check else None
     facts = _facts(opened)
     # weights, by far the most of it
     require_space(out, needed_bytes=int(exporter.bytes_per_weight * facts.parameters))
@@ -71,24 +82,32 @@ def export_checkpoint(
     trained = compute_trained(opened, exporter, lengths=lengths)
     with new_folder(out) as folder:
         with _report_write_errors(out):
-            exporter.write(
-                folder,
-                name=opened.config.run.name,
-                weights=opened.weights(),
-                model=opened.config.model,
-                vocab_size=opened.vocab_size,
-                tokenizer=opened.tokenizer,
-                sequence_length=facts.train_length,
-                longest=facts.longest,
-            )
-            text = json.dumps(trained.certificate, indent=1)
-            (folder / "certificate.json").write_text(f"{text}\n", encoding="utf-8")
+            _write_model(folder, exporter, opened, facts, certificate=trained.certificate)
         # Compare before the folder takes its name: a wrong export must not be left where an engine would load it.
         result = _compare(opened, trained, exporter, folder, out=out, facts=facts, limit=limit)
+        if server is not None:
+            result = replace(result, served=_serve(opened, trained, server, exporter, folder))
         with _report_write_errors(out):
             _write_cards(folder, result, exporter, checkpoint=opened, format=format)
     _record(opened, trained.certificate, file=out / "certificate.json")
     return result
+
+
+def _write_model(
+    folder: Path, exporter: ExportFormat, checkpoint: Checkpoint, facts: ModelFacts, *, certificate: dict[str, Any]
+) -> None:
+    exporter.write(
+        folder,
+        name=checkpoint.config.run.name,
+        weights=checkpoint.weights(),
+        model=checkpoint.config.model,
+        vocab_size=checkpoint.vocab_size,
+        tokenizer=checkpoint.tokenizer,
+        sequence_length=facts.train_length,
+        longest=facts.longest,
+    )
+    text = json.dumps(certificate, indent=1)
+    (folder / "certificate.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _write_cards(
@@ -117,6 +136,19 @@ def _write_cards(
         file=exporter.file,
         reader=exporter.reader,
         origin=origin,
+    )
+
+
+def _serve(
+    checkpoint: Checkpoint, trained: TrainedOutputs, server: InferenceServer, exporter: ExportFormat, folder: Path
+) -> ServedText:
+    largest = max(logits.abs().max().item() for logits in trained.logits)
+    return check_served(
+        server,
+        folder / exporter.file,
+        expected=trained.continuation,
+        tokenizer=Tokenizer.load(checkpoint.tokenizer),
+        tolerance=server.tolerances[exporter.dtype] * max(1.0, largest),
     )
 
 
@@ -194,5 +226,6 @@ def _compare(
         limit=limit,
         texts=compared,
         continued=compare_continuations(continuation, continued, tolerance=parity.tolerance),
+        served=None,
         held_out=trained.text is not None,
     )

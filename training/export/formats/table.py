@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from configs.errors import InputError
 from training.export.formats.model_card import Reader
+from training.export.formats.servers import LLAMA_CPP_SERVERS, VLLM_SERVERS, InferenceServer, require_server
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,6 +174,7 @@ class FormatRow:
         dtypes: Types that its weights can have, the default first.
         problem_of: Returns why it cannot hold a model, None if it can.
         load: Imports the implementation, and returns it for a type of weights.
+        servers: What `--serve-check` can start, the first choice first.
         load_with_code: Likewise of the one that carries its own modelling code; None if there is none.
     """
 
@@ -180,6 +182,7 @@ class FormatRow:
     dtypes: tuple[str, ...]
     problem_of: "Callable[[Model], str | None]"
     load: Callable[[str], ExportFormat]
+    servers: tuple[InferenceServer, ...]
     load_with_code: Callable[[str], ExportFormat] | None = None
 
 
@@ -189,9 +192,10 @@ FORMATS = {
         ("fp32", "bf16", "fp16"),
         _huggingface_problem,
         _huggingface,
+        VLLM_SERVERS,
         load_with_code=_huggingface_with_code,
     ),
-    "gguf": FormatRow("one file for llama.cpp", ("f32", "f16", "q8_0"), _gguf_problem, _gguf),
+    "gguf": FormatRow("one file for llama.cpp", ("f32", "f16", "q8_0"), _gguf_problem, _gguf, LLAMA_CPP_SERVERS),
 }
 DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
 # the format that a SLURM chain exports to
@@ -231,3 +235,21 @@ def require_format(name: str, *, dtype: str | None = None, with_code: bool = Fal
         carrying = " or ".join(name for name, row in FORMATS.items() if row.load_with_code)
         raise InputError(f"format {name} carries no code: drop --with-code, or use --format {carrying}")
     return dtype or dtypes[0]
+
+
+def server_of(name: str, *, with_code: bool, family: str | None = None) -> InferenceServer:
+    """Return the server that `--serve-check` starts for an export.
+
+    Args:
+        name: The format.
+        with_code: Whether it carries its own code.
+        family: Value of `model.family`; None if it is not known yet.
+    Raises:
+        InputError: no server can run it, or none that can is installed.
+    """
+    if with_code:
+        raise InputError("no server runs a folder with its own code: drop --serve-check or --with-code")
+    servers = [server for server in FORMATS[name].servers if family is None or family in server.families]
+    if not servers:
+        raise InputError(f"no server of format {name} runs the family {family}: drop --serve-check, or export to gguf")
+    return require_server(servers)
