@@ -284,6 +284,7 @@ def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
         f"evaluation/{last}/held-out.md",
         f"evaluation/{last}/held-out.png",
         "export/certificate.json",
+        "export/export.json",
     }
 
 

