@@ -26,6 +26,7 @@ POSITIONS, KERNELS = "training/model/positions", "training/model/kernels"
 ALIBI, BIAS, T5 = f"{POSITIONS}/alibi.py", f"{POSITIONS}/bias.py", f"{POSITIONS}/t5.py"
 SDPA, FLEX, BLOCKS = f"{KERNELS}/sdpa.py", f"{KERNELS}/flex.py", f"{KERNELS}/bias_blocks.py"
 PRENORM, CERTIFICATE = "training/model/blocks/prenorm.py", "training/model/proof/certificate.py"
+EXPORT_VERIFIED = "tests/unit/test_export_verified.py"
 BY_GGUF = "tests/unit/test_export_gguf.py::test_transformers_reads_the_logits_of_its_own_format"
 BY_FORMULA = "tests/unit/test_model_alibi.py::test_both_backends_equal_the_formula_in_fp64"
 BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join_to_the_whole"
@@ -333,6 +334,20 @@ MUTANTS = (
         "    model.change_weights(exporter.rounded)\n",
         "",
         "tests/unit/test_export_run.py::test_rounded_weights_are_compared_as_they_are_written",
+    ),
+    Mutant(
+        "export: another greedy token passes",
+        "training/export/parity.py",
+        "if ours is not None and theirs in expected.as_likely(place, tolerance=tolerance):",
+        "if ours is not None:",
+        f"{EXPORT_VERIFIED}::test_a_greedy_text_that_differs_is_not_exported",
+    ),
+    Mutant(
+        "export: another text of a server passes",
+        "training/export/parity.py",
+        "if any(follows([*expected.ids[:place], other]) for other in likely):",
+        "if likely:",
+        f"{EXPORT_VERIFIED}::test_a_text_is_compared_up_to_tokens_as_likely",
     ),
     Mutant(
         "description: a parameter that no module has",
