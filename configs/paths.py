@@ -41,9 +41,19 @@ def export_folder(run_dir: Path, *, form: str) -> Path:
     return run_dir / "export" / form
 
 
+def step_export_folder(run_dir: Path, *, step: int) -> Path:
+    """Return the folder of a step that was exported while the run trained."""
+    return run_dir / "exports" / f"step-{step:08d}"
+
+
 def logs_folder(run_dir: Path) -> Path:
     """Return the folder of a run's logs."""
     return run_dir / "logs"
+
+
+def step_export_log(run_dir: Path, *, step: int) -> Path:
+    """Return the log of the export of a step."""
+    return logs_folder(run_dir) / f"export-{step:08d}.log"
 
 
 def metrics_path(run_dir: Path) -> Path:

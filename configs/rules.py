@@ -192,6 +192,15 @@ def _keep_every(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _export_every(config: RunConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if checkpoint.export_every % checkpoint.every:
+        yield (
+            f"checkpoint.export_every must be a multiple of checkpoint.every ({checkpoint.every}), "
+            f"got {checkpoint.export_every}: no other step is saved"
+        )
+
+
 def _keep_best(config: RunConfig) -> Iterator[str]:
     checkpoint, measured = config.checkpoint, config.evaluate.every
     if checkpoint.keep_best and (not measured or checkpoint.every % measured):
@@ -323,6 +332,7 @@ _RULES = (
     _warmup,
     _learning_rates,
     _keep_every,
+    _export_every,
     _keep_best,
     _protocols,
     _strides,

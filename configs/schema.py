@@ -222,6 +222,11 @@ class CheckpointRules(Section):
     )
     keep_best: NonNegativeInt = Field(default=0, description="Checkpoints of the lowest validation loss to keep.")
     background: bool = Field(default=False, description="Write checkpoints in the background.")
+    export_every: NonNegativeInt = Field(
+        default=0,
+        description="Steps between exports beside training, to RUN_DIR/exports, the last step too; 0 for none.",
+    )
+    export_format: str = Field(default="hf", description="Format of those exports, as in `export --format`.")
 
 
 class Evaluate(Section):

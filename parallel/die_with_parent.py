@@ -1,6 +1,6 @@
 """Run a command that dies with its parent process: `python die_with_parent.py PARENT_PID COMMAND...`.
 
-The parent-death signal is requested before exec and survives it. A preexec_fn would request it in the launcher's
+The parent-death signal is requested before exec and survives it. A preexec_fn would request it in the parent's
 forked child, where running Python code is not safe. This file imports only the standard library, so that it adds
 only milliseconds to a start.
 """
@@ -14,7 +14,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def dying_with_parent(*command: str) -> list[str]:
-    """Return a command, started by this process, as one that dies with it."""
+    """Return a command line that becomes a command, which the kernel kills when the thread that started it ends."""
     # -I -S: the wrapper needs nothing from site-packages and starts faster without it.
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # the values that torch accepts for deterministic algorithms
+# what makes a process a rank, and what `start` sets
+_VARIABLES_OF_A_RANK = (
+    *("TRAINSHORT_RANK", "TRAINSHORT_RANKS", "TRAINSHORT_RENDEZVOUS", "TRAINSHORT_TERMINAL"),
+    *("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 MANY_FILES = 1 << 16  # some ten connections of each of 4,096 ranks
 
@@ -100,6 +105,12 @@ def _first_host(node_list: str) -> str:
 def environment() -> Mapping[str, str]:
     """Return the environment, for the variables of a library that a user expects to count."""
     return os.environ
+
+
+def environment_beside_ranks(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process that is started by a rank and is none: one thread, and no GPU."""
+    kept = {name: value for name, value in environ.items() if name not in _VARIABLES_OF_A_RANK}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def slurm_job(environ: Mapping[str, str]) -> dict[str, str | None] | None:

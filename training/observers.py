@@ -4,6 +4,7 @@ Rank 0 has those of the run, and the first rank of each other node may have one 
 training asks the run's `StopRequest`: all ranks then save and stop after the same step.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,6 +85,10 @@ class Observer:
 
     def before_save(self) -> None:
         """Make earlier results durable: a checkpoint is about to be saved, and a resume will not repeat its steps."""
+
+    def checkpoints_in_use(self) -> Collection[Path]:
+        """Return the checkpoints that the save to come must not remove: the observer reads them."""
+        return ()
 
     def on_save(self, save: Save) -> None:
         """Learn that a checkpoint was saved."""

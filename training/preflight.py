@@ -23,6 +23,7 @@ from training.checkpoint.manifest import (
     list_checkpoints,
     step_folder,
 )
+from training.export.while_training import check_export_every
 from training.folder import with_fixed_keys
 
 
@@ -61,10 +62,12 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
         world_size: All ranks.
         device: Device type of the ranks: cpu or cuda.
     Raises:
-        InputError: the ranks, the machine, the run folder, the data or a checkpoint does not fit the run.
+        InputError: the ranks, the machine, the format of its exports, the run folder, the data or a checkpoint does
+            not fit the run.
     """
     layout = Layout.of(config, world_size=world_size)
     check_backend(config.model, device=device)
+    check_export_every(config)
     check_compiling(config.train.compile, device=device, environ=environment())
     run_dir = check_run_folder(config)
     config = with_fixed_keys(config, run_dir=run_dir)

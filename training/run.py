@@ -1,7 +1,8 @@
 """One rank's training, in the order in which things are built. Read this first."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +16,7 @@ from parallel.groups import make_groups
 from parallel.start import ProcessRank, start, stop, use_deterministic_algorithms
 from training.build import build_engine, record_refusal
 from training.determinism import limits_of_determinism, nondeterminism_named
+from training.export.while_training import ExportsWhileTraining
 from training.folder import claim_run_folder, device_name, record_certificate, report_write_errors
 from training.incarnation import Fence
 from training.metrics_file import MetricsFile
@@ -24,10 +26,10 @@ from training.preflight import Ready, make_ready
 from training.progress_lines import build_line, verified_line
 from training.progress_log import ProgressLog
 from training.resume import has_checkpoint
-from training.stopping import StopRequest
+from training.stopping import StopRequest, remove_stop_file
 from training.tracking.observer import TrackingObserver
 from training.tracking.system import node_observers
-from training.trainer import build_trainer
+from training.trainer import Trainer, build_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +81,9 @@ def train_rank(
     observers = _observers(ready, place, step=trainer.start.step, certificates=certificates, terminal=terminal)
     if not stop_request.asked:
         say("training from step %d", trainer.start.step + 1)
-    trainer.run(observers)
-    stop()  # not after an error: other ranks may wait in a collective, and are ended only once this one has ended
+    with _exporting(trainer, place, terminal=terminal) as exports:
+        trainer.run([*observers, *exports])
+        stop()  # not after an error: other ranks may wait in a collective, and are ended only once this one has ended
 
 
 def _backend(config: RunConfig, *, device: torch.device) -> Backend:
@@ -104,6 +107,23 @@ def _join(place: ProcessRank, ready: Ready, *, say: Callable[..., None]) -> tupl
     with timed("claimed the run folder", say=say):
         fence = broadcast_from_first(lambda: claim_run_folder(config, layout=layout, device=device), group=groups.world)
     return device, groups, fence
+
+
+@contextmanager
+def _exporting(trainer: Trainer, place: ProcessRank, *, terminal: Terminal | None) -> Iterator[list[Observer]]:
+    """Yield what exports beside training, on rank 0 of a run that asks for it; at the end wait for what is left."""
+    if place.rank or not trainer.config.checkpoint.export_every:
+        yield []
+        return
+    exports = ExportsWhileTraining(trainer.config, fence=trainer.fence)
+    exports.resume(trainer.start.step)
+    yield [exports]
+    if exports.training_finished:
+        exports.finish(
+            asked=lambda: bool(trainer.stop.verdict(fence=trainer.fence, reads_folder=True)), terminal=terminal
+        )
+        remove_stop_file(trainer.fence)
+        trainer.saver.remove_old()
 
 
 def _observers(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 from configs.schema import RunConfig
@@ -11,6 +12,7 @@ from parallel.axes import Groups
 from parallel.copies import equalize_copies
 from parallel.engine import Engine
 from training.checkpoint.manifest import SavedState, list_checkpoints
+from training.checkpoint.retention import apply_retention
 from training.checkpoint.write import SaveError, save_checkpoint
 from training.incarnation import Fence
 from training.resume import check_loss
@@ -48,12 +50,13 @@ class Saver:
         # The resume skipped these, so they are broken: retention must not count them.
         self._broken = {saved.path.absolute() for saved in list_checkpoints(fence.run_dir) if saved.step > start.step}
 
-    def save(self, state: TrainState, *, validation_loss: float | None) -> Path:
+    def save(self, state: TrainState, *, validation_loss: float | None, in_use: Collection[Path] = ()) -> Path:
         """Save a checkpoint and return its folder; every rank must call it.
 
         Args:
             state: The position of training.
             validation_loss: Measured after this step; None if it was not.
+            in_use: Checkpoints that must not be removed now; those of rank 0 count.
         Raises:
             SaveError: the weights have diverged, or a disk is full or failing; raised on every rank.
             Superseded: a newer start of the run has taken over; raised on every rank.
@@ -84,6 +87,11 @@ class Saver:
             saved_state=saved,
             fence=self._fence,
             broken=self._broken,
+            in_use=in_use,
         )
         self._broken.discard(folder.absolute())
         return folder
+
+    def remove_old(self) -> None:
+        """Remove, on rank 0, the checkpoints that no rule keeps and that the last save left as they were in use."""
+        apply_retention(self._config.checkpoint, fence=self._fence, broken=self._broken)

@@ -284,7 +284,8 @@ class Trainer:
             observer.before_save()
         wait_for_all(self.groups.world)  # the first rank's observers write to a disk
         began = time.perf_counter()
-        folder = self.saver.save(state, validation_loss=validation_loss)
+        in_use = {folder for observer in observers for folder in observer.checkpoints_in_use()}
+        folder = self.saver.save(state, validation_loss=validation_loss, in_use=in_use)
         for observer in observers:
             observer.on_save(Save(state.step, folder, time.perf_counter() - began))
 

@@ -77,11 +77,13 @@ def check_command(
     from launch.show.console import show_json
     from launch.show.run import run_summary, show_summary
     from training.check_notes import check_notes
+    from training.export.while_training import check_export_every
 
     for option, value in (("--gpu-memory-gb", gpu_memory_gb), ("--ranks", ranks)):
         if value is not None and not memory:
             raise InputError(f"{option} is for the estimate of memory: add --memory, or leave {option} out")
     config = load_run(run, overrides=overrides or [])
+    check_export_every(config)
     fit, origin = _fit_memory(config, ranks=ranks, gpu_memory_gb=gpu_memory_gb) if memory else (None, "")
     model = Path(config.data.tokenizer) if config.data.tokenizer else None
     if model is not None and model.is_file():  # if it is missing, that is a note

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import struct
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,14 +113,16 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     saved = [each.step for each in list_checkpoints(folder / "one" / "run")]
     resumed = trainshort(folder, "train", *run("one/run"))
     assert resumed.returncode == 0, resumed.stderr
-    done(folder, "train", *run("two/run"))
     before = states(folder)
     again = done(folder, "train", *run("one/run"))
     after = states(folder)
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    report = done(folder, "evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
-    exported = done(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
-    generated = done(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--greedy", "--json")
+    with ThreadPoolExecutor(1) as pool:  # at the same time: the end of that run is one process, its export
+        unbroken = pool.submit(done, folder, "train", *run("two/run"), "--set", f"checkpoint.export_every={STEPS}")
+        report = done(folder, "evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
+        exported = done(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
+        generated = done(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--greedy", "--json")
+        unbroken.result()
     return Job(folder, stopped, saved, resumed.stderr, report, exported, generated, again, changed)
 
 
@@ -226,6 +229,22 @@ def test_the_exported_model_has_the_logits_of_the_trained_one(job: Job) -> None:
         logits = model(tokens).logits
     assert tokens.shape == (1, 4 * LENGTH)
     torch.testing.assert_close(logits, load_single(open_checkpoint(job.broken)).logits(tokens), atol=1e-4, rtol=0)
+
+
+def test_a_run_has_exported_its_last_step_before_it_ends(job: Job) -> None:
+    by_run, by_hand = job.unbroken / "exports" / f"step-{STEPS:08d}", job.broken / "export" / "hf"
+    assert (by_run / "model.safetensors").read_bytes() == (by_hand / "model.safetensors").read_bytes()
+    assert {path.name for path in by_run.iterdir()} == {path.name for path in by_hand.iterdir()}
+    told = (job.unbroken / "logs" / "rank_0.log").read_text()
+    assert (
+        f"\ntraining has ended: waiting for the export of step {STEPS}\nexported step {STEPS} to two/run/exports/"
+        in told
+    )
+    logged = (job.unbroken / "logs" / f"export-{STEPS:08d}.log").read_text()
+    assert logged.endswith(f"\nexported: two/run/exports/step-{STEPS:08d}\n")
+    with closing(sqlite3.connect(job.folder / "two" / "mlflow.db")) as database:
+        assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
+    assert len([*(job.folder / "two" / "mlartifacts").rglob("export/certificate.json")]) == 1
 
 
 def test_tokens_past_the_training_length_equal_transformers(job: Job) -> None:

@@ -66,6 +66,19 @@ CHECKED = {
         ["model.window=off"],
         "run.yaml: model.window: must be a valid integer, got 'off'",
     ),
+    "exports of steps that are not saved": (
+        ["checkpoint.every=4", "checkpoint.export_every=6"],
+        "run.yaml: checkpoint.export_every must be a multiple of checkpoint.every (4), got 6: no other step is saved",
+    ),
+    "exports of a model without a format": (
+        ["checkpoint.every=4", "checkpoint.export_every=4", "model.position=rotary"],
+        "BLOOM cannot hold model.position rotary (it holds alibi): this model cannot be exported; "
+        "set checkpoint.export_every (4) to 0, or change the model",
+    ),
+    "an unknown format of exports": (
+        ["checkpoint.export_format=onnx"],
+        "checkpoint.export_format 'onnx' is not known: use hf or gguf",
+    ),
     "no override": (["model.heads"], "--set 'model.heads' is not an override: write section.key=value"),
 }
 
@@ -199,6 +212,11 @@ TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
         ["--ranks", "12"],
         r"train.global_batch must be a multiple of train.micro_batch x data ranks \(2 x 3 = 6\), got 8: "
         r"change one of them",
+    ),
+    "an unknown format of exports": (
+        nothing,
+        ["--set", "checkpoint.export_format=onnx"],
+        "checkpoint.export_format 'onnx' is not known: use hf or gguf",
     ),
     "a run folder that is a file": (
         file_in_place_of_the_run,

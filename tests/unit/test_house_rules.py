@@ -55,6 +55,7 @@ LIGHT = (
     "training/export/formats/servers.py",
     "training/export/formats/table.py",
     "training/export/result.py",
+    "training/export/while_training.py",
     "training/families/",
     "training/folder.py",
     "training/host_memory.py",

@@ -13,18 +13,22 @@ from training.incarnation import Fence
 logger = logging.getLogger(__name__)
 
 
-def apply_retention(rules: CheckpointRules, *, run_dir: Path, fence: Fence, broken: Collection[Path]) -> None:
+def apply_retention(
+    rules: CheckpointRules, *, fence: Fence, broken: Collection[Path], in_use: Collection[Path] = ()
+) -> None:
     """Remove the checkpoints that no rule keeps. If the disk fails, warn and continue.
 
     Args:
         rules: The run's section.
-        run_dir: The run folder.
         fence: Shows whether this start of the run is still the newest; an older start removes nothing.
         broken: Checkpoints whose content is known to be altered. Like incomplete ones, they are neither counted nor
             removed.
+        in_use: Checkpoints that someone reads: they count, and are not removed.
     """
     try:
-        for folder in checkpoints_to_remove(_whole_checkpoints(run_dir, broken=broken), rules=rules):
+        for folder in checkpoints_to_remove(_whole_checkpoints(fence.run_dir, broken=broken), rules=rules):
+            if folder in in_use:
+                continue
             if not fence.is_ours():
                 return
             # Rename before removing: a removal that is cut short must not leave a manifest whose files are gone.
@@ -32,7 +36,7 @@ def apply_retention(rules: CheckpointRules, *, run_dir: Path, fence: Fence, brok
             disk.rename(folder, removed)
             disk.remove(removed)
     except OSError as error:
-        logger.warning("an old checkpoint in %s cannot be removed (%s)", run_dir, error.strerror)
+        logger.warning("an old checkpoint in %s cannot be removed (%s)", fence.run_dir, error.strerror)
 
 
 def checkpoints_to_remove(whole: dict[Path, Manifest], *, rules: CheckpointRules) -> list[Path]:

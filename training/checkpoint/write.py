@@ -72,6 +72,7 @@ def save_checkpoint(
     saved_state: SavedState,
     fence: Fence,
     broken: Collection[Path] = (),
+    in_use: Collection[Path] = (),
 ) -> Path:
     """Save weights and optimizer state after a step. A collective over all ranks.
 
@@ -84,6 +85,7 @@ def save_checkpoint(
         saved_state: The position of training, for the manifest.
         fence: Shows whether this start of the run is still the newest.
         broken: Checkpoints of the run whose content is known to be altered; retention must not count them.
+        in_use: Checkpoints of the run that someone reads; retention must not remove them.
     Returns:
         The checkpoint folder.
     Raises:
@@ -106,7 +108,7 @@ def save_checkpoint(
         _on_first_rank(partial(_discard, staging), world=world)
         raise
     # only now: until this checkpoint is on disk, an older one may be the last whole one
-    retain = partial(apply_retention, config.checkpoint, run_dir=Path(config.run.dir), fence=fence, broken=broken)
+    retain = partial(apply_retention, config.checkpoint, fence=fence, broken=broken, in_use=in_use)
     _on_first_rank(retain, world=world)
     return folder
 

@@ -119,6 +119,12 @@ def require_space(out: Path, *, needed_bytes: int) -> None:
         )
 
 
+def remove_partial_folders(out: Path) -> None:
+    """Remove the temporary folders beside `out`, whose name may be a pattern, that killed exports left."""
+    for folder in out.parent.glob(f".{out.name}{_PARTIAL}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _make_partial(place: Path, *, out: Path) -> Path:
     """Make the temporary folder of a place, which the user calls `out`, and return it."""
     # On the file system of its place, where a rename is atomic. The random name keeps two exports apart.
