@@ -350,6 +350,20 @@ MUTANTS = (
         f"{EXPORT_VERIFIED}::test_a_text_is_compared_up_to_tokens_as_likely",
     ),
     Mutant(
+        "carried code: other slopes between two powers of two",
+        "training/export/formats/carried/modeling_trainshort.py",
+        "(head + 0.5)",
+        "(head + 1.5)",
+        "tests/unit/test_export_with_code.py::test_every_model_has_its_own_logits[alibi]",
+    ),
+    Mutant(
+        "carried code: padding counts as positions",
+        "training/export/formats/carried/modeling_trainshort.py",
+        "if padding is None else ~padding",
+        "if padding is None else padding == padding",
+        "tests/unit/test_export_with_code.py::test_padding_on_any_side_changes_no_logits[sinusoidal]",
+    ),
+    Mutant(
         "description: a parameter that no module has",
         "training/families/table.py",
         "return (*family.parameters(family, model, vocab_size), *_position_table(model))",

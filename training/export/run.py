@@ -78,8 +78,7 @@ def export_checkpoint(
     exporter.check(opened.config.model)
     server = server_of(format, with_code=with_code, family=opened.config.model.family) if serve_check else None
     facts = _facts(opened)
-    # weights, by far the most of it
-    require_space(out, needed_bytes=int(exporter.bytes_per_weight * facts.parameters))
+    require_space(out, needed_bytes=int(exporter.bytes_per_weight * facts.parameters))  # by far the most of it
     lengths, limit = _compared_lengths(exporter, opened)
     trained = compute_trained(opened, exporter, lengths=lengths)
     with new_folder(out) as folder:
