@@ -19,8 +19,8 @@ from tokenizers import models, pre_tokenizers, trainers
 from benchmarks.machine import print_result
 from configs.schema import Data
 from data_pipeline.prepare import prepare_data
+from data_pipeline.sentencepiece_tokenizer import SAMPLE_CHARACTERS, train_tokenizer
 from data_pipeline.sources import source_chunks
-from data_pipeline.tokenizer import SAMPLE_CHARACTERS, train_tokenizer
 
 VOCABULARIES = (8192, 32768)
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -24,7 +24,7 @@ from benchmarks.commands import Bench, Shape
 from benchmarks.machine import print_result
 from configs.schema import Source
 from data_pipeline.sources import source_chunks
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import load_tokenizer
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.export.run import export_checkpoint
 from training.model.cache import KeyValueCache
@@ -131,7 +131,7 @@ def _evaluation(checkpoint: Checkpoint) -> None:
 
 def tokens_of(checkpoint: Checkpoint, *, count: int) -> Tensor:
     """Return the first tokens of a checkpoint's text, [1, count]."""
-    tokenizer, ids = Tokenizer.load(checkpoint.tokenizer), list[int]()
+    tokenizer, ids = load_tokenizer(checkpoint.tokenizer), list[int]()
     for text in _texts(checkpoint.config.data.sources):
         ids += tokenizer.encode(text)
         if len(ids) >= count:

@@ -8,7 +8,9 @@ from configs.schema import RunConfig
 
 # the same in prepared data and in a checkpoint
 MANIFEST_NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAME = "tokenizer.model"  # sentencepiece's; of the other kind there are two files
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def run_folder(config: RunConfig) -> Path:

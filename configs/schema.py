@@ -145,9 +145,13 @@ class Data(Section):
     )
     dir: PathText | None = Field(default=None, description="Folder of prepared data; RUN_DIR/data unless set.")
     tokenizer: PathText | None = Field(
-        default=None, description="An existing sentencepiece .model; one is trained unless set."
+        default=None,
+        description="An existing sentencepiece .model or tokenizer.json, or a folder that holds one; one is trained "
+        "unless set.",
     )
-    vocab_size: Annotated[int, Field(ge=300), COUNTABLE] = Field(description="Pieces of the tokenizer.")
+    vocab_size: Annotated[int, Field(ge=300), COUNTABLE] = Field(
+        description="Pieces of the tokenizer; of a tokenizer.json it may be more."
+    )
     sequence_length: Annotated[int, Field(ge=2), COUNTABLE] = Field(description="Training length in tokens.")
     split: Fraction = Field(default=0.02, description="Share of the documents held out for validation; 0 for none.")
     document_separator: str | None = Field(

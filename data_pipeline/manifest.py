@@ -9,11 +9,12 @@ from typing import Any
 
 from configs.errors import InputError, not_prepared
 from configs.files import whole_file
-from configs.paths import MANIFEST_NAME, TOKENIZER_NAME
+from configs.paths import MANIFEST_NAME
 from configs.schema import Data
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path
 from data_pipeline.sources import PYTHON_DOCS, source_files
 from data_pipeline.split import held_out_count
+from data_pipeline.tokenizer_files import find_tokenizer, tokenizer_sha256
 
 DATA_FORMAT = 1
 UNIGRAM_NAME = "unigram.npy"
@@ -101,7 +102,7 @@ def load_prepared(data: Data, *, folder: Path) -> Prepared:
         weights = [None] * len(parts)
     prepared = Prepared(
         folder=folder,
-        tokenizer=folder / TOKENIZER_NAME,
+        tokenizer=find_tokenizer(folder),
         tokenizer_sha256=manifest["tokenizer_sha256"],
         vocab_size=manifest["vocab_size"],
         end_of_document=manifest["end_of_document"],
@@ -142,7 +143,7 @@ def describe_inputs(data: Data) -> dict[str, Any]:
     _check_named_once(paths)
     inputs["files"] = {path: _file_states(path) for path in paths}
     if data.tokenizer is not None:
-        inputs["tokenizer_sha256"] = _sha256(Path(data.tokenizer))
+        inputs["tokenizer_sha256"] = tokenizer_sha256(Path(data.tokenizer))
     return inputs
 
 
@@ -202,7 +203,7 @@ def same_content(old: Path, new: Path) -> bool:
 def _content_hash(folder: Path, manifest: dict[str, Any]) -> str:
     """Return a hash of the tokenizer, the lengths of all sequences, and how often each token occurs."""
     indices = [idx_path(folder / part["prefix"]) for part in manifest["parts"]]
-    hashes = [_sha256(file, what="prepared data") for file in (*indices, folder / UNIGRAM_NAME)]
+    hashes = [_sha256(file) for file in (*indices, folder / UNIGRAM_NAME)]
     return " ".join([manifest["tokenizer_sha256"], *hashes])
 
 
@@ -344,7 +345,7 @@ def _same(before: list[list[Any]], now: list[list[Any]]) -> bool:
 
 
 def _is_same_model(manifest: dict[str, Any], model: Path) -> bool:
-    return model.is_file() and _sha256(model) == manifest["tokenizer_sha256"]
+    return find_tokenizer(model).is_file() and tokenizer_sha256(model) == manifest["tokenizer_sha256"]
 
 
 def _file_difference(path: str, before: list[list[Any]], now: list[list[Any]]) -> str:
@@ -369,15 +370,15 @@ def _check_files(prepared: Prepared) -> None:
 
 
 def _check_tokenizer(data: Data, prepared: Prepared) -> None:
-    if _sha256(prepared.tokenizer) != prepared.tokenizer_sha256:
+    if tokenizer_sha256(prepared.tokenizer) != prepared.tokenizer_sha256:
         raise InputError(
             f"tokenizer {prepared.tokenizer} is not the one that the data was prepared with: {_PREPARE_AGAIN}"
         )
     # the folder has its own copy: the original may be deleted, but not replaced by another
-    given = Path(data.tokenizer) if data.tokenizer is not None else None
-    if given is not None and given.is_file() and _sha256(given) != prepared.tokenizer_sha256:
+    given = find_tokenizer(Path(data.tokenizer)) if data.tokenizer is not None else None
+    if given is not None and given.is_file() and tokenizer_sha256(given) != prepared.tokenizer_sha256:
         raise InputError(
-            f"data.tokenizer {given} is not the one that {prepared.folder} was prepared with: {_PREPARE_AGAIN}"
+            f"data.tokenizer {data.tokenizer} is not the one that {prepared.folder} was prepared with: {_PREPARE_AGAIN}"
         )
 
 
@@ -385,8 +386,8 @@ def _size(file: Path) -> int | None:
     return file.stat().st_size if file.is_file() else None
 
 
-def _sha256(file: Path, *, what: str = "tokenizer") -> str:
+def _sha256(file: Path) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise InputError(f"{what} {file} cannot be read ({error.strerror}): check the path") from None
+        raise InputError(f"prepared data {file} cannot be read ({error.strerror}): check the path") from None

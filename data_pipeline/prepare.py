@@ -15,7 +15,7 @@ from rich.table import Column
 
 from configs.errors import InputError, MachineError
 from configs.files import one_writer, whole_file
-from configs.paths import MANIFEST_NAME, TOKENIZER_NAME
+from configs.paths import MANIFEST_NAME, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME
 from configs.schema import Data, Source
 from configs.terminal import printable, status_console
 from data_pipeline.indexed import histogram, read_index
@@ -32,9 +32,9 @@ from data_pipeline.manifest import (
     write_data_manifest,
     write_json,
 )
-from data_pipeline.portable import check_portable
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path, words_path
 from data_pipeline.reading import OnRead
+from data_pipeline.sentencepiece_tokenizer import SAMPLE_CHARACTERS, train_tokenizer
 from data_pipeline.sources import (
     PYTHON_DOCS,
     Chunk,
@@ -46,7 +46,8 @@ from data_pipeline.sources import (
     source_size,
 )
 from data_pipeline.storage import write_part
-from data_pipeline.tokenizer import SAMPLE_CHARACTERS, Tokenizer, train_tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer_files import find_tokenizer, tokenizer_files
 
 _UNFINISHED_NAME = "preparing.json"
 _BAR_CELLS = 20
@@ -104,19 +105,14 @@ def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
 def check_tokenizer(data: Data) -> None:
     """Check that `data.tokenizer` fits the run and can be exported, and that it is set where it is needed.
 
+    Warn if it does not give every text back.
+
     Raises:
         InputError: names what does not fit.
     """
     require_tokenizer(data)
-    if data.tokenizer is None:
-        return
-    given = Tokenizer.load(Path(data.tokenizer))
-    check_portable(given)
-    if given.vocab_size != data.vocab_size:
-        raise InputError(
-            f"data.vocab_size must be that of data.tokenizer {data.tokenizer} ({given.vocab_size}), "
-            f"got {data.vocab_size}: use {given.vocab_size}"
-        )
+    if data.tokenizer is not None:
+        load_tokenizer(Path(data.tokenizer)).check(vocab_size=data.vocab_size)
 
 
 def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console) -> None:
@@ -133,16 +129,16 @@ def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console)
         )
         check_split(parts, split=data.split)
         # count in the .bin files: parts that were kept or are used in place are not tokenized in this call
-        counts = np.zeros(tokenizer.vocab_size, np.int64)
+        counts = np.zeros(data.vocab_size, np.int64)  # of the rows that stand for no token too
         for part in parts:
-            counts += histogram(folder / part.prefix, vocab_size=tokenizer.vocab_size)
+            counts[: tokenizer.vocab_size] += histogram(folder / part.prefix, vocab_size=tokenizer.vocab_size)
     with whole_file(folder / UNIGRAM_NAME) as temporary, temporary.open("wb") as file:
         np.save(file, counts)
     write_data_manifest(
         folder,
         inputs=inputs,
         tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=data.vocab_size,
         end_of_document=tokenizer.end_of_document,
         parts=parts,
     )
@@ -167,18 +163,21 @@ def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
 def _written(folder: Path) -> list[Path]:
     """Return the files of prepared data, those of an unfinished prepare too, except the records of the whole."""
     # part-* includes the records of finished parts
-    return sorted({*folder.glob("part-*"), *folder.glob(TOKENIZER_NAME), *folder.glob(UNIGRAM_NAME)})
+    patterns = ("part-*", TOKENIZER_NAME, TOKENIZER_JSON, TOKENIZER_CONFIG, UNIGRAM_NAME)
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
 def _own_tokenizer(data: Data, folder: Path, bars: Progress) -> Tokenizer:
     """Return the folder's tokenizer: kept, copied from `data.tokenizer`, or trained now."""
-    path = folder / TOKENIZER_NAME
-    if path.is_file():
-        return Tokenizer.load(path)
+    kept = find_tokenizer(folder)
+    if kept.is_file():
+        return load_tokenizer(kept)
     if data.tokenizer is not None:
-        with whole_file(path) as temporary:
-            temporary.write_bytes(Path(data.tokenizer).read_bytes())
-        return Tokenizer.load(path)
+        # the file that `find_tokenizer` looks for is the first of them, and is written last
+        for name, content in reversed(tokenizer_files(Path(data.tokenizer)).items()):
+            with whole_file(folder / name) as temporary:
+                temporary.write_bytes(content)
+        return load_tokenizer(folder)
     bars.console.print("training the tokenizer")
     task = bars.add_task("sample for the tokenizer", total=None)
 
@@ -187,7 +186,7 @@ def _own_tokenizer(data: Data, folder: Path, bars: Progress) -> Tokenizer:
             bars.advance(task, len(text))
             yield text
 
-    tokenizer = train_tokenizer(sample(), vocab_size=data.vocab_size, out=path)
+    tokenizer = train_tokenizer(sample(), vocab_size=data.vocab_size, out=folder / TOKENIZER_NAME)
     bars.update(task, total=bars.tasks[task].completed)
     return tokenizer
 

@@ -16,6 +16,7 @@ from data_pipeline.prefixes import find_prefix
 from data_pipeline.python_docs import PYTHON_DOCS_CHARACTERS, python_docs
 from data_pipeline.reading import BYTE_ORDER_MARK, OnRead, iter_text
 from data_pipeline.records import jsonl_texts, parquet_texts
+from data_pipeline.tokenizer_files import find_tokenizer
 
 PYTHON_DOCS = "python-docs"
 _MIN_CHUNK, _MAX_CHUNK = 1 << 14, 1 << 20  # characters
@@ -64,7 +65,7 @@ def check_source(path: str, *, most_files: int | None = None) -> None:
 
 
 def require_tokenizer(data: Data) -> None:
-    """Check that `data.tokenizer` is set where it is needed, and is a file.
+    """Check that `data.tokenizer` is set where it is needed, and is a file or a folder that holds one.
 
     Raises:
         InputError: it is not set, and a source is already tokenized; or there is no such file.
@@ -73,12 +74,11 @@ def require_tokenizer(data: Data) -> None:
         if tokenized := [source.path for source in data.sources if find_prefix(source.path)]:
             raise InputError(
                 f"data source {tokenized[0]} is already tokenized, but data.tokenizer is not set: "
-                "give the .model that it was prepared with"
+                "give the tokenizer that it was prepared with"
             )
-    elif not Path(data.tokenizer).is_file():
-        raise InputError(
-            f"data.tokenizer {data.tokenizer} does not exist: check the path, it is relative to {Path.cwd()}"
-        )
+    elif not find_tokenizer(Path(data.tokenizer)).is_file():
+        seen = "holds no tokenizer.json" if Path(data.tokenizer).is_dir() else "does not exist"
+        raise InputError(f"data.tokenizer {data.tokenizer} {seen}: check the path, it is relative to {Path.cwd()}")
 
 
 def source_files(path: str) -> tuple[Path, ...]:

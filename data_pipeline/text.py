@@ -15,8 +15,7 @@ from data_pipeline.manifest import UNIGRAM_NAME, Part, Prepared
 from data_pipeline.prefixes import words_path
 from data_pipeline.sources import file_chunks, source_files
 from data_pipeline.split import held_out_sequences
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.vocabulary import Piece, PieceType, read_vocabulary
+from data_pipeline.tokenizer import load_tokenizer
 
 _HASHED_AT_ONCE = 1 << 20  # tokens
 
@@ -57,7 +56,7 @@ def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
         InputError: not one file, broken, not UTF-8, or empty.
     """
     require_text_file(path)
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     tokens: list[NDArray[np.int64]] = []
     words = 0
     document_ended = False
@@ -84,25 +83,18 @@ def require_text_file(path: Path) -> None:
 
 
 def text_sha256(tokens: NDArray[np.int64], tokenizer_path: Path) -> str:
-    """Return the hash of the text that tokens stand for: the same for any tokenizer. Control tokens count nothing.
+    """Return the hash of the text that tokens stand for: the same for any tokenizer that does not change text.
+
+    Control tokens count nothing.
 
     Args:
         tokens: The text, [tokens].
         tokenizer_path: The tokenizer that made them.
     """
-    spelled = [_bytes_of(piece) for piece in read_vocabulary(tokenizer_path).pieces]
-    text = hashlib.sha256()
+    tokenizer, text = load_tokenizer(tokenizer_path), hashlib.sha256()
     for first in range(0, len(tokens), _HASHED_AT_ONCE):
-        text.update(b"".join([spelled[token] for token in tokens[first : first + _HASHED_AT_ONCE].tolist()]))
+        text.update(tokenizer.spell(tokens[first : first + _HASHED_AT_ONCE].tolist()))
     return text.hexdigest()
-
-
-def _bytes_of(piece: Piece) -> bytes:
-    if piece.type is PieceType.CONTROL:
-        return b""
-    if piece.type is PieceType.BYTE:  # <0x0A>
-        return bytes([int(piece.text[1:-1], 16)])
-    return piece.text.replace("\u2581", " ").encode()
 
 
 def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.int64]) -> float:

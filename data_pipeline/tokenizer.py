@@ -1,77 +1,38 @@
-"""The tokenizer: sentencepiece BPE that is lossless and encodes identically in other runtimes."""
+"""What every tokenizer does, and how the right kind is loaded for a file."""
 
-import codecs
-import hashlib
-import io
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import sentencepiece
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from configs.files import whole_file
-from data_pipeline.vocabulary import read_vocabulary
-
-SAMPLE_CHARACTERS = 10_000_000
-"""Most characters that a tokenizer is trained on."""
+from data_pipeline.tokenizer_files import find_tokenizer, is_tokenizer_json
 
 _NO_IDS = np.zeros(0, np.int32)
-_SOME_LINES = re.compile(r"[\s\S]{1,200}[^\n]*\n?")  # sentencepiece is slower at very short and at long texts
-_END_SECONDS = 0.3  # that Ctrl-C waits for the sample's reader
-_MAX_SENTENCE = 16_000  # characters
-_MIN_VOCAB_SIZE = 300  # the schema's bound of data.vocab_size
-# Lossless: bytes for rare characters, no normalization, no space added or removed. BPE, since unigram ids differ
-# between runtimes.
-_OPTIONS: dict[str, Any] = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "character_coverage": 0.9999,
-    "unk_id": 0,
-    "bos_id": 1,
-    "eos_id": 2,
-    "pad_id": -1,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "add_dummy_prefix": False,
-}
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Encode text to token ids and decode them.
 
-    `decode(encode(text)) == text` for any text without U+2581, which sentencepiece uses for a space and decodes to
-    one. Control pieces (`</s>`) that are spelled out in a text are plain text.
+    Control tokens (`</s>`) that are spelled out in a text are plain text.
+
+    Attributes:
+        path: Its file.
+        sha256: What tells it from others; see `tokenizer_sha256`.
+        special_ids: Ids of its special tokens by role; see `ROLES`.
+        end_of_document: Id of the token that ends a document.
+        vocab_size: All ids are below it.
     """
 
-    def __init__(self, model: bytes, *, path: Path, end_of_document: int, newlines_merge: bool) -> None:
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._newlines_merge = newlines_merge
+    def __init__(self, *, path: Path, sha256: str, special_ids: Mapping[str, int], vocab_size: int) -> None:
         self.path = path
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self.end_of_document = end_of_document
-        self.vocab_size = int(self._processor.vocab_size())
-
-    @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        """Load a .model file.
-
-        Raises:
-            InputError: see `read_vocabulary`; or the model has no end piece.
-        """
-        vocabulary = read_vocabulary(path)
-        if vocabulary.end_id is None:
-            raise InputError(f"tokenizer {path} has no end piece to end documents with: train it with an eos_id")
-        # a model with such a piece may merge characters of two lines into one token
-        newlines_merge = any("\n" in piece.text and len(piece.text) > 1 for piece in vocabulary.pieces)
-        return cls(path.read_bytes(), path=path, end_of_document=vocabulary.end_id, newlines_merge=newlines_merge)
+        self.sha256 = sha256
+        self.special_ids = special_ids
+        self.end_of_document = special_ids["eos_token"]
+        self.vocab_size = vocab_size
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with nothing added."""
@@ -80,128 +41,83 @@ class Tokenizer:
 
     def encode_each(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return the token ids of each text, [tokens], with nothing added. All cores take part."""
-        # no merge crosses a newline, so encoding some lines at a time gives the same ids, in a third of the time
-        split = [[text] if self._newlines_merge else _SOME_LINES.findall(text) for text in texts]
-        encoded = iter(self._processor.encode(list(chain.from_iterable(split)), return_type="numpy"))
-        return [np.concatenate([_NO_IDS, *islice(encoded, len(pieces))]) for pieces in split]
+        split = [self._split(text) for text in texts]
+        encoded = iter(self._encode_parts(list(chain.from_iterable(split))))
+        return [np.concatenate([_NO_IDS, *islice(encoded, len(parts))]) for parts in split]
 
+    @abstractmethod
+    def _split(self, text: str) -> list[str]:
+        """Return a text in parts that can be encoded one by one: their ids together are those of the text."""
+
+    @abstractmethod
+    def _encode_parts(self, parts: list[str]) -> Iterable[NDArray[np.int32]]:
+        """Return the token ids of each part, [tokens]."""
+
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids; control pieces decode to nothing."""
-        return str(self._processor.decode([int(token) for token in ids]))
+        """Return the text of token ids; control tokens decode to nothing."""
 
+    @abstractmethod
     def decode_each(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of token ids as they come, in whole characters; joined, it is what `decode` returns of all.
 
-        A character without a piece is up to four tokens, one a byte: their text is yielded with the last of them.
+        A rare character is several tokens: its text is yielded with the last of them.
         """
-        waiting: list[int] = []  # bytes of a character that is not complete
-        for token in ids:
-            waiting.append(token)
-            decided = len(waiting)
-            if self._processor.is_byte(token):
-                # <0xE2> to a byte; `decided` are those that later bytes do not change
-                raw = bytes(int(self._processor.id_to_piece(byte)[1:-1], 16) for byte in waiting)
-                decided = codecs.utf_8_decode(raw, "replace", False)[1]
-            if decided:
-                yield self.decode(waiting[:decided])
-                del waiting[:decided]
-        if waiting:
-            yield self.decode(waiting)
+
+    @abstractmethod
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 that token ids stand for: the text's own bytes, unless the tokenizer changes text.
+
+        Control tokens stand for nothing.
+        """
+
+    @abstractmethod
+    def export_files(self) -> dict[str, bytes]:
+        """Return the files of a tokenizer that transformers loads, by name; it gives the same ids.
+
+        Raises:
+            InputError: there is no such tokenizer.
+        """
+
+    @abstractmethod
+    def check(self, *, vocab_size: int) -> None:
+        """Refuse a tokenizer that a run cannot use; warn if it does not give every text back.
+
+        Args:
+            vocab_size: Rows of the run's embedding.
+        Raises:
+            InputError: names what does not fit.
+        """
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: Path) -> Tokenizer:
-    """Train a tokenizer on at most `SAMPLE_CHARACTERS` and write it. The same texts give the same file.
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a sentencepiece .model or a tokenizer.json.
 
     Args:
-        texts: Text, read only as far as needed.
-        vocab_size: Number of pieces, including 256 bytes and 3 control pieces.
-        out: The .model file to write.
+        path: The file, or a folder that holds it.
     Raises:
-        InputError: the text allows fewer pieces, or its characters need more; or what `texts` raises.
+        InputError: the file cannot be read or is of neither kind, or no token ends documents.
     """
-    model = io.BytesIO()
-    raised: list[BaseException] = []
-    stopped = threading.Event()
-    # silence sentencepiece's log: its exception has the same message
-    sentencepiece.set_min_log_level(3)
-    train = partial(
-        sentencepiece.SentencePieceTrainer.train,
-        sentence_iterator=_keep_errors(_sentences(texts), raised, stopped),
-        model_writer=model,
-        vocab_size=vocab_size,
-        max_sentence_length=4 * _MAX_SENTENCE,  # in bytes: UTF-8 has at most 4 per character
-        **_OPTIONS,
-    )
-    try:
-        _run_in_thread(train, stopped)
-    except RuntimeError as error:
-        raise (raised[0] if raised else _training_error(str(error), vocab_size)) from None
-    with whole_file(out) as temporary:
-        temporary.write_bytes(model.getvalue())
-    return Tokenizer.load(out)
+    file = find_tokenizer(path)
+    # imported here: a run has one kind, and must not wait for the library of the other
+    if is_tokenizer_json(file):
+        from data_pipeline.json_tokenizer import JsonTokenizer
+
+        return JsonTokenizer.load(file)
+    from data_pipeline.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    return SentencePieceTokenizer.load(file)
 
 
-def _run_in_thread(work: Callable[[], None], stopped: threading.Event) -> None:
-    """Run a call into C++ so that Ctrl-C interrupts it: the main thread handles signals only between Python's steps.
+def wrong_vocab_size(tokenizer: Tokenizer, vocab_size: int, *, must: str) -> InputError:
+    """Return the error for a `data.vocab_size` that does not fit a tokenizer.
 
-    The thread then goes on until the process ends; `stopped` tells it to read no more.
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: The wrong value.
+        must: What it must be, such as "be that".
     """
-    done: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-            done.set_result(None)
-        except BaseException as error:  # noqa: BLE001  raised below, in the thread that waits
-            done.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        done.result()
-    except KeyboardInterrupt:
-        stopped.set()
-        thread.join(_END_SECONDS)  # if it read text as the interpreter ends, C++ would abort the process
-        raise
-
-
-def _keep_errors(sentences: Iterator[str], raised: list[BaseException], stopped: threading.Event) -> Iterator[str]:
-    """Yield sentences until `stopped`, and record their exceptions: sentencepiece turns any into a RuntimeError."""
-    try:
-        for sentence in sentences:
-            if stopped.is_set():
-                raise InterruptedError
-            yield sentence
-    except BaseException as error:
-        raised.append(error)
-        raise
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    # sentencepiece silently skips sentences that are too long, so cut them
-    characters = 0
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), _MAX_SENTENCE):
-                yield line[start : start + _MAX_SENTENCE]
-        characters += len(text)
-        if characters >= SAMPLE_CHARACTERS:
-            return
-
-
-def _training_error(message: str, vocab_size: int) -> InputError:
-    """Return our error for a message of sentencepiece's trainer."""
-    if match := re.search(r"too high .*<= (\d+)", message):
-        largest = int(match[1])
-        advice = f"use {largest} or less, or add text" if largest >= _MIN_VOCAB_SIZE else "add text"
-        return InputError(f"data.vocab_size {vocab_size} is larger than the {largest} the text allows: {advice}")
-    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return InputError(
-            f"data.vocab_size {vocab_size} is smaller than the characters of the text need: use {match[1]} or more"
-        )
-    # drop the location in sentencepiece's source code, which ends with a bracket
-    reason = " ".join(message.split()).split("] ")[-1]
     return InputError(
-        f"no tokenizer of data.vocab_size {vocab_size} can be trained on this text (sentencepiece says {reason!r}): "
-        "check that it is text, or add more"
+        f"data.vocab_size must {must} of data.tokenizer {tokenizer.path} ({tokenizer.vocab_size}), "
+        f"got {vocab_size}: use {tokenizer.vocab_size}"
     )

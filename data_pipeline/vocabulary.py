@@ -102,7 +102,9 @@ def _parse(model: Path) -> Any:
     except OSError as error:
         raise InputError(f"tokenizer {model} cannot be read ({error.strerror}): check the path") from None
     except DecodeError:
-        raise InputError(f"tokenizer {model} is not a sentencepiece model: give a .model file") from None
+        raise InputError(
+            f"tokenizer {model} is not a sentencepiece model: give a .model file or a tokenizer.json"
+        ) from None
     if not proto.pieces:
         raise InputError(f"tokenizer {model} has no pieces: give a sentencepiece .model file")
     return proto

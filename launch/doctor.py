@@ -26,6 +26,7 @@ REPORTED_PACKAGES = (
     "deepspeed",
     "megatron-core",
     "sentencepiece",
+    "tokenizers",
     "mlflow",
     "transformers",
     "safetensors",

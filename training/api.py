@@ -20,7 +20,7 @@ from torch import Tensor
 from configs.errors import InputError
 from configs.path_text import expand_path
 from configs.precisions import DEFAULT_PRECISION
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import load_tokenizer
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.generation import GeneratedText, TextStream
 from training.model.single import inference_device, load_single
@@ -45,7 +45,7 @@ class TrainedModel:
 
     def __init__(self, checkpoint: Checkpoint, *, precision: str) -> None:
         """Load the weights; see `load`."""
-        self._tokenizer = Tokenizer.load(checkpoint.tokenizer)
+        self._tokenizer = load_tokenizer(checkpoint.tokenizer)
         self._model, self.precision = load_single(checkpoint, precision=precision), precision
         self.path, self.step, self.config = checkpoint.path.absolute(), checkpoint.step, checkpoint.config
         self.train_length = checkpoint.config.data.sequence_length

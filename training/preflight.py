@@ -6,7 +6,7 @@ from pathlib import Path
 from configs.backends import installed_packages, named_backend, unavailable
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import TOKENIZER_NAME, check_run_folder, checkpoints_folder, data_folder
+from configs.paths import check_run_folder, checkpoints_folder, data_folder
 from configs.schema import Model, RunConfig, Train
 from data_pipeline.counts import load_trainable
 from data_pipeline.manifest import Prepared
@@ -160,8 +160,15 @@ def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None,
                 f"train.init_from {folder} has model.{'feed_forward' if key == 'inner' else key} {seen}, "
                 f"the run has {wanted}: initial weights need the same model"
             )
-    if prepared is not None and manifest.files[TOKENIZER_NAME].sha256 != prepared.tokenizer_sha256:
+    if prepared is None:
+        return
+    if manifest.tokenizer_sha256 != prepared.tokenizer_sha256:
         raise InputError(
             f"train.init_from {folder} has another tokenizer than the data in {prepared.folder}: "
-            f"set data.tokenizer to {folder / TOKENIZER_NAME} and prepare in another data.dir"
+            f"set data.tokenizer to {folder / manifest.tokenizer_name} and prepare in another data.dir"
+        )
+    if manifest.vocab_size != prepared.vocab_size:  # rows that stand for no token
+        raise InputError(
+            f"train.init_from {folder} has a vocabulary of {manifest.vocab_size}, the data in {prepared.folder} one of "
+            f"{prepared.vocab_size}: set data.vocab_size to {manifest.vocab_size} and prepare in another data.dir"
         )

@@ -12,7 +12,17 @@ from configs.secrets import hide_secrets, without_password
 
 HOUSE = Path(__file__).resolve().parents[1]
 CODE = ("configs", "parallel", "data_pipeline", "training", "launch", "trainshort.py")
-PACKAGES = ("trainshort", "torch", "deepspeed", "megatron-core", "sentencepiece", "mlflow", "transformers", "numpy")
+PACKAGES = (
+    "trainshort",
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "sentencepiece",
+    "tokenizers",
+    "mlflow",
+    "transformers",
+    "numpy",
+)
 SOURCE, VERSIONS = "source.json", "versions.json"  # files of a frozen copy, next to its packages
 
 

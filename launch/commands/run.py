@@ -73,6 +73,7 @@ def check_command(
 ) -> None:
     """Validate a run file, report all of its problems at once, and note what is missing on this machine."""
     from configs.load import load_run
+    from data_pipeline.tokenizer_files import find_tokenizer
     from launch.machine import device_type
     from launch.show.console import show_json
     from launch.show.run import run_summary, show_summary
@@ -85,8 +86,7 @@ def check_command(
     config = load_run(run, overrides=overrides or [])
     check_export_every(config)
     fit, origin = _fit_memory(config, ranks=ranks, gpu_memory_gb=gpu_memory_gb) if memory else (None, "")
-    model = Path(config.data.tokenizer) if config.data.tokenizer else None
-    if model is not None and model.is_file():  # if it is missing, that is a note
+    if config.data.tokenizer and find_tokenizer(Path(config.data.tokenizer)).is_file():  # else that is a note
         from data_pipeline.prepare import check_tokenizer
 
         check_tokenizer(config.data)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.sentencepiece_tokenizer import train_tokenizer
 from tests.support.layouts import VOCABULARY
 
 

@@ -23,7 +23,7 @@ from data_pipeline.indexed import histogram, read_sequences, smallest_dtype, wri
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.prepare import prepare_data
 from data_pipeline.samples import open_samples
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import load_tokenizer
 from tests.support.data import BOOK, small_data, write_book
 
 
@@ -69,7 +69,7 @@ def test_megatron_reads_the_text_back(whole: tuple[Data, Path]) -> None:
     assert dataset.document_indices.tolist() == [0, part.sequences]
     assert [int(tokens[-1]) == 2 for tokens in sequences] == [False] * (part.sequences - 1) + [True]
     tokens = np.concatenate(sequences)
-    assert Tokenizer.load(prepared.tokenizer).decode(tokens) == BOOK
+    assert load_tokenizer(prepared.tokenizer).decode(tokens) == BOOK
     assert (prepared.tokens, part.words) == (len(tokens), len(BOOK.split()))
     assert np.array_equal(np.load(folder / "unigram.npy"), np.bincount(tokens, minlength=600))
     assert not [file.name for file in folder.iterdir() if file.name.endswith((".tmp", "preparing.json"))]
@@ -92,7 +92,7 @@ def test_sources_without_weights_share_a_part_and_documents_end(tmp_path: Path) 
     (part,) = prepared_from(data, tmp_path / "data").parts
     assert part.documents == 5
     dataset = IndexedDataset(str(tmp_path / "data" / part.prefix))
-    tokenizer = Tokenizer.load(tmp_path / "data" / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer.model")
     documents = [np.concatenate(dataset[a:b]) for a, b in pairwise(dataset.document_indices)]
     assert [tokenizer.decode(tokens) for tokens in documents] == [BOOK, "tail", BOOK[0::3], BOOK[1::3], BOOK[2::3]]
     assert all((tokens == 2).nonzero()[0].tolist() == [len(tokens) - 1] for tokens in documents)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from configs.errors import MachineError, TrainshortError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.support.exports import train_sentencepiece
 from tests.support.formula_model import open_formula_model
 from training.export.formats.servers import InferenceServer
@@ -57,7 +57,7 @@ PROMPT, NEW = "The quick", " brown fox jumps over"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(train_sentencepiece(tmp_path_factory.mktemp("tokenizer")))
+    return load_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("tokenizer")))
 
 
 def server_that(mode: str, folder: Path) -> InferenceServer:

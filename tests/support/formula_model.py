@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from configs.load import check_run
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer_files import tokenizer_sha256
 from data_pipeline.vocabulary import read_vocabulary
 from tests.support.bloom_formula import bloom_logits
 from tests.support.exports import SHAPE, random_weights, train_sentencepiece
@@ -50,14 +51,16 @@ def open_formula_model(tmp_path: Path, run_values: dict[str, Any], monkeypatch: 
     run_values["parallel"] = {}
     checkpoint = SimpleNamespace(
         path=tmp_path / "no run" / "checkpoints" / "step_0000010",
-        manifest=SimpleNamespace(step=10, consumed_samples=80, vocab_size=vocab_size, files={}),
+        manifest=SimpleNamespace(
+            step=10, consumed_samples=80, vocab_size=vocab_size, files={}, tokenizer_sha256=tokenizer_sha256(tokenizer)
+        ),
         config=check_run(run_values, name="small"),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         weights=lambda: weights,
         run_dir=tmp_path / "no run",
     )
-    tokens = np.array(Tokenizer.load(tokenizer).encode(SENTENCE), dtype=np.int64)
+    tokens = np.array(load_tokenizer(tokenizer).encode(SENTENCE), dtype=np.int64)
     model = FormulaModel(weights)
     monkeypatch.setattr("training.export.run.open_checkpoint", lambda path: checkpoint)
     monkeypatch.setattr(

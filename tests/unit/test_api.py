@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.errors import InputError, TrainshortError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import load_tokenizer
 from tests.support.exports import train_sentencepiece
 from training.api import TrainedModel, load
 from training.generation import TextStream
@@ -204,7 +204,7 @@ class Diverged:
 
 
 def test_a_diverged_model_says_so_after_its_text(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(train_sentencepiece(tmp_path))
+    tokenizer = load_tokenizer(train_sentencepiece(tmp_path))
     stream = TextStream(
         Diverged(tokenizer.vocab_size, good=2),
         tokenizer,

@@ -22,9 +22,9 @@ from configs.schema import Data, Source
 from data_pipeline.kinds import check_kind
 from data_pipeline.manifest import describe_inputs
 from data_pipeline.prepare import prepare_data
+from data_pipeline.sentencepiece_tokenizer import train_tokenizer
 from data_pipeline.sources import source_chunks, source_files
 from data_pipeline.text import file_stream
-from data_pipeline.tokenizer import train_tokenizer
 from tests.support.data import BOOK, small_data, write_book
 
 PAGES = [BOOK[:4000], BOOK[4000:8000]]

@@ -15,7 +15,7 @@ from data_pipeline.manifest import Prepared
 from data_pipeline.prepare import prepare_data
 from data_pipeline.split import held_out_sequences, training_sequences
 from data_pipeline.text import file_stream, held_out_stream, unigram_perplexity
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import load_tokenizer
 from tests.support.data import BOOK, small_data, write_book
 
 
@@ -34,7 +34,7 @@ def test_a_file_is_one_stream_verbatim(prepared: Prepared, tmp_path: Path) -> No
     ):
         (tmp_path / name).write_bytes(content)
         stream = file_stream(tmp_path / name, prepared.tokenizer)
-        tokenizer = Tokenizer.load(prepared.tokenizer)
+        tokenizer = load_tokenizer(prepared.tokenizer)
         assert tokenizer.decode(stream.tokens) == text
         assert stream.tokens.tolist() == tokenizer.encode(text)
         assert (stream.name, stream.words, stream.tokens.dtype) == (name, len(text.split()), np.int64)
@@ -43,7 +43,7 @@ def test_a_file_is_one_stream_verbatim(prepared: Prepared, tmp_path: Path) -> No
 def test_records_are_joined_by_the_end_token(prepared: Prepared, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one two", "three", BOOK)))
-    tokenizer = Tokenizer.load(prepared.tokenizer)
+    tokenizer = load_tokenizer(prepared.tokenizer)
     one, three, book = (tokenizer.encode(text) for text in ("one two", "three", BOOK))
     stream = file_stream(file, prepared.tokenizer)
     assert stream.tokens.tolist() == [*one, 2, *three, 2, *book]
@@ -69,7 +69,7 @@ def test_the_held_out_stream_is_the_held_out_sequences(prepared: Prepared) -> No
     stream = held_out_stream(prepared, split=0.2)
     count = prepared.parts[0].sequences
     assert len(stream.tokens) == pytest.approx(0.2 * prepared.tokens, rel=0.5)
-    text = Tokenizer.load(prepared.tokenizer).decode(stream.tokens)
+    text = load_tokenizer(prepared.tokenizer).decode(stream.tokens)
     assert stream.words == len(text.split())
     assert len(held_out_sequences(count, share=0.2)) == round(count * 0.2)
     with pytest.raises(InputError, match="data.split is 0"):

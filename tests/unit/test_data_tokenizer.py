@@ -20,7 +20,8 @@ from configs.errors import InputError
 from data_pipeline import prepare
 from data_pipeline.portable import check_portable
 from data_pipeline.prepare import prepare_data
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.sentencepiece_tokenizer import train_tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.support.command_line import Call, refused, write_run
 from tests.support.data import BOOK, small_data, write_book
 
@@ -83,7 +84,7 @@ def test_text_decoded_token_by_token_is_the_whole_text(tokenizer: Tokenizer) -> 
 def test_a_model_whose_pieces_hold_newlines_is_encoded_in_one_go(tmp_path: Path) -> None:
     model = foreign_model(tmp_path, user_defined_symbols=["\n\n"])
     whole = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("one\n\ntwo\n")
-    assert Tokenizer.load(model).encode("one\n\ntwo\n") == whole
+    assert load_tokenizer(model).encode("one\n\ntwo\n") == whole
 
 
 def test_the_same_text_gives_the_same_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -168,14 +169,14 @@ def test_a_vocabulary_too_small_for_the_text_names_the_least(tmp_path: Path) -> 
 )
 def test_a_model_that_is_not_portable_is_refused(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Tokenizer.load(foreign_model(tmp_path, **options))
+        load_tokenizer(foreign_model(tmp_path, **options))
 
 
 @pytest.mark.parametrize("symbol", ["  ", "\u2581\u2581", "a b", " the", "<| user |>"])
 def test_symbols_that_no_export_can_hold_are_refused(tmp_path: Path, symbol: str) -> None:
     model = foreign_model(tmp_path, user_defined_symbols=[symbol])
     with pytest.raises(InputError, match="encode differently in other runtimes, so the model could not be exported"):
-        check_portable(Tokenizer.load(model))
+        check_portable(load_tokenizer(model))
     data = small_data(write_book(tmp_path), tokenizer=str(model), vocab_size=500)
     with pytest.raises(InputError, match="use one without user-defined symbols that hold spaces"):
         prepare_data(data, folder=tmp_path / "data", progress=False)
@@ -184,7 +185,7 @@ def test_symbols_that_no_export_can_hold_are_refused(tmp_path: Path, symbol: str
 
 def test_symbols_that_an_export_can_hold_are_accepted(tmp_path: Path) -> None:
     symbols = ["<|user|>", "\n\n", "\t", "the", "abc", "bcd", "\u00a0"]
-    check_portable(Tokenizer.load(foreign_model(tmp_path, user_defined_symbols=symbols, control_symbols=["<c d>"])))
+    check_portable(load_tokenizer(foreign_model(tmp_path, user_defined_symbols=symbols, control_symbols=["<c d>"])))
 
 
 @pytest.mark.usefixtures("folder")
@@ -212,7 +213,7 @@ def test_check_says_which_formats_cannot_hold_a_model(trainshort: Call) -> None:
 
 def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        Tokenizer.load(tmp_path / "no.model")
+        load_tokenizer(tmp_path / "no.model")
     (tmp_path / "text.model").write_text("some text")
     with pytest.raises(InputError, match="not a sentencepiece model"):
-        Tokenizer.load(tmp_path / "text.model")
+        load_tokenizer(tmp_path / "text.model")

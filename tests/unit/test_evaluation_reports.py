@@ -16,7 +16,7 @@ import torch
 from configs.errors import TrainshortError
 from configs.protocols import WindowProtocol
 from data_pipeline.text import text_sha256
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import load_tokenizer
 from tests.support.command_line import Call
 from tests.support.evaluation import (
     TOKENIZER,
@@ -59,7 +59,7 @@ def evaluate(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
 
 
 def tokens_of(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.array(Tokenizer.load(TOKENIZER).encode(path.read_text()), np.int64)
+    return np.array(load_tokenizer(TOKENIZER).encode(path.read_text()), np.int64)
 
 
 def measured(path: Path) -> list[tuple[str, int, int]]:
@@ -144,8 +144,8 @@ def test_a_label_is_the_files_name(tmp_path: Path, name: str, label: str) -> Non
 
 def test_a_texts_hash_is_that_of_its_bytes() -> None:
     text = "Two words,\n  tabs\t and \u65e5\u672c \U0001f604 that no piece spells.\n" * 30
-    tokens = Tokenizer.load(TOKENIZER).encode(text)
-    ended = np.array([*tokens, Tokenizer.load(TOKENIZER).end_of_document], np.int64)
+    tokens = load_tokenizer(TOKENIZER).encode(text)
+    ended = np.array([*tokens, load_tokenizer(TOKENIZER).end_of_document], np.int64)
     assert text_sha256(ended, TOKENIZER) == hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from configs.errors import InputError, TrainshortError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import load_tokenizer
 from tests.support.exports import train_sentencepiece
 from tests.support.formula_model import FormulaModel, open_formula_model
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel
@@ -143,7 +143,7 @@ def missing(row: FormatRow) -> FormatRow:
 
 
 def test_a_text_is_compared_up_to_tokens_as_likely(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(train_sentencepiece(tmp_path))
+    tokenizer = load_tokenizer(train_sentencepiece(tmp_path))
     dog, cat = (tokenizer.encode(text) for text in (" dog", " cat"))
     ids = [*tokenizer.encode("The quick"), *dog]
     place = len(ids) - len(dog)

@@ -2,7 +2,8 @@
 
     step_0000100/
         manifest.json                               format, step, layout, tensors, size and hash of each file
-        config.yaml, tokenizer.model                so that the checkpoint needs no file outside its folder
+        config.yaml, tokenizer.model                so that the checkpoint needs no file outside its folder; or, of the
+                                                    other kind, tokenizer.json and tokenizer_config.json
         stage_00_tensor_01.weight.safetensors       fp32 weights of one pipeline stage and tensor rank
         stage_00_tensor_01.exp_avg.safetensors      Adam's first moments, split in the same way
         stage_00_tensor_01.exp_avg_sq.safetensors   Adam's second moments, likewise
@@ -28,7 +29,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.commands import typed_path
 from configs.errors import InputError
-from configs.paths import MANIFEST_NAME, TOKENIZER_NAME, checkpoints_folder, config_file, logs_folder
+from configs.paths import MANIFEST_NAME, checkpoints_folder, config_file, logs_folder
+from data_pipeline.tokenizer_files import joined_sha256, kept_names
 from parallel.parameter import Rule, Shard
 from training.checkpoint.disk import FileEntry, describe_file, write_file
 from training.state import JsonInt, TrainState
@@ -92,6 +94,16 @@ class Manifest(SavedState):
     vocab_size: JsonInt
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the file that the tokenizer is loaded from."""
+        return kept_names(self.files)[0]
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash that identifies the tokenizer."""
+        return joined_sha256(self.files[name].sha256 for name in kept_names(self.files))
 
 
 @dataclass(frozen=True)
@@ -337,7 +349,7 @@ def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         if size != entry.bytes:
             seen = "is missing or no regular file" if size is None else f"has {size} bytes"
             yield f"checkpoint file {folder / name} {seen}, expected {entry.bytes}"
-    names = {CONFIG_NAME, TOKENIZER_NAME}
+    names = {CONFIG_NAME, *kept_names(manifest.files)}
     for stage in {entry.stage for entry in manifest.tensors.values()}:
         # A forged manifest may claim any number of ranks: one rank more than there are files finds a missing file.
         ranks = range(min(manifest.tensor, len(manifest.files) + 1))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import TOKENIZER_NAME
 from configs.schema import RunConfig
 from parallel.axes import Group, Groups
 from parallel.collectives import broadcast_from_first, raise_everywhere, wait_for_all
@@ -60,8 +59,8 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path:
-        """The file of its sentencepiece model."""
-        return self.path / TOKENIZER_NAME
+        """The file of its tokenizer."""
+        return self.path / self.manifest.tokenizer_name
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return every weight whole, fp32, by logical name; each is read when it is asked for."""

@@ -22,8 +22,9 @@ from torch import Tensor
 from configs.errors import InputError, MachineError, TrainshortError
 from configs.files import sync_folder
 from configs.load import dump_run
-from configs.paths import TOKENIZER_NAME, checkpoints_folder
+from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
+from data_pipeline.tokenizer_files import tokenizer_files
 from parallel.axes import Group, Groups
 from parallel.collectives import all_gather_object, broadcast_from_first, wait_for_all
 from parallel.engine import State
@@ -80,7 +81,7 @@ def save_checkpoint(
         state: This rank's weights and moments.
         config: The resolved run.
         groups: The layout's groups.
-        tokenizer: The sentencepiece model, copied into the checkpoint.
+        tokenizer: The tokenizer's file, copied into the checkpoint.
         vocab_size: Tokens, without padding.
         saved_state: The position of training, for the manifest.
         fence: Shows whether this start of the run is still the newest.
@@ -248,7 +249,8 @@ def _complete(
     """Write the files that belong to no rank, and rename the folder once everything is on disk."""
     with _as_save_error(folder):
         manifest.files[CONFIG_NAME] = disk.write_file(staging / CONFIG_NAME, [dump_run(config).encode()])
-        manifest.files[TOKENIZER_NAME] = disk.write_file(staging / TOKENIZER_NAME, [tokenizer.read_bytes()])
+        for name, content in tokenizer_files(tokenizer).items():
+            manifest.files[name] = disk.write_file(staging / name, [content])
         # Last, after every rank has flushed its files: a manifest must never list a file that is not on disk.
         write_manifest(staging, manifest)
         sync_folder(staging)  # the files are on disk, but their names may not be

@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import MANIFEST_NAME, TOKENIZER_NAME, config_file
+from configs.paths import MANIFEST_NAME, config_file
 from configs.schema import RunConfig
 from training.checkpoint.manifest import (
     CONFIG_NAME,
@@ -56,7 +56,7 @@ class ComparedRun:
     @property
     def tokenizer_sha256(self) -> str | None:
         """Hash of the tokenizer; None if unknown."""
-        return None if self.manifest is None else self.manifest.files[TOKENIZER_NAME].sha256
+        return None if self.manifest is None else self.manifest.tokenizer_sha256
 
     def values(self) -> dict[str, Any]:
         """Return the figures of a comparison by name; None where unknown."""

@@ -1,13 +1,12 @@
 """What `evaluate` can refuse without torch, which takes seconds to import; and the run's data, checked."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs.commands import run_file_named
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import TOKENIZER_NAME, config_file
+from configs.paths import config_file
 from configs.protocols import parse_protocol
 from configs.schema import RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
@@ -52,7 +51,7 @@ def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:
     """
     if not read_manifest(checkpoint).step:
         raise InputError(f"{checkpoint} is an imported model, which has no held-out text: give a text with --data")
-    run_dir, tokenizer = checkpoint.parent.parent, checkpoint / TOKENIZER_NAME
+    run_dir = checkpoint.parent.parent
     # The newest start's: the data may have been moved since the checkpoint was saved.
     newest = config_file(run_dir)
     data = (load_run(str(newest)) if newest.is_file() else config).data
@@ -61,7 +60,7 @@ def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:
     with run_file_named(str(newest if newest.is_file() else checkpoint / CONFIG_NAME)):
         prepared = load_prepared(data, folder=folder)
     # Without this check, another tokenizer's ids would be scored as other text, without an error.
-    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != prepared.tokenizer_sha256:
+    if read_manifest(checkpoint).tokenizer_sha256 != prepared.tokenizer_sha256:
         raise InputError(
             f"data in {folder} was prepared again with another tokenizer than that of {checkpoint}: "
             "its token ids stand for other text; give a text with --data"

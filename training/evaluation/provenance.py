@@ -1,6 +1,5 @@
 """What an evaluation was made from, and when. Imports no torch."""
 
-import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,7 +57,7 @@ def provenance_of(
         command=command,
         versions={**{name: installed_version(name) for name in ("trainshort", "torch")}, "commit": commit},
         weights_sha256=model_sha256(checkpoint.manifest),
-        tokenizer_sha256=hashlib.sha256(checkpoint.tokenizer.read_bytes()).hexdigest(),
+        tokenizer_sha256=checkpoint.manifest.tokenizer_sha256,
         text_sha256=text_sha256(tokens, checkpoint.tokenizer),
         text_path=None if data is None else str(data.resolve()),
     )

@@ -38,7 +38,7 @@ class Origin:
         run: Name of the run.
         step: Optimizer steps taken.
         model_sha256: Hash of the files that the checkpoint's model is built from.
-        tokenizer_sha256: Hash of the checkpoint's tokenizer file.
+        tokenizer_sha256: Hash that identifies the checkpoint's tokenizer.
     """
 
     run: str

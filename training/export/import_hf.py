@@ -15,7 +15,8 @@ from configs.errors import InputError, MachineError, TrainshortError
 from configs.load import dump_run
 from configs.paths import TOKENIZER_NAME, checkpoints_folder
 from configs.schema import Data, Run, RunConfig, Train
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer_files import tokenizer_files
 from parallel.compilers import check_cache_folder
 from parallel.start import environment
 from training.checkpoint import disk
@@ -103,7 +104,9 @@ def import_model(source: Path, *, out: Path, train_length: int | None = None) ->
 
 
 def _tokenizer(source: Path, incoming: IncomingModel) -> Tokenizer:
-    tokenizer = Tokenizer.load(source / TOKENIZER_NAME)
+    model = source / TOKENIZER_NAME
+    # An export of ours has both; sentencepiece's own file is the one that it was trained with.
+    tokenizer = load_tokenizer(model if model.is_file() else source)
     if tokenizer.vocab_size > incoming.vocab_size:
         raise InputError(
             f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {incoming.vocab_size} rows: it is another "
@@ -191,7 +194,8 @@ def _write(
     finally:
         file.close()
     files[CONFIG_NAME] = disk.write_file(folder / CONFIG_NAME, [dump_run(config).encode()])
-    files[TOKENIZER_NAME] = disk.write_file(folder / TOKENIZER_NAME, [tokenizer.path.read_bytes()])
+    for name, content in tokenizer_files(tokenizer.path).items():
+        files[name] = disk.write_file(folder / name, [content])
     manifest = Manifest(
         step=0,
         consumed_samples=0,

@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from configs.errors import MachineError
 from configs.paths import config_file
 from data_pipeline.portable import EDGE_CASE_TEXTS
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import load_tokenizer
 from parallel.compilers import check_cache_folder
 from parallel.start import environment
-from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import model_sha256
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.usable import find_held_out_report
@@ -127,7 +126,7 @@ def _write_cards(
         run=checkpoint.config.run.name,
         step=checkpoint.manifest.step,
         model_sha256=model_sha256(checkpoint.manifest),
-        tokenizer_sha256=describe_file(checkpoint.tokenizer).sha256,
+        tokenizer_sha256=checkpoint.manifest.tokenizer_sha256,
     )
     write_export_card(
         folder,
@@ -148,7 +147,7 @@ def _serve(
         server,
         folder / exporter.file,
         expected=trained.continuation,
-        tokenizer=Tokenizer.load(checkpoint.tokenizer),
+        tokenizer=load_tokenizer(checkpoint.tokenizer),
         tolerance=server.tolerances[exporter.dtype] * max(1.0, largest),
     )
 
@@ -211,7 +210,7 @@ def _compare(
     facts: ModelFacts,
     limit: LengthLimit,
 ) -> ExportResult:
-    tokenizer, continuation = Tokenizer.load(checkpoint.tokenizer), trained.continuation
+    tokenizer, continuation = load_tokenizer(checkpoint.tokenizer), trained.continuation
     texts = EDGE_CASE_TEXTS if trained.text is None else (*EDGE_CASE_TEXTS, trained.text)
     compared = compare_tokenizers(tokenizer, exported=exporter.read_tokenizer(folder), texts=texts)
     exported = exporter.read_logits(folder)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import InputError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint.read import Checkpoint
 from training.evaluation.text import held_out_text
 from training.export.formats.table import ExportFormat
@@ -56,7 +56,7 @@ def compute_trained(checkpoint: Checkpoint, exporter: ExportFormat, *, lengths: 
         InputError: a weight is out of the range of the export's type.
         TrainshortError: its positions are wrong, or a logit is not finite.
     """
-    tokenizer = Tokenizer.load(checkpoint.tokenizer)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
     held_out = _held_out_tokens(checkpoint, count=lengths[-1])
     tokens = _random_tokens(checkpoint, count=lengths[-1]) if held_out is None else held_out
     model = load_single(checkpoint)

@@ -11,11 +11,11 @@ OWNERS = {
     "deepspeed": "parallel/",
     "megatron": "parallel/",
     "megatron.core.datasets": "data_pipeline/",
-    "sentencepiece": "data_pipeline/tokenizer.py",
+    "sentencepiece": "data_pipeline/sentencepiece_tokenizer.py",
     "sentencepiece.sentencepiece_model_pb2": "data_pipeline/vocabulary.py",  # the file format
     "mlflow": "training/tracking/",
     "transformers": "training/export/",
-    "tokenizers": "data_pipeline/portable.py",
+    "tokenizers": "data_pipeline/",
     "gguf": "training/export/",
     "typer": "launch/",
     "jinja2": "launch/",

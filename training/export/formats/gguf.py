@@ -18,7 +18,8 @@ from torch import Tensor
 from configs.choices import FAMILIES
 from configs.errors import InputError
 from configs.schema import Model
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.sentencepiece_tokenizer import SentencePieceTokenizer
+from data_pipeline.tokenizer_files import is_tokenizer_json
 from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary, write_proto
 from training.export.formats.family_limits import gguf_problem
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
@@ -101,6 +102,11 @@ class GgufFormat:
         Raises:
             InputError: the tokenizer has more pieces than the embedding rows, or one that llama.cpp takes for its own.
         """
+        if is_tokenizer_json(tokenizer):
+            raise InputError(
+                f"format gguf cannot hold {tokenizer}: llama.cpp splits text into words only as tokenizers do that it "
+                "knows by name; export to hf"
+            )
         vocabulary = read_vocabulary(tokenizer)
         _check_vocabulary(vocabulary, tokenizer=tokenizer, rows=vocab_size)
         writer = gguf.GGUFWriter(folder / self.file, model.family)
@@ -128,7 +134,7 @@ class GgufFormat:
         """Return transformers' limit, which reads the file back; see `ExportFormat`."""
         return HuggingFaceFormat().length_limit(model)
 
-    def read_tokenizer(self, folder: Path) -> Tokenizer:
+    def read_tokenizer(self, folder: Path) -> SentencePieceTokenizer:
         """Return the tokenizer that the file's fields describe."""
         return read_gguf_tokenizer(folder / self.file)
 
@@ -144,7 +150,7 @@ class GgufFormat:
         return array if array.ndim == 1 else quantize(array, self._type)
 
 
-def read_gguf_tokenizer(file: Path) -> Tokenizer:
+def read_gguf_tokenizer(file: Path) -> SentencePieceTokenizer:
     """Return the tokenizer that the fields of a GGUF file describe."""
     fields = gguf.GGUFReader(file).fields
 
@@ -157,11 +163,12 @@ def read_gguf_tokenizer(file: Path) -> Tokenizer:
         adds_prefix=field("add_space_prefix"),
         removes_spaces=field("remove_extra_whitespaces"),
     )
-    return Tokenizer(proto, path=file, end_of_document=field("eos_token_id"), newlines_merge=True)
+    special_ids = {"eos_token": field("eos_token_id")}
+    return SentencePieceTokenizer(proto, path=file, special_ids=special_ids, newlines_merge=True)
 
 
 def _check_vocabulary(vocabulary: Vocabulary, *, tokenizer: Path, rows: int) -> None:
-    require_rows(vocabulary, tokenizer=tokenizer, rows=rows)
+    require_rows(len(vocabulary), tokenizer=tokenizer, rows=rows)
     taken = [p.text for p in vocabulary.pieces if p.type is PieceType.USER_DEFINED and p.text in _TAKEN]
     if taken:
         raise InputError(

@@ -23,7 +23,7 @@ from training.export.formats.model_card import TRANSFORMERS
 from training.export.formats.rounding import finite
 from training.export.formats.safetensors_folder import SHARD_BYTES, write_safetensors
 from training.export.formats.table import LengthLimit
-from training.export.formats.tokenizer_json import require_rows, write_tokenizer
+from training.export.formats.tokenizer_json import write_tokenizer
 from training.export.parity import COMPARED_MULTIPLE
 from training.export.row_order import in_order_of
 from training.families.table import describe
@@ -69,17 +69,16 @@ class HuggingFaceFormat:
         Raises:
             InputError: the tokenizer cannot be written with the same ids, or has more pieces than the embedding rows.
         """
-        vocabulary = write_tokenizer(tokenizer, folder)
-        require_rows(vocabulary, tokenizer=tokenizer, rows=vocab_size)
+        special_ids = write_tokenizer(tokenizer, folder, rows=vocab_size)
         config = make_config(
             model,
             vocab_size=vocab_size,
             sequence_length=sequence_length,
             longest=longest,
-            vocabulary=vocabulary,
+            special_ids=special_ids,
             compared=COMPARED_MULTIPLE * sequence_length,
         )
-        save_configuration(config, folder, vocabulary=vocabulary)
+        save_configuration(config, folder, special_ids=special_ids)
         described = {each.shard.name: each for each in describe(model, vocab_size=vocab_size)}
         parameters = {str(described[name].huggingface): described[name] for name in weights}
         planned = _planned(config)

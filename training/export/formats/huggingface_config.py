@@ -1,18 +1,18 @@
 """config.json and generation_config.json of an exported model: transformers' configuration of its family."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import BloomConfig, GenerationConfig, MptConfig, PretrainedConfig
 
 from configs.schema import Model
-from data_pipeline.vocabulary import Vocabulary
 from training.families.bloom import BLOOM
 from training.families.mpt import MPT
 
 
 def make_config(
-    model: Model, *, vocab_size: int, sequence_length: int, longest: int, vocabulary: Vocabulary, compared: int
+    model: Model, *, vocab_size: int, sequence_length: int, longest: int, special_ids: Mapping[str, int], compared: int
 ) -> PretrainedConfig:
     """Return transformers' configuration of a model.
 
@@ -21,14 +21,14 @@ def make_config(
         vocab_size: Rows of the word embedding, without padding.
         sequence_length: Tokens that the model was trained at.
         longest: Tokens of the longest text that an engine should take.
-        vocabulary: The tokenizer's pieces.
+        special_ids: Ids of the tokenizer's special tokens by role.
         compared: Tokens of the longest text on which the written model is compared.
     """
     shared: dict[str, Any] = {
         "vocab_size": vocab_size,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
-        **token_ids(vocabulary),
+        **token_ids(special_ids),
         # In 16 bits transformers' BLOOM would round the distances too.
         "dtype": "float32",
         # Transformers ignores it, but other engines limit prompt and continuation to it: vLLM's max_model_len.
@@ -41,21 +41,21 @@ def make_config(
     return _bloom_config(model, **shared)
 
 
-def token_ids(vocabulary: Vocabulary) -> dict[str, Any]:
+def token_ids(special_ids: Mapping[str, int]) -> dict[str, Any]:
     """Return the tokens that begin, end and pad a text, as transformers' configurations name them."""
     return {
-        "bos_token_id": vocabulary.begin_id,
-        "eos_token_id": vocabulary.end_id,
+        "bos_token_id": special_ids.get("bos_token"),
+        "eos_token_id": special_ids["eos_token"],
         # Padding is masked, so any token will do.
-        "pad_token_id": vocabulary.pad_id if vocabulary.pad_id is not None else vocabulary.end_id,
+        "pad_token_id": special_ids.get("pad_token", special_ids["eos_token"]),
     }
 
 
-def save_configuration(config: PretrainedConfig, folder: Path, *, vocabulary: Vocabulary) -> None:
+def save_configuration(config: PretrainedConfig, folder: Path, *, special_ids: Mapping[str, int]) -> None:
     """Write config.json and generation_config.json."""
     config.save_pretrained(folder)
     generation: Any = GenerationConfig  # untyped in transformers
-    generation(**token_ids(vocabulary)).save_pretrained(folder)
+    generation(**token_ids(special_ids)).save_pretrained(folder)
 
 
 def _bloom_config(model: Model, **shared: Any) -> BloomConfig:

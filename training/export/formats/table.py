@@ -112,7 +112,7 @@ class ExportFormat(Protocol):
             weights: Whole tensors, fp32, by logical name.
             model: The decoder's shape.
             vocab_size: Rows of the word embedding, without padding.
-            tokenizer: A sentencepiece .model file.
+            tokenizer: A sentencepiece .model file, or a tokenizer.json.
             sequence_length: Tokens that the model was trained at.
             longest: Tokens of the longest text that an engine should take.
         """

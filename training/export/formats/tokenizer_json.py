@@ -1,59 +1,38 @@
-"""Write a sentencepiece BPE model as the tokenizer.json of Hugging Face's tokenizers, with the same ids."""
+"""Write a model's tokenizer as transformers loads it: a tokenizer.json with the same ids, and its configuration."""
 
-import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from configs.errors import InputError
-from data_pipeline.portable import build_tokenizer
-from data_pipeline.vocabulary import Vocabulary, read_vocabulary
-
-# Transformers' value for "no limit". With ALiBi there is none, and any smaller number makes transformers warn about
-# long texts.
-_NO_LIMIT = int(1e30)
+from data_pipeline.tokenizer import load_tokenizer
 
 
-def require_rows(vocabulary: Vocabulary, *, tokenizer: Path, rows: int) -> None:
-    """Refuse a tokenizer with more pieces than a model's embedding has rows.
+def require_rows(tokens: int, *, tokenizer: Path, rows: int) -> None:
+    """Refuse a tokenizer with more tokens than a model's embedding has rows.
 
     Raises:
         InputError: names both numbers.
     """
-    if len(vocabulary) > rows:
+    if tokens > rows:
         raise InputError(
-            f"tokenizer {tokenizer} has {len(vocabulary)} pieces, the model's embedding {rows} rows: "
+            f"tokenizer {tokenizer} has {tokens} pieces, the model's embedding {rows} rows: "
             "give the tokenizer that the model was trained with"
         )
 
 
-def write_tokenizer(model: Path, out: Path) -> Vocabulary:
-    """Write tokenizer.json, tokenizer_config.json and tokenizer.model; return the pieces.
+def write_tokenizer(tokenizer: Path, out: Path, *, rows: int) -> Mapping[str, int]:
+    """Write the tokenizer's files; return the ids of its special tokens by role (`bos_token`, ...).
 
     Args:
-        model: A sentencepiece .model file.
+        tokenizer: A sentencepiece .model file, or a tokenizer.json.
         out: The folder.
+        rows: Rows of the model's embedding.
     Raises:
-        InputError: the tokenizers library would give other ids for this model.
+        InputError: the tokenizers library would give other ids, or the tokenizer has more tokens than rows.
     """
-    vocabulary = read_vocabulary(model)
-    # not its save: on a full disk that raises a bare Exception
-    (out / "tokenizer.json").write_text(build_tokenizer(vocabulary).to_str(pretty=True), encoding="utf-8")
-    roles = {
-        "unk_token": vocabulary.unknown_id,
-        "bos_token": vocabulary.begin_id,
-        "eos_token": vocabulary.end_id,
-    }
-    config = {
-        # transformers 5 writes TokenizersBackend here, which transformers 4 cannot load.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{role: vocabulary.pieces[number].text for role, number in roles.items() if number is not None},
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": _NO_LIMIT,
-        # transformers 4 would add token_type_ids, which Bloom's generate() refuses
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(model, out / "tokenizer.model")
-    return vocabulary
+    loaded = load_tokenizer(tokenizer)
+    require_rows(loaded.vocab_size, tokenizer=tokenizer, rows=rows)
+    # not the library's save: on a full disk that raises a bare Exception
+    for name, content in loaded.export_files().items():
+        (out / name).write_bytes(content)
+    return loaded.special_ids

@@ -27,7 +27,7 @@ from training.export.formats.huggingface_config import save_configuration, token
 from training.export.formats.model_card import TRANSFORMERS_WITH_CODE
 from training.export.formats.safetensors_folder import write_safetensors
 from training.export.formats.table import LengthLimit
-from training.export.formats.tokenizer_json import require_rows, write_tokenizer
+from training.export.formats.tokenizer_json import write_tokenizer
 from training.families.description import Family
 from training.families.table import describe
 
@@ -65,10 +65,9 @@ class WithCodeFormat(HuggingFaceFormat):
         Raises:
             InputError: the tokenizer cannot be written with the same ids, or has more pieces than the embedding rows.
         """
-        vocabulary = write_tokenizer(tokenizer, folder)
-        require_rows(vocabulary, tokenizer=tokenizer, rows=vocab_size)
+        special_ids = write_tokenizer(tokenizer, folder, rows=vocab_size)
         shutil.copyfile(_CODE, folder / _CODE.name)
-        settings = _architecture(model, vocab_size=vocab_size) | token_ids(vocabulary)
+        settings = _architecture(model, vocab_size=vocab_size) | token_ids(special_ids)
         config = TrainshortConfig(
             **settings,
             architectures=[TrainshortForCausalLM.__name__],
@@ -80,7 +79,7 @@ class WithCodeFormat(HuggingFaceFormat):
             train_length=sequence_length,
             seq_length=longest,
         )
-        save_configuration(config, folder, vocabulary=vocabulary)
+        save_configuration(config, folder, special_ids=special_ids)
         with torch.device("meta"):  # no memory
             shards = (parameter.shard for parameter in describe(model, vocab_size=vocab_size))
             planned = {shard.name: torch.empty(shard.shape, dtype=self._dtype) for shard in shards}
