@@ -34,8 +34,8 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 _BLOOM_WORDS = " ?[^(\\s|[.,!?…。，、।۔،])]+"
-# Parts of a text that are encoded as the whole is: cut where words are split wherever the text begins. GPT-2's words
-# leave the last newline before a letter alone; BLOOM's take all that is between two words as one.
+# Parts of a text, cut at a newline before a letter: GPT-2's words leave that newline alone, so they can be cut before
+# it; BLOOM's take all that is between two words as one, so they can be cut behind it.
 _BEFORE_NEWLINE = re.compile(r"[\s\S]{1,10000}(?:[\s\S]*?(?=\n[^\W\d_])|[\s\S]*)")
 _BEHIND_NEWLINE = re.compile(r"[\s\S]{1,10000}(?:[\s\S]*?\n(?=[^\W\d_])|[\s\S]*)")
 
@@ -108,6 +108,14 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:  # noqa: BLE001  it raises nothing narrower
             raise InputError(f"tokenizer {self.path} cannot encode every text ({error}): give another") from None
         return (np.array(each.ids, np.int32) for each in encoded)
+
+    def last_cut(self, text: str) -> int:
+        """Return the last newline before a letter, or what follows it; see `Tokenizer`."""
+        newline = len(text) if self._parts else 0
+        while (newline := text.rfind("\n", 0, newline)) > 0:
+            if text[newline + 1 : newline + 2].isalpha():
+                return newline + (self._parts is _BEHIND_NEWLINE)
+        return len(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; see `Tokenizer`."""
@@ -182,7 +190,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def _parts_pattern(document: dict[str, Any]) -> re.Pattern[str] | None:
-    """Return what finds parts of a text, so that even a long one is encoded on all cores; None if it cannot be cut.
+    """Return what finds parts of a text that have the ids that they have in the whole; None if it cannot be cut.
 
     It can where text is first split into the words of GPT-2 or BLOOM, and nothing else looks across a newline.
     """

@@ -96,6 +96,10 @@ class SentencePieceTokenizer(Tokenizer):
         encoded: list[NDArray[np.int32]] = self._processor.encode(parts, return_type="numpy")
         return encoded
 
+    def last_cut(self, text: str) -> int:
+        """Return the length: texts are cut behind a newline; see `Tokenizer`."""
+        return len(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; see `Tokenizer`."""
         return str(self._processor.decode([int(token) for token in ids]))

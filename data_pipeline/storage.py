@@ -36,7 +36,7 @@ def write_part(chunks: Iterable[Chunk], *, tokenizer: Tokenizer, prefix: Path) -
         index_file = files.enter_context(whole_file(idx_path(prefix)))
         words_file = files.enter_context(whole_file(words_path(prefix)))
         with tokens_file.open("wb") as file:
-            for chunk, ids in _encoded(chunks, tokenizer):
+            for chunk, ids in _encoded(move_cuts(chunks, tokenizer), tokenizer):
                 file.write(ids.astype(dtype).tobytes())
                 lengths.append(len(ids) + chunk.ends_document)
                 words.append(len(chunk.text.split()))
@@ -46,6 +46,16 @@ def write_part(chunks: Iterable[Chunk], *, tokenizer: Tokenizer, prefix: Path) -
         write_index(index_file, dtype=dtype, lengths=lengths, document_ends=document_ends)
         with words_file.open("wb") as file:
             np.save(file, np.array(words, np.int64))
+
+
+def move_cuts(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> Iterator[Chunk]:
+    """Yield chunks cut where the tokenizer allows it: joined, their ids are those of the whole document."""
+    rest = ""
+    for chunk in chunks:
+        text = rest + chunk.text
+        cut = len(text) if chunk.ends_document else tokenizer.last_cut(text)
+        rest = text[cut:]
+        yield Chunk(text[:cut], chunk.ends_document)
 
 
 def _encoded(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> Iterator[tuple[Chunk, NDArray[np.int32]]]:

@@ -15,6 +15,7 @@ from data_pipeline.manifest import UNIGRAM_NAME, Part, Prepared
 from data_pipeline.prefixes import words_path
 from data_pipeline.sources import file_chunks, source_files
 from data_pipeline.split import held_out_sequences
+from data_pipeline.storage import move_cuts
 from data_pipeline.tokenizer import load_tokenizer
 
 _HASHED_AT_ONCE = 1 << 20  # tokens
@@ -60,7 +61,7 @@ def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
     tokens: list[NDArray[np.int64]] = []
     words = 0
     document_ended = False
-    for chunk in file_chunks(path, separator=None):
+    for chunk in move_cuts(file_chunks(path, separator=None), tokenizer):
         # add the end token before the next record, not after each, so that none is added at the end of the text
         end = [tokenizer.end_of_document] if document_ended else []
         tokens.append(np.array(end + tokenizer.encode(chunk.text), np.int64))

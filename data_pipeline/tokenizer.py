@@ -54,6 +54,13 @@ class Tokenizer(ABC):
         """Return the token ids of each part, [tokens]."""
 
     @abstractmethod
+    def last_cut(self, text: str) -> int:
+        """Return where to cut a text that goes on, so that each side has the ids that it has in the whole.
+
+        Its length if there is no such place.
+        """
+
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; control tokens decode to nothing."""
 

@@ -34,7 +34,8 @@ def train_byte_level(folder: Path, *, bloom: bool = False, end: str = "<|endofte
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([BOOK], trainer)
+    spaced = BOOK[:50_000].replace("\n", "\n\n\n   ")  # so that it has tokens of several newlines and of both
+    tokenizer.train_from_iterator([BOOK[:50_000], spaced], trainer)
     tokenizer.add_tokens([AddedToken("  ", normalized=True), AddedToken("   ", normalized=True)])  # as GPT-NeoX has
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import InputError
+from data_pipeline.indexed import read_sequences
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.prepare import prepare_data
+from data_pipeline.text import file_stream
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.support.byte_level import VOCABULARY, change_json, train_byte_level
 from tests.support.command_line import Call, refused, write_run
@@ -65,12 +67,23 @@ def test_ids_are_those_of_the_library(ours: Tokenizer, theirs: Callable[[str], l
     assert (ours.vocab_size, ours.decode([ours.end_of_document])) == (VOCABULARY, "")
 
 
-def test_long_texts_have_the_ids_of_the_whole(ours: Tokenizer, theirs: Callable[[str], list[int]]) -> None:
+def test_long_texts_have_the_ids_of_the_whole(
+    ours: Tokenizer, theirs: Callable[[str], list[int]], tmp_path: Path
+) -> None:
     chance = random.Random(0)
     lines = [line for line in BOOK.split("\n") if line]
     between = ["\n", "\n\n", "\n \n", "  \n", ".\n\n", "\r\n", "\n   ", "\n\t"]
     text = "".join(chance.choice(lines)[: chance.randrange(60)] + chance.choice(between) for _ in range(4000))
     assert ours.encode(text) == theirs(text)
+    file = write_book(tmp_path, text=text)
+    data = small_data(file, tokenizer=str(ours.path), vocab_size=VOCABULARY)
+    prepared = prepare_data(data, folder=tmp_path / "data", progress=False)
+    (part,) = prepared.parts
+    assert part.sequences > 5, "it was encoded in chunks"
+    tokens = read_sequences(prepared.prefix(part), sequences=np.arange(part.sequences))
+    assert tokens.tolist() == [*theirs(text), ours.end_of_document]
+    assert file_stream(file, prepared.tokenizer).tokens.tolist() == theirs(text)
+    assert part.words == len(text.split())
 
 
 @given(text=st.text(alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t'sa<|>"))))

@@ -271,7 +271,7 @@ def _training(facts: ModelFacts, *, dtype: str) -> str:
     rows = {
         "parameters": f"{facts.parameters:,}",
         "shape": f"{model.layers} layers, hidden {model.hidden:,}, {model.heads} heads, feed-forward {model.inner:,}",
-        "vocabulary": f"{facts.vocab_size:,} tokens (sentencepiece BPE)",
+        "vocabulary": f"{facts.vocab_size:,} tokens",
         "positions": model.position,
         "training length": f"{facts.train_length:,} tokens",
         "trained on": f"{facts.samples * facts.train_length:,} tokens: {facts.step:,} steps of {train.global_batch:,} "
