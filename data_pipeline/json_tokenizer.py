@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from configs.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
 from data_pipeline.portable import EDGE_CASE_TEXTS
-from data_pipeline.tokenizer import Tokenizer, wrong_vocab_size
+from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_files import (
     ROLES,
     added_tokens,
@@ -162,15 +162,7 @@ class JsonTokenizer(Tokenizer):
                 f"tokenizer {self.path} adds tokens to a text ({with_added} for 'a', which is {plain}), and training "
                 'adds none: set "post_processor" to null in a copy of it'
             )
-        if self.vocab_size > vocab_size:
-            raise wrong_vocab_size(self, vocab_size, must="be at least that")
-        if self.vocab_size < vocab_size:
-            logger.info(
-                "data.vocab_size %s is %s more than the tokenizer's %s: those rows of the embedding stand for no token",
-                vocab_size,
-                vocab_size - self.vocab_size,
-                self.vocab_size,
-            )
+        self._require_rows(vocab_size)
         self._warn_if_text_changes()
 
     def _warn_if_text_changes(self) -> None:

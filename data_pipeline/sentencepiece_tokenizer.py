@@ -19,7 +19,7 @@ from configs.errors import InputError
 from configs.files import whole_file
 from configs.paths import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME
 from data_pipeline.portable import build_tokenizer, check_portable
-from data_pipeline.tokenizer import Tokenizer, wrong_vocab_size
+from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_files import huggingface_config
 from data_pipeline.vocabulary import read_vocabulary
 
@@ -149,10 +149,9 @@ class SentencePieceTokenizer(Tokenizer):
         }
 
     def check(self, *, vocab_size: int) -> None:
-        """Refuse a model that no export can hold, or of another size; see `Tokenizer`."""
+        """Refuse a model that no export can hold, or has more pieces than rows; see `Tokenizer`."""
         check_portable(self)
-        if self.vocab_size != vocab_size:
-            raise wrong_vocab_size(self, vocab_size, must="be that")
+        self._require_rows(vocab_size)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: Path) -> SentencePieceTokenizer:

@@ -1,5 +1,6 @@
 """What every tokenizer does, and how the right kind is loaded for a file."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from data_pipeline.tokenizer_files import find_tokenizer, is_tokenizer_json
+
+logger = logging.getLogger(__name__)
 
 _NO_IDS = np.zeros(0, np.int32)
 
@@ -96,6 +99,21 @@ class Tokenizer(ABC):
             InputError: names what does not fit.
         """
 
+    def _require_rows(self, vocab_size: int) -> None:
+        """Refuse an embedding with fewer rows than tokens; say so if it has more, as imported models may."""
+        if self.vocab_size > vocab_size:
+            raise InputError(
+                f"data.vocab_size must be at least that of data.tokenizer {self.path} ({self.vocab_size}), got "
+                f"{vocab_size}: use {self.vocab_size}"
+            )
+        if self.vocab_size < vocab_size:
+            logger.info(
+                "data.vocab_size %s is %s more than the tokenizer's %s: those rows of the embedding stand for no token",
+                vocab_size,
+                vocab_size - self.vocab_size,
+                self.vocab_size,
+            )
+
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a sentencepiece .model or a tokenizer.json.
@@ -114,17 +132,3 @@ def load_tokenizer(path: Path) -> Tokenizer:
     from data_pipeline.sentencepiece_tokenizer import SentencePieceTokenizer
 
     return SentencePieceTokenizer.load(file)
-
-
-def wrong_vocab_size(tokenizer: Tokenizer, vocab_size: int, *, must: str) -> InputError:
-    """Return the error for a `data.vocab_size` that does not fit a tokenizer.
-
-    Args:
-        tokenizer: The tokenizer.
-        vocab_size: The wrong value.
-        must: What it must be, such as "be that".
-    """
-    return InputError(
-        f"data.vocab_size must {must} of data.tokenizer {tokenizer.path} ({tokenizer.vocab_size}), "
-        f"got {vocab_size}: use {tokenizer.vocab_size}"
-    )

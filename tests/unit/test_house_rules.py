@@ -52,6 +52,7 @@ LIGHT = (
     "training/evaluation/usable.py",
     "training/export/facts.py",
     "training/export/formats/model_card.py",
+    "training/export/formats/readers.py",
     "training/export/formats/servers.py",
     "training/export/formats/table.py",
     "training/export/result.py",

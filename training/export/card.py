@@ -15,7 +15,7 @@ from configs.schema import Model
 from training.checkpoint.disk import FileEntry, describe_file
 from training.evaluation.usable import whole_windows
 from training.export.facts import ModelFacts
-from training.export.formats.model_card import Reader, ServingCommand
+from training.export.formats.readers import Reader, ServingCommand
 from training.export.result import ExportResult, ServedText
 from training.versions import installed_version
 

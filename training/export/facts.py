@@ -27,6 +27,11 @@ class ModelFacts:
     report: HeldOutReport | None
 
     @property
+    def is_imported(self) -> bool:
+        """Whether the model was trained elsewhere: `trainshort import` makes a checkpoint of step 0."""
+        return self.step == 0
+
+    @property
     def train_length(self) -> int:
         """Tokens of a training sequence."""
         return self.config.data.sequence_length

@@ -114,12 +114,9 @@ def _write_cards(
     folder: Path, result: ExportResult, exporter: ExportFormat, *, checkpoint: Checkpoint, format: str
 ) -> None:
     """Write README.md for the Hub, and the card of the export, which hashes all other files."""
+    reader = exporter.reader(checkpoint.config.model)
     readme = model_card(
-        result.facts,
-        comparison=result.comparison,
-        engine=exporter.reader,
-        dtype=exporter.dtype,
-        file=exporter.file,
+        result.facts, comparison=result.comparison, engine=reader, dtype=exporter.dtype, file=exporter.file
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")
     origin = Origin(
@@ -134,7 +131,7 @@ def _write_cards(
         format=format,
         dtype=exporter.dtype,
         file=exporter.file,
-        reader=exporter.reader,
+        reader=reader,
         origin=origin,
     )
 

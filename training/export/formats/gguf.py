@@ -23,8 +23,8 @@ from data_pipeline.tokenizer_files import is_tokenizer_json
 from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary, write_proto
 from training.export.formats.family_limits import gguf_problem
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
-from training.export.formats.model_card import LLAMA_CPP
 from training.export.formats.mpt import load_mpt
+from training.export.formats.readers import LLAMA_CPP, MPT_IN_LLAMA_CPP, Reader
 from training.export.formats.rounding import finite
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import require_rows
@@ -67,7 +67,7 @@ class GgufFormat:
         self._type, self._file_type = _TYPES[dtype]
         block, size = gguf.GGML_QUANT_SIZES[self._type]
         self.bytes_per_weight = size / block
-        self.file, self.reader = f"model-{self._type.name}.gguf", LLAMA_CPP
+        self.file = f"model-{self._type.name}.gguf"
 
     def check(self, model: Model) -> None:
         """Refuse a model that the file cannot hold; see `ExportFormat`."""
@@ -129,6 +129,10 @@ class GgufFormat:
         for each in parameters:
             writer.write_tensor_data(self._stored(in_order_of("gguf", each, weights, model=model)))
         writer.close()
+
+    def reader(self, model: Model) -> Reader:
+        """Return what the cards say of llama.cpp."""
+        return MPT_IN_LLAMA_CPP if model.family == MPT.name else LLAMA_CPP
 
     def length_limit(self, model: Model) -> LengthLimit:
         """Return transformers' limit, which reads the file back; see `ExportFormat`."""

@@ -19,13 +19,14 @@ from configs.errors import InputError, TrainshortError
 from configs.schema import Model
 from training.export.formats.family_limits import huggingface_problem
 from training.export.formats.huggingface_config import make_config, save_configuration
-from training.export.formats.model_card import TRANSFORMERS
+from training.export.formats.readers import MPT_IN_TRANSFORMERS, TRANSFORMERS, Reader
 from training.export.formats.rounding import finite
 from training.export.formats.safetensors_folder import SHARD_BYTES, write_safetensors
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import write_tokenizer
 from training.export.parity import COMPARED_MULTIPLE
 from training.export.row_order import in_order_of
+from training.families.mpt import MPT
 from training.families.table import describe
 from training.model.proof.attention_weights import dtype_of
 
@@ -36,7 +37,7 @@ _MOST_SCORE_BYTES = 2_000_000_000
 class HuggingFaceFormat:
     """Implement `ExportFormat` for transformers' class of the family, which reads it back and computes in fp32."""
 
-    file, reader = "", TRANSFORMERS
+    file = ""
 
     def __init__(self, dtype: str = "fp32", *, shard_bytes: int = SHARD_BYTES) -> None:
         """Take the type of the weights, fp32, bf16 or fp16, and the most bytes of them in a file."""
@@ -90,6 +91,10 @@ class HuggingFaceFormat:
             read=lambda name: in_order_of("huggingface", parameters[name], weights, model=model),
             shard_bytes=self._shard_bytes,
         )
+
+    def reader(self, model: Model) -> Reader:
+        """Return what the cards say of transformers and vLLM."""
+        return MPT_IN_TRANSFORMERS if model.family == MPT.name else TRANSFORMERS
 
     def length_limit(self, model: Model) -> LengthLimit:
         """Return the length at which a layer's attention scores take 2 GB; see `ExportFormat`."""

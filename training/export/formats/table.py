@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from configs.errors import InputError
-from training.export.formats.model_card import Reader
+from training.export.formats.readers import Reader
 from training.export.formats.servers import LLAMA_CPP_SERVERS, VLLM_SERVERS, InferenceServer, require_server
 
 if TYPE_CHECKING:
@@ -68,13 +68,15 @@ class ExportFormat(Protocol):
         dtype: The type of the weights.
         bytes_per_weight: What a weight takes, about.
         file: Name of the file that an engine loads; empty if it loads the folder.
-        reader: What the cards say of what runs the model.
     """
 
     dtype: str
     bytes_per_weight: float
     file: str
-    reader: Reader
+
+    def reader(self, model: "Model") -> Reader:
+        """Return what the cards say of what runs a model."""
+        ...
 
     def check(self, model: "Model") -> None:
         """Refuse a model that the format cannot hold.

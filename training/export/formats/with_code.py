@@ -24,7 +24,7 @@ from training.export.formats.carried.modeling_trainshort import (
 )
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
 from training.export.formats.huggingface_config import save_configuration, token_ids
-from training.export.formats.model_card import TRANSFORMERS_WITH_CODE
+from training.export.formats.readers import TRANSFORMERS_WITH_CODE, Reader
 from training.export.formats.safetensors_folder import write_safetensors
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import write_tokenizer
@@ -38,7 +38,9 @@ _GELUS = {"tanh": "tanh", "erf": "none"}  # as torch names them
 class WithCodeFormat(HuggingFaceFormat):
     """Implement `ExportFormat` for the model class that the folder carries."""
 
-    reader = TRANSFORMERS_WITH_CODE
+    def reader(self, model: Model) -> Reader:
+        """Return what the cards say of transformers with this code."""
+        return TRANSFORMERS_WITH_CODE
 
     def check(self, model: Model) -> None:
         """Refuse a position method that the code does not know: one that was added to this version."""
