@@ -162,8 +162,8 @@ class JsonTokenizer(Tokenizer):
                 f"tokenizer {self.path} adds tokens to a text ({with_added} for 'a', which is {plain}), and training "
                 'adds none: set "post_processor" to null in a copy of it'
             )
-        self._require_rows(vocab_size)
         self._warn_if_text_changes()
+        self._require_rows(vocab_size)
 
     def _warn_if_text_changes(self) -> None:
         for text in (*EDGE_CASE_TEXTS, *self._special):

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from training.checkpoint.read import open_checkpoint
 from training.checkpoint.verify import verify_checkpoints
 from training.evaluation.run import evaluate_checkpoint
 from training.export.run import export_checkpoint
+from training.preflight import check_init_from
 
 END = "<|endoftext|>"
 
@@ -127,7 +129,7 @@ def test_other_kinds_encode_too_and_say_that_they_change_text(
         assert ours.encode(text) == ids
         assert "".join(ours.decode_each(ids)) == ours.decode(ids)
     ours.check(vocab_size=400)
-    (told,) = caplog.messages
+    told, *_ = caplog.messages
     assert "mine.json changes text: " in told
     assert '(its normalizer: {"type": "Lowercase"}); the model learns the changed text' in told
 
@@ -193,6 +195,16 @@ def add_tokens(home: Path) -> None:
     tokenizer.save(str(home / "tokenizer.json"))
 
 
+def odd_added_tokens(home: Path) -> None:
+    change_json(home / "tokenizer.json", added_tokens=[1])
+    change_json(home / CONFIG, eos_token=None)
+
+
+def no_unknown_token(home: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram([("<stop>", 0.0), ("a", -1.0)]))
+    tokenizer.save(str(home / "tokenizer.json"))
+
+
 CONFIG = "tokenizer_config.json"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no file": (
@@ -214,6 +226,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a cut config": (text(CONFIG, '{"eos'), "tokenizer file home/tokenizer_config.json is not JSON, or is cut off ("),
     "dropout": (drop_merges, "drops merges at random (dropout 0.1): set dropout to null in a copy of it"),
+    "odd added tokens": (odd_added_tokens, "home/tokenizer.json has added_tokens without content: save it again with"),
+    "no unknown token": (no_unknown_token, "tokenizer home/tokenizer.json cannot encode every text ("),
     "added tokens": (
         add_tokens,
         "adds tokens to a text ([0, 65] for 'a', which is [65]), and training adds none: ",
@@ -236,6 +250,8 @@ def test_a_vocabulary_has_a_row_for_each_token(trainshort: Call, folder: Path) -
     write_run(folder, data={"tokenizer": "home", "vocab_size": 379})
     expected = "data.vocab_size must be at least that of data.tokenizer home/tokenizer.json (380), got 379: use 380"
     assert refused(trainshort, "prepare", "run.yaml") == refused(trainshort, "check", "run.yaml") == expected
+    (folder / "home" / "tokenizer.json").unlink()
+    assert "note: data.tokenizer home holds no tokenizer.json: check the path" in trainshort("check", "run.yaml").out
 
 
 def test_it_goes_with_a_run_from_data_to_export(rank: OneRank, homes: dict[str, Path], tmp_path: Path) -> None:
@@ -265,6 +281,9 @@ def test_it_goes_with_a_run_from_data_to_export(rank: OneRank, homes: dict[str, 
     with pytest.raises(InputError, match=r"format gguf cannot hold .*tokenizer.json: .*; export to hf"):
         export_checkpoint(tmp_path / "run", format="gguf", out=tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
+    told = "has a vocabulary of 400, the data in .* one of 380: set data.vocab_size to 400 and prepare in "
+    with pytest.raises(InputError, match=told):
+        check_init_from(tmp_path / "run", config=config, prepared=replace(prepared, vocab_size=380))
     # the tokenizer is among the checked files
     (checkpoint.path / "tokenizer_config.json").write_bytes(b"{}")
     (broken,) = verify_checkpoints(checkpoint.path)

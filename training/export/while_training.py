@@ -49,7 +49,8 @@ def check_export_every(config: RunConfig) -> None:
         raise InputError(f"checkpoint.export_format {rules.export_format!r} is not known: use {known}")
     problem = FORMATS[rules.export_format].problem_of(config.model) if rules.export_every else None
     if problem is not None:
-        raise InputError(f"{problem}; set checkpoint.export_every ({rules.export_every}) to 0, or change the model")
+        what = problem.rpartition(": ")[0]  # what follows is advice on `trainshort export`
+        raise InputError(f"{what}: set checkpoint.export_every ({rules.export_every}) to 0, or change the model")
 
 
 class ExportProcess(Protocol):

@@ -35,8 +35,8 @@ vLLM refuses texts longer than `seq_length` in config.json, {{longest:,}} tokens
 measured how good the model is, add `--hf-overrides '{{{{"seq_length": {{more}}}}}}'`.
 """
 _USE_MPT = f"""{_LOAD}
-transformers refuses texts longer than `max_seq_len` in config.json. To allow more, where nobody has compared it, load it
-with `max_seq_len=...`. vLLM ran MPT up to version 0.28; llama.cpp does, from an export to gguf.
+transformers refuses texts longer than `max_seq_len` in config.json. To allow more, where nobody has compared it, load
+it with `max_seq_len=...`. vLLM ran MPT up to version 0.28; llama.cpp does, from an export to gguf.
 """
 _USE_WITH_CODE = """\
 ## Use
