@@ -48,7 +48,7 @@ WRONG = {
     "generate # --prompt x --temperature -1": "temperature must be 0 or more",
     "export no --format hf --out out": "checkpoint no does not exist: ",
     "export # --format onnx --out out": "format 'onnx' is not known: ",
-    "export # --format hf --out run.yaml": "export folder run.yaml is a file: ",
+    "export # --format hf --out run.yaml": "folder run.yaml is a file: ",
     "compare no other": "run no does not exist: ",
     "checkpoint list no": "run folder no does not exist: ",
     "checkpoint verify no": "checkpoint no does not exist: ",

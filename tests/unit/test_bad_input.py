@@ -358,8 +358,8 @@ def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
     (trained / "out").mkdir()
     (trained / "out" / "mine.txt").write_text("kept")
     for out, expected in (
-        ("out", "export folder out has files in it: remove them or choose another --out"),
-        ("out/mine.txt", "export folder out/mine.txt is a file: choose another --out"),
+        ("out", "folder out has files in it: remove them or choose another --out"),
+        ("out/mine.txt", "folder out/mine.txt is a file: choose another --out"),
     ):
         assert refused(trainshort, "export", "run", "--format", "hf", "--out", out) == expected
     assert refused(trainshort, "export", "run", "--format", "gguf", "--out", "new", "--with-code") == (

@@ -288,7 +288,7 @@ def test_a_place_is_tried_before_a_checkpoint_is_opened(
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError) as caught:
         export_checkpoint(tmp_path / "no checkpoint", format="hf", out=out)
-    assert str(caught.value).startswith(("export folder ", f"cannot write beside {tmp_path}"))
+    assert str(caught.value).startswith(("folder ", f"cannot write beside {tmp_path}"))
     assert str(caught.value).endswith(message)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -308,7 +308,7 @@ def test_an_export_that_cannot_take_its_place_is_kept(
     monkeypatch.setattr(HuggingFaceFormat, "read_logits", meanwhile)
     if exists:
         out.mkdir()
-    with pytest.raises(MachineError, match="the whole export is in .*, move it from there") as caught:
+    with pytest.raises(MachineError, match="its files are whole in .*: move them") as caught:
         export_checkpoint(tmp_path, format="hf", out=out)
     kept = Path(str(caught.value).split(" is in ")[-1].removesuffix(", move it from there"))
     assert set(EXPORTED) < set(os.listdir(kept))
@@ -321,7 +321,7 @@ def test_a_disk_that_is_too_small_is_refused_first(
     weights = 4 * sum(weight.numel() for weight in model.weights.values())
     monkeypatch.setattr("training.export.trained.load_single", lambda _: pytest.fail("the model was loaded"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=weights - 1))
-    with pytest.raises(MachineError, match=r"the disk of .* has \d+ k?B free, the export needs \d+ kB"):
+    with pytest.raises(MachineError, match=r"the disk of .* has \d+ k?B free, \d+ kB are needed: free space"):
         export_checkpoint(tmp_path, format="hf", out=tmp_path / "a" / "out")
     assert not (tmp_path / "a").exists()
 
@@ -344,5 +344,5 @@ def test_taken_folder_is_refused_before_a_checkpoint_is_opened(tmp_path: Path) -
     with pytest.raises(InputError, match="has files in it"):
         export_checkpoint(tmp_path / "no checkpoint", format="hf", out=out)
     (out / "mine.txt").rename(out / ".hf.partial-12345678")
-    with pytest.raises(InputError, match=r"out holds \.hf\.partial-12345678 of an export that runs or was killed"):
+    with pytest.raises(InputError, match=r"out holds \.hf\.partial-12345678 of an export or import that runs"):
         export_checkpoint(tmp_path / "no checkpoint", format="hf", out=out)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError
 from data_pipeline.vocabulary import read_vocabulary
+from tests.support.byte_level import train_byte_level
 from tests.support.exports import train_sentencepiece
 from tests.support.huggingface_models import ROWS, save_random
 from training.checkpoint.read import open_checkpoint
@@ -176,3 +177,19 @@ def test_a_length_that_is_nowhere_must_be_given(tmp_path: Path, tokenizer: Path)
     assert open_checkpoint(tmp_path / "run").config.data.sequence_length == 24
     with pytest.raises(InputError, match="has files in it"):
         import_model(source, out=tmp_path / "run", train_length=24)
+
+
+@pytest.mark.parametrize("bloom", [True, False])
+def test_a_model_keeps_its_own_tokenizer_json(tmp_path: Path, tokenizer: Path, bloom: bool) -> None:
+    source = save_random(tmp_path / "hf", "bloom" if bloom else "mpt", tokenizer=tokenizer)
+    (source / "tokenizer.model").unlink()
+    train_byte_level(source, bloom=bloom, end="</s>" if bloom else "<|endoftext|>")
+    change_config(eos_token_id=0)(source)
+    import_model(source, out=tmp_path / "run")
+    opened = open_checkpoint(tmp_path / "run")
+    assert opened.tokenizer.read_bytes() == (source / "tokenizer.json").read_bytes()
+    export_checkpoint(tmp_path / "run", format="hf", out=tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    with pytest.raises(InputError, match=r"tokenizer\.json.*hf"):
+        export_checkpoint(tmp_path / "run", format="gguf", out=tmp_path / "gguf")
+    assert not (tmp_path / "gguf").exists()

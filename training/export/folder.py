@@ -49,8 +49,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
     if problem is not None:
         raise MachineError(
-            f"export folder {out} cannot be filled ({problem.strerror}): the whole export is in {partial}, move it "
-            "from there"
+            f"folder {out} cannot be filled ({problem.strerror}): its files are whole in {partial}: move them"
         )
 
 
@@ -87,7 +86,7 @@ def require_new(out: Path) -> Path:
             files = _files(out)
             problem = "has files in it: remove them or" if files else None
             if files and _PARTIAL in files[0]:
-                problem = f"holds {files[0]} of an export that runs or was killed: wait for it, remove it, or"
+                problem = f"holds {files[0]} of an export or import that runs or was killed: wait for it, remove it, or"
         elif out.is_symlink() and not out.exists():
             problem = f"is a link to {os.readlink(out)}, which does not exist: make that folder or"
         else:
@@ -97,15 +96,15 @@ def require_new(out: Path) -> Path:
     except OSError as error:
         problem = f"cannot be read ({error.strerror}):"
     if problem:
-        raise InputError(f"export folder {out} {problem} choose another --out")
+        raise InputError(f"folder {out} {problem} choose another --out")
     return Path(os.path.realpath(out))
 
 
 def require_space(out: Path, *, needed_bytes: int) -> None:
-    """Refuse a place whose disk cannot hold the export.
+    """Refuse a place whose disk cannot hold what will be written.
 
     Args:
-        out: The export folder, which may not exist yet.
+        out: The folder, which may not exist yet.
         needed_bytes: The least that will be written.
     Raises:
         MachineError: names what is free and what is needed.
@@ -114,8 +113,8 @@ def require_space(out: Path, *, needed_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
         raise MachineError(
-            f"the disk of export folder {out} has {byte_size(free)} free, the export needs "
-            f"{byte_size(needed_bytes)}: free space or choose another --out"
+            f"the disk of folder {out} has {byte_size(free)} free, {byte_size(needed_bytes)} are needed: free space or "
+            "choose another --out"
         )
 
 

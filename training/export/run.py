@@ -156,7 +156,7 @@ def _report_write_errors(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise MachineError(
-            f"export folder {out} cannot be written ({' '.join(str(error).split())}): nothing was exported; free space "
+            f"folder {out} cannot be written ({' '.join(str(error).split())}): nothing was exported; free space "
             "or choose another --out"
         ) from None
 
