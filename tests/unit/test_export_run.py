@@ -310,7 +310,7 @@ def test_an_export_that_cannot_take_its_place_is_kept(
         out.mkdir()
     with pytest.raises(MachineError, match="its files are whole in .*: move them") as caught:
         export_checkpoint(tmp_path, format="hf", out=out)
-    kept = Path(str(caught.value).split(" is in ")[-1].removesuffix(", move it from there"))
+    kept = Path(str(caught.value).split(" whole in ")[-1].removesuffix(": move them"))
     assert set(EXPORTED) < set(os.listdir(kept))
     assert (out / "config.json").read_text() == "of another"
 
