@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from configs.schema import Model
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.vocabulary import read_vocabulary
 from tests.support.bloom_formula import bloom_logits
-from tests.support.exports import random_weights, train_sentencepiece, write_export
+from tests.support.exports import HARD_WORDS, random_weights, train_sentencepiece, write_export
 from tests.support.formula_model import open_formula_model
 from training.export.formats.gguf import GgufFormat
 from training.export.run import export_checkpoint
@@ -72,10 +74,17 @@ def test_tokens_are_those_of_sentencepiece(tmp_path: Path, tokenizer: Path) -> N
     weights = random_weights(shape, vocab_size=len(read_vocabulary(tokenizer)))
     llama = load(tmp_path, tokenizer=tokenizer, shape=shape, dtype="f16", weights=weights)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    for text in (*EDGE_CASE_TEXTS, "a<|user|>b\n\n <|user|>"):
+
+    @settings(max_examples=500, deadline=None)
+    @given(st.lists(HARD_WORDS, max_size=12).map("".join))
+    def same(text: str) -> None:
         ids = theirs.encode(text)
-        assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids, repr(text)
-        assert llama.detokenize(ids).decode() == theirs.decode(ids), repr(text)
+        assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids
+        assert llama.detokenize(ids).decode() == theirs.decode(ids)
+
+    for text in (*EDGE_CASE_TEXTS, "a<|user|>b\n\n <|user|>"):
+        same.hypothesis.inner_test(text)  # type: ignore[attr-defined]
+    same()
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])

@@ -5,11 +5,19 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from hypothesis import strategies as st
 
 from configs.schema import Model
 from parallel.parameter import Shard
 from training.export.formats.table import ExportFormat
 from training.families.table import shards_of
+
+HARD_WORDS = st.one_of(
+    st.text(st.characters(codec="utf-8"), max_size=20),
+    st.integers(1, 30).map(lambda count: " " * count),
+    st.sampled_from(["<s>", "</s>", "<unk>", "<0x41>", "the ", " of", "\n", "\t", "\r\n", "\x00", "=====", "é"]),
+)
+"""Parts of texts in which tokenizers may differ: any Unicode, runs of spaces, control words spelled out."""
 
 SHAPE = Model(layers=2, hidden=48, heads=6)
 

@@ -1,22 +1,26 @@
 """Models of Hugging Face become checkpoints, bit for bit, and go out again; what does not fit is refused by name."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.errors import InputError
+from configs.errors import InputError, MachineError
 from data_pipeline.vocabulary import read_vocabulary
 from tests.support.byte_level import train_byte_level
 from tests.support.exports import train_sentencepiece
 from tests.support.huggingface_models import ROWS, save_random
 from training.checkpoint.read import open_checkpoint
+from training.checkpoint.tensors import TensorFile
 from training.export.import_hf import import_model
 from training.export.run import export_checkpoint
 
@@ -197,3 +201,17 @@ def test_a_model_keeps_its_own_tokenizer_json(tmp_path: Path, tokenizer: Path, b
     with pytest.raises(InputError, match=r"tokenizer\.json.*hf"):
         export_checkpoint(tmp_path / "run", format="gguf", out=tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, mpt_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TensorFile, "finish", full)
+        with pytest.raises(MachineError, match=r"cannot be written .*No space left .*: nothing was imported"):
+            import_model(mpt_folder, out=tmp_path / "deep" / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(MachineError, match=r"has 1\.?0* kB free, 37\d kB are needed"):
+        import_model(mpt_folder, out=tmp_path / "deep" / "run")
+    assert not list(tmp_path.iterdir())
