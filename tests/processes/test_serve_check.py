@@ -31,6 +31,12 @@ mode, folder, model, port = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys
 if mode == "dies":
     print("no room for keys", "and values")
     sys.exit(7)
+if mode in ("breaks", "fails"):
+    print("(Main pid=1) WARNING [files.py:2] `OSError: too few files` may follow")
+    print("(Worker pid=2) ERROR [worker.py:3] ValueError: no room")
+    print("RuntimeError: see above", flush=True)
+if mode == "breaks":
+    sys.exit(1)
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
@@ -43,7 +49,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer = (folder / "answer.json").read_bytes()
         loading = mode == "loads" and not (folder / "loaded").exists()
         (folder / "loaded").touch()
-        self.send_response(503 if loading else 400 if mode == "refuses" else 200)
+        self.send_response(503 if loading else {"refuses": 400, "fails": 500}.get(mode, 200))
         self.end_headers()
         self.wfile.write(answer)
 
@@ -114,7 +120,9 @@ def test_the_same_text_is_reported_and_the_server_stopped(
         ("answers", " brown cat", 0, TrainshortError, r"fake continues 'The quick' with ' brown cat', the trained "),
         ("answers", NEW, 1, TrainshortError, r"fake reads \d+ tokens where the trained model reads \d+: nothing was "),
         ("refuses", NEW, 0, TrainshortError, r"fake refused a completion \(400: .*brown fox"),
+        ("fails", NEW, 0, TrainshortError, r"refused a completion \(500: .*; it wrote ValueError: no room\): nothing "),
         ("dies", NEW, 0, MachineError, r"ended with exit code 7 .* \(it wrote no room for keys and values\): nothing "),
+        ("breaks", NEW, 0, MachineError, r"ended with exit code 1 .* \(it wrote ValueError: no room\): nothing "),
         ("silent", NEW, 0, MachineError, r"fake gave no answer within 1 seconds \(it wrote nothing\): nothing was "),
     ],
 )
@@ -132,7 +140,7 @@ def test_what_is_not_the_same_answer_is_refused(
     answer(tmp_path, text, prompt_tokens=len(expected_of(tokenizer).prompt_ids) + more_tokens)
     with pytest.raises(error, match=message):
         check(tmp_path, mode, tokenizer)
-    assert mode == "dies" or is_gone(tmp_path)
+    assert mode in ("dies", "breaks") or is_gone(tmp_path)
 
 
 def test_ctrl_c_stops_the_server(tmp_path: Path, tokenizer: Tokenizer) -> None:

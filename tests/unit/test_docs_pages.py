@@ -38,6 +38,7 @@ OPTIONS_OF_OTHERS = {
     "--gpu-bind": "srun",
     "--long": "zstd",
     "--hf-overrides": "vLLM",
+    "--kv-cache-memory-bytes": "vLLM",
     "--max-model-len": "vLLM",
 }
 ERRORS = (InputError, MachineError, LostPeers)

@@ -13,11 +13,11 @@ import torch
 
 from configs.errors import InputError, TrainshortError
 from data_pipeline.tokenizer import load_tokenizer
-from tests.support.exports import train_sentencepiece
+from tests.support.exports import SHAPE, train_sentencepiece
 from tests.support.formula_model import FormulaModel, open_formula_model
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel
 from training.export.formats.servers import InferenceServer
-from training.export.formats.table import FORMATS, FormatRow
+from training.export.formats.table import FORMATS, FormatRow, load_format, server_of
 from training.export.parity import Continuation, compare_continuations, compare_text
 from training.export.result import ServedText
 from training.export.run import export_checkpoint
@@ -134,6 +134,24 @@ def test_without_a_server_nothing_is_opened(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(InputError, match=words):
             export_checkpoint(tmp_path / "no checkpoint", format=name, out=tmp_path / "a" / "out", serve_check=True)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("changed", [{"family": "mpt"}, {"tie_embeddings": False}])
+def test_vllm_is_not_offered_for_what_it_cannot_load(changed: dict[str, object]) -> None:
+    model = SHAPE.model_copy(update=changed)
+    about = load_format("hf").reader(model)
+    assert {each.runtime for each in about.serving} == about.precision.keys() == {"transformers"}
+    assert "vllm serve" not in about.use
+    with pytest.raises(InputError, match=rf"no server of format hf runs the family {model.family}( with model.tie_|:)"):
+        server_of("hf", with_code=False, model=model)
+    assert FORMATS["gguf"].servers[0].runs(model)
+
+
+def test_vllm_is_started_within_a_gibibyte_of_keys() -> None:
+    for server in FORMATS["hf"].servers:
+        command = server.arguments(Path("exported"), port=8123, context=96)
+        options = dict(zip(command, command[1:], strict=False))
+        assert (options["--kv-cache-memory-bytes"], options["--max-model-len"]) == (str(2**30), "96")
 
 
 def missing(row: FormatRow) -> FormatRow:

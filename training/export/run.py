@@ -75,7 +75,7 @@ def export_checkpoint(
     try_new_folder(out)
     opened = open_checkpoint(checkpoint)
     exporter.check(opened.config.model)
-    server = server_of(format, with_code=with_code, family=opened.config.model.family) if serve_check else None
+    server = server_of(format, with_code=with_code, model=opened.config.model) if serve_check else None
     facts = _facts(opened)
     require_space(out, needed_bytes=int(exporter.bytes_per_weight * facts.parameters))  # by far the most of it
     lengths, limit = _compared_lengths(exporter, opened)

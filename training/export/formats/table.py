@@ -239,19 +239,22 @@ def require_format(name: str, *, dtype: str | None = None, with_code: bool = Fal
     return dtype or dtypes[0]
 
 
-def server_of(name: str, *, with_code: bool, family: str | None = None) -> InferenceServer:
+def server_of(name: str, *, with_code: bool, model: "Model | None" = None) -> InferenceServer:
     """Return the server that `--serve-check` starts for an export.
 
     Args:
         name: The format.
         with_code: Whether it carries its own code.
-        family: Value of `model.family`; None if it is not known yet.
+        model: The model; None if it is not known yet.
     Raises:
         InputError: no server can run it, or none that can is installed.
     """
     if with_code:
         raise InputError("no server runs a folder with its own code: drop --serve-check or --with-code")
-    servers = [server for server in FORMATS[name].servers if family is None or family in server.families]
-    if not servers:
-        raise InputError(f"no server of format {name} runs the family {family}: drop --serve-check, or export to gguf")
+    servers = [server for server in FORMATS[name].servers if model is None or server.runs(model)]
+    if model is not None and not servers:
+        untied = "" if model.tie_embeddings else " with model.tie_embeddings false"
+        raise InputError(
+            f"no server of format {name} runs the family {model.family}{untied}: drop --serve-check, or export to gguf"
+        )
     return require_server(servers)
