@@ -8,11 +8,13 @@ import importlib
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from parallel.start import ProcessRank, start, stop
 
 TIMEOUT_SECONDS = 900
+GRACE_SECONDS = 10  # for what other ranks have to say of a failed one
 ROOT = Path(__file__).parents[2]
 # Imported before the ranks are forked.
 WARM = (
@@ -121,6 +124,23 @@ def _fork_rank(folder: Path, *, ranks: int, rank: int) -> int:
     os._exit(code)
 
 
+def _exit_codes(processes: Sequence[int]) -> list[int]:
+    """Return the ranks' exit codes. Once one has failed, the others, which may wait for it for ever, are ended."""
+    codes: dict[int, int] = {}
+    until = float("inf")
+    while len(codes) < len(processes):
+        for process in {*processes} - codes.keys():
+            if time.monotonic() > until:
+                os.kill(process, signal.SIGKILL)
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                codes[process] = os.waitstatus_to_exitcode(status)
+                if codes[process]:
+                    until = min(until, time.monotonic() + GRACE_SECONDS)
+        time.sleep(0.01)
+    return [codes[process] for process in processes]
+
+
 def main() -> None:
     """Fork the ranks of each request on standard input, and answer with their exit codes."""
     for module in WARM:
@@ -129,8 +149,7 @@ def main() -> None:
     for request in sys.stdin:
         count, folder = request.rstrip("\n").split(" ", 1)
         processes = [_fork_rank(Path(folder), ranks=int(count), rank=rank) for rank in range(int(count))]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-        sys.stdout.write(" ".join(map(str, codes)) + "\n")
+        sys.stdout.write(" ".join(map(str, _exit_codes(processes))) + "\n")
         sys.stdout.flush()
 
 
