@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from configs.positions import POSITIONS
 from parallel.axes import Group
 from parallel.compiled import make_compile
-from parallel.fused import add_and_normalize, add_to_residual, gelu, normalize
+from parallel.fused import add_and_normalize, add_to_residual, gelu_exact, gelu_tanh, normalize
 from parallel.head import Head
 from parallel.weight_gradient import add_product, adds_in_product
 from tests.support.models import VOCABULARY, make_wandering_decoder
@@ -77,7 +77,8 @@ FUSED: dict[Callable[..., Any], tuple[int, int]] = {
     normalize: (1, 2),
     add_to_residual: (2, 1),
     add_and_normalize: (2, 3),
-    gelu: (1, 1),
+    gelu_tanh: (1, 1),
+    gelu_exact: (1, 1),
 }
 
 

@@ -26,8 +26,6 @@ POSITIONS, KERNELS = "training/model/positions", "training/model/kernels"
 ALIBI, BIAS, T5 = f"{POSITIONS}/alibi.py", f"{POSITIONS}/bias.py", f"{POSITIONS}/t5.py"
 SDPA, FLEX, BLOCKS = f"{KERNELS}/sdpa.py", f"{KERNELS}/flex.py", f"{KERNELS}/bias_blocks.py"
 PRENORM, CERTIFICATE = "training/model/blocks/prenorm.py", "training/model/proof/certificate.py"
-EXPORT_VERIFIED = "tests/unit/test_export_verified.py"
-BY_GGUF = "tests/unit/test_export_gguf.py::test_transformers_reads_the_logits_of_its_own_format"
 BY_FORMULA = "tests/unit/test_model_alibi.py::test_both_backends_equal_the_formula_in_fp64"
 BY_SLICES = "tests/unit/test_model_alibi.py::test_slices_of_any_tensor_size_join_to_the_whole"
 BY_BIAS = "tests/unit/test_model_alibi.py::test_bias_is_minus_slope_times_distance_and_nothing_ahead"
@@ -306,62 +304,6 @@ MUTANTS = (
         "joined[:, :, :, part] = grad.permute(2, 0, 1, 3)",
         "joined[:, :, :, (0, 2, 1)[part]] = grad.permute(2, 0, 1, 3)",
         BY_BLOOM,
-    ),
-    Mutant(
-        "gguf: rows stay in our order",
-        "training/export/row_order.py",
-        "parts.permute(*order, *range(3, parts.ndim))",
-        "parts",
-        BY_GGUF,
-    ),
-    Mutant(
-        "gguf: biases stay in our order",
-        "training/export/row_order.py",
-        "if not parameter.is_qkv:",
-        "if not parameter.is_qkv or weight.ndim == 1:",
-        BY_GGUF,
-    ),
-    Mutant(
-        "gguf: a space is added before a text",
-        "training/export/formats/gguf.py",
-        "writer.add_add_space_prefix(False)",
-        "writer.add_add_space_prefix(True)",
-        "tests/unit/test_export_gguf.py::test_the_tokenizer_gives_the_ids_and_text_of_sentencepiece",
-    ),
-    Mutant(
-        "export: what is compared keeps its weights",
-        "training/export/trained.py",
-        "    model.change_weights(exporter.rounded)\n",
-        "",
-        "tests/unit/test_export_run.py::test_rounded_weights_are_compared_as_they_are_written",
-    ),
-    Mutant(
-        "export: another greedy token passes",
-        "training/export/parity.py",
-        "if ours is not None and theirs in expected.as_likely(place, tolerance=tolerance):",
-        "if ours is not None:",
-        f"{EXPORT_VERIFIED}::test_a_greedy_text_that_differs_is_not_exported",
-    ),
-    Mutant(
-        "export: another text of a server passes",
-        "training/export/parity.py",
-        "if any(follows([*expected.ids[:place], other]) for other in likely):",
-        "if likely:",
-        f"{EXPORT_VERIFIED}::test_a_text_is_compared_up_to_tokens_as_likely",
-    ),
-    Mutant(
-        "carried code: other slopes between two powers of two",
-        "training/export/formats/carried/modeling_trainshort.py",
-        "(head + 0.5)",
-        "(head + 1.5)",
-        "tests/unit/test_export_with_code.py::test_every_model_has_its_own_logits[alibi]",
-    ),
-    Mutant(
-        "carried code: padding counts as positions",
-        "training/export/formats/carried/modeling_trainshort.py",
-        "if padding is None else ~padding",
-        "if padding is None else padding == padding",
-        "tests/unit/test_export_with_code.py::test_padding_on_any_side_changes_no_logits[sinusoidal]",
     ),
     Mutant(
         "description: a parameter that no module has",
