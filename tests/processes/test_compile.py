@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from configs.schema import Model
 from parallel.compiled import compile_now, make_compile
+from parallel.fused import gelu_tanh
 from parallel.groups import lone_groups
 from parallel.head import Compile, as_it_is
 from parallel.seeds import initial_weights
@@ -53,6 +54,8 @@ def test_each_function_is_compiled_once_and_changes_nothing() -> None:
         device=CPU,
         split=False,
         drops=False,
+        biases=True,
+        gelu=gelu_tanh,
     )
     before = counters["stats"]["unique_graphs"]
     assert before == 5

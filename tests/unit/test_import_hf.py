@@ -70,6 +70,10 @@ def test_other_files_of_weights_are_read(tmp_path: Path, tokenizer: Path) -> Non
     import_model(source, out=tmp_path / "old")
     first, second = (open_checkpoint(tmp_path / name).weights() for name in ("run", "old"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    old["lm_head.weight"] = old["lm_head.weight"] + 1.0
+    torch.save(old, source / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"has a tensor lm_head\.weight, for which BLOOM has no place"):
+        import_model(source, out=tmp_path / "other")
     (source / "pytorch_model.bin").unlink()
     halves = {name: tensor.bfloat16() for name, tensor in weights.items()}
     save_file(halves, source / "model.safetensors", metadata={"format": "pt"})
