@@ -28,9 +28,8 @@ def model_of(heads: int, **keys: Any) -> Model:
 
 
 MODELS = {
-    "bloom-8": model_of(8),
-    "bloom-24": model_of(24),
-    "mpt-12": model_of(12, family="mpt"),
+    "bloom-12": model_of(12),
+    "mpt-24": model_of(24, family="mpt"),
     "mpt-8-untied": model_of(8, family="mpt", tie_embeddings=False),
 }
 LENGTHS = (LENGTH, 4 * LENGTH)
