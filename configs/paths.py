@@ -53,6 +53,11 @@ def logs_folder(run_dir: Path) -> Path:
     return run_dir / "logs"
 
 
+def rank_log(run_dir: Path, *, rank: int) -> Path:
+    """Return the log of a rank: all of its output, over all starts; rank 0's is the run's."""
+    return logs_folder(run_dir) / f"rank_{rank}.log"
+
+
 def step_export_log(run_dir: Path, *, step: int) -> Path:
     """Return the log of the export of a step."""
     return logs_folder(run_dir) / f"export-{step:08d}.log"

@@ -21,6 +21,7 @@ from launch.commands.model import model_commands
 from launch.commands.profile import profile_commands
 from launch.commands.run import run_commands
 from launch.commands.runs import runs_commands
+from launch.commands.watch import watch_commands
 from launch.complete import COMPLETE_VARIABLE
 from launch.failure import report_failure
 from launch.local import STOPPED_BY_HAND
@@ -40,7 +41,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order of the help text. Commands of an app without a name become commands of `trainshort` itself.
-for commands in (run_commands, profile_commands, model_commands, exchange_commands, slurm_commands, machine_commands):
+for commands in (
+    *(run_commands, watch_commands, profile_commands, model_commands, exchange_commands, slurm_commands),
+    machine_commands,
+):
     app.add_typer(commands)
 app.add_typer(runs_commands, name="runs", cls=ListingGroup)
 app.add_typer(checkpoint_commands, name="checkpoint", cls=CommandGroup)

@@ -140,7 +140,7 @@ def summarize_run(path: Path) -> RunSummary:
 def _summarize(path: Path) -> RunSummary:
     problems: list[str] = []
     checkpoints = list_checkpoints(path)
-    values = _values(path, problems)
+    values = run_values(path, problems)
     last, validations = _read_metrics(path, problems)
     start = newest_incarnation(path)
     if start is None and incarnation_file(path).exists():
@@ -150,7 +150,7 @@ def _summarize(path: Path) -> RunSummary:
     validations += [loss for checkpoint in checkpoints for loss in _validation_of(checkpoint)]
     size, written = size_and_time(path)
     step = max(last.get("step", 0), saved)
-    state = _state_of(path, start=start, step=step, saved=saved, steps=steps if isinstance(steps, int) else None)
+    state = state_of(path, start=start, step=step, saved=saved, steps=steps if isinstance(steps, int) else None)
     return RunSummary(
         path=path,
         name=values.get("run", {}).get("name"),
@@ -179,7 +179,16 @@ def _folders_in(folder: Path) -> list[Path]:
     return [folder / entry.name for entry in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name))]
 
 
-def _state_of(path: Path, *, start: Incarnation | None, step: int, saved: int, steps: int | None) -> RunState:
+def state_of(path: Path, *, start: Incarnation | None, step: int, saved: int, steps: int | None) -> RunState:
+    """Return the state of a run.
+
+    Args:
+        path: The run folder.
+        start: The newest start; None if there was none.
+        step: The last step that is known of.
+        saved: Step of the newest checkpoint, or 0.
+        steps: Steps of the whole run; None if unknown.
+    """
     if runs_here(path):
         return "running"
     if steps is not None and saved >= steps:
@@ -203,8 +212,11 @@ def reported_end(path: Path) -> bool:
     return record_file(path).stat().st_mtime >= incarnation_file(path).stat().st_mtime
 
 
-def _values(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the sections of the run file that the newest start wrote, else of the submitted one; empty if none."""
+def run_values(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the sections of the run file that the newest start wrote, else of the submitted one; empty if none.
+
+    Append to `problems` why one cannot be read.
+    """
     file = next((file for file in (config_file(path), frozen_config(path)) if file.exists()), None)
     if file is None:
         return {}

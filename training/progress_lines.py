@@ -14,13 +14,13 @@ from training.least_density import attention_here
 from training.metrics_file import Best
 from training.observers import Save, StepResult
 from training.pace import Spent
-from training.preflight import Ready
 
 if TYPE_CHECKING:
     from training.model.proof.certificate import Certificate  # it imports torch
+    from training.preflight import Ready  # it imports numpy
 
 
-def start_lines(ready: Ready, *, device: str) -> list[str]:
+def start_lines(ready: "Ready", *, device: str) -> list[str]:
     """Return what starts: name, folder, size, steps and tokens in all and to go, layout, attention; a date first.
 
     Args:

@@ -86,12 +86,11 @@ def _check_out(out: Path) -> None:
 
 
 def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, out: Path) -> None:
-    from configs.paths import logs_folder
+    from configs.paths import rank_log
     from launch.show.streams import following
-    from launch.show.train import RANK_0_LOG
     from training.rank_errors import explain_rank_failure
 
-    log = None if place.rank else logs_folder(out) / RANK_0_LOG
+    log = None if place.rank else rank_log(out, rank=0)
     with following(log, descriptor=place.terminal, environ=os.environ), explain_rank_failure(config, place):
         from training.profiling.run import profile_rank
 

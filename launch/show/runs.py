@@ -50,7 +50,7 @@ def _figures(run: "RunSummary", *, now: datetime) -> dict[str, str]:
         "saves": str(run.checkpoints),
         "newest": "-" if run.newest_checkpoint is None else str(run.newest_checkpoint),
         "size": byte_size(run.bytes),
-        "age": _age((now - run.written_at).total_seconds()) if run.written_at else "-",
+        "age": age_text((now - run.written_at).total_seconds()) if run.written_at else "-",
     }
 
 
@@ -109,7 +109,8 @@ def _train(runs: Sequence[Path]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]} train"
 
 
-def _age(seconds: float) -> str:
+def age_text(seconds: float) -> str:
+    """Return the time since something happened; `now` below 10 s."""
     return duration(seconds) if seconds >= 10 else "now"
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from configs.commands import typed_overrides, typed_path
 from configs.errors import InputError
-from configs.paths import logs_folder, run_folder
+from configs.paths import logs_folder, rank_log, run_folder
 from configs.schema import RunConfig
 from configs.secrets import hide_secrets
 from configs.terminal import Terminal
@@ -23,8 +23,6 @@ from training.progress_lines import evaluate_line, lost_lines, start_lines
 
 logger = logging.getLogger(__name__)
 
-RANK_0_LOG = "rank_0.log"
-
 
 @contextmanager
 def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str]) -> Iterator[None]:
@@ -37,9 +35,8 @@ def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str])
     Raises:
         MachineError: the folder of the logs cannot be made or written.
     """
-    logs = logs_folder(ready.run_dir)
-    make_log_folder(logs)
-    with following(logs / RANK_0_LOG, descriptor=None, environ=environ):
+    make_log_folder(logs_folder(ready.run_dir))
+    with following(rank_log(ready.run_dir, rank=0), descriptor=None, environ=environ):
         _say_start(ready, device=device)
         yield
 
@@ -64,11 +61,11 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
         with following(None, descriptor=None, environ=environ):
             yield None
         return
-    logs, ready, device = logs_folder(run_folder(config)), None, device_type(environ)
+    run_dir, ready, device = run_folder(config), None, device_type(environ)
     if place.starter != "local":
         ready = make_ready(config, world_size=place.world_size, device=device)
-    make_log_folder(logs)
-    with following(logs / RANK_0_LOG, descriptor=place.terminal, environ=environ) as terminal:
+    make_log_folder(logs_folder(run_dir))
+    with following(rank_log(run_dir, rank=0), descriptor=place.terminal, environ=environ) as terminal:
         if ready is not None:
             _say_start(ready, device=device)
         yield terminal

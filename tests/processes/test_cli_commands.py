@@ -40,6 +40,7 @@ def run_file(folder: Path, values: dict[str, Any]) -> str:
         ("slurm", "alibi-1b3", "--nodes", "4"),
         ("checkpoint", "list", "."),
         ("runs", str(OLD_RUN.parent)),
+        ("watch", str(OLD_RUN)),
         ("checkpoint", "reshape", str(OLD_RUN), "--dry-run"),
     ],
 )
@@ -69,7 +70,7 @@ def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
     shown = trainshort("--help", folder=tmp_path).stdout
     commands = [line.split()[1] for line in shown.split("Commands")[1].splitlines() if line[2:3].isalpha()]
     assert commands == [
-        *("init", "check", "prepare", "train", "profile", "evaluate", "compare", "generate", "export"),
+        *("init", "check", "prepare", "train", "watch", "profile", "evaluate", "compare", "generate", "export"),
         *("import", "slurm", "doctor", "runs", "checkpoint", "jobs"),
     ]
 

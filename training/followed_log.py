@@ -1,0 +1,68 @@
+"""Follow the log of a run while it is written: what its newest start warns of, and its last line. Imports no torch."""
+
+import re
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from configs.paths import rank_log
+from training.appended_lines import AppendedLines
+
+LOG_BYTES = 1 << 20  # of the log's end; a start's warnings before that are not shown
+KEPT_WARNINGS = 20
+
+# The log holds the messages alone, whatever their level; what a warning of ours says is listed in a test.
+_WARNS = re.compile(
+    r"\bwarning\b|error: |not saved|\bcannot\b|could not|not exported(?! again)|is not used|functions: |lacks its|"
+    r"\bdiffered\b|is skipped|is replaced|left in place|\bunfinished\b|^accepted: |^asked by|^stopped |"
+    r"^saving, |^stopping, |without saving|may be missing|dropped|nothing is logged",
+    re.IGNORECASE,
+)
+_STARTS = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d)  ")  # first line of `start_lines`
+_ENDS = ("error: ", "to continue: ", "next: ")
+
+
+class FollowedLog:
+    """What rank 0's log says of the newest start.
+
+    Attributes:
+        started_at: When it began; None if its first line is not in the log's end.
+        warnings: With how often each was said, the newest last.
+        newest: The last line.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._lines = AppendedLines(rank_log(run_dir, rank=0), last_bytes=LOG_BYTES)
+        self._begin(None)
+
+    def _begin(self, started_at: datetime | None) -> None:
+        self.started_at, self.newest = started_at, ""
+        self.warnings: dict[str, int] = {}
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the start's last word is an error, or what to type next."""
+        return self.newest.startswith(_ENDS)
+
+    def update(self) -> None:
+        """Read what was appended.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if self._lines.starts_over():
+            self._begin(None)
+        for each in self._lines.read():
+            line = each.decode("utf-8", "replace").rstrip().rpartition("\r")[2]  # the last state of a progress bar
+            if (start := _STARTS.match(line)) is not None:
+                with suppress(ValueError):  # no date after all
+                    self._begin(datetime.fromisoformat(start[1]))
+            elif line:
+                self.newest = line
+                if _WARNS.search(line):
+                    self._warn(line)
+
+    def _warn(self, line: str) -> None:
+        self.warnings[line] = self.warnings.pop(line, 0) + 1
+        for oldest in [*self.warnings][:-KEPT_WARNINGS]:
+            del self.warnings[oldest]
