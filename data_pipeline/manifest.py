@@ -11,6 +11,7 @@ from configs.errors import InputError, not_prepared
 from configs.files import whole_file
 from configs.paths import MANIFEST_NAME
 from configs.schema import Data
+from data_pipeline.hashes import file_sha256
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path
 from data_pipeline.sources import PYTHON_DOCS, source_files
 from data_pipeline.split import held_out_count
@@ -200,10 +201,16 @@ def same_content(old: Path, new: Path) -> bool:
     return _content_hash(old, manifests[0]) == _content_hash(new, manifests[1])
 
 
+def inputs_sha256(inputs: dict[str, Any]) -> str:
+    """Return the fingerprint of the result of `describe_inputs`."""
+    # sorted, so that the fingerprint does not depend on the order of keys
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
 def _content_hash(folder: Path, manifest: dict[str, Any]) -> str:
     """Return a hash of the tokenizer, the lengths of all sequences, and how often each token occurs."""
     indices = [idx_path(folder / part["prefix"]) for part in manifest["parts"]]
-    hashes = [_sha256(file) for file in (*indices, folder / UNIGRAM_NAME)]
+    hashes = [file_sha256(file) for file in (*indices, folder / UNIGRAM_NAME)]
     return " ".join([manifest["tokenizer_sha256"], *hashes])
 
 
@@ -239,12 +246,12 @@ def write_data_manifest(
     manifest = {
         "format_version": DATA_FORMAT,
         "inputs": inputs,
-        # sorted, so that the fingerprint does not depend on the order of keys
-        "inputs_sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+        "inputs_sha256": inputs_sha256(inputs),
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": vocab_size,
         "end_of_document": end_of_document,
         "parts": [asdict(part) for part in parts],
+        "files_sha256": [file_sha256(file) for part in parts for file in part.files(folder)],
     }
     write_json(folder / MANIFEST_NAME, manifest)
 
@@ -384,10 +391,3 @@ def _check_tokenizer(data: Data, prepared: Prepared) -> None:
 
 def _size(file: Path) -> int | None:
     return file.stat().st_size if file.is_file() else None
-
-
-def _sha256(file: Path) -> str:
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"prepared data {file} cannot be read ({error.strerror}): check the path") from None

@@ -22,6 +22,7 @@ from configs.errors import MachineError
 from launch.machine import core_count
 from launch.rank_failure import ExplainMemory, Rank, cause_of, explain
 from parallel.die_with_parent import dying_with_parent
+from parallel.start import rank_threads
 from training.host_memory import oom_kills
 
 logger = logging.getLogger(__name__)
@@ -129,9 +130,8 @@ def start_ranks(
 
 def _shared_environment(environment: Mapping[str, str], *, ranks: int, folder: Path) -> dict[str, str]:
     """Return the part of the ranks' environment that is the same for all; they meet in a folder."""
-    threads = str(max(1, core_count() // ranks))
     meeting = {"TRAINSHORT_RANKS": str(ranks), "TRAINSHORT_RENDEZVOUS": str(folder / "rendezvous")}
-    return {"OMP_NUM_THREADS": threads, **environment, **meeting}
+    return {"OMP_NUM_THREADS": rank_threads(cores=core_count(), ranks=ranks), **environment, **meeting}
 
 
 def make_log_folder(logs: Path) -> None:

@@ -58,6 +58,16 @@ def gpu_bytes() -> int | None:
         return None
 
 
+def gpu_name() -> str | None:
+    """Return the name of this machine's first GPU, as nvidia-smi gives it; None if it cannot be asked."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.splitlines()[0].strip()
+    except (OSError, IndexError, subprocess.SubprocessError):
+        return None
+
+
 def core_count() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))

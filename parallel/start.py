@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # the values that torch accepts for deterministic algorithms
+# what `train.deterministic` sets; of NCCL: adds in the order of the ring, as NVLink's switches have no fixed order
+DETERMINISTIC_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": _CUBLAS_WORKSPACES[0], "NCCL_ALGO": "Ring"}
 # what makes a process a rank, and what `start` sets
 _VARIABLES_OF_A_RANK = (
     *("TRAINSHORT_RANK", "TRAINSHORT_RANKS", "TRAINSHORT_RENDEZVOUS", "TRAINSHORT_TERMINAL"),
@@ -111,6 +113,11 @@ def environment_beside_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a process that is started by a rank and is none: one thread, and no GPU."""
     kept = {name: value for name, value in environ.items() if name not in _VARIABLES_OF_A_RANK}
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def rank_threads(*, cores: int, ranks: int) -> str:
+    """Return OMP_NUM_THREADS of the local launcher's ranks, unless the environment sets it."""
+    return str(max(1, cores // ranks))
 
 
 def slurm_job(environ: Mapping[str, str]) -> dict[str, str | None] | None:
@@ -280,13 +287,14 @@ def use_deterministic_algorithms() -> None:
     """
     import torch
 
-    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACES[0])  # read when cuBLAS starts
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACES[0])
     if workspace not in _CUBLAS_WORKSPACES:
         raise InputError(
             f"train.deterministic is true, but the environment sets CUBLAS_WORKSPACE_CONFIG to {workspace!r}: unset "
             f"it, or use {' or '.join(_CUBLAS_WORKSPACES)}"
         )
-    os.environ.setdefault("NCCL_ALGO", "Ring")  # adds in the order of the ring; NVLink's switches have no fixed order
+    for name, value in DETERMINISTIC_VARIABLES.items():  # read when cuBLAS and NCCL start
+        os.environ.setdefault(name, value)
     # With warn_only, torch would keep the backward pass of attention that is not deterministic.
     torch.use_deterministic_algorithms(True)
     # Only code that reads what nothing has written needs it, and it writes every new tensor twice.

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from parallel.layout import Layout
 from parallel.start import environment, slurm_job
 from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints
 from training.incarnation import Fence, begin_incarnation
-from training.versions import installed_versions, source_code
+from training.versions import installed_versions, python_version, source_code
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +102,7 @@ def _write_records(config: RunConfig, *, fence: Fence, layout: Layout, device: "
     with whole_file(config_file(run_dir), mark=f".{fence.token}") as temporary:
         temporary.write_text(dump_run(config), encoding="utf-8")
     document = {
-        "python": sys.version.split()[0],
+        "python": python_version(),
         "platform": platform.platform(),
         "device": device_name(device),
         "world_size": layout.world_size,
@@ -132,7 +131,7 @@ def record_certificate(document: dict[str, Any], *, run_dir: Path, step: int) ->
 
 
 def _refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path) -> None:
-    before, now = _flat(first.model_dump()), _flat(config.model_dump())
+    before, now = with_dotted_keys(first.model_dump()), with_dotted_keys(config.model_dump())
     changed = [key for key in before if before[key] != now.get(key) and not key.startswith(MAY_CHANGE)]
     if any(key in _DATA_KEYS for key in changed) and _is_same_data(first, config):
         changed = [key for key in changed if key not in _DATA_KEYS]
@@ -156,11 +155,11 @@ def _absolute(path: str | None) -> Path | None:
     return None if path is None else Path(path).resolve()
 
 
-def _flat(value: Any, *, prefix: str = "") -> dict[str, Any]:
+def with_dotted_keys(value: Any, *, prefix: str = "") -> dict[str, Any]:
     """Return nested sections as one level: {"train": {"steps": 9}} is {"train.steps": 9}."""
     if not isinstance(value, dict):
         return {prefix: value}
     keys: dict[str, Any] = {}
     for key, inner in value.items():
-        keys.update(_flat(inner, prefix=f"{prefix}.{key}" if prefix else key))
+        keys.update(with_dotted_keys(inner, prefix=f"{prefix}.{key}" if prefix else key))
     return keys

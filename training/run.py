@@ -25,6 +25,7 @@ from training.observers import Observer
 from training.preflight import Ready, make_ready
 from training.progress_lines import build_line, verified_line
 from training.progress_log import ProgressLog
+from training.reproduction.starts import record_start
 from training.resume import has_checkpoint
 from training.stopping import StopRequest, remove_stop_file
 from training.tracking.observer import TrackingObserver
@@ -78,7 +79,7 @@ def train_rank(
     )
     # Building takes minutes: a start that was overtaken meanwhile must not replace the newer one's metrics.
     broadcast_from_first(fence.check, group=groups.world)
-    observers = _observers(ready, place, step=trainer.start.step, certificates=certificates, terminal=terminal)
+    observers = _observers(ready, place, trainer=trainer, certificates=certificates, terminal=terminal)
     if not stop_request.asked:
         say("training from step %d", trainer.start.step + 1)
     with _exporting(trainer, place, terminal=terminal) as exports:
@@ -127,14 +128,22 @@ def _exporting(trainer: Trainer, place: ProcessRank, *, terminal: Terminal | Non
 
 
 def _observers(
-    ready: Ready, place: ProcessRank, *, step: int, certificates: Sequence[Certificate], terminal: Terminal | None
+    ready: Ready,
+    place: ProcessRank,
+    *,
+    trainer: Trainer,
+    certificates: Sequence[Certificate],
+    terminal: Terminal | None,
 ) -> list[Observer]:
-    config, run_dir = ready.config, ready.run_dir
+    config, run_dir, step = ready.config, ready.run_dir, trainer.start.step
     if place.rank:
         return node_observers(config, run_dir=run_dir, place=place)
     with report_write_errors(run_dir):
         record = certificates_to_json(certificates, config.model)
         certificate_file = record_certificate(record, run_dir=run_dir, step=step)
+        gpus = torch.cuda.device_count()
+        gpu = torch.cuda.get_device_name() if gpus else None
+        record_start(config, place, fence=trainer.fence, layout=ready.layout, step=step, gpu=gpu, gpus=gpus)
         metrics = MetricsFile(run_dir, last_step=step)
     tracking = TrackingObserver(config, run_dir=run_dir, certificate=certificate_file)
     logger.info("%s", tracking.summary)

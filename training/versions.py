@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +30,11 @@ SOURCE, VERSIONS = "source.json", "versions.json"  # files of a frozen copy, nex
 def installed_versions() -> dict[str, str | None]:
     """Return the versions of the packages that decide a result; None for one that is not installed."""
     return {package: installed_version(package) for package in PACKAGES}
+
+
+def python_version() -> str:
+    """Return the version of Python, without its build."""
+    return sys.version.split()[0]
 
 
 def check_frozen(house: Path = HOUSE) -> None:

@@ -268,13 +268,20 @@ def _start_local_ranks(
             ranks=ready.layout.world_size,
             logs=logs_folder(ready.run_dir),
             metrics=metrics_path(ready.run_dir),
-            environment=os.environ,
+            environment=_environment_of_ranks(),
             explain_memory=partial(rank_out_of_memory, config, ready.layout, on_gpu=False),
         )
         say_end(config, code=code, again=again)
         if code:
             _end_tracking(ready.run_dir, uri=config.track.uri, stopped=code == STOPPED_BY_HAND)
         return code
+
+
+def _environment_of_ranks() -> dict[str, str]:
+    """Return this process's environment with its command line, which the ranks record and cannot see."""
+    from training.reproduction.starts import COMMAND_VARIABLE, typed_command
+
+    return {**os.environ, COMMAND_VARIABLE: typed_command()}
 
 
 def _end_tracking(run_dir: Path, *, uri: str | None, stopped: bool) -> None:

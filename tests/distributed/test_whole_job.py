@@ -26,6 +26,7 @@ from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import open_checkpoint
 from training.evaluation.usable import usable_length
 from training.model.single import load_single
+from training.reproduction.starts import read_starts
 
 PROMPT = topics["with"][:1200]  # longer than the training length
 # The demo's own model, on fewer and shorter samples, with what a bit-for-bit repetition asks for on a GPU.
@@ -46,6 +47,7 @@ class Job:
         report: Output of `evaluate --json`.
         exported: Output of `export`.
         generated: Output of `generate --json` for a prompt longer than the training length.
+        reproduced: Output of `reproduce --json` for the unbroken run.
         again: Output of `train` when the run was finished.
         changed: Files that this `train` changed.
     """
@@ -57,6 +59,7 @@ class Job:
     report: str
     exported: str
     generated: str
+    reproduced: str
     again: str
     changed: set[Path]
 
@@ -123,7 +126,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         exported = done(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
         generated = done(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--greedy", "--json")
         unbroken.result()
-    return Job(folder, stopped, saved, resumed.stderr, report, exported, generated, again, changed)
+    reproduced = done(folder, "reproduce", "two/run", "--json", "--verify")
+    return Job(folder, stopped, saved, resumed.stderr, report, exported, generated, reproduced, again, changed)
 
 
 def test_a_stopped_run_has_saved_the_last_step_that_it_finished(job: Job) -> None:
@@ -185,6 +189,15 @@ def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None
     assert (one.step, two.step) == (STEPS, STEPS)
     for name, weight in one.weights().items():
         assert torch.equal(weight, two.tensor(name, kind="weight")), name
+
+
+def test_every_start_records_what_decides_its_result(job: Job) -> None:
+    starts = read_starts(job.broken)
+    assert [start["step"] for start in starts] == [0, len(job.stopped)]
+    assert {start["command"] for start in starts} == {shlex.join(["trainshort", "train", *run("one/run")])}
+    document = json.loads(job.reproduced)
+    assert (document["differences"], document["changes"], document["grade"]) == ([], [], "same")
+    assert document["commands"] == ["trainshort train two/run/config.yaml --ranks 4 --set run.dir=two/run-again"]
 
 
 def test_a_finished_run_is_left_alone(job: Job) -> None:
@@ -321,4 +334,5 @@ def test_the_commands_leave_only_the_files_asked_for(job: Job) -> None:
         "logs",
         "metrics.jsonl",
         "mlflow_run.json",
+        "reproduce.json",
     ]

@@ -26,7 +26,7 @@ def _no_process() -> Iterator[None]:
         patch.setattr(subprocess.Popen, "__init__", refuse_process)
         for name in STARTERS:
             patch.setattr(os, name, refuse_process)
-        for module in ("training.folder", "training.evaluation.provenance"):
+        for module in ("training.folder", "training.evaluation.provenance", "training.reproduction.here"):
             patch.setattr(f"{module}.source_code", lambda: None)  # asks git
         yield
 

@@ -76,6 +76,7 @@ LIGHT = (
     "training/profiling/report.py",
     "training/profiling/timeline.py",
     "training/rank_errors.py",
+    "training/reproduction/",
     "training/sampling.py",
     "training/simpler_layouts.py",
     "training/versions.py",
