@@ -73,6 +73,16 @@ def reproduction_file(run_dir: Path) -> Path:
     return run_dir / "reproduce.json"
 
 
+def discarded_metrics_path(run_dir: Path) -> Path:
+    """Return the file of the lines of metrics.jsonl whose steps were lost: no checkpoint had them at the next start."""
+    return logs_folder(run_dir) / "metrics_discarded.jsonl"
+
+
+def certificates_path(run_dir: Path) -> Path:
+    """Return the file that has a line of JSON per start: what it measured of its ranks' positions."""
+    return run_dir / "certificates.jsonl"
+
+
 def incarnation_file(run_dir: Path) -> Path:
     """Return the file that identifies the newest start of a run."""
     return run_dir / "incarnation"

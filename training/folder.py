@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import InputError, MachineError
 from configs.files import try_folder, whole_file
 from configs.load import dump_run, load_run
-from configs.paths import checkpoints_folder, config_file, data_folder, logs_folder, run_folder
+from configs.paths import certificates_path, checkpoints_folder, config_file, data_folder, logs_folder, run_folder
 from configs.schema import RunConfig
 from data_pipeline.manifest import same_content, same_inputs
 from parallel.layout import Layout
@@ -123,7 +123,7 @@ def device_name(device: "torch.device") -> str:
 
 def record_certificate(document: dict[str, Any], *, run_dir: Path, step: int) -> Path:
     """Append a start's certificate to certificates.jsonl, one line per start; return the file."""
-    path = run_dir / "certificates.jsonl"
+    path = certificates_path(run_dir)
     line = {"started_at": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, **document}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

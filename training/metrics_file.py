@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import whole_file
-from configs.paths import logs_folder, metrics_path
+from configs.paths import discarded_metrics_path, logs_folder, metrics_path
 from training.metrics_reader import newest_step, step_fields
 from training.observers import Observer, Status, StepResult
 
@@ -70,7 +70,7 @@ class MetricsFile(Observer):
             self.best = better_of(self.best, validation_of(fields))
         if discarded:
             logs_folder(run_dir).mkdir(exist_ok=True)
-            with (logs_folder(run_dir) / "metrics_discarded.jsonl").open("ab") as file:
+            with discarded_metrics_path(run_dir).open("ab") as file:
                 file.writelines(discarded)
         # Always write a new file: an older start that is still alive then appends to the old one, now without a name.
         # Open it before the rename: afterwards the name may belong to the file of a newer start.

@@ -1,4 +1,4 @@
-"""Commands on a trained model: evaluate, compare, generate."""
+"""Commands on a trained model: evaluate, compare, report, generate."""
 
 import logging
 import shlex
@@ -162,6 +162,48 @@ def compare_command(
         show_comparison(comparison)
     if draw_comparison(comparison, plot) is not None:
         logger.info("plot: %s", plot)
+
+
+@model_commands.command("report")
+def report_command(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR...",
+            parser=path_of,
+            autocompletion=complete_checkpoints,
+            help="Run folders, or checkpoints in them.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            parser=path_of,
+            help="The page; a file that is no page of this command is never overwritten.  "
+            "[default: RUN_DIR/report.html, of several runs comparison.html]",
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Show perplexities on this file of evaluate --data.  [default: the held-out text, else the newest]",
+        ),
+    ] = None,
+) -> None:
+    """Write a page on one run, or on several laid over each other: one HTML file that needs no network."""
+    from training.comparison.comparison import compare_runs
+
+    comparison = compare_runs(runs, text=text)
+
+    from launch.show.page import check_page_file, write_page
+
+    one = comparison.runs[0].run_dir if len(comparison.runs) == 1 else None
+    page = out or (one / "report.html" if one else Path("comparison.html"))
+    check_page_file(page)
+    write_page(comparison, page)
+    logger.info("page: %s", page)
 
 
 @model_commands.command("generate")

@@ -28,7 +28,7 @@ def show_comparison(comparison: "Comparison") -> None:
     Where the terminal is too narrow for all runs, the next ones follow below.
     """
     labels = [printable(run.label) for run in comparison.runs]
-    sections = [_figures(comparison), *(list(_perplexities(comparison, text)) for text in comparison.texts)]
+    sections = [figure_rows(comparison), *(list(perplexity_rows(comparison, text)) for text in comparison.texts)]
     for runs, widths in _blocks(labels, sections):
         table = narrow_table(("", *(labels[run] for run in runs)))
         table.columns[0].justify, table.columns[0].no_wrap = "left", True
@@ -62,7 +62,8 @@ def _blocks(labels: list[str], sections: list[list[Row]]) -> Iterator[tuple[rang
     yield range(first, len(labels)), widths[first:]
 
 
-def _figures(comparison: "Comparison") -> list[Row]:
+def figure_rows(comparison: "Comparison") -> list[Row]:
+    """Return the figures of the runs; those that no run has are left out."""
     runs = [run.values() for run in comparison.runs]
 
     def row(name: str, key: str, text: Callable[[Any], str]) -> Row:
@@ -86,7 +87,8 @@ def _figures(comparison: "Comparison") -> list[Row]:
     return [(name, cells) for name, cells in rows if set(cells) != {_NOT_KNOWN}]
 
 
-def _perplexities(comparison: "Comparison", text: "TextResults") -> Iterator[Row]:
+def perplexity_rows(comparison: "Comparison", text: "TextResults") -> Iterator[Row]:
+    """Yield the perplexities of the runs on a text, below headings."""
     yield f"perplexity per {'word' if text.unit == 'word_perplexity' else 'token'}", []
     yield f"on {printable(text.text)}", []
     reports = [run.report if number in text.runs else None for number, run in enumerate(comparison.runs)]
@@ -106,7 +108,7 @@ def _differences(comparison: "Comparison", labels: list[str]) -> Table:
     for column in table.columns[1:]:
         column.overflow = "fold"
     for key, values in comparison.differences.items():
-        table.add_row(key, *map(_setting, values))
+        table.add_row(key, *map(setting_text, values))
     return table
 
 
@@ -120,5 +122,6 @@ def _steps(run: dict[str, Any]) -> str:
     return f"{run['step']:,}" if run["step"] == run["steps"] else f"{run['step']:,} of {run['steps']:,}"
 
 
-def _setting(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """Return the value of a key as text for one line."""
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -70,8 +70,8 @@ def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
     shown = trainshort("--help", folder=tmp_path).stdout
     commands = [line.split()[1] for line in shown.split("Commands")[1].splitlines() if line[2:3].isalpha()]
     assert commands == [
-        *("init", "check", "prepare", "train", "watch", "profile", "evaluate", "compare", "generate", "export"),
-        *("import", "slurm", "doctor", "reproduce", "runs", "checkpoint", "jobs"),
+        *("init", "check", "prepare", "train", "watch", "profile", "evaluate", "compare", "report", "generate"),
+        *("export", "import", "slurm", "doctor", "reproduce", "runs", "checkpoint", "jobs"),
     ]
 
 

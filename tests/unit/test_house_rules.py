@@ -71,6 +71,8 @@ LIGHT = (
     "training/memory_fit.py",
     "training/metrics_reader.py",
     "training/out_of_memory.py",
+    "training/own_file.py",
+    "training/page/",
     "training/preflight.py",
     "training/profiling/categories.py",
     "training/profiling/report.py",

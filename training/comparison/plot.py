@@ -8,7 +8,7 @@ import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
-from configs.errors import InputError, MachineError
+from configs.errors import MachineError
 from configs.figures import scaled
 from configs.terminal import printable
 from training.comparison.comparison import Comparison, TextResults
@@ -25,10 +25,10 @@ from training.evaluation.chart import (
     write_above,
 )
 from training.metrics_reader import column
+from training.own_file import check_own_file
 
 _SOFTWARE = "trainshort compare"
 _PNG = b"\x89PNG\r\n\x1a\n"
-_HEAD_BYTES = 4096  # the text chunks of our PNGs stand before the picture
 _SMOOTHED_SHARE = 0.02  # of the steps, averaged for a point of the loss curve
 _SHOWN_FROM = 0.03  # share of the steps: the first losses would flatten the rest
 _MOST_POINTS = 400  # of a loss curve
@@ -42,19 +42,10 @@ def check_plot_file(path: Path) -> None:
     Raises:
         InputError: it is another file, or has another ending than .png.
     """
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--out {path} does not end in .png: the plot is a PNG, write --out {path.stem or 'plot'}.png")
-    if path.is_dir():
-        raise InputError(f"--out {path} is a folder: give the path of a PNG in it")
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise InputError(f"--out {path} cannot be read ({error.strerror}): give another path") from None
-    if not head.startswith(_PNG) or f"tEXtSoftware\0{_SOFTWARE}".encode() not in head:
-        raise InputError(f"--out {path} is not a plot of this command: move it away, or give another path")
+    mark = f"tEXtSoftware\0{_SOFTWARE}".encode()
+    check_own_file(
+        path, what="plot", form="a PNG", ending=".png", is_ours=lambda head: head.startswith(_PNG) and mark in head
+    )
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> Path | None:

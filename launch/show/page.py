@@ -1,0 +1,80 @@
+"""The page of `trainshort report`: one HTML file that needs nothing else."""
+
+import secrets
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from configs.errors import MachineError
+from configs.files import whole_file
+from configs.terminal import printable
+from launch.show.comparison import figure_rows, perplexity_rows, setting_text
+from training.own_file import check_own_file
+from training.page.curves import perplexity_charts, training_charts
+from training.page.details import read_details
+from training.versions import installed_version
+
+if TYPE_CHECKING:
+    from training.comparison.comparison import Comparison
+
+GENERATOR = "trainshort report"
+
+
+def check_page_file(path: Path) -> None:
+    """Refuse a path whose file is not a page that `write_page` wrote: it would be overwritten.
+
+    Raises:
+        InputError: it is another file, or has another ending than .html.
+    """
+    mark = f'<meta name="generator" content="{GENERATOR}">'.encode()
+    check_own_file(path, what="page", form="HTML", ending=".html", is_ours=lambda head: mark in head)
+
+
+def write_page(comparison: "Comparison", path: Path) -> None:
+    """Write the page of one or several runs, whole or not at all; an existing page is replaced.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    text = render_page(comparison)
+    try:
+        with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
+            # a name of a file that is not UTF-8 is shown with escapes
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise MachineError(
+            f"page {path} cannot be written ({error.strerror}): give a path in a folder that exists and has room"
+        ) from None
+
+
+def render_page(comparison: "Comparison") -> str:
+    """Return the page of one or several runs."""
+    # autoescape: names and texts come from files that anybody may have written
+    templates = Environment(
+        loader=PackageLoader("launch"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    details = read_details(comparison)
+    one = details[0] if len(details) == 1 else None
+    perplexities = [row for text in comparison.texts for row in perplexity_rows(comparison, text)]
+    return templates.get_template("page.html.j2").render(
+        generator=GENERATOR,
+        version=installed_version("trainshort") or "",
+        written_at=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        title=one.label if one else f"{len(details)} runs",
+        runs=details,
+        figures=figure_rows(comparison),
+        perplexities=perplexities,
+        differences=[
+            (key, [setting_text(value) for value in values]) for key, values in comparison.differences.items()
+        ],
+        notes=comparison.notes,
+        training=training_charts(comparison, marks=[start.step for start in one.starts[1:]] if one else []),
+        lengths=perplexity_charts(comparison),
+    )

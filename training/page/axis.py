@@ -1,0 +1,118 @@
+"""Axes of the page's charts: where a value lies, which ticks to draw, how a value is written. Imports no torch."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.figures import byte_size, duration, scaled
+
+Unit = Literal["plain", "count", "share", "gigabytes", "seconds"]
+"""How values of an axis are written; page.js knows the same names."""
+
+_LOGARITHMIC_RATIO = 30.0  # an axis that may be logarithmic is so from this ratio of its ends
+_MANY_DECADES = 3.0  # from here on, only powers of ten get a tick
+
+
+@dataclass(frozen=True)
+class ChartAxis:
+    """One axis of a chart.
+
+    Attributes:
+        low, high: Its ends, low < high.
+        logarithmic: Whether equal ratios, not differences, have equal lengths; then low > 0.
+        unit: How its values are written.
+        ticks: Values to mark.
+    """
+
+    low: float
+    high: float
+    logarithmic: bool
+    unit: Unit
+    ticks: tuple[float, ...]
+
+    def place(self, value: float) -> float:
+        """Return where a value lies: 0 at the low end, 1 at the high one, outside of both for others."""
+        if not self.logarithmic:
+            return (value - self.low) / (self.high - self.low)
+        if value <= 0:
+            return -1.0
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+
+def fit_axis(
+    values: Iterable[float],
+    *,
+    unit: Unit = "plain",
+    from_zero: bool = False,
+    may_be_logarithmic: bool = False,
+    pad: bool = True,
+) -> ChartAxis:
+    """Return an axis that shows all values, at least one.
+
+    Args:
+        values: Finite values.
+        unit: How they are written.
+        from_zero: Whether the axis begins at 0.
+        may_be_logarithmic: Whether it is logarithmic where the values span much.
+        pad: Whether to leave room beyond the smallest and the largest value.
+    """
+    known = [*values]
+    low, high = min(known), max(known)
+    if may_be_logarithmic and low > 0 and high / low >= _LOGARITHMIC_RATIO:
+        ratio = (high / low) ** 0.04 if pad else 1.0
+        low, high = low / ratio, high * ratio
+        return ChartAxis(low, high, True, unit, logarithmic_ticks(low, high))
+    low = min(0.0, low) if from_zero else low
+    # a range of at least a hundredth of the value, so that rounding does not look like a cliff
+    margin = max(high - low, 0.01 * max(abs(high), abs(low))) or 1.0
+    if high - low < margin:
+        low, high = (low if from_zero else low - margin / 2), high + margin / 2
+    if pad:
+        low, high = (low if from_zero else low - 0.05 * margin), high + 0.06 * margin
+    return ChartAxis(low, high, False, unit, linear_ticks(low, high))
+
+
+def lengths_axis(lengths: Iterable[int]) -> ChartAxis:
+    """Return a logarithmic axis with a tick at each length that has room for its text."""
+    shown = sorted(set(lengths))
+    low, high = shown[0] / 2**0.3, shown[-1] * 2**0.3
+    least = (high / low) ** (1 / 7)  # there is room for about seven
+    ticks: list[int] = []
+    for length in shown:
+        if not ticks or length / ticks[-1] >= least:
+            ticks.append(length)
+    return ChartAxis(low, high, True, "count", tuple(ticks))
+
+
+def linear_ticks(low: float, high: float, *, most: int = 6) -> tuple[float, ...]:
+    """Return round values between two ends, at most `most`: multiples of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return tuple(float(f"{number * step:.12g}") for number in range(first, last + 1))
+
+
+def logarithmic_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Return powers of ten between two ends, and 2 and 5 times them where few decades are shown."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1,) if math.log10(high / low) > _MANY_DECADES else (1, 2, 5)
+    every = math.ceil((last - first) / 8)
+    ticks = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]
+    return tuple(tick for tick in ticks if low <= tick <= high)
+
+
+def write_value(value: float, *, unit: Unit) -> str:
+    """Return a value as text."""
+    match unit:
+        case "count":
+            return scaled(value)
+        case "share":
+            return f"{100 * value:.3g} %"
+        case "gigabytes":
+            return byte_size(value * 1e9)
+        case "seconds":
+            return duration(value)
+        case "plain":
+            return f"{value:,.4g}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}".replace("e-0", "e-")

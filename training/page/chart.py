@@ -1,0 +1,176 @@
+"""Draw charts as SVG, in a few elements that the page's style sheet colours. Imports no torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+from configs.terminal import printable
+from training.page.axis import ChartAxis, write_value
+
+MOST_POINTS = 1000  # of a curve; a screen is not wider
+COLOURS = 8  # classes c0 to c7 of the style sheet
+# in units of the drawing, which is as wide as a phone: text then has its natural size
+_WIDTH, _HEIGHT = 420, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 40
+_PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+_DASHES = ("", "7 4", "2 3", "10 3 2 3")
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve of a chart.
+
+    Attributes:
+        label: What it shows; with several runs, the run's label.
+        points: Finite x and y of each point, by x.
+        run: Number of its run, which selects its colour unless `colour` does.
+        kind: A line; a thin faint one; dots; a line with dots.
+        dash: Number of its dashes; 0 is a solid line.
+        colour: Number of its colour; None for the run's.
+        shade: Instead of a colour, a place between two, from 0 to 1: for curves that have an order.
+    """
+
+    label: str
+    points: Sequence[Point]
+    run: int = 0
+    kind: Literal["line", "faint", "dots", "marked"] = "line"
+    dash: int = 0
+    colour: int | None = None
+    shade: float | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line at a value of x, with a text beside it."""
+
+    x: float
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart.
+
+    Attributes:
+        title: Heading above it.
+        facts: A line below the heading: what the lines are, the unit.
+        x_title: Text below the x axis.
+        x, y: The axes.
+        series: The curves; those of a chart are drawn in their order.
+        marks: Vertical lines.
+    """
+
+    title: str
+    facts: str
+    x_title: str
+    x: ChartAxis
+    y: ChartAxis
+    series: tuple[Series, ...]
+    marks: tuple[Mark, ...] = ()
+
+    def svg(self) -> str:
+        """Return the chart as an SVG element; page.js reads its data attributes to show values at the pointer."""
+        label = _text(f"{self.title}: {', '.join(dict.fromkeys(each.label for each in self.series))}")
+        parts = [
+            f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}" '
+            f'data-plot="{_LEFT} {_TOP} {_PLOT_WIDTH} {_PLOT_HEIGHT}" {_data("x", self.x)} {_data("y", self.y)}>',
+            *_grid(self.x, self.y),
+            f'<text class="axis" x="{_LEFT + _PLOT_WIDTH / 2:g}" y="{_HEIGHT - 4}" text-anchor="middle">'
+            f"{_text(self.x_title)}</text>",
+            *(part for mark in self.marks for part in self._mark(mark)),
+            # an inner picture cuts off what lies outside of the axes
+            f'<svg x="{_LEFT}" y="{_TOP}" width="{_PLOT_WIDTH}" height="{_PLOT_HEIGHT}" class="plot">',
+            *(self._curve(each) for each in self.series if each.points),
+            "</svg>",
+            "</svg>",
+        ]
+        return "\n".join(parts)
+
+    def _curve(self, series: Series) -> str:
+        places = [(self.x.place(x) * _PLOT_WIDTH, (1 - self.y.place(y)) * _PLOT_HEIGHT) for x, y in thin(series.points)]
+        # far outside of the plot a coordinate needs no value of its own
+        texts = [f"{x:.1f},{min(max(y, -2.0 * _HEIGHT), 2.0 * _HEIGHT):.2f}" for x, y in places]
+        colour = (series.run if series.colour is None else series.colour) % COLOURS
+        dash = _DASHES[series.dash % len(_DASHES)]
+        style = f' stroke-dasharray="{dash}"' if dash and series.kind != "dots" else ""
+        shade = "" if series.shade is None else f' style="--shade:{series.shade:.3f}"'
+        kind = f"{series.kind} {f'c{colour}' if series.shade is None else 'shaded'}"
+        group = f'<g class="curve {kind}"{shade} data-run="{series.run}" data-label="{_text(series.label)}">'
+        path = f'<path d="M{"L".join(texts)}"{style}/>'
+        dots = ""
+        if series.kind in ("dots", "marked"):
+            dots = "".join('<circle cx="{}" cy="{}" r="3.2"/>'.format(*text.split(",")) for text in texts)
+        return f"{group}{path}{dots}</g>"
+
+    def _mark(self, mark: Mark) -> list[str]:
+        place = self.x.place(mark.x)
+        if not 0 <= place <= 1:
+            return []
+        x = _LEFT + place * _PLOT_WIDTH
+        line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_TOP + _PLOT_HEIGHT}"/>'
+        if not mark.text:
+            return [line]
+        # on the side that has room
+        anchor, shift = ("start", 5) if place < 0.6 else ("end", -5)
+        text = f'<text class="marktext" x="{x + shift:.1f}" y="{_TOP + 11}" text-anchor="{anchor}">'
+        return [line, f"{text}{_text(mark.text)}</text>"]
+
+
+def thin(points: Sequence[Point], *, most: int = MOST_POINTS) -> list[Point]:
+    """Return at most `most` points: the first, the last, and the lowest and the highest of each part of the curve.
+
+    So a spike of one step stays.
+    """
+    if len(points) <= most:
+        return [*points]
+    parts = (most - 2) // 2
+    inner, kept = points[1:-1], [points[0]]
+    for part in range(parts):
+        bucket = inner[part * len(inner) // parts : (part + 1) * len(inner) // parts]
+        ends = {min(bucket, key=_height), max(bucket, key=_height)}
+        kept += sorted(ends)
+    return [*kept, points[-1]]
+
+
+def smooth(points: Sequence[Point], *, share: float) -> list[Point]:
+    """Return the mean of the last points at each point; `share` of all of them, at the first ones of fewer."""
+    width = max(1, math.ceil(share * len(points)))
+    total, means = 0.0, []
+    for number, (x, y) in enumerate(points):
+        total += y - (points[number - width][1] if number >= width else 0.0)
+        means.append((x, total / min(number + 1, width)))
+    return means
+
+
+def _height(point: Point) -> float:
+    return point[1]
+
+
+def _text(text: str) -> str:
+    return escape(printable(text), quote=True)
+
+
+def _data(name: str, axis: ChartAxis) -> str:
+    kind = "log" if axis.logarithmic else "linear"
+    return f'data-{name}="{axis.low!r} {axis.high!r} {kind} {axis.unit}"'
+
+
+def _grid(x: ChartAxis, y: ChartAxis) -> list[str]:
+    bottom, right = _TOP + _PLOT_HEIGHT, _LEFT + _PLOT_WIDTH
+    parts = []
+    for tick in y.ticks:
+        height = bottom - y.place(tick) * _PLOT_HEIGHT
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        text = _text(write_value(tick, unit=y.unit))
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{text}</text>')
+    for tick in x.ticks:
+        place = _LEFT + x.place(tick) * _PLOT_WIDTH
+        parts.append(f'<line class="base" x1="{place:.1f}" x2="{place:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
+        text = _text(write_value(tick, unit=x.unit))
+        parts.append(f'<text class="tick" x="{place:.1f}" y="{bottom + 17}" text-anchor="middle">{text}</text>')
+    parts.append(f'<line class="base" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    return parts

@@ -1,0 +1,180 @@
+"""The charts of a page: how runs trained, their perplexities, and the bias of each head. Imports no torch."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from configs.positions import POSITIONS
+from configs.schema import RunConfig
+from training.comparison.comparison import Comparison, TextResults
+from training.comparison.run import ComparedRun
+from training.metrics_reader import column
+from training.page.axis import ChartAxis, Unit, fit_axis, lengths_axis, linear_ticks
+from training.page.chart import Chart, Mark, Point, Series, smooth
+
+_SMOOTHED_SHARE = 0.02  # of the steps, averaged for a point of a curve
+_SHOWN_FROM = 0.03  # share of the steps: the first losses would flatten the rest
+_MOST_FAINT = 3  # runs whose single steps are drawn behind the averages
+_LEAST_BIAS = -12.0  # where the drawing of a bias ends: a key there has a weight of 6e-6 of its score's
+_BIAS_POINTS = 96
+
+# field of metrics.jsonl, title, facts, unit, whether it is averaged, whether the axis begins at 0
+_CURVES: tuple[tuple[str, str, str, Unit, bool, bool], ...] = (
+    ("learning_rate", "Learning rate", "of each step", "plain", False, True),
+    ("grad_norm", "Gradient norm", "before clipping", "plain", True, False),
+    ("tokens_per_second", "Throughput", "tokens per second, all ranks, the step alone", "count", True, True),
+    ("model_flops_utilization", "Model FLOPs utilization", "share of all ranks' peak", "share", True, True),
+    ("memory_gb", "Memory", "peak of the rank that holds most", "gigabytes", False, True),
+    ("attention_density", "Attention scores computed", "share of the causal scores", "share", True, True),
+)
+
+
+def training_charts(comparison: Comparison, *, marks: Sequence[int]) -> list[Chart]:
+    """Return the charts of the steps; none if no run has a step.
+
+    Args:
+        comparison: The runs.
+        marks: Steps after which the one run was started again; empty for several runs.
+    """
+    runs = [(number, run) for number, run in enumerate(comparison.runs) if run.steps]
+    if not runs:
+        return []
+    # runs whose steps have other sizes compare by tokens
+    sizes = {run.config.train.global_batch * run.config.data.sequence_length for _, run in runs}
+    by: Literal["step", "tokens_seen"] = "step" if len(sizes) == 1 else "tokens_seen"
+    charts = [_loss_chart(runs, by=by, marks=marks)]
+    charts += [_field_chart(runs, curve, by=by, marks=marks) for curve in _CURVES]
+    return [chart for chart in charts if chart is not None]
+
+
+def perplexity_charts(comparison: Comparison) -> list[Chart]:
+    """Return a chart of perplexity against length for each text."""
+    return [_perplexity_chart(comparison, text) for text in comparison.texts]
+
+
+def bias_chart(config: RunConfig) -> Chart | None:
+    """Return a chart of the bias of each head against distance; None for positions without slopes."""
+    model, trained = config.model, config.data.sequence_length
+    slopes_of = POSITIONS[model.position].slopes
+    if slopes_of is None:
+        return None
+    distances = [2.0 ** (number / (_BIAS_POINTS - 1) * math.log2(8 * trained)) for number in range(_BIAS_POINTS)]
+    head_slopes = slopes_of(model)
+    shades = [head / max(1, len(head_slopes) - 1) for head in range(len(head_slopes))]
+    series = [
+        Series(
+            f"head {head}",
+            [(distance, -slope * distance) for distance in distances if -slope * distance >= 2 * _LEAST_BIAS],
+            shade=shade,
+        )
+        for head, (slope, shade) in enumerate(zip(head_slopes, shades, strict=True))
+    ]
+    window = [] if model.window is None else [Mark(model.window, f"window {model.window:,}")]
+    return Chart(
+        title="Attention bias per head",
+        facts="added to the score of a key at a distance; -4.6 leaves 1 % of its weight",
+        x_title="distance to the key (tokens)",
+        x=lengths_axis([trained * 2**doubling for doubling in range(-int(math.log2(trained)), 4)]),
+        y=ChartAxis(_LEAST_BIAS, 0.5, False, "plain", linear_ticks(_LEAST_BIAS, 0.0)),
+        series=tuple(series),
+        marks=(Mark(trained, f"training length {trained:,}"), *window),
+    )
+
+
+Runs = Sequence[tuple[int, ComparedRun]]
+
+
+def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
+    several = len(runs) > 1
+    series: list[Series] = []
+    shown: list[float] = []
+    for number, run in runs:
+        points, validated = _points(run, "loss", by=by), _points(run, "validation_loss", by=by)
+        averaged = smooth(points, share=_SMOOTHED_SHARE)
+        if len(runs) <= _MOST_FAINT:
+            series.append(Series(f"{run.label}, each step" if several else "each step", points, number, "faint"))
+        series.append(Series(run.label if several else f"mean of {_SMOOTHED_SHARE:.0%} of the steps", averaged, number))
+        label = f"{run.label}, validation" if several else "validation"
+        series.append(Series(label, validated, number, "dots", colour=number if several else 1))
+        shown += [y for _, y in (*points[int(_SHOWN_FROM * len(points)) :], *validated)]
+    if not shown:
+        return None
+    return Chart(
+        title="Loss",
+        facts="nats per token; " + ("dots: validation" if several else "training, and dots: validation"),
+        x_title=_X_TITLES[by],
+        x=_steps_axis(series),
+        y=fit_axis(shown),
+        series=tuple(each for each in series if each.points),
+        marks=tuple(map(Mark, marks)),
+    )
+
+
+def _field_chart(
+    runs: Runs, curve: tuple[str, str, str, Unit, bool, bool], *, by: str, marks: Sequence[int]
+) -> Chart | None:
+    field, title, facts, unit, is_averaged, from_zero = curve
+    series: list[Series] = []
+    for number, run in runs:
+        label, points = run.label if len(runs) > 1 else title.lower(), _points(run, field, by=by)
+        if is_averaged and points:
+            if len(runs) <= _MOST_FAINT:
+                series.append(Series(f"{label}, each step", points, number, "faint"))
+            points = smooth(points, share=_SMOOTHED_SHARE)
+        series.append(Series(label, points, number))
+    values = [y for each in series for _, y in each.points]
+    if not values:
+        return None
+    return Chart(
+        title=title,
+        facts=facts,
+        x_title=_X_TITLES[by],
+        x=_steps_axis(series),
+        y=fit_axis(values, unit=unit, from_zero=from_zero, may_be_logarithmic=not from_zero),
+        series=tuple(each for each in series if each.points),
+        marks=tuple(map(Mark, marks)),
+    )
+
+
+_X_TITLES = {"step": "step", "tokens_seen": "training tokens"}
+
+
+def _steps_axis(series: Sequence[Series]) -> ChartAxis:
+    return fit_axis([x for each in series for x, _ in each.points], unit="count", pad=False)
+
+
+def _points(run: ComparedRun, field: str, *, by: str) -> list[Point]:
+    """Return a field of the steps that have it as a finite number, against the step or the tokens seen."""
+    whole = [step for step in run.steps if column([step], field) and column([step], by)]
+    return [*zip(column(whole, by), column(whole, field), strict=True)]
+
+
+def _perplexity_chart(comparison: Comparison, text: TextResults) -> Chart:
+    several = len(comparison.runs) > 1
+    protocols = [*dict.fromkeys(text.protocol(key) for key in text.keys)]
+    series = []
+    for number in text.runs:
+        for dash, protocol in enumerate(protocols):
+            points = [*_measured(text, number, protocol=protocol)]
+            label = comparison.runs[number].label if several else protocol
+            label += f", {protocol}" if several and len(protocols) > 1 else ""
+            colour = None if several else dash
+            series.append(Series(label, points, number, "marked", dash=dash, colour=colour))
+    trained = sorted({comparison.runs[number].config.data.sequence_length for number in text.runs})
+    lengths = {int(length) for each in series for length, _ in each.points}
+    return Chart(
+        title="Perplexity by length",
+        facts=f"on {text.text}, per {'word' if text.unit == 'word_perplexity' else 'token'}, {' and '.join(protocols)}",
+        x_title="evaluation length (tokens)",
+        x=lengths_axis([*lengths, *trained]),
+        y=fit_axis([y for each in series for _, y in each.points], may_be_logarithmic=True),
+        series=tuple(each for each in series if each.points),
+        marks=tuple(Mark(length, f"training length {length:,}") for length in trained),
+    )
+
+
+def _measured(text: TextResults, run: int, *, protocol: str) -> Iterator[Point]:
+    for key in sorted(text.keys, key=lambda key: key[2]):
+        value: Any = text.value(run, key)
+        if text.protocol(key) == protocol and value is not None and math.isfinite(value):
+            yield float(key[2]), float(value)

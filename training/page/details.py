@@ -1,0 +1,93 @@
+"""What a page shows of each run, gathered from the files of its folder. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.commands import typed_path
+from configs.paths import config_file
+from configs.positions import POSITIONS
+from configs.secrets import hide_secrets
+from training.comparison.comparison import Comparison
+from training.comparison.run import ComparedRun
+from training.page.chart import Chart
+from training.page.curves import bias_chart
+from training.page.facts import (
+    CertificateFacts,
+    LayoutFacts,
+    certificate_facts,
+    environment_rows,
+    head_rows,
+    layout_facts,
+    read_environment,
+)
+from training.page.starts import RunStart, read_starts
+from training.page.timeline import Timeline, cost_rows, draw_timeline
+
+
+@dataclass(frozen=True)
+class RunDetails:
+    """One run of a page.
+
+    Attributes:
+        number: Its place in the comparison, which selects its colour.
+        label: Its label there.
+        folder: The run folder.
+        starts: Its starts.
+        timeline: None before the first start.
+        cost: Names and values; empty before the first step.
+        certificate: The newest start's; None before the first start.
+        layout: Which rank holds what; None if that is not known.
+        bias: The bias of each head; None for positions without slopes.
+        heads: A row per head.
+        positions: What to say of positions without slopes.
+        environment: Names and values; empty before the first start.
+        train_command: What trains it.
+        evaluate_command: What evaluates it; None if it was evaluated.
+    """
+
+    number: int
+    label: str
+    folder: Path
+    starts: tuple[RunStart, ...]
+    timeline: Timeline | None
+    cost: list[tuple[str, str]]
+    certificate: CertificateFacts | None
+    layout: LayoutFacts | None
+    bias: Chart | None
+    heads: list[tuple[str, ...]]
+    positions: str
+    environment: list[tuple[str, str]]
+    train_command: str
+    evaluate_command: str | None
+
+
+def read_details(comparison: Comparison) -> list[RunDetails]:
+    """Return what the folders of the runs tell of each."""
+    return [_read(number, run) for number, run in enumerate(comparison.runs)]
+
+
+def _read(number: int, run: ComparedRun) -> RunDetails:
+    config, starts = run.config, read_starts(run.run_dir, run.steps)
+    environment = read_environment(run.run_dir)
+    newest = next((start.certificate for start in reversed(starts) if start.certificate), None)
+    vocab_size = run.manifest.vocab_size if run.manifest else config.data.vocab_size
+    took_steps = any(start.steps or start.lost for start in starts)
+    row = POSITIONS[config.model.position]
+    learned = "has a bias that is learned" if row.has_bias else "adds no bias to the scores"
+    device = environment.get("device")
+    return RunDetails(
+        number=number,
+        label=run.label,
+        folder=run.run_dir,
+        starts=starts,
+        timeline=draw_timeline(starts, run_dir=run.run_dir) if starts else None,
+        cost=cost_rows(starts, device=None if device is None else hide_secrets(str(device))) if took_steps else [],
+        certificate=None if newest is None else certificate_facts(newest),
+        layout=None if newest is None else layout_facts(newest, config=config, vocab_size=vocab_size),
+        bias=bias_chart(config),
+        heads=head_rows(config, certificate=newest),
+        positions=f"model.position is {config.model.position}, which {learned}.",
+        environment=environment_rows(environment, run_dir=run.run_dir),
+        train_command=f"trainshort train {typed_path(config_file(run.run_dir))}",
+        evaluate_command=None if run.report else f"trainshort evaluate {typed_path(run.path)}",
+    )

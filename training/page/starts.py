@@ -1,0 +1,141 @@
+"""The starts of a run: which steps each took, which of them were lost, and when saves failed. Imports no torch.
+
+metrics.jsonl has no times of day, but the seconds of each step, validation and save; certificates.jsonl has the time
+at which each start began to train.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from configs.paths import certificates_path, discarded_metrics_path
+from training.metrics_reader import column, step_fields
+
+_RANK_KEYS = ("rank", "tensor_rank", "stage", "data_rank", "heads", "backend", "precision", "device", "error")
+
+Happening = Literal["saved", "failed"]
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """One start of a run.
+
+    Attributes:
+        certificate: What it stated in certificates.jsonl; empty for a run of a version without.
+        step: The step that it continued from.
+        steps: Results of the steps that it took and that the run kept, as in metrics.jsonl.
+        lost: Those that no checkpoint had when the next start began, and that were taken again.
+    """
+
+    certificate: dict[str, Any]
+    step: int
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def began_at(self) -> datetime | None:
+        """When it began to train; None if that is not known."""
+        with suppress(TypeError, ValueError):
+            return datetime.fromisoformat(self.certificate["started_at"]) if self.certificate else None
+        return None
+
+    @property
+    def refused(self) -> str | None:
+        """Why it was refused; None for one that trained."""
+        refused = self.certificate.get("refused")
+        return None if refused is None else str(refused)
+
+    @property
+    def ranks(self) -> int | None:
+        """How many ranks it had; None if that is not known."""
+        return len(self.certificate.get("ranks", ())) or None
+
+    @property
+    def kept_seconds(self) -> float:
+        """Time of the steps that the run kept, with their validations and saves."""
+        return _seconds(self.steps)
+
+    @property
+    def lost_seconds(self) -> float:
+        """Time of the steps that were lost."""
+        return _seconds(self.lost)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that it took."""
+        return max([self.step, *(each["step"] for each in (*self.steps, *self.lost))])
+
+    def saves(self) -> Iterator[tuple[float, int, Happening]]:
+        """Yield each save that a later step reports: seconds since the start began to train, the step, what happened.
+
+        A step reports the save before it, and how many have failed so far. So the save after the last step is missing.
+        """
+        seconds, failed = 0.0, 0
+        for fields in (*self.steps, *self.lost):
+            now_failed = max([failed, *map(int, column([fields], "failed_saves"))])
+            saving = sum(column([fields], "save_seconds"))
+            if saving:
+                yield seconds + saving, fields["step"] - 1, "failed" if now_failed > failed else "saved"
+            failed = now_failed
+            seconds += _seconds([fields])
+
+
+def read_starts(run_dir: Path, steps: Sequence[dict[str, Any]]) -> tuple[RunStart, ...]:
+    """Return the starts of a run in order; one for all steps if certificates.jsonl is missing.
+
+    Args:
+        run_dir: The run folder.
+        steps: Its steps, as in metrics.jsonl.
+    """
+    certificates = _lines(certificates_path(run_dir), needs="ranks")
+    starts = [RunStart(each, each["step"]) for each in certificates if _is_whole(each["ranks"])]
+    if not starts and not steps:
+        return ()
+    if not starts or starts[0].step and steps and steps[0]["step"] <= starts[0].step:
+        starts.insert(0, RunStart({}, 0))  # of a version that wrote no certificates
+    for fields in steps:
+        _taker(starts, fields["step"]).steps.append(fields)
+    for before, fields in _discarded(run_dir, starts):
+        _taker(starts[:before], fields["step"]).lost.append(fields)
+    return tuple(starts)
+
+
+def _taker(starts: Sequence[RunStart], step: int) -> RunStart:
+    """Return the start that took a step: the latest that continued from an earlier one."""
+    return next((start for start in reversed(starts) if start.step < step and start.refused is None), starts[0])
+
+
+def _discarded(run_dir: Path, starts: Sequence[RunStart]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the lost steps, each with the number of the start that found it lost.
+
+    Each start adds the steps past its checkpoint to one file: a new group begins where the steps do not rise.
+    """
+    number, last = 0, float("inf")
+    for fields in _lines(discarded_metrics_path(run_dir), needs="loss"):
+        step = fields["step"]
+        if step <= last:
+            later = range(number + 1, len(starts))
+            # its checkpoint is the step before; a line in between may have been torn
+            same = (each for each in later if starts[each].step == step - 1)
+            number = next(same, next((each for each in later if starts[each].step < step), number))
+        last = step
+        yield max(number, 1), fields
+
+
+def _lines(path: Path, *, needs: str) -> Iterator[dict[str, Any]]:
+    """Yield the whole lines of a file of JSON that have a step and another key; none if it cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        for line in file:
+            if (fields := step_fields(line)) is not None and needs in fields:
+                yield fields
+
+
+def _is_whole(ranks: Any) -> bool:
+    return bool(ranks) and all({*_RANK_KEYS} <= {*rank} for rank in ranks)
+
+
+def _seconds(steps: Sequence[dict[str, Any]]) -> float:
+    return sum(sum(column(steps, f"{kind}_seconds")) for kind in ("step", "validation", "save"))
