@@ -16,14 +16,13 @@ const scaled = (value) => {
   const units = ["", "k", "M", "B", "T"];
   let unit = 0;
   while (Math.abs(value) >= 999.5 && unit < 4) { value /= 1000; unit += 1; }
-  return (unit ? value.toPrecision(3) : String(Math.round(value))) + units[unit];
+  return value.toPrecision(3) + units[unit];
 };
 const written = {
-  plain: (value) => (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)))),
-  count: scaled,
+  plain: (value) => (value !== 0 && (Math.abs(value) < 1e-2 || Math.abs(value) >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(4)))),
+  count: (value) => (Math.abs(value) < 1e5 ? Math.round(value).toLocaleString("en") : scaled(value)),
   share: (value) => `${(100 * value).toPrecision(3)} %`,
   gigabytes: (value) => `${value.toPrecision(3)} GB`,
-  seconds: (value) => `${value.toPrecision(3)} s`,
 };
 const axis = (text) => {
   const [low, high, kind, unit] = text.split(" ");

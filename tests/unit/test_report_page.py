@@ -98,8 +98,14 @@ def whole_run(folder: Path) -> Path:
     write_lines(run_dir / "metrics.jsonl", lines)
     write_lines(run_dir / "logs" / "metrics_discarded.jsonl", [{**lines[5], "save_seconds": 1.0}, lines[6]])
     write_lines(run_dir / "certificates.jsonl", [certificate(step=0, minute=4), certificate(step=5, minute=9)])
-    environment = {"python": "3.11.7", "device": "a card", "world_size": 2, "packages": {"torch": "2.13.0", "gguf": None},
-                   "slurm": {"job_id": "77", "nodes": "n[1-2]"}, "code": {"commit": "a" * 40, "diff": "+"}}  # fmt: skip
+    environment = {
+        "python": "3.11.7",
+        "device": "a card",
+        "world_size": 2,
+        "packages": {"torch": "2.13.0", "gguf": None},
+        "slurm": {"job_id": "77", "nodes": "n[1-2]"},
+        "code": {"commit": "a" * 40, "diff": "+"},
+    }
     (run_dir / "environment.json").write_text(json.dumps(environment))
     add_report(run_dir, {32: 21.25, 64: 20.5, 128: 20.25})
     return run_dir
@@ -137,18 +143,18 @@ def test_starts_and_failed_saves_are_on_the_time_line(trainshort: Call) -> None:
         "start 2: steps 6 to 10",
         *("saved after step 5", "saved after step 10", "a save failed after step 8"),
     ]
-    # 5 steps of 6 s and a validation of 2 s, then 2 lost ones with a save of 1 s; the second start began 5 minutes later
+    # 5 steps of 6 s, a validation of 2 s, 2 lost steps, a save of 1 s; the second start began 5 minutes after the first
     assert "1 2026-01-02 03:04 UTC - 2 1 to 7 45 s 2 -" in page.text
     assert "2 2026-01-02 03:09 UTC 4m15s 2 6 to 10 35 s - 1" in page.text
     # 80 s on two ranks
-    assert "time of training 80 s device hours 0.0444 on a card of it lost 13 s: 2 steps trained again" in page.text
+    assert "time of training 80 s device hours 0.0444 on a card lost 13 s: 2 steps trained again" in page.text
 
 
 def test_runs_are_laid_over_each_other(trainshort: Call) -> None:
     for name, rate in (("a", 1e-3), ("b", 2e-3)):
         add_report(make_run(Path(name), train={"learning_rate": rate}), {32: 20.0, 64: 19.0})
     page = written(trainshort, "a", "b", page="comparison.html")
-    assert page.curves("Loss") == ["a, each step", "a", "a, validation", "b, each step", "b", "b, validation"]
+    assert page.curves("Loss") == ["a, each step", "b, each step", "a", "a, validation", "b", "b, validation"]
     assert page.curves("Perplexity by length") == ["a", "b"]
     assert "train.learning_rate 0.001 0.002" in page.text
     assert [attributes["data-shows"] for tag, attributes in page.tags if tag == "button"] == ["0", "1"]
@@ -201,8 +207,8 @@ def test_lost_steps_belong_to_the_start_that_took_them(tmp_path: Path) -> None:
     read = read_starts(tmp_path, steps)
     assert [[each["step"] for each in start.steps] for start in read] == [[1, 2], [], [], [], [*range(3, 21)]]
     assert [[each["step"] for each in start.lost] for start in read] == [
-        [*range(5, 11), 3, 4],
-        [9, 10, 11, 12, 5, 6],
+        [3, 4, *range(5, 11)],
+        [5, 6, *range(9, 13)],
         [],
         [],
         [],

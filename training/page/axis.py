@@ -1,16 +1,20 @@
 """Axes of the page's charts: where a value lies, which ticks to draw, how a value is written. Imports no torch."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.figures import byte_size, duration, scaled
+from configs.figures import scaled
 
-Unit = Literal["plain", "count", "share", "gigabytes", "seconds"]
+Unit = Literal["plain", "count", "share", "gigabytes"]
 """How values of an axis are written; page.js knows the same names."""
 
-_LOGARITHMIC_RATIO = 30.0  # an axis that may be logarithmic is so from this ratio of its ends
+_LOGARITHMIC_RATIO = 6.0  # an axis that may be logarithmic is so from this ratio of its ends
+_LEAST_SCALED, _LEAST_PLAIN = 1e5, 1e-2  # between them a number is written with all its digits
+_TRAILING_ZEROS = re.compile(r"\.?0+(?=[A-Z])")
+_NO_ZEROS = re.compile(r"(?:\.0)?e\+?(-?)0?")  # 2.0e-04 is 2e-4
 _MANY_DECADES = 3.0  # from here on, only powers of ten get a tick
 
 
@@ -104,15 +108,14 @@ def logarithmic_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 def write_value(value: float, *, unit: Unit) -> str:
-    """Return a value as text."""
+    """Return a value as text, in few characters."""
     match unit:
         case "count":
-            return scaled(value)
+            return f"{value:,.0f}" if abs(value) < _LEAST_SCALED else _TRAILING_ZEROS.sub("", scaled(value))
         case "share":
             return f"{100 * value:.3g} %"
         case "gigabytes":
-            return byte_size(value * 1e9)
-        case "seconds":
-            return duration(value)
+            return f"{value:.3g} GB"
         case "plain":
-            return f"{value:,.4g}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}".replace("e-0", "e-")
+            is_common = value == 0 or _LEAST_PLAIN <= abs(value) < _LEAST_SCALED
+            return f"{value:,.4g}" if is_common else _NO_ZEROS.sub(r"e\1", f"{value:.1e}")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from typing import Literal
 
 from configs.terminal import printable
@@ -13,7 +14,7 @@ MOST_POINTS = 1000  # of a curve; a screen is not wider
 COLOURS = 8  # classes c0 to c7 of the style sheet
 # in units of the drawing, which is as wide as a phone: text then has its natural size
 _WIDTH, _HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 14, 40
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _DASHES = ("", "7 4", "2 3", "10 3 2 3")
 
@@ -93,7 +94,7 @@ class Chart:
     def _curve(self, series: Series) -> str:
         places = [(self.x.place(x) * _PLOT_WIDTH, (1 - self.y.place(y)) * _PLOT_HEIGHT) for x, y in thin(series.points)]
         # far outside of the plot a coordinate needs no value of its own
-        texts = [f"{x:.1f},{min(max(y, -2.0 * _HEIGHT), 2.0 * _HEIGHT):.2f}" for x, y in places]
+        texts = [f"{x:.2f},{min(max(y, -2.0 * _HEIGHT), 2.0 * _HEIGHT):.2f}" for x, y in places]
         colour = (series.run if series.colour is None else series.colour) % COLOURS
         dash = _DASHES[series.dash % len(_DASHES)]
         style = f' stroke-dasharray="{dash}"' if dash and series.kind != "dots" else ""
@@ -137,12 +138,13 @@ def thin(points: Sequence[Point], *, most: int = MOST_POINTS) -> list[Point]:
 
 
 def smooth(points: Sequence[Point], *, share: float) -> list[Point]:
-    """Return the mean of the last points at each point; `share` of all of them, at the first ones of fewer."""
-    width = max(1, math.ceil(share * len(points)))
-    total, means = 0.0, []
-    for number, (x, y) in enumerate(points):
-        total += y - (points[number - width][1] if number >= width else 0.0)
-        means.append((x, total / min(number + 1, width)))
+    """Return the mean of the points around each point; `share` of all of them, fewer near the ends."""
+    half = math.ceil(share * len(points)) // 2
+    sums = [0.0, *accumulate(y for _, y in points)]
+    means = []
+    for number, (x, _) in enumerate(points):
+        first, end = max(0, number - half), min(len(points), number + half + 1)
+        means.append((x, (sums[end] - sums[first]) / (end - first)))
     return means
 
 
@@ -170,7 +172,10 @@ def _grid(x: ChartAxis, y: ChartAxis) -> list[str]:
     for tick in x.ticks:
         place = _LEFT + x.place(tick) * _PLOT_WIDTH
         parts.append(f'<line class="base" x1="{place:.1f}" x2="{place:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        text = _text(write_value(tick, unit=x.unit))
-        parts.append(f'<text class="tick" x="{place:.1f}" y="{bottom + 17}" text-anchor="middle">{text}</text>')
+        text, anchor = _text(write_value(tick, unit=x.unit)), "end" if place > right - 12 else "middle"
+        shift = min(_RIGHT, 12) if anchor == "end" else 0
+        parts.append(
+            f'<text class="tick" x="{place + shift:.1f}" y="{bottom + 17}" text-anchor="{anchor}">{text}</text>'
+        )
     parts.append(f'<line class="base" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     return parts

@@ -13,9 +13,11 @@ from training.page.axis import ChartAxis, Unit, fit_axis, lengths_axis, linear_t
 from training.page.chart import Chart, Mark, Point, Series, smooth
 
 _SMOOTHED_SHARE = 0.02  # of the steps, averaged for a point of a curve
+_MEAN_LABEL = f"mean of {_SMOOTHED_SHARE:.0%} of the steps"
 _SHOWN_FROM = 0.03  # share of the steps: the first losses would flatten the rest
-_MOST_FAINT = 3  # runs whose single steps are drawn behind the averages
+_MOST_FAINT = 2  # runs whose single steps are drawn behind the averages
 _LEAST_BIAS = -12.0  # where the drawing of a bias ends: a key there has a weight of 6e-6 of its score's
+_BIAS_TOP = 1.4  # room for the words above the curves
 _BIAS_POINTS = 96
 
 # field of metrics.jsonl, title, facts, unit, whether it is averaged, whether the axis begins at 0
@@ -75,7 +77,7 @@ def bias_chart(config: RunConfig) -> Chart | None:
         facts="added to the score of a key at a distance; -4.6 leaves 1 % of its weight",
         x_title="distance to the key (tokens)",
         x=lengths_axis([trained * 2**doubling for doubling in range(-int(math.log2(trained)), 4)]),
-        y=ChartAxis(_LEAST_BIAS, 0.5, False, "plain", linear_ticks(_LEAST_BIAS, 0.0)),
+        y=ChartAxis(_LEAST_BIAS, _BIAS_TOP, False, "plain", linear_ticks(_LEAST_BIAS, 0.0)),
         series=tuple(series),
         marks=(Mark(trained, f"training length {trained:,}"), *window),
     )
@@ -93,7 +95,7 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
         averaged = smooth(points, share=_SMOOTHED_SHARE)
         if len(runs) <= _MOST_FAINT:
             series.append(Series(f"{run.label}, each step" if several else "each step", points, number, "faint"))
-        series.append(Series(run.label if several else f"mean of {_SMOOTHED_SHARE:.0%} of the steps", averaged, number))
+        series.append(Series(run.label if several else _MEAN_LABEL, averaged, number))
         label = f"{run.label}, validation" if several else "validation"
         series.append(Series(label, validated, number, "dots", colour=number if several else 1))
         shown += [y for _, y in (*points[int(_SHOWN_FROM * len(points)) :], *validated)]
@@ -105,7 +107,7 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
         x_title=_X_TITLES[by],
         x=_steps_axis(series),
         y=fit_axis(shown),
-        series=tuple(each for each in series if each.points),
+        series=_in_order(series),
         marks=tuple(map(Mark, marks)),
     )
 
@@ -116,12 +118,12 @@ def _field_chart(
     field, title, facts, unit, is_averaged, from_zero = curve
     series: list[Series] = []
     for number, run in runs:
-        label, points = run.label if len(runs) > 1 else title.lower(), _points(run, field, by=by)
-        if is_averaged and points:
-            if len(runs) <= _MOST_FAINT:
-                series.append(Series(f"{label}, each step", points, number, "faint"))
-            points = smooth(points, share=_SMOOTHED_SHARE)
-        series.append(Series(label, points, number))
+        several, points = len(runs) > 1, _points(run, field, by=by)
+        if is_averaged and len(runs) <= _MOST_FAINT:
+            series.append(Series(f"{run.label}, each step" if several else "each step", points, number, "faint"))
+        label = _MEAN_LABEL if is_averaged else title.lower()
+        averaged = smooth(points, share=_SMOOTHED_SHARE) if is_averaged else points
+        series.append(Series(run.label if several else label, averaged, number))
     values = [y for each in series for _, y in each.points]
     if not values:
         return None
@@ -131,7 +133,7 @@ def _field_chart(
         x_title=_X_TITLES[by],
         x=_steps_axis(series),
         y=fit_axis(values, unit=unit, from_zero=from_zero, may_be_logarithmic=not from_zero),
-        series=tuple(each for each in series if each.points),
+        series=_in_order(series),
         marks=tuple(map(Mark, marks)),
     )
 
@@ -141,6 +143,11 @@ _X_TITLES = {"step": "step", "tokens_seen": "training tokens"}
 
 def _steps_axis(series: Sequence[Series]) -> ChartAxis:
     return fit_axis([x for each in series for x, _ in each.points], unit="count", pad=False)
+
+
+def _in_order(series: Sequence[Series]) -> tuple[Series, ...]:
+    """Return the curves that have points; faint ones first, so that they cover no other."""
+    return tuple(sorted((each for each in series if each.points), key=lambda each: each.kind != "faint"))
 
 
 def _points(run: ComparedRun, field: str, *, by: str) -> list[Point]:

@@ -19,6 +19,7 @@ from training.page.facts import (
     head_rows,
     layout_facts,
     read_environment,
+    version_rows,
 )
 from training.page.starts import RunStart, read_starts
 from training.page.timeline import Timeline, cost_rows, draw_timeline
@@ -40,7 +41,7 @@ class RunDetails:
         bias: The bias of each head; None for positions without slopes.
         heads: A row per head.
         positions: What to say of positions without slopes.
-        environment: Names and values; empty before the first start.
+        environment, versions: Names and values; empty before the first start.
         train_command: What trains it.
         evaluate_command: What evaluates it; None if it was evaluated.
     """
@@ -57,6 +58,7 @@ class RunDetails:
     heads: list[tuple[str, ...]]
     positions: str
     environment: list[tuple[str, str]]
+    versions: list[tuple[str, str]]
     train_command: str
     evaluate_command: str | None
 
@@ -69,7 +71,10 @@ def read_details(comparison: Comparison) -> list[RunDetails]:
 def _read(number: int, run: ComparedRun) -> RunDetails:
     config, starts = run.config, read_starts(run.run_dir, run.steps)
     environment = read_environment(run.run_dir)
-    newest = next((start.certificate for start in reversed(starts) if start.certificate), None)
+    stated = [start for start in starts if start.certificate]
+    # a start of a run that was done took no step, maybe on fewer ranks
+    at_work = [start for start in stated if start.steps or start.lost or start.refused is not None]
+    newest = (at_work or stated)[-1].certificate if stated else None
     vocab_size = run.manifest.vocab_size if run.manifest else config.data.vocab_size
     took_steps = any(start.steps or start.lost for start in starts)
     row = POSITIONS[config.model.position]
@@ -88,6 +93,7 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
         heads=head_rows(config, certificate=newest),
         positions=f"model.position is {config.model.position}, which {learned}.",
         environment=environment_rows(environment, run_dir=run.run_dir),
+        versions=version_rows(environment),
         train_command=f"trainshort train {typed_path(config_file(run.run_dir))}",
         evaluate_command=None if run.report else f"trainshort evaluate {typed_path(run.path)}",
     )

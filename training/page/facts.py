@@ -102,8 +102,12 @@ def certificate_facts(certificate: _Fields) -> CertificateFacts:
 
 
 def layout_facts(certificate: _Fields, *, config: RunConfig, vocab_size: int) -> LayoutFacts | None:
-    """Return which rank holds what; None if the run file is of another layout than the certificate."""
+    """Return which rank holds what; None if the run file has since been changed to a batch that does not fit."""
     ranks: list[_Fields] = certificate["ranks"]
+    # of the start that stated this, not of a later one
+    tensor, pipeline = (max(rank[axis] for rank in ranks) + 1 for axis in ("tensor_rank", "stage"))
+    parallel = config.parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline})
+    config = config.model_copy(update={"parallel": parallel})
     try:
         layout = Layout.of(config, world_size=len(ranks))
     except InputError:
@@ -141,7 +145,7 @@ def head_rows(config: RunConfig, *, certificate: _Fields | None) -> list[tuple[s
         for head in rank["heads"]:
             holders.setdefault(head, []).append(rank["rank"])
     return [
-        (f"{head}", f"{slope:.4g}", f"{math.log(100) / slope:,.3g}", span_text(holders.get(head, [])) or "-")
+        (f"{head}", f"{slope:.4g}", f"{math.log(100) / slope:,.0f}", span_text(holders.get(head, [])) or "-")
         for head, slope in enumerate(slopes_of(config.model))
     ]
 
@@ -155,7 +159,7 @@ def read_environment(run_dir: Path) -> _Fields:
 
 
 def environment_rows(environment: _Fields, *, run_dir: Path) -> list[tuple[str, str]]:
-    """Return names and values of what the newest start ran on and with; without what is not known, and without secrets.
+    """Return names and values of what the newest start ran on; without what is not known, and without secrets.
 
     Args:
         environment: The contents of environment.json.
@@ -164,7 +168,6 @@ def environment_rows(environment: _Fields, *, run_dir: Path) -> list[tuple[str, 
     start = newest_incarnation(run_dir)
     slurm, code = environment.get("slurm") or {}, environment.get("code") or {}
     changes = ", with changes that are not committed" if code.get("diff") else ""
-    packages = environment.get("packages") or {}
     rows: dict[str, Any] = {
         "device": environment.get("device"),
         "ranks": environment.get("world_size"),
@@ -176,10 +179,13 @@ def environment_rows(environment: _Fields, *, run_dir: Path) -> list[tuple[str, 
         "code": f"{code['commit'][:12]}{changes}" if isinstance(code.get("commit"), str) else None,
         "branch": code.get("branch"),
         "repository": code.get("repository"),
-        "python": environment.get("python"),
-        **packages,
     }
-    return [(name, hide_secrets(str(value))) for name, value in rows.items() if value is not None]
+    return _known(rows)
+
+
+def version_rows(environment: _Fields) -> list[tuple[str, str]]:
+    """Return names and versions of Python and of the packages that the newest start had."""
+    return _known({"python": environment.get("python"), **(environment.get("packages") or {})})
 
 
 def span_text(numbers: Sequence[int]) -> str:
@@ -187,6 +193,10 @@ def span_text(numbers: Sequence[int]) -> str:
     if len(numbers) > 2 and [*numbers] == [*range(numbers[0], numbers[-1] + 1)]:
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(map(str, numbers))
+
+
+def _known(values: _Fields) -> list[tuple[str, str]]:
+    return [(name, hide_secrets(str(value))) for name, value in values.items() if value is not None]
 
 
 def _is_within(rank: _Fields) -> bool:

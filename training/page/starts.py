@@ -66,7 +66,8 @@ class RunStart:
     @property
     def last_step(self) -> int:
         """The last step that it took."""
-        return max([self.step, *(each["step"] for each in (*self.steps, *self.lost))])
+        steps: list[int] = [each["step"] for each in (*self.steps, *self.lost)]
+        return max([self.step, *steps])
 
     def saves(self) -> Iterator[tuple[float, int, Happening]]:
         """Yield each save that a later step reports: seconds since the start began to train, the step, what happened.
@@ -109,20 +110,20 @@ def _taker(starts: Sequence[RunStart], step: int) -> RunStart:
 
 
 def _discarded(run_dir: Path, starts: Sequence[RunStart]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the lost steps, each with the number of the start that found it lost.
+    """Yield the lost steps, each with the number of the start that found it lost, of the last such start first.
 
-    Each start adds the steps past its checkpoint to one file: a new group begins where the steps do not rise.
+    Each start adds the steps past its checkpoint to the end of one file: they begin with the step after it, and rise.
     """
-    number, last = 0, float("inf")
-    for fields in _lines(discarded_metrics_path(run_dir), needs="loss"):
-        step = fields["step"]
-        if step <= last:
-            later = range(number + 1, len(starts))
-            # its checkpoint is the step before; a line in between may have been torn
-            same = (each for each in later if starts[each].step == step - 1)
-            number = next(same, next((each for each in later if starts[each].step < step), number))
-        last = step
-        yield max(number, 1), fields
+    rest = [*_lines(discarded_metrics_path(run_dir), needs="loss")]
+    for number in range(len(starts) - 1, 0, -1):
+        place = len(rest)
+        while place and (place == len(rest) or rest[place - 1]["step"] < rest[place]["step"]):
+            place -= 1
+            if rest[place]["step"] == starts[number].step + 1 and starts[number].refused is None:
+                yield from ((number, fields) for fields in rest[place:])
+                del rest[place:]
+                break
+    yield from ((1, fields) for fields in rest)  # their first line was torn
 
 
 def _lines(path: Path, *, needs: str) -> Iterator[dict[str, Any]]:

@@ -100,7 +100,7 @@ def cost_rows(starts: Sequence[RunStart], *, device: str | None) -> list[tuple[s
         rows.append(("device hours", f"{_hours(hours)}{'' if device is None else f' on {device}'}"))
     if lost:
         steps = sum(len(start.lost) for start in starts)
-        rows.append(("of it lost", f"{duration(lost)}: {counted(steps, 'step')} trained again after a restart"))
+        rows.append(("lost", f"{duration(lost)}: {counted(steps, 'step')} trained again after a restart"))
     return rows
 
 
