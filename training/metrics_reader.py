@@ -45,8 +45,13 @@ def newest_values(run_dir: Path, field: str) -> list[float]:
 
 def column(steps: Sequence[dict[str, Any]], field: str) -> list[float]:
     """Return the values of a field in the steps that have it; a diverged run may have nan."""
-    values = [step.get(field) for step in steps]
-    return [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return [value for step in steps if (value := finite_value(step, field)) is not None]
+
+
+def finite_value(step: dict[str, Any], field: str) -> float | None:
+    """Return the value of a field of one step; None if the step lacks it, or if it is not finite."""
+    value = step.get(field)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def step_fields(line: bytes) -> dict[str, Any] | None:

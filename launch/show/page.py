@@ -44,9 +44,7 @@ def write_page(comparison: "Comparison", path: Path) -> None:
             # a name of a file that is not UTF-8 is shown with escapes
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise MachineError(
-            f"page {path} cannot be written ({error.strerror}): give a path in a folder that exists and has room"
-        ) from None
+        raise MachineError(f"page {path} cannot be written ({error.strerror}): give another --out") from None
 
 
 def render_page(comparison: "Comparison") -> str:

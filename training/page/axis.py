@@ -74,7 +74,9 @@ def fit_axis(
         low, high = (low if from_zero else low - margin / 2), high + margin / 2
     if pad:
         low, high = (low if from_zero else low - 0.05 * margin), high + 0.06 * margin
-    return ChartAxis(low, high, False, unit, linear_ticks(low, high))
+    ticks = linear_ticks(low, high)
+    # there are no halves of a step
+    return ChartAxis(low, high, False, unit, tuple(tick for tick in ticks if unit != "count" or tick.is_integer()))
 
 
 def lengths_axis(lengths: Iterable[int]) -> ChartAxis:

@@ -8,9 +8,9 @@ from configs.positions import POSITIONS
 from configs.schema import RunConfig
 from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
-from training.metrics_reader import column
+from training.metrics_reader import finite_value
 from training.page.axis import ChartAxis, Unit, fit_axis, lengths_axis, linear_ticks
-from training.page.chart import Chart, Mark, Point, Series, smooth
+from training.page.chart import COLOURS, Chart, Mark, Point, Series, smooth
 
 _SMOOTHED_SHARE = 0.02  # of the steps, averaged for a point of a curve
 _MEAN_LABEL = f"mean of {_SMOOTHED_SHARE:.0%} of the steps"
@@ -95,7 +95,8 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
         averaged = smooth(points, share=_SMOOTHED_SHARE)
         if len(runs) <= _MOST_FAINT:
             series.append(Series(f"{run.label}, each step" if several else "each step", points, number, "faint"))
-        series.append(Series(run.label if several else _MEAN_LABEL, averaged, number))
+        dash = number // COLOURS  # colours repeat
+        series.append(Series(run.label if several else _MEAN_LABEL, averaged, number, dash=dash))
         label = f"{run.label}, validation" if several else "validation"
         series.append(Series(label, validated, number, "dots", colour=number if several else 1))
         shown += [y for _, y in (*points[int(_SHOWN_FROM * len(points)) :], *validated)]
@@ -123,7 +124,7 @@ def _field_chart(
             series.append(Series(f"{run.label}, each step" if several else "each step", points, number, "faint"))
         label = _MEAN_LABEL if is_averaged else title.lower()
         averaged = smooth(points, share=_SMOOTHED_SHARE) if is_averaged else points
-        series.append(Series(run.label if several else label, averaged, number))
+        series.append(Series(run.label if several else label, averaged, number, dash=number // COLOURS))
     values = [y for each in series for _, y in each.points]
     if not values:
         return None
@@ -152,8 +153,8 @@ def _in_order(series: Sequence[Series]) -> tuple[Series, ...]:
 
 def _points(run: ComparedRun, field: str, *, by: str) -> list[Point]:
     """Return a field of the steps that have it as a finite number, against the step or the tokens seen."""
-    whole = [step for step in run.steps if column([step], field) and column([step], by)]
-    return [*zip(column(whole, by), column(whole, field), strict=True)]
+    pairs = ((finite_value(step, by), finite_value(step, field)) for step in run.steps)
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
 def _perplexity_chart(comparison: Comparison, text: TextResults) -> Chart:

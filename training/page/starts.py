@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.paths import certificates_path, discarded_metrics_path
-from training.metrics_reader import column, step_fields
+from training.metrics_reader import finite_value, step_fields
 
+_TIMES = ("step_seconds", "validation_seconds", "save_seconds")
 _RANK_KEYS = ("rank", "tensor_rank", "stage", "data_rank", "heads", "backend", "precision", "device", "error")
 
 Happening = Literal["saved", "failed"]
@@ -76,9 +77,9 @@ class RunStart:
         """
         seconds, failed = 0.0, 0
         for fields in (*self.steps, *self.lost):
-            now_failed = max([failed, *map(int, column([fields], "failed_saves"))])
-            saving = sum(column([fields], "save_seconds"))
-            if saving:
+            now_failed = int(finite_value(fields, "failed_saves") or failed)
+            saving = finite_value(fields, "save_seconds")
+            if saving is not None:
                 yield seconds + saving, fields["step"] - 1, "failed" if now_failed > failed else "saved"
             failed = now_failed
             seconds += _seconds([fields])
@@ -139,4 +140,4 @@ def _is_whole(ranks: Any) -> bool:
 
 
 def _seconds(steps: Sequence[dict[str, Any]]) -> float:
-    return sum(sum(column(steps, f"{kind}_seconds")) for kind in ("step", "validation", "save"))
+    return sum(finite_value(fields, time) or 0.0 for fields in steps for time in _TIMES)
