@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
+from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
 from training.page.chart import MOST_POINTS, thin
 from training.page.starts import read_starts
 
@@ -165,7 +166,7 @@ def test_a_new_run_says_what_is_missing_and_what_makes_it(trainshort: Call) -> N
     run_dir = make_run(Path("a run"), steps=0, checkpoints=(), run={"name": "new"})
     page = written(trainshort, "a run", page="a run/report.html")
     assert "No step yet: trainshort train 'a run/config.yaml'" in page.text
-    assert "new has no evaluation, and no checkpoint to evaluate: first trainshort train" in page.text
+    assert "new has no checkpoint to evaluate: first trainshort train" in page.text
     assert page.text.count("Written when training starts:") == 2
     for damaged in ("certificates.jsonl", "environment.json"):
         (run_dir / damaged).write_text('{"step": 1, "ranks": [{}]}\n{"torn')
@@ -194,6 +195,40 @@ def test_a_curve_keeps_its_ends_and_its_spikes() -> None:
     assert {points[0], points[54_321], points[77_777], points[-1]} <= {*kept}
     assert kept == sorted(kept)
     assert thin(points[:MOST_POINTS]) == points[:MOST_POINTS]
+
+
+def test_axes_have_round_ticks_that_read_well() -> None:
+    assert linear_ticks(0.0, 1.06) == (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    assert fit_axis([1.0, 3.0], unit="count", pad=False).ticks == (1.0, 2.0, 3.0), "there is no half of a step"
+    axis = fit_axis([0.5, 80.0], may_be_logarithmic=True)
+    assert (axis.logarithmic, axis.ticks) == (True, (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0))
+    assert [axis.place(value) for value in (axis.low, axis.high, 0.0)] == [0.0, 1.0, -1.0]
+    assert lengths_axis([128, 300, 512, 16_384], keep=[256]).ticks == (128, 256, 512, 16_384)
+    written = [write_value(value, unit="plain") for value in (0.0, 0.25, 2e-4, 1.5e-4, 12_000.0, 3.2e6)]
+    assert written == ["0", "0.25", "2e-4", "1.5e-4", "12,000", "3.2e6"]
+    assert [write_value(value, unit="count") for value in (16_384, 2e10)] == ["16,384", "20B"]
+
+
+def test_a_large_layout_shows_its_first_copies(trainshort: Call) -> None:
+    train = {"micro_batch": 1, "global_batch": 80}
+    run_dir = make_run(Path("run"), train=train)
+    write_lines(run_dir / "certificates.jsonl", [certificate(step=0, minute=4, ranks=80)])
+    page = written(trainshort, "run", page="run/report.html")
+    assert "80 ranks: tensor 1 x pipeline 1 x data 80, ZeRO-1" in page.text
+    assert "data rank 63 " in page.text
+    assert "data rank 64 " not in page.text
+    assert "and 16 more data ranks" in page.text
+
+
+def test_a_refused_start_shows_its_wrong_rank(trainshort: Call) -> None:
+    run_dir = make_run(Path("run"), steps=0, checkpoints=())
+    line = certificate(step=0, minute=4, refused="positions are wrong: rank 1")
+    line["ranks"][1]["error"] = None  # JSON has no nan
+    write_lines(run_dir / "certificates.jsonl", [line])
+    page = written(trainshort, "run", page="run/report.html")
+    assert "refused: positions are wrong: rank 1" in page.text
+    assert "1 0 / 0 / 1 0 to 3 not a number wrong sdpa, fp32, cpu 0 0 / 0 / 0 0 to 3 2e-07 right" in page.text
+    assert "verified" not in page.text
 
 
 def test_lost_steps_belong_to_the_start_that_took_them(tmp_path: Path) -> None:

@@ -79,16 +79,16 @@ def fit_axis(
     return ChartAxis(low, high, False, unit, tuple(tick for tick in ticks if unit != "count" or tick.is_integer()))
 
 
-def lengths_axis(lengths: Iterable[int]) -> ChartAxis:
-    """Return a logarithmic axis with a tick at each length that has room for its text."""
-    shown = sorted(set(lengths))
+def lengths_axis(lengths: Iterable[int], *, keep: Iterable[int] = ()) -> ChartAxis:
+    """Return a logarithmic axis with a tick at each length that has room for its text; those to keep come first."""
+    shown = sorted({*lengths, *keep})
     low, high = shown[0] / 2**0.3, shown[-1] * 2**0.3
-    least = (high / low) ** (1 / 7)  # there is room for about seven
+    least = (high / low) ** (1 / 8)  # there is room for about eight
     ticks: list[int] = []
-    for length in shown:
-        if not ticks or length / ticks[-1] >= least:
+    for length in (*sorted(keep), *shown):
+        if all(max(length, other) / min(length, other) >= least for other in ticks):
             ticks.append(length)
-    return ChartAxis(low, high, True, "count", tuple(ticks))
+    return ChartAxis(low, high, True, "count", tuple(sorted(ticks)))
 
 
 def linear_ticks(low: float, high: float, *, most: int = 6) -> tuple[float, ...]:
@@ -119,5 +119,7 @@ def write_value(value: float, *, unit: Unit) -> str:
         case "gigabytes":
             return f"{value:.3g} GB"
         case "plain":
-            is_common = value == 0 or _LEAST_PLAIN <= abs(value) < _LEAST_SCALED
-            return f"{value:,.4g}" if is_common else _NO_ZEROS.sub(r"e\1", f"{value:.1e}")
+            if 1000 <= abs(value) < _LEAST_SCALED:
+                return f"{value:,.0f}"
+            is_common = value == 0 or _LEAST_PLAIN <= abs(value) < 1000
+            return f"{value:.4g}" if is_common else _NO_ZEROS.sub(r"e\1", f"{value:.1e}")

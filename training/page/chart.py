@@ -16,6 +16,7 @@ COLOURS = 8  # classes c0 to c7 of the style sheet
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 14, 40
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+_DOT = 4  # at most what a dot takes on either side
 _DASHES = ("", "7 4", "2 3", "10 3 2 3")
 
 Point = tuple[float, float]
@@ -83,8 +84,9 @@ class Chart:
             f'<text class="axis" x="{_LEFT + _PLOT_WIDTH / 2:g}" y="{_HEIGHT - 4}" text-anchor="middle">'
             f"{_text(self.x_title)}</text>",
             *(part for mark in self.marks for part in self._mark(mark)),
-            # an inner picture cuts off what lies outside of the axes
-            f'<svg x="{_LEFT}" y="{_TOP}" width="{_PLOT_WIDTH}" height="{_PLOT_HEIGHT}" class="plot">',
+            # an inner picture cuts off what lies outside of the axes, but no dot at their ends
+            f'<svg class="plot" x="{_LEFT - _DOT}" y="{_TOP}" width="{_PLOT_WIDTH + 2 * _DOT}" '
+            f'height="{_PLOT_HEIGHT}" viewBox="{-_DOT} 0 {_PLOT_WIDTH + 2 * _DOT} {_PLOT_HEIGHT}">',
             *(self._curve(each) for each in self.series if each.points),
             "</svg>",
             "</svg>",
@@ -103,7 +105,7 @@ class Chart:
         group = f'<g class="curve {kind}"{shade} data-run="{series.run}" data-label="{_text(series.label)}">'
         path = f'<path d="M{"L".join(texts)}"{style}/>'
         dots = ""
-        if series.kind in ("dots", "marked"):
+        if series.kind in ("dots", "marked") or len(texts) == 1:  # a line needs two points
             dots = "".join('<circle cx="{}" cy="{}" r="3.2"/>'.format(*text.split(",")) for text in texts)
         return f"{group}{path}{dots}</g>"
 

@@ -44,6 +44,7 @@ class RunDetails:
         environment, versions: Names and values; empty before the first start.
         train_command: What trains it.
         evaluate_command: What evaluates it; None if it was evaluated.
+        has_checkpoint: Whether there is something to evaluate.
     """
 
     number: int
@@ -61,6 +62,7 @@ class RunDetails:
     versions: list[tuple[str, str]]
     train_command: str
     evaluate_command: str | None
+    has_checkpoint: bool
 
 
 def read_details(comparison: Comparison) -> list[RunDetails]:
@@ -96,4 +98,5 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
         versions=version_rows(environment),
         train_command=f"trainshort train {typed_path(config_file(run.run_dir))}",
         evaluate_command=None if run.report else f"trainshort evaluate {typed_path(run.path)}",
+        has_checkpoint=run.checkpoint is not None,
     )
