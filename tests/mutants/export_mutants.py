@@ -70,7 +70,7 @@ EXPORT_MUTANTS = (
         "configs/positions.py",
         "return first + between",
         "return first + between[::-1]",
-        f"{BY_FAMILIES}[mpt]",
+        "tests/unit/test_model_decoder.py::test_logits_and_gradients_equal_mpt[True]",
     ),
     Mutant(
         "export: a head of its own is tied",
