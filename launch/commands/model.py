@@ -169,7 +169,7 @@ def report_command(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN_DIR...",
+            metavar="RUN_DIR",
             parser=path_of,
             autocompletion=complete_checkpoints,
             help="Run folders, or checkpoints in them.",

@@ -237,10 +237,10 @@ def test_lost_steps_belong_to_the_start_that_took_them(tmp_path: Path) -> None:
     groups = [steps[4:10], steps[8:12], steps[2:6]]
     write_lines(tmp_path / "logs" / "metrics_discarded.jsonl", [line for group in groups for line in group])
     starts = [certificate(step=step, minute=step) for step in (0, 4, 8)]
-    starts += [certificate(step=8, minute=30, refused="why"), certificate(step=2, minute=40)]
+    starts += [certificate(step=2, minute=30), certificate(step=8, minute=40, refused="why")]
     write_lines(tmp_path / "certificates.jsonl", starts)
     read = read_starts(tmp_path, steps)
-    assert [[each["step"] for each in start.steps] for start in read] == [[1, 2], [], [], [], [*range(3, 21)]]
+    assert [[each["step"] for each in start.steps] for start in read] == [[1, 2], [], [], [*range(3, 21)], []]
     assert [[each["step"] for each in start.lost] for start in read] == [
         [3, 4, *range(5, 11)],
         [5, 6, *range(9, 13)],
