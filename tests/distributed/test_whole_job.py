@@ -26,7 +26,7 @@ from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import open_checkpoint
 from training.evaluation.usable import usable_length
 from training.model.single import load_single
-from training.reproduction.starts import read_starts
+from training.reproduction.starts import recorded_starts
 
 PROMPT = topics["with"][:1200]  # longer than the training length
 # The demo's own model, on fewer and shorter samples, with what a bit-for-bit repetition asks for on a GPU.
@@ -192,7 +192,7 @@ def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None
 
 
 def test_every_start_records_what_decides_its_result(job: Job) -> None:
-    starts = read_starts(job.broken)
+    starts = recorded_starts(job.broken)
     assert [start["step"] for start in starts] == [0, len(job.stopped)]
     assert {start["command"] for start in starts} == {shlex.join(["trainshort", "train", *run("one/run")])}
     document = json.loads(job.reproduced)

@@ -19,7 +19,7 @@ from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import Manifest, write_manifest
 from training.folder import claim_run_folder, with_fixed_keys
 from training.reproduction.facts import cpu_name
-from training.reproduction.starts import COMMAND_VARIABLE, read_starts, record_start
+from training.reproduction.starts import COMMAND_VARIABLE, record_start, recorded_starts
 
 RUN = Path("run")
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
@@ -84,7 +84,7 @@ def test_nothing_differs_right_after_a_start(trainshort: Call) -> None:
 
 @pytest.mark.usefixtures("started")
 def test_a_start_records_what_decides_its_result() -> None:
-    [start] = read_starts(RUN)
+    [start] = recorded_starts(RUN)
     assert (start["step"], start["folder"], start["command"]) == (0, str(Path.cwd()), "trainshort train run.yaml")
     assert start["layout"] == {
         **{"tensor": 2, "pipeline": 2, "data": 1, "zero": 1, "offload": "none"},
@@ -106,7 +106,7 @@ def test_the_command_line_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv(COMMAND_VARIABLE)
     monkeypatch.setattr("sys.argv", shlex.split(TYPED))
     start()
-    assert [each["command"] for each in read_starts(RUN)] == [
+    assert [each["command"] for each in recorded_starts(RUN)] == [
         "trainshort train run.yaml",
         "trainshort train run.yaml --set track.uri=https://host",
     ]
@@ -136,7 +136,7 @@ def test_other_code_makes_another_run(trainshort: Call) -> None:
 
 @pytest.mark.usefixtures("started")
 def test_threads_differ_up_to_rounding(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = read_starts(RUN)[0]["variables"]["OMP_NUM_THREADS"]
+    threads = recorded_starts(RUN)[0]["variables"]["OMP_NUM_THREADS"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("MKL_CBWR", "AVX2")
     document = reproduced(trainshort)
@@ -312,5 +312,5 @@ def test_a_broken_manifest_is_refused_and_kept(trainshort: Call) -> None:
     file.write_text('{"format_version": 2}')
     assert refused(trainshort, "reproduce", "run").startswith("run/reproduce.json has format_version 2, this version")
     start()
-    assert len(read_starts(RUN)) == 1
+    assert len(recorded_starts(RUN)) == 1
     assert (RUN / "reproduce.json.broken").read_text() == '{"format_version": 2}'

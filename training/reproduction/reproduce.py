@@ -33,7 +33,7 @@ from training.reproduction.here import (
     found_at,
     prepares_the_same,
 )
-from training.reproduction.starts import read_starts
+from training.reproduction.starts import recorded_starts
 
 SECTIONS = ("code", "configuration", "data", "tokenizer", "weights", "versions", "hardware", "variables", "layout")
 
@@ -122,7 +122,7 @@ def compare_with_here(run_dir: Path, *, here: Here, reads_all: bool) -> Reproduc
     if not run_dir.is_dir():
         seen = "is a file" if run_dir.is_file() else "does not exist"
         raise InputError(f"run folder {run_dir} {seen}: give the run.dir of a run that was trained")
-    starts = read_starts(run_dir)
+    starts = recorded_starts(run_dir)
     if not starts:
         raise _no_manifest(run_dir)
     surviving = surviving_starts(starts)

@@ -97,7 +97,7 @@ def record_start(
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Return the starts of a run, oldest first; empty if there is no manifest of reproduction.
 
     Raises:
@@ -133,10 +133,10 @@ def _is_start(start: Mapping[str, Any]) -> bool:
 def _earlier_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Return the starts before this one; a broken file is kept under another name, and must not stop training."""
     try:
-        return read_starts(run_dir)
+        return recorded_starts(run_dir)
     except InputError as error:
         file = reproduction_file(run_dir)
         broken = file.with_name(f"{file.name}.broken")
         file.replace(broken)
-        logger.warning("%s; it is kept as %s", str(error).partition(": ")[0], broken)
+        logger.warning("%s; it cannot be continued and is kept as %s", str(error).partition(": ")[0], broken)
         return []
