@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.figures import scaled
+from configs.figures import byte_size, scaled
 
 Unit = Literal["plain", "count", "share", "gigabytes"]
 """How values of an axis are written; page.js knows the same names."""
@@ -117,7 +117,7 @@ def write_value(value: float, *, unit: Unit) -> str:
         case "share":
             return f"{100 * value:.3g} %"
         case "gigabytes":
-            return f"{value:.3g} GB"
+            return byte_size(1e9 * value)
         case "plain":
             if 1000 <= abs(value) < _LEAST_SCALED:
                 return f"{value:,.0f}"
