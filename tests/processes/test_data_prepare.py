@@ -280,8 +280,8 @@ def train(folder: Path) -> Path:
 def test_a_given_tokenizer_is_used_and_must_fit(tmp_path: Path) -> None:
     model = train(tmp_path)
     book = write_book(tmp_path)
-    message = refused(small_data(book, tokenizer=str(model), vocab_size=800), tmp_path / "data")
-    assert f"data.vocab_size must be that of data.tokenizer {model} (600), got 800: use 600" in message
+    message = refused(small_data(book, tokenizer=str(model), vocab_size=500), tmp_path / "data")
+    assert f"data.vocab_size must be at least that of data.tokenizer {model} (600), got 500: use 600" in message
     data = small_data(book, tokenizer=str(model))
     assert prepared_from(data, tmp_path / "data").tokenizer.read_bytes() == model.read_bytes()
     assert "cannot be read" in refused(small_data(book, tokenizer=str(tmp_path / "no.model")), tmp_path / "other")
