@@ -109,6 +109,18 @@ def only_a_pickle(folder: Path) -> None:
     torch.save({"transformer.wte.weight": partial(print, "run")}, folder / "pytorch_model.bin")
 
 
+def few_rows(folder: Path) -> None:
+    change_config(vocab_size=200)(folder)
+    train_byte_level(folder)
+    (folder / "tokenizer.model").unlink()
+    document = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = dict(list(document["model"]["vocab"].items())[:100])
+    document["model"] |= {"vocab": vocabulary, "merges": []}
+    document["added_tokens"] = document["added_tokens"][:1]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    change_config(eos_token_id=0)(folder)
+
+
 NORM = "transformer.blocks.1.norm_2.weight"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a truncated file": (truncate, r"model\.safetensors cannot be read .*: download it again"),
@@ -133,6 +145,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "learned positions": (change_config(attn_config={"alibi": False}), r"attn_config\.alibi false \(only true\)"),
     "another epsilon": (change_config(layer_norm_epsilon=1e-6), r"layer_norm_epsilon 1e-06 \(only 1e-05\)"),
+    "heads that do not divide": (
+        change_config(n_heads=7),
+        r"describes no model that can run: model\.heads must divide",
+    ),
+    "few rows": (few_rows, r"cannot be a run: data\.vocab_size 200: Input should be greater than or equal to 300"),
+    "odd attention": (change_config(attn_config="alibi"), r"does not describe a model"),
     "no shape": (change_config(n_layers=None), r"does not describe a model"),
     "another end token": (change_config(eos_token_id=5), r"ends a document with token 2, config\.json says .* 5"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),

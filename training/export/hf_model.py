@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from configs.errors import InputError
 from configs.positions import ALIBI_BIAS_MAX
 from configs.schema import Model
@@ -49,7 +47,7 @@ def read_model(folder: Path) -> IncomingModel:
         )
     try:
         incoming, problems = _READERS[kind](config)
-    except (KeyError, TypeError, ValidationError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise InputError(f"{folder / 'config.json'} does not describe a model ({reason}): check the file") from None
     if problems:

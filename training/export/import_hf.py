@@ -8,12 +8,14 @@ from math import prod
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from configs.choices import FAMILIES
 from configs.errors import InputError, MachineError, TrainshortError
 from configs.load import dump_run
 from configs.paths import TOKENIZER_NAME, checkpoints_folder
+from configs.rules import problems
 from configs.schema import Data, Run, RunConfig, Train
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from data_pipeline.tokenizer_files import tokenizer_files
@@ -126,14 +128,21 @@ def _run_config(source: Path, incoming: IncomingModel, *, out: Path, train_lengt
     if length is None:
         raise InputError(f"{source / 'config.json'} does not say at which length the model was trained: give --length")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", out.absolute().name)
-    return RunConfig(
-        run=Run(name=name, dir=str(out)),
-        model=incoming.model,
-        data=Data.model_validate(
-            {"sources": [str(source)], "vocab_size": incoming.vocab_size, "sequence_length": length}
-        ),
-        train=Train(micro_batch=1, global_batch=1, steps=1, learning_rate=1e-4),
-    )
+    data = {"sources": [str(source)], "vocab_size": incoming.vocab_size, "sequence_length": length}
+    try:
+        config = RunConfig(
+            run=Run(name=name, dir=str(out)),
+            model=incoming.model,
+            data=Data.model_validate(data),
+            train=Train(micro_batch=1, global_batch=1, steps=1, learning_rate=1e-4),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, said = ".".join(map(str, first["loc"])), first["msg"]
+        raise InputError(f"{source} cannot be a run: data.{key} {first['input']!r}: {said}") from None
+    for problem in problems(config):
+        raise InputError(f"{source / 'config.json'} describes no model that can run: {problem}")
+    return config
 
 
 def _names(weights: HuggingFaceWeights, incoming: IncomingModel) -> dict[Parameter, str]:
