@@ -150,7 +150,7 @@ class Data(Section):
         "unless set.",
     )
     vocab_size: Annotated[int, Field(ge=300), COUNTABLE] = Field(
-        description="Pieces of the tokenizer; of a tokenizer.json it may be more."
+        description="Tokens of the tokenizer; of a given one it may be more: rows without a token."
     )
     sequence_length: Annotated[int, Field(ge=2), COUNTABLE] = Field(description="Training length in tokens.")
     split: Fraction = Field(default=0.02, description="Share of the documents held out for validation; 0 for none.")
