@@ -59,6 +59,15 @@ DrawSeed = Annotated[
     number_option("--seed", "N", "Seed of the draws.  [default: a random one, which is printed]", is_whole=True),
 ]
 
+ComparedRuns = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN_DIR",
+        parser=path_of,
+        autocompletion=complete_checkpoints,
+        help="Run folders, or checkpoints in them.",
+    ),
+]
 PrecisionName = Annotated[
     str,
     typer.Option(
@@ -119,15 +128,7 @@ def evaluate_command(
 
 @model_commands.command("compare")
 def compare_command(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN_DIR",
-            parser=path_of,
-            autocompletion=complete_checkpoints,
-            help="Run folders, or checkpoints in them.",
-        ),
-    ],
+    runs: ComparedRuns,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -166,15 +167,7 @@ def compare_command(
 
 @model_commands.command("report")
 def report_command(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN_DIR",
-            parser=path_of,
-            autocompletion=complete_checkpoints,
-            help="Run folders, or checkpoints in them.",
-        ),
-    ],
+    runs: ComparedRuns,
     out: Annotated[
         Path | None,
         typer.Option(

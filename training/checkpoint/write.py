@@ -248,9 +248,7 @@ def _complete(
 ) -> None:
     """Write the files that belong to no rank, and rename the folder once everything is on disk."""
     with _as_save_error(folder):
-        manifest.files[CONFIG_NAME] = disk.write_file(staging / CONFIG_NAME, [dump_run(config).encode()])
-        for name, content in tokenizer_files(tokenizer).items():
-            manifest.files[name] = disk.write_file(staging / name, [content])
+        manifest.files.update(write_companions(staging, config=config, tokenizer=tokenizer))
         # Last, after every rank has flushed its files: a manifest must never list a file that is not on disk.
         write_manifest(staging, manifest)
         sync_folder(staging)  # the files are on disk, but their names may not be
@@ -260,6 +258,18 @@ def _complete(
             raise SaveError(f"{folder} was not saved, it could not be read again: {error}") from None
         fence.check()  # as late as possible: the save took a while, and a newer start may have taken over
         _rename_into_place(staging, folder)
+
+
+def write_companions(folder: Path, *, config: RunConfig, tokenizer: Path) -> dict[str, FileEntry]:
+    """Write what a checkpoint holds beside its tensors, the configuration and the tokenizer; return the files.
+
+    Args:
+        folder: The checkpoint's folder.
+        config: The resolved run.
+        tokenizer: The tokenizer's file.
+    """
+    contents = {CONFIG_NAME: dump_run(config).encode(), **tokenizer_files(tokenizer)}
+    return {name: disk.write_file(folder / name, [content]) for name, content in contents.items()}
 
 
 def _rename_into_place(staging: Path, folder: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from configs.errors import InputError, MachineError
 from configs.figures import byte_size
 from configs.files import missing_folders, remove_folders
@@ -51,6 +53,23 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise MachineError(
             f"folder {out} cannot be filled ({problem.strerror}): its files are whole in {partial}: move them"
         )
+
+
+@contextmanager
+def report_failed_writes(out: Path, *, undone: str) -> Iterator[None]:
+    """Turn a failed write into a MachineError that says what to do.
+
+    Args:
+        out: The folder, as the user calls it.
+        undone: What was not done, such as "exported".
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MachineError(
+            f"folder {out} cannot be written ({' '.join(str(error).split())}): nothing was {undone}; free space or "
+            "choose another --out"
+        ) from None
 
 
 def try_new_folder(out: Path) -> None:

@@ -1,8 +1,7 @@
 """`trainshort import`: a BLOOM or MPT model of a Hugging Face folder becomes a checkpoint of step 0."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,18 +11,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from configs.choices import FAMILIES
-from configs.errors import InputError, MachineError, TrainshortError
-from configs.load import dump_run
+from configs.errors import InputError, TrainshortError
 from configs.paths import TOKENIZER_NAME, checkpoints_folder
 from configs.rules import problems
 from configs.schema import Data, Run, RunConfig, Train
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from data_pipeline.tokenizer_files import tokenizer_files
 from parallel.compilers import check_cache_folder
 from parallel.start import environment
-from training.checkpoint import disk
 from training.checkpoint.manifest import (
-    CONFIG_NAME,
     Manifest,
     TensorEntry,
     file_name,
@@ -32,7 +27,8 @@ from training.checkpoint.manifest import (
 )
 from training.checkpoint.read import open_checkpoint
 from training.checkpoint.tensors import TensorFile
-from training.export.folder import new_folder, require_space, try_new_folder
+from training.checkpoint.write import write_companions
+from training.export.folder import new_folder, report_failed_writes, require_space, try_new_folder
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
 from training.export.formats.mpt import with_slopes
 from training.export.hf_model import IncomingModel, read_model
@@ -96,7 +92,7 @@ def import_model(source: Path, *, out: Path, train_length: int | None = None) ->
     parameters = sum(prod(each.shard.shape) for each in names)
     require_space(out, needed_bytes=_FP32 * parameters)
     with new_folder(out) as folder:
-        with _report_write_errors(out):
+        with report_failed_writes(out, undone="imported"):
             step = step_folder(checkpoints_folder(folder), step=0)
             step.mkdir(parents=True)
             _write(step, config, names, weights, incoming, tokenizer=tokenizer)
@@ -202,9 +198,7 @@ def _write(
         files = {path.name: file.finish()}
     finally:
         file.close()
-    files[CONFIG_NAME] = disk.write_file(folder / CONFIG_NAME, [dump_run(config).encode()])
-    for name, content in tokenizer_files(tokenizer.path).items():
-        files[name] = disk.write_file(folder / name, [content])
+    files |= write_companions(folder, config=config, tokenizer=tokenizer.path)
     manifest = Manifest(
         step=0,
         consumed_samples=0,
@@ -238,15 +232,3 @@ def _compare(source: Path, checkpoint: Path, incoming: IncomingModel, *, length:
             f"logit {scale:.3g}): nothing was imported; report this"
         )
     return length, difference, scale
-
-
-@contextmanager
-def _report_write_errors(out: Path) -> Iterator[None]:
-    """Turn a failed write into an error that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise MachineError(
-            f"folder {out} cannot be written ({' '.join(str(error).split())}): nothing was imported; free space or "
-            "choose another --out"
-        ) from None

@@ -2,15 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from configs.errors import MachineError
 from configs.paths import config_file
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import load_tokenizer
@@ -21,7 +16,7 @@ from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.usable import find_held_out_report
 from training.export.card import CARD_JSON, Origin, write_export_card
 from training.export.facts import ModelFacts
-from training.export.folder import new_folder, require_space, try_new_folder
+from training.export.folder import new_folder, report_failed_writes, require_space, try_new_folder
 from training.export.formats.model_card import model_card
 from training.export.formats.servers import InferenceServer
 from training.export.formats.table import ExportFormat, LengthLimit, load_format, server_of
@@ -81,13 +76,13 @@ def export_checkpoint(
     lengths, limit = _compared_lengths(exporter, opened)
     trained = compute_trained(opened, exporter, lengths=lengths)
     with new_folder(out) as folder:
-        with _report_write_errors(out):
+        with report_failed_writes(out, undone="exported"):
             _write_model(folder, exporter, opened, facts, certificate=trained.certificate)
         # Compare before the folder takes its name: a wrong export must not be left where an engine would load it.
         result = _compare(opened, trained, exporter, folder, out=out, facts=facts, limit=limit)
         if server is not None:
             result = replace(result, served=_serve(opened, trained, server, exporter, folder))
-        with _report_write_errors(out):
+        with report_failed_writes(out, undone="exported"):
             _write_cards(folder, result, exporter, checkpoint=opened, format=format)
     _record(opened, trained.certificate, out=out)
     return result
@@ -147,18 +142,6 @@ def _serve(
         tokenizer=load_tokenizer(checkpoint.tokenizer),
         tolerance=server.tolerances[exporter.dtype] * max(1.0, largest),
     )
-
-
-@contextmanager
-def _report_write_errors(out: Path) -> Iterator[None]:
-    """Turn a failed write into an error that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise MachineError(
-            f"folder {out} cannot be written ({' '.join(str(error).split())}): nothing was exported; free space "
-            "or choose another --out"
-        ) from None
 
 
 def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, out: Path) -> None:

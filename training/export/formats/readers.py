@@ -204,15 +204,9 @@ TRANSFORMERS_WITH_CODE = Reader(
         "which leaves near keys exact"
     },
     serving=(
-        ServingCommand(
-            "transformers",
-            "python",
-            """\
-import torch
-from transformers import pipeline
-
-generate = pipeline("text-generation", model=".", trust_remote_code=True, dtype=torch.float32)
-print(generate("Once", max_new_tokens=50, do_sample=False)[0]["generated_text"])""",
+        replace(
+            _PIPELINE,
+            command=_PIPELINE.command.replace('model="."', 'model=".", trust_remote_code=True'),
             note="runs modeling_trainshort.py of the folder",
         ),
     ),
