@@ -60,7 +60,7 @@ class Flex:
         mask, density = self._mask(q, k, tiles=tiles)
         if self.bias.lossless is not None:
             self.bias.lossless.add(density)
-        out: Tensor = flex_kernel(compiled, one_shape)(
+        attended: Tensor = flex_kernel(compiled, one_shape)(
             q,
             k,
             v,
@@ -68,6 +68,7 @@ class Flex:
             block_mask=mask,
             kernel_options=self.options,
         )
+        out = attended.permute(1, 2, 0, 3)
         return out if end == 0 and queries == keys else out[:, :, keys - queries : keys]
 
     @torch.no_grad()
@@ -102,18 +103,24 @@ def penalty(slope_of: Callable[[Tensor], Tensor] | None) -> Callable[..., Tensor
 
 @lru_cache(maxsize=4)
 def flex_kernel(compiled: bool, one_shape: bool) -> Any:
-    """Return FlexAttention; compiled, it fails where torch cannot compile it, instead of computing all scores.
+    """Return FlexAttention, whose output is [queries, batch, local_heads, head_dim], as the layers take it.
+
+    torch copies a gradient that does not lie as it expects one of the output to lie: in memory's order. Compiled, it
+    fails where torch cannot compile it, instead of computing all scores.
 
     Args:
         compiled: Whether to compile it.
         one_shape: Whether to compile it for each shape, instead of once for all.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Any:
+        return flex_attention.flex_attention(q, k, v, **how).permute(2, 0, 1, 3)
 
     if not compiled:
-        return flex_attention
+        return attend
     # torch compiles a function for 8 kinds of arguments, and all models of a process share this one: allow as many as
     # torch ever does.
     limits = torch._dynamo.config
     limits.recompile_limit = limits.accumulated_recompile_limit
-    return torch.compile(flex_attention, fullgraph=True, dynamic=False if one_shape else None)
+    return torch.compile(attend, fullgraph=True, dynamic=False if one_shape else None)
