@@ -29,10 +29,12 @@ class Flex:
     Attributes:
         bias: The bias.
         options: What FlexAttention is told about its kernel.
+        any_length: Whether one compilation of the kernel serves many lengths.
     """
 
     # All lengths are whole tiles, which a compilation for many lengths cannot know.
     options: ClassVar[dict[str, Any]] = {"IS_DIVISIBLE": True}
+    any_length: ClassVar[bool] = True
 
     def __init__(self, bias: Bias, *, compiled: bool | None = None) -> None:
         """Take a bias.
@@ -51,7 +53,7 @@ class Flex:
             return self._one_query(q, k, v)
         tiles = max(FEWEST_TILES, -(-keys // TILE))
         end = tiles * TILE - keys
-        one_shape = torch.is_grad_enabled() and q.requires_grad
+        one_shape = not self.any_length or (torch.is_grad_enabled() and q.requires_grad)
         # Queries after a cache take their own places in the sequence; the rows before them are not used.
         q, k, v = _padded(q, keys - queries, end), _padded(k, 0, end), _padded(v, 0, end)
         compiled = q.is_cuda if self._compiled is None else self._compiled
