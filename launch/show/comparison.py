@@ -99,7 +99,7 @@ def perplexity_rows(comparison: "Comparison", text: "TextResults") -> Iterator[R
             protocol = text.protocol(key)
             yield f"  {protocol}", []
         values = [text.value(number, key) for number in range(len(comparison.runs))]
-        yield f"    {key[2]:,}", [_NOT_KNOWN if value is None else _perplexity(value) for value in values]
+        yield f"    {key[2]:,}", [_NOT_KNOWN if value is None else perplexity_text(value) for value in values]
 
 
 def _differences(comparison: "Comparison", labels: list[str]) -> Table:
@@ -112,7 +112,8 @@ def _differences(comparison: "Comparison", labels: list[str]) -> Table:
     return table
 
 
-def _perplexity(value: float) -> str:
+def perplexity_text(value: float) -> str:
+    """Return a perplexity with the digits that say something."""
     if value >= 1e6:
         return f"{value:.3g}"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"

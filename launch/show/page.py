@@ -1,6 +1,8 @@
 """The page of `trainshort report`: one HTML file that needs nothing else."""
 
 import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from configs.errors import MachineError
 from configs.files import whole_file
 from configs.terminal import printable
-from launch.show.comparison import figure_rows, perplexity_rows, setting_text
+from launch.show.comparison import Row, figure_rows, perplexity_rows, perplexity_text, setting_text
 from training.own_file import check_own_file
 from training.page.curves import perplexity_charts, training_charts
 from training.page.details import read_details
@@ -20,6 +22,15 @@ if TYPE_CHECKING:
     from training.comparison.comparison import Comparison
 
 GENERATOR = "trainshort report"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure of one run: its name, its value, and what more there is to say of it."""
+
+    name: str
+    value: str
+    note: str = ""
 
 
 def check_page_file(path: Path) -> None:
@@ -60,19 +71,43 @@ def render_page(comparison: "Comparison") -> str:
     )
     details = read_details(comparison)
     one = details[0] if len(details) == 1 else None
-    perplexities = [row for text in comparison.texts for row in perplexity_rows(comparison, text)]
+    figures = figure_rows(comparison)
+    training = training_charts(comparison, marks=[start.step for start in one.starts[1:]] if one else [])
     return templates.get_template("page.html.j2").render(
         generator=GENERATOR,
         version=installed_version("trainshort") or "",
         written_at=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         title=one.label if one else f"{len(details)} runs",
         runs=details,
-        figures=figure_rows(comparison),
-        perplexities=perplexities,
+        figures=figures,
+        tiles=[*_length_tiles(comparison), *_tiles(figures)] if one else [],
+        perplexities=[row for text in comparison.texts for row in perplexity_rows(comparison, text)],
         differences=[
             (key, [setting_text(value) for value in values]) for key, values in comparison.differences.items()
         ],
         notes=comparison.notes,
-        training=training_charts(comparison, marks=[start.step for start in one.starts[1:]] if one else []),
+        losses=[chart for chart in training if chart.is_large],
+        training=[chart for chart in training if not chart.is_large],
         lengths=perplexity_charts(comparison),
     )
+
+
+def _tiles(figures: list[Row]) -> Iterator[Tile]:
+    """Yield the figures of one run; those that stand indented below another in a table become its note."""
+    for place, (name, cells) in enumerate(figures):
+        below = figures[place + 1 : place + 2]
+        notes = [f"{inner.strip()} {values[0]}" for inner, values in below if inner.startswith(" ")]
+        if not name.startswith(" "):
+            yield Tile(name, cells[0], *notes)
+
+
+def _length_tiles(comparison: "Comparison") -> Iterator[Tile]:
+    """Yield the perplexity of one run at the longest length, and how many times its training length that is."""
+    for text in comparison.texts:
+        values = {key[2]: text.value(0, key) for key in text.keys if not key[1]}
+        longest, trained = max(values, default=0), comparison.runs[0].config.data.sequence_length
+        if (value := values.get(longest)) is None:
+            continue
+        at_trained = values.get(trained) if longest != trained else None
+        compared = "" if at_trained is None else f", {perplexity_text(at_trained)} at {trained:,}"
+        yield Tile(f"perplexity at {longest:,}", perplexity_text(value), f"{longest / trained:.3g} x trained{compared}")

@@ -13,6 +13,7 @@ from tests.support.compared_runs import add_report, make_run
 from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
 from training.page.chart import MOST_POINTS, thin
 from training.page.starts import read_starts
+from training.page.timeline import draw_timeline
 
 VOID = {"meta", "link", "br", "path", "circle", "line"}
 SECTIONS = ("Loss", "Learning rate", "Gradient norm", "Throughput", "Memory", "Perplexity by length", "Certificate",
@@ -160,6 +161,64 @@ def test_runs_are_laid_over_each_other(trainshort: Call) -> None:
     assert "train.learning_rate 0.001 0.002" in page.text
     assert [attributes["data-shows"] for tag, attributes in page.tags if tag == "button"] == ["0", "1"]
     assert page.curves("Learning rate") == [], "no run has it"
+    assert "on held-out, per token; nonoverlapping" in page.text
+
+
+def test_lines_of_several_runs_say_which_protocol_they_are(trainshort: Call) -> None:
+    plain = {"tokens": 4000, "loss": 1.0, "perplexity": 20.0, "length": 32}
+    results = [
+        {**plain, "protocol": protocol, "stride": stride}
+        for protocol, stride in (("nonoverlapping", 32), ("sliding", 8))
+    ]
+    for name in ("a", "b"):
+        add_report(make_run(Path(name)), {}, results=results)
+    page = written(trainshort, "a", "b", page="comparison.html")
+    assert "per token; solid: nonoverlapping, dashed: sliding:8" in page.text
+
+
+def test_figures_of_one_run_begin_with_its_longest_length(trainshort: Call) -> None:
+    page = written(trainshort, str(whole_run(Path("run"))), page="run/report.html")
+    assert "Figures perplexity at 128 20.25 4 x trained, 21.25 at 32 position alibi" in page.text
+    assert "training loss 4.0000 best 4.0000" in page.text
+
+
+def test_loss_by_position_is_drawn_where_it_is_known(trainshort: Call) -> None:
+    def results(high: float) -> list[dict[str, Any]]:
+        known = {"positions": [0, 1, 32, 64], "loss": [9.0, high, None, high / 2]}
+        plain = {"protocol": "nonoverlapping", "tokens": 4000, "loss": 1.0, "perplexity": 20.0}
+        lengths = [{**plain, "length": length, "stride": length} for length in (32, 64, 128)]
+        return [{**each, "loss_by_position": known} for each in lengths[:2]] + lengths[2:]
+
+    for name in ("a", "b"):
+        add_report(make_run(Path(name)), {}, results=results(5.0))
+    one = written(trainshort, "a", page="a/report.html")
+    assert one.curves("Loss by position") == ["32 tokens", "64 tokens"]
+    (chart,) = [part for part in one.source.split("<figure")[1:] if "<h3>Loss by position</h3>" in part]
+    # neither position 0, which a logarithmic axis has not, nor a loss that is missing
+    assert [path.count(",") for path in re.findall(r'<path d="([^"]+)"', chart)] == [2, 2]
+    assert "training length 32" in chart
+    several = written(trainshort, "a", "b", page="comparison.html")
+    assert several.curves("Loss by position") == ["a, 64 tokens", "b, 64 tokens"]
+
+
+def test_scores_are_drawn_only_if_some_were_left_out(trainshort: Call) -> None:
+    for name, density in (("all", 1.0), ("some", 0.75)):
+        run_dir = make_run(Path(name))
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        write_lines(run_dir / "metrics.jsonl", [{**line, "attention_density": density} for line in lines])
+    title = "Attention scores computed"
+    assert title not in written(trainshort, "all", page="all/report.html").headings
+    assert title in written(trainshort, "some", page="some/report.html").headings
+
+
+def test_a_thousand_starts_stay_on_the_time_line(tmp_path: Path) -> None:
+    steps = [{"step": step, "loss": 1.0, "step_seconds": 1.0} for step in range(1, 1001)]
+    write_lines(tmp_path / "certificates.jsonl", [certificate(step=step, minute=1) for step in range(1000)])
+    timeline = draw_timeline(read_starts(tmp_path, steps), run_dir=tmp_path)
+    lefts = [bar.left for bar in timeline.bars]
+    assert lefts == sorted(lefts)
+    assert len({*lefts}) == 1000
+    assert (lefts[0], round(timeline.bars[-1].left + timeline.bars[-1].kept, 6)) == (0.0, 100.0)
 
 
 def test_a_new_run_says_what_is_missing_and_what_makes_it(trainshort: Call) -> None:

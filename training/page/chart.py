@@ -17,7 +17,7 @@ _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 14, 40
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _DOT = 4  # at most what a dot takes on either side
-_DASHES = ("", "7 4", "2 3", "10 3 2 3")
+DASHES = {"solid": "", "dashed": "7 4", "dotted": "2 3", "dashes and dots": "10 3 2 3"}
 
 Point = tuple[float, float]
 
@@ -44,6 +44,13 @@ class Series:
     colour: int | None = None
     shade: float | None = None
 
+    @property
+    def style_class(self) -> str:
+        """Class of the style sheet that has its colour."""
+        return (
+            "shaded" if self.shade is not None else f"c{(self.run if self.colour is None else self.colour) % COLOURS}"
+        )
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -64,6 +71,7 @@ class Chart:
         x, y: The axes.
         series: The curves; those of a chart are drawn in their order.
         marks: Vertical lines.
+        is_large: Whether it is one of the few that a reader looks at first.
     """
 
     title: str
@@ -73,6 +81,12 @@ class Chart:
     y: ChartAxis
     series: tuple[Series, ...]
     marks: tuple[Mark, ...] = ()
+    is_large: bool = False
+
+    @property
+    def is_shaded(self) -> bool:
+        """Whether its curves have an order, which their colours show."""
+        return len(self.series) > 1 and all(each.shade is not None for each in self.series)
 
     def svg(self) -> str:
         """Return the chart as an SVG element; page.js reads its data attributes to show values at the pointer."""
@@ -97,11 +111,10 @@ class Chart:
         places = [(self.x.place(x) * _PLOT_WIDTH, (1 - self.y.place(y)) * _PLOT_HEIGHT) for x, y in thin(series.points)]
         # far outside of the plot a coordinate needs no value of its own
         texts = [f"{x:.2f},{min(max(y, -2.0 * _HEIGHT), 2.0 * _HEIGHT):.2f}" for x, y in places]
-        colour = (series.run if series.colour is None else series.colour) % COLOURS
-        dash = _DASHES[series.dash % len(_DASHES)]
+        dash = [*DASHES.values()][series.dash % len(DASHES)]
         style = f' stroke-dasharray="{dash}"' if dash and series.kind != "dots" else ""
         shade = "" if series.shade is None else f' style="--shade:{series.shade:.3f}"'
-        kind = f"{series.kind} {f'c{colour}' if series.shade is None else 'shaded'}"
+        kind = f"{series.kind} {series.style_class}"
         group = f'<g class="curve {kind}"{shade} data-run="{series.run}" data-label="{_text(series.label)}">'
         path = f'<path d="M{"L".join(texts)}"{style}/>'
         dots = ""

@@ -10,7 +10,7 @@ from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
 from training.metrics_reader import finite_value
 from training.page.axis import ChartAxis, Unit, fit_axis, lengths_axis, linear_ticks
-from training.page.chart import COLOURS, Chart, Mark, Point, Series, smooth
+from training.page.chart import COLOURS, DASHES, Chart, Mark, Point, Series, smooth
 
 _SMOOTHED_SHARE = 0.02  # of the steps, averaged for a point of a curve
 _MEAN_LABEL = f"mean of {_SMOOTHED_SHARE:.0%} of the steps"
@@ -50,8 +50,9 @@ def training_charts(comparison: Comparison, *, marks: Sequence[int]) -> list[Cha
 
 
 def perplexity_charts(comparison: Comparison) -> list[Chart]:
-    """Return a chart of perplexity against length for each text."""
-    return [_perplexity_chart(comparison, text) for text in comparison.texts]
+    """Return a chart of perplexity against length for each text, then of loss against position where it is known."""
+    charts = [_perplexity_chart(comparison, text) for text in comparison.texts]
+    return charts + [chart for text in comparison.texts if (chart := _position_chart(comparison, text)) is not None]
 
 
 def bias_chart(config: RunConfig) -> Chart | None:
@@ -103,6 +104,7 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
     if not shown:
         return None
     return Chart(
+        is_large=True,
         title="Loss",
         facts="nats per token; " + ("dots: validation" if several else "training, and dots: validation"),
         x_title=_X_TITLES[by],
@@ -126,7 +128,7 @@ def _field_chart(
         averaged = smooth(points, share=_SMOOTHED_SHARE) if is_averaged else points
         series.append(Series(run.label if several else label, averaged, number, dash=number // COLOURS))
     values = [y for each in series for _, y in each.points]
-    if not values:
+    if not values or field == "attention_density" and {*values} == {1.0}:  # nothing was left out
         return None
     return Chart(
         title=title,
@@ -168,17 +170,61 @@ def _perplexity_chart(comparison: Comparison, text: TextResults) -> Chart:
             label += f", {protocol}" if several and len(protocols) > 1 else ""
             colour = None if several else dash
             series.append(Series(label, points, number, "marked", dash=dash, colour=colour))
-    trained = sorted({comparison.runs[number].config.data.sequence_length for number in text.runs})
+    trained = _trained_lengths(comparison, text)
     lengths = {int(length) for each in series for length, _ in each.points}
+    # the keys of a chart of one run have their names
+    of_lines = several and len(protocols) > 1
+    names = [f"{line}: {name}" for line, name in zip(DASHES, protocols, strict=False)] if of_lines else protocols
     return Chart(
+        is_large=True,
         title="Perplexity by length",
-        facts=f"on {text.text}, per {'word' if text.unit == 'word_perplexity' else 'token'}, {' and '.join(protocols)}",
+        facts=f"on {text.text}, per {'word' if text.unit == 'word_perplexity' else 'token'}; {', '.join(names)}",
         x_title="evaluation length (tokens)",
         x=lengths_axis(lengths, keep=trained),
         y=fit_axis([y for each in series for _, y in each.points], may_be_logarithmic=True),
         series=tuple(each for each in series if each.points),
         marks=tuple(Mark(length, f"training length {length:,}") for length in trained),
     )
+
+
+def _position_chart(comparison: Comparison, text: TextResults) -> Chart | None:
+    """Return loss against position: of one run each length, of several the longest; None where no result has it."""
+    several, trained = len(comparison.runs) > 1, _trained_lengths(comparison, text)
+    series: list[Series] = []
+    for number, results in zip(text.runs, text.results, strict=True):
+        curves = [(key[2], [*_by_position(results[key])]) for key in sorted(results) if not key[1]]
+        curves = [(length, points) for length, points in curves if points]
+        for place, (length, points) in enumerate(curves[-1:] if several else curves):
+            words = f"{length:,} tokens"
+            label = f"{comparison.runs[number].label}, {words}" if several else words
+            shade = None if several else place / max(1, len(curves) - 1)
+            series.append(Series(label, points, number, dash=number // COLOURS, shade=shade))
+    if not series:
+        return None
+    positions = sorted({int(position) for each in series for position, _ in each.points})
+    powers = {2 ** round(math.log2(position)) for position in positions}
+    return Chart(
+        is_large=True,
+        title="Loss by position",
+        facts=f"on {text.text}, nats per token",
+        x_title="position in the window (tokens)",
+        x=lengths_axis({*powers, positions[0], positions[-1]}, keep=trained),
+        y=fit_axis([y for each in series for _, y in each.points]),
+        series=tuple(series),
+        marks=tuple(Mark(length, f"training length {length:,}") for length in trained),
+    )
+
+
+def _trained_lengths(comparison: Comparison, text: TextResults) -> list[int]:
+    return sorted({comparison.runs[number].config.data.sequence_length for number in text.runs})
+
+
+def _by_position(result: dict[str, Any]) -> Iterator[Point]:
+    """Yield the loss at each position of a result's windows; the axis is logarithmic and has no 0."""
+    known = result.get("loss_by_position") or {"positions": (), "loss": ()}
+    for position, loss in zip(known["positions"], known["loss"], strict=True):
+        if position > 0 and loss is not None and math.isfinite(loss):
+            yield float(position), float(loss)
 
 
 def _measured(text: TextResults, run: int, *, protocol: str) -> Iterator[Point]:
