@@ -1,6 +1,7 @@
 """`trainshort report`: what the page shows of one run and of several, and what it never overwrites."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
+from tests.support.started_runs import certificate, whole_run, write_lines
 from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
 from training.page.chart import MOST_POINTS, thin
 from training.page.starts import read_starts
@@ -72,45 +74,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The test's working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def certificate(*, step: int, minute: int, ranks: int = 2, **changes: Any) -> dict[str, Any]:
-    stated = [
-        {"rank": rank, "tensor_rank": 0, "stage": 0, "data_rank": rank, "position": "alibi", "backend": "sdpa",
-         "precision": "fp32", "device": "cpu", "heads": [0, 1, 2, 3], "slopes_sha256": "a", "recency": 0.1,
-         "error": 2e-7}
-        for rank in range(ranks)
-    ]  # fmt: skip
-    started_at = f"2026-01-02T03:{minute:02}:00+00:00"
-    return {"started_at": started_at, "step": step, "position": "alibi", "heads": 4, "ranks": stated, **changes}
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-
-
-def whole_run(folder: Path) -> Path:
-    """Return a run of ten steps whose first start lost steps 6 and 7 and whose second had a save that failed."""
-    run_dir = make_run(folder)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    lines = [{**line, "learning_rate": 1e-3, "grad_norm": 0.5} for line in lines]
-    lines[8] |= {"save_seconds": 3.0, "failed_saves": 1}
-    lines[9] |= {"failed_saves": 1}
-    write_lines(run_dir / "metrics.jsonl", lines)
-    write_lines(run_dir / "logs" / "metrics_discarded.jsonl", [{**lines[5], "save_seconds": 1.0}, lines[6]])
-    write_lines(run_dir / "certificates.jsonl", [certificate(step=0, minute=4), certificate(step=5, minute=9)])
-    environment = {
-        "python": "3.11.7",
-        "device": "a card",
-        "world_size": 2,
-        "packages": {"torch": "2.13.0", "gguf": None},
-        "slurm": {"job_id": "77", "nodes": "n[1-2]"},
-        "code": {"commit": "a" * 40, "diff": "+"},
-    }
-    (run_dir / "environment.json").write_text(json.dumps(environment))
-    add_report(run_dir, {32: 21.25, 64: 20.5, 128: 20.25})
-    return run_dir
 
 
 def written(trainshort: Call, *arguments: str, page: str) -> ReadPage:
@@ -265,7 +228,18 @@ def test_axes_have_round_ticks_that_read_well() -> None:
     assert lengths_axis([128, 300, 512, 16_384], keep=[256]).ticks == (128, 256, 512, 16_384)
     written = [write_value(value, unit="plain") for value in (0.0, 0.25, 2e-4, 1.5e-4, 12_000.0, 3.2e6)]
     assert written == ["0", "0.25", "2e-4", "1.5e-4", "12,000", "3.2e6"]
-    assert [write_value(value, unit="count") for value in (16_384, 2e10)] == ["16,384", "20B"]
+    assert [write_value(value, unit="count") for value in (16_384, 1e8, 2e10)] == ["16,384", "100M", "20B"]
+    sizes = [write_value(value, unit="gigabytes") for value in (0.5, 1.0, 1.5, 20.0, 1.25, 100.0)]
+    assert sizes == ["500 MB", "1 GB", "1.5 GB", "20 GB", "1.25 GB", "100 GB"]
+
+
+def test_axes_hold_the_largest_and_the_smallest_numbers() -> None:
+    for values in ([20.0, 1e300], [1e-320, 1.0], [-1.7e308, 1.7e308], [1e308], [1e-310, 1e-309]):
+        for logarithmic in (False, True):
+            axis = fit_axis(values, may_be_logarithmic=logarithmic)
+            assert -math.inf < axis.low < axis.high < math.inf
+            assert all(math.isfinite(axis.place(value)) for value in (axis.low, 1.0, axis.high))
+            assert axis.ticks
 
 
 def test_a_large_layout_shows_its_first_copies(trainshort: Call) -> None:

@@ -14,7 +14,7 @@ MOST_POINTS = 1000  # of a curve; a screen is not wider
 COLOURS = 8  # classes c0 to c7 of the style sheet
 # in units of the drawing, which is as wide as a phone: text then has its natural size
 _WIDTH, _HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 16, 14, 40
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _DOT = 4  # at most what a dot takes on either side
 DASHES = {"solid": "", "dashed": "7 4", "dotted": "2 3", "dashes and dots": "10 3 2 3"}
