@@ -12,14 +12,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from configs.errors import MachineError
 from configs.files import whole_file
 from configs.terminal import printable
-from launch.show.comparison import Row, figure_rows, perplexity_rows, perplexity_text, setting_text
+from launch.show.comparison import Row, figure_rows, perplexity_text, setting_text
 from training.own_file import check_own_file
 from training.page.curves import perplexity_charts, training_charts
 from training.page.details import read_details
 from training.versions import installed_version
 
 if TYPE_CHECKING:
-    from training.comparison.comparison import Comparison
+    from training.comparison.comparison import Comparison, TextResults
 
 GENERATOR = "trainshort report"
 
@@ -31,6 +31,21 @@ class Tile:
     name: str
     value: str
     note: str = ""
+
+
+@dataclass(frozen=True)
+class LengthTable:
+    """Perplexities on one text.
+
+    Attributes:
+        facts: What was measured.
+        lengths: Each length, and how many times the training length it is; the latter is empty if the runs differ.
+        rows: Number of the run, what was measured, the step of the checkpoint, and a perplexity per length.
+    """
+
+    facts: str
+    lengths: list[tuple[str, str]]
+    rows: list[tuple[int, str, str, list[str]]]
 
 
 def check_page_file(path: Path) -> None:
@@ -81,11 +96,11 @@ def render_page(comparison: "Comparison") -> str:
         runs=details,
         figures=figures,
         tiles=[*_length_tiles(comparison), *_tiles(figures)] if one else [],
-        perplexities=[row for text in comparison.texts for row in perplexity_rows(comparison, text)],
+        tables=[_length_table(comparison, text) for text in comparison.texts],
         differences=[
             (key, [setting_text(value) for value in values]) for key, values in comparison.differences.items()
         ],
-        notes=comparison.notes,
+        notes=[note for note in comparison.notes if note not in comparison.unevaluated],
         losses=[chart for chart in training if chart.is_large],
         training=[chart for chart in training if not chart.is_large],
         lengths=perplexity_charts(comparison),
@@ -111,3 +126,27 @@ def _length_tiles(comparison: "Comparison") -> Iterator[Tile]:
         at_trained = values.get(trained) if longest != trained else None
         compared = "" if at_trained is None else f", {perplexity_text(at_trained)} at {trained:,}"
         yield Tile(f"perplexity at {longest:,}", perplexity_text(value), f"{longest / trained:.3g} x trained{compared}")
+
+
+def _length_table(comparison: "Comparison", text: "TextResults") -> LengthTable:
+    """Return the perplexities of the runs on a text: a row per protocol and run, a column per length."""
+    several, runs = len(comparison.runs) > 1, comparison.runs
+    protocols: dict[str, dict[int, tuple[str, int, int]]] = {}
+    for key in text.keys:
+        protocols.setdefault(text.protocol(key), {})[key[2]] = key
+    lengths = sorted({key[2] for key in text.keys})
+    trained = {runs[number].config.data.sequence_length for number in text.runs}
+    times = [f"{length / min(trained):.3g} x" if len(trained) == 1 else "" for length in lengths]
+    rows = []
+    for protocol, keys in protocols.items():
+        for number in text.runs:
+            values = [text.value(number, keys[length]) if length in keys else None for length in lengths]
+            names = ([runs[number].label] if several else []) + (
+                [protocol] if len(protocols) > 1 or not several else []
+            )
+            report = runs[number].report or {}
+            cells = ["-" if value is None else perplexity_text(value) for value in values]
+            rows.append((number, ", ".join(names), f"{report['step']:,}", cells))
+    unit = "word" if text.unit == "word_perplexity" else "token"
+    facts = f"on {text.text}, per {unit}; {', '.join(protocols)}"
+    return LengthTable(facts, [*zip((f"{length:,}" for length in lengths), times, strict=True)], rows)

@@ -198,3 +198,14 @@ def test_a_hundred_thousand_steps_stay_small_and_quick(reader: Reader) -> None:
             reader.browser.move_to(*reader.browser.run("return placeIn('Memory', arguments[0] / 10)", tenth))
             assert "60.0 GB" in reader.browser.run("return tipOf('Memory')")
         assert time.monotonic() - began < MOST_OPEN_SECONDS, "the values follow the pointer"
+
+
+def test_marks_of_several_lengths_are_told_apart(reader: Reader) -> None:
+    for number, length in enumerate((32, 40, 48, 512)):
+        run_dir = make_run(Path(f"run{number}"), data={"sequence_length": length}, model={"window": length // 2})
+        add_report(run_dir, {32: 20.0, 40: 19.0 + number, 512: 18.0, 8192: 17.0})
+    reader.look_at(reader.write("run0", "run1", "run2", "run3"), name="lengths")
+    script = (
+        "return [...chartNamed('Perplexity by length').querySelectorAll('.marktext')].map((each) => each.textContent)"
+    )
+    assert reader.browser.run(script) == [f"training length {length}" for length in (32, 40, 48, 512)]

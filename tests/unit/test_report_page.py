@@ -88,7 +88,7 @@ def test_a_page_has_every_part_and_needs_no_network(trainshort: Call) -> None:
     assert not {*SECTIONS} - {*page.headings}
     assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[a-z]", page.source)
     assert not [tag for tag, attributes in page.tags if {"src", "href"} & {*attributes} and tag != "link"]
-    assert page.curves("Loss") == ["each step", "mean of 2% of the steps", "validation"]
+    assert page.curves("Loss") == ["each step", "validation"], "the mean of so few steps is each step"
     assert page.curves("Perplexity by length") == ["nonoverlapping"]
     assert page.curves("Attention bias per head") == [f"head {head}" for head in range(4)]
     assert "training length 32" in page.text
@@ -119,12 +119,23 @@ def test_runs_are_laid_over_each_other(trainshort: Call) -> None:
     for name, rate in (("a", 1e-3), ("b", 2e-3)):
         add_report(make_run(Path(name), train={"learning_rate": rate}), {32: 20.0, 64: 19.0})
     page = written(trainshort, "a", "b", page="comparison.html")
-    assert page.curves("Loss") == ["a, each step", "b, each step", "a", "a, validation", "b", "b, validation"]
+    assert page.curves("Loss") == ["a", "a, validation", "b", "b, validation"]
     assert page.curves("Perplexity by length") == ["a", "b"]
     assert "train.learning_rate 0.001 0.002" in page.text
+    assert "at step 32 1 x 64 2 x a 10 20.00 19.00 b 10 20.00 19.00" in page.text
     assert [attributes["data-shows"] for tag, attributes in page.tags if tag == "button"] == ["0", "1"]
     assert page.curves("Learning rate") == [], "no run has it"
     assert "on held-out, per token; nonoverlapping" in page.text
+
+
+def test_a_long_run_shows_each_step_and_their_mean(trainshort: Call) -> None:
+    for name in ("a", "b"):
+        make_run(Path(name), steps=200, train={"steps": 200})
+    one = written(trainshort, "a", page="a/report.html")
+    assert one.curves("Loss") == ["each step", "mean of 2% of the steps", "validation"]
+    assert one.curves("Memory") == ["memory"]
+    two = written(trainshort, "a", "b", page="comparison.html")
+    assert two.curves("Loss") == ["a, each step", "b, each step", "a", "a, validation", "b", "b, validation"]
 
 
 def test_lines_of_several_runs_say_which_protocol_they_are(trainshort: Call) -> None:

@@ -17,7 +17,7 @@ _MEAN_LABEL = f"mean of {_SMOOTHED_SHARE:.0%} of the steps"
 _SHOWN_FROM = 0.03  # share of the steps: the first losses would flatten the rest
 _MOST_FAINT = 2  # runs whose single steps are drawn behind the averages
 _LEAST_BIAS = -12.0  # where the drawing of a bias ends: a key there has a weight of 6e-6 of its score's
-_BIAS_TOP = 1.4  # room for the words above the curves
+_BIAS_TOP = 0.4
 _BIAS_POINTS = 96
 
 # field of metrics.jsonl, title, facts, unit, whether it is averaged, whether the axis begins at 0
@@ -93,11 +93,7 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
     shown: list[float] = []
     for number, run in runs:
         points, validated = _points(run, "loss", by=by), _points(run, "validation_loss", by=by)
-        averaged = smooth(points, share=_SMOOTHED_SHARE)
-        if len(runs) <= _MOST_FAINT:
-            series.append(Series(f"{run.label}, each step" if several else "each step", points, number, "faint"))
-        dash = number // COLOURS  # colours repeat
-        series.append(Series(run.label if several else _MEAN_LABEL, averaged, number, dash=dash))
+        series += _averaged(number, run, points, faint=len(runs) <= _MOST_FAINT, several=several)
         label = f"{run.label}, validation" if several else "validation"
         series.append(Series(label, validated, number, "dots", colour=number if several else 1))
         shown += [y for _, y in (*points[int(_SHOWN_FROM * len(points)) :], *validated)]
@@ -122,11 +118,11 @@ def _field_chart(
     series: list[Series] = []
     for number, run in runs:
         several, points = len(runs) > 1, _points(run, field, by=by)
-        if is_averaged and len(runs) <= _MOST_FAINT:
-            series.append(Series(f"{run.label}, each step" if several else "each step", points, number, "faint"))
-        label = _MEAN_LABEL if is_averaged else title.lower()
-        averaged = smooth(points, share=_SMOOTHED_SHARE) if is_averaged else points
-        series.append(Series(run.label if several else label, averaged, number, dash=number // COLOURS))
+        if is_averaged:
+            series += _averaged(number, run, points, faint=len(runs) <= _MOST_FAINT, several=several)
+        else:
+            label = run.label if several else title.lower()
+            series.append(Series(label, points, number, dash=number // COLOURS))
     values = [y for each in series for _, y in each.points]
     if not values or field == "attention_density" and {*values} == {1.0}:  # nothing was left out
         return None
@@ -139,6 +135,17 @@ def _field_chart(
         series=_in_order(series),
         marks=tuple(map(Mark, marks)),
     )
+
+
+def _averaged(number: int, run: ComparedRun, points: list[Point], *, faint: bool, several: bool) -> Iterator[Series]:
+    """Yield the mean of the steps around each step, and the steps themselves, faint; a short run has but the latter."""
+    dash, averaged = number // COLOURS, smooth(points, share=_SMOOTHED_SHARE)  # colours repeat
+    if averaged == points:
+        yield Series(run.label if several else "each step", points, number, dash=dash)
+        return
+    if faint:
+        yield Series(f"{run.label}, each step" if several else "each step", points, number, "faint")
+    yield Series(run.label if several else _MEAN_LABEL, averaged, number, dash=dash)
 
 
 _X_TITLES = {"step": "step", "tokens_seen": "training tokens"}
