@@ -101,3 +101,6 @@ const outsideOf = (selector, room) => {
   const boxes = [...document.querySelector(selector).children].map((each) => each.getBoundingClientRect());
   return boxes.filter((at) => at.left < box.left - room || at.right > box.right + room).map((at) => [at.left, at.right]);
 };
+// Tables that are wider than their card: paper cannot be scrolled.
+const cutTables = () => [...document.querySelectorAll(".scroll")].filter((each) => isShown(each) && each.scrollWidth > each.clientWidth + 1)
+  .map((each) => each.innerText.slice(0, 40));

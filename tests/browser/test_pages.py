@@ -119,13 +119,16 @@ def test_charts_tell_values_to_pointer_keys_and_finger(reader: Reader) -> None:
 
 
 def test_a_page_is_printed_in_ink_on_white(reader: Reader) -> None:
-    page = reader.write(str(whole_run(Path("run"))))
+    run_dir = whole_run(Path("run"))
+    add_report(run_dir, {2**power: 20.0 for power in range(5, 14)})
+    page = reader.write(str(run_dir))
     browser = reader.browser
-    browser.show_as(width=800, scheme="dark", media="print")
+    browser.show_as(width=718, height=1000, scheme="dark", media="print")  # A4
     browser.open(page)
     assert browser.run("return brightness()") > 0.9
     assert browser.run("return contrasts()[0][0]") >= 4.5
     assert browser.run("return misplacedTexts()") == []
+    assert browser.run("return cutTables()") == []
     pdf = browser.pdf()
     if reader.pictures:
         (reader.pictures / "printed.pdf").write_bytes(pdf)
