@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from configs.figures import byte_size, duration, scaled
+from configs.figures import byte_size, duration, perplexity_text, scaled
 from configs.terminal import printable
 from launch.show.console import narrow_table, output_width, show_folded, show_lines
 
@@ -110,13 +110,6 @@ def _differences(comparison: "Comparison", labels: list[str]) -> Table:
     for key, values in comparison.differences.items():
         table.add_row(key, *map(setting_text, values))
     return table
-
-
-def perplexity_text(value: float) -> str:
-    """Return a perplexity with the digits that say something."""
-    if value >= 1e6:
-        return f"{value:.3g}"
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _steps(run: dict[str, Any]) -> str:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from configs.errors import MachineError
+from configs.figures import perplexity_text
 from configs.files import whole_file
 from configs.terminal import printable
-from launch.show.comparison import Row, figure_rows, perplexity_text, setting_text
+from launch.show.comparison import Row, figure_rows, setting_text
 from training.own_file import check_own_file
 from training.page.curves import perplexity_charts, training_charts
 from training.page.details import read_details
