@@ -104,6 +104,8 @@ def test_charts_tell_values_to_pointer_keys_and_finger(reader: Reader) -> None:
     assert browser.run("return isWithin(chartNamed('Memory').parentElement.querySelector('.tip'), window)")
     browser.move_to(1, 1)
     assert tip() == []
+    browser.press("Tab")
+    assert browser.run("return document.activeElement.matches('svg.chart')")
     browser.run("chartNamed('Memory').focus()")
     seen = []
     for key in ("ArrowRight", "ArrowRight", "End", "ArrowRight", "ArrowLeft", "Home", "Escape"):

@@ -23,7 +23,7 @@ FLAGS = (
 )
 HEIGHTS = {360: 740, 800: 1100, 1400: 900}
 """Widths of a phone, a tablet and a screen, with their heights; in CSS pixels."""
-_CODES = {"Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
 READABLE = 4.5  # the contrast of text that WCAG 2 asks for, level AA
 SCHEMES = ("light", "dark")
 

@@ -191,7 +191,7 @@ def test_a_thousand_starts_stay_on_the_time_line(tmp_path: Path) -> None:
     timeline = draw_timeline(read_starts(tmp_path, steps), run_dir=tmp_path)
     lefts = [bar.left for bar in timeline.bars]
     assert lefts == sorted(lefts)
-    assert len({*lefts}) == 1000
+    assert min(bar.kept for bar in timeline.bars) > 0
     assert (lefts[0], round(timeline.bars[-1].left + timeline.bars[-1].kept, 6)) == (0.0, 100.0)
 
 
