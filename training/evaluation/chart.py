@@ -121,6 +121,12 @@ def mark_training_length(axes: Axes, length: int, *, text: str) -> None:
     )
 
 
+def ring_point(axes: Axes, point: tuple[int, float], *, number: int) -> None:
+    """Draw a ring around a point of a line: its training length, where lines have several."""
+    ring = {**line_style(number), "marker": "o", "markersize": 12, "fillstyle": "none"}
+    axes.plot([point[0]], [point[1]], linestyle="none", zorder=4, **ring)
+
+
 def head_axes(axes: Axes, *, heading: str, facts: str) -> None:
     """Write a heading and a line of facts above the axes, and leave only their left and lower side."""
     axes.grid(axis="y", color="#dddddd", linewidth=0.8, zorder=0)
