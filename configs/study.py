@@ -46,13 +46,13 @@ def _empty_section(value: Any) -> Any:
     return {} if value is None else value
 
 
-Overrides = Annotated[dict[str, Any], BeforeValidator(_empty_section)]
+KeyValues = Annotated[dict[str, Any], BeforeValidator(_empty_section)]
 
 
 class StudyRun(Section):
     """One run of a study: what differs from the others."""
 
-    set: Overrides = Field(default_factory=dict, description="Keys of the run file that differ, `section.key: value`.")
+    set: KeyValues = Field(default_factory=dict, description="Keys of the run file that differ, `section.key: value`.")
     seeds: Seeds | None = Field(
         default=None, min_length=1, description="Seeds of this run, a run each; those of the study unless set."
     )
@@ -66,7 +66,7 @@ class Study(Section):
     runs: dict[Name, Annotated[StudyRun, BeforeValidator(_empty_section)]] = Field(
         min_length=1, description="The runs by name, in the order in which they are trained."
     )
-    set: Overrides = Field(
+    set: KeyValues = Field(
         default_factory=dict, description="Keys of the run file that differ from the base in all runs."
     )
     seeds: Seeds = Field(default=(1,), min_length=1, description="Seeds of each run; a seed is a run.")

@@ -17,7 +17,7 @@ from launch.study.processes import Commands, commands_until_asked
 from training.checkpoint.manifest import step_folder
 from training.reproduction.facts import data_facts
 from training.study.progress import ProgressReader, RunProgress, expected_seconds
-from training.study.rows import StudyRow, read_rows, write_row
+from training.study.rows import StudyRow, read_study_rows, write_row
 from training.study.table import unwritable_study
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class StudyExecution:
             if name not in names:
                 raise InputError(f"--only {name} is no run of {loaded.study.name}: use one of {', '.join(names)}")
         self._loaded, self._reader = loaded, ProgressReader(loaded)
-        self._rows = read_rows(loaded.rows, study=loaded.study.name)
+        self._rows = read_study_rows(loaded.rows, study=loaded.study.name)
         self._chosen = [run for run in loaded.runs if not only or run.run in only or run.label in only]
         self.progress = {planned.label: self._read(planned) for planned in loaded.runs}
         self.collected: list[str] = []

@@ -71,7 +71,8 @@ def deciding_values(config: RunConfig) -> dict[str, Any]:
     values = with_dotted_keys(config.model_dump(mode="json"))
     kept = {key: value for key, value in values.items() if key == _STEPS or not key.startswith((*MAY_CHANGE, *_PLACES))}
     weights = [source.weight for source in config.data.sources]
-    return {**kept, "train.decay_steps": config.train.decay_steps or config.train.steps, "data.weights": weights}
+    decay_steps = config.train.decay_steps if config.train.decay_steps != config.train.steps else None  # its default
+    return {**kept, "train.decay_steps": decay_steps, "data.weights": weights}
 
 
 def values_sha256(values: Mapping[str, Any]) -> str:
@@ -96,7 +97,7 @@ def _default(key: str) -> Any:
     return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
 
 
-def read_rows(path: Path, *, study: str) -> dict[tuple[str, int], StudyRow]:
+def read_study_rows(path: Path, *, study: str) -> dict[tuple[str, int], StudyRow]:
     """Return the rows of a study by run and seed; empty if there is no file.
 
     Raises:
