@@ -11,7 +11,8 @@ from configs.figures import counted, duration, scaled
 from configs.files import one_writer
 from configs.paths import chain_file, checkpoints_folder, data_folder, run_folder
 from configs.study import HELD_OUT_TEXT, LoadedStudy, PlannedRun
-from data_pipeline.manifest import read_data_manifest
+from data_pipeline.counts import held_out_tokens
+from data_pipeline.manifest import load_prepared, read_data_manifest
 from launch.local import STOPPED_BY_HAND
 from launch.study.processes import Commands, commands_until_asked
 from training.checkpoint.manifest import step_folder
@@ -103,7 +104,7 @@ class StudyExecution:
         """Prepare the data that is needed, and compare it with that of the rows; return the exit code.
 
         Raises:
-            InputError: a row is of other data.
+            InputError: a row is of other data, or the held-out text is too short for the lengths.
         """
         for planned in self.unprepared():
             code = commands.run("prepare", *_run_arguments(planned, self._loaded))
@@ -111,6 +112,7 @@ class StudyExecution:
                 return code
         for planned in [each.planned for each in self.chosen if each.stage == "train"]:
             self._refuse_other_data(planned)
+            self._refuse_short_text(planned)
         return 0
 
     def _pending(self) -> list[RunProgress]:
@@ -173,6 +175,18 @@ class StudyExecution:
             for text in self._loaded.study.texts:
                 if text != HELD_OUT_TEXT and not Path(text).is_file():
                     raise InputError(f"texts has {text}, which is no file: give a file as for evaluate --data")
+
+    def _refuse_short_text(self, planned: PlannedRun) -> None:
+        """Refuse lengths that the held-out text has no window of: a larger split would change every run."""
+        folder, longest = data_folder(planned.config), max(planned.config.evaluation_lengths)
+        if HELD_OUT_TEXT not in self._loaded.study.texts or read_data_manifest(folder) is None:
+            return
+        tokens = held_out_tokens(load_prepared(planned.config.data, folder=folder))
+        if tokens <= longest:
+            raise InputError(
+                f"lengths has {longest}, but the held-out text in {folder} has {tokens} tokens: raise data.split, add "
+                "text, or use shorter lengths"
+            )
 
     def _refuse_other_data(self, planned: PlannedRun) -> None:
         sha256 = data_facts(data_folder(planned.config)).get("sha256")

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from configs.study import STUDIES, load_study
+from data_pipeline.counts import held_out_tokens
+from data_pipeline.manifest import load_prepared
 from launch.study import execution, submission
 from launch.study.processes import Commands
 from tests.support.command_line import Answer, Call, contents, refused
@@ -248,6 +250,17 @@ def test_runs_on_other_data_are_refused(study: Run, files: StudyFiles, monkeypat
         in study(code=2).error
     )
     assert files.calls == ["prepare"]
+
+
+def test_lengths_beyond_the_held_out_text_are_refused(study: Run, files: StudyFiles, prepared_once: Path) -> None:
+    shutil.copytree(prepared_once / "data", "data")
+    tokens = held_out_tokens(load_prepared(load_study(write_study()).runs[0].config.data, folder=Path("data")))
+    assert study(code=2, lengths=[32, tokens]).error.endswith(
+        f"error: lengths has {tokens}, but the held-out text in data has {tokens} tokens: raise data.split, add text, "
+        "or use shorter lengths\n"
+    )
+    assert files.calls == []
+    study(lengths=[32, tokens - 1])
 
 
 def test_the_plan_has_tokens_and_the_time_that_was_measured(study: Run, files: StudyFiles, trainshort: Call) -> None:
