@@ -124,12 +124,14 @@ class LoadedStudy:
 
     Attributes:
         study: The study.
+        shared: Keys in which all runs differ from the base, of `set` and the command line, without secrets.
         folder: Its folder.
         rows: File of the finished runs.
         runs: Its runs, in their order.
     """
 
     study: Study
+    shared: dict[str, Any]
     folder: Path
     rows: Path
     runs: tuple[PlannedRun, ...]
@@ -170,7 +172,9 @@ def load_study(name_or_path: str, *, overrides: Sequence[str] = ()) -> LoadedStu
     if broken:
         raise InputError(problem_message(name_or_path, (), broken))
     beside = folder / "rows.jsonl" if path.parent == STUDIES else path.with_name(f"{path.stem}.rows.jsonl")
-    return LoadedStudy(study, folder, Path(study.rows) if study.rows else beside, tuple(runs))
+    values = runs[0].config.model_dump(mode="json")
+    shared = {key: _value_at(values, key) for key in dict.fromkeys((*study.set, *map(_key_of, overrides)))}
+    return LoadedStudy(study, shared, folder, Path(study.rows) if study.rows else beside, tuple(runs))
 
 
 def _valid_part(values: dict[str, Any], refused: set[tuple[Any, ...]]) -> Study | None:
@@ -184,7 +188,7 @@ def _valid_part(values: dict[str, Any], refused: set[tuple[Any, ...]]) -> Study 
 
 def _study_problems(study: Study, overrides: Sequence[str]) -> Iterator[str]:
     """Yield what is wrong between the keys of a study, and with its overrides."""
-    typed = {override.partition("=")[0] for override in overrides}
+    typed = dict.fromkeys(map(_key_of, overrides))
     for owner, keys in (("set", study.set), *((f"runs.{name}.set", run.set) for name, run in study.runs.items())):
         for key in keys:
             if not _KEY.fullmatch(key):
@@ -203,6 +207,10 @@ def _study_problems(study: Study, overrides: Sequence[str]) -> Iterator[str]:
     names = [text_key(text) for text in study.texts]
     if len(set(names)) < len(names):
         yield f"texts has two texts of one name, got {', '.join(names)}: rename one"
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def _own_key_problem(owner: str, key: str) -> Iterator[str]:

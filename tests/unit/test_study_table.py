@@ -59,7 +59,8 @@ def rows() -> dict[tuple[str, int], StudyRow]:
 
 @pytest.fixture
 def table(rows: dict[tuple[str, int], StudyRow]) -> StudyTable:
-    return build_table(load_study(write_study(texts=["held-out", "book.txt"])), rows)
+    loaded = load_study(write_study(texts=["held-out", "book.txt"]), overrides=["checkpoint.every=3", "train.clip=2"])
+    return build_table(loaded, rows)
 
 
 def cells_of(markdown: str, heading: str) -> Iterator[list[str]]:
@@ -79,16 +80,23 @@ def test_rows_stand_in_the_order_of_the_study(table: StudyTable) -> None:
     assert list(cells_of(markdown, "Perplexity per token on held-out, nonoverlapping")) == [
         ["alibi", "1", "20.00", "18.00", "17.00"],
         ["alibi", "2", "24.00", "19.00", "-"],
-        ["alibi", "mean of 2", "22.00 (20.00 to 24.00)", "18.50 (18.00 to 19.00)", "-"],
+        ["alibi", "mean of 2", "22.00", "18.50", "-"],
+        ["alibi", "spread", "4.00", "1.00", "-"],
         ["rotary", "1", "-", "30.00", "2e+06"],
     ]
     assert "![Perplexity against length](study.png)" in markdown
+    # what the command line sets counts
+    assert (
+        "in all runs `parallel.tensor: 1`, `parallel.pipeline: 1`, `checkpoint.every: 3`, `train.clip: 2.0`\n"
+        in markdown
+    )
 
 
 def test_the_json_has_each_seed_and_their_means(table: StudyTable) -> None:
     as_json, markdown = write_table(table)
     document = json.loads(as_json.read_text())
     assert markdown.read_text() == format_study(table)
+    assert (document["set"]["checkpoint.every"], document["set"]["train.clip"]) == (3, 2.0)
     assert [(run["run"], run["seed"], run["seconds"]) for run in document["runs"]] == [
         ("alibi", 1, 125.0),
         ("alibi", 2, 125.0),

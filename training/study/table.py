@@ -26,6 +26,11 @@ class SeedRange:
     lowest: float
     highest: float
 
+    @property
+    def spread(self) -> float:
+        """How far the seeds are apart."""
+        return self.highest - self.lowest
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -85,6 +90,7 @@ class StudyTable:
         return {
             "study": study.name,
             "base": study.base,
+            "set": self.loaded.shared,
             "runs": [
                 {
                     "run": row.run,
@@ -167,7 +173,7 @@ def build_table(loaded: LoadedStudy, rows: Mapping[tuple[str, int], StudyRow]) -
 
 
 def perplexity_cells(table: StudyTable, text: TextTable) -> list[list[str]]:
-    """Return the cells of a table of perplexities: run, seed, a perplexity per length; a mean below several seeds.
+    """Return the cells of a table of perplexities: run, seed, a perplexity per length; mean and spread below seeds.
 
     A perplexity has its standard error behind it, where the evaluation measured that of the loss: `72.07 ± 0.41`.
     """
@@ -178,7 +184,11 @@ def perplexity_cells(table: StudyTable, text: TextTable) -> list[list[str]]:
             lines.append([name, str(row.seed), *(_measured(results.get(length)) for length in text.lengths)])
         if len(ours) > 1:
             means = text.seeds_of(name)
-            lines.append([name, f"mean of {len(ours)}", *(_mean(means.get(length)) for length in text.lengths)])
+            ranges = [means.get(length) for length in text.lengths]
+            lines.append(
+                [name, f"mean of {len(ours)}", *(_cell(each and each.mean, perplexity_text) for each in ranges)]
+            )
+            lines.append([name, "spread", *(_cell(each and each.spread, perplexity_text) for each in ranges)])
     return lines
 
 
@@ -186,7 +196,7 @@ def format_study(table: StudyTable) -> str:
     """Return the table as Markdown, with its figure."""
     study = table.loaded.study
     lines = [f"# {study.name}", "", *([f"![Perplexity against length]({FIGURE_NAME})", ""] if table.texts else [])]
-    same = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in study.set.items())
+    same = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in table.loaded.shared.items())
     lines += [f"- from the run file `{study.base}`" + (f", in all runs {same}" if same else "")]
     lines += [f"- {note}" for note in table.notes()]
     lines += ["", "## Runs", "", *_markdown(RUN_COLUMNS, table.run_rows(), left=("run", "differs in"))]
@@ -243,13 +253,6 @@ def _measured(result: Mapping[str, Any] | None) -> str:
     perplexity, error = result["perplexity"], result.get("standard_error")
     # the error is of the loss: to first order, that of its exponential is perplexity times it
     return perplexity_text(perplexity) + ("" if error is None else f" ± {perplexity_text(perplexity * error)}")
-
-
-def _mean(values: SeedRange | None) -> str:
-    if values is None:
-        return NOT_MEASURED
-    lowest, highest = perplexity_text(values.lowest), perplexity_text(values.highest)
-    return f"{perplexity_text(values.mean)} ({lowest} to {highest})"
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str]) -> Iterator[str]:
