@@ -83,7 +83,8 @@ def _train(config: RunConfig, *, steps: int) -> None:
     tokens = config.train.global_batch * config.data.sequence_length
     with metrics_path(run_dir).open("w") as file:
         for step in range(1, steps + 1):
-            speed = {"step_seconds": 0.5, "tokens_per_second": 2 * tokens, "memory_gb": 0.25}
+            seconds = 0.5 / config.run.seed
+            speed = {"step_seconds": seconds, "tokens_per_second": tokens / seconds, "memory_gb": 0.25}
             file.write(json.dumps({"step": step, "loss": 5.0, "tokens_seen": step * tokens, **speed}) + "\n")
     checkpoint = step_folder(run_dir / "checkpoints", step=steps)
     if not checkpoint.exists():

@@ -153,7 +153,7 @@ def test_the_figure_has_a_line_a_run_and_a_band_of_seeds(table: StudyTable, monk
     marked = {line.get_xdata()[0] for line in held_out.get_lines() if line.get_linestyle() == "--"}
     assert marked == {32, 64}, "both training lengths"
     colours = [{line.get_label(): line.get_color() for line in axes.get_lines()} for axes in (held_out, book)]
-    assert colours[0]["rotary"] == colours[1]["rotary"]
+    assert colours[0]["rotary"] == colours[1]["rotary"] != colours[0]["alibi"]
 
 
 def test_a_study_without_a_row_draws_nothing() -> None:
