@@ -81,6 +81,7 @@ LIGHT = (
     "training/reproduction/",
     "training/sampling.py",
     "training/simpler_layouts.py",
+    "training/study/",
     "training/versions.py",
     "launch/",
 )

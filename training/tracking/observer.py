@@ -19,7 +19,7 @@ class TrackingObserver(Observer):
         )
         environment_file = run_dir / "environment.json"
         params = run_params(config, environment_file=environment_file, certificate=certificate)
-        self._tracker.start(params, config_file(run_dir), tags=run_tags(environment_file))
+        self._tracker.start(params, config_file(run_dir), tags={**run_tags(environment_file), **config.track.tags})
         for file in (certificate, environment_file):
             self._tracker.artifact(file)
         self._system = SystemMetrics(self._tracker)
