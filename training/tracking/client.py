@@ -173,11 +173,11 @@ class MlflowRun:
 def open_run(target: TrackingTarget) -> MlflowRun:
     """Return the run folder's MLflow run with status RUNNING: the recorded one, else a new one."""
     record = read_record(target.run_dir)
-    client = _client(target, run_id=record.run_id if record else None)
-    recorded = _find_run(client, record, target=target) if record else None
+    client = connect(target, run_id=record.run_id if record else None)
+    recorded = find_run(client, record, target=target) if record else None
     folder = str(target.run_dir.absolute())
     if recorded is None:
-        experiment = _experiment_id(client, target)
+        experiment = find_experiment(client, target)
         # MLflow takes the user only now
         tags = {"run_dir": folder, "mlflow.user": _user_name()}
         info = client.create_run(experiment, start_time=target.began_ms, run_name=target.name, tags=tags).info
@@ -201,8 +201,8 @@ def open_recorded_run(target: TrackingTarget) -> MlflowRun:
         raise LookupError(f"{target.run_dir} names no run")
     if file is not None and not file.exists():  # MLflow would create it
         raise LookupError(f"{file} does not exist")
-    client = _client(target, run_id=record.run_id)
-    recorded = _find_run(client, record, target=target)
+    client = connect(target, run_id=record.run_id)
+    recorded = find_run(client, record, target=target)
     if recorded is None:
         raise LookupError(f"run {record.run_id} was deleted from the store")
     # no logged steps: metrics added here may be of any step
@@ -236,7 +236,13 @@ def _user_name() -> str:
         return str(os.getuid())
 
 
-def _client(target: TrackingTarget, *, run_id: str | None) -> Any:
+def connect(target: TrackingTarget, *, run_id: str | None) -> Any:
+    """Return a client of the store, which is created first if it is a file that does not exist.
+
+    Args:
+        target: Whose store to open.
+        run_id: A run whose artifacts are meant too, if the file was moved.
+    """
     client = import_client()
     # alembic logs one line per migration of a new database
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -255,7 +261,8 @@ def _forget_artifact_places() -> None:
         utils._artifact_repos_cache.clear()
 
 
-def _experiment_id(client: Any, target: TrackingTarget) -> str:
+def find_experiment(client: Any, target: TrackingTarget) -> str:
+    """Return the id of the experiment, which is created if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(target.experiment)
@@ -270,7 +277,7 @@ def _experiment_id(client: Any, target: TrackingTarget) -> str:
     return str(experiment.experiment_id)
 
 
-def _find_run(client: Any, record: RunRecord, *, target: TrackingTarget) -> Any | None:
+def find_run(client: Any, record: RunRecord, *, target: TrackingTarget) -> Any | None:
     """Return a recorded run if the store has it; a store that was moved or copied still does."""
     from mlflow.exceptions import MlflowException
 
