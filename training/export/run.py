@@ -61,18 +61,12 @@ def export_checkpoint(
         register: Name in MLflow's Model Registry to add it to as a new version; None for not at all.
     Raises:
         InputError: the checkpoint cannot be opened or its model held, `out` has files or cannot be written, torch
-            cannot use its cache folder, no server is installed, MLflow refuses the name or has no registry, or a
-            weight is out of the type's range.
+            cannot use its cache folder, no server is installed, MLflow refuses the name, or a weight is out of range.
         MachineError: the disk is too small or failing, or the server gives no answer; the folder is deleted. Or it
             cannot be registered; the folder stays.
         TrainshortError: the exported model differs from the trained one; the folder is deleted.
     """
-    # Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded.
-    check_cache_folder(environment())  # transformers makes it
-    exporter = load_format(format, dtype=dtype, with_code=with_code)
-    if serve_check:
-        server_of(format, with_code=with_code)
-    try_new_folder(out)
+    exporter = _early_checks(format, dtype=dtype, with_code=with_code, serve_check=serve_check, out=out)
     opened = open_checkpoint(checkpoint)
     exporter.check(opened.config.model)
     registry = None if register is None else _registry(register, checkpoint=opened, format=format)
@@ -92,6 +86,16 @@ def export_checkpoint(
             _write_cards(folder, result, exporter, checkpoint=opened, format=format)
     _record(opened, trained.certificate, out=out)
     return replace(result, registered=registry.register(out)) if registry else result
+
+
+def _early_checks(format: str, *, dtype: str | None, with_code: bool, serve_check: bool, out: Path) -> ExportFormat:
+    """Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded."""
+    check_cache_folder(environment())  # transformers makes it
+    exporter = load_format(format, dtype=dtype, with_code=with_code)
+    if serve_check:
+        server_of(format, with_code=with_code)
+    try_new_folder(out)
+    return exporter
 
 
 def _registry(name: str, *, checkpoint: Checkpoint, format: str) -> ModelRegistry:

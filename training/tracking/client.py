@@ -174,7 +174,7 @@ def open_run(target: TrackingTarget) -> MlflowRun:
     """Return the run folder's MLflow run with status RUNNING: the recorded one, else a new one."""
     record = read_record(target.run_dir)
     client = connect(target, run_id=record.run_id if record else None)
-    recorded = find_run(client, record, target=target) if record else None
+    recorded = find_recorded(client, record, target=target) if record else None
     folder = str(target.run_dir.absolute())
     if recorded is None:
         experiment = find_experiment(client, target)
@@ -202,7 +202,7 @@ def open_recorded_run(target: TrackingTarget) -> MlflowRun:
     if file is not None and not file.exists():  # MLflow would create it
         raise LookupError(f"{file} does not exist")
     client = connect(target, run_id=record.run_id)
-    recorded = find_run(client, record, target=target)
+    recorded = find_recorded(client, record, target=target)
     if recorded is None:
         raise LookupError(f"run {record.run_id} was deleted from the store")
     # no logged steps: metrics added here may be of any step
@@ -277,7 +277,7 @@ def find_experiment(client: Any, target: TrackingTarget) -> str:
     return str(experiment.experiment_id)
 
 
-def find_run(client: Any, record: RunRecord, *, target: TrackingTarget) -> Any | None:
+def find_recorded(client: Any, record: RunRecord, *, target: TrackingTarget) -> Any | None:
     """Return a recorded run if the store has it; a store that was moved or copied still does."""
     from mlflow.exceptions import MlflowException
 

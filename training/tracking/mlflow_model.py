@@ -11,12 +11,12 @@ from typing import Any
 
 from training.versions import installed_version, python_version
 
-EXAMPLE = "Once upon a time"
+EXAMPLE_TEXT = "Once upon a time"
 """The input example: a text to continue."""
 
 # What `predict` takes beside the text, as names of transformers' generation, each with its default: greedy, as many
 # tokens as `trainshort generate` writes.
-PARAMETERS: dict[str, tuple[str, Any]] = {
+_PARAMETERS: dict[str, tuple[str, Any]] = {
     "max_new_tokens": ("long", 64),
     "do_sample": ("boolean", False),
     "temperature": ("double", 1.0),
@@ -49,11 +49,11 @@ def write_mlflow_model(place: Path, exported: Path, *, name: str, model_id: str,
         (place / folder).mkdir(parents=True)
         for path in linked:
             (place / folder / path.name).symlink_to(path.absolute())
-    _write_json(place / _EXAMPLE_FILE, [EXAMPLE])
-    _write_json(place / _SERVING_FILE, {"inputs": [EXAMPLE]})
+    _write_json(place / _EXAMPLE_FILE, [EXAMPLE_TEXT])
+    _write_json(place / _SERVING_FILE, {"inputs": [EXAMPLE_TEXT]})
     _write_environment(place)
     text = Schema([ColSpec("string")])
-    parameters = [ParamSpec(key, kind, default) for key, (kind, default) in PARAMETERS.items()]
+    parameters = [ParamSpec(key, kind, default) for key, (kind, default) in _PARAMETERS.items()]
     model = Model(
         model_id=model_id,
         run_id=run_id,

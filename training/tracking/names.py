@@ -25,6 +25,7 @@ METRIC_NAMES = {
     "validation_seconds": "time/validation_seconds",
     "save_seconds": "time/save_seconds",
     "failed_saves": "train/failed_saves",
+    "energy_joules": "energy/step_joules",
 }
 
 

@@ -16,7 +16,7 @@ from configs.schema import Track
 from configs.secrets import hide_secrets
 from parallel.start import environment
 from training.page.facts import certificate_facts
-from training.tracking.client import TrackingTarget, connect, find_experiment, find_run, set_mlflow_defaults
+from training.tracking.client import TrackingTarget, connect, find_experiment, find_recorded, set_mlflow_defaults
 from training.tracking.failures import advice_on, may_pass, reason_of
 from training.tracking.mlflow_model import write_mlflow_model
 from training.tracking.record import read_record
@@ -162,7 +162,7 @@ def open_registry(name: str, *, run_dir: Path, track: Track) -> ModelRegistry:
     with _explained(target.store, what=f"--register {name} is not possible", refused=InputError):
         client = connect(target, run_id=record.run_id if record else None)
         _check_name(client, name)
-        run = find_run(client, record, target=target) if record else None
+        run = find_recorded(client, record, target=target) if record else None
     return ModelRegistry(client, target, name=name, run_id=run.info.run_id if run else None)
 
 
