@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel.axes import Groups
 from parallel.engine import StepOutcome
-from training.energy import EnergyCounter, counter_of, open_nvml
+from training.energy import ReadAhead, counter_of, open_nvml
 from training.incarnation import Fence
 from training.model.windows import LosslessWindows
 from training.stopping import StopRequest, StopVerdict
@@ -91,7 +91,7 @@ class FigureExchange:
         # The steps in the queue share them: all ranks read the same row, so it does not matter which step's it is.
         self._own = torch.zeros(2, pin_memory=device.type == "cuda")
 
-        self._energy = _energy_counter(device)
+        self._energy = _read_energy(device)
 
     def begin(self) -> Instant:
         """Return when a step begins; what attention computed before, in a validation say, is not the step's."""
@@ -137,7 +137,7 @@ class FigureExchange:
     def _joules(self) -> Tensor:
         """Return the energy of this rank's GPU since the last time, a scalar; nan if the driver does not tell.
 
-        It is read when the step is put into the queue, so what a step spends is the next one's. The sum is right.
+        It is taken when the step is put into the queue, so what a step spends is the next one's; the sum is right.
         """
         joules = None if self._energy is None else self._energy.take()
         # filled by a kernel: steps in the queue must not share it, or one's energy would be lost
@@ -165,10 +165,11 @@ def mark_time(device: torch.device) -> Instant:
     return event
 
 
-def _energy_counter(device: torch.device) -> EnergyCounter | None:
+def _read_energy(device: torch.device) -> ReadAhead | None:
     if device.type != "cuda":
         return None
-    return counter_of(str(torch.cuda.get_device_properties(device).uuid), nvml=open_nvml())
+    counter = counter_of(str(torch.cuda.get_device_properties(device).uuid), nvml=open_nvml())
+    return None if counter is None else ReadAhead(counter)
 
 
 def _peak_memory_gb(device: torch.device) -> float:

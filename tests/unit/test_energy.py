@@ -1,6 +1,7 @@
 """Energy of GPUs: the driver's counters, read through a stand-in of its library, and what becomes of their joules."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from configs.figures import energy
 from tests.support.steps import step_result
-from training.energy import counter_of, counters_of_node, open_nvml, spent_joules
+from training.energy import ReadAhead, counter_of, counters_of_node, open_nvml, spent_joules
 from training.metrics_file import MetricsFile
 
 
@@ -50,6 +51,24 @@ def test_a_counter_gives_the_joules_since_the_last_time() -> None:
     first, second = counters_of_node(driver)
     driver.millijoules[1] = 98_000
     assert [first.take(), second.take(), counter.take()] == [None, 0.5, 0.5]
+
+
+def test_a_step_takes_what_a_thread_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.energy.READ_SECONDS", 0.01)
+    driver = Driver()
+    counter = counter_of("a", nvml=driver)
+    assert counter is not None
+    ahead = ReadAhead(counter)
+    taken = [ahead.take()]
+    driver.millijoules[0] = 9_000
+    until = time.monotonic() + 10
+    while sum(filter(None, taken)) < 4.0 and time.monotonic() < until:
+        taken.append(ahead.take())
+    assert {*taken} == {0.0, 4.0}
+    driver.millijoules[0] = None
+    while ahead.take() is not None and time.monotonic() < until:
+        pass
+    assert ahead.take() is None
 
 
 def test_a_machine_without_a_driver_has_no_counters() -> None:
