@@ -13,8 +13,9 @@ from configs.paths import data_folder
 from tests.support.compared_runs import add_report
 from tests.support.mlflow_database import MlflowDatabase
 from training.reproduction.facts import data_facts
-from training.tracking.inputs import data_inputs, evaluation_input, inputs_event, send_inputs
-from training.tracking.tables import TABLE_COLUMNS, evaluation_table, send_table, table_event
+from training.tracking.events import SENDERS
+from training.tracking.inputs import data_inputs, evaluation_input, inputs_event
+from training.tracking.tables import TABLE_COLUMNS, evaluation_table, table_event
 
 # a warning of sqlalchemy about mlflow's queries
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -49,7 +50,7 @@ def test_prepared_data_are_datasets_with_its_hashes(
     config = load_run("run.yaml")
     event = as_spooled(inputs_event(data_inputs(config)))
     for _ in range(2):  # a resumed run logs them again
-        send_inputs(client, run_id, event)
+        SENDERS["inputs"](client, run_id, event)
     inputs = client.get_run(run_id).inputs.dataset_inputs
     by_context = {each.tags[0].value: each.dataset for each in inputs if each.tags[0].key == "mlflow.data.context"}
     assert [*by_context] == ["training", "validation", "tokenizer"]
@@ -74,7 +75,7 @@ def test_an_evaluated_text_is_a_dataset_without_secrets(client: mlflow.MlflowCli
         "tokenizer_sha256": "cd" * 32,
         "text_path": "/texts/https://me:hunter2@host/book.txt",
     }
-    send_inputs(client, run_id, as_spooled(inputs_event([evaluation_input(report)])))
+    SENDERS["inputs"](client, run_id, as_spooled(inputs_event([evaluation_input(report)])))
     [entry] = client.get_run(run_id).inputs.dataset_inputs
     assert (entry.dataset.name, entry.dataset.digest) == ("book.txt", ("ab" * 32)[:36])
     assert entry.tags[0].value == "evaluation"
@@ -84,7 +85,7 @@ def test_an_evaluated_text_is_a_dataset_without_secrets(client: mlflow.MlflowCli
 
 def test_a_names_length_is_no_reason_to_be_refused(client: mlflow.MlflowClient, run_id: str) -> None:
     dataset = {"name": "x" * 900, "sha256": "ab" * 32, "path": None, "context": "training", "profile": {}}
-    send_inputs(client, run_id, {"kind": "inputs", "datasets": [dataset]})
+    SENDERS["inputs"](client, run_id, {"kind": "inputs", "datasets": [dataset]})
     [entry] = client.get_run(run_id).inputs.dataset_inputs
     assert entry.dataset.name == "x" * 500
 
@@ -100,8 +101,8 @@ def test_a_table_has_all_checkpoints_and_mlflow_reads_it(
     (run_dir / "evaluation" / "step_0000007" / "held-out.json").write_text("{torn")
     for _ in range(2):  # evaluated again: the table is replaced
         table = evaluation_table(run_dir / "evaluation", label="held-out")
-        send_table(client, run_id, as_spooled(table_event("evaluation/held-out.json", table)))
-    send_table(client, run_id, as_spooled(table_event("evaluation/other.json", table)))
+        SENDERS["table"](client, run_id, as_spooled(table_event("evaluation/held-out.json", table)))
+    SENDERS["table"](client, run_id, as_spooled(table_event("evaluation/other.json", table)))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # put back at the end: MLflow sets it
     mlflow.set_tracking_uri(client.tracking_uri)
     frame = client.load_table("1", "evaluation/held-out.json", run_ids=[run_id])

@@ -44,7 +44,7 @@ def test_a_run_and_its_restart_are_one_mlflow_run(run_dir: Path, database: Mlflo
     for step in (1, 2, 3):
         first.metrics(step, {"loss": 10.0 - step, "grad_norm": None})
     first.metrics(2, {"validation_loss": 8.5})
-    first.finish("FAILED")
+    first.finish("FAILED", wait_seconds=60)
     assert database.rows("select name, status from runs") == [("first", "FAILED")]
 
     # the restart resumes from a checkpoint of step 1, so it repeats steps 2 and 3

@@ -196,7 +196,7 @@ def test_a_wait_for_the_last_records_is_said_if_one_follows(
     monkeypatch.setattr("training.tracking.tracker.SILENT_SECONDS", 0.2)
     caplog.set_level(logging.INFO)
     waiting, hung = Event(), Event()
-    monkeypatch.setattr("training.tracking.tracker.import_client", lambda: (waiting.set(), hung.wait(20)))
+    monkeypatch.setattr("training.tracking.sender.import_client", lambda: (waiting.set(), hung.wait(20)))
     for seconds, expected in ((0.1, 0), (0.5, 1)):
         tracker = MlflowTracker(run_dir, name="a", experiment=None, uri="http://127.0.0.1:9")
         tracker.start({}, run_dir / "config.yaml")

@@ -15,9 +15,6 @@ from data_pipeline.manifest import read_data_manifest
 from data_pipeline.split import held_out_count
 from data_pipeline.tokenizer_files import find_tokenizer
 
-# MLflow's limits, in characters
-_LONGEST_NAME, _LONGEST_DIGEST = 500, 36
-
 
 @dataclass(frozen=True)
 class DatasetFacts:
@@ -87,26 +84,6 @@ def evaluation_input(report: dict[str, Any]) -> DatasetFacts:
 def inputs_event(datasets: Iterable[DatasetFacts]) -> dict[str, Any]:
     """Return the event that logs datasets."""
     return {"kind": "inputs", "datasets": [dataset.to_json() for dataset in datasets]}
-
-
-def send_inputs(client: Any, run_id: str, event: dict[str, Any]) -> None:
-    """Log `datasets` as inputs of the run; one that it has already is not added again."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    inputs = [
-        DatasetInput(
-            Dataset(
-                name=each["name"][:_LONGEST_NAME],
-                digest=each["sha256"][:_LONGEST_DIGEST],
-                source_type="local",
-                source=json.dumps({"uri": each["path"] or ""}),
-                profile=json.dumps({**each["profile"], "sha256": each["sha256"]}),
-            ),
-            tags=[InputTag("mlflow.data.context", each["context"])],
-        )
-        for each in event["datasets"]
-    ]
-    client.log_inputs(run_id, inputs)
 
 
 def _dataset(name: str, sha256: str, path: Path | None, context: str, **profile: Any) -> DatasetFacts:

@@ -34,6 +34,10 @@ class TrackingObserver(Observer):
         values = {METRIC_NAMES[name]: value for name, value in result.values().items()}
         self._tracker.metrics(result.step, values)
 
+    def before_save(self) -> None:
+        """Flush the spool: a resume from the checkpoint would not train its steps again."""
+        self._tracker.flush()
+
     def close(self, status: Status) -> None:
         """Send the rest and end the MLflow run with this status; a superseded start leaves the run to the newer one."""
         self._system.stop()

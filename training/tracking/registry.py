@@ -26,9 +26,9 @@ from training.tracking.store import (
     STORE_VARIABLE,
     Store,
     choose_store,
-    recorded_store,
     require_known_scheme,
 )
+from training.tracking.sync import target_of_folder
 
 _DATABASES = ("sqlite", "mysql", "mssql", "postgresql")
 _LONGEST_NAME = 250
@@ -57,9 +57,9 @@ class RegisteredVersion:
 class ModelRegistry:
     """The registry of a run's store, with a name for what is registered; build it with `open_registry`."""
 
-    def __init__(self, client: Any, target: TrackingTarget, *, name: str, run_id: str | None) -> None:
+    def __init__(self, client: Any, target: TrackingTarget, *, name: str, run_id: str | None, experiment: str) -> None:
         self._client, self._target = client, target
-        self._name, self._run_id = name, run_id
+        self._name, self._run_id, self._experiment = name, run_id, experiment
 
     def register(self, exported: Path) -> RegisteredVersion:
         """Upload a folder that `trainshort export --format hf` wrote, and make it the newest version of the name.
@@ -101,7 +101,7 @@ class ModelRegistry:
     def _experiment_id(self) -> str:
         if self._run_id is not None:
             return str(self._client.get_run(self._run_id).info.experiment_id)
-        return find_experiment(self._client, self._target)
+        return find_experiment(self._client, self._target, name=self._experiment)
 
     def _new_version(self, model: Any, *, tags: dict[str, str]) -> int:
         from mlflow.exceptions import MlflowException
@@ -145,25 +145,20 @@ def open_registry(name: str, *, run_dir: Path, track: Track) -> ModelRegistry:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
     set_mlflow_defaults()
     record = read_record(run_dir)
-    target = TrackingTarget(
-        run_dir=run_dir,
-        name="",
-        experiment=track.experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT,
-        store=recorded_store(record, uri=track.uri, run_dir=run_dir, variables=environment())
-        if record
-        else choose_store(track.uri, run_dir=run_dir, variables=environment()),
-        began_ms=0,
+    target = target_of_folder(run_dir, uri=track.uri) or TrackingTarget(
+        run_dir, choose_store(track.uri, run_dir=run_dir, variables=environment())
     )
+    experiment = track.experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT
     if record is None and target.store.file is not None and not config_file(run_dir).is_file():
         raise InputError(
             f"--register {name} finds no store: {run_dir} is no run folder; set {STORE_VARIABLE}, or leave it out"
         )
     require_known_scheme(target.store)
     with _explained(target.store, what=f"--register {name} is not possible", refused=InputError):
-        client = connect(target, run_id=record.run_id if record else None)
+        client = connect(target, run_id=record.run_id if record else None, experiment=experiment)
         _check_name(client, name)
         run = find_recorded(client, record, target=target) if record else None
-    return ModelRegistry(client, target, name=name, run_id=run.info.run_id if run else None)
+    return ModelRegistry(client, target, name=name, run_id=run.info.run_id if run else None, experiment=experiment)
 
 
 def require_model_name(name: str) -> None:

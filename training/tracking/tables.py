@@ -1,6 +1,5 @@
 """Tables of evaluations, in the form that MLflow's page of a run shows and `mlflow.load_table` reads."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ TABLE_COLUMNS = (
     *("step", "checkpoint", "text", "protocol", "length", "x_trained", "scored_tokens"),
     *("loss", "perplexity", "word_perplexity", "attention_density", "precision", "date"),
 )
-_TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, by which its page finds the tables of a run
 
 
 def evaluation_table(folder: Path, *, label: str) -> dict[str, Any]:
@@ -38,16 +36,6 @@ def table_event(path: str, table: dict[str, Any]) -> dict[str, Any]:
         table: Its `columns`, and its rows as `data`.
     """
     return {"kind": "table", "artifact": path, "table": table}
-
-
-def send_table(client: Any, run_id: str, event: dict[str, Any]) -> None:
-    """Write `table` to the artifact `artifact`, in place of an earlier one, and list it in MLflow's tag."""
-    client.log_text(run_id, json.dumps(event["table"]), event["artifact"])
-    known = client.get_run(run_id).data.tags.get(_TABLES_TAG, "[]")
-    entry = {"path": event["artifact"], "type": "table"}
-    tables = json.loads(known)
-    if entry not in tables:
-        client.set_tag(run_id, _TABLES_TAG, json.dumps([*tables, entry]))
 
 
 def _rows(file: Path) -> Iterable[list[Any]]:
