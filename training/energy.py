@@ -9,11 +9,13 @@ Source: NVML's reference, nvmlDeviceGetTotalEnergyConsumption.
 import ctypes
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from configs.figures import JOULES_PER_KWH
 from configs.paths import discarded_metrics_path, metrics_path
 
 READ_SECONDS = 0.25  # the counter of an H100 changes every 0.1 s
@@ -60,6 +62,37 @@ class ReadAhead:
         while self._joules is not None:  # a driver that ceases to tell is not asked again
             time.sleep(READ_SECONDS)
             self._joules = self._counter.joules()
+
+
+class EnergyMonitor:
+    """Energy and power of a node's GPUs, with the methods of MLflow's monitors."""
+
+    def __init__(self, counters: Sequence[EnergyCounter]) -> None:
+        self._counters = counters
+        self._totals = [0.0 for _ in counters]
+        self.clear_metrics()
+
+    def collect_metrics(self) -> None:
+        """Read the counters."""
+        for index, counter in enumerate(self._counters):
+            joules = counter.take()
+            if joules is not None:
+                self._totals[index] += joules
+                self._recent[index] = self._recent.get(index, 0.0) + joules
+
+    def aggregate_metrics(self) -> dict[str, float]:
+        """Return each GPU's energy since the monitor was built, and its mean power since the last `clear_metrics`."""
+        seconds = max(time.monotonic() - self._cleared_at, 1e-3)
+        metrics = {}
+        for index, joules in self._recent.items():
+            metrics[f"gpu_{index}_energy_kwh"] = self._totals[index] / JOULES_PER_KWH
+            metrics[f"gpu_{index}_mean_power_watts"] = joules / seconds
+        return metrics
+
+    def clear_metrics(self) -> None:
+        """Begin a new sample."""
+        self._recent: dict[int, float] = {}
+        self._cleared_at = time.monotonic()
 
 
 def open_nvml(library: str = _LIBRARY) -> Any | None:

@@ -1,5 +1,6 @@
 """Tell MLflow what a run does, through the spool of its folder: nothing here waits for a server or raises."""
 
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from configs.commands import typed_path
 from parallel.start import environment
 from training.observers import Status
 from training.tracking.client import TrackingTarget, set_mlflow_defaults, user_name
-from training.tracking.record import flatten
+from training.tracking.names import LONG_PARAMS, LONGEST_KEY, flatten, is_long, shortened
 from training.tracking.sender import Sender
 from training.tracking.store import DEFAULT_EXPERIMENT, EXPERIMENT_VARIABLE, STORE_VARIABLE, choose_store
 from training.tracking.sync import target_of_folder
@@ -77,6 +78,11 @@ class MlflowTracker:
         origin = f" (from {STORE_VARIABLE})" if store.setting == STORE_VARIABLE else ""
         return f"MLflow: {store.public_uri}{origin}, experiment {self._experiment}"
 
+    @property
+    def spool_file(self) -> Path:
+        """The file of the spool that this process writes to."""
+        return self._sender.writer.file
+
     def put(self, event: Mapping[str, Any]) -> None:
         """Spool an event: a JSON-able dictionary with its `kind`, which `training.tracking.events.SENDERS` knows."""
         self._sender.writer.put({"time_ms": _now_ms(), **event})
@@ -99,6 +105,7 @@ class MlflowTracker:
             tags: Tags of the run; those of the newest start count.
             listed_tags: Tags that hold the values of all starts.
         """
+        flat = flatten(dict(params))
         self.put(
             {
                 "kind": "start",
@@ -108,12 +115,16 @@ class MlflowTracker:
                 "experiment": self._experiment,
                 "user": user_name(),
                 "uri": self._target.recorded_uri,
-                "params": flatten(dict(params)),
+                "params": {key[:LONGEST_KEY]: shortened(text) for key, text in flat.items()},
                 "tags": dict(tags or {}),
                 "listed_tags": dict(listed_tags or {}),
             }
         )
         self.artifact(config_file)
+        long = {key: text for key, text in flat.items() if is_long(text)}
+        if long:
+            text = json.dumps(long, ensure_ascii=False, indent=1) + "\n"
+            self.put({"kind": "text", "artifact": LONG_PARAMS, "text": text})
         self._sender.start()
 
     def metrics(self, step: int | None, values: Mapping[str, float | None]) -> None:
