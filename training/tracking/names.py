@@ -7,6 +7,7 @@ from typing import Any
 
 from configs.schema import RunConfig
 from training.families.table import parameter_count
+from training.incarnation import newest_incarnation
 
 # The MLflow name of each field of `StepResult` but the step. MLflow draws what has one prefix in one group.
 METRIC_NAMES = {
@@ -52,10 +53,12 @@ def run_params(config: RunConfig, *, environment_file: Path, certificate: Path) 
 
 
 def run_tags(environment_file: Path) -> dict[str, str]:
-    """Return MLflow's own tags for where a run comes from, and the SLURM job of this start."""
+    """Return MLflow's own tags for where a run comes from, the number of starts, and the SLURM job of this one."""
     environment = _read(environment_file)
     code, job = environment.get("code") or {}, environment.get("slurm") or {}
+    newest = newest_incarnation(environment_file.parent)
     tags: Mapping[str, str | None] = {
+        "trainshort.starts": str(newest.number) if newest else None,
         "mlflow.source.name": "trainshort train",
         "mlflow.source.type": "JOB" if job else "LOCAL",
         "mlflow.source.git.commit": code.get("commit"),
@@ -66,6 +69,20 @@ def run_tags(environment_file: Path) -> dict[str, str]:
         "slurm.nodes": job.get("nodes"),
     }
     return {name: value for name, value in tags.items() if value is not None}
+
+
+def tags_of_starts(run_dir: Path) -> dict[str, str]:
+    """Return the tags that list the values of all starts of a run, with this start's values."""
+    environment = _read(run_dir / "environment.json")
+    newest = newest_incarnation(run_dir)
+    job = environment.get("slurm") or {}
+    layout = ", ".join(f"{axis} {size}" for axis, size in (environment.get("layout") or {}).items())
+    tags: Mapping[str, str | None] = {
+        "trainshort.hosts": job.get("nodes") or (newest.host if newest else None),
+        "trainshort.layouts": layout,
+        "slurm.job_ids": job.get("job_id"),
+    }
+    return {name: value for name, value in tags.items() if value}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class MlflowTracker:
         self._name, self._offline, self._attached = name, offline, target is not None
         self._experiment = experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT
         self._target = target or TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, variables=environment()))
-        self._began_ms = _now_ms()
+        self._began_ms = now_ms()
         self._sender = Sender(
             self._target,
             attached=self._attached,
@@ -79,7 +79,7 @@ class MlflowTracker:
 
     def put(self, event: Mapping[str, Any]) -> None:
         """Spool an event: a JSON-able dictionary with its `kind`, which `training.tracking.events.SENDERS` knows."""
-        self._sender.writer.put({"time_ms": _now_ms(), **event})
+        self._sender.writer.put({"time_ms": now_ms(), **event})
         if event["kind"] != "metrics":
             self._sender.wake()
 
@@ -133,6 +133,40 @@ class MlflowTracker:
         text = str(kept.relative_to(run_dir) if kept.is_relative_to(run_dir) else kept)
         self.put({"kind": "artifact", "path": text, "folder": folder})
 
+    def nested(
+        self,
+        name: str,
+        *,
+        kind: str,
+        params: Mapping[str, Any],
+        points: Sequence[tuple[str, float, int]],
+        began_ms: int,
+        status: Status = "FINISHED",
+    ) -> None:
+        """Log a run below the run, which has ended: an evaluation, or an export.
+
+        Args:
+            name: Its name in MLflow.
+            kind: What it did, in a word: tag trainshort.kind.
+            params: Its parameters, nested or flat.
+            points: Name, value and step of its metrics.
+            began_ms: When it began, in milliseconds since the epoch.
+            status: How it ended.
+        """
+        ended_ms = now_ms()
+        self.put(
+            {
+                "kind": "nested",
+                "time_ms": ended_ms,
+                "name": name,
+                "began_ms": began_ms,
+                "status": status,
+                "params": flatten(dict(params)),
+                "tags": {"trainshort.kind": kind, "mlflow.source.name": f"trainshort {kind}"},
+                "points": [(key, float(value), ended_ms, step) for key, value, step in points],
+            }
+        )
+
     def flush(self) -> None:
         """Flush what was spooled to disk."""
         self._sender.writer.flush()
@@ -182,5 +216,6 @@ def attach(run_dir: Path, *, uri: str | None, offline: bool = False, warns: bool
     return MlflowTracker(run_dir, name="", experiment="", uri=uri, offline=offline, target=target, warns=warns)
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Return the milliseconds since the epoch."""
     return time.time_ns() // 1_000_000
