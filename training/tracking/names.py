@@ -80,7 +80,7 @@ def tags_of_starts(run_dir: Path) -> dict[str, str]:
     tags: Mapping[str, str | None] = {
         "trainshort.hosts": job.get("nodes") or (newest.host if newest else None),
         "trainshort.layouts": layout,
-        "slurm.job_ids": job.get("job_id"),
+        "trainshort.jobs": job.get("job_id"),
     }
     return {name: value for name, value in tags.items() if value}
 

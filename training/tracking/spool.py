@@ -38,7 +38,7 @@ ROTATE_BYTES = 4_000_000
 MOST_IN_MEMORY = 100_000
 # larger files are sent as they are when their turn comes, not copied
 _COPIED_BYTES = 64_000_000
-_RETRY_WRITE_SECONDS = 1.0
+RETRY_WRITE_SECONDS = 1.0
 _ABANDONED_SECONDS = 7 * 24 * 3600.0
 _CLOSED = "closed"  # kind of a file's last line: its writer appends no more
 
@@ -160,7 +160,7 @@ class SpoolWriter:
         self._handle = None
 
     def _try_to_write(self) -> None:
-        if self._failed_at is not None and time.monotonic() - self._failed_at < _RETRY_WRITE_SECONDS:
+        if self._failed_at is not None and time.monotonic() - self._failed_at < RETRY_WRITE_SECONDS:
             return
         try:
             self._write()
