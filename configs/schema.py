@@ -260,6 +260,11 @@ class Track(Section):
         min_length=1,
         description="MLflow experiment; that of MLFLOW_EXPERIMENT_NAME, else `trainshort` unless set.",
     )
+    offline: bool = Field(
+        default=False,
+        description="Record for MLflow in the run folder only and never connect, as on nodes without a network; "
+        "`trainshort track sync` sends it.",
+    )
 
 
 class Slurm(Section):

@@ -32,7 +32,7 @@ from training.export.trained import TrainedOutputs, compute_trained
 from training.families.table import parameter_count
 from training.folder import record_certificate
 from training.tracking.registry import ModelRegistry, open_registry
-from training.tracking.tracker import attach
+from training.tracking.tracker import attach, now_ms
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def export_checkpoint(
             cannot be registered; the folder stays.
         TrainshortError: the exported model differs from the trained one; the folder is deleted.
     """
+    began_ms = now_ms()
     exporter = _early_checks(format, dtype=dtype, with_code=with_code, serve_check=serve_check, out=out)
     opened = open_checkpoint(checkpoint)
     exporter.check(opened.config.model)
@@ -84,7 +85,7 @@ def export_checkpoint(
             result = replace(result, served=_serve(opened, trained, server, exporter, folder))
         with report_failed_writes(out, undone="exported"):
             _write_cards(folder, result, exporter, checkpoint=opened, format=format)
-    _record(opened, trained.certificate, out=out)
+    _record(opened, trained.certificate, result, format=format, dtype=exporter.dtype, began_ms=began_ms)
     return replace(result, registered=registry.register(out)) if registry else result
 
 
@@ -159,19 +160,28 @@ def _serve(
     )
 
 
-def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, out: Path) -> None:
+def _record(
+    checkpoint: Checkpoint, certificate: dict[str, Any], result: ExportResult, *, format: str, dtype: str, began_ms: int
+) -> None:
     """Add the certificate to the run folder, and both it and the card to its MLflow run, if it is still there."""
-    run_dir = checkpoint.run_dir
+    run_dir, config, out = checkpoint.run_dir, checkpoint.config, result.folder
     if not config_file(run_dir).is_file():
         return
     try:
         record_certificate(certificate, run_dir=run_dir, step=checkpoint.step)
     except OSError as error:
         logger.warning("the certificate is not added to %s (%s): it is in %s", run_dir, error.strerror, out)
-    tracker = attach(run_dir, uri=checkpoint.config.track.uri)
+    tracker = attach(run_dir, uri=config.track.uri, offline=config.track.offline)
     if tracker is not None:
         for name in (_CERTIFICATE, CARD_JSON):
             tracker.artifact(out / name, folder="export")
+        tracker.nested(
+            f"export {checkpoint.path.resolve().name}, {format}",
+            kind="export",
+            params={"checkpoint": checkpoint.path.resolve().name, "format": format, "dtype": dtype, "folder": str(out)},
+            points=[("export/logit_difference", result.logits.difference, checkpoint.step)],
+            began_ms=began_ms,
+        )
         tracker.close()
 
 

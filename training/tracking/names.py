@@ -7,6 +7,7 @@ from typing import Any
 
 from configs.schema import RunConfig
 from training.families.table import parameter_count
+from training.incarnation import newest_incarnation
 
 # The MLflow name of each field of `StepResult` but the step. MLflow draws what has one prefix in one group.
 METRIC_NAMES = {
@@ -32,7 +33,7 @@ TOTAL_ENERGY = "energy/total_kwh"
 # batches compare. Any metric is drawn over tokens if `train/tokens_seen` is chosen as the X-axis of its chart.
 BY_TOKENS = {"loss": "by_tokens/train_loss", "validation_loss": "by_tokens/validation_loss"}
 LONG_PARAMS = "long_params.json"  # artifact with the values that are longer than MLflow's limit
-LONGEST_KEY, _LONGEST_VALUE = 250, 6000  # MLflow's limits
+_LONGEST_KEY, _LONGEST_VALUE = 250, 6000  # MLflow's limits
 
 
 def run_params(config: RunConfig, *, environment_file: Path, certificate: Path) -> dict[str, Any]:
@@ -72,22 +73,25 @@ def flatten(params: dict[str, Any]) -> dict[str, str]:
     return flat
 
 
-def is_long(text: str) -> bool:
-    """Return whether MLflow takes no parameter of this length."""
-    return len(text) > _LONGEST_VALUE
-
-
-def shortened(text: str) -> str:
-    """Return a parameter's value as MLflow takes it; a long one says where it is whole."""
+def within_limits(flat: Mapping[str, str]) -> dict[str, str]:
+    """Return parameters as MLflow takes them; a value that is too long says where it is whole."""
     rest = f" ... (whole in {LONG_PARAMS})"
-    return text if not is_long(text) else text[: _LONGEST_VALUE - len(rest)] + rest
+    cut = {key: text[: _LONGEST_VALUE - len(rest)] + rest for key, text in long_values(flat).items()}
+    return {key[:_LONGEST_KEY]: text for key, text in {**flat, **cut}.items()}
+
+
+def long_values(flat: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters whose values are longer than MLflow's limit."""
+    return {key: text for key, text in flat.items() if len(text) > _LONGEST_VALUE}
 
 
 def run_tags(environment_file: Path) -> dict[str, str]:
-    """Return MLflow's own tags for where a run comes from, and the SLURM job of this start."""
+    """Return MLflow's own tags for where a run comes from, the number of starts, and the SLURM job of this one."""
     environment = _read(environment_file)
     code, job = environment.get("code") or {}, environment.get("slurm") or {}
+    newest = newest_incarnation(environment_file.parent)
     tags: Mapping[str, str | None] = {
+        "trainshort.starts": str(newest.number) if newest else None,
         "mlflow.source.name": "trainshort train",
         "mlflow.source.type": "JOB" if job else "LOCAL",
         "mlflow.source.git.commit": code.get("commit"),
@@ -98,6 +102,20 @@ def run_tags(environment_file: Path) -> dict[str, str]:
         "slurm.nodes": job.get("nodes"),
     }
     return {name: value for name, value in tags.items() if value is not None}
+
+
+def tags_of_starts(run_dir: Path) -> dict[str, str]:
+    """Return the tags that list the values of all starts of a run, with this start's values."""
+    environment = _read(run_dir / "environment.json")
+    newest = newest_incarnation(run_dir)
+    job = environment.get("slurm") or {}
+    layout = ", ".join(f"{axis} {size}" for axis, size in (environment.get("layout") or {}).items())
+    tags: Mapping[str, str | None] = {
+        "trainshort.hosts": job.get("nodes") or (newest.host if newest else None),
+        "trainshort.layouts": layout,
+        "trainshort.jobs": job.get("job_id"),
+    }
+    return {name: value for name, value in tags.items() if value}
 
 
 def _read(file: Path) -> dict[str, Any]:

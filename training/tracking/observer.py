@@ -8,9 +8,12 @@ from configs.schema import RunConfig
 from training.energy import spent_joules
 from training.observers import Observer, Status, StepResult
 from training.tracking.inputs import data_inputs, inputs_event
-from training.tracking.names import BY_TOKENS, METRIC_NAMES, TOTAL_ENERGY, run_params, run_tags
+from training.tracking.names import BY_TOKENS, METRIC_NAMES, TOTAL_ENERGY, run_params, run_tags, tags_of_starts
 from training.tracking.system import SystemMetrics, wait_for_other_nodes
 from training.tracking.tracker import MlflowTracker
+
+# the newer start sends what is left
+_SUPERSEDED_SECONDS = 2.0
 
 
 class TrackingObserver(Observer):
@@ -18,11 +21,17 @@ class TrackingObserver(Observer):
 
     def __init__(self, config: RunConfig, *, run_dir: Path, certificate: Path) -> None:
         self._tracker = MlflowTracker(
-            run_dir, name=config.run.name, experiment=config.track.experiment, uri=config.track.uri
+            run_dir,
+            name=config.run.name,
+            experiment=config.track.experiment,
+            uri=config.track.uri,
+            offline=config.track.offline,
         )
         environment_file = run_dir / "environment.json"
         params = run_params(config, environment_file=environment_file, certificate=certificate)
-        self._tracker.start(params, config_file(run_dir), tags=run_tags(environment_file))
+        self._tracker.start(
+            params, config_file(run_dir), tags=run_tags(environment_file), listed_tags=tags_of_starts(run_dir)
+        )
         for file in (certificate, environment_file, reproduction_file(run_dir)):
             if file.is_file():
                 self._tracker.artifact(file)
@@ -55,7 +64,8 @@ class TrackingObserver(Observer):
         """Send the rest and end the MLflow run with this status; a superseded start leaves the run to the newer one."""
         self._system.stop()
         if status == "SUPERSEDED":
+            self._tracker.close(wait_seconds=_SUPERSEDED_SECONDS)
             return
         if status != "FAILED":  # else a node may be lost
-            wait_for_other_nodes(self._run_dir, own_file=self._tracker.spool_file)
+            wait_for_other_nodes(self._run_dir)
         self._tracker.finish(status)

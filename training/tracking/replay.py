@@ -100,6 +100,15 @@ class Replay:
                 self._positions.save()
         return True
 
+    def opened(self) -> OpenRun:
+        """Return the run, also if nothing was to be sent.
+
+        Raises:
+            Exception: any error of MLflow.
+        """
+        self.run = self.run or self._open_recorded()
+        return self.run
+
     def waiting(self) -> int:
         """Return how many events wait to be sent."""
         self._read_positions()
@@ -242,12 +251,10 @@ class Replay:
         """Return the open run; a start opens it as running."""
         if event["kind"] == "start":
             self.run = open_run(self._target, {**event, "id": _mark(file, event)})
-        elif self.run is None:
-            self.run = self._open_recorded()
-        elif self._is_stale:
+        elif self._is_stale and self.run is not None:
             self.run.refresh()
         self._is_stale = False
-        return self.run
+        return self.opened()
 
     def _open_recorded(self) -> OpenRun:
         if read_record(self._target.run_dir) is None:  # its record was lost: the start that made it knows

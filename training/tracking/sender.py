@@ -12,10 +12,11 @@ from configs.paths import spool_folder
 from configs.secrets import hide_secrets
 from parallel.start import environment
 from training.tracking.client import TrackingTarget, import_client
+from training.tracking.ending import end_if_dead, ending_of
 from training.tracking.failures import advice_on, may_pass, reason_of
 from training.tracking.replay import FILE_LANE, LOG_LANE, Refusal, Replay
-from training.tracking.spool import SpoolWriter
-from training.tracking.sync import end_dead_runs, end_if_dead
+from training.tracking.spool import TRAINS, SpoolWriter
+from training.tracking.sync import end_dead_runs
 
 _logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class Sender:
             level: Level of its warnings.
             first_pause_seconds: Pause before the first retry when the server does not answer.
         """
-        self.writer = SpoolWriter(target.run_dir, on_problem=self.warn)
+        role = "added" if attached else TRAINS
+        self.writer = SpoolWriter(target.run_dir, role=role, on_problem=self.warn)
         self._target, self._attached, self._is_offline, self._level = target, attached, is_offline, level
         self._first_pause_seconds = first_pause_seconds
         self._replay = Replay(target, own=self.writer, on_refusal=self._report_refusal)
@@ -171,7 +173,7 @@ class Sender:
         self._swept = True
         with suppress(Exception):  # an outage shows at the next event of this run
             if self._attached:
-                end_if_dead(self._target, self._replay.run)
+                end_if_dead(self._target, self._replay.run, ending=ending_of(self._target.run_dir))
             else:
                 end_dead_runs(self._target)
 

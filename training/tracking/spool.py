@@ -30,13 +30,15 @@ from training.incarnation import newest_incarnation
 
 Event = dict[str, Any]
 
+# the role of the process that trains, in the names of its files
+TRAINS = "train"
 # a file of this size is followed by a new one, so that it can be removed once it is sent
 ROTATE_BYTES = 4_000_000
 # what an unwritable disk lets pile up in memory
 MOST_IN_MEMORY = 100_000
 # larger files are sent as they are when their turn comes, not copied
 _COPIED_BYTES = 64_000_000
-_RETRY_WRITE_SECONDS = 1.0
+RETRY_WRITE_SECONDS = 1.0
 _ABANDONED_SECONDS = 7 * 24 * 3600.0
 _CLOSED = "closed"  # kind of a file's last line: its writer appends no more
 
@@ -60,17 +62,19 @@ class SpoolWriter:
     While the disk cannot be written, events wait in memory, where `waiting` shows them to this process's sender.
     """
 
-    def __init__(self, run_dir: Path, *, on_problem: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, *, role: str, on_problem: Callable[[str], None]) -> None:
         """Choose a file; it is made when the first event comes.
 
         Args:
             run_dir: The run folder.
+            role: What the process does, in a word; TRAINS for rank 0.
             on_problem: Told in words when events cannot be written.
         """
         self._folder, self._on_problem = spool_folder(run_dir), on_problem
         newest = newest_incarnation(run_dir)
         host = socket.gethostname().partition(".")[0]
-        self._stem = f"{newest.number if newest else 0:06d}-{time.time_ns() // 10**6}-{host}-{secrets.token_hex(3)}"
+        start, now = newest.number if newest else 0, time.time_ns() // 10**6
+        self._stem = f"{start:06d}-{now}-{host}-{role}-{secrets.token_hex(3)}"
         self._part, self._size, self._number = 0, 0, 0
         self._handle: int | None = None
         self._memory: deque[tuple[int, bytes]] = deque()
@@ -156,7 +160,7 @@ class SpoolWriter:
         self._handle = None
 
     def _try_to_write(self) -> None:
-        if self._failed_at is not None and time.monotonic() - self._failed_at < _RETRY_WRITE_SECONDS:
+        if self._failed_at is not None and time.monotonic() - self._failed_at < RETRY_WRITE_SECONDS:
             return
         try:
             self._write()
@@ -247,6 +251,22 @@ class SentPositions:
 def spool_files(run_dir: Path) -> list[Path]:
     """Return the files of a spool, oldest first."""
     return sorted(spool_folder(run_dir).glob("*.jsonl"))
+
+
+def trainer_files(run_dir: Path) -> list[Path]:
+    """Return the files of a spool that the training processes have written, oldest first."""
+    return [file for file in spool_files(run_dir) if f"-{TRAINS}-" in file.name]
+
+
+def has_told_end(run_dir: Path) -> bool:
+    """Return whether the newest start of a run has put into the spool how it ended."""
+    newest = newest_incarnation(run_dir)
+    for file in trainer_files(run_dir):
+        if newest is not None and file.name.startswith(f"{newest.number:06d}-"):
+            with suppress(OSError):
+                if any(event["kind"] == "finish" for event, _ in read_events(file, SpoolPosition())):
+                    return True
+    return False
 
 
 def read_events(file: Path, position: SpoolPosition) -> Iterator[tuple[Event, SpoolPosition]]:

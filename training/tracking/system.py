@@ -6,6 +6,7 @@ like all metrics: they wait while the server is away, and those of several nodes
 
 import logging
 import math
+import re
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MONITORS = ("CPU", "Disk", "Network", "GPU")
 SAMPLING_SECONDS = 10.0  # MLflow's default
+_NODE = "node"  # role of the other nodes, in the names of their files
 CLOSING_SECONDS, _CLOSING_POLL_SECONDS = 2.0, 0.05
 
 
@@ -83,7 +85,7 @@ class NodeObserver(Observer):
     """Spools the system metrics of a node; the first rank sends them with its own. It connects to no store."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._writer = SpoolWriter(run_dir, on_problem=lambda problem: logger.debug("MLflow %s", problem))
+        self._writer = SpoolWriter(run_dir, role=_NODE, on_problem=lambda problem: logger.debug("MLflow %s", problem))
         self._metrics = SystemMetrics(self._writer.put)
 
     def close(self, status: Status) -> None:
@@ -98,18 +100,12 @@ def node_observers(run_dir: Path, *, place: ProcessRank) -> list[Observer]:
     return [NodeObserver(run_dir)] if is_first_of_node and is_wanted(environment()) else []
 
 
-def wait_for_other_nodes(run_dir: Path, *, own_file: Path) -> None:
-    """Wait until the other nodes of this start have spooled their last samples, for two seconds at most.
-
-    Args:
-        run_dir: The run folder.
-        own_file: The file of the spool that this process writes to.
-    """
-    if node_count(environment()) == 1:
-        return
+def wait_for_other_nodes(run_dir: Path) -> None:
+    """Wait until the other nodes of this start have spooled their last samples, for two seconds at most."""
     newest, until = newest_incarnation(run_dir), time.monotonic() + CLOSING_SECONDS
     prefix = f"{newest.number:06d}-" if newest else ""
-    others = [file for file in spool_files(run_dir) if file.name.startswith(prefix) and file != own_file]
+    of_a_node = re.compile(rf"{prefix}.*-{_NODE}-[^-]+-\d+\.jsonl")
+    others = [file for file in spool_files(run_dir) if of_a_node.fullmatch(file.name)]
     while time.monotonic() < until and any(file.exists() and not is_closed(file) for file in others):
         time.sleep(_CLOSING_POLL_SECONDS)
 

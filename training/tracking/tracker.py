@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from configs.commands import typed_path
 from parallel.start import environment
 from training.observers import Status
 from training.tracking.client import TrackingTarget, set_mlflow_defaults, user_name
-from training.tracking.names import LONG_PARAMS, LONGEST_KEY, flatten, is_long, shortened
+from training.tracking.names import LONG_PARAMS, flatten, long_values, within_limits
 from training.tracking.sender import Sender
 from training.tracking.store import DEFAULT_EXPERIMENT, EXPERIMENT_VARIABLE, STORE_VARIABLE, choose_store
 from training.tracking.sync import target_of_folder
@@ -58,7 +58,7 @@ class MlflowTracker:
         self._name, self._offline, self._attached = name, offline, target is not None
         self._experiment = experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT
         self._target = target or TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, variables=environment()))
-        self._began_ms = _now_ms()
+        self._began_ms = now_ms()
         self._sender = Sender(
             self._target,
             attached=self._attached,
@@ -78,14 +78,9 @@ class MlflowTracker:
         origin = f" (from {STORE_VARIABLE})" if store.setting == STORE_VARIABLE else ""
         return f"MLflow: {store.public_uri}{origin}, experiment {self._experiment}"
 
-    @property
-    def spool_file(self) -> Path:
-        """The file of the spool that this process writes to."""
-        return self._sender.writer.file
-
     def put(self, event: Mapping[str, Any]) -> None:
         """Spool an event: a JSON-able dictionary with its `kind`, which `training.tracking.events.SENDERS` knows."""
-        self._sender.writer.put({"time_ms": _now_ms(), **event})
+        self._sender.writer.put({"time_ms": now_ms(), **event})
         if event["kind"] != "metrics":
             self._sender.wake()
 
@@ -115,14 +110,13 @@ class MlflowTracker:
                 "experiment": self._experiment,
                 "user": user_name(),
                 "uri": self._target.recorded_uri,
-                "params": {key[:LONGEST_KEY]: shortened(text) for key, text in flat.items()},
+                "params": within_limits(flat),
                 "tags": dict(tags or {}),
                 "listed_tags": dict(listed_tags or {}),
             }
         )
         self.artifact(config_file)
-        long = {key: text for key, text in flat.items() if is_long(text)}
-        if long:
+        if long := long_values(flat):
             text = json.dumps(long, ensure_ascii=False, indent=1) + "\n"
             self.put({"kind": "text", "artifact": LONG_PARAMS, "text": text})
         self._sender.start()
@@ -143,6 +137,40 @@ class MlflowTracker:
         # relative: the run folder may be moved, or be seen under another path, before it is sent
         text = str(kept.relative_to(run_dir) if kept.is_relative_to(run_dir) else kept)
         self.put({"kind": "artifact", "path": text, "folder": folder})
+
+    def nested(
+        self,
+        name: str,
+        *,
+        kind: str,
+        params: Mapping[str, Any],
+        points: Sequence[tuple[str, float, int]],
+        began_ms: int,
+        status: Status = "FINISHED",
+    ) -> None:
+        """Log a run below the run, which has ended: an evaluation, or an export.
+
+        Args:
+            name: Its name in MLflow.
+            kind: What it did, in a word: tag trainshort.kind.
+            params: Its parameters, nested or flat.
+            points: Name, value and step of its metrics.
+            began_ms: When it began, in milliseconds since the epoch.
+            status: How it ended.
+        """
+        ended_ms = now_ms()
+        self.put(
+            {
+                "kind": "nested",
+                "time_ms": ended_ms,
+                "name": name,
+                "began_ms": began_ms,
+                "status": status,
+                "params": within_limits(flatten(dict(params))),
+                "tags": {"trainshort.kind": kind, "mlflow.source.name": f"trainshort {kind}"},
+                "points": [(key, float(value), ended_ms, step) for key, value, step in points],
+            }
+        )
 
     def flush(self) -> None:
         """Flush what was spooled to disk."""
@@ -193,5 +221,6 @@ def attach(run_dir: Path, *, uri: str | None, offline: bool = False, warns: bool
     return MlflowTracker(run_dir, name="", experiment="", uri=uri, offline=offline, target=target, warns=warns)
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Return the milliseconds since the epoch."""
     return time.time_ns() // 1_000_000
