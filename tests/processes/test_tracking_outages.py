@@ -14,12 +14,11 @@ import pytest
 
 from configs.paths import metrics_path, spool_folder
 from tests.support.command_line import Call
-from tests.support.mlflow_server import MlflowServer, Mode, wait_for
+from tests.support.mlflow_server import LoggedRun, MlflowServer, Mode, wait_for
 from tests.support.one_rank import OneRank
 from training.incarnation import begin_incarnation
 from training.metrics_file import MetricsFile
 from training.observers import Observer, StepResult
-from training.tracking.client import import_client
 from training.tracking.observer import TrackingObserver
 from training.tracking.record import read_record
 from training.tracking.tracker import MlflowTracker, attach
@@ -52,32 +51,6 @@ def run_dir(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("model: {heads: 4}\n")
     return folder
-
-
-class Seen:
-    """What MLflow's own client finds of a run folder's run."""
-
-    def __init__(self, server: MlflowServer, run_dir: Path) -> None:
-        self.client: Any = import_client()(tracking_uri=server.uri)
-        filters = f"tags.run_dir = '{run_dir}'"
-        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        [self.run] = self.client.search_runs(experiments, filter_string=filters)
-        self.id, self.status = self.run.info.run_id, self.run.info.status
-        self.tags: dict[str, str] = self.run.data.tags
-
-    def steps(self, name: str) -> list[tuple[int, float]]:
-        """Return each logged step of a metric with its value."""
-        return [(metric.step, metric.value) for metric in self.client.get_metric_history(self.id, name)]
-
-    def artifacts(self, folder: str | None = None) -> dict[str, int]:
-        """Return the size of each artifact in a folder."""
-        files = self.client.list_artifacts(self.id, folder)
-        return {file.path: file.file_size for file in files if not file.is_dir}
-
-    def nested(self) -> list[Any]:
-        """Return the runs below the run."""
-        filters = f"tags.`mlflow.parentRunId` = '{self.id}'"
-        return list(self.client.search_runs([self.run.info.experiment_id], filter_string=filters))
 
 
 def tracker_of(run_dir: Path, server: MlflowServer, **more: Any) -> MlflowTracker:
@@ -115,7 +88,7 @@ def test_a_server_that_breaks_in_every_way_gets_each_step_once(
             server.start()  # answers again while the proxy fails and hangs
     server.wait()
     tracker.finish("FINISHED")
-    seen = Seen(server, run_dir)
+    seen = LoggedRun(server, run_dir)
     assert seen.steps("loss") == [(step, float(step)) for step in range(1, 501)]
     assert seen.steps("rate") == [(step, 0.5) for step in range(1, 501)]
     assert (seen.status, *seen.artifacts()) == ("FINISHED", "config.yaml")
@@ -149,7 +122,7 @@ def test_two_starts_without_a_server_are_sent_as_one_run(server: MlflowServer, r
     assert "records wait in the run folder; check that the server runs" in answer.error
     server.set_mode("pass")
     answer = trainshort("track", "sync", str(run_dir))
-    seen = Seen(server, run_dir)
+    seen = LoggedRun(server, run_dir)
     assert (answer.code, answer.error) == (0, "")
     assert answer.out == f"{run_dir}: sent 67 records; run {seen.id} of {server.uri} is FINISHED\n"
     assert seen.steps("loss") == [(step, step + 100.0 * (step > 30)) for step in range(1, 51)]
@@ -182,7 +155,7 @@ def test_files_wait_for_a_broken_store_of_artifacts_alone(
     (run_dir / "config.yaml").write_text("replaced meanwhile\n")
     take_steps(tracker, 21, 40)
     tracker.finish("FINISHED")
-    seen = Seen(server, run_dir)
+    seen = LoggedRun(server, run_dir)
     assert (seen.status, len(seen.steps("loss"))) == ("FINISHED", 40)
     server.artifacts.unlink()
     if kept.exists():
@@ -223,7 +196,7 @@ def test_a_run_killed_with_sigkill_loses_no_step(
     for file in spooled(run_dir):
         os.utime(file, (before, before))
     assert trainshort("track", "sync", str(run_dir)).code == 0
-    seen = Seen(server, run_dir)
+    seen = LoggedRun(server, run_dir)
     assert seen.steps("loss") == [(step, float(step)) for step in range(1, 1001)]
     assert (seen.status, seen.run.info.end_time) == ("KILLED", int(1000 * before))
     assert spooled(run_dir) == []
@@ -267,7 +240,7 @@ def test_training_goes_on_without_the_server(
     metrics = MetricsFile(run_dir, last_step=0)
     tracking = TrackingObserver(config, run_dir=run_dir, certificate=certificate)
     trainer.run([metrics, tracking, Breaks(server)])
-    seen = Seen(server, run_dir)
+    seen = LoggedRun(server, run_dir)
     losses = [json.loads(line)["loss"] for line in metrics_path(run_dir).read_text().splitlines()]
     assert seen.steps("train/loss") == [(step, loss) for step, loss in enumerate(losses, start=1)]
     assert seen.status == "FINISHED"

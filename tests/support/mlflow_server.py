@@ -14,6 +14,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
 
+from training.tracking.client import import_client, set_mlflow_defaults
+
 _SECONDS = 180.0
 # How the proxy answers: as the server does; with a 500; not at all; as the server does, but the answer is lost
 Mode = Literal["pass", "fails", "hangs", "loses answers"]
@@ -115,6 +117,33 @@ class MlflowServer:
             return False
         finally:
             connection.close()
+
+
+class LoggedRun:
+    """What MLflow's own client finds of a run folder's run."""
+
+    def __init__(self, server: MlflowServer, run_dir: Path) -> None:
+        set_mlflow_defaults()
+        self.client: Any = import_client()(tracking_uri=server.uri)
+        filters = f"tags.run_dir = '{run_dir}'"
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        [self.run] = self.client.search_runs(experiments, filter_string=filters)
+        self.id, self.status = self.run.info.run_id, self.run.info.status
+        self.tags: dict[str, str] = self.run.data.tags
+
+    def steps(self, name: str) -> list[tuple[int, float]]:
+        """Return each logged step of a metric with its value."""
+        return [(metric.step, metric.value) for metric in self.client.get_metric_history(self.id, name)]
+
+    def artifacts(self, folder: str | None = None) -> dict[str, int]:
+        """Return the size of each artifact in a folder."""
+        files = self.client.list_artifacts(self.id, folder)
+        return {file.path: file.file_size for file in files if not file.is_dir}
+
+    def nested(self) -> list[Any]:
+        """Return the runs below the run."""
+        filters = f"tags.`mlflow.parentRunId` = '{self.id}'"
+        return list(self.client.search_runs([self.run.info.experiment_id], filter_string=filters))
 
 
 def wait_for(condition: Callable[[], object], *, seconds: float = 60.0) -> None:

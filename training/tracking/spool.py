@@ -79,7 +79,7 @@ class SpoolWriter:
         self._handle: int | None = None
         self._memory: deque[tuple[int, bytes]] = deque()
         self._failed_at: float | None = None
-        self._is_closed = False
+        self._is_torn = self._is_closed = False
         self._lock = threading.Lock()
 
     @property
@@ -176,10 +176,13 @@ class SpoolWriter:
         if self._handle is None:
             self._handle = self._open()
         data = b"".join(line for _, line in self._memory)
-        os.ftruncate(self._handle, self._size)  # remove a partial line that a full disk left
+        if self._is_torn:
+            os.ftruncate(self._handle, self._size)  # remove a partial line that a full disk left
+        self._is_torn = True
         written = os.write(self._handle, data)
         if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._is_torn = False
         self._size += written
         self._memory.clear()
 
