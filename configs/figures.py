@@ -1,5 +1,7 @@
 """Figures as a person reads them: times, counts, sizes. Each has about three digits, and one form everywhere."""
 
+JOULES_PER_KWH = 3.6e6
+
 
 def duration(seconds: float) -> str:
     """Return a time in its two largest units: 2.3 s, 38 s, 2m05s, 1h23m, 4d05h."""
@@ -19,6 +21,14 @@ def scaled(number: float) -> str:
 def byte_size(number: float) -> str:
     """Return a number of bytes: 512 B, 340 MB, 1.23 GB; of 10^3, 10^6, 10^9 bytes."""
     return " ".join(_in_thousands(number, ("B", "kB", "MB", "GB", "TB")))
+
+
+def energy(joules: float) -> str:
+    """Return an energy: 320 J, 0.0123 kWh, 4.56 kWh, 1.2 MWh."""
+    kwh = joules / JOULES_PER_KWH
+    if kwh < 1e-3:
+        return f"{joules:.3g} J"
+    return f"{kwh:.3g} kWh" if kwh < 999.5 else f"{kwh / 1000:,.3g} MWh"
 
 
 def counted(number: int, noun: str) -> str:

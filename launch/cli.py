@@ -23,6 +23,7 @@ from launch.commands.reproduce import reproduce_commands
 from launch.commands.run import run_commands
 from launch.commands.runs import runs_commands
 from launch.commands.study import study_commands
+from launch.commands.track import track_commands
 from launch.commands.watch import watch_commands
 from launch.complete import COMPLETE_VARIABLE
 from launch.failure import report_failure
@@ -51,6 +52,7 @@ for commands in (
 app.add_typer(runs_commands, name="runs", cls=ListingGroup)
 app.add_typer(checkpoint_commands, name="checkpoint", cls=CommandGroup)
 app.add_typer(jobs_commands, name="jobs", cls=CommandGroup)
+app.add_typer(track_commands, name="track", cls=CommandGroup)
 
 # The error of a wrong command line. It has no stable import path: some versions of typer bring their own click.
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])

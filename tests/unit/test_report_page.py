@@ -112,7 +112,10 @@ def test_starts_and_failed_saves_are_on_the_time_line(trainshort: Call) -> None:
     assert "1 2026-01-02 03:04 UTC - 2 1 to 7 45 s 2 -" in page.text
     assert "2 2026-01-02 03:09 UTC 4m15s 2 6 to 10 35 s - 1" in page.text
     # 80 s on two ranks
-    assert "time of training 80 s device hours 0.0444 on a card lost 13 s: 2 steps trained again" in page.text
+    assert (
+        "time of training 80 s device hours 0.0444 on a card energy 1.1 kWh by the GPUs' own counters in" in page.text
+    )
+    assert "11 of 12 steps lost 13 s: 2 steps trained again" in page.text
 
 
 def test_runs_are_laid_over_each_other(trainshort: Call) -> None:

@@ -25,7 +25,10 @@ from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.evaluation.windows import place_windows
 from training.model.single import inference_device, load_single
 from training.model.windows import LosslessWindows
-from training.tracking.tracker import MlflowTracker, attach
+from training.observers import Status
+from training.tracking.inputs import evaluation_input, inputs_event
+from training.tracking.tables import evaluation_table, table_event
+from training.tracking.tracker import MlflowTracker, attach, now_ms
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ def evaluate_checkpoint(
     name = opened.path.resolve().name
     check_evaluation_folder(folder, name=name)
     # Attach now: the tracker's thread imports mlflow while the model runs.
-    tracker = attach(opened.run_dir, uri=config.track.uri)
+    tracker = attach(opened.run_dir, uri=config.track.uri, offline=config.track.offline)
     provenance = provenance_of(opened, text.tokens, data=data, command=command)
     model = load_single(opened, precision=precision)
     build = partial(build_report, checkpoint=opened, certificate=model.certificate, text=text, provenance=provenance)
@@ -107,19 +110,22 @@ class _Record:
         build: Makes a report of results.
         folder: RUN_DIR/evaluation.
         name: Name of the checkpoint's folder.
+        results: Those that are finished.
+        began_ms: When the evaluation began, in milliseconds since the epoch.
     """
 
     build: Callable[[Sequence[PerplexityResult]], dict[str, Any]]
     folder: Path
     name: str
     results: list[PerplexityResult] = field(default_factory=list)
+    began_ms: int = field(default_factory=now_ms)
 
     @property
     def report(self) -> dict[str, Any]:
         """The contents of report.json."""
         return self.build(self.results)
 
-    def keep(self, *, tracker: MlflowTracker | None = None) -> Path:
+    def keep(self, *, tracker: MlflowTracker | None = None, status: Status = "FINISHED") -> Path:
         """Write the reports, and add them to the MLflow run of the training; return the Markdown of what is kept."""
         with try_to_lock(self.folder):
             files: Sequence[Path] = ()
@@ -129,6 +135,10 @@ class _Record:
                 if tracker is not None:  # within: the files that it sends must not be replaced meanwhile
                     label = report_label(self.report, self.folder)
                     _track(tracker, self.report, files, label=label, checkpoint=self.name)
+                    _track_evaluation(
+                        tracker, self.report, label=label, checkpoint=self.name, began_ms=self.began_ms, status=status
+                    )
+                    tracker.close()
         return files[1]
 
     def keep_finished(self, *, of: int, error: BaseException, tracker: MlflowTracker | None) -> None:
@@ -140,7 +150,8 @@ class _Record:
             tracker: Attached to the MLflow run of the training.
         """
         if self.results:
-            kept = self.keep(tracker=tracker)
+            status: Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            kept = self.keep(tracker=tracker, status=status)
             logger.warning("stopped after %d of %d measurements, which are kept: %s", len(self.results), of, kept)
         elif isinstance(error, KeyboardInterrupt):  # an error speaks for itself
             logger.warning("stopped in the first measurement: nothing is written")
@@ -241,6 +252,36 @@ def _track(
         values |= {f"{name}/{key}": result[key] for key in kept if key in result}
         tracker.metrics(result["length"], {f"{text_and_protocol}/{curve}/perplexity": result["perplexity"]})
     tracker.metrics(report["step"], values)
+    tracker.put(inputs_event([evaluation_input(report)]))
     for file in files:
         tracker.artifact(file, folder=f"evaluation/{checkpoint}")
-    tracker.close()
+    if files:
+        table = evaluation_table(files[0].parent.parent, label=label)
+        tracker.put(table_event(f"evaluation/{label}.json", table))
+
+
+def _track_evaluation(
+    tracker: MlflowTracker, report: dict[str, Any], *, label: str, checkpoint: str, began_ms: int, status: Status
+) -> None:
+    """Log an evaluation as a run below that of the training, whose curves are over the length: runs can be compared."""
+    results = report["results"]
+    points = [
+        (f"{protocol_name(result).replace(':', '_')}/{key}", result[key], result["length"])
+        for result in results
+        for key in ("loss", "perplexity")
+    ]
+    tracker.nested(
+        f"evaluate {checkpoint}, {label}",
+        kind="evaluate",
+        params={
+            "checkpoint": checkpoint,
+            "step": report["step"],
+            "text": label,
+            "train_length": report["train_length"],
+            "lengths": sorted({result["length"] for result in results}),
+            "protocols": sorted({protocol_name(result) for result in results}),
+        },
+        points=points,
+        began_ms=began_ms,
+        status=status,
+    )

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from configs.figures import counted, duration
+from configs.figures import counted, duration, energy
 from training.checkpoint.manifest import list_checkpoints
+from training.metrics_reader import finite_value
 from training.page.starts import RunStart
 
 _MOST_SAVES = 200  # marks of saves that succeeded; a failed one always has its mark
@@ -88,7 +89,8 @@ def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
 def cost_rows(starts: Sequence[RunStart], *, device: str | None) -> list[tuple[str, str]]:
     """Return what a run cost: names and values; without what is not known.
 
-    A device hour is an hour of one rank, which has a device of its own. Energy is left out: no file of a run has it.
+    A device hour is an hour of one rank, which has a device of its own. Energy is that of the ranks' GPUs, from the
+    first step of a start to its last.
 
     Args:
         starts: The run's starts.
@@ -99,10 +101,21 @@ def cost_rows(starts: Sequence[RunStart], *, device: str | None) -> list[tuple[s
     if all(start.ranks or not (start.steps or start.lost) for start in starts):
         hours = sum((start.ranks or 0) * (start.kept_seconds + start.lost_seconds) for start in starts) / 3600
         rows.append(("device hours", f"{_hours(hours)}{'' if device is None else f' on {device}'}"))
+    rows += _energy_rows(starts)
     if lost:
         steps = sum(len(start.lost) for start in starts)
         rows.append(("lost", f"{duration(lost)}: {counted(steps, 'step')} trained again after a restart"))
     return rows
+
+
+def _energy_rows(starts: Sequence[RunStart]) -> list[tuple[str, str]]:
+    """Return the energy of the steps whose GPUs' drivers tell it; none if no step's do."""
+    steps = [fields for start in starts for fields in (*start.steps, *start.lost)]
+    joules = [value for fields in steps if (value := finite_value(fields, "energy_joules")) is not None]
+    if not joules:
+        return []
+    part = "" if len(joules) == len(steps) else f" in {len(joules):,} of {counted(len(steps), 'step')}"
+    return [("energy", f"{energy(sum(joules))} by the GPUs' own counters{part}")]
 
 
 def _table(starts: Sequence[RunStart]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:

@@ -166,14 +166,14 @@ def create_file(file: Path, *, fill: Callable[[str], None]) -> None:
                 temporary.replace(file)
 
 
-def follow_move(file: Path, *, experiment: str, run_id: str | None) -> bool:
+def follow_move(file: Path, *, experiment: str | None, run_id: str | None) -> bool:
     """Point an experiment's artifacts to the folder beside a sqlite file that was moved or copied with it.
 
     MLflow keeps absolute paths: without this, new artifacts would go to the old place. Return whether it has moved.
 
     Args:
         file: The sqlite file.
-        experiment: The experiment's name.
+        experiment: The experiment's name; None for that of the run alone.
         run_id: A run whose experiment is meant too.
     Raises:
         sqlite3.Error: the file cannot be read or written.
