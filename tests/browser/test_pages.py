@@ -105,7 +105,7 @@ def test_charts_tell_values_to_pointer_keys_and_finger(reader: Reader) -> None:
     browser.move_to(1, 1)
     assert tip() == []
     browser.press("Tab")
-    assert browser.run("return document.activeElement.matches('svg.chart')")
+    assert browser.run("return document.activeElement.matches('svg.chart[tabindex]')")
     browser.run("chartNamed('Memory').focus()")
     seen = []
     for key in ("ArrowRight", "ArrowRight", "End", "ArrowRight", "ArrowLeft", "Home", "Escape"):
