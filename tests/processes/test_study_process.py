@@ -1,4 +1,4 @@
-"""A study in its own process: killed between its runs, it goes on, and MLflow shows its runs below one."""
+"""A study in its own process: killed in a run, it goes on; its commands get its signals; MLflow nests its runs."""
 
 import contextlib
 import json
@@ -6,13 +6,19 @@ import os
 import signal
 import sqlite3
 import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from configs.errors import MachineError
 from configs.study import load_study
+from launch.study.processes import commands_until_asked
 from tests.support.data import write_book
 from tests.support.processes import PROGRAM, environment, trainshort, wait_until
 from tests.support.small_run import TINY, small_run
@@ -81,3 +87,43 @@ def test_a_killed_study_goes_on_and_repeats_no_run(tmp_path: Path) -> None:
     assert tags(database, "trainshort.study") == {"none-seed1": "tiny", "tiny": "tiny"}
     parent = json.loads((tmp_path / "study" / "mlflow_run.json").read_text())["run_id"]
     assert tags(database, "mlflow.parentRunId")["none-seed1"] == parent
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Replace Python, and with it every command of a study, by a line of bash; return a file that it may write."""
+
+    def replace(line: str) -> Path:
+        (tmp_path / "python").write_text(f"#!/bin/bash\ncd {tmp_path}\n{line}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        return tmp_path / "said"
+
+    return replace
+
+
+def test_a_command_gets_ctrl_c_once_and_from_the_study(program: Callable[[str], Path]) -> None:
+    said = program("trap 'echo asked >>said; exit 7' INT; echo begun >>said; while :; do sleep 0.05; done")
+    before = signal.getsignal(signal.SIGINT)
+
+    def press() -> None:
+        wait_until(said.exists, lambda: "the command has not begun")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with commands_until_asked() as commands:
+        thread = threading.Thread(target=press)
+        thread.start()
+        assert commands.run("train") == 7
+        thread.join()
+        assert commands.asked == 1
+    assert said.read_text() == "begun\nasked\n"
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_command_that_is_killed_is_the_machines_fault(
+    program: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    program("kill -9 $$")
+    with commands_until_asked() as commands:
+        assert commands.run("evaluate") == MachineError.exit_code
+    assert caplog.messages == ["trainshort evaluate was ended by SIGKILL: see whether memory ran out"]
