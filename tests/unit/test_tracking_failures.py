@@ -140,5 +140,7 @@ def test_a_server_gets_the_password_and_the_log_does_not(
 
 
 def test_a_store_of_artifacts_without_access_is_waited_for() -> None:
-    assert not any(is_about_file(error) for error in (upload_refused(403), answered(401), PermissionError(13, "denied")))
+    assert not any(
+        is_about_file(error) for error in (upload_refused(403), answered(401), PermissionError(13, "denied"))
+    )
     assert all(map(is_about_file, (upload_refused(413), FileNotFoundError(2, "No such file"))))
