@@ -102,23 +102,24 @@ class FakeClient:
         self.chaos.request(lambda: self.artifacts.append(Path(path).read_text()))
 
 
-def spool_two_starts(run_dir: Path) -> None:
-    """Spool a start that was killed after step 40, its repetition from step 31 on, and an evaluation beside it."""
+def spool_start(run_dir: Path, number: int, steps: range, *, ends: bool) -> None:
+    """Spool a start that takes some steps."""
     start = {"kind": "start", "time_ms": 1000, "name": "a", "experiment": "e", "user": "me", "uri": None}
-    (run_dir / "config.yaml").write_text("text")
-    for number, steps in enumerate((range(1, 41), range(31, 81))):
-        writer = SpoolWriter(run_dir, role="train", on_problem=lambda _: None)
-        writer.put({**start, "params": {"layout": str(number)}, "tags": {}, "listed_tags": {"hosts": f"h{number}"}})
-        writer.put(
-            {"kind": "artifact", "time_ms": 1, "path": str(writer.keep_file(run_dir / "config.yaml")), "folder": None}
-        )
-        for step in steps:
-            values = {"loss": float(step), "rate": 1.0}
-            writer.put({"kind": "metrics", "time_ms": 1000 * step, "step": step, "values": values})
-            writer.put({"kind": "metrics", "time_ms": 2000 * step, "step": None, "values": {f"cpu{number}": 1.0}})
-        if number:
-            writer.put({"kind": "finish", "time_ms": 9, "status": "FINISHED"})
-        writer.close()
+    writer = SpoolWriter(run_dir, role="train", on_problem=lambda _: None)
+    writer.put({**start, "params": {"layout": str(number)}, "tags": {}, "listed_tags": {"hosts": f"h{number}"}})
+    kept = str(writer.keep_file(run_dir / "config.yaml"))
+    writer.put({"kind": "artifact", "time_ms": 1, "path": kept, "folder": None})
+    for step in steps:
+        values = {"loss": float(step), "rate": 1.0}
+        writer.put({"kind": "metrics", "time_ms": 1000 * step, "step": step, "values": values})
+        writer.put({"kind": "metrics", "time_ms": 2000 * step, "step": None, "values": {f"cpu{number}": 1.0}})
+    if ends:
+        writer.put({"kind": "finish", "time_ms": 9, "status": "FINISHED"})
+    writer.close()
+
+
+def spool_evaluation(run_dir: Path) -> None:
+    """Spool a run below the run, and metrics of one step twice."""
     writer = SpoolWriter(run_dir, role="added", on_problem=lambda _: None)
     nested = {"kind": "nested", "time_ms": 9, "name": "n", "began_ms": 5, "status": "KILLED", "params": {"a": "1"}}
     writer.put({**nested, "tags": {}, "points": []})
@@ -127,29 +128,39 @@ def spool_two_starts(run_dir: Path) -> None:
     writer.close()
 
 
+def store_of(folder: Path, chaos: Chaos, patch: pytest.MonkeyPatch) -> tuple[Path, FakeClient, TrackingTarget]:
+    """Return a new run folder, its store, and what names it."""
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("text")
+    client = FakeClient(chaos)
+    patch.setattr("training.tracking.client.import_client", lambda: lambda tracking_uri: client)
+    return run_dir, client, TrackingTarget(run_dir, Store("http://host", "track.uri"))
+
+
+def refused(refusal: Refusal) -> None:
+    raise AssertionError(refusal)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_lost_requests_and_kills_log_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
     chaos = Chaos(seed)
-    client = FakeClient(chaos)
-    monkeypatch.setattr("training.tracking.client.import_client", lambda: lambda tracking_uri: client)
-    target = TrackingTarget(run_dir, Store("http://host", "track.uri"))
-    spool_two_starts(run_dir)
-
-    def refused(refusal: Refusal) -> None:
-        raise AssertionError(refusal)
-
-    replay = Replay(target, own=None, on_refusal=refused)
+    run_dir, client, target = store_of(tmp_path, chaos, monkeypatch)
+    spool_start(run_dir, 0, range(1, 41), ends=False)  # killed after a checkpoint of step 30
+    spool_start(run_dir, 1, range(31, 81), ends=True)
+    spool_evaluation(run_dir)
+    # two processes, of which one sends at a time, and then the other
+    senders = [Replay(target, own=None, on_refusal=refused) for _ in range(2)]
     for attempt in range(400):
         chaos.ends = attempt == 399
+        number = chaos.random.randrange(2)
         try:
-            if all([replay.send(lane) for lane in (LOG_LANE, FILE_LANE)]):
+            if all([senders[number].send(lane) for lane in (LOG_LANE, FILE_LANE)]):
                 break
         except ConnectionError:
             continue
         except Killed:
-            replay = Replay(target, own=None, on_refusal=refused)
+            senders[number] = Replay(target, own=None, on_refusal=refused)
     run, nested = client.runs.values()
     points = Counter((key, step) for key, step, _ in run.points)
     assert {(key, step) for key, step in points if key in ("loss", "rate")} == {
@@ -164,3 +175,18 @@ def test_lost_requests_and_kills_log_nothing_twice(tmp_path: Path, monkeypatch: 
     assert {*client.artifacts} == {"text"}
     assert spool_files(run_dir) == []
     assert list((spool_folder(run_dir) / "files").rglob("*.yaml")) == []
+
+
+def test_two_processes_that_send_in_turn_know_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chaos = Chaos(0)
+    chaos.ends = True
+    run_dir, client, target = store_of(tmp_path, chaos, monkeypatch)
+    senders = [Replay(target, own=None, on_refusal=refused) for _ in range(2)]
+    for number, steps in enumerate((range(1, 41), range(31, 61), range(51, 81))):
+        spool_start(run_dir, number, steps, ends=number == 2)
+        assert senders[number % 2].send(LOG_LANE)
+    [run] = client.runs.values()
+    assert sorted(step for key, step, _ in run.points if key == "loss") == [*range(1, 81)]
+    assert (run.info.status, senders[1].waiting()) == ("FINISHED", 3)
+    assert senders[1].send(FILE_LANE)
+    assert (client.artifacts, senders[0].waiting(), spool_files(run_dir)) == (["text"] * 3, 0, [])
