@@ -256,7 +256,7 @@ def test_a_run_has_exported_its_last_step_before_it_ends(job: Job) -> None:
     logged = (job.unbroken / "logs" / f"export-{STEPS:08d}.log").read_text()
     assert logged.endswith(f"\nexported: two/run/exports/step-{STEPS:08d}\n")
     with closing(sqlite3.connect(job.folder / "two" / "mlflow.db")) as database:
-        assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
+        assert database.execute("select status from runs").fetchall() == [("FINISHED",)] * 2, "and the export"
     assert len([*(job.folder / "two" / "mlartifacts").rglob("export/certificate.json")]) == 1
 
 
@@ -294,14 +294,20 @@ def test_every_start_and_the_export_leave_a_certificate(job: Job) -> None:
 
 def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
     with closing(sqlite3.connect(job.folder / "one" / "mlflow.db")) as database:
-        runs = database.execute("select run_uuid, name, status from runs").fetchall()
+        runs = database.execute("select run_uuid, name, status from runs order by start_time").fetchall()
+        parents = database.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
         losses = database.execute("select step, value from metrics where key = 'train/loss' order by step").fetchall()
         evaluated = database.execute("select distinct key from metrics where key like 'evaluation/%'").fetchall()
-    ((run_id, name, status),) = runs
+    (run_id, name, status), *nested = runs
     assert (name, status) == ("demo", "FINISHED")
+    last = f"step_{STEPS:07d}"
+    assert {run[1:] for run in nested} == {
+        (f"evaluate {last}, held-out", "FINISHED"),
+        (f"export {last}, hf", "FINISHED"),
+    }
+    assert parents == [(run_id,)] * len(nested)
     assert json.loads((job.broken / "mlflow_run.json").read_text())["run_id"] == run_id
     assert losses == [(line["step"], line["loss"]) for line in metrics(job.broken)]
-    last = f"step_{STEPS:07d}"
     prefix, names = "evaluation/held-out/nonoverlapping", ("loss", "perplexity", "attention_density")
     assert {key for (key,) in evaluated} == {
         f"{prefix}/{last}/perplexity",
@@ -335,4 +341,5 @@ def test_the_commands_leave_only_the_files_asked_for(job: Job) -> None:
         "metrics.jsonl",
         "mlflow_run.json",
         "reproduce.json",
+        "tracking",
     ]

@@ -190,10 +190,20 @@ def test_results_are_added_to_the_runs_mlflow_run(run_dir: Path) -> None:
     tracker.finish("FINISHED")
     evaluate_checkpoint(run_dir, lengths=(64,), protocols=("nonoverlapping", "sliding:16"), data=None)
     connection = sqlite3.connect(run_dir.parent / "mlflow.db")
-    rows = connection.execute("select key, step, round(value, 3) from metrics order by key").fetchall()
-    statuses = connection.execute("select name, status from runs").fetchall()
+    query = "select key, step, round(value, 3) from metrics join runs using (run_uuid) where name {} 'one' order by key"
+    rows, nested = (connection.execute(query.format(sign)).fetchall() for sign in ("=", "!="))
+    statuses = connection.execute("select name, status from runs order by start_time").fetchall()
+    parents = "select run_uuid from runs where name = 'one'", "select value from tags where key = 'mlflow.parentRunId'"
+    parent, named = (connection.execute(query).fetchall() for query in parents)
     connection.close()
-    assert statuses == [("one", "FINISHED")]
+    assert statuses == [("one", "FINISHED"), ("evaluate step_0000007, held-out", "FINISHED")]
+    assert parent == named
+    assert nested == [
+        ("nonoverlapping/loss", 64, 3.466),
+        ("nonoverlapping/perplexity", 64, 32.0),
+        ("sliding_16/loss", 64, 3.466),
+        ("sliding_16/perplexity", 64, 32.0),
+    ]
     assert rows == [
         ("evaluation/held-out/nonoverlapping/64/loss", 7, 3.466),
         ("evaluation/held-out/nonoverlapping/64/perplexity", 7, 32.0),

@@ -8,7 +8,7 @@ from pathlib import Path
 from configs.paths import spool_folder
 from training.tracking.client import OpenRun, TrackingTarget, open_recorded_run, open_run, record_run
 from training.tracking.events import LOGGED_STEPS, METRICS_PER_REQUEST, NEED_ARTIFACT_STORE, SENDERS, SENT
-from training.tracking.failures import may_pass
+from training.tracking.failures import is_about_file, may_pass
 from training.tracking.record import read_record
 from training.tracking.spool import (
     Event,
@@ -196,7 +196,7 @@ class Replay:
         try:
             self._send_events(run, file, events)
         except Exception as error:
-            if may_pass(error):
+            if may_pass(error) or (events[0]["kind"] in NEED_ARTIFACT_STORE and not is_about_file(error)):
                 self._most_points = max(_LEAST_POINTS, self._most_points // 2)
                 raise
             if len(events) == 1:

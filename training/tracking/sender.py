@@ -187,7 +187,7 @@ class Sender:
         closes = self._closes.is_set()
         passes = may_pass(error)
         reason, advice = reason_of(error), advice_on(error, store=self._target.store)
-        if passes:
+        if passes or lane.name == FILE_LANE:
             what = "cannot be reached" if lane.name == LOG_LANE else "takes no files"
             until = f"the records wait in {spool_folder(self._target.run_dir)} until it does"
             self.warn(f"{what} ({reason}): training continues, and {until}; {advice}")

@@ -39,6 +39,7 @@ MOST_IN_MEMORY = 100_000
 # larger files are sent as they are when their turn comes, not copied
 _COPIED_BYTES = 64_000_000
 RETRY_WRITE_SECONDS = 1.0
+_TAIL_BYTES = 500
 _ABANDONED_SECONDS = 7 * 24 * 3600.0
 _CLOSED = "closed"  # kind of a file's last line: its writer appends no more
 
@@ -264,12 +265,8 @@ def trainer_files(run_dir: Path) -> list[Path]:
 def has_told_end(run_dir: Path) -> bool:
     """Return whether the newest start of a run has put into the spool how it ended."""
     newest = newest_incarnation(run_dir)
-    for file in trainer_files(run_dir):
-        if newest is not None and file.name.startswith(f"{newest.number:06d}-"):
-            with suppress(OSError):
-                if any(event["kind"] == "finish" for event, _ in read_events(file, SpoolPosition())):
-                    return True
-    return False
+    files = [file for file in trainer_files(run_dir) if newest and file.name.startswith(f"{newest.number:06d}-")]
+    return bool(files) and b'"kind": "finish"' in _tail(files[-1])
 
 
 def read_events(file: Path, position: SpoolPosition) -> Iterator[tuple[Event, SpoolPosition]]:
@@ -300,12 +297,10 @@ def read_events(file: Path, position: SpoolPosition) -> Iterator[tuple[Event, Sp
 
 def is_closed(file: Path) -> bool:
     """Return whether nobody appends to a file of the spool any more."""
+    if f'"kind": "{_CLOSED}"'.encode() in _tail(file):
+        return True
     try:
         with file.open("rb+") as handle:
-            size = handle.seek(0, os.SEEK_END)
-            handle.seek(max(0, size - 100))
-            if f'"kind": "{_CLOSED}"'.encode() in handle.read():
-                return True
             if time.time() - os.fstat(handle.fileno()).st_mtime > _ABANDONED_SECONDS:
                 return True
             if f"-{socket.gethostname().partition('.')[0]}-" not in file.name:
@@ -314,6 +309,16 @@ def is_closed(file: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def _tail(file: Path) -> bytes:
+    """Return the last lines of a file; empty if it cannot be read."""
+    try:
+        with file.open("rb") as handle:
+            handle.seek(max(0, handle.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return handle.read()
+    except OSError:
+        return b""
 
 
 def remove_kept_file(path: Path, *, run_dir: Path) -> None:

@@ -135,12 +135,12 @@ def end_dead_runs(target: TrackingTarget) -> None:
 
 
 def _send_all(target: TrackingTarget, replay: Replay) -> bool:
-    """Send both lanes, then the ending; return whether no other process sends now."""
+    """Send all, and how it ended; return whether no other process sends now."""
     ending = ending_of(target.run_dir)  # before the files that show it are removed
-    is_sole = all([replay.send(lane) for lane in (LOG_LANE, FILE_LANE)])
-    if is_sole:
-        end_if_dead(target, replay.run, ending=ending)
-    return is_sole
+    if not replay.send(LOG_LANE):
+        return False
+    end_if_dead(target, replay.run, ending=ending)
+    return replay.send(FILE_LANE)
 
 
 def _send_patiently(target: TrackingTarget, replay: Replay) -> None:
