@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from configs.errors import InputError, MachineError
+from configs.schema import Track
 from data_pipeline.tokenizer import load_tokenizer
 from tests.support.formula_model import FormulaModel, open_formula_model
 from training.export.run import export_checkpoint
+from training.tracking.registry import open_registry
 from training.tracking.tracker import MlflowTracker
 
 # warnings of sqlalchemy about mlflow's queries, and of mlflow about transformers' files
@@ -195,3 +197,21 @@ def test_a_model_without_a_run_is_registered_alone(
     assert (tmp_path / "b" / "config.json").is_file()
     models = client.search_logged_models([each.experiment_id for each in client.search_experiments()])
     assert sorted(model.status for model in models) == ["FAILED", "READY"]
+
+
+@pytest.mark.usefixtures("model")
+def test_a_registered_model_moves_with_its_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    for name in ("no run", "mlflow.db", "mlartifacts"):
+        (tmp_path / name).rename(here / name)
+    registry = open_registry(NAME, run_dir=here / "no run", track=Track())
+    exported = export_checkpoint(tmp_path, format="hf", out=tmp_path / "a").folder
+    assert registry.register(exported).version == 1
+    here.rename(there)
+    assert open_registry(NAME, run_dir=there / "no run", track=Track()).register(exported).version == 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    mlflow.set_tracking_uri(f"sqlite:///{there}/mlflow.db")
+    for version in (1, 2):
+        assert mlflow.pyfunc.load_model(f"models:/{NAME}/{version}").predict([PROMPT])
+    mlflow.set_tracking_uri(None)
