@@ -13,6 +13,7 @@ import typer
 
 from configs.errors import InputError
 from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS, require_precision
+from configs.protocols import PROTOCOL_NAMES
 from launch.commands.options import (
     AsJson,
     CheckpointPath,
@@ -78,27 +79,30 @@ PrecisionName = Annotated[
     ),
 ]
 
+EvaluationLengths = Annotated[
+    Lengths | None,
+    lengths_option("--lengths", "Lengths in tokens.  [default: the run file's, else 1, 2, 4, 8 x trained]"),
+]
+ProtocolNames = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", autocompletion=complete_protocols, help=f"{PROTOCOL_NAMES}; may be repeated."),
+]
+EvaluationFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", parser=path_of, help="A text file.  [default: the run's held-out text]")
+]
+SameTokensFlag = Annotated[
+    bool, typer.Option("--same-tokens", help="Score the same tokens at each length of a protocol.")
+]
+
 
 @model_commands.command("evaluate")
 @explain_out_of_memory("shorter --lengths")
 def evaluate_command(
     checkpoint: CheckpointPath,
-    lengths: Annotated[
-        Lengths | None,
-        lengths_option("--lengths", "Lengths in tokens.  [default: the run file's, else 1, 2, 4, 8 x trained]"),
-    ] = None,
-    protocol: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=complete_protocols,
-            help="nonoverlapping or sliding:STRIDE; may be repeated.",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", parser=path_of, help="A text file.  [default: the run's held-out text]"),
-    ] = None,
+    lengths: EvaluationLengths = None,
+    protocol: ProtocolNames = None,
+    data: EvaluationFile = None,
+    same_tokens: SameTokensFlag = False,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
@@ -106,20 +110,24 @@ def evaluate_command(
     from launch.show.console import show_json
     from launch.show.model import show_report
     from training.evaluation.precheck import check_request
+    from training.evaluation.request import EvaluationRequest
 
-    require_precision(precision)
-    protocols = tuple(protocol) if protocol else None  # None: those of the run file
-    check_request(checkpoint, lengths=lengths, protocols=protocols, data=data)  # before the slow imports
+    request = EvaluationRequest(
+        lengths=lengths,
+        protocols=tuple(protocol or ()) or None,  # None: those of the run file
+        data=data,
+        same_tokens=same_tokens,
+        precision=precision,
+        command=shlex.join(["trainshort", *sys.argv[1:]]),
+    )
+    check_request(checkpoint, request)  # before the slow imports
 
     from training.evaluation.folder import ReportNotWritten
     from training.evaluation.run import evaluate_checkpoint
 
     show = show_json if as_json else partial(show_report, checkpoint=checkpoint)
-    command = shlex.join(["trainshort", *sys.argv[1:]])
     try:
-        report = evaluate_checkpoint(
-            checkpoint, lengths=lengths, protocols=protocols, data=data, precision=precision, command=command
-        )
+        report = evaluate_checkpoint(checkpoint, request)
     except ReportNotWritten as error:
         show(error.report)  # the work of minutes or hours
         raise

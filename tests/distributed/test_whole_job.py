@@ -302,7 +302,8 @@ def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
     assert json.loads((job.broken / "mlflow_run.json").read_text())["run_id"] == run_id
     assert losses == [(line["step"], line["loss"]) for line in metrics(job.broken)]
     last = f"step_{STEPS:07d}"
-    prefix, names = "evaluation/held-out/nonoverlapping", ("loss", "perplexity", "attention_density")
+    prefix = "evaluation/held-out/nonoverlapping"
+    names = ("loss", "perplexity", "bits_per_byte", "standard_error", "attention_density")
     assert {key for (key,) in evaluated} == {
         f"{prefix}/{last}/perplexity",
         *(f"{prefix}/{length}/{name}" for length in (LENGTH, 2 * LENGTH) for name in names),

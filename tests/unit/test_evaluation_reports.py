@@ -15,8 +15,9 @@ import torch
 
 from configs.errors import TrainshortError
 from configs.protocols import WindowProtocol
-from data_pipeline.text import text_sha256
+from data_pipeline.text import identify_text
 from data_pipeline.tokenizer import load_tokenizer
+from tests.support import evaluation as support
 from tests.support.command_line import Call
 from tests.support.evaluation import (
     TOKENIZER,
@@ -27,10 +28,10 @@ from tests.support.evaluation import (
     uniform_run,
 )
 from training.evaluation.kept import text_label
+from training.evaluation.markdown import format_table
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.progress import EvaluationProgress
-from training.evaluation.report import format_table, merge_reports
-from training.evaluation.run import evaluate_checkpoint
+from training.evaluation.report import merge_reports
 
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -53,7 +54,7 @@ def evaluate(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
         if data is not None:
             text = replace(text_of(1000), name=data.name, tokens=tokens_of(data))
             monkeypatch.setattr("training.evaluation.run.file_text", lambda *_: text)
-        return evaluate_checkpoint(run_dir, lengths=lengths, protocols=(protocol,), data=data, command="trainshort x")
+        return support.evaluate(run_dir, lengths=lengths, protocols=(protocol,), data=data, command="trainshort x")
 
     return call
 
@@ -146,7 +147,7 @@ def test_a_texts_hash_is_that_of_its_bytes() -> None:
     text = "Two words,\n  tabs\t and \u65e5\u672c \U0001f604 that no piece spells.\n" * 30
     tokens = load_tokenizer(TOKENIZER).encode(text)
     ended = np.array([*tokens, load_tokenizer(TOKENIZER).end_of_document], np.int64)
-    assert text_sha256(ended, TOKENIZER) == hashlib.sha256(text.encode()).hexdigest()
+    assert identify_text(ended, TOKENIZER).sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_reports_merge_only_at_one_precision() -> None:
@@ -161,7 +162,7 @@ def test_reports_merge_only_at_one_precision() -> None:
     assert [each["date"][:10] for each in merged["results"]] == ["2026-01-01", "2026-01-02"]
     assert (merged["command"], [each["command"] for each in merged["earlier"]]) == ("second", ["first"])
     table = format_table(merged, plot="held-out.png")
-    assert "| 32 | 1 | nonoverlapping | 900 | 2.0000 | 7.39 | 4.852e+08 | 2026-01-01T00:00:00Z |" in table
+    assert "| 32 | 1 | nonoverlapping | 900 | 2.0000 | 7.39 | 4.852e+08 | 0.7213 | 2026-01-01T00:00:00Z |" in table
     third = merge_reports(merged, report_of(result(32), date="2026-01-03T00:00:00Z", command="third"))
     assert third is not None
     assert [each["command"] for each in third["earlier"]] == ["second"], "nothing is left of the first"
@@ -176,10 +177,10 @@ class Interrupted(UniformModel):
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+    def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
         if tokens.shape[1] > 33:
             raise self.error
-        return super().losses(tokens)
+        return super().losses(tokens, last=last)
 
 
 def test_an_interruption_keeps_what_is_finished(
@@ -212,9 +213,9 @@ def test_a_long_evaluation_is_written_on_the_way(
     hour = iter(range(0, 360_000, 3600))
 
     class Slow(UniformModel):
-        def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
             seen.append([length for *_, length in measured(kept)] if kept.exists() else [])
-            return super().losses(tokens)
+            return super().losses(tokens, last=last)
 
     monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: Slow())
     monkeypatch.setattr("time.monotonic", lambda: float(next(hour)))

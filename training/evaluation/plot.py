@@ -1,5 +1,7 @@
 """Draw the perplexity of one checkpoint against length."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from training.evaluation.chart import (
     TEXT_BOX,
     draw_curve,
     head_axes,
+    line_style,
     mark_training_length,
     new_figure,
     save_figure,
@@ -19,6 +22,7 @@ from training.evaluation.chart import (
     write_above,
 )
 from training.evaluation.kept import other_precision
+from training.evaluation.results import result_key
 
 # Draw the unigram baseline up to this multiple of the highest perplexity; a higher one would flatten the curves.
 _BASELINE_RATIO = 1.5
@@ -39,6 +43,7 @@ def draw_plot(report: dict[str, Any], path: Path) -> Path:
     points = [point for line in lines.values() for point in line]
     for number, (label, line) in enumerate(lines.items()):
         draw_curve(axes, line, label=label, number=number)
+    _draw_intervals(axes, report, [*lines])
     scale_axes(
         axes,
         lengths={length for length, _ in points},
@@ -58,10 +63,22 @@ def draw_plot(report: dict[str, Any], path: Path) -> Path:
 def _lines(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     lines: dict[str, list[tuple[int, float]]] = {}
     for result in report["results"]:
-        sliding = result["protocol"] == "sliding"
-        label = f"sliding, stride {result['stride']}" if sliding else "nonoverlapping"
-        lines.setdefault(label, []).append((result["length"], result["perplexity"]))
+        lines.setdefault(_label(result), []).append((result["length"], result["perplexity"]))
     return lines
+
+
+def _label(result: dict[str, Any]) -> str:
+    name, number, _ = result_key(result)
+    return {"sliding": f"sliding, stride {number}", "last": f"last {number} of a window"}.get(name, name)
+
+
+def _draw_intervals(axes: Axes, report: dict[str, Any], labels: Sequence[str]) -> None:
+    """Draw the interval of 95 % of each perplexity whose standard error is known."""
+    for result in report["results"]:
+        if "standard_error" in result:
+            low, high = (result["perplexity"] * math.exp(sign * 1.96 * result["standard_error"]) for sign in (-1, 1))
+            colour = line_style(labels.index(_label(result)))["color"]
+            axes.vlines(result["length"], low, high, color=colour, linewidth=1.2, alpha=0.7, zorder=2)
 
 
 def _annotate(axes: Axes, report: dict[str, Any], lines: dict[str, list[tuple[int, float]]]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.text import text_sha256
+from data_pipeline.text import identify_text
 from training.checkpoint.manifest import model_sha256
 from training.versions import installed_version, source_code
 
@@ -28,6 +28,7 @@ class Provenance:
         tokenizer_sha256: Hash of its tokenizer.
         text_sha256: Hash of the text, whatever the tokenizer.
         text_path: The text's file; None for the held-out text.
+        text_bytes: Length of the text in UTF-8.
     """
 
     date: str
@@ -37,6 +38,7 @@ class Provenance:
     tokenizer_sha256: str
     text_sha256: str
     text_path: str | None
+    text_bytes: int
 
 
 def provenance_of(
@@ -50,7 +52,7 @@ def provenance_of(
         data: The text's file; None for the held-out text.
         command: The command line, quoted for a shell.
     """
-    source = source_code()
+    source, text = source_code(), identify_text(tokens, checkpoint.tokenizer)
     commit = None if source is None else f"{source['commit']}{' with changes' if source['diff'] else ''}"
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -58,6 +60,7 @@ def provenance_of(
         versions={**{name: installed_version(name) for name in ("trainshort", "torch")}, "commit": commit},
         weights_sha256=model_sha256(checkpoint.manifest),
         tokenizer_sha256=checkpoint.manifest.tokenizer_sha256,
-        text_sha256=text_sha256(tokens, checkpoint.tokenizer),
+        text_sha256=text.sha256,
         text_path=None if data is None else str(data.resolve()),
+        text_bytes=text.bytes,
     )

@@ -2,72 +2,39 @@
 
 import logging
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError
 from configs.files import try_to_lock
 from configs.paths import evaluation_folder
-from configs.precisions import DEFAULT_PRECISION
-from configs.protocols import WindowProtocol, parse_protocol
+from configs.protocols import parse_protocol
 from training.checkpoint.read import open_checkpoint
-from training.evaluation.folder import ReportNotWritten, check_evaluation_folder, write_evaluation
+from training.evaluation.folder import check_evaluation_folder, write_evaluation
 from training.evaluation.kept import report_label
-from training.evaluation.perplexity import PerplexityResult, Scorer, measure_loss
-from training.evaluation.progress import EvaluationProgress
+from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.provenance import provenance_of
-from training.evaluation.report import build_report, protocol_name
-from training.evaluation.text import EvaluationText, file_text, held_out_text
-from training.evaluation.windows import place_windows
+from training.evaluation.report import build_report
+from training.evaluation.request import EvaluationRequest
+from training.evaluation.results import protocol_name
+from training.evaluation.sweep import plan_measurements, run_measurements
+from training.evaluation.text import file_text, held_out_text
 from training.model.single import inference_device, load_single
-from training.model.windows import LosslessWindows
 from training.tracking.tracker import MlflowTracker, attach
 
 logger = logging.getLogger(__name__)
 
-# write what is finished once it has taken this long since the last time: a kill must not lose hours
-_WRITE_SECONDS = 60.0
 
-
-@dataclass(frozen=True)
-class Measurement:
-    """A measurement to make.
-
-    Attributes:
-        length: Inputs of a window, in tokens.
-        protocol: How the window moves.
-        inputs: Inputs of all windows, windows x length: a measure of the work.
-    """
-
-    length: int
-    protocol: WindowProtocol
-    inputs: int
-
-
-def evaluate_checkpoint(
-    checkpoint: Path,
-    *,
-    lengths: tuple[int, ...] | None,
-    protocols: tuple[str, ...] | None,
-    data: Path | None,
-    precision: str = DEFAULT_PRECISION,
-    command: str | None = None,
-) -> dict[str, Any]:
+def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[str, Any]:
     """Measure a checkpoint's perplexity and write the reports of RUN_DIR/evaluation: see `training.evaluation.kept`.
 
     If a measurement fails or is interrupted, the reports hold those that were finished.
 
     Args:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
-        lengths: Lengths in tokens; by default the run's.
-        protocols: nonoverlapping or sliding:STRIDE; by default the run's.
-        data: A text file; by default the run's held-out text.
-        precision: Value of `--precision`, whatever the checkpoint trained in.
-        command: The command line, to be named in the report.
+        request: What to measure.
     Returns:
         The contents of report.json.
     Raises:
@@ -75,19 +42,20 @@ def evaluate_checkpoint(
         MachineError: RUN_DIR/evaluation cannot be written. Both are raised before the model is loaded.
         ReportNotWritten: the disk has become full since; the error holds the report.
     """
-    inference_device(precision)
+    inference_device(request.precision)
     opened = open_checkpoint(checkpoint)
     config, folder = opened.config, evaluation_folder(opened.run_dir)
-    parsed = [parse_protocol(name) for name in protocols or config.evaluate.protocols]
-    text = held_out_text(opened) if data is None else file_text(opened, data)
-    measurements = plan_measurements(lengths or config.evaluation_lengths, parsed, tokens=len(text.tokens))
+    parsed = [parse_protocol(name) for name in request.protocols or config.evaluate.protocols]
+    text = held_out_text(opened) if request.data is None else file_text(opened, request.data)
+    lengths = request.lengths or config.evaluation_lengths
+    measurements = plan_measurements(lengths, parsed, tokens=len(text.tokens), on_same_tokens=request.same_tokens)
     # Not the name that was given, which may be a link.
     name = opened.path.resolve().name
     check_evaluation_folder(folder, name=name)
     # Attach now: the tracker's thread imports mlflow while the model runs.
     tracker = attach(opened.run_dir, uri=config.track.uri)
-    provenance = provenance_of(opened, text.tokens, data=data, command=command)
-    model = load_single(opened, precision=precision)
+    provenance = provenance_of(opened, text.tokens, data=request.data, command=request.command)
+    model = load_single(opened, precision=request.precision)
     build = partial(build_report, checkpoint=opened, certificate=model.certificate, text=text, provenance=provenance)
     record = _Record(build, folder, name)
     try:
@@ -146,76 +114,6 @@ class _Record:
             logger.warning("stopped in the first measurement: nothing is written")
 
 
-def plan_measurements(lengths: Sequence[int], protocols: Sequence[WindowProtocol], *, tokens: int) -> list[Measurement]:
-    """Return one measurement per protocol and length; duplicates are dropped.
-
-    Raises:
-        InputError: a length or a stride does not fit. The message names all lengths that are too long for the text.
-    """
-    # place_windows reports only the first one: report all of them.
-    too_long = [length for length in dict.fromkeys(lengths) if length > tokens - 1]
-    if too_long and tokens > 1:
-        named = ", ".join(map(str, too_long))
-        raise InputError(
-            f"the text has {tokens} tokens, too short for length {named}: use lengths up to {tokens - 1}, "
-            "or give a longer text with --data"
-        )
-    measurements = []
-    for protocol in dict.fromkeys(protocols):
-        for length in dict.fromkeys(lengths):
-            windows = place_windows(tokens, length=length, protocol=protocol)
-            measurements.append(Measurement(length=length, protocol=protocol, inputs=windows.count * length))
-    return measurements
-
-
-def run_measurements(
-    scorer: Scorer,
-    text: EvaluationText,
-    measurements: Sequence[Measurement],
-    *,
-    results: list[PerplexityResult],
-    write: Callable[[], object],
-    attention: LosslessWindows | None = None,
-) -> None:
-    """Make measurements, and show progress on the standard error stream.
-
-    Args:
-        scorer: The model.
-        text: The text.
-        measurements: What to measure, in this order.
-        results: The result of each is added here when it is finished.
-        write: Called between two measurements, so that long work is not lost.
-        attention: Counts the scores that the model's attention computes; None if nothing counts them.
-    """
-    written_at, batch_tokens = time.monotonic(), scorer.batch_tokens
-    # Count inputs, not windows: a long window takes longer.
-    total = sum(measurement.inputs for measurement in measurements)
-    with EvaluationProgress(inputs=total, measurements=len(measurements)) as progress:
-        for measurement in measurements:
-            if results and time.monotonic() - written_at > _WRITE_SECONDS:
-                _try_to_write(write)
-                written_at = time.monotonic()
-            progress.begin(f"{measurement.protocol} at {measurement.length:,}")
-            result = measure_loss(
-                scorer,
-                text.tokens,
-                length=measurement.length,
-                protocol=measurement.protocol,
-                batch_tokens=batch_tokens,
-                attention=attention,
-                progress=progress.advance,
-            )
-            results.append(result)
-            progress.finish(f"loss {result.loss:.4f}, perplexity {result.perplexity:,.2f}")
-
-
-def _try_to_write(write: Callable[[], object]) -> None:
-    try:
-        write()
-    except ReportNotWritten as error:  # the disk may have space again at the end
-        logger.warning("not yet written: %s", error)
-
-
 def _track(
     tracker: MlflowTracker, report: dict[str, Any], files: Sequence[Path], *, label: str, checkpoint: str
 ) -> None:
@@ -237,7 +135,7 @@ def _track(
         # MLflow does not allow a colon in a name on every system.
         text_and_protocol = f"evaluation/{label}/{protocol_name(result).replace(':', '_')}"
         name = f"{text_and_protocol}/{result['length']}"
-        kept = ("loss", "perplexity", "attention_density")
+        kept = ("loss", "perplexity", "bits_per_byte", "standard_error", "attention_density")
         values |= {f"{name}/{key}": result[key] for key in kept if key in result}
         tracker.metrics(result["length"], {f"{text_and_protocol}/{curve}/perplexity": result["perplexity"]})
     tracker.metrics(report["step"], values)
