@@ -94,6 +94,10 @@ SameTokensFlag = Annotated[
     bool, typer.Option("--same-tokens", help="Score the same tokens at each length of a protocol.")
 ]
 
+ContextFlag = Annotated[
+    bool, typer.Option("--context", help="Also cut and shuffle far context: how much of it is used?")
+]
+
 
 @model_commands.command("evaluate")
 @explain_out_of_memory("shorter --lengths")
@@ -103,6 +107,7 @@ def evaluate_command(
     protocol: ProtocolNames = None,
     data: EvaluationFile = None,
     same_tokens: SameTokensFlag = False,
+    context: ContextFlag = False,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
@@ -117,6 +122,7 @@ def evaluate_command(
         protocols=tuple(protocol or ()) or None,  # None: those of the run file
         data=data,
         same_tokens=same_tokens,
+        context=context,
         precision=precision,
         command=shlex.join(["trainshort", *sys.argv[1:]]),
     )

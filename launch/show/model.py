@@ -8,7 +8,8 @@ from rich.table import Table
 
 from configs.commands import typed_path
 from configs.paths import checkpoints_folder
-from launch.show.console import fits, narrow_table, show_lines, show_table
+from configs.terminal import printable
+from launch.show.console import fits, narrow_table, show_folded, show_lines, show_table
 from training.evaluation.kept import other_precision
 from training.evaluation.results import Result, protocol_name, shown_density, shown_error
 
@@ -54,6 +55,10 @@ def show_report(report: dict[str, Any], *, checkpoint: Path) -> None:
         more.pop()
         table = _results_table(report, more=more)
     show_table(table)
+    verdict = Table.grid()
+    for words in (*report["verdict"]["words"], f"not tested: {'; '.join(report['verdict']['not_tested'])}"):
+        verdict.add_row(printable(words))
+    show_folded(verdict)
 
 
 def _results_table(report: dict[str, Any], *, more: Sequence[str]) -> Table:

@@ -305,6 +305,7 @@ def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
     prefix = "evaluation/held-out/nonoverlapping"
     names = ("loss", "perplexity", "bits_per_byte", "standard_error", "attention_density")
     assert {key for (key,) in evaluated} == {
+        "evaluation/held-out/usable_length",
         f"{prefix}/{last}/perplexity",
         *(f"{prefix}/{length}/{name}" for length in (LENGTH, 2 * LENGTH) for name in names),
     }

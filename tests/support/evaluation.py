@@ -110,12 +110,18 @@ def uniform_run(folder: Path, values: dict[str, Any], monkeypatch: pytest.Monkey
     return folder
 
 
-def report_of(*results: PerplexityResult, of: EvaluationText | None = None, **provenance: str | None) -> dict[str, Any]:
+def report_of(
+    *results: PerplexityResult,
+    of: EvaluationText | None = None,
+    context: dict[str, Any] | None = None,
+    **provenance: str | None,
+) -> dict[str, Any]:
     """Return the report of an evaluation.
 
     Args:
         results: Its results.
         of: Its text.
+        context: What was measured of the context.
         provenance: Fields of the provenance that differ.
     """
     return build_report(
@@ -123,5 +129,6 @@ def report_of(*results: PerplexityResult, of: EvaluationText | None = None, **pr
         checkpoint=opened_checkpoint(Path("runs/one/checkpoints/step_0000007"), small_run(), step=7),
         certificate=CERTIFICATE,
         text=of or text_of(1000),
+        context=context,
         provenance=replace(PROVENANCE, **provenance),  # type: ignore[arg-type]
     )

@@ -83,7 +83,7 @@ def test_a_checkpoint_keeps_every_length_and_protocol(run_dir: Path, evaluate: E
     assert measured(folder / "report.json") == [("nonoverlapping", 128, 128), ("nonoverlapping", 32, 32)]
     shown = kept.with_suffix(".md").read_text()
     assert "| 32 | 1 | sliding:8 |" in shown
-    assert "- longest usable text: 128 tokens, within 1 % of the best perplexity, or the training length\n" in shown
+    assert "- usable length: 128 tokens (128 in 95 % of the draws), within 1 % of the best perplexity, 32.00" in shown
     assert "![Perplexity against length](held-out.png)" in shown
     assert "![Perplexity against length](perplexity.png)" in (folder / "report.md").read_text()
     assert newest["command"] == "trainshort x"

@@ -185,13 +185,15 @@ def test_results_are_added_to_the_runs_mlflow_run(run_dir: Path) -> None:
     tracker = MlflowTracker(run_dir, name="one", experiment="tests", uri=None)
     tracker.start({}, run_dir / "config.yaml")
     tracker.finish("FINISHED")
-    evaluate(run_dir, lengths=(64,), protocols=("nonoverlapping", "sliding:16"), data=None)
+    report = evaluate(run_dir, lengths=(64,), protocols=("nonoverlapping", "sliding:16"), context=True)
+    assert (report["verdict"]["usable_length"], report["verdict"]["effective_context"]) == (64, 1)
     connection = sqlite3.connect(run_dir.parent / "mlflow.db")
     rows = connection.execute("select key, step, round(value, 3) from metrics order by key").fetchall()
     statuses = connection.execute("select name, status from runs").fetchall()
     connection.close()
     assert statuses == [("one", "FINISHED")]
     assert rows == [
+        ("evaluation/held-out/effective_context", 7, 1.0),
         ("evaluation/held-out/nonoverlapping/64/bits_per_byte", 7, 1.0),  # 5 bits in the 5 bytes of a token
         ("evaluation/held-out/nonoverlapping/64/loss", 7, 3.466),
         ("evaluation/held-out/nonoverlapping/64/perplexity", 7, 32.0),
@@ -202,6 +204,7 @@ def test_results_are_added_to_the_runs_mlflow_run(run_dir: Path) -> None:
         ("evaluation/held-out/sliding_16/64/perplexity", 7, 32.0),
         ("evaluation/held-out/sliding_16/64/standard_error", 7, 0.0),
         ("evaluation/held-out/sliding_16/step_0000007/perplexity", 64, 32.0),
+        ("evaluation/held-out/usable_length", 7, 64.0),
     ]
     artifacts = run_dir.parent / "mlartifacts"
     assert {path.name for path in artifacts.rglob("evaluation/step_0000007/*")} == {*KEPT}

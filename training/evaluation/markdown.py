@@ -1,12 +1,20 @@
 """The report of an evaluation as Markdown. Imports no torch."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from configs.terminal import printable
-from training.evaluation.results import Result, protocol_name, shown_density, shown_error
-from training.evaluation.usable import USABLE, usable_length, whole_windows
+from training.evaluation.results import (
+    Change,
+    Result,
+    changes,
+    protocol_name,
+    result_key,
+    shown_density,
+    shown_error,
+)
 
 _PROTOCOLS = """\
 `nonoverlapping`: the text is cut into windows of the length. `sliding:STRIDE`: the window moves by STRIDE
@@ -37,8 +45,10 @@ def format_table(report: dict[str, Any], *, plot: str) -> str:
             f"|{'|'.join(align for _, align, _ in columns)}|",
             *(f"| {' | '.join(cell(each) for _, _, cell in columns)} |" for each in results),
             "",
+            *_verdict(report),
             _PROTOCOLS,
             *_notes(report),
+            *_context_lines(report.get("context")),
             *_density_lines(results),
         ]
     )
@@ -55,9 +65,36 @@ def _facts(report: dict[str, Any]) -> Iterator[str]:
     yield f"- text: {_verbatim(data['name'])}, {data['tokens']:,} tokens{known}"
     if unigram is not None:
         yield f"- a unigram model's perplexity: {unigram:,.1f}"
-    if whole_windows(report):
-        yield f"- longest usable text: {usable_length(report):,} tokens, {USABLE}"
     yield from map(_evaluation_line, (report, *reversed(report.get("earlier", ()))))
+
+
+def _verdict(report: dict[str, Any]) -> Iterator[str]:
+    """Yield what the figures say, as a section."""
+    verdict = report["verdict"]
+    yield "## Verdict\n"
+    yield from (f"- {words}" for words in verdict["words"])
+    yield f"- not tested: {'; '.join(map(printable, verdict['not_tested']))}"
+    yield ""
+
+
+def _context_lines(context: dict[str, Any] | None) -> Iterator[str]:
+    """Yield the loss of the same tokens by the context that they see, as a section."""
+    if context is None:
+        return
+    shuffled = dict(zip(context["shuffled_contexts"], context["shuffled_loss"], strict=True))
+    yield "## Context\n"
+    yield (
+        f"The loss of the same {context['tokens']:,} tokens, which see at least so many tokens and at most a quarter "
+        f"more; in the last row, windows of {context['longest']:,} tokens. `error`: standard error of the difference "
+        "from the last row. `rest shuffled`: perplexity where they see the others too, in random order (none in the "
+        "last row).\n"
+    )
+    yield "| context | loss | perplexity | error | rest shuffled |"
+    yield "|---:|---:|---:|---:|---:|"
+    for number, loss, error in zip(context["contexts"], context["loss"], context["error_from_longest"], strict=True):
+        rest = f"{math.exp(shuffled[number]):,.2f}" if number in shuffled else "-"
+        yield f"| {number:,} | {loss:.4f} | {math.exp(loss):,.2f} | {error:.4f} | {rest} |"
+    yield ""
 
 
 def _columns(report: dict[str, Any]) -> list[tuple[str, str, Callable[[Result], str]]]:
@@ -75,10 +112,17 @@ def _columns(report: dict[str, Any]) -> list[tuple[str, str, Callable[[Result], 
         ("bits per byte", number, "bits_per_byte", lambda each: _shown(each, "bits_per_byte", ".4f")),
         ("scores", number, "attention_density", shown_density),
     ]
+    changed = {result_key(each): change for each, change in changes(report["results"]) if change is not None}
+    if changed:
+        columns.insert(6, ("change", number, None, lambda each: _changed(changed.get(result_key(each)))))
     if report.get("earlier"):  # otherwise all results have the date above the table
         columns.append(("evaluated", text, None, lambda each: str(each["date"])))
     filled = {key for each in report["results"] for key in each}
     return [(name, align, cell) for name, align, key, cell in columns if key is None or key in filled]
+
+
+def _changed(change: Change | None) -> str:
+    return "-" if change is None else f"{change.loss:+.4f} ± {change.error:.4f}"
 
 
 def _scored(result: Result) -> str:
@@ -97,7 +141,8 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         drawn = report["resampling"]
         yield (
             f"`s.e.`: standard error of the loss, from {drawn['draws']} draws of the text's {drawn['units']:,} "
-            f"{drawn['unit']}s with replacement (seed {drawn['seed']}).\n"
+            f"{drawn['unit']}s with replacement (seed {drawn['seed']}). `change`: of the loss from the "
+            "protocol's shortest length, with the standard error of the difference on the same draws.\n"
         )
 
 

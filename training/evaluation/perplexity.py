@@ -135,6 +135,7 @@ def score_windows(
     sums: LossSums,
     batch_tokens: int,
     progress: Callable[[int], None] | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Add up the losses of the windows that are not scored yet.
 
@@ -145,6 +146,7 @@ def score_windows(
         sums: The sums; the windows that are done are left out.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
         progress: Called after each pass with the number of inputs in it; a GPU's may not be done.
+        change: Changes the tokens of each batch, [batch, length + 1], before the model sees them.
     """
     length = windows.length
     # a view of every window at stride 1, [tokens - length, length + 1]; indexing copies only a batch's windows
@@ -153,7 +155,7 @@ def score_windows(
         for batch in windows.batches(most=max(1, batch_tokens // length), first=sums.done):
             inputs = torch.from_numpy(views[windows.starts[batch]])
             last = length - int(windows.scored_from[batch].min())
-            sums.add(scorer.losses(inputs, last=last), batch=batch)
+            sums.add(scorer.losses(inputs if change is None else change(inputs), last=last), batch=batch)
             if progress is not None:
                 progress(len(inputs) * length)
 

@@ -21,8 +21,9 @@ from training.evaluation.chart import (
     shorten,
     write_above,
 )
+from training.evaluation.context_plot import draw_context
 from training.evaluation.kept import other_precision
-from training.evaluation.results import result_key
+from training.evaluation.results import changes, result_key
 
 # Draw the unigram baseline up to this multiple of the highest perplexity; a higher one would flatten the curves.
 _BASELINE_RATIO = 1.5
@@ -31,14 +32,22 @@ _LONGEST_NAME = 44
 
 
 def draw_plot(report: dict[str, Any], path: Path) -> Path:
-    """Draw perplexity against length as a PNG, one line per protocol; return its path.
+    """Draw perplexity against length as a PNG, and against context if that was measured; return its path.
 
     Args:
         report: The contents of report.json.
         path: The PNG; an existing file is replaced whole.
     """
-    figure = new_figure(inches=(7.2, 4.4))
-    axes = figure.add_subplot()
+    context = report.get("context")
+    figure = new_figure(inches=(7.2 if context is None else 13.2, 4.4))
+    _draw_lengths(figure.add_subplot(1, 1 if context is None else 2, 1), report)
+    if context is not None:
+        draw_context(figure.add_subplot(1, 2, 2), context)
+    return save_figure(figure, path)
+
+
+def _draw_lengths(axes: Axes, report: dict[str, Any]) -> None:
+    """Draw perplexity against length, a line per protocol."""
     lines, train_length = _lines(report), report["train_length"]
     points = [point for line in lines.values() for point in line]
     for number, (label, line) in enumerate(lines.items()):
@@ -57,7 +66,6 @@ def draw_plot(report: dict[str, Any], path: Path) -> Path:
     head_axes(axes, heading="Perplexity against length", facts=" · ".join(_facts(report, lines)))
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9, loc="best")
-    return save_figure(figure, path)
 
 
 def _lines(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
@@ -73,10 +81,13 @@ def _label(result: dict[str, Any]) -> str:
 
 
 def _draw_intervals(axes: Axes, report: dict[str, Any], labels: Sequence[str]) -> None:
-    """Draw the interval of 95 % of each perplexity whose standard error is known."""
-    for result in report["results"]:
-        if "standard_error" in result:
-            low, high = (result["perplexity"] * math.exp(sign * 1.96 * result["standard_error"]) for sign in (-1, 1))
+    """Draw how sure the difference of each perplexity from the line's first one is: its interval of 95 %.
+
+    How hard the text is, which is the larger part of a standard error, is in both.
+    """
+    for result, change in changes(report["results"]):
+        if change is not None:
+            low, high = (result["perplexity"] * math.exp(sign * 1.96 * change.error) for sign in (-1, 1))
             colour = line_style(labels.index(_label(result)))["color"]
             axes.vlines(result["length"], low, high, color=colour, linewidth=1.2, alpha=0.7, zorder=2)
 

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_BINS_PER_DOUBLING = 4
-
 
 @dataclass(frozen=True)
 class LossByPosition:
@@ -61,10 +59,13 @@ def by_position(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) ->
 
 
 def bin_ends(length: int) -> npt.NDArray[np.int64]:
-    """Return the last position of each bin, ascending: four bins each time that the position doubles."""
-    most = int(np.ceil(_BINS_PER_DOUBLING * np.log2(max(2, length))))
-    ends = np.ceil(2.0 ** (np.arange(most + 1) / _BINS_PER_DOUBLING)).astype(np.int64)
-    return np.unique(np.append(ends[ends < length], length))
+    """Return the last position of each bin, ascending: four equal bins each time that the position doubles.
+
+    So each context that `training.evaluation.context` cuts to is the first position of a bin. The last position has no
+    bin of its own.
+    """
+    starts = {quarter * 2**doubling // 4 for doubling in range(length.bit_length() + 1) for quarter in (4, 5, 6, 7)}
+    return np.array([*(start - 1 for start in sorted(starts - {1}) if start < length), length], np.int64)
 
 
 def _filled(

@@ -10,7 +10,9 @@ Other programs read these keys of report.json: checkpoint, train_length, and for
   `training.evaluation.resampling`;
 * loss_by_position, see `training.evaluation.positions`;
 * attention_density, the share of the causal scores that attention computed, with attention_density_by_layer, if its
-  kernel counts them.
+  kernel counts them;
+
+and of the whole: `verdict`, see `training.evaluation.verdict`, and `context`, see `training.evaluation.context`.
 """
 
 import json
@@ -25,6 +27,7 @@ from configs.files import whole_file
 from training.evaluation.markdown import format_table
 from training.evaluation.resampling import units_of
 from training.evaluation.results import result_key
+from training.evaluation.verdict import verdict_of
 
 if TYPE_CHECKING:
     from training.checkpoint.read import Checkpoint
@@ -43,6 +46,7 @@ def build_report(
     certificate: dict[str, Any],
     text: "EvaluationText",
     provenance: "Provenance",
+    context: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the contents of report.json.
 
@@ -52,9 +56,10 @@ def build_report(
         certificate: Certificate of the model that was evaluated; it ran on one rank.
         text: The text it was evaluated on.
         provenance: What the evaluation was made from, and when.
+        context: What `training.evaluation.context` measured; None if it did not.
     """
     (rank,) = certificate["ranks"]
-    return {
+    report = {
         "checkpoint": str(checkpoint.path.absolute()),
         "step": checkpoint.step,
         "train_length": checkpoint.config.data.sequence_length,
@@ -77,12 +82,14 @@ def build_report(
         "tokenizer_sha256": provenance.tokenizer_sha256,
         "text_sha256": provenance.text_sha256,
         "text_path": provenance.text_path,
+        **({} if context is None else {"context": {**context, "date": provenance.date}}),
         "results": [_result_to_json(result, text=text, provenance=provenance) for result in results],
     }
+    return _with_verdict(report)
 
 
 def merge_reports(earlier: dict[str, Any], newest: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the newest report with the results that only an earlier one has, ordered by protocol and length.
+    """Return the newest report with what only an earlier one has; its results are ordered by protocol and length.
 
     A result of the same length, protocol and stride is the newest one's. The evaluations that the other results are
     from are listed as `earlier`, each with its date, command and versions.
@@ -96,9 +103,18 @@ def merge_reports(earlier: dict[str, Any], newest: dict[str, Any]) -> dict[str, 
     dates = {result["date"] for result in results.values()} - {newest["date"]}
     made = {each["date"]: each for each in (*earlier.get("earlier", ()), _evaluation_of(earlier))}
     merged = {key: value for key, value in newest.items() if key != "results"}
+    if "context" in earlier and "context" not in newest:
+        merged["context"] = earlier["context"]
+        dates |= {earlier["context"]["date"]}
     if dates:
         merged["earlier"] = [made[date] for date in sorted(dates)]
-    return {**merged, "results": [results[key] for key in sorted(results)]}
+    return _with_verdict({**merged, "results": [results[key] for key in sorted(results)]})
+
+
+def _with_verdict(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with its verdict, above the results."""
+    parts = {key: value for key, value in report.items() if key not in ("verdict", "results")}
+    return {**parts, "verdict": verdict_of(report), "results": report["results"]}
 
 
 def _evaluation_of(report: dict[str, Any]) -> dict[str, Any]:

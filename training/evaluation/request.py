@@ -15,6 +15,7 @@ class EvaluationRequest:
         protocols: nonoverlapping, sliding:STRIDE or last:TOKENS; None for the run's.
         data: A text file; None for the run's held-out text.
         same_tokens: Whether all lengths of a protocol score the same tokens.
+        context: Whether to measure how much context is used.
         precision: Value of `--precision`, whatever the checkpoint trained in.
         command: The command line, to be named in the report; None if no command asks.
     """
@@ -23,5 +24,6 @@ class EvaluationRequest:
     protocols: tuple[str, ...] | None = None
     data: Path | None = None
     same_tokens: bool = False
+    context: bool = False
     precision: str = DEFAULT_PRECISION
     command: str | None = None

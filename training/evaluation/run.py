@@ -12,16 +12,19 @@ from configs.files import try_to_lock
 from configs.paths import evaluation_folder
 from configs.protocols import parse_protocol
 from training.checkpoint.read import open_checkpoint
+from training.evaluation.context import ContextPlan, plan_context, run_context
 from training.evaluation.folder import check_evaluation_folder, write_evaluation
 from training.evaluation.kept import report_label
 from training.evaluation.perplexity import PerplexityResult
+from training.evaluation.progress import EvaluationProgress
 from training.evaluation.provenance import provenance_of
 from training.evaluation.report import build_report
 from training.evaluation.request import EvaluationRequest
+from training.evaluation.resampling import units_of
 from training.evaluation.results import protocol_name
-from training.evaluation.sweep import plan_measurements, run_measurements
-from training.evaluation.text import file_text, held_out_text
-from training.model.single import inference_device, load_single
+from training.evaluation.sweep import Measurement, plan_measurements, run_measurements
+from training.evaluation.text import EvaluationText, file_text, held_out_text
+from training.model.single import SingleModel, inference_device, load_single
 from training.tracking.tracker import MlflowTracker, attach
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     text = held_out_text(opened) if request.data is None else file_text(opened, request.data)
     lengths = request.lengths or config.evaluation_lengths
     measurements = plan_measurements(lengths, parsed, tokens=len(text.tokens), on_same_tokens=request.same_tokens)
+    plan = plan_context(len(text.tokens), longest=max(lengths)) if request.context else None
     # Not the name that was given, which may be a link.
     name = opened.path.resolve().name
     check_evaluation_folder(folder, name=name)
@@ -59,7 +63,7 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     build = partial(build_report, checkpoint=opened, certificate=model.certificate, text=text, provenance=provenance)
     record = _Record(build, folder, name)
     try:
-        run_measurements(model, text, measurements, results=record.results, write=record.keep, attention=model.windows)
+        _measure(model, text, measurements, plan=plan, record=record)
     except BaseException as error:  # Ctrl-C too
         record.keep_finished(of=len(measurements), error=error, tracker=tracker)
         raise
@@ -67,7 +71,38 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     return record.report
 
 
-@dataclass(frozen=True)
+def _measure(
+    model: SingleModel,
+    text: EvaluationText,
+    measurements: Sequence[Measurement],
+    *,
+    plan: ContextPlan | None,
+    record: "_Record",
+) -> None:
+    """Make the measurements and then, if there is a plan, those of the context; show progress."""
+    units = units_of(text.documents, tokens=len(text.tokens))
+    # Count inputs, not windows: a long window takes longer.
+    inputs = sum(each.inputs for each in measurements) + (0 if plan is None else plan.inputs)
+    with EvaluationProgress(inputs=inputs, measurements=len(measurements) + (plan is not None)) as progress:
+        run_measurements(
+            model,
+            text,
+            measurements,
+            units=units,
+            results=record.results,
+            write=record.keep,
+            progress=progress,
+            attention=model.windows,
+        )
+        if plan is not None:
+            progress.begin("context")
+            record.context = run_context(
+                model, text.tokens, plan, units=units, batch_tokens=model.batch_tokens, progress=progress.advance
+            )
+            progress.finish(f"effective context {record.context['effective_context']:,}")
+
+
+@dataclass
 class _Record:
     """The results so far of an evaluation, and the reports that keep them.
 
@@ -75,17 +110,19 @@ class _Record:
         build: Makes a report of results.
         folder: RUN_DIR/evaluation.
         name: Name of the checkpoint's folder.
+        context: What was measured of the context.
     """
 
-    build: Callable[[Sequence[PerplexityResult]], dict[str, Any]]
+    build: Callable[..., dict[str, Any]]
     folder: Path
     name: str
     results: list[PerplexityResult] = field(default_factory=list)
+    context: dict[str, Any] | None = None
 
     @property
     def report(self) -> dict[str, Any]:
         """The contents of report.json."""
-        return self.build(self.results)
+        return self.build(self.results, context=self.context)
 
     def keep(self, *, tracker: MlflowTracker | None = None) -> Path:
         """Write the reports, and add them to the MLflow run of the training; return the Markdown of what is kept."""
@@ -138,6 +175,8 @@ def _track(
         kept = ("loss", "perplexity", "bits_per_byte", "standard_error", "attention_density")
         values |= {f"{name}/{key}": result[key] for key in kept if key in result}
         tracker.metrics(result["length"], {f"{text_and_protocol}/{curve}/perplexity": result["perplexity"]})
+    verdict = {key: report["verdict"][key] for key in ("usable_length", "effective_context")}
+    values |= {f"evaluation/{label}/{key}": value for key, value in verdict.items() if value is not None}
     tracker.metrics(report["step"], values)
     for file in files:
         tracker.artifact(file, folder=f"evaluation/{checkpoint}")

@@ -10,7 +10,7 @@ from configs.protocols import WindowProtocol
 from training.evaluation.folder import ReportNotWritten
 from training.evaluation.perplexity import PerplexityResult, Scorer, measure_loss
 from training.evaluation.progress import EvaluationProgress
-from training.evaluation.resampling import units_of
+from training.evaluation.resampling import Units
 from training.evaluation.sums import LossSums
 from training.evaluation.text import EvaluationText
 from training.evaluation.windows import Windows, place_windows, same_tokens
@@ -84,43 +84,43 @@ def run_measurements(
     text: EvaluationText,
     measurements: Sequence[Measurement],
     *,
+    units: Units,
     results: list[PerplexityResult],
     write: Callable[[], object],
+    progress: EvaluationProgress,
     attention: LosslessWindows | None = None,
 ) -> None:
-    """Make measurements, and show progress on the standard error stream.
+    """Make measurements.
 
     Args:
         scorer: The model.
         text: The text.
         measurements: What to measure, in this order.
+        units: Units of the text.
         results: The result of each is added here when it is finished.
         write: Called between two measurements, so that long work is not lost.
+        progress: Shows how far they are.
         attention: Counts the scores that the model's attention computes; None if nothing counts them.
     """
     written_at, batch_tokens = time.monotonic(), scorer.batch_tokens
-    units = units_of(text.documents, tokens=len(text.tokens))
-    # Count inputs, not windows: a long window takes longer.
-    total = sum(measurement.inputs for measurement in measurements)
-    with EvaluationProgress(inputs=total, measurements=len(measurements)) as progress:
-        for measurement in measurements:
-            if results and time.monotonic() - written_at > _WRITE_SECONDS:
-                _try_to_write(write)
-                written_at = time.monotonic()
-            progress.begin(str(measurement))
-            result = measure_loss(
-                scorer,
-                text.tokens,
-                measurement.windows,
-                protocol=measurement.protocol,
-                units=units,
-                sums=LossSums(measurement.windows, units, attention=attention),
-                batch_tokens=batch_tokens,
-                same_tokens=measurement.same_tokens,
-                progress=progress.advance,
-            )
-            results.append(result)
-            progress.finish(f"loss {result.loss:.4f}, perplexity {result.perplexity:,.2f}")
+    for measurement in measurements:
+        if results and time.monotonic() - written_at > _WRITE_SECONDS:
+            _try_to_write(write)
+            written_at = time.monotonic()
+        progress.begin(str(measurement))
+        result = measure_loss(
+            scorer,
+            text.tokens,
+            measurement.windows,
+            protocol=measurement.protocol,
+            units=units,
+            sums=LossSums(measurement.windows, units, attention=attention),
+            batch_tokens=batch_tokens,
+            same_tokens=measurement.same_tokens,
+            progress=progress.advance,
+        )
+        results.append(result)
+        progress.finish(f"loss {result.loss:.4f}, perplexity {result.perplexity:,.2f}")
 
 
 def _try_to_write(write: Callable[[], object]) -> None:
