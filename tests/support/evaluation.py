@@ -14,7 +14,7 @@ from configs.load import check_run
 from configs.protocols import parse_protocol
 from tests.support.small_run import small_run
 from training.evaluation.perplexity import PerplexityResult, measure_loss
-from training.evaluation.provenance import Provenance
+from training.evaluation.provenance import Provenance, evaluated_model
 from training.evaluation.report import build_report
 from training.evaluation.request import EvaluationRequest
 from training.evaluation.resampling import units_of
@@ -70,7 +70,7 @@ def measure(scorer: Any, tokens: np.ndarray, *, length: int, protocol: str, **op
     units = units_of(options.pop("documents", None), tokens=len(tokens))
     sums = LossSums(windows, units, attention=options.pop("attention", None))
     options = {"batch_tokens": 8192, **options}
-    return measure_loss(scorer, tokens, windows, protocol=parsed, units=units, sums=sums, **options)
+    return measure_loss(scorer, tokens, protocol=parsed, units=units, sums=sums, **options)
 
 
 def text_of(tokens: int, *, words: int | None = 100, unigram: float | None = 40.0) -> EvaluationText:
@@ -126,8 +126,9 @@ def report_of(
     """
     return build_report(
         results,
-        checkpoint=opened_checkpoint(Path("runs/one/checkpoints/step_0000007"), small_run(), step=7),
-        certificate=CERTIFICATE,
+        model=evaluated_model(
+            opened_checkpoint(Path("runs/one/checkpoints/step_0000007"), small_run(), step=7), CERTIFICATE
+        ),
         text=of or text_of(1000),
         context=context,
         provenance=replace(PROVENANCE, **provenance),  # type: ignore[arg-type]

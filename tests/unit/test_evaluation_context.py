@@ -1,6 +1,8 @@
 """Context and verdict of models whose use of context is planted."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,25 +15,45 @@ import torch
 from configs.protocols import WindowProtocol
 from tests.support.evaluation import measure, report_of, text_of
 from tests.support.planted_models import VOCABULARY, PlantedModel
-from training.evaluation.context import plan_context, run_context
+from training.evaluation.context import ContextPlan, plan_context, run_context
 from training.evaluation.effective import effective_context
 from training.evaluation.markdown import format_table
+from training.evaluation.partial import PartialResults
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.plot import draw_plot
 from training.evaluation.report import merge_reports
-from training.evaluation.resampling import units_of
+from training.evaluation.resampling import Units, units_of
 from training.evaluation.results import Change, changes
+from training.evaluation.sums import LossSums
 from training.evaluation.verdict import verdict_of
 
 LONGEST = 512
 TOKENS = 12_000
 
 
+class NoParts(PartialResults):
+    """Keeps nothing on disk."""
+
+    def __init__(self) -> None:
+        pass
+
+    @contextmanager
+    def keep(self, sums: LossSums, progress: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+        yield progress
+
+
+def run_points(
+    model: PlantedModel, text: np.ndarray, plan: ContextPlan, units: Units, **options: Any
+) -> dict[str, Any]:
+    begun = [LossSums(point.windows, units) for point in plan.points]
+    return run_context(model, text, plan, begun=begun, units=units, parts=NoParts(), **options)
+
+
 def context_of(model: PlantedModel, *, longest: int = LONGEST, text: np.ndarray | None = None) -> dict[str, Any]:
     text = model.text(TOKENS) if text is None else text
     plan, units = plan_context(len(text), longest=longest), units_of(None, tokens=len(text))
     seen: list[int] = []
-    context = run_context(model, text, plan, units=units, batch_tokens=4096, progress=seen.append)
+    context = run_points(model, text, plan, units, batch_tokens=4096, progress=seen.append)
     assert sum(seen) == plan.inputs
     return context
 
@@ -115,8 +137,7 @@ def test_orders_do_not_depend_on_the_size_of_a_batch() -> None:
     text = model.text(2000)
     plan, units = plan_context(2000, longest=128), units_of(None, tokens=2000)
     one, other = (
-        run_context(model, text, plan, units=units, batch_tokens=batch, progress=lambda _: None)
-        for batch in (300, 100_000)
+        run_points(model, text, plan, units, batch_tokens=batch, progress=lambda _: None) for batch in (300, 100_000)
     )
     assert one["shuffled_loss"] == pytest.approx(other["shuffled_loss"], abs=1e-12)
 

@@ -35,6 +35,7 @@ from tests.support.small_run import small_run
 from training.evaluation.markdown import format_table
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.plot import draw_plot
+from training.evaluation.provenance import evaluated_model
 from training.evaluation.report import build_report, word_perplexity, write_report
 from training.evaluation.sweep import plan_measurements
 from training.evaluation.text import EvaluationText
@@ -168,8 +169,7 @@ def test_any_name_of_a_text_or_run_folder_can_be_reported(tmp_path: Path) -> Non
     name = "a$x^{$ [red] :smile: \U0001f604 日本 `b``\n\udcff" + "long" * 20
     report = build_report(
         [PerplexityResult(32, WindowProtocol(stride=None), 992, 2.0)],
-        checkpoint=opened_checkpoint(Path(name), small_run(), step=7),
-        certificate=CERTIFICATE,
+        model=evaluated_model(opened_checkpoint(Path(name), small_run(), step=7), CERTIFICATE),
         text=EvaluationText(name, np.zeros(1000, dtype=np.int64), 100, None),
         provenance=PROVENANCE,
     )

@@ -16,6 +16,7 @@ import torch
 from numpy.random import PCG64, SeedSequence
 
 from training.evaluation.effective import effective_context
+from training.evaluation.partial import PartialResults
 from training.evaluation.perplexity import Scorer, require_finite, score_windows
 from training.evaluation.resampling import SEED, Units, drawn_losses, interval
 from training.evaluation.sums import LossSums
@@ -41,6 +42,11 @@ class ContextPoint:
     context: int
     windows: Windows
     shuffled: int = 0
+
+    @property
+    def name(self) -> str:
+        """What it does beside scoring its windows."""
+        return f"shuffles {self.shuffled}" if self.shuffled else ""
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,11 @@ def run_context(
     tokens: npt.NDArray[np.int64],
     plan: ContextPlan,
     *,
+    begun: Sequence[LossSums],
     units: Units,
     batch_tokens: int,
     progress: Callable[[int], None],
+    parts: PartialResults,
 ) -> dict[str, Any]:
     """Measure both curves; return what a report has under `context`.
 
@@ -106,27 +114,23 @@ def run_context(
         scorer: The model.
         tokens: The text, [tokens], int64.
         plan: What to measure.
+        begun: Sums of each point, as an interrupted evaluation has left them.
         units: Units of the text.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
         progress: Called after each pass with the number of inputs in it.
+        parts: Keeps the sums, so that an interrupted evaluation goes on.
     Raises:
         TrainshortError: a loss is nan, or too large for a perplexity.
     """
     counts = np.add.reduceat(plan.cut[0].windows.scored_tokens(units.tokens), units.starts, dtype=np.int64)
     losses: list[float] = []
     drawn: list[npt.NDArray[np.float64]] = []
-    for point in plan.points:
-        sums = LossSums(point.windows, units)
-        change = partial(_shuffle, bits=PCG64(SeedSequence((SEED, point.context))), count=point.shuffled)
-        score_windows(
-            scorer,
-            tokens,
-            point.windows,
-            sums=sums,
-            batch_tokens=batch_tokens,
-            progress=progress,
-            change=change if point.shuffled else None,
-        )
+    for point, sums in zip(plan.points, begun, strict=True):
+        bits = PCG64(SeedSequence((SEED, point.context)))
+        bits.advance(sums.done * point.shuffled)
+        change = partial(_shuffle, bits=bits, count=point.shuffled) if point.shuffled else None
+        with parts.keep(sums, progress) as advance:
+            score_windows(scorer, tokens, sums=sums, batch_tokens=batch_tokens, progress=advance, change=change)
         by_unit = sums.totals().by_unit
         losses.append(require_finite(float(by_unit.sum()) / point.windows.scored, length=point.windows.length))
         drawn.append(drawn_losses(by_unit, counts))

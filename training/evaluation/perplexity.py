@@ -15,7 +15,6 @@ from configs.protocols import WindowProtocol
 from training.evaluation.positions import LossByPosition, by_position
 from training.evaluation.resampling import Units, drawn_losses
 from training.evaluation.sums import LossSums
-from training.evaluation.windows import Windows
 
 # exp overflows fp64 above this loss, so there is no perplexity to report
 _HIGHEST_LOSS = math.log(1e300)
@@ -87,7 +86,6 @@ class PerplexityResult:
 def measure_loss(
     scorer: Scorer,
     tokens: npt.NDArray[np.int64],
-    windows: Windows,
     *,
     protocol: WindowProtocol,
     units: Units,
@@ -101,8 +99,7 @@ def measure_loss(
     Args:
         scorer: The model.
         tokens: The text, [tokens], int64.
-        windows: Its windows.
-        protocol: How they were placed.
+        protocol: How the windows were placed.
         units: Units of the text.
         sums: Sums of the windows; those that are done are not scored again.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
@@ -111,8 +108,9 @@ def measure_loss(
     Raises:
         TrainshortError: the loss is nan, or too large for a perplexity.
     """
-    score_windows(scorer, tokens, windows, sums=sums, batch_tokens=batch_tokens, progress=progress)
-    totals, scored = sums.totals(), windows.scored
+    score_windows(scorer, tokens, sums=sums, batch_tokens=batch_tokens, progress=progress)
+    windows, totals = sums.windows, sums.totals()
+    scored = windows.scored
     loss = require_finite(float(totals.by_unit.sum()) / scored, length=windows.length)
     counts = np.add.reduceat(windows.scored_tokens(units.tokens), units.starts, dtype=np.int64)
     return PerplexityResult(
@@ -130,7 +128,6 @@ def measure_loss(
 def score_windows(
     scorer: Scorer,
     tokens: npt.NDArray[np.int64],
-    windows: Windows,
     *,
     sums: LossSums,
     batch_tokens: int,
@@ -142,15 +139,15 @@ def score_windows(
     Args:
         scorer: The model.
         tokens: The text, [tokens], int64.
-        windows: The windows.
-        sums: The sums; the windows that are done are left out.
+        sums: Sums of the windows; those that are done are left out.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
         progress: Called after each pass with the number of inputs in it; a GPU's may not be done.
         change: Changes the tokens of each batch, [batch, length + 1], before the model sees them.
     """
-    length = windows.length
+    windows, length = sums.windows, sums.windows.length
     # a view of every window at stride 1, [tokens - length, length + 1]; indexing copies only a batch's windows
     views = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
+    sums.forget_calls()
     with torch.no_grad():
         for batch in windows.batches(most=max(1, batch_tokens // length), first=sums.done):
             inputs = torch.from_numpy(views[windows.starts[batch]])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,45 @@ class Provenance:
     text_sha256: str
     text_path: str | None
     text_bytes: int
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """The model that an evaluation ran.
+
+    Attributes:
+        path: Its checkpoint, or its folder.
+        step: Optimizer steps taken; 0 if it was trained elsewhere.
+        train_length: Tokens of a training sequence.
+        position: Its position method.
+        attention: What computed its attention in the evaluation: training may have used another.
+        precision: What the evaluation computed in.
+    """
+
+    path: Path
+    step: int
+    train_length: int
+    position: str
+    attention: str
+    precision: str
+
+
+def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> EvaluatedModel:
+    """Return a checkpoint's model as it was evaluated.
+
+    Args:
+        checkpoint: The checkpoint.
+        certificate: Certificate of the model that was evaluated; it ran on one rank.
+    """
+    (rank,) = certificate["ranks"]
+    return EvaluatedModel(
+        path=checkpoint.path.absolute(),
+        step=checkpoint.step,
+        train_length=checkpoint.config.data.sequence_length,
+        position=rank["position"],
+        attention=rank["backend"],
+        precision=rank["precision"],
+    )
 
 
 def provenance_of(

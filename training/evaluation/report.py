@@ -30,9 +30,8 @@ from training.evaluation.results import result_key
 from training.evaluation.verdict import verdict_of
 
 if TYPE_CHECKING:
-    from training.checkpoint.read import Checkpoint
     from training.evaluation.perplexity import PerplexityResult
-    from training.evaluation.provenance import Provenance
+    from training.evaluation.provenance import EvaluatedModel, Provenance
     from training.evaluation.text import EvaluationText
 
 # results of two evaluations stand in one report only if they agree in these
@@ -42,8 +41,7 @@ _ONE_REPORT = ("weights_sha256", "text_sha256", "attention", "precision")
 def build_report(
     results: "Sequence[PerplexityResult]",
     *,
-    checkpoint: "Checkpoint",
-    certificate: dict[str, Any],
+    model: "EvaluatedModel",
     text: "EvaluationText",
     provenance: "Provenance",
     context: dict[str, Any] | None = None,
@@ -52,21 +50,18 @@ def build_report(
 
     Args:
         results: One result per length and protocol, in the order of the report.
-        checkpoint: The checkpoint that was evaluated.
-        certificate: Certificate of the model that was evaluated; it ran on one rank.
+        model: The model that was evaluated.
         text: The text it was evaluated on.
         provenance: What the evaluation was made from, and when.
         context: What `training.evaluation.context` measured; None if it did not.
     """
-    (rank,) = certificate["ranks"]
     report = {
-        "checkpoint": str(checkpoint.path.absolute()),
-        "step": checkpoint.step,
-        "train_length": checkpoint.config.data.sequence_length,
-        "position": rank["position"],
-        # those of the evaluation: training may have used others
-        "attention": rank["backend"],
-        "precision": rank["precision"],
+        "checkpoint": str(model.path),
+        "step": model.step,
+        "train_length": model.train_length,
+        "position": model.position,
+        "attention": model.attention,
+        "precision": model.precision,
         "data": {
             "name": text.name,
             "tokens": len(text.tokens),

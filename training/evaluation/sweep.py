@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from configs.errors import InputError
 from configs.protocols import WindowProtocol
 from training.evaluation.folder import ReportNotWritten
+from training.evaluation.partial import PartialResults
 from training.evaluation.perplexity import PerplexityResult, Scorer, measure_loss
 from training.evaluation.progress import EvaluationProgress
 from training.evaluation.resampling import Units
 from training.evaluation.sums import LossSums
 from training.evaluation.text import EvaluationText
 from training.evaluation.windows import Windows, place_windows, same_tokens
-from training.model.windows import LosslessWindows
 
 logger = logging.getLogger(__name__)
 
@@ -82,43 +82,43 @@ def plan_measurements(
 def run_measurements(
     scorer: Scorer,
     text: EvaluationText,
-    measurements: Sequence[Measurement],
+    measurements: Sequence[tuple[Measurement, LossSums]],
     *,
     units: Units,
     results: list[PerplexityResult],
     write: Callable[[], object],
     progress: EvaluationProgress,
-    attention: LosslessWindows | None = None,
+    parts: PartialResults,
 ) -> None:
     """Make measurements.
 
     Args:
         scorer: The model.
         text: The text.
-        measurements: What to measure, in this order.
+        measurements: What to measure, in this order, each with its sums as an interrupted evaluation has left them.
         units: Units of the text.
         results: The result of each is added here when it is finished.
         write: Called between two measurements, so that long work is not lost.
         progress: Shows how far they are.
-        attention: Counts the scores that the model's attention computes; None if nothing counts them.
+        parts: Keeps the sums, so that an interrupted evaluation goes on.
     """
     written_at, batch_tokens = time.monotonic(), scorer.batch_tokens
-    for measurement in measurements:
+    for measurement, sums in measurements:
         if results and time.monotonic() - written_at > _WRITE_SECONDS:
             _try_to_write(write)
             written_at = time.monotonic()
         progress.begin(str(measurement))
-        result = measure_loss(
-            scorer,
-            text.tokens,
-            measurement.windows,
-            protocol=measurement.protocol,
-            units=units,
-            sums=LossSums(measurement.windows, units, attention=attention),
-            batch_tokens=batch_tokens,
-            same_tokens=measurement.same_tokens,
-            progress=progress.advance,
-        )
+        with parts.keep(sums, progress.advance) as advance:
+            result = measure_loss(
+                scorer,
+                text.tokens,
+                protocol=measurement.protocol,
+                units=units,
+                sums=sums,
+                batch_tokens=batch_tokens,
+                same_tokens=measurement.same_tokens,
+                progress=advance,
+            )
         results.append(result)
         progress.finish(f"loss {result.loss:.4f}, perplexity {result.perplexity:,.2f}")
 
