@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,9 @@ from launch.complete import (
     complete_protocols,
 )
 from training.out_of_memory import explain_out_of_memory
+
+if TYPE_CHECKING:
+    from training.evaluation.request import EvaluationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +101,11 @@ ContextFlag = Annotated[
     bool, typer.Option("--context", help="Also cut and shuffle far context: how much of it is used?")
 ]
 
+HuggingFaceFolder = Annotated[
+    Path | None,
+    typer.Option("--hf", metavar="DIR", parser=path_of, help="Measure this model of Hugging Face on the run's text."),
+]
+
 
 @model_commands.command("evaluate")
 @explain_out_of_memory("shorter --lengths")
@@ -108,6 +116,7 @@ def evaluate_command(
     data: EvaluationFile = None,
     same_tokens: SameTokensFlag = False,
     context: ContextFlag = False,
+    hf: HuggingFaceFolder = None,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
@@ -123,21 +132,33 @@ def evaluate_command(
         data=data,
         same_tokens=same_tokens,
         context=context,
+        hf=hf,
         precision=precision,
         command=shlex.join(["trainshort", *sys.argv[1:]]),
     )
     check_request(checkpoint, request)  # before the slow imports
 
     from training.evaluation.folder import ReportNotWritten
-    from training.evaluation.run import evaluate_checkpoint
 
-    show = show_json if as_json else partial(show_report, checkpoint=checkpoint)
+    show = show_json if as_json else partial(show_report, checkpoint=hf or checkpoint)
     try:
-        report = evaluate_checkpoint(checkpoint, request)
+        report = _evaluate(checkpoint, request)
     except ReportNotWritten as error:
         show(error.report)  # the work of minutes or hours
         raise
     show(report)
+
+
+def _evaluate(checkpoint: Path, request: "EvaluationRequest") -> dict[str, Any]:
+    """Evaluate a checkpoint, or a model of Hugging Face in its place; return the report."""
+    if request.hf is None:
+        from training.evaluation.run import evaluate_checkpoint
+
+        return evaluate_checkpoint(checkpoint, request)
+
+    from training.export.hf_baseline import evaluate_folder
+
+    return evaluate_folder(checkpoint, request.hf, request)
 
 
 @model_commands.command("compare")

@@ -104,6 +104,7 @@ SLOW_TO_IMPORT = (
     "training/api.py",
     "training/build.py",
     "training/evaluation/run.py",
+    "training/export/hf_baseline.py",
     "training/export/import_hf.py",
     "training/export/run.py",
     "training/export/trained.py",

@@ -32,6 +32,8 @@ def check_request(checkpoint: Path, request: EvaluationRequest) -> None:
     for protocol in parsed:
         for length in request.lengths or config.evaluation_lengths:
             require_fit(protocol, length=length)
+    if request.hf is not None and not (request.hf / "config.json").is_file():
+        raise InputError(f"{request.hf} has no config.json: give a folder with a causal model of Hugging Face")
     if request.data is not None:
         require_text_file(request.data)
     else:

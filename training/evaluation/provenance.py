@@ -81,7 +81,12 @@ def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> Ev
 
 
 def provenance_of(
-    checkpoint: "Checkpoint", tokens: NDArray[np.int64], *, data: Path | None, command: str | None
+    checkpoint: "Checkpoint",
+    tokens: NDArray[np.int64],
+    *,
+    data: Path | None,
+    command: str | None,
+    weights_sha256: str | None = None,
 ) -> Provenance:
     """Return what an evaluation that begins now is made from.
 
@@ -90,6 +95,7 @@ def provenance_of(
         tokens: The text, [tokens].
         data: The text's file; None for the held-out text.
         command: The command line, quoted for a shell.
+        weights_sha256: Hash of the weights; None for the checkpoint's.
     """
     source, text = source_code(), identify_text(tokens, checkpoint.tokenizer)
     commit = None if source is None else f"{source['commit']}{' with changes' if source['diff'] else ''}"
@@ -97,7 +103,7 @@ def provenance_of(
         date=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         command=command,
         versions={**{name: installed_version(name) for name in ("trainshort", "torch")}, "commit": commit},
-        weights_sha256=model_sha256(checkpoint.manifest),
+        weights_sha256=weights_sha256 or model_sha256(checkpoint.manifest),
         tokenizer_sha256=checkpoint.manifest.tokenizer_sha256,
         text_sha256=text.sha256,
         text_path=None if data is None else str(data.resolve()),

@@ -16,6 +16,7 @@ class EvaluationRequest:
         data: A text file; None for the run's held-out text.
         same_tokens: Whether all lengths of a protocol score the same tokens.
         context: Whether to measure how much context is used.
+        hf: A folder with a model of Hugging Face, to be measured in place of the checkpoint's; None for that.
         precision: Value of `--precision`, whatever the checkpoint trained in.
         command: The command line, to be named in the report; None if no command asks.
     """
@@ -25,5 +26,6 @@ class EvaluationRequest:
     data: Path | None = None
     same_tokens: bool = False
     context: bool = False
+    hf: Path | None = None
     precision: str = DEFAULT_PRECISION
     command: str | None = None
