@@ -71,6 +71,7 @@ def show_export(result: "ExportResult", *, checkpoint: Path) -> None:
     show_lines(
         f"exported {result}",
         f"longest text: {facts.longest:,} tokens, {facts.reason}{'' if facts.report else advice}",
+        *([f"registered: {result.registered}"] if result.registered else []),
         f"exported: {result.folder}",
     )
 

@@ -48,6 +48,7 @@ LIGHT = (
     "training/evaluation/provenance.py",
     "training/evaluation/report.py",
     "training/evaluation/precheck.py",
+    "training/energy.py",
     "training/export/card.py",
     "training/export/folder.py",
     "training/evaluation/usable.py",
@@ -81,6 +82,8 @@ LIGHT = (
     "training/reproduction/",
     "training/sampling.py",
     "training/simpler_layouts.py",
+    "training/study/",
+    "training/tracking/registry.py",
     "training/versions.py",
     "launch/",
 )

@@ -26,6 +26,8 @@ from training.evaluation.windows import place_windows
 from training.model.single import inference_device, load_single
 from training.model.windows import LosslessWindows
 from training.observers import Status
+from training.tracking.inputs import evaluation_input, inputs_event
+from training.tracking.tables import evaluation_table, table_event
 from training.tracking.tracker import MlflowTracker, attach, now_ms
 
 logger = logging.getLogger(__name__)
@@ -250,8 +252,12 @@ def _track(
         values |= {f"{name}/{key}": result[key] for key in kept if key in result}
         tracker.metrics(result["length"], {f"{text_and_protocol}/{curve}/perplexity": result["perplexity"]})
     tracker.metrics(report["step"], values)
+    tracker.put(inputs_event([evaluation_input(report)]))
     for file in files:
         tracker.artifact(file, folder=f"evaluation/{checkpoint}")
+    if files:
+        table = evaluation_table(files[0].parent.parent, label=label)
+        tracker.put(table_event(f"evaluation/{label}.json", table))
 
 
 def _track_evaluation(

@@ -104,13 +104,13 @@ def open_run(target: TrackingTarget, start: Event) -> OpenRun:
     """
     record = read_record(target.run_dir)
     experiment = start["experiment"] or DEFAULT_EXPERIMENT
-    client = _client(target, run_id=record.run_id if record else None, experiment=experiment)
-    run = _find_run(client, record, target=target) if record else None
+    client = connect(target, run_id=record.run_id if record else None, experiment=experiment)
+    run = find_recorded(client, record, target=target) if record else None
     folder = str(target.run_dir.absolute())
     if run is None:
         # a run has a user only from the request that makes it
         tags = {"run_dir": folder, "mlflow.user": start["user"]}
-        home = _experiment_id(client, target, name=experiment)
+        home = find_experiment(client, target, name=experiment)
         run = create_once(client, home, start, began_ms=start["time_ms"], tags=tags)
     else:
         # its status is that of the last start, FAILED or KILLED
@@ -132,8 +132,8 @@ def open_recorded_run(target: TrackingTarget) -> OpenRun:
         raise LookupError(f"{target.run_dir} names no run")
     if file is not None and not file.exists():  # MLflow would create it
         raise LookupError(f"{file} does not exist")
-    client = _client(target, run_id=record.run_id, experiment=None)
-    run = _find_run(client, record, target=target)
+    client = connect(target, run_id=record.run_id, experiment=None)
+    run = find_recorded(client, record, target=target)
     if run is None:
         raise LookupError(f"run {record.run_id} was deleted from the store")
     return OpenRun.of(client, run)
@@ -160,7 +160,14 @@ def user_name() -> str:
         return str(os.getuid())
 
 
-def _client(target: TrackingTarget, *, run_id: str | None, experiment: str | None) -> Any:
+def connect(target: TrackingTarget, *, run_id: str | None, experiment: str | None) -> Any:
+    """Return a client of the store, which is created first if it is a file that does not exist.
+
+    Args:
+        target: Whose store to open.
+        run_id: A run whose artifacts are meant too, if the file was moved.
+        experiment: Name of an experiment whose artifacts are meant.
+    """
     client = import_client()
     # alembic logs one line per migration of a new database
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -179,7 +186,8 @@ def _forget_artifact_places() -> None:
         utils._artifact_repos_cache.clear()
 
 
-def _experiment_id(client: Any, target: TrackingTarget, *, name: str) -> str:
+def find_experiment(client: Any, target: TrackingTarget, *, name: str) -> str:
+    """Return the id of an experiment, which is created if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -194,7 +202,7 @@ def _experiment_id(client: Any, target: TrackingTarget, *, name: str) -> str:
     return str(experiment.experiment_id)
 
 
-def _find_run(client: Any, record: RunRecord, *, target: TrackingTarget) -> Any | None:
+def find_recorded(client: Any, record: RunRecord, *, target: TrackingTarget) -> Any | None:
     """Return a recorded run if the store has it; a store that was moved or copied still does."""
     from mlflow.exceptions import MlflowException
 

@@ -15,12 +15,15 @@ from training.tracking.spool import Event
 METRICS_PER_REQUEST = 1000
 _PARAMS_PER_REQUEST = 100
 _LONGEST_TAG = 5000
+_LONGEST_DATASET_NAME, _LONGEST_DIGEST = 500, 36
 
 # A tag of the run with the last logged step of each metric, as JSON
 LOGGED_STEPS = "trainshort.logged_steps"
 # A tag with the last request of metrics: a file of the spool and the number of its last event
 SENT = "trainshort.sent"
 _EVENT_TAG = "trainshort.event"
+PARENT_TAG = "mlflow.parentRunId"  # by which MLflow nests runs
+_TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, by which its page finds the tables of a run
 
 
 def send_start(client: Any, run_id: str, event: Event) -> None:
@@ -65,6 +68,40 @@ def send_artifact(client: Any, run_id: str, event: Event) -> None:
     client.log_artifact(run_id, event["path"], artifact_path=event["folder"])
 
 
+def send_inputs(client: Any, run_id: str, event: Event) -> None:
+    """Log `datasets` as inputs of the run; one that it has already is not added again."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = [
+        DatasetInput(
+            Dataset(
+                name=each["name"][:_LONGEST_DATASET_NAME],
+                digest=each["sha256"][:_LONGEST_DIGEST],
+                source_type="local",
+                source=json.dumps({"uri": each["path"] or ""}),
+                profile=json.dumps({**each["profile"], "sha256": each["sha256"]}),
+            ),
+            tags=[InputTag("mlflow.data.context", each["context"])],
+        )
+        for each in event["datasets"]
+    ]
+    client.log_inputs(run_id, inputs)
+
+
+def send_text(client: Any, run_id: str, event: Event) -> None:
+    """Write `text` to the artifact `artifact`, in place of an earlier one."""
+    client.log_text(run_id, event["text"], event["artifact"])
+
+
+def send_table(client: Any, run_id: str, event: Event) -> None:
+    """Write `table` to the artifact `artifact`, in place of an earlier one, and list it in MLflow's tag."""
+    client.log_text(run_id, json.dumps(event["table"]), event["artifact"])
+    tables = json.loads(client.get_run(run_id).data.tags.get(_TABLES_TAG, "[]"))
+    entry = {"path": event["artifact"], "type": "table"}
+    if entry not in tables:
+        client.set_tag(run_id, _TABLES_TAG, json.dumps([*tables, entry]))
+
+
 def send_end(client: Any, run_id: str, event: Event) -> None:
     """End the run with `status`, at the time of the event."""
     client.set_terminated(run_id, status=event["status"], end_time=event["time_ms"])
@@ -74,7 +111,7 @@ def send_nested(client: Any, run_id: str, event: Event) -> None:
     """Make a run below the run: its `name`, `began_ms`, `status`, `params`, `tags`, and `points` as of metrics."""
     parent = client.get_run(run_id)
     user = parent.data.tags.get("mlflow.user", "")
-    tags = {"mlflow.parentRunId": run_id, "mlflow.user": user, **event["tags"]}
+    tags = {PARENT_TAG: run_id, "mlflow.user": user, **event["tags"]}
     nested = create_once(client, parent.info.experiment_id, event, began_ms=event["began_ms"], tags=tags).info.run_id
     _log_params(client, nested, event["params"])
     send_metrics(client, nested, {"points": event["points"], "tags": {}})
@@ -98,12 +135,15 @@ SENDERS: dict[str, Callable[[Any, str, Event], None]] = {
     "metrics": send_metrics,
     "tags": send_tags,
     "artifact": send_artifact,
+    "text": send_text,
+    "table": send_table,
+    "inputs": send_inputs,
     "finish": send_end,
     "ended": send_end,
     "nested": send_nested,
 }
 # Kinds that need the store of artifacts, which may be down or read-only while the rest is not: they wait by themselves.
-NEED_ARTIFACT_STORE = {"artifact"}
+NEED_ARTIFACT_STORE = {"artifact", "text", "table"}
 
 
 def _log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:

@@ -26,7 +26,14 @@ METRIC_NAMES = {
     "validation_seconds": "time/validation_seconds",
     "save_seconds": "time/save_seconds",
     "failed_saves": "train/failed_saves",
+    "energy_joules": "energy/step_joules",
 }
+TOTAL_ENERGY = "energy/total_kwh"
+# What is logged a second time with the tokens seen as its step: MLflow then draws it over tokens, and runs with other
+# batches compare. Any metric is drawn over tokens if `train/tokens_seen` is chosen as the X-axis of its chart.
+BY_TOKENS = {"loss": "by_tokens/train_loss", "validation_loss": "by_tokens/validation_loss"}
+LONG_PARAMS = "long_params.json"  # artifact with the values that are longer than MLflow's limit
+_LONGEST_KEY, _LONGEST_VALUE = 250, 6000  # MLflow's limits
 
 
 def run_params(config: RunConfig, *, environment_file: Path, certificate: Path) -> dict[str, Any]:
@@ -50,6 +57,32 @@ def run_params(config: RunConfig, *, environment_file: Path, certificate: Path) 
         **backend,
         **{key: environment.get(key) for key in ("world_size", "device", "layout")},
     }
+
+
+def flatten(params: dict[str, Any]) -> dict[str, str]:
+    """Return nested values with dotted keys: {"model": {"heads": 4}} becomes {"model.heads": "4"}.
+
+    Keys that are not set (None) are left out. Lists become JSON. Nothing is cut.
+    """
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": text for inner, text in flatten(value).items()})
+        elif value is not None:
+            flat[str(key)] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple) else str(value)
+    return flat
+
+
+def within_limits(flat: Mapping[str, str]) -> dict[str, str]:
+    """Return parameters as MLflow takes them; a value that is too long says where it is whole."""
+    rest = f" ... (whole in {LONG_PARAMS})"
+    cut = {key: text[: _LONGEST_VALUE - len(rest)] + rest for key, text in long_values(flat).items()}
+    return {key[:_LONGEST_KEY]: text for key, text in {**flat, **cut}.items()}
+
+
+def long_values(flat: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters whose values are longer than MLflow's limit."""
+    return {key: text for key, text in flat.items() if len(text) > _LONGEST_VALUE}
 
 
 def run_tags(environment_file: Path) -> dict[str, str]:

@@ -25,6 +25,11 @@ STORE_VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 DEFAULT_EXPERIMENT = "trainshort"
 ARTIFACTS = "mlartifacts"
+# where a sqlite file names places of artifacts; older versions of MLflow have the first table alone
+_ARTIFACT_PLACES = (
+    *(("runs", "artifact_uri"), ("logged_models", "artifact_location")),
+    *(("model_versions", "storage_location"), ("model_versions", "source")),
+)
 _SCHEMES = (
     *("", "file", "http", "https", "databricks", "databricks-uc", "uc"),
     *("sqlite", "mysql", "mssql", "postgresql"),
@@ -190,11 +195,13 @@ def follow_move(file: Path, *, experiment: str | None, run_id: str | None) -> bo
         ).fetchall()
         moved = [(here.as_uri(), location) for (location,) in locations if _has_moved(location, here=here)]
         connection.executemany("update experiments set artifact_location = ? where artifact_location = ?", moved)
-        connection.executemany(
-            "update runs set artifact_uri = ?1 || substr(artifact_uri, length(?2) + 1) "
-            "where substr(artifact_uri, 1, length(?2) + 1) = ?2 || '/'",
-            moved,
-        )
+        for table, column in _ARTIFACT_PLACES:
+            if table in tables:
+                connection.executemany(
+                    f"update {table} set {column} = ?1 || substr({column}, length(?2) + 1) "
+                    f"where substr({column}, 1, length(?2) + 1) = ?2 || '/'",
+                    moved,
+                )
     return bool(moved)
 
 

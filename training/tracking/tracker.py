@@ -1,5 +1,6 @@
 """Tell MLflow what a run does, through the spool of its folder: nothing here waits for a server or raises."""
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from configs.commands import typed_path
 from parallel.start import environment
 from training.observers import Status
 from training.tracking.client import TrackingTarget, set_mlflow_defaults, user_name
-from training.tracking.record import flatten
+from training.tracking.names import LONG_PARAMS, flatten, long_values, within_limits
 from training.tracking.sender import Sender
 from training.tracking.store import DEFAULT_EXPERIMENT, EXPERIMENT_VARIABLE, STORE_VARIABLE, choose_store
 from training.tracking.sync import target_of_folder
@@ -99,6 +100,7 @@ class MlflowTracker:
             tags: Tags of the run; those of the newest start count.
             listed_tags: Tags that hold the values of all starts.
         """
+        flat = flatten(dict(params))
         self.put(
             {
                 "kind": "start",
@@ -108,12 +110,15 @@ class MlflowTracker:
                 "experiment": self._experiment,
                 "user": user_name(),
                 "uri": self._target.recorded_uri,
-                "params": flatten(dict(params)),
+                "params": within_limits(flat),
                 "tags": dict(tags or {}),
                 "listed_tags": dict(listed_tags or {}),
             }
         )
         self.artifact(config_file)
+        if long := long_values(flat):
+            text = json.dumps(long, ensure_ascii=False, indent=1) + "\n"
+            self.put({"kind": "text", "artifact": LONG_PARAMS, "text": text})
         self._sender.start()
 
     def metrics(self, step: int | None, values: Mapping[str, float | None]) -> None:
@@ -161,7 +166,7 @@ class MlflowTracker:
                 "name": name,
                 "began_ms": began_ms,
                 "status": status,
-                "params": flatten(dict(params)),
+                "params": within_limits(flatten(dict(params))),
                 "tags": {"trainshort.kind": kind, "mlflow.source.name": f"trainshort {kind}"},
                 "points": [(key, float(value), ended_ms, step) for key, value, step in points],
             }
