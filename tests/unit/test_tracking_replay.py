@@ -182,11 +182,19 @@ def test_two_processes_that_send_in_turn_know_of_each_other(tmp_path: Path, monk
     chaos.ends = True
     run_dir, client, target = store_of(tmp_path, chaos, monkeypatch)
     senders = [Replay(target, own=None, on_refusal=refused) for _ in range(2)]
-    for number, steps in enumerate((range(1, 41), range(31, 61), range(51, 81))):
-        spool_start(run_dir, number, steps, ends=number == 2)
+    spool_start(run_dir, 0, range(1, 3), ends=False)
+    assert senders[0].send(LOG_LANE)
+    writer = SpoolWriter(run_dir, role="train", on_problem=lambda _: None)
+    for number, (name, step) in enumerate((("loss", 3), ("rare", 3), ("loss", 4))):
+        writer.put({"kind": "metrics", "time_ms": 1, "step": step, "values": {name: 1.0}})
         assert senders[number % 2].send(LOG_LANE)
+    spool_start(run_dir, 1, range(3, 6), ends=True)
+    writer.put({"kind": "metrics", "time_ms": 2, "step": 3, "values": {"rare": 1.0}})
+    assert senders[1].send(LOG_LANE)
     [run] = client.runs.values()
-    assert sorted(step for key, step, _ in run.points if key == "loss") == [*range(1, 81)]
-    assert (run.info.status, senders[1].waiting()) == ("FINISHED", 3)
+    assert sorted(step for key, step, _ in run.points if key == "loss") == [1, 2, 3, 4, 5]
+    assert [step for key, step, _ in run.points if key == "rare"] == [3]
+    assert (run.info.status, senders[1].waiting()) == ("FINISHED", 2)
+    writer.close()
     assert senders[1].send(FILE_LANE)
-    assert (client.artifacts, senders[0].waiting(), spool_files(run_dir)) == (["text"] * 3, 0, [])
+    assert (client.artifacts, senders[0].waiting(), spool_files(run_dir)) == (["text"] * 2, 0, [])
