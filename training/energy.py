@@ -21,6 +21,10 @@ from configs.paths import discarded_metrics_path, metrics_path
 READ_SECONDS = 0.25  # the counter of an H100 changes every 0.1 s
 _FIELD = "energy_joules"  # of a step in metrics.jsonl
 _LIBRARY = "libnvidia-ml.so.1"
+_FUNCTIONS = (
+    *("nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetHandleByUUID"),
+    "nvmlDeviceGetTotalEnergyConsumption",
+)
 
 
 class EnergyCounter:
@@ -99,6 +103,8 @@ def open_nvml(library: str = _LIBRARY) -> Any | None:
     """Return the driver's library, ready to be called; None where there is none."""
     try:
         nvml = ctypes.CDLL(library)
+        for name in _FUNCTIONS:
+            getattr(nvml, name)  # an old driver lacks some
         return None if nvml.nvmlInit_v2() else nvml
     except (OSError, AttributeError):
         return None

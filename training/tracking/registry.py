@@ -114,15 +114,10 @@ class ModelRegistry:
                 raise
         # A database would look up models:/ID in the store of the environment, which may be another one.
         is_database = self._target.store.uri.split(":")[0].partition("+")[0] in _DATABASES
-        source = (
-            {"source": model.artifact_location}
-            if is_database
-            else {
-                "source": f"models:/{model.model_id}",
-                "model_id": model.model_id,
-            }
-        )
-        version = int(client.create_model_version(self._name, run_id=self._run_id, tags=tags, **source).version)
+        source = model.artifact_location if is_database else f"models:/{model.model_id}"
+        model_id = None if is_database else model.model_id
+        made = client.create_model_version(self._name, source, run_id=self._run_id, tags=tags, model_id=model_id)
+        version = int(made.version)
         # MLflow's own tag, by which the page of the model names its versions
         versions = json.dumps([{"name": self._name, "version": str(version)}])
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": versions})
