@@ -90,8 +90,9 @@ def test_a_killed_job_in_another_layout_is_one_mlflow_run(folder: Path, server: 
     server.set_mode("pass")
     synced = trainshort(folder, "track", "sync", "run", environment=environment(**VARIABLES))
     assert (synced.returncode, synced.stdout.split()[-1]) == (0, "KILLED"), synced.stderr
-    logged = LoggedRun(server, run_dir)
-    assert [step for step, _ in logged.steps("train/loss")] == [*range(1, killed_at + 1)]
+    steps = [step for step, _ in LoggedRun(server, run_dir).steps("train/loss")]
+    assert steps == [*range(1, len(steps) + 1)]
+    assert killed_at - 1 <= len(steps) <= killed_at, "the kill may come between the two files"
 
     server.set_mode("fails")
     again = run(folder, "train", *sets("run", server.uri), *TWO, **VARIABLES)
