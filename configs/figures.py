@@ -36,6 +36,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def perplexity_text(value: float) -> str:
+    """Return a perplexity with two decimals, as they are compared; a large one without: 72.07, 2,317, 3.2e+06."""
+    if value >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
 def _in_thousands(number: float, units: tuple[str, ...]) -> tuple[str, str]:
     first, *larger = units
     if number < 999.5:

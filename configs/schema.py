@@ -260,6 +260,7 @@ class Track(Section):
         min_length=1,
         description="MLflow experiment; that of MLFLOW_EXPERIMENT_NAME, else `trainshort` unless set.",
     )
+    tags: dict[str, TextOrNumber] = Field(default_factory=dict, description="Further tags of the run in MLflow.")
     offline: bool = Field(
         default=False,
         description="Record for MLflow in the run folder only and never connect, as on nodes without a network; "

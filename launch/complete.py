@@ -20,8 +20,14 @@ def complete_run_files(incomplete: str) -> list[str]:
     """Return the names of the shipped runs, and the YAML files in the folder that is being typed."""
     from configs.load import RUNS
 
-    shipped = [] if "/" in incomplete else [path.stem for path in RUNS.glob("*.yaml")]
-    return _matching(incomplete, [*shipped, *_entries(incomplete, lambda path: path.suffix in (".yaml", ".yml"))])
+    return _yaml_files(incomplete, shipped=RUNS)
+
+
+def complete_studies(incomplete: str) -> list[str]:
+    """Return the names of the shipped studies, and the YAML files in the folder that is being typed."""
+    from configs.study import STUDIES
+
+    return _yaml_files(incomplete, shipped=STUDIES)
 
 
 def complete_shipped_runs(incomplete: str) -> list[str]:
@@ -73,6 +79,11 @@ def complete_precisions(incomplete: str) -> list[str]:
     from configs.precisions import INFERENCE_PRECISIONS
 
     return _matching(incomplete, INFERENCE_PRECISIONS)
+
+
+def _yaml_files(incomplete: str, *, shipped: Path) -> list[str]:
+    names = [] if "/" in incomplete else [path.stem for path in shipped.glob("*.yaml")]
+    return _matching(incomplete, [*names, *_entries(incomplete, lambda path: path.suffix in (".yaml", ".yml"))])
 
 
 def _entries(typed: str, is_wanted: Callable[[Path], bool]) -> list[str]:

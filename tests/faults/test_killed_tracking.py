@@ -15,11 +15,10 @@ import pytest
 from tests.support.data import write_book
 from tests.support.mlflow_server import LoggedRun, MlflowServer
 from tests.support.processes import command, environment, metrics, run, trainshort, wait_until
-from training.tracking.record import read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 300, 10
 ONE = ("parallel.tensor=1", "parallel.pipeline=1")
 TWO = ("parallel.tensor=2", "parallel.pipeline=1")
 VARIABLES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
@@ -65,6 +64,7 @@ def check_the_end(logged: LoggedRun) -> None:
 @pytest.mark.faults
 def test_a_killed_job_in_another_layout_is_one_mlflow_run(folder: Path, server: MlflowServer) -> None:
     run_dir = folder / "run"
+    server.set_mode("hangs")
     with (folder / "train.log").open("w") as log:
         job = subprocess.Popen(
             command("train", *sets("run", server.uri), *ONE),
@@ -81,8 +81,6 @@ def test_a_killed_job_in_another_layout_is_one_mlflow_run(folder: Path, server: 
             pause_seconds=0.005,
         )
 
-    wait_until(lambda: read_record(run_dir) or job.poll() is not None, lambda: "no MLflow run", pause_seconds=0.01)
-    server.set_mode("hangs")
     taken(EVERY + 3)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
@@ -92,8 +90,9 @@ def test_a_killed_job_in_another_layout_is_one_mlflow_run(folder: Path, server: 
     server.set_mode("pass")
     synced = trainshort(folder, "track", "sync", "run", environment=environment(**VARIABLES))
     assert (synced.returncode, synced.stdout.split()[-1]) == (0, "KILLED"), synced.stderr
-    logged = LoggedRun(server, run_dir)
-    assert [step for step, _ in logged.steps("train/loss")] == [*range(1, killed_at + 1)]
+    steps = [step for step, _ in LoggedRun(server, run_dir).steps("train/loss")]
+    assert steps == [*range(1, len(steps) + 1)]
+    assert killed_at - 1 <= len(steps) <= killed_at, "the kill may come between the two files"
 
     server.set_mode("fails")
     again = run(folder, "train", *sets("run", server.uri), *TWO, **VARIABLES)

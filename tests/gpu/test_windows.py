@@ -23,6 +23,8 @@ CASES = [
     and unsupported(backend, position="alibi", precision=precision, head_dim=HEAD_DIM) is None
     and unavailable(backend, device="cuda", packages=installed_packages()) is None
 ]
+# A kernel in fp32 takes Triton most of a minute.
+CORE = [pytest.param(*case, marks=[pytest.mark.slow] if case[1] == torch.float32 else []) for case in CASES]
 
 
 def alibi(window: int | None = None) -> SlopeBias:
@@ -40,7 +42,7 @@ def inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype).requires_grad_() for x in (q, k, v)]
 
 
-@pytest.mark.parametrize(("backend", "dtype", "tolerance"), CASES)
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), CORE)
 @pytest.mark.parametrize("window", [None, pytest.param(300, marks=pytest.mark.slow)])
 def test_windows_change_neither_output_nor_gradients(
     backend: str, dtype: torch.dtype, tolerance: float, window: int | None
@@ -67,7 +69,7 @@ def test_windows_change_neither_output_nor_gradients(
     assert all(density < 0.8 for density in densities)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [case[:2] for case in CASES])
+@pytest.mark.parametrize(("backend", "dtype"), [pytest.param(*case.values[:2], marks=case.marks) for case in CORE])
 def test_windows_are_found_without_waiting_for_the_gpu(backend: str, dtype: torch.dtype) -> None:
     bias = alibi()
     bias.lossless = LosslessWindows()

@@ -82,6 +82,7 @@ LIGHT = (
     "training/reproduction/",
     "training/sampling.py",
     "training/simpler_layouts.py",
+    "training/study/",
     "training/tracking/registry.py",
     "training/versions.py",
     "launch/",

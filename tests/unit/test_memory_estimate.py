@@ -54,6 +54,22 @@ def test_the_estimate_is_what_an_h100_held_less_what_is_gone(attention: str, pos
     assert stage.total - stage.overhead == pytest.approx(then, rel=0.03)
 
 
+# The same today, of the shipped run files.
+@pytest.mark.parametrize(
+    ("run", "keys", "measured"),
+    [
+        ("alibi-1b3-80gb", [], 52.8),
+        ("sinusoidal-1b3-80gb", [], 52.8),
+        ("alibi-125m", [], 22.9),
+        ("alibi-125m", ["train.micro_batch=32"], 13.0),
+    ],
+)
+def test_the_estimate_is_what_an_h100_held(run: str, keys: list[str], measured: float) -> None:
+    config = load_run(run, overrides=[*keys, "model.attention=flex"])
+    (stage,) = estimate_memory(config, layout=Layout.of(config, world_size=1), on_gpu=True).stages
+    assert stage.total - stage.overhead == pytest.approx(measured * 1e9, rel=0.03)
+
+
 def test_runs_for_80_gb_fit_and_twice_the_micro_batch_does_not() -> None:
     for name in ("alibi-1b3-80gb", "sinusoidal-1b3-80gb"):
         config = load_run(name)
@@ -123,7 +139,7 @@ def test_changes_are_in_order_legal_and_new() -> None:
 
 def test_a_change_that_needs_more_is_left_out() -> None:
     # two stages need as much, three would take more ranks
-    config = load_run("alibi-125m")
+    config = load_run("alibi-125m", overrides=["train.micro_batch=16"])
     layout = Layout.of(config, world_size=4)
     changes = memory_changes(config, layout=layout, on_gpu=True)
     assert change_lines(changes)[-1] == "parallel.pipeline 1 -> 4"

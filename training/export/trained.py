@@ -95,7 +95,7 @@ def _continuation(model: LanguageModel, tokenizer: Tokenizer, tokens: Tensor) ->
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_document]
     kept, end = _Kept(model), tokenizer.end_of_document
     continued = tuple(islice(continue_tokens(kept, ids, sampling=Sampling(), end=end), min(CONTINUED_TOKENS, eighth)))
-    return Continuation(prompt, tuple(ids), continued, torch.stack(kept.logits))
+    return Continuation(prompt, tuple(ids), continued, torch.stack(kept.logits).cpu())
 
 
 def _held_out_tokens(checkpoint: Checkpoint, *, count: int) -> Tensor | None:

@@ -140,7 +140,7 @@ class SingleModel:
             return self._decoder.token_losses(x, tokens[:, 1:].T).T
 
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Return the logits of the token after the last, [batch, vocab] fp32 on the CPU.
+        """Return the logits of the token after the last, [batch, vocab] fp32, on the model's device.
 
         Args:
             tokens: The tokens that follow those in the cache, [batch, new] int64.
@@ -153,7 +153,7 @@ class SingleModel:
             if logits is None:
                 x = self._decoder.hidden(tokens.to(self._device), cache)  # [new, batch, hidden]
                 logits = self._decoder.logits(x[-1])
-            return logits.to("cpu", torch.float32, copy=True)  # the next call may overwrite them
+            return logits.to(torch.float32, copy=True)  # the next call may overwrite them
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return [batch, seq, vocab] fp32 on the CPU, of tokens [batch, seq]."""

@@ -15,7 +15,7 @@ from training.metrics_reader import finite_value
 from training.page.starts import RunStart
 
 _MOST_SAVES = 200  # marks of saves that succeeded; a failed one always has its mark
-_GAP = 0.6  # per cent of the width between two starts
+_GAP, _MOST_GAPS = 0.6, 30.0  # per cent of the width: between two starts, and all gaps together
 _LEAST_PAUSE = 60.0  # seconds between two starts that are worth a line of the table
 _TICKS = 4
 
@@ -61,7 +61,8 @@ class Timeline:
 def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
     """Return the time line of a run with at least one start."""
     total = sum(start.kept_seconds + start.lost_seconds for start in starts) or 1.0
-    scale = (100 - _GAP * (len(starts) - 1)) / total
+    gap = min(_GAP, _MOST_GAPS / len(starts))
+    scale = (100 - gap * (len(starts) - 1)) / total
     bars: list[TimelineBar] = []
     marks: list[TimelineMark] = []
     left = 0.0
@@ -76,10 +77,10 @@ def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
         for seconds, step, happened in start.saves():
             words = "saved" if happened == "saved" else "a save failed"
             marks.append(TimelineMark(left + seconds * scale, happened, f"{words} after step {step:,}"))
-        left += kept + lost + _GAP
+        left += kept + lost + gap
     newest = [checkpoint.step for checkpoint in list_checkpoints(run_dir)[-1:]]
     if newest == [starts[-1].last_step] and bars:
-        marks.append(TimelineMark(left - _GAP, "saved", f"saved after step {newest[0]:,}"))
+        marks.append(TimelineMark(left - gap, "saved", f"saved after step {newest[0]:,}"))
     ticks = [(100 * part / _TICKS, duration(total * part / _TICKS) if part else "0") for part in range(_TICKS + 1)]
     headings, rows = _table(starts)
     return Timeline(tuple(bars), tuple(_thinned(marks)), tuple(ticks), headings, rows)

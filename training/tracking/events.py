@@ -22,6 +22,7 @@ LOGGED_STEPS = "trainshort.logged_steps"
 # A tag with the last request of metrics: a file of the spool and the number of its last event
 SENT = "trainshort.sent"
 _EVENT_TAG = "trainshort.event"
+PARENT_TAG = "mlflow.parentRunId"  # by which MLflow nests runs
 _TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, by which its page finds the tables of a run
 
 
@@ -110,7 +111,7 @@ def send_nested(client: Any, run_id: str, event: Event) -> None:
     """Make a run below the run: its `name`, `began_ms`, `status`, `params`, `tags`, and `points` as of metrics."""
     parent = client.get_run(run_id)
     user = parent.data.tags.get("mlflow.user", "")
-    tags = {"mlflow.parentRunId": run_id, "mlflow.user": user, **event["tags"]}
+    tags = {PARENT_TAG: run_id, "mlflow.user": user, **event["tags"]}
     nested = create_once(client, parent.info.experiment_id, event, began_ms=event["began_ms"], tags=tags).info.run_id
     _log_params(client, nested, event["params"])
     send_metrics(client, nested, {"points": event["points"], "tags": {}})

@@ -29,9 +29,8 @@ class TrackingObserver(Observer):
         )
         environment_file = run_dir / "environment.json"
         params = run_params(config, environment_file=environment_file, certificate=certificate)
-        self._tracker.start(
-            params, config_file(run_dir), tags=run_tags(environment_file), listed_tags=tags_of_starts(run_dir)
-        )
+        tags = {**run_tags(environment_file), **config.track.tags}
+        self._tracker.start(params, config_file(run_dir), tags=tags, listed_tags=tags_of_starts(run_dir))
         for file in (certificate, environment_file, reproduction_file(run_dir)):
             if file.is_file():
                 self._tracker.artifact(file)

@@ -12,6 +12,7 @@ class Flash4(Flex):
     """FlexAttention with the kernel of flash-attn-4; bf16 on a GPU."""
 
     options = {"BACKEND": "FLASH"}
+    any_length = False  # torch writes no such kernel for lengths that it does not know
 
     def __init__(self, bias: Bias) -> None:
         """Check the machine: torch imports the kernel when it compiles.

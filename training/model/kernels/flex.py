@@ -29,10 +29,12 @@ class Flex:
     Attributes:
         bias: The bias.
         options: What FlexAttention is told about its kernel.
+        any_length: Whether one compilation of the kernel serves many lengths.
     """
 
     # All lengths are whole tiles, which a compilation for many lengths cannot know.
     options: ClassVar[dict[str, Any]] = {"IS_DIVISIBLE": True}
+    any_length: ClassVar[bool] = True
 
     def __init__(self, bias: Bias, *, compiled: bool | None = None) -> None:
         """Take a bias.
@@ -51,7 +53,7 @@ class Flex:
             return self._one_query(q, k, v)
         tiles = max(FEWEST_TILES, -(-keys // TILE))
         end = tiles * TILE - keys
-        one_shape = torch.is_grad_enabled() and q.requires_grad
+        one_shape = not self.any_length or (torch.is_grad_enabled() and q.requires_grad)
         # Queries after a cache take their own places in the sequence; the rows before them are not used.
         q, k, v = _padded(q, keys - queries, end), _padded(k, 0, end), _padded(v, 0, end)
         compiled = q.is_cuda if self._compiled is None else self._compiled
@@ -60,7 +62,7 @@ class Flex:
         mask, density = self._mask(q, k, tiles=tiles)
         if self.bias.lossless is not None:
             self.bias.lossless.add(density)
-        out: Tensor = flex_kernel(compiled, one_shape)(
+        attended: Tensor = flex_kernel(compiled, one_shape)(
             q,
             k,
             v,
@@ -68,6 +70,7 @@ class Flex:
             block_mask=mask,
             kernel_options=self.options,
         )
+        out = attended.permute(1, 2, 0, 3)
         return out if end == 0 and queries == keys else out[:, :, keys - queries : keys]
 
     @torch.no_grad()
@@ -102,18 +105,24 @@ def penalty(slope_of: Callable[[Tensor], Tensor] | None) -> Callable[..., Tensor
 
 @lru_cache(maxsize=4)
 def flex_kernel(compiled: bool, one_shape: bool) -> Any:
-    """Return FlexAttention; compiled, it fails where torch cannot compile it, instead of computing all scores.
+    """Return FlexAttention, whose output is [queries, batch, local_heads, head_dim], as the layers take it.
+
+    torch copies a gradient that does not lie as it expects one of the output to lie: in memory's order. Compiled, it
+    fails where torch cannot compile it, instead of computing all scores.
 
     Args:
         compiled: Whether to compile it.
         one_shape: Whether to compile it for each shape, instead of once for all.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Any:
+        return flex_attention.flex_attention(q, k, v, **how).permute(2, 0, 1, 3)
 
     if not compiled:
-        return flex_attention
+        return attend
     # torch compiles a function for 8 kinds of arguments, and all models of a process share this one: allow as many as
     # torch ever does.
     limits = torch._dynamo.config
     limits.recompile_limit = limits.accumulated_recompile_limit
-    return torch.compile(flex_attention, fullgraph=True, dynamic=False if one_shape else None)
+    return torch.compile(attend, fullgraph=True, dynamic=False if one_shape else None)
