@@ -240,7 +240,7 @@ class Evaluate(Section):
         default=None, description="Lengths of `evaluate`; 1x, 2x, 4x and 8x the training length unless set."
     )
     protocols: Annotated[tuple[str, ...], TUPLE] = Field(
-        default=("nonoverlapping",), min_length=1, description="nonoverlapping, or sliding:STRIDE."
+        default=("nonoverlapping",), min_length=1, description="nonoverlapping, sliding:STRIDE or last:TOKENS."
     )
     every: NonNegativeInt = Field(default=0, description="Steps between validations during training; 0 for none.")
     samples: PositiveInt = Field(default=64, description="Held-out sequences of a validation; all if there are fewer.")

@@ -13,7 +13,7 @@ from pathlib import Path
 COMPLETE_VARIABLE = "_TRAINSHORT_COMPLETE"
 # what a shell would expand, it should complete and quote itself
 _PLAIN = re.compile(r"[\w./~+@%,: -]+")
-PROTOCOL_WORDS = ("nonoverlapping", "sliding:")
+PROTOCOL_WORDS = ("nonoverlapping", "sliding:", "last:")
 
 
 def complete_run_files(incomplete: str) -> list[str]:

@@ -24,7 +24,7 @@ from launch.slurm.script import CHAIN_JOBS, STOPPED_EXIT_CODE
 from launch.slurm.submit import job_secrets, script_file, sole_submission, submit_jobs
 from training.checkpoint.manifest import list_checkpoints, step_folder
 from training.evaluation.kept import held_out_files, is_held_out
-from training.evaluation.report import protocol_name
+from training.evaluation.results import protocol_name
 from training.export.formats.table import CHAIN_FORMAT
 from training.folder import report_write_errors
 from training.metrics_reader import newest_step

@@ -34,6 +34,7 @@ OTHER_PROGRAMS = (
     *("curl", "git", "llama-completion", "llama-server", "mlflow", "pip", "pre-commit", "vllm"),
 )
 OPTIONS_OF_OTHERS = {
+    "--context-window": "fairseq",
     "--exclude": "sbatch",
     "--exclusive": "sbatch",
     "--export": "sbatch",
@@ -42,6 +43,7 @@ OPTIONS_OF_OTHERS = {
     "--hf-overrides": "vLLM",
     "--kv-cache-memory-bytes": "vLLM",
     "--max-model-len": "vLLM",
+    "--tokens-per-sample": "fairseq",
 }
 ERRORS = (InputError, MachineError, LostPeers)
 NOT_OURS = "trainshort: command not found"

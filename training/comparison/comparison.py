@@ -18,7 +18,7 @@ from training.evaluation.kept import (
     read_report,
     text_name,
 )
-from training.evaluation.report import protocol_name, result_key
+from training.evaluation.results import protocol_name, result_key
 
 _SAME_PRECISION = f"Evaluate each in the same --precision; {DEFAULT_PRECISION} is the default"
 # They differ between any two runs; the labels show them.

@@ -19,7 +19,7 @@ from training.checkpoint.manifest import list_checkpoints, model_sha256, read_ma
 from training.comparison.run import read_runs
 from training.comparison.text import WantedText
 from training.evaluation.kept import checkpoint_reports, read_report
-from training.evaluation.report import protocol_name
+from training.evaluation.results import protocol_name
 from training.metrics_reader import read_steps
 from training.reproduction.starts import recorded_starts
 from training.study.rows import StudyRow, changed_values, deciding_values, values_sha256

@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.errors import InputError
 from training.evaluation.kept import read_report
-from training.evaluation.report import protocol_name, result_key
+from training.evaluation.results import protocol_name, result_key
 
 TABLE_COLUMNS = (
     *("step", "checkpoint", "text", "protocol", "length", "x_trained", "scored_tokens"),
