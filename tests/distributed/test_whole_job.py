@@ -315,6 +315,7 @@ def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
         parents = database.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
         losses = database.execute("select step, value from metrics where key = 'train/loss' order by step").fetchall()
         evaluated = database.execute("select distinct key from metrics where key like 'evaluation/%'").fetchall()
+        digests = {digest for (digest,) in database.execute("select digest from datasets")}
     (run_id, name, status), *nested = runs
     assert (name, status) == ("demo", "FINISHED")
     last = f"step_{STEPS:07d}"
@@ -323,6 +324,8 @@ def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
         (f"export {last}, hf", "FINISHED"),
     }
     assert parents == [(run_id,)] * len(nested)
+    data = json.loads((job.broken / "reproduce.json").read_text())["starts"][-1]["data"]
+    assert {data["sha256"][:36], data["tokenizer_sha256"][:36]} <= digests
     assert json.loads((job.broken / "mlflow_run.json").read_text())["run_id"] == run_id
     assert losses == [(line["step"], line["loss"]) for line in metrics(job.broken)]
     prefix = "evaluation/held-out/nonoverlapping"
@@ -337,6 +340,8 @@ def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
         "certificates.jsonl",
         "config.yaml",
         "environment.json",
+        "reproduce.json",
+        "evaluation/held-out.json",
         f"evaluation/{last}/held-out.json",
         f"evaluation/{last}/held-out.md",
         f"evaluation/{last}/held-out.png",
