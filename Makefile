@@ -5,11 +5,11 @@ INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo quick unit-model unit-rest test lint bench bench-gpu test-gpu test-gpu-full test-layouts \
-	test-faults test-slurm test-llama test-vllm
+	test-faults test-slurm test-llama test-vllm test-harness
 
 help:
 	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | bench"
-	@echo "in another engine: make test-llama | test-vllm"
+	@echo "in another engine: make test-llama | test-vllm | test-harness"
 	@echo "on a GPU: make test-gpu | test-gpu-full | bench-gpu"
 
 install: $(INSTALLED)
@@ -67,6 +67,11 @@ test-llama: $(INSTALLED)
 test-vllm: $(INSTALLED)
 	@test -x "$(VLLM_PYTHON)" || { echo "VLLM_PYTHON must be the python of vLLM's own environment; see Makefile"; exit 2; }
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -P -m pytest -q -m vllm tests/vllm
+
+# Tasks of the lm-evaluation-harness, and the same in its own `hf` model, which needs peft. Nothing is downloaded.
+test-harness: $(INSTALLED)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[harness]' peft
+	$(BIN)/python -P -m pytest -q -m harness tests/harness
 
 test-slurm: $(INSTALLED)
 	tests/slurm/test.sh $(BIN)/python
