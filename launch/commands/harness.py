@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from configs.errors import InputError
 from configs.precisions import DEFAULT_PRECISION, require_precision
 from launch.commands.model import PrecisionName
 from launch.commands.options import AsJson, CheckpointPath, count_option, number_option, path_of
@@ -19,31 +18,35 @@ harness_commands = typer.Typer()
 # What the libraries read when they are imported. Whoever sets one has decided.
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
+TaskNames = Annotated[
+    str, typer.Option(metavar="TASK,TASK", help="Names of tasks, groups or tags, with commas between.")
+]
+TaskFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", parser=path_of, help="A folder with tasks of your own, as YAML files."),
+]
+FewShot = Annotated[
+    int | None,
+    number_option("--fewshot", "N", "Examples before each question.  [default: what the task says]", is_whole=True),
+]
+MaxLength = Annotated[
+    int | None,
+    count_option(
+        "--max-length",
+        "Tokens of an input at most.  [default: the longest text measured to be usable, else the training length]",
+    ),
+]
+
 
 @harness_commands.command("harness")
 @explain_out_of_memory("a smaller --max-length")
 def harness_command(
     checkpoint: CheckpointPath,
-    tasks: Annotated[
-        str, typer.Option(metavar="TASK,TASK", help="Names of tasks, groups or tags, with commas between.")
-    ],
-    task_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", parser=path_of, help="A folder with tasks of your own, as YAML files."),
-    ] = None,
+    tasks: TaskNames,
+    task_dir: TaskFolder = None,
     limit: Annotated[int | None, count_option("--limit", "Take the first N questions of each task.")] = None,
-    fewshot: Annotated[
-        int | None,
-        number_option("--fewshot", "N", "Examples before each question.  [default: what the task says]", is_whole=True),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        count_option(
-            "--max-length",
-            "Tokens of a model's input at most.  [default: the longest text measured to be usable, else the training "
-            "length]",
-        ),
-    ] = None,
+    fewshot: FewShot = None,
+    max_length: MaxLength = None,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
@@ -51,13 +54,10 @@ def harness_command(
     from launch.show.console import show_json
     from launch.show.harness import show_results
     from training.checkpoint.manifest import require_checkpoint
-    from training.harness.tasks import require_harness
+    from training.harness.tasks import TaskRequest, require_harness
 
-    names = [name for name in (word.strip() for word in tasks.split(",")) if name]
-    if not names:
-        raise InputError(f"--tasks must name tasks, got {tasks!r}: write --tasks lambada_openai,piqa")
-    if fewshot is not None and fewshot < 0:
-        raise InputError(f"--fewshot must be 0 or more, got {fewshot}: 0 gives no examples")
+    names = dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip())
+    request = TaskRequest(tuple(names), folder=task_dir, limit=limit, fewshot=fewshot)
     require_precision(precision)
     require_harness()
     require_checkpoint(checkpoint)  # before the slow imports
@@ -71,10 +71,7 @@ def harness_command(
     try:
         report = run_harness(
             checkpoint,
-            tasks=list(dict.fromkeys(names)),
-            folder=task_dir,
-            limit=limit,
-            fewshot=fewshot,
+            request=request,
             max_length=max_length,
             precision=precision,
             command=shlex.join(["trainshort", *sys.argv[1:]]),

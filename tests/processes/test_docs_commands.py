@@ -84,9 +84,9 @@ def user_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def runs_here(command: Command) -> bool:
-    """Return whether a command needs nothing but this machine: no srun, torchrun or SLURM, no other program."""
+    """Return whether a command needs nothing but this machine: no srun, torchrun, SLURM, lm_eval, or other program."""
     arguments = command.arguments or ()
-    return command.words[0] == "trainshort" and arguments[0] != "jobs" and "--submit" not in arguments
+    return command.words[0] == "trainshort" and arguments[0] not in ("jobs", "harness") and "--submit" not in arguments
 
 
 def run_command(command: Command) -> None:

@@ -11,9 +11,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from configs.errors import InputError
 from data_pipeline.tokenizer import Tokenizer
 from training.evaluation.progress import EvaluationProgress
-from training.harness.scoring import PairScore, TokenPair, score_pairs
+from training.harness.scoring import PairScore, PairScorer, TokenPair, score_pairs
 from training.harness.stopping_text import continue_until, task_sampling
-from training.model.single import SingleModel
 
 NEW_TOKENS = 256  # where a task does not say: what the harness's own models take
 
@@ -29,7 +28,7 @@ class CheckpointLM(TemplateLM):
         cut: Requests so far that lost the beginning of their context.
     """
 
-    def __init__(self, model: SingleModel, tokenizer: Tokenizer, *, max_length: int, seed: int) -> None:
+    def __init__(self, model: PairScorer, tokenizer: Tokenizer, *, max_length: int, seed: int) -> None:
         """Wrap a model.
 
         Args:

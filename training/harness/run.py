@@ -3,7 +3,7 @@
 import contextlib
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from training.evaluation.provenance import evaluation_date, product_versions
 from training.evaluation.usable import find_held_out_report, usable_length
 from training.harness.language_model import CheckpointLM
 from training.harness.report import FOLDER, keep_results, result_rows
-from training.harness.tasks import load_tasks
+from training.harness.tasks import TaskRequest, load_tasks
 from training.model.single import inference_device, load_single
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,7 @@ _SEED = 1
 def run_harness(
     path: Path,
     *,
-    tasks: Sequence[str],
-    folder: Path | None,
-    limit: int | None,
-    fewshot: int | None,
+    request: TaskRequest,
     max_length: int | None,
     precision: str,
     command: str | None,
@@ -41,10 +38,7 @@ def run_harness(
 
     Args:
         path: A step folder, or a run folder for its newest checkpoint.
-        tasks: Names of tasks or groups of them.
-        folder: A folder with more tasks.
-        limit: Questions of each task, the first ones; None for all.
-        fewshot: Examples before each question; None for what each task says.
+        request: The tasks.
         max_length: Inputs of the model at most; None for `longest_input`.
         precision: Value of `--precision`.
         command: The command line, to be named in the report.
@@ -58,24 +52,18 @@ def run_harness(
     inference_device(precision)
     checkpoint = open_checkpoint(path)
     kept = evaluation_folder(checkpoint.run_dir) / checkpoint.path.resolve().name
-    loaded = load_tasks(tasks, folder=folder, fewshot=fewshot)
+    loaded = load_tasks(request)
     check_evaluation_folder(kept, name=FOLDER)
     longest = max_length or longest_input(checkpoint)
     date, versions = evaluation_date(), product_versions("lm_eval")
-    model = CheckpointLM(
-        load_single(checkpoint, precision=precision),
-        load_tokenizer(checkpoint.tokenizer),
-        max_length=longest,
-        seed=_SEED,
-    )
-    results = _evaluate(model, loaded, limit=limit)
+    single, tokenizer = load_single(checkpoint, precision=precision), load_tokenizer(checkpoint.tokenizer)
+    model = CheckpointLM(single, tokenizer, max_length=longest, seed=_SEED)
+    results = _evaluate(model, loaded, limit=request.limit)
     if model.cut:
         logger.warning(
-            "%s contexts were longer than %s tokens and lost their beginning: --max-length takes more",
-            f"{model.cut:,}",
-            f"{longest:,}",
+            "%d contexts are longer than %d tokens and lost their beginning (--max-length)", model.cut, longest
         )
-    facts = {"limit": limit, "max_length": longest, "precision": precision, "date": date}
+    facts = {"limit": request.limit, "max_length": longest, "precision": precision, "date": date}
     report = {
         "checkpoint": str(checkpoint.path.absolute()),
         "step": checkpoint.step,

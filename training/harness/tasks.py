@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,31 @@ _RANDOM_SEED, _OTHER_SEED = 0, 1234
 _SHOWN_NAMES = 3
 
 
+@dataclass(frozen=True)
+class TaskRequest:
+    """What to run.
+
+    Attributes:
+        names: Names of tasks, groups or tags.
+        folder: A folder with more tasks, as YAML files; they come before the harness's own of the same name.
+        limit: Questions of each task, the first ones; None for all.
+        fewshot: Examples before each question; None for what each task says. A task that says 0 keeps it, as in the
+            harness.
+    """
+
+    names: tuple[str, ...]
+    folder: Path | None = None
+    limit: int | None = None
+    fewshot: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a request without tasks, and a negative number of examples."""
+        if not self.names:
+            raise InputError("--tasks must name tasks, got none: write --tasks lambada_openai,piqa")
+        if self.fewshot is not None and self.fewshot < 0:
+            raise InputError(f"--fewshot must be 0 or more, got {self.fewshot}: 0 gives no examples")
+
+
 def require_harness() -> None:
     """Refuse to go on without lm_eval.
 
@@ -28,33 +54,28 @@ def require_harness() -> None:
         )
 
 
-def load_tasks(names: Sequence[str], *, folder: Path | None, fewshot: int | None) -> Any:
+def load_tasks(request: TaskRequest) -> Any:
     """Return tasks with their data, as lm_eval's `TaskManager.load` does.
 
-    Args:
-        names: Names of tasks, groups or tags.
-        folder: A folder with more tasks, as YAML files; they come before the harness's own of the same name.
-        fewshot: Examples before each question; None for what each task says. A task that says 0 keeps it, as in the
-            harness.
     Raises:
         InputError: a name is not known, a task cannot be run here, or its data is missing.
         MachineError: a task needs a package that is missing.
     """
-    manager = _manager_of(names, folder)
+    manager, asked = _manager_of(request.names, request.folder), ", ".join(request.names)
     try:
-        loaded = manager.load(list(names))
+        loaded = manager.load(list(request.names))
     except OSError as error:  # also what the Hub's client raises without a network
         raise InputError(
-            f"the data of {', '.join(names)} is not on this machine ({_first_line(error)}): HF_HUB_OFFLINE=0 lets "
+            f"the data of {asked} is not on this machine ({_first_line(error)}): HF_HUB_OFFLINE=0 lets "
             "tasks download theirs"
         ) from None
     except ImportError as error:
-        raise MachineError(f"a task of {', '.join(names)} needs a package ({_first_line(error)}): install it") from None
+        raise MachineError(f"a task of {asked} needs a package ({_first_line(error)}): install it") from None
     except (ValueError, KeyError) as error:
-        raise InputError(f"{', '.join(names)} cannot be loaded ({_first_line(error)}): correct the task") from None
+        raise InputError(f"{asked} cannot be loaded ({_first_line(error)}): correct the task") from None
     for name, task in loaded["tasks"].items():
         _refuse_others(name, task)
-        _choose_fewshot(task, fewshot)
+        _choose_fewshot(task, request.fewshot)
     random.seed(_RANDOM_SEED)
     np.random.seed(_OTHER_SEED)
     return loaded
