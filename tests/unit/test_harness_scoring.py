@@ -87,13 +87,14 @@ def test_a_context_that_answers_share_is_computed_once() -> None:
     assert model.computed == len(context) - 1 + 4 * 2, "the context's last token and the first of each answer"
 
 
-def test_batches_hold_each_row_once_and_fit() -> None:
+@pytest.mark.parametrize(("alone", "sharing"), [(80, 200), (10_000, 10_000)])
+def test_batches_hold_each_row_once_and_fit(alone: int, sharing: int) -> None:
     rows = [cut_pair(number, pair, max_length=LONGEST) for number, pair in enumerate(some_pairs() * 3)]
-    batches = list(plan_batches(rows, batch_tokens=80, cached_tokens=200))
+    batches = list(plan_batches(rows, batch_tokens=alone, cached_tokens=sharing))
     assert sorted(row.number for batch in batches for group in batch for row in group.rows) == list(range(len(rows)))
     for batch in batches:
         count = sum(len(group.rows) for group in batch)
-        assert count == 1 or count * max(group.longest for group in batch) <= (200 if batch[0].shared else 80)
+        assert count == 1 or count * max(group.longest for group in batch) <= (sharing if batch[0].shared else alone)
         assert len({group.shared > 0 for group in batch}) == 1
         assert min(group.shared for group in batch) >= 0.75 * batch[0].shared
         for group in batch:
