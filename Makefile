@@ -5,11 +5,11 @@ INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo quick unit-model unit-rest test lint bench bench-gpu test-gpu test-gpu-full test-layouts \
-	test-faults test-slurm test-llama test-vllm test-browser
+	test-faults test-slurm test-llama test-vllm test-browser test-harness
 
 help:
 	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | bench"
-	@echo "in another engine: make test-llama | test-vllm; in Chromium: make test-browser"
+	@echo "in another engine: make test-llama | test-vllm | test-harness; in Chromium: make test-browser"
 	@echo "on a GPU: make test-gpu | test-gpu-full | bench-gpu"
 
 install: $(INSTALLED)
@@ -72,6 +72,11 @@ test-vllm: $(INSTALLED)
 test-browser: $(INSTALLED)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	tests/browser/test.sh $(BIN)/python tests/browser $(if $(PICTURES),--pictures $(PICTURES))
+
+# Tasks of the lm-evaluation-harness, and the same in its own `hf` model, which needs peft. Nothing is downloaded.
+test-harness: $(INSTALLED)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[harness]' peft
+	$(BIN)/python -P -m pytest -q -m harness tests/harness
 
 test-slurm: $(INSTALLED)
 	tests/slurm/test.sh $(BIN)/python

@@ -15,6 +15,7 @@ from configs.errors import InputError, TrainshortError
 from launch.commands.checkpoint import checkpoint_commands
 from launch.commands.exchange import exchange_commands
 from launch.commands.group import CommandGroup, ListingGroup, did_you_mean
+from launch.commands.harness import harness_commands
 from launch.commands.jobs import jobs_commands, slurm_commands
 from launch.commands.machine import machine_commands
 from launch.commands.model import model_commands
@@ -45,7 +46,8 @@ app = typer.Typer(
 )
 # In the order of the help text. Commands of an app without a name become commands of `trainshort` itself.
 for commands in (
-    *(run_commands, watch_commands, profile_commands, model_commands, study_commands, exchange_commands),
+    *(run_commands, watch_commands, profile_commands, model_commands, study_commands, harness_commands),
+    exchange_commands,
     *(slurm_commands, machine_commands, reproduce_commands),
 ):
     app.add_typer(commands)

@@ -91,10 +91,10 @@ def user_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def runs_here(command: Command) -> bool:
-    """Return whether a command needs nothing but this machine: no srun, torchrun or SLURM, no other program."""
+    """Return whether a command needs nothing but this machine: no srun, torchrun, SLURM, lm_eval, or other program."""
     arguments = command.arguments or ()
     submits = {"--submit", "--slurm"} & set(arguments)
-    return command.words[0] == "trainshort" and arguments[0] != "jobs" and not submits
+    return command.words[0] == "trainshort" and arguments[0] not in ("jobs", "harness") and not submits
 
 
 def run_command(command: Command) -> None:

@@ -97,15 +97,26 @@ def provenance_of(
         command: The command line, quoted for a shell.
         weights_sha256: Hash of the weights; None for the checkpoint's.
     """
-    source, text = source_code(), identify_text(tokens, checkpoint.tokenizer)
-    commit = None if source is None else f"{source['commit']}{' with changes' if source['diff'] else ''}"
+    text = identify_text(tokens, checkpoint.tokenizer)
     return Provenance(
-        date=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        date=evaluation_date(),
         command=command,
-        versions={**{name: installed_version(name) for name in ("trainshort", "torch")}, "commit": commit},
+        versions=product_versions(),
         weights_sha256=weights_sha256 or model_sha256(checkpoint.manifest),
         tokenizer_sha256=checkpoint.manifest.tokenizer_sha256,
         text_sha256=text.sha256,
         text_path=None if data is None else str(data.resolve()),
         text_bytes=text.bytes,
     )
+
+
+def evaluation_date() -> str:
+    """Return the date of an evaluation that begins now, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def product_versions(*more: str) -> dict[str, str | None]:
+    """Return the versions of trainshort, torch, further packages and the code's commit; None where unknown."""
+    source = source_code()
+    commit = None if source is None else f"{source['commit']}{' with changes' if source['diff'] else ''}"
+    return {**{name: installed_version(name) for name in ("trainshort", "torch", *more)}, "commit": commit}

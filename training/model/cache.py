@@ -73,6 +73,21 @@ class KeyValueCache:
             return attend(q, keys, values)
         return attend_next(q, keys, values, bias=attend.bias, radius=radius)
 
+    def repeated(self, counts: Tensor) -> "KeyValueCache":
+        """Return a cache of its own in which each row of the batch stands so often, for several continuations of it.
+
+        Args:
+            counts: How often each row stands there, [batch] int64.
+        """
+        copy = KeyValueCache()
+        copy.length = self.length
+        for block, (keys, values) in self.pairs.items():
+            rows = counts.to(keys.device)
+            copy.pairs[block] = (keys.repeat_interleave(rows, 0), values.repeat_interleave(rows, 0))
+            if block in self.radii:
+                copy.radii[block] = self.radii[block].repeat_interleave(rows, 0)
+        return copy
+
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add new tokens' keys and values of one block; return all of them so far.
 

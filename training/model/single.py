@@ -27,6 +27,7 @@ CPU_BATCH_TOKENS = 2048  # inputs of one pass; more no longer fit into a CPU's c
 GPU_BATCH_TOKENS = 65536  # with as many, matrix products reach a GPU's limit
 _PASS_SHARE = 0.5  # of a GPU's free memory
 _STATES_KEPT = 16  # hidden states of a token that a block has at one time, at most: 4 of them are the feed-forward's
+_LOGIT_ROWS = 1024  # tokens whose logits are in memory at one time
 
 
 class _Products:
@@ -114,9 +115,14 @@ class SingleModel:
         """Inputs of one pass that use the device well: on a GPU, those that fit into half of the free memory."""
         if self._device.type == "cpu":
             return CPU_BATCH_TOKENS
-        free, _ = torch.cuda.mem_get_info(self._device)
-        hidden = self._decoder.get_parameter("embedding.weight").shape[1]
-        return gpu_batch_tokens(free, hidden=hidden, width=self._precision.width)
+        return self._gpu_tokens(states=_STATES_KEPT)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are kept beside a pass that uses the device well."""
+        if self._device.type == "cpu":
+            return 4 * CPU_BATCH_TOKENS  # most of them are not computed, only attended to
+        return self._gpu_tokens(states=_STATES_KEPT + 2 * len(self.blocks))
 
     def change_weights(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace each weight, fp32, by what a function makes of it."""
@@ -142,6 +148,24 @@ class SingleModel:
             x = self._decoder.hidden(tokens[:, :-1])  # [length, batch, hidden]
             return self._decoder.token_losses(x[first:], tokens[:, first + 1 :].T).T
 
+    def score(self, tokens: Tensor, where: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss of some predicted tokens, and whether each is the likeliest one.
+
+        Args:
+            tokens: [batch, length + 1] int64, on the CPU.
+            where: Which of tokens[:, 1:] to score, [batch, length] bool, on the CPU.
+            cache: Keys and values of the tokens before; tokens[:, :-1] are added to it.
+        Returns:
+            Nats [scored] fp32 and [scored] bool, row by row, on the CPU.
+        """
+        with inference(self._precision):
+            tokens, where = self._to_device(tokens), where.to(self._device)
+            x = self._decoder.hidden(tokens[:, :-1], cache)  # [length, batch, hidden]
+            states, targets = x.transpose(0, 1)[where], tokens[:, 1:][where]
+            losses = self._decoder.token_losses(states, targets)
+            likeliest = torch.cat([self._decoder.logits(part).argmax(-1) for part in torch.split(states, _LOGIT_ROWS)])
+            return losses.float().cpu(), (likeliest == targets).cpu()
+
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the logits of the token after the last, [batch, vocab] fp32, on the model's device.
 
@@ -164,6 +188,11 @@ class SingleModel:
             logits: Tensor = self._decoder(tokens.to(self._device))
             return logits.float().cpu()
 
+    def _gpu_tokens(self, *, states: int) -> int:
+        free, _ = torch.cuda.mem_get_info(self._device)
+        hidden = self._decoder.get_parameter("embedding.weight").shape[1]
+        return gpu_batch_tokens(free, hidden=hidden, width=self._precision.width, states=states)
+
     def _to_device(self, tokens: Tensor) -> Tensor:
         """Copy tokens to the device; to a GPU beside its work, from memory that cannot be paged out."""
         if self._device.type == "cpu":
@@ -171,15 +200,16 @@ class SingleModel:
         return tokens.pin_memory().to(self._device, non_blocking=True)
 
 
-def gpu_batch_tokens(free: int, *, hidden: int, width: int) -> int:
+def gpu_batch_tokens(free: int, *, hidden: int, width: int, states: int = _STATES_KEPT) -> int:
     """Return the inputs of one pass on a GPU.
 
     Args:
         free: Free memory, in bytes.
         hidden: Width of the hidden states.
         width: Bytes of an element.
+        states: Hidden states of a token that are in memory at one time.
     """
-    return min(GPU_BATCH_TOKENS, int(_PASS_SHARE * free) // (_STATES_KEPT * hidden * width))
+    return min(GPU_BATCH_TOKENS, int(_PASS_SHARE * free) // (states * hidden * width))
 
 
 def inference_device(precision: str) -> torch.device:

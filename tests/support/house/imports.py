@@ -17,6 +17,7 @@ OWNERS = {
     "transformers": "training/export/",
     "tokenizers": "data_pipeline/",
     "gguf": "training/export/",
+    "lm_eval": "training/harness/",
     "typer": "launch/",
     "jinja2": "launch/",
     "yaml": "configs/",

@@ -1,0 +1,147 @@
+"""What the harness measured of a checkpoint: rows for programs, a table to read. Imports no torch."""
+
+import json
+import logging
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.files import try_to_lock, whole_file
+from configs.terminal import printable
+from training.evaluation.folder import ReportNotWritten
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "harness"  # in the folder of a checkpoint's reports
+_NAME = "results"
+_LARGE = 1e4  # from which on four digits say enough
+# Two results with equal values of these are of one measurement: the newer one replaces the other.
+_KEY = ("task", "metric", "filter", "fewshot", "limit", "max_length", "precision")
+
+
+def result_rows(results: Mapping[str, Any], **facts: object) -> Iterator[dict[str, Any]]:
+    """Yield one row per task or group, filter and metric.
+
+    Args:
+        results: What lm_eval's `evaluate` returns.
+        facts: What all rows have in common.
+    """
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, name = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            yield {
+                "task": task,
+                "metric": metric,
+                "filter": name,
+                "value": _finite(value),
+                "stderr": _finite(values.get(f"{metric}_stderr,{name}")),
+                "higher_is_better": results["higher_is_better"].get(task, {}).get(metric),
+                "fewshot": results["n-shot"].get(task),
+                "samples": values.get("sample_len"),
+                **facts,
+            }
+
+
+def keep_results(report: Mapping[str, Any], folder: Path) -> Path:
+    """Add results to those kept of a checkpoint, each file whole or not at all; return the Markdown.
+
+    Args:
+        report: What was measured now.
+        folder: The checkpoint's folder in RUN_DIR/evaluation.
+    Raises:
+        ReportNotWritten: a disk is full or failing.
+    """
+    place = folder / FOLDER
+    table, document = place / f"{_NAME}.md", place / f"{_NAME}.json"
+    try:
+        with try_to_lock(place):
+            merged = _with_earlier(report, document)
+            # the JSON last: where it is, the table is too
+            for path, text in ((table, results_page(merged)), (document, json.dumps(merged, indent=2) + "\n")):
+                with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ReportNotWritten(
+            f"{error.filename or place} cannot be written ({error.strerror}): the results stand only in the output of "
+            "this command; free space and run it again to write them",
+            report=dict(report),
+        ) from None
+    return table
+
+
+def results_page(report: Mapping[str, Any]) -> str:
+    """Return a report as Markdown."""
+    lines = [
+        "# Tasks of the lm-evaluation-harness",
+        "",
+        f"- checkpoint: `{report['checkpoint']}` (step {report['step']:,})",
+        f"- trained at {report['train_length']:,} tokens",
+        *(f"- evaluated {line}" for line in map(_evaluation, report["evaluations"])),
+        "",
+        "| task | metric | value | stderr | few-shot | samples | longest input | precision | evaluated |",
+        "|---|---|---:|---:|---:|---:|---:|---|---|",
+        *(f"| {' | '.join(cells)} |" for cells in map(_page_cells, report["results"])),
+        "",
+        "`longest input`: tokens that the model was given at most; a longer context lost its beginning.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def metric_name(row: Mapping[str, Any]) -> str:
+    """Return the metric of a row, with its filter if it has one, and an arrow to what is better."""
+    better = {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "")
+    return f"{row['metric']}" + ("" if row["filter"] == "none" else f" ({row['filter']})") + better
+
+
+def shown_value(value: float | None) -> str:
+    """Return a value or its standard error; - if there is none."""
+    if value is None:
+        return "-"
+    return f"{value:,.4f}" if abs(value) < _LARGE else f"{value:.4g}"
+
+
+def _evaluation(made: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
+    cut = f"; {made['cut']:,} contexts were cut" if made["cut"] else ""
+    return f"{made['date']} by {versions}{cut}" + (f": `{printable(made['command'])}`" if made["command"] else "")
+
+
+def _page_cells(row: Mapping[str, Any]) -> Iterator[str]:
+    yield f"`{row['task']}`"
+    yield metric_name(row)
+    yield shown_value(row["value"])
+    yield shown_value(row["stderr"])
+    yield "-" if row["fewshot"] is None else str(row["fewshot"])
+    yield f"{row['samples']:,}" + ("" if row["limit"] is None else f" (--limit {row['limit']})")
+    yield f"{row['max_length']:,}"
+    yield str(row["precision"])
+    yield str(row["date"])
+
+
+def _with_earlier(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a report with the results kept at a path; those of other weights are moved aside there."""
+    if not path.exists():
+        return dict(report)
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if earlier["weights_sha256"] != report["weights_sha256"]:
+            raise ValueError("other weights")
+        rows = {tuple(row[key] for key in _KEY): row for row in (*earlier["results"], *report["results"])}
+        made = {each["date"]: each for each in (*earlier["evaluations"], *report["evaluations"])}
+    except (ValueError, KeyError, TypeError):  # broken too
+        aside = path.with_name(f"{_NAME}.until-{report['evaluations'][0]['date'].replace(':', '')}.json")
+        path.replace(aside)
+        logger.warning("%s was broken or of other weights: it is now %s", path, aside.name)
+        return dict(report)
+    dates = {row["date"] for row in rows.values()}
+    results = [rows[key] for key in sorted(rows, key=str)]
+    return {**report, "evaluations": [made[date] for date in sorted(made) if date in dates], "results": results}
+
+
+def _finite(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
