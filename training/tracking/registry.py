@@ -151,7 +151,7 @@ def open_registry(name: str, *, run_dir: Path, track: Track) -> ModelRegistry:
     require_known_scheme(target.store)
     with _explained(target.store, what=f"--register {name} is not possible", refused=InputError):
         client = connect(target, run_id=record.run_id if record else None, experiment=experiment)
-        _check_name(client, name)
+        _check_name(client, name, store=target.store)
         run = find_recorded(client, record, target=target) if record else None
     return ModelRegistry(client, target, name=name, run_id=run.info.run_id if run else None, experiment=experiment)
 
@@ -194,15 +194,21 @@ def version_tags(exported: Path) -> dict[str, str]:
     return {key: hide_secrets(str(value)) for key, value in tags.items()}
 
 
-def _check_name(client: Any, name: str) -> None:
+def _check_name(client: Any, name: str, *, store: Store) -> None:
     """Ask the registry for a name; that there is no such model yet is no error."""
     from mlflow.exceptions import MlflowException
 
     try:
         client.get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return
+        if "error code 404" in str(error):  # of a server that does not know the request
+            raise InputError(
+                f"--register {name} is not possible: MLflow at {store.public_uri} has no Model Registry; leave it out, "
+                f"or change {store.setting}"
+            ) from None
+        raise
 
 
 @contextmanager

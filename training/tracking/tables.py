@@ -9,8 +9,8 @@ from training.evaluation.kept import read_report
 from training.evaluation.results import protocol_name, result_key
 
 TABLE_COLUMNS = (
-    *("step", "checkpoint", "text", "protocol", "length", "x_trained", "scored_tokens"),
-    *("loss", "perplexity", "word_perplexity", "attention_density", "precision", "date"),
+    *("step", "checkpoint", "text", "protocol", "length", "x_trained", "scored_tokens", "loss", "standard_error"),
+    *("perplexity", "word_perplexity", "bits_per_byte", "attention_density", "precision", "date"),
 )
 
 
