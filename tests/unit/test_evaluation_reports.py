@@ -218,8 +218,9 @@ class Counting(UniformModel):
         if self.stop_after is not None and self.seen >= self.stop_after:
             raise KeyboardInterrupt
         self.seen += len(tokens)
-        last = last or tokens.shape[1] - 1
-        return super().losses(tokens, last=last) + torch.arange(last) / tokens.shape[1]
+        length = tokens.shape[1] - 1
+        of_order = (tokens[:, :-1] * torch.arange(length)).cumsum(1) % 11 / 10
+        return super().losses(tokens, last=last) + of_order[:, length - (last or length) :]
 
 
 def test_an_interrupted_evaluation_goes_on(
@@ -227,6 +228,9 @@ def test_an_interrupted_evaluation_goes_on(
 ) -> None:
     command = ("evaluate", str(run_dir), "--lengths", "32,64", "--protocol", "sliding:8", "--context")
     folder = run_dir / "evaluation" / "step_0000007"
+
+    text = replace(text_of(1000), tokens=np.random.default_rng(0).integers(32, size=1000, dtype=np.int64))
+    monkeypatch.setattr("training.evaluation.run.held_out_text", lambda _: text)
 
     def evaluated_by(model: Counting) -> tuple[int, str]:
         monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: model)
@@ -240,8 +244,9 @@ def test_an_interrupted_evaluation_goes_on(
     seen = 0
     # in the first measurement, in the second, and twice in the points of the context
     shares: list[float] = []
-    for stop in (9, 160, 3000, 1000):
-        model = Counting(stop_after=stop)
+    for stop in (9, 160, 3000, None):
+        # the last one among windows whose tokens are shuffled
+        model = Counting(stop_after=whole.seen - seen - 700 if stop is None else stop)
         code, error = evaluated_by(model)
         assert code == 130
         assert "to go on from where it was, give the same command again\n" in error
