@@ -75,6 +75,14 @@ def complete_precisions(incomplete: str) -> list[str]:
     return _matching(incomplete, INFERENCE_PRECISIONS)
 
 
+def complete_tasks(incomplete: str) -> list[str]:
+    """Return the tasks of `retrieval`, the last one of a list that is being typed."""
+    from training.retrieval.tasks import TASKS
+
+    typed, comma, last = incomplete.rpartition(",")
+    return _matching(incomplete, [f"{typed}{comma}{task}" for task in TASKS if task.startswith(last)])
+
+
 def _entries(typed: str, is_wanted: Callable[[Path], bool]) -> list[str]:
     """Return the wanted entries of the folder that typed text ends in, as they would be typed."""
     folder = typed[: typed.rfind("/") + 1]
