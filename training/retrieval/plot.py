@@ -28,31 +28,35 @@ def draw_retrieval(report: dict[str, Any], path: Path) -> Path:
     widths = [0.55 * len(lengths) + 0.7] * len(tasks)
     figure = new_figure(inches=(max(6.4, sum(widths) + 1.6), 5.2))
     grid = figure.subplots(len(_ROWS), len(tasks), squeeze=False)
-    image = None
+    image, labelled = None, None
     for column, task in enumerate(tasks):
         results = [result for result in report["results"] if result["task"] == task]
+        depths = list(dict.fromkeys(result["depth"] for result in results))
         for row, (key, _) in enumerate(_ROWS):
             axes = grid[row, column]
-            image = _draw_cells(axes, results, key=key, lengths=lengths)
+            image = _draw_cells(axes, results, key=key, lengths=lengths, depths=depths)
             _mark_training_length(axes, lengths, train_length=report["train_length"])
-            axes.tick_params(labelbottom=row == len(_ROWS) - 1)
+            axes.tick_params(labelbottom=row == len(_ROWS) - 1, labelleft=depths != labelled)
             if not row:
                 axes.set_title(task, fontsize=10, fontweight="bold")
+        labelled = depths
     for row, (key, meaning) in enumerate(_ROWS):
         grid[row, 0].set_ylabel(f"{key} ({meaning})\nneedle's depth", fontsize=9)
     assert image is not None, "a report has results"
     bar = figure.colorbar(image, ax=grid, shrink=0.8, pad=0.02, ticks=[0, report["chance"], 0.25, 0.5, 0.75, 1])
     bar.ax.set_yticklabels(
-        ["0 %", f"choice by chance {report['chance']:.0%}", "25 %", "50 %", "75 %", "100 %"], fontsize=8
+        ["0 %", f"{100 * report['chance']:.0f} % (a guess)", "25 %", "50 %", "75 %", "100 %"], fontsize=8
     )
     figure.supxlabel("length (tokens)", fontsize=10)
-    figure.suptitle(" · ".join(_facts(report)), fontsize=9, color=GREY, parse_math=False)
+    facts = " · ".join(_facts(report))
+    figure.suptitle(f"Retrieval by depth and length\n{facts}", fontsize=10, color=GREY, parse_math=False)
     return save_figure(figure, path)
 
 
-def _draw_cells(axes: Axes, results: list[dict[str, Any]], *, key: str, lengths: list[int]) -> Any:
+def _draw_cells(
+    axes: Axes, results: list[dict[str, Any]], *, key: str, lengths: list[int], depths: list[float | None]
+) -> Any:
     """Draw the shares of one task; a length that was not measured stays white."""
-    depths = list(dict.fromkeys(result["depth"] for result in results))
     shares = np.full((len(depths), len(lengths)), np.nan)
     for result in results:
         shares[depths.index(result["depth"]), lengths.index(result["length"])] = result[key]
