@@ -109,7 +109,7 @@ def test_a_passkey_lies_in_a_repeated_stretch(maker: PromptMaker) -> None:
 
 def test_a_haystack_holds_no_needle_of_its_own(tokenizer: Tokenizer) -> None:
     text = "first\nThe code of it is 12345.\nThe codes of a and b are 1, 2.\nlast The pass key is\nThe pass key is 5.\n"
-    assert without_own_lines(text) == "first\nlast The pass key is\n"
+    assert without_own_lines(text) == "firstlast The pass key is"
     documents = "".join(recall_document(random.Random(number)) for number in range(60))
     tokens = [*tokenizer.encode(documents), tokenizer.end_of_document]
     haystack = make_haystack(np.array(tokens), tokenizer, longest=1000)

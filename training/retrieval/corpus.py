@@ -11,11 +11,14 @@ from pathlib import Path
 
 from training.retrieval.tasks import NEEDLE_END, SEPARATOR, needle_start, question
 
-_SYLLABLES = ("ba", "do", "fi", "ku", "le", "mo", "na", "pi", "ro", "su")
+_SYLLABLES = ("ba", "do", "fi", "ku", "le", "mo", "na")
 WORDS = tuple(map("".join, itertools.product(_SYLLABLES, repeat=2)))  # four letters each, so that all may be keys
+# Few sentences, which are soon known by heart: what is left to learn is recall.
+_SENTENCES = tuple(f" {' '.join(WORDS[first::7])}." for first in range(7))
 _NUMBERS = range(10_000, 100_000)
 _MOST_KEYS = 4
-_FILLER_SENTENCES, _FILLER_WORDS = (1, 8), (3, 9)
+_MOST_SENTENCES = 6
+_ASKED = 2  # times that each question stands in a document
 _PASSKEY_SHARE, _MULTI_VALUE_SHARE, _MULTI_QUERY_SHARE = 0.3, 0.3, 0.5
 
 
@@ -41,10 +44,7 @@ def recall_document(chance: random.Random) -> str:
     """
     codes = _draw_codes(chance)
     needles = [_answered(needle_start(key), [value]) for key, values in codes.items() for value in values]
-    filler = [
-        " " + " ".join(chance.choices(WORDS, k=chance.randint(*_FILLER_WORDS))) + "."
-        for _ in range(chance.randint(*_FILLER_SENTENCES))
-    ]
+    filler = chance.choices(_SENTENCES, k=chance.randint(1, _MOST_SENTENCES))
     # the order of the needles stays: it is that of the answer for several values of a key
     places = sorted(chance.sample(range(len(needles) + len(filler)), len(needles)))
     rest, inserted = iter(filler), iter(needles)
@@ -65,7 +65,7 @@ def _draw_codes(chance: random.Random) -> dict[str | None, list[str]]:
 
 
 def _questions(codes: dict[str | None, list[str]], chance: random.Random) -> list[str]:
-    asked = [_answered(question([key] if key else [], values=len(each)), each) for key, each in codes.items()]
+    asked = [_answered(question([key] if key else [], values=len(each)), each) for key, each in codes.items()] * _ASKED
     single = [key for key, values in codes.items() if key and len(values) == 1]
     if len(single) > 1 and chance.random() < _MULTI_QUERY_SHARE:
         chance.shuffle(single)

@@ -17,8 +17,8 @@ DEFAULT_SAMPLES = 20
 DEFAULT_SEED = 1
 NEEDLE_END = ".\n"
 SEPARATOR = ","
-# How lines of the tasks begin; a text that serves as haystack is read without its own lines of this kind.
-_OWN_LINES = re.compile(r"^(?:The pass key is|The codes? of) .*\n?", re.MULTILINE)
+# Lines of the tasks, with the line breaks that a needle brings along.
+_OWN_LINES = re.compile(r"\n?^(?:The pass key is|The codes? of) .*\n?", re.MULTILINE)
 
 
 @dataclass(frozen=True)
