@@ -5,11 +5,11 @@ INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo quick unit-model unit-rest test lint bench bench-gpu test-gpu test-gpu-full test-layouts \
-	test-faults test-slurm test-llama test-vllm
+	test-faults test-slurm test-llama test-vllm test-browser
 
 help:
 	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | bench"
-	@echo "in another engine: make test-llama | test-vllm"
+	@echo "in another engine: make test-llama | test-vllm; in Chromium: make test-browser"
 	@echo "on a GPU: make test-gpu | test-gpu-full | bench-gpu"
 
 install: $(INSTALLED)
@@ -67,6 +67,11 @@ test-llama: $(INSTALLED)
 test-vllm: $(INSTALLED)
 	@test -x "$(VLLM_PYTHON)" || { echo "VLLM_PYTHON must be the python of vLLM's own environment; see Makefile"; exit 2; }
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -P -m pytest -q -m vllm tests/vllm
+
+# Pages of `trainshort report` in Chromium, which it installs. To look at them: `make test-browser PICTURES=folder`.
+test-browser: $(INSTALLED)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	tests/browser/test.sh $(BIN)/python tests/browser $(if $(PICTURES),--pictures $(PICTURES))
 
 test-slurm: $(INSTALLED)
 	tests/slurm/test.sh $(BIN)/python

@@ -1,5 +1,7 @@
 """Figures as a person reads them: times, counts, sizes. Each has about three digits, and one form everywhere."""
 
+JOULES_PER_KWH = 3.6e6
+
 
 def duration(seconds: float) -> str:
     """Return a time in its two largest units: 2.3 s, 38 s, 2m05s, 1h23m, 4d05h."""
@@ -21,9 +23,24 @@ def byte_size(number: float) -> str:
     return " ".join(_in_thousands(number, ("B", "kB", "MB", "GB", "TB")))
 
 
+def energy(joules: float) -> str:
+    """Return an energy: 320 J, 0.0123 kWh, 4.56 kWh, 1.2 MWh."""
+    kwh = joules / JOULES_PER_KWH
+    if kwh < 1e-3:
+        return f"{joules:.3g} J"
+    return f"{kwh:.3g} kWh" if kwh < 999.5 else f"{kwh / 1000:,.3g} MWh"
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number of things: 1 step, 1,200 steps."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def perplexity_text(value: float) -> str:
+    """Return a perplexity with two decimals, as they are compared; a large one without: 72.07, 2,317, 3.2e+06."""
+    if value >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _in_thousands(number: float, units: tuple[str, ...]) -> tuple[str, str]:

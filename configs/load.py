@@ -30,7 +30,7 @@ def load_run(name_or_path: str, *, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: the file, an override or the run is wrong; the message lists every problem.
     """
     path = find_run(name_or_path)
-    text = _read_text(path)
+    text = read_text_file(path, what="run file")
     parsed = parse_yaml(text)
     data = parsed.value
     is_run = isinstance(data, dict)
@@ -42,7 +42,7 @@ def load_run(name_or_path: str, *, overrides: Sequence[str] = ()) -> RunConfig:
         wrong.extend(_set_override(data, override))
     if is_run:
         return _check(data, name=name_or_path, wrong=wrong, is_whole=not parsed.problems)
-    raise InputError(_message(name_or_path, wrong, ()))
+    raise InputError(problem_message(name_or_path, wrong, ()))
 
 
 def check_run(data: dict[str, Any], *, name: str) -> RunConfig:
@@ -63,21 +63,32 @@ def find_run(name_or_path: str) -> Path:
     Raises:
         InputError: there is neither, or the path cannot be read.
     """
-    path = expand_path(name_or_path)
+    return find_yaml(name_or_path, shipped=RUNS, what="run file")
+
+
+def find_yaml(name_or_path: str, *, shipped: Path, what: str) -> Path:
+    """Return the file at a path, or the shipped file of that name.
+
+    Args:
+        name_or_path: What the user gave.
+        shipped: Folder of the shipped files.
+        what: What the file is, in messages: run file, study.
+    Raises:
+        InputError: there is neither, or the path cannot be read.
+    """
+    path, names = expand_path(name_or_path), ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
     if not name_or_path.strip():
-        raise InputError(
-            f"run file {name_or_path!r} is no name: give a YAML file or one of {', '.join(shipped_runs())}"
-        )
+        raise InputError(f"{what} {name_or_path!r} is no name: give a YAML file or one of {names}")
     try:
         if path.is_file():
             return path
     except OSError as error:  # for example a name that is too long for the file system
-        raise InputError(f"run file {name_or_path[:80]} cannot be read ({error.strerror}): check the path") from None
-    shipped = RUNS / f"{name_or_path}.yaml"
-    if "/" not in name_or_path and shipped.is_file():
-        return shipped
+        raise InputError(f"{what} {name_or_path[:80]} cannot be read ({error.strerror}): check the path") from None
+    file = shipped / f"{name_or_path}.yaml"
+    if "/" not in name_or_path and file.is_file():
+        return file
     problem = "is a folder" if path.is_dir() else "is a device or a pipe" if path.exists() else "does not exist"
-    raise InputError(f"run file {name_or_path} {problem}: give a YAML file or one of {', '.join(shipped_runs())}")
+    raise InputError(f"{what} {name_or_path} {problem}: give a YAML file or one of {names}")
 
 
 def shipped_runs() -> list[str]:
@@ -108,7 +119,7 @@ def _check(data: dict[str, Any], *, name: str, wrong: list[str], is_whole: bool)
     except ValidationError as error:
         broken = schema_problems(error, is_whole=is_whole) + problems(_valid_part(data, error), partial=True)
     if wrong or broken:
-        raise InputError(_message(name, wrong, broken))
+        raise InputError(problem_message(name, wrong, broken))
     return config
 
 
@@ -117,7 +128,7 @@ def _valid_part(data: dict[str, Any], error: ValidationError) -> RunConfig:
 
     What is wrong or missing is first taken from an example, so that the rest can be validated, and then removed.
     """
-    example = read_yaml(_read_text(EXAMPLE), name=str(EXAMPLE))
+    example = read_yaml(read_text_file(EXAMPLE, what="run file"), name=str(EXAMPLE))
     # a copy of each section: with YAML's aliases two of them may be one object
     values = {key: {**value} if isinstance(value, dict) else value for key, value in data.items()}
     refused = refused_keys(error)
@@ -134,13 +145,21 @@ def _valid_part(data: dict[str, Any], error: ValidationError) -> RunConfig:
     return config
 
 
-def _read_text(path: Path) -> str:
+def read_text_file(path: Path, *, what: str) -> str:
+    """Return the text of a YAML file.
+
+    Args:
+        path: The file.
+        what: What it is, in messages.
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"run file {path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
+        raise InputError(f"{what} {path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
     except OSError as error:
-        raise InputError(f"run file {path} cannot be read ({error.strerror}): check the path") from None
+        raise InputError(f"{what} {path} cannot be read ({error.strerror}): check the path") from None
 
 
 def _without_sections(path: Path, text: str, value: Any) -> str:
@@ -177,7 +196,7 @@ def _shown(override: str) -> str:
     return repr(f"{key}{equals}{HIDDEN}" if value and is_secret_name(key) else hide_secrets(override))
 
 
-def _message(name: str, sentences: Sequence[str], broken: Sequence[str]) -> str:
+def problem_message(name: str, sentences: Sequence[str], broken: Sequence[str]) -> str:
     """Return one message. A problem alone is one line, in which those of `broken` need the name; several are a list."""
     if len(sentences) + len(broken) == 1:
         return hide_secrets(sentences[0] if sentences else f"{name}: {broken[0]}")

@@ -68,6 +68,11 @@ def metrics_path(run_dir: Path) -> Path:
     return run_dir / "metrics.jsonl"
 
 
+def spool_folder(run_dir: Path) -> Path:
+    """Return the folder of what MLflow has not been told yet."""
+    return run_dir / "tracking"
+
+
 def reproduction_file(run_dir: Path) -> Path:
     """Return the manifest of reproduction: what decided the result of each start of a run."""
     return run_dir / "reproduce.json"

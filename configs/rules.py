@@ -9,7 +9,7 @@ from configs.choices import FAMILIES, Choice
 from configs.errors import InputError
 from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS, Precision
-from configs.protocols import WindowProtocol, parse_protocol
+from configs.protocols import PROTOCOL_NAMES, WindowProtocol, parse_protocol
 from configs.schema import RunConfig
 
 
@@ -213,17 +213,17 @@ def _keep_best(config: RunConfig) -> Iterator[str]:
 def _protocols(config: RunConfig) -> Iterator[str]:
     for name in config.evaluate.protocols:
         if _protocol(name) is None:
-            yield f"evaluate.protocols has {name!r}: use nonoverlapping or sliding:STRIDE"
+            yield f"evaluate.protocols has {name!r}: use {PROTOCOL_NAMES}"
 
 
 def _strides(config: RunConfig) -> Iterator[str]:
     shortest = min(config.evaluation_lengths)
     for name in config.evaluate.protocols:
         protocol = _protocol(name)
-        if protocol and protocol.stride and protocol.stride > shortest:
+        if protocol and protocol.scored and protocol.scored > shortest:
+            what = "a stride over" if protocol.stride else "more tokens than"
             yield (
-                f"evaluate.protocols has {name!r}, a stride over the shortest evaluated length "
-                f"({shortest}): use a stride of at most that"
+                f"evaluate.protocols has {name!r}, {what} the shortest evaluated length ({shortest}): use at most that"
             )
 
 

@@ -240,7 +240,7 @@ class Evaluate(Section):
         default=None, description="Lengths of `evaluate`; 1x, 2x, 4x and 8x the training length unless set."
     )
     protocols: Annotated[tuple[str, ...], TUPLE] = Field(
-        default=("nonoverlapping",), min_length=1, description="nonoverlapping, or sliding:STRIDE."
+        default=("nonoverlapping",), min_length=1, description="nonoverlapping, sliding:STRIDE or last:TOKENS."
     )
     every: NonNegativeInt = Field(default=0, description="Steps between validations during training; 0 for none.")
     samples: PositiveInt = Field(default=64, description="Held-out sequences of a validation; all if there are fewer.")
@@ -259,6 +259,12 @@ class Track(Section):
         default=None,
         min_length=1,
         description="MLflow experiment; that of MLFLOW_EXPERIMENT_NAME, else `trainshort` unless set.",
+    )
+    tags: dict[str, TextOrNumber] = Field(default_factory=dict, description="Further tags of the run in MLflow.")
+    offline: bool = Field(
+        default=False,
+        description="Record for MLflow in the run folder only and never connect, as on nodes without a network; "
+        "`trainshort track sync` sends it.",
     )
 
 

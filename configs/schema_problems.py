@@ -1,12 +1,12 @@
-"""Say what the schema refuses in a run file: a line per key, with the value seen and what to write instead."""
+"""Say what a schema refuses in a run file or a study: a line per key, with the value seen and what to write instead."""
 
 import math
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from reprlib import Repr
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from configs.path_text import BAD_PATH
 from configs.schema import RunConfig, Source
@@ -31,16 +31,17 @@ _SHORT = _Shortened()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 4, 4, 80, 80
 
 
-def schema_problems(error: ValidationError, *, is_whole: bool) -> list[str]:
+def schema_problems(error: ValidationError, *, is_whole: bool, schema: type[BaseModel] = RunConfig) -> list[str]:
     """Return one line per error: the key, what is wrong, the value seen, what to do.
 
     Args:
-        error: What pydantic raised for a `RunConfig`.
+        error: What pydantic raised.
         is_whole: Whether to report keys that are missing.
+        schema: What it was raised for.
     """
     items = [item for item in error.errors() if is_whole or item["type"] != "missing"]
     # if all items of a list are wrong, pydantic also reports the list as too short: drop that
-    return [_problem(item) for item in items if item["type"] != "too_short" or not item["input"]]
+    return [_problem(item, schema) for item in items if item["type"] != "too_short" or not item["input"]]
 
 
 def refused_keys(error: ValidationError) -> set[tuple[Any, ...]]:
@@ -48,13 +49,13 @@ def refused_keys(error: ValidationError) -> set[tuple[Any, ...]]:
     return {item["loc"][:2] for item in error.errors()}
 
 
-def _problem(error: Any) -> str:
+def _problem(error: Any, schema: type[BaseModel]) -> str:
     location = error["loc"]
     key = ".".join(str(part) for part in location)
     is_secret = location and is_secret_name(str(location[-1]))
     seen = f"a {type(error['input']).__name__}" if is_secret else _SHORT.repr(error["input"])[:80]
     if error["type"] in ("extra_forbidden", "invalid_key"):
-        return f"unknown key {key}" + _advice_on_unknown(location)
+        return f"unknown key {key}" + _advice_on_unknown(location, schema)
     if error["type"] == "missing":
         return f"{key} is missing: add it"
     if error["type"] == "finite_number":
@@ -89,7 +90,7 @@ def _advice_on_type(kind: str, message: str, value: Any) -> str:
     number = _number(value) if kind in ("int_type", "float_type") else None
     if number is not None and (kind == "float_type" or number.is_integer()):
         return f": write {int(number) if number.is_integer() else number}"
-    if kind == "string_pattern_mismatch":  # of run.name alone
+    if kind == "string_pattern_mismatch":  # of names
         return ": use letters, digits, dots, _ and -"
     if kind == "string_type" and isinstance(value, bool | int | float):
         return f': write "{str(value).lower()}"'
@@ -105,17 +106,17 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _advice_on_unknown(location: tuple[Any, ...]) -> str:
-    names = list(_similar(str(location[-1]).lower(), location[:-1]))
+def _advice_on_unknown(location: tuple[Any, ...], schema: type[BaseModel]) -> str:
+    names = list(_similar(str(location[-1]).lower(), location[:-1], schema))
     return f": did you mean {' or '.join(names)}?" if names else ": remove it"
 
 
-def _similar(key: str, parents: tuple[Any, ...]) -> Iterable[str]:
+def _similar(key: str, parents: tuple[Any, ...], schema: type[BaseModel]) -> Iterable[str]:
     """Return the keys that an unknown one may stand for: those of its own section by name, others as section.key."""
-    here = _keys_at(parents)
+    here = _keys_at(parents, schema)
     elsewhere = {
         f"{section}.{name}": name
-        for section, field in RunConfig.model_fields.items()
+        for section, field in schema.model_fields.items()
         for name in _keys_of(field.annotation)
         if parents != (section,)
     }
@@ -143,14 +144,15 @@ def _shares_a_word(key: str, name: str) -> bool:
     return not {*key.split("_")}.isdisjoint(words) or (len(words) > 1 and key == "".join(word[0] for word in words))
 
 
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
-    """Return the known keys of the section at a location of the schema; none if it is not a section."""
+def _keys_at(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]:
+    """Return the known keys of the section at a location of a schema; none if it is not a section."""
     if location and isinstance(location[-1], int):  # in data.sources, the one list of sections
         return list(_keys_of(Source))
-    section: Any = RunConfig
+    section: Any = schema
     for part in location:
         field = getattr(section, "model_fields", {}).get(str(part))
-        section = field.annotation if field else None
+        values = get_args(section)[1:]  # of a map of names to sections
+        section = field.annotation if field else values[0] if get_origin(section) is dict else None
     return list(_keys_of(section))
 
 

@@ -63,6 +63,11 @@ def chosen_sequences(part: Part, *, split: float, held_out: bool) -> NDArray[np.
     return choose(part.sequences, share=split)
 
 
+def held_out_tokens(prepared: Prepared) -> int:
+    """Return the number of tokens of the held-out text, which `evaluate` measures by default."""
+    return sum(_tokens(prepared, part, split=prepared.split, held_out=True) for part in prepared.parts)
+
+
 def _tokens(prepared: Prepared, part: Part, *, split: float, held_out: bool) -> int:
     indices = chosen_sequences(part, split=split, held_out=held_out)
     return int(read_index(prepared.prefix(part)).lengths[indices].sum(dtype=np.int64))

@@ -92,6 +92,20 @@ def read_index(prefix: Path) -> Index:
     return index
 
 
+def document_numbers(prefix: Path) -> NDArray[np.int64]:
+    """Return the number of the document that each sequence belongs to, [sequences].
+
+    Raises:
+        InputError: see `read_index`.
+    """
+    index = read_index(prefix)
+    skipped = _HEADER.size + 12 * len(index.lengths)  # lengths and byte offsets
+    content = np.memmap(idx_path(prefix), mode="r", dtype=np.uint8)
+    boundaries = np.frombuffer(content, np.int64, index.documents + 1 if index.documents else 0, skipped)
+    # A sequence behind the last boundary is of a document that has no end.
+    return np.searchsorted(boundaries[1:], np.arange(len(index.lengths)), side="right").astype(np.int64)
+
+
 def read_sequences(prefix: Path, *, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the tokens of the given sequences, one after the other, [tokens].
 

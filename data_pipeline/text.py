@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_pipeline.indexed import read_sequences
+from data_pipeline.indexed import document_numbers, read_index, read_sequences
 from data_pipeline.kinds import file_kind
 from data_pipeline.manifest import UNIGRAM_NAME, Part, Prepared
 from data_pipeline.prefixes import words_path
@@ -30,6 +30,21 @@ class TokenStream:
     """[tokens]."""
     words: int | None
     """White space separated words; None where only the tokens are known."""
+    documents: NDArray[np.int64]
+    """First token of each document, [documents]; neighbouring parts of one document are one."""
+
+
+@dataclass(frozen=True)
+class TextIdentity:
+    """The text that tokens stand for, whatever the tokenizer; control tokens count nothing.
+
+    Attributes:
+        sha256: Its hash.
+        bytes: Its length in UTF-8.
+    """
+
+    sha256: str
+    bytes: int
 
 
 def held_out_stream(prepared: Prepared, *, split: float) -> TokenStream:
@@ -44,7 +59,14 @@ def held_out_stream(prepared: Prepared, *, split: float) -> TokenStream:
     tokens = [read_sequences(prepared.prefix(part), sequences=sequences) for part, sequences in held_out]
     words = [_words(prepared, part, sequences) for part, sequences in held_out]
     known = [count for count in words if count is not None]
-    return TokenStream("held-out", np.concatenate(tokens), sum(known) if len(known) == len(words) else None)
+    documents = [_document_starts(prepared, part, sequences) for part, sequences in held_out]
+    offsets = np.cumsum([0, *map(len, tokens[:-1])])
+    return TokenStream(
+        "held-out",
+        np.concatenate(tokens),
+        sum(known) if len(known) == len(words) else None,
+        np.concatenate([starts + offset for starts, offset in zip(documents, offsets, strict=True)]),
+    )
 
 
 def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
@@ -59,17 +81,23 @@ def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
     require_text_file(path)
     tokenizer = load_tokenizer(tokenizer_path)
     tokens: list[NDArray[np.int64]] = []
-    words = 0
+    starts = [0]
+    words = count = 0
     document_ended = False
     for chunk in move_cuts(file_chunks(path, separator=None), tokenizer):
         # add the end token before the next record, not after each, so that none is added at the end of the text
         end = [tokenizer.end_of_document] if document_ended else []
         tokens.append(np.array(end + tokenizer.encode(chunk.text), np.int64))
+        if document_ended:
+            starts.append(count + len(end))
+        count += len(tokens[-1])
         words += len(chunk.text.split())
         document_ended = chunk.ends_document
     if not tokens:
         raise InputError(f"evaluation text {path} holds no text: give another file")
-    return TokenStream(path.name, np.concatenate(tokens), words)
+    return TokenStream(
+        path.name, np.concatenate(tokens), words, np.unique([start for start in starts if start < count])
+    )
 
 
 def require_text_file(path: Path) -> None:
@@ -83,19 +111,19 @@ def require_text_file(path: Path) -> None:
     file_kind(path)
 
 
-def text_sha256(tokens: NDArray[np.int64], tokenizer_path: Path) -> str:
-    """Return the hash of the text that tokens stand for: the same for any tokenizer that does not change text.
-
-    Control tokens count nothing.
+def identify_text(tokens: NDArray[np.int64], tokenizer_path: Path) -> TextIdentity:
+    """Return what tells a text from others: the same for any tokenizer that does not change text.
 
     Args:
         tokens: The text, [tokens].
         tokenizer_path: The tokenizer that made them.
     """
-    tokenizer, text = load_tokenizer(tokenizer_path), hashlib.sha256()
+    tokenizer, text, length = load_tokenizer(tokenizer_path), hashlib.sha256(), 0
     for first in range(0, len(tokens), _HASHED_AT_ONCE):
-        text.update(tokenizer.spell(tokens[first : first + _HASHED_AT_ONCE].tolist()))
-    return text.hexdigest()
+        spelled = tokenizer.spell(tokens[first : first + _HASHED_AT_ONCE].tolist())
+        text.update(spelled)
+        length += len(spelled)
+    return TextIdentity(text.hexdigest(), length)
 
 
 def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.int64]) -> float:
@@ -126,3 +154,12 @@ def _words(prepared: Prepared, part: Part, sequences: NDArray[np.int64]) -> int 
         return None
     words: NDArray[np.int64] = np.load(words_path(prepared.prefix(part)))  # [sequences]
     return int(words[sequences].sum())
+
+
+def _document_starts(prepared: Prepared, part: Part, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the first token of each document among a part's chosen sequences, [documents], counted from 0."""
+    prefix = prepared.prefix(part)
+    documents, lengths = document_numbers(prefix)[sequences], read_index(prefix).lengths[sequences]
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    is_first = np.diff(documents, prepend=-1) != 0
+    return np.unique(starts[is_first])  # an empty sequence starts where the next one does

@@ -23,6 +23,8 @@ from launch.commands.reproduce import reproduce_commands
 from launch.commands.retrieval import retrieval_commands
 from launch.commands.run import run_commands
 from launch.commands.runs import runs_commands
+from launch.commands.study import study_commands
+from launch.commands.track import track_commands
 from launch.commands.watch import watch_commands
 from launch.complete import COMPLETE_VARIABLE
 from launch.failure import report_failure
@@ -44,13 +46,14 @@ app = typer.Typer(
 )
 # In the order of the help text. Commands of an app without a name become commands of `trainshort` itself.
 for commands in (
-    *(run_commands, watch_commands, profile_commands, model_commands, retrieval_commands, exchange_commands),
-    *(slurm_commands, machine_commands, reproduce_commands),
+    *(run_commands, watch_commands, profile_commands, model_commands, retrieval_commands, study_commands),
+    *(exchange_commands, slurm_commands, machine_commands, reproduce_commands),
 ):
     app.add_typer(commands)
 app.add_typer(runs_commands, name="runs", cls=ListingGroup)
 app.add_typer(checkpoint_commands, name="checkpoint", cls=CommandGroup)
 app.add_typer(jobs_commands, name="jobs", cls=CommandGroup)
+app.add_typer(track_commands, name="track", cls=CommandGroup)
 
 # The error of a wrong command line. It has no stable import path: some versions of typer bring their own click.
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])

@@ -13,15 +13,21 @@ from pathlib import Path
 COMPLETE_VARIABLE = "_TRAINSHORT_COMPLETE"
 # what a shell would expand, it should complete and quote itself
 _PLAIN = re.compile(r"[\w./~+@%,: -]+")
-PROTOCOL_WORDS = ("nonoverlapping", "sliding:")
+PROTOCOL_WORDS = ("nonoverlapping", "sliding:", "last:")
 
 
 def complete_run_files(incomplete: str) -> list[str]:
     """Return the names of the shipped runs, and the YAML files in the folder that is being typed."""
     from configs.load import RUNS
 
-    shipped = [] if "/" in incomplete else [path.stem for path in RUNS.glob("*.yaml")]
-    return _matching(incomplete, [*shipped, *_entries(incomplete, lambda path: path.suffix in (".yaml", ".yml"))])
+    return _yaml_files(incomplete, shipped=RUNS)
+
+
+def complete_studies(incomplete: str) -> list[str]:
+    """Return the names of the shipped studies, and the YAML files in the folder that is being typed."""
+    from configs.study import STUDIES
+
+    return _yaml_files(incomplete, shipped=STUDIES)
 
 
 def complete_shipped_runs(incomplete: str) -> list[str]:
@@ -81,6 +87,11 @@ def complete_tasks(incomplete: str) -> list[str]:
 
     typed, comma, last = incomplete.rpartition(",")
     return _matching(incomplete, [f"{typed}{comma}{task}" for task in TASKS if task.startswith(last)])
+
+
+def _yaml_files(incomplete: str, *, shipped: Path) -> list[str]:
+    names = [] if "/" in incomplete else [path.stem for path in shipped.glob("*.yaml")]
+    return _matching(incomplete, [*names, *_entries(incomplete, lambda path: path.suffix in (".yaml", ".yml"))])
 
 
 def _entries(typed: str, is_wanted: Callable[[Path], bool]) -> list[str]:

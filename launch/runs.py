@@ -26,6 +26,7 @@ from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
 from training.incarnation import Incarnation, has_ended, newest_incarnation, runs_here
 from training.metrics_reader import newest_step, newest_values
 from training.tracking.record import read_record, record_file
+from training.tracking.spool import has_told_end
 
 DEPTH = 3
 HEAD_BYTES = 1 << 12
@@ -205,7 +206,12 @@ def state_of(path: Path, *, start: Incarnation | None, step: int, saved: int, st
 
 
 def reported_end(path: Path) -> bool:
-    """Return whether the newest start has told MLflow how it ended: the record is closed, and later than the start."""
+    """Return whether the newest start has told MLflow how it ended: the record is closed, and later than the start.
+
+    Where MLflow could not be told yet, the spool holds it.
+    """
+    if has_told_end(path):
+        return True
     record = read_record(path)
     if record is None or record.is_open:
         return False

@@ -25,6 +25,7 @@ SPARSE_FIELDS = (
     "validation_seconds",
     "save_seconds",
     "failed_saves",
+    "energy_joules",
 )  # left out if None; other fields are then null
 
 

@@ -35,6 +35,7 @@ class StepResult:
         validation_seconds: Time of that measurement.
         save_seconds: Time of the save between the step before and this one; None if there was none.
         failed_saves: Saves of this start that have failed so far; None if there are none.
+        energy_joules: Of all ranks' GPUs since the step before, by their drivers' counters; None if one does not tell.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepResult:
     validation_seconds: float | None = None
     save_seconds: float | None = None
     failed_saves: int | None = None
+    energy_joules: float | None = None
 
     def values(self) -> dict[str, float]:
         """Return the fields that have a value, by name, without the step."""

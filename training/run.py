@@ -137,7 +137,7 @@ def _observers(
 ) -> list[Observer]:
     config, run_dir, step = ready.config, ready.run_dir, trainer.start.step
     if place.rank:
-        return node_observers(config, run_dir=run_dir, place=place)
+        return node_observers(run_dir, place=place)
     with report_write_errors(run_dir):
         record = certificates_to_json(certificates, config.model)
         certificate_file = record_certificate(record, run_dir=run_dir, step=step)

@@ -4,6 +4,7 @@ A GPU works on a queue, which must not run empty between two steps. So nothing h
 called when the next step is in the queue too.
 """
 
+import math
 import resource
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from parallel.axes import Groups
 from parallel.engine import StepOutcome
+from training.energy import ReadAhead, counter_of, open_nvml
 from training.incarnation import Fence
 from training.model.windows import LosslessWindows
 from training.stopping import StopRequest, StopVerdict
@@ -34,6 +36,7 @@ class StepFigures:
         memory_gb: Peak of the rank with the largest, in 1e9 bytes.
         verdict: Whether a rank asks to stop.
         attention_density: Mean share of the causal score blocks that attention computed; None if no kernel counts them.
+        energy_joules: Of all ranks' GPUs since the step before; None if a driver does not tell.
         seconds: Time of the step on this rank's device.
     """
 
@@ -42,6 +45,7 @@ class StepFigures:
     memory_gb: float
     verdict: int
     attention_density: float | None
+    energy_joules: float | None
     seconds: float
 
 
@@ -50,8 +54,8 @@ class SentFigures:
     """A step that this rank's device may not have finished.
 
     Attributes:
-        rows: Each rank's loss, gradient norm, memory, verdict, sum of its attention's densities and their number,
-            [world, 6] fp32, on the CPU; filled when the step ends.
+        rows: Each rank's loss, gradient norm, memory, verdict, sum of its attention's densities, their number, and
+            joules, [world, 7] fp32, on the CPU; filled when the step ends.
         began, ended: From `mark_time`.
     """
 
@@ -87,6 +91,8 @@ class FigureExchange:
         # The steps in the queue share them: all ranks read the same row, so it does not matter which step's it is.
         self._own = torch.zeros(2, pin_memory=device.type == "cuda")
 
+        self._energy = _read_energy(device)
+
     def begin(self) -> Instant:
         """Return when a step begins; what attention computed before, in a validation say, is not the step's."""
         self._densities()
@@ -104,7 +110,7 @@ class FigureExchange:
             self._write_verdict()
         own = self._own.to(self._device, non_blocking=True)
         densities = self._densities()
-        rows = torch.stack([outcome.loss.float(), outcome.grad_norm.float(), *own, *densities])[None]
+        rows = torch.stack([outcome.loss.float(), outcome.grad_norm.float(), *own, *densities, self._joules()])[None]
         if self._world.size > 1:
             mine, rows = rows, rows.new_empty(self._world.size, rows.shape[1])
             dist.all_gather_into_tensor(rows, mine, group=self._world.handle)
@@ -122,10 +128,20 @@ class FigureExchange:
                     self._own[1] = StopVerdict.STOP
         _, grad_norm, memory_gb, verdict, *_ = sent.rows.amax(dim=0).tolist()  # nan wins
         loss = sent.rows[-self._last_stage :, 0].double().mean().item()
-        density, calls = sent.rows[:, 4:].double().sum(0).tolist()
+        density, calls, joules = sent.rows[:, 4:].double().sum(0).tolist()
         attention_density = density / calls if calls else None  # all ranks have as many heads
         seconds = sent.began.elapsed_time(sent.ended) / 1000 if on_gpu else sent.ended - sent.began
-        return StepFigures(loss, grad_norm, memory_gb, int(verdict), attention_density, seconds)
+        energy_joules = joules if math.isfinite(joules) else None
+        return StepFigures(loss, grad_norm, memory_gb, int(verdict), attention_density, energy_joules, seconds)
+
+    def _joules(self) -> Tensor:
+        """Return the energy of this rank's GPU since the last time, a scalar; nan if the driver does not tell.
+
+        It is taken when the step is put into the queue, so what a step spends is the next one's; the sum is right.
+        """
+        joules = None if self._energy is None else self._energy.take()
+        # filled by a kernel: steps in the queue must not share it, or one's energy would be lost
+        return torch.full((), math.nan if joules is None else joules, device=self._device)
 
     def _densities(self) -> Tensor:
         """Return the sum of the densities of attention's calls since the last time, and their number, [2]."""
@@ -147,6 +163,13 @@ def mark_time(device: torch.device) -> Instant:
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
+
+
+def _read_energy(device: torch.device) -> ReadAhead | None:
+    if device.type != "cuda":
+        return None
+    counter = counter_of(str(torch.cuda.get_device_properties(device).uuid), nvml=open_nvml())
+    return None if counter is None else ReadAhead(counter)
 
 
 def _peak_memory_gb(device: torch.device) -> float:

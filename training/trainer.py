@@ -259,6 +259,7 @@ class Trainer:
             model_flops_utilization_causal=self._share_of_peak(tokens_per_second * self.causal_flops_per_token),
             memory_gb=figures.memory_gb,
             attention_density=figures.attention_density,
+            energy_joules=figures.energy_joules,
             **sparse,
         )
         for observer in observers:

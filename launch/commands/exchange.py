@@ -45,6 +45,13 @@ ServeCheck = Annotated[
         "--serve-check", help="Serve it on this machine (hf: vLLM; gguf: llama.cpp) and compare its text too."
     ),
 ]
+Register = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="hf: also add it to MLflow's Model Registry, as a new version of this name.",
+    ),
+]
 
 
 @exchange_commands.command("export")
@@ -58,16 +65,21 @@ def export_command(
     dtype: DtypeName = None,
     with_code: WithCode = False,
     serve_check: ServeCheck = False,
+    register: Register = None,
 ) -> None:
     """Write the model for inference engines, and compare its logits and text with the trained model's."""
     from training.checkpoint.manifest import require_checkpoint
     from training.export.folder import try_new_folder
-    from training.export.formats.table import require_format, server_of
+    from training.export.formats.table import require_format, require_registrable, server_of
+    from training.tracking.registry import require_model_name
 
     # a wrong word or path is answered before the slow imports
     require_format(format_name, dtype=dtype, with_code=with_code)
     if serve_check:
         server_of(format_name, with_code=with_code)
+    if register is not None:
+        require_registrable(format_name)
+        require_model_name(register)
     try_new_folder(out)
     require_checkpoint(checkpoint)
 
@@ -75,7 +87,13 @@ def export_command(
     from training.export.run import export_checkpoint
 
     exported = export_checkpoint(
-        checkpoint, format=format_name, out=out, dtype=dtype, with_code=with_code, serve_check=serve_check
+        checkpoint,
+        format=format_name,
+        out=out,
+        dtype=dtype,
+        with_code=with_code,
+        serve_check=serve_check,
+        register=register,
     )
     show_export(exported, checkpoint=checkpoint)
 

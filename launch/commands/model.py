@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from configs.errors import InputError
 from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS, require_precision
+from configs.protocols import PROTOCOL_NAMES
 from launch.commands.options import (
     AsJson,
     CheckpointPath,
@@ -28,6 +29,9 @@ from launch.complete import (
     complete_protocols,
 )
 from training.out_of_memory import explain_out_of_memory
+
+if TYPE_CHECKING:
+    from training.evaluation.request import EvaluationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -78,27 +82,41 @@ PrecisionName = Annotated[
     ),
 ]
 
+EvaluationLengths = Annotated[
+    Lengths | None,
+    lengths_option("--lengths", "Lengths in tokens.  [default: the run file's, else 1, 2, 4, 8 x trained]"),
+]
+ProtocolNames = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", autocompletion=complete_protocols, help=f"{PROTOCOL_NAMES}; may be repeated."),
+]
+EvaluationFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", parser=path_of, help="A text file.  [default: the run's held-out text]")
+]
+SameTokensFlag = Annotated[
+    bool, typer.Option("--same-tokens", help="Score the same tokens at each length of a protocol.")
+]
+
+ContextFlag = Annotated[
+    bool, typer.Option("--context", help="Also cut and shuffle far context: how much of it is used?")
+]
+
+HuggingFaceFolder = Annotated[
+    Path | None,
+    typer.Option("--hf", metavar="DIR", parser=path_of, help="Measure this model of Hugging Face on the run's text."),
+]
+
 
 @model_commands.command("evaluate")
 @explain_out_of_memory("shorter --lengths")
 def evaluate_command(
     checkpoint: CheckpointPath,
-    lengths: Annotated[
-        Lengths | None,
-        lengths_option("--lengths", "Lengths in tokens.  [default: the run file's, else 1, 2, 4, 8 x trained]"),
-    ] = None,
-    protocol: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=complete_protocols,
-            help="nonoverlapping or sliding:STRIDE; may be repeated.",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", parser=path_of, help="A text file.  [default: the run's held-out text]"),
-    ] = None,
+    lengths: EvaluationLengths = None,
+    protocol: ProtocolNames = None,
+    data: EvaluationFile = None,
+    same_tokens: SameTokensFlag = False,
+    context: ContextFlag = False,
+    hf: HuggingFaceFolder = None,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
@@ -106,24 +124,41 @@ def evaluate_command(
     from launch.show.console import show_json
     from launch.show.model import show_report
     from training.evaluation.precheck import check_request
+    from training.evaluation.request import EvaluationRequest
 
-    require_precision(precision)
-    protocols = tuple(protocol) if protocol else None  # None: those of the run file
-    check_request(checkpoint, lengths=lengths, protocols=protocols, data=data)  # before the slow imports
+    request = EvaluationRequest(
+        lengths=lengths,
+        protocols=tuple(protocol or ()) or None,  # None: those of the run file
+        data=data,
+        same_tokens=same_tokens,
+        context=context,
+        hf=hf,
+        precision=precision,
+        command=shlex.join(["trainshort", *sys.argv[1:]]),
+    )
+    check_request(checkpoint, request)  # before the slow imports
 
     from training.evaluation.folder import ReportNotWritten
-    from training.evaluation.run import evaluate_checkpoint
 
-    show = show_json if as_json else partial(show_report, checkpoint=checkpoint)
-    command = shlex.join(["trainshort", *sys.argv[1:]])
+    show = show_json if as_json else partial(show_report, checkpoint=hf or checkpoint)
     try:
-        report = evaluate_checkpoint(
-            checkpoint, lengths=lengths, protocols=protocols, data=data, precision=precision, command=command
-        )
+        report = _evaluate(checkpoint, request)
     except ReportNotWritten as error:
         show(error.report)  # the work of minutes or hours
         raise
     show(report)
+
+
+def _evaluate(checkpoint: Path, request: "EvaluationRequest") -> dict[str, Any]:
+    """Evaluate a checkpoint, or a model of Hugging Face in its place; return the report."""
+    if request.hf is None:
+        from training.evaluation.run import evaluate_checkpoint
+
+        return evaluate_checkpoint(checkpoint, request)
+
+    from training.export.hf_baseline import evaluate_folder
+
+    return evaluate_folder(checkpoint, request.hf, request)
 
 
 @model_commands.command("compare")

@@ -273,7 +273,7 @@ def _start_local_ranks(
         )
         say_end(config, code=code, again=again)
         if code:
-            _end_tracking(ready.run_dir, uri=config.track.uri, stopped=code == STOPPED_BY_HAND)
+            _end_tracking(ready.run_dir, config=config, stopped=code == STOPPED_BY_HAND)
         return code
 
 
@@ -284,13 +284,17 @@ def _environment_of_ranks() -> dict[str, str]:
     return {**os.environ, COMMAND_VARIABLE: typed_command()}
 
 
-def _end_tracking(run_dir: Path, *, uri: str | None, stopped: bool) -> None:
+def _end_tracking(run_dir: Path, *, config: "RunConfig", stopped: bool) -> None:
     """End the MLflow run if rank 0 was killed before it could: the run would be shown as running for ever."""
     from training.incarnation import died_here
     from training.tracking.record import read_record
+    from training.tracking.spool import has_told_end, trainer_files
     from training.tracking.tracker import attach
 
+    if not died_here(run_dir) or has_told_end(run_dir):
+        return  # a newer start trains, or rank 0 has ended it
     record = read_record(run_dir)
-    tracker = attach(run_dir, uri=uri) if record and record.is_open and died_here(run_dir) else None
+    waits = bool(trainer_files(run_dir)) or (record is not None and record.is_open)
+    tracker = attach(run_dir, uri=config.track.uri, offline=config.track.offline) if waits else None
     if tracker:
         tracker.finish("KILLED" if stopped else "FAILED", wait_seconds=RECORD_SECONDS)

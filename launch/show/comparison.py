@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from configs.figures import byte_size, duration, scaled
+from configs.figures import byte_size, duration, perplexity_text, scaled
 from configs.terminal import printable
 from launch.show.console import narrow_table, output_width, show_folded, show_lines
 
@@ -99,7 +99,7 @@ def perplexity_rows(comparison: "Comparison", text: "TextResults") -> Iterator[R
             protocol = text.protocol(key)
             yield f"  {protocol}", []
         values = [text.value(number, key) for number in range(len(comparison.runs))]
-        yield f"    {key[2]:,}", [_NOT_KNOWN if value is None else _perplexity(value) for value in values]
+        yield f"    {key[2]:,}", [_NOT_KNOWN if value is None else perplexity_text(value) for value in values]
 
 
 def _differences(comparison: "Comparison", labels: list[str]) -> Table:
@@ -110,12 +110,6 @@ def _differences(comparison: "Comparison", labels: list[str]) -> Table:
     for key, values in comparison.differences.items():
         table.add_row(key, *map(setting_text, values))
     return table
-
-
-def _perplexity(value: float) -> str:
-    if value >= 1e6:
-        return f"{value:.3g}"
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _steps(run: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Output of `evaluate`, `export` and `import`."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,9 +8,10 @@ from rich.table import Table
 
 from configs.commands import typed_path
 from configs.paths import checkpoints_folder
-from launch.show.console import fits, narrow_table, show_lines, show_table
+from configs.terminal import printable
+from launch.show.console import fits, narrow_table, show_folded, show_lines, show_table
 from training.evaluation.kept import other_precision
-from training.evaluation.report import protocol_name, shown_density
+from training.evaluation.results import Result, protocol_name, shown_density, shown_error
 
 if TYPE_CHECKING:
     from training.export.import_hf import ImportResult
@@ -17,6 +19,21 @@ if TYPE_CHECKING:
 
 
 _ALL = 0.9995  # of the scores, as shown: windows have left nothing out
+
+# Columns that are shown if a result has something to say there, the most important one first: a narrow terminal leaves
+# out the last ones. Only a text whose words were counted has a perplexity per word.
+_MORE: dict[str, Callable[[Result], bool]] = {
+    "per word": lambda result: "word_perplexity" in result,
+    "scores": lambda result: result.get("attention_density", 1.0) < _ALL,
+    "s.e.": lambda result: "standard_error" in result,
+    "bits/byte": lambda result: "bits_per_byte" in result,
+}
+_CELLS: dict[str, Callable[[Result], str]] = {
+    "per word": lambda result: f"{result['word_perplexity']:,.4g}" if "word_perplexity" in result else "-",
+    "scores": shown_density,
+    "s.e.": shown_error,
+    "bits/byte": lambda result: f"{result['bits_per_byte']:.4f}" if "bits_per_byte" in result else "-",
+}
 
 
 def show_report(report: dict[str, Any], *, checkpoint: Path) -> None:
@@ -32,16 +49,20 @@ def show_report(report: dict[str, Any], *, checkpoint: Path) -> None:
     precision = other_precision(report)
     computed = "" if precision is None else f", computed in {precision}"
     show_lines(f"{checkpoint}, trained at {report['train_length']:,} tokens{computed}")
-    left_out = any(result.get("attention_density", 1.0) < _ALL for result in report["results"])
-    table = _results_table(report, shares=left_out)
-    show_table(table if fits(table) else _results_table(report, shares=False))
+    more = [name for name, is_wanted in _MORE.items() if any(map(is_wanted, report["results"]))]
+    table = _results_table(report, more=more)
+    while more and not fits(table):
+        more.pop()
+        table = _results_table(report, more=more)
+    show_table(table)
+    verdict = Table.grid()
+    for words in (*report["verdict"]["words"], f"not tested: {'; '.join(report['verdict']['not_tested'])}"):
+        verdict.add_row(printable(words))
+    show_folded(verdict)
 
 
-def _results_table(report: dict[str, Any], *, shares: bool) -> Table:
-    """Return the results; with `shares`, also the share of the scores that attention computed."""
-    # Only a text whose words were counted has a perplexity per word.
-    per_word = any("word_perplexity" in result for result in report["results"])
-    more = [name for name, is_there in (("per word", per_word), ("scores", shares)) if is_there]
+def _results_table(report: dict[str, Any], *, more: Sequence[str]) -> Table:
+    """Return the results, with more columns of `_MORE`."""
     table = narrow_table(("length", "x trained", "tokens", "loss", "perplexity", *more))
     table.add_column("protocol")
     for result in report["results"]:
@@ -52,11 +73,7 @@ def _results_table(report: dict[str, Any], *, shares: bool) -> Table:
             f"{result['loss']:.4f}",
             f"{result['perplexity']:,.2f}",
         ]
-        if per_word:
-            cells.append(f"{result['word_perplexity']:,.4g}" if "word_perplexity" in result else "-")
-        if shares:
-            cells.append(shown_density(result))
-        table.add_row(*cells, protocol_name(result))
+        table.add_row(*cells, *(_CELLS[name](result) for name in more), protocol_name(result))
     if report.get("unigram_perplexity") is not None:
         gap = ["-" for _ in more]
         table.add_section()
@@ -71,6 +88,7 @@ def show_export(result: "ExportResult", *, checkpoint: Path) -> None:
     show_lines(
         f"exported {result}",
         f"longest text: {facts.longest:,} tokens, {facts.reason}{'' if facts.report else advice}",
+        *([f"registered: {result.registered}"] if result.registered else []),
         f"exported: {result.folder}",
     )
 

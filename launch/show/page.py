@@ -1,6 +1,8 @@
 """The page of `trainshort report`: one HTML file that needs nothing else."""
 
 import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,18 +10,43 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from configs.errors import MachineError
+from configs.figures import perplexity_text
 from configs.files import whole_file
 from configs.terminal import printable
-from launch.show.comparison import figure_rows, perplexity_rows, setting_text
+from launch.show.comparison import Row, figure_rows, setting_text
 from training.own_file import check_own_file
 from training.page.curves import perplexity_charts, training_charts
 from training.page.details import read_details
 from training.versions import installed_version
 
 if TYPE_CHECKING:
-    from training.comparison.comparison import Comparison
+    from training.comparison.comparison import Comparison, TextResults
 
 GENERATOR = "trainshort report"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure of one run: its name, its value, and what more there is to say of it."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LengthTable:
+    """Perplexities on one text.
+
+    Attributes:
+        facts: What was measured.
+        lengths: Each length, and how many times the training length it is; the latter is empty if the runs differ.
+        rows: Number of the run, what was measured, the step of the checkpoint, and a perplexity per length.
+    """
+
+    facts: str
+    lengths: list[tuple[str, str]]
+    rows: list[tuple[int, str, str, list[str]]]
 
 
 def check_page_file(path: Path) -> None:
@@ -60,19 +87,67 @@ def render_page(comparison: "Comparison") -> str:
     )
     details = read_details(comparison)
     one = details[0] if len(details) == 1 else None
-    perplexities = [row for text in comparison.texts for row in perplexity_rows(comparison, text)]
+    figures = figure_rows(comparison)
+    training = training_charts(comparison, marks=[start.step for start in one.starts[1:]] if one else [])
     return templates.get_template("page.html.j2").render(
         generator=GENERATOR,
         version=installed_version("trainshort") or "",
         written_at=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         title=one.label if one else f"{len(details)} runs",
         runs=details,
-        figures=figure_rows(comparison),
-        perplexities=perplexities,
+        figures=figures,
+        tiles=[*_length_tiles(comparison), *_tiles(figures)] if one else [],
+        tables=[_length_table(comparison, text) for text in comparison.texts],
         differences=[
             (key, [setting_text(value) for value in values]) for key, values in comparison.differences.items()
         ],
-        notes=comparison.notes,
-        training=training_charts(comparison, marks=[start.step for start in one.starts[1:]] if one else []),
+        notes=[note for note in comparison.notes if note not in comparison.unevaluated],
+        losses=[chart for chart in training if chart.is_large],
+        training=[chart for chart in training if not chart.is_large],
         lengths=perplexity_charts(comparison),
     )
+
+
+def _tiles(figures: list[Row]) -> Iterator[Tile]:
+    """Yield the figures of one run; those that stand indented below another in a table become its note."""
+    for place, (name, cells) in enumerate(figures):
+        below = figures[place + 1 : place + 2]
+        notes = [f"{inner.strip()} {values[0]}" for inner, values in below if inner.startswith(" ")]
+        if not name.startswith(" "):
+            yield Tile(name, cells[0], *notes)
+
+
+def _length_tiles(comparison: "Comparison") -> Iterator[Tile]:
+    """Yield the perplexity of one run at the longest length, and how many times its training length that is."""
+    for text in comparison.texts:
+        values = {key[2]: text.value(0, key) for key in text.keys if not key[1]}
+        longest, trained = max(values, default=0), comparison.runs[0].config.data.sequence_length
+        if (value := values.get(longest)) is None:
+            continue
+        at_trained = values.get(trained) if longest != trained else None
+        compared = "" if at_trained is None else f", {perplexity_text(at_trained)} at {trained:,}"
+        yield Tile(f"perplexity at {longest:,}", perplexity_text(value), f"{longest / trained:.3g} x trained{compared}")
+
+
+def _length_table(comparison: "Comparison", text: "TextResults") -> LengthTable:
+    """Return the perplexities of the runs on a text: a row per protocol and run, a column per length."""
+    several, runs = len(comparison.runs) > 1, comparison.runs
+    protocols: dict[str, dict[int, tuple[str, int, int]]] = {}
+    for key in text.keys:
+        protocols.setdefault(text.protocol(key), {})[key[2]] = key
+    lengths = sorted({key[2] for key in text.keys})
+    trained = {runs[number].config.data.sequence_length for number in text.runs}
+    times = [f"{length / min(trained):.3g} x" if len(trained) == 1 else "" for length in lengths]
+    rows = []
+    for protocol, keys in protocols.items():
+        for number in text.runs:
+            values = [text.value(number, keys[length]) if length in keys else None for length in lengths]
+            names = ([runs[number].label] if several else []) + (
+                [protocol] if len(protocols) > 1 or not several else []
+            )
+            report = runs[number].report or {}
+            cells = ["-" if value is None else perplexity_text(value) for value in values]
+            rows.append((number, ", ".join(names), f"{report['step']:,}", cells))
+    unit = "word" if text.unit == "word_perplexity" else "token"
+    facts = f"on {text.text}, per {unit}; {', '.join(protocols)}"
+    return LengthTable(facts, [*zip((f"{length:,}" for length in lengths), times, strict=True)], rows)

@@ -21,10 +21,10 @@ from configs.schema import RunConfig
 from launch.slurm.query import UNKNOWN_STATE, Job, run_slurm, slurm_error
 from launch.slurm.record import find_jobs, read_chain, refuse_active_jobs
 from launch.slurm.script import CHAIN_JOBS, STOPPED_EXIT_CODE
-from launch.slurm.submit import job_secrets, sole_submission, submit_jobs
+from launch.slurm.submit import job_secrets, script_file, sole_submission, submit_jobs
 from training.checkpoint.manifest import list_checkpoints, step_folder
 from training.evaluation.kept import held_out_files, is_held_out
-from training.evaluation.report import protocol_name
+from training.evaluation.results import protocol_name
 from training.export.formats.table import CHAIN_FORMAT
 from training.folder import report_write_errors
 from training.metrics_reader import newest_step
@@ -139,7 +139,8 @@ def resume_chain(run_dir: Path) -> dict[str, str]:
     read_chain(run_dir)  # refuses a folder without jobs before the next line creates folders in it
     with sole_submission(run_dir):
         refuse_active_jobs(run_dir)
-        chain, remaining = read_chain(run_dir), remaining_jobs(run_dir)
+        chain = read_chain(run_dir)
+        remaining = tuple(name for name in remaining_jobs(run_dir) if script_file(run_dir, name=name).is_file())
         kept = {name: job_id for name, job_id in chain.jobs.items() if name not in remaining}
         secrets = job_secrets(load_run(str(frozen_config(run_dir)))) if remaining else {}
         return submit_jobs(run_dir, chain=replace(chain, jobs=kept), names=remaining, secrets=secrets)

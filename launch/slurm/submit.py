@@ -43,13 +43,14 @@ from training.tracking.store import choose_store, require_known_scheme
 from training.versions import CODE, HOUSE, SOURCE, VERSIONS, installed_versions, source_code
 
 
-def submit_run(config: RunConfig, *, nodes: int, folder: Path) -> dict[str, str]:
+def submit_run(config: RunConfig, *, nodes: int, folder: Path, names: Sequence[str] = CHAIN_JOBS) -> dict[str, str]:
     """Freeze a run in its run folder, submit its jobs, and return their ids by name.
 
     Args:
         config: The run, overrides applied.
         nodes: Nodes of the training job.
         folder: Working directory of the jobs.
+        names: The jobs to submit, the first ones of the chain.
     Raises:
         InputError: the run cannot start, the partition can never satisfy the request, or the run has active jobs.
         MachineError: sbatch is not on this machine or refuses a script, or the run folder cannot be written.
@@ -76,9 +77,12 @@ def submit_run(config: RunConfig, *, nodes: int, folder: Path) -> dict[str, str]
         refuse_active_jobs(run_dir)
         freeze_run(config)
         for name, script in scripts.items():
-            script_file(run_dir, name=name).write_text(script, encoding="utf-8")
+            if name in names:
+                script_file(run_dir, name=name).write_text(script, encoding="utf-8")
+            else:  # of an earlier submission: `jobs resume` submits what has a script
+                script_file(run_dir, name=name).unlink(missing_ok=True)
         return submit_jobs(
-            run_dir, chain=Chain(config.run.name, {}, nodes, ""), names=CHAIN_JOBS, secrets=job_secrets(config)
+            run_dir, chain=Chain(config.run.name, {}, nodes, ""), names=names, secrets=job_secrets(config)
         )
 
 

@@ -40,6 +40,7 @@ for (const chart of document.querySelectorAll("svg.chart")) {
     curve,
     points: curve.querySelector("path").getAttribute("d").slice(1).split("L").map((point) => point.split(",").map(Number)),
   }));
+  const shown = () => curves.filter(({ curve }) => !curve.hasAttribute("hidden"));
   const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
   line.setAttribute("class", "pointer");
   line.setAttribute("y1", 0);
@@ -48,30 +49,28 @@ for (const chart of document.querySelectorAll("svg.chart")) {
   plot.append(line);
   const tip = document.createElement("div");
   tip.className = "tip";
+  tip.setAttribute("role", "status");
   tip.hidden = true;
   chart.parentElement.append(tip);
+  let current = null; // where the line is, in the plot's units
 
-  const hide = () => { tip.hidden = true; line.setAttribute("hidden", ""); };
-  const show = (event) => {
-    const box = chart.getBoundingClientRect();
-    const zoom = chart.viewBox.baseVal.width / box.width;
-    const place = (event.clientX - box.left) * zoom - left;
-    const found = [];
-    for (const { curve, points } of curves) {
-      if (curve.hasAttribute("hidden")) continue;
-      const nearest = points.reduce((best, point) => (Math.abs(point[0] - place) < Math.abs(best[0] - place) ? point : best));
-      found.push({ curve, nearest });
-    }
+  const hide = () => { current = null; tip.hidden = true; line.setAttribute("hidden", ""); };
+  const show = (place) => {
+    const found = shown().map(({ curve, points }) => ({
+      curve,
+      nearest: points.reduce((best, point) => (Math.abs(point[0] - place) < Math.abs(best[0] - place) ? point : best)),
+    }));
     const distance = ({ nearest }) => Math.abs(nearest[0] - place);
     const least = Math.min(...found.map(distance));
     const near = found.filter((each) => distance(each) <= least + 12 && each.nearest[1] <= height);
     if (place < 0 || place > width || !near.length) { hide(); return; }
     const at = near.find((each) => distance(each) === least) ?? near[0];
-    line.setAttribute("x1", at.nearest[0]);
-    line.setAttribute("x2", at.nearest[0]);
+    current = at.nearest[0];
+    line.setAttribute("x1", current);
+    line.setAttribute("x2", current);
     line.removeAttribute("hidden");
     const head = document.createElement("b");
-    head.textContent = x.write(x.at(at.nearest[0] / width));
+    head.textContent = x.write(x.at(current / width));
     near.sort((one, other) => one.nearest[1] - other.nearest[1]);
     const rows = near.slice(0, 10).map(({ curve, nearest }) => {
       const row = document.createElement("div");
@@ -83,11 +82,37 @@ for (const chart of document.querySelectorAll("svg.chart")) {
     if (near.length > 10) { const more = document.createElement("span"); more.textContent = `and ${near.length - 10} more`; rows.push(more); }
     tip.replaceChildren(head, ...rows);
     tip.hidden = false;
-    const right = (left + at.nearest[0]) / zoom;
+    const box = chart.getBoundingClientRect();
+    const right = ((left + current) * box.width) / chart.viewBox.baseVal.width;
     const room = right + 12 + tip.offsetWidth <= box.width;
     tip.style.left = `${Math.max(0, room ? right + 12 : right - 12 - tip.offsetWidth)}px`;
   };
-  chart.addEventListener("pointermove", show);
-  chart.addEventListener("pointerdown", show);
-  chart.addEventListener("pointerleave", hide);
+  const point = (event) => {
+    const box = chart.getBoundingClientRect();
+    show(((event.clientX - box.left) * chart.viewBox.baseVal.width) / box.width - left);
+  };
+  chart.addEventListener("pointermove", point);
+  chart.addEventListener("pointerdown", point);
+  // a finger leaves as soon as it is lifted: the values stay until it taps elsewhere
+  chart.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hide(); });
+  document.addEventListener("pointerdown", (event) => { if (!chart.contains(event.target)) hide(); });
+
+  // the arrow keys go to the next point that is a hundredth of the width away
+  const moves = {
+    ArrowRight: (places) => places.find((place) => place >= (current ?? -width) + width / 100) ?? current,
+    ArrowLeft: (places) => places.findLast((place) => place <= (current ?? 2 * width) - width / 100) ?? current,
+    Home: (places) => places[0],
+    End: (places) => places.at(-1),
+  };
+  chart.tabIndex = 0;
+  chart.addEventListener("blur", hide);
+  chart.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") { hide(); return; }
+    const move = event.altKey || event.ctrlKey || event.metaKey ? undefined : moves[event.key];
+    const visible = (place, drop) => place >= 0 && place <= width && drop <= height;
+    const places = shown().flatMap(({ points }) => points.filter((each) => visible(...each)).map(([place]) => place));
+    if (!move || !places.length) return;
+    event.preventDefault();
+    show(move(places.sort((one, other) => one - other)));
+  });
 }

@@ -1,5 +1,6 @@
 """The shipped demo, made small, as a user runs it: prepare, train, stop, resume, evaluate, export, generate."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,9 @@ from tests.support.processes import PATIENCE_SECONDS, PROGRAM, exact, metrics, t
 from tests.support.small_run import WHOLE_JOB, overrides_of, set_options
 from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import open_checkpoint
+from training.evaluation.request import EvaluationRequest
 from training.evaluation.usable import usable_length
+from training.export.hf_baseline import evaluate_folder
 from training.model.single import load_single
 from training.reproduction.starts import recorded_starts
 
@@ -244,6 +247,20 @@ def test_the_exported_model_has_the_logits_of_the_trained_one(job: Job) -> None:
     torch.testing.assert_close(logits, load_single(open_checkpoint(job.broken)).logits(tokens), atol=1e-4, rtol=0)
 
 
+def test_the_export_has_the_perplexity_of_the_trained_model(job: Job) -> None:
+    """Of ranks that trained it, at every length, through transformers."""
+    lengths = (LENGTH, 2 * LENGTH)
+    ours = json.loads(job.report)
+    with contextlib.chdir(job.folder):  # where data.dir is
+        theirs = evaluate_folder(job.broken, job.broken / "export" / "hf", EvaluationRequest(lengths=lengths))
+    for one, other in zip(ours["results"], theirs["results"], strict=True):
+        assert (one["length"], one["tokens"]) == (other["length"], other["tokens"])
+        assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
+        assert one["standard_error"] == pytest.approx(other["standard_error"], rel=1e-3)
+        assert one["loss_by_position"]["loss"] == pytest.approx(other["loss_by_position"]["loss"], rel=1e-4)
+    assert json.loads((job.broken / "evaluation" / "report.json").read_text()) == ours, "it is the run's own"
+
+
 def test_a_run_has_exported_its_last_step_before_it_ends(job: Job) -> None:
     by_run, by_hand = job.unbroken / "exports" / f"step-{STEPS:08d}", job.broken / "export" / "hf"
     assert (by_run / "model.safetensors").read_bytes() == (by_hand / "model.safetensors").read_bytes()
@@ -256,7 +273,7 @@ def test_a_run_has_exported_its_last_step_before_it_ends(job: Job) -> None:
     logged = (job.unbroken / "logs" / f"export-{STEPS:08d}.log").read_text()
     assert logged.endswith(f"\nexported: two/run/exports/step-{STEPS:08d}\n")
     with closing(sqlite3.connect(job.folder / "two" / "mlflow.db")) as database:
-        assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
+        assert database.execute("select status from runs").fetchall() == [("FINISHED",)] * 2, "and the export"
     assert len([*(job.folder / "two" / "mlartifacts").rglob("export/certificate.json")]) == 1
 
 
@@ -294,16 +311,24 @@ def test_every_start_and_the_export_leave_a_certificate(job: Job) -> None:
 
 def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
     with closing(sqlite3.connect(job.folder / "one" / "mlflow.db")) as database:
-        runs = database.execute("select run_uuid, name, status from runs").fetchall()
+        runs = database.execute("select run_uuid, name, status from runs order by start_time").fetchall()
+        parents = database.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
         losses = database.execute("select step, value from metrics where key = 'train/loss' order by step").fetchall()
         evaluated = database.execute("select distinct key from metrics where key like 'evaluation/%'").fetchall()
-    ((run_id, name, status),) = runs
+    (run_id, name, status), *nested = runs
     assert (name, status) == ("demo", "FINISHED")
+    last = f"step_{STEPS:07d}"
+    assert {run[1:] for run in nested} == {
+        (f"evaluate {last}, held-out", "FINISHED"),
+        (f"export {last}, hf", "FINISHED"),
+    }
+    assert parents == [(run_id,)] * len(nested)
     assert json.loads((job.broken / "mlflow_run.json").read_text())["run_id"] == run_id
     assert losses == [(line["step"], line["loss"]) for line in metrics(job.broken)]
-    last = f"step_{STEPS:07d}"
-    prefix, names = "evaluation/held-out/nonoverlapping", ("loss", "perplexity", "attention_density")
+    prefix = "evaluation/held-out/nonoverlapping"
+    names = ("loss", "perplexity", "bits_per_byte", "standard_error", "attention_density")
     assert {key for (key,) in evaluated} == {
+        "evaluation/held-out/usable_length",
         f"{prefix}/{last}/perplexity",
         *(f"{prefix}/{length}/{name}" for length in (LENGTH, 2 * LENGTH) for name in names),
     }
@@ -335,4 +360,5 @@ def test_the_commands_leave_only_the_files_asked_for(job: Job) -> None:
         "metrics.jsonl",
         "mlflow_run.json",
         "reproduce.json",
+        "tracking",
     ]

@@ -12,10 +12,11 @@ import pytest
 from tests.mutants.export_mutants import EXPORT_MUTANTS
 from tests.mutants.forks import CODE, IDS, PROJECT, SAID
 from tests.mutants.mutants import MUTANTS, Mutant
+from tests.mutants.study_mutants import STUDY_MUTANTS
 from tests.mutants.window_mutants import WINDOW_MUTANTS
 
 HOUSE = Path(__file__).parents[2]
-ALL = (*MUTANTS, *WINDOW_MUTANTS, *EXPORT_MUTANTS)
+ALL = (*MUTANTS, *WINDOW_MUTANTS, *EXPORT_MUTANTS, *STUDY_MUTANTS)
 TIMEOUT_SECONDS = 600
 # Output of a test that noticed the mistake; a broken import or fixture does not count.
 CAUGHT = re.compile(

@@ -17,11 +17,13 @@ import zstandard
 
 from configs.load import RUNS
 from launch import local
+from launch.study.processes import Commands
 from tests.support.command_line import run_here
 from tests.support.data import write_book
 from tests.support.huggingface_models import save_random
 from tests.support.pages import Block, Command, Page, commands_of, read_pages
 from tests.support.small_run import ONE_RANK, TINY, small_run
+from tests.support.studies import StudyFiles
 
 PAGES = read_pages("*.md", "docs/*.md")
 # Code that belongs into a file of the project: `tests/unit/test_extending.py` runs it there.
@@ -49,6 +51,9 @@ def write_user_files(folder: Path) -> None:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in topics.values())
     (folder / "corpus" / "articles.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     (folder / "my.yaml").write_text(yaml.safe_dump(RUN), encoding="utf-8")
+    (page,) = read_pages("docs/studies.md")
+    (study,) = (block for block in page.blocks if block.language == "yaml")
+    (folder / "positions.yaml").write_text(study.text, encoding="utf-8")
     shipped = (RUNS / "alibi-1b3.yaml").read_text(encoding="utf-8")
     (folder / "my-1b3.yaml").write_text(shipped.replace("alibi-1b3", "my-1b3"), encoding="utf-8")
 
@@ -80,13 +85,16 @@ def user_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     monkeypatch.setattr(local, "start_ranks", copy_trained)
+    files = StudyFiles()
+    monkeypatch.setattr(Commands, "run", lambda self, *arguments: files.run(self, *arguments))
     return tmp_path
 
 
 def runs_here(command: Command) -> bool:
     """Return whether a command needs nothing but this machine: no srun, torchrun or SLURM, no other program."""
     arguments = command.arguments or ()
-    return command.words[0] == "trainshort" and arguments[0] != "jobs" and "--submit" not in arguments
+    submits = {"--submit", "--slurm"} & set(arguments)
+    return command.words[0] == "trainshort" and arguments[0] != "jobs" and not submits
 
 
 def run_command(command: Command) -> None:

@@ -16,6 +16,7 @@ from configs.paths import chain_file, frozen_code, slurm_folder
 from launch.slurm import submit
 from launch.slurm.record import Chain, read_chain
 from launch.slurm.script import CHAIN_JOBS
+from launch.slurm.status import resume_chain
 from launch.slurm.submit import freeze_run, submit_jobs, submit_run
 from tests.support.command_line import Call
 from tests.support.slurm import stub_commands, submitted
@@ -175,6 +176,22 @@ def test_a_refused_submission_changes_no_frozen_file(
     with pytest.raises(InputError, match=r"train.global_batch must be a multiple of"):
         submit_run(check_run(run_values, name="small"), nodes=3, folder=tmp_path)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_chain_may_end_before_the_export(
+    run_values: dict[str, Any], tmp_path: Path, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "load_trainable", lambda data, folder, validates: None)
+    stub("sbatch", "[[ $2 == *-train ]] && echo 101 || echo 102")
+    stub("scontrol", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
+    run_values["slurm"] = {"container": "image.sqsh", "gpus_per_node": 4}
+    config, run_dir = check_run(run_values, name="small"), Path(run_values["run"]["dir"])
+    assert list(submit_run(config, nodes=1, folder=tmp_path)) == ["train", "evaluate", "export"]
+    jobs = {"train": "101", "evaluate": "102"}
+    assert submit_run(config, nodes=1, folder=tmp_path, names=CHAIN_JOBS[:2]) == jobs
+    assert read_chain(run_dir).jobs == jobs
+    assert {path.stem for path in run_dir.glob("slurm/*.sbatch")} == {"train", "evaluate"}
+    assert resume_chain(run_dir) == jobs, "SLURM has forgotten them, and no export was asked for"
 
 
 def test_unprepared_data_is_refused_with_a_container_too(run_values: dict[str, Any], tmp_path: Path, stub: Any) -> None:

@@ -1,5 +1,6 @@
 """Passwords of the tracker never leave: a real run's folder, its MLflow store, its output and its jobs are searched."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -11,11 +12,14 @@ from configs.errors import InputError
 from configs.load import load_run
 from launch.slurm.status import resume_chain
 from launch.slurm.submit import submit_run
+from parallel.layout import Layout
+from parallel.start import ProcessRank
 from tests.support.mlflow_database import MlflowDatabase
 from tests.support.one_rank import OneRank
 from tests.support.slurm import stub_commands
 from training.metrics_file import MetricsFile
 from training.observers import Observer
+from training.reproduction.starts import record_start
 from training.tracking.observer import TrackingObserver
 
 # a warning of sqlalchemy about mlflow's queries
@@ -23,8 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 
 SECRET = "hunter2"
 SPELLINGS = ("hunter2", "hunt%65r2", "aHVudGVyMg")  # plain, percent-encoded, base64
+LONG = "x" * 7000  # longer than a parameter may be
 SECRETS = [
-    "slurm.env={MLFLOW_TRACKING_PASSWORD: hunter2, MLFLOW_TRACKING_URI: 'https://me:hunter2@host'}",
+    f"slurm.env={{MLFLOW_TRACKING_PASSWORD: hunter2, MLFLOW_TRACKING_URI: 'https://me:hunter2@host', NOTES: {LONG}}}",
     "slurm.setup=['export HF_TOKEN=hunter2']",
 ]
 
@@ -41,6 +46,12 @@ def train(rank: OneRank, run_dir: Path, *overrides: str) -> None:
     certificate = run_dir / "certificates.jsonl"
     trainer = rank.trainer(config)
     certificate.write_text("{}\n")
+    typed = ["train", "my.yaml", "--set", "track.uri=https://me:hunter2@host"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["trainshort", *typed])
+        place = ProcessRank(0, 1, 0, "", "local")
+        layout = Layout.of(config, world_size=1)
+        record_start(config, place, fence=trainer.fence, layout=layout, step=trainer.start.step, gpu=None, gpus=0)
     metrics = MetricsFile(run_dir, last_step=trainer.start.step)
     tracking = TrackingObserver(config, run_dir=run_dir, certificate=certificate)
     assert SECRET not in tracking.summary
@@ -63,6 +74,11 @@ def test_a_run_leaves_its_secrets_nowhere(
     assert database.rows("select status from runs") == [("FINISHED",)]
     assert ("***",) in database.rows("select value from params where key = 'slurm.env.MLFLOW_TRACKING_PASSWORD'")
     assert (run_dir / "checkpoints" / "step_0000002" / "config.yaml").is_file()
+    artifacts = {path.name: path for path in (tmp_path / "runs" / "mlartifacts").rglob("*.json")}
+    assert json.loads(artifacts["long_params.json"].read_text()) == {"slurm.env.NOTES": LONG}
+    assert "--set track.uri=https://host" in json.loads(artifacts["reproduce.json"].read_text())["starts"][0]["command"]
+    contexts = database.rows("select value from input_tags order by value")
+    assert contexts == [("tokenizer",), ("training",)]
 
     # a server that cannot be reached: the password is in the library's own message
     for number, uri in enumerate(("http://me:hunt%65r2@127.0.0.1:9/m?api_key=hunter2", "http://me:hunter2/@h")):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.support.cluster import STEPS, Submitted, slurm, submit
+from tests.support.mlflow_database import MlflowDatabase
 from tests.support.processes import trainshort, wait_until
 
 pytestmark = pytest.mark.slurm
@@ -22,6 +23,32 @@ def test_one_command_ends_in_an_evaluated_and_exported_model(unbroken: Submitted
     assert [result["length"] for result in report["results"]] == [128, 2048]
     assert (unbroken.folder / "export" / "hf" / "model.safetensors").is_file()
     assert "logits differ by" in unbroken.log("export")
+
+
+def test_ranks_of_two_nodes_are_one_mlflow_run(unbroken: Submitted) -> None:
+    database = MlflowDatabase(unbroken.folder.parent / "mlflow.db")
+    record = json.loads((unbroken.folder / "mlflow_run.json").read_text())
+    run_id = record["run_id"]
+    training = "select run_uuid, status from runs where name = 'unbroken'"
+    assert database.rows(training) == [(run_id, "FINISHED")]
+    losses = f"select step from metrics where key = 'train/loss' and run_uuid = '{run_id}' order by step"
+    assert database.rows(losses) == [(step,) for step in range(1, STEPS + 1)]
+    names = {str(name) for (name,) in database.rows(f"select distinct key from metrics where run_uuid = '{run_id}'")}
+    assert {
+        f"system/{node}/{name}"
+        for node in ("node1", "node2")
+        for name in ("cpu_utilization_percentage", "system_memory_usage_megabytes")
+    } <= names
+    assert not [name for name in names if name.startswith("system/cpu")], "both have a name"
+    # one rank of each node measures it: as many samples, give or take the last
+    samples = [
+        len(database.rows(f"select step from metrics where key = 'system/{node}/cpu_utilization_percentage'"))
+        for node in ("node1", "node2")
+    ]
+    assert abs(samples[0] - samples[1]) <= 2
+    assert not [*(unbroken.folder / "tracking").glob("*.jsonl")], "all is sent"
+    contexts = database.rows("select value from input_tags where name = 'mlflow.data.context' order by value")
+    assert [str(value) for (value,) in contexts] == ["evaluation", "tokenizer", "training", "validation"]
 
 
 def test_status_is_one_table_of_the_chain(unbroken: Submitted) -> None:

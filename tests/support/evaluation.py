@@ -11,11 +11,17 @@ import pytest
 import torch
 
 from configs.load import check_run
+from configs.protocols import parse_protocol
 from tests.support.small_run import small_run
-from training.evaluation.perplexity import PerplexityResult
-from training.evaluation.provenance import Provenance
+from training.evaluation.perplexity import PerplexityResult, measure_loss
+from training.evaluation.provenance import Provenance, evaluated_model
 from training.evaluation.report import build_report
+from training.evaluation.request import EvaluationRequest
+from training.evaluation.resampling import units_of
+from training.evaluation.run import evaluate_checkpoint
+from training.evaluation.sums import LossSums
 from training.evaluation.text import EvaluationText
+from training.evaluation.windows import place_windows
 
 VOCAB = 32
 CERTIFICATE = {"ranks": [{"position": "alibi", "backend": "sdpa", "precision": "fp32"}]}
@@ -28,6 +34,7 @@ PROVENANCE = Provenance(
     tokenizer_sha256="22" * 32,
     text_sha256="33" * 32,
     text_path=None,
+    text_bytes=4000,
 )
 
 
@@ -38,9 +45,32 @@ class UniformModel:
     certificate = CERTIFICATE
     windows = None
 
-    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logarithm of the vocabulary's size for each predicted token."""
-        return torch.full(tokens[:, 1:].shape, math.log(VOCAB))
+    def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
+        """Return the logarithm of the vocabulary's size for each of the last predicted tokens."""
+        return torch.full((len(tokens), last or tokens.shape[1] - 1), math.log(VOCAB))
+
+
+def evaluate(run_dir: Path, **options: Any) -> dict[str, Any]:
+    """Evaluate a run with options of `EvaluationRequest`, and return the report."""
+    return evaluate_checkpoint(run_dir, EvaluationRequest(**options))
+
+
+def measure(scorer: Any, tokens: np.ndarray, *, length: int, protocol: str, **options: Any) -> PerplexityResult:
+    """Return the result of a text at one length.
+
+    Args:
+        scorer: The model.
+        tokens: The text, [tokens].
+        length: Inputs of a window.
+        protocol: How the window moves, as on the command line.
+        options: More arguments of `measure_loss` and `LossSums`, and the text's `documents`.
+    """
+    parsed = parse_protocol(protocol)
+    windows = place_windows(len(tokens), length=length, protocol=parsed)
+    units = units_of(options.pop("documents", None), tokens=len(tokens))
+    sums = LossSums(windows, units, attention=options.pop("attention", None))
+    options = {"batch_tokens": 8192, **options}
+    return measure_loss(scorer, tokens, protocol=parsed, units=units, sums=sums, **options)
 
 
 def text_of(tokens: int, *, words: int | None = 100, unigram: float | None = 40.0) -> EvaluationText:
@@ -80,18 +110,26 @@ def uniform_run(folder: Path, values: dict[str, Any], monkeypatch: pytest.Monkey
     return folder
 
 
-def report_of(*results: PerplexityResult, of: EvaluationText | None = None, **provenance: str | None) -> dict[str, Any]:
+def report_of(
+    *results: PerplexityResult,
+    of: EvaluationText | None = None,
+    context: dict[str, Any] | None = None,
+    **provenance: str | None,
+) -> dict[str, Any]:
     """Return the report of an evaluation.
 
     Args:
         results: Its results.
         of: Its text.
+        context: What was measured of the context.
         provenance: Fields of the provenance that differ.
     """
     return build_report(
         results,
-        checkpoint=opened_checkpoint(Path("runs/one/checkpoints/step_0000007"), small_run(), step=7),
-        certificate=CERTIFICATE,
+        model=evaluated_model(
+            opened_checkpoint(Path("runs/one/checkpoints/step_0000007"), small_run(), step=7), CERTIFICATE
+        ),
         text=of or text_of(1000),
+        context=context,
         provenance=replace(PROVENANCE, **provenance),  # type: ignore[arg-type]
     )

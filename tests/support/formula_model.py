@@ -54,6 +54,7 @@ def open_formula_model(
     run_values["parallel"] = {}
     checkpoint = SimpleNamespace(
         path=tmp_path / "no run" / "checkpoints" / "step_0000010",
+        step=10,
         manifest=SimpleNamespace(
             step=10, consumed_samples=80, vocab_size=vocab_size, files={}, tokenizer_sha256=tokenizer_sha256(tokenizer)
         ),

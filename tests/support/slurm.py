@@ -11,7 +11,7 @@ import pytest
 from configs.load import check_run
 from configs.paths import chain_file
 from launch.slurm.script import CHAIN_JOBS, render_scripts
-from launch.slurm.submit import freeze_run, sole_submission
+from launch.slurm.submit import freeze_run, script_file, sole_submission
 
 STUBS = """
 scontrol() { # prints as much as for a large job, so that a reader that stops early makes it fail
@@ -98,6 +98,8 @@ def submitted(run_values: dict[str, Any], folder: Path) -> Path:
     run_dir = Path(run_values["run"]["dir"])
     with sole_submission(run_dir):
         freeze_run(check_run(run_values, name="small"))
+        for name in CHAIN_JOBS:
+            script_file(run_dir, name=name).touch()
     jobs = {"train": "101", "evaluate": "102", "export": "103"}
     chain_file(run_dir).write_text(json.dumps({"run": "small", "jobs": jobs, "nodes": 2, "submitted_at": "now"}))
     return run_dir

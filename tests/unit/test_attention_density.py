@@ -15,11 +15,11 @@ from configs.positions import slopes
 from configs.protocols import WindowProtocol, parse_protocol
 from configs.schema import Model
 from launch.show.model import show_report
-from tests.support.evaluation import report_of
+from tests.support.evaluation import measure, report_of
 from tests.support.models import VOCABULARY, make_decoder
 from tests.support.one_rank import OneRank, one_rank
-from training.evaluation.perplexity import PerplexityResult, measure_loss
-from training.evaluation.report import format_table
+from training.evaluation.markdown import format_table
+from training.evaluation.perplexity import PerplexityResult
 from training.least_density import least_density
 from training.metrics_file import MetricsFile
 from training.model.attention import AttentionBlock, windows_of
@@ -113,8 +113,8 @@ def test_an_evaluation_says_the_share_of_each_layer() -> None:
     model = SingleModel(decoder, device=torch.device("cpu"), certificate={})
     tokens = torch.randint(0, VOCABULARY, (3 * LONG,), generator=torch.Generator().manual_seed(1)).numpy()
     by_length = {
-        length: measure_loss(
-            model, tokens, length=length, protocol=NONOVERLAPPING, batch_tokens=4000, attention=model.windows
+        length: measure(
+            model, tokens, length=length, protocol="nonoverlapping", batch_tokens=4000, attention=model.windows
         )
         for length in (64, LONG)
     }
@@ -138,7 +138,7 @@ def test_a_report_has_the_shares_and_fits_80_columns(
     assert report["results"][0]["attention_density_by_layer"] == [0.251, 0.349]
     assert "attention_density" not in report["results"][1]
     table = format_table(report, plot="held-out.png")
-    assert "| per word | scores |\n" in table
+    assert "| per word | bits per byte | scores |\n" in table
     assert "| 30.0% |\n" in table
     assert table.count("| - |\n") == 1
     assert "| layer | 65,536 |\n|---:|---:|\n| 0 | 25.1% |\n| 1 | 34.9% |\n" in table

@@ -139,17 +139,23 @@ RULES = [
     ),
     (
         {"evaluate.protocols": ["overlapping"]},
-        "evaluate.protocols has 'overlapping': use nonoverlapping or sliding:STRIDE",
+        "evaluate.protocols has 'overlapping': use nonoverlapping, sliding:STRIDE or last:TOKENS",
     ),
     (
         {"evaluate.protocols": ["sliding:08"]},
-        "evaluate.protocols has 'sliding:08': use nonoverlapping or sliding:STRIDE",
+        "evaluate.protocols has 'sliding:08': use nonoverlapping, sliding:STRIDE or last:TOKENS",
     ),
-    ({"evaluate.protocols": ["sliding:0"]}, "evaluate.protocols has 'sliding:0': use nonoverlapping or sliding:STRIDE"),
+    (
+        {"evaluate.protocols": ["sliding:0"]},
+        "evaluate.protocols has 'sliding:0': use nonoverlapping, sliding:STRIDE or last:TOKENS",
+    ),
     (
         {"evaluate.protocols": ["sliding:33"]},
-        "evaluate.protocols has 'sliding:33', a stride over the shortest evaluated length (32): use a stride of at "
-        "most that",
+        "evaluate.protocols has 'sliding:33', a stride over the shortest evaluated length (32): use at most that",
+    ),
+    (
+        {"evaluate.protocols": ["last:33"]},
+        "evaluate.protocols has 'last:33', more tokens than the shortest evaluated length (32): use at most that",
     ),
     (
         {"evaluate.every": 5, "data.split": 0.0},

@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,36 @@ def test_the_held_out_stream_is_the_held_out_sequences(prepared: Prepared) -> No
     assert len(held_out_sequences(count, share=0.2)) == round(count * 0.2)
     with pytest.raises(InputError, match="data.split is 0"):
         held_out_stream(prepared, split=0.0)
+
+
+def test_a_stream_knows_where_its_documents_begin(prepared: Prepared, tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    file = tmp_path / "articles.jsonl"
+    long = BOOK * (1 + 50_000 // len(BOOK))  # several sequences
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in (BOOK, long, BOOK, BOOK, long, BOOK)))
+    data = small_data(file, tokenizer=str(prepared.tokenizer))
+    prepared = prepare_data(data, folder=tmp_path / "data", progress=False)
+    dataset = IndexedDataset(str(prepared.prefix(prepared.parts[0])))
+    document_of = {
+        sequence: number
+        for number, (first, end) in enumerate(pairwise(dataset.document_indices.tolist()))
+        for sequence in range(first, end)
+    }
+    starts, length, before = [], 0, None
+    for sequence in held_out_sequences(len(dataset), share=0.5).tolist():
+        if document_of[sequence] != before:
+            starts.append(length)
+        length, before = length + len(dataset[sequence]), document_of[sequence]
+    assert len(starts) > 1
+    assert len(starts) < len(held_out_sequences(len(dataset), share=0.5)), "parts of one document are one"
+    assert held_out_stream(prepared, split=0.5).documents.tolist() == starts
+    records = tmp_path / "records.jsonl"
+    records.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "two and more", "three")))
+    stream, tokenizer = file_stream(records, prepared.tokenizer), load_tokenizer(prepared.tokenizer)
+    ends = np.flatnonzero(stream.tokens == tokenizer.end_of_document)
+    assert stream.documents.tolist() == [0, *(ends + 1).tolist()]
+    assert len(ends) == 2, "none at the end"
 
 
 def test_unigram_perplexity_is_that_of_the_training_text_alone(prepared: Prepared) -> None:

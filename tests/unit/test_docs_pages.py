@@ -7,6 +7,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from typer.main import get_command
 from configs.errors import InputError, LostPeers, MachineError, TrainshortError
 from configs.load import check_run
 from configs.schema import RunConfig
+from configs.study import Study, load_study
 from launch.cli import UsageError, app
 from tests.support.house.source import FLOORS, HOUSE, Source, sources_of
 from tests.support.pages import Command, Page, page_of, read_pages
@@ -32,6 +34,7 @@ OTHER_PROGRAMS = (
     *("curl", "git", "llama-completion", "llama-server", "mlflow", "pip", "pre-commit", "vllm"),
 )
 OPTIONS_OF_OTHERS = {
+    "--context-window": "fairseq",
     "--exclude": "sbatch",
     "--exclusive": "sbatch",
     "--export": "sbatch",
@@ -40,6 +43,7 @@ OPTIONS_OF_OTHERS = {
     "--hf-overrides": "vLLM",
     "--kv-cache-memory-bytes": "vLLM",
     "--max-model-len": "vLLM",
+    "--tokens-per-sample": "fairseq",
 }
 ERRORS = (InputError, MachineError, LostPeers)
 NOT_OURS = "trainshort: command not found"
@@ -141,10 +145,20 @@ def test_keys_that_a_page_names_are_in_the_schema(page: Page) -> None:
 
 
 @pytest.mark.parametrize("page", TODAY, ids=ids(TODAY))
-def test_yaml_of_a_page_is_part_of_a_legal_run(page: Page) -> None:
+def test_yaml_of_a_page_is_legal(page: Page, tmp_path: Path) -> None:
     for block in page.blocks:
-        if block.language == "yaml":
-            check_run(small_run(yaml.safe_load(block.text)), name=block.place)
+        values = yaml.safe_load(block.text) if block.language == "yaml" else {}
+        if "runs" in values:
+            (tmp_path / "study.yaml").write_text(block.text, encoding="utf-8")
+            load_study(str(tmp_path / "study.yaml"))
+        else:  # a part of a run file
+            check_run(small_run(values), name=block.place)
+
+
+def test_the_page_on_studies_has_all_their_keys() -> None:
+    (page,) = (page for page in PAGES if page.name == "docs/studies.md")
+    keys = [line.split("`")[1] for line in page.prose.splitlines() if line.startswith("| `")]
+    assert set(Study.model_fields) <= set(keys)
 
 
 def unknown_options(page: Page) -> Iterator[str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 
 from configs.errors import TrainshortError
 from configs.protocols import WindowProtocol
-from data_pipeline.text import text_sha256
+from data_pipeline.text import identify_text
 from data_pipeline.tokenizer import load_tokenizer
+from tests.support import evaluation as support
 from tests.support.command_line import Call
 from tests.support.evaluation import (
     TOKENIZER,
@@ -27,10 +29,10 @@ from tests.support.evaluation import (
     uniform_run,
 )
 from training.evaluation.kept import text_label
+from training.evaluation.markdown import format_table
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.progress import EvaluationProgress
-from training.evaluation.report import format_table, merge_reports
-from training.evaluation.run import evaluate_checkpoint
+from training.evaluation.report import merge_reports
 
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -53,7 +55,7 @@ def evaluate(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
         if data is not None:
             text = replace(text_of(1000), name=data.name, tokens=tokens_of(data))
             monkeypatch.setattr("training.evaluation.run.file_text", lambda *_: text)
-        return evaluate_checkpoint(run_dir, lengths=lengths, protocols=(protocol,), data=data, command="trainshort x")
+        return support.evaluate(run_dir, lengths=lengths, protocols=(protocol,), data=data, command="trainshort x")
 
     return call
 
@@ -82,7 +84,7 @@ def test_a_checkpoint_keeps_every_length_and_protocol(run_dir: Path, evaluate: E
     assert measured(folder / "report.json") == [("nonoverlapping", 128, 128), ("nonoverlapping", 32, 32)]
     shown = kept.with_suffix(".md").read_text()
     assert "| 32 | 1 | sliding:8 |" in shown
-    assert "- longest usable text: 128 tokens, within 1 % of the best perplexity, or the training length\n" in shown
+    assert "- usable length: 128 tokens (128 in 95 % of the draws), within 1 % of the best perplexity, 32.00" in shown
     assert "![Perplexity against length](held-out.png)" in shown
     assert "![Perplexity against length](perplexity.png)" in (folder / "report.md").read_text()
     assert newest["command"] == "trainshort x"
@@ -146,7 +148,7 @@ def test_a_texts_hash_is_that_of_its_bytes() -> None:
     text = "Two words,\n  tabs\t and \u65e5\u672c \U0001f604 that no piece spells.\n" * 30
     tokens = load_tokenizer(TOKENIZER).encode(text)
     ended = np.array([*tokens, load_tokenizer(TOKENIZER).end_of_document], np.int64)
-    assert text_sha256(ended, TOKENIZER) == hashlib.sha256(text.encode()).hexdigest()
+    assert identify_text(ended, TOKENIZER).sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_reports_merge_only_at_one_precision() -> None:
@@ -161,7 +163,7 @@ def test_reports_merge_only_at_one_precision() -> None:
     assert [each["date"][:10] for each in merged["results"]] == ["2026-01-01", "2026-01-02"]
     assert (merged["command"], [each["command"] for each in merged["earlier"]]) == ("second", ["first"])
     table = format_table(merged, plot="held-out.png")
-    assert "| 32 | 1 | nonoverlapping | 900 | 2.0000 | 7.39 | 4.852e+08 | 2026-01-01T00:00:00Z |" in table
+    assert "| 32 | 1 | nonoverlapping | 900 | 2.0000 | 7.39 | 4.852e+08 | 0.7213 | 2026-01-01T00:00:00Z |" in table
     third = merge_reports(merged, report_of(result(32), date="2026-01-03T00:00:00Z", command="third"))
     assert third is not None
     assert [each["command"] for each in third["earlier"]] == ["second"], "nothing is left of the first"
@@ -176,10 +178,10 @@ class Interrupted(UniformModel):
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+    def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
         if tokens.shape[1] > 33:
             raise self.error
-        return super().losses(tokens)
+        return super().losses(tokens, last=last)
 
 
 def test_an_interruption_keeps_what_is_finished(
@@ -189,7 +191,7 @@ def test_an_interruption_keeps_what_is_finished(
     monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: Interrupted(KeyboardInterrupt()))
     answer = trainshort("evaluate", str(run_dir), "--lengths", "64,32")
     assert (answer.code, answer.out, kept.exists()) == (130, "", False)
-    assert "stopped in the first measurement: nothing is written\n" in answer.error
+    assert "to go on from where it was, give the same command again\n" in answer.error
     answer = trainshort("evaluate", str(run_dir), "--lengths", "32,64")
     assert (answer.code, answer.out) == (130, "")
     assert f"stopped after 1 of 2 measurements, which are kept: {kept.with_suffix('.md')}\n" in answer.error
@@ -200,8 +202,97 @@ def test_an_interruption_keeps_what_is_finished(
     answer = trainshort("evaluate", str(run_dir), "--lengths", "32,64")
     assert (answer.code, answer.error.splitlines()[-1]) == (1, "error: diverged")
     assert measured(kept) == [("nonoverlapping", 32, 32)]
-    answer = trainshort("evaluate", str(run_dir), "--lengths", "64,32")
+    answer = trainshort("evaluate", str(run_dir), "--lengths", "64,128")
     assert (answer.code, answer.error) == (1, "error: diverged\n")
+
+
+class Counting(UniformModel):
+    """A model that counts the windows that it sees, and is stopped after some."""
+
+    batch_tokens = 128
+
+    def __init__(self, *, stop_after: int | None = None) -> None:
+        self.seen, self.stop_after = 0, stop_after
+
+    def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
+        if self.stop_after is not None and self.seen >= self.stop_after:
+            raise KeyboardInterrupt
+        self.seen += len(tokens)
+        last = last or tokens.shape[1] - 1
+        return super().losses(tokens, last=last) + torch.arange(last) / tokens.shape[1]
+
+
+def test_an_interrupted_evaluation_goes_on(
+    run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch, run_values: dict[str, Any]
+) -> None:
+    command = ("evaluate", str(run_dir), "--lengths", "32,64", "--protocol", "sliding:8", "--context")
+    folder = run_dir / "evaluation" / "step_0000007"
+
+    def evaluated_by(model: Counting) -> tuple[int, str]:
+        monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: model)
+        answer = trainshort(*command)
+        return answer.code, answer.error
+
+    whole = Counting()
+    assert evaluated_by(whole)[0] == 0
+    expected = json.loads((folder / "held-out.json").read_text())
+    assert not [*folder.glob("partial*")], "nothing is left of what is done"
+    seen = 0
+    # in the first measurement, in the second, and twice in the points of the context
+    shares: list[float] = []
+    for stop in (9, 160, 3000, 1000):
+        model = Counting(stop_after=stop)
+        code, error = evaluated_by(model)
+        assert code == 130
+        assert "to go on from where it was, give the same command again\n" in error
+        shares += map(
+            float, re.findall(r"^going on with an interrupted evaluation: (\S+)% of the work is done$", error, re.M)
+        )
+        seen += model.seen
+    assert len(shares) == 3, "the first has nothing to go on with"
+    assert 0 < shares[0] < shares[1] < shares[2] < 100
+    last = Counting()
+    code, error = evaluated_by(last)
+    assert (code, seen + last.seen) == (0, whole.seen), "no window is scored twice"
+    report = json.loads((folder / "held-out.json").read_text())
+    for changing in ("date", "command", "earlier"):
+        for each in (
+            report,
+            expected,
+            report["context"],
+            expected["context"],
+            *report["results"],
+            *expected["results"],
+        ):
+            each.pop(changing, None)
+    assert report == expected
+    assert not [*folder.glob("partial*")]
+
+
+def test_other_weights_or_texts_begin_anew(
+    run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch, run_values: dict[str, Any]
+) -> None:
+    folder, words = run_dir / "evaluation" / "step_0000007", "going on with an interrupted evaluation"
+
+    def evaluated_by(model: Counting, *lengths: str) -> tuple[int, str]:
+        monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: model)
+        answer = trainshort("evaluate", str(run_dir), "--lengths", *lengths)
+        return answer.code, answer.error
+
+    assert evaluated_by(Counting(stop_after=9), "32")[0] == 130
+    assert words not in evaluated_by(Counting(stop_after=0), "64")[1], "another length"
+    opened = opened_checkpoint(run_dir / "checkpoints" / "step_0000007", run_values, step=7, sha256="2")
+    monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda _: opened)
+    assert words not in evaluated_by(Counting(), "32")[1], "other weights"
+    for file in folder.glob("partial*.npz"):
+        assert file.stat().st_size < 5000
+        file.write_bytes(file.read_bytes()[:100])
+    opened = opened_checkpoint(run_dir / "checkpoints" / "step_0000007", run_values, step=7)
+    model = Counting()
+    code, error = evaluated_by(model, "32")
+    assert (code, model.seen) == (0, 31)
+    assert "cannot be read" in error
+    assert "that measurement begins again\n" in error
 
 
 def test_a_long_evaluation_is_written_on_the_way(
@@ -212,9 +303,9 @@ def test_a_long_evaluation_is_written_on_the_way(
     hour = iter(range(0, 360_000, 3600))
 
     class Slow(UniformModel):
-        def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
             seen.append([length for *_, length in measured(kept)] if kept.exists() else [])
-            return super().losses(tokens)
+            return super().losses(tokens, last=last)
 
     monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: Slow())
     monkeypatch.setattr("time.monotonic", lambda: float(next(hour)))

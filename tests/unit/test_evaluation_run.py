@@ -25,21 +25,19 @@ from tests.support.evaluation import (
     PROVENANCE,
     VOCAB,
     UniformModel,
+    evaluate,
     opened_checkpoint,
     report_of,
     text_of,
     uniform_run,
 )
 from tests.support.small_run import small_run
+from training.evaluation.markdown import format_table
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.plot import draw_plot
-from training.evaluation.report import (
-    build_report,
-    format_table,
-    word_perplexity,
-    write_report,
-)
-from training.evaluation.run import evaluate_checkpoint, plan_measurements
+from training.evaluation.provenance import evaluated_model
+from training.evaluation.report import build_report, word_perplexity, write_report
+from training.evaluation.sweep import plan_measurements
 from training.evaluation.text import EvaluationText
 from training.tracking.tracker import MlflowTracker
 
@@ -53,7 +51,7 @@ def run_dir(tmp_path: Path, run_values: dict[str, Any], monkeypatch: pytest.Monk
 
 
 def test_by_default_the_runs_lengths_and_protocols_are_measured(run_dir: Path) -> None:
-    report = evaluate_checkpoint(run_dir, lengths=None, protocols=None, data=None)
+    report = evaluate(run_dir, lengths=None, protocols=None, data=None)
     folder = run_dir / "evaluation"
     named = folder / "step_0000007"
     assert {path.name for path in folder.iterdir()} == {*NEWEST, named.name}
@@ -65,7 +63,7 @@ def test_by_default_the_runs_lengths_and_protocols_are_measured(run_dir: Path) -
     assert (report["attention"], report["precision"]) == ("sdpa", "fp32")
     assert "- evaluated with attention sdpa in fp32\n" in (folder / "report.md").read_text()
     assert report["unigram_perplexity"] == 40.0
-    assert report["data"] == {"name": "held-out", "tokens": 1000, "words": 100}
+    assert report["data"] == {"name": "held-out", "tokens": 1000, "words": 100, "bytes": 5000}
     assert [(r["length"], r["protocol"], r["stride"], r["tokens"]) for r in report["results"]] == [
         (32, "nonoverlapping", 32, 31 * 32),
         (64, "nonoverlapping", 64, 15 * 64),
@@ -84,9 +82,9 @@ def test_evaluations_at_once_keep_a_whole_report_each(run_dir: Path, monkeypatch
     measured, drawn = threading.Barrier(2), []
 
     class Waiting(UniformModel):
-        def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
             measured.wait(60)  # both evaluations reach their end at the same time
-            return super().losses(tokens)
+            return super().losses(tokens, last=last)
 
     def draw(report: dict[str, Any], path: Path) -> Path:
         drawn.append(report["step"])
@@ -105,7 +103,7 @@ def test_evaluations_at_once_keep_a_whole_report_each(run_dir: Path, monkeypatch
     with ThreadPoolExecutor(2) as threads:
         done = [
             threads.submit(
-                evaluate_checkpoint,
+                evaluate,
                 run_dir / "checkpoints" / f"step_000000{step}",
                 lengths=(999,),
                 protocols=("nonoverlapping",),
@@ -171,8 +169,7 @@ def test_any_name_of_a_text_or_run_folder_can_be_reported(tmp_path: Path) -> Non
     name = "a$x^{$ [red] :smile: \U0001f604 日本 `b``\n\udcff" + "long" * 20
     report = build_report(
         [PerplexityResult(32, WindowProtocol(stride=None), 992, 2.0)],
-        checkpoint=opened_checkpoint(Path(name), small_run(), step=7),
-        certificate=CERTIFICATE,
+        model=evaluated_model(opened_checkpoint(Path(name), small_run(), step=7), CERTIFICATE),
         text=EvaluationText(name, np.zeros(1000, dtype=np.int64), 100, None),
         provenance=PROVENANCE,
     )
@@ -188,19 +185,36 @@ def test_results_are_added_to_the_runs_mlflow_run(run_dir: Path) -> None:
     tracker = MlflowTracker(run_dir, name="one", experiment="tests", uri=None)
     tracker.start({}, run_dir / "config.yaml")
     tracker.finish("FINISHED")
-    evaluate_checkpoint(run_dir, lengths=(64,), protocols=("nonoverlapping", "sliding:16"), data=None)
+    report = evaluate(run_dir, lengths=(64,), protocols=("nonoverlapping", "sliding:16"), context=True)
+    assert (report["verdict"]["usable_length"], report["verdict"]["effective_context"]) == (64, 1)
     connection = sqlite3.connect(run_dir.parent / "mlflow.db")
-    rows = connection.execute("select key, step, round(value, 3) from metrics order by key").fetchall()
-    statuses = connection.execute("select name, status from runs").fetchall()
+    query = "select key, step, round(value, 3) from metrics join runs using (run_uuid) where name {} 'one' order by key"
+    rows, nested = (connection.execute(query.format(sign)).fetchall() for sign in ("=", "!="))
+    statuses = connection.execute("select name, status from runs order by start_time").fetchall()
+    parents = "select run_uuid from runs where name = 'one'", "select value from tags where key = 'mlflow.parentRunId'"
+    parent, named = (connection.execute(query).fetchall() for query in parents)
     connection.close()
-    assert statuses == [("one", "FINISHED")]
+    assert statuses == [("one", "FINISHED"), ("evaluate step_0000007, held-out", "FINISHED")]
+    assert parent == named
+    assert nested == [
+        ("nonoverlapping/loss", 64, 3.466),
+        ("nonoverlapping/perplexity", 64, 32.0),
+        ("sliding_16/loss", 64, 3.466),
+        ("sliding_16/perplexity", 64, 32.0),
+    ]
     assert rows == [
+        ("evaluation/held-out/effective_context", 7, 1.0),
+        ("evaluation/held-out/nonoverlapping/64/bits_per_byte", 7, 1.0),  # 5 bits in the 5 bytes of a token
         ("evaluation/held-out/nonoverlapping/64/loss", 7, 3.466),
         ("evaluation/held-out/nonoverlapping/64/perplexity", 7, 32.0),
+        ("evaluation/held-out/nonoverlapping/64/standard_error", 7, 0.0),
         ("evaluation/held-out/nonoverlapping/step_0000007/perplexity", 64, 32.0),
+        ("evaluation/held-out/sliding_16/64/bits_per_byte", 7, 1.0),
         ("evaluation/held-out/sliding_16/64/loss", 7, 3.466),
         ("evaluation/held-out/sliding_16/64/perplexity", 7, 32.0),
+        ("evaluation/held-out/sliding_16/64/standard_error", 7, 0.0),
         ("evaluation/held-out/sliding_16/step_0000007/perplexity", 64, 32.0),
+        ("evaluation/held-out/usable_length", 7, 64.0),
     ]
     artifacts = run_dir.parent / "mlartifacts"
     assert {path.name for path in artifacts.rglob("evaluation/step_0000007/*")} == {*KEPT}
@@ -227,7 +241,7 @@ def test_wrong_lengths_are_refused_before_a_model_is_loaded(
 
     monkeypatch.setattr("training.evaluation.run.load_single", load)
     with pytest.raises(InputError, match=message):
-        evaluate_checkpoint(run_dir, lengths=lengths, protocols=protocols, data=None)
+        evaluate(run_dir, lengths=lengths, protocols=protocols, data=None)
     assert not (run_dir / "evaluation").exists()
 
 
@@ -270,8 +284,8 @@ def test_table_has_a_row_per_result() -> None:
     ) in table
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert rows[1:] == [
-        "| 32 | 1 | nonoverlapping | 992 | 2.0000 | 7.39 | 4.852e+08 |",
-        "| 80 | 2.5 | sliding:16 | 976 | 1.5000 | 4.48 | 3.269e+06 |",
+        "| 32 | 1 | nonoverlapping | 992 | 2.0000 | 7.39 | 4.852e+08 | 0.7213 |",
+        "| 80 | 2.5 | sliding:16 | 976 | 1.5000 | 4.48 | 3.269e+06 | 0.5410 |",
     ]
 
 

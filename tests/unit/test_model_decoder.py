@@ -133,6 +133,7 @@ def test_single_model_losses_equal_cross_entropy_of_its_logits() -> None:
     logits = model.logits(tokens[:, :-1])
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(3, -1)
     torch.testing.assert_close(model.losses(tokens), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.losses(tokens, last=5), expected[:, -5:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("trained_with", ["reference", "flex", "flash", "sdpa"])

@@ -14,21 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.errors import InputError
 from configs.precisions import INFERENCE_PRECISIONS, PRECISIONS, require_precision
-from configs.protocols import parse_protocol
 from configs.schema import Model
 from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
-from tests.support.evaluation import UniformModel, report_of, text_of, uniform_run
+from tests.support.evaluation import UniformModel, evaluate, measure, report_of, text_of, uniform_run
 from tests.support.models import LAYERS, VOCABULARY, make_decoder, weights_of
 from training.api import load
 from training.evaluation.kept import checkpoint_reports, report_label
-from training.evaluation.perplexity import measure_loss
-from training.evaluation.run import evaluate_checkpoint
 from training.evaluation.usable import find_held_out_report
 from training.model.single import GPU_BATCH_TOKENS, SingleModel, gpu_batch_tokens, inference, load_single
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
-NONOVERLAPPING = parse_protocol("nonoverlapping")
 CPU = torch.device("cpu")
 
 
@@ -166,7 +162,7 @@ def test_reports_of_two_precisions_are_kept_apart(
     run_dir = uniform_run(tmp_path / "one", run_values, monkeypatch)
     monkeypatch.setattr("training.evaluation.run.load_single", lambda _, *, precision: Rounded(precision))
     for lengths, precision in (((32,), "fp32"), ((64,), "bf16"), ((128,), "bf16")):
-        evaluate_checkpoint(run_dir, lengths=lengths, protocols=("nonoverlapping",), data=None, precision=precision)
+        evaluate(run_dir, lengths=lengths, protocols=("nonoverlapping",), data=None, precision=precision)
     folder = run_dir / "evaluation" / "step_0000007"
     kept = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert {label: report["precision"] for label, report in kept.items()} == {
@@ -230,8 +226,8 @@ def test_a_length_is_measured_without_waiting_for_a_batch() -> None:
     perplexities = []
     for batch_tokens in (16, 100, 1000):
         with Reads() as reads:
-            result = measure_loss(model, tokens, length=16, protocol=NONOVERLAPPING, batch_tokens=batch_tokens)
-        assert reads.count == 1, "the loss, at the end"
+            result = measure(model, tokens, length=16, protocol="nonoverlapping", batch_tokens=batch_tokens)
+        assert reads.count == 0, "the sums are copied at the end, and nothing before"
         perplexities.append(result.perplexity)
     assert perplexities == pytest.approx([perplexities[0]] * 3, rel=1e-6)
 

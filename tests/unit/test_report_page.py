@@ -1,6 +1,7 @@
 """`trainshort report`: what the page shows of one run and of several, and what it never overwrites."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 
 from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
+from tests.support.started_runs import certificate, whole_run, write_lines
 from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
 from training.page.chart import MOST_POINTS, thin
 from training.page.starts import read_starts
+from training.page.timeline import draw_timeline
 
 VOID = {"meta", "link", "br", "path", "circle", "line"}
 SECTIONS = ("Loss", "Learning rate", "Gradient norm", "Throughput", "Memory", "Perplexity by length", "Certificate",
@@ -73,45 +76,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def certificate(*, step: int, minute: int, ranks: int = 2, **changes: Any) -> dict[str, Any]:
-    stated = [
-        {"rank": rank, "tensor_rank": 0, "stage": 0, "data_rank": rank, "position": "alibi", "backend": "sdpa",
-         "precision": "fp32", "device": "cpu", "heads": [0, 1, 2, 3], "slopes_sha256": "a", "recency": 0.1,
-         "error": 2e-7}
-        for rank in range(ranks)
-    ]  # fmt: skip
-    started_at = f"2026-01-02T03:{minute:02}:00+00:00"
-    return {"started_at": started_at, "step": step, "position": "alibi", "heads": 4, "ranks": stated, **changes}
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-
-
-def whole_run(folder: Path) -> Path:
-    """Return a run of ten steps whose first start lost steps 6 and 7 and whose second had a save that failed."""
-    run_dir = make_run(folder)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    lines = [{**line, "learning_rate": 1e-3, "grad_norm": 0.5} for line in lines]
-    lines[8] |= {"save_seconds": 3.0, "failed_saves": 1}
-    lines[9] |= {"failed_saves": 1}
-    write_lines(run_dir / "metrics.jsonl", lines)
-    write_lines(run_dir / "logs" / "metrics_discarded.jsonl", [{**lines[5], "save_seconds": 1.0}, lines[6]])
-    write_lines(run_dir / "certificates.jsonl", [certificate(step=0, minute=4), certificate(step=5, minute=9)])
-    environment = {
-        "python": "3.11.7",
-        "device": "a card",
-        "world_size": 2,
-        "packages": {"torch": "2.13.0", "gguf": None},
-        "slurm": {"job_id": "77", "nodes": "n[1-2]"},
-        "code": {"commit": "a" * 40, "diff": "+"},
-    }
-    (run_dir / "environment.json").write_text(json.dumps(environment))
-    add_report(run_dir, {32: 21.25, 64: 20.5, 128: 20.25})
-    return run_dir
-
-
 def written(trainshort: Call, *arguments: str, page: str) -> ReadPage:
     answer = trainshort("report", *arguments)
     assert (answer.code, answer.out, answer.error) == (0, "", f"page: {page}\n")
@@ -124,7 +88,7 @@ def test_a_page_has_every_part_and_needs_no_network(trainshort: Call) -> None:
     assert not {*SECTIONS} - {*page.headings}
     assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[a-z]", page.source)
     assert not [tag for tag, attributes in page.tags if {"src", "href"} & {*attributes} and tag != "link"]
-    assert page.curves("Loss") == ["each step", "mean of 2% of the steps", "validation"]
+    assert page.curves("Loss") == ["each step", "validation"], "the mean of so few steps is each step"
     assert page.curves("Perplexity by length") == ["nonoverlapping"]
     assert page.curves("Attention bias per head") == [f"head {head}" for head in range(4)]
     assert "training length 32" in page.text
@@ -148,18 +112,90 @@ def test_starts_and_failed_saves_are_on_the_time_line(trainshort: Call) -> None:
     assert "1 2026-01-02 03:04 UTC - 2 1 to 7 45 s 2 -" in page.text
     assert "2 2026-01-02 03:09 UTC 4m15s 2 6 to 10 35 s - 1" in page.text
     # 80 s on two ranks
-    assert "time of training 80 s device hours 0.0444 on a card lost 13 s: 2 steps trained again" in page.text
+    assert (
+        "time of training 80 s device hours 0.0444 on a card energy 1.1 kWh by the GPUs' own counters in" in page.text
+    )
+    assert "11 of 12 steps lost 13 s: 2 steps trained again" in page.text
 
 
 def test_runs_are_laid_over_each_other(trainshort: Call) -> None:
     for name, rate in (("a", 1e-3), ("b", 2e-3)):
         add_report(make_run(Path(name), train={"learning_rate": rate}), {32: 20.0, 64: 19.0})
     page = written(trainshort, "a", "b", page="comparison.html")
-    assert page.curves("Loss") == ["a, each step", "b, each step", "a", "a, validation", "b", "b, validation"]
+    assert page.curves("Loss") == ["a", "a, validation", "b", "b, validation"]
     assert page.curves("Perplexity by length") == ["a", "b"]
     assert "train.learning_rate 0.001 0.002" in page.text
+    assert "at step 32 1 x 64 2 x a 10 20.00 19.00 b 10 20.00 19.00" in page.text
     assert [attributes["data-shows"] for tag, attributes in page.tags if tag == "button"] == ["0", "1"]
     assert page.curves("Learning rate") == [], "no run has it"
+    assert "on held-out, per token; nonoverlapping" in page.text
+
+
+def test_a_long_run_shows_each_step_and_their_mean(trainshort: Call) -> None:
+    for name in ("a", "b"):
+        make_run(Path(name), steps=200, train={"steps": 200})
+    one = written(trainshort, "a", page="a/report.html")
+    assert one.curves("Loss") == ["each step", "mean of 2% of the steps", "validation"]
+    assert one.curves("Memory") == ["memory"]
+    two = written(trainshort, "a", "b", page="comparison.html")
+    assert two.curves("Loss") == ["a, each step", "b, each step", "a", "a, validation", "b", "b, validation"]
+
+
+def test_lines_of_several_runs_say_which_protocol_they_are(trainshort: Call) -> None:
+    plain = {"tokens": 4000, "loss": 1.0, "perplexity": 20.0, "length": 32}
+    results = [
+        {**plain, "protocol": protocol, "stride": stride}
+        for protocol, stride in (("nonoverlapping", 32), ("sliding", 8))
+    ]
+    for name in ("a", "b"):
+        add_report(make_run(Path(name)), {}, results=results)
+    page = written(trainshort, "a", "b", page="comparison.html")
+    assert "per token; solid: nonoverlapping, dashed: sliding:8" in page.text
+
+
+def test_figures_of_one_run_begin_with_its_longest_length(trainshort: Call) -> None:
+    page = written(trainshort, str(whole_run(Path("run"))), page="run/report.html")
+    assert "Figures perplexity at 128 20.25 4 x trained, 21.25 at 32 position alibi" in page.text
+    assert "training loss 4.0000 best 4.0000" in page.text
+
+
+def test_loss_by_position_is_drawn_where_it_is_known(trainshort: Call) -> None:
+    def results(high: float) -> list[dict[str, Any]]:
+        known = {"positions": [0, 1, 32, 64], "loss": [9.0, high, None, high / 2]}
+        plain = {"protocol": "nonoverlapping", "tokens": 4000, "loss": 1.0, "perplexity": 20.0}
+        lengths = [{**plain, "length": length, "stride": length} for length in (32, 64, 128)]
+        return [{**each, "loss_by_position": known} for each in lengths[:2]] + lengths[2:]
+
+    for name in ("a", "b"):
+        add_report(make_run(Path(name)), {}, results=results(5.0))
+    one = written(trainshort, "a", page="a/report.html")
+    assert one.curves("Loss by position") == ["32 tokens", "64 tokens"]
+    (chart,) = [part for part in one.source.split("<figure")[1:] if "<h3>Loss by position</h3>" in part]
+    # neither position 0, which a logarithmic axis has not, nor a loss that is missing
+    assert [path.count(",") for path in re.findall(r'<path d="([^"]+)"', chart)] == [2, 2]
+    assert "training length 32" in chart
+    several = written(trainshort, "a", "b", page="comparison.html")
+    assert several.curves("Loss by position") == ["a, 64 tokens", "b, 64 tokens"]
+
+
+def test_scores_are_drawn_only_if_some_were_left_out(trainshort: Call) -> None:
+    for name, density in (("all", 1.0), ("some", 0.75)):
+        run_dir = make_run(Path(name))
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        write_lines(run_dir / "metrics.jsonl", [{**line, "attention_density": density} for line in lines])
+    title = "Attention scores computed"
+    assert title not in written(trainshort, "all", page="all/report.html").headings
+    assert title in written(trainshort, "some", page="some/report.html").headings
+
+
+def test_a_thousand_starts_stay_on_the_time_line(tmp_path: Path) -> None:
+    steps = [{"step": step, "loss": 1.0, "step_seconds": 1.0} for step in range(1, 1001)]
+    write_lines(tmp_path / "certificates.jsonl", [certificate(step=step, minute=1) for step in range(1000)])
+    timeline = draw_timeline(read_starts(tmp_path, steps), run_dir=tmp_path)
+    lefts = [bar.left for bar in timeline.bars]
+    assert lefts == sorted(lefts)
+    assert min(bar.kept for bar in timeline.bars) > 0
+    assert (lefts[0], round(timeline.bars[-1].left + timeline.bars[-1].kept, 6)) == (0.0, 100.0)
 
 
 def test_a_new_run_says_what_is_missing_and_what_makes_it(trainshort: Call) -> None:
@@ -206,7 +242,18 @@ def test_axes_have_round_ticks_that_read_well() -> None:
     assert lengths_axis([128, 300, 512, 16_384], keep=[256]).ticks == (128, 256, 512, 16_384)
     written = [write_value(value, unit="plain") for value in (0.0, 0.25, 2e-4, 1.5e-4, 12_000.0, 3.2e6)]
     assert written == ["0", "0.25", "2e-4", "1.5e-4", "12,000", "3.2e6"]
-    assert [write_value(value, unit="count") for value in (16_384, 2e10)] == ["16,384", "20B"]
+    assert [write_value(value, unit="count") for value in (16_384, 1e8, 2e10)] == ["16,384", "100M", "20B"]
+    sizes = [write_value(value, unit="gigabytes") for value in (0.5, 1.0, 1.5, 20.0, 1.25, 100.0)]
+    assert sizes == ["500 MB", "1 GB", "1.5 GB", "20 GB", "1.25 GB", "100 GB"]
+
+
+def test_axes_hold_the_largest_and_the_smallest_numbers() -> None:
+    for values in ([20.0, 1e300], [1e-320, 1.0], [-1.7e308, 1.7e308], [1e308], [1e-310, 1e-309]):
+        for logarithmic in (False, True):
+            axis = fit_axis(values, may_be_logarithmic=logarithmic)
+            assert -math.inf < axis.low < axis.high < math.inf
+            assert all(math.isfinite(axis.place(value)) for value in (axis.low, 1.0, axis.high))
+            assert axis.ticks
 
 
 def test_a_large_layout_shows_its_first_copies(trainshort: Call) -> None:

@@ -25,11 +25,11 @@ from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.support.byte_level import VOCABULARY, change_json, train_byte_level
 from tests.support.command_line import Call, refused, write_run
 from tests.support.data import BOOK, small_data, write_book
+from tests.support.evaluation import evaluate
 from tests.support.one_rank import OneRank
 from training.api import load
 from training.checkpoint.read import open_checkpoint
 from training.checkpoint.verify import verify_checkpoints
-from training.evaluation.run import evaluate_checkpoint
 from training.export.run import export_checkpoint
 from training.preflight import check_init_from
 
@@ -268,10 +268,10 @@ def test_it_goes_with_a_run_from_data_to_export(rank: OneRank, homes: dict[str, 
     generated = model.generate("Once 日", tokens=30, seed=3)
     assert str(generated) == "Once 日" + ours.decode(generated.token_ids)
     book = write_book(tmp_path)
-    report = evaluate_checkpoint(tmp_path / "run", lengths=(8,), protocols=None, data=book)
+    report = evaluate(tmp_path / "run", lengths=(8,), protocols=None, data=book)
     assert report["text_sha256"] == hashlib.sha256(book.read_bytes()).hexdigest(), "that of any tokenizer"
     assert report["tokenizer_sha256"] == prepared.tokenizer_sha256
-    held_out = evaluate_checkpoint(tmp_path / "run", lengths=(8,), protocols=None, data=None)
+    held_out = evaluate(tmp_path / "run", lengths=(8,), protocols=None, data=None)
     assert held_out["data"]["words"] > 100
     exported = export_checkpoint(tmp_path / "run", format="hf", out=tmp_path / "hf").folder
     assert (exported / "tokenizer.json").read_bytes() == checkpoint.tokenizer.read_bytes()

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos import databricks_pb2 as codes
 from sqlalchemy.exc import OperationalError
 
-from training.tracking.failures import advice_on, may_pass, reason_of
+from training.tracking.failures import advice_on, is_about_file, may_pass, reason_of
 from training.tracking.store import Store
 from training.tracking.tracker import MlflowTracker
 
@@ -137,3 +137,10 @@ def test_a_server_gets_the_password_and_the_log_does_not(
     assert "give user and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in caplog.text
     for secret in ("p@ss/word", "p%40ss%2Fword", b64encode(b"me:p@ss/word").decode()):
         assert secret not in caplog.text
+
+
+def test_a_store_of_artifacts_without_access_is_waited_for() -> None:
+    assert not any(
+        is_about_file(error) for error in (upload_refused(403), answered(401), PermissionError(13, "denied"))
+    )
+    assert all(map(is_about_file, (upload_refused(413), FileNotFoundError(2, "No such file"))))

@@ -1,12 +1,14 @@
 """What a run is called in MLflow: its metrics, parameters, tags and files."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import mlflow
 import pytest
 
 from configs.load import dump_run, load_run
@@ -64,7 +66,13 @@ def observe(run_dir: Path, *results: StepResult, environment: Mapping[str, Any] 
 def test_every_field_of_a_step_has_a_name_in_a_group() -> None:
     assert {*METRIC_NAMES} == {field.name for field in fields(StepResult)} - {"step"}
     assert len({*METRIC_NAMES.values()}) == len(METRIC_NAMES)
-    assert {name.partition("/")[0] for name in METRIC_NAMES.values()} == {"train", "time", "memory", "validation"}
+    assert {name.partition("/")[0] for name in METRIC_NAMES.values()} == {
+        "train",
+        "time",
+        "memory",
+        "validation",
+        "energy",
+    }
 
 
 def test_a_run_is_logged_as_mlflow_users_expect(run_dir: Path, database: MlflowDatabase) -> None:
@@ -105,6 +113,45 @@ def test_a_run_is_logged_as_mlflow_users_expect(run_dir: Path, database: MlflowD
     assert artifacts == {"config.yaml", "environment.json", "certificates.jsonl"}
 
 
+def test_losses_are_drawn_over_tokens_too(run_dir: Path, database: MlflowDatabase) -> None:
+    steps = [step_result(step=step, tokens_seen=1_000_000 * step, loss=9.0 - step) for step in (1, 2, 3)]
+    validated = dataclasses.replace(steps[1], validation_loss=4.0)
+    observe(run_dir, steps[0], validated)
+    observe(run_dir, validated, steps[2])  # resumed from a checkpoint of step 1
+    query = "select key, step, value from metrics where key like 'by_tokens/%' order by key, step"
+    assert database.rows(query) == [
+        *[("by_tokens/train_loss", 1_000_000 * step, 9.0 - step) for step in (1, 2, 3)],
+        ("by_tokens/validation_loss", 2_000_000, 4.0),
+    ]
+
+
+def test_energy_is_summed_over_all_starts(run_dir: Path, database: MlflowDatabase) -> None:
+    steps = [step_result(step=step, energy_joules=360_000.0) for step in (1, 2, 3)]
+    observe(run_dir, step_result(step=0), *steps[:2])
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(asdict(step))}\n" for step in steps[:2]))
+    observe(run_dir, steps[2])
+    query = "select step, value from metrics where key = 'energy/{}' order by step"
+    assert database.rows(query.format("step_joules")) == [(step, 360_000.0) for step in (1, 2, 3)]
+    assert database.rows(query.format("total_kwh")) == [(1, 0.1), (2, 0.2), (3, pytest.approx(0.3))]
+
+
+def test_a_value_that_is_too_long_is_whole_in_a_file(
+    run_dir: Path, database: MlflowDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.tracking.observer.run_params", lambda *_, **__: {"data": {"sources": ["é" * 7000]}})
+    (run_dir / "reproduce.json").write_text("{}")
+    observe(run_dir)
+    [(value,)] = database.rows("select value from params where key = 'data.sources'")
+    assert str(value).startswith('["ééé')
+    assert str(value).endswith("é ... (whole in long_params.json)")
+    assert len(str(value)) == 6000
+    client = mlflow.MlflowClient(f"sqlite:///{run_dir.parent}/mlflow.db")
+    [run] = client.search_runs(["1"])
+    whole = client.download_artifacts(run.info.run_id, "long_params.json", str(run_dir))
+    assert json.loads(Path(whole).read_text()) == {"data.sources": json.dumps(["é" * 7000], ensure_ascii=False)}
+    assert {"reproduce.json", "config.yaml"} <= {each.path for each in client.list_artifacts(run.info.run_id)}
+
+
 def test_a_job_of_slurm_is_named_and_its_section_logged(run_dir: Path, database: MlflowDatabase) -> None:
     observe(run_dir, environment={})  # of a wheel, which has no commit
     assert database.rows("select key from tags where key like '%git%'") == []
@@ -126,7 +173,8 @@ def test_a_run_begun_under_old_names_is_logged_once(run_dir: Path, database: Mlf
     old.finish("KILLED")
     observe(run_dir, step_result(step=3), step_result(step=4))  # resumed from a checkpoint of step 2
     observe(run_dir, step_result(step=4), step_result(step=5))
-    assert database.rows("select key, step from metrics where key like '%loss' order by key, step") == [
+    losses = "select key, step from metrics where key like '%loss' and key not like 'by_tokens/%' order by key, step"
+    assert database.rows(losses) == [
         *[("loss", step) for step in (1, 2, 3)],
         *[("train/loss", step) for step in (3, 4, 5)],
     ]

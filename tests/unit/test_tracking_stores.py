@@ -197,6 +197,7 @@ def test_a_missing_store_is_not_created_by_later_commands(tmp_path: Path, caplog
     write_record(run_dir, RunRecord("1", f"sqlite:///{gone}"))
     attached = attach(run_dir, uri=f"sqlite:///{gone}")
     assert attached is not None
+    attached.metrics(1, {"loss": 1.0})
     attached.close()
     assert f"{gone} does not exist" in caplog.text
     assert "MLFLOW_TRACKING_URI" in caplog.text

@@ -1,23 +1,20 @@
 """What a node does during training reaches MLflow, and nothing of it reaches training."""
 
-import json
 import logging
-import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any, ClassVar
+from threading import Thread
 
 import pytest
 
-from configs.load import load_run
 from parallel.start import ProcessRank, node_count
 from tests.support.mlflow_database import MlflowDatabase
-from training.tracking.record import RunRecord, write_record
-from training.tracking.system import SystemMetrics, is_wanted, node_observers
+from tests.support.run_folders import start_run
+from training.tracking.spool import Event
+from training.tracking.system import SystemMetrics, is_wanted, node_observers, wait_for_other_nodes
 from training.tracking.tracker import MlflowTracker
 
 # a warning of sqlalchemy about mlflow's queries
@@ -46,7 +43,7 @@ def database(run_dir: Path) -> MlflowDatabase:
 def measure(run_dir: Path, *, seconds: float) -> None:
     tracker = MlflowTracker(run_dir, name="first", experiment=None, uri=None)
     tracker.start({}, run_dir / "config.yaml")
-    system = SystemMetrics(tracker)
+    system = SystemMetrics(tracker.put)
     time.sleep(seconds)
     system.stop()
     tracker.finish("FINISHED")
@@ -89,31 +86,21 @@ def test_mlflows_variables_count(run_dir: Path, database: MlflowDatabase, monkey
     assert is_wanted({"MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true"})
 
 
-class Recorder:
-    """A tracker that counts what it gets."""
-
-    def __init__(self) -> None:
-        self.lines = 0
-
-    def metrics(self, step: int | None, values: dict[str, float]) -> None:
-        self.lines += 1
-
-
 @pytest.mark.usefixtures("run_dir")
 @pytest.mark.parametrize("value", ["0", "inf", "nan"])
 def test_a_variable_that_means_nothing_is_survived(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", value)
-    tracker: Any = Recorder()
-    system = SystemMetrics(tracker)
-    wait_for(lambda: tracker.lines)
+    events: list[Event] = []
+    system = SystemMetrics(events.append)
+    wait_for(lambda: events)
     time.sleep(0.3)
     system.stop()
-    assert tracker.lines <= 4  # one per interval, and the last
+    assert len(events) <= 4  # one per interval, and the last
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "inf")  # as if it were not set
-    system = SystemMetrics(tracker)
+    system = SystemMetrics(events.append)
     system.stop()
-    assert tracker.lines <= 5
+    assert len(events) <= 5
 
 
 def test_a_broken_monitor_is_left_out(
@@ -129,65 +116,77 @@ def test_a_broken_monitor_is_left_out(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-class Server(BaseHTTPRequestHandler):
-    """An MLflow server that knows one run and keeps the metrics that it gets."""
-
-    seen: ClassVar[list[str]] = []
-
-    def do_GET(self) -> None:
-        info = {"run_id": "1", "run_uuid": "1", "status": "RUNNING", "lifecycle_stage": "active", "start_time": 0}
-        self.answer({"run": {"info": info, "data": {}}})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.seen.extend(metric["key"] for metric in body.get("metrics", []))
-        self.answer({})
-
-    def answer(self, document: dict[str, Any]) -> None:
-        text = json.dumps(document).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    """The address of an MLflow server."""
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-    running.server_close()
-
-
-def test_another_node_adds_to_the_same_run(
-    run_dir: Path, server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_two_nodes_are_one_run_in_a_file(
+    run_dir: Path, database: MlflowDatabase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = load_run("demo", overrides=[f"run.dir={run_dir}", f"track.uri={server}"])
-    monkeypatch.setattr("training.tracking.system.RECORD_POLL_SECONDS", 0.1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     first_here, second_here = (ProcessRank(4 + local, 8, local, "env://", "torchrun") for local in (0, 1))
-    assert node_observers(config, run_dir=run_dir, place=second_here) == []
-    [observer] = node_observers(config, run_dir=run_dir, place=first_here)
-    write_record(run_dir, RunRecord("1", server))  # of an earlier start
-    time.sleep(0.3)
-    assert Server.seen == []
-    write_record(run_dir, RunRecord("1", server, is_open=True))  # now the first node has opened it
-    wait_for(lambda: Server.seen)
-    observer.close("FINISHED")
-    assert {f"system/{socket.gethostname()}/{name}" for name in NAMES} <= {*Server.seen}
-    # a server that is away, and a file that several nodes must not write to
-    for uri in ("http://127.0.0.1:9", "sqlite:////shared/mlflow.db"):
-        write_record(run_dir, RunRecord("1", uri, is_open=True))
-        [observer] = node_observers(config, run_dir=run_dir, place=first_here)
-        time.sleep(0.3)
-        observer.close("FAILED")
+    assert node_observers(run_dir, place=second_here) == []
+    assert node_observers(run_dir, place=ProcessRank(0, 8, 0, "env://", "torchrun")) == []
+    nodes = ("near", "far")
+    query = "select count(*) from metrics where key = 'system/{}/cpu_utilization_percentage'"
+    for _ in range(2):  # a start and its resume
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "far")
+        [observer] = node_observers(run_dir, place=first_here)
+        wait_for(lambda: [*(run_dir / "tracking").glob("*.jsonl")])  # its first sample
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "near")
+        tracker = MlflowTracker(run_dir, name="first", experiment=None, uri=None)
+        tracker.start({}, run_dir / "config.yaml")
+        system = SystemMetrics(tracker.put)
+        for step in (1, 2, 3):
+            tracker.metrics(step, {"train/loss": 1.0})
+        time.sleep(0.5)
+        system.stop()
+        closing = Thread(target=observer.close, args=("FINISHED",))
+        closing.start()  # later than this node, which waits for it
+        wait_for_other_nodes(run_dir)
+        tracker.finish("FINISHED")
+        closing.join()
+        assert not [*(run_dir / "tracking").glob("*.jsonl")], "all is sent"
+    assert database.rows("select status from runs") == [("FINISHED",)]
+    assert database.rows("select step from metrics where key = 'train/loss' order by step") == [(1,), (2,), (3,)]
+    counts = [database.rows(query.format(node)) for node in nodes]
+    assert all(int(str(count)) >= 4 for [(count,)] in counts), counts
+    for node in nodes:
+        names = {str(name) for (name,) in database.rows(f"select key from metrics where key like 'system/{node}/%'")}
+        assert {f"system/{node}/{name}" for name in NAMES} <= names
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_node_that_is_lost_is_not_waited_for(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.tracking.system.CLOSING_SECONDS", 0.3)
+    start_run(run_dir)
+    folder = run_dir / "tracking"
+    folder.mkdir()
+    # of an earlier start, and of a process that evaluates on a machine with that name
+    for name in ("000000-1-elsewhere-node-abc", "000001-1-my-node-7-added-abc"):
+        (folder / f"{name}-0000.jsonl").write_text('{"n": 1, "kind": "metrics"}\n')
+    began = time.monotonic()
+    wait_for_other_nodes(run_dir)
+    assert time.monotonic() - began < 0.2
+    (folder / "000001-2-elsewhere-node-abc-0000.jsonl").write_text('{"n": 1, "kind": "metrics"}\n')
+    wait_for_other_nodes(run_dir)
+    assert 0.3 <= time.monotonic() - began < 2.0
+
+
+def test_energy_and_power_of_each_gpu_are_measured(
+    run_dir: Path, database: MlflowDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Growing:
+        """A counter of 36 kJ a sample."""
+
+        def take(self) -> float:
+            return 36_000.0
+
+    monkeypatch.setattr("training.tracking.system.counters_of_node", lambda _: [Growing(), Growing()])
+    measure(run_dir, seconds=0.7)
+    rows = database.rows("select value from metrics where key = 'system/gpu_1_energy_kwh' order by timestamp")
+    energies = [float(str(value)) for (value,) in rows]
+    assert energies == pytest.approx([0.01 * (2 + sample) for sample in range(len(energies))])
+    assert len(energies) >= 2
+    [(power,)] = database.rows("select value from metrics where key = 'system/gpu_0_mean_power_watts' limit 1")
+    assert float(str(power)) == pytest.approx(36_000.0 / 0.3, rel=0.5)
 
 
 def test_a_wait_for_the_last_records_is_said_if_one_follows(
@@ -195,8 +194,8 @@ def test_a_wait_for_the_last_records_is_said_if_one_follows(
 ) -> None:
     monkeypatch.setattr("training.tracking.tracker.SILENT_SECONDS", 0.2)
     caplog.set_level(logging.INFO)
-    waiting, hung = Event(), Event()
-    monkeypatch.setattr("training.tracking.tracker.import_client", lambda: (waiting.set(), hung.wait(20)))
+    waiting, hung = threading.Event(), threading.Event()
+    monkeypatch.setattr("training.tracking.sender.import_client", lambda: (waiting.set(), hung.wait(20)))
     for seconds, expected in ((0.1, 0), (0.5, 1)):
         tracker = MlflowTracker(run_dir, name="a", experiment=None, uri="http://127.0.0.1:9")
         tracker.start({}, run_dir / "config.yaml")

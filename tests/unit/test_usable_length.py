@@ -125,7 +125,9 @@ def exported(trainshort: Call, run_dir: Path, out: str) -> tuple[list[str], dict
 
 
 def test_an_export_allows_what_was_measured(trainshort: Call, run_dir: Path) -> None:
-    write(report_of({8: 100.0, 16: 90.0, 32: 90.1, 64: 95.0}), run_dir / "evaluation" / NAME / "report.json")
+    verdict = {"usable_length": 32, "effective_context": 24}
+    report = report_of({8: 100.0, 16: 90.0, 32: 90.1, 64: 95.0}, verdict=verdict)
+    write(report, run_dir / "evaluation" / NAME / "report.json")
     lines, config, card = exported(trainshort, run_dir, "out")
     first, longest, last = lines
     assert first.startswith("exported out: at lengths 8 and 32 logits differ by ")
@@ -135,6 +137,10 @@ def test_an_export_allows_what_was_measured(trainshort: Call, run_dir: Path) -> 
     assert "Longest text: 32 tokens, the longest whose perplexity" in card
     assert "| 64 | 8 | 5.0000 | 95.00 |" in card
     assert "On 900 tokens of held-out text" in card
+    folder, said = run_dir.parent / "out", "Effective context: 24 tokens; with no more context, perplexity"
+    assert said in card
+    assert said in (folder / "EXPORT.md").read_text()
+    assert json.loads((folder / "export.json").read_text())["lengths"]["effective_context"] == 24
 
 
 def test_an_export_without_a_report_says_what_to_do(trainshort: Call, run_dir: Path) -> None:

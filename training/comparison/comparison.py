@@ -18,7 +18,7 @@ from training.evaluation.kept import (
     read_report,
     text_name,
 )
-from training.evaluation.report import protocol_name, result_key
+from training.evaluation.results import protocol_name, result_key
 
 _SAME_PRECISION = f"Evaluate each in the same --precision; {DEFAULT_PRECISION} is the default"
 # They differ between any two runs; the labels show them.
@@ -66,12 +66,14 @@ class Comparison:
         texts: Perplexities, a table per text; the one with the most runs first.
         differences: Values of each key of the run files that differs, in the order of the runs.
         notes: What keeps the runs from being compared, and what to do about it.
+        unevaluated: Those of the notes that tell which runs have no evaluation.
     """
 
     runs: tuple[ComparedRun, ...]
     texts: tuple[TextResults, ...]
     differences: dict[str, list[Any]]
     notes: tuple[str, ...]
+    unevaluated: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -105,8 +107,9 @@ def compare_runs(paths: Sequence[Path], *, text: str | None) -> Comparison:
     """
     runs = read_runs(paths, text=text)
     texts = tuple(_results_of(group, runs) for group in _groups(runs))
-    notes = [*_missing(runs, text=text), *_incomparable(runs, texts=texts)]
-    return Comparison(runs=runs, texts=texts, differences=_differences(runs), notes=tuple(notes))
+    unevaluated = tuple(_unevaluated(runs, text=text))
+    notes = (*unevaluated, *_outdated(runs), *_incomparable(runs, texts=texts))
+    return Comparison(runs=runs, texts=texts, differences=_differences(runs), notes=notes, unevaluated=unevaluated)
 
 
 def _groups(runs: Sequence[ComparedRun]) -> list[list[int]]:
@@ -177,21 +180,25 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _missing(runs: Sequence[ComparedRun], *, text: str | None) -> Iterator[str]:
-    """Yield a note for each run that was not evaluated where one looks for it."""
+def _unevaluated(runs: Sequence[ComparedRun], *, text: str | None) -> Iterator[str]:
+    """Yield a note for each run that was not evaluated."""
     for run in runs:
-        command = f"trainshort evaluate {typed_path(run.path)}"
         if run.report is None and run.checkpoint is None:
             broken = "" if not list_checkpoints(run.run_dir) else " that is whole"
             yield f"{run.label} has no checkpoint{broken or ' yet'}, so there is nothing to evaluate"
         elif run.report is None:
-            on = "" if text is None else f" of {text}"
-            yield f"{run.label} has no evaluation{on}: {command}{'' if text is None else ' --data FILE'}"
-        elif run.checkpoint not in (None, Path(run.report["checkpoint"]).name):
+            on, data = ("", "") if text is None else (f" of {text}", " --data FILE")
+            yield f"{run.label} has no evaluation{on}: trainshort evaluate {typed_path(run.path)}{data}"
+
+
+def _outdated(runs: Sequence[ComparedRun]) -> Iterator[str]:
+    """Yield a note for each run that was evaluated at another checkpoint than the one that is compared."""
+    for run in runs:
+        if run.report is not None and run.checkpoint not in (None, Path(run.report["checkpoint"]).name):
             file = run.report.get("text_path")  # version 0.1.0 did not keep it
             data = "" if is_held_out(run.report) else f" --data {typed_path(file) if file else 'FILE'}"
             at = f"at step {run.report['step']}, not at its newest checkpoint"
-            yield f"{run.label} was evaluated {at}: {command}{data}"
+            yield f"{run.label} was evaluated {at}: trainshort evaluate {typed_path(run.path)}{data}"
 
 
 def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from training.evaluation.chart import (
     line_style,
     mark_training_length,
     new_figure,
+    ring_point,
     save_figure,
     scale_axes,
     shorten,
@@ -108,8 +109,7 @@ def _draw_perplexities(axes: Axes, comparison: Comparison, text: TextResults) ->
         facts.append("rings: training lengths")
         for number, length in trained_at.items():
             if length in measured[number]:
-                ring = {**line_style(number), "marker": "o", "markersize": 12, "fillstyle": "none"}
-                axes.plot([length], [measured[number][length]], linestyle="none", zorder=4, **ring)
+                ring_point(axes, (length, measured[number][length]), number=number)
     _write_last_values(axes, [max(points.items()) for points in measured.values()])
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel(f"perplexity per {'word' if text.unit == 'word_perplexity' else 'token'}")

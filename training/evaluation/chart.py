@@ -19,6 +19,7 @@ TEXT_BOX = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "no
 # The palette of Okabe and Ito, safe for colour-blind readers. The markers distinguish the lines in greyscale.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_DASHES = ("-", "--", ":")  # of the lines from the seventh on, whose colours repeat
 # make the axis logarithmic from this ratio of the highest perplexity to the lowest
 _LOGARITHMIC_RATIO = 6.0
 # label only powers of ten from this ratio
@@ -73,7 +74,9 @@ def draw_curve(axes: Axes, points: Iterable[tuple[int, float]], *, label: str, n
         number: Selects its style.
     """
     lengths, perplexities = zip(*sorted(points), strict=True)
-    axes.plot(lengths, perplexities, label=label, linewidth=1.8, markersize=5.5, zorder=3, **line_style(number))
+    dashes = _DASHES[number // len(_COLOURS) % len(_DASHES)]
+    style = line_style(number)
+    axes.plot(lengths, perplexities, dashes, label=label, linewidth=1.8, markersize=5.5, zorder=3, **style)
 
 
 def scale_axes(axes: Axes, *, lengths: Collection[int], perplexities: Collection[float], keep: Collection[int]) -> None:
@@ -119,6 +122,12 @@ def mark_training_length(axes: Axes, length: int, *, text: str) -> None:
         fontsize=9,
         bbox=TEXT_BOX,
     )
+
+
+def ring_point(axes: Axes, point: tuple[int, float], *, number: int) -> None:
+    """Draw a ring around a point of a line: its training length, where lines have several."""
+    ring = {**line_style(number), "marker": "o", "markersize": 12, "fillstyle": "none"}
+    axes.plot([point[0]], [point[1]], linestyle="none", zorder=4, **ring)
 
 
 def head_axes(axes: Axes, *, heading: str, facts: str) -> None:

@@ -43,7 +43,7 @@ def check_evaluation_folder(folder: Path, *, name: str) -> None:
             ) from None
 
 
-def write_evaluation(report: dict[str, Any], folder: Path, *, name: str) -> tuple[Path, ...]:
+def write_evaluation(report: dict[str, Any], folder: Path, *, name: str, is_newest: bool = True) -> tuple[Path, ...]:
     """Add a report to what is kept of its checkpoint, text and precision, and write it as the newest.
 
     Return the JSON, Markdown and PNG of what is kept.
@@ -54,6 +54,7 @@ def write_evaluation(report: dict[str, Any], folder: Path, *, name: str) -> tupl
         report: The contents of report.json.
         folder: RUN_DIR/evaluation.
         name: Name of the checkpoint's folder.
+        is_newest: Whether it replaces the newest report of the run.
     Raises:
         ReportNotWritten: a disk is full or failing.
     """
@@ -61,7 +62,8 @@ def write_evaluation(report: dict[str, Any], folder: Path, *, name: str) -> tupl
         label = report_label(report, folder)
         kept = _with_earlier(report, folder / name / f"{label}.json")
         files = _write(kept, folder / name, name=label, plot=f"{label}.png")
-        _write(report, folder, name=NEWEST, plot=NEWEST_PLOT)
+        if is_newest:
+            _write(report, folder, name=NEWEST, plot=NEWEST_PLOT)
         return files
     except OSError as error:
         raise ReportNotWritten(

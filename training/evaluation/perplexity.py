@@ -12,8 +12,9 @@ import torch
 
 from configs.errors import TrainshortError
 from configs.protocols import WindowProtocol
-from training.evaluation.windows import Windows, place_windows
-from training.model.windows import LosslessWindows
+from training.evaluation.positions import LossByPosition, by_position
+from training.evaluation.resampling import Units, drawn_losses
+from training.evaluation.sums import LossSums
 
 # exp overflows fp64 above this loss, so there is no perplexity to report
 _HIGHEST_LOSS = math.log(1e300)
@@ -29,13 +30,14 @@ class Scorer(Protocol):
     @property
     def batch_tokens(self) -> int: ...
 
-    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the negative log-likelihood of each predicted token, perhaps before it is computed.
+    def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
+        """Return the negative log-likelihood of predicted tokens, perhaps before it is computed.
 
         Args:
             tokens: [batch, length + 1] int64, of any length.
+            last: How many of the last predictions; None for all.
         Returns:
-            Of tokens[:, 1:], in nats, [batch, length] fp32, on any device.
+            Of tokens[:, -last:], in nats, [batch, last] fp32, on any device.
         """
         ...
 
@@ -51,6 +53,9 @@ class PerplexityResult:
         loss: Mean negative log-likelihood of the scored predictions, in nats.
         density_by_layer: Share of the causal scores that each block's attention computed, mean over heads and windows;
             empty if its kernel does not count them.
+        draws: The loss of each draw of the text's units; empty if none was drawn.
+        by_position: The loss by place in the window; None if it was not kept.
+        same_tokens: Whether other lengths of the sweep score the same tokens.
     """
 
     length: int
@@ -58,11 +63,19 @@ class PerplexityResult:
     tokens: int
     loss: float
     density_by_layer: tuple[float, ...] = ()
+    draws: tuple[float, ...] = ()
+    by_position: LossByPosition | None = None
+    same_tokens: bool = False
 
     @property
     def perplexity(self) -> float:
         """Perplexity per token."""
         return math.exp(self.loss)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the loss, in nats; None if no units were drawn."""
+        return float(np.std(self.draws, ddof=1)) if self.draws else None
 
     @property
     def attention_density(self) -> float | None:
@@ -74,10 +87,11 @@ def measure_loss(
     scorer: Scorer,
     tokens: npt.NDArray[np.int64],
     *,
-    length: int,
     protocol: WindowProtocol,
+    units: Units,
+    sums: LossSums,
     batch_tokens: int,
-    attention: LosslessWindows | None = None,
+    same_tokens: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:
     """Measure the mean loss of a text, cut into windows.
@@ -85,77 +99,73 @@ def measure_loss(
     Args:
         scorer: The model.
         tokens: The text, [tokens], int64.
-        length: Inputs of a window.
-        protocol: How the window moves.
+        protocol: How the windows were placed.
+        units: Units of the text.
+        sums: Sums of the windows; those that are done are not scored again.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
-        attention: Counts the scores that the model's attention computes; None if nothing counts them.
+        same_tokens: Whether other lengths of the sweep score the same tokens.
         progress: Called after each pass with the number of inputs in it, windows x length; a GPU's may not be done.
     Raises:
-        InputError: the text is shorter than a window, or the protocol does not fit the length.
         TrainshortError: the loss is nan, or too large for a perplexity.
     """
-    windows = place_windows(len(tokens), length=length, protocol=protocol)
+    score_windows(scorer, tokens, sums=sums, batch_tokens=batch_tokens, progress=progress)
+    windows, totals = sums.windows, sums.totals()
+    scored = windows.scored
+    loss = require_finite(float(totals.by_unit.sum()) / scored, length=windows.length)
+    counts = np.add.reduceat(windows.scored_tokens(units.tokens), units.starts, dtype=np.int64)
+    return PerplexityResult(
+        length=windows.length,
+        protocol=protocol,
+        tokens=scored,
+        loss=loss,
+        density_by_layer=totals.density_by_layer,
+        draws=tuple(drawn_losses(totals.by_unit, counts).tolist()),
+        by_position=by_position(totals.by_position, windows.scored_at()),
+        same_tokens=same_tokens,
+    )
+
+
+def score_windows(
+    scorer: Scorer,
+    tokens: npt.NDArray[np.int64],
+    *,
+    sums: LossSums,
+    batch_tokens: int,
+    progress: Callable[[int], None] | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Add up the losses of the windows that are not scored yet.
+
+    Args:
+        scorer: The model.
+        tokens: The text, [tokens], int64.
+        sums: Sums of the windows; those that are done are left out.
+        batch_tokens: Most inputs of one forward pass; a pass has at least one window.
+        progress: Called after each pass with the number of inputs in it; a GPU's may not be done.
+        change: Changes the tokens of each batch, [batch, length + 1], before the model sees them.
+    """
+    windows, length = sums.windows, sums.windows.length
     # a view of every window at stride 1, [tokens - length, length + 1]; indexing copies only a batch's windows
     views = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
-    batch = max(1, batch_tokens // length)
-    # Sums stay where the losses are: reading one would wait for a GPU, which can begin the next batch meanwhile.
-    sums, densities = [], _Densities(attention)
+    sums.forget_calls()
     with torch.no_grad():
-        for first in range(0, windows.count, batch):
-            starts = windows.starts(first, first + batch)
-            losses = scorer.losses(torch.from_numpy(views[starts]))
-            sums.append(_sum_scored(losses, windows=windows, first=first))
-            densities.add(windows=len(starts))
+        for batch in windows.batches(most=max(1, batch_tokens // length), first=sums.done):
+            inputs = torch.from_numpy(views[windows.starts[batch]])
+            last = length - int(windows.scored_from[batch].min())
+            sums.add(scorer.losses(inputs if change is None else change(inputs), last=last), batch=batch)
             if progress is not None:
-                progress(len(starts) * length)
-    loss = float(torch.stack(sums).sum()) / windows.scored
+                progress(len(inputs) * length)
+
+
+def require_finite(loss: float, *, length: int) -> float:
+    """Return a loss.
+
+    Raises:
+        TrainshortError: it is nan, or too large for a perplexity.
+    """
     # `not <` instead of `>=`: nan must fail too.
     if not loss < _HIGHEST_LOSS:
         raise TrainshortError(
             f"the loss at length {length} is {loss}: the checkpoint's weights have diverged, take an earlier one"
         )
-    return PerplexityResult(
-        length=length, protocol=protocol, tokens=windows.scored, loss=loss, density_by_layer=densities.by_layer()
-    )
-
-
-@dataclass
-class _Densities:
-    """The densities of a measurement's passes; like the losses, they stay on the device until the end."""
-
-    attention: LosslessWindows | None
-    total: torch.Tensor | None = None
-    windows: int = 0
-
-    def __post_init__(self) -> None:
-        if self.attention is not None:
-            self.attention.take()  # of calls before the first pass
-
-    def add(self, *, windows: int) -> None:
-        """Add those of a pass over so many windows of text, one per block."""
-        taken = self.attention.take() if self.attention is not None else []
-        if taken:
-            weighted = torch.stack(taken).double() * windows
-            self.total = weighted if self.total is None else self.total + weighted
-            self.windows += windows
-
-    def by_layer(self) -> tuple[float, ...]:
-        """Return each block's mean over windows."""
-        return () if self.total is None else tuple((self.total / self.windows).tolist())
-
-
-def _sum_scored(losses: torch.Tensor, *, windows: Windows, first: int) -> torch.Tensor:
-    """Return the sum of the losses that a batch of windows scores, a scalar in fp64.
-
-    Args:
-        losses: [batch, length] fp32.
-        windows: All windows of the text.
-        first: Index of the batch's first window.
-    """
-    # In fp64: a sum of millions of fp32 losses would lose digits.
-    exact = losses.double()
-    total = exact[:, windows.first_scored(first + 1) :].sum()
-    if first == 0:
-        # The slice above left out the early predictions, which the text's first window scores too.
-        total += exact[0, : windows.first_scored(1)].sum()
-    return total
+    return loss

@@ -1,5 +1,7 @@
 """Draw the perplexity of one checkpoint against length."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from training.evaluation.chart import (
     TEXT_BOX,
     draw_curve,
     head_axes,
+    line_style,
     mark_training_length,
     new_figure,
     save_figure,
@@ -18,7 +21,9 @@ from training.evaluation.chart import (
     shorten,
     write_above,
 )
+from training.evaluation.context_plot import draw_context
 from training.evaluation.kept import other_precision
+from training.evaluation.results import changes, result_key
 
 # Draw the unigram baseline up to this multiple of the highest perplexity; a higher one would flatten the curves.
 _BASELINE_RATIO = 1.5
@@ -27,18 +32,27 @@ _LONGEST_NAME = 44
 
 
 def draw_plot(report: dict[str, Any], path: Path) -> Path:
-    """Draw perplexity against length as a PNG, one line per protocol; return its path.
+    """Draw perplexity against length as a PNG, and against context if that was measured; return its path.
 
     Args:
         report: The contents of report.json.
         path: The PNG; an existing file is replaced whole.
     """
-    figure = new_figure(inches=(7.2, 4.4))
-    axes = figure.add_subplot()
+    context = report.get("context")
+    figure = new_figure(inches=(7.2 if context is None else 13.2, 4.4))
+    _draw_lengths(figure.add_subplot(1, 1 if context is None else 2, 1), report)
+    if context is not None:
+        draw_context(figure.add_subplot(1, 2, 2), context)
+    return save_figure(figure, path)
+
+
+def _draw_lengths(axes: Axes, report: dict[str, Any]) -> None:
+    """Draw perplexity against length, a line per protocol."""
     lines, train_length = _lines(report), report["train_length"]
     points = [point for line in lines.values() for point in line]
     for number, (label, line) in enumerate(lines.items()):
         draw_curve(axes, line, label=label, number=number)
+    _draw_intervals(axes, report, [*lines])
     scale_axes(
         axes,
         lengths={length for length, _ in points},
@@ -52,16 +66,30 @@ def draw_plot(report: dict[str, Any], path: Path) -> Path:
     head_axes(axes, heading="Perplexity against length", facts=" · ".join(_facts(report, lines)))
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9, loc="best")
-    return save_figure(figure, path)
 
 
 def _lines(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     lines: dict[str, list[tuple[int, float]]] = {}
     for result in report["results"]:
-        sliding = result["protocol"] == "sliding"
-        label = f"sliding, stride {result['stride']}" if sliding else "nonoverlapping"
-        lines.setdefault(label, []).append((result["length"], result["perplexity"]))
+        lines.setdefault(_label(result), []).append((result["length"], result["perplexity"]))
     return lines
+
+
+def _label(result: dict[str, Any]) -> str:
+    name, number, _ = result_key(result)
+    return {"sliding": f"sliding, stride {number}", "last": f"last {number} of a window"}.get(name, name)
+
+
+def _draw_intervals(axes: Axes, report: dict[str, Any], labels: Sequence[str]) -> None:
+    """Draw how sure the difference of each perplexity from the line's first one is: its interval of 95 %.
+
+    How hard the text is, which is the larger part of a standard error, is in both.
+    """
+    for result, change in changes(report["results"]):
+        if change is not None:
+            low, high = (result["perplexity"] * math.exp(sign * 1.96 * change.error) for sign in (-1, 1))
+            colour = line_style(labels.index(_label(result)))["color"]
+            axes.vlines(result["length"], low, high, color=colour, linewidth=1.2, alpha=0.7, zorder=2)
 
 
 def _annotate(axes: Axes, report: dict[str, Any], lines: dict[str, list[tuple[int, float]]]) -> None:

@@ -1,41 +1,41 @@
 """What `evaluate` can refuse without torch, which takes seconds to import; and the run's data, checked."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from configs.commands import run_file_named
 from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import config_file
+from configs.precisions import require_precision
 from configs.protocols import parse_protocol
 from configs.schema import RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.text import require_text_file
 from training.checkpoint.manifest import CONFIG_NAME, read_manifest, require_checkpoint
-from training.evaluation.windows import require_stride
+from training.evaluation.request import EvaluationRequest
+from training.evaluation.windows import require_fit
 
 
-def check_request(
-    checkpoint: Path, *, lengths: Sequence[int] | None, protocols: Sequence[str] | None, data: Path | None
-) -> None:
+def check_request(checkpoint: Path, request: EvaluationRequest) -> None:
     """Refuse an evaluation whose checkpoint, text, lengths or protocols are wrong, as far as that needs no model.
 
     Args:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
-        lengths: Lengths in tokens; None for the run's.
-        protocols: nonoverlapping or sliding:STRIDE; None for the run's.
-        data: A text file; None for the run's held-out text.
+        request: What to measure.
     Raises:
         InputError: names what is wrong.
     """
-    parsed = [parse_protocol(name) for name in protocols or ()]
+    require_precision(request.precision)
+    parsed = [parse_protocol(name) for name in request.protocols or ()]
     folder = require_checkpoint(checkpoint)
     config = load_run(str(folder / CONFIG_NAME))
     for protocol in parsed:
-        for length in lengths or config.evaluation_lengths:
-            require_stride(protocol, length=length)
-    if data is not None:
-        require_text_file(data)
+        for length in request.lengths or config.evaluation_lengths:
+            require_fit(protocol, length=length)
+    if request.hf is not None and not (request.hf / "config.json").is_file():
+        raise InputError(f"{request.hf} has no config.json: give a folder with a causal model of Hugging Face")
+    if request.data is not None:
+        require_text_file(request.data)
     else:
         run_data(folder, config=config)
 

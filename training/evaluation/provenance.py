@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.text import text_sha256
+from data_pipeline.text import identify_text
 from training.checkpoint.manifest import model_sha256
 from training.versions import installed_version, source_code
 
@@ -28,6 +28,7 @@ class Provenance:
         tokenizer_sha256: Hash of its tokenizer.
         text_sha256: Hash of the text, whatever the tokenizer.
         text_path: The text's file; None for the held-out text.
+        text_bytes: Length of the text in UTF-8.
     """
 
     date: str
@@ -37,10 +38,55 @@ class Provenance:
     tokenizer_sha256: str
     text_sha256: str
     text_path: str | None
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """The model that an evaluation ran.
+
+    Attributes:
+        path: Its checkpoint, or its folder.
+        step: Optimizer steps taken; 0 if it was trained elsewhere.
+        train_length: Tokens of a training sequence.
+        position: Its position method.
+        attention: What computed its attention in the evaluation: training may have used another.
+        precision: What the evaluation computed in.
+    """
+
+    path: Path
+    step: int
+    train_length: int
+    position: str
+    attention: str
+    precision: str
+
+
+def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> EvaluatedModel:
+    """Return a checkpoint's model as it was evaluated.
+
+    Args:
+        checkpoint: The checkpoint.
+        certificate: Certificate of the model that was evaluated; it ran on one rank.
+    """
+    (rank,) = certificate["ranks"]
+    return EvaluatedModel(
+        path=checkpoint.path.absolute(),
+        step=checkpoint.step,
+        train_length=checkpoint.config.data.sequence_length,
+        position=rank["position"],
+        attention=rank["backend"],
+        precision=rank["precision"],
+    )
 
 
 def provenance_of(
-    checkpoint: "Checkpoint", tokens: NDArray[np.int64], *, data: Path | None, command: str | None
+    checkpoint: "Checkpoint",
+    tokens: NDArray[np.int64],
+    *,
+    data: Path | None,
+    command: str | None,
+    weights_sha256: str | None = None,
 ) -> Provenance:
     """Return what an evaluation that begins now is made from.
 
@@ -49,15 +95,17 @@ def provenance_of(
         tokens: The text, [tokens].
         data: The text's file; None for the held-out text.
         command: The command line, quoted for a shell.
+        weights_sha256: Hash of the weights; None for the checkpoint's.
     """
-    source = source_code()
+    source, text = source_code(), identify_text(tokens, checkpoint.tokenizer)
     commit = None if source is None else f"{source['commit']}{' with changes' if source['diff'] else ''}"
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         command=command,
         versions={**{name: installed_version(name) for name in ("trainshort", "torch")}, "commit": commit},
-        weights_sha256=model_sha256(checkpoint.manifest),
+        weights_sha256=weights_sha256 or model_sha256(checkpoint.manifest),
         tokenizer_sha256=checkpoint.manifest.tokenizer_sha256,
-        text_sha256=text_sha256(tokens, checkpoint.tokenizer),
+        text_sha256=text.sha256,
         text_path=None if data is None else str(data.resolve()),
+        text_bytes=text.bytes,
     )

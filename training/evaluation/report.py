@@ -1,21 +1,37 @@
-"""The report of an evaluation: JSON for programs, Markdown to read. Imports no torch."""
+"""The report of an evaluation: JSON for programs, Markdown to read. Imports no torch.
+
+Other programs read these keys of report.json: checkpoint, train_length, and for each result
+
+* length, protocol, stride (equal to the length if windows do not overlap); with the protocol last also scored, the
+  predictions of a window;
+* tokens (predictions scored); same_tokens, if other lengths of the evaluation score the same ones;
+* loss (nats per token), perplexity (per token), bits_per_byte; word_perplexity if the text's words are known;
+* standard_error (of the loss), and draws: the loss of each draw of the text's units, see
+  `training.evaluation.resampling`;
+* loss_by_position, see `training.evaluation.positions`;
+* attention_density, the share of the causal scores that attention computed, with attention_density_by_layer, if its
+  kernel counts them;
+
+and of the whole: `verdict`, see `training.evaluation.verdict`, and `context`, see `training.evaluation.context`.
+"""
 
 import json
 import math
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.files import whole_file
-from configs.terminal import printable
-from training.evaluation.usable import USABLE, usable_length, whole_windows
+from training.evaluation.markdown import format_table
+from training.evaluation.resampling import units_of
+from training.evaluation.results import result_key
+from training.evaluation.verdict import verdict_of
 
 if TYPE_CHECKING:
-    from training.checkpoint.read import Checkpoint
     from training.evaluation.perplexity import PerplexityResult
-    from training.evaluation.provenance import Provenance
+    from training.evaluation.provenance import EvaluatedModel, Provenance
     from training.evaluation.text import EvaluationText
 
 # results of two evaluations stand in one report only if they agree in these
@@ -25,35 +41,34 @@ _ONE_REPORT = ("weights_sha256", "text_sha256", "attention", "precision")
 def build_report(
     results: "Sequence[PerplexityResult]",
     *,
-    checkpoint: "Checkpoint",
-    certificate: dict[str, Any],
+    model: "EvaluatedModel",
     text: "EvaluationText",
     provenance: "Provenance",
+    context: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the contents of report.json.
 
-    Other programs read these keys: checkpoint, train_length, and for each result length, protocol, stride (equal to
-    the length if windows do not overlap), tokens (predictions scored), loss (nats per token), perplexity (per token),
-    word_perplexity if the text's words are known, and attention_density, the share of the causal scores that attention
-    computed, with attention_density_by_layer, if its kernel counts them.
-
     Args:
         results: One result per length and protocol, in the order of the report.
-        checkpoint: The checkpoint that was evaluated.
-        certificate: Certificate of the model that was evaluated; it ran on one rank.
+        model: The model that was evaluated.
         text: The text it was evaluated on.
         provenance: What the evaluation was made from, and when.
+        context: What `training.evaluation.context` measured; None if it did not.
     """
-    (rank,) = certificate["ranks"]
-    return {
-        "checkpoint": str(checkpoint.path.absolute()),
-        "step": checkpoint.step,
-        "train_length": checkpoint.config.data.sequence_length,
-        "position": rank["position"],
-        # those of the evaluation: training may have used others
-        "attention": rank["backend"],
-        "precision": rank["precision"],
-        "data": {"name": text.name, "tokens": len(text.tokens), "words": text.words},
+    report = {
+        "checkpoint": str(model.path),
+        "step": model.step,
+        "train_length": model.train_length,
+        "position": model.position,
+        "attention": model.attention,
+        "precision": model.precision,
+        "data": {
+            "name": text.name,
+            "tokens": len(text.tokens),
+            "words": text.words,
+            "bytes": provenance.text_bytes,
+        },
+        "resampling": units_of(text.documents, tokens=len(text.tokens)).to_json(),
         "unigram_perplexity": text.unigram_perplexity,
         "date": provenance.date,
         "command": provenance.command,
@@ -62,12 +77,14 @@ def build_report(
         "tokenizer_sha256": provenance.tokenizer_sha256,
         "text_sha256": provenance.text_sha256,
         "text_path": provenance.text_path,
-        "results": [_result_to_json(result, text=text, date=provenance.date) for result in results],
+        **({} if context is None else {"context": {**context, "date": provenance.date}}),
+        "results": [_result_to_json(result, text=text, provenance=provenance) for result in results],
     }
+    return _with_verdict(report)
 
 
 def merge_reports(earlier: dict[str, Any], newest: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the newest report with the results that only an earlier one has, ordered by protocol and length.
+    """Return the newest report with what only an earlier one has; its results are ordered by protocol and length.
 
     A result of the same length, protocol and stride is the newest one's. The evaluations that the other results are
     from are listed as `earlier`, each with its date, command and versions.
@@ -81,28 +98,18 @@ def merge_reports(earlier: dict[str, Any], newest: dict[str, Any]) -> dict[str, 
     dates = {result["date"] for result in results.values()} - {newest["date"]}
     made = {each["date"]: each for each in (*earlier.get("earlier", ()), _evaluation_of(earlier))}
     merged = {key: value for key, value in newest.items() if key != "results"}
+    if "context" in earlier and "context" not in newest:
+        merged["context"] = earlier["context"]
+        dates |= {earlier["context"]["date"]}
     if dates:
         merged["earlier"] = [made[date] for date in sorted(dates)]
-    return {**merged, "results": [results[key] for key in sorted(results)]}
+    return _with_verdict({**merged, "results": [results[key] for key in sorted(results)]})
 
 
-def result_key(result: dict[str, Any]) -> tuple[str, int, int]:
-    """Return what a result was measured with: protocol, stride (0 if windows do not overlap) and length.
-
-    Sorted by it, results stand as in a table: those without overlap first.
-    """
-    stride = result["stride"] if result["protocol"] == "sliding" else 0
-    return result["protocol"], stride, result["length"]
-
-
-def protocol_name(result: dict[str, Any]) -> str:
-    """Return the protocol of a result as on the command line: nonoverlapping or sliding:STRIDE."""
-    return f"sliding:{result['stride']}" if result["protocol"] == "sliding" else str(result["protocol"])
-
-
-def shown_density(result: dict[str, Any]) -> str:
-    """Return the share of the scores that a result's attention computed; - if it was not counted."""
-    return f"{result['attention_density']:.1%}" if "attention_density" in result else "-"
+def _with_verdict(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with its verdict, above the results."""
+    parts = {key: value for key, value in report.items() if key not in ("verdict", "results")}
+    return {**parts, "verdict": verdict_of(report), "results": report["results"]}
 
 
 def _evaluation_of(report: dict[str, Any]) -> dict[str, Any]:
@@ -142,86 +149,35 @@ def write_report(report: dict[str, Any], folder: Path, *, name: str, plot: str) 
     folder.mkdir(parents=True, exist_ok=True)
     json_path, table_path = folder / f"{name}.json", folder / f"{name}.md"
     # in ASCII: a file name that is not UTF-8 can then be written too
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    text = report_text(report)
     for path, content in ((table_path, format_table(report, plot=plot)), (json_path, text)):
         with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
             temporary.write_text(content, encoding="utf-8")
     return json_path, table_path
 
 
-def format_table(report: dict[str, Any], *, plot: str) -> str:
-    """Return the report as Markdown, with its plot.
-
-    Args:
-        report: The contents of the JSON.
-        plot: Path of the PNG, from the folder of the Markdown.
-    """
-    data = report["data"]
-    unigram = report["unigram_perplexity"]
-    words, counted = (
-        any(key in each for each in report["results"]) for key in ("word_perplexity", "attention_density")
-    )
-    dated = bool(report.get("earlier"))  # otherwise all results have the date above the table
-    lines = [
-        "# Perplexity against length",
-        "",
-        f"![Perplexity against length]({plot})",
-        "",
-        f"- checkpoint: {_verbatim(report['checkpoint'])} (step {report['step']:,})",
-        f"- position: {report['position']}, trained at {report['train_length']:,} tokens",
-        f"- evaluated with attention {report['attention']} in {report['precision']}",
-        f"- text: {_verbatim(data['name'])}, {data['tokens']:,} tokens"
-        + (f", {data['words']:,} words" if data["words"] is not None else ""),
-        *([f"- a unigram model's perplexity: {unigram:,.1f}"] if unigram is not None else []),
-        *([f"- longest usable text: {usable_length(report):,} tokens, {USABLE}"] if whole_windows(report) else []),
-        *map(_evaluation_line, (report, *reversed(report.get("earlier", ())))),
-        "",
-        "| length | x training length | protocol | scored tokens | loss | perplexity |"
-        + (" per word |" if words else "")
-        + (" scores |" if counted else "")
-        + (" evaluated |" if dated else ""),
-        "|---:|---:|---|---:|---:|---:|" + "---:|" * (words + counted) + ("---|" if dated else ""),
-        *(
-            _row(result, train_length=report["train_length"], words=words, counted=counted, dated=dated)
-            for result in report["results"]
-        ),
-        "",
-        "`nonoverlapping`: the text is cut into windows of the length. `sliding:STRIDE`: the window moves by STRIDE",
-        "tokens and scores its last STRIDE, so all but the first window's predictions see at least length - STRIDE",
-        "tokens of context. Loss is in nats per token.",
-        "",
-        *(_density_lines(report["results"]) if counted else []),
-    ]
-    return "\n".join(lines)
+def report_text(report: dict[str, Any]) -> str:
+    """Return a report as JSON, a list of numbers in one line."""
+    text = json.dumps(report, indent=2, allow_nan=False)
+    return re.sub(r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
-def _evaluation_line(evaluation: dict[str, Any]) -> str:
-    """Return the date, versions and command of an evaluation as an item of a list."""
-    versions = {**evaluation["versions"]}
-    if commit := versions.get("commit"):
-        sha, *changes = commit.split(" ", 1)
-        versions["commit"] = " ".join([sha[:12], *changes])
-    made_by = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    command = "" if evaluation["command"] is None else f": {_verbatim(evaluation['command'])}"
-    return f"- evaluated {evaluation['date']} by {made_by}{command}"
-
-
-def _verbatim(text: str) -> str:
-    """Return text as Markdown's code, which changes no character, in one line."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence, gap = "`" * (longest + 1), " " if longest else ""
-    return f"{fence}{gap}{printable(text)}{gap}{fence}"
-
-
-def _result_to_json(result: "PerplexityResult", *, text: "EvaluationText", date: str) -> dict[str, Any]:
+def _result_to_json(result: "PerplexityResult", *, text: "EvaluationText", provenance: "Provenance") -> dict[str, Any]:
     entry: dict[str, Any] = {
         "length": result.length,
         "protocol": result.protocol.name,
         "stride": result.protocol.stride or result.length,
+        **({} if result.protocol.last is None else {"scored": result.protocol.last}),
         "tokens": result.tokens,
+        **({"same_tokens": True} if result.same_tokens else {}),
         "loss": result.loss,
         "perplexity": result.perplexity,
     }
+    if result.draws:
+        entry["standard_error"] = result.standard_error
+    if provenance.text_bytes:
+        # of the whole text, like word_perplexity
+        entry["bits_per_byte"] = result.loss / math.log(2) * len(text.tokens) / provenance.text_bytes
     if text.words is not None:
         # of the whole text, not of the tokens scored; see word_perplexity
         per_word = word_perplexity(result.loss, tokens=len(text.tokens), words=text.words)
@@ -230,38 +186,9 @@ def _result_to_json(result: "PerplexityResult", *, text: "EvaluationText", date:
     if result.attention_density is not None:
         entry["attention_density"] = result.attention_density
         entry["attention_density_by_layer"] = list(result.density_by_layer)
-    entry["date"] = date
+    if result.by_position is not None:
+        entry["loss_by_position"] = result.by_position.to_json()
+    entry["date"] = provenance.date
+    if result.draws:
+        entry["draws"] = [round(loss, 6) for loss in result.draws]
     return entry
-
-
-def _density_lines(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield what the column `scores` means, and its numbers by layer."""
-    yield "`scores`: the share of causal attention's scores that were computed. The others weigh less than rounding, or"
-    yield "lie outside of the model's sliding window. By layer:"
-    yield ""
-    columns = [result for result in results if "attention_density_by_layer" in result]
-    several = len({protocol_name(result) for result in columns}) > 1
-    names = [f"{each['length']:,}" + (f" {protocol_name(each)}" if several else "") for each in columns]
-    yield f"| layer | {' | '.join(names)} |"
-    yield "|---:|" + "---:|" * len(columns)
-    for layer, shares in enumerate(zip(*(each["attention_density_by_layer"] for each in columns), strict=True)):
-        yield f"| {layer} | {' | '.join(f'{share:.1%}' for share in shares)} |"
-    yield ""
-
-
-def _row(result: dict[str, Any], *, train_length: int, words: bool, counted: bool, dated: bool) -> str:
-    cells = [
-        f"{result['length']:,}",
-        f"{result['length'] / train_length:g}",
-        protocol_name(result),
-        f"{result['tokens']:,}",
-        f"{result['loss']:.4f}",
-        f"{result['perplexity']:,.2f}",
-    ]
-    if words:
-        cells.append(f"{result['word_perplexity']:,.4g}" if "word_perplexity" in result else "-")
-    if counted:
-        cells.append(shown_density(result))
-    if dated:
-        cells.append(result["date"])
-    return f"| {' | '.join(cells)} |"

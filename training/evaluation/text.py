@@ -23,12 +23,14 @@ class EvaluationText:
         words: Words, separated by white space; None if only the tokens are known.
         unigram_perplexity: Per-token perplexity of a unigram model, fitted to the training data; None if that data
             is not available.
+        documents: First token of each document, [documents]; None if they are not known.
     """
 
     name: str
     tokens: npt.NDArray[np.int64]
     words: int | None
     unigram_perplexity: float | None
+    documents: npt.NDArray[np.int64] | None = None
 
 
 def held_out_text(checkpoint: Checkpoint) -> EvaluationText:
@@ -59,4 +61,4 @@ def file_text(checkpoint: Checkpoint, path: Path) -> EvaluationText:
 def _text(stream: TokenStream, prepared: Prepared | None) -> EvaluationText:
     predicted = stream.tokens[1:]
     baseline = unigram_perplexity(prepared, predicted) if prepared is not None and len(predicted) else None
-    return EvaluationText(stream.name, stream.tokens, stream.words, baseline)
+    return EvaluationText(stream.name, stream.tokens, stream.words, baseline, stream.documents)

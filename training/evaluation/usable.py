@@ -11,7 +11,6 @@ from training.evaluation.kept import held_out_files, is_held_out, read_report
 
 # how much worse than the best a perplexity may be
 _RATIO = 1.01
-USABLE = "within 1 % of the best perplexity, or the training length"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from configs.positions import POSITIONS
 from configs.schema import Model
 from training.checkpoint.disk import FileEntry, describe_file
 from training.evaluation.usable import whole_windows
-from training.export.facts import ModelFacts
+from training.export.facts import ModelFacts, facts_of_context
 from training.export.formats.readers import Reader, ServingCommand
 from training.export.result import ExportResult, ServedText
 from training.versions import installed_version
@@ -89,12 +89,14 @@ class UsableLengths:
         trained: The training length.
         usable: The longest text that the model should be served with.
         reason: Why.
+        effective_context: Tokens of context that the model was measured to use; None if it was not measured.
         perplexities: Of windows that do not overlap: length, loss in nats per token, perplexity; empty if not measured.
     """
 
     trained: int
     usable: int
     reason: str
+    effective_context: int | None
     perplexities: tuple[Mapping[str, float], ...]
 
 
@@ -200,6 +202,7 @@ def _lengths(facts: ModelFacts) -> UsableLengths:
         trained=facts.train_length,
         usable=facts.longest,
         reason=facts.reason,
+        effective_context=facts.effective_context,
         perplexities=tuple({key: each[key] for key in ("length", "loss", "perplexity")} for each in measured),
     )
 
@@ -238,6 +241,8 @@ def _markdown(card: ExportCard) -> Iterator[str]:
         yield f"\nTensor parallelism: {card.precision.tensor_parallel}"
     yield "\n## Lengths\n"
     yield f"Trained at {lengths.trained:,} tokens. Longest text: {lengths.usable:,} tokens, {lengths.reason}.\n"
+    if lengths.effective_context is not None:
+        yield f"{facts_of_context(lengths.effective_context)}\n"
     if lengths.perplexities:
         rows = ((f"{p['length']:,}", f"{p['loss']:.4f}", f"{p['perplexity']:,.2f}") for p in lengths.perplexities)
         yield from _table(("length", "loss in nats per token", "perplexity"), rows)

@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 from configs.schema import RunConfig
 from training.evaluation.usable import HeldOutReport, usable_length, whole_windows
+from training.evaluation.verdict import measured_context
+
+
+def facts_of_context(effective: int) -> str:
+    """Return what the cards say of the effective context, in a sentence."""
+    return (
+        f"Effective context: {effective:,} tokens; with no more context, perplexity on held-out text is within 1 % of "
+        "the best."
+    )
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,11 @@ class ModelFacts:
     def longest(self) -> int:
         """The longest text that the model should be served with, in tokens: see `usable_length`."""
         return max(self.train_length, usable_length(self.report.contents) if self.report else 0)
+
+    @property
+    def effective_context(self) -> int | None:
+        """Tokens of context that it was measured to use; None if that was not measured."""
+        return measured_context(self.report.contents) if self.report else None
 
     @property
     def reason(self) -> str:

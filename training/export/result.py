@@ -9,6 +9,7 @@ from training.export.formats.table import LengthLimit
 
 if TYPE_CHECKING:
     from training.export.parity import LogitParity, Rounding
+    from training.tracking.registry import RegisteredVersion
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class ExportResult:
         continued: New tokens of a greedy continuation that were found equal.
         served: What a server gave, if one was asked.
         held_out: Whether the logits are of held-out text; otherwise of random tokens.
+        registered: Its version in MLflow's Model Registry; None if it was not registered.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class ExportResult:
     continued: int
     served: ServedText | None
     held_out: bool
+    registered: "RegisteredVersion | None" = None
 
     @property
     def comparison(self) -> str:

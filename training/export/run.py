@@ -19,7 +19,7 @@ from training.export.facts import ModelFacts
 from training.export.folder import new_folder, report_failed_writes, require_space, try_new_folder
 from training.export.formats.model_card import model_card
 from training.export.formats.servers import InferenceServer
-from training.export.formats.table import ExportFormat, LengthLimit, load_format, server_of
+from training.export.formats.table import ExportFormat, LengthLimit, load_format, require_registrable, server_of
 from training.export.parity import (
     COMPARED_MULTIPLE,
     compare_continuations,
@@ -31,7 +31,8 @@ from training.export.serve import check_served
 from training.export.trained import TrainedOutputs, compute_trained
 from training.families.table import parameter_count
 from training.folder import record_certificate
-from training.tracking.tracker import attach
+from training.tracking.registry import ModelRegistry, open_registry
+from training.tracking.tracker import attach, now_ms
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def export_checkpoint(
     dtype: str | None = None,
     with_code: bool = False,
     serve_check: bool = False,
+    register: str | None = None,
 ) -> ExportResult:
     """Write a checkpoint's model for inference engines. The folder appears only once it is whole and compared.
 
@@ -56,20 +58,19 @@ def export_checkpoint(
         dtype: Type of the weights; None for the format's default.
         with_code: Whether the folder carries its own modelling code.
         serve_check: Whether to start a server of the format and compare a completion with the trained model's too.
+        register: Name in MLflow's Model Registry to add it to as a new version; None for not at all.
     Raises:
         InputError: the checkpoint cannot be opened or its model held, `out` has files or cannot be written, torch
-            cannot use its cache folder, no server is installed, or a weight is out of the type's range.
-        MachineError: the disk is too small or failing, or the server gives no answer; the folder is deleted.
+            cannot use its cache folder, no server is installed, MLflow refuses the name, or a weight is out of range.
+        MachineError: the disk is too small or failing, or the server gives no answer; the folder is deleted. Or it
+            cannot be registered; the folder stays.
         TrainshortError: the exported model differs from the trained one; the folder is deleted.
     """
-    # Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded.
-    check_cache_folder(environment())  # transformers makes it
-    exporter = load_format(format, dtype=dtype, with_code=with_code)
-    if serve_check:
-        server_of(format, with_code=with_code)
-    try_new_folder(out)
+    began_ms = now_ms()
+    exporter = _early_checks(format, dtype=dtype, with_code=with_code, serve_check=serve_check, out=out)
     opened = open_checkpoint(checkpoint)
     exporter.check(opened.config.model)
+    registry = None if register is None else _registry(register, checkpoint=opened, format=format)
     server = server_of(format, with_code=with_code, model=opened.config.model) if serve_check else None
     facts = _facts(opened)
     require_space(out, needed_bytes=int(exporter.bytes_per_weight * facts.parameters))  # by far the most of it
@@ -84,8 +85,23 @@ def export_checkpoint(
             result = replace(result, served=_serve(opened, trained, server, exporter, folder))
         with report_failed_writes(out, undone="exported"):
             _write_cards(folder, result, exporter, checkpoint=opened, format=format)
-    _record(opened, trained.certificate, out=out)
-    return result
+    _record(opened, trained.certificate, result, format=format, dtype=exporter.dtype, began_ms=began_ms)
+    return replace(result, registered=registry.register(out)) if registry else result
+
+
+def _early_checks(format: str, *, dtype: str | None, with_code: bool, serve_check: bool, out: Path) -> ExportFormat:
+    """Refuse what is cheap to check before the checkpoint's files are hashed and the model is loaded."""
+    check_cache_folder(environment())  # transformers makes it
+    exporter = load_format(format, dtype=dtype, with_code=with_code)
+    if serve_check:
+        server_of(format, with_code=with_code)
+    try_new_folder(out)
+    return exporter
+
+
+def _registry(name: str, *, checkpoint: Checkpoint, format: str) -> ModelRegistry:
+    require_registrable(format)
+    return open_registry(name, run_dir=checkpoint.run_dir, track=checkpoint.config.track)
 
 
 def _write_model(
@@ -144,19 +160,28 @@ def _serve(
     )
 
 
-def _record(checkpoint: Checkpoint, certificate: dict[str, Any], *, out: Path) -> None:
+def _record(
+    checkpoint: Checkpoint, certificate: dict[str, Any], result: ExportResult, *, format: str, dtype: str, began_ms: int
+) -> None:
     """Add the certificate to the run folder, and both it and the card to its MLflow run, if it is still there."""
-    run_dir = checkpoint.run_dir
+    run_dir, config, out = checkpoint.run_dir, checkpoint.config, result.folder
     if not config_file(run_dir).is_file():
         return
     try:
         record_certificate(certificate, run_dir=run_dir, step=checkpoint.step)
     except OSError as error:
         logger.warning("the certificate is not added to %s (%s): it is in %s", run_dir, error.strerror, out)
-    tracker = attach(run_dir, uri=checkpoint.config.track.uri)
+    tracker = attach(run_dir, uri=config.track.uri, offline=config.track.offline)
     if tracker is not None:
         for name in (_CERTIFICATE, CARD_JSON):
             tracker.artifact(out / name, folder="export")
+        tracker.nested(
+            f"export {checkpoint.path.resolve().name}, {format}",
+            kind="export",
+            params={"checkpoint": checkpoint.path.resolve().name, "format": format, "dtype": dtype, "folder": str(out)},
+            points=[("export/logit_difference", result.logits.difference, checkpoint.step)],
+            began_ms=began_ms,
+        )
         tracker.close()
 
 

@@ -124,20 +124,23 @@ class SingleModel:
             for parameter in self._decoder.parameters():
                 parameter.copy_(change(parameter.float()))
 
-    def losses(self, tokens: Tensor) -> Tensor:
-        """Return the loss of each predicted token; memory grows linearly with length.
+    def losses(self, tokens: Tensor, *, last: int | None = None) -> Tensor:
+        """Return the loss of predicted tokens; memory grows linearly with length.
 
         On a GPU this only launches the work: reading the result waits for it.
 
         Args:
             tokens: [batch, length + 1] int64, of any length, on the CPU.
+            last: How many of the last predictions: the head computes no others. None for all.
         Returns:
-            Negative log-likelihood in nats of tokens[:, 1:], [batch, length] fp32, on the model's device.
+            Negative log-likelihood in nats of tokens[:, -last:], [batch, last] fp32, on the model's device.
         """
+        length = tokens.shape[1] - 1
+        first = 0 if last is None else length - last
         with inference(self._precision):
             tokens = self._to_device(tokens)
             x = self._decoder.hidden(tokens[:, :-1])  # [length, batch, hidden]
-            return self._decoder.token_losses(x, tokens[:, 1:].T).T
+            return self._decoder.token_losses(x[first:], tokens[:, first + 1 :].T).T
 
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the logits of the token after the last, [batch, vocab] fp32, on the model's device.

@@ -13,8 +13,9 @@ Unit = Literal["plain", "count", "share", "gigabytes"]
 
 _LOGARITHMIC_RATIO = 6.0  # an axis that may be logarithmic is so from this ratio of its ends
 _LEAST_SCALED, _LEAST_PLAIN = 1e5, 1e-2  # between them a number is written with all its digits
-_TRAILING_ZEROS = re.compile(r"\.?0+(?=[A-Z])")
+_TRAILING_ZEROS = re.compile(r"\.0+(?=\D)|(\.\d*[1-9])0+(?=\D)")
 _NO_ZEROS = re.compile(r"(?:\.0)?e\+?(-?)0?")  # 2.0e-04 is 2e-4
+_SMALLEST, _LARGEST = 1e-100, 1e100  # what is smaller counts as 0; no product of others overflows
 _MANY_DECADES = 3.0  # from here on, only powers of ten get a tick
 
 
@@ -62,7 +63,7 @@ def fit_axis(
         pad: Whether to leave room beyond the smallest and the largest value.
     """
     known = [*values]
-    low, high = min(known), max(known)
+    low, high = _within_range(min(known)), _within_range(max(known))
     if may_be_logarithmic and low > 0 and high / low >= _LOGARITHMIC_RATIO:
         ratio = (high / low) ** 0.04 if pad else 1.0
         low, high = low / ratio, high * ratio
@@ -113,13 +114,17 @@ def write_value(value: float, *, unit: Unit) -> str:
     """Return a value as text, in few characters."""
     match unit:
         case "count":
-            return f"{value:,.0f}" if abs(value) < _LEAST_SCALED else _TRAILING_ZEROS.sub("", scaled(value))
+            return f"{value:,.0f}" if abs(value) < _LEAST_SCALED else _TRAILING_ZEROS.sub(r"\1", scaled(value))
         case "share":
             return f"{100 * value:.3g} %"
         case "gigabytes":
-            return byte_size(1e9 * value)
+            return _TRAILING_ZEROS.sub(r"\1", byte_size(1e9 * value))
         case "plain":
             if 1000 <= abs(value) < _LEAST_SCALED:
                 return f"{value:,.0f}"
             is_common = value == 0 or _LEAST_PLAIN <= abs(value) < 1000
             return f"{value:.4g}" if is_common else _NO_ZEROS.sub(r"e\1", f"{value:.1e}")
+
+
+def _within_range(value: float) -> float:
+    return 0.0 if abs(value) < _SMALLEST else min(max(value, -_LARGEST), _LARGEST)

@@ -1,7 +1,7 @@
 """Draw charts as SVG, in a few elements that the page's style sheet colours. Imports no torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
@@ -14,10 +14,11 @@ MOST_POINTS = 1000  # of a curve; a screen is not wider
 COLOURS = 8  # classes c0 to c7 of the style sheet
 # in units of the drawing, which is as wide as a phone: text then has its natural size
 _WIDTH, _HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 16, 18, 40
+_LINE, _LETTER = 13, 7.2  # height of a line of text, and at most the mean width of a letter
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _DOT = 4  # at most what a dot takes on either side
-_DASHES = ("", "7 4", "2 3", "10 3 2 3")
+DASHES = {"solid": "", "dashed": "7 4", "dotted": "2 3", "dashes and dots": "10 3 2 3"}
 
 Point = tuple[float, float]
 
@@ -44,10 +45,17 @@ class Series:
     colour: int | None = None
     shade: float | None = None
 
+    @property
+    def style_class(self) -> str:
+        """Class of the style sheet that has its colour."""
+        return (
+            "shaded" if self.shade is not None else f"c{(self.run if self.colour is None else self.colour) % COLOURS}"
+        )
+
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at a value of x, with a text beside it."""
+    """A vertical line at a value of x, with a text above it."""
 
     x: float
     text: str = ""
@@ -64,6 +72,7 @@ class Chart:
         x, y: The axes.
         series: The curves; those of a chart are drawn in their order.
         marks: Vertical lines.
+        is_large: Whether it is one of the few that a reader looks at first.
     """
 
     title: str
@@ -73,6 +82,12 @@ class Chart:
     y: ChartAxis
     series: tuple[Series, ...]
     marks: tuple[Mark, ...] = ()
+    is_large: bool = False
+
+    @property
+    def is_shaded(self) -> bool:
+        """Whether its curves have an order, which their colours show."""
+        return len(self.series) > 1 and all(each.shade is not None for each in self.series)
 
     def svg(self) -> str:
         """Return the chart as an SVG element; page.js reads its data attributes to show values at the pointer."""
@@ -83,7 +98,7 @@ class Chart:
             *_grid(self.x, self.y),
             f'<text class="axis" x="{_LEFT + _PLOT_WIDTH / 2:g}" y="{_HEIGHT - 4}" text-anchor="middle">'
             f"{_text(self.x_title)}</text>",
-            *(part for mark in self.marks for part in self._mark(mark)),
+            *self._marks(),
             # an inner picture cuts off what lies outside of the axes, but no dot at their ends
             f'<svg class="plot" x="{_LEFT - _DOT}" y="{_TOP}" width="{_PLOT_WIDTH + 2 * _DOT}" '
             f'height="{_PLOT_HEIGHT}" viewBox="{-_DOT} 0 {_PLOT_WIDTH + 2 * _DOT} {_PLOT_HEIGHT}">',
@@ -97,11 +112,10 @@ class Chart:
         places = [(self.x.place(x) * _PLOT_WIDTH, (1 - self.y.place(y)) * _PLOT_HEIGHT) for x, y in thin(series.points)]
         # far outside of the plot a coordinate needs no value of its own
         texts = [f"{x:.2f},{min(max(y, -2.0 * _HEIGHT), 2.0 * _HEIGHT):.2f}" for x, y in places]
-        colour = (series.run if series.colour is None else series.colour) % COLOURS
-        dash = _DASHES[series.dash % len(_DASHES)]
+        dash = [*DASHES.values()][series.dash % len(DASHES)]
         style = f' stroke-dasharray="{dash}"' if dash and series.kind != "dots" else ""
         shade = "" if series.shade is None else f' style="--shade:{series.shade:.3f}"'
-        kind = f"{series.kind} {f'c{colour}' if series.shade is None else 'shaded'}"
+        kind = f"{series.kind} {series.style_class}"
         group = f'<g class="curve {kind}"{shade} data-run="{series.run}" data-label="{_text(series.label)}">'
         path = f'<path d="M{"L".join(texts)}"{style}/>'
         dots = ""
@@ -109,18 +123,22 @@ class Chart:
             dots = "".join('<circle cx="{}" cy="{}" r="3.2"/>'.format(*text.split(",")) for text in texts)
         return f"{group}{path}{dots}</g>"
 
-    def _mark(self, mark: Mark) -> list[str]:
-        place = self.x.place(mark.x)
-        if not 0 <= place <= 1:
-            return []
-        x = _LEFT + place * _PLOT_WIDTH
-        line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_TOP + _PLOT_HEIGHT}"/>'
-        if not mark.text:
-            return [line]
-        # on the side that has room
-        anchor, shift = ("start", 5) if place < 0.6 else ("end", -5)
-        text = f'<text class="marktext" x="{x + shift:.1f}" y="{_TOP + 11}" text-anchor="{anchor}">'
-        return [line, f"{text}{_text(mark.text)}</text>"]
+    def _marks(self) -> Iterator[str]:
+        """Yield the marks: texts stand above the axes; one that would lie over another stands below it."""
+        ends: list[float] = []  # of each line of texts
+        for mark in sorted(self.marks, key=lambda mark: mark.x):
+            place = self.x.place(mark.x)
+            if not 0 <= place <= 1:
+                continue
+            x = _LEFT + place * _PLOT_WIDTH
+            if mark.text:
+                half = _LETTER * len(mark.text) / 2
+                middle = min(max(x, _LEFT + half), _WIDTH - half)
+                row = next((row for row, end in enumerate(ends) if end < middle - half), len(ends))
+                ends[row : row + 1] = [middle + half]
+                y = _TOP - 5 + row * _LINE
+                yield f'<text class="marktext" x="{middle:.1f}" y="{y}" text-anchor="middle">{_text(mark.text)}</text>'
+            yield f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_TOP + _PLOT_HEIGHT}"/>'
 
 
 def thin(points: Sequence[Point], *, most: int = MOST_POINTS) -> list[Point]:
@@ -142,6 +160,8 @@ def thin(points: Sequence[Point], *, most: int = MOST_POINTS) -> list[Point]:
 def smooth(points: Sequence[Point], *, share: float) -> list[Point]:
     """Return the mean of the points around each point; `share` of all of them, fewer near the ends."""
     half = math.ceil(share * len(points)) // 2
+    if not half:  # sums would round
+        return [*points]
     sums = [0.0, *accumulate(y for _, y in points)]
     means = []
     for number, (x, _) in enumerate(points):

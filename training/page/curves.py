@@ -10,14 +10,14 @@ from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
 from training.metrics_reader import finite_value
 from training.page.axis import ChartAxis, Unit, fit_axis, lengths_axis, linear_ticks
-from training.page.chart import COLOURS, Chart, Mark, Point, Series, smooth
+from training.page.chart import COLOURS, DASHES, Chart, Mark, Point, Series, smooth
 
 _SMOOTHED_SHARE = 0.02  # of the steps, averaged for a point of a curve
 _MEAN_LABEL = f"mean of {_SMOOTHED_SHARE:.0%} of the steps"
 _SHOWN_FROM = 0.03  # share of the steps: the first losses would flatten the rest
 _MOST_FAINT = 2  # runs whose single steps are drawn behind the averages
 _LEAST_BIAS = -12.0  # where the drawing of a bias ends: a key there has a weight of 6e-6 of its score's
-_BIAS_TOP = 1.4  # room for the words above the curves
+_BIAS_TOP = 0.4
 _BIAS_POINTS = 96
 
 # field of metrics.jsonl, title, facts, unit, whether it is averaged, whether the axis begins at 0
@@ -50,8 +50,9 @@ def training_charts(comparison: Comparison, *, marks: Sequence[int]) -> list[Cha
 
 
 def perplexity_charts(comparison: Comparison) -> list[Chart]:
-    """Return a chart of perplexity against length for each text."""
-    return [_perplexity_chart(comparison, text) for text in comparison.texts]
+    """Return a chart of perplexity against length for each text, then of loss against position where it is known."""
+    charts = [_perplexity_chart(comparison, text) for text in comparison.texts]
+    return charts + [chart for text in comparison.texts if (chart := _position_chart(comparison, text)) is not None]
 
 
 def bias_chart(config: RunConfig) -> Chart | None:
@@ -92,17 +93,14 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
     shown: list[float] = []
     for number, run in runs:
         points, validated = _points(run, "loss", by=by), _points(run, "validation_loss", by=by)
-        averaged = smooth(points, share=_SMOOTHED_SHARE)
-        if len(runs) <= _MOST_FAINT:
-            series.append(Series(f"{run.label}, each step" if several else "each step", points, number, "faint"))
-        dash = number // COLOURS  # colours repeat
-        series.append(Series(run.label if several else _MEAN_LABEL, averaged, number, dash=dash))
+        series += _averaged(number, run, points, faint=len(runs) <= _MOST_FAINT, several=several)
         label = f"{run.label}, validation" if several else "validation"
         series.append(Series(label, validated, number, "dots", colour=number if several else 1))
         shown += [y for _, y in (*points[int(_SHOWN_FROM * len(points)) :], *validated)]
     if not shown:
         return None
     return Chart(
+        is_large=True,
         title="Loss",
         facts="nats per token; " + ("dots: validation" if several else "training, and dots: validation"),
         x_title=_X_TITLES[by],
@@ -120,13 +118,13 @@ def _field_chart(
     series: list[Series] = []
     for number, run in runs:
         several, points = len(runs) > 1, _points(run, field, by=by)
-        if is_averaged and len(runs) <= _MOST_FAINT:
-            series.append(Series(f"{run.label}, each step" if several else "each step", points, number, "faint"))
-        label = _MEAN_LABEL if is_averaged else title.lower()
-        averaged = smooth(points, share=_SMOOTHED_SHARE) if is_averaged else points
-        series.append(Series(run.label if several else label, averaged, number, dash=number // COLOURS))
+        if is_averaged:
+            series += _averaged(number, run, points, faint=len(runs) <= _MOST_FAINT, several=several)
+        else:
+            label = run.label if several else title.lower()
+            series.append(Series(label, points, number, dash=number // COLOURS))
     values = [y for each in series for _, y in each.points]
-    if not values:
+    if not values or field == "attention_density" and {*values} == {1.0}:  # nothing was left out
         return None
     return Chart(
         title=title,
@@ -137,6 +135,17 @@ def _field_chart(
         series=_in_order(series),
         marks=tuple(map(Mark, marks)),
     )
+
+
+def _averaged(number: int, run: ComparedRun, points: list[Point], *, faint: bool, several: bool) -> Iterator[Series]:
+    """Yield the mean of the steps around each step, and the steps themselves, faint; a short run has but the latter."""
+    dash, averaged = number // COLOURS, smooth(points, share=_SMOOTHED_SHARE)  # colours repeat
+    if averaged == points:
+        yield Series(run.label if several else "each step", points, number, dash=dash)
+        return
+    if faint:
+        yield Series(f"{run.label}, each step" if several else "each step", points, number, "faint")
+    yield Series(run.label if several else _MEAN_LABEL, averaged, number, dash=dash)
 
 
 _X_TITLES = {"step": "step", "tokens_seen": "training tokens"}
@@ -168,17 +177,61 @@ def _perplexity_chart(comparison: Comparison, text: TextResults) -> Chart:
             label += f", {protocol}" if several and len(protocols) > 1 else ""
             colour = None if several else dash
             series.append(Series(label, points, number, "marked", dash=dash, colour=colour))
-    trained = sorted({comparison.runs[number].config.data.sequence_length for number in text.runs})
+    trained = _trained_lengths(comparison, text)
     lengths = {int(length) for each in series for length, _ in each.points}
+    # the keys of a chart of one run have their names
+    of_lines = several and len(protocols) > 1
+    names = [f"{line}: {name}" for line, name in zip(DASHES, protocols, strict=False)] if of_lines else protocols
     return Chart(
+        is_large=True,
         title="Perplexity by length",
-        facts=f"on {text.text}, per {'word' if text.unit == 'word_perplexity' else 'token'}, {' and '.join(protocols)}",
+        facts=f"on {text.text}, per {'word' if text.unit == 'word_perplexity' else 'token'}; {', '.join(names)}",
         x_title="evaluation length (tokens)",
         x=lengths_axis(lengths, keep=trained),
         y=fit_axis([y for each in series for _, y in each.points], may_be_logarithmic=True),
         series=tuple(each for each in series if each.points),
         marks=tuple(Mark(length, f"training length {length:,}") for length in trained),
     )
+
+
+def _position_chart(comparison: Comparison, text: TextResults) -> Chart | None:
+    """Return loss against position: of one run each length, of several the longest; None where no result has it."""
+    several, trained = len(comparison.runs) > 1, _trained_lengths(comparison, text)
+    series: list[Series] = []
+    for number, results in zip(text.runs, text.results, strict=True):
+        curves = [(key[2], [*_by_position(results[key])]) for key in sorted(results) if not key[1]]
+        curves = [(length, points) for length, points in curves if points]
+        for place, (length, points) in enumerate(curves[-1:] if several else curves):
+            words = f"{length:,} tokens"
+            label = f"{comparison.runs[number].label}, {words}" if several else words
+            shade = None if several else place / max(1, len(curves) - 1)
+            series.append(Series(label, points, number, dash=number // COLOURS, shade=shade))
+    if not series:
+        return None
+    positions = sorted({int(position) for each in series for position, _ in each.points})
+    powers = {2 ** round(math.log2(position)) for position in positions}
+    return Chart(
+        is_large=True,
+        title="Loss by position",
+        facts=f"on {text.text}, nats per token",
+        x_title="position in the window (tokens)",
+        x=lengths_axis({*powers, positions[0], positions[-1]}, keep=trained),
+        y=fit_axis([y for each in series for _, y in each.points]),
+        series=tuple(series),
+        marks=tuple(Mark(length, f"training length {length:,}") for length in trained),
+    )
+
+
+def _trained_lengths(comparison: Comparison, text: TextResults) -> list[int]:
+    return sorted({comparison.runs[number].config.data.sequence_length for number in text.runs})
+
+
+def _by_position(result: dict[str, Any]) -> Iterator[Point]:
+    """Yield the loss at each position of a result's windows; the axis is logarithmic and has no 0."""
+    known = result.get("loss_by_position") or {"positions": (), "loss": ()}
+    for position, loss in zip(known["positions"], known["loss"], strict=True):
+        if position > 0 and loss is not None and math.isfinite(loss):
+            yield float(position), float(loss)
 
 
 def _measured(text: TextResults, run: int, *, protocol: str) -> Iterator[Point]:

@@ -68,6 +68,11 @@ class LayoutFacts:
     copies: tuple[ModelCopy, ...]
     left_out: int
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it needs more room than two stages side by side."""
+        return len(self.copies) > 1 or len(self.copies[0].stages) > 2
+
 
 def certificate_facts(certificate: _Fields) -> CertificateFacts:
     """Return what a line of certificates.jsonl says, worst rank first if a rank is wrong."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,12 +55,12 @@ class RunStart:
         """How many ranks it had; None if that is not known."""
         return len(self.certificate.get("ranks", ())) or None
 
-    @property
+    @cached_property
     def kept_seconds(self) -> float:
         """Time of the steps that the run kept, with their validations and saves."""
         return _seconds(self.steps)
 
-    @property
+    @cached_property
     def lost_seconds(self) -> float:
         """Time of the steps that were lost."""
         return _seconds(self.lost)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from configs.figures import counted, duration
+from configs.figures import counted, duration, energy
 from training.checkpoint.manifest import list_checkpoints
+from training.metrics_reader import finite_value
 from training.page.starts import RunStart
 
 _MOST_SAVES = 200  # marks of saves that succeeded; a failed one always has its mark
-_GAP = 0.6  # per cent of the width between two starts
+_GAP, _MOST_GAPS = 0.6, 30.0  # per cent of the width: between two starts, and all gaps together
 _LEAST_PAUSE = 60.0  # seconds between two starts that are worth a line of the table
 _TICKS = 4
 
@@ -60,7 +61,8 @@ class Timeline:
 def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
     """Return the time line of a run with at least one start."""
     total = sum(start.kept_seconds + start.lost_seconds for start in starts) or 1.0
-    scale = (100 - _GAP * (len(starts) - 1)) / total
+    gap = min(_GAP, _MOST_GAPS / len(starts))
+    scale = (100 - gap * (len(starts) - 1)) / total
     bars: list[TimelineBar] = []
     marks: list[TimelineMark] = []
     left = 0.0
@@ -75,10 +77,10 @@ def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
         for seconds, step, happened in start.saves():
             words = "saved" if happened == "saved" else "a save failed"
             marks.append(TimelineMark(left + seconds * scale, happened, f"{words} after step {step:,}"))
-        left += kept + lost + _GAP
+        left += kept + lost + gap
     newest = [checkpoint.step for checkpoint in list_checkpoints(run_dir)[-1:]]
     if newest == [starts[-1].last_step] and bars:
-        marks.append(TimelineMark(left - _GAP, "saved", f"saved after step {newest[0]:,}"))
+        marks.append(TimelineMark(left - gap, "saved", f"saved after step {newest[0]:,}"))
     ticks = [(100 * part / _TICKS, duration(total * part / _TICKS) if part else "0") for part in range(_TICKS + 1)]
     headings, rows = _table(starts)
     return Timeline(tuple(bars), tuple(_thinned(marks)), tuple(ticks), headings, rows)
@@ -87,7 +89,8 @@ def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
 def cost_rows(starts: Sequence[RunStart], *, device: str | None) -> list[tuple[str, str]]:
     """Return what a run cost: names and values; without what is not known.
 
-    A device hour is an hour of one rank, which has a device of its own. Energy is left out: no file of a run has it.
+    A device hour is an hour of one rank, which has a device of its own. Energy is that of the ranks' GPUs, from the
+    first step of a start to its last.
 
     Args:
         starts: The run's starts.
@@ -98,10 +101,21 @@ def cost_rows(starts: Sequence[RunStart], *, device: str | None) -> list[tuple[s
     if all(start.ranks or not (start.steps or start.lost) for start in starts):
         hours = sum((start.ranks or 0) * (start.kept_seconds + start.lost_seconds) for start in starts) / 3600
         rows.append(("device hours", f"{_hours(hours)}{'' if device is None else f' on {device}'}"))
+    rows += _energy_rows(starts)
     if lost:
         steps = sum(len(start.lost) for start in starts)
         rows.append(("lost", f"{duration(lost)}: {counted(steps, 'step')} trained again after a restart"))
     return rows
+
+
+def _energy_rows(starts: Sequence[RunStart]) -> list[tuple[str, str]]:
+    """Return the energy of the steps whose GPUs' drivers tell it; none if no step's do."""
+    steps = [fields for start in starts for fields in (*start.steps, *start.lost)]
+    joules = [value for fields in steps if (value := finite_value(fields, "energy_joules")) is not None]
+    if not joules:
+        return []
+    part = "" if len(joules) == len(steps) else f" in {len(joules):,} of {counted(len(steps), 'step')}"
+    return [("energy", f"{energy(sum(joules))} by the GPUs' own counters{part}")]
 
 
 def _table(starts: Sequence[RunStart]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:

@@ -17,8 +17,7 @@ from training.retrieval.plot import draw_retrieval
 from training.retrieval.shares import over_depths, share_with_interval
 
 if TYPE_CHECKING:
-    from training.checkpoint.read import Checkpoint
-    from training.evaluation.provenance import Provenance
+    from training.evaluation.provenance import EvaluatedModel, Provenance
     from training.retrieval.cells import RetrievalCell
     from training.retrieval.request import RetrievalRequest
 
@@ -34,8 +33,7 @@ _NOTES = (
 def build_retrieval_report(
     cells: "Sequence[RetrievalCell]",
     *,
-    checkpoint: "Checkpoint",
-    certificate: dict[str, Any],
+    model: "EvaluatedModel",
     text: tuple[str, int],
     request: "RetrievalRequest",
     provenance: "Provenance",
@@ -45,21 +43,19 @@ def build_retrieval_report(
 
     Args:
         cells: What was measured.
-        checkpoint: The checkpoint.
-        certificate: Certificate of the model that was asked; it ran on one rank.
+        model: The model that was asked.
         text: Name and tokens of the haystack.
         request: What was asked for.
         provenance: What it was made from, and when.
         chance: `choice` of a model that knows nothing.
     """
-    (rank,) = certificate["ranks"]
     return {
-        "checkpoint": str(checkpoint.path.absolute()),
-        "step": checkpoint.step,
-        "train_length": checkpoint.config.data.sequence_length,
-        "position": rank["position"],
-        "attention": rank["backend"],
-        "precision": rank["precision"],
+        "checkpoint": str(model.path),
+        "step": model.step,
+        "train_length": model.train_length,
+        "position": model.position,
+        "attention": model.attention,
+        "precision": model.precision,
         "data": {"name": text[0], "tokens": text[1]},
         "seed": request.seed,
         "chance": chance,

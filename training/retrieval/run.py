@@ -17,7 +17,7 @@ from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.folder import check_evaluation_folder
 from training.evaluation.precheck import run_data
 from training.evaluation.progress import EvaluationProgress
-from training.evaluation.provenance import provenance_of
+from training.evaluation.provenance import evaluated_model, provenance_of
 from training.model.single import inference_device, load_single
 from training.retrieval.cells import RetrievalCell
 from training.retrieval.prompts import Prompt, PromptMaker, make_haystack
@@ -58,8 +58,7 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     model = load_single(opened, precision=request.precision)
     build = partial(
         build_retrieval_report,
-        checkpoint=opened,
-        certificate=model.certificate,
+        model=evaluated_model(opened, model.certificate),
         text=(stream.name, len(haystack.tokens)),
         request=request,
         provenance=provenance,

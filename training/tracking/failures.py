@@ -21,6 +21,7 @@ _PASSING_CODES = {
     "ALREADY_EXISTS",
 }
 _PASSING_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+_REFUSED_FILE = {400, 413, 414}
 _NO_ACCESS = re.compile(r"UNAUTHENTICATED|CUSTOMER_UNAUTHORIZED|PERMISSION_DENIED|\b40[137]\b|password", re.IGNORECASE)
 _WRONG_URL = {"InvalidURL", "InvalidSchema", "MissingSchema", "InvalidUrlException"}
 # of sqlalchemy, whatever the driver: a locked database, a lost connection, tables that another start creates now
@@ -41,6 +42,12 @@ def may_pass(error: Exception) -> bool:
         return True
     code = getattr(error, "error_code", None)
     return code in _PASSING_CODES if code is not None else isinstance(error, OSError)
+
+
+def is_about_file(error: Exception) -> bool:
+    """Return whether an error is about one file and not about the store of artifacts: it is gone, or too large."""
+    is_gone = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    return is_gone or _http_status(error) in _REFUSED_FILE
 
 
 def reason_of(error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from configs.schema import RunConfig
 from training.families.table import parameter_count
+from training.incarnation import newest_incarnation
 
 # The MLflow name of each field of `StepResult` but the step. MLflow draws what has one prefix in one group.
 METRIC_NAMES = {
@@ -25,7 +26,14 @@ METRIC_NAMES = {
     "validation_seconds": "time/validation_seconds",
     "save_seconds": "time/save_seconds",
     "failed_saves": "train/failed_saves",
+    "energy_joules": "energy/step_joules",
 }
+TOTAL_ENERGY = "energy/total_kwh"
+# What is logged a second time with the tokens seen as its step: MLflow then draws it over tokens, and runs with other
+# batches compare. Any metric is drawn over tokens if `train/tokens_seen` is chosen as the X-axis of its chart.
+BY_TOKENS = {"loss": "by_tokens/train_loss", "validation_loss": "by_tokens/validation_loss"}
+LONG_PARAMS = "long_params.json"  # artifact with the values that are longer than MLflow's limit
+_LONGEST_KEY, _LONGEST_VALUE = 250, 6000  # MLflow's limits
 
 
 def run_params(config: RunConfig, *, environment_file: Path, certificate: Path) -> dict[str, Any]:
@@ -51,11 +59,39 @@ def run_params(config: RunConfig, *, environment_file: Path, certificate: Path) 
     }
 
 
+def flatten(params: dict[str, Any]) -> dict[str, str]:
+    """Return nested values with dotted keys: {"model": {"heads": 4}} becomes {"model.heads": "4"}.
+
+    Keys that are not set (None) are left out. Lists become JSON. Nothing is cut.
+    """
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": text for inner, text in flatten(value).items()})
+        elif value is not None:
+            flat[str(key)] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple) else str(value)
+    return flat
+
+
+def within_limits(flat: Mapping[str, str]) -> dict[str, str]:
+    """Return parameters as MLflow takes them; a value that is too long says where it is whole."""
+    rest = f" ... (whole in {LONG_PARAMS})"
+    cut = {key: text[: _LONGEST_VALUE - len(rest)] + rest for key, text in long_values(flat).items()}
+    return {key[:_LONGEST_KEY]: text for key, text in {**flat, **cut}.items()}
+
+
+def long_values(flat: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters whose values are longer than MLflow's limit."""
+    return {key: text for key, text in flat.items() if len(text) > _LONGEST_VALUE}
+
+
 def run_tags(environment_file: Path) -> dict[str, str]:
-    """Return MLflow's own tags for where a run comes from, and the SLURM job of this start."""
+    """Return MLflow's own tags for where a run comes from, the number of starts, and the SLURM job of this one."""
     environment = _read(environment_file)
     code, job = environment.get("code") or {}, environment.get("slurm") or {}
+    newest = newest_incarnation(environment_file.parent)
     tags: Mapping[str, str | None] = {
+        "trainshort.starts": str(newest.number) if newest else None,
         "mlflow.source.name": "trainshort train",
         "mlflow.source.type": "JOB" if job else "LOCAL",
         "mlflow.source.git.commit": code.get("commit"),
@@ -66,6 +102,20 @@ def run_tags(environment_file: Path) -> dict[str, str]:
         "slurm.nodes": job.get("nodes"),
     }
     return {name: value for name, value in tags.items() if value is not None}
+
+
+def tags_of_starts(run_dir: Path) -> dict[str, str]:
+    """Return the tags that list the values of all starts of a run, with this start's values."""
+    environment = _read(run_dir / "environment.json")
+    newest = newest_incarnation(run_dir)
+    job = environment.get("slurm") or {}
+    layout = ", ".join(f"{axis} {size}" for axis, size in (environment.get("layout") or {}).items())
+    tags: Mapping[str, str | None] = {
+        "trainshort.hosts": job.get("nodes") or (newest.host if newest else None),
+        "trainshort.layouts": layout,
+        "trainshort.jobs": job.get("job_id"),
+    }
+    return {name: value for name, value in tags.items() if value}
 
 
 def _read(file: Path) -> dict[str, Any]:

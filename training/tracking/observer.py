@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
-from configs.paths import config_file
+from configs.figures import JOULES_PER_KWH
+from configs.paths import config_file, reproduction_file
 from configs.schema import RunConfig
+from training.energy import spent_joules
 from training.observers import Observer, Status, StepResult
-from training.tracking.names import METRIC_NAMES, run_params, run_tags
-from training.tracking.system import SystemMetrics
+from training.tracking.inputs import data_inputs, inputs_event
+from training.tracking.names import BY_TOKENS, METRIC_NAMES, TOTAL_ENERGY, run_params, run_tags, tags_of_starts
+from training.tracking.system import SystemMetrics, wait_for_other_nodes
 from training.tracking.tracker import MlflowTracker
+
+# the newer start sends what is left
+_SUPERSEDED_SECONDS = 2.0
 
 
 class TrackingObserver(Observer):
@@ -15,14 +21,23 @@ class TrackingObserver(Observer):
 
     def __init__(self, config: RunConfig, *, run_dir: Path, certificate: Path) -> None:
         self._tracker = MlflowTracker(
-            run_dir, name=config.run.name, experiment=config.track.experiment, uri=config.track.uri
+            run_dir,
+            name=config.run.name,
+            experiment=config.track.experiment,
+            uri=config.track.uri,
+            offline=config.track.offline,
         )
         environment_file = run_dir / "environment.json"
         params = run_params(config, environment_file=environment_file, certificate=certificate)
-        self._tracker.start(params, config_file(run_dir), tags=run_tags(environment_file))
-        for file in (certificate, environment_file):
-            self._tracker.artifact(file)
-        self._system = SystemMetrics(self._tracker)
+        tags = {**run_tags(environment_file), **config.track.tags}
+        self._tracker.start(params, config_file(run_dir), tags=tags, listed_tags=tags_of_starts(run_dir))
+        for file in (certificate, environment_file, reproduction_file(run_dir)):
+            if file.is_file():
+                self._tracker.artifact(file)
+        self._tracker.put(inputs_event(data_inputs(config)))
+        self._run_dir = run_dir
+        self._joules = spent_joules(run_dir)
+        self._system = SystemMetrics(self._tracker.put)
 
     @property
     def summary(self) -> str:
@@ -31,12 +46,25 @@ class TrackingObserver(Observer):
 
     def on_step(self, result: StepResult) -> None:
         """Queue the step's values; the tracker's thread sends them."""
-        values = {METRIC_NAMES[name]: value for name, value in result.values().items()}
+        fields = result.values()
+        values = {METRIC_NAMES[name]: value for name, value in fields.items()}
+        if result.energy_joules is not None:
+            self._joules += result.energy_joules
+            values[TOTAL_ENERGY] = self._joules / JOULES_PER_KWH
         self._tracker.metrics(result.step, values)
+        by_tokens = {name: fields[field] for field, name in BY_TOKENS.items() if field in fields}
+        self._tracker.metrics(result.tokens_seen, by_tokens)
+
+    def before_save(self) -> None:
+        """Flush the spool: a resume from the checkpoint would not train its steps again."""
+        self._tracker.flush()
 
     def close(self, status: Status) -> None:
         """Send the rest and end the MLflow run with this status; a superseded start leaves the run to the newer one."""
         self._system.stop()
         if status == "SUPERSEDED":
+            self._tracker.close(wait_seconds=_SUPERSEDED_SECONDS)
             return
+        if status != "FAILED":  # else a node may be lost
+            wait_for_other_nodes(self._run_dir)
         self._tracker.finish(status)

@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from configs.files import whole_file
 from configs.secrets import without_password
@@ -45,19 +44,3 @@ def write_record(run_dir: Path, record: RunRecord) -> None:
     document = {"run_id": record.run_id, "uri": uri} | ({"open": True} if record.is_open else {})
     with whole_file(record_file(run_dir)) as temporary:
         temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
-
-
-def flatten(params: dict[str, Any]) -> dict[str, str]:
-    """Return nested values with dotted keys: {"model": {"heads": 4}} becomes {"model.heads": "4"}.
-
-    Keys that are not set (None) are left out. Lists become JSON. Keys are cut at 250 characters and values at 6000,
-    which are MLflow's limits.
-    """
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{inner}"[:250]: text for inner, text in flatten(value).items()})
-        elif value is not None:
-            text = json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple) else str(value)
-            flat[str(key)[:250]] = text[:6000]
-    return flat

@@ -25,6 +25,11 @@ STORE_VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 DEFAULT_EXPERIMENT = "trainshort"
 ARTIFACTS = "mlartifacts"
+# where a sqlite file names places of artifacts; older versions of MLflow have the first table alone
+_ARTIFACT_PLACES = (
+    *(("runs", "artifact_uri"), ("logged_models", "artifact_location")),
+    *(("model_versions", "storage_location"), ("model_versions", "source")),
+)
 _SCHEMES = (
     *("", "file", "http", "https", "databricks", "databricks-uc", "uc"),
     *("sqlite", "mysql", "mssql", "postgresql"),
@@ -166,14 +171,14 @@ def create_file(file: Path, *, fill: Callable[[str], None]) -> None:
                 temporary.replace(file)
 
 
-def follow_move(file: Path, *, experiment: str, run_id: str | None) -> bool:
+def follow_move(file: Path, *, experiment: str | None, run_id: str | None) -> bool:
     """Point an experiment's artifacts to the folder beside a sqlite file that was moved or copied with it.
 
     MLflow keeps absolute paths: without this, new artifacts would go to the old place. Return whether it has moved.
 
     Args:
         file: The sqlite file.
-        experiment: The experiment's name.
+        experiment: The experiment's name; None for that of the run alone.
         run_id: A run whose experiment is meant too.
     Raises:
         sqlite3.Error: the file cannot be read or written.
@@ -190,11 +195,13 @@ def follow_move(file: Path, *, experiment: str, run_id: str | None) -> bool:
         ).fetchall()
         moved = [(here.as_uri(), location) for (location,) in locations if _has_moved(location, here=here)]
         connection.executemany("update experiments set artifact_location = ? where artifact_location = ?", moved)
-        connection.executemany(
-            "update runs set artifact_uri = ?1 || substr(artifact_uri, length(?2) + 1) "
-            "where substr(artifact_uri, 1, length(?2) + 1) = ?2 || '/'",
-            moved,
-        )
+        for table, column in _ARTIFACT_PLACES:
+            if table in tables:
+                connection.executemany(
+                    f"update {table} set {column} = ?1 || substr({column}, length(?2) + 1) "
+                    f"where substr({column}, 1, length(?2) + 1) = ?2 || '/'",
+                    moved,
+                )
     return bool(moved)
 
 

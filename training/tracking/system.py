@@ -1,44 +1,45 @@
 """What a node does during training: CPU, memory, disk, network and GPUs, measured by MLflow's own monitors.
 
-MLflow's own thread asks the server at each sample, and ends at the first error. Here the samples pass through the
-tracker like all metrics: they wait while the server is away.
+MLflow's own thread asks the server at each sample, and ends at the first error. Here the samples pass through the spool
+like all metrics: they wait while the server is away, and those of several nodes are sent by one process.
 """
 
 import logging
 import math
+import re
 import socket
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from configs.schema import RunConfig
 from parallel.start import ProcessRank, environment, node_count
+from training.energy import EnergyMonitor, counters_of_node, open_nvml
+from training.incarnation import newest_incarnation
 from training.observers import Observer, Status
-from training.tracking.record import read_record
-from training.tracking.tracker import MlflowTracker, attach
+from training.tracking.spool import Event, SpoolWriter, is_closed, spool_files
 
 logger = logging.getLogger(__name__)
 
 MONITORS = ("CPU", "Disk", "Network", "GPU")
 SAMPLING_SECONDS = 10.0  # MLflow's default
-# how another node waits until the first one has opened the MLflow run
-RECORD_POLL_SECONDS, RECORD_POLLS = 5.0, 360
-_CLOSING_SECONDS = 2.0
+_NODE = "node"  # role of the other nodes, in the names of their files
+CLOSING_SECONDS, _CLOSING_POLL_SECONDS = 2.0, 0.05
 
 
 class SystemMetrics:
-    """Measure this node in a background thread until `stop`, and hand the samples to a tracker.
+    """Measure this node in a background thread until `stop`, and spool the samples.
 
     MLflow's variables count: MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING (here true unless it says false), and
     MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL, MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING and
     MLFLOW_SYSTEM_METRICS_NODE_ID.
     """
 
-    def __init__(self, tracker: MlflowTracker) -> None:
-        """Begin to measure."""
-        self._tracker = tracker
+    def __init__(self, put: Callable[[Event], None]) -> None:
+        """Begin to measure; `put` spools an event."""
+        self._put = put
         self._ended = threading.Event()
         self._measures = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system metrics", daemon=True)
@@ -49,7 +50,7 @@ class SystemMetrics:
         """Take a last sample and stop; a thread that still imports mlflow is left behind."""
         self._ended.set()
         if self._measures.is_set():
-            self._thread.join(_CLOSING_SECONDS)
+            self._thread.join(CLOSING_SECONDS)
 
     def _run(self) -> None:
         variables = environment()
@@ -74,45 +75,39 @@ class SystemMetrics:
                 for monitor in monitors:
                     values |= monitor.aggregate_metrics()
                     monitor.clear_metrics()
-                self._tracker.metrics(None, {f"{prefix}{name}": value for name, value in values.items()})
+                named = {f"{prefix}{name}": value for name, value in values.items()}
+                self._put({"kind": "metrics", "time_ms": time.time_ns() // 1_000_000, "step": None, "values": named})
         except Exception:  # noqa: BLE001  no error of a monitor may reach training
             logger.debug("the system metrics of this node end here", exc_info=True)
 
 
 class NodeObserver(Observer):
-    """Adds the system metrics of a node to the run that the first node logs; it says nothing if it cannot."""
+    """Spools the system metrics of a node; the first rank sends them with its own. It connects to no store."""
 
-    def __init__(self, run_dir: Path, *, uri: str | None) -> None:
-        self._run_dir, self._uri = run_dir, uri
-        self._ended = threading.Event()
-        self._metrics: SystemMetrics | None = None
-        self._tracker: MlflowTracker | None = None
-        threading.Thread(target=self._follow, name="mlflow run", daemon=True).start()
+    def __init__(self, run_dir: Path) -> None:
+        self._writer = SpoolWriter(run_dir, role=_NODE, on_problem=lambda problem: logger.debug("MLflow %s", problem))
+        self._metrics = SystemMetrics(self._writer.put)
 
     def close(self, status: Status) -> None:
-        """Send the last sample; do not wait long for the server."""
-        self._ended.set()
-        if self._tracker is not None and self._metrics is not None:
-            self._metrics.stop()
-            self._tracker.close(wait_seconds=_CLOSING_SECONDS)
-
-    def _follow(self) -> None:
-        for _ in range(RECORD_POLLS):
-            record = read_record(self._run_dir)
-            if record is not None and record.is_open:
-                # a sqlite file on a network disk does not survive that several nodes write to it
-                is_server = record.uri is not None and not record.uri.startswith("sqlite")
-                self._tracker = attach(self._run_dir, uri=self._uri, warns=False) if is_server else None
-                self._metrics = SystemMetrics(self._tracker) if self._tracker else None
-                return
-            if self._ended.wait(RECORD_POLL_SECONDS):
-                return
+        """Spool the last sample."""
+        self._metrics.stop()
+        self._writer.close()
 
 
-def node_observers(config: RunConfig, *, run_dir: Path, place: ProcessRank) -> list[Observer]:
+def node_observers(run_dir: Path, *, place: ProcessRank) -> list[Observer]:
     """Return the observer of a rank that is the first one of its node; empty on other ranks and on the first node."""
     is_first_of_node = place.local_rank == 0 and place.rank > 0
-    return [NodeObserver(run_dir, uri=config.track.uri)] if is_first_of_node and is_wanted(environment()) else []
+    return [NodeObserver(run_dir)] if is_first_of_node and is_wanted(environment()) else []
+
+
+def wait_for_other_nodes(run_dir: Path) -> None:
+    """Wait until the other nodes of this start have spooled their last samples, for two seconds at most."""
+    newest, until = newest_incarnation(run_dir), time.monotonic() + CLOSING_SECONDS
+    prefix = f"{newest.number:06d}-" if newest else ""
+    of_a_node = re.compile(rf"{prefix}.*-{_NODE}-[^-]+-\d+\.jsonl")
+    others = [file for file in spool_files(run_dir) if of_a_node.fullmatch(file.name)]
+    while time.monotonic() < until and any(file.exists() and not is_closed(file) for file in others):
+        time.sleep(_CLOSING_POLL_SECONDS)
 
 
 def is_wanted(variables: Mapping[str, str]) -> bool:
@@ -126,8 +121,9 @@ def node_name(variables: Mapping[str, str]) -> str | None:
 
 
 def _monitors() -> list[Any]:
-    """Return MLflow's monitors that work here; without psutil there is none, without pynvml none for GPUs."""
-    monitors = []
+    """Return the monitors that work here: MLflow's, of GPUs only with pynvml, and one of energy."""
+    counters = counters_of_node(open_nvml())
+    monitors: list[Any] = [EnergyMonitor(counters)] if counters else []
     for kind in MONITORS:
         try:
             module = import_module(f"mlflow.system_metrics.metrics.{kind.lower()}_monitor")

@@ -116,7 +116,11 @@ class HuggingFaceFormat:
 
 
 class HuggingFaceTokenizer:
-    """The tokenizer of an exported folder."""
+    """The tokenizer of an exported folder.
+
+    Attributes:
+        end: Id of the token that ends a text; None if it has none.
+    """
 
     def __init__(self, folder: Path) -> None:
         with quiet_transformers():
@@ -124,6 +128,7 @@ class HuggingFaceTokenizer:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+        self.end: int | None = self._tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""

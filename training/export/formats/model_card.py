@@ -5,7 +5,7 @@ from pathlib import Path
 
 from configs.terminal import printable
 from training.evaluation.usable import whole_windows
-from training.export.facts import ModelFacts
+from training.export.facts import ModelFacts, facts_of_context
 from training.export.formats.readers import Reader
 
 # The lines between the dashes are YAML that the Hub reads.
@@ -46,6 +46,7 @@ def model_card(facts: ModelFacts, *, comparison: str, engine: Reader, dtype: str
             f"A decoder language model with {model.position} positions, trained at {facts.train_length:,} tokens"
             f"{'' if facts.is_imported else ' by trainshort'}.",
             f"Longest text: {facts.longest:,} tokens, {facts.reason}.\n",
+            *([] if facts.effective_context is None else [f"{facts_of_context(facts.effective_context)}\n"]),
             _training(facts, dtype=dtype),
             _perplexity(facts),
             engine.use.format(name=name, longest=facts.longest, more=2 * facts.longest, file=file),

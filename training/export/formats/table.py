@@ -177,6 +177,7 @@ class FormatRow:
         problem_of: Returns why it cannot hold a model, None if it can.
         load: Imports the implementation, and returns it for a type of weights.
         servers: What `--serve-check` can start, the first choice first.
+        in_mlflow: Whether MLflow can load it, and so register it.
         load_with_code: Likewise of the one that carries its own modelling code; None if there is none.
     """
 
@@ -185,6 +186,7 @@ class FormatRow:
     problem_of: "Callable[[Model], str | None]"
     load: Callable[[str], ExportFormat]
     servers: tuple[InferenceServer, ...]
+    in_mlflow: bool
     load_with_code: Callable[[str], ExportFormat] | None = None
 
 
@@ -195,9 +197,17 @@ FORMATS = {
         _huggingface_problem,
         _huggingface,
         VLLM_SERVERS,
+        in_mlflow=True,
         load_with_code=_huggingface_with_code,
     ),
-    "gguf": FormatRow("one file for llama.cpp", ("f32", "f16", "q8_0"), _gguf_problem, _gguf, LLAMA_CPP_SERVERS),
+    "gguf": FormatRow(
+        "one file for llama.cpp",
+        ("f32", "f16", "q8_0"),
+        _gguf_problem,
+        _gguf,
+        LLAMA_CPP_SERVERS,
+        in_mlflow=False,
+    ),
 }
 DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
 # the format that a SLURM chain exports to
@@ -237,6 +247,17 @@ def require_format(name: str, *, dtype: str | None = None, with_code: bool = Fal
         carrying = " or ".join(name for name, row in FORMATS.items() if row.load_with_code)
         raise InputError(f"format {name} carries no code: drop --with-code, or use --format {carrying}")
     return dtype or dtypes[0]
+
+
+def require_registrable(name: str) -> None:
+    """Refuse to register a format that MLflow cannot load.
+
+    Raises:
+        InputError: says which ones it can.
+    """
+    if not FORMATS[name].in_mlflow:
+        loaded = " or ".join(name for name, row in FORMATS.items() if row.in_mlflow)
+        raise InputError(f"MLflow loads no {name}: drop --register, or use --format {loaded}")
 
 
 def server_of(name: str, *, with_code: bool, model: "Model | None" = None) -> InferenceServer:

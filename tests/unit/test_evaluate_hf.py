@@ -1,0 +1,112 @@
+"""Models of Hugging Face on a run's text: an export has the checkpoint's figures, a baseline its own tokens."""
+
+import contextlib
+import json
+import math
+import shutil
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.support.command_line import Call
+
+OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
+FIGURES = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "standard_error")
+
+
+@pytest.fixture
+def home(tmp_path: Path, trainshort: Call) -> Path:
+    """A folder with a run and its export."""
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    texts = [topics[name][:60] for name in sorted(topics)[:40]]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with contextlib.chdir(tmp_path):
+        assert trainshort("export", "run", "--format", "hf", "--out", "exported").code == 0
+    return tmp_path
+
+
+def report_from(trainshort: Call, home: Path, *arguments: str) -> dict[str, Any]:
+    with contextlib.chdir(home):
+        answer = trainshort("evaluate", "run", "--data", "texts.jsonl", *arguments, "--json")
+    assert answer.code == 0, answer.error
+    return dict(json.loads(answer.out))
+
+
+def test_an_export_has_the_figures_of_the_checkpoint(home: Path, trainshort: Call) -> None:
+    asked = ("--lengths", "8,24", "--protocol", "nonoverlapping", "--protocol", "sliding:4", "--protocol", "last:2")
+    ours = report_from(trainshort, home, *asked, "--context")
+    newest = (home / "run" / "evaluation" / "report.json").read_bytes()
+    theirs = report_from(trainshort, home, *asked, "--context", "--hf", "exported")
+    for one, other in zip(ours["results"], theirs["results"], strict=True):
+        assert [one[key] for key in ("length", "protocol", "stride", "tokens")] == [
+            other[key] for key in ("length", "protocol", "stride", "tokens")
+        ]
+        for key in FIGURES:
+            assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), key
+        assert one["loss_by_position"]["loss"] == pytest.approx(other["loss_by_position"]["loss"], rel=1e-5)
+    assert ours["context"]["loss"] == pytest.approx(theirs["context"]["loss"], rel=1e-5)
+    assert ours["context"]["shuffled_loss"] == pytest.approx(theirs["context"]["shuffled_loss"], rel=1e-5)
+    assert ours["text_sha256"] == theirs["text_sha256"]
+    assert ours["weights_sha256"] != theirs["weights_sha256"]
+    assert (theirs["checkpoint"], theirs["position"], theirs["train_length"]) == (str(home / "exported"), "bloom", 8)
+    assert theirs["attention"].startswith("transformers' ")
+    kept = home / "run" / "evaluation" / "hf-exported"
+    assert {path.name for path in kept.iterdir()} == {"texts.json", "texts.md", "texts.png"}
+    assert (home / "run" / "evaluation" / "report.json").read_bytes() == newest, "it is the run's own"
+
+
+def test_a_baseline_is_measured_in_its_own_tokens(home: Path, trainshort: Call) -> None:
+    """A model for which every token is equally likely, with a tokenizer whose origin is not known."""
+    folder = home / "gpt 2"
+    shutil.copytree(home / "exported", folder, ignore=shutil.ignore_patterns("*.safetensors", "export.json"))
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_positions=24, n_embd=8, n_layer=1, n_head=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(folder)
+    report = report_from(trainshort, home, "--lengths", "8,24", "--hf", "gpt 2")
+    own = report_from(trainshort, home, "--lengths", "8")
+    assert (report["data"]["words"], report["data"]["bytes"]) == (own["data"]["words"], own["data"]["bytes"])
+    assert report["data"]["tokens"] == own["data"]["tokens"], "it is the same tokenizer, though nothing says so"
+    for result in report["results"]:
+        assert result["loss"] == pytest.approx(math.log(rows), rel=1e-5)
+        bits = math.log2(rows) * report["data"]["tokens"] / report["data"]["bytes"]
+        assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert (report["position"], report["train_length"], report["step"]) == ("gpt2", 24, 0)
+    assert (home / "run" / "evaluation" / "hf-gpt-2" / "texts.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json: give a folder with a causal model"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "holds no causal model that transformers "),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no causal model that transformers "),
+    ],
+)
+def test_a_folder_without_a_model_is_refused(home: Path, trainshort: Call, change: Any, message: str) -> None:
+    change(home / "exported")
+    with contextlib.chdir(home):
+        answer = trainshort("evaluate", "run", "--data", "texts.jsonl", "--hf", "exported")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.error.startswith("error: exported ")
+    assert message in answer.error
+    assert len(answer.error.splitlines()) == 1
+
+
+def test_lengths_beyond_learned_positions_are_refused(home: Path, trainshort: Call) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=600, n_positions=24, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
+        home / "exported"
+    )
+    with contextlib.chdir(home):
+        answer = trainshort("evaluate", "run", "--data", "texts.jsonl", "--lengths", "8,25", "--hf", "exported")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.error.endswith(
+        "error: the model in exported has learned positions up to 24, so it cannot take 25 tokens: use --lengths up to "
+        "24\n"
+    )

@@ -1,0 +1,163 @@
+"""The table and the figure of a study: figures of rows, means and ranges over seeds, what does not compare."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from configs.study import load_study
+from tests.support.studies import write_study
+from training.evaluation.chart import save_figure
+from training.study.plot import draw_study
+from training.study.rows import StudyRow
+from training.study.table import StudyTable, build_table, format_study, perplexity_cells, write_table
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+ALIBI = {1: {32: 20.0, 64: 18.0, 128: 17.0}, 2: {32: 24.0, 64: 19.0}}
+ROTARY = {1: {64: 30.0, 128: 2_000_000.0}}
+FIGURES = {
+    **{"parameters": 44_832, "tokens": 819_200, "seconds": 125.0, "tokens_per_second": 6960.0, "memory_gb": 0.45},
+    **{"loss": 3.85481, "validation_loss": None, "steps": 10},
+}
+
+
+def row(run: str, seed: int, perplexities: dict[int, float], *, train_length: int, **changes: Any) -> StudyRow:
+    results = [
+        {"text": text, "text_sha256": text, "protocol": "nonoverlapping", "length": length, "perplexity": value}
+        for text, values in (("held-out", perplexities), ("book.txt", {32: 50.0}))
+        for length, value in values.items()
+    ]
+    values: dict[str, Any] = {
+        **{
+            "study": "small",
+            "run": run,
+            "seed": seed,
+            "config_sha256": "",
+            "config": {},
+            "code": {},
+            "device": "a CPU",
+        },
+        **{"data": {"tokenizer_sha256": "one"}, "finished_at": "", "results": results},
+        "figures": {**FIGURES, "train_length": train_length},
+    }
+    return StudyRow(**{**values, **changes})
+
+
+@pytest.fixture
+def rows() -> dict[tuple[str, int], StudyRow]:
+    rows = [row("alibi", seed, values, train_length=32) for seed, values in ALIBI.items()]
+    rows += [row("rotary", seed, values, train_length=64) for seed, values in ROTARY.items()]
+    return {(each.run, each.seed): each for each in (*reversed(rows), row("gone", 1, {32: 1.0}, train_length=32))}
+
+
+@pytest.fixture
+def table(rows: dict[tuple[str, int], StudyRow]) -> StudyTable:
+    loaded = load_study(write_study(texts=["held-out", "book.txt"]), overrides=["checkpoint.every=3", "train.clip=2"])
+    return build_table(loaded, rows)
+
+
+def cells_of(markdown: str, heading: str) -> Iterator[list[str]]:
+    part = markdown.split(f"## {heading}\n\n")[1].split("\n\n")[0]
+    for line in part.splitlines()[2:]:
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_rows_stand_in_the_order_of_the_study(table: StudyTable) -> None:
+    markdown = format_study(table)
+    figures = ["44.8k", "819k", "2m05s", "6.96k", "450 MB", "3.8548"]
+    assert list(cells_of(markdown, "Runs")) == [
+        ["alibi", "1", "-", *figures],
+        ["alibi", "2", "-", *figures],
+        ["rotary", "1", 'model.position: "rotary"', *figures],
+    ]
+    assert list(cells_of(markdown, "Perplexity per token on held-out, nonoverlapping")) == [
+        ["alibi", "1", "20.00", "18.00", "17.00"],
+        ["alibi", "2", "24.00", "19.00", "-"],
+        ["alibi", "mean of 2", "22.00", "18.50", "-"],
+        ["alibi", "spread", "4.00", "1.00", "-"],
+        ["rotary", "1", "-", "30.00", "2e+06"],
+    ]
+    assert "![Perplexity against length](study.png)" in markdown
+    # what the command line sets counts
+    assert (
+        "in all runs `parallel.tensor: 1`, `parallel.pipeline: 1`, `checkpoint.every: 3`, `train.clip: 2.0`\n"
+        in markdown
+    )
+
+
+def test_the_json_has_each_seed_and_their_means(table: StudyTable) -> None:
+    as_json, markdown = write_table(table)
+    document = json.loads(as_json.read_text())
+    assert markdown.read_text() == format_study(table)
+    assert (document["set"]["checkpoint.every"], document["set"]["train.clip"]) == (3, 2.0)
+    assert [(run["run"], run["seed"], run["seconds"]) for run in document["runs"]] == [
+        ("alibi", 1, 125.0),
+        ("alibi", 2, 125.0),
+        ("rotary", 1, 125.0),
+    ]
+    ours = [each for each in document["over_seeds"] if each["text"] == "held-out" and each["run"] == "alibi"]
+    assert [(each["length"], each["mean"], each["lowest"], each["highest"]) for each in ours] == [
+        (32, 22.0, 20.0, 24.0),
+        (64, 18.5, 18.0, 19.0),
+    ]
+    assert document["unfinished"] == document["notes"] == []
+
+
+def test_the_error_of_a_perplexity_is_that_of_its_loss(rows: dict[tuple[str, int], StudyRow]) -> None:
+    results = rows["rotary", 1].results
+    results[0]["standard_error"] = 0.01
+    table = build_table(load_study(write_study()), rows)
+    assert perplexity_cells(table, table.texts[0])[-1][3] == "30.00 ± 0.30"
+    # what the table leaves out of the exponential's growth is far below its digits
+    assert (30.0 * math.exp(0.01) - 30.0 * math.exp(-0.01)) / 2 == pytest.approx(0.3, abs=5e-5)
+
+
+def test_what_does_not_compare_is_said(rows: dict[tuple[str, int], StudyRow]) -> None:
+    del rows["alibi", 2]
+    rows["rotary", 1] = row("rotary", 1, ROTARY[1], train_length=64, device="a GPU", data={"tokenizer_sha256": "two"})
+    rows["rotary", 1].results[-1]["text_sha256"] = "another book"
+    table = build_table(load_study(write_study()), rows)
+    assert list(table.notes()) == [
+        "not finished: alibi-seed2",
+        "the texts called book.txt differ: perplexities on them do not compare",
+        "the tokenizers differ: perplexities and losses are per token and do not compare",
+        "the runs are of different devices: see the rows",
+    ]
+    assert "- not finished: alibi-seed2\n" in format_study(table)
+
+
+def test_the_figure_has_a_line_a_run_and_a_band_of_seeds(table: StudyTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+
+    def save(figure: Figure, path: Path) -> Path:
+        drawn.append(figure)
+        return save_figure(figure, path)
+
+    monkeypatch.setattr("training.study.plot.save_figure", save)
+    path = draw_study(table)
+    assert path is not None
+    assert matplotlib.image.imread(path).std() > 0.01
+    held_out, book = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in held_out.get_lines()}
+    assert lines["alibi"] == [[32, 22.0], [64, 18.5]]
+    assert lines["rotary"] == [[64, 30.0], [128, 2_000_000.0]]
+    bands = [np.unique(band.get_paths()[0].vertices[:, 1]).tolist() for band in held_out.collections]
+    assert bands[0] == [18.0, 19.0, 20.0, 24.0]
+    marked = {line.get_xdata()[0] for line in held_out.get_lines() if line.get_linestyle() == "--"}
+    assert marked == {32, 64}, "both training lengths"
+    colours = [{line.get_label(): line.get_color() for line in axes.get_lines()} for axes in (held_out, book)]
+    assert colours[0]["rotary"] == colours[1]["rotary"] != colours[0]["alibi"]
+
+
+def test_a_study_without_a_row_draws_nothing() -> None:
+    table = build_table(load_study(write_study()), {})
+    assert draw_study(table) is None
+    assert list(table.notes()) == ["not finished: alibi-seed1, alibi-seed2, rotary-seed1"]
+    assert "study.png" not in format_study(table)

@@ -1,0 +1,31 @@
+"""What a user asks `evaluate` for. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.precisions import DEFAULT_PRECISION
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """The options of `trainshort evaluate`.
+
+    Attributes:
+        lengths: Lengths in tokens; None for the run's.
+        protocols: nonoverlapping, sliding:STRIDE or last:TOKENS; None for the run's.
+        data: A text file; None for the run's held-out text.
+        same_tokens: Whether all lengths of a protocol score the same tokens.
+        context: Whether to measure how much context is used.
+        hf: A folder with a model of Hugging Face, to be measured in place of the checkpoint's; None for that.
+        precision: Value of `--precision`, whatever the checkpoint trained in.
+        command: The command line, to be named in the report; None if no command asks.
+    """
+
+    lengths: tuple[int, ...] | None = None
+    protocols: tuple[str, ...] | None = None
+    data: Path | None = None
+    same_tokens: bool = False
+    context: bool = False
+    hf: Path | None = None
+    precision: str = DEFAULT_PRECISION
+    command: str | None = None

@@ -1,0 +1,62 @@
+"""What a result of a report was measured with, and how it is shown. Imports no torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import stdev
+from typing import Any
+
+Result = dict[str, Any]
+"""An entry of a report's `results`."""
+
+
+def result_key(result: Result) -> tuple[str, int, int]:
+    """Return what a result was measured with: protocol, its number (0 if it has none) and length.
+
+    Sorted by it, results stand as in a table.
+    """
+    number = {"sliding": result["stride"], "last": result.get("scored", 0)}.get(result["protocol"], 0)
+    return result["protocol"], number, result["length"]
+
+
+def protocol_name(result: Result) -> str:
+    """Return the protocol of a result as on the command line: nonoverlapping, sliding:STRIDE or last:TOKENS."""
+    name, number, _ = result_key(result)
+    return f"{name}:{number}" if number else name
+
+
+@dataclass(frozen=True)
+class Change:
+    """The difference of a result's loss from that of its protocol's shortest length.
+
+    Attributes:
+        loss: In nats.
+        error: Its standard error, from draws of the same units in both.
+    """
+
+    loss: float
+    error: float
+
+
+def changes(results: Sequence[Result]) -> Iterator[tuple[Result, Change | None]]:
+    """Yield each result with its difference; None for the shortest length, and where the draws are not known."""
+    shortest: dict[tuple[str, int], Result] = {}
+    for result in sorted(results, key=result_key):
+        shortest.setdefault(result_key(result)[:2], result)
+    for result in results:
+        first = shortest[result_key(result)[:2]]
+        drawn, from_first = result.get("draws", ()), first.get("draws", ())
+        if result is first or not drawn or len(drawn) != len(from_first):
+            yield result, None
+        else:
+            differences = [one - other for one, other in zip(drawn, from_first, strict=True)]
+            yield result, Change(result["loss"] - first["loss"], stdev(differences))
+
+
+def shown_density(result: Result) -> str:
+    """Return the share of the scores that a result's attention computed; - if it was not counted."""
+    return f"{result['attention_density']:.1%}" if "attention_density" in result else "-"
+
+
+def shown_error(result: Result) -> str:
+    """Return the standard error of a result's loss; - if no units of the text were drawn."""
+    return f"{result['standard_error']:.4f}" if "standard_error" in result else "-"

@@ -1,0 +1,129 @@
+"""The verdict of a report: usable length, effective context, and what was not tested. Imports no torch."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from training.evaluation.resampling import interval
+from training.evaluation.usable import usable_length, whole_windows
+
+Report = Mapping[str, Any]
+
+
+def measured_context(report: Report) -> int | None:
+    """Return the effective context that a report of any version holds; None if it was not measured."""
+    value = report.get("verdict", {}).get("effective_context")
+    return None if value is None else int(value)
+
+
+def verdict_of(report: Report) -> dict[str, Any]:
+    """Return the verdict of a report.
+
+    Returns:
+        usable_length, the longest within 1 % of the best perplexity; None if nothing without overlap was measured.
+        usable_length_interval, its range in 95 % of the draws; None if they are not known.
+        effective_context and effective_context_interval; None if the context was not measured.
+        early_tokens, what predictions with less than that cost at each length.
+        words, all of it in sentences. not_tested, what it says nothing about.
+    """
+    whole, context = whole_windows(report), report.get("context") or {}
+    effective = context.get("effective_context")
+    early = [] if effective is None else [*_early_tokens(whole, effective)]
+    verdict = {
+        "usable_length": usable_length(report) if whole else None,
+        "usable_length_interval": _usable_interval(report, whole),
+        "effective_context": effective,
+        "effective_context_interval": context.get("effective_context_interval"),
+        "early_tokens": early,
+    }
+    words = [*_usable_words(report, whole, verdict), *_context_words(context), *_early_words(early)]
+    return {**verdict, "words": words, "not_tested": [*_not_tested(report, whole, context)]}
+
+
+def _usable_interval(report: Report, whole: Sequence[Report]) -> list[int] | None:
+    """Return the range of the usable length in 95 % of the draws of the text's units."""
+    if not whole or len({len(result.get("draws", ())) for result in whole}) != 1 or not whole[0].get("draws"):
+        return None
+    drawn = np.exp([result["draws"] for result in whole])  # [results, draws]
+    lengths = [
+        usable_length({**report, "results": [{**each, "perplexity": p} for each, p in zip(whole, draw, strict=True)]})
+        for draw in drawn.T.tolist()
+    ]
+    return [int(end) for end in interval(np.array(lengths))]
+
+
+def _early_tokens(whole: Sequence[Report], effective: int) -> Iterator[dict[str, float]]:
+    """Yield what predictions that see fewer tokens than the effective context cost, for each length beyond it.
+
+    Source: Press et al. 2022, appendix B: the early token curse.
+    """
+    for result in whole:
+        bins = result.get("loss_by_position")
+        if bins is None or result["length"] <= effective:
+            continue
+        tokens, losses = np.array(bins["tokens"]), np.array(bins["loss"])
+        late = np.array(bins["last"]) >= effective
+        share = 1 - tokens[late].sum() / tokens.sum()
+        excess = result["loss"] - float(tokens[late] @ losses[late] / tokens[late].sum())
+        yield {"length": result["length"], "share": float(share), "loss": excess}
+
+
+def _usable_words(report: Report, whole: Sequence[Report], verdict: Report) -> Iterator[str]:
+    if not whole:
+        return
+    usable, longest = verdict["usable_length"], whole[-1]["length"]
+    best = min(whole, key=lambda result: float(result["perplexity"]))
+    within = "" if verdict["usable_length_interval"] is None else f" ({_range(verdict['usable_length_interval'])})"
+    if usable >= longest:
+        why = "no longer text was measured" if longest > report["train_length"] else "the training length"
+    else:
+        beyond = next(result for result in whole if result["length"] > usable)
+        worse = beyond["perplexity"] / best["perplexity"] - 1
+        why = f"at {beyond['length']:,} perplexity is {worse:.1%} above the best"
+    yield (
+        f"usable length: {usable:,} tokens{within}, within 1 % of the best perplexity, {best['perplexity']:,.2f} at "
+        f"{best['length']:,}; {why}"
+    )
+
+
+def _context_words(context: Report) -> Iterator[str]:
+    if not context:
+        return
+    effective = context["effective_context"]
+    full, best = context["loss"][-1], min(context["loss"])
+    yield (
+        f"effective context: {effective:,} tokens ({_range(context['effective_context_interval'])}): with no more, "
+        f"{context['tokens']:,} tokens have a perplexity within 1 % of the best, {math.exp(best):,.2f}; with up to "
+        f"{context['longest']:,} it is {math.exp(full):,.2f}"
+    )
+    shuffled = dict(zip(context["shuffled_contexts"], context["shuffled_loss"], strict=True))
+    beyond = [each for each in shuffled if each >= effective][:-1]  # in the last one nothing is shuffled
+    if beyond:
+        changed = math.expm1(shuffled[beyond[0]] - context["shuffled_loss"][-1])
+        yield f"with the tokens beyond the nearest {beyond[0]:,} shuffled, perplexity changes by {changed:+.2%}"
+
+
+def _early_words(early: Sequence[Report]) -> Iterator[str]:
+    for each in (early[0], early[-1]) if len(early) > 1 else early:
+        yield (
+            f"early tokens: at {each['length']:,}, {each['share']:.1%} of the predictions see less than the effective "
+            f"context, which costs {math.expm1(each['loss']):.2%} of perplexity"
+        )
+
+
+def _not_tested(report: Report, whole: Sequence[Report], context: Report) -> Iterator[str]:
+    if whole:
+        yield f"lengths over {whole[-1]['length']:,} tokens"
+    else:
+        yield "the usable length: no length was measured with the protocol nonoverlapping"
+    if not context:
+        yield "the effective context: evaluate with --context"
+    yield f"other texts than {report['data']['name']}"
+    yield "whether single facts far back are found: perplexity does not show it"
+
+
+def _range(ends: Sequence[int]) -> str:
+    low, high = ends
+    return f"{low:,} in 95 % of the draws" if low == high else f"{low:,} to {high:,} in 95 % of the draws"

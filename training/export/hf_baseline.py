@@ -1,0 +1,196 @@
+"""`trainshort evaluate --hf DIR`: a causal model of Hugging Face, on the text of a run; an export, or a baseline."""
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from torch import Tensor, nn
+
+from configs.errors import InputError
+from configs.paths import evaluation_folder
+from configs.precisions import require_precision
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from parallel.compilers import check_cache_folder
+from parallel.start import environment
+from training.checkpoint.disk import describe_file
+from training.checkpoint.read import Checkpoint, open_checkpoint
+from training.evaluation.folder import check_evaluation_folder
+from training.evaluation.partial import PartialResults
+from training.evaluation.provenance import EvaluatedModel, provenance_of
+from training.evaluation.record import EvaluationRecord
+from training.evaluation.report import build_report
+from training.evaluation.request import EvaluationRequest
+from training.evaluation.run import plan_evaluation, run_evaluation
+from training.evaluation.text import EvaluationText, file_text, held_out_text
+from training.export.card import CARD_JSON
+from training.export.formats.huggingface import HuggingFaceTokenizer, quiet_transformers
+from training.model.proof.attention_weights import dtype_of
+from training.model.single import CPU_BATCH_TOKENS, inference, inference_device
+
+_GPU_BATCH_TOKENS = 8192  # transformers keeps the logits of all of them in memory
+# keys of configurations that say how long a training sequence was
+_LENGTH_KEYS = ("train_length", "seq_length", "max_seq_len", "n_positions", "max_position_embeddings")
+
+
+class TransformersScorer:
+    """Implement `Scorer` with a causal model that transformers has loaded.
+
+    Attributes:
+        batch_tokens: Inputs of one pass.
+    """
+
+    def __init__(self, model: Any, *, device: torch.device, precision: str) -> None:
+        self._model, self._device, self._precision = model.to(device).eval(), device, require_precision(precision)
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.batch_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else _GPU_BATCH_TOKENS
+
+    def losses(self, tokens: Tensor, *, last: int | None = None) -> Tensor:
+        """Return the losses of the last predicted tokens, [batch, last] fp32; see `Scorer`."""
+        tokens, last = tokens.to(self._device), last or tokens.shape[1] - 1
+        options = {"logits_to_keep": last} if self._keeps_last else {}
+        with inference(self._precision):
+            logits = self._model(input_ids=tokens[:, :-1], use_cache=False, **options).logits[:, -last:]
+            targets = tokens[:, -last:]
+            return nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+
+
+def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) -> dict[str, Any]:
+    """Measure a folder's model on the text of a run; keep the report in RUN_DIR/evaluation/hf-NAME.
+
+    Args:
+        checkpoint: A checkpoint of the run, or the run folder.
+        folder: A folder with a causal model and its tokenizer. No code in it is run.
+        request: What to measure.
+    Returns:
+        The contents of the report.
+    Raises:
+        InputError: the folder holds no such model, it cannot take a length, or see `evaluate_checkpoint`.
+        MachineError, ReportNotWritten: see `evaluate_checkpoint`.
+    """
+    device = inference_device(request.precision)
+    check_cache_folder(environment())  # transformers makes it
+    opened = open_checkpoint(checkpoint)
+    of_run = held_out_text(opened) if request.data is None else file_text(opened, request.data)
+    text = _text_for(folder, opened, of_run)
+    plan = plan_evaluation(request, config=opened.config, tokens=len(text.tokens))
+    model = _load(folder, precision=request.precision)
+    _require_lengths(model, folder, longest=max(each.length for each in plan.measurements))
+    place, name = evaluation_folder(opened.run_dir), "hf-" + re.sub(r"[^\w.-]+", "-", folder.resolve().name)
+    check_evaluation_folder(place, name=name)
+    provenance = provenance_of(
+        opened, of_run.tokens, data=request.data, command=request.command, weights_sha256=_weights_sha256(folder)
+    )
+    lengths = [length for key in _LENGTH_KEYS if isinstance(length := getattr(model.config, key, None), int)]
+    evaluated = EvaluatedModel(
+        path=folder.absolute(),
+        step=0,
+        train_length=lengths[0] if lengths else opened.config.data.sequence_length,
+        position=str(model.config.model_type),
+        attention=f"transformers' {getattr(model.config, '_attn_implementation', None) or 'eager'}",
+        precision=request.precision,
+    )
+    record = EvaluationRecord(
+        partial(build_report, model=evaluated, text=text, provenance=provenance), place, name, is_newest=False
+    )
+    return run_evaluation(
+        TransformersScorer(model, device=device, precision=request.precision),
+        text,
+        plan,
+        record=record,
+        parts=PartialResults(place / name, evaluated, provenance),
+        tracker=None,  # its figures are not the run's
+        attention=None,
+    )
+
+
+def _load(folder: Path, *, precision: str) -> Any:
+    loader: Any = transformers.AutoModelForCausalLM  # untyped in transformers
+    try:
+        with quiet_transformers():
+            model, loading = loader.from_pretrained(
+                folder,
+                dtype=dtype_of(precision),
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} holds no causal model that transformers {transformers.__version__} can load without code of the "
+            f"folder ({str(error).splitlines()[0]}): give another"
+        ) from None
+    if missing := sorted(loading["missing_keys"]):
+        raise InputError(
+            f"{folder} lacks weights that its config.json implies, such as {missing[0]}: download it again"
+        )
+    return model
+
+
+def _require_lengths(model: Any, folder: Path, *, longest: int) -> None:
+    """Refuse lengths beyond a learned table of positions, which has no row for them.
+
+    Raises:
+        InputError: it is shorter than the longest length.
+    """
+    limits = [
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and re.search(r"pos|wpe", name)
+    ]
+    if limits and longest > min(limits):
+        raise InputError(
+            f"the model in {folder} has learned positions up to {min(limits)}, so it cannot take {longest} tokens: use "
+            f"--lengths up to {min(limits)}"
+        )
+
+
+def _text_for(folder: Path, checkpoint: Checkpoint, text: EvaluationText) -> EvaluationText:
+    """Return a text in the tokens of a folder's tokenizer; the same tokens if it is the checkpoint's."""
+    if _exported_tokenizer(folder) == checkpoint.manifest.tokenizer_sha256:
+        return text
+    try:
+        tokenizer = HuggingFaceTokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no tokenizer ({str(error).splitlines()[0]}): put it there") from None
+    tokens, starts, count = [], [], 0
+    for part, is_start, is_end in _parts(text, load_tokenizer(checkpoint.tokenizer)):
+        ids = tokenizer.encode(part) + ([tokenizer.end] if is_end and tokenizer.end is not None else [])
+        starts += [count] if is_start and ids else []
+        tokens.append(np.array(ids, np.int64))
+        count += len(ids)
+    return EvaluationText(text.name, np.concatenate(tokens), text.words, None, np.array(starts, np.int64))
+
+
+def _parts(text: EvaluationText, tokenizer: Tokenizer) -> Iterator[tuple[str, bool, bool]]:
+    """Yield the text between ends of documents, whether a document begins there, and whether one ends."""
+    documents: npt.NDArray[np.int64] = np.zeros(1, np.int64) if text.documents is None else text.documents
+    ends = np.flatnonzero(text.tokens == tokenizer.end_of_document) + 1
+    cuts = np.unique([0, *documents.tolist(), *ends.tolist(), len(text.tokens)])
+    for start, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+        ids = text.tokens[start:end]
+        spelled = tokenizer.spell(ids.tolist()).decode("utf-8", "replace")
+        yield spelled, start in documents, int(ids[-1]) == tokenizer.end_of_document
+
+
+def _exported_tokenizer(folder: Path) -> str | None:
+    """Return the hash of the tokenizer that an export of ours was compared with; None if it is none."""
+    try:
+        card = json.loads((folder / CARD_JSON).read_text(encoding="utf-8"))
+        return str(card["origin"]["tokenizer_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _weights_sha256(folder: Path) -> str:
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    hashes = {file.name: describe_file(file).sha256 for file in files}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,148 @@
+"""Rows of finished runs: a file of JSON lines to commit, so that another machine need not repeat them. No torch.
+
+A row says what made its figures: the keys that decide a result and their hash, hashes of the data, the code.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from configs.errors import InputError, MachineError
+from configs.files import whole_file
+from configs.schema import RunConfig
+from training.folder import MAY_CHANGE, with_dotted_keys
+
+# Keys that say where things are and what they are called. The data's hashes identify the data.
+_PLACES = ("run.name", "data.dir", "data.sources", "data.tokenizer")
+_STEPS = "train.steps"  # a later start may change it, but it decides the result
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One finished run of a study.
+
+    Attributes:
+        study: Name of the study.
+        run: Its name in the study.
+        seed: Its seed.
+        config_sha256: Hash of `config`.
+        config: The keys that decide its result, as dotted keys.
+        data: Hashes of the data and its tokenizer, and its tokens; None where unknown.
+        code: Version of trainshort, commit, and whether the code had changes; None where unknown.
+        device: What it was trained on.
+        finished_at: When the row was made, in UTC.
+        figures: Parameters, tokens, seconds, speed, memory, losses; None where unknown.
+        results: Each with text, text_sha256, protocol, length, tokens, loss, perplexity and, where the report has it,
+            standard_error.
+    """
+
+    study: str
+    run: str
+    seed: int
+    config_sha256: str
+    config: dict[str, Any]
+    data: dict[str, Any]
+    code: dict[str, Any]
+    device: str | None
+    finished_at: str
+    figures: dict[str, Any]
+    results: list[dict[str, Any]]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What a study has one row of."""
+        return self.study, self.run, self.seed
+
+
+_ADAPTER: TypeAdapter[StudyRow] = TypeAdapter(StudyRow)
+
+
+def deciding_values(config: RunConfig) -> dict[str, Any]:
+    """Return the keys of a run that decide its result, as dotted keys.
+
+    Layout, tracking and places are left out: a run may go on with others. So may the attention backend's windows and
+    what is recomputed, which change no more than rounding.
+    """
+    values = with_dotted_keys(config.model_dump(mode="json"))
+    kept = {key: value for key, value in values.items() if key == _STEPS or not key.startswith((*MAY_CHANGE, *_PLACES))}
+    weights = [source.weight for source in config.data.sources]
+    decay_steps = config.train.decay_steps if config.train.decay_steps != config.train.steps else None  # its default
+    return {**kept, "train.decay_steps": decay_steps, "data.weights": weights}
+
+
+def values_sha256(values: Mapping[str, Any]) -> str:
+    """Return the hash of the result of `deciding_values`."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return how deciding values differ, as in `train.steps was 10, is 20`; a missing key has its default."""
+    if values_sha256(before) == values_sha256(now):
+        return []
+    keys = dict.fromkeys((*before, *now))
+    pairs = ((key, *(values.get(key, _default(key)) for values in (before, now))) for key in keys)
+    return [f"{key} was {json.dumps(then)}, is {json.dumps(value)}" for key, then, value in pairs if then != value]
+
+
+def _default(key: str) -> Any:
+    """Return the default of a key; None for one that has none."""
+    fields: Any = RunConfig.model_fields
+    section, _, name = key.partition(".")
+    field = getattr(fields[section].annotation, "model_fields", {}).get(name) if section in fields else None
+    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
+
+
+def read_study_rows(path: Path, *, study: str) -> dict[tuple[str, int], StudyRow]:
+    """Return the rows of a study by run and seed; empty if there is no file.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no row.
+    """
+    rows = [row for _, row in _lines(path) if row.study == study]
+    return {(row.run, row.seed): row for row in rows}
+
+
+def write_row(path: Path, row: StudyRow) -> None:
+    """Add a row to a file, in place of the run's earlier one. The file is replaced whole or not at all.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no row.
+        MachineError: it cannot be written.
+    """
+    lines = [line for line, other in _lines(path) if other.key != row.key]
+    lines.append(json.dumps(_ADAPTER.dump_python(row, mode="json"), allow_nan=False))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise MachineError(
+            f"rows file {path} cannot be written ({error.strerror}): free space, fix its permissions, or set `rows` of "
+            "the study"
+        ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[str, StudyRow]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"rows file {path} cannot be read ({error}): fix it, or set `rows` of the study") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield line, _ADAPTER.validate_json(line)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"])) or "the line"
+            raise InputError(
+                f"rows file {path}, line {number} is no row of a study ({where}: {problem['msg']}): remove the line to "
+                "train its run again, or bring it back"
+            ) from None
