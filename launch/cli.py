@@ -21,6 +21,7 @@ from launch.commands.machine import machine_commands
 from launch.commands.model import model_commands
 from launch.commands.profile import profile_commands
 from launch.commands.reproduce import reproduce_commands
+from launch.commands.retrieval import retrieval_commands
 from launch.commands.run import run_commands
 from launch.commands.runs import runs_commands
 from launch.commands.study import study_commands
@@ -46,9 +47,8 @@ app = typer.Typer(
 )
 # In the order of the help text. Commands of an app without a name become commands of `trainshort` itself.
 for commands in (
-    *(run_commands, watch_commands, profile_commands, model_commands, study_commands, harness_commands),
-    exchange_commands,
-    *(slurm_commands, machine_commands, reproduce_commands),
+    *(run_commands, watch_commands, profile_commands, model_commands, retrieval_commands, study_commands),
+    *(harness_commands, exchange_commands, slurm_commands, machine_commands, reproduce_commands),
 ):
     app.add_typer(commands)
 app.add_typer(runs_commands, name="runs", cls=ListingGroup)

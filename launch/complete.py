@@ -81,6 +81,14 @@ def complete_precisions(incomplete: str) -> list[str]:
     return _matching(incomplete, INFERENCE_PRECISIONS)
 
 
+def complete_tasks(incomplete: str) -> list[str]:
+    """Return the tasks of `retrieval`, the last one of a list that is being typed."""
+    from training.retrieval.tasks import TASKS
+
+    typed, comma, last = incomplete.rpartition(",")
+    return _matching(incomplete, [f"{typed}{comma}{task}" for task in TASKS if task.startswith(last)])
+
+
 def _yaml_files(incomplete: str, *, shipped: Path) -> list[str]:
     names = [] if "/" in incomplete else [path.stem for path in shipped.glob("*.yaml")]
     return _matching(incomplete, [*names, *_entries(incomplete, lambda path: path.suffix in (".yaml", ".yml"))])

@@ -90,6 +90,13 @@ LIGHT = (
     "training/profiling/timeline.py",
     "training/rank_errors.py",
     "training/reproduction/",
+    "training/retrieval/corpus.py",
+    "training/retrieval/plot.py",
+    "training/retrieval/prompts.py",
+    "training/retrieval/report.py",
+    "training/retrieval/request.py",
+    "training/retrieval/shares.py",
+    "training/retrieval/tasks.py",
     "training/sampling.py",
     "training/simpler_layouts.py",
     "training/study/",
@@ -117,6 +124,7 @@ SLOW_TO_IMPORT = (
     "training/model/blocks/prenorm.py",
     "training/model/single.py",
     "training/profiling/run.py",
+    "training/retrieval/run.py",
     "training/run.py",
 )
 SLOW_TO_IMPORT_LIMIT = 20

@@ -113,6 +113,11 @@ class KeyValueCache:
         """Count new tokens, once all blocks have seen them."""
         self.length += tokens
 
+    def cut(self, length: int) -> None:
+        """Forget the tokens after the first `length`: others can then follow these."""
+        assert length <= self.length, f"{length} tokens of {self.length}"
+        self.length = length  # radii stay bounds of the keys that are left
+
 
 def _grown(stored: Tensor | None, *, like: Tensor, size: int) -> Tensor:
     batch, heads, _, head_dim = like.shape

@@ -182,11 +182,14 @@ class SingleModel:
                 logits = self._decoder.logits(x[-1])
             return logits.to(torch.float32, copy=True)  # the next call may overwrite them
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return [batch, seq, vocab] fp32 on the CPU, of tokens [batch, seq]."""
+    def logits(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Return [batch, seq, vocab] fp32 on the CPU, of tokens [batch, seq].
+
+        With a cache, the tokens follow those in it and are added to it.
+        """
         with inference(self._precision):
-            logits: Tensor = self._decoder(tokens.to(self._device))
-            return logits.float().cpu()
+            x = self._decoder.hidden(tokens.to(self._device), cache)  # [seq, batch, hidden]
+            return self._decoder.logits(x).transpose(0, 1).float().cpu()
 
     def _gpu_tokens(self, *, states: int) -> int:
         free, _ = torch.cuda.mem_get_info(self._device)

@@ -1,0 +1,164 @@
+"""The report of `retrieval`: JSON for programs, Markdown to read, a heat map. Imports no torch.
+
+It lies in evaluation/step_0000400/retrieval/, named by its text and precision: held-out.json, .md and .png.
+"""
+
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.files import try_to_lock, whole_file
+from configs.terminal import printable
+from training.evaluation.folder import ReportNotWritten
+from training.evaluation.kept import HELD_OUT, other_precision, text_name, text_slug
+from training.retrieval.plot import draw_retrieval
+from training.retrieval.shares import over_depths, share_with_interval
+
+if TYPE_CHECKING:
+    from training.evaluation.provenance import EvaluatedModel, Provenance
+    from training.retrieval.cells import RetrievalCell
+    from training.retrieval.request import RetrievalRequest
+
+FOLDER = "retrieval"
+_NOTES = (
+    "`recall`: share of the asked numbers in what the model generates with the likeliest tokens. `choice`: share that",
+    "is likeliest among ten numbers, nine of them wrong: 10 % by chance. In brackets Wilson's interval of 95 %.",
+    "`nats`: log-probability of a number; `margin`: how much it is above that of the wrong ones, mean. Depth 0 % is",
+    "the beginning. Prompt and answer have the length together.",
+)
+
+
+def build_retrieval_report(
+    cells: "Sequence[RetrievalCell]",
+    *,
+    model: "EvaluatedModel",
+    text: tuple[str, int],
+    request: "RetrievalRequest",
+    provenance: "Provenance",
+    chance: float,
+) -> dict[str, Any]:
+    """Return the contents of the JSON.
+
+    Args:
+        cells: What was measured.
+        model: The model that was asked.
+        text: Name and tokens of the haystack.
+        request: What was asked for.
+        provenance: What it was made from, and when.
+        chance: `choice` of a model that knows nothing.
+    """
+    return {
+        "checkpoint": str(model.path),
+        "step": model.step,
+        "train_length": model.train_length,
+        "position": model.position,
+        "attention": model.attention,
+        "precision": model.precision,
+        "data": {"name": text[0], "tokens": text[1]},
+        "seed": request.seed,
+        "chance": chance,
+        "date": provenance.date,
+        "command": provenance.command,
+        "versions": provenance.versions,
+        "weights_sha256": provenance.weights_sha256,
+        "tokenizer_sha256": provenance.tokenizer_sha256,
+        "text_sha256": provenance.text_sha256,
+        "text_path": provenance.text_path,
+        "results": [cell.to_json() for cell in cells],
+    }
+
+
+def write_retrieval(report: dict[str, Any], folder: Path, *, name: str) -> Path:
+    """Write the report of a checkpoint in place of an earlier one on the same text; return the Markdown.
+
+    Args:
+        report: The contents of the JSON.
+        folder: RUN_DIR/evaluation.
+        name: Name of the checkpoint's folder.
+    Raises:
+        ReportNotWritten: a disk is full or failing.
+    """
+    place, label = folder / name / FOLDER, retrieval_label(report)
+    try:
+        with try_to_lock(place):
+            draw_retrieval(report, place / f"{label}.png")
+            # in ASCII: a file name that is not UTF-8 can then be written too
+            contents = json.dumps(report, indent=2, allow_nan=False) + "\n"
+            # the JSON last: where it is, the others are too
+            for ending, text in (("md", retrieval_markdown(report, plot=f"{label}.png")), ("json", contents)):
+                with whole_file(place / f"{label}.{ending}", mark=f".{secrets.token_hex(4)}") as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ReportNotWritten(
+            f"{error.filename or place} cannot be written ({error.strerror}): the report stands only in the output of "
+            "this command; free space and start it again",
+            report=report,
+        ) from None
+    return place / f"{label}.md"
+
+
+def retrieval_label(report: dict[str, Any]) -> str:
+    """Return the name of a report's files: its text's, and its precision unless it is fp32."""
+    text = HELD_OUT if report["text_path"] is None else f"{text_slug(text_name(report))}-{report['text_sha256'][:8]}"
+    precision = other_precision(report)
+    return text if precision is None else f"{text}-{precision}"
+
+
+def retrieval_markdown(report: dict[str, Any], *, plot: str) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        report: The contents of the JSON.
+        plot: Path of the PNG, from the folder of the Markdown.
+    """
+    made_by = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    lines = [
+        "# Retrieval",
+        "",
+        f"![Retrieval by depth and length]({plot})",
+        "",
+        f"- checkpoint: `{printable(report['checkpoint'])}` (step {report['step']:,})",
+        f"- position: {report['position']}, trained at {report['train_length']:,} tokens",
+        f"- measured with attention {report['attention']} in {report['precision']}, seed {report['seed']}",
+        f"- haystack: `{printable(report['data']['name'])}`, {report['data']['tokens']:,} tokens",
+        f"- measured {report['date']} by {made_by}"
+        + ("" if report["command"] is None else f": `{printable(report['command'])}`"),
+        "",
+        "| task | length | x training length | prompts | recall | choice | nats | margin |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        *(_row(result, report) for result in over_depths(report)),
+        "",
+        *_NOTES,
+        "",
+        "## By depth",
+        "",
+        "| task | length | depth | prompts | recall | choice | nats | margin | the first prompt's answer |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+        *(_depth_row(result) for result in report["results"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(result: dict[str, Any], report: dict[str, Any]) -> str:
+    times = f"{result['length'] / report['train_length']:g}"
+    return f"| {result['task']} | {result['length']:,} | {times} | {' | '.join(_figures(result))} |"
+
+
+def _depth_row(result: dict[str, Any]) -> str:
+    depth = "any" if result["depth"] is None else f"{100 * result['depth']:.0f} %"
+    answer = printable(result["generated"].strip()).replace("`", "'").replace("|", "\\|")
+    figures = " | ".join(_figures(result))
+    return f"| {result['task']} | {result['length']:,} | {depth} | {figures} | `{answer or '-'}` |"
+
+
+def _figures(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{result['prompts']:,}",
+        share_with_interval(result, "recall"),
+        share_with_interval(result, "choice"),
+        f"{result['log_probability']:.2f}",
+        f"{result['margin']:+.2f}",
+    ]
