@@ -14,7 +14,7 @@ from training.evaluation.folder import ReportNotWritten
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "harness"  # in the folder of a checkpoint's reports
+HARNESS_FOLDER = "harness"  # in the folder of a checkpoint's reports
 _NAME = "results"
 _LARGE = 1e4  # from which on four digits say enough
 # Two results with equal values of these are of one measurement: the newer one replaces the other.
@@ -55,7 +55,7 @@ def keep_results(report: Mapping[str, Any], folder: Path) -> Path:
     Raises:
         ReportNotWritten: a disk is full or failing.
     """
-    place = folder / FOLDER
+    place = folder / HARNESS_FOLDER
     table, document = place / f"{_NAME}.md", place / f"{_NAME}.json"
     try:
         with try_to_lock(place):

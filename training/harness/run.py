@@ -17,7 +17,7 @@ from training.evaluation.folder import check_evaluation_folder
 from training.evaluation.provenance import evaluation_date, product_versions
 from training.evaluation.usable import find_held_out_report, usable_length
 from training.harness.language_model import CheckpointLM
-from training.harness.report import FOLDER, keep_results, result_rows
+from training.harness.report import HARNESS_FOLDER, keep_results, result_rows
 from training.harness.tasks import TaskRequest, load_tasks
 from training.model.single import inference_device, load_single
 
@@ -53,7 +53,7 @@ def run_harness(
     checkpoint = open_checkpoint(path)
     kept = evaluation_folder(checkpoint.run_dir) / checkpoint.path.resolve().name
     loaded = load_tasks(request)
-    check_evaluation_folder(kept, name=FOLDER)
+    check_evaluation_folder(kept, name=HARNESS_FOLDER)
     longest = max_length or longest_input(checkpoint)
     date, versions = evaluation_date(), product_versions("lm_eval")
     single, tokenizer = load_single(checkpoint, precision=precision), load_tokenizer(checkpoint.tokenizer)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from training.retrieval.cells import RetrievalCell
     from training.retrieval.request import RetrievalRequest
 
-FOLDER = "retrieval"
+RETRIEVAL_FOLDER = "retrieval"
 _NOTES = (
     "`recall`: share of the asked numbers in what the model generates with the likeliest tokens. `choice`: share that",
     "is likeliest among ten numbers, nine of them wrong: 10 % by chance. In brackets Wilson's interval of 95 %.",
@@ -80,7 +80,7 @@ def write_retrieval(report: dict[str, Any], folder: Path, *, name: str) -> Path:
     Raises:
         ReportNotWritten: a disk is full or failing.
     """
-    place, label = folder / name / FOLDER, retrieval_label(report)
+    place, label = folder / name / RETRIEVAL_FOLDER, retrieval_label(report)
     try:
         with try_to_lock(place):
             draw_retrieval(report, place / f"{label}.png")

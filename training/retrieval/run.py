@@ -21,7 +21,7 @@ from training.evaluation.provenance import evaluated_model, provenance_of
 from training.model.single import inference_device, load_single
 from training.retrieval.cells import RetrievalCell
 from training.retrieval.prompts import Prompt, PromptMaker, make_haystack
-from training.retrieval.report import FOLDER, build_retrieval_report, write_retrieval
+from training.retrieval.report import RETRIEVAL_FOLDER, build_retrieval_report, write_retrieval
 from training.retrieval.request import RetrievalRequest
 from training.retrieval.scoring import CHANCE, PromptScore, RetrievalModel, prompts_at_once, score_prompts
 from training.retrieval.tasks import RetrievalTask, require_tasks
@@ -53,7 +53,7 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     haystack = make_haystack(stream.tokens, tokenizer, longest=lengths[-1])
     maker = PromptMaker(haystack, tokenizer, seed=request.seed)
     parts = plan_retrieval(request, maker, lengths=lengths)
-    check_evaluation_folder(folder, name=f"{name}/{FOLDER}")
+    check_evaluation_folder(folder, name=f"{name}/{RETRIEVAL_FOLDER}")
     provenance = provenance_of(opened, stream.tokens, data=request.data, command=request.command)
     model = load_single(opened, precision=request.precision)
     build = partial(

@@ -259,7 +259,7 @@ def spool_files(run_dir: Path) -> list[Path]:
 
 def trainer_files(run_dir: Path) -> list[Path]:
     """Return the files of a spool that the training processes have written, oldest first."""
-    return [file for file in spool_files(run_dir) if f"-{TRAINS}-" in file.name]
+    return [file for file in spool_files(run_dir) if file.name.split("-")[-3] == TRAINS]  # a host may be called so
 
 
 def has_told_end(run_dir: Path) -> bool:
