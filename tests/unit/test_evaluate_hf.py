@@ -37,7 +37,7 @@ def report_from(trainshort: Call, home: Path, *arguments: str) -> dict[str, Any]
 
 
 def test_an_export_has_the_figures_of_the_checkpoint(home: Path, trainshort: Call) -> None:
-    asked = ("--lengths", "8,24", "--protocol", "nonoverlapping", "--protocol", "sliding:4", "--protocol", "last:2")
+    asked = ("--lengths", "8,16", "--protocol", "nonoverlapping", "--protocol", "sliding:4", "--protocol", "last:2")
     ours = report_from(trainshort, home, *asked, "--context")
     newest = (home / "run" / "evaluation" / "report.json").read_bytes()
     theirs = report_from(trainshort, home, *asked, "--context", "--hf", "exported")
