@@ -1,7 +1,7 @@
 """A synthetic corpus that teaches recall: the tasks of `retrieval` in short documents of made-up words.
 
-A model that reads any text scores near nothing until it is large. On this corpus a tiny one learns recall at its
-training length in minutes, so that what is measured beyond that length is the reach of its positions.
+A model that reads any text scores near nothing until it is large. On this corpus a tiny one has nothing to learn but
+recall: once it has, what is lost beyond its training length is lost to its positions.
 """
 
 import itertools
@@ -17,9 +17,9 @@ WORDS = tuple(map("".join, itertools.product(_SYLLABLES, repeat=2)))  # four let
 _SENTENCES = tuple(f" {' '.join(WORDS[first::7])}." for first in range(7))
 _NUMBERS = range(10_000, 100_000)
 _MOST_KEYS = 4
-_MOST_SENTENCES = 6
-_ASKED = 2  # times that each question stands in a document
-_PASSKEY_SHARE, _MULTI_VALUE_SHARE, _MULTI_QUERY_SHARE = 0.3, 0.3, 0.5
+_MOST_SENTENCES = 5
+_ASKED = 4  # times that each question stands in a document: repetition is what recall is learned from
+_PASSKEY_SHARE, _MULTI_VALUE_SHARE, _MULTI_QUERY_SHARE = 0.3, 0.2, 0.3
 
 
 def write_recall_corpus(path: Path, *, documents: int, seed: int) -> None:
