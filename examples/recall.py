@@ -15,22 +15,23 @@ from training.retrieval.corpus import write_recall_corpus
 
 FOLDER = Path("runs/recall")
 CORPUS = FOLDER / "corpus.jsonl"
-DOCUMENTS = 60_000
+DOCUMENTS = 40_000
 SETTINGS = {
     "model.layers": 2,
+    "model.hidden": 64,
     "data.sources": f"[{CORPUS}]",
     "data.dir": FOLDER / "data",
-    "data.vocab_size": 396,  # whole words and single digits
+    "data.vocab_size": 398,  # whole words and single digits
     "data.split": 0.01,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "train.micro_batch": 16,
-    "train.steps": 700,
+    "train.steps": 2500,
     "train.warmup_steps": 100,
     "train.learning_rate": 3e-3,
     "train.min_learning_rate": 3e-4,
-    "checkpoint.every": 700,
-    "evaluate.every": 700,
+    "checkpoint.every": 500,
+    "evaluate.every": 2500,
 }
 
 
