@@ -21,6 +21,7 @@ from typing import Any
 from configs.errors import MachineError
 from launch.machine import core_count
 from launch.rank_failure import ExplainMemory, Rank, cause_of, explain
+from launch.stop_signals import stop_signals_handled
 from parallel.die_with_parent import dying_with_parent
 from parallel.start import rank_threads
 from training.host_memory import oom_kills
@@ -173,14 +174,8 @@ def kill(ranks: Sequence[Rank]) -> None:
 @contextlib.contextmanager
 def _forwarding(metrics: Path) -> Iterator[Signals]:
     signals = Signals(metrics, _version(metrics))
-    # nohup makes the launcher ignore SIGHUP: keep it ignored.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, signals.handle) for number in numbers}
-    try:
+    with stop_signals_handled(signals.handle):
         yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapping[str, str], terminal: int) -> Rank:

@@ -36,6 +36,21 @@ _CELLS: dict[str, Callable[[Result], str]] = {
 }
 
 
+def show_measured_checkpoint(report: dict[str, Any], *, checkpoint: Path) -> None:
+    """Write which checkpoint a report is about, its training length, and another precision than the default.
+
+    Args:
+        report: Its contents.
+        checkpoint: What was measured, as given: the checkpoint, or its run folder.
+    """
+    measured = Path(report["checkpoint"])
+    if checkpoint.resolve() != measured.resolve():
+        checkpoint = checkpoints_folder(checkpoint) / measured.name
+    precision = other_precision(report)
+    computed = "" if precision is None else f", computed in {precision}"
+    show_lines(f"{checkpoint}, trained at {report['train_length']:,} tokens{computed}")
+
+
 def show_report(report: dict[str, Any], *, checkpoint: Path) -> None:
     """Write the perplexity table of an evaluation report.
 
@@ -43,12 +58,7 @@ def show_report(report: dict[str, Any], *, checkpoint: Path) -> None:
         report: Its contents.
         checkpoint: What was evaluated, as given: the checkpoint, or its run folder.
     """
-    evaluated = Path(report["checkpoint"])
-    if checkpoint.resolve() != evaluated.resolve():
-        checkpoint = checkpoints_folder(checkpoint) / evaluated.name
-    precision = other_precision(report)
-    computed = "" if precision is None else f", computed in {precision}"
-    show_lines(f"{checkpoint}, trained at {report['train_length']:,} tokens{computed}")
+    show_measured_checkpoint(report, checkpoint=checkpoint)
     more = [name for name, is_wanted in _MORE.items() if any(map(is_wanted, report["results"]))]
     table = _results_table(report, more=more)
     while more and not fits(table):

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from configs.paths import checkpoints_folder
-from launch.show.console import narrow_table, show_lines, show_table
-from training.evaluation.kept import other_precision
+from launch.show.console import narrow_table, show_table
+from launch.show.model import show_measured_checkpoint
 from training.retrieval.shares import over_depths, share_with_interval
 
 
@@ -16,12 +15,7 @@ def show_retrieval(report: dict[str, Any], *, checkpoint: Path) -> None:
         report: The contents of the report.
         checkpoint: What was measured, as given: the checkpoint, or its run folder.
     """
-    measured = Path(report["checkpoint"])
-    if checkpoint.resolve() != measured.resolve():
-        checkpoint = checkpoints_folder(checkpoint) / measured.name
-    precision = other_precision(report)
-    computed = "" if precision is None else f", computed in {precision}"
-    show_lines(f"{checkpoint}, trained at {report['train_length']:,} tokens{computed}")
+    show_measured_checkpoint(report, checkpoint=checkpoint)
     table = narrow_table(
         ("task", "length", "x trained", "prompts", "recall", "choice", "nats", "margin"), left=("task",)
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.errors import MachineError
 from launch.show.train import verbosity_options
+from launch.stop_signals import stop_signals_handled
 from parallel.die_with_parent import dying_with_parent
 
 logger = logging.getLogger(__name__)
@@ -60,11 +61,5 @@ class Commands:
 def commands_until_asked() -> Iterator[Commands]:
     """Yield what runs commands; SIGINT, SIGTERM and SIGHUP meanwhile are passed on to them, and end nothing here."""
     commands = Commands()
-    # nohup makes this process ignore SIGHUP, a shell's background job SIGINT: keep them ignored
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, commands.handle) for number in numbers}
-    try:
+    with stop_signals_handled(commands.handle):
         yield commands
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

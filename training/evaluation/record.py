@@ -14,8 +14,9 @@ from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.results import protocol_name
 from training.observers import Status
 from training.tracking.inputs import evaluation_input, inputs_event
+from training.tracking.spool import now_ms
 from training.tracking.tables import evaluation_table, table_event
-from training.tracking.tracker import MlflowTracker, now_ms
+from training.tracking.tracker import MlflowTracker
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,8 @@ from training.export.trained import TrainedOutputs, compute_trained
 from training.families.table import parameter_count
 from training.folder import record_certificate
 from training.tracking.registry import ModelRegistry, open_registry
-from training.tracking.tracker import attach, now_ms
+from training.tracking.spool import now_ms
+from training.tracking.tracker import attach
 
 logger = logging.getLogger(__name__)
 

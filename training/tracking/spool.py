@@ -57,6 +57,11 @@ class SpoolPosition:
     offset: int = 0
 
 
+def now_ms() -> int:
+    """Return the time of an event: the milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
 class SpoolWriter:
     """Appends one process's events to the spool. Safe to use from several threads; raises nothing.
 
@@ -74,7 +79,7 @@ class SpoolWriter:
         self._folder, self._on_problem = spool_folder(run_dir), on_problem
         newest = newest_incarnation(run_dir)
         host = socket.gethostname().partition(".")[0]
-        start, now = newest.number if newest else 0, time.time_ns() // 10**6
+        start, now = newest.number if newest else 0, now_ms()
         self._stem = f"{start:06d}-{now}-{host}-{role}-{secrets.token_hex(3)}"
         self._part, self._size, self._number = 0, 0, 0
         self._handle: int | None = None

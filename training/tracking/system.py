@@ -19,7 +19,7 @@ from parallel.start import ProcessRank, environment, node_count
 from training.energy import EnergyMonitor, counters_of_node, open_nvml
 from training.incarnation import newest_incarnation
 from training.observers import Observer, Status
-from training.tracking.spool import Event, SpoolWriter, is_closed, spool_files
+from training.tracking.spool import Event, SpoolWriter, is_closed, now_ms, spool_files
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class SystemMetrics:
                     values |= monitor.aggregate_metrics()
                     monitor.clear_metrics()
                 named = {f"{prefix}{name}": value for name, value in values.items()}
-                self._put({"kind": "metrics", "time_ms": time.time_ns() // 1_000_000, "step": None, "values": named})
+                self._put({"kind": "metrics", "time_ms": now_ms(), "step": None, "values": named})
         except Exception:  # noqa: BLE001  no error of a monitor may reach training
             logger.debug("the system metrics of this node end here", exc_info=True)
 

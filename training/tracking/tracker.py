@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from training.observers import Status
 from training.tracking.client import TrackingTarget, set_mlflow_defaults, user_name
 from training.tracking.names import LONG_PARAMS, flatten, long_values, within_limits
 from training.tracking.sender import Sender
+from training.tracking.spool import now_ms
 from training.tracking.store import DEFAULT_EXPERIMENT, EXPERIMENT_VARIABLE, STORE_VARIABLE, choose_store
 from training.tracking.sync import target_of_folder
 
@@ -219,8 +219,3 @@ def attach(run_dir: Path, *, uri: str | None, offline: bool = False, warns: bool
     if target is None:
         return None
     return MlflowTracker(run_dir, name="", experiment="", uri=uri, offline=offline, target=target, warns=warns)
-
-
-def now_ms() -> int:
-    """Return the milliseconds since the epoch."""
-    return time.time_ns() // 1_000_000
