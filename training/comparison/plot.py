@@ -17,9 +17,8 @@ from training.evaluation.chart import (
     draw_curve,
     head_axes,
     line_style,
-    mark_training_length,
+    mark_training_lengths,
     new_figure,
-    ring_point,
     save_figure,
     scale_axes,
     shorten,
@@ -102,14 +101,7 @@ def _draw_perplexities(axes: Axes, comparison: Comparison, text: TextResults) ->
         keep=trained_at.values(),
     )
     facts = [shorten(printable(text.text), characters=_LONGEST_NAME), text.protocol(keys[0])]
-    lengths = sorted({*trained_at.values()})
-    for length in lengths:
-        mark_training_length(axes, length, text=f"training length {length:,}" if len(lengths) == 1 else "")
-    if len(lengths) > 1:
-        facts.append("rings: training lengths")
-        for number, length in trained_at.items():
-            if length in measured[number]:
-                ring_point(axes, (length, measured[number][length]), number=number)
+    facts += mark_training_lengths(axes, {number: (trained_at[number], measured[number]) for number in measured})
     _write_last_values(axes, [max(points.items()) for points in measured.values()])
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel(f"perplexity per {'word' if text.unit == 'word_perplexity' else 'token'}")

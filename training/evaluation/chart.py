@@ -2,7 +2,7 @@
 
 import secrets
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,26 @@ def mark_training_length(axes: Axes, length: int, *, text: str) -> None:
         fontsize=9,
         bbox=TEXT_BOX,
     )
+
+
+def mark_training_lengths(axes: Axes, curves: Mapping[int, tuple[int, Mapping[int, float]]]) -> list[str]:
+    """Mark the training lengths of several lines: one with its name, several with a ring on each line.
+
+    Args:
+        axes: Where the lines are drawn.
+        curves: The training length and the perplexities by length of each line, by its number.
+    Returns:
+        What has to be said of the marks.
+    """
+    lengths = sorted({trained_at for trained_at, _ in curves.values()})
+    for length in lengths:
+        mark_training_length(axes, length, text=f"training length {length:,}" if len(lengths) == 1 else "")
+    if len(lengths) <= 1:
+        return []
+    for number, (trained_at, perplexities) in curves.items():
+        if trained_at in perplexities:
+            ring_point(axes, (trained_at, perplexities[trained_at]), number=number)
+    return ["rings: training lengths"]
 
 
 def ring_point(axes: Axes, point: tuple[int, float], *, number: int) -> None:

@@ -9,9 +9,8 @@ from training.evaluation.chart import (
     draw_curve,
     head_axes,
     line_style,
-    mark_training_length,
+    mark_training_lengths,
     new_figure,
-    ring_point,
     save_figure,
     scale_axes,
     shorten,
@@ -65,14 +64,8 @@ def _draw_text(axes: Axes, table: StudyTable, text: TextTable) -> None:
         keep=trained_at.values(),
     )
     facts = [shorten(printable(text.text), characters=_LONGEST_NAME), text.protocol]
-    lengths = sorted({*trained_at.values()})
-    for length in lengths:
-        mark_training_length(axes, length, text=f"training length {length:,}" if len(lengths) == 1 else "")
-    if len(lengths) > 1:
-        facts.append("rings: training lengths")
-        for name, values in curves.items():
-            if trained_at[name] in values:
-                ring_point(axes, (trained_at[name], values[trained_at[name]].mean), number=numbers[name])
+    means = {name: {length: each.mean for length, each in values.items()} for name, values in curves.items()}
+    facts += mark_training_lengths(axes, {numbers[name]: (trained_at[name], means[name]) for name in curves})
     if any(len({row.seed for row in table.rows if row.run == name}) > 1 for name in curves):
         facts.append("bands: seeds")
     axes.set_xlabel("evaluation length (tokens)")
