@@ -50,7 +50,7 @@ def show_speed(generated: "GeneratedText") -> None:
     each = generated.token_seconds
     multiple = (generated.prompt_tokens + generated.tokens) / generated.train_length
     line = f"{generated.prompt_tokens} + {generated.tokens} tokens ({multiple:.3g} x trained)"
-    line += f": first in {generated.prefill_seconds:.2f} s" + (f", then {1 / each:,.0f}/s" if each else "")
+    line += f": {generated.prefill_seconds:.2f} s" + (f", then {1 / each:,.0f}/s" if each else "")
     line += "; ended" if generated.ended else ""
     logger.info("%s%s", line, "" if generated.seed is None else f"; --seed {generated.seed}")
 

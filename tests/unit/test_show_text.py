@@ -98,7 +98,7 @@ def test_generated_text_is_written_byte_for_byte(
     monkeypatch.setenv("COLUMNS", "10")
     answer = trainshort("generate", "run", "--prompt", "x")
     assert answer.out == f"{generated}\n"
-    assert answer.error == "3 + 2 tokens (0.312 x trained): first in 0.10 s; ended; --seed 7\n"
+    assert answer.error == "3 + 2 tokens (0.312 x trained): 0.10 s; ended; --seed 7\n"
     document = json.loads(trainshort("generate", "run", "--prompt", "x", "--json").out)
     assert (document["prompt"], document["text"], document["seed"]) == ("x", generated, 7)
     assert trainshort("generate", "run", "--prompt", "x", "--quiet") == Answer(0, f"{generated}\n", "")
