@@ -1,4 +1,4 @@
-"""The benchmark of rounding: its forms of the bias are those of the model, and of transformers' Bloom in bf16."""
+"""Benchmarks that read checkpoints: the bias rounded as transformers' Bloom does, perplexity against training time."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks import headline
 from benchmarks.rounding import WAYS, RoundedAttention, main, perplexity
 from tests.support.data import write_book
 from training.checkpoint.read import open_checkpoint
+from training.evaluation.text import file_text
 from training.export.run import export_checkpoint
 from training.model.single import load_single
 
@@ -63,3 +65,18 @@ def test_a_line_for_each_length(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (short["length"], short["tokens"], long["length"], long["tokens"]) == (16, 192, 64, 192)
     assert set(long["perplexity"]) == set(WAYS)
     assert long["change"]["relative"] == "+0.000%"
+
+
+def test_the_headline_has_a_point_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_book(tmp_path)
+    (text,) = tmp_path.glob("*.txt")
+    picture = tmp_path / "picture.png"
+    headline.main([str(OLD_RUN), "--data", str(text), "--length", "64", "--tokens", "200", "--picture", str(picture)])
+    row = json.loads(capsys.readouterr().out)
+    steps = [json.loads(line) for line in (OLD_RUN / "metrics.jsonl").read_text().splitlines()]
+    assert row["seconds"] == [round(steps[0]["step_seconds"] + steps[1]["step_seconds"], 1)]
+    checkpoint = open_checkpoint(OLD_RUN)
+    tokens = torch.from_numpy(file_text(checkpoint, text).tokens[:193])
+    losses = [load_single(checkpoint).losses(tokens[None, at : at + 65]) for at in (0, 64, 128)]
+    assert row["perplexity"] == [pytest.approx(float(torch.cat(losses).double().mean().exp()), abs=1e-3)]
+    assert picture.read_bytes().startswith(b"\x89PNG")
