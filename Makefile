@@ -4,8 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick unit-model unit-rest test lint bench bench-gpu test-gpu test-gpu-full test-layouts \
-	test-faults test-slurm test-llama test-vllm test-browser test-harness
+.PHONY: help install demo quick unit-model unit-rest test test-processes test-ranks lint bench bench-gpu test-gpu \
+	test-gpu-full test-layouts test-faults test-slurm test-llama test-vllm test-browser test-harness
 
 help:
 	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | bench"
@@ -34,9 +34,18 @@ unit-model: $(INSTALLED)
 unit-rest: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q tests/unit $(foreach part,$(HALF),--ignore-glob='*/test_$(part)*')
 
-# What starts processes uses both cores by itself.
+# What starts processes waits half of its time, so two halves run beside each other; but first, alone, what is timed.
+TIMED := tests/processes/test_cli_commands.py tests/processes/test_tracking_outages.py
+RANKS := tests/distributed tests/mutants
 test: quick
-	$(BIN)/python -P -m pytest -q --ignore=tests/unit
+	$(BIN)/python -P -m pytest -q $(TIMED)
+	$(MAKE) --no-print-directory --output-sync --jobs=2 test-processes test-ranks
+
+test-processes: $(INSTALLED)
+	$(BIN)/python -P -m pytest -q $(foreach part,tests/unit $(TIMED) $(RANKS),--ignore=$(part))
+
+test-ranks: $(INSTALLED)
+	$(BIN)/python -P -m pytest -q $(RANKS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check -q . && $(BIN)/ruff format --check -q .
