@@ -86,6 +86,7 @@ def start_ranks(
     environment: Mapping[str, str],
     metrics: Path,
     explain_memory: ExplainMemory,
+    results: int | None = None,
     grace_seconds: float = 10.0,
 ) -> int:
     """Run a command once per rank, wait until all have ended, and return one exit code.
@@ -100,6 +101,7 @@ def start_ranks(
         environment: Environment of the ranks; each rank's number and the rendezvous are added.
         metrics: File that rank 0 replaces before its first step.
         explain_memory: Makes the message about a rank that ran out of memory.
+        results: File descriptor that rank 0's standard output goes to; None for its log.
         grace_seconds: How long the others may take to end after a rank has failed, and again after SIGTERM.
     Raises:
         MachineError: the folder of the logs cannot be created or written.
@@ -116,7 +118,10 @@ def start_ranks(
         terminal = os.dup(sys.stderr.fileno())
         try:
             for number in range(ranks):
-                started.append(_start(command, number=number, logs=logs, environment=shared, terminal=terminal))
+                output = None if number else results
+                started.append(
+                    _start(command, number=number, logs=logs, environment=shared, terminal=terminal, results=output)
+                )
             signals.ranks = started
             if signals.asked:  # a signal came while they were being started
                 ask_to_stop(started)
@@ -124,8 +129,8 @@ def start_ranks(
         finally:
             kill(started)
             os.close(terminal)
-    if signals.killed or (signals.asked and failed and failed.code == -signal.SIGTERM):
-        return STOPPED_BY_HAND  # killed by force, or stopped before there was anything to save
+    if signals.killed or (signals.asked and failed and failed.code in (-signal.SIGTERM, STOPPED_BY_HAND)):
+        return STOPPED_BY_HAND  # killed by force, stopped before there was anything to save, or says so itself
     return explain(failed, kills_before=kills_before, explain_memory=explain_memory) if failed else 0
 
 
@@ -178,7 +183,15 @@ def _forwarding(metrics: Path) -> Iterator[Signals]:
         yield signals
 
 
-def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapping[str, str], terminal: int) -> Rank:
+def _start(
+    command: Sequence[str],
+    *,
+    number: int,
+    logs: Path,
+    environment: Mapping[str, str],
+    terminal: int,
+    results: int | None,
+) -> Rank:
     log = logs / f"rank_{number}.log"
     log_start = log.stat().st_size if log.exists() else 0
     try:
@@ -196,8 +209,8 @@ def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapp
                 **({} if number else {"TRAINSHORT_TERMINAL": str(terminal)}),
             },
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdout=output if results is None else results,
+            stderr=output,
             pass_fds=() if number else (terminal,),
             start_new_session=True,
         )

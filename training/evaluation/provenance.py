@@ -67,9 +67,9 @@ def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> Ev
 
     Args:
         checkpoint: The checkpoint.
-        certificate: Certificate of the model that was evaluated; it ran on one rank.
+        certificate: Certificate of the model that was evaluated.
     """
-    (rank,) = certificate["ranks"]
+    rank = certificate["ranks"][0]  # the others say the same of these
     return EvaluatedModel(
         path=checkpoint.path.absolute(),
         step=checkpoint.step,
