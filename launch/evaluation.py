@@ -11,7 +11,6 @@ from typing import Any
 from configs.figures import counted
 from configs.paths import logs_folder, metrics_path
 from launch.failure import ending_at_once
-from launch.local import start_ranks
 from launch.machine import device_type
 from launch.show.streams import following
 from parallel.start import ProcessRank, interrupt_on_sigterm
@@ -52,6 +51,8 @@ def start_evaluation(checkpoint: Path, request: EvaluationRequest) -> int:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
         request: What to measure.
     """
+    from launch.local import start_ranks
+
     layout, run_dir = evaluation_layout(request), _run_dir(checkpoint)
     ranks = counted(layout.world_size, "CPU rank" if device_type(os.environ) == "cpu" else "GPU rank")
     logger.info("evaluating on %s: tensor %d x pipeline %d", ranks, layout.tensor, layout.pipeline)
@@ -63,7 +64,7 @@ def start_evaluation(checkpoint: Path, request: EvaluationRequest) -> int:
         metrics=metrics_path(run_dir),
         environment=os.environ,
         explain_memory=partial(evaluation_out_of_memory, layout, on_gpu=False),
-        results=sys.stdout.fileno(),
+        results=sys.stdout,
     )
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from configs.errors import MachineError
 from launch.machine import core_count
@@ -86,7 +86,7 @@ def start_ranks(
     environment: Mapping[str, str],
     metrics: Path,
     explain_memory: ExplainMemory,
-    results: int | None = None,
+    results: TextIO | None = None,
     grace_seconds: float = 10.0,
 ) -> int:
     """Run a command once per rank, wait until all have ended, and return one exit code.
@@ -101,7 +101,7 @@ def start_ranks(
         environment: Environment of the ranks; each rank's number and the rendezvous are added.
         metrics: File that rank 0 replaces before its first step.
         explain_memory: Makes the message about a rank that ran out of memory.
-        results: File descriptor that rank 0's standard output goes to; None for its log.
+        results: Where rank 0's standard output goes; None for its log.
         grace_seconds: How long the others may take to end after a rank has failed, and again after SIGTERM.
     Raises:
         MachineError: the folder of the logs cannot be created or written.
@@ -190,7 +190,7 @@ def _start(
     logs: Path,
     environment: Mapping[str, str],
     terminal: int,
-    results: int | None,
+    results: TextIO | None,
 ) -> Rank:
     log = logs / f"rank_{number}.log"
     log_start = log.stat().st_size if log.exists() else 0

@@ -82,7 +82,7 @@ def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> Ev
 
 def provenance_of(
     checkpoint: "Checkpoint",
-    tokens: NDArray[np.int64],
+    tokens: NDArray[np.integer],
     *,
     data: Path | None,
     command: str | None,
