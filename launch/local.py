@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -111,27 +112,37 @@ def start_ranks(
     """
     make_log_folder(logs)
     kills_before = oom_kills()
-    in_memory = MEMORY if os.access(MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="trainshort-", dir=in_memory) as folder, _forwarding(metrics) as signals:
+    with _meeting_folder() as folder, _terminal() as terminal, _forwarding(metrics) as signals:
         shared = _shared_environment(environment, ranks=ranks, folder=Path(folder))
+        begin = partial(_start, command, logs=logs, environment=shared, terminal=terminal, results=results)
         started: list[Rank] = []
-        terminal = os.dup(sys.stderr.fileno())
         try:
             for number in range(ranks):
-                output = None if number else results
-                started.append(
-                    _start(command, number=number, logs=logs, environment=shared, terminal=terminal, results=output)
-                )
+                started.append(begin(number=number))
             signals.ranks = started
             if signals.asked:  # a signal came while they were being started
                 ask_to_stop(started)
             failed = _wait(started, grace_seconds=grace_seconds, on_poll=signals.announce)
         finally:
             kill(started)
-            os.close(terminal)
     if signals.killed or (signals.asked and failed and failed.code in (-signal.SIGTERM, STOPPED_BY_HAND)):
         return STOPPED_BY_HAND  # killed by force, stopped before there was anything to save, or says so itself
     return explain(failed, kills_before=kills_before, explain_memory=explain_memory) if failed else 0
+
+
+def _meeting_folder() -> "tempfile.TemporaryDirectory[str]":
+    in_memory = MEMORY if os.access(MEMORY, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="trainshort-", dir=in_memory)
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[int]:
+    """Yield a file descriptor of standard error that rank 0 inherits."""
+    terminal = os.dup(sys.stderr.fileno())
+    try:
+        yield terminal
+    finally:
+        os.close(terminal)
 
 
 def _shared_environment(environment: Mapping[str, str], *, ranks: int, folder: Path) -> dict[str, str]:
@@ -209,7 +220,7 @@ def _start(
                 **({} if number else {"TRAINSHORT_TERMINAL": str(terminal)}),
             },
             stdin=subprocess.DEVNULL,
-            stdout=output if results is None else results,
+            stdout=output if number or results is None else results,
             stderr=output,
             pass_fds=() if number else (terminal,),
             start_new_session=True,
