@@ -12,7 +12,9 @@ from configs.rules import problems
 from configs.schema import RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.text import require_text_file
+from parallel.compilers import check_cache_folder
 from parallel.layout import Layout
+from parallel.start import environment
 from training.checkpoint.manifest import CONFIG_NAME, read_manifest, require_checkpoint
 from training.evaluation.request import EvaluationRequest
 from training.evaluation.windows import require_fit
@@ -74,6 +76,7 @@ def check_ranks(checkpoint: Path, request: EvaluationRequest, *, started: int | 
             f"{options} needs {ranks} GPUs, and this machine has {gpus}: use {gpus} ranks or fewer, or set "
             'CUDA_VISIBLE_DEVICES="" for CPU ranks'
         )
+    check_cache_folder(environment())
     config = load_run(str(require_checkpoint(checkpoint) / CONFIG_NAME))
     split = {"tensor": tensor, "pipeline": pipeline, "zero": 1, "sequence": False, "offload": "none"}
     for problem in problems(config.model_copy(update={"parallel": config.parallel.model_copy(update=split)})):
