@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from configs.errors import InputError
 from parallel.start import ProcessRank, start, stop
 from tests.support.layouts import build, config_of, save
 from tests.support.ranks import run_ranks, start_again
@@ -42,7 +43,10 @@ def evaluate_in_turn(process: ProcessRank, *, asked: list[tuple[Path, Evaluation
     for number, (run_dir, request) in enumerate(asked):
         stop()
         place = replace(process, rendezvous=f"{process.rendezvous}_{number}")
-        reports.append(evaluate_rank(run_dir, request, place))
+        try:
+            reports.append(evaluate_rank(run_dir, request, place))
+        except InputError as error:
+            reports.append(str(error))
     start(replace(process, rendezvous=f"{process.rendezvous}_last"))
     return reports
 
@@ -117,10 +121,12 @@ def test_ranks_measure_what_one_process_measures(runs: Path, monkeypatch: pytest
         (runs / "alibi", replace(with_context, tensor=2, pipeline=2)),
         (runs / "alibi", replace(request, tensor=1, pipeline=4, same_tokens=True)),
         (runs / "t5", replace(request, tensor=2, pipeline=2)),
+        (runs / "t5", replace(request, tensor=4, lengths=(100_000,))),
     ]
     first, *others = run_ranks(evaluate_in_turn, ranks=4, arguments={"asked": asked})
-    assert others == [[None] * len(asked)] * 3
-    split, gone_on, shared = first
+    split, gone_on, shared, refused = first
+    assert refused.endswith(" too short for length 100000: use lengths up to 1040, or give a longer text with --data")
+    assert others == [[None, None, None, refused]] * 3, "so that no rank waits for one that has ended"
     same(split, single)
     same(shared, evaluate_checkpoint(runs / "t5", request))
     assert not [*runs.glob("*/evaluation/*/partial-*.npz")]

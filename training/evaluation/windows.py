@@ -76,7 +76,7 @@ class Windows:
             starts: First token of each part, ascending; the last part goes to the end of the text.
         """
         first, scored = self.starts + self.scored_from + 1, self.scored_to - self.scored_from
-        before = np.cumsum([0, *scored], dtype=np.int64)
+        before = np.concatenate(([0], scored.cumsum()))
         # the last window that scores a token before the part, as windows score tokens in their order; none is -1
         window = np.searchsorted(first, starts, side="right") - 1
         reached = before[window + 1] - np.maximum(0, first[window] + scored[window] - starts)
