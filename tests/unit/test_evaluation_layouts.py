@@ -57,6 +57,6 @@ def test_ranks_are_one_for_each_gpu(folder: Path) -> None:
     with pytest.raises(InputError) as refused:
         check_ranks(folder / "run", request, started=None, gpus=2)
     assert str(refused.value) == (
-        "--tensor 2 --pipeline 2 needs 4 GPUs, and this machine has 2: use 2 ranks or fewer, or set "
+        "--tensor 2 --pipeline 2 needs 4 GPUs, and this machine has 2: lower one of them, or set "
         'CUDA_VISIBLE_DEVICES="" for CPU ranks'
     )

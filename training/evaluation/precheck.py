@@ -73,7 +73,7 @@ def check_ranks(checkpoint: Path, request: EvaluationRequest, *, started: int | 
         raise InputError(f"--hf measures in one process, so it does not go with {options}: leave these out")
     if started is None and 0 < gpus < ranks:
         raise InputError(
-            f"{options} needs {ranks} GPUs, and this machine has {gpus}: use {gpus} ranks or fewer, or set "
+            f"{options} needs {ranks} GPUs, and this machine has {gpus}: lower one of them, or set "
             'CUDA_VISIBLE_DEVICES="" for CPU ranks'
         )
     check_cache_folder(environment())
