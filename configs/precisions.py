@@ -109,3 +109,15 @@ def require_precision(name: str) -> Precision:
         words = [f"{row} (on a GPU)" if PRECISIONS[row].gpu_only else row for row in INFERENCE_PRECISIONS]
         raise InputError(f"precision {name!r} is not known: use --precision {' or '.join(words)}")
     return PRECISIONS[name]
+
+
+def require_device(name: str, *, device: str) -> Precision:
+    """Return the precision for a value of `--precision`, on a type of device: cpu or cuda.
+
+    Raises:
+        InputError: it is not known, or needs a GPU.
+    """
+    row = require_precision(name)
+    if row.gpu_only and device == "cpu":
+        raise InputError(f"precision {name} needs a GPU, and this machine has none: use {DEFAULT_PRECISION}")
+    return row

@@ -4,7 +4,7 @@ Source: megatron.core.datasets.indexed_dataset, index version 1.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _SMALL_VOCABULARY = 65_500  # below it megatron-core stores tokens in 16 bits
 _COUNTED_AT_ONCE = 1 << 24  # tokens
+_READ_AT_ONCE = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,22 @@ def read_sequences(prefix: Path, *, sequences: NDArray[np.int64]) -> NDArray[np.
     Raises:
         InputError: see `read_index`.
     """
+    return np.concatenate([np.zeros(0, np.int64), *iter_sequences(prefix, sequences=sequences)])
+
+
+def iter_sequences(prefix: Path, *, sequences: NDArray[np.int64]) -> Iterator[NDArray[np.integer]]:
+    """Yield the tokens of the given sequences, one after the other, in blocks of about a million tokens.
+
+    Raises:
+        InputError: see `read_index`.
+    """
     index = read_index(prefix)
     ends = np.cumsum(index.lengths, dtype=np.int64)
     tokens = _tokens(prefix, index)
-    parts = [tokens[ends[i] - index.lengths[i] : ends[i]] for i in sequences]
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+    blocks = np.cumsum(index.lengths[sequences], dtype=np.int64) // _READ_AT_ONCE
+    for block in np.unique(blocks):
+        chosen = sequences[blocks == block]
+        yield np.concatenate([tokens[ends[i] - index.lengths[i] : ends[i]] for i in chosen])
 
 
 def histogram(prefix: Path, *, vocab_size: int) -> NDArray[np.int64]:

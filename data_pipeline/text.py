@@ -9,16 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_pipeline.indexed import document_numbers, read_index, read_sequences
+from data_pipeline.indexed import document_numbers, iter_sequences, read_index
 from data_pipeline.kinds import file_kind
 from data_pipeline.manifest import UNIGRAM_NAME, Part, Prepared
 from data_pipeline.prefixes import words_path
 from data_pipeline.sources import file_chunks, source_files
 from data_pipeline.split import held_out_sequences
 from data_pipeline.storage import move_cuts
+from data_pipeline.token_file import TokenFile
 from data_pipeline.tokenizer import load_tokenizer
 
-_HASHED_AT_ONCE = 1 << 20  # tokens
+_READ_AT_ONCE = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class TokenStream:
     """The tokens of a text in order."""
 
     name: str
-    tokens: NDArray[np.int64]
-    """[tokens]."""
+    tokens: NDArray[np.integer]
+    """[tokens]; on disk, as a text may be larger than memory."""
     words: int | None
     """White space separated words; None where only the tokens are known."""
     documents: NDArray[np.int64]
@@ -56,16 +57,21 @@ def held_out_stream(prepared: Prepared, *, split: float) -> TokenStream:
     if not split:
         raise InputError("data.split is 0, so no text is held out: give a text with --data, or set data.split")
     held_out = [(part, held_out_sequences(part.sequences, share=split)) for part in prepared.parts]
-    tokens = [read_sequences(prepared.prefix(part), sequences=sequences) for part, sequences in held_out]
+    with TokenFile(vocab_size=prepared.vocab_size) as file:
+        ends = [0]
+        for part, sequences in held_out:
+            for block in iter_sequences(prepared.prefix(part), sequences=sequences):
+                file.add(block)
+            ends.append(file.count)
+        tokens = file.read()
     words = [_words(prepared, part, sequences) for part, sequences in held_out]
     known = [count for count in words if count is not None]
     documents = [_document_starts(prepared, part, sequences) for part, sequences in held_out]
-    offsets = np.cumsum([0, *map(len, tokens[:-1])])
     return TokenStream(
         "held-out",
-        np.concatenate(tokens),
+        tokens,
         sum(known) if len(known) == len(words) else None,
-        np.concatenate([starts + offset for starts, offset in zip(documents, offsets, strict=True)]),
+        np.concatenate([starts + end for starts, end in zip(documents, ends[:-1], strict=True)]),
     )
 
 
@@ -80,24 +86,20 @@ def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
     """
     require_text_file(path)
     tokenizer = load_tokenizer(tokenizer_path)
-    tokens: list[NDArray[np.int64]] = []
-    starts = [0]
-    words = count = 0
-    document_ended = False
-    for chunk in move_cuts(file_chunks(path, separator=None), tokenizer):
-        # add the end token before the next record, not after each, so that none is added at the end of the text
-        end = [tokenizer.end_of_document] if document_ended else []
-        tokens.append(np.array(end + tokenizer.encode(chunk.text), np.int64))
-        if document_ended:
-            starts.append(count + len(end))
-        count += len(tokens[-1])
-        words += len(chunk.text.split())
-        document_ended = chunk.ends_document
-    if not tokens:
+    starts, words, document_ended = [0], 0, False
+    with TokenFile(vocab_size=tokenizer.vocab_size) as file:
+        for chunk in move_cuts(file_chunks(path, separator=None), tokenizer):
+            # add the end token before the next record, not after each, so that none is added at the end of the text
+            if document_ended:
+                file.add([tokenizer.end_of_document])
+                starts.append(file.count)
+            file.add(tokenizer.encode_each([chunk.text])[0])
+            words += len(chunk.text.split())
+            document_ended = chunk.ends_document
+        tokens = file.read()
+    if not len(tokens):
         raise InputError(f"evaluation text {path} holds no text: give another file")
-    return TokenStream(
-        path.name, np.concatenate(tokens), words, np.unique([start for start in starts if start < count])
-    )
+    return TokenStream(path.name, tokens, words, np.unique([start for start in starts if start < len(tokens)]))
 
 
 def require_text_file(path: Path) -> None:
@@ -111,7 +113,7 @@ def require_text_file(path: Path) -> None:
     file_kind(path)
 
 
-def identify_text(tokens: NDArray[np.int64], tokenizer_path: Path) -> TextIdentity:
+def identify_text(tokens: NDArray[np.integer], tokenizer_path: Path) -> TextIdentity:
     """Return what tells a text from others: the same for any tokenizer that does not change text.
 
     Args:
@@ -119,14 +121,14 @@ def identify_text(tokens: NDArray[np.int64], tokenizer_path: Path) -> TextIdenti
         tokenizer_path: The tokenizer that made them.
     """
     tokenizer, text, length = load_tokenizer(tokenizer_path), hashlib.sha256(), 0
-    for first in range(0, len(tokens), _HASHED_AT_ONCE):
-        spelled = tokenizer.spell(tokens[first : first + _HASHED_AT_ONCE].tolist())
+    for first in range(0, len(tokens), _READ_AT_ONCE):
+        spelled = tokenizer.spell(tokens[first : first + _READ_AT_ONCE].tolist())
         text.update(spelled)
         length += len(spelled)
     return TextIdentity(text.hexdigest(), length)
 
 
-def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.int64]) -> float:
+def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.integer]) -> float:
     """Return the perplexity of tokens under their frequencies in the training text, with one added to each count.
 
     Args:
@@ -135,7 +137,8 @@ def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.int64]) -> float:
     """
     counts = _training_counts(prepared) + 1
     log_probabilities = np.log(counts / counts.sum())
-    return math.exp(-float(log_probabilities[tokens].mean()))
+    parts = (tokens[first : first + _READ_AT_ONCE] for first in range(0, len(tokens), _READ_AT_ONCE))
+    return math.exp(-math.fsum(float(log_probabilities[part].sum()) for part in parts) / len(tokens))
 
 
 def _training_counts(prepared: Prepared) -> NDArray[np.int64]:
@@ -144,8 +147,8 @@ def _training_counts(prepared: Prepared) -> NDArray[np.int64]:
     counts: NDArray[np.int64] = np.load(prepared.folder / UNIGRAM_NAME)
     for part in prepared.parts:
         held_out = held_out_sequences(part.sequences, share=prepared.split)
-        tokens = read_sequences(prepared.prefix(part), sequences=held_out)
-        counts = counts - np.bincount(tokens, minlength=prepared.vocab_size)
+        for tokens in iter_sequences(prepared.prefix(part), sequences=held_out):
+            counts = counts - np.bincount(tokens, minlength=prepared.vocab_size)
     return counts
 
 

@@ -227,12 +227,13 @@ def weights_report(path: Path, *, lengths: Sequence[int], precision: str) -> dic
         text = held_out_text(opened)
     except InputError as error:
         return {**report, "unknown": f"not measured: it needs the held-out text, of which evaluate says: {error}"}
-    model, tokens = load_single(opened, precision=precision), torch.from_numpy(text.tokens)
+    model = load_single(opened, precision=precision)
+    tokens = torch.from_numpy(text.tokens[: max(lengths, default=0) + 1].astype("int64"))
     for length in lengths:
         if length < len(tokens):
             windows = windows_of_weights(model.blocks, partial(model.losses, tokens[None, : length + 1]))
             report["lengths"].append({"length": length, "layers": [asdict(layer) for layer in windows]})
-    shortest = f"the held-out text has {len(tokens):,} tokens, fewer than the run's lengths need"
+    shortest = f"the held-out text has {len(text.tokens):,} tokens, fewer than the run's lengths need"
     return {**report, "text": text.name, **({} if report["lengths"] else {"unknown": shortest})}
 
 

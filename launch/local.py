@@ -15,8 +15,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from configs.errors import MachineError
 from launch.machine import core_count
@@ -86,6 +87,7 @@ def start_ranks(
     environment: Mapping[str, str],
     metrics: Path,
     explain_memory: ExplainMemory,
+    results: TextIO | None = None,
     grace_seconds: float = 10.0,
 ) -> int:
     """Run a command once per rank, wait until all have ended, and return one exit code.
@@ -100,6 +102,7 @@ def start_ranks(
         environment: Environment of the ranks; each rank's number and the rendezvous are added.
         metrics: File that rank 0 replaces before its first step.
         explain_memory: Makes the message about a rank that ran out of memory.
+        results: Where rank 0's standard output goes; None for its log.
         grace_seconds: How long the others may take to end after a rank has failed, and again after SIGTERM.
     Raises:
         MachineError: the folder of the logs cannot be created or written.
@@ -109,24 +112,37 @@ def start_ranks(
     """
     make_log_folder(logs)
     kills_before = oom_kills()
-    in_memory = MEMORY if os.access(MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="trainshort-", dir=in_memory) as folder, _forwarding(metrics) as signals:
+    with _meeting_folder() as folder, _terminal() as terminal, _forwarding(metrics) as signals:
         shared = _shared_environment(environment, ranks=ranks, folder=Path(folder))
+        begin = partial(_start, command, logs=logs, environment=shared, terminal=terminal, results=results)
         started: list[Rank] = []
-        terminal = os.dup(sys.stderr.fileno())
         try:
             for number in range(ranks):
-                started.append(_start(command, number=number, logs=logs, environment=shared, terminal=terminal))
+                started.append(begin(number=number))
             signals.ranks = started
             if signals.asked:  # a signal came while they were being started
                 ask_to_stop(started)
             failed = _wait(started, grace_seconds=grace_seconds, on_poll=signals.announce)
         finally:
             kill(started)
-            os.close(terminal)
-    if signals.killed or (signals.asked and failed and failed.code == -signal.SIGTERM):
-        return STOPPED_BY_HAND  # killed by force, or stopped before there was anything to save
+    if signals.killed or (signals.asked and failed and failed.code in (-signal.SIGTERM, STOPPED_BY_HAND)):
+        return STOPPED_BY_HAND  # killed by force, stopped before there was anything to save, or says so itself
     return explain(failed, kills_before=kills_before, explain_memory=explain_memory) if failed else 0
+
+
+def _meeting_folder() -> "tempfile.TemporaryDirectory[str]":
+    in_memory = MEMORY if os.access(MEMORY, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="trainshort-", dir=in_memory)
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[int]:
+    """Yield a file descriptor of standard error that rank 0 inherits."""
+    terminal = os.dup(sys.stderr.fileno())
+    try:
+        yield terminal
+    finally:
+        os.close(terminal)
 
 
 def _shared_environment(environment: Mapping[str, str], *, ranks: int, folder: Path) -> dict[str, str]:
@@ -178,7 +194,15 @@ def _forwarding(metrics: Path) -> Iterator[Signals]:
         yield signals
 
 
-def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapping[str, str], terminal: int) -> Rank:
+def _start(
+    command: Sequence[str],
+    *,
+    number: int,
+    logs: Path,
+    environment: Mapping[str, str],
+    terminal: int,
+    results: TextIO | None,
+) -> Rank:
     log = logs / f"rank_{number}.log"
     log_start = log.stat().st_size if log.exists() else 0
     try:
@@ -196,8 +220,8 @@ def _start(command: Sequence[str], *, number: int, logs: Path, environment: Mapp
                 **({} if number else {"TRAINSHORT_TERMINAL": str(terminal)}),
             },
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdout=output if number or results is None else results,
+            stderr=output,
             pass_fds=() if number else (terminal,),
             start_new_session=True,
         )

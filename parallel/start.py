@@ -141,12 +141,17 @@ def hold_stop_signals() -> None:
 
 
 def ignore_stop_signals() -> None:
-    """Ignore SIGTERM and SIGINT in a rank that has saved: Python drops handlers at exit, and then they would kill it.
+    """Ignore SIGTERM and SIGINT in a rank that another one ends, or that has saved: at exit Python drops handlers.
 
     Blocking them is not enough: libraries have threads that do not.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM do what Ctrl-C does, raise KeyboardInterrupt: a launcher sends it to its ranks for both."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def choose_gpu(place: ProcessRank, *, visible: int) -> int | None:

@@ -7,7 +7,7 @@ import logging
 import re
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from configs.errors import LostPeers, TrainshortError
@@ -27,13 +27,29 @@ _LOST_PEERS = re.compile(
 )
 
 
+ExplainRank = Callable[[int, str, bool], str]
+"""Function from a rank, what happened to it and whether on a GPU to the message about a rank out of memory."""
+
+
 @contextmanager
 def explain_rank_failure(config: RunConfig, place: ProcessRank) -> Iterator[None]:
+    """Report a rank of a run that ran out of memory or lost the others: see `explain_failure_of`."""
+
+    def explain(rank: int, how: str, on_gpu: bool) -> str:
+        layout = Layout.of(config, world_size=place.world_size)
+        return rank_out_of_memory(config, layout, rank, how, on_gpu=on_gpu)
+
+    with explain_failure_of(place, explain=explain):
+        yield
+
+
+@contextmanager
+def explain_failure_of(place: ProcessRank, *, explain: ExplainRank) -> Iterator[None]:
     """Report a rank that ran out of memory or lost the others as such; a local rank's log gets the traceback.
 
     Args:
-        config: The run.
         place: This process among the ranks.
+        explain: Makes the message about a rank out of memory.
     Raises:
         OutOfMemory: names the rank, what it held, and what to change.
         LostPeers: points to the rank that failed first.
@@ -43,15 +59,7 @@ def explain_rank_failure(config: RunConfig, place: ProcessRank) -> Iterator[None
     except (MemoryError, OSError, ImportError, RuntimeError) as error:
         words: TrainshortError
         if (cause := memory_error(error)) is not None:
-            words = OutOfMemory(
-                rank_out_of_memory(
-                    config,
-                    Layout.of(config, world_size=place.world_size),
-                    place.rank,
-                    how_it_ran_out(cause),
-                    on_gpu=is_of_gpu(cause),
-                )
-            )
+            words = OutOfMemory(explain(place.rank, how_it_ran_out(cause), is_of_gpu(cause)))
         elif isinstance(error, RuntimeError) and _LOST_PEERS.search(str(error)):
             words = LostPeers(
                 f"rank {place.rank} lost its connection to the other ranks: the cause is in the log of the rank that "
@@ -77,6 +85,15 @@ def rank_out_of_memory(config: RunConfig, layout: Layout, rank: int, how: str, *
         on_gpu: Whether it was a GPU's memory.
     """
     remedies = change_lines(memory_changes(config, layout=layout, on_gpu=on_gpu))
+    return with_remedies(_where(layout, rank, how), remedies, on_gpu=on_gpu)
+
+
+def evaluation_out_of_memory(layout: Layout, rank: int, how: str, *, on_gpu: bool) -> str:
+    """Return the message about a rank of an evaluation that ran out of memory; arguments as `rank_out_of_memory`."""
+    remedies = ("shorter --lengths", "a larger --tensor or --pipeline")
+    return with_remedies(_where(layout, rank, how), remedies, on_gpu=on_gpu)
+
+
+def _where(layout: Layout, rank: int, how: str) -> list[str]:
     first, *more = how.split(DETAIL)
-    place = f"place: {layout.place_of(rank)}, on {socket.gethostname()}"
-    return with_remedies([f"rank {rank} {first}", place, *more], remedies, on_gpu=on_gpu)
+    return [f"rank {rank} {first}", f"place: {layout.place_of(rank)}, on {socket.gethostname()}", *more]

@@ -1,6 +1,7 @@
 """Commands on a trained model: evaluate, compare, report, generate."""
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -101,6 +102,12 @@ ContextFlag = Annotated[
     bool, typer.Option("--context", help="Also cut and shuffle far context: how much of it is used?")
 ]
 
+EvaluationTensor = Annotated[int, count_option("--tensor", "Ranks that share each layer.")]
+EvaluationPipeline = Annotated[
+    int,
+    count_option("--pipeline", "Stages that share the layers, as parallel.pipeline; starts tensor x pipeline ranks."),
+]
+
 HuggingFaceFolder = Annotated[
     Path | None,
     typer.Option("--hf", metavar="DIR", parser=path_of, help="Measure this model of Hugging Face on the run's text."),
@@ -118,12 +125,16 @@ def evaluate_command(
     context: ContextFlag = False,
     hf: HuggingFaceFolder = None,
     precision: PrecisionName = DEFAULT_PRECISION,
+    tensor: EvaluationTensor = 1,
+    pipeline: EvaluationPipeline = 1,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity at each length; keep the report in the run's evaluation folder, by checkpoint and text."""
+    from launch.machine import gpu_count
     from launch.show.console import show_json
     from launch.show.model import show_report
-    from training.evaluation.precheck import check_request
+    from parallel.start import find_process_rank
+    from training.evaluation.precheck import check_ranks, check_request
     from training.evaluation.request import EvaluationRequest
 
     request = EvaluationRequest(
@@ -134,19 +145,24 @@ def evaluate_command(
         context=context,
         hf=hf,
         precision=precision,
+        tensor=tensor,
+        pipeline=pipeline,
         command=shlex.join(["trainshort", *sys.argv[1:]]),
     )
     check_request(checkpoint, request)  # before the slow imports
-
-    from training.evaluation.folder import ReportNotWritten
-
+    place = find_process_rank(os.environ)
+    check_ranks(checkpoint, request, started=None if place is None else place.world_size, gpus=gpu_count(os.environ))
     show = show_json if as_json else partial(show_report, checkpoint=hf or checkpoint)
-    try:
-        report = _evaluate(checkpoint, request)
-    except ReportNotWritten as error:
-        show(error.report)  # the work of minutes or hours
-        raise
-    show(report)
+    if tensor * pipeline > 1:
+        from launch.evaluation import evaluate_one_rank, start_evaluation
+
+        if place is None:
+            raise SystemExit(start_evaluation(checkpoint, request))
+        evaluate_one_rank(checkpoint, request, place, show=show)
+    else:
+        from launch.evaluation import show_when_done
+
+        show_when_done(partial(_evaluate, checkpoint, request), show=show)
 
 
 def _evaluate(checkpoint: Path, request: "EvaluationRequest") -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Job:
         stopped: The metrics of the first start, which ended on Ctrl-C.
         saved: The steps of its checkpoints.
         resumed: What the second start said.
-        report: Output of `evaluate --json`.
+        split: Output of `evaluate --json` on ranks.
+        report: Output of `evaluate --json` in one process, afterwards.
         exported: Output of `export`.
         generated: Output of `generate --json` for a prompt longer than the training length.
         reproduced: Output of `reproduce --json` for the unbroken run.
@@ -59,6 +60,7 @@ class Job:
     stopped: list[dict[str, Any]]
     saved: list[int]
     resumed: str
+    split: str
     report: str
     exported: str
     generated: str
@@ -125,12 +127,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     with ThreadPoolExecutor(1) as pool:  # at the same time: the end of that run is one process, its export
         unbroken = pool.submit(done, folder, "train", *run("two/run"), "--set", f"checkpoint.export_every={STEPS}")
-        report = done(folder, "evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
+        evaluate = ("evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
+        split = done(folder, *evaluate, "--tensor", "2", "--pipeline", "2")
+        report = done(folder, *evaluate)
         exported = done(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
         generated = done(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--greedy", "--json")
         unbroken.result()
     reproduced = done(folder, "reproduce", "two/run", "--json", "--verify")
-    return Job(folder, stopped, saved, resumed.stderr, report, exported, generated, reproduced, again, changed)
+    return Job(folder, stopped, saved, resumed.stderr, split, report, exported, generated, reproduced, again, changed)
 
 
 def test_a_stopped_run_has_saved_the_last_step_that_it_finished(job: Job) -> None:
@@ -247,18 +251,22 @@ def test_the_exported_model_has_the_logits_of_the_trained_one(job: Job) -> None:
     torch.testing.assert_close(logits, load_single(open_checkpoint(job.broken)).logits(tokens), atol=1e-4, rtol=0)
 
 
-def test_the_export_has_the_perplexity_of_the_trained_model(job: Job) -> None:
-    """Of ranks that trained it, at every length, through transformers."""
+def test_ranks_and_the_export_have_the_perplexity(job: Job) -> None:
+    """Of the trained model, at every length: on four ranks, in one process, and through transformers."""
     lengths = (LENGTH, 2 * LENGTH)
-    ours = json.loads(job.report)
+    ours, split = json.loads(job.report), json.loads(job.split)
     with contextlib.chdir(job.folder):  # where data.dir is
         theirs = evaluate_folder(job.broken, job.broken / "export" / "hf", EvaluationRequest(lengths=lengths))
-    for one, other in zip(ours["results"], theirs["results"], strict=True):
-        assert (one["length"], one["tokens"]) == (other["length"], other["tokens"])
-        assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
-        assert one["standard_error"] == pytest.approx(other["standard_error"], rel=1e-3)
-        assert one["loss_by_position"]["loss"] == pytest.approx(other["loss_by_position"]["loss"], rel=1e-4)
+    for others in (split["results"], theirs["results"]):
+        for one, other in zip(ours["results"], others, strict=True):
+            assert (one["length"], one["tokens"]) == (other["length"], other["tokens"])
+            assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
+            assert one["standard_error"] == pytest.approx(other["standard_error"], rel=1e-3)
+            assert one["loss_by_position"]["loss"] == pytest.approx(other["loss_by_position"]["loss"], rel=1e-4)
     assert json.loads((job.broken / "evaluation" / "report.json").read_text()) == ours, "it is the run's own"
+    assert split["command"].endswith("--json --tensor 2 --pipeline 2")
+    said = (job.broken / "logs" / "evaluate" / "rank_0.log").read_text()
+    assert f"1/2  nonoverlapping at {LENGTH}: loss " in said
 
 
 def test_a_run_has_exported_its_last_step_before_it_ends(job: Job) -> None:

@@ -26,6 +26,13 @@ EVALUATION_MUTANTS = (
         BY_SAME,
     ),
     Mutant(
+        "evaluation: a prediction on the edge of two documents counts as one of the first",
+        WINDOWS,
+        "first[window] + scored[window] - starts)",
+        "first[window] + scored[window] - starts - 1)",
+        BY_DEFINITION,
+    ),
+    Mutant(
         "evaluation: predictions beyond the same tokens are scored",
         SUMS,
         "(places >= from_) & (places < to)",

@@ -132,6 +132,29 @@ def test_each_rank_has_a_number_and_a_log_one_has_the_screen(tmp_path: Path, cap
     assert not any(Path(path).parent.exists() for path in meeting)
 
 
+def test_results_of_the_first_rank_go_where_they_are_wanted(tmp_path: Path) -> None:
+    with (tmp_path / "results").open("w") as results:
+        code = start_ranks(
+            bash('echo "found by $TRAINSHORT_RANK"; echo said >&2'),
+            ranks=2,
+            logs=tmp_path,
+            environment=ENVIRONMENT,
+            metrics=tmp_path / "metrics.jsonl",
+            explain_memory=lambda rank, how: f"rank {rank} {how}",
+            results=results,
+        )
+    assert code == 0
+    assert (tmp_path / "results").read_text() == "found by 0\n"
+    assert (tmp_path / "rank_0.log").read_text() == "said\n"
+    assert (tmp_path / "rank_1.log").read_text() == "found by 1\nsaid\n"
+
+
+def test_a_rank_that_says_it_was_stopped_is_no_failure(launch: Launch) -> None:
+    process = launch('trap "exit $((TRAINSHORT_RANK ? 4 : 130))" TERM')  # 4: it has lost the first one
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (STOPPED_BY_HAND, PRESSED)
+
+
 def test_a_failed_rank_is_named_with_the_end_of_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rank_2.log").write_text("of an earlier start\n")
     script = "[[ $TRAINSHORT_RANK == 2 ]] && { echo nothing fits; exit 5; }; sleep 60"

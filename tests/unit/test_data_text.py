@@ -38,7 +38,7 @@ def test_a_file_is_one_stream_verbatim(prepared: Prepared, tmp_path: Path) -> No
         tokenizer = load_tokenizer(prepared.tokenizer)
         assert tokenizer.decode(stream.tokens) == text
         assert stream.tokens.tolist() == tokenizer.encode(text)
-        assert (stream.name, stream.words, stream.tokens.dtype) == (name, len(text.split()), np.int64)
+        assert (stream.name, stream.words, stream.tokens.dtype) == (name, len(text.split()), np.uint16)
 
 
 def test_records_are_joined_by_the_end_token(prepared: Prepared, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def verdict_for(model: PlantedModel, *, lengths: tuple[int, ...], **context: Any
 @pytest.mark.parametrize("longest", [1, 7, 100, 512])
 def test_every_context_scores_the_same_tokens(longest: int) -> None:
     plan = plan_context(1000, longest=longest)
-    scored = {tuple(np.flatnonzero(point.windows.scored_tokens(1000)).tolist()) for point in plan.points}
+    scored = {tuple(np.flatnonzero(point.windows.scored_in(np.arange(1000))).tolist()) for point in plan.points}
     assert len(scored) == 1
     section = max(1, longest // 8)
     for point in plan.points:

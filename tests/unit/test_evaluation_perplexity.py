@@ -109,7 +109,7 @@ def test_a_sweep_on_same_tokens_is_their_loss_alone(bloom: BloomScorer, tokens: 
             for batch in windows.batches(most=3):
                 views = np.stack([text[start : start + length + 1] for start in windows.starts[batch]])
                 sums.add(bloom.losses(torch.from_numpy(views)).detach(), batch=batch)
-            scored.append(np.flatnonzero(windows.scored_tokens(97)).tolist())
+            scored.append(np.flatnonzero(windows.scored_in(np.arange(97))).tolist())
             if protocol.last is None:
                 starts = {token: (token - 1) // length * length for token in scored[-1]}
             else:  # the windows of both end where those of the longest do

@@ -6,18 +6,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import InputError
 from configs.load import load_run
 from configs.schema import RunConfig
 from parallel.axes import Group, Groups
 from parallel.collectives import broadcast_from_first, raise_everywhere, wait_for_all
-from parallel.engine import State
 from parallel.parameter import Shard, local_shape, span
 from parallel.shards import pad
 from training.checkpoint.manifest import (
@@ -32,6 +31,20 @@ from training.checkpoint.manifest import (
     read_manifest,
     saved_shard,
 )
+
+
+class LoadedInto(Protocol):
+    """What a checkpoint is loaded into: an engine's `State`, or a model without an optimizer.
+
+    Attributes:
+        parameters: This rank's parameters and their shards, by logical name.
+    """
+
+    parameters: dict[str, tuple[nn.Parameter, Shard]]
+
+    def write(self, name: str, kind: str, value: Tensor) -> None:
+        """Set this tensor rank's slice, given in fp32."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -242,7 +255,7 @@ def _with_config(folder: Path, manifest: Manifest) -> Checkpoint:
     return Checkpoint(folder, manifest, load_run(str(folder / CONFIG_NAME)))
 
 
-def load_slices(state: State, checkpoint: Checkpoint, *, kinds: Sequence[str], groups: Groups) -> None:
+def load_slices(state: LoadedInto, checkpoint: Checkpoint, *, kinds: Sequence[str], groups: Groups) -> None:
     """Load this rank's slices of weights or moments, saved in any layout. A collective.
 
     Raises:

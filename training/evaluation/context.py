@@ -99,7 +99,7 @@ def plan_context(tokens: int, *, longest: int) -> ContextPlan:
 
 def run_context(
     scorer: Scorer,
-    tokens: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.integer],
     plan: ContextPlan,
     *,
     begun: Sequence[LossSums],
@@ -112,7 +112,7 @@ def run_context(
 
     Args:
         scorer: The model.
-        tokens: The text, [tokens], int64.
+        tokens: The text, [tokens].
         plan: What to measure.
         begun: Sums of each point, as an interrupted evaluation has left them.
         units: Units of the text.
@@ -122,7 +122,7 @@ def run_context(
     Raises:
         TrainshortError: a loss is nan, or too large for a perplexity.
     """
-    counts = np.add.reduceat(plan.cut[0].windows.scored_tokens(units.tokens), units.starts, dtype=np.int64)
+    counts = plan.cut[0].windows.scored_in(units.starts)
     losses: list[float] = []
     drawn: list[npt.NDArray[np.float64]] = []
     for point, sums in zip(plan.points, begun, strict=True):

@@ -85,7 +85,7 @@ class PerplexityResult:
 
 def measure_loss(
     scorer: Scorer,
-    tokens: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.integer],
     *,
     protocol: WindowProtocol,
     units: Units,
@@ -98,7 +98,7 @@ def measure_loss(
 
     Args:
         scorer: The model.
-        tokens: The text, [tokens], int64.
+        tokens: The text, [tokens].
         protocol: How the windows were placed.
         units: Units of the text.
         sums: Sums of the windows; those that are done are not scored again.
@@ -112,7 +112,7 @@ def measure_loss(
     windows, totals = sums.windows, sums.totals()
     scored = windows.scored
     loss = require_finite(float(totals.by_unit.sum()) / scored, length=windows.length)
-    counts = np.add.reduceat(windows.scored_tokens(units.tokens), units.starts, dtype=np.int64)
+    counts = windows.scored_in(units.starts)
     return PerplexityResult(
         length=windows.length,
         protocol=protocol,
@@ -127,7 +127,7 @@ def measure_loss(
 
 def score_windows(
     scorer: Scorer,
-    tokens: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.integer],
     *,
     sums: LossSums,
     batch_tokens: int,
@@ -138,7 +138,7 @@ def score_windows(
 
     Args:
         scorer: The model.
-        tokens: The text, [tokens], int64.
+        tokens: The text, [tokens].
         sums: Sums of the windows; those that are done are left out.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
         progress: Called after each pass with the number of inputs in it; a GPU's may not be done.
@@ -150,7 +150,7 @@ def score_windows(
     sums.forget_calls()
     with torch.no_grad():
         for batch in windows.batches(most=max(1, batch_tokens // length), first=sums.done):
-            inputs = torch.from_numpy(views[windows.starts[batch]])
+            inputs = torch.from_numpy(views[windows.starts[batch]].astype(np.int64))
             last = length - int(windows.scored_from[batch].min())
             sums.add(scorer.losses(inputs if change is None else change(inputs), last=last), batch=batch)
             if progress is not None:

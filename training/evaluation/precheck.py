@@ -8,9 +8,13 @@ from configs.load import load_run
 from configs.paths import config_file
 from configs.precisions import require_precision
 from configs.protocols import parse_protocol
+from configs.rules import problems
 from configs.schema import RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.text import require_text_file
+from parallel.compilers import check_cache_folder
+from parallel.layout import Layout
+from parallel.start import environment
 from training.checkpoint.manifest import CONFIG_NAME, read_manifest, require_checkpoint
 from training.evaluation.request import EvaluationRequest
 from training.evaluation.windows import require_fit
@@ -38,6 +42,45 @@ def check_request(checkpoint: Path, request: EvaluationRequest) -> None:
         require_text_file(request.data)
     else:
         run_data(folder, config=config)
+
+
+def evaluation_layout(request: EvaluationRequest) -> Layout:
+    """Return the layout of the ranks that an evaluation runs on."""
+    return Layout(tensor=request.tensor, pipeline=request.pipeline, data=1, zero=1, micro_batches=1)
+
+
+def check_ranks(checkpoint: Path, request: EvaluationRequest, *, started: int | None, gpus: int) -> None:
+    """Refuse a layout that does not fit the model or this machine.
+
+    Args:
+        checkpoint: A step folder, or a run folder for its newest checkpoint.
+        request: What to measure, and on which ranks.
+        started: Ranks that srun or torchrun has started; None if they are still to be started here.
+        gpus: GPUs of this machine.
+    Raises:
+        InputError: it does not fit.
+    """
+    tensor, pipeline = request.tensor, request.pipeline
+    options, ranks = f"--tensor {tensor} --pipeline {pipeline}", evaluation_layout(request).world_size
+    if started not in (None, ranks):
+        raise InputError(
+            f"evaluate runs on --tensor x --pipeline ranks ({tensor} x {pipeline} = {ranks}), but {started} were "
+            f"started: start {ranks}, or change --tensor and --pipeline"
+        )
+    if ranks == 1:
+        return
+    if request.hf is not None:
+        raise InputError(f"--hf measures in one process, so it does not go with {options}: leave these out")
+    if started is None and 0 < gpus < ranks:
+        raise InputError(
+            f"{options} needs {ranks} GPUs, and this machine has {gpus}: lower one of them, or set "
+            'CUDA_VISIBLE_DEVICES="" for CPU ranks'
+        )
+    check_cache_folder(environment())
+    config = load_run(str(require_checkpoint(checkpoint) / CONFIG_NAME))
+    split = {"tensor": tensor, "pipeline": pipeline, "zero": 1, "sequence": False, "offload": "none"}
+    for problem in problems(config.model_copy(update={"parallel": config.parallel.model_copy(update=split)})):
+        raise InputError(problem.replace("parallel.tensor", "--tensor").replace("parallel.pipeline", "--pipeline"))
 
 
 def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:

@@ -67,9 +67,9 @@ def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> Ev
 
     Args:
         checkpoint: The checkpoint.
-        certificate: Certificate of the model that was evaluated; it ran on one rank.
+        certificate: Certificate of the model that was evaluated.
     """
-    (rank,) = certificate["ranks"]
+    rank = certificate["ranks"][0]  # the others say the same of these
     return EvaluatedModel(
         path=checkpoint.path.absolute(),
         step=checkpoint.step,
@@ -82,7 +82,7 @@ def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> Ev
 
 def provenance_of(
     checkpoint: "Checkpoint",
-    tokens: NDArray[np.int64],
+    tokens: NDArray[np.integer],
     *,
     data: Path | None,
     command: str | None,

@@ -18,6 +18,7 @@ class EvaluationRequest:
         context: Whether to measure how much context is used.
         hf: A folder with a model of Hugging Face, to be measured in place of the checkpoint's; None for that.
         precision: Value of `--precision`, whatever the checkpoint trained in.
+        tensor, pipeline: Ranks that share each layer, and stages that share the layers.
         command: The command line, to be named in the report; None if no command asks.
     """
 
@@ -28,4 +29,6 @@ class EvaluationRequest:
     context: bool = False
     hf: Path | None = None
     precision: str = DEFAULT_PRECISION
+    tensor: int = 1
+    pipeline: int = 1
     command: str | None = None

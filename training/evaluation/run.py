@@ -1,27 +1,32 @@
-"""`trainshort evaluate`: measure one checkpoint at many lengths."""
+"""`trainshort evaluate`: measure one checkpoint at many lengths, in one process or on ranks."""
 
 import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from configs.paths import evaluation_folder
 from configs.protocols import parse_protocol
 from configs.schema import RunConfig
-from training.checkpoint.read import open_checkpoint
+from parallel.collectives import broadcast_from_first
+from parallel.groups import make_groups
+from parallel.start import ProcessRank, ignore_stop_signals, start, stop
+from training.checkpoint.read import Checkpoint, open_checkpoint, open_on_all_ranks
 from training.evaluation.context import ContextPlan, plan_context, run_context
 from training.evaluation.folder import check_evaluation_folder
 from training.evaluation.partial import PartialResults
 from training.evaluation.perplexity import Scorer
+from training.evaluation.precheck import evaluation_layout
 from training.evaluation.progress import EvaluationProgress
-from training.evaluation.provenance import evaluated_model, provenance_of
+from training.evaluation.provenance import Provenance, evaluated_model, provenance_of
 from training.evaluation.record import EvaluationRecord
 from training.evaluation.report import build_report
 from training.evaluation.request import EvaluationRequest
 from training.evaluation.resampling import units_of
 from training.evaluation.sweep import Measurement, plan_measurements, run_measurements
 from training.evaluation.text import EvaluationText, file_text, held_out_text
+from training.model.distributed import load_distributed
 from training.model.single import inference_device, load_single
 from training.model.windows import LosslessWindows
 from training.tracking.tracker import MlflowTracker, attach
@@ -65,21 +70,98 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     """
     inference_device(request.precision)
     opened = open_checkpoint(checkpoint)
+    begun = _begin(opened, request)
+    return begun.measure_with(load_single(opened, precision=request.precision))
+
+
+def evaluate_rank(checkpoint: Path, request: EvaluationRequest, place: ProcessRank) -> dict[str, Any] | None:
+    """Measure a checkpoint on the ranks of the request's layout, as `evaluate_checkpoint` does in one process.
+
+    Rank 0 reads the text, adds up losses and writes the reports; the others compute their part of the model.
+
+    Args:
+        checkpoint: A step folder, or a run folder for its newest checkpoint.
+        request: What to measure.
+        place: This process among the ranks.
+    Returns:
+        The contents of report.json on rank 0, None on the others.
+    Raises:
+        InputError, MachineError: see `evaluate_checkpoint`; raised on every rank.
+        ReportNotWritten: raised on rank 0.
+    """
+    device, groups = start(place), make_groups(evaluation_layout(request))
+    opened = open_on_all_ranks(checkpoint, kinds=("weight",), world=groups.world)
+    begun: list[_Begun] = []  # on rank 0: a text is not sent
+    broadcast_from_first(lambda: begun.append(_begin(opened, request)), group=groups.world)
+    model = load_distributed(opened, groups=groups, device=device, precision=request.precision)
+    report = None
+    if begun:
+        with model.served():
+            report = begun[0].measure_with(model)
+    else:
+        ignore_stop_signals()  # rank 0 answers them, and the others are ended with it
+        model.serve()
+    stop()  # not after an error: other ranks may wait in a collective, and are ended only once this one has ended
+    return report
+
+
+class _EvaluatedModel(Scorer, Protocol):
+    """A checkpoint's model, in one process or on ranks.
+
+    Attributes:
+        certificate: The certificate of its positions, as plain values.
+        windows: Counts the scores that its attention computes; None if nothing counts them.
+    """
+
+    certificate: dict[str, Any]
+    windows: LosslessWindows | None
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """An evaluation that lacks only the model."""
+
+    opened: Checkpoint
+    folder: Path
+    text: EvaluationText
+    plan: EvaluationPlan
+    tracker: MlflowTracker | None
+    provenance: Provenance
+
+    def measure_with(self, model: _EvaluatedModel) -> dict[str, Any]:
+        """Measure, write the reports and return the contents of report.json."""
+        evaluated, name = evaluated_model(self.opened, model.certificate), _name(self.opened)
+        build = partial(build_report, model=evaluated, text=self.text, provenance=self.provenance)
+        return run_evaluation(
+            model,
+            self.text,
+            self.plan,
+            record=EvaluationRecord(build, self.folder, name),
+            parts=PartialResults(self.folder / name, evaluated, self.provenance),
+            tracker=self.tracker,
+            attention=model.windows,
+        )
+
+
+def _begin(opened: Checkpoint, request: EvaluationRequest) -> _Begun:
+    """Read the text, decide what to measure, and refuse what no model is needed for.
+
+    Raises:
+        InputError, MachineError: see `evaluate_checkpoint`.
+    """
     folder = evaluation_folder(opened.run_dir)
     text = held_out_text(opened) if request.data is None else file_text(opened, request.data)
     plan = plan_evaluation(request, config=opened.config, tokens=len(text.tokens))
-    # Not the name that was given, which may be a link.
-    name = opened.path.resolve().name
-    check_evaluation_folder(folder, name=name)
+    check_evaluation_folder(folder, name=_name(opened))
     # Attach now: the tracker's thread imports mlflow while the model runs.
     tracker = attach(opened.run_dir, uri=opened.config.track.uri, offline=opened.config.track.offline)
     provenance = provenance_of(opened, text.tokens, data=request.data, command=request.command)
-    model = load_single(opened, precision=request.precision)
-    evaluated = evaluated_model(opened, model.certificate)
-    build = partial(build_report, model=evaluated, text=text, provenance=provenance)
-    record = EvaluationRecord(build, folder, name)
-    parts = PartialResults(folder / name, evaluated, provenance)
-    return run_evaluation(model, text, plan, record=record, parts=parts, tracker=tracker, attention=model.windows)
+    return _Begun(opened, folder, text, plan, tracker, provenance)
+
+
+def _name(opened: Checkpoint) -> str:
+    """Return the name of a checkpoint's folder: not the name that was given, which may be a link."""
+    return opened.path.resolve().name
 
 
 def plan_evaluation(request: EvaluationRequest, *, config: RunConfig, tokens: int) -> EvaluationPlan:

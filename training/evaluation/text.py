@@ -19,7 +19,7 @@ class EvaluationText:
 
     Attributes:
         name: Where it comes from, for the report.
-        tokens: [tokens], int64.
+        tokens: [tokens]; on disk, as a text may be larger than memory.
         words: Words, separated by white space; None if only the tokens are known.
         unigram_perplexity: Per-token perplexity of a unigram model, fitted to the training data; None if that data
             is not available.
@@ -27,7 +27,7 @@ class EvaluationText:
     """
 
     name: str
-    tokens: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.integer]
     words: int | None
     unigram_perplexity: float | None
     documents: npt.NDArray[np.int64] | None = None

@@ -69,12 +69,18 @@ class Windows:
         counts: Numbers = steps.cumsum()[:-1]
         return counts
 
-    def scored_tokens(self, tokens: int) -> npt.NDArray[np.bool_]:
-        """Return which tokens of a text are scored, [tokens]."""
-        steps = np.zeros(tokens + 1, np.int8)
-        np.add.at(steps, self.starts + self.scored_from + 1, 1)
-        np.add.at(steps, self.starts + self.scored_to + 1, -1)
-        return steps.cumsum(dtype=np.int8)[:-1] > 0
+    def scored_in(self, starts: Numbers) -> Numbers:
+        """Return how many tokens are scored in each part of a text, [parts].
+
+        Args:
+            starts: First token of each part, ascending; the last part goes to the end of the text.
+        """
+        first, scored = self.starts + self.scored_from + 1, self.scored_to - self.scored_from
+        before = np.concatenate(([0], scored.cumsum()))
+        # the last window that scores a token before the part, as windows score tokens in their order; none is -1
+        window = np.searchsorted(first, starts, side="right") - 1
+        reached = before[window + 1] - np.maximum(0, first[window] + scored[window] - starts)
+        return np.diff(np.where(window < 0, 0, reached), append=before[-1])
 
 
 @dataclass(frozen=True)

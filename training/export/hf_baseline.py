@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from configs.errors import InputError
 from configs.paths import evaluation_folder
 from configs.precisions import require_precision
+from data_pipeline.token_file import TokenFile
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from parallel.compilers import check_cache_folder
 from parallel.start import environment
@@ -36,6 +37,7 @@ from training.export.formats.huggingface import HuggingFaceTokenizer, quiet_tran
 from training.model.proof.attention_weights import dtype_of
 from training.model.single import CPU_BATCH_TOKENS, inference, inference_device
 
+_ANY_VOCABULARY = 1 << 30
 _GPU_BATCH_TOKENS = 8192  # transformers keeps the logits of all of them in memory
 # keys of configurations that say how long a training sequence was
 _LENGTH_KEYS = ("train_length", "seq_length", "max_seq_len", "n_positions", "max_position_embeddings")
@@ -161,13 +163,14 @@ def _text_for(folder: Path, checkpoint: Checkpoint, text: EvaluationText) -> Eva
         tokenizer = HuggingFaceTokenizer(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no tokenizer ({str(error).splitlines()[0]}): put it there") from None
-    tokens, starts, count = [], [], 0
-    for part, is_start, is_end in _parts(text, load_tokenizer(checkpoint.tokenizer)):
-        ids = tokenizer.encode(part) + ([tokenizer.end] if is_end and tokenizer.end is not None else [])
-        starts += [count] if is_start and ids else []
-        tokens.append(np.array(ids, np.int64))
-        count += len(ids)
-    return EvaluationText(text.name, np.concatenate(tokens), text.words, None, np.array(starts, np.int64))
+    starts = []
+    with TokenFile(vocab_size=_ANY_VOCABULARY) as file:
+        for part, is_start, is_end in _parts(text, load_tokenizer(checkpoint.tokenizer)):
+            ids = tokenizer.encode(part) + ([tokenizer.end] if is_end and tokenizer.end is not None else [])
+            starts += [file.count] if is_start and ids else []
+            file.add(ids)
+        tokens = file.read()
+    return EvaluationText(text.name, tokens, text.words, None, np.array(starts, np.int64))
 
 
 def _parts(text: EvaluationText, tokenizer: Tokenizer) -> Iterator[tuple[str, bool, bool]]:

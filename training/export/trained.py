@@ -105,7 +105,7 @@ def _held_out_tokens(checkpoint: Checkpoint, *, count: int) -> Tensor | None:
     except InputError:
         # The data may be on another machine. Random tokens compare the logits just as well.
         return None
-    return torch.from_numpy(tokens.copy()) if len(tokens) == count else None
+    return torch.from_numpy(tokens.astype(np.int64)) if len(tokens) == count else None
 
 
 def _random_tokens(checkpoint: Checkpoint, *, count: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""The decoder: its list of layers, the same with and without pipeline stages, and one module of all layers."""
+"""The decoder: its list of layers, the same with and without stages; modules of one stage's layers and of all."""
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -49,25 +51,60 @@ def plan_layers(
     return plan
 
 
-class Decoder(nn.Module):
+class DecoderStage(nn.Module):
+    """The layers of a plan that one pipeline stage holds, to compute without an engine."""
+
+    def __init__(self, plan: LayerPlan, *, bounds: Sequence[int], stage: int) -> None:
+        """Build the layers.
+
+        Args:
+            plan: All layers.
+            bounds: Each stage's first block, and the end.
+            stage: Number of the stage.
+        """
+        super().__init__()
+        self.is_first, self.is_last = stage == 0, stage == len(bounds) - 2
+        blocks = plan.blocks[bounds[stage] : bounds[stage + 1]]
+        makers = (*(plan.before if self.is_first else ()), *blocks, *(plan.after if self.is_last else ()))
+        shares_embedding = self.is_last and plan.head_weight is None
+        self.embedding = plan.embedding() if self.is_first or shares_embedding else None
+        self._plan = plan
+        self.layers = nn.ModuleList(make() for make in makers)
+        self.head_weight = None
+        if self.is_last:
+            self.head_weight = self.embedding if plan.head_weight is None else plan.head_weight()
+        self.shared = plan.shared
+
+    def states(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the states after this stage's layers, [seq, batch, hidden]; of the last stage those before the head.
+
+        Args:
+            x: Token ids [batch, seq] on the first stage, else the states of the stage before.
+            cache: Keys and values of the tokens before, which these are added to.
+        """
+        if self.embedding is not None and self.is_first:
+            x = self.embedding(x)
+        for layer in self.layers:
+            x = layer(x, cache)
+        return x
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return each token's loss in nats, without gradients, on the last stage: [..., hidden] and [...] -> [...]."""
+        return self._plan.head.token_losses(self.head_weight, x, targets)
+
+
+class Decoder(DecoderStage):
     """All layers of a plan in one module, for the engine without a pipeline and for one process."""
 
     def __init__(self, plan: LayerPlan) -> None:
-        super().__init__()
-        self.embedding = plan.embedding()
-        self._plan = plan
-        self.layers = nn.ModuleList(make() for make in (*plan.before, *plan.blocks, *plan.after))
-        self.head_weight = self.embedding if plan.head_weight is None else plan.head_weight()
-        self.shared = plan.shared
+        super().__init__(plan, bounds=(0, len(plan.blocks)), stage=0)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the states before the head: [batch, seq] -> [seq, batch, hidden].
 
         With a cache, the tokens follow those in it and are added to it.
         """
-        x: Tensor = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, cache)
+        x = self.states(tokens, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return x
@@ -82,7 +119,3 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Return this rank's logits of whole states: [..., hidden] -> [..., local_vocab]."""
         return self._plan.head.row_logits(self.head_weight, x)
-
-    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Return each token's loss in nats, without gradients: [..., hidden] and [...] -> [...]."""
-        return self._plan.head.token_losses(self.head_weight, x, targets)

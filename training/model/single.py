@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import InputError
-from configs.precisions import DEFAULT_PRECISION, Precision, require_precision
+from configs.precisions import DEFAULT_PRECISION, Precision, require_device, require_precision
 from configs.schema import Model
 from parallel.groups import lone_groups
 from parallel.shards import declared
@@ -221,20 +220,25 @@ def inference_device(precision: str) -> torch.device:
     Raises:
         InputError: the precision is not known, or needs a GPU where there is none.
     """
-    row, device = require_precision(precision), start_alone()
-    if row.gpu_only and device.type == "cpu":
-        raise InputError(f"precision {row.name} needs a GPU, and this machine has none: use {DEFAULT_PRECISION}")
+    device = start_alone()
+    require_device(precision, device=device.type)
     if device.type == "cuda":
         # It takes seconds, which reading the checkpoint and the text need too.
         threading.Thread(target=torch.cuda.synchronize, daemon=True).start()
     return device
 
 
-def load_single(checkpoint: Checkpoint, *, precision: str = DEFAULT_PRECISION) -> SingleModel:
-    """Return the model of a checkpoint of any layout, with the default attention, whatever it trained with.
+def inference_model(model: Model) -> Model:
+    """Return a trained model's section with the default attention, whatever it trained with.
 
     `reference` is replaced too: it computes all scores at once, which do not fit in memory at long lengths. Lossless
     windows are on for the same reason.
+    """
+    return model.model_copy(update={"attention": "auto", "windows": "auto"})
+
+
+def load_single(checkpoint: Checkpoint, *, precision: str = DEFAULT_PRECISION) -> SingleModel:
+    """Return the model of a checkpoint of any layout; see `inference_model`.
 
     Args:
         checkpoint: The checkpoint.
@@ -244,7 +248,7 @@ def load_single(checkpoint: Checkpoint, *, precision: str = DEFAULT_PRECISION) -
         TrainshortError: its positions are wrong; see `training.model.proof.certificate`.
     """
     device = inference_device(precision)
-    model = checkpoint.config.model.model_copy(update={"attention": "auto", "windows": "auto"})
+    model = inference_model(checkpoint.config.model)
     decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
     for parameter, shard in declared(decoder).values():
         parameter.data = checkpoint.slice(shard, kind="weight", part=None)

@@ -60,7 +60,7 @@ class Prompt:
         return sum(each.shape[1] for each in self.candidates)
 
 
-def make_haystack(tokens: NDArray[np.int64], tokenizer: Tokenizer, *, longest: int) -> Haystack:
+def make_haystack(tokens: NDArray[np.integer], tokenizer: Tokenizer, *, longest: int) -> Haystack:
     """Return the haystack of a text.
 
     Args:

@@ -1,0 +1,62 @@
+"""On which ranks `evaluate` runs: what is refused before one is started."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from tests.support.command_line import Call
+from tests.support.house.source import HOUSE
+from training.evaluation.precheck import check_ranks, evaluation_layout
+from training.evaluation.request import EvaluationRequest
+
+REFUSED = {
+    ("--tensor", "3"): "--tensor must divide model.heads (2), got 3: use 1 or 2",
+    ("--pipeline", "3"): "--pipeline must be at most model.layers (2), got 3: use 2 stages or fewer",
+    ("--tensor", "0"): "--tensor must be a whole number from 1 to 999999999, got '0': write --tensor 4",
+    ("--tensor", "2", "--hf", "model"): (
+        "--hf measures in one process, so it does not go with --tensor 2 --pipeline 1: leave these out"
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a run, a text and a folder that may hold a model of Hugging Face."""
+    shutil.copytree(HOUSE / "tests" / "fixtures" / "run_of_0.1.0", tmp_path / "run")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "text.txt").write_text("some words")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_layout_that_does_not_fit_is_one_line(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = ("evaluate", "run", "--data", "text.txt")
+    for options, words in REFUSED.items():
+        answer = trainshort(*evaluate, *options)
+        assert (answer.code, answer.error) == (2, f"error: {words}\n")
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    answer = trainshort(*evaluate)
+    assert (answer.code, answer.error) == (
+        2,
+        "error: evaluate runs on --tensor x --pipeline ranks (1 x 1 = 1), but 4 were started: start 1, or change "
+        "--tensor and --pipeline\n",
+    )
+
+
+def test_ranks_are_one_for_each_gpu(folder: Path) -> None:
+    request = EvaluationRequest(tensor=2, pipeline=2)
+    assert evaluation_layout(request).world_size == 4
+    for gpus in (0, 4, 8):
+        check_ranks(folder / "run", request, started=None, gpus=gpus)
+    check_ranks(folder / "run", request, started=4, gpus=1)  # each sees one of its own
+    with pytest.raises(InputError) as refused:
+        check_ranks(folder / "run", request, started=None, gpus=2)
+    assert str(refused.value) == (
+        "--tensor 2 --pipeline 2 needs 4 GPUs, and this machine has 2: lower one of them, or set "
+        'CUDA_VISIBLE_DEVICES="" for CPU ranks'
+    )
