@@ -14,6 +14,7 @@ import typer
 from configs.errors import InputError
 from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS, require_precision
 from configs.protocols import PROTOCOL_NAMES
+from configs.scales import SCALES
 from launch.commands.options import (
     AsJson,
     CheckpointPath,
@@ -27,6 +28,7 @@ from launch.complete import (
     complete_checkpoints,
     complete_precisions,
     complete_protocols,
+    complete_scales,
 )
 from training.out_of_memory import explain_out_of_memory
 
@@ -101,6 +103,16 @@ ContextFlag = Annotated[
     bool, typer.Option("--context", help="Also cut and shuffle far context: how much of it is used?")
 ]
 
+ScaleName = Annotated[
+    str | None,
+    typer.Option(
+        "--scale",
+        metavar=f"{'|'.join(SCALES)}[:FACTOR]",
+        autocompletion=complete_scales,
+        help="Scale ALiBi or rotary positions for longer texts, by a factor or by the length in training lengths.",
+    ),
+]
+
 HuggingFaceFolder = Annotated[
     Path | None,
     typer.Option("--hf", metavar="DIR", parser=path_of, help="Measure this model of Hugging Face on the run's text."),
@@ -116,6 +128,7 @@ def evaluate_command(
     data: EvaluationFile = None,
     same_tokens: SameTokensFlag = False,
     context: ContextFlag = False,
+    scale: ScaleName = None,
     hf: HuggingFaceFolder = None,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
@@ -132,6 +145,7 @@ def evaluate_command(
         data=data,
         same_tokens=same_tokens,
         context=context,
+        scale=scale,
         hf=hf,
         precision=precision,
         command=shlex.join(["trainshort", *sys.argv[1:]]),
@@ -248,11 +262,14 @@ def generate_command(
     top_p: TopP = None,
     seed: DrawSeed = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token; draw nothing.")] = False,
+    scale: ScaleName = None,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, shown while it is generated; past the training length too."""
-    from training.checkpoint.manifest import require_checkpoint
+    from configs.load import load_run
+    from configs.positions import fixed_scale_for
+    from training.checkpoint.manifest import CONFIG_NAME, require_checkpoint
     from training.sampling import choose_sampling, read_prompt
 
     if greedy:
@@ -268,12 +285,14 @@ def generate_command(
     require_precision(precision)
     sampling = choose_sampling(temperature=0.0 if greedy else temperature, top_p=top_p, seed=seed)
     text = "" if interactive else read_prompt(prompt, prompt_file)
-    require_checkpoint(checkpoint)  # a wrong path is answered before the slow imports
+    folder = require_checkpoint(checkpoint)  # a wrong path is answered before the slow imports
+    if scale is not None:
+        fixed_scale_for(scale, load_run(str(folder / CONFIG_NAME)).model)
 
     from launch.show.generation import answer_prompts, show_generated, show_stream
     from training.api import load
 
-    model = load(checkpoint, precision=precision)
+    model = load(checkpoint, precision=precision, scale=scale)
     if interactive:
         answer_prompts(model, tokens=tokens, sampling=sampling)
         return

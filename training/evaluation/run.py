@@ -1,13 +1,15 @@
 """`trainshort evaluate`: measure one checkpoint at many lengths."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs.paths import evaluation_folder
+from configs.positions import scale_for
 from configs.protocols import parse_protocol
+from configs.scales import PositionScale
 from configs.schema import RunConfig
 from training.checkpoint.read import open_checkpoint
 from training.evaluation.context import ContextPlan, plan_context, run_context
@@ -36,10 +38,12 @@ class EvaluationPlan:
     Attributes:
         measurements: A protocol at a length each.
         context: How much of its context the model uses; None if that was not asked for.
+        scale: Scales the model's positions; None for those of the training.
     """
 
     measurements: list[Measurement]
     context: ContextPlan | None
+    scale: PositionScale | None = None
 
     @property
     def count(self) -> int:
@@ -59,7 +63,7 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     Returns:
         The contents of report.json.
     Raises:
-        InputError: the precision, the checkpoint, the text, a length or a protocol is wrong.
+        InputError: the precision, the checkpoint, the scale, the text, a length or a protocol is wrong.
         MachineError: RUN_DIR/evaluation cannot be written. Both are raised before the model is loaded.
         ReportNotWritten: the disk has become full since; the error holds the report.
     """
@@ -74,7 +78,7 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     # Attach now: the tracker's thread imports mlflow while the model runs.
     tracker = attach(opened.run_dir, uri=opened.config.track.uri, offline=opened.config.track.offline)
     provenance = provenance_of(opened, text.tokens, data=request.data, command=request.command)
-    model = load_single(opened, precision=request.precision)
+    model = load_single(opened, precision=request.precision, scale=plan.scale)
     evaluated = evaluated_model(opened, model.certificate)
     build = partial(build_report, model=evaluated, text=text, provenance=provenance)
     record = EvaluationRecord(build, folder, name)
@@ -86,13 +90,16 @@ def plan_evaluation(request: EvaluationRequest, *, config: RunConfig, tokens: in
     """Return what a request asks to measure on a text of so many tokens.
 
     Raises:
-        InputError: a length or a protocol is wrong.
+        InputError: a length, a protocol or the scale is wrong.
     """
     protocols = [parse_protocol(name) for name in request.protocols or config.evaluate.protocols]
     lengths = request.lengths or config.evaluation_lengths
+    scale = None if request.scale is None else scale_for(request.scale, config.model)
+    measurements = plan_measurements(lengths, protocols, tokens=tokens, on_same_tokens=request.same_tokens)
     return EvaluationPlan(
-        measurements=plan_measurements(lengths, protocols, tokens=tokens, on_same_tokens=request.same_tokens),
+        measurements=[replace(each, scale=scale) for each in measurements],
         context=plan_context(tokens, longest=max(lengths)) if request.context else None,
+        scale=scale,
     )
 
 
@@ -141,7 +148,7 @@ def _measure(
     """Make the measurements and then, if it is planned, those of the context; show progress."""
     units = units_of(text.documents, tokens=len(text.tokens))
     points = () if plan.context is None else plan.context.points
-    begun = [parts.begin(each.windows, units, attention=attention) for each in plan.measurements]
+    begun = [parts.begin(each.windows, units, variant=each.variant, attention=attention) for each in plan.measurements]
     begun_points = [parts.begin(each.windows, units, variant=each.name) for each in points]
     all_sums = (*begun, *begun_points)
     parts.tell(all_sums)
