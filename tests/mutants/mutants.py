@@ -224,7 +224,7 @@ MUTANTS = (
     Mutant(
         "certificate: sign not checked",
         CERTIFICATE,
-        "if not certificate.recency > 0:",
+        "if not prefers_near:",
         "if False:",
         f"{REFUSED}::test_a_sign_is_refused_whatever_the_error",
     ),

@@ -28,6 +28,7 @@ from tests.support.models import (
 )
 from training.api import load
 from training.model.cache import KeyValueCache
+from training.model.decoder import Decoder
 from training.model.kernels.reference import Reference
 from training.model.kernels.sdpa import Sdpa
 from training.model.positions.alibi import slope_formula, slopes
@@ -175,6 +176,14 @@ def loaded(position: str, scale: str | None, *, precision: str = "fp32") -> Sing
     return load_single(checkpoint, precision=precision, scale=chosen)
 
 
+def scale_decoder(decoder: Decoder, scale: str) -> ScaledPositions:
+    """Scale an ALiBi decoder; nothing measures it."""
+    model, chosen = model_of("alibi"), parse_scale(scale)
+    return ScaledPositions(
+        decoder, model, tensor=ONE_RANK, scale=chosen, train_length=TRAINED, measure=lambda _: {"measured": True}
+    )
+
+
 def some_tokens(length: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(0))
 
@@ -230,7 +239,12 @@ def test_slopes_that_are_not_the_scaled_ones_are_refused() -> None:
         certify(plain, model, **told, scaling=scaling)
     scaled = make_decoder(HEADS, backend="auto")
     ScaledPositions(
-        scaled, model, scale=parse_scale("linear:4"), train_length=TRAINED, measure=lambda _: {"measured": True}
+        scaled,
+        model,
+        tensor=ONE_RANK,
+        scale=parse_scale("linear:4"),
+        train_length=TRAINED,
+        measure=lambda _: {"measured": True},
     )
     certify(scaled, model, **told, scaling=scaling)
     with pytest.raises(WrongPositions, match="does not have the slopes of its heads 0, 1, 2, 3"):
@@ -248,7 +262,12 @@ def test_a_scale_that_leaves_no_slope_to_see_is_no_fault() -> None:
 def test_a_captured_step_takes_the_newest_scale() -> None:
     decoder = make_wandering_decoder()
     positions = ScaledPositions(
-        decoder, model_of("alibi"), scale=parse_scale("linear"), train_length=TRAINED, measure=lambda _: {}
+        decoder,
+        model_of("alibi"),
+        tensor=ONE_RANK,
+        scale=parse_scale("linear"),
+        train_length=TRAINED,
+        measure=lambda _: {},
     )
     model = SingleModel(decoder, device=CPU, certificate={}, capture=lambda run: run, positions=positions)
     tokens = some_tokens(100)

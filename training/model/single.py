@@ -266,7 +266,7 @@ def load_single(
         InputError: the precision is not known, or needs a GPU where there is none.
         TrainshortError: its positions are wrong; see `training.model.proof.certificate`.
     """
-    device = inference_device(precision)
+    device, groups = inference_device(precision), lone_groups()
     model = checkpoint.config.model.model_copy(update={"attention": "auto", "windows": "auto"})
     decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
     for parameter, shard in declared(decoder).values():
@@ -278,7 +278,7 @@ def load_single(
             certificates = certify(
                 decoder,
                 model,
-                groups=lone_groups(),
+                groups=groups,
                 precision=precision,
                 device=device,
                 otherwise=READ_OTHERWISE,
@@ -289,7 +289,9 @@ def load_single(
     if scale is None:
         return SingleModel(decoder, device=device, certificate=measure(None), precision=precision)
     train_length = checkpoint.config.data.sequence_length
-    positions = ScaledPositions(decoder, model, scale=scale, train_length=train_length, measure=measure)
+    positions = ScaledPositions(
+        decoder, model, tensor=groups.tensor, scale=scale, train_length=train_length, measure=measure
+    )
     certificate = positions.certificate
     return SingleModel(decoder, device=device, certificate=certificate, precision=precision, positions=positions)
 

@@ -297,7 +297,8 @@ def _wrong_rank(
                 heads = _span(certificate.heads)
                 return f"{certificate.where} does not have the slopes of its heads {heads}; {REPORT}"
             # 16 bits may round away how little a flat scaled slope prefers the last of PROBED keys
-            if not (certificate.recency > 0 or (scaling is not None and certificate.recency == 0)):
+            prefers_near = certificate.recency > 0 or (scaling is not None and certificate.recency == 0)
+            if not prefers_near:
                 return (
                     f"{certificate.where} does not prefer near keys (last key's weight minus the first's "
                     f"{certificate.recency:.3g}): {certificate.position} is off, or has the wrong sign, in attention "
