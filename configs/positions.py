@@ -33,6 +33,7 @@ class Position(Choice):
         slopes: Slope of each head of a model; None without a bias of slopes.
         entries_per_head: Columns of the learned table, which has a row per head and is shared by all layers; 0 if
             nothing is learned.
+        table_std: Std of the table's initial values; None for `model.init_std`.
         added_variance: Mean square of what it adds to the embedding, which it first multiplies by sqrt(hidden).
         rotates: Whether it rotates queries and keys, so that rotated copies are kept for the backward pass.
         scales: What `--scale` can do with it, in `configs.scales`.
@@ -43,6 +44,7 @@ class Position(Choice):
     bias: BiasKind = "none"
     slopes: "Callable[[Model], Sequence[float]] | None" = None
     entries_per_head: int = 0
+    table_std: float | None = None
     added_variance: float = 0.0
     rotates: bool = False
     scales: tuple[str, ...] = ()
@@ -112,6 +114,15 @@ POSITIONS = {
             problems=_even_heads,
         ),
         Position("t5", "training.model.positions.t5.T5", title="T5 bias", bias="table", entries_per_head=T5_BUCKETS),
+        Position(
+            "kerple",
+            "training.model.positions.kerple.Kerple",
+            title="KERPLE bias",
+            bias="table",
+            entries_per_head=2,
+            table_std=0.5,  # of logarithms: heads begin at different rates
+        ),
+        Position("sandwich", "training.model.positions.sandwich.Sandwich", title="Sandwich bias", bias="table"),
         Position("none", "training.model.positions.method.PositionMethod", title="attention without positions"),
     )
 }
