@@ -93,7 +93,8 @@ def make_position(model: Model, shards: Shards, *, tensor: Group, scaling: Scali
     """
     table = shards.get(position_table_name(model.position))
     method = position_method(model.position)(model, tensor=tensor, table=table)
-    method.scale(scaling)
+    if scaling is not None:
+        method.scale(scaling)
     bias = method.bias
     leaves_out = model.window is not None if bias.local_slopes is None else model.windows == "auto"
     bias.lossless, bias.window = LosslessWindows() if leaves_out else None, model.window
