@@ -29,6 +29,7 @@ from tests.support.models import (
 from training.api import load
 from training.model.cache import KeyValueCache
 from training.model.decoder import Decoder
+from training.model.kernels.flex import penalty
 from training.model.kernels.reference import Reference
 from training.model.kernels.sdpa import Sdpa
 from training.model.positions.alibi import slope_formula, slopes
@@ -139,6 +140,11 @@ def test_each_rank_attends_with_scaled_slopes_of_its_heads(method: str) -> None:
         for kernel in (Reference, Sdpa):
             ours = kernel(position.bias)(q[:, mine], k[:, mine], v[:, mine])
             torch.testing.assert_close(ours, expected[:, mine], atol=1e-12, rtol=0)
+        in_kernel = penalty(position.bias.slope_of(CPU))
+        assert in_kernel is not None
+        zero, heads_here = torch.zeros(heads // 2), torch.arange(heads // 2)
+        added = in_kernel(zero, zero, heads_here, torch.tensor(40), torch.tensor(3))
+        torch.testing.assert_close(added, -37 * torch.tensor(scaled[mine]), atol=0, rtol=2e-6)
         promise = -torch.tensor(scaled[mine], dtype=torch.float64)[:, None] * torch.arange(50)
         torch.testing.assert_close(position.penalty(50), promise, atol=1e-12, rtol=0)
 
