@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from configs.choices import Choice
+from configs.errors import InputError
+from configs.scales import SCALES, PositionScale, parse_scale
 
 if TYPE_CHECKING:
     from configs.schema import Model
@@ -31,8 +33,10 @@ class Position(Choice):
         slopes: Slope of each head of a model; None without a bias of slopes.
         entries_per_head: Columns of the learned table, which has a row per head and is shared by all layers; 0 if
             nothing is learned.
+        table_std: Std of the table's initial values; None for `model.init_std`.
         added_variance: Mean square of what it adds to the embedding, which it first multiplies by sqrt(hidden).
         rotates: Whether it rotates queries and keys, so that rotated copies are kept for the backward pass.
+        scales: What `--scale` can do with it, in `configs.scales`.
         problems: Yields a line per requirement that a model breaks: what must hold, the value seen, what to do.
     """
 
@@ -40,8 +44,10 @@ class Position(Choice):
     bias: BiasKind = "none"
     slopes: "Callable[[Model], Sequence[float]] | None" = None
     entries_per_head: int = 0
+    table_std: float | None = None
     added_variance: float = 0.0
     rotates: bool = False
+    scales: tuple[str, ...] = ()
     problems: "Callable[[Model], Iterator[str]]" = _no_rule
 
     @property
@@ -85,7 +91,14 @@ T5_BUCKETS = 32
 POSITIONS = {
     row.name: row
     for row in (
-        Position("alibi", "training.model.positions.alibi.Alibi", title="ALiBi", bias="slopes", slopes=_alibi_slopes),
+        Position(
+            "alibi",
+            "training.model.positions.alibi.Alibi",
+            title="ALiBi",
+            bias="slopes",
+            slopes=_alibi_slopes,
+            scales=("linear", "ntk"),
+        ),
         Position(
             "sinusoidal",
             "training.model.positions.sinusoidal.Sinusoidal",
@@ -93,8 +106,53 @@ POSITIONS = {
             added_variance=0.5,  # of sines and cosines
             problems=_even_hidden,
         ),
-        Position("rotary", "training.model.positions.rotary.Rotary", title="rotary positions", problems=_even_heads),
+        Position(
+            "rotary",
+            "training.model.positions.rotary.Rotary",
+            title="rotary positions",
+            scales=("linear", "ntk", "yarn"),
+            problems=_even_heads,
+        ),
         Position("t5", "training.model.positions.t5.T5", title="T5 bias", bias="table", entries_per_head=T5_BUCKETS),
+        Position(
+            "kerple",
+            "training.model.positions.kerple.Kerple",
+            title="KERPLE bias",
+            bias="table",
+            entries_per_head=2,
+            table_std=0.5,  # of logarithms: heads begin at different rates
+        ),
+        Position("sandwich", "training.model.positions.sandwich.Sandwich", title="Sandwich bias", bias="table"),
         Position("none", "training.model.positions.method.PositionMethod", title="attention without positions"),
     )
 }
+
+
+def scale_for(text: str, model: "Model") -> PositionScale:
+    """Parse a scale for a model.
+
+    Raises:
+        InputError: see `parse_scale`; or the model's positions cannot be scaled so.
+    """
+    scale, position = parse_scale(text), POSITIONS[model.position]
+    if scale.method not in position.scales:
+        able = " or ".join(row.name for row in POSITIONS.values() if scale.method in row.scales)
+        advice = f"use {' or '.join(position.scales)}" if position.scales else "leave --scale out"
+        raise InputError(f"scale {scale.method} is for positions {able}, and this model has {model.position}: {advice}")
+    rates = model.heads if position.slopes is not None else model.head_dim // 2
+    if rates < 2 and SCALES[scale.method].spreads:
+        what = "head" if position.slopes is not None else "pair of dimensions in a head"
+        raise InputError(f"scale {scale.method} needs more than one {what}, and this model has one: use linear")
+    return scale
+
+
+def fixed_scale_for(text: str, model: "Model") -> PositionScale:
+    """Parse a scale with a factor for a model: a text that grows has no length to follow.
+
+    Raises:
+        InputError: see `scale_for`; or it has no factor.
+    """
+    scale = scale_for(text, model)
+    if scale.factor is None:
+        raise InputError(f"scale {text!r} follows the length, and a text that is generated grows: use {text}:4")
+    return scale

@@ -187,7 +187,8 @@ class Train(Section):
         default=0.0, description="Learning rate after the decay."
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.1, description="AdamW decay of matrices and the embedding; norms, biases and T5's table do not decay."
+        default=0.1,
+        description="AdamW decay of matrices and the embedding; norms, biases and learned positions do not decay.",
     )
     beta1: Fraction = Field(default=0.9, description="AdamW beta 1.")
     beta2: Fraction = Field(default=0.95, description="AdamW beta 2.")

@@ -74,6 +74,13 @@ def complete_protocols(incomplete: str) -> list[str]:
     return _matching(incomplete, PROTOCOL_WORDS)
 
 
+def complete_scales(incomplete: str) -> list[str]:
+    """Return the methods of `--scale`."""
+    from configs.scales import SCALES
+
+    return _matching(incomplete, SCALES)
+
+
 def complete_precisions(incomplete: str) -> list[str]:
     """Return the precisions of `evaluate` and `generate`."""
     from configs.precisions import INFERENCE_PRECISIONS

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from configs.errors import InputError
 from configs.path_text import expand_path
+from configs.positions import fixed_scale_for
 from configs.precisions import DEFAULT_PRECISION
 from data_pipeline.tokenizer import load_tokenizer
 from training.checkpoint.read import Checkpoint, open_checkpoint
@@ -40,13 +41,16 @@ class TrainedModel:
         train_length: Tokens of a training sequence. No call is limited to it.
         vocab_size: Tokens that it knows; their ids are 0 to vocab_size - 1.
         precision: What it computes in: fp32, tf32 or bf16.
+        scale: What its positions are scaled by, as in linear:4; None for those of the training.
         certificate: What was measured of its positions when it was loaded, as plain values.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, precision: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, precision: str, scale: str | None = None) -> None:
         """Load the weights; see `load`."""
+        chosen = None if scale is None else fixed_scale_for(scale, checkpoint.config.model)
         self._tokenizer = load_tokenizer(checkpoint.tokenizer)
-        self._model, self.precision = load_single(checkpoint, precision=precision), precision
+        self._model = load_single(checkpoint, precision=precision, scale=chosen)
+        self.precision, self.scale = precision, None if chosen is None else str(chosen)
         self.path, self.step, self.config = checkpoint.path.absolute(), checkpoint.step, checkpoint.config
         self.train_length = checkpoint.config.data.sequence_length
         self.vocab_size = checkpoint.vocab_size
@@ -169,18 +173,21 @@ class TrainedModel:
         return torch.from_numpy(ids.astype(np.int64))
 
 
-def load(path: str | Path, *, precision: str = DEFAULT_PRECISION) -> TrainedModel:
+def load(path: str | Path, *, precision: str = DEFAULT_PRECISION, scale: str | None = None) -> TrainedModel:
     """Load a trained model.
 
     Args:
         path: A run folder for its newest checkpoint, or a checkpoint's folder. Its layout does not matter.
         precision: What to compute in, whatever it trained in: fp32; tf32, on a GPU; or bf16.
+        scale: Scales ALiBi or rotary positions for texts longer than those of the training, by a factor: linear:4,
+            ntk:4, or for rotary positions yarn:4.
     Raises:
-        InputError: there is no whole checkpoint, or the precision is not known or needs a GPU where there is none.
+        InputError: there is no whole checkpoint, or the precision is not known or needs a GPU where there is none, or
+            the scale is not known, has no factor or does not fit the positions.
         TrainshortError: the model's positions are wrong; see `training.model.proof.certificate`.
     """
     inference_device(precision)  # before the checkpoint is read
-    return TrainedModel(open_checkpoint(expand_path(str(path))), precision=precision)
+    return TrainedModel(open_checkpoint(expand_path(str(path))), precision=precision, scale=scale)
 
 
 def _as_integers(tokens: object) -> npt.NDArray[Any]:

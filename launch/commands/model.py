@@ -15,6 +15,7 @@ import typer
 from configs.errors import InputError
 from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS, require_precision
 from configs.protocols import PROTOCOL_NAMES
+from configs.scales import SCALES
 from launch.commands.options import (
     AsJson,
     CheckpointPath,
@@ -28,6 +29,7 @@ from launch.complete import (
     complete_checkpoints,
     complete_precisions,
     complete_protocols,
+    complete_scales,
 )
 from training.out_of_memory import explain_out_of_memory
 
@@ -108,6 +110,16 @@ EvaluationPipeline = Annotated[
     count_option("--pipeline", "Stages that share the layers, as parallel.pipeline; starts tensor x pipeline ranks."),
 ]
 
+ScaleName = Annotated[
+    str | None,
+    typer.Option(
+        "--scale",
+        metavar=f"{'|'.join(SCALES)}[:FACTOR]",
+        autocompletion=complete_scales,
+        help="Scale ALiBi or rotary positions for longer texts, by a factor or by the length in training lengths.",
+    ),
+]
+
 HuggingFaceFolder = Annotated[
     Path | None,
     typer.Option("--hf", metavar="DIR", parser=path_of, help="Measure this model of Hugging Face on the run's text."),
@@ -123,6 +135,7 @@ def evaluate_command(
     data: EvaluationFile = None,
     same_tokens: SameTokensFlag = False,
     context: ContextFlag = False,
+    scale: ScaleName = None,
     hf: HuggingFaceFolder = None,
     precision: PrecisionName = DEFAULT_PRECISION,
     tensor: EvaluationTensor = 1,
@@ -143,6 +156,7 @@ def evaluate_command(
         data=data,
         same_tokens=same_tokens,
         context=context,
+        scale=scale,
         hf=hf,
         precision=precision,
         tensor=tensor,
@@ -264,11 +278,14 @@ def generate_command(
     top_p: TopP = None,
     seed: DrawSeed = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token; draw nothing.")] = False,
+    scale: ScaleName = None,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, shown while it is generated; past the training length too."""
-    from training.checkpoint.manifest import require_checkpoint
+    from configs.load import load_run
+    from configs.positions import fixed_scale_for
+    from training.checkpoint.manifest import CONFIG_NAME, require_checkpoint
     from training.sampling import choose_sampling, read_prompt
 
     if greedy:
@@ -284,12 +301,14 @@ def generate_command(
     require_precision(precision)
     sampling = choose_sampling(temperature=0.0 if greedy else temperature, top_p=top_p, seed=seed)
     text = "" if interactive else read_prompt(prompt, prompt_file)
-    require_checkpoint(checkpoint)  # a wrong path is answered before the slow imports
+    folder = require_checkpoint(checkpoint)  # a wrong path is answered before the slow imports
+    if scale is not None:
+        fixed_scale_for(scale, load_run(str(folder / CONFIG_NAME)).model)
 
     from launch.show.generation import answer_prompts, show_generated, show_stream
     from training.api import load
 
-    model = load(checkpoint, precision=precision)
+    model = load(checkpoint, precision=precision, scale=scale)
     if interactive:
         answer_prompts(model, tokens=tokens, sampling=sampling)
         return

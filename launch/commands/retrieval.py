@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from configs.precisions import DEFAULT_PRECISION
-from launch.commands.model import PrecisionName
+from launch.commands.model import PrecisionName, ScaleName
 from launch.commands.options import AsJson, CheckpointPath, count_option, number_option, path_of
 from launch.complete import complete_tasks
 from training.out_of_memory import explain_out_of_memory
@@ -37,6 +37,7 @@ def retrieval_command(
         Path | None,
         typer.Option(metavar="FILE", parser=path_of, help="Text of the haystack.  [default: the run's held-out text]"),
     ] = None,
+    scale: ScaleName = None,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:
@@ -52,6 +53,7 @@ def retrieval_command(
         samples=samples,
         seed=seed,
         data=data,
+        scale=scale,
         precision=precision,
         command=shlex.join(["trainshort", *sys.argv[1:]]),
     )

@@ -37,7 +37,7 @@ _CELLS: dict[str, Callable[[Result], str]] = {
 
 
 def show_measured_checkpoint(report: dict[str, Any], *, checkpoint: Path) -> None:
-    """Write which checkpoint a report is about, its training length, and another precision than the default.
+    """Write which checkpoint a report is about, its training length, its scale, and another precision than the default.
 
     Args:
         report: Its contents.
@@ -48,7 +48,8 @@ def show_measured_checkpoint(report: dict[str, Any], *, checkpoint: Path) -> Non
         checkpoint = checkpoints_folder(checkpoint) / measured.name
     precision = other_precision(report)
     computed = "" if precision is None else f", computed in {precision}"
-    show_lines(f"{checkpoint}, trained at {report['train_length']:,} tokens{computed}")
+    scale = f", positions scaled by {report['scale']}" if "scale" in report else ""
+    show_lines(f"{checkpoint}, trained at {report['train_length']:,} tokens{scale}{computed}")
 
 
 def show_report(report: dict[str, Any], *, checkpoint: Path) -> None:

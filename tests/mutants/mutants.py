@@ -42,15 +42,15 @@ MUTANTS = (
     Mutant(
         "every rank takes the first heads' slopes",
         ALIBI,
-        "slopes(heads, bias_max=bias_max)[mine.start : mine.stop]",
-        "slopes(heads, bias_max=bias_max)[: len(mine)]",
+        "every[mine.start : mine.stop]",
+        "every[: len(mine)]",
         BY_SLICES,
     ),
     Mutant(
         "slopes of the local head count",
         ALIBI,
-        "slopes(heads, bias_max=bias_max)[mine.start : mine.stop]",
-        "slopes(len(mine), bias_max=bias_max)",
+        "slopes(heads, bias_max=bias_max), scaling)\n    return torch.tensor(every[mine.start : mine.stop]",
+        "slopes(len(mine), bias_max=bias_max), scaling)\n    return torch.tensor(every",
         BY_SLICES,
     ),
     Mutant(
@@ -224,7 +224,7 @@ MUTANTS = (
     Mutant(
         "certificate: sign not checked",
         CERTIFICATE,
-        "if not certificate.recency > 0:",
+        "if not prefers_near:",
         "if False:",
         f"{REFUSED}::test_a_sign_is_refused_whatever_the_error",
     ),

@@ -13,11 +13,12 @@ from tests.mutants.evaluation_mutants import EVALUATION_MUTANTS
 from tests.mutants.export_mutants import EXPORT_MUTANTS
 from tests.mutants.forks import CODE, IDS, PROJECT, SAID
 from tests.mutants.mutants import MUTANTS, Mutant
+from tests.mutants.scale_mutants import SCALE_MUTANTS
 from tests.mutants.study_mutants import STUDY_MUTANTS
 from tests.mutants.window_mutants import WINDOW_MUTANTS
 
 HOUSE = Path(__file__).parents[2]
-ALL = (*MUTANTS, *WINDOW_MUTANTS, *EXPORT_MUTANTS, *STUDY_MUTANTS, *EVALUATION_MUTANTS)
+ALL = (*MUTANTS, *WINDOW_MUTANTS, *EXPORT_MUTANTS, *STUDY_MUTANTS, *EVALUATION_MUTANTS, *SCALE_MUTANTS)
 TIMEOUT_SECONDS = 600
 # Output of a test that noticed the mistake; a broken import or fixture does not count.
 CAUGHT = re.compile(

@@ -15,17 +15,17 @@ from parallel.shards import declared
 from parallel.start import start_alone
 from training.families.table import huggingface_names, shards_of
 from training.model.decoder import Decoder, plan_layers
-from training.model.positions.t5 import LearnedBias
+from training.model.positions.t5 import BucketBias
 
 VOCABULARY = 97
 LAYERS = 2
 ONE_RANK = Group(0, 1, None)
 
 
-def learned_bias(heads: int, *, tensor: Group = ONE_RANK) -> LearnedBias:
+def learned_bias(heads: int, *, tensor: Group = ONE_RANK) -> BucketBias:
     """Return T5's bias of a model with `heads` heads, on one tensor rank; its weights are not set."""
     table = shards_of(Model(layers=1, hidden=heads, heads=heads, position="t5"), vocab_size=1)["positions.t5.weight"]
-    return LearnedBias(table, tensor=tensor)
+    return BucketBias(table, tensor=tensor)
 
 
 def small_model(heads: int, *, head_dim: int = 8, **keys: Any) -> Model:

@@ -29,6 +29,9 @@ class ReadingModel:
         self._ids: Tensor = torch.empty(0)
         self.largest = 0  # tokens of a call
 
+    def fit_length(self, length: int) -> None:
+        """Do nothing: it reads at any length."""
+
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the logits of the token after the last, [batch, vocab]."""
         return self.logits(tokens, cache, last=1)[:, -1]

@@ -34,7 +34,7 @@ def test_auto_takes_the_fastest_that_can_compute_it() -> None:
 
 
 def test_a_word_is_never_replaced_and_auto_never_refused() -> None:
-    for position in ("alibi", "sinusoidal", "rotary", "t5", "none"):
+    for position in ("alibi", "sinusoidal", "rotary", "t5", "kerple", "sandwich", "none"):
         for precision in ("fp32", "bf16"):
             asked = {"position": position, "precision": precision, "head_dim": 7}
             assert backend_of("auto", device="cuda", **asked) is BACKENDS[EVERYWHERE]

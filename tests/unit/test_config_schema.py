@@ -32,7 +32,11 @@ def message_of(values: dict[str, Any], changes: dict[str, Any]) -> str:
         ("model.layers", 4.0, "model.layers: must be a valid integer, got 4.0"),
         ("model.layers", True, "model.layers: must be a valid integer, got True"),
         ("model.layers", 0, "model.layers: must be greater than or equal to 1, got 0"),
-        ("model.position", "alibbi", "model.position: must be 'alibi', 'sinusoidal', 'rotary', 't5' or 'none', got"),
+        (
+            "model.position",
+            "alibbi",
+            "model.position: must be 'alibi', 'sinusoidal', 'rotary', 't5', 'kerple', 'sandwich' or 'none', got",
+        ),
         ("model.dropout", 1.0, "model.dropout: must be less than 1, got 1.0"),
         ("train.learning_rate", float("nan"), "train.learning_rate must be a finite number, got nan"),
         ("train.learning_rate", float("inf"), "train.learning_rate must be a finite number, got inf"),

@@ -138,7 +138,7 @@ def test_new_words_are_checked_like_all_others() -> None:
     refusals = {
         ("model.position=logarithmic", "model.attention=flex"): "flex cannot compute model.position logarithmic: use",
         ("model.attention=headwise",): "headwise cannot compute model.position alibi: use reference or sdpa or flex",
-        ("model.position=other",): "must be 'alibi', 'sinusoidal', 'rotary', 't5', 'none' or 'logarithmic', got 'oth",
+        ("model.position=other",): "'t5', 'kerple', 'sandwich', 'none' or 'logarithmic', got 'other'",
     }
     for overrides, message in refusals.items():
         with pytest.raises(InputError, match=message):

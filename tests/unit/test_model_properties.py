@@ -19,8 +19,8 @@ from training.model.kernels.reference import Reference
 from training.model.kernels.sdpa import Sdpa
 from training.model.positions.alibi import local_slopes, slopes
 from training.model.positions.bias import QUERY_BLOCK, Bias, SlopeBias
+from training.model.positions.by_distance import LearnedBias
 from training.model.positions.rotary import rotate
-from training.model.positions.t5 import LearnedBias
 
 BACKENDS = {"reference": Reference, "sdpa": Sdpa}
 WHOLE = Group(0, 1, None)

@@ -9,7 +9,7 @@ from parallel.axes import Group
 from parallel.shards import declared
 from tests.support.bloom_formula import bloom_logits, cross_entropy
 from tests.support.models import LAYERS, ONE_RANK, VOCABULARY, learned_bias, make_decoder, weights_of
-from training.model.positions.t5 import MAX_DISTANCE, LearnedBias, buckets
+from training.model.positions.t5 import MAX_DISTANCE, BucketBias, buckets
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def looked_up(weight: torch.Tensor, *, rows: int, keys: int) -> torch.Tensor:
     return weight[:, their_buckets(relative)].masked_fill(relative > 0, -torch.inf)
 
 
-def random_bias(heads: int, *, tensor: Group | None = None) -> LearnedBias:
+def random_bias(heads: int, *, tensor: Group | None = None) -> BucketBias:
     bias = learned_bias(heads, tensor=tensor or ONE_RANK)
     torch.nn.init.normal_(bias.weight, generator=torch.Generator().manual_seed(heads))
     return bias

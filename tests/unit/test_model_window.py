@@ -69,6 +69,12 @@ def formula_of(position: str, weights: dict[str, Tensor]) -> tuple[Tensor, Formu
             -distance.long(), bidirectional=False, num_buckets=T5_BUCKETS, max_distance=MAX_DISTANCE
         )
         return weights["positions.t5.weight"][:, buckets], None, None
+    if position == "kerple":
+        r1, r2 = weights["positions.kerple.weight"].exp()[:, :, None, None].unbind(1)
+        return -r1 * torch.log(1 + r2 * distance.clamp(min=0)), None, None
+    if position == "sandwich":
+        waves = sum(torch.cos(distance / 10000 ** (2 * pair / 128)) for pair in range(64))
+        return torch.stack([waves / (8 * head / HEADS) for head in range(1, HEADS + 1)]), None, None
     if position == "sinusoidal":
         table = sinusoids(LENGTH, hidden=hidden, device=CPU).double()
         return none, lambda x: x * math.sqrt(hidden) + table, None

@@ -160,7 +160,7 @@ def test_reports_of_two_precisions_are_kept_apart(
             self.certificate = {"ranks": [{"position": "alibi", "backend": "sdpa", "precision": precision}]}
 
     run_dir = uniform_run(tmp_path / "one", run_values, monkeypatch)
-    monkeypatch.setattr("training.evaluation.run.load_single", lambda _, *, precision: Rounded(precision))
+    monkeypatch.setattr("training.evaluation.run.load_single", lambda _, *, precision, **__: Rounded(precision))
     for lengths, precision in (((32,), "fp32"), ((64,), "bf16"), ((128,), "bf16")):
         evaluate(run_dir, lengths=lengths, protocols=("nonoverlapping",), data=None, precision=precision)
     folder = run_dir / "evaluation" / "step_0000007"

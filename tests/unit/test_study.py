@@ -82,7 +82,8 @@ def test_all_problems_are_reported_at_once(trainshort: Call) -> None:
         "--set model.position would replace what runs.rotary.set sets: change it there",
         "runs.rotary.set has run.seed, which a study sets itself: remove it, `seeds` has the seeds",
         "seeds has a seed twice, got [3, 3]: name each once",
-        "runs.rotary: model.position: must be 'alibi', 'sinusoidal', 'rotary', 't5' or 'none', got 'rotari'",
+        "runs.rotary: model.position: must be 'alibi', 'sinusoidal', 'rotary', 't5', 'kerple', 'sandwich' or 'none', "
+        "got 'rotari'",
         "unknown key train.stepz: did you mean steps?",
     ]
 

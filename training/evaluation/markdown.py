@@ -135,6 +135,8 @@ def _shown(result: Result, key: str, form: str) -> str:
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
     """Yield what the marks and columns of the table mean."""
+    if any("scale" in result for result in report["results"]):
+        yield "A scale behind the protocol: the model's positions were scaled (`--scale`), and nothing was trained.\n"
     if any(result.get("same_tokens") for result in report["results"]):
         yield "\\*: every length of the protocol scored the same tokens (`--same-tokens`).\n"
     if "resampling" in report and any("standard_error" in result for result in report["results"]):

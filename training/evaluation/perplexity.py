@@ -12,6 +12,7 @@ import torch
 
 from configs.errors import TrainshortError
 from configs.protocols import WindowProtocol
+from configs.scales import PositionScale
 from training.evaluation.positions import LossByPosition, by_position
 from training.evaluation.resampling import Units, drawn_losses
 from training.evaluation.sums import LossSums
@@ -56,6 +57,7 @@ class PerplexityResult:
         draws: The loss of each draw of the text's units; empty if none was drawn.
         by_position: The loss by place in the window; None if it was not kept.
         same_tokens: Whether other lengths of the sweep score the same tokens.
+        scale: What scaled the model's positions; None for those of the training.
     """
 
     length: int
@@ -66,6 +68,7 @@ class PerplexityResult:
     draws: tuple[float, ...] = ()
     by_position: LossByPosition | None = None
     same_tokens: bool = False
+    scale: PositionScale | None = None
 
     @property
     def perplexity(self) -> float:
@@ -92,6 +95,7 @@ def measure_loss(
     sums: LossSums,
     batch_tokens: int,
     same_tokens: bool = False,
+    scale: PositionScale | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:
     """Measure the mean loss of a text, cut into windows.
@@ -104,6 +108,7 @@ def measure_loss(
         sums: Sums of the windows; those that are done are not scored again.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
         same_tokens: Whether other lengths of the sweep score the same tokens.
+        scale: What scales the model's positions; None for those of the training.
         progress: Called after each pass with the number of inputs in it, windows x length; a GPU's may not be done.
     Raises:
         TrainshortError: the loss is nan, or too large for a perplexity.
@@ -122,6 +127,7 @@ def measure_loss(
         draws=tuple(drawn_losses(totals.by_unit, counts).tolist()),
         by_position=by_position(totals.by_position, windows.scored_at()),
         same_tokens=same_tokens,
+        scale=scale,
     )
 
 

@@ -23,7 +23,7 @@ from training.evaluation.chart import (
 )
 from training.evaluation.context_plot import draw_context
 from training.evaluation.kept import other_precision
-from training.evaluation.results import changes, result_key
+from training.evaluation.results import changes, result_key, with_scale
 
 # Draw the unigram baseline up to this multiple of the highest perplexity; a higher one would flatten the curves.
 _BASELINE_RATIO = 1.5
@@ -76,8 +76,9 @@ def _lines(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
 
 
 def _label(result: dict[str, Any]) -> str:
-    name, number, _ = result_key(result)
-    return {"sliding": f"sliding, stride {number}", "last": f"last {number} of a window"}.get(name, name)
+    (_, number, _), name = result_key(result), result["protocol"]
+    label = {"sliding": f"sliding, stride {number}", "last": f"last {number} of a window"}.get(name, name)
+    return f"{label}{with_scale(result)}"
 
 
 def _draw_intervals(axes: Axes, report: dict[str, Any], labels: Sequence[str]) -> None:

@@ -6,9 +6,11 @@ from configs.commands import run_file_named
 from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import config_file
+from configs.positions import scale_for
 from configs.precisions import require_precision
 from configs.protocols import parse_protocol
 from configs.rules import problems
+from configs.scales import parse_scale
 from configs.schema import RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.text import require_text_file
@@ -31,8 +33,12 @@ def check_request(checkpoint: Path, request: EvaluationRequest) -> None:
     """
     require_precision(request.precision)
     parsed = [parse_protocol(name) for name in request.protocols or ()]
+    if request.scale is not None:
+        _check_scale(request.scale, request)
     folder = require_checkpoint(checkpoint)
     config = load_run(str(folder / CONFIG_NAME))
+    if request.scale is not None:
+        scale_for(request.scale, config.model)
     for protocol in parsed:
         for length in request.lengths or config.evaluation_lengths:
             require_fit(protocol, length=length)
@@ -69,8 +75,9 @@ def check_ranks(checkpoint: Path, request: EvaluationRequest, *, started: int | 
         )
     if ranks == 1:
         return
-    if request.hf is not None:
-        raise InputError(f"--hf measures in one process, so it does not go with {options}: leave these out")
+    for name, given in (("--hf", request.hf), ("--scale", request.scale)):
+        if given is not None:
+            raise InputError(f"{name} measures in one process, so it does not go with {options}: leave these out")
     if started is None and 0 < gpus < ranks:
         raise InputError(
             f"{options} needs {ranks} GPUs, and this machine has {gpus}: lower one of them, or set "
@@ -81,6 +88,18 @@ def check_ranks(checkpoint: Path, request: EvaluationRequest, *, started: int | 
     split = {"tensor": tensor, "pipeline": pipeline, "zero": 1, "sequence": False, "offload": "none"}
     for problem in problems(config.model_copy(update={"parallel": config.parallel.model_copy(update=split)})):
         raise InputError(problem.replace("parallel.tensor", "--tensor").replace("parallel.pipeline", "--pipeline"))
+
+
+def _check_scale(scale: str, request: EvaluationRequest) -> None:
+    """Refuse a scale that is none, or that stands beside an option without a meaning for it."""
+    parse_scale(scale)
+    if request.hf is not None:
+        raise InputError(f"--scale {scale} is for a checkpoint's positions, and --hf measures another model: drop one")
+    if request.context:
+        raise InputError(
+            f"--context measures the positions of the training, and --scale {scale} others: drop one of them, or use "
+            "--protocol last:TOKENS --same-tokens"
+        )
 
 
 def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:

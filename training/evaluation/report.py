@@ -4,6 +4,7 @@ Other programs read these keys of report.json: checkpoint, train_length, and for
 
 * length, protocol, stride (equal to the length if windows do not overlap); with the protocol last also scored, the
   predictions of a window;
+* scale, if positions were scaled, as on the command line; scale_factor, what it divided by at this length;
 * tokens (predictions scored); same_tokens, if other lengths of the evaluation score the same ones;
 * loss (nats per token), perplexity (per token), bits_per_byte; word_perplexity if the text's words are known;
 * standard_error (of the loss), and draws: the loss of each draw of the text's units, see
@@ -20,6 +21,7 @@ import math
 import re
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +57,7 @@ def build_report(
         provenance: What the evaluation was made from, and when.
         context: What `training.evaluation.context` measured; None if it did not.
     """
+    to_json = partial(_result_to_json, text=text, provenance=provenance, train_length=model.train_length)
     report = {
         "checkpoint": str(model.path),
         "step": model.step,
@@ -78,7 +81,7 @@ def build_report(
         "text_sha256": provenance.text_sha256,
         "text_path": provenance.text_path,
         **({} if context is None else {"context": {**context, "date": provenance.date}}),
-        "results": [_result_to_json(result, text=text, provenance=provenance) for result in results],
+        "results": [to_json(result) for result in results],
     }
     return _with_verdict(report)
 
@@ -86,8 +89,8 @@ def build_report(
 def merge_reports(earlier: dict[str, Any], newest: dict[str, Any]) -> dict[str, Any] | None:
     """Return the newest report with what only an earlier one has; its results are ordered by protocol and length.
 
-    A result of the same length, protocol and stride is the newest one's. The evaluations that the other results are
-    from are listed as `earlier`, each with its date, command and versions.
+    A result of the same length, protocol, stride and scale is the newest one's. The evaluations that the other results
+    are from are listed as `earlier`, each with its date, command and versions.
 
     Returns:
         The report, or None if the two are not of the same weights and text, at the same precision.
@@ -162,12 +165,15 @@ def report_text(report: dict[str, Any]) -> str:
     return re.sub(r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
-def _result_to_json(result: "PerplexityResult", *, text: "EvaluationText", provenance: "Provenance") -> dict[str, Any]:
+def _result_to_json(
+    result: "PerplexityResult", *, text: "EvaluationText", provenance: "Provenance", train_length: int
+) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "length": result.length,
         "protocol": result.protocol.name,
         "stride": result.protocol.stride or result.length,
         **({} if result.protocol.last is None else {"scored": result.protocol.last}),
+        **_scale_to_json(result, train_length=train_length),
         "tokens": result.tokens,
         **({"same_tokens": True} if result.same_tokens else {}),
         "loss": result.loss,
@@ -192,3 +198,10 @@ def _result_to_json(result: "PerplexityResult", *, text: "EvaluationText", prove
     if result.draws:
         entry["draws"] = [round(loss, 6) for loss in result.draws]
     return entry
+
+
+def _scale_to_json(result: "PerplexityResult", *, train_length: int) -> dict[str, Any]:
+    if result.scale is None:
+        return {}
+    scaling = result.scale.at(result.length, train_length=train_length)
+    return {"scale": str(result.scale), "scale_factor": scaling.factor}

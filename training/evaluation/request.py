@@ -17,6 +17,7 @@ class EvaluationRequest:
         same_tokens: Whether all lengths of a protocol score the same tokens.
         context: Whether to measure how much context is used.
         hf: A folder with a model of Hugging Face, to be measured in place of the checkpoint's; None for that.
+        scale: Value of `--scale`, as in `configs.scales`; None for the positions of the training.
         precision: Value of `--precision`, whatever the checkpoint trained in.
         tensor, pipeline: Ranks that share each layer, and stages that share the layers.
         command: The command line, to be named in the report; None if no command asks.
@@ -28,6 +29,7 @@ class EvaluationRequest:
     same_tokens: bool = False
     context: bool = False
     hf: Path | None = None
+    scale: str | None = None
     precision: str = DEFAULT_PRECISION
     tensor: int = 1
     pipeline: int = 1

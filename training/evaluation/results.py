@@ -10,18 +10,34 @@ Result = dict[str, Any]
 
 
 def result_key(result: Result) -> tuple[str, int, int]:
-    """Return what a result was measured with: protocol, its number (0 if it has none) and length.
+    """Return what a result was measured with: protocol and scale, the protocol's number (0 if it has none) and length.
 
     Sorted by it, results stand as in a table.
     """
     number = {"sliding": result["stride"], "last": result.get("scored", 0)}.get(result["protocol"], 0)
-    return result["protocol"], number, result["length"]
+    return f"{result['protocol']}{with_scale(result)}", number, result["length"]
 
 
 def protocol_name(result: Result) -> str:
-    """Return the protocol of a result as on the command line: nonoverlapping, sliding:STRIDE or last:TOKENS."""
-    name, number, _ = result_key(result)
-    return f"{name}:{number}" if number else name
+    """Return protocol and scale of a result as on the command line.
+
+    So nonoverlapping, sliding:STRIDE or last:TOKENS, and behind a space the scale if there is one.
+    """
+    _, number, _ = result_key(result)
+    return f"{result['protocol']}{f':{number}' if number else ''}{with_scale(result)}"
+
+
+def with_scale(result: Result) -> str:
+    """Return the scale of a result behind a space; nothing for the positions of the training."""
+    return f" {result['scale']}" if "scale" in result else ""
+
+
+def is_whole(result: Result, *, scale: str | None = None) -> bool:
+    """Return whether a result is of windows that do not overlap, with a scale; None for the positions of the training.
+
+    Only those say how a model does at a length: results of another scale are of another model.
+    """
+    return bool(result["protocol"] == "nonoverlapping") and result.get("scale") == scale
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """`trainshort evaluate`: measure one checkpoint at many lengths, in one process or on ranks."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from configs.paths import evaluation_folder
+from configs.positions import scale_for
 from configs.protocols import parse_protocol
+from configs.scales import PositionScale
 from configs.schema import RunConfig
 from parallel.collectives import broadcast_from_first
 from parallel.groups import make_groups
@@ -41,10 +43,12 @@ class EvaluationPlan:
     Attributes:
         measurements: A protocol at a length each.
         context: How much of its context the model uses; None if that was not asked for.
+        scale: Scales the model's positions; None for those of the training.
     """
 
     measurements: list[Measurement]
     context: ContextPlan | None
+    scale: PositionScale | None = None
 
     @property
     def count(self) -> int:
@@ -64,14 +68,14 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     Returns:
         The contents of report.json.
     Raises:
-        InputError: the precision, the checkpoint, the text, a length or a protocol is wrong.
+        InputError: the precision, the checkpoint, the scale, the text, a length or a protocol is wrong.
         MachineError: RUN_DIR/evaluation cannot be written. Both are raised before the model is loaded.
         ReportNotWritten: the disk has become full since; the error holds the report.
     """
     inference_device(request.precision)
     opened = open_checkpoint(checkpoint)
     begun = _begin(opened, request)
-    return begun.measure_with(load_single(opened, precision=request.precision))
+    return begun.measure_with(load_single(opened, precision=request.precision, scale=begun.plan.scale))
 
 
 def evaluate_rank(checkpoint: Path, request: EvaluationRequest, place: ProcessRank) -> dict[str, Any] | None:
@@ -168,13 +172,16 @@ def plan_evaluation(request: EvaluationRequest, *, config: RunConfig, tokens: in
     """Return what a request asks to measure on a text of so many tokens.
 
     Raises:
-        InputError: a length or a protocol is wrong.
+        InputError: a length, a protocol or the scale is wrong.
     """
     protocols = [parse_protocol(name) for name in request.protocols or config.evaluate.protocols]
     lengths = request.lengths or config.evaluation_lengths
+    scale = None if request.scale is None else scale_for(request.scale, config.model)
+    measurements = plan_measurements(lengths, protocols, tokens=tokens, on_same_tokens=request.same_tokens)
     return EvaluationPlan(
-        measurements=plan_measurements(lengths, protocols, tokens=tokens, on_same_tokens=request.same_tokens),
+        measurements=[replace(each, scale=scale) for each in measurements],
         context=plan_context(tokens, longest=max(lengths)) if request.context else None,
+        scale=scale,
     )
 
 
@@ -223,7 +230,7 @@ def _measure(
     """Make the measurements and then, if it is planned, those of the context; show progress."""
     units = units_of(text.documents, tokens=len(text.tokens))
     points = () if plan.context is None else plan.context.points
-    begun = [parts.begin(each.windows, units, attention=attention) for each in plan.measurements]
+    begun = [parts.begin(each.windows, units, variant=each.variant, attention=attention) for each in plan.measurements]
     begun_points = [parts.begin(each.windows, units, variant=each.name) for each in points]
     all_sums = (*begun, *begun_points)
     parts.tell(all_sums)

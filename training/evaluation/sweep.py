@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from configs.errors import InputError
 from configs.protocols import WindowProtocol
+from configs.scales import PositionScale
 from training.evaluation.folder import ReportNotWritten
 from training.evaluation.partial import PartialResults
 from training.evaluation.perplexity import PerplexityResult, Scorer, measure_loss
@@ -30,11 +31,13 @@ class Measurement:
         protocol: How the window moves.
         windows: The windows.
         same_tokens: Whether the measurements of other lengths score the same tokens.
+        scale: Scales the model's positions; None for those of the training.
     """
 
     protocol: WindowProtocol
     windows: Windows
     same_tokens: bool = False
+    scale: PositionScale | None = None
 
     @property
     def length(self) -> int:
@@ -46,8 +49,14 @@ class Measurement:
         """Inputs of all windows, windows x length: a measure of the work."""
         return self.windows.inputs
 
+    @property
+    def variant(self) -> str:
+        """What its sums depend on besides its windows, for `PartialResults`."""
+        return "" if self.scale is None else f"scale {self.scale}"
+
     def __str__(self) -> str:
-        return f"{self.protocol} at {self.length:,}"
+        scale = "" if self.scale is None else f" {self.scale}"
+        return f"{self.protocol}{scale} at {self.length:,}"
 
 
 def plan_measurements(
@@ -117,6 +126,7 @@ def run_measurements(
                 sums=sums,
                 batch_tokens=batch_tokens,
                 same_tokens=measurement.same_tokens,
+                scale=measurement.scale,
                 progress=advance,
             )
         results.append(result)

@@ -8,6 +8,7 @@ from typing import Any
 from configs.errors import InputError
 from configs.paths import MANIFEST_NAME
 from training.evaluation.kept import held_out_files, is_held_out, read_report
+from training.evaluation.results import is_whole
 
 # how much worse than the best a perplexity may be
 _RATIO = 1.01
@@ -26,23 +27,24 @@ class HeldOutReport:
     contents: Mapping[str, Any]
 
 
-def usable_length(report: Mapping[str, Any]) -> int:
+def usable_length(report: Mapping[str, Any], *, scale: str | None = None) -> int:
     """Return the longest length whose perplexity is within 1 % of the best, and the training length at least.
 
     Only windows that do not overlap count: in a sliding window each prediction has a long context at any length.
 
     Args:
         report: The contents of a report.
+        scale: With positions scaled so; None for those of the training.
     """
-    results = whole_windows(report)
+    results = whole_windows(report, scale=scale)
     best = min((result["perplexity"] for result in results), default=0.0)
     good = [result["length"] for result in results if result["perplexity"] <= _RATIO * best]
     return int(max(report["train_length"], *good, 0))
 
 
-def whole_windows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the results of windows that do not overlap, the shortest first."""
-    results = [result for result in report["results"] if result["protocol"] == "nonoverlapping"]
+def whole_windows(report: Mapping[str, Any], *, scale: str | None = None) -> list[dict[str, Any]]:
+    """Return the results of windows that do not overlap, with one scale or none, the shortest first."""
+    results = [result for result in report["results"] if is_whole(result, scale=scale)]
     return sorted(results, key=lambda result: result["length"])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from training.evaluation.resampling import interval
+from training.evaluation.results import is_whole
 from training.evaluation.usable import usable_length, whole_windows
 
 Report = Mapping[str, Any]
@@ -24,6 +25,7 @@ def verdict_of(report: Report) -> dict[str, Any]:
     Returns:
         usable_length, the longest within 1 % of the best perplexity; None if nothing without overlap was measured.
         usable_length_interval, its range in 95 % of the draws; None if they are not known.
+        scaled, the same two for each scale that was measured, with its name as scale.
         effective_context and effective_context_interval; None if the context was not measured.
         early_tokens, what predictions with less than that cost at each length.
         words, all of it in sentences. not_tested, what it says nothing about.
@@ -31,26 +33,45 @@ def verdict_of(report: Report) -> dict[str, Any]:
     whole, context = whole_windows(report), report.get("context") or {}
     effective = context.get("effective_context")
     early = [] if effective is None else [*_early_tokens(whole, effective)]
+    usable, scaled = _usable(report), [_usable(report, scale=scale) for scale in _scales(report)]
     verdict = {
-        "usable_length": usable_length(report) if whole else None,
-        "usable_length_interval": _usable_interval(report, whole),
+        **usable,
+        "scaled": scaled,
         "effective_context": effective,
         "effective_context_interval": context.get("effective_context_interval"),
         "early_tokens": early,
     }
-    words = [*_usable_words(report, whole, verdict), *_context_words(context), *_early_words(early)]
+    of_lengths = [words for each in (usable, *scaled) for words in _usable_words(report, each)]
+    words = [*of_lengths, *_context_words(context), *_early_words(early)]
     return {**verdict, "words": words, "not_tested": [*_not_tested(report, whole, context)]}
 
 
-def _usable_interval(report: Report, whole: Sequence[Report]) -> list[int] | None:
+def _scales(report: Report) -> list[str]:
+    """Return the scales with which windows that do not overlap were measured."""
+    return sorted(
+        {str(each["scale"]) for each in report["results"] if "scale" in each and is_whole(each, scale=each["scale"])}
+    )
+
+
+def _usable(report: Report, *, scale: str | None = None) -> dict[str, Any]:
+    """Return usable length and interval with a scale, which is named, or without."""
+    whole = whole_windows(report, scale=scale)
+    return {
+        **({} if scale is None else {"scale": scale}),
+        "usable_length": usable_length(report, scale=scale) if whole else None,
+        "usable_length_interval": _usable_interval(report, whole, scale=scale),
+    }
+
+
+def _usable_interval(report: Report, whole: Sequence[Report], *, scale: str | None) -> list[int] | None:
     """Return the range of the usable length in 95 % of the draws of the text's units."""
     if not whole or len({len(result.get("draws", ())) for result in whole}) != 1 or not whole[0].get("draws"):
         return None
     drawn = np.exp([result["draws"] for result in whole])  # [results, draws]
-    lengths = [
-        usable_length({**report, "results": [{**each, "perplexity": p} for each, p in zip(whole, draw, strict=True)]})
-        for draw in drawn.T.tolist()
-    ]
+    lengths = []
+    for draw in drawn.T.tolist():
+        results = [{**each, "perplexity": perplexity} for each, perplexity in zip(whole, draw, strict=True)]
+        lengths.append(usable_length({**report, "results": results}, scale=scale))
     return [int(end) for end in interval(np.array(lengths))]
 
 
@@ -70,12 +91,16 @@ def _early_tokens(whole: Sequence[Report], effective: int) -> Iterator[dict[str,
         yield {"length": result["length"], "share": float(share), "loss": excess}
 
 
-def _usable_words(report: Report, whole: Sequence[Report], verdict: Report) -> Iterator[str]:
+def _usable_words(report: Report, verdict: Report) -> Iterator[str]:
+    """Yield the usable length with a scale or without in words, if it was measured."""
+    scale = verdict.get("scale")
+    whole = whole_windows(report, scale=scale)
     if not whole:
         return
     usable, longest = verdict["usable_length"], whole[-1]["length"]
     best = min(whole, key=lambda result: float(result["perplexity"]))
     within = "" if verdict["usable_length_interval"] is None else f" ({_range(verdict['usable_length_interval'])})"
+    scaled = "" if scale is None else f" with --scale {scale}"
     if usable >= longest:
         why = "no longer text was measured" if longest > report["train_length"] else "the training length"
     else:
@@ -83,8 +108,8 @@ def _usable_words(report: Report, whole: Sequence[Report], verdict: Report) -> I
         worse = beyond["perplexity"] / best["perplexity"] - 1
         why = f"at {beyond['length']:,} perplexity is {worse:.1%} above the best"
     yield (
-        f"usable length: {usable:,} tokens{within}, within 1 % of the best perplexity, {best['perplexity']:,.2f} at "
-        f"{best['length']:,}; {why}"
+        f"usable length{scaled}: {usable:,} tokens{within}, within 1 % of the best perplexity, "
+        f"{best['perplexity']:,.2f} at {best['length']:,}; {why}"
     )
 
 
@@ -117,7 +142,8 @@ def _not_tested(report: Report, whole: Sequence[Report], context: Report) -> Ite
     if whole:
         yield f"lengths over {whole[-1]['length']:,} tokens"
     else:
-        yield "the usable length: no length was measured with the protocol nonoverlapping"
+        without = " without --scale" if _scales(report) else ""
+        yield f"the usable length: no length was measured with the protocol nonoverlapping{without}"
     if not context:
         yield "the effective context: evaluate with --context"
     yield f"other texts than {report['data']['name']}"

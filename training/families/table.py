@@ -50,10 +50,11 @@ def position_table_name(position: str) -> str:
 
 
 def _position_table(model: Model) -> tuple[Parameter, ...]:
-    entries = POSITIONS[model.position].entries_per_head
-    if not entries:
+    row = POSITIONS[model.position]
+    if not row.entries_per_head:
         return ()
     # All blocks use it, so every pipeline stage holds it. Its entries are biases, so they do not decay.
     name = position_table_name(model.position)
-    shard = Shard(name, (model.heads, entries), "column", model.init_std, tied=True)
+    std = model.init_std if row.table_std is None else row.table_std
+    shard = Shard(name, (model.heads, row.entries_per_head), "column", std, tied=True)
     return (Parameter(shard, huggingface=None, gguf=None),)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.precisions import DEFAULT_PRECISION, Precision, require_device, require_precision
+from configs.scales import PositionScale, Scaling
 from configs.schema import Model
 from parallel.groups import lone_groups
 from parallel.shards import declared
@@ -20,6 +21,7 @@ from training.model.decoder import Decoder, plan_layers
 from training.model.decoding import Capture, CudaGraph, TokenSteps
 from training.model.proof.attention_weights import dtype_of
 from training.model.proof.certificate import certificates_to_json, certify
+from training.model.scaled import ScaledPositions
 
 READ_OTHERWISE = "read the checkpoint with another torch or on another machine, and report this"
 CPU_BATCH_TOKENS = 2048  # inputs of one pass; more no longer fit into a CPU's caches
@@ -72,7 +74,7 @@ class SingleModel:
     """A decoder with whole weights on one device.
 
     Attributes:
-        certificate: The certificate of its positions, as plain values.
+        certificate: The newest certificate of its positions, as plain values.
         batch_tokens: Inputs of one pass that use the device well.
         windows: Those of its attention; None if it has none.
     """
@@ -85,6 +87,7 @@ class SingleModel:
         certificate: dict[str, Any],
         precision: str = DEFAULT_PRECISION,
         capture: Capture | None = None,
+        positions: ScaledPositions | None = None,
     ) -> None:
         """Move the weights.
 
@@ -94,6 +97,7 @@ class SingleModel:
             certificate: The certificate of its positions, as plain values.
             precision: Value of `--precision`.
             capture: Makes the decoding of a token faster, see `TokenSteps`; by default a CUDA graph on a GPU.
+            positions: Scales its positions; None for those of the training.
         """
         self._precision, self._device = require_precision(precision), device
         self._decoder = decoder.to(device, dtype_of(precision)).eval()
@@ -101,6 +105,7 @@ class SingleModel:
             _store_by_columns(decoder)
         elif capture is None:
             capture = CudaGraph
+        self._capture, self._positions = capture, positions
         self._steps = None if capture is None else TokenSteps(decoder, capture=capture)
         self.certificate, self.windows = certificate, windows_of(decoder)
 
@@ -123,6 +128,19 @@ class SingleModel:
             return 4 * CPU_BATCH_TOKENS  # most of them are not computed, only attended to
         return self._gpu_tokens(states=_STATES_KEPT + 2 * len(self.blocks))
 
+    def fit_length(self, length: int) -> None:
+        """Scale positions for texts of a length if they follow it; begin no text before that is done.
+
+        Raises:
+            TrainshortError: the positions are wrong; see `training.model.proof.certificate`.
+        """
+        if self._positions is not None and self._positions.fit(length):
+            self.certificate = self._positions.certificate
+            if self.windows is not None:
+                self.windows.take()  # the certificate's calls
+            if self._capture is not None:  # captured steps hold the bias of before
+                self._steps = TokenSteps(self._decoder, capture=self._capture)
+
     def change_weights(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace each weight, fp32, by what a function makes of it."""
         with torch.no_grad():
@@ -132,7 +150,8 @@ class SingleModel:
     def losses(self, tokens: Tensor, *, last: int | None = None) -> Tensor:
         """Return the loss of predicted tokens; memory grows linearly with length.
 
-        On a GPU this only launches the work: reading the result waits for it.
+        Positions that follow the length follow this one. On a GPU this only launches the work: reading the result waits
+        for it.
 
         Args:
             tokens: [batch, length + 1] int64, of any length, on the CPU.
@@ -142,6 +161,7 @@ class SingleModel:
         """
         length = tokens.shape[1] - 1
         first = 0 if last is None else length - last
+        self.fit_length(length)
         with inference(self._precision):
             tokens = self._to_device(tokens)
             x = self._decoder.hidden(tokens[:, :-1])  # [length, batch, hidden]
@@ -237,28 +257,47 @@ def inference_model(model: Model) -> Model:
     return model.model_copy(update={"attention": "auto", "windows": "auto"})
 
 
-def load_single(checkpoint: Checkpoint, *, precision: str = DEFAULT_PRECISION) -> SingleModel:
+def load_single(
+    checkpoint: Checkpoint, *, precision: str = DEFAULT_PRECISION, scale: PositionScale | None = None
+) -> SingleModel:
     """Return the model of a checkpoint of any layout; see `inference_model`.
 
     Args:
         checkpoint: The checkpoint.
         precision: Value of `--precision`, whatever it trained in.
+        scale: Scales its positions; None for those of the training.
     Raises:
         InputError: the precision is not known, or needs a GPU where there is none.
         TrainshortError: its positions are wrong; see `training.model.proof.certificate`.
     """
-    device = inference_device(precision)
+    device, groups = inference_device(precision), lone_groups()
     model = inference_model(checkpoint.config.model)
     decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
     for parameter, shard in declared(decoder).values():
         parameter.data = checkpoint.slice(shard, kind="weight", part=None)
     decoder.to(device, dtype_of(precision))
-    with inference(require_precision(precision)):
-        certificates = certify(
-            decoder, model, groups=lone_groups(), precision=precision, device=device, otherwise=READ_OTHERWISE
-        )
-    certificate = certificates_to_json(certificates, model)
-    return SingleModel(decoder, device=device, certificate=certificate, precision=precision)
+
+    def measure(scaling: Scaling | None) -> dict[str, Any]:
+        with inference(require_precision(precision)):
+            certificates = certify(
+                decoder,
+                model,
+                groups=groups,
+                precision=precision,
+                device=device,
+                otherwise=READ_OTHERWISE,
+                scaling=scaling,
+            )
+        return certificates_to_json(certificates, model, scaling=scaling)
+
+    if scale is None:
+        return SingleModel(decoder, device=device, certificate=measure(None), precision=precision)
+    train_length = checkpoint.config.data.sequence_length
+    positions = ScaledPositions(
+        decoder, model, tensor=groups.tensor, scale=scale, train_length=train_length, measure=measure
+    )
+    certificate = positions.certificate
+    return SingleModel(decoder, device=device, certificate=certificate, precision=precision, positions=positions)
 
 
 def lone_decoder(model: Model, *, vocab_size: int) -> Decoder:

@@ -8,6 +8,7 @@ from configs.positions import POSITIONS
 from configs.schema import RunConfig
 from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
+from training.evaluation.results import is_whole
 from training.metrics_reader import finite_value
 from training.page.axis import ChartAxis, Unit, fit_axis, lengths_axis, linear_ticks
 from training.page.chart import COLOURS, DASHES, Chart, Mark, Point, Series, smooth
@@ -199,7 +200,7 @@ def _position_chart(comparison: Comparison, text: TextResults) -> Chart | None:
     several, trained = len(comparison.runs) > 1, _trained_lengths(comparison, text)
     series: list[Series] = []
     for number, results in zip(text.runs, text.results, strict=True):
-        curves = [(key[2], [*_by_position(results[key])]) for key in sorted(results) if not key[1]]
+        curves = [(key[2], [*_by_position(results[key])]) for key in sorted(results) if is_whole(results[key])]
         curves = [(length, points) for length, points in curves if points]
         for place, (length, points) in enumerate(curves[-1:] if several else curves):
             words = f"{length:,} tokens"

@@ -80,7 +80,8 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
     vocab_size = run.manifest.vocab_size if run.manifest else config.data.vocab_size
     took_steps = any(start.steps or start.lost for start in starts)
     row = POSITIONS[config.model.position]
-    learned = "has a bias that is learned" if row.has_bias else "adds no bias to the scores"
+    bias = "has a bias without slopes" if row.has_bias else "adds no bias to the scores"
+    about = "has a bias that is learned" if row.entries_per_head else bias
     device = environment.get("device")
     return RunDetails(
         number=number,
@@ -93,7 +94,7 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
         layout=None if newest is None else layout_facts(newest, config=config, vocab_size=vocab_size),
         bias=bias_chart(config),
         heads=head_rows(config, certificate=newest),
-        positions=f"model.position is {config.model.position}, which {learned}.",
+        positions=f"model.position is {config.model.position}, which {about}.",
         environment=environment_rows(environment, run_dir=run.run_dir),
         versions=version_rows(environment),
         train_command=f"trainshort train {typed_path(config_file(run.run_dir))}",

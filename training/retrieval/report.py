@@ -1,6 +1,6 @@
 """The report of `retrieval`: JSON for programs, Markdown to read, a heat map. Imports no torch.
 
-It lies in evaluation/step_0000400/retrieval/, named by its text and precision: held-out.json, .md and .png.
+It lies in evaluation/step_0000400/retrieval/, named by its text, scale and precision: held-out.json, .md and .png.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.files import try_to_lock, whole_file
+from configs.scales import parse_scale
 from configs.terminal import printable
 from training.evaluation.folder import ReportNotWritten
 from training.evaluation.kept import HELD_OUT, other_precision, text_name, text_slug
@@ -56,6 +57,7 @@ def build_retrieval_report(
         "position": model.position,
         "attention": model.attention,
         "precision": model.precision,
+        **({} if request.scale is None else {"scale": str(parse_scale(request.scale))}),
         "data": {"name": text[0], "tokens": text[1]},
         "seed": request.seed,
         "chance": chance,
@@ -100,10 +102,10 @@ def write_retrieval(report: dict[str, Any], folder: Path, *, name: str) -> Path:
 
 
 def retrieval_label(report: dict[str, Any]) -> str:
-    """Return the name of a report's files: its text's, and its precision unless it is fp32."""
+    """Return the name of a report's files: its text's, its scale if there is one, its precision unless it is fp32."""
     text = HELD_OUT if report["text_path"] is None else f"{text_slug(text_name(report))}-{report['text_sha256'][:8]}"
-    precision = other_precision(report)
-    return text if precision is None else f"{text}-{precision}"
+    scale = report["scale"].replace(":", "-") if "scale" in report else None
+    return "-".join(filter(None, [text, scale, other_precision(report)]))
 
 
 def retrieval_markdown(report: dict[str, Any], *, plot: str) -> str:
@@ -113,6 +115,7 @@ def retrieval_markdown(report: dict[str, Any], *, plot: str) -> str:
         report: The contents of the JSON.
         plot: Path of the PNG, from the folder of the Markdown.
     """
+    scale = f", `--scale {report['scale']}`" if "scale" in report else ""
     made_by = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
     lines = [
         "# Retrieval",
@@ -120,7 +123,7 @@ def retrieval_markdown(report: dict[str, Any], *, plot: str) -> str:
         f"![Retrieval by depth and length]({plot})",
         "",
         f"- checkpoint: `{printable(report['checkpoint'])}` (step {report['step']:,})",
-        f"- position: {report['position']}, trained at {report['train_length']:,} tokens",
+        f"- position: {report['position']}, trained at {report['train_length']:,} tokens{scale}",
         f"- measured with attention {report['attention']} in {report['precision']}, seed {report['seed']}",
         f"- haystack: `{printable(report['data']['name'])}`, {report['data']['tokens']:,} tokens",
         f"- measured {report['date']} by {made_by}"

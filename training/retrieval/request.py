@@ -7,7 +7,9 @@ from pathlib import Path
 
 from configs.errors import InputError
 from configs.load import load_run
+from configs.positions import scale_for
 from configs.precisions import DEFAULT_PRECISION, require_precision
+from configs.scales import parse_scale
 from data_pipeline.text import require_text_file
 from training.checkpoint.manifest import CONFIG_NAME, require_checkpoint
 from training.evaluation.precheck import run_data
@@ -36,6 +38,7 @@ class RetrievalRequest:
         samples: Prompts of each task, length and depth.
         seed: Seed of the prompts.
         data: File of the haystack; None for the run's held-out text.
+        scale: Value of `--scale`, as in `configs.scales`; None for the positions of the training.
         precision: Value of `--precision`.
         command: The command line, to be named in the report; None if no command asks.
     """
@@ -46,6 +49,7 @@ class RetrievalRequest:
     samples: int = DEFAULT_SAMPLES
     seed: int = DEFAULT_SEED
     data: Path | None = None
+    scale: str | None = None
     precision: str = DEFAULT_PRECISION
     command: str | None = None
 
@@ -53,6 +57,8 @@ class RetrievalRequest:
         """Refuse values that no model could be measured with."""
         require_precision(self.precision)
         require_tasks(self.tasks)
+        if self.scale is not None:
+            parse_scale(self.scale)
         self.resolved_lengths(train_length=1)
         if not 2 <= self.depths <= _MOST_DEPTHS:
             raise InputError(f"--depths must be from 2 to {_MOST_DEPTHS}, got {self.depths}: use {DEFAULT_DEPTHS}")
@@ -93,6 +99,8 @@ def check_retrieval(checkpoint: Path, request: RetrievalRequest) -> None:
     """
     folder = require_checkpoint(checkpoint)
     config = load_run(str(folder / CONFIG_NAME))
+    if request.scale is not None:
+        scale_for(request.scale, config.model)
     if request.data is not None:
         require_text_file(request.data)
     else:

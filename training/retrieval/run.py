@@ -11,6 +11,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.paths import evaluation_folder
+from configs.positions import scale_for
 from data_pipeline.text import TokenStream, file_stream, held_out_stream
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint.read import Checkpoint, open_checkpoint
@@ -40,7 +41,7 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     Returns:
         The contents of the report.
     Raises:
-        InputError: the checkpoint, the text or a length is wrong.
+        InputError: the checkpoint, the scale, the text or a length is wrong.
         MachineError: RUN_DIR/evaluation cannot be written. Both are raised before the model is loaded.
         ReportNotWritten: the disk has become full since; the error holds the report.
     """
@@ -55,7 +56,8 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     parts = plan_retrieval(request, maker, lengths=lengths)
     check_evaluation_folder(folder, name=f"{name}/{RETRIEVAL_FOLDER}")
     provenance = provenance_of(opened, stream.tokens, data=request.data, command=request.command)
-    model = load_single(opened, precision=request.precision)
+    scale = None if request.scale is None else scale_for(request.scale, opened.config.model)
+    model = load_single(opened, precision=request.precision, scale=scale)
     build = partial(
         build_retrieval_report,
         model=evaluated_model(opened, model.certificate),
@@ -148,6 +150,7 @@ def ask(
     with EvaluationProgress(inputs=sum(part.inputs for part in parts), measurements=len(parts)) as progress:
         for part in parts:
             progress.begin(f"{part.task.name} at {part.length:,}")
+            model.fit_length(part.length)
             scores: dict[float | None, list[PromptScore]] = {depth: [] for depth in part.depths}
             prompts = _prompts(part, maker)
             while batch := list(islice(prompts, prompts_at_once(part.length))):

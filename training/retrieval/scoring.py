@@ -21,6 +21,10 @@ CHANCE = 1 / CANDIDATES  # of `PromptScore.choice`, for a model that knows nothi
 class RetrievalModel(Protocol):
     """A model that can be asked."""
 
+    def fit_length(self, length: int) -> None:
+        """Scale positions for prompts of a length if they follow it."""
+        ...
+
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the logits of the token after the last, [batch, vocab], and add tokens [batch, new] to the cache."""
         ...

@@ -15,7 +15,7 @@ TABLE_COLUMNS = (
 
 
 def evaluation_table(folder: Path, *, label: str) -> dict[str, Any]:
-    """Return all results of a text in one table: a row per checkpoint, protocol and length, in this order.
+    """Return all results of a text in one table: a row per checkpoint, protocol with scale, and length, in this order.
 
     So checkpoints of a run compare within the table; it has the same path in every run, by which MLflow compares runs.
 

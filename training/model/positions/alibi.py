@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.positions import ALIBI_BIAS_MAX, slopes
+from configs.scales import Scaling, scaled_rates
 from configs.schema import Model
 from parallel.axes import Group
 from parallel.parameter import Shard
@@ -22,10 +23,16 @@ class Alibi(PositionMethod):
     def __init__(self, model: Model, *, tensor: Group, table: Shard | None) -> None:
         """Build the method for one tensor rank; there is no table."""
         super().__init__(model, tensor=tensor, table=table)
-        formula = slope_formula(model.heads, first=self.heads.start, bias_max=model.alibi_bias_max)
-        mine = local_slopes(model.heads, tensor=tensor, bias_max=model.alibi_bias_max)
+        self._model, self._tensor = model, tensor
+        self.scale(None)
+
+    def scale(self, scaling: Scaling | None) -> None:
+        """Take the slopes of all heads, scaled if there is a scaling; before the first call."""
+        heads, bias_max = self._model.heads, self._model.alibi_bias_max
+        formula = slope_formula(heads, first=self.heads.start, bias_max=bias_max, scaling=scaling)
+        mine = local_slopes(heads, tensor=self._tensor, bias_max=bias_max, scaling=scaling)
         self.bias = SlopeBias(mine, slope_of=formula)
-        self._all_slopes = slopes(model.heads, bias_max=model.alibi_bias_max)
+        self._all_slopes = scaled_rates(slopes(heads, bias_max=bias_max), scaling)
 
     def penalty(self, distances: int) -> Tensor:
         """Return minus slope times distance, [local_heads, distances] fp64."""
@@ -33,28 +40,39 @@ class Alibi(PositionMethod):
         return -slope[:, None] * torch.arange(distances)
 
 
-def slope_formula(heads: int, *, first: int, bias_max: int = ALIBI_BIAS_MAX) -> SlopeOf:
+def slope_formula(heads: int, *, first: int, bias_max: int = ALIBI_BIAS_MAX, scaling: Scaling | None = None) -> SlopeOf:
     """Return the slopes of a tensor rank's heads as a function that a kernel can contain.
 
-    It has no tensor of its own, and exponents are exact in fp32: the slopes are those of `slopes`, rounded to fp32.
+    It has no tensor of its own. Without a scaling exponents are exact in fp32: the slopes are those of `slopes`,
+    rounded to fp32.
 
     Args:
         heads: Heads of the model.
         first: Global number of the rank's first head.
         bias_max: Value of `model.alibi_bias_max`.
+        scaling: Scales the slopes; they must stay a geometric sequence.
     """
     below = 2 ** int(math.log2(heads))
+    shift, step = 0.0, -bias_max / 2 / below  # the logarithm of a slope is shift + units * step
+    if scaling is not None:
+        every = scaled_rates(slopes(heads, bias_max=bias_max), scaling)
+        step = math.log2(every[below - 1] / every[0]) / (2 * below - 2) if below > 1 else step
+        shift = math.log2(every[0]) - 2 * step
 
     def slope_of(head: Tensor) -> Tensor:
         number = head + first
         # in units of bias_max / 2 / below: 2, 4, 6, ... up to the power of two, then 1, 3, 5, ...
         units = torch.where(number < below, 2 * number + 2, 2 * (number - below) + 1)
-        return torch.exp2(units * (-bias_max / 2 / below))
+        return torch.exp2(units * step + shift)
 
     return slope_of
 
 
-def local_slopes(heads: int, *, tensor: Group, bias_max: int = ALIBI_BIAS_MAX) -> Tensor:
+def local_slopes(
+    heads: int, *, tensor: Group, bias_max: int = ALIBI_BIAS_MAX, scaling: Scaling | None = None
+) -> Tensor:
     """Return the slopes of this tensor rank's heads, [local_heads] fp64; rounded to fp32 where they are used."""
     mine = local_heads(heads, tensor=tensor)
-    return torch.tensor(slopes(heads, bias_max=bias_max)[mine.start : mine.stop], dtype=torch.float64)
+    # how a slope is scaled may depend on those of all heads
+    every = scaled_rates(slopes(heads, bias_max=bias_max), scaling)
+    return torch.tensor(every[mine.start : mine.stop], dtype=torch.float64)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.positions import POSITIONS
+from configs.scales import Scaling
 from configs.schema import Model
 from parallel.axes import Group
 from parallel.parameter import Shard
@@ -45,6 +46,15 @@ class PositionMethod:
         self.bias: Bias = SlopeBias(None)
         self.module: nn.Module | None = None
 
+    def scale(self, scaling: Scaling | None) -> None:
+        """Replace the slopes or rates of the training by scaled ones, before the first call.
+
+        Args:
+            scaling: The scaling, for a method whose row in `configs.positions` has `scales`; None for those of the
+                training.
+        """
+        assert scaling is None, f"{type(self).__name__} cannot be scaled"
+
     def embed(self, x: Tensor, *, start: Start) -> Tensor:
         """Return embeddings [seq, batch, hidden] with their positions; the first token is at `start`."""
         return x
@@ -72,16 +82,19 @@ def position_method(position: str) -> type[PositionMethod]:
     return method
 
 
-def make_position(model: Model, shards: Shards, *, tensor: Group) -> PositionMethod:
+def make_position(model: Model, shards: Shards, *, tensor: Group, scaling: Scaling | None = None) -> PositionMethod:
     """Return a model's position method on one tensor rank.
 
     Args:
         model: The decoder's shape.
         shards: The model's shards; a learned table is among them.
         tensor: The tensor axis.
+        scaling: Scales its slopes or rates; None for those of the training.
     """
     table = shards.get(position_table_name(model.position))
     method = position_method(model.position)(model, tensor=tensor, table=table)
+    if scaling is not None:
+        method.scale(scaling)
     bias = method.bias
     leaves_out = model.window is not None if bias.local_slopes is None else model.windows == "auto"
     bias.lossless, bias.window = LosslessWindows() if leaves_out else None, model.window

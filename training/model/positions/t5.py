@@ -8,16 +8,15 @@ paper's models.
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.positions import T5_BUCKETS
 from configs.schema import Model
 from parallel.axes import Group
 from parallel.parameter import Shard
-from parallel.shards import declare
-from training.model.positions.bias import padded, power_of_two
+from training.model.positions.bias import power_of_two
+from training.model.positions.by_distance import LearnedBias
 from training.model.positions.method import PositionMethod
-from training.model.windows import LosslessWindows
 
 MAX_DISTANCE = 128
 
@@ -28,8 +27,7 @@ class T5(PositionMethod):
     def __init__(self, model: Model, *, tensor: Group, table: Shard | None) -> None:
         """Build the method for one tensor rank, with its rows of the table."""
         super().__init__(model, tensor=tensor, table=table)
-        assert table is not None, "T5's positions have a learned table"
-        self.bias = self.module = self._table = LearnedBias(table, tensor=tensor)
+        self.bias = self.module = self._table = BucketBias(table, tensor=tensor)
 
     def penalty(self, distances: int) -> Tensor:
         """Return the table's entry at each distance, [local_heads, distances] fp64."""
@@ -37,41 +35,13 @@ class T5(PositionMethod):
         return entries[:, [bucket_in_integers(distance) for distance in range(distances)]]
 
 
-class LearnedBias(nn.Module):
-    """The bias of this tensor rank's heads, one table for all layers.
+class BucketBias(LearnedBias):
+    """The entry of each distance's bucket."""
 
-    The strip is built in each call: its gradient belongs to one forward pass.
-    """
-
-    local_slopes: Tensor | None = None
-    learned = True
-    causal_only = False
-    lossless: LosslessWindows | None = None
-    window: int | None = None
-
-    def __init__(self, table: Shard, *, tensor: Group) -> None:
-        super().__init__()
-        heads, entries = table.shape
-        self.weight = nn.Parameter(torch.empty(heads // tensor.size, entries))
-        declare(self.weight, table)
-
-    def slope_of(self, device: torch.device) -> None:
-        """Return None: there are no slopes."""
-
-    def forward(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the strip [1, local_heads, rows, keys], -inf where the key is not seen."""
+    def by_distance(self, count: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the entries, [local_heads, count]."""
         # Round up to a power of two, so that the cache serves many generated tokens.
-        seen = buckets(power_of_two(keys), device=device)[:keys][: self.window]
-        by_distance = self.weight.to(dtype)[:, seen]  # [heads, distances]
-        # Row r, column first + c needs distance keys - rows + r - c. Write one line of all distances, the longest
-        # first, then the keys ahead. Repeat this line of width + 1 elements and cut it into rows of `width`: each
-        # row is then the row above, shifted right by one.
-        first, (heads, distances) = padded(rows - 1), by_distance.shape
-        width, before = first + padded(keys), first - (rows - 1) + keys - distances
-        other = by_distance.new_full((heads, width + 1 - distances), -torch.inf)
-        line = torch.cat([other[:, :before], by_distance.flip(1), other[:, before:]], dim=1)  # [heads, width + 1]
-        repeated = line[:, None, :].expand(-1, rows, -1).reshape(heads, rows * (width + 1))
-        return repeated[:, : rows * width].view(heads, rows, width)[None, :, :, first : first + keys]
+        return self.weight.to(dtype)[:, buckets(power_of_two(count), device=device)[:count]]
 
 
 @lru_cache(maxsize=8)

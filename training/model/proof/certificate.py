@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from configs.errors import TrainshortError
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
+from configs.scales import Scaling, scaled_rates
 from configs.schema import Model
 from parallel.axes import Groups
 from parallel.collectives import all_gather_object
@@ -91,6 +92,7 @@ def certify(
     precision: str,
     device: torch.device,
     otherwise: str = TRAIN_OTHERWISE,
+    scaling: Scaling | None = None,
 ) -> list[Certificate]:
     """Measure this rank's blocks, gather all ranks' certificates and check them; every rank must call it.
 
@@ -103,6 +105,7 @@ def certify(
         precision: Value of `train.precision`: the type of the forward pass.
         device: Where it runs.
         otherwise: What a user can do if this machine's attention is wrong.
+        scaling: Scales the slopes; None for those of the training.
     Returns:
         All ranks' certificates, by rank, the same on every rank.
     Raises:
@@ -115,7 +118,7 @@ def certify(
     stated = all_gather_object((mine, fault), group=groups.world)
     certificates = [certificate for certificate, _ in stated]
     if not any(seen and math.isnan(certificate.error) for certificate, seen in stated):  # else a kernel does not run
-        check_certificates(certificates, model, tolerance=tolerance, otherwise=otherwise)
+        check_certificates(certificates, model, tolerance=tolerance, otherwise=otherwise, scaling=scaling)
     use = "train" if torch.is_grad_enabled() else "compute"
     for certificate, seen in stated:
         if seen is not None:
@@ -263,28 +266,39 @@ def hash_slopes(head_slopes: Sequence[float]) -> str:
     return hashlib.sha256(values.numpy().astype("<f4").tobytes()).hexdigest()
 
 
-def check_certificates(certificates: Sequence[Certificate], model: Model, *, tolerance: float, otherwise: str) -> None:
+def check_certificates(
+    certificates: Sequence[Certificate],
+    model: Model,
+    *,
+    tolerance: float,
+    otherwise: str,
+    scaling: Scaling | None = None,
+) -> None:
     """Check that the ranks together hold all heads once, each with its own slopes and the attention they promise.
 
     Raises:
         WrongPositions: names the first rank that is wrong, how, and what to do.
     """
-    why = _wrong_rank(certificates, model, tolerance=tolerance, otherwise=otherwise)
+    why = _wrong_rank(certificates, model, tolerance=tolerance, otherwise=otherwise, scaling=scaling)
     why = why or _wrong_heads(certificates, model)
     if why is not None:
         raise WrongPositions(f"positions are wrong: {why}", certificates)
 
 
-def _wrong_rank(certificates: Sequence[Certificate], model: Model, *, tolerance: float, otherwise: str) -> str | None:
+def _wrong_rank(
+    certificates: Sequence[Certificate], model: Model, *, tolerance: float, otherwise: str, scaling: Scaling | None
+) -> str | None:
     promised = POSITIONS[model.position].slopes
-    slopes = None if promised is None else promised(model)
+    slopes = None if promised is None else scaled_rates(promised(model), scaling)
     for certificate in certificates:
         if slopes is not None:
             expected = hash_slopes([slopes[head] for head in certificate.heads])
             if certificate.slopes_sha256 != expected:
                 heads = _span(certificate.heads)
                 return f"{certificate.where} does not have the slopes of its heads {heads}; {REPORT}"
-            if not certificate.recency > 0:
+            # 16 bits may round away how little a flat scaled slope prefers the last of PROBED keys
+            prefers_near = certificate.recency > 0 or (scaling is not None and certificate.recency == 0)
+            if not prefers_near:
                 return (
                     f"{certificate.where} does not prefer near keys (last key's weight minus the first's "
                     f"{certificate.recency:.3g}): {certificate.position} is off, or has the wrong sign, in attention "
@@ -310,13 +324,16 @@ def _wrong_heads(certificates: Sequence[Certificate], model: Model) -> str | Non
     return None
 
 
-def certificates_to_json(certificates: Sequence[Certificate], model: Model) -> dict[str, Any]:
-    """Return the certificates as plain values; JSON has no nan, so that becomes None."""
+def certificates_to_json(
+    certificates: Sequence[Certificate], model: Model, *, scaling: Scaling | None = None
+) -> dict[str, Any]:
+    """Return the certificates as plain values, with the scaling that they are of; JSON has no nan: it becomes None."""
     ranks = [
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in stated.items()}
         for stated in map(asdict, certificates)
     ]
-    return {"position": model.position, "heads": model.heads, "ranks": ranks}
+    scale = {} if scaling is None else {"scale": asdict(scaling)}
+    return {"position": model.position, **scale, "heads": model.heads, "ranks": ranks}
 
 
 def _span(heads: Sequence[int]) -> str:
