@@ -125,7 +125,8 @@ def test_ranks_measure_what_one_process_measures(runs: Path, monkeypatch: pytest
     ]
     first, *others = run_ranks(evaluate_in_turn, ranks=4, arguments={"asked": asked})
     split, gone_on, shared, refused = first
-    assert refused.endswith(" too short for length 100000: use lengths up to 1040, or give a longer text with --data")
+    tokens = single["data"]["tokens"]
+    assert f"the text has {tokens} tokens, too short for length 100000: use lengths up to {tokens - 1}" in refused
     assert others == [[None, None, None, refused]] * 3, "so that no rank waits for one that has ended"
     same(split, single)
     same(shared, evaluate_checkpoint(runs / "t5", request))

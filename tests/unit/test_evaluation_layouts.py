@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.errors import InputError
+from launch import local
 from tests.support.command_line import Call
 from tests.support.house.source import HOUSE
 from training.evaluation.precheck import check_ranks, evaluation_layout
@@ -60,3 +62,24 @@ def test_ranks_are_one_for_each_gpu(folder: Path) -> None:
         "--tensor 2 --pipeline 2 needs 4 GPUs, and this machine has 2: lower one of them, or set "
         'CUDA_VISIBLE_DEVICES="" for CPU ranks'
     )
+
+
+@pytest.mark.usefixtures("folder")
+def test_ranks_repeat_the_command_and_show_the_report(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+
+    def start(command: list[str], **options: Any) -> int:
+        started.append({"command": command, **options})
+        return 3
+
+    monkeypatch.setattr(local, "start_ranks", start)
+    words = ("--quiet", "evaluate", "run", "--data", "text.txt", "--tensor", "2", "--pipeline", "2")
+    assert trainshort(*words).code == 3, "that of the ranks"
+    (seen,) = started
+    assert seen["command"][1:] == ["-P", "-m", "trainshort", *words]
+    assert (seen["ranks"], seen["logs"]) == (4, Path("run/logs/evaluate"))
+    assert hasattr(seen["results"], "write")
+    words_of_a_rank = seen["explain_memory"](3, "ran out of memory").splitlines()
+    assert words_of_a_rank[0] == "rank 3 ran out of memory"
+    assert "place: tensor rank 1, pipeline rank 1, data rank 0" in words_of_a_rank[1]
+    assert [line.strip() for line in words_of_a_rank[3:5]] == ["shorter --lengths", "a larger --tensor or --pipeline"]
