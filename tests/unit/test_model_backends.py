@@ -1,6 +1,7 @@
 """The backends made for GPUs, as far as a CPU can test them: their formula and their calls."""
 
 import sys
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from configs.errors import MachineError
 from configs.positions import slopes
+from parallel.documents import Documents
 from training.model.kernels import flash4, flex
 from training.model.kernels.flash import Flash
 from training.model.kernels.flash4 import Flash4
@@ -129,8 +131,28 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             scores = scores.masked_fill((aligned > before) | (aligned < -after), -torch.inf)
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        **how: Any,
+    ) -> Tensor:
+        """Attend in each sequence: [total tokens, heads, head_dim]; cu_seqlens [batch + 1] int32, max_seqlen ints."""
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert cu_seqlens_q.dtype is torch.int32
+        ends = cu_seqlens_q.tolist()
+        assert (ends[0], ends[-1]) == (0, len(q))
+        assert max_seqlen_q == max_seqlen_k == max(end - first for first, end in pairwise(ends))
+        parts = [flash_attn_func(*(x[None, first:end] for x in (q, k, v)), **how)[0] for first, end in pairwise(ends)]
+        return torch.cat(parts)
+
     module = ModuleType("flash_attn")
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return calls
 
@@ -150,6 +172,21 @@ def test_the_call_of_flash_means_the_reference(
     (call,) = flash_calls
     assert call["causal"] is True
     assert (call["alibi_slopes"] is None) == (position == "none")
+
+
+@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("position", ["alibi", "none"])
+@torch.no_grad()
+def test_flash_takes_documents_as_sequences(position: str, window: int | None) -> None:
+    bias, inputs = bias_of(position), random_qkv(40, 40, seed=1)
+    bias.window = window
+    begins = torch.zeros(2, 40)
+    begins[0, [1, 17, 39]] = begins[1, 20] = 1
+    documents = Documents(begins, device=torch.device("cpu"))
+    out = Flash(bias)(*inputs, documents)
+    assert out.shape == inputs[0].shape
+    torch.testing.assert_close(out, Reference(bias)(*inputs, documents), atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("flash_calls")

@@ -117,6 +117,7 @@ def run_measurements(
                 sums=sums,
                 batch_tokens=batch_tokens,
                 same_tokens=measurement.same_tokens,
+                begins=text.begins,
                 progress=advance,
             )
         results.append(result)

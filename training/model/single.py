@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from configs.errors import InputError
 from configs.precisions import DEFAULT_PRECISION, Precision, require_precision
 from configs.schema import Model
+from parallel.documents import Documents
 from parallel.groups import lone_groups
 from parallel.shards import declared
 from parallel.start import flush_denormals, start_alone
@@ -136,16 +137,21 @@ class SingleModel:
         On a GPU this only launches the work: reading the result waits for it.
 
         Args:
-            tokens: [batch, length + 1] int64, of any length, on the CPU.
+            tokens: [batch, length + 1] int64, of any length, on the CPU. Or [batch, 2, length + 1], with the tokens and
+                whether each begins a document: attention then stays inside documents.
             last: How many of the last predictions: the head computes no others. None for all.
         Returns:
-            Negative log-likelihood in nats of tokens[:, -last:], [batch, last] fp32, on the model's device.
+            Negative log-likelihood in nats of the last tokens, [batch, last] fp32, on the model's device.
         """
+        documents = None
+        if tokens.ndim == 3:
+            tokens, begins = tokens.unbind(1)
+            documents = Documents(begins[:, :-1], device=self._device)
         length = tokens.shape[1] - 1
         first = 0 if last is None else length - last
         with inference(self._precision):
             tokens = self._to_device(tokens)
-            x = self._decoder.hidden(tokens[:, :-1])  # [length, batch, hidden]
+            x = self._decoder.hidden(tokens[:, :-1], documents)  # [length, batch, hidden]
             return self._decoder.token_losses(x[first:], tokens[:, first + 1 :].T).T
 
     def score(self, tokens: Tensor, where: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
@@ -245,22 +251,30 @@ def load_single(checkpoint: Checkpoint, *, precision: str = DEFAULT_PRECISION) -
     """
     device = inference_device(precision)
     model = checkpoint.config.model.model_copy(update={"attention": "auto", "windows": "auto"})
-    decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
+    documents = checkpoint.config.data.mask_documents
+    decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size, documents=documents)
     for parameter, shard in declared(decoder).values():
         parameter.data = checkpoint.slice(shard, kind="weight", part=None)
     decoder.to(device, dtype_of(precision))
     with inference(require_precision(precision)):
         certificates = certify(
-            decoder, model, groups=lone_groups(), precision=precision, device=device, otherwise=READ_OTHERWISE
+            decoder,
+            model,
+            groups=lone_groups(),
+            precision=precision,
+            device=device,
+            documents=documents,
+            otherwise=READ_OTHERWISE,
         )
     certificate = certificates_to_json(certificates, model)
     return SingleModel(decoder, device=device, certificate=certificate, precision=precision)
 
 
-def lone_decoder(model: Model, *, vocab_size: int) -> Decoder:
+def lone_decoder(model: Model, *, vocab_size: int, documents: bool = False) -> Decoder:
     """Return a decoder in a world of one, its weights not yet set, on the CPU."""
     start_alone()
-    return Decoder(plan_layers(model, vocab_size=vocab_size, tensor=lone_groups().tensor, recompute=False))
+    tensor = lone_groups().tensor
+    return Decoder(plan_layers(model, vocab_size=vocab_size, tensor=tensor, recompute=False, documents=documents))
 
 
 def _store_by_columns(decoder: Decoder) -> None:
