@@ -3,15 +3,22 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from configs.positions import POSITIONS, T5_BUCKETS
+from configs.protocols import parse_protocol
+from data_pipeline.documents import document_begins
 from parallel.axes import Group
 from parallel.documents import Documents, split_batch
 from parallel.plan import Recompute
-from tests.support.models import VOCABULARY, learned_bias, make_decoder
+from tests.support.models import LAYERS, VOCABULARY, learned_bias, make_decoder
+from training.evaluation.perplexity import score_windows
+from training.evaluation.resampling import units_of
+from training.evaluation.sums import LossSums
+from training.evaluation.windows import place_windows
 from training.model.attention import make_attention
 from training.model.kernels import sdpa
 from training.model.kernels.flex import Flex
@@ -20,6 +27,7 @@ from training.model.kernels.sdpa import Sdpa
 from training.model.positions.alibi import local_slopes
 from training.model.positions.bias import Bias, SlopeBias
 from training.model.positions.t5 import bucket_in_integers
+from training.model.single import SingleModel
 from training.model.windows import LosslessWindows
 
 CPU = torch.device("cpu")
@@ -174,6 +182,29 @@ def test_a_packed_window_is_its_documents_alone(position: str, recompute: Recomp
     assert others != loss
     one = Documents(begins_of(((0,),) * 3, seq=SEQ), device=CPU)
     assert torch.equal(decoder(inputs, targets, documents=one), plain), "one document is no mask"
+
+
+def test_evaluation_scores_each_document_alone() -> None:
+    model = SingleModel(make_decoder(4), device=CPU, certificate={})
+    generator = torch.Generator().manual_seed(5)
+    text = torch.randint(1, VOCABULARY, (200,), generator=generator).numpy()
+    text[[3, 40, 41, 150]] = 0  # the end of a document, which may be empty
+    firsts = np.array([0, 4, 41, 42, 100, 151])  # at 100 one follows another without an end
+    begins = document_begins(text, joins=firsts, end=0)
+    assert begins.nonzero()[0].tolist() == [0, 3, 40, 41, 100, 150]
+    for protocol in ("nonoverlapping", "sliding:7"):
+        windows = place_windows(len(text), length=30, protocol=parse_protocol(protocol))
+        sums = LossSums(windows, units_of(None, tokens=len(text)), attention=model.windows)
+        score_windows(model, text, sums=sums, batch_tokens=60, begins=begins)
+        expected = 0.0
+        for start, first in zip(windows.starts.tolist(), windows.scored_from.tolist(), strict=True):
+            window = torch.from_numpy(text[start : start + 31])
+            places = [0, *(at for at in range(1, 30) if begins[start + at])]
+            alone = [model.losses(window[None, a : b + 1])[0] for a, b in pairwise([*places, 30])]
+            expected += float(torch.cat(alone)[first:].double().sum())
+        assert float(sums.totals().by_unit.sum()) == pytest.approx(expected, rel=1e-6)
+        assert len(sums.totals().density_by_layer) == LAYERS
+        assert max(sums.totals().density_by_layer) < 0.95, "of the causal scores of whole windows"
 
 
 def test_rows_without_documents_are_split_alike() -> None:

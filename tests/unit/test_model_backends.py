@@ -1,6 +1,8 @@
 """The backends made for GPUs, as far as a CPU can test them: their formula and their calls."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -94,6 +96,26 @@ def test_flash4_says_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> 
         Flash4(bias_of("alibi"))
 
 
+def each_sequence(
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **how: Any,
+) -> Tensor:
+    """Stand in for flash_attn_varlen_func: [total tokens, heads, head_dim]; cu_seqlens are [sequences + 1] int32."""
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert cu_seqlens_q.dtype is torch.int32
+    ends = cu_seqlens_q.tolist()
+    assert (ends[0], ends[-1]) == (0, len(q))
+    assert max_seqlen_q == max_seqlen_k == max(end - first for first, end in pairwise(ends))
+    return torch.cat([attend(*(x[None, a:b] for x in (q, k, v)), **how)[0] for a, b in pairwise(ends)])
+
+
 @pytest.fixture
 def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A stand-in for flash-attn, and what it was called with.
@@ -131,28 +153,9 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             scores = scores.masked_fill((aligned > before) | (aligned < -after), -torch.inf)
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
-    def flash_attn_varlen_func(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        **how: Any,
-    ) -> Tensor:
-        """Attend in each sequence: [total tokens, heads, head_dim]; cu_seqlens [batch + 1] int32, max_seqlen ints."""
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert cu_seqlens_q.dtype is torch.int32
-        ends = cu_seqlens_q.tolist()
-        assert (ends[0], ends[-1]) == (0, len(q))
-        assert max_seqlen_q == max_seqlen_k == max(end - first for first, end in pairwise(ends))
-        parts = [flash_attn_func(*(x[None, first:end] for x in (q, k, v)), **how)[0] for first, end in pairwise(ends)]
-        return torch.cat(parts)
-
     module = ModuleType("flash_attn")
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    module.flash_attn_varlen_func = partial(each_sequence, flash_attn_func)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return calls
 
