@@ -51,9 +51,9 @@ class Documents:
         batch, seq = begins.shape
         begins = begins != 0
         begins[:, 0] = True
-        self.lengths = tuple(
-            tuple(end - first for first, end in pairwise([*row.nonzero().flatten().tolist(), seq])) for row in begins
-        )
+        self.lengths: list[list[int]] = [
+            [end - first for first, end in pairwise([*row.nonzero().flatten().tolist(), seq])] for row in begins
+        ]
         places = torch.arange(seq).expand(batch, -1)
         self.starts = places.where(begins, 0).cummax(1).values.to(device, non_blocking=True)
 
@@ -66,7 +66,7 @@ class Documents:
     @property
     def longest(self) -> int:
         """Tokens of the longest document."""
-        return max(chain.from_iterable(self.lengths))
+        return max(max(row) for row in self.lengths)
 
     def places(self, first: int, count: int) -> Places:
         """Return the positions of `count` tokens of each row, from number `first` on."""

@@ -64,7 +64,7 @@ DOCUMENT_MUTANTS = (
         f"{KERNELS}/each_document.py",
         "zip(documents.lengths, q.unbind()",
         "zip(documents.lengths[:1] * batch, q.unbind()",
-        BY_KERNEL + "[none-None-sdpa]",
+        BY_PACKED + "[none-False]",
     ),
     Mutant(
         "documents: flex sees the last key of the document before",
@@ -81,10 +81,10 @@ DOCUMENT_MUTANTS = (
         BY_TILES + "test_the_tiles_of_documents_are_those_of_torch[None]",
     ),
     Mutant(
-        "documents: windows are bounded by the weights of another document's keys",
+        "documents: the nearest keys are of another document",
         TILES,
         "        place = (place - starts)[:, None]  # [batch, 1, queries]: within the document\n",
         "        pass\n",
-        BY_TILES + "test_a_document_is_not_cut_short_by_the_one_before",
+        BY_TILES + "test_the_nearest_keys_are_of_the_same_document",
     ),
 )

@@ -86,7 +86,7 @@ def test_documents_are_where_they_are_said_to_begin() -> None:
     begins = begins_of(FIRSTS, seq=SEQ)
     begins[1] = 0  # a row that begins inside a document, and has no other
     documents = Documents(begins, device=CPU)
-    assert documents.lengths == ((1, 16, 22, 1), (40,), (20, 20))
+    assert documents.lengths == [[1, 16, 22, 1], [40], [20, 20]]
     assert documents.ends.tolist() == [0, 1, 17, 39, 40, 80, 100, 120]
     assert documents.longest == 40
     assert not begins[1].any(), "the caller's are not changed"

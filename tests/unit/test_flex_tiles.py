@@ -179,21 +179,6 @@ def test_the_nearest_keys_are_of_the_same_document() -> None:
     torch.testing.assert_close(nearest_sums(q, k, LOCAL_SLOPES, nearest=8, starts=starts), expected)
 
 
-def test_a_document_is_not_cut_short_by_the_one_before() -> None:
-    # The keys nearest to the first query of a document are another's, and fit it best.
-    q, k = random_qk(4, seed=8, scale=0.1)
-    starts = starts_of(4, (0, 320), (0, 320))
-    flat_q, flat_k = q.flatten(2, 3), k.flatten(2, 3)
-    flat_k[:, :, 312:320] = 40 * flat_q[:, :, 320:321]
-    flat_q[:, :, 320:340] = flat_q[:, :, 320:321]
-    seen = seen_scores(mask_of(flat_q.view(q.shape), flat_k.view(k.shape), None, starts))
-    scores = flat_q.double() @ flat_k.double().mT / 4 + SlopeBias(LOCAL_SLOPES)(
-        rows=512, keys=512, device=CPU, dtype=torch.float64
-    )
-    weights = scores.masked_fill(torch.arange(512) < starts[:, None, :, None], -torch.inf).softmax(-1)
-    assert weights.masked_fill(seen, 0).sum(-1).max() <= share_limit(torch.float32)
-
-
 @pytest.mark.parametrize("starts", [None, documents_of(6)[:1]])
 @pytest.mark.parametrize("window", [None, 300])
 def test_computed_tiles_have_the_references_gradients(window: int | None, starts: Tensor | None) -> None:
