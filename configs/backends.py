@@ -36,6 +36,7 @@ class Backend(Choice):
             blocks, and kept twice for the backward pass.
         compiles: Whether its kernel is compiled when it is first called.
         leaves_out_on: Kinds of device on which it leaves out keys without weight.
+        documents: Whether it can keep attention inside documents.
     """
 
     what: str
@@ -51,18 +52,20 @@ class Backend(Choice):
     query_block: int = 0
     compiles: bool = False
     leaves_out_on: tuple[Device, ...] = ()
+    documents: bool = False
 
     @property
     def positions(self) -> tuple[str, ...]:
         """Values of `model.position` that it supports."""
         return tuple(position.name for position in POSITIONS.values() if position.bias in self.biases)
 
-    def unmet(self, *, bias: BiasKind, precision: str, head_dim: int) -> set[str]:
-        """Return which of the three it supports on no machine, by name."""
+    def unmet(self, *, bias: BiasKind, precision: str, head_dim: int, documents: bool = False) -> set[str]:
+        """Return which of them it supports on no machine, by name."""
         supported = {
             "bias": bias in self.biases,
             "precision": precision in self.precisions,
             "head_dim": self.head_dims[0] <= head_dim <= self.head_dims[1],
+            "documents": self.documents or not documents,
         }
         return {name for name, is_supported in supported.items() if not is_supported}
 
@@ -83,6 +86,7 @@ BACKENDS = {
             memory="length x length",
             has_run="CPU: fp64, fp32, bf16",
             keeps_scores=True,
+            documents=True,
         ),
         Backend(
             name="sdpa",
@@ -98,6 +102,7 @@ BACKENDS = {
             has_run="CPU: fp64, fp32, bf16; one H100: bf16, training steps",
             query_block=256,
             leaves_out_on=("cpu",),
+            documents=True,
         ),
         Backend(
             name="flex",
@@ -114,6 +119,7 @@ BACKENDS = {
             "with gradients, training steps in bf16, windows",
             compiles=True,
             leaves_out_on=("cuda",),
+            documents=True,
         ),
         Backend(
             name="flash4",
@@ -142,6 +148,7 @@ BACKENDS = {
             package="flash_attn",
             memory="length",
             has_run="never; written against its documentation",
+            documents=True,
         ),
     )
 }
@@ -156,6 +163,7 @@ def candidates(
     precision: str,
     head_dim: int,
     packages: frozenset[str],
+    documents: bool = False,
     capability: tuple[int, int] | None = None,
 ) -> list[Backend]:
     """Return the backends that `auto` may use on a device, the fastest first; never empty.
@@ -166,12 +174,13 @@ def candidates(
         precision: Value of `train.precision`.
         head_dim: Width of a head.
         packages: Installed packages, out of those that backends need.
+        documents: Value of `data.mask_documents`.
         capability: The GPU's compute capability; None if unknown, since asking for it needs torch.
     """
     fitting = [
         backend
         for backend in map(BACKENDS.__getitem__, AUTO)
-        if not backend.unmet(bias=bias, precision=precision, head_dim=head_dim)
+        if not backend.unmet(bias=bias, precision=precision, head_dim=head_dim, documents=documents)
         and unavailable(backend, device=device, packages=packages, capability=capability) is None
     ]
     return fitting or [BACKENDS[EVERYWHERE]]
@@ -189,6 +198,7 @@ def backend_of(
     position: str,
     precision: str,
     head_dim: int,
+    documents: bool = False,
     capability: tuple[int, int] | None = None,
 ) -> Backend:
     """Return the backend that a value of `model.attention` means on this machine; `auto` means the fastest.
@@ -199,6 +209,7 @@ def backend_of(
         position: Value of `model.position`.
         precision: Value of `train.precision`.
         head_dim: Width of a head.
+        documents: Value of `data.mask_documents`.
         capability: The GPU's compute capability; None if unknown.
     """
     return (
@@ -209,6 +220,7 @@ def backend_of(
             precision=precision,
             head_dim=head_dim,
             packages=installed_packages(),
+            documents=documents,
             capability=capability,
         )[0]
     )
@@ -230,10 +242,12 @@ def _installed(package: str) -> bool:
     return True
 
 
-def unsupported(backend: Backend, *, position: str, precision: str, head_dim: int) -> str | None:
+def unsupported(
+    backend: Backend, *, position: str, precision: str, head_dim: int, documents: bool = False
+) -> str | None:
     """Return the setting that a backend supports on no machine, and what to do; None if there is none."""
     bias = POSITIONS[position].bias
-    unmet = backend.unmet(bias=bias, precision=precision, head_dim=head_dim)
+    unmet = backend.unmet(bias=bias, precision=precision, head_dim=head_dim, documents=documents)
     if "bias" in unmet:
         fitting = _in_words([other for other in BACKENDS.values() if bias in other.biases])
         return f"{backend.name} cannot compute model.position {position}: use {fitting}"
@@ -248,6 +262,9 @@ def unsupported(backend: Backend, *, position: str, precision: str, head_dim: in
         )
         heads = f"heads of {head_dim} (model.hidden / model.heads)"
         return f"{backend.name} cannot compute {heads}, only {widths}: {advice}"
+    if "documents" in unmet:
+        fitting = _in_words([other for other in BACKENDS.values() if other.documents and bias in other.biases])
+        return f"{backend.name} cannot compute data.mask_documents true: use {fitting}"
     return None
 
 

@@ -46,12 +46,13 @@ def configuration_page() -> str:
 def backend_table() -> str:
     """Return the Markdown table of the attention backends."""
     rows = [
-        "| backend | what it is | positions | precisions | devices | memory grows with | has run |",
-        "|---|---|---|---|---|---|---|",
+        "| backend | what it is | positions | precisions | devices | documents | memory grows with | has run |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for backend in BACKENDS.values():
         lists = [", ".join(words) for words in (backend.positions, backend.precisions, backend.devices)]
-        cells = (f"`{backend.name}`", backend.what, *lists, backend.memory, backend.has_run)
+        documents = "yes" if backend.documents else "no"
+        cells = (f"`{backend.name}`", backend.what, *lists, documents, backend.memory, backend.has_run)
         rows.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
     return "\n".join(rows) + "\n"
 

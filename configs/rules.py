@@ -75,7 +75,13 @@ def _bias_max(config: RunConfig) -> Iterator[str]:
 def _attention(config: RunConfig) -> Iterator[str]:
     model = config.model
     backend = named_backend(model.attention) or BACKENDS[EVERYWHERE]  # auto falls back to it
-    why = unsupported(backend, position=model.position, precision=config.train.precision, head_dim=model.head_dim)
+    why = unsupported(
+        backend,
+        position=model.position,
+        precision=config.train.precision,
+        head_dim=model.head_dim,
+        documents=config.data.mask_documents,
+    )
     if why is not None:
         yield f"model.attention {why}"
 
@@ -299,7 +305,6 @@ def _not_available(config: RunConfig) -> Iterator[str]:
     """Yield values that this version knows but does not support: they are refused, never replaced."""
     for section, key, available in (
         ("model", "family", _available(FAMILIES)),
-        ("data", "mask_documents", (False,)),
         ("train", "precision", _available(PRECISIONS)),
         ("checkpoint", "background", (False,)),
     ):

@@ -159,7 +159,9 @@ class Data(Section):
         min_length=1,
         description="Cuts a text file into documents; a newline in it also matches CRLF. One document unless set.",
     )
-    mask_documents: bool = Field(default=False, description="Keep attention inside a document.")
+    mask_documents: bool = Field(
+        default=False, description="Keep attention inside each document; positions begin again in each."
+    )
 
 
 class Parallel(Section):

@@ -38,7 +38,7 @@ class Loader:
         self._data_size = data_size
 
     def step(self, consumed_samples: int) -> list[torch.Tensor]:
-        """Return this rank's micro-batches of one step, each [micro_batch, seq + 1], int64.
+        """Return this rank's micro-batches of one step, each [micro_batch, seq + 1], int64; see `Samples.read`.
 
         Over all data ranks, micro-batch m holds the m-th group of micro_batch x data_size consecutive samples of the
         stream. So a step has the same samples, in the same order, for any number of ranks.

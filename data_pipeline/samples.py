@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from configs.files import one_writer
 from data_pipeline.counts import chosen_sequences, sample_counts
+from data_pipeline.documents import document_begins
 from data_pipeline.manifest import Part, Prepared
 
 with warnings.catch_warnings():
@@ -39,12 +40,18 @@ class Samples:
         datasets: The dataset of each part, None if the part is too short for a sample, [parts].
         sequence_length: Tokens of a sample's input.
         weights: Weight of each part, [parts]; None to sample in proportion to the text.
+        end: The token that ends a document, if samples say where documents begin; else None.
     """
 
     def __init__(
-        self, datasets: Sequence[GPTDataset | None], *, sequence_length: int, weights: tuple[float, ...] | None
+        self,
+        datasets: Sequence[GPTDataset | None],
+        *,
+        sequence_length: int,
+        weights: tuple[float, ...] | None,
+        end: int | None = None,
     ) -> None:
-        self._datasets = tuple(datasets)
+        self._datasets, self._end = tuple(datasets), end
         self.sequence_length = sequence_length
         self.weights = weights
         self.sizes = tuple(0 if dataset is None else len(dataset) for dataset in self._datasets)
@@ -57,20 +64,28 @@ class Samples:
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return samples, [len(ids), sequence_length + 1], int64: inputs are [:, :-1] and targets [:, 1:].
 
+        If they say where documents begin, [len(ids), 2, sequence_length + 1]: a sample's tokens, and for each of them 1
+        if it begins a document.
+
         Args:
             ids: Index of each sample in the epoch, in [0, len(self)).
         """
-        rows = np.empty((len(ids), self.sequence_length + 1), np.int64)
-        for row, sample in zip(rows, ids, strict=True):
+        rows = np.empty((len(ids), 2, self.sequence_length + 1), np.int64)
+        for (tokens, begins), sample in zip(rows, ids, strict=True):
             part = int(np.searchsorted(self._ends, sample, side="right"))
             dataset = self._datasets[part]
             assert dataset is not None, f"there is no sample {sample}"
-            item = dataset[int(sample) - int(self._ends[part]) + self.sizes[part]]
-            row[:-1], row[-1] = item["tokens"], item["labels"][-1]
-        return rows
+            number = int(sample) - int(self._ends[part]) + self.sizes[part]
+            item = dataset[number]
+            tokens[:-1], tokens[-1] = item["tokens"], item["labels"][-1]
+            if self._end is not None:
+                begins[:] = document_begins(tokens, joins=_joins(dataset, number), end=self._end)
+        return rows[:, 0] if self._end is None else rows
 
 
-def open_samples(prepared: Prepared, *, sequence_length: int, split: float, seed: int, held_out: bool) -> Samples:
+def open_samples(
+    prepared: Prepared, *, sequence_length: int, split: float, seed: int, held_out: bool, documents: bool = False
+) -> Samples:
     """Open the samples of the training or the held-out text.
 
     The index of samples is built once and kept beside the data. With several ranks, call this on rank 0, wait at
@@ -82,6 +97,7 @@ def open_samples(prepared: Prepared, *, sequence_length: int, split: float, seed
         split: Share of the sequences held out; give the same for training and held-out samples.
         seed: Seed of the order in which documents are joined into training samples; held-out samples ignore it.
         held_out: Open the held-out samples instead of the training samples.
+        documents: Whether samples say where documents begin.
     Raises:
         InputError: see `sample_counts`.
     """
@@ -91,9 +107,19 @@ def open_samples(prepared: Prepared, *, sequence_length: int, split: float, seed
     for part, count in zip(prepared.parts, counts, strict=True):
         sequences = chosen_sequences(part, split=split, held_out=held_out)
         datasets.append(_open_part(prepared, part, sequences, key) if count else None)
-    samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights)
+    end = prepared.end_of_document if documents else None
+    samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights, end=end)
     assert samples.sizes == counts, f"megatron-core makes {samples.sizes} samples where {counts} were counted"
     return samples
+
+
+def _joins(dataset: GPTDataset, number: int) -> NDArray[np.int64]:
+    """Return the places in a sample, which was read before, at which another sequence of the data begins."""
+    index = dataset.shuffle_index[number]
+    (first, offset), (last, _) = dataset.sample_index[index], dataset.sample_index[index + 1]
+    lengths = dataset.dataset.sequence_lengths[dataset.document_index[first:last]]
+    joins: NDArray[np.int64] = np.cumsum(lengths, dtype=np.int64) - offset
+    return joins
 
 
 def _open_part(

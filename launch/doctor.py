@@ -246,6 +246,7 @@ def alibi_backend(config: RunConfig, *, device: str) -> Backend:
         position=model.position,
         precision=config.train.precision,
         head_dim=model.head_dim,
+        documents=config.data.mask_documents,
         capability=min((gpu["capability"] for gpu in gpu_report()["usable"]), default=None),
     )
 

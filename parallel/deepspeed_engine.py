@@ -21,6 +21,7 @@ from configs.schema import Train
 from configs.slow_parts import timed
 from parallel import zero
 from parallel.axes import Group, Groups
+from parallel.documents import split_batch
 from parallel.engine import Engine, State, StepOutcome
 from parallel.gradients import add_from_now_on, add_no_more, adds_in_turn, sum_tied_gradients, take_over
 from parallel.layout import Layout
@@ -131,8 +132,8 @@ class _PlainEngine:
         self._engine.train()
         losses = []
         for batch in micro_batches:
-            inputs, targets = split_batch(batch, device=self._engine.device)
-            loss = self._engine(inputs, targets)
+            inputs, targets, documents = split_batch(batch, device=self._engine.device)
+            loss = self._engine(inputs, targets, documents=documents)
             self._engine.backward(loss)
             losses.append(loss.detach())
             if self._adds_in_turn and len(losses) < len(micro_batches):
@@ -146,7 +147,7 @@ class _PlainEngine:
     def mean_loss(self, micro_batches: Sequence[Tensor]) -> float:
         self._engine.eval()
         batches = [split_batch(batch, device=self._engine.device) for batch in micro_batches]
-        losses = [self._engine(inputs, targets) for inputs, targets in batches]
+        losses = [self._engine(inputs, targets, documents=documents) for inputs, targets, documents in batches]
         return self._mean(torch.stack(losses).mean())
 
     @torch.no_grad()
@@ -208,15 +209,12 @@ class _PipelineEngine:
             # The engine keeps communication buffers of the last shape: without a reset, the ranks would abort.
             self._engine.reset_activation_shape()
             self._shape = tuple(micro_batches[0].shape)
-        return iter([split_batch(batch, device=self._engine.device) for batch in micro_batches])
+        batches = [split_batch(batch, device=self._engine.device) for batch in micro_batches]
+        # Every stage reads all micro-batches, and computes them in their order.
+        self._engine.module.documents = iter([documents for _, _, documents in batches])
+        return iter([(inputs, targets) for inputs, targets, _ in batches])
 
 
 def _backward_and_add(engine: Any, buffer_id: int) -> None:
     engine._exec_backward_pass(buffer_id)
     add_from_now_on(engine)
-
-
-def split_batch(batch: Tensor, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets [batch, seq] of a micro-batch [batch, seq + 1]."""
-    batch = batch.to(device, non_blocking=True)
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()

@@ -56,7 +56,12 @@ class Engine(Protocol):
     module: nn.Module
 
     def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
-        """Take one optimizer step on this data rank's micro-batches, each [micro_batch, seq + 1]."""
+        """Take one optimizer step on this data rank's micro-batches.
+
+        Args:
+            micro_batches: Each as `parallel.documents.split_batch` takes it.
+            learning_rate: The optimizer's.
+        """
         ...
 
     def mean_loss(self, micro_batches: Sequence[Tensor]) -> float:

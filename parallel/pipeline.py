@@ -1,7 +1,8 @@
 """Pipeline stages: DeepSpeed's PipelineModule over a plan, cut at the bounds of our layout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -9,16 +10,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from parallel.axes import Groups
+from parallel.documents import Documents
 from parallel.libraries import LayerSpec, PipelineModule, TiedLayerSpec
 from parallel.plan import LayerPlan, Maker
 
 
 class _Layer(LayerSpec):  # type: ignore[misc]
-    """A layer that DeepSpeed builds on the stage that holds it."""
+    """A layer that DeepSpeed builds on the stage that holds it.
 
-    def __init__(self, make: Maker) -> None:
+    Attributes:
+        takes_documents: Whether it is called with states and the documents of the micro-batch.
+    """
+
+    def __init__(self, make: Maker, *, takes_documents: bool = False) -> None:
         super().__init__(nn.Module)  # DeepSpeed requires a class; `build` does not use it
-        self._make = make
+        self._make, self.takes_documents = make, takes_documents
 
     def build(self, log: bool = False) -> nn.Module:
         """Make the layer."""
@@ -42,7 +48,13 @@ def _pass(_: nn.Module, x: Tensor) -> Tensor:
 
 
 class StagedModule(PipelineModule):  # type: ignore[misc]
-    """This stage's layers of a plan."""
+    """This stage's layers of a plan.
+
+    Attributes:
+        documents: Those of the micro-batches of the forward passes to come; where there are none, none is masked.
+    """
+
+    documents: Iterator[Documents | None] = iter(())
 
     def __init__(self, plan: LayerPlan, *, groups: Groups, bounds: Sequence[int]) -> None:
         """Build the layers of this stage.
@@ -52,7 +64,8 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
             groups: The axes.
             bounds: Each stage's first block, and the end.
         """
-        blocks = list(map(_Layer, plan.blocks))
+        of_states = partial(_Layer, takes_documents=True)
+        blocks = list(map(of_states, plan.blocks))
         stages: list[list[LayerSpec]] = [blocks[start:stop] for start, stop in pairwise(bounds)]
         if (shared := plan.shared) is not None:
             # Listed as a layer only to put it on every stage: the blocks call it themselves.
@@ -63,12 +76,20 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
             head: LayerSpec = _TiedLayer("embedding", plan.embedding, forward_fn=_pass)
         else:
             embedding, head = _Layer(plan.embedding), _Layer(plan.head_weight)
-        stages[0] = [embedding, *map(_Layer, plan.before), *stages[0]]
-        stages[-1] += [*map(_Layer, plan.after), head]
+        stages[0] = [embedding, *map(of_states, plan.before), *stages[0]]
+        stages[-1] += [*map(of_states, plan.after), head]
         self._plan = plan
         self._bounds = list(accumulate(map(len, stages), initial=0))
         with redirect_stdout(StringIO()):  # DeepSpeed prints its settings
             super().__init__(list(chain(*stages)), topology=groups.grid.topology(), loss_fn=self._loss)
+        self._takes_documents = [getattr(spec, "takes_documents", False) for spec in stages[self.stage_id]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of this stage's layers for the next micro-batch: tokens or states -> states."""
+        documents = next(self.documents, None)
+        for layer, takes_documents in zip(self.forward_funcs, self._takes_documents, strict=True):
+            x = layer(x, cache=documents) if takes_documents else layer(x)
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         """Return local logits [batch, seq, local_vocab] of the last layer's output, on the last stage."""

@@ -57,6 +57,7 @@ def build_engine(
         tensor=groups.tensor,
         recompute=train.recompute,
         sequence=config.parallel.sequence,
+        documents=config.data.mask_documents,
         compiled=_compile(config, groups=groups, device=device, say=say),
     )
     if plan.shared is not None:  # a position table: the certificate needs its weights
@@ -69,7 +70,14 @@ def build_engine(
     staged = layout.pipeline > 1
     module: nn.Module = StagedModule(plan, groups=groups, bounds=bounds) if staged else Decoder(plan)
     with timed("checked the positions", say=say):
-        certificates = certify(module, config.model, groups=groups, precision=train.precision, device=device)
+        certificates = certify(
+            module,
+            config.model,
+            groups=groups,
+            precision=train.precision,
+            device=device,
+            documents=config.data.mask_documents,
+        )
     engine = make_engine(module, train=train, layout=layout, groups=groups, seed=seed if draws else None)
     return engine, certificates
 

@@ -11,14 +11,23 @@ from configs.schema import Model, RunConfig
 def attention_here(config: RunConfig, *, device: str) -> str:
     """Return how a run's ranks compute attention on a kind of device, as far as is known without asking a GPU."""
     model, precision = config.model, config.train.precision
+    documents = config.data.mask_documents
     backend = backend_of(
-        model.attention, device=device, position=model.position, precision=precision, head_dim=model.head_dim
+        model.attention,
+        device=device,
+        position=model.position,
+        precision=precision,
+        head_dim=model.head_dim,
+        documents=documents,
     )
     device = device if device in backend.devices else backend.devices[-1]  # it will run elsewhere
-    return attention_words(model, backend, device=device, precision=precision, length=config.data.sequence_length)
+    length = config.data.sequence_length
+    return attention_words(model, backend, device=device, precision=precision, length=length, documents=documents)
 
 
-def attention_words(model: Model, backend: Backend, *, device: str, precision: str, length: int) -> str:
+def attention_words(
+    model: Model, backend: Backend, *, device: str, precision: str, length: int, documents: bool = False
+) -> str:
     """Return how attention is computed: the backend, its windows, and the least share of the scores that they leave.
 
     Args:
@@ -27,6 +36,7 @@ def attention_words(model: Model, backend: Backend, *, device: str, precision: s
         device: Kind of device of the ranks: cpu or cuda.
         precision: Value of `train.precision`.
         length: Tokens of a training sequence.
+        documents: Whether attention stays inside documents: how much that leaves out is not known before they are read.
     """
     words = [backend.name]
     if model.window is not None:
@@ -36,8 +46,10 @@ def attention_words(model: Model, backend: Backend, *, device: str, precision: s
         words.append("windows off")
     if slopes is not None and leaves_out(model, backend, device=device):
         words.append("lossless windows")
+    if documents:
+        words.append("documents masked")
     share = least_density(model, backend, device=device, precision=precision, length=length)
-    if share is not None:
+    if share is not None and not documents:
         whole, percent = share == 1, math.floor(100 * share)  # rounded down: no metric of the run is below it
         words[-1] += f": all scores at length {length:,}" if whole else f": at least {percent / 100:.2f} of the scores"
     return ", ".join(words)

@@ -91,6 +91,7 @@ def _backend(config: RunConfig, *, on_gpu: bool) -> Backend:
         position=model.position,
         precision=config.train.precision,
         head_dim=model.head_dim,
+        documents=config.data.mask_documents,
     )
 
 

@@ -95,6 +95,7 @@ def _backend(config: RunConfig, *, device: torch.device) -> Backend:
         position=model.position,
         precision=config.train.precision,
         head_dim=model.head_dim,
+        documents=config.data.mask_documents,
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
     )
 

@@ -365,6 +365,7 @@ def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: 
         split=config.data.split,
         seed=config.run.seed,
         held_out=held_out,
+        documents=config.data.mask_documents,
     )
     samples = open_now() if groups.world.rank == 0 else None
     wait_for_all(groups.world)

@@ -19,9 +19,11 @@ from training.evaluation.run import evaluate_checkpoint, evaluate_rank
 from training.model.single import load_single
 
 # The second has what the first lacks: weights that all blocks share, a head of its own, a norm before the head only.
+# Stages of the third need to know where documents begin.
 MODELS: dict[str, tuple[str, ...]] = {
     "alibi": (),
     "t5": ("model.position=t5", "model.tie_embeddings=false", "model.family=mpt"),
+    "masked": ("model.position=sinusoidal", "data.mask_documents=true"),
 }
 PROTOCOLS = ("nonoverlapping", "sliding:8", "last:8")
 FIGURES = ("loss", "perplexity", "standard_error", "bits_per_byte", "word_perplexity", "draws", "attention_density")
@@ -121,14 +123,16 @@ def test_ranks_measure_what_one_process_measures(runs: Path, monkeypatch: pytest
         (runs / "alibi", replace(with_context, tensor=2, pipeline=2)),
         (runs / "alibi", replace(request, tensor=1, pipeline=4, same_tokens=True)),
         (runs / "t5", replace(request, tensor=2, pipeline=2)),
+        (runs / "masked", replace(request, tensor=2, pipeline=2)),
         (runs / "t5", replace(request, tensor=4, lengths=(100_000,))),
     ]
     first, *others = run_ranks(evaluate_in_turn, ranks=4, arguments={"asked": asked})
-    split, gone_on, shared, refused = first
+    split, gone_on, shared, masked, refused = first
     tokens = single["data"]["tokens"]
     assert f"the text has {tokens} tokens, too short for length 100000: use lengths up to {tokens - 1}" in refused
-    assert others == [[None, None, None, refused]] * 3, "so that no rank waits for one that has ended"
+    assert others == [[None, None, None, None, refused]] * 3, "so that no rank waits for one that has ended"
     same(split, single)
     same(shared, evaluate_checkpoint(runs / "t5", request))
+    same(masked, evaluate_checkpoint(runs / "masked", request))
     assert not [*runs.glob("*/evaluation/*/partial-*.npz")]
     same(gone_on, evaluate_checkpoint(runs / "alibi", replace(request, same_tokens=True)))

@@ -57,7 +57,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     exported.mkdir()
     write_export(HuggingFaceFormat("fp32"), exported, weights=weights, model=SHAPE, tokenizer=tokenizer)
     checkpoint: Any = SimpleNamespace(
-        config=SimpleNamespace(model=SHAPE),
+        config=SimpleNamespace(model=SHAPE, data=SimpleNamespace(mask_documents=False)),
         vocab_size=vocab_size,
         slice=lambda shard, *, kind, part: weights[shard.name].clone(),
     )

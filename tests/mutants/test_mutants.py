@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants.document_mutants import DOCUMENT_MUTANTS
 from tests.mutants.evaluation_mutants import EVALUATION_MUTANTS
 from tests.mutants.export_mutants import EXPORT_MUTANTS
 from tests.mutants.forks import CODE, IDS, PROJECT, SAID
@@ -18,7 +19,15 @@ from tests.mutants.study_mutants import STUDY_MUTANTS
 from tests.mutants.window_mutants import WINDOW_MUTANTS
 
 HOUSE = Path(__file__).parents[2]
-ALL = (*MUTANTS, *WINDOW_MUTANTS, *EXPORT_MUTANTS, *STUDY_MUTANTS, *EVALUATION_MUTANTS, *SCALE_MUTANTS)
+ALL = (
+    *MUTANTS,
+    *WINDOW_MUTANTS,
+    *EXPORT_MUTANTS,
+    *STUDY_MUTANTS,
+    *EVALUATION_MUTANTS,
+    *SCALE_MUTANTS,
+    *DOCUMENT_MUTANTS,
+)
 TIMEOUT_SECONDS = 600
 # Output of a test that noticed the mistake; a broken import or fixture does not count.
 CAUGHT = re.compile(

@@ -1,11 +1,14 @@
 """FlexAttention, compiled on a CPU by a C++ compiler: it has a forward pass only there."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from configs.positions import slopes
-from training.model.kernels.flex import Flex
+from parallel.documents import Documents
+from training.model.kernels.flex import Flex, flex_kernel
 from training.model.kernels.reference import Reference
 from training.model.kernels.tiles import TILE, tiles_with_weight
 from training.model.positions.alibi import slope_formula
@@ -32,6 +35,26 @@ def test_one_compilation_serves_many_lengths() -> None:
     *short, first, second, cached = bias.lossless.take()
     assert all(density == 1 for density in short)
     assert cached < second < first < 0.7
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_other_documents_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # its kernels take long on a CPU
+    flex_kernel.cache_clear()
+    bias = SlopeBias(torch.tensor(slopes(HEADS), dtype=torch.float64), slope_of=slope_formula(HEADS, first=0))
+    attend, generator = Flex(bias, compiled=True), torch.Generator().manual_seed(0)
+    counters.clear()
+    try:
+        for seed in range(4):
+            q, k, v = torch.randn(3, 2, HEADS, 300, 16, generator=generator)
+            begins = torch.rand(2, 300, generator=torch.Generator().manual_seed(seed)) < 0.02
+            documents = Documents(begins, device=q.device)
+            expected = Reference(bias)(q, k, v, documents)
+            torch.testing.assert_close(attend(q, k, v, documents), expected, atol=1e-5, rtol=0)
+        assert counters["stats"]["unique_graphs"] == 1
+    finally:
+        flex_kernel.cache_clear()
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ def test_auto_takes_the_fastest_that_can_compute_it() -> None:
     assert best(packages=frozenset()) == best(precision="fp32") == best(head_dim=64) == ["flex", "sdpa"]
     assert best(capability=(8, 0)) == best(capability=(7, 0)) == ["flex", "sdpa"]
     assert best(capability=None) == ["flash4", "flex", "sdpa"]
+    assert best(documents=True) == ["flex", "sdpa"]
     for alone in (
         {"device": "cpu"},
         {"bias": "table"},
@@ -48,6 +49,19 @@ def test_a_word_is_never_replaced_and_auto_never_refused() -> None:
         InputError, match=r"flash4 cannot compute train\.precision fp32: use reference or sdpa or flex \(on a"
     ):
         load_run("demo", overrides=["model.attention=flash4", "train.precision=fp32"])
+
+
+def test_a_backend_that_cannot_mask_documents_is_refused() -> None:
+    masked = ["train.precision=bf16", "model.hidden=512", "model.heads=4", "data.mask_documents=true"]
+    for name, backend in BACKENDS.items():
+        if backend.documents:
+            load_run("demo", overrides=[*masked, f"model.attention={name}"])
+    with pytest.raises(
+        InputError,
+        match=r"flash4 cannot compute data\.mask_documents true: use reference or sdpa or flex \(on a GPU\) or flash",
+    ):
+        load_run("demo", overrides=[*masked, "model.attention=flash4"])
+    assert load_run("demo", overrides=[*masked, "model.attention=auto"]).data.mask_documents
 
 
 def test_a_precision_that_no_backend_has_is_left_to_a_rule() -> None:

@@ -206,7 +206,6 @@ def test_a_broken_rule_says_what_was_seen_and_what_to_do(
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        ("data.mask_documents", True, "data.mask_documents true is not available in this version: use false"),
         ("train.precision", "fp16", "train.precision fp16 is not available in this version: use fp32 or bf16"),
         ("checkpoint.background", True, "checkpoint.background true is not available in this version: use false"),
     ],

@@ -34,12 +34,16 @@ def numbered(folder: Path, *lengths: list[int], weights: tuple[float, ...] | Non
     return Prepared(folder, folder / "no.model", "sha", token, 2, tuple(parts), 0.1, "fingerprint")
 
 
-def training(prepared: Prepared, *, length: int = 16, seed: int = 1, split: float = 0.1) -> Samples:
-    return open_samples(prepared, sequence_length=length, split=split, seed=seed, held_out=False)
+def training(
+    prepared: Prepared, *, length: int = 16, seed: int = 1, split: float = 0.1, documents: bool = False
+) -> Samples:
+    return open_samples(prepared, sequence_length=length, split=split, seed=seed, held_out=False, documents=documents)
 
 
-def held_out(prepared: Prepared, *, length: int = 16, seed: int = 1, split: float = 0.1) -> Samples:
-    return open_samples(prepared, sequence_length=length, split=split, seed=seed, held_out=True)
+def held_out(
+    prepared: Prepared, *, length: int = 16, seed: int = 1, split: float = 0.1, documents: bool = False
+) -> Samples:
+    return open_samples(prepared, sequence_length=length, split=split, seed=seed, held_out=True, documents=documents)
 
 
 def all_tokens(samples: Samples) -> set[int]:
@@ -60,6 +64,30 @@ def test_an_epoch_has_every_token_once(tmp_path: Path, length: int) -> None:
     begins = {0, *np.cumsum(LENGTHS).tolist()}
     for row in rows.tolist():
         assert all(after == before + 1 or after in begins for before, after in pairwise(row))
+
+
+@pytest.mark.parametrize("document", [0, 5, None])
+def test_samples_say_where_documents_begin(tmp_path: Path, document: int | None) -> None:
+    prepared, firsts = numbered(tmp_path, LENGTHS, LENGTHS[:5]), np.cumsum([0, *LENGTHS, *LENGTHS[:5]]).tolist()
+    # The token that ends a document is the last of one, one in the middle of the first, or none at all.
+    end = 10**6 if document is None else firsts[document + 1] - 1 if document else 7
+    prepared = replace(prepared, end_of_document=end)
+    said = 0
+    for masked, plain in (
+        (training(prepared, documents=True), training(prepared)),
+        (held_out(prepared, documents=True), held_out(prepared)),
+    ):
+        ids = range(len(plain))
+        rows = masked.read(ids)
+        assert rows.shape == (len(plain), 2, 17)
+        assert np.array_equal(rows[:, 0], plain.read(ids))
+        for tokens, begins in rows.tolist():
+            joined = [False, *(b in firsts and a != end for a, b in pairwise(tokens))]
+            expected = [at == 0 or tokens[at] == end or joined[at] for at in range(17)]
+            assert begins == expected
+            said += end in tokens
+        assert np.array_equal(masked.read([3, 3])[1], rows[3])
+    assert said == (0 if document is None else 1)
 
 
 def test_held_out_text_is_in_no_training_sample(tmp_path: Path) -> None:

@@ -8,9 +8,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configs.positions import slopes
+from parallel.documents import Documents
 from training.model.kernels.flex import Flex
 from training.model.kernels.reference import Reference
-from training.model.kernels.tiles import TILE, TileFinder, block_mask, mask_of_all, nearest_sums, tiles_with_weight
+from training.model.kernels.tiles import (
+    TILE,
+    TileFinder,
+    block_mask,
+    mask_of_all,
+    nearest_sums,
+    tiles_of_documents,
+    tiles_with_weight,
+)
 from training.model.positions.alibi import slope_formula
 from training.model.positions.bias import SlopeBias
 from training.model.windows import share_limit
@@ -30,17 +39,31 @@ def random_qk(tiles: int, *, seed: int, scale: float = 1.0) -> tuple[Tensor, Ten
     return q, k
 
 
-def mask_of(q: Tensor, k: Tensor, window: int | None = None) -> BlockMask:
-    counts = tiles_with_weight(q, k, LOCAL_SLOPES.float(), window)
-    made: BlockMask = block_mask(counts, window=window)
+def mask_of(q: Tensor, k: Tensor, window: int | None = None, starts: Tensor | None = None) -> BlockMask:
+    counts = tiles_with_weight(q, k, LOCAL_SLOPES.float(), window, starts)
+    made: BlockMask = block_mask(counts, window=window, starts=starts)
     return made
+
+
+def starts_of(tiles: int, *firsts: tuple[int, ...]) -> Tensor:
+    """Return the place of the first token of each token's document, [batch, tiles * TILE]."""
+    starts = torch.zeros(len(firsts), tiles * TILE, dtype=torch.long)
+    for row, places in zip(starts, firsts, strict=True):
+        row[list(places)] = torch.tensor(places)
+    return starts.cummax(1).values
+
+
+def documents_of(tiles: int) -> Tensor:
+    """Return documents that begin within tiles, with them and one token behind, and a row with one document."""
+    return starts_of(tiles, (0, 1, 100, 127, 256, 513, 520), (0,))
 
 
 def seen_scores(mask: BlockMask) -> Tensor:
     """Return which scores a kernel computes, [batch, heads, queries, keys]."""
     tiles = mask.to_dense().bool()
     position = torch.arange(tiles.shape[2] * TILE)
-    seen = mask.mask_mod(position, position, position[:, None], position[None, :])
+    batch, head = (torch.arange(count) for count in tiles.shape[:2])
+    seen = mask.mask_mod(batch[:, None, None, None], head[:, None, None], position[:, None], position[None, :])
     return tiles.repeat_interleave(TILE, 2).repeat_interleave(TILE, 3) & seen
 
 
@@ -55,11 +78,28 @@ def test_the_tiles_of_a_window_are_those_of_torch(window: int | None) -> None:
     assert density.item() == pytest.approx(theirs.to_dense().sum().item() / (LOCAL * 15))
 
 
+@pytest.mark.parametrize("window", [None, 1, 129, 300, 5000])
+def test_the_tiles_of_documents_are_those_of_torch(window: int | None) -> None:
+    starts = documents_of(5)
+    counts = tiles_of_documents(starts, heads=LOCAL, window=window)
+    ours: BlockMask = block_mask(counts, window=window, starts=starts)
+    theirs = create_block_mask(ours.mask_mod, 2, LOCAL, 5 * TILE, 5 * TILE, device="cpu")
+    assert ours.shape == theirs.shape
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    assert not counts.whole.any(), "the mask is computed in each of them"
+    assert counts.density.item() == pytest.approx(theirs.to_dense().sum().item() / (2 * LOCAL * 15))
+    place = torch.arange(5 * TILE)
+    seen = (place <= place[:, None]) & (place >= starts[:, :, None])
+    seen = seen if window is None else seen & (place > place[:, None] - window)
+    assert torch.equal(seen_scores(ours)[:, 0], seen)
+
+
+@pytest.mark.parametrize("starts", [None, documents_of(8)])
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("scale", [0.5, 3.0])
-def test_columns_are_the_rows_transposed(window: int | None, scale: float) -> None:
+def test_columns_are_the_rows_transposed(window: int | None, scale: float, starts: Tensor | None) -> None:
     q, k = random_qk(8, seed=0, scale=scale)
-    ours = mask_of(q, k, window)
+    ours = mask_of(q, k, window, starts)
     assert ours.full_kv_num_blocks is not None
     theirs = BlockMask.from_kv_blocks(
         ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices, BLOCK_SIZE=TILE
@@ -77,17 +117,24 @@ def test_columns_are_the_rows_transposed(window: int | None, scale: float) -> No
     scale=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
     window=st.sampled_from([None, 5, 300]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    documents=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_what_is_left_out_has_no_weight(scale: float, window: int | None, dtype: torch.dtype, seed: int) -> None:
+def test_what_is_left_out_has_no_weight(
+    scale: float, window: int | None, dtype: torch.dtype, documents: bool, seed: int
+) -> None:
     q, k = (x.to(dtype) for x in random_qk(5, seed=seed, scale=scale))
-    mask = mask_of(q, k, window)
+    starts = documents_of(5) if documents else None
+    mask = mask_of(q, k, window, starts)
     wide_q, wide_k = q.flatten(2, 3).double(), k.flatten(2, 3).double()
     bias = SlopeBias(LOCAL_SLOPES)
     bias.window = window
     length = wide_q.shape[2]
     strip = bias(rows=length, keys=length, device=CPU, dtype=torch.float64)
-    weights = (wide_q @ wide_k.mT / wide_q.shape[3] ** 0.5 + strip).softmax(-1)
+    scores = wide_q @ wide_k.mT / wide_q.shape[3] ** 0.5 + strip
+    if starts is not None:
+        scores = scores.masked_fill(torch.arange(length) < starts[:, None, :, None], -torch.inf)
+    weights = scores.softmax(-1)
     assert weights.masked_fill(seen_scores(mask), 0).sum(-1).max() <= share_limit(dtype)
 
 
@@ -121,18 +168,31 @@ def test_the_nearest_keys_bound_the_sum_of_weights() -> None:
     torch.testing.assert_close(nearest_sums(q, k, LOCAL_SLOPES, nearest=8), expected)
 
 
+def test_the_nearest_keys_are_of_the_same_document() -> None:
+    q, k = (x.flatten(2, 3).double() for x in random_qk(2, seed=3))
+    starts = starts_of(2, (0, 1, 100, 103), (0, 128))
+    place = torch.arange(q.shape[2])
+    near = (place <= place[:, None]) & (place > place[:, None] - 8) & (place >= starts[:, :, None])
+    distance = place[:, None] - place
+    scores = q @ k.mT / q.shape[3] ** 0.5 - LOCAL_SLOPES[:, None, None] * distance
+    expected = scores.masked_fill(~near[:, None], -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(nearest_sums(q, k, LOCAL_SLOPES, nearest=8, starts=starts), expected)
+
+
+@pytest.mark.parametrize("starts", [None, documents_of(6)[:1]])
 @pytest.mark.parametrize("window", [None, 300])
-def test_computed_tiles_have_the_references_gradients(window: int | None) -> None:
+def test_computed_tiles_have_the_references_gradients(window: int | None, starts: Tensor | None) -> None:
     # FlexAttention has no backward pass on a CPU: write out what its kernels compute, by rows and by columns.
     q, k = (x.flatten(2, 3)[:1].double().requires_grad_() for x in random_qk(6, seed=4))
     v = torch.randn(k.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
     bias = SlopeBias(LOCAL_SLOPES)
     bias.window = window
     by_tile = [x.detach().float().view(1, LOCAL, 6, TILE, 16) for x in (q, k)]
-    seen = seen_scores(mask_of(by_tile[0], by_tile[1], window))
+    seen = seen_scores(mask_of(by_tile[0], by_tile[1], window, starts))
+    documents = None if starts is None else Documents(starts == torch.arange(6 * TILE), device=CPU)
     strip = bias(rows=q.shape[2], keys=q.shape[2], device=CPU, dtype=torch.float64)
     scores = (q @ k.mT / q.shape[3] ** 0.5 + strip).masked_fill(~seen, -torch.inf)
-    out, exact = scores.softmax(-1) @ v, Reference(bias)(q, k, v)
+    out, exact = scores.softmax(-1) @ v, Reference(bias)(q, k, v, documents)
     assert (out - exact).abs().max() <= 2 * share_limit(torch.float32) * v.abs().max()
     weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(6))
     for found, expected in zip(

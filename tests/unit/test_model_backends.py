@@ -1,6 +1,9 @@
 """The backends made for GPUs, as far as a CPU can test them: their formula and their calls."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from configs.errors import MachineError
 from configs.positions import slopes
+from parallel.documents import Documents
 from training.model.kernels import flash4, flex
 from training.model.kernels.flash import Flash
 from training.model.kernels.flash4 import Flash4
@@ -92,6 +96,26 @@ def test_flash4_says_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> 
         Flash4(bias_of("alibi"))
 
 
+def each_sequence(
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **how: Any,
+) -> Tensor:
+    """Stand in for flash_attn_varlen_func: [total tokens, heads, head_dim]; cu_seqlens are [sequences + 1] int32."""
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert cu_seqlens_q.dtype is torch.int32
+    ends = cu_seqlens_q.tolist()
+    assert (ends[0], ends[-1]) == (0, len(q))
+    assert max_seqlen_q == max_seqlen_k == max(end - first for first, end in pairwise(ends))
+    return torch.cat([attend(*(x[None, a:b] for x in (q, k, v)), **how)[0] for a, b in pairwise(ends)])
+
+
 @pytest.fixture
 def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A stand-in for flash-attn, and what it was called with.
@@ -131,6 +155,7 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     module = ModuleType("flash_attn")
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    module.flash_attn_varlen_func = partial(each_sequence, flash_attn_func)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return calls
 
@@ -150,6 +175,21 @@ def test_the_call_of_flash_means_the_reference(
     (call,) = flash_calls
     assert call["causal"] is True
     assert (call["alibi_slopes"] is None) == (position == "none")
+
+
+@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("position", ["alibi", "none"])
+@torch.no_grad()
+def test_flash_takes_documents_as_sequences(position: str, window: int | None) -> None:
+    bias, inputs = bias_of(position), random_qkv(40, 40, seed=1)
+    bias.window = window
+    begins = torch.zeros(2, 40)
+    begins[0, [1, 17, 39]] = begins[1, 20] = 1
+    documents = Documents(begins, device=torch.device("cpu"))
+    out = Flash(bias)(*inputs, documents)
+    assert out.shape == inputs[0].shape
+    torch.testing.assert_close(out, Reference(bias)(*inputs, documents), atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("flash_calls")

@@ -142,7 +142,7 @@ def test_a_checkpoint_is_read_by_the_default_kernel_in_fp32(trained_with: str) -
     weights = weights_of(decoder)
     model = Model(layers=LAYERS, hidden=32, heads=4, attention=trained_with)  # type: ignore[arg-type]
     checkpoint = SimpleNamespace(
-        config=SimpleNamespace(model=model),
+        config=SimpleNamespace(model=model, data=SimpleNamespace(mask_documents=False)),
         vocab_size=VOCABULARY,
         slice=lambda shard, *, kind, part: weights[shard.name].detach(),
     )

@@ -32,7 +32,10 @@ def single(position: str, *, precision: str) -> SingleModel:
     """Return the same model at any precision, as it is loaded."""
     weights = weights_of(make_decoder(4, position=position))
     checkpoint: Any = SimpleNamespace(
-        config=SimpleNamespace(model=Model(layers=LAYERS, hidden=32, heads=4, position=position)),
+        config=SimpleNamespace(
+            model=Model(layers=LAYERS, hidden=32, heads=4, position=position),
+            data=SimpleNamespace(mask_documents=False),
+        ),
         vocab_size=VOCABULARY,
         slice=lambda shard, *, kind, part: weights[shard.name].detach().clone(),
     )

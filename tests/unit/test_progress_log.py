@@ -169,6 +169,8 @@ def test_the_start_says_what_is_to_go(tmp_path: Path) -> None:
         ("model.position=rotary", "sdpa"),
         ("model.position=rotary model.window=256", "sdpa, window 256: at least 0.43 of the scores"),
         ("model.window=256", "sdpa, window 256, lossless windows: at least 0.36 of the scores"),
+        ("data.mask_documents=true", "sdpa, lossless windows, documents masked"),
+        ("data.mask_documents=true model.position=t5", "sdpa, documents masked"),
         ("model.window=256 model.windows=off", "sdpa, window 256, windows off: at least 0.43 of the scores"),
     ],
 )

@@ -107,6 +107,7 @@ def run_context(
     batch_tokens: int,
     progress: Callable[[int], None],
     parts: PartialResults,
+    begins: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, Any]:
     """Measure both curves; return what a report has under `context`.
 
@@ -119,6 +120,7 @@ def run_context(
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
         progress: Called after each pass with the number of inputs in it.
         parts: Keeps the sums, so that an interrupted evaluation goes on.
+        begins: Whether each token begins a document that attention stays inside of, [tokens]; None if it sees all.
     Raises:
         TrainshortError: a loss is nan, or too large for a perplexity.
     """
@@ -130,7 +132,9 @@ def run_context(
         bits.advance(sums.done * point.shuffled)
         change = partial(_shuffle, bits=bits, count=point.shuffled) if point.shuffled else None
         with parts.keep(sums, progress) as advance:
-            score_windows(scorer, tokens, sums=sums, batch_tokens=batch_tokens, progress=advance, change=change)
+            score_windows(
+                scorer, tokens, sums=sums, batch_tokens=batch_tokens, begins=begins, progress=advance, change=change
+            )
         by_unit = sums.totals().by_unit
         losses.append(require_finite(float(by_unit.sum()) / point.windows.scored, length=point.windows.length))
         drawn.append(drawn_losses(by_unit, counts))

@@ -172,7 +172,7 @@ def _density_lines(results: Sequence[Result]) -> Iterator[str]:
     if not columns:
         return
     yield "`scores`: the share of causal attention's scores that were computed. The others weigh less than rounding, or"
-    yield "lie outside of the model's sliding window. By layer:"
+    yield "lie outside of the model's sliding window or in another document. By layer:"
     yield ""
     several = len({protocol_name(result) for result in columns}) > 1
     names = [f"{each['length']:,}" + (f" {protocol_name(each)}" if several else "") for each in columns]

@@ -35,10 +35,11 @@ class Scorer(Protocol):
         """Return the negative log-likelihood of predicted tokens, perhaps before it is computed.
 
         Args:
-            tokens: [batch, length + 1] int64, of any length.
+            tokens: [batch, length + 1] int64, of any length; or [batch, 2, length + 1] with the tokens and whether each
+                begins a document.
             last: How many of the last predictions; None for all.
         Returns:
-            Of tokens[:, -last:], in nats, [batch, last] fp32, on any device.
+            Of the last tokens, in nats, [batch, last] fp32, on any device.
         """
         ...
 
@@ -96,6 +97,7 @@ def measure_loss(
     batch_tokens: int,
     same_tokens: bool = False,
     scale: PositionScale | None = None,
+    begins: npt.NDArray[np.bool_] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:
     """Measure the mean loss of a text, cut into windows.
@@ -109,11 +111,12 @@ def measure_loss(
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
         same_tokens: Whether other lengths of the sweep score the same tokens.
         scale: What scales the model's positions; None for those of the training.
+        begins: Whether each token begins a document that attention stays inside of, [tokens]; None if it sees all.
         progress: Called after each pass with the number of inputs in it, windows x length; a GPU's may not be done.
     Raises:
         TrainshortError: the loss is nan, or too large for a perplexity.
     """
-    score_windows(scorer, tokens, sums=sums, batch_tokens=batch_tokens, progress=progress)
+    score_windows(scorer, tokens, sums=sums, batch_tokens=batch_tokens, begins=begins, progress=progress)
     windows, totals = sums.windows, sums.totals()
     scored = windows.scored
     loss = require_finite(float(totals.by_unit.sum()) / scored, length=windows.length)
@@ -137,6 +140,7 @@ def score_windows(
     *,
     sums: LossSums,
     batch_tokens: int,
+    begins: npt.NDArray[np.bool_] | None = None,
     progress: Callable[[int], None] | None = None,
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
@@ -147,18 +151,25 @@ def score_windows(
         tokens: The text, [tokens].
         sums: Sums of the windows; those that are done are left out.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
+        begins: Whether each token begins a document that attention stays inside of, [tokens]; None if it sees all.
         progress: Called after each pass with the number of inputs in it; a GPU's may not be done.
         change: Changes the tokens of each batch, [batch, length + 1], before the model sees them.
     """
     windows, length = sums.windows, sums.windows.length
     # a view of every window at stride 1, [tokens - length, length + 1]; indexing copies only a batch's windows
     views = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
+    beginnings = None if begins is None else np.lib.stride_tricks.sliding_window_view(begins, length + 1)
     sums.forget_calls()
     with torch.no_grad():
         for batch in windows.batches(most=max(1, batch_tokens // length), first=sums.done):
-            inputs = torch.from_numpy(views[windows.starts[batch]].astype(np.int64))
+            starts = windows.starts[batch]
+            inputs = torch.from_numpy(views[starts].astype(np.int64))
+            if change is not None:
+                inputs = change(inputs)
+            if beginnings is not None:
+                inputs = torch.stack((inputs, torch.from_numpy(beginnings[starts]).long()), dim=1)
             last = length - int(windows.scored_from[batch].min())
-            sums.add(scorer.losses(inputs if change is None else change(inputs), last=last), batch=batch)
+            sums.add(scorer.losses(inputs, last=last), batch=batch)
             if progress is not None:
                 progress(len(inputs) * length)
 

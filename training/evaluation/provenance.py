@@ -75,7 +75,7 @@ def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> Ev
         step=checkpoint.step,
         train_length=checkpoint.config.data.sequence_length,
         position=rank["position"],
-        attention=rank["backend"],
+        attention=rank["backend"] + (", documents masked" if checkpoint.config.data.mask_documents else ""),
         precision=rank["precision"],
     )
 

@@ -258,5 +258,6 @@ def _measure(
                 batch_tokens=scorer.batch_tokens,
                 progress=progress.advance,
                 parts=parts,
+                begins=text.begins,
             )
             progress.finish(f"effective context {record.context['effective_context']:,}")

@@ -127,6 +127,7 @@ def run_measurements(
                 batch_tokens=batch_tokens,
                 same_tokens=measurement.same_tokens,
                 scale=measurement.scale,
+                begins=text.begins,
                 progress=advance,
             )
         results.append(result)

@@ -7,8 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import InputError
+from data_pipeline.documents import document_begins
 from data_pipeline.manifest import Prepared
 from data_pipeline.text import TokenStream, file_stream, held_out_stream, unigram_perplexity
+from data_pipeline.tokenizer import load_tokenizer
 from training.checkpoint.read import Checkpoint
 from training.evaluation.precheck import run_data
 
@@ -24,6 +26,7 @@ class EvaluationText:
         unigram_perplexity: Per-token perplexity of a unigram model, fitted to the training data; None if that data
             is not available.
         documents: First token of each document, [documents]; None if they are not known.
+        begins: Whether each token begins a document that attention stays inside of, [tokens]; None if it sees all.
     """
 
     name: str
@@ -31,6 +34,7 @@ class EvaluationText:
     words: int | None
     unigram_perplexity: float | None
     documents: npt.NDArray[np.int64] | None = None
+    begins: npt.NDArray[np.bool_] | None = None
 
 
 def held_out_text(checkpoint: Checkpoint) -> EvaluationText:
@@ -40,7 +44,7 @@ def held_out_text(checkpoint: Checkpoint) -> EvaluationText:
         InputError: the data is missing, is not the run's, or has no held-out part.
     """
     prepared = run_data(checkpoint.path, config=checkpoint.config)
-    return _text(held_out_stream(prepared, split=checkpoint.config.data.split), prepared)
+    return _text(held_out_stream(prepared, split=checkpoint.config.data.split), prepared, checkpoint)
 
 
 def file_text(checkpoint: Checkpoint, path: Path) -> EvaluationText:
@@ -54,11 +58,15 @@ def file_text(checkpoint: Checkpoint, path: Path) -> EvaluationText:
         prepared = run_data(checkpoint.path, config=checkpoint.config)
     except InputError:
         # The checkpoint may have been moved to another machine: leave out the baseline, which needs the data.
-        return _text(stream, None)
-    return _text(stream, prepared)
+        return _text(stream, None, checkpoint)
+    return _text(stream, prepared, checkpoint)
 
 
-def _text(stream: TokenStream, prepared: Prepared | None) -> EvaluationText:
+def _text(stream: TokenStream, prepared: Prepared | None, checkpoint: Checkpoint) -> EvaluationText:
     predicted = stream.tokens[1:]
     baseline = unigram_perplexity(prepared, predicted) if prepared is not None and len(predicted) else None
-    return EvaluationText(stream.name, stream.tokens, stream.words, baseline, stream.documents)
+    begins = None
+    if checkpoint.config.data.mask_documents:
+        end = load_tokenizer(checkpoint.tokenizer).end_of_document
+        begins = document_begins(stream.tokens, joins=stream.documents, end=end)
+    return EvaluationText(stream.name, stream.tokens, stream.words, baseline, stream.documents, begins)

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,9 +157,12 @@ def _require_lengths(model: Any, folder: Path, *, longest: int) -> None:
 
 
 def _text_for(folder: Path, checkpoint: Checkpoint, text: EvaluationText) -> EvaluationText:
-    """Return a text in the tokens of a folder's tokenizer; the same tokens if it is the checkpoint's."""
+    """Return a text in the tokens of a folder's tokenizer; the same tokens if it is the checkpoint's.
+
+    Its model sees all of a window: it knows of no documents.
+    """
     if _exported_tokenizer(folder) == checkpoint.manifest.tokenizer_sha256:
-        return text
+        return replace(text, begins=None)
     try:
         tokenizer = HuggingFaceTokenizer(folder)
     except (OSError, ValueError) as error:

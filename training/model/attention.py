@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from configs.backends import BACKENDS, Backend, candidates, installed_packages
 from configs.positions import BiasKind
 from configs.precisions import PRECISIONS
+from parallel.documents import Documents
 from training.model.positions.bias import Bias
 from training.model.positions.method import PositionMethod
 from training.model.windows import LosslessWindows
@@ -21,13 +22,15 @@ class Attention(Protocol):
 
     bias: Bias
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Return the output of causal attention; the queries are the last positions of the keys.
 
         Args:
             q: [batch, local_heads, queries, head_dim].
             k: [batch, local_heads, keys, head_dim].
             v: Like k.
+            documents: Those that attention stays inside of, as many queries as keys; None for all before a query. Left
+                out where there are none: a kernel whose row does not say `documents` need not take them.
         Returns:
             [batch, local_heads, queries, head_dim], in q's type.
         """
@@ -60,14 +63,21 @@ class AutoAttention:
         bias: The bias.
     """
 
-    def __init__(self, bias: Bias) -> None:
-        self.bias = bias
+    def __init__(self, bias: Bias, *, documents: bool = False) -> None:
+        """Take a bias.
+
+        Args:
+            bias: The bias.
+            documents: Whether the kernel must be able to stay inside documents.
+        """
+        self.bias, self._documents = bias, documents
         self._refused: set[str] = set()
         self._kernels: dict[tuple[str, torch.dtype, int], tuple[Backend, Attention]] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Return [batch, local_heads, queries, head_dim], by the kernel for such queries."""
-        return self._kernel(q)[1](q, k, v)
+        kernel = self._kernel(q)[1]
+        return kernel(q, k, v) if documents is None else kernel(q, k, v, documents)
 
     def backend(self, q: Tensor) -> Backend:
         """Return the backend of queries like these, [batch, local_heads, queries, head_dim]."""
@@ -104,6 +114,7 @@ class AutoAttention:
             bias=kind_of(self.bias),
             precision=_precision_of(q.dtype),
             head_dim=q.shape[3],
+            documents=self._documents,
             packages=installed_packages(),
             capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
         )
@@ -121,14 +132,18 @@ def kind_of(bias: Bias) -> BiasKind:
     return "table" if bias.local_slopes is None else "slopes"
 
 
-def make_attention(attention: str, bias: Bias) -> Attention:
+def make_attention(attention: str, bias: Bias, *, documents: bool = False) -> Attention:
     """Return the kernel for a value of `model.attention`, with a bias.
 
+    Args:
+        attention: The value.
+        bias: The bias.
+        documents: Whether `auto` must take one that can stay inside documents.
     Raises:
         MachineError: the kernel cannot run on this machine.
     """
     if attention == "auto":
-        return AutoAttention(bias)
+        return AutoAttention(bias, documents=documents)
     kernel: Attention = BACKENDS[attention].load()(bias)
     return kernel
 

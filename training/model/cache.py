@@ -22,6 +22,10 @@ class Cache(Protocol):
         """Position of the first new token."""
         ...
 
+    def places(self, first: int, count: int) -> Start:
+        """Return the position of `count` new tokens, from number `first` on, for what is added to their embeddings."""
+        ...
+
     def attend(self, attend: Attention, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attention of new tokens to all tokens so far, themselves included.
 
@@ -59,6 +63,10 @@ class KeyValueCache:
     def start(self) -> int:
         """Position of the next token."""
         return self.length
+
+    def places(self, first: int, count: int) -> int:
+        """Return the position of the new token of number `first`; the others follow it."""
+        return self.length + first
 
     def attend(self, attend: Attention, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Add new tokens' keys and values of one block, and attend to all so far; see `Cache`."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from configs.choices import FAMILIES
 from configs.schema import Model
 from parallel.axes import Group
+from parallel.documents import Documents
 from parallel.head import Compile, as_it_is
 from parallel.plan import LayerPlan, Recompute
 from training.families.table import shards_of
@@ -22,6 +23,7 @@ def plan_layers(
     tensor: Group,
     recompute: Recompute,
     sequence: bool = False,
+    documents: bool = False,
     compiled: Compile = as_it_is,
 ) -> LayerPlan:
     """Return the layers of a decoder, not yet built: a pipeline stage builds only its own.
@@ -32,11 +34,12 @@ def plan_layers(
         tensor: The tensor axis; each rank builds its own heads, columns and rows.
         recompute: What each block recomputes in the backward pass.
         sequence: Whether the sequence is split between the linears.
+        documents: Whether attention may be asked to stay inside documents.
         compiled: Compiles a function of tensors.
     """
     shards = shards_of(model, vocab_size=vocab_size)
     position = make_position(model, shards, tensor=tensor)
-    attend = make_attention(model.attention, position.bias)
+    attend = make_attention(model.attention, position.bias, documents=documents)
     plan_family = FAMILIES[model.family].load_layers()
     plan: LayerPlan = plan_family(
         model,
@@ -80,12 +83,12 @@ class DecoderStage(nn.Module):
 
         Args:
             x: Token ids [batch, seq] on the first stage, else the states of the stage before.
-            cache: Keys and values of the tokens before, which these are added to.
+            cache: Keys and values of the tokens before, which these are added to; or documents to stay inside of.
         """
         if self.embedding is not None and self.is_first:
             x = self.embedding(x)
         for layer in self.layers:
-            x = layer(x, cache)
+            x = layer(x, cache=cache)  # by its name: ZeRO's hooks expect tensors among the others
         return x
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -102,16 +105,22 @@ class Decoder(DecoderStage):
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the states before the head: [batch, seq] -> [seq, batch, hidden].
 
-        With a cache, the tokens follow those in it and are added to it.
+        With a cache, the tokens follow those in it and are added to it; with documents, attention stays inside them.
         """
         x = self.states(tokens, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return x
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return this rank's logits [batch, seq, local_vocab]; with targets, the mean loss; both take [batch, seq]."""
-        x = self.hidden(tokens)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, documents: Documents | None = None) -> Tensor:
+        """Return this rank's logits [batch, seq, local_vocab]; with targets, the mean loss.
+
+        Args:
+            tokens: [batch, seq].
+            targets: [batch, seq].
+            documents: Those that attention stays inside of; None for one per row.
+        """
+        x = self.hidden(tokens, documents)
         if targets is None:
             return self._plan.logits(self.head_weight, x)
         return self._plan.loss(self.head_weight, x, targets)

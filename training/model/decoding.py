@@ -87,6 +87,10 @@ class FixedCache:
         """Position of the next token."""
         return self.position
 
+    def places(self, first: int, count: int) -> NextPosition:
+        """Return the position of the next token, the only new one."""
+        return self.position
+
     def find_row(self) -> None:
         """Look up the bias of the token's position, for all blocks."""
         self._row = self._rows.index_select(3, self._columns - self.position.index)

@@ -6,7 +6,7 @@ tokens. Windows go through the stages a few at a time, so that all stages work a
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from configs.precisions import Precision, require_device
 from parallel.axes import Groups
 from parallel.collectives import all_gather_object
+from parallel.documents import Documents
 from parallel.layout import head_blocks, stage_bounds
 from parallel.parameter import Shard
 from parallel.shards import declared
@@ -32,9 +33,10 @@ _PARTS_OF_A_PASS = 4  # per stage: two stages then wait a ninth of the time for 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What rank 0 asks for: windows, their tokens, and how many of the last predictions; no windows are the end."""
+    """What rank 0 asks for: windows, each of rows of tokens, and the losses of the last; no windows are the end."""
 
     windows: int
+    rows: int  # 2 with the documents: see `SingleModel.losses`
     tokens: int
     last: int
 
@@ -82,26 +84,27 @@ class DistributedModel:
     def losses(self, tokens: Tensor, *, last: int | None = None) -> Tensor:
         """Return the loss of predicted tokens, on rank 0, while the other ranks serve; see `SingleModel.losses`."""
         assert self._groups.world.rank == 0, "rank 0 asks, the other ranks serve"
-        windows, each = tokens.shape
-        asked = _Pass(windows, each, each - 1 if last is None else last)
+        windows, each = tokens.shape[0], tokens.shape[-1]
+        asked = _Pass(windows, tokens[0].numel() // each, each, each - 1 if last is None else last)
         self._tell(asked)
-        return self._run(asked, tokens.to(self._device))
+        return self._run(asked, tokens.reshape(windows, -1, each).to(self._device))
 
     @contextmanager
     def served(self) -> Iterator[None]:
         """Let the other ranks end when the block has ended; after an error whoever started them ends them."""
         yield
-        self._tell(_Pass(0, 0, 0))
+        self._tell(_Pass(0, 0, 0, 0))
 
     def serve(self) -> None:
         """Take part in the passes that rank 0 asks for, until it ends."""
         while True:
-            values = torch.empty(3, dtype=torch.int64, device=self._device)
+            values = torch.empty(len(fields(_Pass)), dtype=torch.int64, device=self._device)
             dist.broadcast(values, group=self._groups.world.handle, group_src=0)
             asked = _Pass(*map(int, values.tolist()))
             if not asked.windows:
                 return
-            self._run(asked, torch.empty(asked.windows, asked.tokens, dtype=torch.int64, device=self._device))
+            shape = (asked.windows, asked.rows, asked.tokens)
+            self._run(asked, torch.empty(shape, dtype=torch.int64, device=self._device))
 
     @property
     def _is_staged(self) -> bool:
@@ -115,7 +118,7 @@ class DistributedModel:
         return max(1, gpu_batch_tokens(free, hidden=self._hidden, width=self._precision.width))
 
     def _tell(self, asked: _Pass) -> None:
-        values = torch.tensor([asked.windows, asked.tokens, asked.last], device=self._device)
+        values = torch.tensor(astuple(asked), device=self._device)
         dist.broadcast(values, group=self._groups.world.handle, group_src=0)
 
     def _run(self, asked: _Pass, tokens: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ class DistributedModel:
 
         Args:
             asked: The pass.
-            tokens: Its tokens [windows, tokens] on rank 0; elsewhere the memory for them.
+            tokens: Its tokens [windows, rows, tokens] on rank 0; elsewhere the memory for them.
         """
         pipeline = self._groups.pipeline
         dist.broadcast(tokens, group=self._groups.world.handle, group_src=0)
@@ -133,9 +136,10 @@ class DistributedModel:
             self._counted.take()
         with inference(self._precision):
             for part in torch.split(tokens, max(1, self._part_tokens // (asked.tokens - 1))):
-                x = self._stage.states(part[:, :-1] if self._stage.is_first else self._received(part))
+                documents = Documents(part[:, 1, :-1].cpu(), device=self._device) if asked.rows > 1 else None
+                x = self._stage.states(part[:, 0, :-1] if self._stage.is_first else self._received(part), documents)
                 if self._stage.is_last:
-                    losses.append(self._stage.token_losses(x[-asked.last :], part[:, -asked.last :].T).T)
+                    losses.append(self._stage.token_losses(x[-asked.last :], part[:, 0, -asked.last :].T).T)
                 else:
                     dist.send(x.contiguous(), group=pipeline.handle, group_dst=pipeline.rank + 1)
                 self._count(density, windows=len(part))
@@ -150,7 +154,7 @@ class DistributedModel:
 
     def _received(self, part: Tensor) -> Tensor:
         """Return the states of the stage before, [seq, batch, hidden]."""
-        shape = (part.shape[1] - 1, part.shape[0], self._hidden)
+        shape = (part.shape[2] - 1, part.shape[0], self._hidden)
         x = torch.empty(shape, dtype=getattr(torch, self._precision.dtype), device=self._device)
         dist.recv(x, group=self._groups.pipeline.handle, group_src=self._groups.pipeline.rank - 1)
         return x
@@ -201,7 +205,7 @@ def load_distributed(
     """
     row, dtype = require_device(precision, device=device.type), dtype_of(precision)
     model, vocab_size = inference_model(checkpoint.config.model), checkpoint.vocab_size
-    length = checkpoint.config.data.sequence_length
+    length, documents = checkpoint.config.data.sequence_length, checkpoint.config.data.mask_documents
     head = head_blocks(model, vocab_size=vocab_size, length=length)
     bounds = stage_bounds(model.layers, stages=groups.pipeline.size, head=head)
 
@@ -210,13 +214,19 @@ def load_distributed(
             parameter.data = torch.empty_like(parameter, dtype=dtype, device=device)
         return layer
 
-    plan = plan_layers(model, vocab_size=vocab_size, tensor=groups.tensor, recompute=False).placed(place)
-    stage = DecoderStage(plan, bounds=bounds, stage=groups.pipeline.rank).to(device, dtype).eval()
+    plan = plan_layers(model, vocab_size=vocab_size, tensor=groups.tensor, recompute=False, documents=documents)
+    stage = DecoderStage(plan.placed(place), bounds=bounds, stage=groups.pipeline.rank).to(device, dtype).eval()
     with torch.no_grad():
         load_slices(_Weights(stage), checkpoint, kinds=("weight",), groups=groups)
     with inference(row):
         certificates = certify(
-            stage, model, groups=groups, precision=precision, device=device, otherwise=READ_OTHERWISE
+            stage,
+            model,
+            groups=groups,
+            precision=precision,
+            device=device,
+            documents=documents,
+            otherwise=READ_OTHERWISE,
         )
     certificate = certificates_to_json(certificates, model)
     return DistributedModel(

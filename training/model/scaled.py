@@ -27,6 +27,7 @@ class ScaledPositions:
         scale: PositionScale,
         train_length: int,
         measure: Callable[[Scaling], dict[str, Any]],
+        documents: bool = False,
     ) -> None:
         """Scale for the training length.
 
@@ -37,9 +38,10 @@ class ScaledPositions:
             scale: What was asked for; `configs.scales.scale_for` has accepted it.
             train_length: Tokens of a training sequence.
             measure: Returns the certificate of a scaling's positions; refuses wrong ones.
+            documents: Whether attention may be asked to stay inside documents.
         """
         self._decoder, self._model, self._tensor = decoder, model, tensor
-        self._scale, self._train_length = scale, train_length
+        self._scale, self._train_length, self._documents = scale, train_length, documents
         self._measure, self.certificate = measure, dict[str, Any]()
         self._now: Scaling | None = None
         self.fit(train_length)
@@ -66,7 +68,7 @@ class ScaledPositions:
         """
         position = make_position(self._model, {}, tensor=self._tensor, scaling=scaling)
         position.bias.lossless = windows_of(self._decoder)  # whoever counts the computed scores has it
-        attend = make_attention(self._model.attention, position.bias)
+        attend = make_attention(self._model.attention, position.bias, documents=self._documents)
         for layer in self._decoder.layers:
             if isinstance(layer, AttentionBlock):
                 layer.position, layer.attend = position, attend

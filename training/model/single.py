@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from configs.precisions import DEFAULT_PRECISION, Precision, require_device, require_precision
 from configs.scales import PositionScale, Scaling
 from configs.schema import Model
+from parallel.documents import Documents
 from parallel.groups import lone_groups
 from parallel.shards import declared
 from parallel.start import flush_denormals, start_alone
@@ -154,17 +155,22 @@ class SingleModel:
         for it.
 
         Args:
-            tokens: [batch, length + 1] int64, of any length, on the CPU.
+            tokens: [batch, length + 1] int64, of any length, on the CPU. Or [batch, 2, length + 1], with the tokens and
+                whether each begins a document: attention then stays inside documents.
             last: How many of the last predictions: the head computes no others. None for all.
         Returns:
-            Negative log-likelihood in nats of tokens[:, -last:], [batch, last] fp32, on the model's device.
+            Negative log-likelihood in nats of the last tokens, [batch, last] fp32, on the model's device.
         """
+        documents = None
+        if tokens.ndim == 3:
+            tokens, begins = tokens.unbind(1)
+            documents = Documents(begins[:, :-1], device=self._device)
         length = tokens.shape[1] - 1
         first = 0 if last is None else length - last
         self.fit_length(length)
         with inference(self._precision):
             tokens = self._to_device(tokens)
-            x = self._decoder.hidden(tokens[:, :-1])  # [length, batch, hidden]
+            x = self._decoder.hidden(tokens[:, :-1], documents)  # [length, batch, hidden]
             return self._decoder.token_losses(x[first:], tokens[:, first + 1 :].T).T
 
     def score(self, tokens: Tensor, where: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
@@ -272,7 +278,8 @@ def load_single(
     """
     device, groups = inference_device(precision), lone_groups()
     model = inference_model(checkpoint.config.model)
-    decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size)
+    documents = checkpoint.config.data.mask_documents
+    decoder = lone_decoder(model, vocab_size=checkpoint.vocab_size, documents=documents)
     for parameter, shard in declared(decoder).values():
         parameter.data = checkpoint.slice(shard, kind="weight", part=None)
     decoder.to(device, dtype_of(precision))
@@ -285,6 +292,7 @@ def load_single(
                 groups=groups,
                 precision=precision,
                 device=device,
+                documents=documents,
                 otherwise=READ_OTHERWISE,
                 scaling=scaling,
             )
@@ -294,16 +302,23 @@ def load_single(
         return SingleModel(decoder, device=device, certificate=measure(None), precision=precision)
     train_length = checkpoint.config.data.sequence_length
     positions = ScaledPositions(
-        decoder, model, tensor=groups.tensor, scale=scale, train_length=train_length, measure=measure
+        decoder,
+        model,
+        tensor=groups.tensor,
+        scale=scale,
+        train_length=train_length,
+        measure=measure,
+        documents=documents,
     )
     certificate = positions.certificate
     return SingleModel(decoder, device=device, certificate=certificate, precision=precision, positions=positions)
 
 
-def lone_decoder(model: Model, *, vocab_size: int) -> Decoder:
+def lone_decoder(model: Model, *, vocab_size: int, documents: bool = False) -> Decoder:
     """Return a decoder in a world of one, its weights not yet set, on the CPU."""
     start_alone()
-    return Decoder(plan_layers(model, vocab_size=vocab_size, tensor=lone_groups().tensor, recompute=False))
+    tensor = lone_groups().tensor
+    return Decoder(plan_layers(model, vocab_size=vocab_size, tensor=tensor, recompute=False, documents=documents))
 
 
 def _store_by_columns(decoder: Decoder) -> None:

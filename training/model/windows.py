@@ -14,6 +14,7 @@ call computes its windows from its own queries and keys. docs/decisions/0037 der
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -38,6 +39,23 @@ class LosslessWindows:
                 fp32, on the device: nothing waits for it.
         """
         self._densities.append(density)
+
+    @contextmanager
+    def as_one(self, scores: Sequence[int], *, of: int) -> Iterator[None]:
+        """Note several calls as one.
+
+        Args:
+            scores: Causal scores of each call.
+            of: Causal scores that their sum is a share of.
+        """
+        before, self._densities = self._densities, deque()
+        try:
+            yield
+        finally:
+            calls, self._densities = self._densities, before
+        if calls:
+            shares = zip(calls, scores, strict=True)
+            self.add(torch.stack([density * (count / of) for density, count in shares]).sum())
 
     def take(self) -> list[Tensor]:
         """Return the densities of the latest calls, in their order, and forget them: one per block and pass."""

@@ -36,8 +36,9 @@ class Embedded(nn.Module):
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return states -> states; a cache says how many tokens came before."""
-        x = self.position.embed(x, start=cache.start if cache else self.layers.start_of(x))
+        """Return states -> states; a cache says how many tokens came before, documents where they begin."""
+        first = self.layers.start_of(x)
+        x = self.position.embed(x, start=cache.places(first, len(x)) if cache else first)
         out: Tensor = self.dropout(self.norm(x))
         return out
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from configs.backends import BACKENDS, unavailable
 from configs.errors import MachineError
+from parallel.documents import Documents
 from training.model.kernels.slopes import DeviceSlopes
 from training.model.positions.bias import Bias
 
@@ -19,7 +20,7 @@ class Flash:
             MachineError: flash-attn cannot be imported, or this GPU is too old for it.
         """
         try:
-            from flash_attn import flash_attn_func
+            from flash_attn import flash_attn_func, flash_attn_varlen_func
         except ImportError as error:
             raise MachineError(
                 f"model.attention flash: the installed flash_attn cannot be imported ({error}): install one that is "
@@ -29,17 +30,24 @@ class Flash:
         why = unavailable(BACKENDS["flash"], device="cuda", packages=frozenset({"flash_attn"}), capability=capability)
         if why is not None:
             raise MachineError(f"model.attention {why}")
-        self.bias, self._slopes, self._attend = bias, DeviceSlopes(bias), flash_attn_func
+        self.bias, self._slopes = bias, DeviceSlopes(bias)
+        self._attend, self._attend_each = flash_attn_func, flash_attn_varlen_func
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Return [batch, local_heads, queries, head_dim]."""
-        here = self._slopes.on(q.device)
         # flash-attn's order is [batch, seq, heads, head_dim].
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        repeats = torch.are_deterministic_algorithms_enabled()
         window = self.bias.window
-        keys_around = (-1, -1) if window is None else (window - 1, 0)  # before a query and after it; -1 for all
-        out: Tensor = self._attend(
-            q, k, v, causal=True, window_size=keys_around, alibi_slopes=here, deterministic=repeats
-        )
+        how = {
+            "causal": True,
+            "window_size": (-1, -1) if window is None else (window - 1, 0),  # keys before and after; -1 for all
+            "alibi_slopes": self._slopes.on(q.device),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        if documents is None:
+            out: Tensor = self._attend(q, k, v, **how)
+        else:  # documents of any lengths follow each other: [batch * seq, heads, head_dim]
+            ends, longest = documents.ends, documents.longest
+            rows = (x.flatten(0, 1) for x in (q, k, v))
+            out = self._attend_each(*rows, ends, ends, longest, longest, **how).view(q.shape)
         return out.transpose(1, 2)

@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.documents import Documents
 from training.model.kernels.sdpa import Sdpa
 from training.model.kernels.slopes import DeviceSlopes
-from training.model.kernels.tiles import TILE, block_mask, compiled_finder, mask_of_all, tiles_with_weight
+from training.model.kernels.tiles import (
+    TILE,
+    block_mask,
+    compiled_finder,
+    mask_of_all,
+    tiles_of_documents,
+    tiles_with_weight,
+)
 from training.model.positions.bias import Bias
 
 FEWEST_TILES = 2  # torch compiles again for a size of 1
@@ -46,7 +54,7 @@ class Flex:
         self.bias, self._compiled, self._one_query = bias, compiled, Sdpa(bias)
         self._slopes = DeviceSlopes(bias)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Return [batch, local_heads, queries, head_dim]; a single query after a cache is left to SDPA."""
         queries, keys = q.shape[2], k.shape[2]
         if queries == 1 < keys:
@@ -59,7 +67,9 @@ class Flex:
         compiled = q.is_cuda if self._compiled is None else self._compiled
         if compiled and not one_shape:
             q, k, v = (x.contiguous() for x in (q, k, v))  # so that the kernel knows what strides are multiples of
-        mask, density = self._mask(q, k, tiles=tiles)
+        # The tokens behind the end are a document of their own.
+        starts = None if documents is None else F.pad(documents.starts, (0, end), value=keys)
+        mask, density = self._mask(q, k, tiles=tiles, starts=starts)
         if self.bias.lossless is not None:
             self.bias.lossless.add(density)
         attended: Tensor = flex_kernel(compiled, one_shape)(
@@ -74,14 +84,17 @@ class Flex:
         return out if end == 0 and queries == keys else out[:, :, keys - queries : keys]
 
     @torch.no_grad()
-    def _mask(self, q: Tensor, k: Tensor, *, tiles: int) -> tuple[Any, Tensor]:
+    def _mask(self, q: Tensor, k: Tensor, *, tiles: int, starts: Tensor | None) -> tuple[Any, Tensor]:
         """Return FlexAttention's block mask of a call, and what share of the causal tiles it leaves."""
         slopes, window = self._slopes.on(q.device), self.bias.window
         if self.bias.lossless is None or slopes is None or tiles < FEWEST_TILES_OF_WINDOWS:
-            return mask_of_all(*q.shape[:2], tiles, window=window, device=q.device)
-        q, k = (x.detach().view(*x.shape[:2], tiles, TILE, -1) for x in (q, k))
-        counts = (compiled_finder() if q.is_cuda else tiles_with_weight)(q, k, slopes, window)
-        return block_mask(counts, window=window), counts.density
+            if starts is None:
+                return mask_of_all(*q.shape[:2], tiles, window=window, device=q.device)
+            counts = tiles_of_documents(starts, heads=q.shape[1], window=window)
+        else:
+            q, k = (x.detach().view(*x.shape[:2], tiles, TILE, -1) for x in (q, k))
+            counts = (compiled_finder() if q.is_cuda else tiles_with_weight)(q, k, slopes, window, starts)
+        return block_mask(counts, window=window, starts=starts), counts.density
 
 
 def _padded(x: Tensor, before: int, after: int) -> Tensor:

@@ -55,7 +55,27 @@ def mask_of_all(batch: int, heads: int, tiles: int, *, window: int | None, devic
     return block_mask(counts, window=window), counts.density
 
 
-def tiles_with_weight(q: Tensor, k: Tensor, slopes: Tensor, window: int | None) -> TileCounts:
+def tiles_of_documents(starts: Tensor, *, heads: int, window: int | None) -> TileCounts:
+    """Return the tiles that documents and a sliding window leave; nothing waits for the device.
+
+    Args:
+        starts: Place of the first token of each token's document, [batch, tiles * TILE].
+        heads: Heads of this rank.
+        window: Keys that a query sees, its own included; None for all before it.
+    """
+    first = _first_tiles(starts)
+    behind = torch.arange(first.shape[2], device=starts.device) - first
+    return _count(behind.int().expand(-1, heads, -1), window=window, documents=True)
+
+
+def _first_tiles(starts: Tensor) -> Tensor:
+    """Return the first tile that each row of tiles needs for its documents, [batch, 1, tiles]."""
+    return starts[:, None, ::TILE] // TILE  # the first query of a row has the earliest document
+
+
+def tiles_with_weight(
+    q: Tensor, k: Tensor, slopes: Tensor, window: int | None, starts: Tensor | None = None
+) -> TileCounts:
     """Return the tiles in which keys have weight, by `windows.reach`; nothing waits for the device.
 
     Args:
@@ -63,21 +83,24 @@ def tiles_with_weight(q: Tensor, k: Tensor, slopes: Tensor, window: int | None) 
         k: Like q.
         slopes: [local_heads], on the same device.
         window: Keys that a query sees, its own included; None for all before it.
+        starts: Place of the first token of each token's document, [batch, tiles * TILE]; None for one document.
     """
     tiles = q.shape[2]
     # the largest norm of a key in the tiles before each, [batch, local_heads, tiles]
     radius = F.pad(norms(k).amax(3).cummax(2).values[:, :, :-1], (1, 0))
     radius = radius[..., None].expand(-1, -1, -1, TILE).flatten(2)
     q, k = q.flatten(2, 3), k.flatten(2, 3)  # [batch, local_heads, tiles * TILE, head_dim]
-    sums = nearest_sums(q, k, slopes, nearest=NEAREST if window is None else min(NEAREST, window))
+    sums = nearest_sums(q, k, slopes, nearest=NEAREST if window is None else min(NEAREST, window), starts=starts)
     keys_before = torch.arange(tiles * TILE, device=q.device)
     first_keys = keys_before - reach(q, radius=radius, sums=sums, slopes=slopes)
     # nan is a query or key of nan or inf: take all
     first = first_keys.view(-1, slopes.shape[0], tiles, TILE).amin(3).nan_to_num(nan=0.0).clamp(min=0.0) // TILE
+    if starts is not None:
+        first = torch.maximum(first, _first_tiles(starts))
     rows = torch.arange(tiles, device=q.device)
     # No row begins before the one above it, so that the rows that need a column follow each other: see `_count`.
     first = torch.minimum(first, rows).flip(2).cummin(2).values.flip(2)
-    return _count((rows - first).int(), window=window)
+    return _count((rows - first).int(), window=window, documents=starts is not None)
 
 
 class TileFinder:
@@ -87,20 +110,24 @@ class TileFinder:
         self._compiled = torch.compile(tiles_with_weight, fullgraph=True)
         self._fails = False
 
-    def __call__(self, q: Tensor, k: Tensor, slopes: Tensor, window: int | None) -> TileCounts:
+    def __call__(
+        self, q: Tensor, k: Tensor, slopes: Tensor, window: int | None, starts: Tensor | None = None
+    ) -> TileCounts:
         """Return the tiles, as `tiles_with_weight` does."""
         for x in (q, k):
             torch._dynamo.maybe_mark_dynamic(x, 2)
+        if starts is not None:
+            torch._dynamo.maybe_mark_dynamic(starts, 1)
         if not self._fails:
             try:
-                counts: TileCounts = self._compiled(q, k, slopes, window)
+                counts: TileCounts = self._compiled(q, k, slopes, window, starts)
             except compiler_errors() as failure:
                 self._fails = True
                 why = first_line(failure)
                 logger.warning("lossless windows are found by slower functions: torch's compiler fails (%s)", why)
             else:
                 return counts
-        return tiles_with_weight(q, k, slopes, window)
+        return tiles_with_weight(q, k, slopes, window, starts)
 
 
 @cache
@@ -109,7 +136,7 @@ def compiled_finder() -> TileFinder:
     return TileFinder()
 
 
-def nearest_sums(q: Tensor, k: Tensor, slopes: Tensor, *, nearest: int) -> Tensor:
+def nearest_sums(q: Tensor, k: Tensor, slopes: Tensor, *, nearest: int, starts: Tensor | None = None) -> Tensor:
     """Return the logarithm of the sum of weights of each query's nearest keys, [batch, local_heads, queries].
 
     Args:
@@ -117,11 +144,14 @@ def nearest_sums(q: Tensor, k: Tensor, slopes: Tensor, *, nearest: int) -> Tenso
         k: Like q.
         slopes: [local_heads].
         nearest: How many keys, the query's own included.
+        starts: Place of the first token of each token's document, [batch, queries]; None for one document.
     """
     length = k.shape[2]
     scaled = q.to(torch.promote_types(torch.float32, q.dtype)) / q.shape[3] ** 0.5
     k = F.pad(k, (0, 0, nearest - 1, 0))
     place = torch.arange(length, device=q.device)
+    if starts is not None:
+        place = (place - starts)[:, None]  # [batch, 1, queries]: within the document
     weights = []
     # One product of neighbours a distance: compiled, all are one pass over queries and keys.
     for distance in range(nearest):
@@ -132,45 +162,49 @@ def nearest_sums(q: Tensor, k: Tensor, slopes: Tensor, *, nearest: int) -> Tenso
     return total
 
 
-def _count(behind: Tensor, *, window: int | None) -> TileCounts:
+def _count(behind: Tensor, *, window: int | None, documents: bool = False) -> TileCounts:
     """Count the tiles of rows and columns.
 
     Args:
         behind: Tiles before its own that a row needs, [batch, local_heads, tiles]. The first of them never lies before
             that of the row above.
         window: Keys that a query sees, its own included; None for all before it.
+        documents: Whether any tile may be cut.
     """
     tiles = behind.shape[2]
     rows = torch.arange(tiles, dtype=torch.int32, device=behind.device)
     # A column is needed by the rows from its own on that begin at it or before it, less those above it.
     ahead = ((rows - behind)[:, :, None, :] <= rows[:, None]).sum(3, dtype=torch.int32) - rows - 1
-    uncut, edges = _within(window, tiles=tiles)
+    uncut, edges = _within(window, tiles=tiles, documents=documents)
     cut, column_cut = (1 + (some - uncut).clamp(0, edges) for some in (behind, ahead))
     whole, column_whole = (some.clamp(max=uncut) for some in (behind, ahead))
     density = (cut + whole).sum(2, dtype=torch.float32).mean() / (tiles * (tiles + 1) // 2)
     return TileCounts(cut, whole, column_cut, column_whole, density)
 
 
-def _within(window: int | None, *, tiles: int) -> tuple[int, int]:
-    """Return how many tiles before its own a sliding window leaves whole in a row, and how many it cuts after them."""
-    if window is None:
-        return tiles, 0
-    whole = max(0, window // TILE - 1)
-    return whole, (window + TILE - 2) // TILE - whole
+def _within(window: int | None, *, tiles: int, documents: bool) -> tuple[int, int]:
+    """Return how many tiles before its own a sliding window leaves whole in a row, and how many it cuts after them.
+
+    Where documents may cut any tile, all count as cut.
+    """
+    within, whole = (tiles, tiles) if window is None else ((window + TILE - 2) // TILE, max(0, window // TILE - 1))
+    return (0, within) if documents else (whole, within - whole)
 
 
-def block_mask(counts: TileCounts, *, window: int | None) -> Any:
+def block_mask(counts: TileCounts, *, window: int | None, starts: Tensor | None = None) -> Any:
     """Return FlexAttention's BlockMask of some tiles.
 
     Args:
         counts: How many.
         window: Keys that a query sees, its own included; None for all before it.
+        starts: Place of the first token of each token's document, [batch, tiles * TILE]; None for one document.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     batch, heads, tiles = counts.cut.shape
     cut, whole, column_cut, column_whole = (
-        numbers.expand(batch, heads, -1, -1) for numbers in tile_numbers(tiles, window=window, device=counts.cut.device)
+        numbers.expand(batch, heads, -1, -1)
+        for numbers in tile_numbers(tiles, window=window, documents=starts is not None, device=counts.cut.device)
     )
     # Passed in one by one: `from_kv_blocks` would sort the columns at each call.
     return BlockMask(
@@ -184,25 +218,28 @@ def block_mask(counts: TileCounts, *, window: int | None) -> Any:
         full_q_num_blocks=counts.column_whole,
         full_q_indices=column_whole,
         BLOCK_SIZE=(TILE, TILE),
-        mask_mod=visible(window),  # for tiles that are cut
+        mask_mod=visible(window) if starts is None else visible_inside(starts, window),  # for tiles that are cut
     )
 
 
 @lru_cache(maxsize=16)
-def tile_numbers(tiles: int, *, window: int | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tile_numbers(
+    tiles: int, *, window: int | None, device: torch.device, documents: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the numbers of the tiles of each row that are cut and whole, and those of each column.
 
     Args:
         tiles: Length of the sequence in tiles.
         window: Keys that a query sees, its own included; None for all before it.
         device: Where they are needed.
+        documents: Whether any tile may be cut.
     Returns:
         [tiles, tiles] int32 each, the nearest first. What lies beyond the counts is not read, but is a tile's number.
     """
     own = torch.arange(tiles, dtype=torch.int32, device=device)[:, None]
     place = own[:, 0]
     whole = place + 1  # distance in tiles of the first, second, ...
-    cut = torch.where(place == 0, 0, place + _within(window, tiles=tiles)[0])
+    cut = torch.where(place == 0, 0, place + _within(window, tiles=tiles, documents=documents)[0])
     signed = [sign * distance for sign in (-1, 1) for distance in (cut, whole)]
     row_cut, row_whole, column_cut, column_whole = ((own + distance).clamp(0, tiles - 1) for distance in signed)
     return row_cut, row_whole, column_cut, column_whole
@@ -222,6 +259,21 @@ def visible(window: int | None) -> Callable[..., Tensor]:
         return _seen(batch, head, query, key) & (query - key < window)
 
     return seen_within
+
+
+def visible_inside(starts: Tensor, window: int | None) -> Callable[..., Tensor]:
+    """Return the mask function of documents.
+
+    Args:
+        starts: Place of the first token of each token's document, [batch, queries].
+        window: Keys that a query sees, its own included; None for all before it.
+    """
+    seen = visible(window)
+
+    def seen_inside(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return seen(batch, head, query, key) & (key >= starts[batch, query])
+
+    return seen_inside
 
 
 def _seen(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -56,7 +56,10 @@ class PositionMethod:
         assert scaling is None, f"{type(self).__name__} cannot be scaled"
 
     def embed(self, x: Tensor, *, start: Start) -> Tensor:
-        """Return embeddings [seq, batch, hidden] with their positions; the first token is at `start`."""
+        """Return embeddings [seq, batch, hidden] with their positions; the first token is at `start`.
+
+        Inside documents, `start` holds the positions of all tokens: take rows of a table by `rows_of`.
+        """
         return x
 
     def rotate(self, q: Tensor, k: Tensor, *, start: Start) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from parallel.documents import Places
 from training.model.positions.bias import power_of_two
 
 
@@ -27,17 +28,17 @@ class NextPosition:
         return table.index_select(0, self.index)
 
 
-Start = int | NextPosition
+Start = int | NextPosition | Places
 
 
 def rows_of(table: Callable[[int], Tensor], *, start: Start, count: int) -> Tensor:
-    """Return the rows of consecutive positions, [count, ...].
+    """Return the rows of consecutive positions, [count, ...]; of places, [count, batch, ...].
 
     Args:
         table: Returns the rows of positions from 0 to a length; called with powers of two, so that it may keep them.
-        start: The first position.
+        start: The first position, or all of them.
         count: Number of positions; one, if the start is read from the device.
     """
     if isinstance(start, int):
         return table(power_of_two(start + count))[start : start + count]
-    return start.row_of(table(start.limit))
+    return start.row_of(table(power_of_two(start.limit)))

@@ -20,7 +20,9 @@ class Sinusoidal(PositionMethod):
     def embed(self, x: Tensor, *, start: Start) -> Tensor:
         """Return [seq, batch, hidden]: scaled embeddings plus the vectors of positions from `start` on."""
         seq, _, hidden = x.shape
-        table = rows_of(partial(sinusoids, hidden=hidden, device=x.device), start=start, count=seq)[:, None]
+        table = rows_of(partial(sinusoids, hidden=hidden, device=x.device), start=start, count=seq)
+        if table.ndim == 2:  # the same for each row of the batch
+            table = table[:, None]
         # Scaled as in the source: sines of size 1 would hide the small initial embeddings.
         out: Tensor = x * hidden**0.5 + table.to(x.dtype)
         return out

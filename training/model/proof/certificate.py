@@ -91,6 +91,7 @@ def certify(
     groups: Groups,
     precision: str,
     device: torch.device,
+    documents: bool = False,
     otherwise: str = TRAIN_OTHERWISE,
     scaling: Scaling | None = None,
 ) -> list[Certificate]:
@@ -104,6 +105,7 @@ def certify(
         groups: This rank's places.
         precision: Value of `train.precision`: the type of the forward pass.
         device: Where it runs.
+        documents: Whether attention must be able to stay inside documents: then it is compared inside some.
         otherwise: What a user can do if this machine's attention is wrong.
         scaling: Scales the slopes; None for those of the training.
     Returns:
@@ -113,7 +115,7 @@ def certify(
     """
     tolerance = PRECISIONS[precision].row_tolerance
     # found first: `auto` then takes another kernel
-    fault = _attention_fault(module, model, groups=groups, precision=precision, device=device)
+    fault = _attention_fault(module, model, groups=groups, precision=precision, device=device, documents=documents)
     mine = measure_certificate(module, model, groups=groups, precision=precision, device=device, fault=fault)
     stated = all_gather_object((mine, fault), group=groups.world)
     certificates = [certificate for certificate, _ in stated]
@@ -130,7 +132,7 @@ def certify(
 
 
 def _attention_fault(
-    module: nn.Module, model: Model, *, groups: Groups, precision: str, device: torch.device
+    module: nn.Module, model: Model, *, groups: Groups, precision: str, device: torch.device, documents: bool
 ) -> str | None:
     """Return what is wrong with the output or the gradients of this rank's attention, None if nothing is."""
     for attend in _attentions(module):
@@ -141,6 +143,7 @@ def _attention_fault(
             dtype=dtype_of(precision),
             device=device,
             limit=ROW_ERRORS * PRECISIONS[precision].row_tolerance,
+            documents=documents,
         )
         if fault is not None:
             return fault

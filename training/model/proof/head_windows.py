@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parallel.documents import Documents
 from training.model.attention import Attention, AttentionBlock
 from training.model.positions.bias import QUERY_BLOCK, causal_bias
 from training.model.windows import norms, reach
@@ -116,7 +117,8 @@ class _Recorder:
         self.attend, self.bias = attend, attend.bias
         self.heads: tuple[HeadWindow, ...] = ()
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        assert documents is None, "windows are those of one document"
         slopes = self.bias.local_slopes
         assert slopes is not None, "windows come from slopes"
         self.heads = head_windows(q, k, slopes=slopes, heads=range(q.shape[1]))
