@@ -49,6 +49,7 @@ def evaluate_in_turn(process: ProcessRank, *, asked: list[tuple[Path, Evaluation
             reports.append(evaluate_rank(run_dir, request, place))
         except InputError as error:
             reports.append(str(error))
+    stop()  # the last one may have ended with an error
     start(replace(process, rendezvous=f"{process.rendezvous}_last"))
     return reports
 
