@@ -72,11 +72,13 @@ def test_scores_are_those_of_each_row_alone(position: str) -> None:
         TokenPair(pair.context, tuple(islice(continue_tokens(model, pair.context, sampling=Sampling(), end=None), 3)))
         for pair in pairs[4:12]
     ]
-    done: list[int] = []
+    begun = [TokenPair(pair.context, (*pair.continuation[:-1], pair.continuation[-1] ^ 1)) for pair in greedy]
+    pairs, done = [*pairs, *begun], list[int]()
     scores = score_pairs(model, [*pairs, *greedy], max_length=LONGEST, progress=done.append)
     expected = [expected_score(model, pair) for pair in (*pairs, *greedy)]
     assert [score.is_greedy for score in scores] == [score.is_greedy for score in expected]
     assert all(score.is_greedy for score in scores[len(pairs) :])
+    assert not any(score.is_greedy for score in scores[: len(pairs)][-len(begun) :]), "all but the last token are"
     values = [score.log_likelihood for score in scores]
     assert values == pytest.approx([score.log_likelihood for score in expected], abs=1e-4)
     assert sum(done) == sum(min(len(pair.context) + len(pair.continuation), LONGEST + 1) for pair in (*pairs, *greedy))
