@@ -1,6 +1,7 @@
 """`trainshort evaluate`: measure one checkpoint at many lengths."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from configs.paths import evaluation_folder
 from configs.protocols import parse_protocol
 from configs.schema import RunConfig
 from training.checkpoint.read import open_checkpoint
+from training.evaluation.attention_weight import measure_weights
 from training.evaluation.context import ContextPlan, plan_context, run_context
 from training.evaluation.folder import check_evaluation_folder
 from training.evaluation.partial import PartialResults
@@ -22,6 +24,7 @@ from training.evaluation.request import EvaluationRequest
 from training.evaluation.resampling import units_of
 from training.evaluation.sweep import Measurement, plan_measurements, run_measurements
 from training.evaluation.text import EvaluationText, file_text, held_out_text
+from training.model.attention import AttentionBlock
 from training.model.single import inference_device, load_single
 from training.model.windows import LosslessWindows
 from training.tracking.tracker import MlflowTracker, attach
@@ -79,7 +82,9 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     build = partial(build_report, model=evaluated, text=text, provenance=provenance)
     record = EvaluationRecord(build, folder, name)
     parts = PartialResults(folder / name, evaluated, provenance)
-    return run_evaluation(model, text, plan, record=record, parts=parts, tracker=tracker, attention=model.windows)
+    return run_evaluation(
+        model, text, plan, record=record, parts=parts, tracker=tracker, attention=model.windows, blocks=model.blocks
+    )
 
 
 def plan_evaluation(request: EvaluationRequest, *, config: RunConfig, tokens: int) -> EvaluationPlan:
@@ -105,6 +110,7 @@ def run_evaluation(
     parts: PartialResults,
     tracker: MlflowTracker | None,
     attention: LosslessWindows | None,
+    blocks: Sequence[AttentionBlock] = (),
 ) -> dict[str, Any]:
     """Measure what is planned, write the reports and return the contents of report.json.
 
@@ -116,11 +122,15 @@ def run_evaluation(
         parts: What an interrupted evaluation has left, and what this one would leave.
         tracker: Attached to the MLflow run of the training.
         attention: Counts the scores that the model's attention computes; None if nothing counts them.
+        blocks: The model's blocks, in order; none if it is not of this project.
     Raises:
         TrainshortError: see `measure_loss` and `ReportNotWritten`.
     """
     try:
         _measure(scorer, text, plan, record=record, parts=parts, attention=attention)
+        if blocks and record.context is not None:
+            longest = record.context["longest"]
+            record.context["attention"] = measure_weights(scorer, blocks, text.tokens, longest=longest)
     except BaseException as error:  # Ctrl-C too
         record.keep_finished(of=plan.count, error=error, tracker=tracker)
         raise
