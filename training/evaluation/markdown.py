@@ -106,9 +106,9 @@ def _weight_lines(weights: dict[str, Any] | None) -> Iterator[str]:
     layers: list[list[list[float]]] = weights["share_by_layer_and_head"]
     heads = [*zip(*layers, strict=True)]
     yield (
-        f"Share of attention's weight that lies on the nearest keys, mean over {weights['queries']:,} queries at the ends "
-        "of windows of the longest length. By layer, mean over heads, and in brackets the head with the least; by head, "
-        "mean over layers, and the layer with the least:\n"
+        f"Share of attention's weight that lies on the nearest keys, mean over {weights['queries']:,} queries at the "
+        "ends of windows of the longest length. By layer, mean over heads, and in brackets the head with the least; by "
+        "head, mean over layers, and the layer with the least:\n"
     )
     yield f"| nearest keys | {' | '.join(f'{number:,}' for number in weights['nearest'])} |"
     yield "|---|" + "---:|" * len(weights["nearest"])
