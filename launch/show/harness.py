@@ -5,7 +5,7 @@ from typing import Any
 
 from launch.show.console import narrow_table, show_lines, show_table
 from training.evaluation.kept import other_precision
-from training.harness.report import metric_name, shown_value
+from training.harness.kept import metric_name, shown_samples, shown_value
 
 
 def show_results(report: dict[str, Any]) -> None:
@@ -27,6 +27,6 @@ def show_results(report: dict[str, Any]) -> None:
             shown_value(row["value"]),
             shown_value(row["stderr"]),
             "-" if row["fewshot"] is None else str(row["fewshot"]),
-            f"{row['samples']:,}",
+            shown_samples(row),
         )
     show_table(table)

@@ -17,6 +17,7 @@ from launch.show.comparison import Row, figure_rows, setting_text
 from training.own_file import check_own_file
 from training.page.curves import perplexity_charts, training_charts
 from training.page.details import read_details
+from training.page.measured import heat_maps, retrieved_means, task_scores
 from training.versions import installed_version
 
 if TYPE_CHECKING:
@@ -105,6 +106,9 @@ def render_page(comparison: "Comparison") -> str:
         losses=[chart for chart in training if chart.is_large],
         training=[chart for chart in training if not chart.is_large],
         lengths=perplexity_charts(comparison),
+        heats=heat_maps(comparison),
+        means=retrieved_means(comparison),
+        scores=task_scores(comparison),
     )
 
 

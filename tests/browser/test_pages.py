@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.browser import Reader
 from tests.support.compared_runs import add_report, make_run
+from tests.support.measured_runs import add_harness, add_retrieval
 from tests.support.started_runs import certificate, whole_run, write_lines
 
 pytestmark = pytest.mark.browser
@@ -86,6 +87,36 @@ def test_three_runs_are_hidden_and_shown_by_their_names(reader: Reader) -> None:
     browser.press("Enter")
     assert shown(reader) == before
     assert browser.run("return document.activeElement.getAttribute('aria-pressed')") == "true"
+
+
+def test_retrieval_and_tasks_read_well_on_a_phone(reader: Reader) -> None:
+    lengths, depths = [32 * 2**power for power in range(7)], [number / 4 for number in range(5)]
+    for number, name in enumerate(("short", "long")):
+        run_dir = make_run(Path(name))
+        single = {
+            length: {depth: max(0.0, 1 - depth * place / 4 - number / 9) for depth in depths}
+            for place, length in enumerate(lengths)
+        }
+        add_retrieval(run_dir, {"single": single, "multi-query": {length: {None: 0.5} for length in lengths}})
+        tasks = ["lambada_openai", "a_task_of_a_name_that_is_long_enough_to_need_room", "arc_easy"]
+        add_harness(run_dir, [{"task": task, "value": 0.1 + number, "samples": 100, "limit": 100} for task in tasks])
+    reader.look_at(reader.write("short"), name="measured")
+    browser = reader.browser
+    browser.show_as(width=360)
+    browser.open(reader.write("short"))
+    cells = rows(reader, "#retrieval .heat")
+    assert cells[2] == ["0 %", *["100"] * 7]
+    assert cells[6] == ["100 %", "100", "75", "50", "25", "0", "0", "0"]
+    background = "return getComputedStyle(document.querySelectorAll('.heat .share')[arguments[0]]).backgroundColor"
+    assert browser.run(background, 0) != browser.run(background, 34)
+    assert browser.run("return document.querySelectorAll('td.beyond').length") == 2 * 5 + 2
+    assert browser.run("return cutTables()[0].startsWith('task')"), "a heat map needs no scroll bar, a table may"
+    browser.show_as(width=718, height=1000, media="print")  # A4
+    assert browser.run("return cutTables()") == []
+    reader.look_at(reader.write("short", "long"), name="measured-two")
+    assert len(rows(reader, "#harness")) == 1 + 2 * 3
+    browser.run("document.querySelector('[data-shows=\"1\"]').click()")
+    assert [row[2] for row in rows(reader, "#harness")[1:] if row] == ["short"] * 3
 
 
 def test_charts_tell_values_to_pointer_keys_and_finger(reader: Reader) -> None:

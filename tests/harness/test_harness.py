@@ -17,6 +17,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.vocabulary import read_vocabulary
 from tests.support.command_line import Call
 from tests.support.exports import random_weights, train_sentencepiece, write_export
+from tests.support.spooled import attach_offline, begin_mlflow_run, spooled
 from training.export.formats.huggingface import HuggingFaceFormat
 from training.model.single import load_single
 
@@ -142,9 +143,13 @@ def test_drawn_texts_differ_and_repeat(models: tuple[Any, Any]) -> None:
     assert models[0].generate_until(asked) == texts
 
 
-def test_one_command_keeps_results_and_adds_to_them(trainshort: Call, tmp_path: Path) -> None:
+def test_one_command_keeps_results_and_adds_to_them(
+    trainshort: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, exported = tmp_path / "run", tmp_path / "exported"
     shutil.copytree(OLD_RUN, run)
+    begin_mlflow_run(run)
+    monkeypatch.setattr("training.harness.run.attach", attach_offline)
     words = ("harness", str(run), "--tasks", ",".join(NAMES), "--task-dir", ".")
     answer = trainshort(*words, "--max-length", str(LONGEST), "--json")
     assert answer.code == 0, answer.error
@@ -156,6 +161,10 @@ def test_one_command_keeps_results_and_adds_to_them(trainshort: Call, tmp_path: 
     for row in report["results"]:
         expected = theirs["results"][row["task"]][f"{row['metric']},{row['filter']}"]
         assert row["value"] == pytest.approx(expected, rel=1e-4), row
+        assert row["version"] == theirs["versions"][row["task"]]
+    [metrics] = spooled(run, kind="metrics")
+    values = {f"harness/{row['task']}/{row['metric']}": row["value"] for row in report["results"]}
+    assert {name: metrics["values"][name] for name in values} == values
     assert {row["task"] for row in report["results"]} == set(NAMES)
     shown = trainshort(
         "harness", str(run), "--tasks", "house_choices", "--task-dir", ".", "--limit", "2", "--max-length", "20"
@@ -166,7 +175,9 @@ def test_one_command_keeps_results_and_adds_to_them(trainshort: Call, tmp_path: 
     both = json.loads((kept / "results.json").read_text())
     assert len(both["results"]) == len(report["results"]) + 2
     assert len(both["evaluations"]) == len({row["date"] for row in both["results"]})
-    assert "| `house_choices` | acc_norm ↑ |" in (kept / "results.md").read_text()
+    below = [event["name"] for event in spooled(run, kind="nested")]
+    assert below == ["harness step_0000002", "export step_0000002, hf", "harness step_0000002"]
+    assert " | acc_norm ↑ |" in (kept / "results.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Each mistake in the table makes its named test fail, in a copy of the code; without it the test passes."""
 
+import compileall
 import os
 import re
 import shutil
@@ -13,9 +14,11 @@ from tests.mutants.document_mutants import DOCUMENT_MUTANTS
 from tests.mutants.evaluation_mutants import EVALUATION_MUTANTS
 from tests.mutants.export_mutants import EXPORT_MUTANTS
 from tests.mutants.forks import CODE, IDS, PROJECT, SAID
+from tests.mutants.measurement_mutants import MEASUREMENT_MUTANTS
 from tests.mutants.mutants import MUTANTS, Mutant
 from tests.mutants.scale_mutants import SCALE_MUTANTS
 from tests.mutants.study_mutants import STUDY_MUTANTS
+from tests.mutants.tracking_mutants import TRACKING_MUTANTS
 from tests.mutants.window_mutants import WINDOW_MUTANTS
 
 HOUSE = Path(__file__).parents[2]
@@ -27,6 +30,8 @@ ALL = (
     *EVALUATION_MUTANTS,
     *SCALE_MUTANTS,
     *DOCUMENT_MUTANTS,
+    *TRACKING_MUTANTS,
+    *MEASUREMENT_MUTANTS,
 )
 TIMEOUT_SECONDS = 600
 # Output of a test that noticed the mistake; a broken import or fixture does not count.
@@ -36,28 +41,47 @@ CAUGHT = re.compile(
 )
 
 
-def copy_code(folder: Path, mutant: Mutant | None) -> None:
-    """Copy the code into a folder with one wrong change, or none, and note the tests to run there."""
+def copy_code(source: Path, folder: Path, *left_out: str) -> None:
+    """Copy the code of a folder into another, without files of some names."""
     for name in PROJECT:
-        # Leave out bytecode: Python would use the original's for a mutant of the same age and length.
-        shutil.copytree(HOUSE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copy(HOUSE / "pyproject.toml", folder)
-    if mutant is not None:
-        file = folder / mutant.file
-        text = file.read_text(encoding="utf-8")
-        assert text.count(mutant.right) == 1, f"{mutant.file} must hold once: {mutant.right}"
-        file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
-    ids = {each.caught_by for each in ALL} if mutant is None else {mutant.caught_by}
-    (folder / IDS).write_text("\n".join(sorted(ids)), encoding="utf-8")
+        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns(".*", *left_out))
+    shutil.copy(source / "pyproject.toml", folder)
+
+
+def make_wrong(folder: Path, mutant: Mutant) -> None:
+    """Make a wrong change in a copy of the code."""
+    file = folder / mutant.file
+    text = file.read_text(encoding="utf-8")
+    assert text.count(mutant.right) == 1, f"{mutant.file} must hold once: {mutant.right}"
+    file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+    # Python would use the original's bytecode for a mutant of the same age and length.
+    for bytecode in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
+        bytecode.unlink()
+
+
+def make_copies(folders: dict[str | None, Path]) -> None:
+    """Copy the code into each mutant's folder and change it there, and note the tests to run.
+
+    Args:
+        folders: Empty folders by the mutant's name; that of None is for the right code.
+    """
+    right = folders[None]
+    copy_code(HOUSE, right, "__pycache__")
+    # compiled once, not in each copy: this takes longer than most of the tests
+    for name in PROJECT:
+        assert compileall.compile_dir(right / name, quiet=1)
+    for mutant in ALL:
+        copy_code(right, folders[mutant.name])
+        make_wrong(folders[mutant.name], mutant)
+        (folders[mutant.name] / IDS).write_text(mutant.caught_by, encoding="utf-8")
+    (right / IDS).write_text("\n".join(sorted({mutant.caught_by for mutant in ALL})), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, tuple[int, str]]:
     """Pytest's exit code and output for each mutant, by name, and for the right code, by None."""
-    folders: dict[str | None, Path] = {}
-    for mutant in (None, *ALL):
-        folder = folders[mutant and mutant.name] = tmp_path_factory.mktemp("copy")
-        copy_code(folder, mutant)
+    folders = {mutant and mutant.name: tmp_path_factory.mktemp("copy") for mutant in (None, *ALL)}
+    make_copies(folders)
     environment = {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     command = [sys.executable, "-P", "-m", "tests.mutants.forks", *map(str, folders.values())]
     done = subprocess.run(

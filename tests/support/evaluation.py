@@ -44,6 +44,7 @@ class UniformModel:
     batch_tokens = 8192
     certificate = CERTIFICATE
     windows = None
+    blocks = ()
 
     def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
         """Return the logarithm of the vocabulary's size for each of the last predicted tokens."""

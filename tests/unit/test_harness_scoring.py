@@ -14,9 +14,11 @@ from configs.positions import POSITIONS
 from data_pipeline.tokenizer import load_tokenizer
 from tests.support.command_line import Call, refused
 from tests.support.models import VOCABULARY, make_wandering_decoder
+from tests.support.spooled import attach_offline, begin_mlflow_run, spooled
 from training.api import load
 from training.generation import continue_tokens
-from training.harness.report import keep_results, result_rows
+from training.harness.record import keep_results
+from training.harness.report import result_rows
 from training.harness.scoring import PairScore, ScoredRow, TokenPair, cut_pair, plan_batches, score_pairs
 from training.harness.stopping_text import continue_until, task_sampling
 from training.model.cache import KeyValueCache
@@ -70,11 +72,13 @@ def test_scores_are_those_of_each_row_alone(position: str) -> None:
         TokenPair(pair.context, tuple(islice(continue_tokens(model, pair.context, sampling=Sampling(), end=None), 3)))
         for pair in pairs[4:12]
     ]
-    done: list[int] = []
+    begun = [TokenPair(pair.context, (*pair.continuation[:-1], pair.continuation[-1] ^ 1)) for pair in greedy]
+    pairs, done = [*pairs, *begun], list[int]()
     scores = score_pairs(model, [*pairs, *greedy], max_length=LONGEST, progress=done.append)
     expected = [expected_score(model, pair) for pair in (*pairs, *greedy)]
     assert [score.is_greedy for score in scores] == [score.is_greedy for score in expected]
     assert all(score.is_greedy for score in scores[len(pairs) :])
+    assert not any(score.is_greedy for score in scores[: len(pairs)][-len(begun) :]), "all but the last token are"
     values = [score.log_likelihood for score in scores]
     assert values == pytest.approx([score.log_likelihood for score in expected], abs=1e-4)
     assert sum(done) == sum(min(len(pair.context) + len(pair.continuation), LONGEST + 1) for pair in (*pairs, *greedy))
@@ -156,6 +160,7 @@ def measured(task: str, value: float, *, date: str, weights: str = "a", fewshot:
         "results": {task: {"name": task, "sample_len": 5, "acc,none": value, "acc_stderr,none": "N/A", "alias": task}},
         "higher_is_better": {task: {"acc": True}},
         "n-shot": {task: fewshot},
+        "versions": {task: 2.0},
     }
     facts = {"limit": None, "max_length": 1024, "precision": "fp32", "date": date}
     return {
@@ -178,13 +183,36 @@ def test_results_are_added_to_those_that_are_kept(tmp_path: Path, caplog: pytest
     assert shown == [(0, None, None, "D3"), (5, 0.25, None, "D2")]
     assert [made["date"] for made in kept["evaluations"]] == ["D2", "D3"]
     text = table.read_text()
-    assert "| `piqa` | acc ↑ | 0.2500 | - | 5 | 5 | 1,024 | fp32 | D2 |" in text
+    assert "| `piqa` | 2.0 | acc ↑ | 0.2500 | - | 5 | 5 | 1,024 | fp32 | D2 |" in text
     assert "- evaluated D3 by torch 2; 3 contexts were cut: `trainshort piqa`" in text
     assert not caplog.records
     keep_results(measured("piqa", 0.75, date="D4", weights="b"), tmp_path)
     assert [row["date"] for row in json.loads(table.with_suffix(".json").read_text())["results"]] == ["D4"]
     assert "is now results.until-D4.json" in caplog.text
     assert json.loads((table.parent / "results.until-D4.json").read_text()) == kept
+
+
+def test_results_go_to_mlflow_under_names_of_their_own(tmp_path: Path) -> None:
+    run_dir, folder = tmp_path, tmp_path / "evaluation" / "step_0000100"
+    begin_mlflow_run(run_dir)
+    for number, change in enumerate(({}, {"fewshot": 5}, {"limit": 10}, {"precision": "bf16"}, {"filter": "a:b"})):
+        report = measured("piqa", number / 10, date=f"D{number}")
+        report["results"] = [{**row, "stderr": 0.01, **change} for row in report["results"]]
+        keep_results(report, folder, tracker=attach_offline(run_dir), began_ms=7)
+    metrics, nested, tables = (spooled(run_dir, kind=kind) for kind in ("metrics", "nested", "table"))
+    names = ("piqa/acc", "piqa-5-shot/acc", "piqa-limit-10/acc", "piqa-bf16/acc", "piqa/acc-a_b")
+    assert [(event["step"], event["values"]) for event in metrics] == [
+        (100, {f"harness/{name}": number / 10, f"harness/{name}_stderr": 0.01}) for number, name in enumerate(names)
+    ]
+    assert nested[0]["points"][0][:2] == ["piqa/acc", 0.0]
+    assert (nested[0]["name"], nested[0]["began_ms"], nested[0]["status"]) == ("harness step_0000100", 7, "FINISHED")
+    assert nested[0]["params"]["tasks"] == '["piqa"]'
+    assert {event["artifact"] for event in tables} == {"harness.json"}
+    columns, rows = tables[-1]["table"]["columns"], tables[-1]["table"]["data"]
+    assert {row[columns.index("value")] for row in rows} == {0.0, 0.1, 0.2, 0.3, 0.4}
+    assert {row[columns.index("version")] for row in rows} == {2.0}
+    files = {(event["folder"], Path(event["path"]).name) for event in spooled(run_dir, kind="artifact")}
+    assert files == {("evaluation/step_0000100/harness", name) for name in ("results.json", "results.md")}
 
 
 def test_without_the_harness_one_line_says_what_to_install(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:

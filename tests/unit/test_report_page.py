@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
+from tests.support.measured_runs import add_harness, add_retrieval
 from tests.support.started_runs import certificate, whole_run, write_lines
 from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
 from training.page.chart import MOST_POINTS, thin
@@ -176,6 +177,54 @@ def test_loss_by_position_is_drawn_where_it_is_known(trainshort: Call) -> None:
     assert "training length 32" in chart
     several = written(trainshort, "a", "b", page="comparison.html")
     assert several.curves("Loss by position") == ["a, 64 tokens", "b, 64 tokens"]
+
+
+def test_a_heat_map_holds_each_share_by_depth_and_length(trainshort: Call) -> None:
+    run_dir = whole_run(Path("run"))
+    before = written(trainshort, "run", page="run/report.html")
+    assert "Retrieval" not in before.headings
+    assert not [tag for tag, attributes in before.tags if attributes.get("class") in ("heat", "word")]
+    shares = {"single": {32: {0.0: 1.0, 1.0: 0.25}, 64: {0.0: 0.5, 1.0: 0.0}}, "multi-query": {64: {None: 0.75}}}
+    add_retrieval(run_dir, shares)
+    add_retrieval(run_dir, {"passkey": {64: {0.5: 0.5}}}, step=5)  # not of the newest checkpoint
+    page = written(trainshort, "run", page="run/report.html")
+    assert not {"Retrieval", "single", "multi-query", "By task and length"} - {*page.headings}
+    assert "passkey" not in page.text
+    assert (
+        "single on held-out, at step 10 depth 32 1 x 64 2 x recall: generated 0 % 100 50 100 % 25 0 "
+        "choice: likeliest of ten 0 % 100 75 100 % 62 50 "
+    ) in page.text
+    assert "multi-query on held-out, at step 10 depth 64 2 x recall: generated any 75 choice" in page.text
+    styled = [attributes for tag, attributes in page.tags if (attributes.get("class") or "").startswith("share")]
+    assert [(each["style"], each["class"]) for each in styled[:4]] == [
+        ("--share:1.000", "share"),
+        ("--share:0.500", "share beyond"),
+        ("--share:0.250", "share"),
+        ("--share:0.000", "share beyond"),
+    ]
+    assert styled[2]["title"] == "25 % (15-35) of 20 prompts"
+    assert "at step 10; text held-out; means over the depths" in page.text
+    assert "single 32 1 62 % (47-76) 81 % (67-90) -2.00 +1.50 40 single 64 2" in page.text
+
+
+def test_runs_share_a_table_of_tasks_and_of_retrieval(trainshort: Call) -> None:
+    for number, name in enumerate(("a", "b")):
+        run_dir = make_run(Path(name), checkpoints=(5, 10))
+        add_harness(run_dir, [{"task": "arc", "value": 0.1}, {"fewshot": 5, "stderr": None}], step=10 - 5 * number)
+        add_retrieval(run_dir, {"single": {32: {0.0: number, 1.0: number}}}, text="x.txt", precision="bf16")
+    page = written(trainshort, "a", "b", page="comparison.html")
+    assert "longest input 1,024; by lm_eval 0.4.13; version: the task's own" in page.text
+    assert (
+        "arc acc ↑ a 0.1000 0.0100 1.0 0 1,838 10 arc acc ↑ b 0.1000 0.0100 1.0 0 1,838 5 "
+        "piqa acc ↑ a 0.5000 - 1.0 5 1,838 10 piqa acc ↑ b 0.5000 - 1.0 5 1,838 5 "
+    ) in page.text
+    assert "a, on x.txt in bf16, at step 10" in page.text
+    assert "single a 32 1 0 % (0-9) 50 % (35-65) -2.00 +1.50 40 single b 32 1 100 % (91-100)" in page.text
+    given = written(trainshort, "b/checkpoints/step_0000010", "--out", "given.html", page="given.html")
+    assert "Scores" not in given.headings, "the given checkpoint has none"
+    file = Path("a/evaluation/step_0000010/harness/results.json")
+    file.write_text('{"torn')
+    assert f"{file} is no report of an evaluation" in refused(trainshort, "report", "a")
 
 
 def test_scores_are_drawn_only_if_some_were_left_out(trainshort: Call) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import fmean
 from typing import Any
 
 import matplotlib.image
@@ -15,6 +16,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from tests.support.command_line import Call, refused
 from tests.support.evaluation import TOKENIZER
 from tests.support.recall_models import KnowsNothing, ReadingModel
+from tests.support.spooled import attach_offline, begin_mlflow_run, spooled
 
 OLD_RUN = TOKENIZER.parents[1]
 QUICK = ("--data", "text.txt", "--lengths", "40x,400", "--depths", "2", "--samples", "1")
@@ -57,6 +59,39 @@ def test_a_trained_model_is_asked_and_the_report_kept(run_dir: Path, trainshort:
     assert json.loads(again.out)["results"] == first
 
 
+def test_a_report_goes_to_mlflow_whole(run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin_mlflow_run(run_dir)
+    monkeypatch.setattr("training.retrieval.run.attach", attach_offline)
+    knows = KnowsNothing(load_tokenizer(TOKENIZER))
+    monkeypatch.setattr("training.retrieval.run.load_single", lambda *_, **__: knows)
+    assert trainshort("retrieval", "run", *QUICK, "--tasks", "single").code == 0
+    (path,) = run_dir.glob("evaluation/step_0000002/retrieval/*.json")
+    label, report = path.stem, json.loads(path.read_text())
+    [metrics], [nested], [table] = (spooled(run_dir, kind=kind) for kind in ("metrics", "nested", "table"))
+    by_length = {length: [each for each in report["results"] if each["length"] == length] for length in (320, 400)}
+    means = {
+        (key, length): fmean(cell[key] for cell in cells)
+        for length, cells in by_length.items()
+        for key in ("recall", "choice", "log_probability", "margin")
+    }
+    names = {f"retrieval/{label}/single/{length}/{key}": mean for (key, length), mean in means.items()}
+    assert (metrics["step"], metrics["values"]) == (2, names)
+    assert (nested["name"], nested["status"]) == (f"retrieval step_0000002, {label}", "FINISHED")
+    assert (nested["params"]["lengths"], nested["params"]["prompts"]) == ("[320, 400]", "4")
+    points = {(key.removeprefix("single/"), step): value for key, value, _, step in nested["points"]}
+    assert points == means
+    files = spooled(run_dir, kind="artifact")
+    assert {each["folder"] for each in files} == {"evaluation/step_0000002/retrieval"}
+    assert [Path(each["path"]).name for each in files] == [f"{label}.{ending}" for ending in ("json", "md", "png")]
+    assert json.loads((run_dir / files[0]["path"]).read_text()) == report
+    assert table["artifact"] == f"retrieval/{label}.json"
+    columns, rows = table["table"]["columns"], table["table"]["data"]
+    cells = [{key: each[key] for key in ("length", "depth", "recall", "choice")} for each in report["results"]]
+    assert [{key: row[columns.index(key)] for key in cells[0]} for row in rows] == cells
+    [[dataset]] = [event["datasets"] for event in spooled(run_dir, kind="inputs")]
+    assert (dataset["name"], dataset["context"]) == ("text.txt", "evaluation")
+
+
 def test_what_cannot_be_asked_is_one_line(run_dir: Path, trainshort: Call) -> None:
     for options, message in (
         (("--data", "no.txt"), "data source no.txt "),
@@ -83,6 +118,8 @@ def test_what_is_finished_is_kept_and_shown(run_dir: Path, trainshort: Call, mon
                 raise KeyboardInterrupt
             return super().next_logits(tokens, cache)
 
+    begin_mlflow_run(run_dir)
+    monkeypatch.setattr("training.retrieval.run.attach", attach_offline)
     monkeypatch.setattr("training.retrieval.run.load_single", lambda *_, **__: Stopped(load_tokenizer(TOKENIZER)))
     answer = trainshort("retrieval", "run", *QUICK, "--tasks", "single")
     assert answer.code == 130
@@ -100,3 +137,7 @@ def test_what_is_finished_is_kept_and_shown(run_dir: Path, trainshort: Call, mon
     assert answer.code == 3
     assert [cell["recall"] for cell in json.loads(answer.out)["results"]] == [1, 1, 1, 1]
     assert answer.error.splitlines()[-1].startswith("error: somewhere cannot be written (No space left on device): ")
+    killed, unwritten = spooled(run_dir, kind="nested")
+    assert [each["status"] for each in (killed, unwritten)] == ["KILLED", "FINISHED"]
+    assert len(unwritten["points"]) == 2 * len(killed["points"]), "MLflow has what the disk does not take"
+    assert len(spooled(run_dir, kind="table")) == 1

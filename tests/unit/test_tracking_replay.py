@@ -13,6 +13,7 @@ import pytest
 
 from configs.paths import spool_folder
 from training.tracking.client import TrackingTarget
+from training.tracking.events import SENDERS
 from training.tracking.replay import FILE_LANE, LOG_LANE, Refusal, Replay
 from training.tracking.spool import SpoolWriter, spool_files
 from training.tracking.store import Store
@@ -161,6 +162,7 @@ def test_lost_requests_and_kills_log_nothing_twice(tmp_path: Path, monkeypatch: 
             continue
         except Killed:
             senders[number] = Replay(target, own=None, on_refusal=refused)
+    assert len(client.runs) == 2
     run, nested = client.runs.values()
     points = Counter((key, step) for key, step, _ in run.points)
     assert {(key, step) for key, step in points if key in ("loss", "rate")} == {
@@ -198,3 +200,18 @@ def test_two_processes_that_send_in_turn_know_of_each_other(tmp_path: Path, monk
     writer.close()
     assert senders[1].send(FILE_LANE)
     assert (client.artifacts, senders[0].waiting(), spool_files(run_dir)) == (["text"] * 2, 0, [])
+
+
+def test_only_the_last_request_says_that_all_have_arrived() -> None:
+    requests: list[tuple[int, int]] = []
+
+    class Client:
+        def log_batch(self, run_id: str, *, metrics: Any, tags: Any) -> None:
+            requests.append((len(metrics), len(tags)))
+
+    points = [("loss", 1.0, 1, step) for step in range(2500)]
+    SENDERS["metrics"](Client(), "run", {"points": points, "tags": {"a": "1", "b": "2"}})
+    *before, last = requests
+    assert [tags for _, tags in before] == [0] * len(before)
+    assert (last[1], sum(count for count, _ in requests)) == (2, 2500)
+    assert all(count + tags <= 1000 for count, tags in requests)

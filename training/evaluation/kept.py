@@ -12,7 +12,7 @@ Version 0.1.0 wrote report.json, report.md and perplexity.png to a checkpoint's 
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _RESERVED = (HELD_OUT, NEWEST, "perplexity")
 _LONGEST_SLUG = 60
 # ends of the labels of reports in other precisions than the default
 _PRECISIONS = tuple(f"-{precision}" for precision in INFERENCE_PRECISIONS if precision != DEFAULT_PRECISION)
-_NEEDED = ("checkpoint", "step", "train_length", "data", "results")
+_NEEDED = ("checkpoint", "step", "train_length", "data.name")
 _NEEDED_RESULT = ("length", "protocol", "stride", "loss", "perplexity")
 
 
@@ -38,13 +38,25 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is no report.
     """
+    return read_measured(path, keys=_NEEDED, result_keys=_NEEDED_RESULT)
+
+
+def read_measured(path: Path, *, keys: Sequence[str], result_keys: Sequence[str]) -> dict[str, Any]:
+    """Return what a command has written of a checkpoint, after checking that it has some keys.
+
+    Args:
+        path: A JSON object with a list of `results`.
+        keys: What the object needs; a dot is before a key of an object in it.
+        result_keys: What each result needs.
+    Raises:
+        InputError: it cannot be read, lacks a key, or has no result.
+    """
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in _NEEDED if key not in report]
-        missing += [] if "data" in missing or "name" in report["data"] else ["data.name"]
-        missing += [key for result in report["results"] for key in _NEEDED_RESULT if key not in result]
+        missing = [key for key in keys if not _has(report, key)]
+        missing += [key for result in report["results"] for key in result_keys if key not in result]
         if missing or not report["results"]:
-            raise ValueError(f"no {', '.join(missing) or 'results'}")
+            raise ValueError(f"no {', '.join(dict.fromkeys(missing)) or 'results'}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no report of an evaluation ({error}): move it away and evaluate again") from None
     return report
@@ -98,7 +110,7 @@ def report_label(report: dict[str, Any], folder: Path) -> str:
     return text_label(report, folder) + ("" if precision is None else f"-{precision}")
 
 
-def other_precision(report: dict[str, Any]) -> str | None:
+def other_precision(report: Mapping[str, Any]) -> str | None:
     """Return the precision of a report of any version; None if it is the default."""
     precision = str(report.get("precision", DEFAULT_PRECISION))
     return None if precision == DEFAULT_PRECISION else precision
@@ -159,6 +171,11 @@ def text_slug(name: str) -> str:
     stem = Path(path.stem).stem if path.suffix in (".gz", ".xz", ".zst") else path.stem
     ascii_only = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9_]+", "-", ascii_only).strip("-_")[:_LONGEST_SLUG] or "text"
+
+
+def _has(values: dict[str, Any], key: str) -> bool:
+    outer, _, inner = key.partition(".")
+    return outer in values and (not inner or inner in values[outer])
 
 
 def _texts_like(slug: str, folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:

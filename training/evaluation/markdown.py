@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from configs.terminal import printable
@@ -49,6 +50,7 @@ def format_table(report: dict[str, Any], *, plot: str) -> str:
             _PROTOCOLS,
             *_notes(report),
             *_context_lines(report.get("context")),
+            *_weight_lines((report.get("context") or {}).get("attention")),
             *_density_lines(results),
         ]
     )
@@ -94,6 +96,26 @@ def _context_lines(context: dict[str, Any] | None) -> Iterator[str]:
     for number, loss, error in zip(context["contexts"], context["loss"], context["error_from_longest"], strict=True):
         rest = f"{math.exp(shuffled[number]):,.2f}" if number in shuffled else "-"
         yield f"| {number:,} | {loss:.4f} | {math.exp(loss):,.2f} | {error:.4f} | {rest} |"
+    yield ""
+
+
+def _weight_lines(weights: dict[str, Any] | None) -> Iterator[str]:
+    """Yield the share of attention's weight on the nearest keys, by layer and by head."""
+    if weights is None:
+        return
+    layers: list[list[list[float]]] = weights["share_by_layer_and_head"]
+    heads = [*zip(*layers, strict=True)]
+    yield (
+        f"Share of attention's weight that lies on the nearest keys, mean over {weights['queries']:,} queries at the "
+        "ends of windows of the longest length. By layer, mean over heads, and in brackets the head with the least; by "
+        "head, mean over layers, and the layer with the least:\n"
+    )
+    yield f"| nearest keys | {' | '.join(f'{number:,}' for number in weights['nearest'])} |"
+    yield "|---|" + "---:|" * len(weights["nearest"])
+    for name, rows in (("layer", layers), ("head", heads)):
+        for number, parts in enumerate(rows):
+            cells = [f"{fmean(each):.1%} ({min(each):.1%})" for each in zip(*parts, strict=True)]
+            yield f"| {name} {number} | {' | '.join(cells)} |"
     yield ""
 
 

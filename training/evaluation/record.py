@@ -13,12 +13,15 @@ from training.evaluation.kept import report_label
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.results import protocol_name
 from training.observers import Status
-from training.tracking.inputs import evaluation_input, inputs_event
+from training.tracking.inputs import evaluation_input
+from training.tracking.measured import TrackedMeasurement, track_measurement
 from training.tracking.spool import now_ms
 from training.tracking.tables import evaluation_table, table_event
 from training.tracking.tracker import MlflowTracker
 
 logger = logging.getLogger(__name__)
+
+_MEASURED = ("loss", "perplexity", "bits_per_byte", "standard_error", "attention_density")
 
 
 @dataclass
@@ -57,9 +60,11 @@ class EvaluationRecord:
             finally:
                 if tracker is not None:  # within: the files that it sends must not be replaced meanwhile
                     label = report_label(self.report, self.folder)
-                    _track(tracker, self.report, files, label=label, checkpoint=self.name)
-                    self._track_below(tracker, label=label, status=status)
-                    tracker.close()
+                    path = f"evaluation/{label}.json"
+                    table = table_event(path, evaluation_table(self.folder, label=label)) if files else None
+                    measured = tracked_evaluation(self.report, label=label, checkpoint=self.name)
+                    began_ms = self.began_ms
+                    track_measurement(tracker, measured, files=files, table=table, began_ms=began_ms, status=status)
         return files[1]
 
     def keep_finished(self, *, of: int, error: BaseException, tracker: MlflowTracker | None) -> None:
@@ -77,62 +82,44 @@ class EvaluationRecord:
         if isinstance(error, KeyboardInterrupt):  # an error speaks for itself
             logger.warning("to go on from where it was, give the same command again")
 
-    def _track_below(self, tracker: MlflowTracker, *, label: str, status: Status) -> None:
-        """Log the evaluation as a run below that of the training, with curves over the length: runs can be compared."""
-        report = self.report
-        results = report["results"]
-        points = [
-            (f"{protocol_name(result).replace(':', '_')}/{key}", result[key], result["length"])
-            for result in results
-            for key in ("loss", "perplexity")
-        ]
-        tracker.nested(
-            f"evaluate {self.name}, {label}",
-            kind="evaluate",
-            params={
-                "checkpoint": self.name,
-                "step": report["step"],
-                "text": label,
-                "train_length": report["train_length"],
-                "lengths": sorted({result["length"] for result in results}),
-                "protocols": sorted({protocol_name(result) for result in results}),
-            },
-            points=points,
-            began_ms=self.began_ms,
-            status=status,
-        )
 
+def tracked_evaluation(report: dict[str, Any], *, label: str, checkpoint: str) -> TrackedMeasurement:
+    """Return a report as MLflow gets it.
 
-def _track(
-    tracker: MlflowTracker, report: dict[str, Any], files: Sequence[Path], *, label: str, checkpoint: str
-) -> None:
-    """Add a report to the MLflow run of the training.
-
-    Log one metric per protocol and length at the checkpoint's step, so that checkpoints of a run can be compared. Log
-    one per protocol and checkpoint with the length as MLflow's step: MLflow then draws perplexity against length.
+    One metric per protocol and length has the checkpoint's step, so that checkpoints of a run can be compared. One per
+    protocol and checkpoint has the length as its step, and so have those of the run below: MLflow then draws perplexity
+    against length.
 
     Args:
-        tracker: Attached to the MLflow run.
         report: The contents of report.json.
-        files: Sent to the folder evaluation/CHECKPOINT of the run's artifacts.
         label: The report's label: its text and precision.
         checkpoint: Name of the checkpoint's folder.
     """
-    values: dict[str, float] = {}
+    results, values = report["results"], dict[str, float]()
+    curves: list[tuple[int, dict[str, float]]] = []
+    points: list[tuple[str, float, int]] = []
     curve = re.sub(r"[^\w.-]", "_", checkpoint, flags=re.ASCII)  # a user may have renamed the folder
-    for result in report["results"]:
+    for result in results:
         # MLflow does not allow a colon in a name on every system.
-        text_and_protocol = f"evaluation/{label}/{protocol_name(result).replace(':', '_')}"
-        name = f"{text_and_protocol}/{result['length']}"
-        kept = ("loss", "perplexity", "bits_per_byte", "standard_error", "attention_density")
-        values |= {f"{name}/{key}": result[key] for key in kept if key in result}
-        tracker.metrics(result["length"], {f"{text_and_protocol}/{curve}/perplexity": result["perplexity"]})
+        protocol, length = protocol_name(result).replace(":", "_"), result["length"]
+        values |= {f"evaluation/{label}/{protocol}/{length}/{key}": result[key] for key in _MEASURED if key in result}
+        curves.append((length, {f"evaluation/{label}/{protocol}/{curve}/perplexity": result["perplexity"]}))
+        points += [(f"{protocol}/{key}", result[key], length) for key in ("loss", "perplexity")]
     verdict = {key: report["verdict"][key] for key in ("usable_length", "effective_context")}
     values |= {f"evaluation/{label}/{key}": value for key, value in verdict.items() if value is not None}
-    tracker.metrics(report["step"], values)
-    tracker.put(inputs_event([evaluation_input(report)]))
-    for file in files:
-        tracker.artifact(file, folder=f"evaluation/{checkpoint}")
-    if files:
-        table = evaluation_table(files[0].parent.parent, label=label)
-        tracker.put(table_event(f"evaluation/{label}.json", table))
+    return TrackedMeasurement(
+        kind="evaluate",
+        name=f"evaluate {checkpoint}, {label}",
+        folder=f"evaluation/{checkpoint}",
+        values=[*curves, (report["step"], values)],
+        params={
+            "checkpoint": checkpoint,
+            "step": report["step"],
+            "text": label,
+            "train_length": report["train_length"],
+            "lengths": sorted({result["length"] for result in results}),
+            "protocols": sorted({protocol_name(result) for result in results}),
+        },
+        points=points,
+        datasets=[evaluation_input(report)],
+    )

@@ -1,6 +1,7 @@
 """`trainshort evaluate`: measure one checkpoint at many lengths, in one process or on ranks."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from parallel.collectives import broadcast_from_first
 from parallel.groups import make_groups
 from parallel.start import ProcessRank, ignore_stop_signals, start, stop
 from training.checkpoint.read import Checkpoint, open_checkpoint, open_on_all_ranks
+from training.evaluation.attention_weight import measure_weights
 from training.evaluation.context import ContextPlan, plan_context, run_context
 from training.evaluation.folder import check_evaluation_folder
 from training.evaluation.partial import PartialResults
@@ -28,6 +30,7 @@ from training.evaluation.request import EvaluationRequest
 from training.evaluation.resampling import units_of
 from training.evaluation.sweep import Measurement, plan_measurements, run_measurements
 from training.evaluation.text import EvaluationText, file_text, held_out_text
+from training.model.attention import AttentionBlock
 from training.model.distributed import load_distributed
 from training.model.single import inference_device, load_single
 from training.model.windows import LosslessWindows
@@ -75,7 +78,8 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     inference_device(request.precision)
     opened = open_checkpoint(checkpoint)
     begun = _begin(opened, request)
-    return begun.measure_with(load_single(opened, precision=request.precision, scale=begun.plan.scale))
+    model = load_single(opened, precision=request.precision, scale=begun.plan.scale)
+    return begun.measure_with(model, blocks=model.blocks)
 
 
 def evaluate_rank(checkpoint: Path, request: EvaluationRequest, place: ProcessRank) -> dict[str, Any] | None:
@@ -132,8 +136,13 @@ class _Begun:
     tracker: MlflowTracker | None
     provenance: Provenance
 
-    def measure_with(self, model: _EvaluatedModel) -> dict[str, Any]:
-        """Measure, write the reports and return the contents of report.json."""
+    def measure_with(self, model: _EvaluatedModel, *, blocks: Sequence[AttentionBlock] = ()) -> dict[str, Any]:
+        """Measure, write the reports and return the contents of report.json.
+
+        Args:
+            model: The model.
+            blocks: Its blocks, in order, if they are all in this process.
+        """
         evaluated, name = evaluated_model(self.opened, model.certificate), _name(self.opened)
         build = partial(build_report, model=evaluated, text=self.text, provenance=self.provenance)
         return run_evaluation(
@@ -144,6 +153,7 @@ class _Begun:
             parts=PartialResults(self.folder / name, evaluated, self.provenance),
             tracker=self.tracker,
             attention=model.windows,
+            blocks=blocks,
         )
 
 
@@ -194,6 +204,7 @@ def run_evaluation(
     parts: PartialResults,
     tracker: MlflowTracker | None,
     attention: LosslessWindows | None,
+    blocks: Sequence[AttentionBlock] = (),
 ) -> dict[str, Any]:
     """Measure what is planned, write the reports and return the contents of report.json.
 
@@ -205,11 +216,15 @@ def run_evaluation(
         parts: What an interrupted evaluation has left, and what this one would leave.
         tracker: Attached to the MLflow run of the training.
         attention: Counts the scores that the model's attention computes; None if nothing counts them.
+        blocks: The model's blocks, in order; none if they are not in this process.
     Raises:
         TrainshortError: see `measure_loss` and `ReportNotWritten`.
     """
     try:
         _measure(scorer, text, plan, record=record, parts=parts, attention=attention)
+        if blocks and record.context is not None and text.begins is None:
+            longest = record.context["longest"]
+            record.context["attention"] = measure_weights(scorer, blocks, text.tokens, longest=longest)
     except BaseException as error:  # Ctrl-C too
         record.keep_finished(of=plan.count, error=error, tracker=tracker)
         raise

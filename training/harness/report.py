@@ -8,15 +8,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.files import try_to_lock, whole_file
+from configs.files import whole_file
 from configs.terminal import printable
 from training.evaluation.folder import ReportNotWritten
+from training.harness.kept import (
+    HARNESS_FOLDER,
+    HARNESS_RESULTS,
+    metric_name,
+    shown_samples,
+    shown_value,
+    shown_version,
+)
 
 logger = logging.getLogger(__name__)
 
-HARNESS_FOLDER = "harness"  # in the folder of a checkpoint's reports
-_NAME = "results"
-_LARGE = 1e4  # from which on four digits say enough
 # Two results with equal values of these are of one measurement: the newer one replaces the other.
 _KEY = ("task", "metric", "filter", "fewshot", "limit", "max_length", "precision")
 
@@ -40,14 +45,17 @@ def result_rows(results: Mapping[str, Any], **facts: object) -> Iterator[dict[st
                 "value": _finite(value),
                 "stderr": _finite(values.get(f"{metric}_stderr,{name}")),
                 "higher_is_better": results["higher_is_better"].get(task, {}).get(metric),
+                "version": results["versions"].get(task),
                 "fewshot": results["n-shot"].get(task),
                 "samples": values.get("sample_len"),
                 **facts,
             }
 
 
-def keep_results(report: Mapping[str, Any], folder: Path) -> Path:
-    """Add results to those kept of a checkpoint, each file whole or not at all; return the Markdown.
+def write_results(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Add results to those kept of a checkpoint, each file whole or not at all; return the JSON and the Markdown.
+
+    Hold the lock of the folder that they are written to: the files must be of the same results.
 
     Args:
         report: What was measured now.
@@ -56,21 +64,21 @@ def keep_results(report: Mapping[str, Any], folder: Path) -> Path:
         ReportNotWritten: a disk is full or failing.
     """
     place = folder / HARNESS_FOLDER
-    table, document = place / f"{_NAME}.md", place / f"{_NAME}.json"
+    table, document = place / f"{HARNESS_RESULTS}.md", place / f"{HARNESS_RESULTS}.json"
     try:
-        with try_to_lock(place):
-            merged = _with_earlier(report, document)
-            # the JSON last: where it is, the table is too
-            for path, text in ((table, results_page(merged)), (document, json.dumps(merged, indent=2) + "\n")):
-                with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+        place.mkdir(parents=True, exist_ok=True)
+        merged = _with_earlier(report, document)
+        # the JSON last: where it is, the table is too
+        for path, text in ((table, results_page(merged)), (document, json.dumps(merged, indent=2) + "\n")):
+            with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
+                temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ReportNotWritten(
             f"{error.filename or place} cannot be written ({error.strerror}): the results stand only in the output of "
             "this command; free space and run it again to write them",
             report=dict(report),
         ) from None
-    return table
+    return document, table
 
 
 def results_page(report: Mapping[str, Any]) -> str:
@@ -82,27 +90,14 @@ def results_page(report: Mapping[str, Any]) -> str:
         f"- trained at {report['train_length']:,} tokens",
         *(f"- evaluated {line}" for line in map(_evaluation, report["evaluations"])),
         "",
-        "| task | metric | value | stderr | few-shot | samples | longest input | precision | evaluated |",
-        "|---|---|---:|---:|---:|---:|---:|---|---|",
+        "| task | version | metric | value | stderr | few-shot | samples | longest input | precision | evaluated |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---|---|",
         *(f"| {' | '.join(cells)} |" for cells in map(_page_cells, report["results"])),
         "",
         "`longest input`: tokens that the model was given at most; a longer context lost its beginning.",
         "",
     ]
     return "\n".join(lines)
-
-
-def metric_name(row: Mapping[str, Any]) -> str:
-    """Return the metric of a row, with its filter if it has one, and an arrow to what is better."""
-    better = {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "")
-    return f"{row['metric']}" + ("" if row["filter"] == "none" else f" ({row['filter']})") + better
-
-
-def shown_value(value: float | None) -> str:
-    """Return a value or its standard error; - if there is none."""
-    if value is None:
-        return "-"
-    return f"{value:,.4f}" if abs(value) < _LARGE else f"{value:.4g}"
 
 
 def _evaluation(made: Mapping[str, Any]) -> str:
@@ -113,11 +108,12 @@ def _evaluation(made: Mapping[str, Any]) -> str:
 
 def _page_cells(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"`{row['task']}`"
+    yield shown_version(row)
     yield metric_name(row)
     yield shown_value(row["value"])
     yield shown_value(row["stderr"])
     yield "-" if row["fewshot"] is None else str(row["fewshot"])
-    yield f"{row['samples']:,}" + ("" if row["limit"] is None else f" (--limit {row['limit']})")
+    yield shown_samples(row)
     yield f"{row['max_length']:,}"
     yield str(row["precision"])
     yield str(row["date"])
@@ -134,7 +130,7 @@ def _with_earlier(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
         rows = {tuple(row[key] for key in _KEY): row for row in (*earlier["results"], *report["results"])}
         made = {each["date"]: each for each in (*earlier["evaluations"], *report["evaluations"])}
     except (ValueError, KeyError, TypeError):  # broken too
-        aside = path.with_name(f"{_NAME}.until-{report['evaluations'][0]['date'].replace(':', '')}.json")
+        aside = path.with_name(f"{HARNESS_RESULTS}.until-{report['evaluations'][0]['date'].replace(':', '')}.json")
         path.replace(aside)
         logger.warning("%s was broken or of other weights: it is now %s", path, aside.name)
         return dict(report)

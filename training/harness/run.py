@@ -16,10 +16,14 @@ from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.folder import check_evaluation_folder
 from training.evaluation.provenance import evaluation_date, product_versions
 from training.evaluation.usable import find_held_out_report, usable_length
+from training.harness.kept import HARNESS_FOLDER
 from training.harness.language_model import CheckpointLM
-from training.harness.report import HARNESS_FOLDER, keep_results, result_rows
+from training.harness.record import keep_results
+from training.harness.report import result_rows
 from training.harness.tasks import TaskRequest, load_tasks
 from training.model.single import inference_device, load_single
+from training.tracking.spool import now_ms
+from training.tracking.tracker import attach
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,7 @@ def run_harness(
     precision: str,
     command: str | None,
 ) -> dict[str, Any]:
-    """Run tasks on a checkpoint, and keep the results in its folder of RUN_DIR/evaluation.
+    """Run tasks on a checkpoint; keep the results in its folder of RUN_DIR/evaluation, and in MLflow.
 
     Args:
         path: A step folder, or a run folder for its newest checkpoint.
@@ -54,6 +58,9 @@ def run_harness(
     kept = evaluation_folder(checkpoint.run_dir) / checkpoint.path.resolve().name
     loaded = load_tasks(request)
     check_evaluation_folder(kept, name=HARNESS_FOLDER)
+    # Attach now: the tracker's thread imports mlflow while the model runs.
+    track = checkpoint.config.track
+    tracker, began_ms = attach(checkpoint.run_dir, uri=track.uri, offline=track.offline), now_ms()
     longest = max_length or longest_input(checkpoint)
     date, versions = evaluation_date(), product_versions("lm_eval")
     single, tokenizer = load_single(checkpoint, precision=precision), load_tokenizer(checkpoint.tokenizer)
@@ -70,7 +77,7 @@ def run_harness(
         "evaluations": [{"date": date, "command": command, "versions": versions, "cut": model.cut}],
         "results": list(result_rows(results, **facts)),
     }
-    logger.info("report: %s", keep_results(report, kept))
+    logger.info("report: %s", keep_results(report, kept, tracker=tracker, began_ms=began_ms))
     return report
 
 

@@ -1,7 +1,4 @@
-"""The report of `retrieval`: JSON for programs, Markdown to read, a heat map. Imports no torch.
-
-It lies in evaluation/step_0000400/retrieval/, named by its text, scale and precision: held-out.json, .md and .png.
-"""
+"""The report of `retrieval`: JSON for programs, Markdown to read, a heat map. Imports no torch."""
 
 import json
 import secrets
@@ -9,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.files import try_to_lock, whole_file
+from configs.files import whole_file
 from configs.scales import parse_scale
 from configs.terminal import printable
 from training.evaluation.folder import ReportNotWritten
-from training.evaluation.kept import HELD_OUT, other_precision, text_name, text_slug
+from training.retrieval.kept import RETRIEVAL_FOLDER, retrieval_label
 from training.retrieval.plot import draw_retrieval
 from training.retrieval.shares import over_depths, share_with_interval
 
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
     from training.retrieval.cells import RetrievalCell
     from training.retrieval.request import RetrievalRequest
 
-RETRIEVAL_FOLDER = "retrieval"
 _NOTES = (
     "`recall`: share of the asked numbers in what the model generates with the likeliest tokens. `choice`: share that",
     "is likeliest among ten numbers, nine of them wrong: 10 % by chance. In brackets Wilson's interval of 95 %.",
@@ -72,8 +68,10 @@ def build_retrieval_report(
     }
 
 
-def write_retrieval(report: dict[str, Any], folder: Path, *, name: str) -> Path:
-    """Write the report of a checkpoint in place of an earlier one on the same text; return the Markdown.
+def write_retrieval(report: dict[str, Any], folder: Path, *, name: str) -> tuple[Path, Path, Path]:
+    """Write the report of a checkpoint in place of an earlier one on the same text; return JSON, Markdown and PNG.
+
+    Hold the lock of the folder that it is written to: its files must be of one report.
 
     Args:
         report: The contents of the JSON.
@@ -84,28 +82,21 @@ def write_retrieval(report: dict[str, Any], folder: Path, *, name: str) -> Path:
     """
     place, label = folder / name / RETRIEVAL_FOLDER, retrieval_label(report)
     try:
-        with try_to_lock(place):
-            draw_retrieval(report, place / f"{label}.png")
-            # in ASCII: a file name that is not UTF-8 can then be written too
-            contents = json.dumps(report, indent=2, allow_nan=False) + "\n"
-            # the JSON last: where it is, the others are too
-            for ending, text in (("md", retrieval_markdown(report, plot=f"{label}.png")), ("json", contents)):
-                with whole_file(place / f"{label}.{ending}", mark=f".{secrets.token_hex(4)}") as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+        place.mkdir(parents=True, exist_ok=True)
+        picture = draw_retrieval(report, place / f"{label}.png")
+        # in ASCII: a file name that is not UTF-8 can then be written too
+        contents = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        # the JSON last: where it is, the others are too
+        for ending, text in (("md", retrieval_markdown(report, plot=picture.name)), ("json", contents)):
+            with whole_file(place / f"{label}.{ending}", mark=f".{secrets.token_hex(4)}") as temporary:
+                temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ReportNotWritten(
             f"{error.filename or place} cannot be written ({error.strerror}): the report stands only in the output of "
             "this command; free space and start it again",
             report=report,
         ) from None
-    return place / f"{label}.md"
-
-
-def retrieval_label(report: dict[str, Any]) -> str:
-    """Return the name of a report's files: its text's, its scale if there is one, its precision unless it is fp32."""
-    text = HELD_OUT if report["text_path"] is None else f"{text_slug(text_name(report))}-{report['text_sha256'][:8]}"
-    scale = report["scale"].replace(":", "-") if "scale" in report else None
-    return "-".join(filter(None, [text, scale, other_precision(report)]))
+    return place / f"{label}.json", place / f"{label}.md", picture
 
 
 def retrieval_markdown(report: dict[str, Any], *, plot: str) -> str:

@@ -1,7 +1,7 @@
 """`trainshort retrieval`: ask one checkpoint for what it has read, at many lengths and depths."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,18 +20,23 @@ from training.evaluation.precheck import run_data
 from training.evaluation.progress import EvaluationProgress
 from training.evaluation.provenance import evaluated_model, provenance_of
 from training.model.single import inference_device, load_single
+from training.observers import Status
 from training.retrieval.cells import RetrievalCell
+from training.retrieval.kept import RETRIEVAL_FOLDER
 from training.retrieval.prompts import Prompt, PromptMaker, make_haystack
-from training.retrieval.report import RETRIEVAL_FOLDER, build_retrieval_report, write_retrieval
+from training.retrieval.record import keep_retrieval
+from training.retrieval.report import build_retrieval_report
 from training.retrieval.request import RetrievalRequest
 from training.retrieval.scoring import CHANCE, PromptScore, RetrievalModel, prompts_at_once, score_prompts
 from training.retrieval.tasks import RetrievalTask, require_tasks
+from training.tracking.spool import now_ms
+from training.tracking.tracker import attach
 
 logger = logging.getLogger(__name__)
 
 
 def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, Any]:
-    """Measure a checkpoint, and write the report; see `training.retrieval.report`.
+    """Measure a checkpoint; keep the report in RUN_DIR/evaluation, and in the MLflow run of the training.
 
     If a measurement fails or is interrupted, the report holds those that were finished.
 
@@ -55,6 +60,7 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     maker = PromptMaker(haystack, tokenizer, seed=request.seed)
     parts = plan_retrieval(request, maker, lengths=lengths)
     check_evaluation_folder(folder, name=f"{name}/{RETRIEVAL_FOLDER}")
+    keep = _keeper(opened, folder, name=name)
     provenance = provenance_of(opened, stream.tokens, data=request.data, command=request.command)
     scale = None if request.scale is None else scale_for(request.scale, opened.config.model)
     model = load_single(opened, precision=request.precision, scale=scale)
@@ -69,15 +75,22 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     cells: list[RetrievalCell] = []
     try:
         ask(model, maker, tokenizer, parts, cells=cells)
-    except BaseException:  # Ctrl-C too
+    except BaseException as error:  # Ctrl-C too
         if cells:
-            logger.warning(
-                "stopped early; what is finished is kept: %s", write_retrieval(build(cells), folder, name=name)
-            )
+            status: Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            logger.warning("stopped early; what is finished is kept: %s", keep(build(cells), status=status))
         raise
     report = build(cells)
-    logger.info("report: %s", write_retrieval(report, folder, name=name))
+    logger.info("report: %s", keep(report))
     return report
+
+
+def _keeper(checkpoint: Checkpoint, folder: Path, *, name: str) -> Callable[..., Path]:
+    """Return what keeps the report of a measurement that begins now."""
+    track = checkpoint.config.track
+    # Attach now: the tracker's thread imports mlflow while the model runs.
+    tracker = attach(checkpoint.run_dir, uri=track.uri, offline=track.offline)
+    return partial(keep_retrieval, folder=folder, name=name, tracker=tracker, began_ms=now_ms())
 
 
 def _read_text(checkpoint: Checkpoint, data: Path | None) -> TokenStream:

@@ -73,10 +73,11 @@ def evaluation_input(report: dict[str, Any]) -> DatasetFacts:
     """Return the text of an evaluation.
 
     Args:
-        report: The contents of report.json.
+        report: The contents of its JSON.
     """
     data = report["data"]
-    profile = {"num_elements": data["tokens"], "words": data["words"], "tokenizer_sha256": report["tokenizer_sha256"]}
+    words = data.get("words")  # they are not counted in a haystack
+    profile = {"num_elements": data["tokens"], "words": words, "tokenizer_sha256": report["tokenizer_sha256"]}
     path = report["text_path"]
     return _dataset(data["name"], report["text_sha256"], None if path is None else Path(path), "evaluation", **profile)
 

@@ -1,14 +1,13 @@
 """How far back each head needs keys: the windows of queries and keys, drawn ones or a trained model's."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parallel.documents import Documents
-from training.model.attention import Attention, AttentionBlock
+from training.model.attention import AttentionBlock
+from training.model.observed import observed_attention
 from training.model.positions.bias import QUERY_BLOCK, causal_bias
 from training.model.windows import norms, reach
 
@@ -99,39 +98,17 @@ def windows_of_weights(blocks: Sequence[AttentionBlock], run: Callable[[], objec
         run: Gives the text to the model, once.
     """
     counted = blocks[0].attend.bias.lossless
-    with _recorded(blocks) as recorders:
+    slopes = [block.attend.bias.local_slopes for block in blocks]
+    heads: list[tuple[HeadWindow, ...]] = [()] * len(blocks)
+
+    def see(layer: int, q: Tensor, k: Tensor) -> None:
+        of_layer = slopes[layer]
+        assert of_layer is not None, "windows come from slopes"
+        heads[layer] = head_windows(q, k, slopes=of_layer, heads=range(q.shape[1]))
+
+    with observed_attention(blocks, see):
         if counted is not None:
             counted.take()
         run()
         densities = [float(density) for density in counted.take()] if counted is not None else []
-    return tuple(
-        LayerWindows(layer, densities[layer] if densities else None, recorder.heads)
-        for layer, recorder in enumerate(recorders)
-    )
-
-
-class _Recorder:
-    """An attention that keeps the windows of its last call."""
-
-    def __init__(self, attend: Attention) -> None:
-        self.attend, self.bias = attend, attend.bias
-        self.heads: tuple[HeadWindow, ...] = ()
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-        assert documents is None, "windows are those of one document"
-        slopes = self.bias.local_slopes
-        assert slopes is not None, "windows come from slopes"
-        self.heads = head_windows(q, k, slopes=slopes, heads=range(q.shape[1]))
-        return self.attend(q, k, v)
-
-
-@contextmanager
-def _recorded(blocks: Sequence[AttentionBlock]) -> Iterator[list[_Recorder]]:
-    recorders = [_Recorder(block.attend) for block in blocks]
-    for block, recorder in zip(blocks, recorders, strict=True):
-        block.attend = recorder
-    try:
-        yield recorders
-    finally:
-        for block, recorder in zip(blocks, recorders, strict=True):
-            block.attend = recorder.attend
+    return tuple(LayerWindows(layer, densities[layer] if densities else None, each) for layer, each in enumerate(heads))
