@@ -174,7 +174,9 @@ def loaded(position: str, scale: str | None, *, precision: str = "fp32") -> Sing
     """Return a model as it is loaded from a checkpoint, with a scale."""
     weights = weights_of(make_decoder(HEADS, position=position))
     checkpoint: Any = SimpleNamespace(
-        config=SimpleNamespace(model=model_of(position), data=SimpleNamespace(sequence_length=TRAINED)),
+        config=SimpleNamespace(
+            model=model_of(position), data=SimpleNamespace(sequence_length=TRAINED, mask_documents=False)
+        ),
         vocab_size=VOCABULARY,
         slice=lambda shard, *, kind, part: weights[shard.name].detach().clone(),
     )

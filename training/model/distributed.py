@@ -204,9 +204,8 @@ def load_distributed(
         TrainshortError: its positions are wrong; raised on every rank.
     """
     row, dtype = require_device(precision, device=device.type), dtype_of(precision)
-    model, vocab_size = inference_model(checkpoint.config.model), checkpoint.vocab_size
-    length, documents = checkpoint.config.data.sequence_length, checkpoint.config.data.mask_documents
-    head = head_blocks(model, vocab_size=vocab_size, length=length)
+    model, data, vocab_size = inference_model(checkpoint.config.model), checkpoint.config.data, checkpoint.vocab_size
+    head = head_blocks(model, vocab_size=vocab_size, length=data.sequence_length)
     bounds = stage_bounds(model.layers, stages=groups.pipeline.size, head=head)
 
     def place(layer: nn.Module) -> nn.Module:
@@ -214,6 +213,7 @@ def load_distributed(
             parameter.data = torch.empty_like(parameter, dtype=dtype, device=device)
         return layer
 
+    documents = data.mask_documents
     plan = plan_layers(model, vocab_size=vocab_size, tensor=groups.tensor, recompute=False, documents=documents)
     stage = DecoderStage(plan.placed(place), bounds=bounds, stage=groups.pipeline.rank).to(device, dtype).eval()
     with torch.no_grad():
@@ -228,7 +228,6 @@ def load_distributed(
             documents=documents,
             otherwise=READ_OTHERWISE,
         )
-    certificate = certificates_to_json(certificates, model)
     return DistributedModel(
         stage,
         bounds=bounds,
@@ -236,5 +235,5 @@ def load_distributed(
         groups=groups,
         device=device,
         precision=row,
-        certificate=certificate,
+        certificate=certificates_to_json(certificates, model),
     )
