@@ -73,6 +73,7 @@ class Interrupted:
     """A model that is interrupted at its third pass, in the middle of the first measurement."""
 
     batch_tokens = 128
+    blocks = ()
 
     def __init__(self, model: Any) -> None:
         self._model, self._passes = model, 0
