@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import print_result
-from benchmarks.rounding import perplexity
+from benchmarks.rounding import perplexity, tokens_of_text
 from configs.paths import checkpoints_folder
 from training.checkpoint.read import open_checkpoint
 from training.evaluation.chart import head_axes, line_style, new_figure, save_figure
-from training.evaluation.text import file_text
 from training.metrics_reader import column, read_steps
 from training.model.single import load_single
 
@@ -73,7 +72,7 @@ def progress_of(run: Path, *, text: Path, length: int, most: int) -> Progress:
     seconds, perplexities = [], []
     for folder in sorted(checkpoints_folder(run).glob("step_*")):
         checkpoint = open_checkpoint(folder)
-        tokens = torch.from_numpy(file_text(checkpoint, text).tokens)
+        tokens = tokens_of_text(checkpoint, text)
         tokens = tokens[: min(most, len(tokens) - 1) // length * length + 1]
         trained = [steps[step]["step_seconds"] for step in steps if step <= checkpoint.manifest.step]
         seconds.append(sum(trained))

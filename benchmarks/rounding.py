@@ -16,11 +16,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.machine import print_result
-from training.checkpoint.read import open_checkpoint
+from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.text import file_text
 from training.model.positions.bias import Bias
 from training.model.single import CPU_BATCH_TOKENS, SingleModel, load_single
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=100_000, help="of the text, at most")
     options = parser.parse_args(arguments)
     checkpoint, longest = open_checkpoint(options.checkpoint), max(options.lengths)
-    tokens = torch.from_numpy(file_text(checkpoint, options.data).tokens)
+    tokens = tokens_of_text(checkpoint, options.data)
     windows = min(options.tokens, len(tokens) - 1) // longest
     model = load_single(checkpoint)
     for length in options.lengths:
@@ -55,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             perplexity={name: round(each, 4) for name, each in perplexities.items()},
             change={name: f"{each / exact - 1:+.3%}" for name, each in perplexities.items()},
         )
+
+
+def tokens_of_text(checkpoint: Checkpoint, text: Path) -> Tensor:
+    """Return a text's tokens, [tokens] int64."""
+    return torch.from_numpy(file_text(checkpoint, text).tokens.astype(np.int64))
 
 
 def perplexity(model: SingleModel, tokens: Tensor, *, length: int) -> float:

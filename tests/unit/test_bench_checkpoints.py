@@ -9,10 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import headline
-from benchmarks.rounding import WAYS, RoundedAttention, main, perplexity
+from benchmarks.rounding import WAYS, RoundedAttention, main, perplexity, tokens_of_text
 from tests.support.data import write_book
 from training.checkpoint.read import open_checkpoint
-from training.evaluation.text import file_text
 from training.export.run import export_checkpoint
 from training.model.single import load_single
 
@@ -76,7 +75,7 @@ def test_the_headline_has_a_point_a_checkpoint(tmp_path: Path, capsys: pytest.Ca
     steps = [json.loads(line) for line in (OLD_RUN / "metrics.jsonl").read_text().splitlines()]
     assert row["seconds"] == [round(steps[0]["step_seconds"] + steps[1]["step_seconds"], 1)]
     checkpoint = open_checkpoint(OLD_RUN)
-    tokens = torch.from_numpy(file_text(checkpoint, text).tokens[:193])
+    tokens = tokens_of_text(checkpoint, text)[:193]
     losses = [load_single(checkpoint).losses(tokens[None, at : at + 65]) for at in (0, 64, 128)]
     assert row["perplexity"] == [pytest.approx(float(torch.cat(losses).double().mean().exp()), abs=1e-3)]
     assert picture.read_bytes().startswith(b"\x89PNG")

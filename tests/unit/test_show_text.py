@@ -88,7 +88,7 @@ class StoredStream(Iterator[str]):
 def generated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     """Let `generate run --prompt x` write its prompt and a text that is hard to show; return both."""
     shutil.copytree(OLD_RUN, folder / "run")
-    monkeypatch.setattr("training.api.load", lambda _, precision: StoredModel())
+    monkeypatch.setattr("training.api.load", lambda _, **options: StoredModel())
     return f"x{TEXT}€\x00日本 \u2028"
 
 
