@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint, longest = open_checkpoint(options.checkpoint), max(options.lengths)
     tokens = tokens_of_text(checkpoint, options.data)
     windows = min(options.tokens, len(tokens) - 1) // longest
+    if not windows:
+        parser.error(f"{options.data} has {len(tokens)} tokens, too few for length {longest}: give a longer text")
     model = load_single(checkpoint)
     for length in options.lengths:
         perplexities = {}
@@ -91,12 +93,12 @@ class RoundedAttention:
         slopes = self.bias.local_slopes
         if slopes is None:
             raise ValueError("only ALiBi has a bias to round")
-        slopes, before = slopes.float()[:, None, None], k.shape[2] - q.shape[2]
+        slopes, before = slopes.to(q.device).float()[:, None, None], k.shape[2] - q.shape[2]
         joined = []
         for first in range(0, q.shape[2], _ROWS):
             rows = q[:, :, first : first + _ROWS]
-            queries = torch.arange(before + first, before + first + rows.shape[2])[:, None]
-            keys = torch.arange(int(queries[-1]) + 1)
+            queries = torch.arange(before + first, before + first + rows.shape[2], device=q.device)[:, None]
+            keys = torch.arange(int(queries[-1]) + 1, device=q.device)
             products = rows @ k[:, :, : len(keys)].mT / q.shape[-1] ** 0.5
             scores = self._score(products, slopes, queries, keys).masked_fill(keys > queries, -torch.inf)
             joined.append(scores.softmax(-1) @ v[:, :, : len(keys)])

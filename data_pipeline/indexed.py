@@ -107,15 +107,6 @@ def document_numbers(prefix: Path) -> NDArray[np.int64]:
     return np.searchsorted(boundaries[1:], np.arange(len(index.lengths)), side="right").astype(np.int64)
 
 
-def read_sequences(prefix: Path, *, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the tokens of the given sequences, one after the other, [tokens].
-
-    Raises:
-        InputError: see `read_index`.
-    """
-    return np.concatenate([np.zeros(0, np.int64), *iter_sequences(prefix, sequences=sequences)])
-
-
 def iter_sequences(prefix: Path, *, sequences: NDArray[np.int64]) -> Iterator[NDArray[np.integer]]:
     """Yield the tokens of the given sequences, one after the other, in blocks of about a million tokens.
 

@@ -70,16 +70,17 @@ class Samples:
         Args:
             ids: Index of each sample in the epoch, in [0, len(self)).
         """
-        rows = np.empty((len(ids), 2, self.sequence_length + 1), np.int64)
-        for (tokens, begins), sample in zip(rows, ids, strict=True):
+        # without documents there is one row: a view of two would not be copied to a GPU without waiting
+        rows = np.empty((len(ids), 1 if self._end is None else 2, self.sequence_length + 1), np.int64)
+        for row, sample in zip(rows, ids, strict=True):
             part = int(np.searchsorted(self._ends, sample, side="right"))
             dataset = self._datasets[part]
             assert dataset is not None, f"there is no sample {sample}"
             number = int(sample) - int(self._ends[part]) + self.sizes[part]
             item = dataset[number]
-            tokens[:-1], tokens[-1] = item["tokens"], item["labels"][-1]
+            row[0, :-1], row[0, -1] = item["tokens"], item["labels"][-1]
             if self._end is not None:
-                begins[:] = document_begins(tokens, joins=_joins(dataset, number), end=self._end)
+                row[1] = document_begins(row[0], joins=_joins(dataset, number), end=self._end)
         return rows[:, 0] if self._end is None else rows
 
 

@@ -33,6 +33,8 @@ class TokenStream:
     """White space separated words; None where only the tokens are known."""
     documents: NDArray[np.int64]
     """First token of each document, [documents]; neighbouring parts of one document are one."""
+    joins: NDArray[np.int64]
+    """First token of each piece that training joins to others, [pieces]: of a held-out text its sequences."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,12 @@ def held_out_stream(prepared: Prepared, *, split: float) -> TokenStream:
         tokens = file.read()
     words = [_words(prepared, part, sequences) for part, sequences in held_out]
     known = [count for count in words if count is not None]
-    documents = [_document_starts(prepared, part, sequences) for part, sequences in held_out]
-    return TokenStream(
-        "held-out",
-        tokens,
-        sum(known) if len(known) == len(words) else None,
-        np.concatenate([starts + end for starts, end in zip(documents, ends[:-1], strict=True)]),
+    starts = [_starts(prepared, part, sequences) for part, sequences in held_out]
+    documents, joins = (
+        np.concatenate([each + end for each, end in zip(kind, ends[:-1], strict=True)])
+        for kind in zip(*starts, strict=True)
     )
+    return TokenStream("held-out", tokens, sum(known) if len(known) == len(words) else None, documents, joins)
 
 
 def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
@@ -99,7 +100,8 @@ def file_stream(path: Path, tokenizer_path: Path) -> TokenStream:
         tokens = file.read()
     if not len(tokens):
         raise InputError(f"evaluation text {path} holds no text: give another file")
-    return TokenStream(path.name, tokens, words, np.unique([start for start in starts if start < len(tokens)]))
+    documents = np.unique([start for start in starts if start < len(tokens)])
+    return TokenStream(path.name, tokens, words, documents, joins=documents)
 
 
 def require_text_file(path: Path) -> None:
@@ -159,10 +161,14 @@ def _words(prepared: Prepared, part: Part, sequences: NDArray[np.int64]) -> int 
     return int(words[sequences].sum())
 
 
-def _document_starts(prepared: Prepared, part: Part, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the first token of each document among a part's chosen sequences, [documents], counted from 0."""
+def _starts(
+    prepared: Prepared, part: Part, sequences: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first tokens of the documents among a part's chosen sequences, and of these, counted from 0."""
     prefix = prepared.prefix(part)
     documents, lengths = document_numbers(prefix)[sequences], read_index(prefix).lengths[sequences]
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     is_first = np.diff(documents, prepend=-1) != 0
-    return np.unique(starts[is_first])  # an empty sequence starts where the next one does
+    # an empty sequence starts where the next one does, the last one nowhere
+    documents = np.unique(starts[is_first & (starts < lengths.sum())])
+    return documents, np.unique(starts[lengths > 0])

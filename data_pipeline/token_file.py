@@ -72,7 +72,8 @@ class TokenFile:
 
 
 def _not_written(error: OSError) -> MachineError:
+    folder = tempfile.tempdir or "a temporary folder"
     return MachineError(
-        f"the tokens of a text cannot be written to {tempfile.gettempdir()} ({error.strerror}): free space there, or "
-        "set TMPDIR to another folder"
+        f"the tokens of a text cannot be written to {folder} ({error.strerror}): free space there, or set TMPDIR to "
+        "another folder"
     )

@@ -55,13 +55,13 @@ class Documents:
             [end - first for first, end in pairwise([*row.nonzero().flatten().tolist(), seq])] for row in begins
         ]
         places = torch.arange(seq).expand(batch, -1)
-        self.starts = places.where(begins, 0).cummax(1).values.to(device, non_blocking=True)
+        self.starts = _sent(places.where(begins, 0).cummax(1).values, device)
 
     @cached_property
     def ends(self) -> Tensor:
         """Where each document ends if the rows follow each other, behind a 0, [documents + 1] int32."""
         ends = list(accumulate(chain.from_iterable(self.lengths), initial=0))
-        return torch.tensor(ends, dtype=torch.int32).to(self.starts.device, non_blocking=True)
+        return _sent(torch.tensor(ends, dtype=torch.int32), self.starts.device)
 
     @property
     def longest(self) -> int:
@@ -99,9 +99,12 @@ def split_batch(batch: Tensor, *, device: torch.device) -> tuple[Tensor, Tensor,
         batch: Tokens [batch, seq + 1]; or [batch, 2, seq + 1] with the tokens and whether each begins a document.
         device: Where the model is.
     """
-    documents = None
+    tokens, documents = batch.to(device, non_blocking=True), None  # whole: a part of it would be copied first
     if batch.ndim == 3:
-        batch, begins = batch.unbind(1)
-        documents = Documents(begins[:, :-1], device=device)
-    batch = batch.to(device, non_blocking=True)
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), documents
+        tokens, documents = tokens[:, 0], Documents(batch[:, 1, :-1], device=device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return values of the CPU on a device, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

@@ -86,7 +86,7 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of this stage's layers for the next micro-batch: tokens or states -> states."""
-        documents = next(self.documents, None)
+        documents = next(self.documents)
         for layer, takes_documents in zip(self.forward_funcs, self._takes_documents, strict=True):
             x = layer(x, cache=documents) if takes_documents else layer(x)
         return x

@@ -22,11 +22,11 @@ SCALE_MUTANTS = (
         f"{BY_RANKS}[ntk]",
     ),
     Mutant(
-        "scale: a kernel's formula has the slopes of the training",
+        "scale: kernels take the slopes of the training",
         "training/model/positions/alibi.py",
-        "shift = math.log2(every[0]) - 2 * step",
-        "shift = 0.0",
-        f"{TESTS}::test_a_kernels_formula_gives_scaled_slopes_for_any_split",
+        " if scaling is None else None",
+        "",
+        f"{TESTS}::test_kernels_look_scaled_slopes_up",
     ),
     Mutant(
         "scale: yarn without its temperature",

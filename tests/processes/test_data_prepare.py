@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from configs.errors import InputError, MachineError
 from configs.files import one_writer
 from configs.schema import Data
-from data_pipeline.indexed import histogram, read_sequences, smallest_dtype, write_index
+from data_pipeline.indexed import histogram, iter_sequences, smallest_dtype, write_index
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.prepare import prepare_data
 from data_pipeline.samples import open_samples
@@ -313,7 +313,7 @@ def test_data_prepared_for_megatron_is_used_in_place(tmp_path: Path) -> None:
         assert (part.tokens, part.documents, part.words) == (sum(map(len, sequences)), 40, None)
         assert prepared.prefix(part) == tmp_path / "old_text_document"
         assert not list((tmp_path / f"data{number}").glob("*.bin"))
-        tokens_read = read_sequences(prepared.prefix(part), sequences=np.array([3, 7]))
+        (tokens_read,) = iter_sequences(prepared.prefix(part), sequences=np.array([3, 7]))
         assert tokens_read.tolist() == sequences[3] + sequences[7]
     assert tokens.read_bytes() == before
     assert "data.tokenizer is not set" in refused(small_data(tokens), tmp_path / "data9")

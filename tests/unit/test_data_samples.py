@@ -81,6 +81,7 @@ def test_samples_say_where_documents_begin(tmp_path: Path, document: int | None)
         rows = masked.read(ids)
         assert rows.shape == (len(plain), 2, 17)
         assert np.array_equal(rows[:, 0], plain.read(ids))
+        assert plain.read(ids).flags.c_contiguous, "or its copy to a GPU waits"
         for tokens, begins in rows.tolist():
             joined = [False, *(b in firsts and a != end for a, b in pairwise(tokens))]
             expected = [at == 0 or tokens[at] == end or joined[at] for at in range(17)]

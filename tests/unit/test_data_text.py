@@ -91,14 +91,16 @@ def test_a_stream_knows_where_its_documents_begin(prepared: Prepared, tmp_path: 
         for number, (first, end) in enumerate(pairwise(dataset.document_indices.tolist()))
         for sequence in range(first, end)
     }
-    starts, length, before = [], 0, None
+    starts, joins, length, before = [], list[int](), 0, None
     for sequence in held_out_sequences(len(dataset), share=0.5).tolist():
+        joins.append(length)
         if document_of[sequence] != before:
             starts.append(length)
         length, before = length + len(dataset[sequence]), document_of[sequence]
     assert len(starts) > 1
     assert len(starts) < len(held_out_sequences(len(dataset), share=0.5)), "parts of one document are one"
-    assert held_out_stream(prepared, split=0.5).documents.tolist() == starts
+    held_out = held_out_stream(prepared, split=0.5)
+    assert (held_out.documents.tolist(), held_out.joins.tolist()) == (starts, joins)
     records = tmp_path / "records.jsonl"
     records.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "two and more", "three")))
     stream, tokenizer = file_stream(records, prepared.tokenizer), load_tokenizer(prepared.tokenizer)

@@ -195,12 +195,15 @@ def test_results_are_added_to_those_that_are_kept(tmp_path: Path, caplog: pytest
 def test_results_go_to_mlflow_under_names_of_their_own(tmp_path: Path) -> None:
     run_dir, folder = tmp_path, tmp_path / "evaluation" / "step_0000100"
     begin_mlflow_run(run_dir)
-    for number, change in enumerate(({}, {"fewshot": 5}, {"limit": 10}, {"precision": "bf16"}, {"filter": "a:b"})):
+    ways: tuple[dict[str, object], ...] = ({}, {"fewshot": 5}, {"limit": 10}, {"precision": "bf16"}, {"filter": "a:b"})
+    for number, change in enumerate((*ways, {"max_length": 2048})):
         report = measured("piqa", number / 10, date=f"D{number}")
-        report["results"] = [{**row, "stderr": 0.01, **change} for row in report["results"]]
+        usual = {"stderr": 0.01, "max_length": report["train_length"]}
+        report["results"] = [{**row, **usual, **change} for row in report["results"]]
         keep_results(report, folder, tracker=attach_offline(run_dir), began_ms=7)
     metrics, nested, tables = (spooled(run_dir, kind=kind) for kind in ("metrics", "nested", "table"))
     names = ("piqa/acc", "piqa-5-shot/acc", "piqa-limit-10/acc", "piqa-bf16/acc", "piqa/acc-a_b")
+    names += ("piqa-max-length-2048/acc",)
     assert [(event["step"], event["values"]) for event in metrics] == [
         (100, {f"harness/{name}": number / 10, f"harness/{name}_stderr": 0.01}) for number, name in enumerate(names)
     ]
@@ -209,7 +212,7 @@ def test_results_go_to_mlflow_under_names_of_their_own(tmp_path: Path) -> None:
     assert nested[0]["params"]["tasks"] == '["piqa"]'
     assert {event["artifact"] for event in tables} == {"harness.json"}
     columns, rows = tables[-1]["table"]["columns"], tables[-1]["table"]["data"]
-    assert {row[columns.index("value")] for row in rows} == {0.0, 0.1, 0.2, 0.3, 0.4}
+    assert {row[columns.index("value")] for row in rows} == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5}
     assert {row[columns.index("version")] for row in rows} == {2.0}
     files = {(event["folder"], Path(event["path"]).name) for event in spooled(run_dir, kind="artifact")}
     assert files == {("evaluation/step_0000100/harness", name) for name in ("results.json", "results.md")}

@@ -32,7 +32,7 @@ from training.model.decoder import Decoder
 from training.model.kernels.flex import penalty
 from training.model.kernels.reference import Reference
 from training.model.kernels.sdpa import Sdpa
-from training.model.positions.alibi import slope_formula, slopes
+from training.model.positions.alibi import slopes
 from training.model.positions.method import make_position
 from training.model.positions.rotary import rotary_rates, rotate
 from training.model.proof.certificate import WrongPositions, certify
@@ -104,20 +104,15 @@ def test_ntk_keeps_the_steepest_and_divides_the_flattest() -> None:
         assert shares == sorted(shares, reverse=True)
 
 
-def test_a_kernels_formula_gives_scaled_slopes_for_any_split() -> None:
-    for method in ("linear", "ntk"):
-        for heads in (2, 3, 8, 12, 16, 112):
-            scaling = Scaling(method, 6.0, 8)
-            expected = torch.tensor(scaled_rates(slopes(heads, bias_max=4), scaling))
-            for ranks in (ranks for ranks in (1, 2, 4) if heads % ranks == 0):
-                local = torch.arange(heads // ranks)
-                parts = [
-                    slope_formula(heads, first=rank * len(local), bias_max=4, scaling=scaling)(local)
-                    for rank in range(ranks)
-                ]
-                torch.testing.assert_close(torch.cat(parts), expected, atol=0, rtol=2e-6)
-    one = slope_formula(1, first=0, scaling=Scaling("linear", 4.0, 8))(torch.arange(1))
-    assert one.item() == pytest.approx(2**-8 / 4)
+def test_kernels_look_scaled_slopes_up() -> None:
+    expected = scaled_rates(slopes(6), Scaling("ntk", 6.0, 8))
+    for rank in range(2):
+        scaling = Scaling("ntk", 6.0, 8)
+        position = make_position(small_model(6, position="alibi"), {}, tensor=Group(rank, 2, None), scaling=scaling)
+        slope_of = position.bias.slope_of(torch.device("cpu"))
+        assert slope_of is not None
+        local = torch.tensor(expected[3 * rank : 3 * rank + 3])
+        torch.testing.assert_close(slope_of(torch.arange(3)), local, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["linear", "ntk"])

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import InputError
-from data_pipeline.indexed import read_sequences
+from data_pipeline.indexed import iter_sequences
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.prepare import prepare_data
 from data_pipeline.text import file_stream
@@ -82,7 +82,7 @@ def test_long_texts_have_the_ids_of_the_whole(
     prepared = prepare_data(data, folder=tmp_path / "data", progress=False)
     (part,) = prepared.parts
     assert part.sequences > 5, "it was encoded in chunks"
-    tokens = read_sequences(prepared.prefix(part), sequences=np.arange(part.sequences))
+    (tokens,) = iter_sequences(prepared.prefix(part), sequences=np.arange(part.sequences))
     assert tokens.tolist() == [*theirs(text), ours.end_of_document]
     assert file_stream(file, prepared.tokenizer).tokens.tolist() == theirs(text)
     assert part.words == len(text.split())

@@ -31,10 +31,12 @@ def weight_within(q: Tensor, k: Tensor, *, bias: Bias, nearest: Sequence[int]) -
         nearest: Numbers of nearest keys, a query's own included.
     """
     rows, keys = q.shape[2], k.shape[2]
-    added = bias(rows=rows, keys=keys, device=q.device, dtype=torch.float32)
-    weights = (q.float() @ k.float().mT / q.shape[3] ** 0.5 + added).softmax(-1).double()  # [batch, heads, rows, keys]
     places = torch.arange(keys, device=q.device)
     distances = places[keys - rows :, None] - places  # [rows, keys]
+    # by distance, of the last query: a bias keeps the strip that it is asked for, and one of many rows is large
+    added = bias(rows=1, keys=keys, device=q.device, dtype=torch.float32)[0, :, 0].flip(-1)  # [heads or 1, keys]
+    added = added[:, distances.clamp(min=0)].masked_fill(distances < 0, -torch.inf)  # [heads or 1, rows, keys]
+    weights = (q.float() @ k.float().mT / q.shape[3] ** 0.5 + added).softmax(-1).double()  # [batch, heads, rows, keys]
     shares = [(weights * (distances < number)).sum(-1).mean((0, 2)) for number in nearest]
     return torch.stack(shares, dim=1).cpu()
 

@@ -38,14 +38,15 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is no report.
     """
-    return read_measured(path, keys=_NEEDED, result_keys=_NEEDED_RESULT)
+    return read_measured(path, command="evaluate", keys=_NEEDED, result_keys=_NEEDED_RESULT)
 
 
-def read_measured(path: Path, *, keys: Sequence[str], result_keys: Sequence[str]) -> dict[str, Any]:
+def read_measured(path: Path, *, command: str, keys: Sequence[str], result_keys: Sequence[str]) -> dict[str, Any]:
     """Return what a command has written of a checkpoint, after checking that it has some keys.
 
     Args:
         path: A JSON object with a list of `results`.
+        command: The command that measures it.
         keys: What the object needs; a dot is before a key of an object in it.
         result_keys: What each result needs.
     Raises:
@@ -58,7 +59,9 @@ def read_measured(path: Path, *, keys: Sequence[str], result_keys: Sequence[str]
         if missing or not report["results"]:
             raise ValueError(f"no {', '.join(dict.fromkeys(missing)) or 'results'}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no report of an evaluation ({error}): move it away and evaluate again") from None
+        raise InputError(
+            f"{path} is no report of `trainshort {command}` ({error}): move it away and measure again"
+        ) from None
     return report
 
 

@@ -69,13 +69,14 @@ def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> Ev
         checkpoint: The checkpoint.
         certificate: Certificate of the model that was evaluated.
     """
-    rank = certificate["ranks"][0]  # the others say the same of these
+    rank = certificate["ranks"][0]
+    backends = dict.fromkeys(each["backend"] for each in certificate["ranks"])  # `auto` may refuse one on some ranks
     return EvaluatedModel(
         path=checkpoint.path.absolute(),
         step=checkpoint.step,
         train_length=checkpoint.config.data.sequence_length,
         position=rank["position"],
-        attention=rank["backend"] + (", documents masked" if checkpoint.config.data.mask_documents else ""),
+        attention=", ".join(backends),
         precision=rank["precision"],
     )
 

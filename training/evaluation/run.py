@@ -144,6 +144,8 @@ class _Begun:
             blocks: Its blocks, in order, if they are all in this process.
         """
         evaluated, name = evaluated_model(self.opened, model.certificate), _name(self.opened)
+        if self.text.begins is not None:
+            evaluated = replace(evaluated, attention=f"{evaluated.attention}, documents masked")
         build = partial(build_report, model=evaluated, text=self.text, provenance=self.provenance)
         return run_evaluation(
             model,

@@ -68,5 +68,5 @@ def _text(stream: TokenStream, prepared: Prepared | None, checkpoint: Checkpoint
     begins = None
     if checkpoint.config.data.mask_documents:
         end = load_tokenizer(checkpoint.tokenizer).end_of_document
-        begins = document_begins(stream.tokens, joins=stream.documents, end=end)
+        begins = document_begins(stream.tokens, joins=stream.joins, end=end)
     return EvaluationText(stream.name, stream.tokens, stream.words, baseline, stream.documents, begins)

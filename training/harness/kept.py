@@ -10,7 +10,18 @@ HARNESS_FOLDER = "harness"  # in the folder of a checkpoint's reports
 HARNESS_RESULTS = "results"
 _LARGE = 1e4  # from which on four digits say enough
 _NEEDED = ("checkpoint", "step", "train_length", "evaluations")
-_NEEDED_RESULT = ("task", "metric", "filter", "value", "stderr", "higher_is_better", "fewshot", "samples", "limit")
+_NEEDED_RESULT = (
+    "task",
+    "metric",
+    "filter",
+    "value",
+    "stderr",
+    "higher_is_better",
+    "fewshot",
+    "samples",
+    "limit",
+    "max_length",
+)
 
 
 def harness_files(folder: Path) -> list[Path]:
@@ -28,7 +39,7 @@ def read_harness(path: Path) -> dict[str, Any]:
     Raises:
         InputError: they cannot be read.
     """
-    return read_measured(path, keys=_NEEDED, result_keys=_NEEDED_RESULT)
+    return read_measured(path, command="harness", keys=_NEEDED, result_keys=_NEEDED_RESULT)
 
 
 def metric_name(row: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ def tracked_harness(report: Mapping[str, Any], *, checkpoint: str) -> TrackedMea
     step, rows = report["step"], report["results"]
     values: dict[str, float | None] = {}
     for row in rows:
-        name = _name_in_mlflow(row)
+        name = _name_in_mlflow(row, train_length=report["train_length"])
         values |= {name: row["value"], f"{name}_stderr": row["stderr"]}
     settings = {key: rows[0][key] for key in ("limit", "max_length", "precision")} if rows else {}
     return TrackedMeasurement(
@@ -69,14 +69,19 @@ def tracked_harness(report: Mapping[str, Any], *, checkpoint: str) -> TrackedMea
     )
 
 
-def _name_in_mlflow(row: Mapping[str, Any]) -> str:
+def _name_in_mlflow(row: Mapping[str, Any], *, train_length: int) -> str:
     """Return the name of a result; one that was measured in another way than most has another name.
 
-    Results of one name are a curve over the checkpoints: a tenth of the questions, or five examples before each, are
-    no points of it.
+    Results of one name are a curve over the checkpoints: a tenth of the questions, five examples before each, or longer
+    texts than the training's are no points of it.
     """
-    fewshot, limit = row["fewshot"], row["limit"]
-    ways = (f"{fewshot}-shot" if fewshot else None, None if limit is None else f"limit-{limit}", other_precision(row))
+    fewshot, limit, most = row["fewshot"], row["limit"], row["max_length"]
+    ways = (
+        f"{fewshot}-shot" if fewshot else None,
+        None if limit is None else f"limit-{limit}",
+        None if most == train_length else f"max-length-{most}",
+        other_precision(row),
+    )
     task = "-".join([row["task"], *(way for way in ways if way is not None)])
     metric = row["metric"] if row["filter"] == "none" else f"{row['metric']}-{row['filter']}"
     # MLflow takes no other characters in a name

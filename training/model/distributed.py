@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from configs.errors import TrainshortError
 from configs.precisions import Precision, require_device
 from parallel.axes import Groups
 from parallel.collectives import all_gather_object
@@ -91,8 +92,12 @@ class DistributedModel:
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """Let the other ranks end when the block has ended; after an error whoever started them ends them."""
-        yield
+        """Let the other ranks end when the block has ended; after an error in a pass whoever started them ends them."""
+        try:
+            yield
+        except TrainshortError:  # between two passes, where the others wait for the next
+            self._tell(_Pass(0, 0, 0, 0))
+            raise
         self._tell(_Pass(0, 0, 0, 0))
 
     def serve(self) -> None:
@@ -131,12 +136,13 @@ class DistributedModel:
         pipeline = self._groups.pipeline
         dist.broadcast(tokens, group=self._groups.world.handle, group_src=0)
         density = torch.zeros(self._bounds[-1], dtype=torch.float64, device=self._device)
-        losses = []
+        losses, begins = [], tokens[:, 1:].cpu()  # at once: reading waits for the device
         if self._counted is not None:
             self._counted.take()
         with inference(self._precision):
-            for part in torch.split(tokens, max(1, self._part_tokens // (asked.tokens - 1))):
-                documents = Documents(part[:, 1, :-1].cpu(), device=self._device) if asked.rows > 1 else None
+            windows = max(1, self._part_tokens // (asked.tokens - 1))
+            for part, begun in zip(torch.split(tokens, windows), torch.split(begins, windows), strict=True):
+                documents = Documents(begun[:, 0, :-1], device=self._device) if asked.rows > 1 else None
                 x = self._stage.states(part[:, 0, :-1] if self._stage.is_first else self._received(part), documents)
                 if self._stage.is_last:
                     losses.append(self._stage.token_losses(x[-asked.last :], part[:, 0, -asked.last :].T).T)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from configs.precisions import DEFAULT_PRECISION, Precision, require_device, require_precision
 from configs.scales import PositionScale, Scaling
 from configs.schema import Model
-from parallel.documents import Documents
+from parallel.documents import split_batch
 from parallel.groups import lone_groups
 from parallel.shards import declared
 from parallel.start import flush_denormals, start_alone
@@ -161,17 +161,13 @@ class SingleModel:
         Returns:
             Negative log-likelihood in nats of the last tokens, [batch, last] fp32, on the model's device.
         """
-        documents = None
-        if tokens.ndim == 3:
-            tokens, begins = tokens.unbind(1)
-            documents = Documents(begins[:, :-1], device=self._device)
-        length = tokens.shape[1] - 1
+        length = tokens.shape[-1] - 1
         first = 0 if last is None else length - last
         self.fit_length(length)
         with inference(self._precision):
-            tokens = self._to_device(tokens)
-            x = self._decoder.hidden(tokens[:, :-1], documents)  # [length, batch, hidden]
-            return self._decoder.token_losses(x[first:], tokens[:, first + 1 :].T).T
+            inputs, targets, documents = split_batch(self._pinned(tokens), device=self._device)
+            x = self._decoder.hidden(inputs, documents)  # [length, batch, hidden]
+            return self._decoder.token_losses(x[first:], targets[:, first:].T).T
 
     def score(self, tokens: Tensor, where: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
         """Return the loss of some predicted tokens, and whether each is the likeliest one.
@@ -184,7 +180,7 @@ class SingleModel:
             Nats [scored] fp32 and [scored] bool, row by row, on the CPU.
         """
         with inference(self._precision):
-            tokens, where = self._to_device(tokens), where.to(self._device)
+            tokens, where = self._pinned(tokens).to(self._device, non_blocking=True), where.to(self._device)
             x = self._decoder.hidden(tokens[:, :-1], cache)  # [length, batch, hidden]
             states, targets = x.transpose(0, 1)[where], tokens[:, 1:][where]
             losses = self._decoder.token_losses(states, targets)
@@ -221,11 +217,9 @@ class SingleModel:
         hidden = self._decoder.get_parameter("embedding.weight").shape[1]
         return gpu_batch_tokens(free, hidden=hidden, width=self._precision.width, states=states)
 
-    def _to_device(self, tokens: Tensor) -> Tensor:
-        """Copy tokens to the device; to a GPU beside its work, from memory that cannot be paged out."""
-        if self._device.type == "cpu":
-            return tokens
-        return tokens.pin_memory().to(self._device, non_blocking=True)
+    def _pinned(self, tokens: Tensor) -> Tensor:
+        """Return tokens that can be copied to a GPU beside its work: in memory that cannot be paged out."""
+        return tokens if self._device.type == "cpu" else tokens.pin_memory()
 
 
 def gpu_batch_tokens(free: int, *, hidden: int, width: int, states: int = _STATES_KEPT) -> int:

@@ -193,8 +193,9 @@ def _times(length: int, report: _Report) -> str:
 
 
 def _text_of(report: _Report) -> str:
-    precision = other_precision(report)
-    return text_name(report) + ("" if precision is None else f" in {precision}")
+    scale, precision = report.get("scale"), other_precision(report)
+    name = text_name(report) if scale is None else f"{text_name(report)}, {scale}"
+    return name if precision is None else f"{name} in {precision}"
 
 
 def _reports(

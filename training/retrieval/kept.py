@@ -32,7 +32,7 @@ def read_retrieval(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is no report.
     """
-    return read_measured(path, keys=_NEEDED, result_keys=_NEEDED_RESULT)
+    return read_measured(path, command="retrieval", keys=_NEEDED, result_keys=_NEEDED_RESULT)
 
 
 def retrieval_label(report: dict[str, Any]) -> str:

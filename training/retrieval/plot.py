@@ -80,5 +80,5 @@ def _mark_training_length(axes: Axes, lengths: list[int], *, train_length: int) 
 def _facts(report: dict[str, Any]) -> list[str]:
     name = shorten(printable(str(report["data"]["name"])), characters=_LONGEST_NAME)
     facts = [f"{report['position']} positions", f"step {report['step']:,}", name, f"seed {report['seed']}"]
-    facts += filter(None, [other_precision(report)])
+    facts += filter(None, [report.get("scale"), other_precision(report)])
     return [*facts, f"dashed: training length {report['train_length']:,}"]

@@ -29,7 +29,9 @@ class Alibi(PositionMethod):
     def scale(self, scaling: Scaling | None) -> None:
         """Take the slopes of all heads, scaled if there is a scaling; before the first call."""
         heads, bias_max = self._model.heads, self._model.alibi_bias_max
-        formula = slope_formula(heads, first=self.heads.start, bias_max=bias_max, scaling=scaling)
+        # a kernel that holds the numbers of one factor is compiled anew, or wrongly not at all, for the next: of scaled
+        # slopes it reads a table
+        formula = slope_formula(heads, first=self.heads.start, bias_max=bias_max) if scaling is None else None
         mine = local_slopes(heads, tensor=self._tensor, bias_max=bias_max, scaling=scaling)
         self.bias = SlopeBias(mine, slope_of=formula)
         self._all_slopes = scaled_rates(slopes(heads, bias_max=bias_max), scaling)
@@ -40,30 +42,23 @@ class Alibi(PositionMethod):
         return -slope[:, None] * torch.arange(distances)
 
 
-def slope_formula(heads: int, *, first: int, bias_max: int = ALIBI_BIAS_MAX, scaling: Scaling | None = None) -> SlopeOf:
+def slope_formula(heads: int, *, first: int, bias_max: int = ALIBI_BIAS_MAX) -> SlopeOf:
     """Return the slopes of a tensor rank's heads as a function that a kernel can contain.
 
-    It has no tensor of its own. Without a scaling exponents are exact in fp32: the slopes are those of `slopes`,
-    rounded to fp32.
+    It has no tensor of its own, and exponents are exact in fp32: the slopes are those of `slopes`, rounded to fp32.
 
     Args:
         heads: Heads of the model.
         first: Global number of the rank's first head.
         bias_max: Value of `model.alibi_bias_max`.
-        scaling: Scales the slopes; they must stay a geometric sequence.
     """
     below = 2 ** int(math.log2(heads))
-    shift, step = 0.0, -bias_max / 2 / below  # the logarithm of a slope is shift + units * step
-    if scaling is not None:
-        every = scaled_rates(slopes(heads, bias_max=bias_max), scaling)
-        step = math.log2(every[below - 1] / every[0]) / (2 * below - 2) if below > 1 else step
-        shift = math.log2(every[0]) - 2 * step
 
     def slope_of(head: Tensor) -> Tensor:
         number = head + first
         # in units of bias_max / 2 / below: 2, 4, 6, ... up to the power of two, then 1, 3, 5, ...
         units = torch.where(number < below, 2 * number + 2, 2 * (number - below) + 1)
-        return torch.exp2(units * step + shift)
+        return torch.exp2(units * (-bias_max / 2 / below))
 
     return slope_of
 

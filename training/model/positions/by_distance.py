@@ -31,7 +31,8 @@ class DistanceBias(nn.Module):
 
     def forward(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the strip [1, local_heads, rows, keys], -inf where the key is not seen."""
-        by_distance = self.by_distance(min(keys, self.window or keys), device=device, dtype=dtype)
+        wide = torch.promote_types(torch.float32, dtype)  # a GPU asks for 16 bits: rounded once, at the end
+        by_distance = self.by_distance(min(keys, self.window or keys), device=device, dtype=wide).to(dtype)
         # Row r, column first + c needs distance keys - rows + r - c. Write one line of all distances, the longest
         # first, then the keys ahead. Repeat this line of width + 1 elements and cut it into rows of `width`: each
         # row is then the row above, shifted right by one.
