@@ -110,6 +110,7 @@ POSITIONS = {
             "rotary",
             "training.model.positions.rotary.Rotary",
             title="rotary positions",
+            rotates=True,
             scales=("linear", "ntk", "yarn"),
             problems=_even_heads,
         ),
