@@ -97,7 +97,7 @@ def _draw(measured: Sequence[Progress], *, length: int, text: str, picture: Path
     for number, each in enumerate(measured):
         axes.plot(each.seconds, each.perplexities, label=each.name, linewidth=1.8, markersize=5, **line_style(number))
         end = (each.seconds[-1], each.perplexities[-1])
-        axes.annotate(f"{end[1]:.1f}", xy=end, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=9)
+        axes.annotate(f"{end[1]:.1f}", xy=end, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
