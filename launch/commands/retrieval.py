@@ -12,7 +12,6 @@ from configs.precisions import DEFAULT_PRECISION
 from launch.commands.model import PrecisionName, ScaleName
 from launch.commands.options import AsJson, CheckpointPath, count_option, number_option, path_of
 from launch.complete import complete_tasks
-from launch.evaluation import show_when_done
 from training.out_of_memory import explain_out_of_memory
 from training.retrieval.tasks import DEFAULT_DEPTHS, DEFAULT_LENGTHS, DEFAULT_SAMPLES, DEFAULT_SEED, TASKS
 
@@ -60,6 +59,7 @@ def retrieval_command(
     )
     check_retrieval(checkpoint, request)  # before the slow imports
 
+    from launch.evaluation import show_when_done
     from training.retrieval.run import measure_retrieval
 
     show = show_json if as_json else partial(show_retrieval, checkpoint=checkpoint)
