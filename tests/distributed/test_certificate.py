@@ -21,7 +21,7 @@ from training.model.proof.certificate import WrongPositions
 from training.preflight import Ready
 
 
-def first_heads_slopes(heads: int, *, tensor: Group, bias_max: int) -> Tensor:
+def first_heads_slopes(heads: int, *, tensor: Group, bias_max: int, scaling: None = None) -> Tensor:
     """Return the first rank's slopes on every rank, a fault that other implementations have had."""
     return local_slopes(heads, tensor=Group(0, tensor.size, None), bias_max=bias_max)
 

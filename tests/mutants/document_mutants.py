@@ -34,8 +34,8 @@ DOCUMENT_MUTANTS = (
     Mutant(
         "documents: those of the targets, one token late",
         DOCUMENTS,
-        "Documents(begins[:, :-1], device=device)",
-        "Documents(begins[:, 1:], device=device)",
+        "Documents(batch[:, 1, :-1], device=device)",
+        "Documents(batch[:, 1, 1:], device=device)",
         BY_PACKED + "[alibi-False]",
     ),
     Mutant(

@@ -210,8 +210,8 @@ MUTANTS = (
     Mutant(
         "sinusoidal: position off by one behind a cache",
         PRENORM,
-        "embed(x, start=cache.start if cache else self.layers.start_of(x))",
-        "embed(x, start=cache.start + 1 if cache else self.layers.start_of(x))",
+        "cache.places(first, len(x)) if cache else first",
+        "cache.places(first + 1, len(x)) if cache else first",
         f"{BY_CACHE}[sinusoidal-sdpa]",
     ),
     Mutant(

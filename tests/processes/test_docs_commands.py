@@ -36,6 +36,7 @@ RUN = small_run(
     ONE_RANK,
     {
         "run": {"name": "my", "dir": "runs/my"},
+        "model": {"layers": 2},
         "data": {"sources": ["corpus/*.jsonl.zst"], "vocab_size": 600, "split": 0.05},
         "train": {"micro_batch": 1, "global_batch": 4, "steps": STEPS},
         "checkpoint": {"every": STEPS},
