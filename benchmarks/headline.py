@@ -11,8 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from statistics import median
 
 from benchmarks.machine import print_result
 from benchmarks.rounding import perplexity, tokens_of_text
@@ -68,18 +67,17 @@ def progress_of(run: Path, *, text: Path, length: int, most: int) -> Progress:
         length: Inputs of a window, in tokens.
         most: Tokens of the text that are predicted, at most.
     """
-    steps = {fields["step"]: fields for fields in read_steps(run)}
+    newest, steps = open_checkpoint(run), read_steps(run)
+    tokens = tokens_of_text(newest, text)  # all checkpoints of a run have its tokenizer
+    tokens = tokens[: min(most, len(tokens) - 1) // length * length + 1]
     seconds, perplexities = [], []
     for folder in sorted(checkpoints_folder(run).glob("step_*")):
         checkpoint = open_checkpoint(folder)
-        tokens = tokens_of_text(checkpoint, text)
-        tokens = tokens[: min(most, len(tokens) - 1) // length * length + 1]
-        trained = [steps[step]["step_seconds"] for step in steps if step <= checkpoint.manifest.step]
-        seconds.append(sum(trained))
+        seconds.append(sum(fields["step_seconds"] for fields in steps if fields["step"] <= checkpoint.manifest.step))
         perplexities.append(perplexity(load_single(checkpoint), tokens, length=length))
-    config, taken = open_checkpoint(run).config, torch.tensor(column([*steps.values()], "step_seconds"))
-    name = f"{config.model.position}, trained at {config.data.sequence_length:,}"
-    return Progress(name, seconds, perplexities, float(taken.median()), max(column([*steps.values()], "memory_gb")))
+    name = f"{newest.config.model.position}, trained at {newest.config.data.sequence_length:,}"
+    taken, memory = column(steps, "step_seconds"), column(steps, "memory_gb")
+    return Progress(name, seconds, perplexities, median(taken), max(memory))
 
 
 def _figures(progress: Progress) -> dict[str, object]:

@@ -20,7 +20,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _SMALL_VOCABULARY = 65_500  # below it megatron-core stores tokens in 16 bits
 _COUNTED_AT_ONCE = 1 << 24  # tokens
-_READ_AT_ONCE = 1 << 20  # tokens
+READ_AT_ONCE = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def iter_sequences(prefix: Path, *, sequences: NDArray[np.int64]) -> Iterator[ND
     index = read_index(prefix)
     ends = np.cumsum(index.lengths, dtype=np.int64)
     tokens = _tokens(prefix, index)
-    blocks = np.cumsum(index.lengths[sequences], dtype=np.int64) // _READ_AT_ONCE
+    blocks = np.cumsum(index.lengths[sequences], dtype=np.int64) // READ_AT_ONCE
     for block in np.unique(blocks):
         chosen = sequences[blocks == block]
         yield np.concatenate([tokens[ends[i] - index.lengths[i] : ends[i]] for i in chosen])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_pipeline.indexed import document_numbers, iter_sequences, read_index
+from data_pipeline.indexed import READ_AT_ONCE, document_numbers, iter_sequences, read_index
 from data_pipeline.kinds import file_kind
 from data_pipeline.manifest import UNIGRAM_NAME, Part, Prepared
 from data_pipeline.prefixes import words_path
@@ -18,8 +18,6 @@ from data_pipeline.split import held_out_sequences
 from data_pipeline.storage import move_cuts
 from data_pipeline.token_file import TokenFile
 from data_pipeline.tokenizer import load_tokenizer
-
-_READ_AT_ONCE = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,8 @@ def identify_text(tokens: NDArray[np.integer], tokenizer_path: Path) -> TextIden
         tokenizer_path: The tokenizer that made them.
     """
     tokenizer, text, length = load_tokenizer(tokenizer_path), hashlib.sha256(), 0
-    for first in range(0, len(tokens), _READ_AT_ONCE):
-        spelled = tokenizer.spell(tokens[first : first + _READ_AT_ONCE].tolist())
+    for first in range(0, len(tokens), READ_AT_ONCE):
+        spelled = tokenizer.spell(tokens[first : first + READ_AT_ONCE].tolist())
         text.update(spelled)
         length += len(spelled)
     return TextIdentity(text.hexdigest(), length)
@@ -139,7 +137,7 @@ def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.integer]) -> float
     """
     counts = _training_counts(prepared) + 1
     log_probabilities = np.log(counts / counts.sum())
-    parts = (tokens[first : first + _READ_AT_ONCE] for first in range(0, len(tokens), _READ_AT_ONCE))
+    parts = (tokens[first : first + READ_AT_ONCE] for first in range(0, len(tokens), READ_AT_ONCE))
     return math.exp(-math.fsum(float(log_probabilities[part].sum()) for part in parts) / len(tokens))
 
 

@@ -51,7 +51,7 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
     """This stage's layers of a plan.
 
     Attributes:
-        documents: Those of the micro-batches of the forward passes to come; where there are none, none is masked.
+        documents: Of the micro-batch of each forward pass to come, None where nothing is masked.
     """
 
     documents: Iterator[Documents | None] = iter(())

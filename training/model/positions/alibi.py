@@ -29,8 +29,7 @@ class Alibi(PositionMethod):
     def scale(self, scaling: Scaling | None) -> None:
         """Take the slopes of all heads, scaled if there is a scaling; before the first call."""
         heads, bias_max = self._model.heads, self._model.alibi_bias_max
-        # a kernel that holds the numbers of one factor is compiled anew, or wrongly not at all, for the next: of scaled
-        # slopes it reads a table
+        # Scaled slopes are read from a table: a compiled kernel would keep the numbers of the first factor.
         formula = slope_formula(heads, first=self.heads.start, bias_max=bias_max) if scaling is None else None
         mine = local_slopes(heads, tensor=self._tensor, bias_max=bias_max, scaling=scaling)
         self.bias = SlopeBias(mine, slope_of=formula)
