@@ -25,8 +25,7 @@ from training.checkpoint.read import Checkpoint, load_slices
 from training.model.attention import windows_of
 from training.model.decoder import DecoderStage, plan_layers
 from training.model.proof.attention_weights import dtype_of
-from training.model.proof.certificate import certificates_to_json, certify
-from training.model.single import CPU_BATCH_TOKENS, READ_OTHERWISE, gpu_batch_tokens, inference, inference_model
+from training.model.single import CPU_BATCH_TOKENS, gpu_batch_tokens, inference, inference_certificate, inference_model
 from training.model.windows import LosslessWindows
 
 _PARTS_OF_A_PASS = 4  # per stage: two stages then wait a ninth of the time for each other
@@ -224,16 +223,9 @@ def load_distributed(
     stage = DecoderStage(plan.placed(place), bounds=bounds, stage=groups.pipeline.rank).to(device, dtype).eval()
     with torch.no_grad():
         load_slices(_Weights(stage), checkpoint, kinds=("weight",), groups=groups)
-    with inference(row):
-        certificates = certify(
-            stage,
-            model,
-            groups=groups,
-            precision=precision,
-            device=device,
-            documents=documents,
-            otherwise=READ_OTHERWISE,
-        )
+    certificate = inference_certificate(
+        stage, model, groups=groups, precision=precision, device=device, documents=documents
+    )
     return DistributedModel(
         stage,
         bounds=bounds,
@@ -241,5 +233,5 @@ def load_distributed(
         groups=groups,
         device=device,
         precision=row,
-        certificate=certificates_to_json(certificates, model),
+        certificate=certificate,
     )

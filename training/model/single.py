@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from configs.precisions import DEFAULT_PRECISION, Precision, require_device, require_precision
 from configs.scales import PositionScale, Scaling
 from configs.schema import Model
+from parallel.axes import Groups
 from parallel.documents import split_batch
 from parallel.groups import lone_groups
 from parallel.shards import declared
@@ -24,7 +26,6 @@ from training.model.proof.attention_weights import dtype_of
 from training.model.proof.certificate import certificates_to_json, certify
 from training.model.scaled import ScaledPositions
 
-READ_OTHERWISE = "read the checkpoint with another torch or on another machine, and report this"
 CPU_BATCH_TOKENS = 2048  # inputs of one pass; more no longer fit into a CPU's caches
 GPU_BATCH_TOKENS = 65536  # with as many, matrix products reach a GPU's limit
 _PASS_SHARE = 0.5  # of a GPU's free memory
@@ -277,23 +278,11 @@ def load_single(
     for parameter, shard in declared(decoder).values():
         parameter.data = checkpoint.slice(shard, kind="weight", part=None)
     decoder.to(device, dtype_of(precision))
-
-    def measure(scaling: Scaling | None) -> dict[str, Any]:
-        with inference(require_precision(precision)):
-            certificates = certify(
-                decoder,
-                model,
-                groups=groups,
-                precision=precision,
-                device=device,
-                documents=documents,
-                otherwise=READ_OTHERWISE,
-                scaling=scaling,
-            )
-        return certificates_to_json(certificates, model, scaling=scaling)
-
+    measure = partial(
+        inference_certificate, decoder, model, groups=groups, precision=precision, device=device, documents=documents
+    )
     if scale is None:
-        return SingleModel(decoder, device=device, certificate=measure(None), precision=precision)
+        return SingleModel(decoder, device=device, certificate=measure(scaling=None), precision=precision)
     train_length = checkpoint.config.data.sequence_length
     positions = ScaledPositions(
         decoder,
@@ -301,11 +290,48 @@ def load_single(
         tensor=groups.tensor,
         scale=scale,
         train_length=train_length,
-        measure=measure,
+        measure=lambda scaling: measure(scaling=scaling),
         documents=documents,
     )
     certificate = positions.certificate
     return SingleModel(decoder, device=device, certificate=certificate, precision=precision, positions=positions)
+
+
+def inference_certificate(
+    module: nn.Module,
+    model: Model,
+    *,
+    groups: Groups,
+    precision: str,
+    device: torch.device,
+    documents: bool,
+    scaling: Scaling | None = None,
+) -> dict[str, Any]:
+    """Measure the positions of a loaded model, and return its certificates as plain values; every rank must call it.
+
+    Args:
+        module: This rank's layers.
+        model: The decoder's shape.
+        groups: This rank's places.
+        precision: Value of `--precision`.
+        device: Where it runs.
+        documents: Whether attention may be asked to stay inside documents.
+        scaling: Scales the slopes; None for those of the training.
+    Raises:
+        TrainshortError: its positions are wrong; see `training.model.proof.certificate`.
+    """
+    with inference(require_precision(precision)):
+        certificates = certify(
+            module,
+            model,
+            groups=groups,
+            precision=precision,
+            device=device,
+            documents=documents,
+            otherwise="read the checkpoint with another torch or on another machine, and report this",
+            scaling=scaling,
+        )
+    return certificates_to_json(certificates, model, scaling=scaling)
 
 
 def lone_decoder(model: Model, *, vocab_size: int, documents: bool = False) -> Decoder:
