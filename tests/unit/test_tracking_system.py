@@ -40,11 +40,23 @@ def database(run_dir: Path) -> MlflowDatabase:
     return MlflowDatabase(run_dir.parent / "mlflow.db")
 
 
-def measure(run_dir: Path, *, seconds: float) -> None:
+def listed(put: Callable[[Event], None], events: list[Event]) -> Callable[[Event], None]:
+    """Return `put`, which also lists the events."""
+
+    def listed_put(event: Event) -> None:
+        events.append(event)
+        put(event)
+
+    return listed_put
+
+
+def measure(run_dir: Path, *, samples: int) -> None:
+    """Measure until some samples are spooled, however slow the machine is; `stop` adds one."""
     tracker = MlflowTracker(run_dir, name="first", experiment=None, uri=None)
     tracker.start({}, run_dir / "config.yaml")
-    system = SystemMetrics(tracker.put)
-    time.sleep(seconds)
+    events: list[Event] = []
+    system = SystemMetrics(listed(tracker.put, events))
+    wait_for(lambda: system.measures.is_set() and len(events) >= samples)
     system.stop()
     tracker.finish("FINISHED")
 
@@ -57,15 +69,15 @@ def wait_for(condition: Callable[[], object], *, seconds: float = 30.0) -> None:
 
 
 def test_samples_of_this_node_continue_over_starts(run_dir: Path, database: MlflowDatabase) -> None:
-    measure(run_dir, seconds=1.0)
+    measure(run_dir, samples=2)
     query = "select timestamp, step from metrics where key = 'system/cpu_utilization_percentage' order by timestamp"
     first = database.rows(query)
-    assert len(first) >= 2
+    assert len(first) >= 3
     names = {str(name) for (name,) in database.rows("select distinct key from metrics")}
     assert {f"system/{name}" for name in NAMES} <= names
     assert all(name.startswith("system/") for name in names)
     database.execute("update runs set start_time = start_time - 100000")
-    measure(run_dir, seconds=0.5)
+    measure(run_dir, samples=1)
     steps = [int(str(step)) for _, step in database.rows(query)]
     assert len(steps) > len(first)
     assert steps == sorted(steps)  # seconds since the run began
@@ -75,13 +87,16 @@ def test_samples_of_this_node_continue_over_starts(run_dir: Path, database: Mlfl
 def test_mlflows_variables_count(run_dir: Path, database: MlflowDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "rack 7")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1000")  # one line at the end
-    measure(run_dir, seconds=0.7)
+    measure(run_dir, samples=0)
     count = "select count(*) from metrics where key = 'system/rack 7/cpu_utilization_percentage'"
     assert database.rows(count) == [(1,)]
     for value in ("false", "False", "0"):
         monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", value)
-        measure(run_dir, seconds=0.1)
-    assert database.rows(count) == [(1,)]
+        events: list[Event] = []
+        system = SystemMetrics(events.append)
+        assert not system.measures.wait(0.5)
+        system.stop()
+        assert events == []
     assert is_wanted({})
     assert is_wanted({"MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true"})
 
@@ -91,27 +106,34 @@ def test_mlflows_variables_count(run_dir: Path, database: MlflowDatabase, monkey
 def test_a_variable_that_means_nothing_is_survived(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", value)
     events: list[Event] = []
+    began = time.monotonic()
     system = SystemMetrics(events.append)
-    wait_for(lambda: events)
-    time.sleep(0.3)
+    wait_for(lambda: len(events) >= 2)
     system.stop()
-    assert len(events) <= 4  # one per interval, and the last
+    assert len(events) <= 1 + (time.monotonic() - began) / 0.3  # one per interval, and the last
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "inf")  # as if it were not set
+    seen = len(events)
     system = SystemMetrics(events.append)
+    wait_for(system.measures.is_set)
     system.stop()
-    assert len(events) <= 5
+    assert len(events) == seen + 1  # the last
 
 
 def test_a_broken_monitor_is_left_out(
     run_dir: Path, database: MlflowDatabase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("psutil.net_io_counters", lambda: None)  # as in some containers
-    measure(run_dir, seconds=0.7)
+    measure(run_dir, samples=1)
     names = {str(name) for (name,) in database.rows("select distinct key from metrics")}
     assert {f"system/{name}" for name in NAMES} <= names
     monkeypatch.setattr("psutil.virtual_memory", lambda: None)  # fails at a sample
-    measure(run_dir, seconds=0.3)
+    tracker = MlflowTracker(run_dir, name="first", experiment=None, uri=None)
+    tracker.start({}, run_dir / "config.yaml")
+    system = SystemMetrics(tracker.put)
+    wait_for(lambda: "system metrics" not in [thread.name for thread in threading.enumerate()])
+    system.stop()
+    tracker.finish("FINISHED")
     assert database.rows("select status from runs") == [("FINISHED",)]
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
@@ -119,6 +141,7 @@ def test_a_broken_monitor_is_left_out(
 def test_two_nodes_are_one_run_in_a_file(
     run_dir: Path, database: MlflowDatabase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr("training.tracking.system.CLOSING_SECONDS", 30.0)  # on a slow machine too
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     first_here, second_here = (ProcessRank(4 + local, 8, local, "env://", "torchrun") for local in (0, 1))
@@ -133,10 +156,11 @@ def test_two_nodes_are_one_run_in_a_file(
         monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "near")
         tracker = MlflowTracker(run_dir, name="first", experiment=None, uri=None)
         tracker.start({}, run_dir / "config.yaml")
-        system = SystemMetrics(tracker.put)
+        events: list[Event] = []
+        system = SystemMetrics(listed(tracker.put, events))
         for step in (1, 2, 3):
             tracker.metrics(step, {"train/loss": 1.0})
-        time.sleep(0.5)
+        wait_for(lambda events=events: events)
         system.stop()
         closing = Thread(target=observer.close, args=("FINISHED",))
         closing.start()  # later than this node, which waits for it
@@ -155,7 +179,7 @@ def test_two_nodes_are_one_run_in_a_file(
 
 
 def test_a_node_that_is_lost_is_not_waited_for(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.tracking.system.CLOSING_SECONDS", 0.3)
+    monkeypatch.setattr("training.tracking.system.CLOSING_SECONDS", 1.0)
     start_run(run_dir)
     folder = run_dir / "tracking"
     folder.mkdir()
@@ -164,10 +188,10 @@ def test_a_node_that_is_lost_is_not_waited_for(run_dir: Path, monkeypatch: pytes
         (folder / f"{name}-0000.jsonl").write_text('{"n": 1, "kind": "metrics"}\n')
     began = time.monotonic()
     wait_for_other_nodes(run_dir)
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 0.8
     (folder / "000001-2-elsewhere-node-abc-0000.jsonl").write_text('{"n": 1, "kind": "metrics"}\n')
     wait_for_other_nodes(run_dir)
-    assert 0.3 <= time.monotonic() - began < 2.0
+    assert 1.0 <= time.monotonic() - began < 10.0
 
 
 def test_energy_and_power_of_each_gpu_are_measured(
@@ -180,13 +204,14 @@ def test_energy_and_power_of_each_gpu_are_measured(
             return 36_000.0
 
     monkeypatch.setattr("training.tracking.system.counters_of_node", lambda _: [Growing(), Growing()])
-    measure(run_dir, seconds=0.7)
+    measure(run_dir, samples=2)
     rows = database.rows("select value from metrics where key = 'system/gpu_1_energy_kwh' order by timestamp")
     energies = [float(str(value)) for (value,) in rows]
     assert energies == pytest.approx([0.01 * (2 + sample) for sample in range(len(energies))])
-    assert len(energies) >= 2
-    [(power,)] = database.rows("select value from metrics where key = 'system/gpu_0_mean_power_watts' limit 1")
-    assert float(str(power)) == pytest.approx(36_000.0 / 0.3, rel=0.5)
+    assert len(energies) >= 3
+    powers = database.rows("select value from metrics where key = 'system/gpu_0_mean_power_watts' order by timestamp")
+    most = 36_000.0 / 0.3  # less where the machine is slow, and more only in the last sample
+    assert all(0.05 * most < float(str(power)) <= 1.01 * most for (power,) in powers[:-1])
 
 
 def test_a_wait_for_the_last_records_is_said_if_one_follows(

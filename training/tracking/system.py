@@ -41,7 +41,7 @@ class SystemMetrics:
         """Begin to measure; `put` spools an event."""
         self._put = put
         self._ended = threading.Event()
-        self._measures = threading.Event()
+        self.measures = threading.Event()  # a monitor's first reading is behind it: `stop` takes a last sample
         self._thread = threading.Thread(target=self._run, name="system metrics", daemon=True)
         if is_wanted(environment()):
             self._thread.start()
@@ -49,7 +49,7 @@ class SystemMetrics:
     def stop(self) -> None:
         """Take a last sample and stop; a thread that still imports mlflow is left behind."""
         self._ended.set()
-        if self._measures.is_set():
+        if self.measures.is_set():
             self._thread.join(CLOSING_SECONDS)
 
     def _run(self) -> None:
@@ -63,7 +63,7 @@ class SystemMetrics:
             for monitor in monitors:
                 monitor.collect_metrics()  # the load of a CPU is measured since the call before
                 monitor.clear_metrics()
-            self._measures.set()
+            self.measures.set()
             while monitors and not self._ended.is_set():
                 for _ in range(samples):
                     is_last = self._ended.wait(interval)
