@@ -14,8 +14,12 @@ from training.evaluation.precheck import check_ranks, evaluation_layout
 from training.evaluation.request import EvaluationRequest
 
 REFUSED = {
-    ("--tensor", "3"): "--tensor must divide model.heads (2), got 3: use 1 or 2",
     ("--pipeline", "3"): "--pipeline must be at most model.layers (2), got 3: use 2 stages or fewer",
+    ("--tensor", "3", "--pipeline", "3"): (
+        "--tensor must divide model.heads (2), got 3: use 1 or 2; "
+        "--tensor must divide model.feed_forward (32), got 3: use 1, 2, 4, 8, 16 or 32; "
+        "--pipeline must be at most model.layers (2), got 3: use 2 stages or fewer"
+    ),
     ("--tensor", "0"): "--tensor must be a whole number from 1 to 999999999, got '0': write --tensor 4",
     ("--tensor", "2", "--hf", "model"): (
         "--hf measures in one process, so it does not go with --tensor 2 --pipeline 1: leave these out"

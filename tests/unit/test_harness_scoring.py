@@ -169,7 +169,7 @@ def measured(task: str, value: float, *, date: str, weights: str = "a", fewshot:
         "train_length": 512,
         "weights_sha256": weights,
         "evaluations": [{"date": date, "command": f"trainshort {task}", "versions": {"torch": "2"}, "cut": 3}],
-        "results": list(result_rows(results, **facts)),
+        "results": result_rows(results, **facts),
     }
 
 
@@ -190,6 +190,12 @@ def test_results_are_added_to_those_that_are_kept(tmp_path: Path, caplog: pytest
     assert [row["date"] for row in json.loads(table.with_suffix(".json").read_text())["results"]] == ["D4"]
     assert "is now results.until-D4.json" in caplog.text
     assert json.loads((table.parent / "results.until-D4.json").read_text()) == kept
+
+
+def test_tasks_without_a_number_are_refused() -> None:
+    results = {"results": {"essay": {"alias": "essay", "verdict,none": "good"}, "poem": {"alias": "poem"}}}
+    with pytest.raises(InputError, match="essay, poem gave no number, so there is nothing to keep"):
+        result_rows(results, precision="fp32")
 
 
 def test_results_go_to_mlflow_under_names_of_their_own(tmp_path: Path) -> None:

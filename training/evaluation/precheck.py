@@ -86,8 +86,11 @@ def check_ranks(checkpoint: Path, request: EvaluationRequest, *, started: int | 
     check_cache_folder(environment())
     config = load_run(str(require_checkpoint(checkpoint) / CONFIG_NAME))
     split = {"tensor": tensor, "pipeline": pipeline, "zero": 1, "sequence": False, "offload": "none"}
-    for problem in problems(config.model_copy(update={"parallel": config.parallel.model_copy(update=split)})):
-        raise InputError(problem.replace("parallel.tensor", "--tensor").replace("parallel.pipeline", "--pipeline"))
+    broken = problems(config.model_copy(update={"parallel": config.parallel.model_copy(update=split)}))
+    if broken:
+        raise InputError(
+            "; ".join(broken).replace("parallel.tensor", "--tensor").replace("parallel.pipeline", "--pipeline")
+        )
 
 
 def _check_scale(scale: str, request: EvaluationRequest) -> None:

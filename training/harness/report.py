@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.errors import InputError
 from configs.files import whole_file
 from configs.terminal import printable
 from training.evaluation.folder import ReportNotWritten
@@ -26,13 +27,23 @@ logger = logging.getLogger(__name__)
 _KEY = ("task", "metric", "filter", "fewshot", "limit", "max_length", "precision")
 
 
-def result_rows(results: Mapping[str, Any], **facts: object) -> Iterator[dict[str, Any]]:
-    """Yield one row per task or group, filter and metric.
+def result_rows(results: Mapping[str, Any], **facts: object) -> list[dict[str, Any]]:
+    """Return one row per task or group, filter and metric.
 
     Args:
         results: What lm_eval's `evaluate` returns.
         facts: What all rows have in common.
+    Raises:
+        InputError: there is none.
     """
+    rows = [*_rows(results, facts)]
+    if not rows:
+        tasks = ", ".join(results["results"])
+        raise InputError(f"{tasks} gave no number, so there is nothing to keep: use tasks whose metrics are numbers")
+    return rows
+
+
+def _rows(results: Mapping[str, Any], facts: Mapping[str, object]) -> Iterator[dict[str, Any]]:
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, name = key.partition(",")

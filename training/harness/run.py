@@ -49,7 +49,7 @@ def run_harness(
     Returns:
         What was measured now: the contents of results.json without earlier results.
     Raises:
-        InputError: the checkpoint, a task, its data or a length is wrong.
+        InputError: the checkpoint, a task, its data or a length is wrong, or no task gives a number.
         MachineError: a package is missing, or RUN_DIR/evaluation cannot be written.
         ReportNotWritten: the disk has become full since; the error holds the report.
     """
@@ -75,7 +75,7 @@ def run_harness(
         "train_length": checkpoint.config.data.sequence_length,
         "weights_sha256": model_sha256(checkpoint.manifest),
         "evaluations": [{"date": date, "command": command, "versions": versions, "cut": model.cut}],
-        "results": list(result_rows(results, **facts)),
+        "results": result_rows(results, **facts),
     }
     logger.info("report: %s", keep_results(report, kept, tracker=tracker, began_ms=began_ms))
     return report
