@@ -1,4 +1,4 @@
-"""Run benchmarks, each in a process of its own: `python -P -m benchmarks [NAME ...]`.
+"""Run benchmarks, each in a process of its own: `python -m benchmarks [NAME ...]`.
 
 Unless named, all on a CPU but `windows`, which trains a model first and takes half an hour.
 """

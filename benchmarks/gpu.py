@@ -1,6 +1,6 @@
 """Measure a GPU: the training step of the 1.36B model by variant, attention alone, peers, small models, commands.
 
-    python -P -m benchmarks.gpu [--only PART ...] [--budget SECONDS] [--device cpu --tiny]
+    python -m benchmarks.gpu [--only PART ...] [--budget SECONDS] [--device cpu --tiny]
 
 Prints a JSON line a row, then tables. Each part has a share of the time; a variant that would begin after it, or that
 does not fit, is skipped, and the line says so. `--tiny` on a CPU only shows that it runs.

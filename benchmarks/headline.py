@@ -1,6 +1,6 @@
 """Draw the perplexity of runs at one length against the time that each has trained.
 
-    python -P -m benchmarks.headline RUN RUN ... --data TEXT [--length N] [--tokens N] [--picture PICTURE.png]
+    python -m benchmarks.headline RUN RUN ... --data TEXT [--length N] [--tokens N] [--picture PICTURE.png]
 
 Each checkpoint that a run has kept is a point; its time is that of its steps, without validation and saving. So runs
 compare at equal time, not only at equal steps: a run that trained at a shorter length takes less for as many tokens.

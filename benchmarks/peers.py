@@ -1,4 +1,4 @@
-"""A training step of transformers' Bloom in a plain loop: `python -P -m benchmarks.peers SHAPE STEPS`. Prints JSON.
+"""A training step of transformers' Bloom in a plain loop: `python -m benchmarks.peers SHAPE STEPS`. Prints JSON.
 
 fp32, AdamW with its fused kernel, clipping as ours; all cores. In a process of its own, for its peak resident set.
 """

@@ -1,6 +1,6 @@
 """Time `prepare` against HF tokenizers' BPE on the same text, sample and vocabulary. Prints one JSON line.
 
-    python -P -m benchmarks.prepare [SOURCE ...]     # as in data.sources; python-docs unless given
+    python -m benchmarks.prepare [SOURCE ...]     # as in data.sources; python-docs unless given
 
 `trainshort` is the whole of `prepare` (read, train, encode, count, write); `train` and `encode` are its two largest
 parts alone, from and into memory. `tokenizers` trains and encodes from and into memory, with all cores and nothing

@@ -1,6 +1,6 @@
 """Evaluate an ALiBi checkpoint with its bias rounded in several ways: how much of a curve is rounding?
 
-    python -P -m benchmarks.rounding RUN_OR_CHECKPOINT --data TEXT [--lengths 128 ... 4096] [--tokens N]
+    python -m benchmarks.rounding RUN_OR_CHECKPOINT --data TEXT [--lengths 128 ... 4096] [--tokens N]
 
 Everything else stays in fp32. Prints a JSON line for each length, with the perplexity of each way:
 

@@ -1,6 +1,6 @@
 """Time lossless windows with trained weights: training steps, evaluation at length, decoding. Prints a JSON line a row.
 
-    python -P -m benchmarks.windows [--checkpoint RUN_OR_CHECKPOINT] [--only PART ...] [--lengths 1024 4096]
+    python -m benchmarks.windows [--checkpoint RUN_OR_CHECKPOINT] [--only PART ...] [--lengths 1024 4096]
 
 How far a head looks depends on its weights, and random ones look less far than trained ones. Without a checkpoint, it
 trains its own on Python's documentation: one layer of the 1.3B shape, 300 steps, some ten minutes on two cores. Steps

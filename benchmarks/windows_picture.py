@@ -1,6 +1,6 @@
 """Draw what a trained model's windows leave out, and what attention takes with and without them.
 
-    python -P -m benchmarks.windows_picture CHECKPOINT PICTURE.png
+    python -m benchmarks.windows_picture CHECKPOINT PICTURE.png
 
 Left: how far back the last queries of each head of the first block look in LONGEST tokens of the model's text. Right:
 forward and backward of that attention alone, fp32, all cores, with the same queries, keys and values. Prints both as a

@@ -36,6 +36,7 @@ class Position(Choice):
         table_std: Std of the table's initial values; None for `model.init_std`.
         added_variance: Mean square of what it adds to the embedding, which it first multiplies by sqrt(hidden).
         rotates: Whether it rotates queries and keys, so that rotated copies are kept for the backward pass.
+        carried: Whether the code that an export can carry has it.
         scales: What `--scale` can do with it, in `configs.scales`.
         problems: Yields a line per requirement that a model breaks: what must hold, the value seen, what to do.
     """
@@ -47,6 +48,7 @@ class Position(Choice):
     table_std: float | None = None
     added_variance: float = 0.0
     rotates: bool = False
+    carried: bool = True
     scales: tuple[str, ...] = ()
     problems: "Callable[[Model], Iterator[str]]" = _no_rule
 
@@ -122,8 +124,15 @@ POSITIONS = {
             bias="table",
             entries_per_head=2,
             table_std=0.5,  # of logarithms: heads begin at different rates
+            carried=False,
         ),
-        Position("sandwich", "training.model.positions.sandwich.Sandwich", title="Sandwich bias", bias="table"),
+        Position(
+            "sandwich",
+            "training.model.positions.sandwich.Sandwich",
+            title="Sandwich bias",
+            bias="table",
+            carried=False,
+        ),
         Position("none", "training.model.positions.method.PositionMethod", title="attention without positions"),
     )
 }

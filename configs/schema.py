@@ -197,7 +197,7 @@ class Train(Section):
     epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-8, description="AdamW epsilon.")
     clip: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="Largest global gradient norm.")
     precision: Annotated[str, OneOf(PRECISIONS)] = Field(
-        default="fp32", description="Type of the forward and backward pass."
+        default="fp32", description="Type of the forward and backward pass; fp16 and tf32 are not available yet."
     )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(default="adamw", description="Optimizer.")
     compile: Literal["auto", "on", "off"] = Field(
@@ -228,7 +228,7 @@ class CheckpointRules(Section):
         default=0, description="Steps between checkpoints that stay for good; 0 for none."
     )
     keep_best: NonNegativeInt = Field(default=0, description="Checkpoints of the lowest validation loss to keep.")
-    background: bool = Field(default=False, description="Write checkpoints in the background.")
+    background: bool = Field(default=False, description="Write checkpoints in the background; not available yet.")
     export_every: NonNegativeInt = Field(
         default=0,
         description="Steps between exports beside training, to RUN_DIR/exports, the last step too; 0 for none.",

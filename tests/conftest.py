@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 from launch import local
 from tests.support.command_line import Answer, Call, run_here, write_run
@@ -15,6 +16,10 @@ from tests.support.small_run import small_run
 
 if TYPE_CHECKING:
     from tests.support.one_rank import OneRank
+
+# The same examples in each run, so that what passes here passes everywhere; others: --hypothesis-profile=default.
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,19 +12,19 @@ from launch.complete import complete_checkpoints
 checkpoint_commands = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
 
 
+CheckpointsPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_DIR",
+        parser=path_of,
+        autocompletion=complete_checkpoints,
+        help="A run folder for all of its checkpoints, or one checkpoint.",
+    ),
+]
+
+
 @checkpoint_commands.command("list")
-def checkpoint_list_command(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN_DIR",
-            parser=path_of,
-            autocompletion=complete_checkpoints,
-            help="A run folder, or a checkpoint.",
-        ),
-    ],
-    as_json: AsJson = False,
-) -> None:
+def checkpoint_list_command(folder: CheckpointsPath, as_json: AsJson = False) -> None:
     """List the checkpoints of a run, oldest first, without reading their bytes."""
     from launch.show.checkpoint import show_checkpoints
     from launch.show.console import show_json
@@ -38,13 +38,13 @@ def checkpoint_list_command(
 
 
 @checkpoint_commands.command("verify")
-def checkpoint_verify_command(checkpoint: CheckpointPath, as_json: AsJson = False) -> None:
+def checkpoint_verify_command(folder: CheckpointsPath, as_json: AsJson = False) -> None:
     """Read every byte of a checkpoint, or of all in a run folder; exit with 2 if one is not whole."""
     from launch.show.checkpoint import show_verdicts
     from launch.show.console import show_json
     from training.checkpoint.verify import verify_checkpoints
 
-    verdicts = verify_checkpoints(checkpoint)
+    verdicts = verify_checkpoints(folder)
     if as_json:
         show_json([verdict.to_json() for verdict in verdicts])
     else:

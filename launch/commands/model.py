@@ -110,6 +110,15 @@ EvaluationPipeline = Annotated[
     count_option("--pipeline", "Stages that share the layers, as parallel.pipeline; starts tensor x pipeline ranks."),
 ]
 
+FixedScaleName = Annotated[
+    str | None,
+    typer.Option(
+        "--scale",
+        metavar=f"{'|'.join(SCALES)}:FACTOR",
+        autocompletion=complete_scales,
+        help="Scale ALiBi or rotary positions for longer texts, by a factor, as in linear:4.",
+    ),
+]
 ScaleName = Annotated[
     str | None,
     typer.Option(
@@ -278,7 +287,7 @@ def generate_command(
     top_p: TopP = None,
     seed: DrawSeed = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token; draw nothing.")] = False,
-    scale: ScaleName = None,
+    scale: FixedScaleName = None,
     precision: PrecisionName = DEFAULT_PRECISION,
     as_json: AsJson = False,
 ) -> None:

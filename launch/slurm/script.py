@@ -18,7 +18,7 @@ from configs.schema import RunConfig, Slurm
 from configs.secrets import HIDDEN, hide_secrets, is_secret_name, public_variables, without_password
 from parallel.layout import Layout
 from training.checkpoint.manifest import step_folder
-from training.export.formats.table import CHAIN_FORMAT
+from training.export.formats.table import CHAIN_FORMAT, chain_export_options
 from training.tracking.store import STORE_VARIABLE
 
 CHAIN_JOBS = ("train", "evaluate", "export")
@@ -192,7 +192,7 @@ def _after_training(config: RunConfig, *, program: str) -> dict[str, list[str]]:
     out = str(export_folder(run_folder(config), form=CHAIN_FORMAT))
     return {
         "evaluate": [program, "evaluate", last, "--lengths", lengths, *protocols],
-        "export": [program, "export", last, "--format", CHAIN_FORMAT, "--out", out],
+        "export": [program, "export", last, *chain_export_options(config.model), "--out", out],
     }
 
 

@@ -81,6 +81,10 @@ def folder_of(form: WithCodeFormat, folder: Path, decoder: Decoder, *, model: Mo
     return write_export(form, folder, weights=weights, model=model, tokenizer=tokenizer)
 
 
+def test_the_facts_name_the_positions_that_the_code_has() -> None:
+    assert [row.name for row in POSITIONS.values() if row.carried] == [*CARRIED_POSITIONS]
+
+
 @pytest.mark.parametrize("position", CARRIED_POSITIONS)
 def test_every_model_has_its_own_logits(tmp_path: Path, tokenizer: Path, vocab_size: int, position: str) -> None:
     steep = {"alibi_bias_max": 5} if POSITIONS[position].slopes else {}

@@ -1,6 +1,6 @@
 """What BLOOM and MPT can hold, in transformers and llama.cpp. Imports no torch: it is said before training."""
 
-from configs.positions import ALIBI_BIAS_MAX
+from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.schema import Model
 from training.families.bloom import BLOOM
 from training.families.mpt import MPT
@@ -23,6 +23,17 @@ def gguf_problem(model: Model) -> str | None:
     return _problem(model, any_slopes=model.family == MPT.name)
 
 
+def carried_code_problem(model: Model) -> str | None:
+    """Return why the code that an export can carry cannot hold a model; None if it can."""
+    if POSITIONS[model.position].carried:
+        return None
+    holds = ", ".join(row.name for row in POSITIONS.values() if row.carried)
+    return (
+        f"the code of --with-code cannot hold model.position {model.position} (it holds {holds}): this model cannot be "
+        "exported"
+    )
+
+
 def _problem(model: Model, *, any_slopes: bool) -> str | None:
     problems = []
     if model.family not in _FAMILIES:
@@ -37,4 +48,6 @@ def _problem(model: Model, *, any_slopes: bool) -> str | None:
         problems.append(f"model.window {model.window} (it holds null, all tokens)")
     if not problems:
         return None
-    return f"{model.family.upper()} cannot hold {'; '.join(problems)}: export with --format hf --with-code"
+    carried = POSITIONS[model.position].carried
+    advice = "export with --format hf --with-code" if carried else "nor can any other format"
+    return f"{model.family.upper()} cannot hold {'; '.join(problems)}: {advice}"

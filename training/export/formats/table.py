@@ -220,6 +220,11 @@ def export_problems(model: "Model") -> dict[str, str]:
     return {name: problem for name, problem in answers.items() if problem is not None}
 
 
+def chain_export_options(model: "Model") -> list[str]:
+    """Return the options of `export` in a SLURM chain: what transformers' classes cannot hold carries its code."""
+    return ["--format", CHAIN_FORMAT, *(["--with-code"] if CHAIN_FORMAT in export_problems(model) else [])]
+
+
 def load_format(name: str, *, dtype: str | None = None, with_code: bool = False) -> ExportFormat:
     """Import and return the format of this name, for a type of weights or its default.
 

@@ -18,10 +18,10 @@ from configs.errors import InputError
 from configs.schema import Model
 from training.export.formats.carried import modeling_trainshort
 from training.export.formats.carried.modeling_trainshort import (
-    CARRIED_POSITIONS,
     TrainshortConfig,
     TrainshortForCausalLM,
 )
+from training.export.formats.family_limits import carried_code_problem
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
 from training.export.formats.huggingface_config import save_configuration, token_ids
 from training.export.formats.readers import TRANSFORMERS_WITH_CODE, Reader
@@ -44,11 +44,8 @@ class WithCodeFormat(HuggingFaceFormat):
 
     def check(self, model: Model) -> None:
         """Refuse a position method that the code does not know: one that was added to this version."""
-        if model.position not in CARRIED_POSITIONS:
-            raise InputError(
-                f"the code of --with-code cannot hold model.position {model.position} "
-                f"(it holds {', '.join(CARRIED_POSITIONS)}): this model cannot be exported"
-            )
+        if (problem := carried_code_problem(model)) is not None:
+            raise InputError(problem)
 
     def write(
         self,
