@@ -86,7 +86,7 @@ def test_the_reference_job_requests_its_nodes_and_gpus() -> None:
     assert f"  trainshort export {last} --format hf --out runs/alibi-1b3/export/hf\n" in scripts["export"]
 
 
-def test_a_model_that_bloom_cannot_hold_is_exported_with_its_code() -> None:
+def test_what_bloom_cannot_hold_is_exported_with_its_code() -> None:
     assert "/step_0050000 --format hf --with-code --out " in render_run("sinusoidal-1b3")["export"]
 
 
