@@ -34,8 +34,8 @@ WINDOW_MUTANTS = (
     Mutant(
         "windows: keys that weigh a hundred times the limit are left out",
         WINDOWS,
-        "- math.log(share_limit(q.dtype))",
-        "- math.log(100 * share_limit(q.dtype))",
+        "limit = math.log(part * share_limit(q.dtype))",
+        "limit = math.log(100 * part * share_limit(q.dtype))",
         BY_EQUAL,
     ),
     Mutant(

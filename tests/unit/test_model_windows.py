@@ -197,6 +197,23 @@ def test_no_row_of_sdpa_loses_more_than_the_limit(
     assert total_variation(rows, exact_scores(q, k)[0].softmax(-1)).max() <= limit + ROUNDING
 
 
+@settings(max_examples=8, deadline=None)
+@given(limit=some_limit, scale=some_scale, seed=some_seed, step=st.sampled_from([8, 32]))
+@torch.no_grad()
+def test_long_keys_that_no_query_meets_are_left_out(limit: float, scale: float, seed: int, step: int) -> None:
+    q, k = draw("random", batch=1, heads=4, queries=400, keys=400, head_dim=16, scale=scale, seed=seed)
+    q[..., 0] = 0  # where the early keys are long
+    densities = []
+    for length in (0.0, 100.0):
+        k[:, :, :200, 0] = length
+        with small_blocks(limit=limit, step=step):
+            bias = windowed(4)
+            Sdpa(bias)(q, k, k)
+            densities += bias.lossless.take() if bias.lossless else []
+    assert densities[1] <= densities[0] + 0.05
+    assert densities[1] < 0.95
+
+
 @pytest.mark.parametrize("heads", [16, 112])
 @pytest.mark.parametrize("dtype", LIMITS)
 @torch.no_grad()

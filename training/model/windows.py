@@ -23,6 +23,7 @@ from torch import Tensor
 # Norms, sums of weights and this bound are computed in fp32: their rounding, with room to spare.
 _RELATIVE_SLACK, _SLACK = 1e-5, 0.01
 _CALLS_KEPT = 4096
+_MOST_STEPS = 8  # of keys whose scores are looked at together
 
 
 class LosslessWindows:
@@ -78,7 +79,7 @@ def norms(x: Tensor) -> Tensor:
     return wide
 
 
-def reach(q: Tensor, *, radius: Tensor, sums: Tensor, slopes: Tensor) -> Tensor:
+def reach(q: Tensor, *, radius: Tensor, sums: Tensor, slopes: Tensor, part: float = 1.0) -> Tensor:
     """Return the distance from which on all keys together have no weight; inf or nan if there is none.
 
     Args:
@@ -86,13 +87,70 @@ def reach(q: Tensor, *, radius: Tensor, sums: Tensor, slopes: Tensor) -> Tensor:
         radius: Largest norm of a key that may be left out, [batch, local_heads, queries or 1].
         sums: Logarithm of each query's sum of weights, or less, [batch, local_heads, queries].
         slopes: [local_heads].
+        part: What part of the limit these keys may weigh.
     Returns:
         [batch, local_heads, queries], in fp32 or wider.
     """
     slope = slopes.to(sums.device, sums.dtype)[:, None]
     score = norms(q) * radius * ((1 + _RELATIVE_SLACK) / q.shape[-1] ** 0.5)  # a key's largest, but for its distance
-    distance: Tensor = (score - sums - (-torch.expm1(-slope)).log() - math.log(share_limit(q.dtype)) + _SLACK) / slope
+    limit = math.log(part * share_limit(q.dtype))
+    distance: Tensor = (score - sums - (-torch.expm1(-slope)).log() - limit + _SLACK) / slope
     return distance
+
+
+def first_keys_with_weight(
+    q: Tensor,
+    k: Tensor,
+    *,
+    firsts: Sequence[int],
+    end: int,
+    position: int,
+    step: int,
+    sums: Tensor,
+    radius: Tensor,
+    slopes: Tensor,
+) -> list[int]:
+    """Return the number of the first key that any of a block's queries needs, by head, from the scores themselves.
+
+    `reach` bounds scores by norms, which lets in many keys that no query meets. Here the keys that it left are looked
+    at from the furthest on, `step` at a time, until those so far weigh too much in one row.
+
+    Args:
+        q: [batch, local_heads, queries, head_dim].
+        k: [batch, local_heads, keys, head_dim].
+        firsts: Keys before these are out of `reach`, by head.
+        end: Keys from here on are needed.
+        position: Number of the first query among the keys, at least `end`.
+        step: Keys that are computed or left out together.
+        sums: Logarithm of each query's sum of weights, or less, [batch, local_heads, queries].
+        radius: Largest norm of a key before `end`, [batch, local_heads, 1].
+        slopes: [local_heads].
+    Returns:
+        By head what `firsts` has, or a whole number of steps more.
+    """
+    scale = q.shape[-1] ** -0.5
+    slope = slopes.to(sums.device, sums.dtype)[:, None]
+    places = torch.arange(position, position + q.shape[2], device=q.device)
+    # Keys of a step weigh at most as their largest score at the distances of all: the sum of a geometric series.
+    several = (torch.expm1(-slope * step) / torch.expm1(-slope)).log()
+    known = several - slope * places - sums + norms(q) * radius * (_RELATIVE_SLACK * scale) + _SLACK
+    limit = math.log(share_limit(q.dtype) / 2)
+    found = []
+    for head, (first, own) in enumerate(zip(firsts, slopes.tolist(), strict=True)):
+        spent, count = torch.full_like(sums[:, head], -math.inf), 1
+        while (count := min(count, (end - first) // step)) > 0:
+            stop = first + count * step
+            products = q[:, head].to(sums.dtype) @ k[:, head, first:stop].to(sums.dtype).mT
+            nearest = torch.arange(first + step - 1, stop, step, device=q.device)
+            shares = products.unflatten(2, (count, step)).amax(3) * scale + own * nearest + known[:, head, :, None]
+            shares = torch.logaddexp(spent[..., None], shares.logcumsumexp(2))
+            light = [share <= limit for share in shares.amax((0, 1)).tolist()]  # nan is not
+            if not all(light):
+                first += light.index(False) * step
+                break
+            spent, first, count = shares[..., -1], stop, min(2 * count, _MOST_STEPS)
+        found.append(first)
+    return found
 
 
 def first_keys(distances: Tensor, *, position: int, step: int) -> list[int]:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from training.model.kernels.bias_blocks import BiasBlock, bias_blocks
 from training.model.positions.bias import Bias
-from training.model.windows import first_keys, norms, reach, runs_of_heads
+from training.model.windows import first_keys, first_keys_with_weight, norms, reach, runs_of_heads
 
 FAR_KEYS = 128  # far keys that a window takes or leaves together
 
@@ -93,7 +93,7 @@ class _Blocks(Function):
             firsts = [first if row is None else 0] * heads
             if largest is not None and first:
                 radius = largest[:, :, first - 1 : first]
-                firsts = _first_far_keys(q[:, :, rows], block, radius=radius, sums=total, bias=bias)
+                firsts = _first_far_keys(q[:, :, rows], k, block, radius=radius, sums=total, bias=bias)
             ctx.far.append(list(runs_of_heads(firsts, end=first)))
             for some, seen in ctx.far[-1]:
                 mask, offset = _line(row, block, heads=some, seen=seen)
@@ -134,11 +134,25 @@ class _Blocks(Function):
         return grad_q, grad_k, grad_v, None, None, None, None, None
 
 
-def _first_far_keys(q: Tensor, block: BiasBlock, *, radius: Tensor, sums: Tensor, bias: Bias) -> list[int]:
+def _first_far_keys(q: Tensor, k: Tensor, block: BiasBlock, *, radius: Tensor, sums: Tensor, bias: Bias) -> list[int]:
     """Return the number of the first key that a block's queries need, by head; at its first near key or later: none."""
     assert bias.local_slopes is not None, "without slopes there is no window"
-    distances = reach(q, radius=radius, sums=sums, slopes=bias.local_slopes)
-    return first_keys(distances, position=block.seen - q.shape[2], step=FAR_KEYS)
+    position, slopes, alone = block.seen - q.shape[2], bias.local_slopes, q.shape[2] == 1
+    distances = reach(q, radius=radius, sums=sums, slopes=slopes, part=1.0 if alone else 0.5)
+    firsts = first_keys(distances, position=position, step=FAR_KEYS)
+    if alone:  # its scores are half of the work
+        return firsts
+    return first_keys_with_weight(
+        q,
+        k,
+        firsts=firsts,
+        end=block.first,
+        position=position,
+        step=FAR_KEYS,
+        sums=sums,
+        radius=radius,
+        slopes=slopes,
+    )
 
 
 def computed_share(blocks: Iterable[BiasBlock], far: Sequence[Far], *, heads: int) -> float:
