@@ -42,6 +42,13 @@ def _own_verbosity() -> Iterator[None]:
             root.removeHandler(handler)
 
 
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what a user or a CI may have set, and what is looked at is what a test sets."""
+    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def run_values(tmp_path: Path) -> dict[str, Any]:
     """Plain values of a valid small run whose folder is the test's own."""

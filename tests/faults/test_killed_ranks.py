@@ -12,7 +12,7 @@ import pytest
 from tests.support.data import write_book
 from tests.support.processes import PATIENCE_SECONDS, command, environment, metrics, run
 
-STEPS, RANKS, ENDED_SECONDS = 60, 4, 45
+STEPS, RANKS, ENDED_SECONDS = 60, 4, 120
 
 
 def sets(run_dir: str) -> list[str]:
@@ -53,6 +53,10 @@ class Job:
             time.sleep(0.01)
         self.ranks = ranks_of(self.process.pid)
 
+    def signal_ranks(self, number: signal.Signals) -> None:
+        for pid in self.ranks.values():
+            os.kill(pid, number)
+
     def wait_for_the_ranks(self) -> None:
         deadline = time.monotonic() + ENDED_SECONDS
         while any(alive(pid) for pid in self.ranks.values()):
@@ -67,7 +71,9 @@ def test_a_job_with_killed_ranks_ends_like_an_unbroken_one(tmp_path: Path) -> No
 
     job = Job(tmp_path, after=3)
     assert sorted(job.ranks) == list(range(RANKS))
+    job.signal_ranks(signal.SIGSTOP)  # else the job may end first
     second = run(tmp_path, "train", *sets("run"))
+    job.signal_ranks(signal.SIGCONT)
     assert second.returncode == 2
     assert second.stderr.startswith(f"error: run is being trained by process {job.ranks[0]} on this machine since ")
     assert len(second.stderr.splitlines()) == 1

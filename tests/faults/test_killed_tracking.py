@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 STEPS, EVERY, FEW = 300, 50, 60
 ONE = ("parallel.tensor=1", "parallel.pipeline=1")
 TWO = ("parallel.tensor=2", "parallel.pipeline=1")
-VARIABLES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
+VARIABLES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
 
 
 @pytest.fixture(scope="module")

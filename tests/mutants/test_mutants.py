@@ -33,7 +33,7 @@ ALL = (
     *TRACKING_MUTANTS,
     *MEASUREMENT_MUTANTS,
 )
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 1800
 # Output of a test that noticed the mistake; a broken import or fixture does not count.
 CAUGHT = re.compile(
     r"^FAILED .* - (AssertionError|assert |Failed: DID NOT RAISE|configs\.errors\.\w+Error|\S+\.WrongPositions)",

@@ -2,16 +2,18 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-MAX_SECONDS = 0.7
+# What every command needs; how long it takes is a measure of the machine.
+LIBRARIES = (sys.executable, "-P", "-c", "import typer, pydantic, yaml, rich.console")
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
 
 
@@ -23,8 +25,16 @@ def trainshort(*arguments: str, folder: Path, **environment: str) -> "subprocess
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=240,
     )
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """Return what a child process computes, which other processes on the machine do not change."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def run_file(folder: Path, values: dict[str, Any]) -> str:
@@ -45,12 +55,10 @@ def run_file(folder: Path, values: dict[str, Any]) -> str:
     ],
 )
 def test_login_node_commands_start_fast_and_without_torch(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.monotonic()
-        done = trainshort(*arguments, folder=tmp_path)
-        seconds.append(time.monotonic() - started)
-        assert done.returncode == 0, done.stderr
+    done = trainshort(*arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    seconds = min(cpu_seconds(lambda: trainshort(*arguments, folder=tmp_path)) for _ in range(3))
+    least = min(cpu_seconds(lambda: subprocess.run(LIBRARIES, check=True)) for _ in range(3))
     code = (
         "import sys, trainshort\n"
         "try: trainshort.main()\n"
@@ -62,8 +70,7 @@ def test_login_node_commands_start_fast_and_without_torch(arguments: tuple[str, 
         [sys.executable, "-P", "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert wrapped.stderr == "[]"
-    # The fastest of three, because the machine may be busy with other things.
-    assert min(seconds) < MAX_SECONDS
+    assert seconds < 6 * least, "0.7 s, where the libraries take 0.12"
 
 
 def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
@@ -87,7 +94,7 @@ def test_escape_codes_reach_a_terminal_that_wants_them(plain: dict[str, str], tm
         stdout=theirs,
         stderr=theirs,
         check=True,
-        timeout=60,
+        timeout=240,
     )
     os.close(theirs)
     assert (b"\x1b" in os.read(ours, 1 << 16)) == (not plain)

@@ -209,7 +209,11 @@ def test_the_rank_that_failed_by_itself_is_named(tmp_path: Path, capfd: pytest.C
     assert re.fullmatch(r"error: rank [012] lost its connection\n", capfd.readouterr().err)
 
 
-def test_a_killed_rank_is_named_before_ranks_that_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_rank_is_named_before_ranks_that_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_failure, "oom_kills", lambda: OomKills(0, 0))  # whatever else this machine does
+    monkeypatch.setattr(local, "oom_kills", lambda: OomKills(0, 0))
     script = "[[ $TRAINSHORT_RANK == 2 ]] && { sleep 0.3; kill -KILL $$; }; exit 1"
     assert start(script, tmp_path, grace_seconds=5) == 3
     first, reason, held, limit = capfd.readouterr().err.splitlines()
@@ -248,13 +252,15 @@ def test_a_rank_that_c_code_aborted_may_have_run_out_of_memory(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = """[[ $TRAINSHORT_RANK == 1 ]] && { echo "what():  std::bad_alloc"; kill -ABRT $$; }; exit 4"""
-    assert start(script, tmp_path) == 3
+    assert start(script, tmp_path, grace_seconds=10) == 3
     assert capfd.readouterr().err.startswith("error: rank 1 ran out of memory and was aborted, with signal 6 (SIGABRT)")
 
 
 def test_ranks_that_ignore_sigterm_are_killed_after_a_failure(tmp_path: Path) -> None:
+    ready = f"until [[ -s {tmp_path}/pid ]]; do sleep 0.05; done"
     script = (
-        f"[[ $TRAINSHORT_RANK == 1 ]] && exit 1; trap '' TERM; echo $$ >{tmp_path}/pid; while true; do sleep 1; done"
+        f"[[ $TRAINSHORT_RANK == 1 ]] && {{ {ready}; exit 1; }}; "
+        f"trap '' TERM; echo $$ >{tmp_path}/pid; while true; do sleep 1; done"
     )
     assert start(script, tmp_path, ranks=2) == 1
     assert not alive(int((tmp_path / "pid").read_text()))

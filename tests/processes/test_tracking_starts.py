@@ -25,7 +25,7 @@ for number in range(runs):
             time.sleep(0.001)
         tracker.start({"number": number}, run_dir / "config.yaml")
         tracker.metrics(1, {"loss": float(number)})
-        tracker.finish("FINISHED")
+        tracker.finish("FINISHED", wait_seconds=280)
         os._exit(0)
 (folder / "go").touch()
 for _ in range(runs):
@@ -35,7 +35,7 @@ for _ in range(runs):
 
 def test_a_sweep_started_at_once_on_nothing_loses_no_run(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", STARTS, str(tmp_path), str(RUNS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
     assert "MLflow at" not in done.stderr, done.stderr
     database = MlflowDatabase(tmp_path / "mlflow.db")
     assert sorted(database.rows("select name, status from runs")) == [

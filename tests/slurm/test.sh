@@ -3,7 +3,7 @@
 #
 #   test.sh PYTHON [pytest's arguments]
 set -euo pipefail
-MINUTES=16 # twice what it takes: ends what hangs, not what is slow
+MINUTES=25 # twice what it takes: ends what hangs, not what is slow
 here=$(dirname "$(readlink -f "$0")")
 fail() { echo "make test-slurm: $*" >&2; exit 1; }
 

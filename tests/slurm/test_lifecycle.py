@@ -21,19 +21,19 @@ def wait_for_node(node: str, run: Submitted) -> None:
 
 
 def test_a_time_limit_requeues_the_job_and_changes_no_loss(home: Path, unbroken: Submitted) -> None:
-    options = ("slurm.time='0:02:00'", "slurm.signal_seconds=60")
+    options = ("slurm.time='0:03:00'", "slurm.signal_seconds=60")
     run = submit(home, "limited", *options, run_dir="runs/10% limited")  # SLURM must read the % as part of the name
     run.suspend(3)
     # A change of the run file has no effect before the next submission.
     (home / "limited.yaml").write_text("not: [a run file")
-    assert 60 < run.status()["jobs"][0]["seconds_left"] <= 120
+    assert 60 < run.status()["jobs"][0]["seconds_left"] <= 180
     wait_until(lambda: (run.status()["jobs"][0]["seconds_left"] or 0) < 59, run.diagnosis)
     run.wake()
     run.wait_for_line("queueing again")
     saved = run.status()["checkpoint"]
     assert saved > "step_0000000"
     assert run.states()["evaluate"] == "PENDING"
-    run.wait_for(state="RUNNING", seconds=60)
+    run.wait_for(state="RUNNING")
     assert run.field("Restarts") == "1"
     run.wait_for()
     run.jobs("stop")
@@ -145,7 +145,7 @@ def test_a_node_that_shuts_down_is_no_failure_of_the_run(home: Path) -> None:
     on_nodes("on", "node2", "pkill", "-KILL", "slurmd")
     try:
         run.kill("node2")  # SLURM notices the lost node only later
-        run.wait_for_line("a node is lost: queueing again from step ", seconds=40)
+        run.wait_for_line("a node is lost: queueing again from step ")
         assert run.field("Restarts") == "1"
         run.jobs("stop")
     finally:
@@ -172,7 +172,7 @@ def test_a_stop_survives_the_crash_of_its_node(home: Path) -> None:
 def test_a_preempted_job_saves_and_requeues(home: Path, unbroken: Submitted) -> None:
     run = submit(home, "preempted", "slurm.partition=spot")
     run.suspend(2)
-    # The ranks get SIGTERM at once and have ten seconds of grace. Exiting with 0 in that time must not end the job.
+    # The ranks get SIGTERM at once and have a minute of grace. Exiting with 0 in that time must not end the job.
     preempt = [
         "sbatch",
         "--parsable",
@@ -183,7 +183,7 @@ def test_a_preempted_job_saves_and_requeues(home: Path, unbroken: Submitted) -> 
         "--output=/dev/null",
     ]
     slurm(*preempt)
-    wait_until(lambda: run.field("PreemptTime") != "None", run.diagnosis, seconds=30)
+    wait_until(lambda: run.field("PreemptTime") != "None", run.diagnosis)
     run.wake()
     run.wait_for_line("queueing again")
     saved = run.status()["checkpoint"]

@@ -109,9 +109,10 @@ class MlflowServer:
         return None if self.mode == "loses answers" else (answer.status, text)
 
     def _answers(self) -> bool:
-        connection = HTTPConnection("127.0.0.1", self._port, timeout=5)
+        connection = HTTPConnection("127.0.0.1", self._port, timeout=30)
         try:
-            connection.request("GET", "/health")
+            # not /health: the first request of the store opens it, which takes seconds
+            connection.request("GET", "/api/2.0/mlflow/experiments/search?max_results=1")
             return connection.getresponse().status == 200
         except OSError:
             return False

@@ -56,7 +56,7 @@ def run_script(script: str, folder: Path, **environment: str) -> "subprocess.Com
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=240,
     )
 
 

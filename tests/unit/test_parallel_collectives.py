@@ -14,8 +14,9 @@ import torch.distributed as dist
 from parallel.axes import Group
 from parallel.collectives import wait_for_all
 
-RANKS, ROUNDS = 3, 6
-SHORT = timedelta(milliseconds=50)
+RANKS, ROUNDS = 3, 3
+SHORT = timedelta(milliseconds=500)
+LONG = timedelta(seconds=60)
 
 
 def file_stores(folder: Path) -> list[Any]:
@@ -23,8 +24,10 @@ def file_stores(folder: Path) -> list[Any]:
 
 
 def tcp_stores(_: Path) -> list[Any]:
-    first = dist.TCPStore("127.0.0.1", 0, RANKS, True, SHORT, wait_for_workers=False)
-    others = [dist.TCPStore("127.0.0.1", first.port, RANKS, False, SHORT) for _ in range(RANKS - 1)]
+    first = dist.TCPStore("127.0.0.1", 0, RANKS, True, LONG, wait_for_workers=False)
+    others = [dist.TCPStore("127.0.0.1", first.port, RANKS, False, LONG) for _ in range(RANKS - 1)]
+    for store in (first, *others):
+        store.set_timeout(SHORT)
     return [first, *others]
 
 
@@ -37,7 +40,7 @@ def test_ranks_wait_for_the_last_one_in_every_round(tmp_path: Path, stores_of: C
         times = []
         for number in range(ROUNDS):
             if number % RANKS == rank:
-                time.sleep(3 * SHORT.total_seconds())  # longer than the store would wait
+                time.sleep(2 * SHORT.total_seconds())  # longer than the store would wait
             times.append((time.monotonic(), _time_after(group)))
         return times
 

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 import signal
 import termios
 from collections.abc import Iterator
@@ -41,10 +42,12 @@ def shown_by_three(monkeypatch: pytest.MonkeyPatch, *, term: str) -> str:
     with screen(monkeypatch, rows=4, columns=20, term=term) as reader:
         with pytest.raises(KeyboardInterrupt):
             refresh(draw, seconds=60.0, environ={"TERM": term})
-        shown = os.read(reader, 1 << 16).decode()
+        read = b""
+        while select.select([reader], [], [], 0)[0]:
+            read += os.read(reader, 1 << 16)
     assert signal.getsignal(signal.SIGWINCH) == before
     assert drawn == [19, 19, 19], "a terminal may go to the next line after its last column"
-    return shown
+    return read.decode()
 
 
 def test_a_terminal_shows_the_newest_picture(monkeypatch: pytest.MonkeyPatch) -> None:

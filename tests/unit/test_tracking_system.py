@@ -61,7 +61,7 @@ def measure(run_dir: Path, *, samples: int) -> None:
     tracker.finish("FINISHED")
 
 
-def wait_for(condition: Callable[[], object], *, seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], object], *, seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "timed out"
