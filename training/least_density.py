@@ -51,7 +51,9 @@ def attention_words(
     share = least_density(model, backend, device=device, precision=precision, length=length)
     if share is not None and not documents:
         whole, percent = share == 1, math.floor(100 * share)  # rounded down: no metric of the run is below it
-        words[-1] += f": all scores at length {length:,}" if whole else f": at least {percent / 100:.2f} of the scores"
+        # where a backend looks at scores, near ones that are large can leave out more than slopes alone do
+        least = "about" if device == "cpu" and leaves_out(model, backend, device=device) else "at least"
+        words[-1] += f": all scores at length {length:,}" if whole else f": {least} {percent / 100:.2f} of the scores"
     return ", ".join(words)
 
 
@@ -64,7 +66,7 @@ def least_density(model: Model, backend: Backend, *, device: str, precision: str
     """Return the share of causal attention's scores that queries and keys of zeros need; None if all are computed.
 
     With zeros the slope alone decides: `training.model.windows.reach` is then at least the logarithm of the limit over
-    the slope. Longer queries and keys need more, and so do kernels, which take whole blocks of keys. Arguments as in
+    the slope. Longer queries and keys have a longer reach, and kernels take whole blocks of keys. Arguments as in
     `attention_words`.
     """
     slopes = POSITIONS[model.position].slopes

@@ -9,7 +9,51 @@ BY_LOST = "tests/unit/test_model_windows.py::test_no_row_of_sdpa_loses_more_than
 BY_BATCH = "tests/unit/test_model_windows.py::test_outputs_and_gradients_of_a_batch_are_the_exact_ones"
 BY_NAN = "tests/unit/test_model_windows.py::test_a_number_that_is_none_spreads_as_without_windows"
 
+BY_HALF = "tests/unit/test_model_windows.py::test_keys_of_equal_weight_fill_half_of_the_limit"
+
 WINDOW_MUTANTS = (
+    Mutant(
+        "windows: keys without weight and those out of reach may each weigh the whole limit",
+        WINDOWS,
+        "share_limit(q.dtype) / 2",
+        "share_limit(q.dtype)",
+        BY_HALF,
+    ),
+    Mutant(
+        "windows: what the keys looked at before weigh is forgotten",
+        WINDOWS,
+        "torch.logaddexp(spent[..., None], shares.logcumsumexp(2))",
+        "shares.logcumsumexp(2)",
+        BY_HALF,
+    ),
+    Mutant(
+        "windows: a step of keys weighs as its heaviest one",
+        WINDOWS,
+        "known = several - slope",
+        "known = -slope",
+        BY_HALF,
+    ),
+    Mutant(
+        "windows: a step of keys is as far as its furthest one",
+        WINDOWS,
+        "torch.arange(first + step - 1, stop, step",
+        "torch.arange(first, stop, step",
+        BY_LOST,
+    ),
+    Mutant(
+        "windows: the first sequence's scores decide for the batch",
+        WINDOWS,
+        "shares.amax((0, 1))",
+        "shares[0].amax(0)",
+        BY_HALF,
+    ),
+    Mutant(
+        "windows: scores that are no number leave keys out",
+        WINDOWS,
+        "[share <= limit for share",
+        "[not share > limit for share",
+        BY_NAN + "[3-nan]",
+    ),
     Mutant(
         "windows: half the bound",
         WINDOWS,

@@ -29,7 +29,7 @@ from training.model.positions.alibi import slopes
 from training.model.positions.bias import SlopeBias, causal_bias
 from training.model.proof.attention_weights import dtype_of, read_rows, total_variation
 from training.model.single import lone_decoder
-from training.model.windows import LosslessWindows, norms, reach, share_limit
+from training.model.windows import LosslessWindows, first_keys_with_weight, norms, reach, share_limit
 
 LIMITS = {dtype: share_limit(dtype) for dtype in (torch.float32, torch.bfloat16)}
 ROW_LIMITS = {dtype_of(name): PRECISIONS[name].row_tolerance for name in ("fp32", "bf16")}
@@ -195,6 +195,30 @@ def test_no_row_of_sdpa_loses_more_than_the_limit(
     with small_blocks(limit=limit, block=block, near=near, step=step):
         rows = read_rows(Sdpa(windowed(heads)), q, k)
     assert total_variation(rows, exact_scores(q, k)[0].softmax(-1)).max() <= limit + ROUNDING
+
+
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=str)
+@torch.no_grad()
+def test_keys_of_equal_weight_fill_half_of_the_limit(limit: float) -> None:
+    slope, keys, step = 0.02, 400, 8
+    tile = 0.1 * limit  # what each of the tiles weighs
+    q = torch.ones(2, 1, 1, 1, dtype=torch.float64)
+    k = math.log(tile / step) + slope * (keys - torch.arange(keys, dtype=torch.float64)).expand(2, 1, keys)[..., None]
+    k[0] -= 5  # the second sequence decides
+    with small_blocks(limit=limit):
+        (first,) = first_keys_with_weight(
+            q,
+            k,
+            firsts=[16],
+            end=keys,
+            position=keys,
+            step=step,
+            sums=torch.zeros(2, 1, 1, dtype=torch.float64),
+            radius=k.norm(dim=3).amax(2, keepdim=True),
+            slopes=torch.tensor([slope], dtype=torch.float64),
+        )
+    assert 16 + 3 * step <= first <= 16 + 5 * step
+    assert first % step == 0
 
 
 @settings(max_examples=8, deadline=None)

@@ -5,8 +5,9 @@ block's last query, which is one row for all queries, plus a number for each que
 the kernel reads one row instead of a strip as long as the sequence, and the number is added to the logarithm of the sum
 of weights. Near and far keys are joined by their sums.
 
-With windows, each head takes only the far keys that can have weight. What bounds them, the sum of the near keys'
-weights, is there by then. The backward pass is that of what the forward pass computed: it takes the same keys.
+With windows, each head takes only the far keys that have weight. What bounds them, the sum of the near keys' weights,
+is there by then; those that norms cannot exclude are looked at. The backward pass is that of what the forward pass
+computed: it takes the same keys.
 
 The row is computed from distances, as the strip is, and used for keys further away than a block is long: its rounding
 is that of the strip at most twice as far.
