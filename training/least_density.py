@@ -44,7 +44,8 @@ def attention_words(
     slopes = POSITIONS[model.position].slopes
     if slopes is not None and model.windows == "off":
         words.append("windows off")
-    if slopes is not None and leaves_out(model, backend, device=device):
+    lossless = slopes is not None and leaves_out(model, backend, device=device)
+    if lossless:
         words.append("lossless windows")
     if documents:
         words.append("documents masked")
@@ -52,7 +53,7 @@ def attention_words(
     if share is not None and not documents:
         whole, percent = share == 1, math.floor(100 * share)  # rounded down: no metric of the run is below it
         # where a backend looks at scores, near ones that are large can leave out more than slopes alone do
-        least = "about" if device == "cpu" and leaves_out(model, backend, device=device) else "at least"
+        least = "about" if lossless and device == "cpu" else "at least"
         words[-1] += f": all scores at length {length:,}" if whole else f": {least} {percent / 100:.2f} of the scores"
     return ", ".join(words)
 

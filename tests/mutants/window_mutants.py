@@ -22,8 +22,8 @@ WINDOW_MUTANTS = (
     Mutant(
         "windows: what the keys looked at before weigh is forgotten",
         WINDOWS,
-        "torch.logaddexp(spent[..., None], shares.logcumsumexp(2))",
-        "shares.logcumsumexp(2)",
+        "shares = torch.logaddexp(spent[..., None], shares)",
+        "shares = shares + 0 * spent[..., None].exp()",
         BY_HALF,
     ),
     Mutant(
@@ -36,8 +36,8 @@ WINDOW_MUTANTS = (
     Mutant(
         "windows: a step of keys is as far as its furthest one",
         WINDOWS,
-        "torch.arange(first + step - 1, stop, step",
-        "torch.arange(first, stop, step",
+        "torch.arange(first + step - 1 - position, stop - position, step",
+        "torch.arange(first - position, stop - position, step",
         BY_LOST,
     ),
     Mutant(

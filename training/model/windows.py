@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -129,29 +130,45 @@ def first_keys_with_weight(
     Returns:
         By head what `firsts` has, or a whole number of steps more.
     """
-    scale = q.shape[-1] ** -0.5
     slope = slopes.to(sums.device, sums.dtype)[:, None]
-    places = torch.arange(position, position + q.shape[2], device=q.device)
+    # places count from the first query: in fp32, a slope times a place in a long text would be rounded
+    places = torch.arange(q.shape[2], device=q.device)
     # Keys of a step weigh at most as their largest score at the distances of all: the sum of a geometric series.
     several = (torch.expm1(-slope * step) / torch.expm1(-slope)).log()
-    known = several - slope * places - sums + norms(q) * radius * (_RELATIVE_SLACK * scale) + _SLACK
-    limit = math.log(share_limit(q.dtype) / 2)
-    found = []
-    for head, (first, own) in enumerate(zip(firsts, slopes.tolist(), strict=True)):
-        spent, count = torch.full_like(sums[:, head], -math.inf), 1
-        while (count := min(count, (end - first) // step)) > 0:
-            stop = first + count * step
-            products = q[:, head].to(sums.dtype) @ k[:, head, first:stop].to(sums.dtype).mT
-            nearest = torch.arange(first + step - 1, stop, step, device=q.device)
-            shares = products.unflatten(2, (count, step)).amax(3) * scale + own * nearest + known[:, head, :, None]
-            shares = torch.logaddexp(spent[..., None], shares.logcumsumexp(2))
-            light = [share <= limit for share in shares.amax((0, 1)).tolist()]  # nan is not
-            if not all(light):
-                first += light.index(False) * step
-                break
-            spent, first, count = shares[..., -1], stop, min(2 * count, _MOST_STEPS)
-        found.append(first)
-    return found
+    known = several - slope * places - sums + norms(q) * radius * (_RELATIVE_SLACK / q.shape[-1] ** 0.5) + _SLACK
+    search = partial(
+        _first_with_weight, end=end, position=position, step=step, limit=math.log(share_limit(q.dtype) / 2)
+    )
+    heads = enumerate(zip(firsts, slopes.tolist(), strict=True))
+    return [search(q[:, head], k[:, head], known[:, head], first=first, slope=own) for head, (first, own) in heads]
+
+
+def _first_with_weight(
+    q: Tensor,
+    k: Tensor,
+    known: Tensor,
+    *,
+    first: int,
+    end: int,
+    position: int,
+    step: int,
+    slope: float,
+    limit: float,
+) -> int:
+    """Return the first key that any query of a head needs; `known` is what its scores lack, [batch, queries]."""
+    spent, count = torch.full_like(known, -math.inf), 1
+    while (count := min(count, (end - first) // step)) > 0:
+        stop = first + count * step
+        products = q.to(known.dtype) @ k[:, first:stop].to(known.dtype).mT
+        largest = products.view(*known.shape, count, step).amax(3) * q.shape[-1] ** -0.5
+        nearest = torch.arange(first + step - 1 - position, stop - position, step, device=q.device)
+        shares = (largest + slope * nearest + known[..., None]).logcumsumexp(2)
+        shares = torch.logaddexp(spent[..., None], shares)
+        light = [share <= limit for share in shares.amax((0, 1)).tolist()]  # nan is not
+        if not all(light):
+            return first + light.index(False) * step
+        spent, first, count = shares[..., -1], stop, min(2 * count, _MOST_STEPS)
+    return first
 
 
 def first_keys(distances: Tensor, *, position: int, step: int) -> list[int]:
