@@ -109,7 +109,7 @@ def test_an_evaluation_says_the_share_of_each_layer() -> None:
     decoder = make_decoder(4)
     blocks = [layer for layer in decoder.modules() if isinstance(layer, AttentionBlock)]
     with torch.no_grad():
-        blocks[0].query_key_value.weight.mul_(0.1)  # shorter queries and keys: it needs fewer
+        blocks[1].query_key_value.weight.mul_(30.0)  # longer queries and keys, with larger scores: it needs more
     model = SingleModel(decoder, device=torch.device("cpu"), certificate={})
     tokens = torch.randint(0, VOCABULARY, (3 * LONG,), generator=torch.Generator().manual_seed(1)).numpy()
     by_length = {
