@@ -48,7 +48,7 @@ class Position(Choice):
     table_std: float | None = None
     added_variance: float = 0.0
     rotates: bool = False
-    carried: bool = True
+    carried: bool = False
     scales: tuple[str, ...] = ()
     problems: "Callable[[Model], Iterator[str]]" = _no_rule
 
@@ -100,6 +100,7 @@ POSITIONS = {
             bias="slopes",
             slopes=_alibi_slopes,
             scales=("linear", "ntk"),
+            carried=True,
         ),
         Position(
             "sinusoidal",
@@ -107,6 +108,7 @@ POSITIONS = {
             title="sinusoidal positions",
             added_variance=0.5,  # of sines and cosines
             problems=_even_hidden,
+            carried=True,
         ),
         Position(
             "rotary",
@@ -115,8 +117,16 @@ POSITIONS = {
             rotates=True,
             scales=("linear", "ntk", "yarn"),
             problems=_even_heads,
+            carried=True,
         ),
-        Position("t5", "training.model.positions.t5.T5", title="T5 bias", bias="table", entries_per_head=T5_BUCKETS),
+        Position(
+            "t5",
+            "training.model.positions.t5.T5",
+            title="T5 bias",
+            bias="table",
+            entries_per_head=T5_BUCKETS,
+            carried=True,
+        ),
         Position(
             "kerple",
             "training.model.positions.kerple.Kerple",
@@ -124,16 +134,11 @@ POSITIONS = {
             bias="table",
             entries_per_head=2,
             table_std=0.5,  # of logarithms: heads begin at different rates
-            carried=False,
         ),
+        Position("sandwich", "training.model.positions.sandwich.Sandwich", title="Sandwich bias", bias="table"),
         Position(
-            "sandwich",
-            "training.model.positions.sandwich.Sandwich",
-            title="Sandwich bias",
-            bias="table",
-            carried=False,
+            "none", "training.model.positions.method.PositionMethod", title="attention without positions", carried=True
         ),
-        Position("none", "training.model.positions.method.PositionMethod", title="attention without positions"),
     )
 }
 
