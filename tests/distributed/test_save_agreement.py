@@ -36,7 +36,7 @@ OPERATIONS = {
     "a tensor cannot be written on rank 1": (1, 20),
     "a file cannot be synced on rank 1": (1, -2),
 }
-SHORT_TIMEOUT, SLOW_SECONDS = timedelta(seconds=6), 8
+SHORT_TIMEOUT, SLOW_SECONDS = timedelta(seconds=4), 6
 
 KINDS = OPTIMIZERS["adamw"].state_kinds
 

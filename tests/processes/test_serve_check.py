@@ -123,7 +123,7 @@ def test_the_same_text_is_reported_and_the_server_stopped(
         ("fails", NEW, 0, TrainshortError, r"refused a completion \(500: .*; it wrote ValueError: no room\): nothing "),
         ("dies", NEW, 0, MachineError, r"ended with exit code 7 .* \(it wrote no room for keys and values\): nothing "),
         ("breaks", NEW, 0, MachineError, r"ended with exit code 1 .* \(it wrote ValueError: no room\): nothing "),
-        ("silent", NEW, 0, MachineError, r"fake gave no answer within 10 seconds \(it wrote nothing\): nothing was "),
+        ("silent", NEW, 0, MachineError, r"fake gave no answer within 5 seconds \(it wrote nothing\): nothing was "),
     ],
 )
 def test_what_is_not_the_same_answer_is_refused(
@@ -136,7 +136,7 @@ def test_what_is_not_the_same_answer_is_refused(
     error: type[TrainshortError],
     message: str,
 ) -> None:
-    monkeypatch.setattr("training.export.serve.START_SECONDS", 10 if mode == "silent" else 120)
+    monkeypatch.setattr("training.export.serve.START_SECONDS", 5 if mode == "silent" else 120)
     answer(tmp_path, text, prompt_tokens=len(expected_of(tokenizer).prompt_ids) + more_tokens)
     with pytest.raises(error, match=message):
         check(tmp_path, mode, tokenizer)
