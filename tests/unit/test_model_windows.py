@@ -107,6 +107,7 @@ def small_blocks(*, limit: float, block: int = 16, near: int = 40, step: int = 8
         patch.setattr(sdpa, "QUERY_BLOCK", block)
         patch.setattr(sdpa, "NEAR_KEYS", near)
         patch.setattr(sdpa_cpu, "FAR_KEYS", step)
+        patch.setattr(sdpa_cpu, "is_searched", lambda q, *, trains: q.shape[2] > 1)
         patch.setattr(windows, "share_limit", lambda dtype: limit)
         yield
 
@@ -195,6 +196,18 @@ def test_no_row_of_sdpa_loses_more_than_the_limit(
     with small_blocks(limit=limit, block=block, near=near, step=step):
         rows = read_rows(Sdpa(windowed(heads)), q, k)
     assert total_variation(rows, exact_scores(q, k)[0].softmax(-1)).max() <= limit + ROUNDING
+
+
+def test_scores_are_looked_at_where_a_backward_pass_is_saved() -> None:
+    shape = {"batch": 1, "heads": 8, "queries": 2048, "keys": 2048, "scale": 1.0, "seed": 0}
+    searched = []
+    for head_dim, trains in ((64, True), (64, False), (16, True)):
+        q, k = (x.float().requires_grad_(trains) for x in draw("random", head_dim=head_dim, **shape))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sdpa_cpu, "first_keys_with_weight", lambda *_, firsts, **__: searched.append(1) or firsts)
+            Sdpa(windowed(8))(q, k, k)
+        searched.append(0)
+    assert searched == [*[1] * 6, 0, 0, 0], "blocks of 256 queries with far keys, all but two of eight"
 
 
 @pytest.mark.parametrize("limit", LIMITS.values(), ids=str)

@@ -9,7 +9,7 @@ and `sum` the logarithm of its sum of weights, or anything below it:
 Left out, keys of a share s change the output by at most 2 s max|v|. The limit of s below keeps that within half a unit
 in the last place of max|v|, and the distance follows in closed form. Nothing here is learned, assumed or kept: each
 call computes its windows from its own queries and keys. docs/decisions/0037 derives it and names its source; 0047 adds
-the scores themselves, where they are cheap.
+the scores themselves, where that is cheap.
 """
 
 import math

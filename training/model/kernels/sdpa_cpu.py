@@ -6,8 +6,8 @@ the kernel reads one row instead of a strip as long as the sequence, and the num
 of weights. Near and far keys are joined by their sums.
 
 With windows, each head takes only the far keys that have weight. What bounds them, the sum of the near keys' weights,
-is there by then; those that norms cannot exclude are looked at. The backward pass is that of what the forward pass
-computed: it takes the same keys.
+is there by then; in training, those that norms cannot exclude are looked at. The backward pass is that of what the
+forward pass computed: it takes the same keys.
 
 The row is computed from distances, as the strip is, and used for keys further away than a block is long: its rounding
 is that of the strip at most twice as far.
@@ -26,6 +26,7 @@ from training.model.positions.bias import Bias
 from training.model.windows import first_keys, first_keys_with_weight, norms, reach, runs_of_heads
 
 FAR_KEYS = 128  # far keys that a window takes or leaves together
+FEWEST_SEARCHED = 2**14  # numbers in a block's queries of a head: with fewer, a search costs what it saves
 
 Far = Sequence[tuple[slice, slice]]  # heads, and the far keys that they take
 
@@ -94,7 +95,10 @@ class _Blocks(Function):
             firsts = [first if row is None else 0] * heads
             if largest is not None and first:
                 radius = largest[:, :, first - 1 : first]
-                firsts = _first_far_keys(q[:, :, rows], k, block, radius=radius, sums=total, bias=bias)
+                searched = is_searched(q[:, :, rows], trains=ctx.needs_input_grad[0])
+                firsts = _first_far_keys(
+                    q[:, :, rows], k, block, radius=radius, sums=total, bias=bias, searched=searched
+                )
             ctx.far.append(list(runs_of_heads(firsts, end=first)))
             for some, seen in ctx.far[-1]:
                 mask, offset = _line(row, block, heads=some, seen=seen)
@@ -135,13 +139,25 @@ class _Blocks(Function):
         return grad_q, grad_k, grad_v, None, None, None, None, None
 
 
-def _first_far_keys(q: Tensor, k: Tensor, block: BiasBlock, *, radius: Tensor, sums: Tensor, bias: Bias) -> list[int]:
+def is_searched(q: Tensor, *, trains: bool) -> bool:
+    """Return whether to look at the scores of far keys: that saves most of it in the backward pass.
+
+    Args:
+        q: A block's queries, [batch, local_heads, queries, head_dim].
+        trains: Whether there will be a backward pass.
+    """
+    return trains and q[:, 0].numel() >= FEWEST_SEARCHED
+
+
+def _first_far_keys(
+    q: Tensor, k: Tensor, block: BiasBlock, *, radius: Tensor, sums: Tensor, bias: Bias, searched: bool
+) -> list[int]:
     """Return the number of the first key that a block's queries need, by head; at its first near key or later: none."""
     assert bias.local_slopes is not None, "without slopes there is no window"
-    position, slopes, alone = block.seen - q.shape[2], bias.local_slopes, q.shape[2] == 1
-    distances = reach(q, radius=radius, sums=sums, slopes=slopes, part=1.0 if alone else 0.5)
+    position, slopes = block.seen - q.shape[2], bias.local_slopes
+    distances = reach(q, radius=radius, sums=sums, slopes=slopes, part=0.5 if searched else 1.0)
     firsts = first_keys(distances, position=position, step=FAR_KEYS)
-    if alone:  # its scores are half of the work
+    if not searched:
         return firsts
     return first_keys_with_weight(
         q,
