@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick unit-model unit-rest test test-processes test-ranks test-mutants lint bench bench-gpu test-gpu \
+.PHONY: help install demo quick unit-model unit-rest test test-processes test-ranks lint bench bench-gpu test-gpu \
 	test-gpu-full test-layouts test-faults test-slurm test-llama test-vllm test-browser test-harness
 
 help:
@@ -34,11 +34,13 @@ unit-model: $(INSTALLED)
 unit-rest: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q tests/unit $(foreach part,$(HALF),--ignore-glob='*/test_$(part)*')
 
-# What starts processes waits half of its time, so three parts run beside each other; but first, alone, what is timed.
+# What starts processes waits half of its time, so two halves run beside each other; but first, alone, what is timed, and
+# the mutants, which use all cores.
 TIMED := tests/processes/test_cli_commands.py tests/processes/test_tracking_outages.py
 test: quick
 	$(BIN)/python -P -m pytest -q $(TIMED)
-	$(MAKE) --no-print-directory --output-sync --jobs=3 test-processes test-ranks test-mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q tests/mutants
+	$(MAKE) --no-print-directory --output-sync --jobs=2 test-processes test-ranks
 
 test-processes: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q $(foreach part,unit distributed mutants,--ignore=tests/$(part)) \
@@ -46,9 +48,6 @@ test-processes: $(INSTALLED)
 
 test-ranks: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q tests/distributed
-
-test-mutants: $(INSTALLED)
-	$(BIN)/python -P -m pytest -q tests/mutants
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check -q . && $(BIN)/ruff format --check -q .
