@@ -2,7 +2,7 @@
 
     python examples/recall.py alibi rotary
 
-The run folders are runs/recall-METHOD. Each takes minutes on two CPU cores.
+The run folders are runs/recall-METHOD. Each takes some five minutes on two CPU cores.
 """
 
 import json
@@ -26,12 +26,12 @@ SETTINGS = {
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "train.micro_batch": 16,
-    "train.steps": 2500,
+    "train.steps": 6000,
     "train.warmup_steps": 100,
     "train.learning_rate": 3e-3,
     "train.min_learning_rate": 3e-4,
-    "checkpoint.every": 500,
-    "evaluate.every": 2500,
+    "checkpoint.every": 1000,
+    "evaluate.every": 6000,
 }
 
 
