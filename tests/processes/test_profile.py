@@ -33,7 +33,7 @@ def test_a_profile_reports_two_ranks_and_leaves_the_run_alone(tmp_path: Path) ->
     times = {row["name"]: row["milliseconds"] for row in document["categories"]}
     assert sum(times.values()) == pytest.approx(document["profiled_step_milliseconds"])
     assert {"matrix products", "attention", "loss", "optimizer", "communication", "data and host"} <= set(times)
-    assert times.get("other", 0) < 0.1 * document["profiled_step_milliseconds"]
+    assert times.get("other", 0) < 0.02 * document["profiled_step_milliseconds"]
     assert 0 < document["model_flops_utilization_causal"] < document["model_flops_utilization"]
     assert (document["ranks"], document["profiled_steps"]) == (2, 3)
     for words in ("matrix products", "largest tensors", "run/profile/trace.json.gz", "ui.perfetto.dev"):

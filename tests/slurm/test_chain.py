@@ -56,13 +56,13 @@ def test_ranks_of_two_nodes_are_one_mlflow_run(unbroken: Submitted) -> None:
         for name in ("cpu_utilization_percentage", "system_memory_usage_megabytes")
     } <= names
     assert not [name for name in names if name.startswith("system/cpu")], "both have a name"
-    # one rank of each node measures it: as many samples, give or take those of a later start
+    # one rank of each node measures it: as many samples, give or take the last
     measured = f"select step from metrics where run_uuid = '{run_id}'"
     samples = [
         len(database.rows(f"{measured} and key = 'system/{node}/cpu_utilization_percentage'"))
         for node in ("node1", "node2")
     ]
-    assert max(samples) < 2 * min(samples) + 4
+    assert abs(samples[0] - samples[1]) <= 2
     assert not [*(unbroken.folder / "tracking").glob("*.jsonl")], "all is sent"
     contexts = database.rows("select distinct value from input_tags where name = 'mlflow.data.context' order by value")
     assert [str(value) for (value,) in contexts] == ["evaluation", "tokenizer", "training", "validation"]

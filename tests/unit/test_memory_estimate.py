@@ -158,7 +158,7 @@ def test_check_says_what_fits_and_what_to_change(trainshort: Call, monkeypatch: 
     assert fits.code == 0
     assert "estimated for 4 ranks (tensor x pipeline; see --ranks)" in fits.out
     assert "it fits a GPU of 80.0 GB (--gpu-memory-gb)" in fits.out
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 2
     does_not = trainshort("check", "alibi-1b3", "--memory", "--gpu-memory-gb", "14", "--ranks", "8").out
     assert "it does not fit a GPU of 14.0 GB" in does_not
     words = (

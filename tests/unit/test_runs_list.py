@@ -184,7 +184,7 @@ def test_hundreds_of_runs_and_large_metrics_are_fast(trainshort: Call, folder: P
         file.write(b"\n" + last)
     began = time.process_time()
     shown = listed(trainshort)
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 2
     assert len(shown) == 100
     assert shown["run-000"]["step"] == 8
 

@@ -109,9 +109,9 @@ def test_an_unreachable_server_is_one_warning_and_no_delay(run_dir: Path, caplog
     tracker = start(run_dir, uri=UNREACHABLE)
     for step in range(2000):
         tracker.metrics(step, {"loss": 1.0})
-    assert time.monotonic() - before < 5.0, "2.5 ms a step, on a machine that does other things too"
+    assert time.monotonic() - before < 1.0
     tracker.finish("FINISHED")
-    assert time.monotonic() - before < 60.0
+    assert time.monotonic() - before < 20.0
     [warning] = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert warning.getMessage().startswith(f"MLflow at {UNREACHABLE} cannot be reached")
     assert not (run_dir / "mlflow_run.json").exists()
