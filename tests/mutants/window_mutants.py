@@ -15,8 +15,8 @@ WINDOW_MUTANTS = (
     Mutant(
         "windows: keys without weight and those out of reach may each weigh the whole limit",
         WINDOWS,
-        "share_limit(q.dtype) / 2",
-        "share_limit(q.dtype)",
+        "math.log(SEARCH_PART * share_limit(q.dtype))",
+        "math.log(share_limit(q.dtype))",
         BY_HALF,
     ),
     Mutant(

@@ -25,6 +25,7 @@ from torch import Tensor
 # Norms, sums of weights and this bound are computed in fp32: their rounding, with room to spare.
 _RELATIVE_SLACK, _SLACK = 1e-5, 0.01
 _CALLS_KEPT = 4096
+SEARCH_PART = 0.5  # of the limit, for keys that are left out by their scores; those out of reach have the rest
 _MOST_STEPS = 8  # of keys whose scores are looked at together
 
 
@@ -136,9 +137,8 @@ def first_keys_with_weight(
     # Keys of a step weigh at most as their largest score at the distances of all: the sum of a geometric series.
     several = (torch.expm1(-slope * step) / torch.expm1(-slope)).log()
     known = several - slope * places - sums + norms(q) * radius * (_RELATIVE_SLACK / q.shape[-1] ** 0.5) + _SLACK
-    search = partial(
-        _first_with_weight, end=end, position=position, step=step, limit=math.log(share_limit(q.dtype) / 2)
-    )
+    limit = math.log(SEARCH_PART * share_limit(q.dtype))
+    search = partial(_first_with_weight, end=end, position=position, step=step, limit=limit)
     heads = enumerate(zip(firsts, slopes.tolist(), strict=True))
     return [search(q[:, head], k[:, head], known[:, head], first=first, slope=own) for head, (first, own) in heads]
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from training.model.kernels.bias_blocks import BiasBlock, bias_blocks
 from training.model.positions.bias import Bias
-from training.model.windows import first_keys, first_keys_with_weight, norms, reach, runs_of_heads
+from training.model.windows import SEARCH_PART, first_keys, first_keys_with_weight, norms, reach, runs_of_heads
 
 FAR_KEYS = 128  # far keys that a window takes or leaves together
 FEWEST_SEARCHED = 2**14  # numbers in a block's queries of a head: with fewer, a search costs what it saves
@@ -155,7 +155,7 @@ def _first_far_keys(
     """Return the number of the first key that a block's queries need, by head; at its first near key or later: none."""
     assert bias.local_slopes is not None, "without slopes there is no window"
     position, slopes = block.seen - q.shape[2], bias.local_slopes
-    distances = reach(q, radius=radius, sums=sums, slopes=slopes, part=0.5 if searched else 1.0)
+    distances = reach(q, radius=radius, sums=sums, slopes=slopes, part=1 - SEARCH_PART if searched else 1.0)
     firsts = first_keys(distances, position=position, step=FAR_KEYS)
     if not searched:
         return firsts
