@@ -37,16 +37,18 @@ def attention_rows(lab: Lab) -> Iterator[Variant]:
 def window_rows(lab: Lab) -> Iterator[Variant]:
     """Yield attention alone by length on queries and keys with the norms of trained ones.
 
-    cuDNN's causal one without positions, our backends with lossless windows, and without.
+    cuDNN's causal one without positions, our backends with lossless windows, by norms and by scores, and without. Random
+    scores are smaller than a trained model's, so that windows by scores are too: compare densities, not these times.
     """
     fused = [name for name in ("flash4", "flex") if lab.runs(name)] or ["sdpa"]
     for length in lab.sizes.window_lengths:
         yield "cuDNN, no positions", partial(_measure, lab, _by_cudnn, length=length, trained=True)
         for name in fused:
-            for windows in (LosslessWindows(), None):
+            ways = {"on": LosslessWindows(), "by scores": LosslessWindows(by_scores=True), "off": None}
+            for word, windows in ways.items():
                 attend = make_attention(name, _alibi(windows))
                 measure = partial(_measure, lab, attend, length=length, trained=True, windows=windows)
-                yield f"{name}, windows {'off' if windows is None else 'on'}", measure
+                yield f"{name}, windows {word}", measure
 
 
 def _alibi(windows: LosslessWindows | None = None) -> SlopeBias:

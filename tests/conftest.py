@@ -1,6 +1,7 @@
 """Fixtures that several tests share."""
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ from tests.support.small_run import small_run
 
 if TYPE_CHECKING:
     from tests.support.one_rank import OneRank
+
+# Without a GPU, Triton's kernels run in its interpreter.
+if not Path("/proc/driver/nvidia").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples in each run, so that what passes here passes everywhere; others: --hypothesis-profile=default.
 settings.register_profile("same", derandomize=True, deadline=None, database=None)

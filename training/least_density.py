@@ -53,14 +53,15 @@ def attention_words(
     if share is not None and not documents:
         whole, percent = share == 1, math.floor(100 * share)  # rounded down: no metric of the run is below it
         # where a backend looks at scores, near ones that are large can leave out more than slopes alone do
-        least = "about" if lossless and device == "cpu" else "at least"
+        looks = lossless and (device == "cpu" or model.windows == "scores")
+        least = "about" if looks else "at least"
         words[-1] += f": all scores at length {length:,}" if whole else f": {least} {percent / 100:.2f} of the scores"
     return ", ".join(words)
 
 
 def leaves_out(model: Model, backend: Backend, *, device: str) -> bool:
     """Return whether lossless windows are on, and this backend leaves keys out."""
-    return model.windows == "auto" and device in backend.leaves_out_on
+    return model.windows != "off" and device in backend.leaves_out_on
 
 
 def least_density(model: Model, backend: Backend, *, device: str, precision: str, length: int) -> float | None:

@@ -43,12 +43,14 @@ def inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), CORE)
-@pytest.mark.parametrize("window", [None, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("window", "by_scores"), [(None, False), (None, True), pytest.param(300, True, marks=pytest.mark.slow)]
+)
 def test_windows_change_neither_output_nor_gradients(
-    backend: str, dtype: torch.dtype, tolerance: float, window: int | None
+    backend: str, dtype: torch.dtype, tolerance: float, window: int | None, by_scores: bool
 ) -> None:
     bias = alibi(window)
-    bias.lossless = LosslessWindows()
+    bias.lossless = LosslessWindows(by_scores=by_scores)
     attend = make_attention(backend, bias)
     counters.clear()
     for length in (2048, 4001, 2500):
@@ -70,9 +72,10 @@ def test_windows_change_neither_output_nor_gradients(
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [pytest.param(*case.values[:2], marks=case.marks) for case in CORE])
-def test_windows_are_found_without_waiting_for_the_gpu(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by_scores", [False, True])
+def test_windows_are_found_without_waiting_for_the_gpu(backend: str, dtype: torch.dtype, by_scores: bool) -> None:
     bias = alibi()
-    bias.lossless = LosslessWindows()
+    bias.lossless = LosslessWindows(by_scores=by_scores)
     attend, given = make_attention(backend, bias), inputs(2048, dtype)
     gradient = torch.ones_like(given[0])
     for _ in range(2):

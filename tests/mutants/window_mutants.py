@@ -9,6 +9,11 @@ BY_LOST = "tests/unit/test_model_windows.py::test_no_row_of_sdpa_loses_more_than
 BY_BATCH = "tests/unit/test_model_windows.py::test_outputs_and_gradients_of_a_batch_are_the_exact_ones"
 BY_NAN = "tests/unit/test_model_windows.py::test_a_number_that_is_none_spreads_as_without_windows"
 
+SEARCH = "training/model/kernels/tile_search_triton.py"
+BY_SEARCH = "tests/unit/test_tile_search.py::test_what_is_left_out_has_no_weight"
+BY_SUM = "tests/unit/test_tile_search.py::test_the_weights_of_tiles_add_up"
+BY_SEEN = "tests/unit/test_tile_search.py::test_keys_that_are_not_seen_count_for_nothing"
+BY_SEARCH_NAN = "tests/unit/test_tile_search.py::test_all_tiles_are_taken_where_a_number_is_not_finite[nan-near key]"
 BY_HALF = "tests/unit/test_model_windows.py::test_keys_of_equal_weight_fill_half_of_the_limit"
 
 WINDOW_MUTANTS = (
@@ -55,10 +60,66 @@ WINDOW_MUTANTS = (
         BY_NAN + "[3-nan]",
     ),
     Mutant(
+        "tile search: what the tiles looked at before weigh is forgotten",
+        SEARCH,
+        "spent += tl.exp",
+        "spent = tl.exp",
+        BY_SUM,
+    ),
+    Mutant(
+        "tile search: a tile is as far as its furthest key",
+        SEARCH,
+        "((row - tile - 1) * TILE + 1)",
+        "((row - tile) * TILE)",
+        BY_SEARCH,
+    ),
+    Mutant(
+        "tile search: a tile weighs as its heaviest key",
+        SEARCH,
+        "known = of_tile - sums",
+        "known = -sums",
+        BY_SEARCH,
+    ),
+    Mutant(
+        "tile search: the sums of weights count keys behind the query",
+        SEARCH,
+        "(distance >= 0) & (distance <= behind[:, None])",
+        "distance <= behind[:, None]",
+        BY_SEARCH,
+    ),
+    Mutant(
+        "tile search: the sums of weights count keys that a query does not see",
+        SEARCH,
+        "(distance >= 0) & (distance <= behind[:, None])",
+        "distance >= 0",
+        BY_SEEN,
+    ),
+    Mutant(
+        "tile search: one row of a tile decides for all",
+        SEARCH,
+        "tl.sum((spent <= tl.exp(limit)).to(tl.int32), 0) == TILE",
+        "tl.sum((spent <= tl.exp(limit)).to(tl.int32), 0) > 0",
+        BY_SEARCH,
+    ),
+    Mutant(
+        "tile search: a weight that is no number leaves tiles out",
+        SEARCH,
+        "tl.sum((spent <= tl.exp(limit)).to(tl.int32), 0) == TILE",
+        "tl.sum((spent > tl.exp(limit)).to(tl.int32), 0) == 0",
+        BY_SEARCH_NAN,
+    ),
+    Mutant(
+        "tile search: tiles looked at and those out of reach may each weigh the whole limit",
+        "training/model/kernels/tile_search.py",
+        "math.log(SEARCH_PART * share_limit(q.dtype))",
+        "math.log(share_limit(q.dtype))",
+        BY_SUM,
+    ),
+    Mutant(
         "windows: half the bound",
         WINDOWS,
-        "+ _SLACK) / slope",
-        "+ _SLACK) / slope / 2",
+        "+ SLACK) / slope",
+        "+ SLACK) / slope / 2",
         BY_REACH,
     ),
     Mutant(

@@ -23,16 +23,21 @@ import torch
 from torch import Tensor
 
 # Norms, sums of weights and this bound are computed in fp32: their rounding, with room to spare.
-_RELATIVE_SLACK, _SLACK = 1e-5, 0.01
+RELATIVE_SLACK, SLACK = 1e-5, 0.01
 _CALLS_KEPT = 4096
 SEARCH_PART = 0.5  # of the limit, for keys that are left out by their scores; those out of reach have the rest
 _MOST_STEPS = 8  # of keys whose scores are looked at together
 
 
 class LosslessWindows:
-    """Lets a kernel leave out keys without weight, and keeps what share of the scores its calls computed."""
+    """Lets a kernel leave out keys without weight, and keeps what share of the scores its calls computed.
 
-    def __init__(self) -> None:
+    Attributes:
+        by_scores: Whether kernels of a GPU look at scores too, as that of a CPU does in training.
+    """
+
+    def __init__(self, *, by_scores: bool = False) -> None:
+        self.by_scores = by_scores
         self._densities: deque[Tensor] = deque(maxlen=_CALLS_KEPT)
 
     def add(self, density: Tensor) -> None:
@@ -95,9 +100,9 @@ def reach(q: Tensor, *, radius: Tensor, sums: Tensor, slopes: Tensor, part: floa
         [batch, local_heads, queries], in fp32 or wider.
     """
     slope = slopes.to(sums.device, sums.dtype)[:, None]
-    score = norms(q) * radius * ((1 + _RELATIVE_SLACK) / q.shape[-1] ** 0.5)  # a key's largest, but for its distance
+    score = norms(q) * radius * ((1 + RELATIVE_SLACK) / q.shape[-1] ** 0.5)  # a key's largest, but for its distance
     limit = math.log(part * share_limit(q.dtype))
-    distance: Tensor = (score - sums - (-torch.expm1(-slope)).log() - limit + _SLACK) / slope
+    distance: Tensor = (score - sums - (-torch.expm1(-slope)).log() - limit + SLACK) / slope
     return distance
 
 
@@ -136,7 +141,7 @@ def first_keys_with_weight(
     places = torch.arange(q.shape[2], device=q.device)
     # Keys of a step weigh at most as their largest score at the distances of all: the sum of a geometric series.
     several = (torch.expm1(-slope * step) / torch.expm1(-slope)).log()
-    known = several - slope * places - sums + norms(q) * radius * (_RELATIVE_SLACK / q.shape[-1] ** 0.5) + _SLACK
+    known = several - slope * places - sums + norms(q) * radius * (RELATIVE_SLACK / q.shape[-1] ** 0.5) + SLACK
     limit = math.log(SEARCH_PART * share_limit(q.dtype))
     search = partial(_first_with_weight, end=end, position=position, step=step, limit=limit)
     heads = enumerate(zip(firsts, slopes.tolist(), strict=True))

@@ -93,7 +93,10 @@ class Flex:
             counts = tiles_of_documents(starts, heads=q.shape[1], window=window)
         else:
             q, k = (x.detach().view(*x.shape[:2], tiles, TILE, -1) for x in (q, k))
-            counts = (compiled_finder() if q.is_cuda else tiles_with_weight)(q, k, slopes, window, starts)
+            find = compiled_finder() if q.is_cuda else tiles_with_weight
+            # wider products take more shared memory than a GPU has
+            by_scores = self.bias.lossless.by_scores and q.dtype.itemsize == 2
+            counts = find(q, k, slopes, window, starts, by_scores)
         return block_mask(counts, window=window, starts=starts), counts.density
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.compiled import compiler_errors, first_line
+from training.model.kernels.tile_search import first_tiles_with_weight
 from training.model.windows import norms, reach
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,14 @@ def _first_tiles(starts: Tensor) -> Tensor:
 
 
 def tiles_with_weight(
-    q: Tensor, k: Tensor, slopes: Tensor, window: int | None, starts: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    slopes: Tensor,
+    window: int | None,
+    starts: Tensor | None = None,
+    by_scores: bool = False,
 ) -> TileCounts:
-    """Return the tiles in which keys have weight, by `windows.reach`; nothing waits for the device.
+    """Return the tiles in which keys have weight; nothing waits for the device.
 
     Args:
         q: By tile, [batch, local_heads, tiles, TILE, head_dim], zero where there is no query.
@@ -84,23 +90,33 @@ def tiles_with_weight(
         slopes: [local_heads], on the same device.
         window: Keys that a query sees, its own included; None for all before it.
         starts: Place of the first token of each token's document, [batch, tiles * TILE]; None for one document.
+        by_scores: Whether to look at scores, instead of norms alone.
     """
     tiles = q.shape[2]
     # the largest norm of a key in the tiles before each, [batch, local_heads, tiles]
     radius = F.pad(norms(k).amax(3).cummax(2).values[:, :, :-1], (1, 0))
-    radius = radius[..., None].expand(-1, -1, -1, TILE).flatten(2)
     q, k = q.flatten(2, 3), k.flatten(2, 3)  # [batch, local_heads, tiles * TILE, head_dim]
-    sums = nearest_sums(q, k, slopes, nearest=NEAREST if window is None else min(NEAREST, window), starts=starts)
-    keys_before = torch.arange(tiles * TILE, device=q.device)
-    first_keys = keys_before - reach(q, radius=radius, sums=sums, slopes=slopes)
-    # nan is a query or key of nan or inf: take all
-    first = first_keys.view(-1, slopes.shape[0], tiles, TILE).amin(3).nan_to_num(nan=0.0).clamp(min=0.0) // TILE
-    if starts is not None:
-        first = torch.maximum(first, _first_tiles(starts))
+    if by_scores:
+        first = first_tiles_with_weight(q, k, radius, slopes, window, starts, TILE)
+    else:
+        first = _first_in_reach(q, k, radius, slopes, window=window, starts=starts)
     rows = torch.arange(tiles, device=q.device)
     # No row begins before the one above it, so that the rows that need a column follow each other: see `_count`.
     first = torch.minimum(first, rows).flip(2).cummin(2).values.flip(2)
     return _count((rows - first).int(), window=window, documents=starts is not None)
+
+
+def _first_in_reach(
+    q: Tensor, k: Tensor, radius: Tensor, slopes: Tensor, *, window: int | None, starts: Tensor | None
+) -> Tensor:
+    """Return the first tile that `windows.reach` leaves to each row; arguments as in `first_tiles_with_weight`."""
+    sums = nearest_sums(q, k, slopes, nearest=NEAREST if window is None else min(NEAREST, window), starts=starts)
+    radius = radius[..., None].expand(-1, -1, -1, TILE).flatten(2)
+    keys_before = torch.arange(q.shape[2], device=q.device)
+    first_keys = keys_before - reach(q, radius=radius, sums=sums, slopes=slopes)
+    # nan is a query or key of nan or inf: take all
+    first = first_keys.view(*radius.shape[:2], -1, TILE).amin(3).nan_to_num(nan=0.0).clamp(min=0.0) // TILE
+    return first if starts is None else torch.maximum(first, _first_tiles(starts))
 
 
 class TileFinder:
@@ -111,7 +127,13 @@ class TileFinder:
         self._fails = False
 
     def __call__(
-        self, q: Tensor, k: Tensor, slopes: Tensor, window: int | None, starts: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        slopes: Tensor,
+        window: int | None,
+        starts: Tensor | None = None,
+        by_scores: bool = False,
     ) -> TileCounts:
         """Return the tiles, as `tiles_with_weight` does."""
         for x in (q, k):
@@ -120,14 +142,14 @@ class TileFinder:
             torch._dynamo.maybe_mark_dynamic(starts, 1)
         if not self._fails:
             try:
-                counts: TileCounts = self._compiled(q, k, slopes, window, starts)
+                counts: TileCounts = self._compiled(q, k, slopes, window, starts, by_scores)
             except compiler_errors() as failure:
                 self._fails = True
                 why = first_line(failure)
                 logger.warning("lossless windows are found by slower functions: torch's compiler fails (%s)", why)
             else:
                 return counts
-        return tiles_with_weight(q, k, slopes, window, starts)
+        return tiles_with_weight(q, k, slopes, window, starts, by_scores)
 
 
 @cache

@@ -99,6 +99,7 @@ def make_position(model: Model, shards: Shards, *, tensor: Group, scaling: Scali
     if scaling is not None:
         method.scale(scaling)
     bias = method.bias
-    leaves_out = model.window is not None if bias.local_slopes is None else model.windows == "auto"
-    bias.lossless, bias.window = LosslessWindows() if leaves_out else None, model.window
+    leaves_out = model.window is not None if bias.local_slopes is None else model.windows != "off"
+    lossless = LosslessWindows(by_scores=model.windows == "scores")
+    bias.lossless, bias.window = lossless if leaves_out else None, model.window
     return method
