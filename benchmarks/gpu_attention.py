@@ -37,8 +37,8 @@ def attention_rows(lab: Lab) -> Iterator[Variant]:
 def window_rows(lab: Lab) -> Iterator[Variant]:
     """Yield attention alone by length on queries and keys with the norms of trained ones.
 
-    cuDNN's causal one without positions, our backends with lossless windows, by norms and by scores, and without. Random
-    scores are smaller than a trained model's, so that windows by scores are too: compare densities, not these times.
+    cuDNN's causal one without positions, our backends with lossless windows, by norms and by scores, and without.
+    Random scores are smaller than a trained model's, and so are windows by scores.
     """
     fused = [name for name in ("flash4", "flex") if lab.runs(name)] or ["sdpa"]
     for length in lab.sizes.window_lengths:

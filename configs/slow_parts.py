@@ -1,5 +1,6 @@
-"""Say how long a part of a start took, if it was slow. Imports no torch."""
+"""Parts of a start that are slow: say how long one took, and import without garbage collection. Imports no torch."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,3 +23,18 @@ def timed(done: str, *, say: Callable[[str, str, str], None]) -> Iterator[None]:
     seconds = time.perf_counter() - began
     if seconds > SLOW_SECONDS:
         say("%s in %s", done, duration(seconds))
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import in the block without garbage collection, and leave what that made out of later ones.
+
+    Libraries make a million objects that stay: looking at them took a second of a start, half of it in collections that
+    DeepSpeed asks for while it builds an engine.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

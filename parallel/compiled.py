@@ -5,7 +5,8 @@ the machine, TORCHINDUCTOR_CACHE_DIR or one in /tmp: other ranks and later start
 """
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,16 +28,25 @@ def make_compile(word: str, *, device: torch.device) -> Compile:
     return as_it_is if word == "off" or (word == "auto" and device.type == "cpu") else _EachOnce()
 
 
-def compiler_errors() -> tuple[type[Exception], ...]:
-    """Return what torch's compilers raise where they fail."""
+class CompilerFailure(Exception):
+    """One of torch's compilers has failed; the message is the first line of its own, which has many."""
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Turn what torch's compilers raise where they fail into a `CompilerFailure`.
+
+    Memory that runs out while a compiled function runs is none: it is raised as it is.
+    """
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    return RuntimeError, OSError, ImportError, subprocess.SubprocessError, FailOnRecompileLimitHit
-
-
-def first_line(failure: Exception) -> str:
-    """Return the first line of an error's message; a compiler's has many."""
-    return next(iter(str(failure).splitlines()), type(failure).__name__)
+    errors = RuntimeError, OSError, ImportError, subprocess.SubprocessError, FailOnRecompileLimitHit
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except errors as error:
+        raise CompilerFailure(next(iter(str(error).splitlines()), type(error).__name__)) from error
 
 
 def compile_now(
@@ -89,20 +99,21 @@ def compile_now(
     torch.autograd.backward(results, [torch.zeros_like(result) for result in results])
 
 
-def compiling_fault(compiling: Callable[[], None], *, device: torch.device) -> str | None:
+def compiling_fault(compile_all: Callable[[], None], *, device: torch.device) -> str | None:
     """Compile, and return what to do on this machine if it cannot; None if it can.
 
     Args:
-        compiling: What compiles.
+        compile_all: What compiles.
         device: For what.
     """
     lacks = missing_compiler(device.type, environ=environment())
     if lacks is not None:
         return lacks
     try:
-        compiling()
-    except compiler_errors() as failure:
-        return f"torch's compiler fails ({first_line(failure)}): repair it"
+        with compiling():
+            compile_all()
+    except CompilerFailure as failure:
+        return f"torch's compiler fails ({failure}): repair it"
     return None
 
 

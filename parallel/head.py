@@ -153,6 +153,7 @@ class _MeanLoss(torch.autograd.Function):
             add_product(dw[: len(rows)], gradient, part)
             losses.append(part_losses)
             start += len(part)
+            del gradient  # before the next chunk's logits, or three chunks are in memory together
         for pending in sums:
             pending.wait()
         ctx.save_for_backward(head.scatter_sum(dx), dw)

@@ -176,12 +176,20 @@ def choose_gpu(place: ProcessRank, *, visible: int) -> int | None:
     )
 
 
-def open_gpu_early(place: ProcessRank) -> None:
+def open_gpu_early(place: ProcessRank, *, tensor: int) -> None:
     """Open this rank's GPU in a thread, which takes a second or two, while DeepSpeed and megatron-core are imported.
 
     Errors are left to `start`, which opens the GPU if this has not.
+
+    Args:
+        place: The rank.
+        tensor: Tensor ranks: among several, megatron-core expects that a GPU starts kernels in the order in which they
+            were launched, so that a collective begins before the product that hides it.
     """
     import torch
+
+    if tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # read when the GPU is opened
 
     def open_gpu(index: int) -> None:
         with suppress(RuntimeError):  # of CUDA

@@ -210,7 +210,7 @@ def train_command(
 
 
 def _train_one_rank(config: "RunConfig", place: "ProcessRank", *, accept_change: bool) -> None:
-    from configs.slow_parts import timed
+    from configs.slow_parts import importing, timed
     from launch.show.train import following_rank
     from parallel.start import hold_stop_signals, ignore_stop_signals, open_gpu_early
     from training.rank_errors import explain_rank_failure
@@ -218,8 +218,8 @@ def _train_one_rank(config: "RunConfig", place: "ProcessRank", *, accept_change:
     # The import below takes seconds. A SIGTERM meanwhile must wait until the rank can save.
     hold_stop_signals()
     with following_rank(config, place, environ=os.environ) as terminal, explain_rank_failure(config, place):
-        with timed("imported torch and DeepSpeed", say=logger.debug if place.rank else logger.info):
-            open_gpu_early(place)
+        with timed("imported torch and DeepSpeed", say=logger.debug if place.rank else logger.info), importing():
+            open_gpu_early(place, tensor=config.parallel.tensor)
             from training.run import train_rank
 
         train_rank(config, place, accept_change=accept_change, terminal=terminal)

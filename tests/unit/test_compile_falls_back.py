@@ -29,6 +29,13 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def test_memory_that_runs_out_is_no_compilers_failure() -> None:
+    with pytest.raises(torch.OutOfMemoryError), compiled.compiling():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(compiled.CompilerFailure, match=r"^no ptxas$"), compiled.compiling():
+        raise RuntimeError("no ptxas\nsecond line")
+
+
 def make_auto_compile_here(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build, "make_compile", lambda _, *, device: compiled.make_compile("on", device=device))
 

@@ -123,11 +123,22 @@ def test_a_gpu_is_opened_early_and_errors_wait(
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
-    open_gpu_early(place(2, "local"))
+    open_gpu_early(place(2, "local"), tensor=1)
     for thread in threading.enumerate():
         if thread.name == "opening the GPU":
             thread.join(60)
     assert asked == opened
+
+
+@pytest.mark.parametrize(("tensor", "given", "used"), [(1, None, None), (2, None, "1"), (2, "8", "8")])
+def test_tensor_ranks_order_the_kernels_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tensor: int, given: str | None, used: str | None
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")  # restored, whatever happens to it
+    if given is None:
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    open_gpu_early(place(0, "local"), tensor=tensor)
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == used
 
 
 def test_a_gpu_that_two_ranks_share_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

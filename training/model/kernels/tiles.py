@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.compiled import compiler_errors, first_line
+from parallel.compiled import CompilerFailure, compiling
 from training.model.kernels.tile_search import first_tiles_with_weight
 from training.model.windows import norms, reach
 
@@ -142,11 +142,11 @@ class TileFinder:
             torch._dynamo.maybe_mark_dynamic(starts, 1)
         if not self._fails:
             try:
-                counts: TileCounts = self._compiled(q, k, slopes, window, starts, by_scores)
-            except compiler_errors() as failure:
+                with compiling():
+                    counts: TileCounts = self._compiled(q, k, slopes, window, starts, by_scores)
+            except CompilerFailure as failure:
                 self._fails = True
-                why = first_line(failure)
-                logger.warning("lossless windows are found by slower functions: torch's compiler fails (%s)", why)
+                logger.warning("lossless windows are found by slower functions: torch's compiler fails (%s)", failure)
             else:
                 return counts
         return tiles_with_weight(q, k, slopes, window, starts, by_scores)

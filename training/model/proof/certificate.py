@@ -21,7 +21,7 @@ from configs.scales import Scaling, scaled_rates
 from configs.schema import Model
 from parallel.axes import Groups
 from parallel.collectives import all_gather_object
-from parallel.compiled import compiler_errors
+from parallel.compiled import CompilerFailure, compiling
 from training.model.attention import Attention, AttentionBlock, backend_used
 from training.model.positions.bias import QUERY_BLOCK
 from training.model.positions.method import PositionMethod, local_heads
@@ -180,12 +180,13 @@ def measure_certificate(
     zero = torch.zeros(shape, dtype=dtype_of(precision), device=device)
     attentions = _attentions(module)
     try:
-        measured = torch.stack([recency_and_error(attend, zero, expected=expected) for attend in attentions])
-        if window is not None and LONG <= window <= LONGEST_EDGE:
-            edge = promised_penalty(position, distances=window + EDGE, window=window)
-            errors = torch.stack([edge_error(attend, zero, expected=edge) for attend in attentions])
-            measured[:, 1] = torch.maximum(measured[:, 1], errors)
-    except compiler_errors():
+        with compiling():
+            measured = torch.stack([recency_and_error(attend, zero, expected=expected) for attend in attentions])
+            if window is not None and LONG <= window <= LONGEST_EDGE:
+                edge = promised_penalty(position, distances=window + EDGE, window=window)
+                errors = torch.stack([edge_error(attend, zero, expected=edge) for attend in attentions])
+                measured[:, 1] = torch.maximum(measured[:, 1], errors)
+    except CompilerFailure:
         if fault is None:
             raise
         measured = torch.full((1, 2), torch.nan)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from parallel.compiled import compiler_errors, first_line
+from parallel.compiled import CompilerFailure, compiling
 from parallel.documents import Documents
 from training.model.attention import Attention, AutoAttention
 from training.model.kernels.reference import Reference
@@ -104,7 +104,8 @@ def kernel_fault(
 
 def _fault(measure: Callable[[], float], *, limit: float) -> str | None:
     try:
-        error = measure()
-    except compiler_errors() as failure:
-        return f"it fails here ({first_line(failure)})"
+        with compiling():
+            error = measure()
+    except CompilerFailure as failure:
+        return f"it fails here ({failure})"
     return None if error <= limit else f"its output or gradients are wrong by {error:.3g} (allowed {limit:g})"
