@@ -105,6 +105,7 @@ def uniform_run(folder: Path, values: dict[str, Any], monkeypatch: pytest.Monkey
     (folder / "config.yaml").write_text("{}")
     opened = opened_checkpoint(folder / "checkpoints" / "step_0000007", values, step=7)
     monkeypatch.setattr("training.evaluation.precheck.check_request", lambda *_, **__: None)
+    monkeypatch.setattr("training.evaluation.precheck.chosen_splits", lambda *_, **__: (1, 1))
     monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda path: opened)
     monkeypatch.setattr("training.evaluation.run.held_out_text", lambda _: text_of(1000))
     monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: UniformModel())
