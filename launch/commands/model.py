@@ -157,6 +157,7 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity at each length; keep the report in the run's evaluation folder, by checkpoint and text."""
+    from launch.evaluation import evaluate_one_rank, show_when_done, start_evaluation
     from launch.machine import gpu_count
     from launch.show.console import show_json
     from launch.show.model import show_report
@@ -183,14 +184,10 @@ def evaluate_command(
     check_ranks(checkpoint, request, started=None if place is None else place.world_size, gpus=gpu_count(os.environ))
     show = show_json if as_json else partial(show_report, checkpoint=hf or checkpoint)
     if tensors * stages > 1:
-        from launch.evaluation import evaluate_one_rank, start_evaluation
-
         if place is None:
             raise SystemExit(start_evaluation(checkpoint, request))
         evaluate_one_rank(checkpoint, request, place, show=show)
     else:
-        from launch.evaluation import show_when_done
-
         show_when_done(partial(_evaluate, checkpoint, request), show=show)
 
 
