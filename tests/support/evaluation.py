@@ -33,6 +33,7 @@ PROVENANCE = Provenance(
     weights_sha256="11" * 32,
     tokenizer_sha256="22" * 32,
     text_sha256="33" * 32,
+    documents_sha256=None,
     text_path=None,
     text_bytes=4000,
 )

@@ -179,7 +179,7 @@ def _begin(opened: Checkpoint, request: EvaluationRequest, *, until: ExitStack) 
     # Attach now: the tracker's thread imports mlflow while the model runs.
     track = opened.config.track
     tracker = until.enter_context(attached(opened.run_dir, uri=track.uri, offline=track.offline))
-    provenance = provenance_of(opened, text.tokens, data=request.data, command=request.command)
+    provenance = provenance_of(opened, text.tokens, data=request.data, command=request.command, begins=text.begins)
     return _Begun(opened, folder, text, plan, tracker, provenance)
 
 
