@@ -34,6 +34,7 @@ from training.reproduction.starts import recorded_starts
 PROMPT = topics["with"][:1200]  # longer than the training length
 # The demo's own model, on fewer and shorter samples, with what a bit-for-bit repetition asks for on a GPU.
 OVERRIDES = overrides_of(WHOLE_JOB, {"train": {"micro_batch": 8, "deterministic": True}, "evaluate": {"samples": 16}})
+ON_RANKS = set_options(["evaluate.tensor=2", "evaluate.pipeline=2"])  # any start may add them
 STEPS: int = WHOLE_JOB["train"]["steps"]
 LENGTH: int = WHOLE_JOB["data"]["sequence_length"]
 
@@ -119,8 +120,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     train_and_stop(folder, "one/run", after_lines=2)
     stopped = metrics(folder / "one" / "run")
     saved = [each.step for each in list_checkpoints(folder / "one" / "run")]
-    on_ranks = set_options(["evaluate.tensor=2", "evaluate.pipeline=2"])  # any start may add them
-    resumed = trainshort(folder, "train", *run("one/run"), *on_ranks)
+    resumed = trainshort(folder, "train", *run("one/run"), *ON_RANKS)
     assert resumed.returncode == 0, resumed.stderr
     before = states(folder)
     again = done(folder, "train", *run("one/run"))
@@ -202,7 +202,8 @@ def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None
 def test_every_start_records_what_decides_its_result(job: Job) -> None:
     starts = recorded_starts(job.broken)
     assert [start["step"] for start in starts] == [0, len(job.stopped)]
-    assert {start["command"] for start in starts} == {shlex.join(["trainshort", "train", *run("one/run")])}
+    typed = ["trainshort", "train", *run("one/run")]
+    assert [start["command"] for start in starts] == [shlex.join(typed), shlex.join([*typed, *ON_RANKS])]
     document = json.loads(job.reproduced)
     assert (document["differences"], document["changes"], document["grade"]) == ([], [], "same")
     assert document["commands"] == ["trainshort train two/run/config.yaml --ranks 4 --set run.dir=two/run-again"]

@@ -198,6 +198,10 @@ def test_torchrun_is_one_task_per_node_with_all_its_cpus(run_values: dict[str, A
     *_, deaf, torchrun, program, command, run_file = words_of(scripts["train"], tmp_path)
     assert (torchrun, program, command, run_file) == ("/bin/x/torchrun", "/bin/x/trainshort", "train", "small.yaml")
     assert deaf.startswith('trap "" TERM\nexec "$0" --nnodes=2 --nproc-per-node=4 --node-rank="$SLURM_NODEID" ')
+    run_values["slurm"] = {"gpus_per_node": 4, "starter": "torchrun"}
+    config = check_run(run_values, name="small")
+    export = render_scripts(config, run_file="small.yaml", nodes=1, folder=tmp_path)["export"]
+    assert "cpus" not in export, "those that the cluster gives a process"
 
 
 @pytest.mark.parametrize(
