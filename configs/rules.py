@@ -1,7 +1,8 @@
 """Rules across the keys of a run file. Each reports problems and repairs nothing."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import isqrt
 
 from configs.backends import BACKENDS, EVERYWHERE, named_backend, unsupported
@@ -86,33 +87,31 @@ def _attention(config: RunConfig) -> Iterator[str]:
         yield f"model.attention {why}"
 
 
-def _tensor_heads(config: RunConfig) -> Iterator[str]:
-    heads, tensor = config.model.heads, config.parallel.tensor
+def _tensor_heads(config: RunConfig, *, of: str) -> Iterator[str]:
+    heads, tensor = config.model.heads, getattr(config, of).tensor
     if heads % tensor:
-        yield f"parallel.tensor must divide model.heads ({heads}), got {tensor}: use {divisors(heads)}"
+        yield f"{of}.tensor must divide model.heads ({heads}), got {tensor}: use {divisors(heads)}"
 
 
-def _tensor_columns(config: RunConfig) -> Iterator[str]:
-    inner, tensor = config.model.inner, config.parallel.tensor
+def _tensor_columns(config: RunConfig, *, of: str) -> Iterator[str]:
+    inner, tensor = config.model.inner, getattr(config, of).tensor
     if inner % tensor:
-        yield f"parallel.tensor must divide model.feed_forward ({inner}), got {tensor}: use {divisors(inner)}"
+        yield f"{of}.tensor must divide model.feed_forward ({inner}), got {tensor}: use {divisors(inner)}"
 
 
-def _tensor_vocabulary(config: RunConfig) -> Iterator[str]:
-    vocab_size, tensor = config.data.vocab_size, config.parallel.tensor
+def _tensor_vocabulary(config: RunConfig, *, of: str) -> Iterator[str]:
+    vocab_size, tensor = config.data.vocab_size, getattr(config, of).tensor
     if -(-vocab_size // tensor) * (tensor - 1) >= vocab_size:
         yield (
-            f"parallel.tensor {tensor} leaves a rank without any of the {vocab_size} tokens of data.vocab_size: use "
+            f"{of}.tensor {tensor} leaves a rank without any of the {vocab_size} tokens of data.vocab_size: use "
             "fewer tensor ranks, or a larger vocabulary"
         )
 
 
-def _stages(config: RunConfig) -> Iterator[str]:
-    layers, pipeline = config.model.layers, config.parallel.pipeline
+def _stages(config: RunConfig, *, of: str) -> Iterator[str]:
+    layers, pipeline = config.model.layers, getattr(config, of).pipeline
     if pipeline > layers:
-        yield (
-            f"parallel.pipeline must be at most model.layers ({layers}), got {pipeline}: use {layers} stages or fewer"
-        )
+        yield f"{of}.pipeline must be at most model.layers ({layers}), got {pipeline}: use {layers} stages or fewer"
 
 
 def _zero_with_stages(config: RunConfig) -> Iterator[str]:
@@ -318,16 +317,17 @@ def _available(table: Mapping[str, Choice | Precision]) -> tuple[str, ...]:
     return tuple(name for name, row in table.items() if row.available)
 
 
+# Rules of each section that splits the model: those of training and of `evaluate`.
+_SPLITS = (_tensor_heads, _tensor_columns, _tensor_vocabulary, _stages)
+
 # A rule about each few keys that belong together: where one of them is wrong, the others are still checked.
-_RULES = (
+_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _heads,
     _position,
     _bias_max,
     _attention,
-    _tensor_heads,
-    _tensor_columns,
-    _tensor_vocabulary,
-    _stages,
+    *(partial(rule, of="parallel") for rule in _SPLITS),
+    *(partial(rule, of="evaluate") for rule in _SPLITS),
     _zero_with_stages,
     _sequence,
     _zero_with_offload,

@@ -247,6 +247,12 @@ class Evaluate(Section):
     protocols: Annotated[tuple[str, ...], TUPLE] = Field(
         default=("nonoverlapping",), min_length=1, description="nonoverlapping, sliding:STRIDE or last:TOKENS."
     )
+    tensor: PositiveInt = Field(
+        default=1, description="Ranks that share each layer in `evaluate`, for a model that does not fit on one GPU."
+    )
+    pipeline: PositiveInt = Field(
+        default=1, description="Stages that share the layers in `evaluate`; it runs on tensor x pipeline ranks."
+    )
     every: NonNegativeInt = Field(default=0, description="Steps between validations during training; 0 for none.")
     samples: PositiveInt = Field(default=64, description="Held-out sequences of a validation; all if there are fewer.")
 

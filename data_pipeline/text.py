@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,33 @@ def identify_text(tokens: NDArray[np.integer], tokenizer_path: Path) -> TextIden
         text.update(spelled)
         length += len(spelled)
     return TextIdentity(text.hexdigest(), length)
+
+
+def identify_documents(
+    text: TextIdentity, tokens: NDArray[np.integer], tokenizer_path: Path, *, begins: NDArray[np.bool_] | None
+) -> str | None:
+    """Return a hash of a text and of the bytes of it at which documents begin that attention stays inside of.
+
+    None if attention sees all of the text, also where that is because it is one document.
+
+    Args:
+        text: The text.
+        tokens: Its tokens, [tokens].
+        tokenizer_path: The tokenizer that made them.
+        begins: Whether each token begins a document, [tokens]; None if attention sees all.
+    """
+    if begins is None:
+        return None
+    tokenizer, places, place = load_tokenizer(tokenizer_path), [], 0
+    first = np.flatnonzero(begins)
+    for start, end in pairwise([*first.tolist(), len(tokens)]):
+        for part in range(start, end, READ_AT_ONCE):
+            place += len(tokenizer.spell(tokens[part : min(end, part + READ_AT_ONCE)].tolist()))
+        places.append(place)
+    inside = np.unique([place for place in places if 0 < place < text.bytes]).astype("<i8")
+    if not len(inside):
+        return None
+    return hashlib.sha256(text.sha256.encode() + inside.tobytes()).hexdigest()
 
 
 def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.integer]) -> float:

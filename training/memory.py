@@ -92,6 +92,13 @@ def estimate_memory(config: RunConfig, *, layout: Layout, on_gpu: bool, bucket: 
     return MemoryEstimate(tuple(stages), offloaded)
 
 
+def evaluation_weights(config: RunConfig) -> int:
+    """Return the bytes of the weights on the largest rank of `evaluate`, in fp32, its default precision."""
+    split = config.evaluate
+    layout = Layout(tensor=split.tensor, pipeline=split.pipeline, data=1, zero=0, micro_batches=1)
+    return max(FP32 * sum(_sizes(config, layout, stage)) for stage in range(layout.pipeline))
+
+
 def _parts(state: "_State", activations: Activations, *, offloads: bool) -> dict[str, int]:
     # Later gradients come, are sent and used by the optimizer, when the activations are gone.
     before = state.early_gradients + activations.kept + activations.working

@@ -6,9 +6,9 @@ from typing import Any
 from configs.schema import RunConfig
 from parallel.layout import Layout
 from training.host_memory import MemoryLimit
-from training.memory import MemoryEstimate, estimate_memory
+from training.memory import MemoryEstimate, estimate_memory, evaluation_weights
 from training.memory_changes import MemoryChange, memory_changes
-from training.simpler_layouts import SimplerLayout, simpler_layout
+from training.simpler_layouts import MARGIN, SimplerLayout, simpler_layout
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class MemoryFit:
         changes: What needs less, in the order in which to try it, each with its estimate; empty if the largest rank
             fits.
         simpler: A layout with fewer splits that fits the same GPUs; None if there is none, or if they are not known.
+        evaluation: Bytes of the weights on the largest rank of `evaluate`.
+        evaluation_ranks: Ranks of `evaluate`.
     """
 
     layout: Layout
@@ -58,6 +60,14 @@ class MemoryFit:
     available: AvailableMemory
     changes: tuple[tuple[MemoryChange, MemoryEstimate], ...]
     simpler: SimplerLayout | None
+    evaluation: int
+    evaluation_ranks: int
+
+    @property
+    def evaluation_fits(self) -> bool | None:
+        """Whether the weights leave `evaluate` room to compute on a GPU; None if none is known."""
+        size = self.available.size if self.available.on_gpu else None
+        return None if size is None else self.evaluation <= MARGIN * size
 
     @property
     def fits(self) -> bool | None:
@@ -83,6 +93,11 @@ class MemoryFit:
             "host_available": self.available.host and self.available.host.size,
             "changes": [{**change.to_json(), "largest": then.largest} for change, then in self.changes],
             "simpler": self.simpler and self.simpler.to_json(),
+            "evaluation": {
+                "ranks": self.evaluation_ranks,
+                "weights": self.evaluation,
+                "fits": self.evaluation_fits,
+            },
         }
 
 
@@ -106,4 +121,5 @@ def fit_memory(config: RunConfig, *, layout: Layout, available: AvailableMemory)
         simpler = simpler_layout(config, layout=layout, gpu_bytes=available.size)
         if simpler and available.lacks_host(simpler.estimate, ranks=layout.world_size):
             simpler = None
-    return MemoryFit(layout, estimate, available, tuple(changes), simpler)
+    weights, ranks = evaluation_weights(config), config.evaluate.tensor * config.evaluate.pipeline
+    return MemoryFit(layout, estimate, available, tuple(changes), simpler, weights, ranks)

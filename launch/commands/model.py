@@ -104,10 +104,15 @@ ContextFlag = Annotated[
     bool, typer.Option("--context", help="Also cut and shuffle far context: how much of it is used?")
 ]
 
-EvaluationTensor = Annotated[int, count_option("--tensor", "Ranks that share each layer.")]
+EvaluationTensor = Annotated[
+    int | None, count_option("--tensor", "Ranks that share each layer.  [default: evaluate.tensor of the run file]")
+]
 EvaluationPipeline = Annotated[
-    int,
-    count_option("--pipeline", "Stages that share the layers, as parallel.pipeline; starts tensor x pipeline ranks."),
+    int | None,
+    count_option(
+        "--pipeline",
+        "Stages that share the layers; starts tensor x pipeline ranks.  [default: evaluate.pipeline]",
+    ),
 ]
 
 FixedScaleName = Annotated[
@@ -136,7 +141,7 @@ HuggingFaceFolder = Annotated[
 
 
 @model_commands.command("evaluate")
-@explain_out_of_memory("shorter --lengths")
+@explain_out_of_memory("shorter --lengths", "--tensor or --pipeline, which split the model over GPUs")
 def evaluate_command(
     checkpoint: CheckpointPath,
     lengths: EvaluationLengths = None,
@@ -147,18 +152,20 @@ def evaluate_command(
     scale: ScaleName = None,
     hf: HuggingFaceFolder = None,
     precision: PrecisionName = DEFAULT_PRECISION,
-    tensor: EvaluationTensor = 1,
-    pipeline: EvaluationPipeline = 1,
+    tensor: EvaluationTensor = None,
+    pipeline: EvaluationPipeline = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity at each length; keep the report in the run's evaluation folder, by checkpoint and text."""
+    from launch.evaluation import evaluate_one_rank, show_when_done, start_evaluation
     from launch.machine import gpu_count
     from launch.show.console import show_json
     from launch.show.model import show_report
     from parallel.start import find_process_rank
-    from training.evaluation.precheck import check_ranks, check_request
+    from training.evaluation.precheck import check_ranks, check_request, chosen_splits
     from training.evaluation.request import EvaluationRequest
 
+    tensors, stages = chosen_splits(checkpoint, tensor=tensor, pipeline=pipeline, hf=hf)
     request = EvaluationRequest(
         lengths=lengths,
         protocols=tuple(protocol or ()) or None,  # None: those of the run file
@@ -168,23 +175,19 @@ def evaluate_command(
         scale=scale,
         hf=hf,
         precision=precision,
-        tensor=tensor,
-        pipeline=pipeline,
+        tensor=tensors,
+        pipeline=stages,
         command=shlex.join(["trainshort", *sys.argv[1:]]),
     )
     check_request(checkpoint, request)  # before the slow imports
     place = find_process_rank(os.environ)
     check_ranks(checkpoint, request, started=None if place is None else place.world_size, gpus=gpu_count(os.environ))
     show = show_json if as_json else partial(show_report, checkpoint=hf or checkpoint)
-    if tensor * pipeline > 1:
-        from launch.evaluation import evaluate_one_rank, start_evaluation
-
+    if tensors * stages > 1:
         if place is None:
             raise SystemExit(start_evaluation(checkpoint, request))
         evaluate_one_rank(checkpoint, request, place, show=show)
     else:
-        from launch.evaluation import show_when_done
-
         show_when_done(partial(_evaluate, checkpoint, request), show=show)
 
 

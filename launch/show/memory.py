@@ -31,6 +31,19 @@ def show_memory(fit: MemoryFit, *, origin: str) -> None:
     show_lines(*_verdict(fit))
     if fit.simpler and fit.available.size:
         show_lines(*simpler_lines(fit.simpler, gpu_bytes=fit.available.size))
+    show_lines(*_evaluation(fit))
+
+
+def _evaluation(fit: MemoryFit) -> list[str]:
+    """Return what the weights take in `evaluate`, which a chain of jobs comes to when all is trained."""
+    ranks = fit.evaluation_ranks
+    where = "in one process" if ranks == 1 else f"on each of {ranks} ranks"
+    held = f"evaluate: {byte_size(fit.evaluation)} of weights {where}"
+    if fit.evaluation_fits is None:
+        return [held]
+    if fit.evaluation_fits:
+        return [f"{held}, which fits"]
+    return [f"{held}, which leaves no room", "  raise evaluate.tensor or evaluate.pipeline"]
 
 
 def _verdict(fit: MemoryFit) -> list[str]:

@@ -139,9 +139,13 @@ def parse_job(line: str) -> Job:
     )
 
 
-def check_partition_limits(slurm: Slurm, *, nodes: int) -> None:
+def check_partition_limits(slurm: Slurm, *, nodes: int, evaluation_nodes: int) -> None:
     """Refuse a request that the partition can never satisfy: sbatch accepts some, and the job then waits forever.
 
+    Args:
+        slurm: The run's section.
+        nodes: Nodes of the training job.
+        evaluation_nodes: Nodes of the evaluation job.
     Raises:
         InputError: names each limit that is exceeded.
     """
@@ -163,12 +167,17 @@ def check_partition_limits(slurm: Slurm, *, nodes: int) -> None:
         seen = f"{source} {name!r} is not on this cluster" if name else "this cluster has no default partition"
         raise InputError(f"{seen}: set {source} to {' or '.join(sorted(partitions))}")
     if "," not in name:  # given several partitions, SLURM takes one that fits
-        problems = list(_exceeded_limits(slurm, nodes=nodes, extra=extra, partition=partitions[name]))
+        partition = partitions[name]
+        problems = list(
+            _exceeded_limits(slurm, nodes=nodes, evaluation_nodes=evaluation_nodes, extra=extra, partition=partition)
+        )
         if problems:
             raise InputError("; ".join(problems))
 
 
-def _exceeded_limits(slurm: Slurm, *, nodes: int, extra: dict[str, str], partition: dict[str, str]) -> Iterator[str]:
+def _exceeded_limits(
+    slurm: Slurm, *, nodes: int, evaluation_nodes: int, extra: dict[str, str], partition: dict[str, str]
+) -> Iterator[str]:
     """Yield each limit of the partition that the request exceeds.
 
     A request that `slurm.extra` or the environment overrides is left to sbatch.
@@ -178,8 +187,15 @@ def _exceeded_limits(slurm: Slurm, *, nodes: int, extra: dict[str, str], partiti
     lifted = bool(slurm.qos or extra.get("--qos") or os.environ.get("SBATCH_QOS"))
     keys = ("TotalNodes",) if lifted else ("TotalNodes", "MaxNodes")
     counts = [int(partition[key]) for key in keys if partition.get(key, "").isdigit()]
-    if "--nodes" not in extra and counts and nodes > min(counts):
-        yield f"--nodes {nodes} is more than partition {name} gives a job ({min(counts)}): use {min(counts)} or fewer"
+    if "--nodes" not in extra and counts:
+        most = min(counts)
+        if nodes > most:
+            yield f"--nodes {nodes} is more than partition {name} gives a job ({most}): use {most} or fewer"
+        if evaluation_nodes > most:
+            yield (
+                f"evaluate.tensor x evaluate.pipeline ranks need {evaluation_nodes} nodes, more than partition {name} "
+                f"gives a job ({most}): lower one of them"
+            )
     limit, requested = time_limit_seconds(partition.get("MaxTime", "")), time_limit_seconds(slurm.time)
     overridden = "--time" in extra or "SBATCH_TIMELIMIT" in os.environ
     if not lifted and not overridden and limit and requested and requested > limit:

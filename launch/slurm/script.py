@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,33 @@ from configs.schema import RunConfig, Slurm
 from configs.secrets import HIDDEN, hide_secrets, is_secret_name, public_variables, without_password
 from parallel.layout import Layout
 from training.checkpoint.manifest import step_folder
+from training.evaluation.request import options_of_run
 from training.export.formats.table import CHAIN_FORMAT, chain_export_options
 from training.tracking.store import STORE_VARIABLE
 
 CHAIN_JOBS = ("train", "evaluate", "export")
 # Exit code of a training job that was asked to stop. Not 0: the next job of the chain must not start.
 STOPPED_EXIT_CODE = 130
+
+
+@dataclass(frozen=True)
+class JobSize:
+    """What a job asks for.
+
+    Attributes:
+        nodes: Nodes.
+        ranks: Processes on each node.
+        gpus: GPUs of each node.
+    """
+
+    nodes: int
+    ranks: int
+    gpus: int
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.ranks
 
 
 def ranks_per_node(config: RunConfig, *, nodes: int) -> int:
@@ -38,6 +60,21 @@ def fewest_nodes(config: RunConfig) -> int:
     """Return the smallest number of nodes whose ranks hold whole copies of the model."""
     model_ranks = config.parallel.tensor * config.parallel.pipeline
     return model_ranks // math.gcd(model_ranks, ranks_per_node(config, nodes=1))
+
+
+def evaluation_size(config: RunConfig) -> JobSize:
+    """Return what the evaluation's ranks need: as few nodes as hold them, and the tensor ranks of a stage on one node.
+
+    Each node has as many ranks, since SLURM and torchrun start as many on each.
+    """
+    slurm, tensor = config.slurm, config.evaluate.tensor
+    ranks = tensor * config.evaluate.pipeline
+    most = slurm.ranks_per_node or slurm.gpus_per_node or ranks
+    if slurm.gpus_per_node:
+        most = min(most, slurm.gpus_per_node)
+    fitting = [each for each in range(1, min(most, ranks) + 1) if ranks % each == 0]
+    each = max((each for each in fitting if each % tensor == 0), default=fitting[-1])
+    return JobSize(nodes=ranks // each, ranks=each, gpus=min(each, slurm.gpus_per_node))
 
 
 def render_scripts(
@@ -65,26 +102,24 @@ def render_scripts(
     Raises:
         InputError: the ranks do not fit the layout, or a line holds a secret.
     """
-    ranks = ranks_per_node(config, nodes=nodes)
-    layout = Layout.of(config, world_size=nodes * ranks)
+    slurm, sizes = config.slurm, _job_sizes(config, nodes=nodes)
+    layout = Layout.of(config, world_size=sizes["train"].world_size)
     template = _template()
     sets = [word for override in public_overrides(overrides) for word in ("--set", override)]
     # `train` does not join an srun step of one task, but starts local ranks, by default one per GPU.
-    single = ["--ranks", "1"] if layout.world_size == 1 and config.slurm.starter == "srun" else []
+    single = ["--ranks", "1"] if layout.world_size == 1 and slurm.starter == "srun" else []
     commands = {"train": [program, "train", run_file, *sets, *single], **_after_training(config, program=program)}
     names = {**_names(config, folder=folder), **_container(config, folder=folder)}
     return {
         name: template.render(
             name=name,
             job_name=job_name(config.run.name, name),
-            summary=f"{layout.world_size} ranks, {layout}" if name == "train" else f"{name} the last step's checkpoint",
-            nodes=nodes if name == "train" else 1,
-            ranks=ranks,
+            summary=_summary(name, config, layout),
+            **_request(slurm, sizes[name], has_ranks=name == "train" or sizes[name].world_size > 1),
             command=shlex.join(commands[name]),
             torchrun=program.removesuffix("trainshort") + "torchrun",  # installed in the same folder
             code=str(code) if code else None,
             image=image,
-            **_sizes(config.slurm, ranks=ranks if name == "train" else None),
             **names,
         )
         for name in CHAIN_JOBS
@@ -187,11 +222,9 @@ def _after_training(config: RunConfig, *, program: str) -> dict[str, list[str]]:
     """Return the commands of the evaluation and the export."""
     # They name the last step's checkpoint, not the run folder: if it is broken, an older one is not the trained model.
     last = str(_last_checkpoint(config))
-    lengths = ",".join(map(str, config.evaluation_lengths))
-    protocols = [word for protocol in config.evaluate.protocols for word in ("--protocol", protocol)]
     out = str(export_folder(run_folder(config), form=CHAIN_FORMAT))
     return {
-        "evaluate": [program, "evaluate", last, "--lengths", lengths, *protocols],
+        "evaluate": [program, "evaluate", last, *options_of_run(config)],
         "export": [program, "export", last, *chain_export_options(config.model), "--out", out],
     }
 
@@ -210,18 +243,36 @@ def _template() -> Any:
     return templates.get_template("job.sbatch.j2")
 
 
-def _sizes(slurm: Slurm, *, ranks: int | None) -> dict[str, int | None]:
-    """Return the tasks, CPUs per task and GPUs that a job requests on each node.
+def _job_sizes(config: RunConfig, *, nodes: int) -> dict[str, JobSize]:
+    gpus = config.slurm.gpus_per_node
+    return {
+        "train": JobSize(nodes, ranks_per_node(config, nodes=nodes), gpus),
+        "evaluate": evaluation_size(config),
+        "export": JobSize(1, 1, min(1, gpus)),
+    }
+
+
+def _summary(name: str, config: RunConfig, layout: Layout) -> str:
+    """Return what a job does, in the words of its script."""
+    if name == "train":
+        return f"{layout.world_size} ranks, {layout}"
+    tensor, pipeline = config.evaluate.tensor, config.evaluate.pipeline
+    ranks = f" on {tensor * pipeline} ranks, tensor {tensor} x pipeline {pipeline}"
+    return f"{name} the last step's checkpoint{ranks if name == 'evaluate' and tensor * pipeline > 1 else ''}"
+
+
+def _request(slurm: Slurm, size: JobSize, *, has_ranks: bool) -> dict[str, Any]:
+    """Return the nodes, tasks, CPUs per task and GPUs that a job requests, for the template.
 
     Args:
         slurm: The run's section.
-        ranks: Ranks per node, or None for a job of one process.
+        size: What the job asks for.
+        has_ranks: Whether its processes are ranks, which meet, and not one process alone.
     """
-    if ranks is None:
-        return {"tasks": 1, "cpus_per_task": slurm.cpus_per_rank, "gpus": min(1, slurm.gpus_per_node)}
-    if slurm.starter == "torchrun":  # one task starts all ranks of a node
-        return {"tasks": 1, "cpus_per_task": ranks * (slurm.cpus_per_rank or 1), "gpus": slurm.gpus_per_node}
-    return {"tasks": ranks, "cpus_per_task": slurm.cpus_per_rank, "gpus": slurm.gpus_per_node}
+    tasks, cpus = size.ranks, slurm.cpus_per_rank
+    if has_ranks and slurm.starter == "torchrun":  # one task starts all ranks of a node
+        tasks, cpus = 1, size.ranks * (cpus or 1)
+    return {**vars(size), "tasks": tasks, "cpus_per_task": cpus, "has_ranks": has_ranks}
 
 
 def _container(config: RunConfig, *, folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.commands import typed_path
 from configs.errors import MachineError
+from configs.figures import counted
 from configs.load import load_run
 from configs.paths import (
     checkpoints_folder,
@@ -20,7 +21,7 @@ from configs.paths import (
 from configs.schema import RunConfig
 from launch.slurm.query import UNKNOWN_STATE, Job, run_slurm, slurm_error
 from launch.slurm.record import find_jobs, read_chain, refuse_active_jobs
-from launch.slurm.script import CHAIN_JOBS, STOPPED_EXIT_CODE
+from launch.slurm.script import CHAIN_JOBS, STOPPED_EXIT_CODE, evaluation_size
 from launch.slurm.submit import job_secrets, script_file, sole_submission, submit_jobs
 from training.checkpoint.manifest import list_checkpoints, step_folder
 from training.evaluation.kept import held_out_files, is_held_out
@@ -192,6 +193,8 @@ def read_progress(run_dir: Path) -> TrainingProgress:
 def _advice(run_dir: Path, jobs: dict[str, Job], *, nodes: int) -> str | None:
     """Return what to do about the first job that needs something."""
     remaining = remaining_jobs(run_dir)
+    evaluation = evaluation_size(load_run(str(frozen_config(run_dir))))
+    nodes_of = {"train": nodes, "evaluate": evaluation.nodes}
     is_training = any(name == "train" and not job.ended for name, job in jobs.items())
     for name, job in jobs.items():
         log = logs_folder(run_dir) / f"slurm-{name}-{job.job_id}.log"
@@ -200,7 +203,7 @@ def _advice(run_dir: Path, jobs: dict[str, Job], *, nodes: int) -> str | None:
             state = displayed_state(job) if name in remaining else "COMPLETED"
             advice = _advice_after_end(name, state, run_dir=run_dir, log=log, is_training=is_training)
         else:
-            advice = _advice_while_active(name, job, run_dir=run_dir, log=log, nodes=nodes if name == "train" else 1)
+            advice = _advice_while_active(name, job, run_dir=run_dir, log=log, nodes=nodes_of.get(name, 1))
         if advice:
             return advice
     return None
@@ -218,7 +221,8 @@ def _advice_while_active(name: str, job: Job, *, run_dir: Path, log: Path, nodes
             "section, and submit again"
         )
     if not PASSING_REASONS.fullmatch(job.reason):
-        return f"{name} waits for {nodes} nodes with what its script asks for ({job.reason}): see sinfo"
+        needed = counted(nodes, "node")
+        return f"{name} waits for {needed} with what its script asks for ({job.reason}): see sinfo"
     return None
 
 

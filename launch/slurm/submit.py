@@ -30,6 +30,7 @@ from launch.slurm.query import check_partition_limits, run_slurm, slurm_error
 from launch.slurm.record import Chain, refuse_active_jobs, write_chain
 from launch.slurm.script import (
     CHAIN_JOBS,
+    evaluation_size,
     find_program,
     image_state,
     job_name,
@@ -59,7 +60,7 @@ def submit_run(config: RunConfig, *, nodes: int, folder: Path, names: Sequence[s
         raise MachineError(
             "sbatch is not on this machine: run this on a SLURM login node, or leave out --submit to see the scripts"
         )
-    check_partition_limits(config.slurm, nodes=nodes)
+    check_partition_limits(config.slurm, nodes=nodes, evaluation_nodes=evaluation_size(config).nodes)
     config = with_tracking_secret(_check_run(config, nodes=nodes))
     job_secrets(config)  # refuses a run whose secrets are not here
     run_dir = run_folder(config)

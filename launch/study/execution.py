@@ -16,6 +16,7 @@ from data_pipeline.manifest import load_prepared, read_data_manifest
 from launch.local import STOPPED_BY_HAND
 from launch.study.processes import Commands, commands_until_asked
 from training.checkpoint.manifest import step_folder
+from training.evaluation.request import options_of_run
 from training.reproduction.facts import data_facts
 from training.study.progress import ProgressReader, RunProgress, expected_seconds
 from training.study.rows import StudyRow, read_study_rows, write_row
@@ -235,10 +236,8 @@ def _run_arguments(planned: PlannedRun, loaded: LoadedStudy) -> list[str]:
 def _evaluation_arguments(planned: PlannedRun, text: str) -> list[str]:
     config = planned.config
     checkpoint = step_folder(checkpoints_folder(run_folder(config)), step=config.train.steps)
-    protocols = [word for protocol in config.evaluate.protocols for word in ("--protocol", protocol)]
-    lengths = ["--lengths", ",".join(map(str, config.evaluation_lengths))]
     data = [] if text == HELD_OUT_TEXT else ["--data", text]
-    return [*lengths, *protocols, *data, "--", str(checkpoint)]
+    return [*options_of_run(config), *data, "--", str(checkpoint)]
 
 
 def summary_line(progress: Sequence[RunProgress]) -> str:

@@ -136,6 +136,10 @@ def test_ranks_measure_what_one_process_measures(runs: Path, monkeypatch: pytest
     assert others == [[None, None, None, None, refused]] * 3, "so that no rank waits for one that has ended"
     same(split, single)
     same(shared, evaluate_checkpoint(runs / "t5", request))
-    same(masked, evaluate_checkpoint(runs / "masked", request))
+    whole = evaluate_checkpoint(runs / "masked", request)
+    same(masked, whole)
+    assert masked["text_sha256"] == whole["text_sha256"] == single["text_sha256"]
+    assert masked["documents_sha256"] == whole["documents_sha256"] is not None
+    assert single["documents_sha256"] is None
     assert not [*runs.glob("*/evaluation/*/partial-*.npz")]
     same(gone_on, evaluate_checkpoint(runs / "alibi", replace(request, same_tokens=True)))

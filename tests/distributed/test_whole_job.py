@@ -34,6 +34,7 @@ from training.reproduction.starts import recorded_starts
 PROMPT = topics["with"][:1200]  # longer than the training length
 # The demo's own model, on fewer and shorter samples, with what a bit-for-bit repetition asks for on a GPU.
 OVERRIDES = overrides_of(WHOLE_JOB, {"train": {"micro_batch": 8, "deterministic": True}, "evaluate": {"samples": 16}})
+ON_RANKS = set_options(["evaluate.tensor=2", "evaluate.pipeline=2"])  # any start may add them
 STEPS: int = WHOLE_JOB["train"]["steps"]
 LENGTH: int = WHOLE_JOB["data"]["sequence_length"]
 
@@ -47,7 +48,7 @@ class Job:
         stopped: The metrics of the first start, which ended on Ctrl-C.
         saved: The steps of its checkpoints.
         resumed: What the second start said.
-        split: Output of `evaluate --json` on ranks.
+        split: Output of `evaluate --json` on the ranks that the run file says.
         report: Output of `evaluate --json` in one process, afterwards.
         exported: Output of `export`.
         generated: Output of `generate --json` for a prompt longer than the training length.
@@ -119,7 +120,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     train_and_stop(folder, "one/run", after_lines=2)
     stopped = metrics(folder / "one" / "run")
     saved = [each.step for each in list_checkpoints(folder / "one" / "run")]
-    resumed = trainshort(folder, "train", *run("one/run"))
+    resumed = trainshort(folder, "train", *run("one/run"), *ON_RANKS)
     assert resumed.returncode == 0, resumed.stderr
     before = states(folder)
     again = done(folder, "train", *run("one/run"))
@@ -128,8 +129,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     with ThreadPoolExecutor(1) as pool:  # at the same time: the end of that run is one process, its export
         unbroken = pool.submit(done, folder, "train", *run("two/run"), "--set", f"checkpoint.export_every={STEPS}")
         evaluate = ("evaluate", "one/run", "--lengths", f"{LENGTH},{2 * LENGTH}", "--json")
-        split = done(folder, *evaluate, "--tensor", "2", "--pipeline", "2")
-        report = done(folder, *evaluate)
+        split = done(folder, *evaluate)
+        report = done(folder, *evaluate, "--tensor", "1", "--pipeline", "1")
         exported = done(folder, "export", "one/run", "--format", "hf", "--out", "one/run/export/hf")
         generated = done(folder, "generate", "one/run", "--prompt", PROMPT, "--tokens", "40", "--greedy", "--json")
         unbroken.result()
@@ -201,7 +202,8 @@ def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None
 def test_every_start_records_what_decides_its_result(job: Job) -> None:
     starts = recorded_starts(job.broken)
     assert [start["step"] for start in starts] == [0, len(job.stopped)]
-    assert {start["command"] for start in starts} == {shlex.join(["trainshort", "train", *run("one/run")])}
+    typed = ["trainshort", "train", *run("one/run")]
+    assert [start["command"] for start in starts] == [shlex.join(typed), shlex.join([*typed, *ON_RANKS])]
     document = json.loads(job.reproduced)
     assert (document["differences"], document["changes"], document["grade"]) == ([], [], "same")
     assert document["commands"] == ["trainshort train two/run/config.yaml --ranks 4 --set run.dir=two/run-again"]
@@ -264,7 +266,7 @@ def test_ranks_and_the_export_have_the_perplexity(job: Job) -> None:
             assert one["standard_error"] == pytest.approx(other["standard_error"], rel=1e-3)
             assert one["loss_by_position"]["loss"] == pytest.approx(other["loss_by_position"]["loss"], rel=1e-4)
     assert json.loads((job.broken / "evaluation" / "report.json").read_text()) == ours, "it is the run's own"
-    assert split["command"].endswith("--json --tensor 2 --pipeline 2")
+    assert "--tensor" not in split["command"], "the run file says on which ranks"
     said = (job.broken / "logs" / "evaluate" / "rank_0.log").read_text()
     assert f"1/2  nonoverlapping at {LENGTH}: loss " in said
 

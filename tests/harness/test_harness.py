@@ -149,7 +149,7 @@ def test_one_command_keeps_results_and_adds_to_them(
     run, exported = tmp_path / "run", tmp_path / "exported"
     shutil.copytree(OLD_RUN, run)
     begin_mlflow_run(run)
-    monkeypatch.setattr("training.harness.run.attach", attach_offline)
+    monkeypatch.setattr("training.tracking.tracker.attach", attach_offline)
     words = ("harness", str(run), "--tasks", ",".join(NAMES), "--task-dir", ".")
     answer = trainshort(*words, "--max-length", str(LONGEST), "--json")
     assert answer.code == 0, answer.error

@@ -60,4 +60,18 @@ EVALUATION_MUTANTS = (
         "limit = losses[-1]",
         BY_HARM,
     ),
+    Mutant(
+        "evaluation: the same text in other masked documents is the same text",
+        "training/evaluation/kept.py",
+        'return not recorded or bool(one["documents_sha256"] == other["documents_sha256"])',
+        "return True",
+        "tests/unit/test_evaluation_reports.py::test_texts_cut_in_other_documents_are_not_one",
+    ),
+    Mutant(
+        "evaluation: the last block adds what the last places read to the states of the first",
+        "training/model/blocks/prenorm.py",
+        "x, attended = x[-last:], attended[-last:]",
+        "x, attended = x[:last], attended[-last:]",
+        "tests/unit/test_model_decoder.py::test_single_model_losses_equal_cross_entropy_of_its_logits",
+    ),
 )

@@ -108,7 +108,17 @@ def test_a_request_over_a_partitions_limits_is_refused(
     stub("sinfo", "echo 500000; echo 2000000+")
     run_values["slurm"] = slurm
     with pytest.raises(InputError, match=message):
-        check_partition_limits(check_run(run_values, name="small").slurm, nodes=nodes)
+        check_partition_limits(check_run(run_values, name="small").slurm, nodes=nodes, evaluation_nodes=1)
+
+
+def test_an_evaluation_over_a_partitions_nodes_is_refused(run_values: dict[str, Any], stub: Any) -> None:
+    stub("scontrol", f"echo '{PARTITIONS}'")
+    with pytest.raises(
+        InputError,
+        match=r"^evaluate.tensor x evaluate.pipeline ranks need 3 nodes, more than partition big gives a job \(2\): "
+        r"lower one of them$",
+    ):
+        check_partition_limits(check_run(run_values, name="small").slurm, nodes=2, evaluation_nodes=3)
 
 
 def test_a_request_within_a_partitions_limits_passes(run_values: dict[str, Any], stub: Any) -> None:
@@ -116,7 +126,7 @@ def test_a_request_within_a_partitions_limits_passes(run_values: dict[str, Any],
     stub("sinfo", "echo 500000")
     for slurm in ({"memory": "400G"}, {"partition": "small", "time": "9-00:00:00"}, {"partition": "small,big"}):
         run_values["slurm"] = slurm
-        check_partition_limits(check_run(run_values, name="small").slurm, nodes=2)
+        check_partition_limits(check_run(run_values, name="small").slurm, nodes=2, evaluation_nodes=1)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,7 @@ def test_options_of_the_user_are_left_to_sbatch(
     # Over all limits of `big`: time, nodes, memory. `small` limits only its nodes and their memory.
     memory = {"memory": "501G"} if any("mem" in line for line in slurm.get("extra", [])) else {}
     run_values["slurm"] = {"time": "2-00:00:00", **memory, **slurm}
-    check_partition_limits(check_run(run_values, name="small").slurm, nodes=3)
+    check_partition_limits(check_run(run_values, name="small").slurm, nodes=3, evaluation_nodes=1)
 
 
 def test_a_wrong_partition_of_the_environment_is_named(
@@ -158,4 +168,4 @@ def test_a_wrong_partition_of_the_environment_is_named(
     monkeypatch.setenv("SBATCH_PARTITION", "no")
     run_values["slurm"] = {"partition": "big"}
     with pytest.raises(InputError, match="SBATCH_PARTITION 'no' is not on this cluster: set SBATCH_PARTITION to big"):
-        check_partition_limits(check_run(run_values, name="small").slurm, nodes=1)
+        check_partition_limits(check_run(run_values, name="small").slurm, nodes=1, evaluation_nodes=1)

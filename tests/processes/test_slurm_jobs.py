@@ -115,6 +115,17 @@ def test_advice_fits_what_the_jobs_do(
     assert chain_status(run_dir).advice == (advice and advice.format(run_dir=run_dir))
 
 
+def test_a_waiting_evaluation_names_its_own_nodes(run_values: dict[str, Any], tmp_path: Path, stub: Any) -> None:
+    run_values |= {"evaluate": {"tensor": 4, "pipeline": 3}, "slurm": {"gpus_per_node": 4}}
+    run_dir = submitted(run_values, tmp_path)
+    stub(
+        "scontrol",
+        f"{show(101, 'COMPLETED')}; {show(102, 'PENDING', Reason='ReqNodeNotAvail')}; {show(103, 'PENDING')}; true",
+    )
+    advice = "evaluate waits for 3 nodes with what its script asks for (ReqNodeNotAvail): see sinfo"
+    assert chain_status(run_dir).advice == advice
+
+
 RUNNING_101 = f"[[ $4 == 101 ]] && echo '{RUNNING.replace('JobId=7 JobName=a', 'JobId=101 JobName=small')}'"
 
 

@@ -13,6 +13,7 @@ import pytest
 from configs.errors import InputError
 from configs.load import RUNS, check_run, load_run
 from launch.slurm.script import (
+    evaluation_size,
     fewest_nodes,
     find_program,
     image_state,
@@ -51,7 +52,7 @@ def test_every_shipped_run_renders_scripts_that_bash_parses(run: str) -> None:
         assert script.endswith("\n")
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
         assert len(script.splitlines()) < 110
-        assert max(map(len, script.splitlines())) < 170
+        assert max(map(len, script.splitlines())) < 180
 
 
 def test_the_reference_job_requests_its_nodes_and_gpus() -> None:
@@ -82,7 +83,8 @@ def test_the_reference_job_requests_its_nodes_and_gpus() -> None:
     lengths = "1024,2048,4096,8192,16384"
     # Name the last step's checkpoint: an older one must not take its place, even if this one is broken.
     last = f"runs/alibi-1b3/checkpoints/step_{load_run('alibi-1b3').train.steps:07d}"
-    assert f"  trainshort evaluate {last} --lengths {lengths} --protocol nonoverlapping\n" in scripts["evaluate"]
+    measured = f"--lengths {lengths} --protocol nonoverlapping --tensor 1 --pipeline 1"
+    assert f"srun --ntasks=1 \\\n  trainshort evaluate {last} {measured}\n" in scripts["evaluate"]
     assert f"  trainshort export {last} --format hf --out runs/alibi-1b3/export/hf\n" in scripts["export"]
 
 
@@ -196,6 +198,66 @@ def test_torchrun_is_one_task_per_node_with_all_its_cpus(run_values: dict[str, A
     *_, deaf, torchrun, program, command, run_file = words_of(scripts["train"], tmp_path)
     assert (torchrun, program, command, run_file) == ("/bin/x/torchrun", "/bin/x/trainshort", "train", "small.yaml")
     assert deaf.startswith('trap "" TERM\nexec "$0" --nnodes=2 --nproc-per-node=4 --node-rank="$SLURM_NODEID" ')
+    run_values["slurm"] = {"gpus_per_node": 4, "starter": "torchrun"}
+    config = check_run(run_values, name="small")
+    export = render_scripts(config, run_file="small.yaml", nodes=1, folder=tmp_path)["export"]
+    assert "cpus" not in export, "those that the cluster gives a process"
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "slurm", "nodes", "each"),
+    [
+        ({}, {}, 1, 1),
+        ({"tensor": 2}, {}, 1, 2),
+        ({"tensor": 4, "pipeline": 2}, {}, 1, 8),
+        ({"tensor": 4, "pipeline": 4}, {}, 2, 8),
+        ({"tensor": 4, "pipeline": 3}, {}, 3, 4),  # not 2 x 6: the tensor ranks of a stage share a node
+        ({"tensor": 2, "pipeline": 3}, {}, 1, 6),
+        ({"tensor": 4}, {"gpus_per_node": 2}, 2, 2),
+        ({"tensor": 4}, {"gpus_per_node": 8, "ranks_per_node": 3}, 2, 2),
+        ({"tensor": 4}, {"gpus_per_node": 2, "ranks_per_node": 4}, 2, 2),
+        ({"tensor": 4, "pipeline": 4}, {"gpus_per_node": 0}, 1, 16),
+        ({"tensor": 4, "pipeline": 4}, {"gpus_per_node": 0, "ranks_per_node": 6}, 4, 4),
+    ],
+)
+def test_the_evaluation_asks_for_its_ranks(
+    run_values: dict[str, Any], evaluate: dict[str, int], slurm: dict[str, int], nodes: int, each: int
+) -> None:
+    run_values |= {"evaluate": evaluate, "slurm": slurm}
+    size = evaluation_size(check_run(run_values, name="small"))
+    assert (size.nodes, size.ranks, size.gpus) == (nodes, each, min(each, slurm.get("gpus_per_node", 8)))
+
+
+def test_the_evaluations_ranks_meet(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_values |= {"evaluate": {"tensor": 2, "pipeline": 4}}
+    words: dict[str, list[str]] = {}
+    for starter in ("srun", "torchrun"):
+        run_values["slurm"] = {"gpus_per_node": 4, "cpus_per_rank": 6, "starter": starter}
+        config = check_run(run_values, name="small")
+        script = render_scripts(config, run_file="a", nodes=1, folder=tmp_path, program="/bin/x/trainshort")["evaluate"]
+        tasks, cpus = (4, 6) if starter == "srun" else (1, 24)
+        requested = [f"--ntasks-per-node={tasks}", f"--cpus-per-task={cpus}", "--gpus-per-node=4"]
+        assert sbatch_lines(script)[1:5] == ["--nodes=2", *requested]
+        assert "small: evaluate the last step's checkpoint on 8 ranks, tensor 2 x pipeline 4.\n" in script
+        words[starter] = words_of(script, tmp_path)
+        (tmp_path / "calls").unlink()
+    *_, meet, threads, kill, program = words["srun"][: words["srun"].index("evaluate")]
+    assert (meet, threads, kill, program) == ("node1:12007", "4", "--kill-on-bad-exit=1", "/bin/x/trainshort")
+    command = words["srun"][words["srun"].index(program) :]
+    assert command[-4:] == ["--tensor", "2", "--pipeline", "4"]
+    assert words["torchrun"][-len(command) - 1 :] == ["/bin/x/torchrun", *command]
+    per_node = words["torchrun"][-len(command) - 2]
+    assert per_node.startswith('trap "" TERM\nexec "$0" --nnodes=2 --nproc-per-node=4 --node-rank="$SLURM_NODEID" ')
+    assert per_node.endswith(' --no-python "$@"'), "what they say is in the job's log"
+
+
+def test_a_failed_evaluation_fails_its_job(run_values: dict[str, Any], tmp_path: Path) -> None:
+    """Or the export would follow it."""
+    for starter in ("srun", "torchrun"):
+        run_values |= {"evaluate": {"tensor": 2}, "slurm": {"gpus_per_node": 4, "starter": starter}}
+        config = check_run(run_values, name="small")
+        script = render_scripts(config, run_file="a", nodes=1, folder=tmp_path)["evaluate"]
+        assert run_script(script, tmp_path, DURING="return 7").returncode == 7
 
 
 def test_a_changed_image_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
@@ -272,7 +334,7 @@ def test_shellcheck_has_no_warnings(run_values: dict[str, Any], tmp_path: Path) 
     full = {"modules": ["cuda"], "env": {"A": "b"}, "memory": "5G", "cpus_per_rank": 2, "partition": "gpu"}
     image = {"container": "/i m/age.sif", "container_kind": "apptainer"}
     for number, slurm_values in enumerate(({}, {"starter": "torchrun", **full}, image, {"container": "image.sqsh"})):
-        run_values["slurm"] = slurm_values
+        run_values |= {"slurm": slurm_values, "evaluate": {"tensor": 1 if number == 3 else 2}}
         config = check_run(run_values, name="small")
         scripts = render_scripts(config, run_file="a b", nodes=1, folder=tmp_path, code=tmp_path, image="1 2")
         for name, script in scripts.items():

@@ -21,6 +21,8 @@ def test_one_command_ends_in_an_evaluated_and_exported_model(unbroken: Submitted
     assert unbroken.metrics()[-1]["loss"] < unbroken.metrics()[0]["loss"] - 1
     report = json.loads((unbroken.folder / "evaluation" / "report.json").read_text())
     assert [result["length"] for result in report["results"]] == [128, 2048]
+    assert report["command"].endswith("--tensor 2 --pipeline 2")
+    assert unbroken.status()["jobs"][1]["nodes"] == "node[1-2]", "two ranks on each"
     assert (unbroken.folder / "export" / "hf" / "model.safetensors").is_file()
     assert "logits differ by" in unbroken.log("export")
 

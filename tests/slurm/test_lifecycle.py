@@ -1,5 +1,6 @@
 """Time limits, stops, failures, lost nodes: a run that resumes has the losses of an uninterrupted one."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -71,7 +72,10 @@ def test_stop_and_resume_under_torchrun_change_no_loss(home: Path, unbroken: Sub
     assert run.jobs("resume").startswith("submitted train: job ")
     assert run.job() != first
     run.wait_for()
+    run.wait_for("evaluate")
     run.jobs("stop")
+    theirs, ours = (json.loads((each.folder / "evaluation" / "report.json").read_text()) for each in (unbroken, run))
+    assert [result["perplexity"] for result in ours["results"]] == [each["perplexity"] for each in theirs["results"]]
     assert f"start 0 from step_{steps:07d} on node" in run.log()
     assert run.exact() == unbroken.exact()
     text = (run.folder / "logs" / "rank_0.log").read_text()

@@ -16,7 +16,7 @@ VALUES = small_run(
     WHOLE_JOB,
     {
         "run": {"dir": "runs/small"},
-        "evaluate": {"samples": 8, "lengths": [128, 2048]},
+        "evaluate": {"samples": 8, "lengths": [128, 2048], "tensor": 2, "pipeline": 2},
         "slurm": {"gpus_per_node": 0, "ranks_per_node": 2, "time": "0:10:00"},
     },
 )

@@ -104,7 +104,8 @@ def add_report(
         "text_path": None if text == "held-out" else f"/texts/{text}",
         "results": [_result(length, perplexity, stride) for length, perplexity in perplexities.items()],
     }
-    report = {key: value for key, value in {**report, **changes}.items() if value is not None or key == "text_path"}
+    none = ("text_path", "documents_sha256")  # keys that may be null
+    report = {key: value for key, value in {**report, **changes}.items() if value is not None or key in none}
     path = run_dir / "evaluation" / name / f"{text.removesuffix('.txt')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report))

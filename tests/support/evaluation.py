@@ -33,6 +33,7 @@ PROVENANCE = Provenance(
     weights_sha256="11" * 32,
     tokenizer_sha256="22" * 32,
     text_sha256="33" * 32,
+    documents_sha256=None,
     text_path=None,
     text_bytes=4000,
 )
@@ -105,6 +106,7 @@ def uniform_run(folder: Path, values: dict[str, Any], monkeypatch: pytest.Monkey
     (folder / "config.yaml").write_text("{}")
     opened = opened_checkpoint(folder / "checkpoints" / "step_0000007", values, step=7)
     monkeypatch.setattr("training.evaluation.precheck.check_request", lambda *_, **__: None)
+    monkeypatch.setattr("training.evaluation.precheck.chosen_splits", lambda *_, **__: (1, 1))
     monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda path: opened)
     monkeypatch.setattr("training.evaluation.run.held_out_text", lambda _: text_of(1000))
     monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: UniformModel())

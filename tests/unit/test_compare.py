@@ -155,6 +155,25 @@ def test_different_texts_are_never_compared(trainshort: Call) -> None:
     assert "note: a has no evaluation of mine.txt: trainshort evaluate a --data FILE\n" in answer.out
 
 
+def test_other_masked_documents_are_another_text(trainshort: Call) -> None:
+    for name, documents in (("masked", "33" * 32), ("whole", None), ("old", "not recorded")):
+        add_report(make_run(Path(name)), {32: 20.0}, documents_sha256=documents)
+    file = Path("old/evaluation/step_0000010/held-out.json")
+    report = json.loads(file.read_text())
+    del report["documents_sha256"]
+    file.write_text(json.dumps(report))
+    answer = trainshort("compare", "masked", "whole")
+    assert answer.out.endswith(
+        "note: evaluated with masked documents that differ, so their perplexities do not compare: masked on held-out, "
+        "documents masked; whole on held-out. Evaluate each with the same --data FILE, then compare with --text FILE "
+        "(text in one file is one document)\n"
+    )
+    assert len(compared(trainshort, "masked", "whole")["perplexity"]) == 2
+    for name in ("masked", "whole"):  # the older version's goes by its text alone
+        (text,) = compared(trainshort, name, "old")["perplexity"]
+        assert text["results"][0]["values"] == [20.0, 20.0]
+
+
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -107,7 +107,7 @@ def test_a_rule_says_nothing_of_values_that_are_refused() -> None:
     ("section", "key", "expected"),
     [
         ("train", "batch_size", "did you mean micro_batch or global_batch?"),
-        ("model", "tensor", "did you mean parallel.tensor?"),
+        ("model", "tensor", "did you mean parallel.tensor or evaluate.tensor?"),
         ("model", "sequence_length", "did you mean data.sequence_length?"),
         ("model", "seq_length", "did you mean data.sequence_length?"),
         ("train", "seed", "did you mean run.seed?"),
@@ -134,7 +134,7 @@ def test_an_unknown_key_names_the_one_that_is_meant(section: str, key: str, expe
         ("modle", "did you mean model?"),
         ("Train", "did you mean train?"),
         ("steps", "did you mean train.steps?"),
-        ("tensor", "did you mean parallel.tensor?"),
+        ("tensor", "did you mean parallel.tensor or evaluate.tensor?"),
         ("name", "did you mean run.name?"),
         ("qqq", "remove it"),
     ],

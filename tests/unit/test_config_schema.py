@@ -93,6 +93,11 @@ RULES = [
         "got 3: use 1, 2, 4, 8, 16, 32, 64, 128 or 256",
     ),
     (
+        {"evaluate.tensor": 8, "evaluate.pipeline": 5, "data.vocab_size": 300},
+        "evaluate.tensor must divide model.heads (4), got 8: use 1, 2 or 4\n"
+        "  evaluate.pipeline must be at most model.layers (4), got 5: use 4 stages or fewer",
+    ),
+    (
         {"model.feed_forward": 101},
         "parallel.tensor must divide model.feed_forward (101), got 2: use 1 or 101",
     ),

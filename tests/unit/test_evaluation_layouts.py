@@ -1,17 +1,22 @@
 """On which ranks `evaluate` runs: what is refused before one is started."""
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.errors import InputError
+from configs.load import check_run, dump_run, load_run
 from launch import local
 from tests.support.command_line import Call
 from tests.support.house.source import HOUSE
-from training.evaluation.precheck import check_ranks, evaluation_layout
-from training.evaluation.request import EvaluationRequest
+from training.checkpoint.disk import describe_file
+from training.checkpoint.manifest import read_manifest, write_manifest
+from training.evaluation.precheck import check_ranks, chosen_splits, evaluation_layout
+from training.evaluation.request import EvaluationRequest, options_of_run
 
 REFUSED = {
     ("--pipeline", "3"): "--pipeline must be at most model.layers (2), got 3: use 2 stages or fewer",
@@ -22,7 +27,7 @@ REFUSED = {
     ),
     ("--tensor", "0"): "--tensor must be a whole number from 1 to 999999999, got '0': write --tensor 4",
     ("--tensor", "2", "--hf", "model"): (
-        "--hf measures in one process, so it does not go with --tensor 2 --pipeline 1: leave these out"
+        "--hf measures in one process, so it does not go with --tensor 2 --pipeline 1: use --tensor 1 --pipeline 1"
     ),
 }
 
@@ -66,6 +71,40 @@ def test_ranks_are_one_for_each_gpu(folder: Path) -> None:
         "--tensor 2 --pipeline 2 needs 4 GPUs, and this machine has 2: lower one of them, or set "
         'CUDA_VISIBLE_DEVICES="" for CPU ranks'
     )
+
+
+def test_the_run_file_says_on_which_ranks(folder: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the checkpoint's; each option counts before it. Another model's size is no matter of the run."""
+    assert chosen_splits(folder / "run", tensor=None, pipeline=None, hf=None) == (1, 1), "a file without the keys"
+    (checkpoint,) = folder.glob("run/checkpoints/*")
+    manifest, file = read_manifest(checkpoint), checkpoint / "config.yaml"
+    config = load_run(str(file), overrides=["evaluate.tensor=2", "evaluate.pipeline=2"])
+    file.write_text(dump_run(config))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, replace(manifest, files={**manifest.files, file.name: describe_file(file)}))
+    given: dict[str, Any] = {"tensor": None, "pipeline": None, "hf": None}
+    asked = (given, {**given, "tensor": 1}, {**given, "pipeline": 1}, {**given, "hf": folder / "model"})
+    assert [chosen_splits(folder / "run", **each) for each in asked] == [(2, 2), (1, 2), (2, 1), (1, 1)]
+    started: list[int] = []
+    monkeypatch.setattr(local, "start_ranks", lambda command, ranks, **_: started.append(ranks) or 0)
+    assert trainshort("evaluate", "run", "--data", "text.txt").code == 0
+    assert started == [4]
+    of_run = "--tensor 2 --pipeline 2 (evaluate.tensor and evaluate.pipeline of the run)"
+    answer = trainshort("evaluate", "run", "--data", "text.txt", "--scale", "linear:2")
+    assert (answer.code, answer.error) == (
+        2,
+        f"error: --scale measures in one process, so it does not go with {of_run}: use --tensor 1 --pipeline 1\n",
+    )
+    with pytest.raises(InputError, match=rf"^{re.escape(of_run)} needs 4 GPUs, and this machine has 1: lower one"):
+        check_ranks(folder / "run", EvaluationRequest(tensor=2, pipeline=2), started=None, gpus=1)
+
+
+def test_a_chain_and_a_study_say_all_that_the_run_file_does(run_values: dict[str, Any]) -> None:
+    """The checkpoint's copy of the file may be older than what is submitted."""
+    run_values["evaluate"] = {"lengths": [32, 64], "protocols": ["nonoverlapping", "last:8"], "pipeline": 2}
+    options = options_of_run(check_run(run_values, name="small"))
+    words = "--lengths 32,64 --protocol nonoverlapping --protocol last:8 --tensor 1 --pipeline 2"
+    assert options == words.split()
 
 
 @pytest.mark.usefixtures("folder")

@@ -16,7 +16,8 @@ import torch
 
 from configs.errors import TrainshortError
 from configs.protocols import WindowProtocol
-from data_pipeline.text import identify_text
+from data_pipeline.documents import document_begins
+from data_pipeline.text import identify_documents, identify_text
 from data_pipeline.tokenizer import load_tokenizer
 from tests.support import evaluation as support
 from tests.support.command_line import Call
@@ -149,6 +150,55 @@ def test_a_texts_hash_is_that_of_its_bytes() -> None:
     tokens = load_tokenizer(TOKENIZER).encode(text)
     ended = np.array([*tokens, load_tokenizer(TOKENIZER).end_of_document], np.int64)
     assert identify_text(ended, TOKENIZER).sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_texts_documents_have_a_hash_of_their_own() -> None:
+    """It is of the bytes at which they begin, whatever the tokens; of one document there is none."""
+    tokenizer = load_tokenizer(TOKENIZER)
+    first, second, third = "One text.\n", "Another, with 日本 in it.\n", "A third."
+
+    def identified(*documents: str, ends: bool = False) -> str | None:
+        parts = [tokenizer.encode(text) + ([tokenizer.end_of_document] if ends else []) for text in documents]
+        tokens, joins = np.concatenate(parts).astype(np.int64), np.cumsum([0, *map(len, parts[:-1])])
+        begins = document_begins(tokens, joins=joins, end=tokenizer.end_of_document)
+        return identify_documents(identify_text(tokens, TOKENIZER), tokens, TOKENIZER, begins=begins)
+
+    masked = identified(first, second, third)
+    assert masked == identified(first, second, third, ends=True) is not None
+    others = [
+        identified(first + second, third),
+        identified(first, second + third),
+        identified(first, second, "a third."),
+    ]
+    assert len({masked, *others, None}) == 5
+    assert identified(first + second + third) is identified(first, ends=True) is None
+    text = np.array(tokenizer.encode(first), np.int64)
+    assert identify_documents(identify_text(text, TOKENIZER), text, TOKENIZER, begins=None) is None
+
+
+def test_texts_cut_in_other_documents_are_not_one(run_dir: Path) -> None:
+    result = PerplexityResult(32, WindowProtocol(stride=None), 900, 2.0)
+    folder = run_dir / "evaluation"
+    (folder / "step_0000007").mkdir(parents=True)
+
+    def report(documents: str | None, path: str = "/a/book.txt") -> dict[str, Any]:
+        text = replace(text_of(1000), name="book.txt")
+        return report_of(result, of=text, text_path=path, text_sha256="33" * 32, documents_sha256=documents)
+
+    whole, masked = report(None), report("44" * 32)
+    assert (whole["documents_sha256"], masked["documents_sha256"]) == (None, "44" * 32)
+    older = {key: value for key, value in masked.items() if key != "documents_sha256"}
+    assert merge_reports(masked, report("44" * 32)) is not None
+    for one, other in ((whole, masked), (masked, whole), (report("55" * 32), masked)):
+        assert merge_reports(one, other) is None
+    for newest in (whole, masked):  # as before, by the text alone
+        assert merge_reports(older, newest) is not None
+    (folder / "step_0000007" / "book.json").write_text(json.dumps(whole))
+    labels = [text_label(report(documents, "/b/book.txt"), folder) for documents in (None, "44" * 32, "55" * 32)]
+    assert labels == ["book", "book-44444444", "book-55555555"]
+    assert text_label(report("44" * 32, "/a/book.txt"), folder) == "book", "the same file"
+    (folder / "step_0000007" / "book.json").write_text(json.dumps(older))
+    assert text_label(report("55" * 32, "/b/book.txt"), folder) == "book"
 
 
 def test_reports_merge_only_at_one_precision() -> None:

@@ -188,11 +188,28 @@ def test_check_says_what_fits_and_what_to_change(trainshort: Call, monkeypatch: 
     assert "estimated for 4 ranks (tensor x pipeline; " in trainshort("check", "alibi-1b3", "--memory").out
 
 
+def test_check_says_whether_the_evaluation_fits(trainshort: Call) -> None:
+    """A chain of jobs comes to it when all is trained."""
+    check = ("check", "bloom-176b", "--memory", "--gpu-memory-gb", "80")
+    assert trainshort(*check).out.endswith("\nevaluate: 46.2 GB of weights on each of 16 ranks, which fits\n")
+    one = ("--set", "evaluate.tensor=1", "--set", "evaluate.pipeline=1")
+    assert trainshort(*check, *one).out.endswith(
+        "\nevaluate: 705 GB of weights in one process, which leaves no room\n"
+        "  raise evaluate.tensor or evaluate.pipeline\n"
+    )
+    weights = 4 * 176_244_404_224
+    whole = json.loads(trainshort(*check, *one, "--json").out)["memory"]["evaluation"]
+    assert whole == {"ranks": 1, "weights": weights, "fits": False}
+    split = json.loads(trainshort(*check, "--json").out)["memory"]["evaluation"]
+    assert weights / 16 < split["weights"] < 1.05 * weights / 16, "both stages have the embedding"
+    assert (split["ranks"], split["fits"]) == (16, True)
+
+
 def test_check_says_that_a_simpler_layout_fits(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     check = ("check", "alibi-1b3", "--memory", "--gpu-memory-gb")
     said = trainshort(*check, "80").out
     assert "\ntensor 1 x pipeline 1 would fit too, and each split costs speed: it needs " in said
-    assert said.endswith("\n  --set parallel.tensor=1 --set parallel.pipeline=1\n")
+    assert "\n  --set parallel.tensor=1 --set parallel.pipeline=1\n" in said
     simpler = json.loads(trainshort(*check, "80", "--json").out)["memory"]["simpler"]
     assert simpler["set"] == ["parallel.tensor=1", "parallel.pipeline=1"]
     now = ("check", "alibi-1b3", "--set", "parallel.tensor=1", "--set", "parallel.pipeline=1", "--memory", "--json")
@@ -220,7 +237,7 @@ def test_offloaded_state_must_fit_the_machine(trainshort: Call, monkeypatch: pyt
     use_gpus(4, monkeypatch)
     too_much = trainshort(*check, "4").out
     assert "for 4 ranks that exceeds 15.0 GB, this machine's memory\n" in too_much
-    assert too_much.endswith("\nset parallel.offload to none, or use a machine with more memory\n")
+    assert "\nset parallel.offload to none, or use a machine with more memory\n" in too_much
     values = json.loads(trainshort(*check, "4", "--json").out)["memory"]
     assert (values["fits"], values["host_available"], values["changes"]) == (False, 15 * 10**9, [])
     use_gpus(2, monkeypatch)  # the other ranks are on another machine

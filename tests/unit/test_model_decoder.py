@@ -21,6 +21,7 @@ from tests.support.models import (
     small_model,
     weights_of,
 )
+from training.model.blocks.prenorm import Block
 from training.model.single import SingleModel, load_single
 
 ALL_HEADS = (*range(1, 17), 20, 24, 40, 112)
@@ -133,7 +134,14 @@ def test_single_model_losses_equal_cross_entropy_of_its_logits() -> None:
     logits = model.logits(tokens[:, :-1])
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(3, -1)
     torch.testing.assert_close(model.losses(tokens), expected, atol=1e-5, rtol=1e-5)
+    *_, before, block = model.blocks
+    assert isinstance(before, Block)
+    assert isinstance(block, Block)
+    seen: list[int] = []
+    for linear in (before.up, block.query_key_value, block.output, block.up):
+        linear.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     torch.testing.assert_close(model.losses(tokens, last=5), expected[:, -5:], atol=1e-5, rtol=1e-5)
+    assert seen == [699, 699, 5, 5], "of unscored places the last block computes keys and values"
 
 
 @pytest.mark.parametrize("trained_with", ["reference", "flex", "flash", "sdpa"])

@@ -61,7 +61,7 @@ def test_a_trained_model_is_asked_and_the_report_kept(run_dir: Path, trainshort:
 
 def test_a_report_goes_to_mlflow_whole(run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     begin_mlflow_run(run_dir)
-    monkeypatch.setattr("training.retrieval.run.attach", attach_offline)
+    monkeypatch.setattr("training.tracking.tracker.attach", attach_offline)
     knows = KnowsNothing(load_tokenizer(TOKENIZER))
     monkeypatch.setattr("training.retrieval.run.load_single", lambda *_, **__: knows)
     assert trainshort("retrieval", "run", *QUICK, "--tasks", "single").code == 0
@@ -119,7 +119,7 @@ def test_what_is_finished_is_kept_and_shown(run_dir: Path, trainshort: Call, mon
             return super().next_logits(tokens, cache)
 
     begin_mlflow_run(run_dir)
-    monkeypatch.setattr("training.retrieval.run.attach", attach_offline)
+    monkeypatch.setattr("training.tracking.tracker.attach", attach_offline)
     monkeypatch.setattr("training.retrieval.run.load_single", lambda *_, **__: Stopped(load_tokenizer(TOKENIZER)))
     answer = trainshort("retrieval", "run", *QUICK, "--tasks", "single")
     assert answer.code == 130

@@ -126,7 +126,8 @@ def test_check_notes_what_a_start_would_do(trainshort: Call) -> None:
         "run holds a run that this one would change: run.seed was 1, is 3: set the old values, or choose another "
         "run.dir"
     ]
-    assert notes(trainshort, "model.windows=off") == ["training resumes from step 4, run/checkpoints/step_0000004"]
+    for change in ("model.windows=off", "evaluate.tensor=2"):
+        assert notes(trainshort, change) == ["training resumes from step 4, run/checkpoints/step_0000004"]
     assert notes(trainshort, "model.window=8")[0].startswith(
         "run holds a run that this one would change: model.window was None, is 8: "
     )

@@ -131,6 +131,13 @@ def test_what_does_not_compare_is_said(rows: dict[tuple[str, int], StudyRow]) ->
         "the runs are of different devices: see the rows",
     ]
     assert "- not finished: alibi-seed2\n" in format_study(table)
+    rows["rotary", 1] = row("rotary", 1, ROTARY[1], train_length=32)
+    assert len(list(build_table(load_study(write_study()), rows).notes())) == 1
+    for result, documents in ((rows["rotary", 1].results[0], "33" * 32), (rows["alibi", 1].results[0], None)):
+        result["documents_sha256"] = documents
+    assert list(build_table(load_study(write_study()), rows).notes())[1:] == [
+        "documents of held-out are masked in some runs: perplexities there do not compare with others"
+    ]
 
 
 def test_the_figure_has_a_line_a_run_and_a_band_of_seeds(table: StudyTable, monkeypatch: pytest.MonkeyPatch) -> None:

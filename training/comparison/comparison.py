@@ -13,6 +13,7 @@ from training.comparison.run import ComparedRun, read_runs
 from training.evaluation.kept import (
     checkpoint_reports,
     is_held_out,
+    is_same_text,
     label_among_equals,
     other_precision,
     read_report,
@@ -134,7 +135,7 @@ def _compares(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if other_precision(one) != other_precision(other):
         return False
     if all("text_sha256" in report for report in both):
-        same_text = one["text_sha256"] == other["text_sha256"]
+        same_text = is_same_text(one, other)
     else:  # one is of version 0.1.0
         same_text = one["data"] == other["data"]
     return same_text and (_same_tokenizer(one, other) or all(_has_words(report) for report in both))
@@ -156,6 +157,8 @@ def _results_of(group: list[int], runs: Sequence[ComparedRun]) -> TextResults:
     labels = [label for each in zip(reports, folders, strict=True) if (label := label_among_equals(*each)) is not None]
     precision = other_precision(reports[0])
     suffix = "" if precision is None else f" in {precision}"
+    if reports[0].get("documents_sha256") is not None:
+        suffix += ", documents masked"
     return TextResults(
         text=(labels[0] if labels else text_name(reports[0])) + suffix,
         unit="perplexity" if same else "word_perplexity",
@@ -205,8 +208,7 @@ def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) 
     """Yield a note for each reason why figures of the runs do not compare."""
     if len(texts) > 1:
         on = "; ".join(f"{', '.join(runs[number].label for number in text.runs)} on {text.text}" for text in texts)
-        precisions = {other_precision(run.report) for run in runs if run.report is not None}
-        where, advice = ("on texts", _advice(runs)) if len(precisions) < 2 else ("in precisions", _SAME_PRECISION)
+        where, advice = _difference(runs)
         yield f"evaluated {where} that differ, so their perplexities do not compare: {on}. {advice}"
     if any(text.unit == "word_perplexity" for text in texts):
         yield "the tokenizers differ: perplexities are per word, and losses, which are per token, do not compare"
@@ -214,17 +216,34 @@ def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) 
         yield "the tokenizers differ: losses, which are per token, do not compare"
 
 
+def _difference(runs: Sequence[ComparedRun]) -> tuple[str, str]:
+    """Return in what the runs' evaluations differ, and how to compare the runs."""
+    reports = [run.report for run in runs if run.report is not None]
+    if len({other_precision(report) for report in reports}) > 1:
+        return "in precisions", _SAME_PRECISION
+    texts, documents = ({report.get(f"{key}_sha256") for report in reports} for key in ("text", "documents"))
+    if len(texts) == 1 and len(documents) > 1:
+        return "with masked documents", f"{_advice(runs)} (text in one file is one document)"
+    return "on texts", _advice(runs)
+
+
 def _advice(runs: Sequence[ComparedRun]) -> str:
     """Return how to compare runs that were evaluated on different texts."""
     texts = [
-        {(label, read_report(path).get("text_sha256")) for label, path in reports.items()}
+        {(label, *_text_hashes(path)) for label, path in reports.items()}
         for run in runs
         if (reports := {} if run.checkpoint is None else checkpoint_reports(run.run_dir, checkpoint=run.checkpoint))
     ]
-    shared = sorted(label for label, sha256 in set.intersection(*texts) if sha256) if len(texts) == len(runs) else []
+    both = set.intersection(*texts) if len(texts) == len(runs) else set()
+    shared = sorted(label for label, sha256, _ in both if sha256)
     if shared:
         return f"All were evaluated on {shared[0]}: add --text {shared[0]}"
     return "Evaluate each with the same --data FILE, then compare with --text FILE"
+
+
+def _text_hashes(path: Path) -> tuple[str | None, str | None]:
+    report = read_report(path)
+    return report.get("text_sha256"), report.get("documents_sha256")
 
 
 def _run_to_json(run: ComparedRun) -> dict[str, Any]:

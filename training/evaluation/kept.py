@@ -129,11 +129,22 @@ def is_held_out(report: dict[str, Any]) -> bool:
     return report.get("text_path") is None and report.get("data", {}).get("name", HELD_OUT) == HELD_OUT
 
 
+def is_same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two reports are of one text, in the same documents where attention stays inside them.
+
+    Reports of versions that did not record the documents go by the text alone.
+    """
+    if one.get("text_sha256") is None or one["text_sha256"] != other.get("text_sha256"):
+        return False
+    recorded = all("documents_sha256" in report for report in (one, other))
+    return not recorded or bool(one["documents_sha256"] == other["documents_sha256"])
+
+
 def text_label(report: dict[str, Any], folder: Path) -> str:
     """Return the label of a report's text; two texts of one run never share it.
 
-    It is the file's name without its endings. Files of one name share it if their content or their path is the same;
-    otherwise the later one's has a part of its hash added.
+    It is the file's name without its endings. Files of one name share it if their content, its documents too where
+    attention stays inside them, or their path is the same; otherwise the later one's has a part of its hash added.
 
     Args:
         report: The contents of the report.
@@ -143,13 +154,14 @@ def text_label(report: dict[str, Any], folder: Path) -> str:
         return HELD_OUT
     slug = text_slug(text_name(report))
     known = dict(_texts_like(slug, folder))
-    for place in (0, 1):  # the content counts before the path
-        identity = (report["text_sha256"], report["text_path"])[place]
-        for label, text in known.items():
-            if text[place] == identity:
-                return label
+    # the content counts before the path
+    same = [label for label, other in known.items() if is_same_text(other, report)]
+    same += [label for label, other in known.items() if other.get("text_path") == report["text_path"]]
+    if same:
+        return same[0]
     is_taken = slug in known or slug in _RESERVED or slug.endswith(_PRECISIONS)
-    return f"{slug}-{report['text_sha256'][:8]}" if is_taken else slug
+    mark = report.get("documents_sha256") or report["text_sha256"]
+    return f"{slug}-{mark[:8]}" if is_taken else slug
 
 
 def label_among_equals(report: dict[str, Any], folder: Path) -> str | None:
@@ -181,16 +193,15 @@ def _has(values: dict[str, Any], key: str) -> bool:
     return outer in values and (not inner or inner in values[outer])
 
 
-def _texts_like(slug: str, folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield the labels made from a slug, each with hash and path of its text."""
+def _texts_like(slug: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the labels made from a slug, each with a report on its text; an empty one if that cannot be read."""
     for path in sorted(folder.glob(f"*/{slug}*.json")):
         label = _without_precision(path.stem)
         if re.fullmatch(rf"{slug}(-[0-9a-f]{{8}})?", label):
             try:
-                report = read_report(path)
-                yield label, (report["text_sha256"], report["text_path"])
-            except (InputError, KeyError):  # it is broken, or of version 0.1.0: its name stays taken
-                yield label, ("", "")
+                yield label, read_report(path)
+            except InputError:  # it is broken: its name stays taken
+                yield label, {}
 
 
 def _without_precision(label: str) -> str:

@@ -43,7 +43,8 @@ class PartialResults:
         """
         self._folder = folder
         versions = sorted(map(str, provenance.versions.items()))
-        made_of = (provenance.weights_sha256, provenance.tokenizer_sha256, provenance.text_sha256, versions)
+        text = (provenance.text_sha256, provenance.documents_sha256)
+        made_of = (provenance.weights_sha256, provenance.tokenizer_sha256, *text, versions)
         self._identity = json.dumps([*map(str, astuple(model)), *made_of])
         self._files: dict[LossSums, Path] = {}
         self._saved_at = time.monotonic()

@@ -50,6 +50,23 @@ def check_request(checkpoint: Path, request: EvaluationRequest) -> None:
         run_data(folder, config=config)
 
 
+def chosen_splits(checkpoint: Path, *, tensor: int | None, pipeline: int | None, hf: Path | None) -> tuple[int, int]:
+    """Return the tensor ranks and the stages of an evaluation: each as given, else as the checkpoint's run file says.
+
+    Args:
+        checkpoint: A step folder, or a run folder for its newest checkpoint.
+        tensor: Value of `--tensor`; None if it was not given.
+        pipeline: Value of `--pipeline`, likewise.
+        hf: Value of `--hf`: the run file says nothing of another model, which is measured in one process.
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    if hf is not None or (tensor and pipeline):
+        return tensor or 1, pipeline or 1
+    evaluate = load_run(str(require_checkpoint(checkpoint) / CONFIG_NAME)).evaluate
+    return tensor or evaluate.tensor, pipeline or evaluate.pipeline
+
+
 def evaluation_layout(request: EvaluationRequest) -> Layout:
     """Return the layout of the ranks that an evaluation runs on."""
     return Layout(tensor=request.tensor, pipeline=request.pipeline, data=1, zero=1, micro_batches=1)
@@ -75,21 +92,24 @@ def check_ranks(checkpoint: Path, request: EvaluationRequest, *, started: int | 
         )
     if ranks == 1:
         return
+    config = load_run(str(require_checkpoint(checkpoint) / CONFIG_NAME))
+    if (config.evaluate.tensor, config.evaluate.pipeline) == (tensor, pipeline):
+        options += " (evaluate.tensor and evaluate.pipeline of the run)"
     for name, given in (("--hf", request.hf), ("--scale", request.scale)):
         if given is not None:
-            raise InputError(f"{name} measures in one process, so it does not go with {options}: leave these out")
+            raise InputError(
+                f"{name} measures in one process, so it does not go with {options}: use --tensor 1 --pipeline 1"
+            )
     if started is None and 0 < gpus < ranks:
         raise InputError(
             f"{options} needs {ranks} GPUs, and this machine has {gpus}: lower one of them, or set "
             'CUDA_VISIBLE_DEVICES="" for CPU ranks'
         )
     check_cache_folder(environment())
-    config = load_run(str(require_checkpoint(checkpoint) / CONFIG_NAME))
-    split = {"tensor": tensor, "pipeline": pipeline, "zero": 1, "sequence": False, "offload": "none"}
-    broken = problems(config.model_copy(update={"parallel": config.parallel.model_copy(update=split)}))
-    if broken:
+    split = config.evaluate.model_copy(update={"tensor": tensor, "pipeline": pipeline})
+    if broken := problems(config.model_copy(update={"evaluate": split})):
         raise InputError(
-            "; ".join(broken).replace("parallel.tensor", "--tensor").replace("parallel.pipeline", "--pipeline")
+            "; ".join(broken).replace("evaluate.tensor", "--tensor").replace("evaluate.pipeline", "--pipeline")
         )
 
 

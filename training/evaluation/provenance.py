@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.text import identify_text
+from data_pipeline.text import identify_documents, identify_text
 from training.checkpoint.manifest import model_sha256
 from training.versions import installed_version, source_code
 
@@ -27,6 +27,8 @@ class Provenance:
         weights_sha256: Hash of the checkpoint's weights, configuration and tokenizer.
         tokenizer_sha256: Hash of its tokenizer.
         text_sha256: Hash of the text, whatever the tokenizer.
+        documents_sha256: Hash of the text with where its documents begin, if attention stays inside them; None if it
+            sees all of the text.
         text_path: The text's file; None for the held-out text.
         text_bytes: Length of the text in UTF-8.
     """
@@ -37,6 +39,7 @@ class Provenance:
     weights_sha256: str
     tokenizer_sha256: str
     text_sha256: str
+    documents_sha256: str | None
     text_path: str | None
     text_bytes: int
 
@@ -87,6 +90,7 @@ def provenance_of(
     *,
     data: Path | None,
     command: str | None,
+    begins: NDArray[np.bool_] | None = None,
     weights_sha256: str | None = None,
 ) -> Provenance:
     """Return what an evaluation that begins now is made from.
@@ -96,6 +100,7 @@ def provenance_of(
         tokens: The text, [tokens].
         data: The text's file; None for the held-out text.
         command: The command line, quoted for a shell.
+        begins: Whether each token begins a document that attention stays inside of, [tokens]; None if it sees all.
         weights_sha256: Hash of the weights; None for the checkpoint's.
     """
     text = identify_text(tokens, checkpoint.tokenizer)
@@ -106,6 +111,7 @@ def provenance_of(
         weights_sha256=weights_sha256 or model_sha256(checkpoint.manifest),
         tokenizer_sha256=checkpoint.manifest.tokenizer_sha256,
         text_sha256=text.sha256,
+        documents_sha256=identify_documents(text, tokens, checkpoint.tokenizer, begins=begins),
         text_path=None if data is None else str(data.resolve()),
         text_bytes=text.bytes,
     )

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.files import whole_file
+from training.evaluation.kept import is_same_text
 from training.evaluation.markdown import format_table
 from training.evaluation.resampling import units_of
 from training.evaluation.results import result_key
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from training.evaluation.provenance import EvaluatedModel, Provenance
     from training.evaluation.text import EvaluationText
 
-# results of two evaluations stand in one report only if they agree in these
-_ONE_REPORT = ("weights_sha256", "text_sha256", "attention", "precision")
+# results of two evaluations stand in one report only if they agree in these, and are of one text
+_ONE_REPORT = ("weights_sha256", "attention", "precision")
 
 
 def build_report(
@@ -79,6 +80,7 @@ def build_report(
         "weights_sha256": provenance.weights_sha256,
         "tokenizer_sha256": provenance.tokenizer_sha256,
         "text_sha256": provenance.text_sha256,
+        "documents_sha256": provenance.documents_sha256,
         "text_path": provenance.text_path,
         **({} if context is None else {"context": {**context, "date": provenance.date}}),
         "results": [to_json(result) for result in results],
@@ -95,7 +97,8 @@ def merge_reports(earlier: dict[str, Any], newest: dict[str, Any]) -> dict[str, 
     Returns:
         The report, or None if the two are not of the same weights and text, at the same precision.
     """
-    if any(key not in earlier or earlier[key] != newest[key] for key in _ONE_REPORT):
+    agree = all(key in earlier and earlier[key] == newest[key] for key in _ONE_REPORT)
+    if not agree or not is_same_text(earlier, newest):
         return None
     results = {result_key(result): result for result in (*earlier["results"], *newest["results"])}
     dates = {result["date"] for result in results.values()} - {newest["date"]}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.precisions import DEFAULT_PRECISION
+from configs.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,14 @@ class EvaluationRequest:
     tensor: int = 1
     pipeline: int = 1
     command: str | None = None
+
+
+def options_of_run(config: RunConfig) -> list[str]:
+    """Return the options of `trainshort evaluate` with which it measures what a run file says, as the file says.
+
+    Without them the command goes by the checkpoint's copy of the file, which may be older.
+    """
+    lengths, evaluate = ",".join(map(str, config.evaluation_lengths)), config.evaluate
+    protocols = [word for protocol in evaluate.protocols for word in ("--protocol", protocol)]
+    ranks = ["--tensor", str(evaluate.tensor), "--pipeline", str(evaluate.pipeline)]
+    return ["--lengths", lengths, *protocols, *ranks]

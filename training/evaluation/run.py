@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from training.model.attention import AttentionBlock
 from training.model.distributed import load_distributed
 from training.model.single import inference_device, load_single
 from training.model.windows import LosslessWindows
-from training.tracking.tracker import MlflowTracker, attach
+from training.tracking.tracker import MlflowTracker, attached
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,10 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
     """
     inference_device(request.precision)
     opened = open_checkpoint(checkpoint)
-    begun = _begin(opened, request)
-    model = load_single(opened, precision=request.precision, scale=begun.plan.scale)
-    return begun.measure_with(model, blocks=model.blocks)
+    with ExitStack() as stack:
+        begun = _begin(opened, request, until=stack)
+        model = load_single(opened, precision=request.precision, scale=begun.plan.scale)
+        return begun.measure_with(model, blocks=model.blocks)
 
 
 def evaluate_rank(checkpoint: Path, request: EvaluationRequest, place: ProcessRank) -> dict[str, Any] | None:
@@ -100,15 +102,16 @@ def evaluate_rank(checkpoint: Path, request: EvaluationRequest, place: ProcessRa
     device, groups = start(place), make_groups(evaluation_layout(request))
     opened = open_on_all_ranks(checkpoint, kinds=("weight",), world=groups.world)
     begun: list[_Begun] = []  # on rank 0: a text is not sent
-    broadcast_from_first(lambda: begun.append(_begin(opened, request)), group=groups.world)
-    model = load_distributed(opened, groups=groups, device=device, precision=request.precision)
     report = None
-    if begun:
-        with model.served():
-            report = begun[0].measure_with(model)
-    else:
-        ignore_stop_signals()  # rank 0 answers them, and the others are ended with it
-        model.serve()
+    with ExitStack() as stack:
+        broadcast_from_first(lambda: begun.append(_begin(opened, request, until=stack)), group=groups.world)
+        model = load_distributed(opened, groups=groups, device=device, precision=request.precision)
+        if begun:
+            with model.served():
+                report = begun[0].measure_with(model)
+        else:
+            ignore_stop_signals()  # rank 0 answers them, and the others are ended with it
+            model.serve()
     stop()  # not after an error: other ranks may wait in a collective, and are ended only once this one has ended
     return report
 
@@ -159,9 +162,13 @@ class _Begun:
         )
 
 
-def _begin(opened: Checkpoint, request: EvaluationRequest) -> _Begun:
+def _begin(opened: Checkpoint, request: EvaluationRequest, *, until: ExitStack) -> _Begun:
     """Read the text, decide what to measure, and refuse what no model is needed for.
 
+    Args:
+        opened: The checkpoint.
+        request: What to measure.
+        until: Its end closes the tracker.
     Raises:
         InputError, MachineError: see `evaluate_checkpoint`.
     """
@@ -170,8 +177,9 @@ def _begin(opened: Checkpoint, request: EvaluationRequest) -> _Begun:
     plan = plan_evaluation(request, config=opened.config, tokens=len(text.tokens))
     check_evaluation_folder(folder, name=_name(opened))
     # Attach now: the tracker's thread imports mlflow while the model runs.
-    tracker = attach(opened.run_dir, uri=opened.config.track.uri, offline=opened.config.track.offline)
-    provenance = provenance_of(opened, text.tokens, data=request.data, command=request.command)
+    track = opened.config.track
+    tracker = until.enter_context(attached(opened.run_dir, uri=track.uri, offline=track.offline))
+    provenance = provenance_of(opened, text.tokens, data=request.data, command=request.command, begins=text.begins)
     return _Begun(opened, folder, text, plan, tracker, provenance)
 
 

@@ -33,7 +33,7 @@ from training.families.table import parameter_count
 from training.folder import record_certificate
 from training.tracking.registry import ModelRegistry, open_registry
 from training.tracking.spool import now_ms
-from training.tracking.tracker import attach
+from training.tracking.tracker import attached
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +172,9 @@ def _record(
         record_certificate(certificate, run_dir=run_dir, step=checkpoint.step)
     except OSError as error:
         logger.warning("the certificate is not added to %s (%s): it is in %s", run_dir, error.strerror, out)
-    tracker = attach(run_dir, uri=config.track.uri, offline=config.track.offline)
-    if tracker is not None:
+    with attached(run_dir, uri=config.track.uri, offline=config.track.offline) as tracker:
+        if tracker is None:
+            return
         for name in (_CERTIFICATE, CARD_JSON):
             tracker.artifact(out / name, folder="export")
         tracker.nested(
@@ -183,7 +184,6 @@ def _record(
             points=[("export/logit_difference", result.logits.difference, checkpoint.step)],
             began_ms=began_ms,
         )
-        tracker.close()
 
 
 def _facts(checkpoint: Checkpoint) -> ModelFacts:

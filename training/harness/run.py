@@ -23,7 +23,7 @@ from training.harness.report import result_rows
 from training.harness.tasks import TaskRequest, load_tasks
 from training.model.single import inference_device, load_single
 from training.tracking.spool import now_ms
-from training.tracking.tracker import attach
+from training.tracking.tracker import attached
 
 logger = logging.getLogger(__name__)
 
@@ -58,26 +58,26 @@ def run_harness(
     kept = evaluation_folder(checkpoint.run_dir) / checkpoint.path.resolve().name
     loaded = load_tasks(request)
     check_evaluation_folder(kept, name=HARNESS_FOLDER)
-    # Attach now: the tracker's thread imports mlflow while the model runs.
-    track = checkpoint.config.track
-    tracker, began_ms = attach(checkpoint.run_dir, uri=track.uri, offline=track.offline), now_ms()
     longest = max_length or longest_input(checkpoint)
-    date, versions = evaluation_date(), product_versions("lm_eval")
-    single, tokenizer = load_single(checkpoint, precision=precision), load_tokenizer(checkpoint.tokenizer)
-    model = CheckpointLM(single, tokenizer, max_length=longest, seed=_SEED)
-    results = _evaluate(model, loaded, limit=request.limit)
-    if model.cut:
-        logger.warning("%d contexts are longer than %d tokens and lost their beginning", model.cut, longest)
-    facts = {"limit": request.limit, "max_length": longest, "precision": precision, "date": date}
-    report = {
-        "checkpoint": str(checkpoint.path.absolute()),
-        "step": checkpoint.step,
-        "train_length": checkpoint.config.data.sequence_length,
-        "weights_sha256": model_sha256(checkpoint.manifest),
-        "evaluations": [{"date": date, "command": command, "versions": versions, "cut": model.cut}],
-        "results": result_rows(results, **facts),
-    }
-    logger.info("report: %s", keep_results(report, kept, tracker=tracker, began_ms=began_ms))
+    date, versions, began_ms = evaluation_date(), product_versions("lm_eval"), now_ms()
+    track = checkpoint.config.track
+    # Attach now: the tracker's thread imports mlflow while the model runs.
+    with attached(checkpoint.run_dir, uri=track.uri, offline=track.offline) as tracker:
+        single, tokenizer = load_single(checkpoint, precision=precision), load_tokenizer(checkpoint.tokenizer)
+        model = CheckpointLM(single, tokenizer, max_length=longest, seed=_SEED)
+        results = _evaluate(model, loaded, limit=request.limit)
+        if model.cut:
+            logger.warning("%d contexts are longer than %d tokens and lost their beginning", model.cut, longest)
+        facts = {"limit": request.limit, "max_length": longest, "precision": precision, "date": date}
+        report = {
+            "checkpoint": str(checkpoint.path.absolute()),
+            "step": checkpoint.step,
+            "train_length": checkpoint.config.data.sequence_length,
+            "weights_sha256": model_sha256(checkpoint.manifest),
+            "evaluations": [{"date": date, "command": command, "versions": versions, "cut": model.cut}],
+            "results": result_rows(results, **facts),
+        }
+        logger.info("report: %s", keep_results(report, kept, tracker=tracker, began_ms=began_ms))
     return report
 
 

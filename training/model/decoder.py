@@ -68,7 +68,9 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.is_first, self.is_last = stage == 0, stage == len(bounds) - 2
         blocks = plan.blocks[bounds[stage] : bounds[stage + 1]]
-        makers = (*(plan.before if self.is_first else ()), *blocks, *(plan.after if self.is_last else ()))
+        before = plan.before if self.is_first else ()
+        makers = (*before, *blocks, *(plan.after if self.is_last else ()))
+        self._last_block = len(before) + len(blocks) - 1 if self.is_last else None
         shares_embedding = self.is_last and plan.head_weight is None
         self.embedding = plan.embedding() if self.is_first or shares_embedding else None
         self._plan = plan
@@ -78,17 +80,20 @@ class DecoderStage(nn.Module):
             self.head_weight = self.embedding if plan.head_weight is None else plan.head_weight()
         self.shared = plan.shared
 
-    def states(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def states(self, x: Tensor, cache: Cache | None = None, *, last: int | None = None) -> Tensor:
         """Return the states after this stage's layers, [seq, batch, hidden]; of the last stage those before the head.
 
         Args:
             x: Token ids [batch, seq] on the first stage, else the states of the stage before.
             cache: Keys and values of the tokens before, which these are added to; or documents to stay inside of.
+            last: How many of the last places the last stage returns, [last, batch, hidden]; None for all. Of the others
+                its last block computes keys and values.
         """
         if self.embedding is not None and self.is_first:
             x = self.embedding(x)
-        for layer in self.layers:
-            x = layer(x, cache=cache)  # by its name: ZeRO's hooks expect tensors among the others
+        for index, layer in enumerate(self.layers):
+            some = {} if last is None or index != self._last_block else {"last": last}
+            x = layer(x, cache=cache, **some)  # by their names: ZeRO's hooks expect tensors among the others
         return x
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -102,12 +107,12 @@ class Decoder(DecoderStage):
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__(plan, bounds=(0, len(plan.blocks)), stage=0)
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the states before the head: [batch, seq] -> [seq, batch, hidden].
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, *, last: int | None = None) -> Tensor:
+        """Return the states before the head: [batch, seq] -> [seq, batch, hidden], or of the last places alone.
 
         With a cache, the tokens follow those in it and are added to it; with documents, attention stays inside them.
         """
-        x = self.states(tokens, cache)
+        x = self.states(tokens, cache, last=last)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return x

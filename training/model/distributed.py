@@ -142,9 +142,10 @@ class DistributedModel:
             windows = max(1, self._part_tokens // (asked.tokens - 1))
             for part, begun in zip(torch.split(tokens, windows), torch.split(begins, windows), strict=True):
                 documents = Documents(begun[:, 0, :-1], device=self._device) if asked.rows > 1 else None
-                x = self._stage.states(part[:, 0, :-1] if self._stage.is_first else self._received(part), documents)
+                x = part[:, 0, :-1] if self._stage.is_first else self._received(part)
+                x = self._stage.states(x, documents, last=asked.last)
                 if self._stage.is_last:
-                    losses.append(self._stage.token_losses(x[-asked.last :], part[:, 0, -asked.last :].T).T)
+                    losses.append(self._stage.token_losses(x, part[:, 0, -asked.last :].T).T)
                 else:
                     dist.send(x.contiguous(), group=pipeline.handle, group_dst=pipeline.rank + 1)
                 self._count(density, windows=len(part))

@@ -158,17 +158,17 @@ class SingleModel:
         Args:
             tokens: [batch, length + 1] int64, of any length, on the CPU. Or [batch, 2, length + 1], with the tokens and
                 whether each begins a document: attention then stays inside documents.
-            last: How many of the last predictions: the head computes no others. None for all.
+            last: How many of the last predictions: the last block and the head compute no others. None for all.
         Returns:
             Negative log-likelihood in nats of the last tokens, [batch, last] fp32, on the model's device.
         """
         length = tokens.shape[-1] - 1
-        first = 0 if last is None else length - last
+        scored = length if last is None else last
         self.fit_length(length)
         with inference(self._precision):
             inputs, targets, documents = split_batch(self._pinned(tokens), device=self._device)
-            x = self._decoder.hidden(inputs, documents)  # [length, batch, hidden]
-            return self._decoder.token_losses(x[first:], targets[:, first:].T).T
+            x = self._decoder.hidden(inputs, documents, last=last)  # [scored, batch, hidden]
+            return self._decoder.token_losses(x, targets[:, length - scored :].T).T
 
     def score(self, tokens: Tensor, where: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
         """Return the loss of some predicted tokens, and whether each is the likeliest one.

@@ -30,7 +30,7 @@ from training.retrieval.request import RetrievalRequest
 from training.retrieval.scoring import CHANCE, PromptScore, RetrievalModel, prompts_at_once, score_prompts
 from training.retrieval.tasks import RetrievalTask, require_tasks
 from training.tracking.spool import now_ms
-from training.tracking.tracker import attach
+from training.tracking.tracker import attached
 
 logger = logging.getLogger(__name__)
 
@@ -60,21 +60,37 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     maker = PromptMaker(haystack, tokenizer, seed=request.seed)
     parts = plan_retrieval(request, maker, lengths=lengths)
     check_evaluation_folder(folder, name=f"{name}/{RETRIEVAL_FOLDER}")
-    keep = _keeper(opened, folder, name=name)
     provenance = provenance_of(opened, stream.tokens, data=request.data, command=request.command)
     scale = None if request.scale is None else scale_for(request.scale, opened.config.model)
-    model = load_single(opened, precision=request.precision, scale=scale)
-    build = partial(
-        build_retrieval_report,
-        model=evaluated_model(opened, model.certificate),
-        text=(stream.name, len(haystack.tokens)),
-        request=request,
-        provenance=provenance,
-        chance=CHANCE,
-    )
+    track = opened.config.track
+    # Attach now: the tracker's thread imports mlflow while the model runs.
+    with attached(opened.run_dir, uri=track.uri, offline=track.offline) as tracker:
+        keep = partial(keep_retrieval, folder=folder, name=name, tracker=tracker, began_ms=now_ms())
+        model = load_single(opened, precision=request.precision, scale=scale)
+        build = partial(
+            build_retrieval_report,
+            model=evaluated_model(opened, model.certificate),
+            text=(stream.name, len(haystack.tokens)),
+            request=request,
+            provenance=provenance,
+            chance=CHANCE,
+        )
+        return _measure(partial(ask, model, maker, tokenizer, parts), build=build, keep=keep)
+
+
+def _measure(
+    ask_all: Callable[..., None], *, build: Callable[..., dict[str, Any]], keep: Callable[..., Path]
+) -> dict[str, Any]:
+    """Ask all questions, and keep the report; if that is interrupted, one of what is finished.
+
+    Args:
+        ask_all: Adds to `cells`, which it is given, those of each part that is finished.
+        build: Makes the report of cells.
+        keep: Keeps a report, and returns its Markdown.
+    """
     cells: list[RetrievalCell] = []
     try:
-        ask(model, maker, tokenizer, parts, cells=cells)
+        ask_all(cells=cells)
     except BaseException as error:  # Ctrl-C too
         if cells:
             status: Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
@@ -83,14 +99,6 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     report = build(cells)
     logger.info("report: %s", keep(report))
     return report
-
-
-def _keeper(checkpoint: Checkpoint, folder: Path, *, name: str) -> Callable[..., Path]:
-    """Return what keeps the report of a measurement that begins now."""
-    track = checkpoint.config.track
-    # Attach now: the tracker's thread imports mlflow while the model runs.
-    tracker = attach(checkpoint.run_dir, uri=track.uri, offline=track.offline)
-    return partial(keep_retrieval, folder=folder, name=name, tracker=tracker, began_ms=now_ms())
 
 
 def _read_text(checkpoint: Checkpoint, data: Path | None) -> TokenStream:

@@ -190,6 +190,7 @@ def _row_result(result: Mapping[str, Any], *, report: Mapping[str, Any], text: s
     return {
         "text": text_key(text),
         "text_sha256": report.get("text_sha256"),
+        **({"documents_sha256": report["documents_sha256"]} if "documents_sha256" in report else {}),
         "protocol": protocol_name(dict(result)),
         "length": result["length"],
         **{key: result[key] for key in _RESULT_KEYS if key in result},

@@ -37,8 +37,8 @@ class StudyRow:
         device: What it was trained on.
         finished_at: When the row was made, in UTC.
         figures: Parameters, tokens, seconds, speed, memory, losses; None where unknown.
-        results: Each with text, text_sha256, protocol, length, tokens, loss, perplexity and, where the report has it,
-            standard_error.
+        results: Each with text, text_sha256, protocol, length, tokens, loss, perplexity and, where the report has them,
+            documents_sha256 and standard_error.
     """
 
     study: str

@@ -133,9 +133,11 @@ class StudyTable:
         if self.unfinished:
             yield f"not finished: {', '.join(self.unfinished)}"
         for text in self.texts:
-            hashes = {result["text_sha256"] for _, results in text.results for result in results.values()}
-            if len(hashes) > 1:
+            every = [result for _, results in text.results for result in results.values()]
+            if len({result["text_sha256"] for result in every}) > 1:
                 yield f"the texts called {text.text} differ: perplexities on them do not compare"
+            elif len({result["documents_sha256"] for result in every if "documents_sha256" in result}) > 1:
+                yield f"documents of {text.text} are masked in some runs: perplexities there do not compare with others"
         if len({row.data.get("tokenizer_sha256") for row in self.rows}) > 1:
             yield "the tokenizers differ: perplexities and losses are per token and do not compare"
         for name, values in (("devices", [row.device for row in self.rows]), ("code", [row.code for row in self.rows])):

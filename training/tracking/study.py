@@ -9,7 +9,7 @@ from parallel.start import environment
 from training.tracking.events import PARENT_TAG
 from training.tracking.record import read_record
 from training.tracking.store import choose_store
-from training.tracking.tracker import MlflowTracker, attach
+from training.tracking.tracker import MlflowTracker, attached
 
 
 def nest_study(loaded: LoadedStudy, *, files: Sequence[Path]) -> None:
@@ -38,7 +38,6 @@ def nest_study(loaded: LoadedStudy, *, files: Sequence[Path]) -> None:
     if record is None:
         return
     for config in recorded:
-        run = attach(run_folder(config), uri=config.track.uri, offline=track.offline)
-        if run is not None:
-            run.put({"kind": "tags", "tags": {PARENT_TAG: record.run_id}})
-            run.close()
+        with attached(run_folder(config), uri=config.track.uri, offline=track.offline) as run:
+            if run is not None:
+                run.put({"kind": "tags", "tags": {PARENT_TAG: record.run_id}})

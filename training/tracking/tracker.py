@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _logger = logging.getLogger(__name__)
 
 # how long the end may take before a person is told why
 SILENT_SECONDS = 3.0
+# how long the end of what has failed may take: somebody waits for the error, and other ranks for the process to exit
+_FAILED_SECONDS = 10.0
 
 
 class MlflowTracker:
@@ -58,7 +61,7 @@ class MlflowTracker:
         self._name, self._offline, self._attached = name, offline, target is not None
         self._experiment = experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT
         self._target = target or TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, variables=environment()))
-        self._began_ms = now_ms()
+        self._began_ms, self._is_closed = now_ms(), False
         self._sender = Sender(
             self._target,
             attached=self._attached,
@@ -184,15 +187,15 @@ class MlflowTracker:
         if not self._sender.is_alive:
             return  # never started, or already closed
         if wait_seconds is None:
-            # The ranks of a failed run wait for this one to exit.
-            wait_seconds = 10.0 if status == "FAILED" else 60.0
+            wait_seconds = _FAILED_SECONDS if status == "FAILED" else 60.0
         self.put({"kind": "ended" if self._attached else "finish", "status": status})
         self.close(wait_seconds=wait_seconds)
 
     def close(self, *, wait_seconds: float = 60.0) -> None:
-        """Send the rest and keep the run's status; wait at most `wait_seconds`."""
-        if not self._sender.is_alive:
+        """Send the rest and keep the run's status; wait at most `wait_seconds`. A second call does nothing."""
+        if self._is_closed or not self._sender.is_alive:
             return
+        self._is_closed = True
         self._sender.close()
         is_done = self._sender.join(min(wait_seconds, SILENT_SECONDS))
         remaining = wait_seconds - SILENT_SECONDS
@@ -207,7 +210,7 @@ class MlflowTracker:
 def attach(run_dir: Path, *, uri: str | None, offline: bool = False, warns: bool = True) -> MlflowTracker | None:
     """Return a tracker that adds to the MLflow run of a run folder, or None if there is no such run.
 
-    It logs metrics of any step, even of steps already logged. End it with `close`.
+    It logs metrics of any step, even of steps already logged. End it with `close`, or use `attached`.
 
     Args:
         run_dir: The run folder.
@@ -219,3 +222,26 @@ def attach(run_dir: Path, *, uri: str | None, offline: bool = False, warns: bool
     if target is None:
         return None
     return MlflowTracker(run_dir, name="", experiment="", uri=uri, offline=offline, target=target, warns=warns)
+
+
+@contextmanager
+def attached(run_dir: Path, *, uri: str | None, offline: bool = False) -> Iterator[MlflowTracker | None]:
+    """Attach a tracker for a block, as `attach` does, and close it however the block ends.
+
+    Args:
+        run_dir: The run folder.
+        uri: Tracking URI that the run was started with.
+        offline: Whether to spool only, and never connect.
+    Yields:
+        The tracker, or None if there is no such run. The block may close it earlier.
+    """
+    tracker = attach(run_dir, uri=uri, offline=offline)
+    if tracker is None:
+        yield None
+        return
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(wait_seconds=_FAILED_SECONDS)
+        raise
+    tracker.close()

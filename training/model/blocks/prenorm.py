@@ -69,20 +69,23 @@ class Block(nn.Module):
         self.down = layers.row_linear(f"{name}.feed_forward.down")
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return states -> states; with a cache, they follow the tokens in it."""
+    def forward(self, x: Tensor, cache: Cache | None = None, last: int | None = None) -> Tensor:
+        """Return states -> states, with `last` those of the last places; with a cache, they follow the tokens in it."""
         if self.recompute is True and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._forward, x, cache, use_reentrant=False)
+            out: Tensor = checkpoint(self._forward, x, cache, last, use_reentrant=False)
             return out
-        return self._forward(x, cache)
+        return self._forward(x, cache, last)
 
-    def _forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+    def _forward(self, x: Tensor, cache: Cache | None, last: int | None) -> Tensor:
         run: Any = directly  # between the linears
         into: Any = directly  # a linear
         if self.recompute == "selective" and torch.is_grad_enabled():
             run, into = recomputed, feed
         qkv = into(self.query_key_value, run(self.attention_norm, x))
-        output = self._drop(*into(self.output, run(self._attention, *qkv, cache)))
+        attended = run(self._attention, *qkv, cache)  # [seq, batch, hidden / tensor]
+        if last is not None:  # the places before are read as keys and values, and by nothing else
+            x, attended = x[-last:], attended[-last:]
+        output = self._drop(*into(self.output, attended))
         x, normalized = run(self.feed_forward_norm, x, *output)
         up = into(self.up, normalized)  # [seq, batch, inner / tensor]
         down = self._drop(*into(self.down, run(self.layers.gelu, *up)))
