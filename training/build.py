@@ -29,6 +29,7 @@ from training.folder import record_certificate, report_write_errors
 from training.model.decoder import Decoder, plan_layers
 from training.model.proof.attention_weights import dtype_of
 from training.model.proof.certificate import Certificate, WrongPositions, certificates_to_json, certify
+from training.model.proof.kernel_error import Batch
 from training.preflight import Ready
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def build_engine(
     """
     train, seed = config.train, config.run.seed
     say = logger.info if groups.world.rank == 0 else logger.debug
+    compiled = _compile(config, groups=groups, device=device, say=say)
     plan = plan_layers(
         config.model,
         vocab_size=vocab_size,
@@ -58,7 +60,7 @@ def build_engine(
         recompute=train.recompute,
         sequence=config.parallel.sequence,
         documents=config.data.mask_documents,
-        compiled=_compile(config, groups=groups, device=device, say=say),
+        compiled=compiled,
     )
     if plan.shared is not None:  # a position table: the certificate needs its weights
         plan.shared.to(device, dtype_of(train.precision))
@@ -77,6 +79,7 @@ def build_engine(
             precision=train.precision,
             device=device,
             documents=config.data.mask_documents,
+            batch=Batch.of_training(train.micro_batch, config.data.sequence_length, apart=compiled is not as_it_is),
         )
     engine = make_engine(module, train=train, layout=layout, groups=groups, seed=seed if draws else None)
     return engine, certificates

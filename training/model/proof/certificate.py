@@ -26,7 +26,7 @@ from training.model.attention import Attention, AttentionBlock, backend_used
 from training.model.positions.bias import QUERY_BLOCK
 from training.model.positions.method import PositionMethod, local_heads
 from training.model.proof.attention_weights import dtype_of, in_classes, read_classes, read_rows, total_variation
-from training.model.proof.kernel_error import ROW_ERRORS, kernel_fault
+from training.model.proof.kernel_error import ROW_ERRORS, SHORT, Batch, kernel_fault
 
 PROBED = 64  # positions whose rows are read key by key: there the flattest slope of 8 heads still moves 3 % of a row
 LONG = 2 * QUERY_BLOCK + 17  # positions read by classes of keys: three blocks of queries, the last one short
@@ -92,6 +92,7 @@ def certify(
     precision: str,
     device: torch.device,
     documents: bool = False,
+    batch: Batch = SHORT,
     otherwise: str = TRAIN_OTHERWISE,
     scaling: Scaling | None = None,
 ) -> list[Certificate]:
@@ -106,6 +107,7 @@ def certify(
         precision: Value of `train.precision`: the type of the forward pass.
         device: Where it runs.
         documents: Whether attention must be able to stay inside documents: then it is compared inside some.
+        batch: What its attention is compared on.
         otherwise: What a user can do if this machine's attention is wrong.
         scaling: Scales the slopes; None for those of the training.
     Returns:
@@ -115,7 +117,9 @@ def certify(
     """
     tolerance = PRECISIONS[precision].row_tolerance
     # found first: `auto` then takes another kernel
-    fault = _attention_fault(module, model, groups=groups, precision=precision, device=device, documents=documents)
+    fault = _attention_fault(
+        module, model, groups=groups, precision=precision, device=device, batch=batch, documents=documents
+    )
     mine = measure_certificate(module, model, groups=groups, precision=precision, device=device, fault=fault)
     stated = all_gather_object((mine, fault), group=groups.world)
     certificates = [certificate for certificate, _ in stated]
@@ -132,7 +136,14 @@ def certify(
 
 
 def _attention_fault(
-    module: nn.Module, model: Model, *, groups: Groups, precision: str, device: torch.device, documents: bool
+    module: nn.Module,
+    model: Model,
+    *,
+    groups: Groups,
+    precision: str,
+    device: torch.device,
+    batch: Batch,
+    documents: bool,
 ) -> str | None:
     """Return what is wrong with the output or the gradients of this rank's attention, None if nothing is."""
     for attend in _attentions(module):
@@ -143,6 +154,7 @@ def _attention_fault(
             dtype=dtype_of(precision),
             device=device,
             limit=ROW_ERRORS * PRECISIONS[precision].row_tolerance,
+            batch=batch,
             documents=documents,
         )
         if fault is not None:

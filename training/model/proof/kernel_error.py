@@ -5,6 +5,7 @@ are checked once at start, on the device, before they are used.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,9 +16,34 @@ from parallel.documents import Documents
 from training.model.attention import Attention, AutoAttention
 from training.model.kernels.reference import Reference
 
-SEQ = 131  # more than one block of a kernel, and a multiple of none
-FIRSTS = (0, 1, 50, 129)  # first tokens of the documents that attention is compared in, if it must stay inside them
+ROWS = 131  # last queries that are compared: more than one block of a kernel, and a multiple of none
+LONGEST = 2048  # tokens; kernels leave out keys without weight from here on at the latest
 ROW_ERRORS = 10  # what gradients may be off, in units of what a row may: bf16 rounds queries, weights and outputs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an attention is compared on.
+
+    A kernel that is compiled for each shape is the one that trains only where shape and strides are those of training.
+
+    Attributes:
+        sequences: Of a micro-batch.
+        tokens: Of a sequence.
+        apart: Whether queries, keys and values lie in one piece each, or side by side, as the projection gives them.
+    """
+
+    sequences: int = 1
+    tokens: int = ROWS
+    apart: bool = False
+
+    @classmethod
+    def of_training(cls, sequences: int, tokens: int, *, apart: bool) -> "Batch":
+        """Return a run's own micro-batch, or one long sequence where its sequences would take too much memory."""
+        return cls(1, LONGEST, apart) if tokens > LONGEST else cls(sequences, max(ROWS, tokens), apart)
+
+
+SHORT = Batch()
 
 
 def kernel_error(
@@ -27,6 +53,7 @@ def kernel_error(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    batch: Batch = SHORT,
     documents: bool = False,
 ) -> float:
     """Return how far an attention's output and, where gradients are enabled, those are from exact; nan if one is.
@@ -37,16 +64,15 @@ def kernel_error(
         head_dim: Their width.
         dtype: Type of queries, keys and values.
         device: Where to compute.
+        batch: What to compare it on: the last ROWS queries, and their gradients.
         documents: Whether to compare it inside documents, which a kernel without a mask of them cannot do.
     Returns:
         The largest difference, relative to the largest entry of the exact tensor.
     """
-    generator = torch.Generator().manual_seed(SEQ)
-    # as the projection gives them: [seq, batch, local_heads, 3, head_dim] -> 3 x [batch, local_heads, seq, head_dim]
-    drawn = torch.randn(SEQ, 1, heads, 3, head_dim, generator=generator).to(device, dtype)
-    inputs = drawn.permute(3, 1, 2, 0, 4).unbind()
-    weight = torch.randn(1, heads, SEQ, head_dim, generator=generator).to(device, dtype)
-    inside = _documents(device) if documents else None
+    generator = torch.Generator(device).manual_seed(ROWS)
+    inputs = _drawn(batch, heads=heads, head_dim=head_dim, dtype=dtype, generator=generator)
+    weight = torch.randn(batch.sequences, heads, ROWS, head_dim, generator=generator, device=device).to(dtype)
+    inside = _documents(batch, device) if documents else None
     ours = _output_and_gradients(attend, inputs, weight=weight, documents=inside)
     wide = torch.promote_types(torch.float32, dtype)
     exact = _output_and_gradients(
@@ -56,15 +82,28 @@ def kernel_error(
     return float(torch.stack(errors).max())  # max keeps nan
 
 
-def _documents(device: torch.device) -> Documents:
-    return Documents(torch.isin(torch.arange(SEQ), torch.tensor(FIRSTS))[None], device=device)
+def _drawn(
+    batch: Batch, *, heads: int, head_dim: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """Return random queries, keys and values, [batch, local_heads, seq, head_dim] each."""
+    shape = (batch.tokens, batch.sequences, heads, 3, head_dim)
+    drawn = torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+    parts = tuple(part.contiguous() if batch.apart else part for part in drawn.unbind(3))
+    return tuple(part.permute(1, 2, 0, 3) for part in parts)
+
+
+def _documents(batch: Batch, device: torch.device) -> Documents:
+    """Return documents that begin anywhere, some of them within the last rows."""
+    firsts = torch.tensor([0, 1, 50, batch.tokens // 2 + 3, batch.tokens - 81, batch.tokens - 2])
+    begins = torch.isin(torch.arange(batch.tokens), firsts)
+    return Documents(begins.expand(batch.sequences, -1), device=device)
 
 
 def _output_and_gradients(
     attend: Attention, inputs: tuple[Tensor, ...], *, weight: Tensor, documents: Documents | None
 ) -> list[Tensor]:
     q, k, v = (x.detach().requires_grad_(torch.is_grad_enabled()) for x in inputs)
-    out = attend(q, k, v) if documents is None else attend(q, k, v, documents)
+    out = (attend(q, k, v) if documents is None else attend(q, k, v, documents))[:, :, -ROWS:]
     return [out.detach(), *(torch.autograd.grad(out, (q, k, v), weight) if torch.is_grad_enabled() else ())]
 
 
@@ -76,6 +115,7 @@ def kernel_fault(
     dtype: torch.dtype,
     device: torch.device,
     limit: float,
+    batch: Batch = SHORT,
     documents: bool = False,
 ) -> str | None:
     """Return what is wrong with an attention as `kernel_error` measures it, None if nothing is.
@@ -89,10 +129,18 @@ def kernel_fault(
         dtype: Type of queries, keys and values.
         device: Where to compute.
         limit: Largest error allowed, as `kernel_error` measures it.
+        batch: What to compare it on.
         documents: Whether to compare it inside documents.
     """
     measure = partial(
-        kernel_error, attend, heads=heads, head_dim=head_dim, dtype=dtype, device=device, documents=documents
+        kernel_error,
+        attend,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        batch=batch,
+        documents=documents,
     )
     while True:
         fault = _fault(measure, limit=limit)

@@ -1,0 +1,81 @@
+"""Before a run trains, its attention is compared on the shape and strides that it trains on, windows included."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.schema import Model
+from parallel import compiled
+from parallel.groups import lone_groups
+from tests.support.models import make_decoder
+from tests.support.one_rank import one_rank
+from training.model.kernels import sdpa_cpu
+from training.model.kernels.sdpa import Sdpa
+from training.model.proof.certificate import WrongPositions, certify
+from training.model.proof.kernel_error import LONGEST, ROWS, SHORT, Batch, kernel_error
+
+CPU = torch.device("cpu")
+
+
+def test_a_long_sequence_is_compared_where_windows_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder(8, head_dim=16)
+    model = Model(layers=2, hidden=128, heads=8, attention="sdpa")
+    told: Any = {"groups": lone_groups(), "precision": "fp32", "device": CPU}
+    longer = Batch.of_training(2, 1024, apart=False)
+    certify(decoder, model, **told, batch=longer)
+    monkeypatch.setattr(sdpa_cpu, "first_keys", lambda distances, **_: [10**9] * distances.shape[1])  # no far key
+    certify(decoder, model, **told, batch=SHORT)
+    with pytest.raises(WrongPositions, match=r"cannot train .*: its output or gradients are wrong by"):
+        certify(decoder, model, **told, batch=longer)
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient"])
+def test_the_last_rows_and_their_gradients_are_compared(wrong: str) -> None:
+    attend = Sdpa(make_decoder(4).layers[1].attend.bias)  # type: ignore[union-attr,arg-type]
+    shape: Any = {"heads": 4, "head_dim": 8, "dtype": torch.float32, "device": CPU, "batch": Batch(2, 300)}
+    assert kernel_error(attend, **shape, documents=True) < 1e-5
+
+    class Wrong:
+        bias = attend.bias
+
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = attend(q, k, v)
+            off = torch.zeros_like(out)
+            off[1, 3, -ROWS if wrong == "output" else 5] = 0.01
+            return out + off if wrong == "output" else out + (off * v - (off * v).detach()).sum(2, keepdim=True)
+
+    assert kernel_error(Wrong(), **shape) > 1e-3
+
+
+def test_long_sequences_are_compared_alone() -> None:
+    assert Batch.of_training(16, LONGEST, apart=True) == Batch(16, LONGEST, apart=True)
+    assert Batch.of_training(16, LONGEST + 1, apart=True) == Batch(1, LONGEST, apart=True)
+    assert Batch.of_training(4, 64, apart=False) == Batch(4, ROWS)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_first_step_has_the_shape_that_was_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiles: bool
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    attend = Sdpa.__call__
+
+    def recorded(self: Sdpa, q: Tensor, k: Tensor, v: Tensor, documents: None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append(tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in (q, k, v)))
+        return attend(self, q, k, v, documents)
+
+    monkeypatch.setattr(Sdpa, "__call__", recorded)
+    overrides = ["data.sequence_length=136", "train.micro_batch=2", "train.global_batch=2"]
+    if compiles:
+        monkeypatch.setattr(compiled, "missing_compiler", lambda *_, **__: None)
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # as compiled: in one piece each
+        overrides.append("train.compile=on")
+    with one_rank(tmp_path, *overrides) as rank:
+        rank.start(tmp_path / "run", steps=1)
+    assert len(seen) > 1
+    assert set(seen) == {seen[0]}
+    assert seen[0][0][0][2] == 136
