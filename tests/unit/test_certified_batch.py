@@ -26,7 +26,11 @@ def test_a_long_sequence_is_compared_where_windows_are_wrong(monkeypatch: pytest
     told: Any = {"groups": lone_groups(), "precision": "fp32", "device": CPU}
     longer = Batch.of_training(2, 1024, apart=False)
     certify(decoder, model, **told, batch=longer)
-    monkeypatch.setattr(sdpa_cpu, "first_keys", lambda distances, **_: [10**9] * distances.shape[1])  # no far key
+
+    def too_late(distances: Tensor, *, position: int, step: int) -> list[int]:
+        return [max(0, position - 600) // step * step] * distances.shape[1]
+
+    monkeypatch.setattr(sdpa_cpu, "first_keys", too_late)
     certify(decoder, model, **told, batch=SHORT)
     with pytest.raises(WrongPositions, match=r"cannot train .*: its output or gradients are wrong by"):
         certify(decoder, model, **told, batch=longer)
