@@ -16,7 +16,8 @@ from training.model.kernels.tiles import (
     block_mask,
     compiled_finder,
     mask_of_all,
-    tiles_of_documents,
+    mask_of_documents,
+    starts_in_tiles,
     tiles_with_weight,
 )
 from training.model.positions.bias import Bias
@@ -67,9 +68,7 @@ class Flex:
         compiled = q.is_cuda if self._compiled is None else self._compiled
         if compiled and not one_shape:
             q, k, v = (x.contiguous() for x in (q, k, v))  # so that the kernel knows what strides are multiples of
-        # The tokens behind the end are a document of their own.
-        starts = None if documents is None else F.pad(documents.starts, (0, end), value=keys)
-        mask, density = self._mask(q, k, tiles=tiles, starts=starts)
+        mask, density = self._mask(q, k, tiles=tiles, documents=documents)
         if self.bias.lossless is not None:
             self.bias.lossless.add(density)
         attended: Tensor = flex_kernel(compiled, one_shape)(
@@ -84,19 +83,19 @@ class Flex:
         return out if end == 0 and queries == keys else out[:, :, keys - queries : keys]
 
     @torch.no_grad()
-    def _mask(self, q: Tensor, k: Tensor, *, tiles: int, starts: Tensor | None) -> tuple[Any, Tensor]:
+    def _mask(self, q: Tensor, k: Tensor, *, tiles: int, documents: Documents | None) -> tuple[Any, Tensor]:
         """Return FlexAttention's block mask of a call, and what share of the causal tiles it leaves."""
         slopes, window = self._slopes.on(q.device), self.bias.window
         if self.bias.lossless is None or slopes is None or tiles < FEWEST_TILES_OF_WINDOWS:
-            if starts is None:
+            if documents is None:
                 return mask_of_all(*q.shape[:2], tiles, window=window, device=q.device)
-            counts = tiles_of_documents(starts, heads=q.shape[1], window=window)
-        else:
-            q, k = (x.detach().view(*x.shape[:2], tiles, TILE, -1) for x in (q, k))
-            find = compiled_finder() if q.is_cuda else tiles_with_weight
-            # wider products take more shared memory than a GPU has
-            by_scores = self.bias.lossless.by_scores and q.dtype.itemsize == 2
-            counts = find(q, k, slopes, window, starts, by_scores)
+            return mask_of_documents(documents, tiles, heads=q.shape[1], window=window)
+        starts = None if documents is None else starts_in_tiles(documents, tiles)
+        q, k = (x.detach().view(*x.shape[:2], tiles, TILE, -1) for x in (q, k))
+        find = compiled_finder() if q.is_cuda else tiles_with_weight
+        # wider products take more shared memory than a GPU has
+        by_scores = self.bias.lossless.by_scores and q.dtype.itemsize == 2
+        counts = find(q, k, slopes, window, starts, by_scores)
         return block_mask(counts, window=window, starts=starts), counts.density
 
 

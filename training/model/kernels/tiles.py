@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.compiled import CompilerFailure, compiling
+from parallel.documents import Documents
 from training.model.kernels.tile_search import first_tiles_with_weight
 from training.model.windows import norms, reach
 
@@ -54,6 +55,37 @@ def mask_of_all(batch: int, heads: int, tiles: int, *, window: int | None, devic
     rows = torch.arange(tiles, dtype=torch.int32, device=device)
     counts = _count(rows.expand(batch, heads, -1), window=window)
     return block_mask(counts, window=window), counts.density
+
+
+@lru_cache(maxsize=4)
+def mask_of_documents(documents: Documents, tiles: int, *, heads: int, window: int | None) -> tuple[Any, Tensor]:
+    """Return the block mask of the tiles that documents and a sliding window leave, and their density.
+
+    All layers of a micro-batch share it.
+
+    Args:
+        documents: The documents.
+        tiles: Length of the sequence in tiles.
+        heads: Heads of this rank.
+        window: Keys that a query sees, its own included; None for all before it.
+    """
+    starts = starts_in_tiles(documents, tiles)
+    counts = tiles_of_documents(starts, heads=heads, window=window)
+    return block_mask(counts, window=window, starts=starts), counts.density
+
+
+@lru_cache(maxsize=4)
+def starts_in_tiles(documents: Documents, tiles: int) -> Tensor:
+    """Return the place of the first token of each token's document, [batch, tiles * TILE].
+
+    The tokens that fill up the last tile are a document of their own.
+
+    Args:
+        documents: The documents.
+        tiles: Length of the sequence in tiles.
+    """
+    tokens = documents.starts.shape[1]
+    return F.pad(documents.starts, (0, tiles * TILE - tokens), value=tokens)
 
 
 def tiles_of_documents(starts: Tensor, *, heads: int, window: int | None) -> TileCounts:
