@@ -1,6 +1,7 @@
 """Parts of a start that are slow: say how long one took, and import without garbage collection. Imports no torch."""
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +31,11 @@ def importing() -> Iterator[None]:
     """Import in the block without garbage collection, and leave what that made out of later ones.
 
     Libraries make a million objects that stay: looking at them took a second of a start, half of it in collections that
-    DeepSpeed asks for while it builds an engine.
+    DeepSpeed asks for while it builds an engine. Where torch is there already, nothing slow is left to import.
     """
+    if "torch" in sys.modules:
+        yield
+        return
     gc.disable()
     try:
         yield

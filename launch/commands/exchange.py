@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from configs.slow_parts import importing
 from launch.commands.options import CheckpointPath, count_option, path_of
 from launch.complete import complete_dtypes, complete_formats
 from training.export.formats.table import DTYPES, FORMATS
@@ -84,7 +85,9 @@ def export_command(
     require_checkpoint(checkpoint)
 
     from launch.show.model import show_export
-    from training.export.run import export_checkpoint
+
+    with importing():
+        from training.export.run import export_checkpoint
 
     exported = export_checkpoint(
         checkpoint,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from configs.precisions import DEFAULT_PRECISION, require_precision
+from configs.slow_parts import importing
 from launch.commands.model import PrecisionName
 from launch.commands.options import AsJson, CheckpointPath, count_option, number_option, path_of
 from training.out_of_memory import explain_out_of_memory
@@ -65,7 +66,9 @@ def harness_command(
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from training.evaluation.folder import ReportNotWritten
-    from training.harness.run import run_harness
+
+    with importing():
+        from training.harness.run import run_harness
 
     show = show_json if as_json else show_results
     try:

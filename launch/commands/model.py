@@ -16,6 +16,7 @@ from configs.errors import InputError
 from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS, require_precision
 from configs.protocols import PROTOCOL_NAMES
 from configs.scales import SCALES
+from configs.slow_parts import importing
 from launch.commands.options import (
     AsJson,
     CheckpointPath,
@@ -194,7 +195,8 @@ def evaluate_command(
 def _evaluate(checkpoint: Path, request: "EvaluationRequest") -> dict[str, Any]:
     """Evaluate a checkpoint, or a model of Hugging Face in its place; return the report."""
     if request.hf is None:
-        from training.evaluation.run import evaluate_checkpoint
+        with importing():
+            from training.evaluation.run import evaluate_checkpoint
 
         return evaluate_checkpoint(checkpoint, request)
 
@@ -317,8 +319,9 @@ def generate_command(
     if scale is not None:
         fixed_scale_for(scale, load_run(str(folder / CONFIG_NAME)).model)
 
-    from launch.show.generation import answer_prompts, show_generated, show_stream
-    from training.api import load
+    with importing():
+        from launch.show.generation import answer_prompts, show_generated, show_stream
+        from training.api import load
 
     model = load(checkpoint, precision=precision, scale=scale)
     if interactive:

@@ -13,6 +13,7 @@ import typer
 
 from configs.commands import run_file_named
 from configs.errors import InputError, MachineError
+from configs.slow_parts import importing
 from launch.commands.options import AsJson, Overrides, RunFile, count_option, path_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, 
 
     log = None if place.rank else rank_log(out, rank=0)
     with following(log, descriptor=place.terminal, environ=os.environ), explain_rank_failure(config, place):
-        from training.profiling.run import profile_rank
+        with importing():
+            from training.profiling.run import profile_rank
 
         profile_rank(config, place, steps=steps, out=out)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from configs.precisions import DEFAULT_PRECISION
+from configs.slow_parts import importing
 from launch.commands.model import PrecisionName, ScaleName
 from launch.commands.options import AsJson, CheckpointPath, count_option, number_option, path_of
 from launch.complete import complete_tasks
@@ -60,7 +61,9 @@ def retrieval_command(
     check_retrieval(checkpoint, request)  # before the slow imports
 
     from launch.evaluation import show_when_done
-    from training.retrieval.run import measure_retrieval
+
+    with importing():
+        from training.retrieval.run import measure_retrieval
 
     show = show_json if as_json else partial(show_retrieval, checkpoint=checkpoint)
     show_when_done(lambda: measure_retrieval(checkpoint, request), show=show)
