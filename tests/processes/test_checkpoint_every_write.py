@@ -1,7 +1,7 @@
 """The file operations of a save fail, one after the other: only that save is lost.
 
-A save writes dozens of tensors and removes a folder's files, one like the other: here the first and the last of such a row
-fail, in `make test-faults` every one.
+A save writes dozens of tensors and removes a folder's files, one like the other: here the first and the last of such a
+row fail, in `make test-faults` every one.
 """
 
 import json
