@@ -34,13 +34,14 @@ unit-model: $(INSTALLED)
 unit-rest: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q tests/unit $(foreach part,$(HALF),--ignore-glob='*/test_$(part)*')
 
-# What starts processes waits half of its time, so two halves run beside each other; but first, alone, what is timed, and
-# the mutants, which use all cores.
+# What starts processes waits half of its time, so two halves run beside each other, with one thread each: more of them
+# spin while they wait, and take what the other half needs. But first, alone, what is timed, and the mutants, which use
+# all cores.
 TIMED := tests/processes/test_cli_commands.py tests/processes/test_tracking_outages.py
 test: quick
 	$(BIN)/python -P -m pytest -q $(TIMED)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q tests/mutants
-	$(MAKE) --no-print-directory --output-sync --jobs=2 test-processes test-ranks
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync --jobs=2 test-processes test-ranks
 
 test-processes: $(INSTALLED)
 	$(BIN)/python -P -m pytest -q $(foreach part,unit distributed mutants,--ignore=tests/$(part)) \

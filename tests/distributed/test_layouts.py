@@ -11,7 +11,7 @@ from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import open_checkpoint
 
 WARM_STEPS = range(3)  # so that Adam's moments are not zero in the saved state
-STEPS = range(3, 13)
+STEPS = range(3, 8)
 
 
 def _layout(tensor: int, pipeline: int, zero: int, *, sequence: bool = False) -> dict[str, int | bool]:

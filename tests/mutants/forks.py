@@ -17,7 +17,17 @@ ALREADY = "pytest.PytestAssertRewriteWarning"
 IDS, SAID, CODE = "mutant_ids", "mutant_said", "mutant_code"
 PROJECT = ("configs", "parallel", "data_pipeline", "training", "launch", "tests")
 # Import these before forking; main drops the project's own modules again.
-WARM = ("training.model.single", "transformers.models.bloom.modeling_bloom", "transformers.models.t5.modeling_t5")
+WARM = (
+    "training.model.single",
+    "transformers.models.bloom.modeling_bloom",
+    "transformers.models.t5.modeling_t5",
+    # With the plugins of other packages, such as trio's. Imported in a fork, hypothesis would not find who refers to
+    # objects that gc.freeze has hidden, and warn of it.
+    "hypothesis",
+    "matplotlib.pyplot",
+    "mlflow.tracking",
+    "mlflow.store.tracking.sqlalchemy_store",
+)
 
 
 def forget_project() -> None:

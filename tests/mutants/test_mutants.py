@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,12 @@ CAUGHT = re.compile(
 )
 
 
-def copy_code(source: Path, folder: Path, *left_out: str) -> None:
+def copy_code(source: Path, folder: Path, *left_out: str, copy: Callable[..., object] = shutil.copy2) -> None:
     """Copy the code of a folder into another, without files of some names."""
     for name in PROJECT:
-        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns(".*", *left_out))
-    shutil.copy(source / "pyproject.toml", folder)
+        ignored = shutil.ignore_patterns(".*", *left_out)
+        shutil.copytree(source / name, folder / name, ignore=ignored, copy_function=copy)
+    copy(source / "pyproject.toml", folder / "pyproject.toml")
 
 
 def make_wrong(folder: Path, mutant: Mutant) -> None:
@@ -53,6 +55,7 @@ def make_wrong(folder: Path, mutant: Mutant) -> None:
     file = folder / mutant.file
     text = file.read_text(encoding="utf-8")
     assert text.count(mutant.right) == 1, f"{mutant.file} must hold once: {mutant.right}"
+    file.unlink()  # a link: the file itself is every copy's
     file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
     # Python would use the original's bytecode for a mutant of the same age and length.
     for bytecode in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
@@ -71,7 +74,7 @@ def make_copies(folders: dict[str | None, Path]) -> None:
     for name in PROJECT:
         assert compileall.compile_dir(right / name, quiet=1)
     for mutant in ALL:
-        copy_code(right, folders[mutant.name])
+        copy_code(right, folders[mutant.name], copy=os.link)  # a hundred thousand files
         make_wrong(folders[mutant.name], mutant)
         (folders[mutant.name] / IDS).write_text(mutant.caught_by, encoding="utf-8")
     (right / IDS).write_text("\n".join(sorted({mutant.caught_by for mutant in ALL})), encoding="utf-8")

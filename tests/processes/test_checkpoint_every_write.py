@@ -1,4 +1,8 @@
-"""Every file operation of a save fails, one after the other: only that save is lost."""
+"""The file operations of a save fail, one after the other: only that save is lost.
+
+A save writes dozens of tensors and removes a folder's files, one like the other: here the first and the last of such a
+row fail, in `make test-faults` every one.
+"""
 
 import json
 import logging
@@ -57,15 +61,22 @@ def open_files() -> int:
     return sum("/checkpoints" in os.readlink(link) for link in links if os.path.islink(link))
 
 
-@pytest.fixture
-def count_of_a_save(rank: OneRank, begun: Path, tmp_path: Path) -> int:
+@pytest.fixture(params=["each kind", pytest.param("all", marks=pytest.mark.faults)])
+def operations(request: pytest.FixtureRequest, rank: OneRank, begun: Path, tmp_path: Path) -> list[int]:
+    """Numbers of the operations of a save that are made to fail."""
     run_dir = tmp_path / "counted"
     shutil.copytree(begun, run_dir)
     with counted_operations() as names:
         rank.start(run_dir, steps=BEFORE + 1)
     assert {"mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir"} <= set(names)
     assert steps_of_whole(run_dir) == [BEFORE, BEFORE + 1]
-    return len(names)
+    return ends_of_rows(names) if request.param == "each kind" else [*range(1, len(names) + 1)]
+
+
+def ends_of_rows(names: list[str]) -> list[int]:
+    """Return the numbers, from 1, of the operations without those that come between two of their own kind."""
+    around = zip(["", *names], names, [*names[1:], ""], strict=False)
+    return [number for number, three in enumerate(around, start=1) if len(set(three)) > 1]
 
 
 def start(rank: OneRank, begun: Path, run_dir: Path, fail: OnOperation, *, steps: int) -> list[str]:
@@ -113,10 +124,10 @@ def test_a_disk_that_takes_one_byte_at_a_time_gets_all(tmp_path: Path, monkeypat
 
 
 def test_training_continues_whichever_operation_fails(
-    rank: OneRank, begun: Path, unbroken: list[list[Any]], count_of_a_save: int, tmp_path: Path
+    rank: OneRank, begun: Path, unbroken: list[list[Any]], operations: list[int], tmp_path: Path
 ) -> None:
     failed = closes = 0
-    for number in range(1, count_of_a_save + 1):
+    for number in operations:
         run_dir = tmp_path / f"run_{number}"
         names = start(rank, begun, run_dir, once(number), steps=STEPS)
         closes += names[number - 1] == "close"
@@ -129,19 +140,19 @@ def test_training_continues_whichever_operation_fails(
         failed += signs[-1] is not None
         shutil.rmtree(run_dir)
     # the other operations remove an older checkpoint, after the new one is saved
-    assert count_of_a_save - failed < 12
+    assert len(operations) - failed < 12
 
 
 def test_a_disk_that_fails_for_good_leaves_a_whole_checkpoint(
     rank: OneRank,
     begun: Path,
     unbroken: list[list[Any]],
-    count_of_a_save: int,
+    operations: list[int],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     newest: set[int] = set()
-    for number in range(1, count_of_a_save + 1):
+    for number in operations:
         run_dir = tmp_path / f"run_{number}"
         error = None
         try:

@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from parallel.layout import Layout
 from parallel.start import start_alone
 from tests.support.data import BOOK
 from tests.support.small_run import TINY, overrides_of, small_run
+from training import folder, utilization
 from training.build import build_engine
 from training.folder import claim_run_folder
 from training.metrics_file import MetricsFile
@@ -119,7 +122,7 @@ def one_rank(home: Path, *more: str) -> Iterator[OneRank]:
     config = load_run("demo", overrides=[*overrides, f"run.dir={home / 'unused'}"])
     prepare_data(config.data, folder=data_folder(config), progress=False)
     prepared = load_trainable(config.data, folder=data_folder(config), validates=False)
-    with one_thread():
+    with one_thread(), asked_once():
         engine, groups = engine_of(config, vocab_size=prepared.vocab_size)
         state = engine.state()
         initial = {name: state.read(name, "weight").clone() for name in state.parameters}
@@ -133,6 +136,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Measure this machine, and ask git for the code, once: at each start they take longer than such a run's steps."""
+    with (
+        patch.object(utilization, "measured_gemm", cache(utilization.measured_gemm)),
+        patch.object(folder, "source_code", cache(folder.source_code)),
+    ):
+        yield
 
 
 def engine_of(config: RunConfig, *, vocab_size: int) -> tuple[Engine, Groups]:

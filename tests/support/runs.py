@@ -10,6 +10,7 @@ import torch.distributed as dist
 from configs.load import load_run
 from configs.paths import checkpoints_folder
 from parallel.start import ProcessRank, start, stop
+from tests.support.one_rank import asked_once
 from training.checkpoint.manifest import list_checkpoints
 from training.run import train_rank
 
@@ -29,6 +30,7 @@ class Start:
     after_step: int = 0
 
 
+@asked_once()
 def train_runs(process: ProcessRank, *, starts: list[Start]) -> list[bool]:
     """Train each run in turn, each as a start of the command would; return whether torch computed deterministically."""
     deterministic = []
