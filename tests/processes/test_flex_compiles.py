@@ -31,7 +31,7 @@ def test_one_compilation_serves_many_lengths() -> None:
         torch.testing.assert_close(attend(q, k, v), Reference(bias)(q, k, v), atol=1e-5, rtol=0)
     after_a_cache = q[:, :, -10:]
     torch.testing.assert_close(attend(after_a_cache, k, v), Reference(bias)(after_a_cache, k, v), atol=1e-5, rtol=0)
-    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2, "its first length, or a batch of 1, is no kind of its own"
     *short, first, second, cached = bias.lossless.take()
     assert all(density == 1 for density in short)
     assert cached < second < first < 0.7

@@ -62,6 +62,20 @@ def test_a_cpu_stores_matrices_by_columns() -> None:
             assert weight.stride() == (1, weight.shape[0]), "a token's matrix products read them in this order"
 
 
+@pytest.mark.parametrize("position", ["t5", "kerple"])
+def test_a_captured_step_takes_changed_weights(position: str) -> None:
+    tokens, found = some_tokens(1, 9), []
+    for capture in (None, RecordedGraph):
+        model = single(position, capture=capture)
+        for factor in (1.0, 2.0):  # a table of biases is among the weights
+            model.change_weights(lambda weight, factor=factor: factor * weight)  # type: ignore[misc]
+            cache = KeyValueCache()
+            model.next_logits(tokens, cache)
+            found.append(model.next_logits(tokens[:, :1], cache).clone())
+    torch.testing.assert_close(found[2:], found[:2], atol=2e-5, rtol=2e-5)
+    assert len(graphs) == 2
+
+
 def some_tokens(*shape: int) -> Tensor:
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
 

@@ -108,7 +108,7 @@ class SingleModel:
         elif capture is None:
             capture = CudaGraph
         self._capture, self._positions = capture, positions
-        self._steps = None if capture is None else TokenSteps(decoder, capture=capture)
+        self._steps = self._new_steps()
         self.certificate, self.windows = certificate, windows_of(decoder)
 
     @property
@@ -140,14 +140,18 @@ class SingleModel:
             self.certificate = self._positions.certificate
             if self.windows is not None:
                 self.windows.take()  # the certificate's calls
-            if self._capture is not None:  # captured steps hold the bias of before
-                self._steps = TokenSteps(self._decoder, capture=self._capture)
+            self._steps = self._new_steps()
 
     def change_weights(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace each weight, fp32, by what a function makes of it."""
         with torch.no_grad():
             for parameter in self._decoder.parameters():
                 parameter.copy_(change(parameter.float()))
+        self._steps = self._new_steps()
+
+    def _new_steps(self) -> TokenSteps | None:
+        """Return steps that have captured nothing: those from before another bias hold the bias of before."""
+        return None if self._capture is None else TokenSteps(self._decoder, capture=self._capture)
 
     def losses(self, tokens: Tensor, *, last: int | None = None) -> Tensor:
         """Return the loss of predicted tokens; memory grows linearly with length.

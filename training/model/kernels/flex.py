@@ -140,4 +140,19 @@ def flex_kernel(compiled: bool, one_shape: bool) -> Any:
     # torch ever does.
     limits = torch._dynamo.config
     limits.recompile_limit = limits.accumulated_recompile_limit
-    return torch.compile(attend, fullgraph=True, dynamic=False if one_shape else None)
+    kernel = torch.compile(attend, fullgraph=True, dynamic=False if one_shape else None)
+    return kernel if one_shape else _of_any_length(kernel)
+
+
+def _of_any_length(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel that is compiled for any length at once; torch would learn that from a second one."""
+    mask = r"L\['how'\]\['block_mask'\]\."
+    lengths = [rf"L\['{name}'\]:2" for name in "qkv"]
+    lengths += [rf"{mask}(full_)?(kv|q)_.*:{dimension}" for dimension in (2, 3)]
+    varying = ",".join([*lengths, rf"{mask}seq_lengths.*"])
+
+    def attend(*inputs: Tensor, **how: Any) -> Any:
+        with torch.compiler.config.patch(dynamic_sources=varying):
+            return kernel(*inputs, **how)
+
+    return attend
