@@ -152,7 +152,7 @@ def _of_any_length(kernel: Callable[..., Any]) -> Callable[..., Any]:
     varying = ",".join([*lengths, rf"{mask}seq_lengths.*"])
 
     def attend(*inputs: Tensor, **how: Any) -> Any:
-        with torch.compiler.config.patch(dynamic_sources=varying):
+        with torch.compiler.config.patch(dynamic_sources=varying):  # type: ignore[attr-defined]
             return kernel(*inputs, **how)
 
     return attend
