@@ -1,6 +1,14 @@
 """Exceptions whose cause a user can fix. The command line prints each as one message, with its exit code."""
 
+import re
 from pathlib import Path
+
+# What torch, NCCL, cuBLAS, the C++ library and the loader of shared libraries say where memory runs out.
+NO_MEMORY = re.compile(
+    r"out of memory|(?:can't|cannot|failed to) allocate(?! memory in static TLS)|not enough memory|bad_alloc|"
+    r"_ALLOC_FAILED|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
 
 
 class TrainshortError(Exception):

@@ -10,7 +10,8 @@ from typing import Any
 
 from configs.figures import counted
 from configs.paths import logs_folder, metrics_path
-from launch.failure import ending_at_once
+from configs.slow_parts import importing
+from launch.failure import end_process, ending_at_once
 from launch.machine import device_type
 from launch.show.streams import following
 from parallel.start import ProcessRank, interrupt_on_sigterm
@@ -91,9 +92,13 @@ def evaluate_one_rank(checkpoint: Path, request: EvaluationRequest, place: Proce
     ):
         if place.rank == 0:
             interrupt_on_sigterm()
-        from training.evaluation.run import evaluate_rank
+        with importing():
+            from training.evaluation.run import evaluate_rank
 
         show_when_done(partial(evaluate_rank, checkpoint, request, place), show=show)
+    # All is written and said. gloo has been seen to abort while the interpreter was torn down, and SLURM then calls the
+    # job failed.
+    end_process(0)
 
 
 def _run_dir(checkpoint: Path) -> Path:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from configs.errors import TrainshortError
 from configs.secrets import hide_secrets
@@ -38,13 +39,17 @@ def ending_at_once() -> Iterator[None]:
         # Whatever blocks below, a full pipe or a lock that another thread holds, SIGALRM ends the process.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(FLUSH_SECONDS)
-        code = _report(error)
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # closed, or nobody reads it
-                stream.flush()
-        ctypes.CDLL(None).fflush(None)  # what libraries in C have printed, NCCL's warnings among it
-        os._exit(code)
+        end_process(_report(error))
+
+
+def end_process(code: int) -> NoReturn:
+    """Write out what has been said, and end the process without the interpreter's teardown."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    ctypes.CDLL(None).fflush(None)  # what libraries in C have printed, NCCL's warnings among it
+    os._exit(code)
 
 
 def _report(error: BaseException) -> int:

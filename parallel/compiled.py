@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs.errors import NO_MEMORY
 from parallel.compilers import missing_compiler
 from parallel.fused import add_and_normalize, add_to_residual, normalize, split_heads
 from parallel.head import Compile, as_it_is
@@ -28,8 +29,16 @@ def make_compile(word: str, *, device: torch.device) -> Compile:
     return as_it_is if word == "off" or (word == "auto" and device.type == "cpu") else _EachOnce()
 
 
-class CompilerFailure(Exception):
+class CompilerFailure(RuntimeError):
     """One of torch's compilers has failed; the message is the first line of its own, which has many."""
+
+
+def _of_triton() -> tuple[type[Exception], ...]:
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
 
 
 @contextmanager
@@ -40,12 +49,12 @@ def compiling() -> Iterator[None]:
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    errors = RuntimeError, OSError, ImportError, subprocess.SubprocessError, FailOnRecompileLimitHit
+    errors = RuntimeError, OSError, ImportError, subprocess.SubprocessError, FailOnRecompileLimitHit, *_of_triton()
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except errors as error:
+        if NO_MEMORY.search(str(error)):
+            raise
         raise CompilerFailure(next(iter(str(error).splitlines()), type(error).__name__)) from error
 
 

@@ -18,13 +18,15 @@ from tests.support.small_run import small_run
 if TYPE_CHECKING:
     from tests.support.one_rank import OneRank
 
-# Without a GPU, Triton's kernels run in its interpreter.
-if not Path("/proc/driver/nvidia").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # The same examples in each run, so that what passes here passes everywhere; others: --hypothesis-profile=default.
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
 settings.load_profile("same")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run Triton's kernels in its interpreter, except in the tests of a GPU."""
+    if "not gpu" in config.getoption("markexpr"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

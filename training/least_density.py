@@ -53,7 +53,7 @@ def attention_words(
     if share is not None and not documents:
         whole, percent = share == 1, math.floor(100 * share)  # rounded down: no metric of the run is below it
         # where a backend looks at scores, near ones that are large can leave out more than slopes alone do
-        looks = lossless and (device == "cpu" or model.windows == "scores")
+        looks = lossless and (device == "cpu" or (model.windows == "scores" and PRECISIONS[precision].width == 2))
         least = "about" if looks else "at least"
         words[-1] += f": all scores at length {length:,}" if whole else f": {least} {percent / 100:.2f} of the scores"
     return ", ".join(words)

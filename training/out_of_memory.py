@@ -12,18 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from configs.errors import MachineError
+from configs.errors import NO_MEMORY, MachineError
 from configs.figures import byte_size
 from training.host_memory import ADDRESS_SPACE, address_space_bytes, host_limit
 
 logger = logging.getLogger(__name__)
 
-# What torch, NCCL, cuBLAS, the C++ library and the loader of shared libraries say.
-_NO_MEMORY = re.compile(
-    r"out of memory|(?:can't|cannot|failed to) allocate(?! memory in static TLS)|not enough memory|bad_alloc|"
-    r"_ALLOC_FAILED|cudaErrorMemoryAllocation",
-    re.IGNORECASE,
-)
 # What they say when `ulimit -v` leaves no address space, and for other reasons without it.
 _NO_ADDRESS_SPACE = re.compile(r"failed to map segment|can't start new thread|Resource temporarily unavailable")
 _ON_GPU = re.compile(r"cuda|cublas|cudnn|nccl", re.IGNORECASE)
@@ -72,7 +66,7 @@ def is_out_of_memory_text(text: str) -> bool:
     """Return whether the words of a library say that memory ran out."""
     if host_limit().name == ADDRESS_SPACE and _NO_ADDRESS_SPACE.search(text):
         return True
-    return _NO_MEMORY.search(text) is not None
+    return NO_MEMORY.search(text) is not None
 
 
 def with_remedies(lines: Sequence[str], remedies: Sequence[str], *, on_gpu: bool) -> str:

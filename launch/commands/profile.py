@@ -89,11 +89,13 @@ def _check_out(out: Path) -> None:
 def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, out: Path) -> None:
     from configs.paths import rank_log
     from launch.show.streams import following
+    from parallel.start import open_gpu_early
     from training.rank_errors import explain_rank_failure
 
     log = None if place.rank else rank_log(out, rank=0)
     with following(log, descriptor=place.terminal, environ=os.environ), explain_rank_failure(config, place):
         with importing():
+            open_gpu_early(place, tensor=config.parallel.tensor)
             from training.profiling.run import profile_rank
 
         profile_rank(config, place, steps=steps, out=out)

@@ -84,8 +84,9 @@ def test_stop_and_resume_under_torchrun_change_no_loss(home: Path, unbroken: Sub
 
 
 def test_a_failed_training_leaves_nothing_waiting(home: Path) -> None:
-    one_rank = ("parallel.tensor=1", "parallel.pipeline=1", "slurm.ranks_per_node=1")
-    run = submit(home, "failed", *one_rank, "train.learning_rate=1e30", nodes=1)
+    sections = ("parallel", "evaluate")
+    one_rank = [f"{section}.{axis}=1" for section in sections for axis in ("tensor", "pipeline")]
+    run = submit(home, "failed", *one_rank, "slurm.ranks_per_node=1", "train.learning_rate=1e30", nodes=1)
     run.wait_for(state="FAILED")
     assert [file.name for file in (run.folder / "logs").glob("rank_*")] == ["rank_0.log"]
     assert (run.folder / "logs" / "rank_0.log").read_text().count("data 1, ZeRO-1") == 1

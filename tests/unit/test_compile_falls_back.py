@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.errors import TritonError
 
 from configs.errors import MachineError
 from parallel import compiled
@@ -30,10 +31,16 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_memory_that_runs_out_is_no_compilers_failure() -> None:
-    with pytest.raises(torch.OutOfMemoryError), compiled.compiling():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        with pytest.raises(type(error), match=f"^{error}$"), compiled.compiling():
+            raise error
     with pytest.raises(compiled.CompilerFailure, match=r"^no ptxas$"), compiled.compiling():
         raise RuntimeError("no ptxas\nsecond line")
+    with pytest.raises(compiled.CompilerFailure, match=r"^out of resource: shared memory$"), compiled.compiling():
+        raise TritonError("out of resource: shared memory")
 
 
 def make_auto_compile_here(patch: pytest.MonkeyPatch) -> None:

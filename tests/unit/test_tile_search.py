@@ -10,10 +10,11 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
+from triton.errors import TritonError
 
 from configs.positions import slopes
 from parallel.documents import Documents
-from training.model.kernels import flex
+from training.model.kernels import flex, tiles
 from training.model.kernels.flex import Flex
 from training.model.kernels.reference import Reference
 from training.model.kernels.tile_search import NEAREST_TILES, first_tiles_with_weight
@@ -189,11 +190,24 @@ def test_flex_computes_the_tiles_with_weight(monkeypatch: pytest.MonkeyPatch, do
 
 
 @torch.no_grad()
+def test_tiles_are_found_by_norms_where_the_search_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise TritonError("out of resource: shared memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(tiles, "first_tiles_with_weight", fails)
+    find, (q, k) = tiles.TileFinder(), torch.randn(2, 1, len(SLOPES), 3, TILE, 16).to(HALF)
+    expected = tiles_with_weight(q, k, SLOPES.float(), None)
+    for _ in range(2):
+        assert all(map(torch.equal, find(q, k, SLOPES.float(), None, None, True), expected))
+
+
+@torch.no_grad()
 def test_one_trace_searches_all_lengths() -> None:
     traced = torch.compile(tiles_with_weight, fullgraph=True, backend="eager")
     counters.clear()
-    for tiles in (2, 5, 3):
-        q, k = torch.randn(2, 1, len(SLOPES), tiles, TILE, 16, generator=torch.Generator().manual_seed(tiles)).to(HALF)
+    for count in (2, 5, 3):
+        q, k = torch.randn(2, 1, len(SLOPES), count, TILE, 16, generator=torch.Generator().manual_seed(count)).to(HALF)
         for x in (q, k):
             torch._dynamo.maybe_mark_dynamic(x, 2)
         found, expected = (find(q, k, SLOPES.float(), None, None, True) for find in (traced, tiles_with_weight))

@@ -22,7 +22,7 @@ class Reference:
         scores = (q.to(wide) @ k.to(wide).mT) / q.shape[-1] ** 0.5  # [batch, local_heads, queries, keys]
         scores = scores + self.bias(rows=q.shape[2], keys=k.shape[2], device=q.device, dtype=wide)
         if documents is not None:
-            outside = torch.arange(k.shape[2], device=k.device) < documents.starts[:, None, :, None]
+            outside = torch.arange(k.shape[2], device=k.device) < documents.starts[:, None, -q.shape[2] :, None]
             scores = scores.masked_fill(outside, -torch.inf)
         joined: Tensor = scores.softmax(-1) @ v.to(wide)
         return joined.to(q.dtype)

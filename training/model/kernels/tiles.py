@@ -152,7 +152,7 @@ def _first_in_reach(
 
 
 class TileFinder:
-    """Compiles `tiles_with_weight` to a few kernels, once for all lengths; if that fails, runs it as it is."""
+    """Compiles `tiles_with_weight` to a few kernels, once for all lengths; if that fails, runs it as it is, by norms."""
 
     def __init__(self) -> None:
         self._compiled = torch.compile(tiles_with_weight, fullgraph=True)
@@ -181,7 +181,7 @@ class TileFinder:
                 logger.warning("lossless windows are found by slower functions: torch's compiler fails (%s)", failure)
             else:
                 return counts
-        return tiles_with_weight(q, k, slopes, window, starts, by_scores)
+        return tiles_with_weight(q, k, slopes, window, starts)
 
 
 @cache

@@ -103,7 +103,9 @@ def _output_and_gradients(
     attend: Attention, inputs: tuple[Tensor, ...], *, weight: Tensor, documents: Documents | None
 ) -> list[Tensor]:
     q, k, v = (x.detach().requires_grad_(torch.is_grad_enabled()) for x in inputs)
-    out = (attend(q, k, v) if documents is None else attend(q, k, v, documents))[:, :, -ROWS:]
+    # attention written out takes the memory of all scores that it is asked for
+    asked = q[:, :, -ROWS:] if isinstance(attend, Reference) else q
+    out = (attend(asked, k, v) if documents is None else attend(asked, k, v, documents))[:, :, -ROWS:]
     return [out.detach(), *(torch.autograd.grad(out, (q, k, v), weight) if torch.is_grad_enabled() else ())]
 
 
