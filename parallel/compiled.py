@@ -35,10 +35,11 @@ class CompilerFailure(RuntimeError):
 
 def _of_triton() -> tuple[type[Exception], ...]:
     try:
-        from triton.errors import TritonError
+        from triton import errors
     except ImportError:
         return ()
-    return (TritonError,)
+    error: type[Exception] = errors.TritonError
+    return (error,)
 
 
 @contextmanager
@@ -49,7 +50,8 @@ def compiling() -> Iterator[None]:
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    errors = RuntimeError, OSError, ImportError, subprocess.SubprocessError, FailOnRecompileLimitHit, *_of_triton()
+    errors: tuple[type[Exception], ...] = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+    errors += (FailOnRecompileLimitHit, *_of_triton())
     try:
         yield
     except errors as error:

@@ -152,7 +152,7 @@ def _first_in_reach(
 
 
 class TileFinder:
-    """Compiles `tiles_with_weight` to a few kernels, once for all lengths; if that fails, runs it as it is, by norms."""
+    """Compiles `tiles_with_weight` to a few kernels, once for all lengths; if that fails, runs uncompiled, by norms."""
 
     def __init__(self) -> None:
         self._compiled = torch.compile(tiles_with_weight, fullgraph=True)

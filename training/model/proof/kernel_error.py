@@ -73,10 +73,14 @@ def kernel_error(
     inputs = _drawn(batch, heads=heads, head_dim=head_dim, dtype=dtype, generator=generator)
     weight = torch.randn(batch.sequences, heads, ROWS, head_dim, generator=generator, device=device).to(dtype)
     inside = _documents(batch, device) if documents else None
-    ours = _output_and_gradients(attend, inputs, weight=weight, documents=inside)
+    ours = _output_and_gradients(attend, inputs, queries=batch.tokens, weight=weight, documents=inside)
     wide = torch.promote_types(torch.float32, dtype)
-    exact = _output_and_gradients(
-        Reference(attend.bias), tuple(x.to(wide) for x in inputs), weight=weight.to(wide), documents=inside
+    exact = _output_and_gradients(  # of the last queries alone: it takes the memory of all scores that it is asked for
+        Reference(attend.bias),
+        tuple(x.to(wide) for x in inputs),
+        queries=ROWS,
+        weight=weight.to(wide),
+        documents=inside,
     )
     errors = [(x.to(wide) - y).abs().max() / y.abs().max() for x, y in zip(ours, exact, strict=True)]
     return float(torch.stack(errors).max())  # max keeps nan
@@ -100,11 +104,10 @@ def _documents(batch: Batch, device: torch.device) -> Documents:
 
 
 def _output_and_gradients(
-    attend: Attention, inputs: tuple[Tensor, ...], *, weight: Tensor, documents: Documents | None
+    attend: Attention, inputs: tuple[Tensor, ...], *, queries: int, weight: Tensor, documents: Documents | None
 ) -> list[Tensor]:
     q, k, v = (x.detach().requires_grad_(torch.is_grad_enabled()) for x in inputs)
-    # attention written out takes the memory of all scores that it is asked for
-    asked = q[:, :, -ROWS:] if isinstance(attend, Reference) else q
+    asked = q[:, :, -queries:]
     out = (attend(asked, k, v) if documents is None else attend(asked, k, v, documents))[:, :, -ROWS:]
     return [out.detach(), *(torch.autograd.grad(out, (q, k, v), weight) if torch.is_grad_enabled() else ())]
 
