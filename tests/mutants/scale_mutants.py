@@ -45,8 +45,8 @@ SCALE_MUTANTS = (
     Mutant(
         "scale: a captured step keeps the bias of before",
         "training/model/single.py",
-        "self._steps = TokenSteps(self._decoder, capture=self._capture)",
-        "pass",
+        "self.windows.take()  # the certificate's calls\n            self._steps = self._new_steps()",
+        "self.windows.take()",
         f"{TESTS}::test_a_captured_step_takes_the_newest_scale",
     ),
     Mutant(
