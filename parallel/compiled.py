@@ -7,6 +7,7 @@ the machine, TORCHINDUCTOR_CACHE_DIR or one in /tmp: other ranks and later start
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,13 +34,18 @@ class CompilerFailure(RuntimeError):
     """One of torch's compilers has failed; the message is the first line of its own, which has many."""
 
 
-def _of_triton() -> tuple[type[Exception], ...]:
+@cache
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """Return what torch's compilers raise where they fail, Triton's own where it is installed."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    errors: tuple[type[Exception], ...] = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+    errors += (FailOnRecompileLimitHit,)
     try:
-        from triton import errors
+        from triton.errors import TritonError
     except ImportError:
-        return ()
-    error: type[Exception] = errors.TritonError
-    return (error,)
+        return errors
+    return (*errors, TritonError)
 
 
 @contextmanager
@@ -48,13 +54,9 @@ def compiling() -> Iterator[None]:
 
     Memory that runs out while a compiled function runs is none: it is raised as it is.
     """
-    from torch._dynamo.exc import FailOnRecompileLimitHit
-
-    errors: tuple[type[Exception], ...] = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
-    errors += (FailOnRecompileLimitHit, *_of_triton())
     try:
         yield
-    except errors as error:
+    except _compiler_errors() as error:
         if NO_MEMORY.search(str(error)):
             raise
         raise CompilerFailure(next(iter(str(error).splitlines()), type(error).__name__)) from error
