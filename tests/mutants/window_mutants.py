@@ -10,6 +10,10 @@ BY_BATCH = "tests/unit/test_model_windows.py::test_outputs_and_gradients_of_a_ba
 BY_NAN = "tests/unit/test_model_windows.py::test_a_number_that_is_none_spreads_as_without_windows"
 
 SEARCH = "training/model/kernels/tile_search_triton.py"
+NEXT = "training/model/kernels/next_token_triton.py"
+BY_NEXT = "tests/unit/test_next_token.py::test_what_is_not_read_has_no_weight"
+BY_PARTS = "tests/unit/test_next_token.py::test_parts_equal_the_formula[dtype2-32]"
+BY_DECODING = "tests/unit/test_next_token.py::test_a_model_decodes_by_parts[alibi]"
 BY_SEARCH = "tests/unit/test_tile_search.py::test_what_is_left_out_has_no_weight"
 BY_SUM = "tests/unit/test_tile_search.py::test_the_weights_of_tiles_add_up"
 BY_SEEN = "tests/unit/test_tile_search.py::test_keys_that_are_not_seen_count_for_nothing"
@@ -114,6 +118,48 @@ WINDOW_MUTANTS = (
         "math.log(SEARCH_PART * share_limit(q.dtype))",
         "math.log(share_limit(q.dtype))",
         BY_SUM,
+    ),
+    Mutant(
+        "next token: half the bound",
+        NEXT,
+        "+ _SLACK) / slope",
+        "+ _SLACK) / slope / 2",
+        BY_NEXT,
+    ),
+    Mutant(
+        "next token: one key is bounded, not all beyond it",
+        NEXT,
+        "- known + endless - limit",
+        "- known - limit",
+        BY_NEXT,
+    ),
+    Mutant(
+        "next token: the largest norm leaves out the token's own key",
+        NEXT,
+        "tl.maximum(norm, newest)",
+        "norm",
+        BY_PARTS,
+    ),
+    Mutant(
+        "next token: the last part ends before the query's own key",
+        NEXT,
+        "tl.minimum(first + each, last + 1)",
+        "tl.minimum(first + each, last)",
+        BY_DECODING,
+    ),
+    Mutant(
+        "next token: parts are joined as if they weighed the same",
+        NEXT,
+        "weights = tl.exp(known - tl.max(known, 0))",
+        "weights = tl.exp(tl.minimum(known, 0.0) * 0.0)",
+        BY_DECODING,
+    ),
+    Mutant(
+        "cache: a token's buffers forget the largest norm of a prompt",
+        "training/model/decoding.py",
+        "self.radii[block].copy_(radius)",
+        "self.radii[block].zero_()",
+        BY_DECODING,
     ),
     Mutant(
         "windows: half the bound",

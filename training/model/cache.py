@@ -71,15 +71,16 @@ class KeyValueCache:
     def attend(self, attend: Attention, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Add new tokens' keys and values of one block, and attend to all so far; see `Cache`."""
         keys, values = self.extend(block, k, v)
-        if attend.bias.lossless is None or attend.bias.window is not None or q.is_cuda:
+        if attend.bias.lossless is None or attend.bias.window is not None:
             return attend(q, keys, values)
-        radius = norms(k).amax(2, keepdim=True)
-        if block in self.radii:
-            radius = torch.maximum(radius, self.radii[block])
-        self.radii[block] = radius
-        if q.shape[2] > 1 or keys.shape[2] < LONG_CACHE:
+        radius = norms(k.detach()).amax(2, keepdim=True)
+        if block in self.radii:  # in place: what decodes with fixed shapes holds it
+            torch.maximum(radius, self.radii[block], out=self.radii[block])
+        else:
+            self.radii[block] = radius
+        if q.shape[2] > 1 or keys.shape[2] < LONG_CACHE or q.is_cuda:
             return attend(q, keys, values)
-        return attend_next(q, keys, values, bias=attend.bias, radius=radius)
+        return attend_next(q, keys, values, bias=attend.bias, radius=self.radii[block])
 
     def repeated(self, counts: Tensor) -> "KeyValueCache":
         """Return a cache of its own in which each row of the batch stands so often, for several continuations of it.

@@ -15,6 +15,7 @@ from torch import Tensor
 from training.model.attention import Attention, AttentionBlock
 from training.model.cache import KeyValueCache
 from training.model.decoder import Decoder
+from training.model.kernels.next_token import next_attention
 from training.model.positions.bias import Bias, power_of_two
 from training.model.positions.rows import NextPosition
 
@@ -59,7 +60,14 @@ def _captured(run: Launch) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 
 class FixedCache:
-    """Keys and values in buffers of one size; the position at which a token is added is read from the device."""
+    """Keys and values in buffers of one size; the position at which a token is added is read from the device.
+
+    Attributes:
+        pairs: The buffers by the number of the block, [batch, heads, size, head_dim] each.
+        radii: Largest norm of a key by the number of the block, [batch, heads, 1], where keys without weight are left
+            out.
+        position: Position of the next token.
+    """
 
     def __init__(self, bias: Bias, *, like: KeyValueCache, size: int) -> None:
         """Make empty buffers.
@@ -73,14 +81,10 @@ class FixedCache:
         self.pairs = {
             block: (_empty(keys, size=size), _empty(values, size=size)) for block, (keys, values) in like.pairs.items()
         }
+        self.radii = {block: torch.zeros_like(radius) for block, radius in like.radii.items()}
         keys, _ = next(iter(self.pairs.values()))
         self.position = NextPosition(limit=size, device=keys.device)
-        # The last query's row, then as many keys ahead of it. That of position p begins at size - 1 - p.
-        wide = torch.promote_types(torch.float32, keys.dtype)
-        row = bias(rows=1, keys=size, device=keys.device, dtype=wide)  # [1, local_heads or 1, 1, size]
-        self._rows = torch.cat([row, torch.full_like(row, -torch.inf)], dim=3)
-        self._columns = torch.arange(size - 1, 2 * size - 1, device=keys.device)
-        self._row = row
+        self._attend = next_attention(bias, keys)
 
     @property
     def start(self) -> NextPosition:
@@ -91,18 +95,16 @@ class FixedCache:
         """Return the position of the next token, the only new one."""
         return self.position
 
-    def find_row(self) -> None:
-        """Look up the bias of the token's position, for all blocks."""
-        self._row = self._rows.index_select(3, self._columns - self.position.index)
+    def begin(self) -> None:
+        """Prepare what the blocks share, once the position is set."""
+        self._attend.begin(self.position.index)
 
     def attend(self, attend: Attention, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attention of one token to those before it; `attend` itself takes only keys that are set."""
         keys, values = self.pairs[block]
         keys.index_copy_(2, self.position.index, k)
         values.index_copy_(2, self.position.index, v)
-        # Written out: the kernels that take a bias let each head's keys wait for each other, at 8 to 28 times the time.
-        scores = torch.add(self._row, _products(q, keys), alpha=q.shape[3] ** -0.5)  # [batch, heads, 1, size]
-        return scores.softmax(3).to(values.dtype) @ values
+        return self._attend(q, keys, values, position=self.position.index, radius=self.radii.get(block))
 
     def advance(self, tokens: int) -> None:
         """Do nothing: the position is set before each token."""
@@ -112,20 +114,14 @@ class FixedCache:
         for block, pair in cache.pairs.items():
             for buffer, filled in zip(self.pairs[block], pair, strict=True):
                 buffer[:, :, : cache.length] = filled[:, :, : cache.length]
-        cache.pairs = dict(self.pairs)
+        for block, radius in cache.radii.items():
+            self.radii[block].copy_(radius)
+        cache.pairs, cache.radii = dict(self.pairs), dict(self.radii)
 
 
 def _empty(buffer: Tensor, *, size: int) -> Tensor:
     batch, heads, _, head_dim = buffer.shape
     return buffer.new_zeros(batch, heads, size, head_dim)
-
-
-def _products(q: Tensor, keys: Tensor) -> Tensor:
-    """Return the products of one query with keys, [batch, heads, 1, size], in fp32 or wider, as scores need it."""
-    wide = torch.promote_types(torch.float32, q.dtype)
-    if q.dtype == wide or not q.is_cuda:
-        return q.to(wide) @ keys.to(wide).mT
-    return torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=wide).view(*q.shape[:3], -1)
 
 
 class TokenStep:
@@ -147,7 +143,7 @@ class TokenStep:
         self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.cache.position.index.device)
 
         def run() -> Tensor:
-            self.cache.find_row()
+            self.cache.begin()
             return decoder.logits(decoder.hidden(self._tokens, self.cache)[-1])
 
         self._run = capture(run)

@@ -1,0 +1,72 @@
+"""Triton's kernels are compiled for GPUs, which needs none: they fit their shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+COMPILE = """
+import json, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from training.model.kernels import next_token_triton, tile_search_triton
+from training.model.kernels.next_token import NEAREST_KEYS
+from training.model.kernels.tile_search import NEAREST_TILES
+
+def compiled(kernel, capability, types, constants, aligned, **options):
+    names = kernel.arg_names
+    types = {**types, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return made.metadata.shared, "mma" in made.asm["ptx"]
+
+def search(capability, head_dim, dtype, lacks):
+    types = dict(q="*" + dtype, k="*" + dtype, radius="*fp32", series="*fp32", starts="*i64", first="*i32")
+    constants = dict(HEAD_DIM=head_dim, WIDTH=head_dim, TILE=128, NEAREST=NEAREST_TILES, **dict.fromkeys(lacks))
+    types |= dict(scale="fp32", limit="fp32")
+    aligned = ("q", "k", "q_place", "k_place")
+    return compiled(tile_search_triton.search, capability, types, constants, aligned, num_warps=8, num_stages=1)
+
+def part(capability, head_dim, dtype, lacks):
+    types = dict.fromkeys(("q", "keys", "values"), "*" + dtype)
+    types |= dict.fromkeys(("radius", "series", "parts", "sums"), "*fp32") | dict(position="*i64")
+    types |= dict(scale="fp32", limit="fp32")
+    constants = dict(HEAD_DIM=head_dim, WIDTH=128, TILE=64, NEAREST=NEAREST_KEYS, **dict.fromkeys(lacks))
+    strides = [f"{tensor}_{axis}" for tensor in "qkv" for axis in ("batch", "head", "place")]
+    aligned = ["q", "keys", "values", "parts", *(stride for stride in strides if stride != "q_place")]
+    return compiled(next_token_triton.attend_part, capability, types, constants, aligned)
+
+def join(capability, head_dim, dtype, lacks):
+    types, constants = dict(parts="*fp32", sums="*fp32", out="*" + dtype), dict(HEAD_DIM=head_dim, WIDTH=128, COUNT=64)
+    return compiled(next_token_triton.join_parts, capability, types, constants, ("parts", "out"))
+
+print(json.dumps([globals()[name](*case) for name, *case in json.loads(sys.argv[1])]))
+"""
+KIB = 1024
+CARDS = {90: 227 * KIB, 80: 163 * KIB}  # an H100 and an A100: shared memory of a block of threads, in bytes
+CASES = [
+    ("search", 90, 128, "bf16", []),
+    ("search", 80, 128, "bf16", ["starts"]),
+    ("search", 80, 64, "bf16", []),
+    ("part", 90, 128, "bf16", []),
+    ("part", 90, 80, "fp32", ["radius"]),
+    ("part", 80, 128, "fp32", []),
+    ("join", 90, 128, "bf16", []),
+    ("join", 80, 80, "fp32", []),
+]
+
+
+def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
+    surroundings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", COMPILE, json.dumps(CASES)]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for (kernel, capability, *_), (shared, on_tensor_cores) in zip(CASES, json.loads(done.stdout), strict=True):
+        assert 0 < shared <= CARDS[capability]
+        assert on_tensor_cores == (kernel == "search")
