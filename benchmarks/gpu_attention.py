@@ -14,9 +14,10 @@ from benchmarks.gpu_lab import Lab, Row, Variant
 from configs.backends import BACKENDS
 from configs.positions import slopes
 from training.model.attention import make_attention
+from training.model.kernels.next_token import AllKeys, Parts
 from training.model.positions.alibi import slope_formula
 from training.model.positions.bias import SlopeBias
-from training.model.windows import LosslessWindows
+from training.model.windows import LosslessWindows, norms
 
 HEADS, HEAD_DIM = 16, 128
 # |q||k| / sqrt(d) of a trained model's steepest and flattest head: small models had 6 to 100
@@ -51,6 +52,34 @@ def window_rows(lab: Lab) -> Iterator[Variant]:
                 yield f"{name}, windows {word}", measure
 
 
+def next_token_rows(lab: Lab) -> Iterator[Variant]:
+    """Yield the attention of one token to the keys in a buffer by its length, on queries and keys as in `window_rows`.
+
+    Products with all keys, and on a GPU the kernels that read parts of them, all or those with weight.
+    """
+    for length in lab.sizes.window_lengths:
+        yield "next token, all keys", partial(_next_token, lab, AllKeys, length=length, windows=False)
+        if lab.device.type == "cuda":
+            yield "next token, by parts", partial(_next_token, lab, Parts, length=length, windows=False)
+            yield "next token, by parts, windows on", partial(_next_token, lab, Parts, length=length, windows=True)
+
+
+def _next_token(lab: Lab, kernel: type[AllKeys | Parts], *, length: int, windows: bool) -> Row:
+    lab.forget()
+    q, k, v = _inputs(lab, batch=1, length=length, trained=True)
+    keys, values = k.contiguous(), v.contiguous()
+    attend = kernel(_alibi(), keys)
+    position = torch.tensor([length - 1], device=lab.device)
+    radius = norms(keys).amax(2, keepdim=True) if windows else None
+
+    def run() -> None:
+        attend.begin(position)
+        attend(q[:, :, -1:], keys, values, position=position, radius=radius)
+
+    seconds = lab.seconds(run, repeats=3, in_a_row=10)
+    return {"length": length, "forward_us": round(1e6 * seconds, 1)}
+
+
 def _alibi(windows: LosslessWindows | None = None) -> SlopeBias:
     bias = SlopeBias(torch.tensor(slopes(HEADS)).double(), slope_of=slope_formula(HEADS, first=0))
     bias.lossless = windows
@@ -70,16 +99,8 @@ def _measure(
     lab: Lab, attend: Attend, *, length: int, trained: bool = False, windows: LosslessWindows | None = None
 ) -> Row:
     lab.forget()
-    dtype = torch.bfloat16 if lab.device.type == "cuda" else torch.float32
     batch = max(1, lab.sizes.attention_tokens // length)
-    shape = (batch, length, HEADS, HEAD_DIM)  # as the projection leaves them
-    q, k, v = (torch.randn(shape, device=lab.device, dtype=dtype) for _ in range(3))
-    if trained:
-        # random queries and keys have largest scores of about sqrt(d)
-        low, high = (math.log2(score / HEAD_DIM**0.5) / 2 for score in TRAINED_SCORES)
-        scale = torch.logspace(low, high, HEADS, base=2, device=lab.device, dtype=dtype)[:, None]
-        q, k = q * scale, k * scale
-    q, k, v = (x.transpose(1, 2).requires_grad_() for x in (q, k, v))
+    q, k, v = (x.requires_grad_() for x in _inputs(lab, batch=batch, length=length, trained=trained))
     gradient = torch.randn_like(q)
 
     def forward() -> Tensor:
@@ -99,3 +120,23 @@ def _measure(
         "peak_gb": lab.peak_gb(),
         **({"density": round(densities[-1].item(), 3)} if densities else {}),
     }
+
+
+def _inputs(lab: Lab, *, batch: int, length: int, trained: bool) -> list[Tensor]:
+    """Return random queries, keys and values, [batch, heads, length, head_dim], as the projection leaves them.
+
+    Args:
+        lab: Where, and in what type.
+        batch: Sequences.
+        length: Tokens of each.
+        trained: Whether queries and keys have the norms of trained ones.
+    """
+    dtype = torch.bfloat16 if lab.device.type == "cuda" else torch.float32
+    shape = (batch, length, HEADS, HEAD_DIM)
+    q, k, v = (torch.randn(shape, device=lab.device, dtype=dtype) for _ in range(3))
+    if trained:
+        # random queries and keys have largest scores of about sqrt(d)
+        low, high = (math.log2(score / HEAD_DIM**0.5) / 2 for score in TRAINED_SCORES)
+        scale = torch.logspace(low, high, HEADS, base=2, device=lab.device, dtype=dtype)[:, None]
+        q, k = q * scale, k * scale
+    return [x.transpose(1, 2) for x in (q, k, v)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.commands import Bench, Shape
-from benchmarks.gpu_attention import attention_rows, window_rows
+from benchmarks.gpu_attention import attention_rows, next_token_rows, window_rows
 from benchmarks.gpu_lab import Lab, Row, Variant
 from benchmarks.peers import make_bloom
 from configs.backends import BACKENDS
@@ -180,9 +180,10 @@ def _bloom(lab: Lab, *, length: int, micro_batch: int, micro_batches: int = 2) -
 
 
 def decoding_rows(lab: Lab) -> Iterator[Variant]:
-    """Yield the time of a decoded token by the 125M model."""
+    """Yield the time of a decoded token by the 125M model, and of its attention alone in long buffers."""
     for precision in ("fp32", "bf16") if lab.device.type == "cuda" else ("fp32",):
         yield f"alibi-125m, {precision}", partial(_decoding, lab, precision)
+    yield from next_token_rows(lab)
 
 
 def _decoding(lab: Lab, precision: str) -> Row:

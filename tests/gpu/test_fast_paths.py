@@ -18,6 +18,9 @@ from parallel.head import Head
 from parallel.weight_gradient import add_product, adds_in_product
 from tests.support.models import VOCABULARY, make_wandering_decoder
 from training.generation import continue_tokens
+from training.model.decoding import SMALLEST
+from training.model.kernels import next_token
+from training.model.kernels.next_token import FEWEST_KEYS
 from training.model.single import SingleModel
 from training.sampling import Sampling
 
@@ -91,13 +94,22 @@ def _with_gradients(called: Callable[..., Any], function: Callable[..., Any], va
     return [*results, *gradients]
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-def test_captured_decoding_gives_the_same_tokens(position: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("position", "precision", "fewest"),
+    [
+        *((position, "fp32", FEWEST_KEYS) for position in POSITIONS),
+        *(("alibi", precision, SMALLEST) for precision in ("fp32", "bf16")),  # by parts
+    ],
+)
+def test_captured_decoding_gives_the_same_tokens(
+    position: str, precision: str, fewest: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(next_token, "FEWEST_KEYS", fewest)
     prompt = torch.randint(3, VOCABULARY, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     texts = []
     for capture in (None, lambda run: run):  # None: a CUDA graph
         decoder = make_wandering_decoder(position=position)
-        model = SingleModel(decoder, device=CUDA, certificate={}, capture=capture)
+        model = SingleModel(decoder, device=CUDA, certificate={}, precision=precision, capture=capture)
         texts.append(list(islice(continue_tokens(model, prompt, sampling=Sampling(), end=None), 60)))
     assert texts[0] == texts[1]
     assert not caplog.messages  # such as that nothing could be captured

@@ -8,10 +8,11 @@ from torch._dynamo.utils import counters
 from configs.backends import BACKENDS, installed_packages, unavailable, unsupported
 from configs.positions import slopes
 from training.model.attention import make_attention
+from training.model.kernels.next_token import FEWEST_KEYS, Parts, takes_parts
 from training.model.kernels.reference import Reference
 from training.model.positions.alibi import slope_formula
 from training.model.positions.bias import SlopeBias
-from training.model.windows import LosslessWindows
+from training.model.windows import LosslessWindows, norms
 
 pytestmark = pytest.mark.gpu
 CUDA, HEADS, HEAD_DIM = torch.device("cuda"), 6, 128
@@ -87,3 +88,20 @@ def test_windows_are_found_without_waiting_for_the_gpu(backend: str, dtype: torc
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(density < 1 for density in bias.lossless.take())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("window", [None, 300])
+@torch.no_grad()
+def test_the_next_token_reads_what_it_needs(dtype: torch.dtype, tolerance: float, window: int | None) -> None:
+    q, k, v = (x.detach().contiguous() for x in inputs(FEWEST_KEYS, dtype))
+    assert takes_parts(alibi(), k)
+    attend = Parts(alibi(window), k)
+    for own in (0, 200, FEWEST_KEYS - 1):
+        exact = Reference(alibi(window))(*(x[:, :, : own + 1].double() for x in (q, k, v)))[:, :, -1:]
+        position, before = torch.tensor([own], device=CUDA), norms(k[:, :, : max(1, own)]).amax(2, keepdim=True)
+        for radius in (None, before) if window is None else (None,):
+            out = attend(q[:, :, own : own + 1], k, v, position=position, radius=radius)
+            torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)
+        if window is None:
+            torch.testing.assert_close(before, norms(k[:, :, : own + 1]).amax(2, keepdim=True))

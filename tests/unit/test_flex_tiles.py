@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configs.positions import slopes
 from parallel.documents import Documents
+from training.model.kernels import flex
 from training.model.kernels.flex import Flex
 from training.model.kernels.reference import Reference
 from training.model.kernels.tiles import (
@@ -22,7 +23,7 @@ from training.model.kernels.tiles import (
 )
 from training.model.positions.alibi import slope_formula
 from training.model.positions.bias import SlopeBias
-from training.model.windows import share_limit
+from training.model.windows import LosslessWindows, share_limit
 
 HEADS, FIRST, LOCAL = 12, 3, 5  # heads of the model, not a power of two, and those of one tensor rank
 LISTS = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
@@ -212,6 +213,30 @@ def test_flex_with_a_window_equals_the_reference(position: str, queries: int, ke
     q, k, v = torch.randn(3, 2, LOCAL, keys, 16, generator=torch.Generator().manual_seed(7))
     found = Flex(bias)(q[:, :, keys - queries :], k, v)
     torch.testing.assert_close(found, Reference(bias)(q[:, :, keys - queries :], k, v), atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("lossless", [False, True])
+def test_queries_after_a_cache_take_their_rows_of_tiles(lossless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "FEWEST_TILES_OF_WINDOWS", 2)
+    made: list[BlockMask] = []
+    monkeypatch.setattr(flex, "flex_kernel", lambda *_: lambda *qkv, **how: made.append(how["block_mask"]) or qkv[0])
+    exact, bias = (SlopeBias(LOCAL_SLOPES, slope_of=slope_formula(HEADS, first=FIRST)) for _ in range(2))
+    bias.lossless = LosslessWindows() if lossless else None
+    q, k, v = torch.randn(3, 1, LOCAL, 600, 16, generator=torch.Generator().manual_seed(8))
+    for trains in (False, True):
+        Flex(bias)(q[:, :, 400:].clone().requires_grad_(trains), k, v)
+    after, whole = ((mask.kv_num_blocks + mask.full_kv_num_blocks)[0] for mask in made)
+    assert torch.equal(after[:, :3], torch.ones(LOCAL, 3, dtype=torch.int32)), "rows without queries"
+    assert torch.equal(after[:, 3:], whole[:, 3:])
+    assert whole[-1].tolist() == [1, 2, 3, 4, 5], "a backward pass takes rows as columns need them"
+    if bias.lossless is not None:
+        density, _ = bias.lossless.take()
+        torch.testing.assert_close(density, (after[:, 3:].sum(1) / (4 + 5)).mean())
+    monkeypatch.undo()
+    with torch.no_grad():
+        found = Flex(bias)(q[:, :, 400:], k, v)
+    torch.testing.assert_close(found, Reference(exact)(q[:, :, 400:], k, v), atol=1e-5, rtol=0)
 
 
 def test_a_failing_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ from training.model.kernels.tiles import (
     compiled_finder,
     mask_of_all,
     mask_of_documents,
+    rows_from,
     starts_in_tiles,
     tiles_with_weight,
 )
@@ -62,13 +63,15 @@ class Flex:
             return self._one_query(q, k, v)
         tiles = max(FEWEST_TILES, -(-keys // TILE))
         end = tiles * TILE - keys
-        one_shape = not self.any_length or (torch.is_grad_enabled() and q.requires_grad)
-        # Queries after a cache take their own places in the sequence; the rows before them are not used.
+        trains = torch.is_grad_enabled() and q.requires_grad
+        one_shape = trains or not self.any_length
+        # Queries after a cache take their own places in the sequence; of the rows before them a kernel computes little.
         q, k, v = _padded(q, keys - queries, end), _padded(k, 0, end), _padded(v, 0, end)
         compiled = q.is_cuda if self._compiled is None else self._compiled
         if compiled and not one_shape:
             q, k, v = (x.contiguous() for x in (q, k, v))  # so that the kernel knows what strides are multiples of
-        mask, density = self._mask(q, k, tiles=tiles, documents=documents)
+        first = 0 if trains else (keys - queries) // TILE
+        mask, density = self._mask(q, k, tiles=tiles, first=first, documents=documents)
         if self.bias.lossless is not None:
             self.bias.lossless.add(density)
         attended: Tensor = flex_kernel(compiled, one_shape)(
@@ -83,19 +86,27 @@ class Flex:
         return out if end == 0 and queries == keys else out[:, :, keys - queries : keys]
 
     @torch.no_grad()
-    def _mask(self, q: Tensor, k: Tensor, *, tiles: int, documents: Documents | None) -> tuple[Any, Tensor]:
-        """Return FlexAttention's block mask of a call, and what share of the causal tiles it leaves."""
+    def _mask(self, q: Tensor, k: Tensor, *, tiles: int, first: int, documents: Documents | None) -> tuple[Any, Tensor]:
+        """Return FlexAttention's block mask of a call, and what share of the causal tiles of its rows it leaves.
+
+        Args:
+            q: Queries in whole tiles, [batch, local_heads, tiles * TILE, head_dim].
+            k: Like q.
+            tiles: How many.
+            first: The first row of tiles that has queries; not 0 only without a backward pass.
+            documents: Those that attention stays inside of.
+        """
         slopes, window = self._slopes.on(q.device), self.bias.window
         if self.bias.lossless is None or slopes is None or tiles < FEWEST_TILES_OF_WINDOWS:
             if documents is None:
-                return mask_of_all(*q.shape[:2], tiles, window=window, device=q.device)
+                return mask_of_all(*q.shape[:2], tiles, window=window, device=q.device, first=first)
             return mask_of_documents(documents, tiles, heads=q.shape[1], window=window)
         starts = None if documents is None else starts_in_tiles(documents, tiles)
         q, k = (x.detach().view(*x.shape[:2], tiles, TILE, -1) for x in (q, k))
         find = compiled_finder() if q.is_cuda else tiles_with_weight
         # wider products take more shared memory than a GPU has
         by_scores = self.bias.lossless.by_scores and q.dtype.itemsize == 2
-        counts = find(q, k, slopes, window, starts, by_scores)
+        counts = rows_from(find(q, k, slopes, window, starts, by_scores), first)
         return block_mask(counts, window=window, starts=starts), counts.density
 
 

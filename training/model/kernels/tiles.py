@@ -42,7 +42,9 @@ class TileCounts(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def mask_of_all(batch: int, heads: int, tiles: int, *, window: int | None, device: torch.device) -> tuple[Any, Tensor]:
+def mask_of_all(
+    batch: int, heads: int, tiles: int, *, window: int | None, device: torch.device, first: int = 0
+) -> tuple[Any, Tensor]:
     """Return the block mask of the tiles that the causal mask and a sliding window leave, and their density.
 
     Args:
@@ -51,9 +53,10 @@ def mask_of_all(batch: int, heads: int, tiles: int, *, window: int | None, devic
         tiles: Length of the sequence in tiles.
         window: Keys that a query sees, its own included; None for all before it.
         device: Where they are needed.
+        first: See `rows_from`.
     """
     rows = torch.arange(tiles, dtype=torch.int32, device=device)
-    counts = _count(rows.expand(batch, heads, -1), window=window)
+    counts = rows_from(_count(rows.expand(batch, heads, -1), window=window), first)
     return block_mask(counts, window=window), counts.density
 
 
@@ -234,6 +237,25 @@ def _count(behind: Tensor, *, window: int | None, documents: bool = False) -> Ti
     whole, column_whole = (some.clamp(max=uncut) for some in (behind, ahead))
     density = (cut + whole).sum(2, dtype=torch.float32).mean() / (tiles * (tiles + 1) // 2)
     return TileCounts(cut, whole, column_cut, column_whole, density)
+
+
+def rows_from(counts: TileCounts, first: int) -> TileCounts:
+    """Return counts of which the rows before one take their own tile alone: they have no queries.
+
+    For the forward pass: columns are as before.
+
+    Args:
+        counts: The counts of all rows.
+        first: The first row that has queries.
+    """
+    if first == 0:
+        return counts
+    tiles = counts.cut.shape[2]
+    is_before = torch.arange(tiles, device=counts.cut.device) < first
+    cut, whole = counts.cut.masked_fill(is_before, 1), counts.whole.masked_fill(is_before, 0)
+    causal = (tiles - first) * (tiles + first + 1) // 2
+    density = (cut + whole)[:, :, first:].sum(2, dtype=torch.float32).mean() / causal
+    return counts._replace(cut=cut, whole=whole, density=density)
 
 
 def _within(window: int | None, *, tiles: int, documents: bool) -> tuple[int, int]:
