@@ -19,7 +19,7 @@ from training.tracking.failures import advice_on, may_pass, reason_of
 from training.tracking.record import RunRecord, read_record
 from training.tracking.replay import FILE_LANE, LOG_LANE, Refusal, Replay
 from training.tracking.spool import Event, SpoolPosition, read_events, spool_files
-from training.tracking.store import Store, choose_store, recorded_store
+from training.tracking.store import Store, choose_store, default_store, recorded_store
 
 # how often an error that may pass is met without anything being sent, and the pause then
 _TRIES, _PAUSE_SECONDS = 3, 1.0
@@ -110,6 +110,13 @@ def target_of_folder(run_dir: Path, *, uri: str | None) -> TrackingTarget | None
         record = RunRecord("", start["uri"])
     store: Store = recorded_store(record, uri=uri, run_dir=run_dir, variables=environment())
     return TrackingTarget(run_dir, store)
+
+
+def waiting_records(run_dir: Path) -> int:
+    """Return how many records in a folder's spool were not sent; 0 if it cannot be read. Imports no mlflow."""
+    with suppress(OSError):
+        return Replay(TrackingTarget(run_dir, default_store(run_dir)), own=None, on_refusal=lambda _: None).waiting()
+    return 0
 
 
 def send_rest(target: TrackingTarget, *, on_refusal: Callable[[Refusal], None]) -> None:
