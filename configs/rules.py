@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import isqrt
+from posixpath import normpath
 
 from configs.backends import BACKENDS, EVERYWHERE, named_backend, unsupported
 from configs.choices import FAMILIES, Choice
@@ -265,6 +266,17 @@ def _variables(config: RunConfig) -> Iterator[str]:
             yield f"slurm.env has {name!r}, no name of an environment variable: use letters, digits and _"
 
 
+def _tags(config: RunConfig) -> Iterator[str]:
+    for name in config.track.tags:
+        # MLflow refuses other names, and with one tag all parameters of the start; to it, a name is a path
+        is_path = normpath(name) == name and not name.startswith(("/", "..")) and name != "."
+        if not (is_path and re.fullmatch(r"[\w.: /-]{1,250}", name)):
+            yield (
+                f"track.tags has {name!r}, no name of a tag in MLflow: use at most 250 letters, digits, blanks and "
+                "_ - . : /"
+            )
+
+
 def _one_line(config: RunConfig) -> Iterator[str]:
     for key in ("partition", "account", "qos", "constraint", "container", "mounts", "modules", "setup"):
         values = getattr(config.slurm, key, None) or ()  # None also where a partial run does not have the key
@@ -344,6 +356,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _validation,
     _memory,
     _mounts,
+    _tags,
     _variables,
     _one_line,
     _extra,

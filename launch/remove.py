@@ -14,6 +14,7 @@ from launch.runs import RunSummary, find_runs, is_run_folder, reported_end, size
 from launch.slurm.record import find_jobs, read_chain
 from training.incarnation import has_ended, newest_incarnation, runs_here, sole_launcher
 from training.tracking.record import RunRecord, read_record
+from training.tracking.sync import waiting_records
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Removal:
         users: Those runs.
         data: The data elsewhere that the run trains on; None for data in its folder.
         record: Its MLflow run; None if it has none.
+        unsent: Number of records that MLflow has not been sent.
     """
 
     summary: RunSummary
@@ -39,6 +41,7 @@ class Removal:
     users: tuple[Path, ...]
     data: Path | None
     record: RunRecord | None
+    unsent: int
 
 
 def plan_removals(folders: Sequence[Path]) -> list[Removal]:
@@ -117,6 +120,7 @@ def _plan(folder: Path, *, removed: Sequence[Path]) -> Removal:
         users=users,
         data=data if data != own.resolve() else None,
         record=read_record(folder),
+        unsent=waiting_records(folder),
     )
 
 

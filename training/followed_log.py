@@ -1,6 +1,8 @@
 """Follow the log of a run while it is written: what its newest start warns of, and its last line. Imports no torch."""
 
 import re
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +21,9 @@ _WARNS = re.compile(
     re.IGNORECASE,
 )
 _STARTS = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d)  ")  # first line of `start_lines`
-_ENDS = ("error: ", "to continue: ", "next: ")
+_ERRORS = ("error: ", "Traceback (most recent call last):")
+_ENDS = (*_ERRORS, "to continue: ", "next: ")
+_DETAIL_LINES = 400  # of a traceback
 
 
 class FollowedLog:
@@ -37,12 +41,13 @@ class FollowedLog:
 
     def _begin(self, started_at: datetime | None) -> None:
         self.started_at, self.newest = started_at, ""
+        self._last: deque[str] = deque(maxlen=_DETAIL_LINES)
         self.warnings: dict[str, int] = {}
 
     @property
     def has_ended(self) -> bool:
         """Whether the start's last word is an error, or what to type next."""
-        return self.newest.startswith(_ENDS)
+        return _last_word(self._last).startswith(_ENDS)
 
     def update(self) -> None:
         """Read what was appended.
@@ -59,6 +64,7 @@ class FollowedLog:
                     self._begin(datetime.fromisoformat(start[1]))
             elif line:
                 self.newest = line
+                self._last.append(line)
                 if _WARNS.search(line):
                     self._warn(line)
 
@@ -66,3 +72,14 @@ class FollowedLog:
         self.warnings[line] = self.warnings.pop(line, 0) + 1
         for oldest in [*self.warnings][:-KEPT_WARNINGS]:
             del self.warnings[oldest]
+
+
+def ends_in_error(lines: Sequence[str]) -> bool:
+    """Return whether the last word of a log is an error, with its details, or a traceback."""
+    return _last_word(lines).startswith(_ERRORS)
+
+
+def _last_word(lines: Sequence[str]) -> str:
+    """Return the last line that is no detail of the one before; of a traceback the first, though it ends in another."""
+    words = [line for line in lines if not line.startswith("  ")][-2:]
+    return words[0] if words[:1] == [_ERRORS[1]] else "".join(words[-1:])

@@ -1,12 +1,13 @@
 """`trainshort track`: what a run has to tell MLflow."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from configs.errors import InputError, MachineError
+from configs.errors import InputError, MachineError, TrainshortError
 from launch.commands.options import AsJson, number_option, path_of
 from launch.complete import complete_run_folders
 
@@ -28,30 +29,48 @@ def track_sync_command(
     ],
     every: Annotated[
         float | None,
-        number_option("--every", "SECONDS", "Send again and again, until the runs have ended; Ctrl-C ends it."),
+        number_option(
+            "--every",
+            "SECONDS",
+            "Send again and again, until the runs and their SLURM jobs have ended; Ctrl-C ends it.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send to MLflow what waits in run folders, each record once, and end the runs there that were killed."""
     from launch.show.console import show_json
     from launch.show.track import show_synced
-    from training.tracking.sync import sync_runs
+    from launch.slurm.record import has_active_jobs
+    from training.tracking.sync import has_begun, sync_runs
 
     if every is not None and not _LEAST_SECONDS <= every <= _MOST_SECONDS:
         raise InputError(f"--every must be {_LEAST_SECONDS:g} to {_MOST_SECONDS:,.0f} seconds, got {every:g}: write 60")
     if every is not None and as_json:
         raise InputError("--json prints one document: leave out --every")
-    waits_for = list(dict.fromkeys(folders))
-    while True:
-        runs, problems = sync_runs(waits_for)
+    folders = list(dict.fromkeys(folders))
+    if every is None:
+        runs, problems = sync_runs(folders)
         if as_json:
             show_json({"runs": [run.to_json() for run in runs], "problems": [str(each) for each in problems]})
         else:
-            show_synced(runs, again=every is not None)
-        ended = [run.run_dir for run in runs if not run.is_open]
-        waits_for = [folder for folder in waits_for if folder not in ended]
-        if every is None or not waits_for:
-            break
+            show_synced(runs)
+        _raise(problems)
+        return
+    while True:
+        # asked before: a job that ends meanwhile has left records that the next round sends
+        active = {folder for folder in folders if has_active_jobs(folder)}
+        runs, problems = sync_runs([folder for folder in folders if folder not in active or has_begun(folder)])
+        ended = {run.run_dir for run in runs if not run.is_open} - active
+        show_synced([run for run in runs if run.sent or run.run_dir in ended], again=True)
+        _raise([each for each in problems if isinstance(each, InputError)])
+        folders = [folder for folder in folders if folder not in ended]
+        if not folders:
+            return
         time.sleep(every)
+
+
+def _raise(problems: Sequence[TrainshortError]) -> None:
+    """Raise the errors as one: a user's, if there is one."""
     if problems:
-        raise MachineError("; ".join(map(str, problems)))
+        kind = InputError if any(isinstance(each, InputError) for each in problems) else MachineError
+        raise kind("; ".join(map(str, problems)))

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.commands import typed_path
 from configs.figures import byte_size, counted, duration
 from configs.terminal import printable
 from launch.show.console import narrow_table, output_width, show_folded, show_lines
@@ -74,6 +75,9 @@ def removal_lines(removal: "Removal") -> list[str]:
     lines = [f"{printable(str(run.path))}: {run.state}, {size}, {checkpoints}"]
     if removal.unseen:
         lines.append(f"  {removal.unseen}")
+    if removal.unsent:
+        sync = f"trainshort track sync {typed_path(run.path)}"
+        lines.append(f"  {_records(removal.unsent)} not sent to MLflow, which `{sync}` does")
     return lines + [f"  {line}" for line in _left(removal, keep="will keep")]
 
 
@@ -81,7 +85,10 @@ def removed_lines(removal: "Removal") -> list[str]:
     """Return what was removed, and what was kept."""
     run = removal.summary
     removed = f"removed {run.path}{' except its data' if removal.kept else ''}"
-    return [f"{removed} ({byte_size(run.bytes - removal.kept_bytes)})", *_left(removal, keep="kept")]
+    lines = [f"{removed} ({byte_size(run.bytes - removal.kept_bytes)})"]
+    if removal.unsent:
+        lines.append(f"{_records(removal.unsent)} not sent to MLflow and went with it")
+    return [*lines, *_left(removal, keep="kept")]
 
 
 def _left(removal: "Removal", *, keep: str) -> list[str]:
@@ -96,6 +103,11 @@ def _left(removal: "Removal", *, keep: str) -> list[str]:
         where = removal.record.uri or "the mlflow.db beside it"
         lines.append(f"{keep} its MLflow run {removal.record.run_id} in {where}")
     return lines
+
+
+def _records(count: int) -> str:
+    """Return `1 record was` or `2 records were`."""
+    return f"{counted(count, 'record')} {'was' if count == 1 else 'were'}"
 
 
 def _train(runs: Sequence[Path]) -> str:

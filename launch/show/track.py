@@ -10,16 +10,14 @@ if TYPE_CHECKING:
     from training.tracking.sync import Synced
 
 
-def show_synced(runs: "Sequence[Synced]", *, again: bool) -> None:
+def show_synced(runs: "Sequence[Synced]", *, again: bool = False) -> None:
     """Write what was sent of runs.
 
     Args:
         runs: What was sent of each.
-        again: Whether it is looked at again and again: then nothing is said where nothing was sent.
+        again: Whether it is looked at again and again.
     """
     for run in runs:
-        if again and run.is_open and not run.sent:
-            continue
         sent = f"sent {counted(run.sent, 'record')}" if run.sent else "nothing was left to send"
         show_lines(f"{run.run_dir}: {sent}; run {run.run_id} of {run.store} is {run.status}")
         if run.is_open and not again:

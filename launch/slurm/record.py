@@ -1,12 +1,13 @@
 """Record of a run's submitted jobs: RUN_DIR/slurm/jobs.json."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from configs.commands import typed_path
-from configs.errors import InputError
+from configs.errors import InputError, MachineError
 from configs.files import whole_file
 from configs.paths import chain_file, config_file
 from launch.slurm.query import Job, find_job
@@ -66,6 +67,18 @@ def write_chain(run_dir: Path, chain: Chain) -> None:
 def find_jobs(chain: Chain) -> dict[str, Job]:
     """Return the states of a chain's jobs by name."""
     return {name: find_job(job_id, name=job_name(chain.run, name)) for name, job_id in chain.jobs.items()}
+
+
+def has_active_jobs(run_dir: Path) -> bool:
+    """Return whether jobs of a run run or wait, or may where SLURM does not answer; False if it is not here."""
+    if not chain_file(run_dir).is_file() or shutil.which("scontrol") is None:
+        return False
+    try:
+        return not all(job.ended for job in find_jobs(read_chain(run_dir)).values())
+    except MachineError:
+        return True
+    except InputError:  # the record is broken
+        return False
 
 
 def refuse_active_jobs(run_dir: Path) -> None:

@@ -171,6 +171,10 @@ RULES = [
         "evaluate.every is 5 but data.split is 0, so nothing is held out: set data.split to 0.02",
     ),
     (
+        {"track.tags": {"team/a b": "1", "ticket#5": "1"}},
+        "track.tags has 'ticket#5', no name of a tag in MLflow: use at most 250 letters, digits, blanks and _ - . : /",
+    ),
+    (
         {"slurm.env": {"NOT A NAME": "1"}},
         "slurm.env has 'NOT A NAME', no name of an environment variable: use letters, digits and _",
     ),

@@ -126,6 +126,7 @@ def test_the_newest_step_waits_for_the_one_that_runs(exports: Exports, caplog: p
     ("code", "output", "reason"),
     [
         (3, "warning: slow\nerror: the disk is full: free space\n", "the disk is full: free space"),
+        (3, "error: ran out of memory\n  held: 2 GB\n  limit: 3 GB\n", "ran out of memory"),
         (1, "Traceback\n  ...\nKeyError: 'x'\n\n", "KeyError: 'x'"),
         (2, "", "exit code 2"),
         (-signal.SIGKILL, "exporting", "ended by SIGKILL, out of memory?"),

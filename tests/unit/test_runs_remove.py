@@ -15,6 +15,7 @@ from launch.slurm.record import Chain, write_chain
 from tests.support.command_line import Call, contents, refused
 from tests.support.run_folders import make_run, start_run
 from training.tracking.record import RunRecord, write_record
+from training.tracking.spool import SpoolWriter
 
 
 class Terminal(io.StringIO):
@@ -42,6 +43,26 @@ def test_a_run_is_removed_after_a_yes_only(trainshort: Call, runs: Path, monkeyp
     monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
     assert trainshort("runs", "rm", "runs/a").out.startswith("removed runs/a (")
     assert [*runs.iterdir()] == []
+
+
+def test_records_that_mlflow_was_not_sent_are_said(
+    trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("none", 0), ("one", 1), ("more", 2000)):
+        writer = SpoolWriter(make_run(runs / name), role="train", on_problem=lambda _: None)
+        for _ in range(count):
+            writer.put({"kind": "tags", "tags": {}, "time_ms": 1})
+        writer.close()
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    answer = trainshort("runs", "rm", "runs/none", "runs/one", "runs/more")
+    assert [line for line in answer.error.splitlines() if "MLflow" in line] == [
+        "  1 record was not sent to MLflow, which `trainshort track sync runs/one` does",
+        "  2,000 records were not sent to MLflow, which `trainshort track sync runs/more` does",
+    ]
+    assert [line for line in answer.out.splitlines() if "MLflow" in line] == [
+        "1 record was not sent to MLflow and went with it",
+        "2,000 records were not sent to MLflow and went with it",
+    ]
 
 
 def test_what_may_still_use_a_run_is_said(trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

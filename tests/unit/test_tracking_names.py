@@ -1,17 +1,21 @@
 """What a run is called in MLflow: its metrics, parameters, tags and files."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import mlflow
 import pytest
+from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
 
 from configs.load import dump_run, load_run
+from configs.rules import problems
 from configs.schema import RunConfig
 from tests.support.mlflow_database import MlflowDatabase
 from tests.support.steps import step_result
@@ -61,6 +65,13 @@ def observe(run_dir: Path, *results: StepResult, environment: Mapping[str, Any] 
         observer.on_step(result)
     observer.close("FINISHED")
     return config
+
+
+def test_tags_that_mlflow_refuses_are_no_tags_of_a_run_file() -> None:
+    names = ["".join(letters) for size in range(5) for letters in itertools.product("a./ :#", repeat=size)]
+    runs: list[Any] = [SimpleNamespace(track=SimpleNamespace(tags={name: "1"})) for name in names]
+    taken = [name for name, run in zip(names, runs, strict=True) if not problems(run, partial=True)]
+    assert taken == [name for name in names if validate_param_and_metric_name(name) and not path_not_unique(name)]
 
 
 def test_every_field_of_a_step_has_a_name_in_a_group() -> None:

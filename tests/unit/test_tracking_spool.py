@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from configs.paths import spool_folder
+from configs.paths import logs_folder, spool_folder
+from tests.support.run_folders import make_run, start_run
 from training.tracking import spool
+from training.tracking.ending import ending_of
 from training.tracking.spool import (
     SentPositions,
     SpoolPosition,
@@ -166,3 +168,23 @@ def test_one_process_sends_at_a_time(tmp_path: Path) -> None:
             assert (first, second) == (True, False)
     with sole_sender(tmp_path) as third:
         assert third
+
+
+@pytest.mark.parametrize(
+    ("log", "status"),
+    [
+        ("step 1/10", "KILLED"),
+        ("error: a\nstep 1/10", "KILLED"),
+        ("error: a", "FAILED"),
+        ("error: rank 1 ran out of memory\n  held: 2 GB\n  limit: 3 GB", "FAILED"),
+        ("Traceback (most recent call last):\n  File a\n" + "    b()\n" * 2000 + "ValueError: c", "FAILED"),
+    ],
+)
+def test_a_dead_run_has_failed_if_its_last_word_is_an_error(tmp_path: Path, log: str, status: str) -> None:
+    run_dir = start_run(make_run(tmp_path / "run"), process_started=1)
+    logs_folder(run_dir).mkdir()
+    (logs_folder(run_dir) / "rank_0.log").write_text("error: of another rank\nto continue: x\n")
+    (logs_folder(run_dir) / "rank_1.log").write_text(f"step 1/10\n{log}\n")
+    ending = ending_of(run_dir)
+    assert ending is not None
+    assert ending.status == status

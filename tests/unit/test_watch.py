@@ -28,6 +28,7 @@ from training.pace import Pace
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
 ENDED, ELSEWHERE = {"process_started": 1}, {"machine": "another", "host": "node7"}
 START = "2026-11-26 21:51:38+00:00  my in runs/my"
+TRACEBACK = ("Traceback (most recent call last):", '  File "a.py", line 1, in b', "    c()", "ValueError: d")
 WIDTHS = (30, 40, 50, 60, 80, 120, 200)
 
 
@@ -204,13 +205,15 @@ def test_states_are_seen_from_the_files_alone(tmp_path: Path) -> None:
         "stopped elsewhere": run("ended", **ELSEWHERE),
         "starting again": run("again", **ENDED),
         "failed again": run("failed again", **ENDED),
+        "broke again": run("broke again", **ENDED),
     }
     write_log(
         folders["stopped elsewhere"], START, "stopped after step 6, saved: start again to continue", "to continue: x"
     )
     now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime(time.time() + 2))
     write_log(folders["starting again"], START, "error: old", f"{now}  my in runs/my", "importing torch")
-    write_log(folders["failed again"], f"{now}  my in runs/my", "error: no such data")
+    write_log(folders["failed again"], f"{now}  my in runs/my", "error: out of memory", "  held: 2 GB", "  limit: 3 GB")
+    write_log(folders["broke again"], f"{now}  my in runs/my", *TRACEBACK)
     make_old(folders["silent elsewhere"], seconds=400.0)
     make_old(folders["running"], seconds=400.0)
     views = {name: RunWatcher(folder).look() for name, folder in folders.items()}
@@ -221,6 +224,7 @@ def test_states_are_seen_from_the_files_alone(tmp_path: Path) -> None:
         "stopped elsewhere": "stopped",
         "starting again": "starting",
         "failed again": "stopped",
+        "broke again": "stopped",
     }
     assert re.search(r"\nsilent for 6m4\ds  on node7", picture(views["silent elsewhere"]))
     assert re.search(r"\nrunning, silent for 6m4\ds  on ", picture(views["running"]))

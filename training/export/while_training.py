@@ -266,11 +266,11 @@ class ExportsWhileTraining(Observer):
 
 
 def _reason(log: Path, *, code: int) -> str:
-    """Return why an export failed, from the last line of its output."""
+    """Return why an export failed, from the last line of its output that is no detail of the one before."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}{', out of memory?' if code == -signal.SIGKILL else ''}"
     lines: list[str] = []
     with suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    errors = [line.strip().removeprefix("error: ") for line in lines if line.strip()]
+    errors = [line.strip().removeprefix("error: ") for line in lines if line.strip() and not line.startswith("  ")]
     return errors[-1] if errors else f"exit code {code}"

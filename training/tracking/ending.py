@@ -9,6 +9,7 @@ from pathlib import Path
 from configs.paths import config_file, incarnation_file, logs_folder, metrics_path, spool_folder
 from configs.saved import saved_values
 from training.checkpoint.manifest import list_checkpoints
+from training.followed_log import ends_in_error
 from training.incarnation import has_ended, newest_incarnation, runs_here
 from training.tracking.client import OpenRun, TrackingTarget, open_recorded_run, record_run
 from training.tracking.events import SENDERS
@@ -17,7 +18,7 @@ from training.tracking.spool import trainer_files
 
 # a process on another machine, which shows its life once a minute, is taken for dead after so long
 DEAD_SECONDS = 900.0
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 20_000  # a traceback
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,6 @@ def _has_failed(run_dir: Path) -> bool:
             file.seek(max(0, size - _TAIL_BYTES))
             lines = file.read().decode("utf-8", "replace").strip().splitlines()
             is_new = log.stat().st_mtime >= incarnation_file(run_dir).stat().st_mtime
-            if is_new and lines and lines[-1].startswith("error: "):
+            if is_new and ends_in_error(lines):
                 return True
     return False

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, MachineError
+from configs.errors import InputError, MachineError, TrainshortError
+from configs.figures import counted
 from configs.paths import config_file
 from configs.saved import saved_values
 from configs.secrets import hide_secrets
@@ -19,7 +20,7 @@ from training.tracking.failures import advice_on, may_pass, reason_of
 from training.tracking.record import RunRecord, read_record
 from training.tracking.replay import FILE_LANE, LOG_LANE, Refusal, Replay
 from training.tracking.spool import Event, SpoolPosition, read_events, spool_files
-from training.tracking.store import Store, choose_store, recorded_store
+from training.tracking.store import Store, choose_store, default_store, recorded_store
 
 # how often an error that may pass is met without anything being sent, and the pause then
 _TRIES, _PAUSE_SECONDS = 3, 1.0
@@ -52,19 +53,20 @@ class Synced:
         return {**vars(self), "run_dir": str(self.run_dir), "refused": list(self.refused)}
 
 
-def sync_runs(folders: Sequence[Path]) -> tuple[list[Synced], list[MachineError]]:
-    """Send the spools of run folders; return what was sent of each, and the errors of those that may succeed later.
-
-    Raises:
-        InputError: a folder has begun no MLflow run, or a store refuses one.
-    """
-    synced, problems = [], []
+def sync_runs(folders: Sequence[Path]) -> tuple[list[Synced], list[TrainshortError]]:
+    """Send the spools of run folders; return what was sent of each, and the errors of `sync_run` of the others."""
+    synced, problems = [], list[TrainshortError]()
     for folder in folders:
         try:
             synced.append(sync_run(folder))
-        except MachineError as error:  # the other folders may have another store
+        except (InputError, MachineError) as error:  # the other folders may have another store
             problems.append(error)
     return synced, problems
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Return whether a folder holds an MLflow run, or what begins one."""
+    return read_record(run_dir) is not None or _newest_start(run_dir) is not None
 
 
 def sync_run(run_dir: Path) -> Synced:
@@ -110,6 +112,13 @@ def target_of_folder(run_dir: Path, *, uri: str | None) -> TrackingTarget | None
         record = RunRecord("", start["uri"])
     store: Store = recorded_store(record, uri=uri, run_dir=run_dir, variables=environment())
     return TrackingTarget(run_dir, store)
+
+
+def waiting_records(run_dir: Path) -> int:
+    """Return how many records in a folder's spool were not sent; 0 if it cannot be read. Imports no mlflow."""
+    with suppress(OSError):
+        return Replay(TrackingTarget(run_dir, default_store(run_dir)), own=None, on_refusal=lambda _: None).waiting()
+    return 0
 
 
 def send_rest(target: TrackingTarget, *, on_refusal: Callable[[Refusal], None]) -> None:
@@ -179,7 +188,8 @@ def _synced(target: TrackingTarget, replay: Replay, *, refused: list[str]) -> Sy
 
 def _left(replay: Replay) -> str:
     with suppress(OSError):
-        return f"{replay.waiting():,} records wait in the run folder; "
+        waiting = replay.waiting()
+        return f"{counted(waiting, 'record')} {'waits' if waiting == 1 else 'wait'} in the run folder; "
     return ""
 
 
