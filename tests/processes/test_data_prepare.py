@@ -122,7 +122,7 @@ def test_other_inputs_than_those_of_the_folder_are_named(copy: tuple[Data, Path]
     shutil.copy(path, other)
     for values, message in (
         ({"vocab_size": 700}, "data.vocab_size was 600 then and is 700 now"),
-        ({"document_separator": "\n\n"}, "data.document_separator was None then"),
+        ({"document_separator": "\n\n"}, 'data.document_separator was null then and is "\\n\\n" now'),
     ):
         assert message in refused(small_data(path, **values), folder)
         assert message in refused(small_data(path, **values), folder, by=load)

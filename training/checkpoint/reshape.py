@@ -11,6 +11,7 @@ from configs.load import load_run
 from parallel.layout import Layout
 from parallel.parameter import Shard, padded_rows, span
 from training.checkpoint.manifest import CONFIG_NAME, find_checkpoint, saved_shard
+from training.folder import refuse_changes
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ def plan_reshape(path: Path, *, overrides: Sequence[str], ranks: int | None) -> 
         overrides: Overrides of the run, such as `parallel.tensor=4`.
         ranks: World size; tensor x pipeline unless given.
     Raises:
-        InputError: no checkpoint, no legal layout, or a tensor with an unknown rule.
+        InputError: no checkpoint, no legal layout, an override that no resume would take, or a tensor with an unknown
+            rule.
     """
     folder, manifest = find_checkpoint(path)
-    config = load_run(str(folder / CONFIG_NAME), overrides=overrides)
+    saved, config = (load_run(str(folder / CONFIG_NAME), overrides=each) for each in ((), overrides))
+    refuse_changes(saved, config, run_dir=folder)
     layout = Layout.of(config, world_size=ranks or config.parallel.tensor * config.parallel.pipeline)
     shards = [saved_shard(name, entry, folder=folder) for name, entry in manifest.tensors.items()]
     cuts = tuple(
