@@ -11,7 +11,6 @@ from configs.load import load_run
 from parallel.layout import Layout
 from parallel.parameter import Shard, padded_rows, span
 from training.checkpoint.manifest import CONFIG_NAME, find_checkpoint, saved_shard
-from training.folder import refuse_changes
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,11 @@ def plan_reshape(path: Path, *, overrides: Sequence[str], ranks: int | None) -> 
             rule.
     """
     folder, manifest = find_checkpoint(path)
-    saved, config = (load_run(str(folder / CONFIG_NAME), overrides=each) for each in ((), overrides))
-    refuse_changes(saved, config, run_dir=folder)
+    config = load_run(str(folder / CONFIG_NAME), overrides=overrides)
+    if overrides:
+        from training.folder import refuse_changes  # here: it imports numpy
+
+        refuse_changes(load_run(str(folder / CONFIG_NAME)), config, run_dir=folder)
     layout = Layout.of(config, world_size=ranks or config.parallel.tensor * config.parallel.pipeline)
     shards = [saved_shard(name, entry, folder=folder) for name, entry in manifest.tensors.items()]
     cuts = tuple(
