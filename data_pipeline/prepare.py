@@ -190,7 +190,8 @@ def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
         if written:
             raise InputError(f"{written[0]} exists, but no {MANIFEST_NAME}: set data.dir to an empty folder")
     elif json.loads(record.read_text(encoding="utf-8")) != inputs:
-        for file in written:
+        # of the same inputs, half-written files are written again under the same names
+        for file in (*written, *folder.glob(".part-*.tmp")):
             file.unlink()
     write_json(record, inputs)
 

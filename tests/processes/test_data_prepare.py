@@ -194,9 +194,10 @@ def test_an_interrupted_prepare_does_not_count_as_prepared(tmp_path: Path) -> No
     assert "is not prepared" in refused(data, tmp_path / "data", by=load)
     # the fixed file is another input, so everything is prepared again; with the same inputs the first part is kept
     second.write_text(BOOK * 2)
+    (tmp_path / "data" / ".part-002.bin.tmp").write_bytes(b"a third part that was begun before a kill")
     prepared = prepared_from(data, tmp_path / "data")
     assert [part.weight for part in prepared.parts] == [1.0, 3.0]
-    assert not list((tmp_path / "data").glob("*.json.tmp"))
+    assert not list((tmp_path / "data").glob("*.tmp"))
 
 
 def test_a_finished_part_is_kept(tmp_path: Path) -> None:
