@@ -1,5 +1,6 @@
 """YAML without its surprises: 1e-3 is a number, `on`, 12:30:00 and dates are text, repeated keys are problems."""
 
+import json
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,13 @@ def read_yaml(text: str, *, name: str) -> Any:
     for problem in parsed.problems:
         raise InputError(with_subject(name, problem))
     return parsed.value
+
+
+def as_yaml(value: Any) -> str:
+    """Return a plain value as a run file holds it: null, true, 'text', [1, 2]; a text with a line break as "a\\nb"."""
+    if isinstance(value, str) and value.isprintable() and "'" not in value:
+        return f"'{value}'"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def with_subject(name: str, problem: str) -> str:

@@ -11,6 +11,7 @@ from configs.errors import InputError, not_prepared
 from configs.files import whole_file
 from configs.paths import MANIFEST_NAME
 from configs.schema import Data
+from configs.strict_yaml import as_yaml
 from data_pipeline.hashes import file_sha256
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path
 from data_pipeline.sources import PYTHON_DOCS, source_files
@@ -317,7 +318,7 @@ def _differences(manifest: dict[str, Any], new: dict[str, Any]) -> Iterator[str]
             yield from (_file_difference(path, then, state) for path, then, state in states if not _same(then, state))
         else:
             changed = _changed_file(old, now) if key == "data.sources" else None
-            yield changed or f"{key} was {before!r} then and is {now!r} now"
+            yield changed or f"{key} was {as_yaml(before)} then and is {as_yaml(now)} now"
 
 
 def _are_same_files(old: dict[str, Any], paths: list[str]) -> bool:

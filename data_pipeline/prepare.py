@@ -1,9 +1,10 @@
 """Prepare data: turn sources into a tokenizer and Megatron's .bin/.idx. Finished work is not repeated."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from configs.errors import InputError, MachineError
 from configs.files import one_writer, whole_file
 from configs.paths import MANIFEST_NAME, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME
 from configs.schema import Data, Source
+from configs.strict_yaml import as_yaml
 from configs.terminal import printable, status_console
 from data_pipeline.indexed import histogram, read_index
+from data_pipeline.kinds import Kind, file_kind
 from data_pipeline.manifest import (
     UNIGRAM_NAME,
     Part,
@@ -33,7 +36,7 @@ from data_pipeline.manifest import (
     write_json,
 )
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path, words_path
-from data_pipeline.reading import OnRead
+from data_pipeline.reading import OnRead, iter_bytes
 from data_pipeline.sentencepiece_tokenizer import SAMPLE_CHARACTERS, train_tokenizer
 from data_pipeline.sources import (
     PYTHON_DOCS,
@@ -48,6 +51,8 @@ from data_pipeline.sources import (
 from data_pipeline.storage import write_part
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from data_pipeline.tokenizer_files import find_tokenizer, tokenizer_files
+
+logger = logging.getLogger(__name__)
 
 _UNFINISHED_NAME = "preparing.json"
 _BAR_CELLS = 20
@@ -128,6 +133,7 @@ def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console)
             for number, sources in enumerate(_sources_by_part(data))
         )
         check_split(parts, split=data.split)
+        _warn_of_unused_separator(data, documents=sum(part.documents for part in parts if not part.in_place))
         # count in the .bin files: parts that were kept or are used in place are not tokenized in this call
         counts = np.zeros(data.vocab_size, np.int64)  # of the rows that stand for no token too
         for part in parts:
@@ -147,6 +153,35 @@ def _prepare(data: Data, folder: Path, inputs: dict[str, Any], console: Console)
         record.unlink()
 
 
+def _warn_of_unused_separator(data: Data, *, documents: int) -> None:
+    """Warn of a `data.document_separator` that has no effect: there is no text file, or it is in none.
+
+    Args:
+        data: The run's `data` section.
+        documents: Of all sources but those used in place.
+    """
+    if data.document_separator is None:
+        return
+    read = [source.path for source in data.sources if source.path != PYTHON_DOCS and not find_prefix(source.path)]
+    files = [file for path in read for file in source_files(path) if _is_filled(file)]
+    kinds = {file_kind(file) for file in files}
+    shown = as_yaml(data.document_separator)
+    if Kind.TEXT not in kinds:
+        logger.warning("data.document_separator %s has no effect: it cuts text files, and no source is one", shown)
+    elif len(read) == len(data.sources) and kinds == {Kind.TEXT} and documents <= len(files):
+        advice = 'a line break is "\\n" in double quotes' if "\\" in data.document_separator else "check it"
+        logger.warning(
+            "data.document_separator %s cuts none of the text files, so each is one document: %s",
+            shown,
+            advice,
+        )
+
+
+def _is_filled(file: Path) -> bool:
+    # a file of white space alone is a document too; not to count it only leaves the warning out
+    return any(block.strip() for block in islice(iter_bytes(file, on_read=lambda _: None), 1))
+
+
 def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
     """Keep the files of an interrupted prepare of the same inputs, delete those of other inputs, refuse any others."""
     record = folder / _UNFINISHED_NAME
@@ -155,7 +190,8 @@ def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
         if written:
             raise InputError(f"{written[0]} exists, but no {MANIFEST_NAME}: set data.dir to an empty folder")
     elif json.loads(record.read_text(encoding="utf-8")) != inputs:
-        for file in written:
+        # of the same inputs, half-written files are written again under the same names
+        for file in (*written, *folder.glob(".part-*.tmp")):
             file.unlink()
     write_json(record, inputs)
 

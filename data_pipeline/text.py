@@ -172,7 +172,7 @@ def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.integer]) -> float
 def _training_counts(prepared: Prepared) -> NDArray[np.int64]:
     """Return how often each token occurs in the training text, [vocab]."""
     # saved counts are of the whole text, since data.split may change later: subtract the held-out part
-    counts: NDArray[np.int64] = np.load(prepared.folder / UNIGRAM_NAME)
+    counts = _load_counts(prepared.folder / UNIGRAM_NAME)
     for part in prepared.parts:
         held_out = held_out_sequences(part.sequences, share=prepared.split)
         for tokens in iter_sequences(prepared.prefix(part), sequences=held_out):
@@ -183,8 +183,25 @@ def _training_counts(prepared: Prepared) -> NDArray[np.int64]:
 def _words(prepared: Prepared, part: Part, sequences: NDArray[np.int64]) -> int | None:
     if part.in_place:
         return None
-    words: NDArray[np.int64] = np.load(words_path(prepared.prefix(part)))  # [sequences]
-    return int(words[sequences].sum())
+    return int(_load_counts(words_path(prepared.prefix(part)))[sequences].sum())
+
+
+def _load_counts(file: Path) -> NDArray[np.int64]:
+    """Return the counts that `prepare` wrote beside the tokens, which training does not need.
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
+    try:
+        with file.open("rb") as content:
+            counts: NDArray[np.int64] = np.load(content)
+    except (OSError, ValueError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise InputError(
+            f"prepared data {file} cannot be read ({reason}): copy it from where the data was prepared, or prepare it "
+            "again in another data.dir"
+        ) from None
+    return counts
 
 
 def _starts(

@@ -83,7 +83,7 @@ def finished_lines(ready: Ready) -> list[str]:
     for fields in read_steps(ready.run_dir):
         best = better_of(best, validation_of(fields))
     return [
-        finished_line(ready.run_dir, steps=ready.config.train.steps),
+        finished_line(ready.run_dir, train=ready.config.train),
         *([] if best is None else [best_line(best)]),
         evaluate_line(ready.run_dir),
     ]

@@ -98,7 +98,7 @@ def _start(config: RunConfig, *, prepared: "list[Prepared]") -> str | None:
             check_init_from(Path(init_from), config=config, prepared=next(iter(prepared), None))
         return None
     if newest.step == config.train.steps:
-        return finished_line(run_dir, steps=newest.step)
+        return finished_line(run_dir, train=config.train)
     return f"training {resume_line(run_dir, step=newest.step)}"
 
 

@@ -13,6 +13,7 @@ from configs.files import try_folder, whole_file
 from configs.load import dump_run, load_run
 from configs.paths import certificates_path, checkpoints_folder, config_file, data_folder, logs_folder, run_folder
 from configs.schema import RunConfig
+from configs.strict_yaml import as_yaml
 from data_pipeline.manifest import same_content, same_inputs
 from parallel.layout import Layout
 from parallel.start import environment, slurm_job
@@ -55,7 +56,7 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
     if config.train.decay_steps is None:
         config = config.model_copy(update={"train": config.train.model_copy(update={"decay_steps": fixed})})
     if before is not None:
-        _refuse_changes(before, config, run_dir=run_dir)
+        refuse_changes(before, config, run_dir=run_dir)
     return config
 
 
@@ -130,14 +131,19 @@ def record_certificate(document: dict[str, Any], *, run_dir: Path, step: int) ->
     return path
 
 
-def _refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path) -> None:
+def refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path) -> None:
+    """Refuse a run that differs from that of the first start in keys that must not change.
+
+    Raises:
+        InputError: names each key, with both values.
+    """
     before, now = with_dotted_keys(first.model_dump()), with_dotted_keys(config.model_dump())
     changed = [key for key in before if before[key] != now.get(key) and not key.startswith(MAY_CHANGE)]
     if any(key in _DATA_KEYS for key in changed) and _is_same_data(first, config):
         changed = [key for key in changed if key not in _DATA_KEYS]
     if "train.init_from" in changed and _absolute(before["train.init_from"]) == _absolute(now["train.init_from"]):
         changed.remove("train.init_from")
-    changes = [f"{key} was {before[key]!r}, is {now.get(key)!r}" for key in changed]
+    changes = [f"{key} was {as_yaml(before[key])}, is {as_yaml(now.get(key))}" for key in changed]
     if changes:
         raise InputError(
             f"{run_dir} holds a run that this one would change: {'; '.join(changes)}: "

@@ -8,6 +8,7 @@ from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import check_run_folder, checkpoints_folder, data_folder
 from configs.schema import Model, RunConfig, Train
+from configs.strict_yaml import as_yaml
 from data_pipeline.counts import load_trainable
 from data_pipeline.manifest import Prepared
 from parallel.compilers import check_compiling
@@ -25,6 +26,12 @@ from training.checkpoint.manifest import (
 )
 from training.export.while_training import check_export_every
 from training.folder import with_fixed_keys
+
+# What makes a model another one, though all shapes may fit; `inner` is `feed_forward` with its default.
+_SAME_MODEL = (
+    *("family", "position", "heads", "window", "alibi_bias_max"),
+    *("layers", "hidden", "inner", "tie_embeddings"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,13 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     return Ready(config, run_dir, layout, prepared, newest)
 
 
-def finished_line(run_dir: Path, *, steps: int) -> str:
+def finished_line(run_dir: Path, *, train: Train) -> str:
     """Return what is said of a run that has nothing left to train."""
-    return f"{run_dir} is trained to its last step, {steps}: raise train.steps to continue"
+    assert train.decay_steps is not None, "with_fixed_keys sets it"
+    more = "raise train.steps to continue"
+    if train.steps >= train.decay_steps and not train.min_learning_rate:  # `require_learning` would refuse more
+        more = "its learning rate has fallen to 0, so continue in another run.dir with train.init_from"
+    return f"{run_dir} is trained to its last step, {train.steps}: {more}"
 
 
 def resume_line(run_dir: Path, *, step: int) -> str:
@@ -152,13 +163,12 @@ def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None,
     """
     folder, manifest = find_checkpoint(path, warn=warn)
     source = load_run(str(folder / CONFIG_NAME))
-    for key in ("heads", "position", "window", "family", "layers", "hidden", "inner"):
+    for key in _SAME_MODEL:
         seen, wanted = getattr(source.model, key), getattr(config.model, key)
         if seen != wanted:
-            seen, wanted = ("null" if value is None else value for value in (seen, wanted))
             raise InputError(
-                f"train.init_from {folder} has model.{'feed_forward' if key == 'inner' else key} {seen}, "
-                f"the run has {wanted}: initial weights need the same model"
+                f"train.init_from {folder} has model.{'feed_forward' if key == 'inner' else key} {as_yaml(seen)}, "
+                f"the run has {as_yaml(wanted)}: initial weights need the same model"
             )
     if prepared is None:
         return

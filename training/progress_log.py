@@ -3,6 +3,7 @@
 import logging
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from configs.schema import RunConfig
@@ -95,6 +96,9 @@ class ProgressLog(Observer):
     def _log_step(self, result: StepResult) -> None:
         speed = self._tokens_per_step * len(self._since_line) / sum(self._since_line)
         self._since_line.clear()
+        if result.model_flops_utilization is not None:  # of the same steps as the speed, not of the last one
+            utilization = result.model_flops_utilization * speed / result.tokens_per_second
+            result = replace(result, model_flops_utilization=utilization)
         steps, left = self._config.train.steps, self._pace.seconds_left
         columns = self._terminal.columns
         logger.info("%s", step_line(result, steps=steps, speed=speed, seconds_left=left, columns=columns))

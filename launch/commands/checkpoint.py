@@ -68,6 +68,9 @@ def checkpoint_reshape_command(
     from training.checkpoint.manifest import find_checkpoint
 
     if not dry_run:
+        for option, is_given in (("--set", overrides), ("--ranks", ranks), ("--json", as_json)):
+            if is_given:
+                raise InputError(f"{option} is for --dry-run: add --dry-run, or leave {option} out")
         run_file = config_file(find_checkpoint(checkpoint)[0].parents[1])
         file = typed_path(run_file) if run_file.is_file() else "RUN.yaml"
         show_lines(

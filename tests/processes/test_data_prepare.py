@@ -122,7 +122,7 @@ def test_other_inputs_than_those_of_the_folder_are_named(copy: tuple[Data, Path]
     shutil.copy(path, other)
     for values, message in (
         ({"vocab_size": 700}, "data.vocab_size was 600 then and is 700 now"),
-        ({"document_separator": "\n\n"}, "data.document_separator was None then"),
+        ({"document_separator": "\n\n"}, 'data.document_separator was null then and is "\\n\\n" now'),
     ):
         assert message in refused(small_data(path, **values), folder)
         assert message in refused(small_data(path, **values), folder, by=load)
@@ -194,9 +194,10 @@ def test_an_interrupted_prepare_does_not_count_as_prepared(tmp_path: Path) -> No
     assert "is not prepared" in refused(data, tmp_path / "data", by=load)
     # the fixed file is another input, so everything is prepared again; with the same inputs the first part is kept
     second.write_text(BOOK * 2)
+    (tmp_path / "data" / ".part-002.bin.tmp").write_bytes(b"a third part that was begun before a kill")
     prepared = prepared_from(data, tmp_path / "data")
     assert [part.weight for part in prepared.parts] == [1.0, 3.0]
-    assert not list((tmp_path / "data").glob("*.json.tmp"))
+    assert not list((tmp_path / "data").glob("*.tmp"))
 
 
 def test_a_finished_part_is_kept(tmp_path: Path) -> None:

@@ -95,3 +95,23 @@ def test_a_vocabulary_too_large_says_how_large_it_may_be(trainshort: Call, folde
     assert last.endswith(f"the text allows: use {largest} or less, or add text")
     assert [file.name for file in (folder / "data").iterdir()] == [".lock"], "there is nothing to continue from"
     assert trainshort("prepare", "run.yaml", "--set", f"data.vocab_size={largest}", "--set", "data.split=0").code == 0
+
+
+def test_a_separator_without_effect_is_warned_of(trainshort: Call, folder: Path) -> None:
+    (folder / "empty.txt").write_text("")
+    (folder / "records.jsonl").write_bytes(jsonl({"text": BOOK}))
+    write_run(folder, data={"sources": ["*.txt"]})
+
+    def warning(*sets: str) -> str:
+        answer = trainshort("prepare", "run.yaml", *[word for each in sets for word in ("--set", each)])
+        assert answer.code == 0, answer
+        return next((line for line in answer.error.splitlines() if "document_separator" in line), "")
+
+    cuts_none = warning(r"data.document_separator='\n\n'", "data.dir=a")
+    assert cuts_none == (
+        r"data.document_separator '\n\n' cuts none of the text files, so each is one document: "
+        r'a line break is "\n" in double quotes'
+    )
+    assert warning(r'data.document_separator="\n\n"', "data.dir=b") == ""
+    assert "has no effect" in warning("data.document_separator=x", "data.dir=c", "data.sources=[records.jsonl]")
+    assert warning("data.document_separator=<|x|>", "data.dir=d", "data.sources=[book.txt, records.jsonl]") == ""

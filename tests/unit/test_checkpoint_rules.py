@@ -75,6 +75,12 @@ def test_the_last_every_nth_and_the_best_are_kept(rules: dict[str, int], kept: l
     assert [manifest.step for path, manifest in whole.items() if path not in removed] == kept
 
 
+def test_a_loss_that_is_no_number_is_not_among_the_best() -> None:
+    whole = saved({10: math.nan, 20: 3.0, 30: 2.0, 40: math.nan, 50: math.inf, 60: 4.0})
+    removed = checkpoints_to_remove(whole, rules=CheckpointRules(keep=1, keep_best=1))
+    assert [path.name for path in removed] == ["10", "20", "40", "50"]
+
+
 def test_a_run_keeps_every_nth_checkpoint(rank: OneRank, tmp_path: Path) -> None:
     rank.start(tmp_path / "run", "checkpoint.keep=1", "checkpoint.keep_every=2", steps=5)
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "run")] == [2, 4, 5]

@@ -9,7 +9,7 @@ from configs.backends import ANY_WIDTH
 from configs.errors import InputError
 from configs.load import check_run, load_run
 from configs.schema import RunConfig
-from configs.strict_yaml import parse_yaml
+from configs.strict_yaml import as_yaml, parse_yaml
 from tests.support.small_run import small_run
 
 VALID = """\
@@ -256,3 +256,19 @@ def test_sections_that_are_one_object_are_judged_apart(tmp_path: Path) -> None:
         "unknown key checkpoint.name: did you mean run.name?",
         "unknown key checkpoint.dir: did you mean run.dir or data.dir?",
     ]
+
+
+def test_a_value_is_shown_as_a_run_file_holds_it() -> None:
+    shown = {
+        "null": None,
+        "true": True,
+        "'a b'": "a b",
+        "1e-08": 1e-8,
+        '"\\n\\n"': "\n\n",
+        r"'\n'": r"\n",
+        '"it\'s"': "it's",
+    }
+    assert {as_yaml(value): value for value in shown.values()} == shown
+    for value in (*shown.values(), "é\u2028\x00", "null", "", ({"path": "a.txt", "weight": None},)):
+        read = parse_yaml(as_yaml(value)).value
+        assert read == (list(value) if isinstance(value, tuple) else value)

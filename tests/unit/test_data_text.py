@@ -4,7 +4,9 @@ import gzip
 import json
 import lzma
 import math
+import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -120,3 +122,20 @@ def test_unigram_perplexity_is_that_of_the_training_text_alone(prepared: Prepare
     total = sum(training.values()) + prepared.vocab_size
     loss = -sum(math.log((training[token] + 1) / total) for token in tokens.tolist()) / len(tokens)
     assert unigram_perplexity(prepared, tokens) == pytest.approx(math.exp(loss), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["unigram.npy", "part-000.words.npy"])
+def test_counts_that_are_missing_or_damaged_are_refused(prepared: Prepared, tmp_path: Path, name: str) -> None:
+    copied = replace(prepared, folder=shutil.copytree(prepared.folder, tmp_path / "copied"))
+
+    def read() -> None:
+        unigram_perplexity(copied, held_out_stream(copied, split=copied.split).tokens)
+
+    for damage in (
+        lambda file: file.write_bytes(file.read_bytes()[:150]),
+        lambda file: file.write_bytes(b""),
+        Path.unlink,
+    ):
+        damage(copied.folder / name)
+        with pytest.raises(InputError, match=rf"prepared data .*/{name} cannot be read \(.+\): copy it"):
+            read()

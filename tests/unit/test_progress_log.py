@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -237,6 +238,17 @@ def test_a_line_every_so_many_steps_and_none_is_lost(tmp_path: Path, caplog: pyt
     assert total.startswith("total ")
     assert steps.startswith("7 steps at 10.2k tokens/s")
     assert best == "best validation: loss 4.0000 at step 4"
+
+
+def test_speed_and_utilization_are_of_the_same_steps(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    progress = ProgressLog(progress_run("train.steps=9", "train.log_every=2"), first_step=0, best=None, terminal=None)
+    for step, seconds in ((1, 0.1), (2, 0.3)):
+        speed = 1024 / seconds
+        result = step_result(step=step, step_seconds=seconds, tokens_per_second=speed)
+        progress.on_step(replace(result, model_flops_utilization=0.04 / seconds))
+    (line,) = logged_lines(caplog)
+    assert "  5.12k tokens/s  1.00 GB  MFU 20%  " in line
 
 
 def test_a_stop_shows_its_last_step_and_a_slow_run_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

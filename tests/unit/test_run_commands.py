@@ -129,7 +129,7 @@ def test_check_notes_what_a_start_would_do(trainshort: Call) -> None:
     for change in ("model.windows=off", "evaluate.tensor=2"):
         assert notes(trainshort, change) == ["training resumes from step 4, run/checkpoints/step_0000004"]
     assert notes(trainshort, "model.window=8")[0].startswith(
-        "run holds a run that this one would change: model.window was None, is 8: "
+        "run holds a run that this one would change: model.window was null, is 8: "
     )
     assert notes(trainshort, "train.steps=3")[0].startswith("train.steps is 3, but run is trained to step 4: ")
     assert notes(trainshort, "run.dir=new", "train.init_from=run") == []
@@ -137,6 +137,35 @@ def test_check_notes_what_a_start_would_do(trainshort: Call) -> None:
     assert "has model.heads 4, the run has 2" in other[0]
     other = notes(trainshort, "run.dir=new", "train.init_from=run", "model.window=8")
     assert "has model.window null, the run has 8: initial weights need the same model" in other[0]
+    for change, then, now in (("model.alibi_bias_max=16", "8", "16"), ("model.tie_embeddings=false", "true", "false")):
+        other = notes(trainshort, "run.dir=new", "train.init_from=run", change)
+        assert f"has {change.partition('=')[0]} {then}, the run has {now}: " in other[0]
+
+
+def test_no_more_steps_are_advised_at_a_rate_of_zero(trainshort: Call, trained: Path) -> None:
+    file = trained / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("decay_steps: 10", "decay_steps: 4"))
+    ended = (
+        "run is trained to its last step, 4: its learning rate has fallen to 0, so continue in another run.dir with "
+    )
+    assert notes(trainshort, "train.steps=4") == [f"{ended}train.init_from"]
+    assert trainshort("train", "run.yaml", "--set", "train.steps=4").out.startswith(ended)
+    assert refused(trainshort, "train", "run.yaml").startswith("train.steps is 10, but from step 4 on")
+    file.write_text(file.read_text().replace("min_learning_rate: 0.0", "min_learning_rate: 0.001"))
+    (note,) = notes(trainshort, "train.steps=4", "train.min_learning_rate=1e-3")
+    assert note == "run is trained to its last step, 4: raise train.steps to continue"
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_checkpoint_command_refuses_what_it_would_ignore(trainshort: Call) -> None:
+    reshape = ("checkpoint", "reshape", "run")
+    for option in (("--json",), ("--ranks", "4"), ("--set", "parallel.tensor=4")):
+        assert refused(trainshort, *reshape, *option).startswith(f"{option[0]} is for --dry-run: ")
+    assert "model.layers was 4, is 8" in refused(trainshort, *reshape, "--dry-run", "--set", "model.layers=8")
+    for command in ("list", "verify"):
+        message = refused(trainshort, "checkpoint", command, "run/checkpoints")
+        assert message.startswith("run/checkpoints is no run folder, but the checkpoints of one: ")
+    assert refused(trainshort, "checkpoint", "list", "run.yaml").startswith("run folder run.yaml is a file: ")
 
 
 def test_messages_name_the_command_to_type(trainshort: Call, folder: Path) -> None:

@@ -69,10 +69,15 @@ def plan_reshape(path: Path, *, overrides: Sequence[str], ranks: int | None) -> 
         overrides: Overrides of the run, such as `parallel.tensor=4`.
         ranks: World size; tensor x pipeline unless given.
     Raises:
-        InputError: no checkpoint, no legal layout, or a tensor with an unknown rule.
+        InputError: no checkpoint, no legal layout, an override that no resume would take, or a tensor with an unknown
+            rule.
     """
     folder, manifest = find_checkpoint(path)
     config = load_run(str(folder / CONFIG_NAME), overrides=overrides)
+    if overrides:
+        from training.folder import refuse_changes  # here: it imports numpy
+
+        refuse_changes(load_run(str(folder / CONFIG_NAME)), config, run_dir=folder)
     layout = Layout.of(config, world_size=ranks or config.parallel.tensor * config.parallel.pipeline)
     shards = [saved_shard(name, entry, folder=folder) for name, entry in manifest.tensors.items()]
     cuts = tuple(

@@ -1,6 +1,7 @@
 """Decide which checkpoints of a run to keep, and remove the others. No torch."""
 
 import logging
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -46,9 +47,11 @@ def checkpoints_to_remove(whole: dict[Path, Manifest], *, rules: CheckpointRules
         whole: Whole checkpoints, oldest first.
         rules: The run's section.
     """
-    measured = [path for path, manifest in whole.items() if manifest.validation_loss is not None]
+    losses = {path: manifest.validation_loss for path, manifest in whole.items()}
+    # a loss that is no number does not count: nan has no place in an order
+    measured = [path for path, loss in losses.items() if loss is not None and math.isfinite(loss)]
     # lowest loss first; of equal losses, the newest
-    best = sorted(measured, key=lambda path: (whole[path].validation_loss, -whole[path].step))
+    best = sorted(measured, key=lambda path: (losses[path], -whole[path].step))
     kept = {*list(whole)[-rules.keep :], *best[: rules.keep_best]}
     if rules.keep_every:
         kept |= {path for path, manifest in whole.items() if manifest.step % rules.keep_every == 0}

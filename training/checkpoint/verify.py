@@ -62,9 +62,11 @@ def list_verdicts(path: Path) -> list[Verdict]:
         InputError: there is no such folder.
     """
     if not path.is_dir():
-        raise InputError(f"run folder {path} does not exist: give the run.dir of a run")
+        seen = "is a file" if path.is_file() else "does not exist"
+        raise InputError(f"run folder {path} {seen}: give the run.dir of a run")
     if (path / MANIFEST_NAME).is_file() or is_checkpoint_name(path.name):
         return [_check_sizes(path)]
+    _require_run_folder(path)
     return [_check_sizes(folder.path) for folder in list_checkpoints(path)]
 
 
@@ -74,7 +76,21 @@ def verify_checkpoints(path: Path) -> list[Verdict]:
     Raises:
         InputError: there is none.
     """
-    return [_check_bytes(folder) for folder in reversed(candidate_folders(path))]
+    folders = candidate_folders(path)
+    _require_run_folder(path)
+    return [_check_bytes(folder) for folder in reversed(folders)]
+
+
+def _require_run_folder(path: Path) -> None:
+    """Refuse RUN_DIR/checkpoints, in which a run's checkpoints would not be found.
+
+    Raises:
+        InputError: the folder holds checkpoints itself.
+    """
+    if any(is_checkpoint_name(entry.name) for entry in path.iterdir()):
+        raise InputError(
+            f"{path} is no run folder, but the checkpoints of one: give the folder above it, or one of them"
+        )
 
 
 def _check_sizes(folder: Path) -> Verdict:
