@@ -288,7 +288,7 @@ class Slurm(Section):
     time: TextOrNumber = Field(
         default="24:00:00", description='Time limit, quoted: "hours:minutes:seconds" or "days-hours:minutes:seconds".'
     )
-    signal_seconds: PositiveInt = Field(
+    signal_seconds: Annotated[int, Field(ge=1, le=65535)] = Field(  # SLURM has no more
         default=120, description="Seconds before the time limit at which the ranks save and the job queues again."
     )
     gpus_per_node: NonNegativeInt = Field(default=8, description="GPUs of a node; 0 for CPU ranks.")
