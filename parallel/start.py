@@ -150,7 +150,7 @@ def ignore_stop_signals() -> None:
 
 
 def interrupt_on_sigterm() -> None:
-    """Let SIGTERM do what Ctrl-C does, raise KeyboardInterrupt: a launcher sends it to its ranks for both."""
+    """Let SIGTERM do what Ctrl-C does, raise KeyboardInterrupt: launchers, schedulers and `timeout` send it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

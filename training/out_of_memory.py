@@ -46,6 +46,8 @@ def explain_out_of_memory(*remedies: str) -> Iterator[None]:
         if cause is None:
             raise
         logger.debug("out of memory", exc_info=error)
+        if is_of_gpu(cause):
+            remedies = (*remedies, 'CUDA_VISIBLE_DEVICES="", to compute on CPUs, in the memory of the machine')
         how = f"this command {how_it_ran_out(cause)}"
         raise OutOfMemory(with_remedies([how], remedies, on_gpu=is_of_gpu(cause))) from None
 

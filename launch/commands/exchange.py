@@ -8,6 +8,7 @@ import typer
 from configs.slow_parts import importing
 from launch.commands.options import CheckpointPath, count_option, path_of
 from launch.complete import complete_dtypes, complete_formats
+from parallel.start import interrupt_on_sigterm
 from training.export.formats.table import DTYPES, FORMATS
 from training.out_of_memory import explain_out_of_memory
 
@@ -69,6 +70,7 @@ def export_command(
     register: Register = None,
 ) -> None:
     """Write the model for inference engines, and compare its logits and text with the trained model's."""
+    interrupt_on_sigterm()  # a temporary folder as large as the model must not be left
     from training.checkpoint.manifest import require_checkpoint
     from training.export.folder import try_new_folder
     from training.export.formats.table import require_format, require_registrable, server_of
@@ -115,6 +117,7 @@ def import_command(
     ] = None,
 ) -> None:
     """Make a checkpoint of a Hugging Face model, to evaluate, generate, export or train on in any layout."""
+    interrupt_on_sigterm()  # a temporary folder as large as the model must not be left
     from training.export.folder import try_new_folder
     from training.export.hf_model import read_model
 

@@ -223,9 +223,12 @@ def _after_training(config: RunConfig, *, program: str) -> dict[str, list[str]]:
     # They name the last step's checkpoint, not the run folder: if it is broken, an older one is not the trained model.
     last = str(_last_checkpoint(config))
     out = str(export_folder(run_folder(config), form=CHAIN_FORMAT))
+    # One process: a model that is evaluated on several GPUs is too large for one, but not for the node.
+    is_split = config.evaluate.tensor * config.evaluate.pipeline > 1
+    on_cpu = ["env", "CUDA_VISIBLE_DEVICES="] if is_split else []
     return {
         "evaluate": [program, "evaluate", last, *options_of_run(config)],
-        "export": [program, "export", last, *chain_export_options(config.model), "--out", out],
+        "export": [*on_cpu, program, "export", last, *chain_export_options(config.model), "--out", out],
     }
 
 

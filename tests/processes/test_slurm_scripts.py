@@ -89,6 +89,10 @@ def test_the_reference_job_requests_its_nodes_and_gpus() -> None:
 
 
 def test_what_bloom_cannot_hold_is_exported_with_its_code() -> None:
+    # the model that is evaluated on 16 GPUs is exported in the node's memory
+    assert (
+        "  env CUDA_VISIBLE_DEVICES= trainshort export runs/bloom-176b/" in render_run("bloom-176b", nodes=6)["export"]
+    )
     assert "/step_0050000 --format hf --with-code --out " in render_run("sinusoidal-1b3")["export"]
 
 

@@ -81,11 +81,18 @@ def test_a_baseline_is_measured_in_its_own_tokens(home: Path, trainshort: Call) 
     assert (home / "run" / "evaluation" / "hf-gpt-2" / "texts.json").is_file()
 
 
+def _change(folder: Path, **keys: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json: give a folder with a causal model"),
         (lambda folder: (folder / "config.json").write_text("{}"), "holds no causal model that transformers "),
+        (lambda folder: _change(folder, hidden_dropout="0.1"), "Field 'hidden_dropout' with value '0.1'"),
+        (lambda folder: _change(folder, vocab_size=9999), "holds no causal model that transformers "),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no causal model that transformers "),
     ],
 )

@@ -44,7 +44,7 @@ def tokens_of(weights: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_transformers_reads_the_logits_of_its_own_format(
-    tmp_path: Path, tokenizer: Path, weights: dict[str, torch.Tensor]
+    tmp_path: Path, tokenizer: Path, weights: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
     read = []
     for form in (HuggingFaceFormat(), GgufFormat("f32")):
@@ -55,6 +55,7 @@ def test_transformers_reads_the_logits_of_its_own_format(
         theirs, ours = (logits(tokens_of(weights)) for logits in read)
     assert torch.equal(ours, theirs)
     assert float(ours.abs().max()) > 3
+    assert capfd.readouterr().err == "", "a bar is no result, warning or error"
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])

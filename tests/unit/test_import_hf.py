@@ -150,6 +150,21 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         r"describes no model that can run: model\.heads must divide",
     ),
     "few rows": (few_rows, r"cannot be a run: data\.vocab_size 200: Input should be greater than or equal to 300"),
+    "rows in words": (
+        change_config(vocab_size="405"),
+        r"does not describe a model \(vocab_size '405' is no whole number",
+    ),
+    "an odd end token": (change_config(eos_token_id=2.0), r"does not describe a model \(eos_token_id 2\.0 is no whole"),
+    "two architectures": (change_config(model_type=["mpt"]), r"a model of type \['mpt'\]: only bloom and mpt"),
+    "another number's type": (
+        change_config(n_layers="2"),
+        r"does not describe a model \(model\.layers '2': Input should be a valid integer\)",
+    ),
+    "what transformers refuses": (
+        change_config(expansion_ratio=4.0),
+        r"holds no causal model that transformers .* 'expansion_ratio' expected int, got float",
+    ),
+    "two widths": (change_config(hidden_size=96), r"holds no causal model that transformers "),
     "odd attention": (change_config(attn_config="alibi"), r"does not describe a model"),
     "no shape": (change_config(n_layers=None), r"does not describe a model"),
     "another end token": (change_config(eos_token_id=5), r"ends a document with token 2, config\.json says .* 5"),
@@ -203,6 +218,16 @@ def test_a_length_that_is_nowhere_must_be_given(tmp_path: Path, tokenizer: Path)
     assert open_checkpoint(tmp_path / "run").config.data.sequence_length == 24
     with pytest.raises(InputError, match="has files in it"):
         import_model(source, out=tmp_path / "run", train_length=24)
+
+
+def test_a_length_may_exceed_what_transformers_takes(tmp_path: Path, mpt_folder: Path) -> None:
+    change = change_config(eos_token_id=[])
+    shutil.copytree(mpt_folder, tmp_path / "hf")
+    change(tmp_path / "hf")  # it names no end token then
+    assert json.loads((mpt_folder / "config.json").read_text())["max_seq_len"] < 80
+    result = import_model(tmp_path / "hf", out=tmp_path / "run", train_length=80)
+    assert result.length == 80
+    assert result.difference < 1e-4 < result.scale
 
 
 @pytest.mark.parametrize("bloom", [True, False])

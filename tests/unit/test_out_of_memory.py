@@ -19,7 +19,14 @@ from parallel.start import ProcessRank
 from tests.support.command_line import Call
 from training import host_memory, out_of_memory
 from training.host_memory import ADDRESS_SPACE, MemoryLimit, OomKills, host_limit, oom_kills
-from training.out_of_memory import OutOfMemory, how_it_ran_out, is_of_gpu, is_out_of_memory_text, memory_error
+from training.out_of_memory import (
+    OutOfMemory,
+    explain_out_of_memory,
+    how_it_ran_out,
+    is_of_gpu,
+    is_out_of_memory_text,
+    memory_error,
+)
 from training.rank_errors import explain_rank_failure
 
 CPU_ALLOCATOR = (
@@ -131,6 +138,11 @@ def test_a_gpu_is_named_with_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> N
     assert "\n  limit: 80.0 GB, of cuda:1, H100; outside of torch 9.00 GB are taken\n" in said
     assert "\n    parallel.offload none -> cpu\n" in said
     assert said.endswith("\n  or use a GPU with more memory")
+    with pytest.raises(OutOfMemory) as alone, explain_out_of_memory("fewer --tokens"):
+        raise error
+    first, second = str(alone.value).split("\n")[-3:-1]
+    assert first == "    fewer --tokens"
+    assert second == '    CUDA_VISIBLE_DEVICES="", to compute on CPUs, in the memory of the machine'
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from training.evaluation.request import EvaluationRequest
 from training.evaluation.run import plan_evaluation, run_evaluation
 from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.export.card import CARD_JSON
-from training.export.formats.huggingface import HuggingFaceTokenizer, quiet_transformers
+from training.export.formats.huggingface import HuggingFaceTokenizer, quiet_transformers, refusing_unreadable
 from training.model.proof.attention_weights import dtype_of
 from training.model.single import CPU_BATCH_TOKENS, inference, inference_device
 
@@ -117,20 +117,14 @@ def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) 
 
 def _load(folder: Path, *, precision: str) -> Any:
     loader: Any = transformers.AutoModelForCausalLM  # untyped in transformers
-    try:
-        with quiet_transformers():
-            model, loading = loader.from_pretrained(
-                folder,
-                dtype=dtype_of(precision),
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder} holds no causal model that transformers {transformers.__version__} can load without code of the "
-            f"folder ({str(error).splitlines()[0]}): give another"
-        ) from None
+    with refusing_unreadable(folder), quiet_transformers():
+        model, loading = loader.from_pretrained(
+            folder,
+            dtype=dtype_of(precision),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     if missing := sorted(loading["missing_keys"]):
         raise InputError(
             f"{folder} lacks weights that its config.json implies, such as {missing[0]}: download it again"

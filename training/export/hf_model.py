@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from configs.errors import InputError
 from configs.positions import ALIBI_BIAS_MAX
 from configs.schema import Model
@@ -40,7 +42,7 @@ def read_model(folder: Path) -> IncomingModel:
     """
     config = _read_json(folder / "config.json")
     kind = config.get("model_type")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise InputError(
             f"{folder} holds a model of type {kind!r}: only {' and '.join(_READERS)} can be imported, as others have "
             "other blocks"
@@ -49,6 +51,9 @@ def read_model(folder: Path) -> IncomingModel:
         incoming, problems = _READERS[kind](config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"model.{first['loc'][0]} {first['input']!r}: {first['msg']}"
         raise InputError(f"{folder / 'config.json'} does not describe a model ({reason}): check the file") from None
     if problems:
         raise InputError(
@@ -114,8 +119,13 @@ def _mpt(config: Config) -> tuple[IncomingModel, list[str]]:
 
 
 def _incoming(model: Model, config: Config, *, length: int | None) -> IncomingModel:
-    end = config.get("eos_token_id")
-    return IncomingModel(model, config["vocab_size"], length, end[0] if isinstance(end, list) else end)
+    end, rows = config.get("eos_token_id"), config["vocab_size"]
+    if isinstance(end, list):
+        end = end[0] if end else None
+    for name, value in (("eos_token_id", end), ("vocab_size", rows)):
+        if type(value) is not int and not (name == "eos_token_id" and value is None):
+            raise TypeError(f"{name} {value!r} is no whole number")
+    return IncomingModel(model, rows, length, end)
 
 
 def _differing(config: Config, wanted: Config, *, where: str = "") -> Iterator[str]:

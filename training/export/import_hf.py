@@ -29,13 +29,19 @@ from training.checkpoint.read import open_checkpoint
 from training.checkpoint.tensors import TensorFile
 from training.checkpoint.write import write_companions
 from training.export.folder import new_folder, report_failed_writes, require_space, try_new_folder
-from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
+from training.export.formats.huggingface import (
+    HuggingFaceFormat,
+    TransformersModel,
+    load_exported,
+    refusing_unreadable,
+)
 from training.export.formats.mpt import with_slopes
 from training.export.hf_model import IncomingModel, read_model
 from training.export.hf_weights import HuggingFaceWeights
 from training.export.parity import LOGIT_TOLERANCE
 from training.export.row_order import reorder_rows
 from training.families.description import QKV_ORDER, Family, Parameter
+from training.families.mpt import MPT
 from training.families.table import describe
 from training.model.single import load_single
 
@@ -218,12 +224,18 @@ def _compare(source: Path, checkpoint: Path, incoming: IncomingModel, *, length:
     """Compare the logits of both models on random tokens; return the length, the largest difference and logit.
 
     Raises:
+        InputError: transformers cannot load its model.
         TrainshortError: they differ by more than `LOGIT_TOLERANCE`, relative to the largest logit or 1.
     """
     length = min(length, HuggingFaceFormat().length_limit(incoming.model).tokens)
     tokens = torch.randint(incoming.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    # transformers' Mpt takes no longer text than max_seq_len, which changes nothing else
+    options = {"max_seq_len": length} if incoming.model.family == MPT.name else {}
+    with refusing_unreadable(source):
+        loaded = with_slopes(load_exported(source, **options), incoming.model.alibi_bias_max)
     with torch.no_grad():
-        theirs = TransformersModel(with_slopes(load_exported(source), incoming.model.alibi_bias_max))(tokens)
+        theirs = TransformersModel(loaded)(tokens)
+    del loaded  # one model is in memory at a time
     ours = load_single(open_checkpoint(checkpoint)).logits(tokens)
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not difference <= LOGIT_TOLERANCE * max(1.0, scale):  # nan fails too

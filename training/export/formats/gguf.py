@@ -5,6 +5,8 @@ fields. Names and fields: llama.cpp's loaders of the architectures `bloom` and `
 """
 
 from collections.abc import Mapping
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,8 @@ class GgufFormat:
         fields = gguf.GGUFReader(folder / self.file).fields
         if fields["general.architecture"].contents() == MPT.name:  # which transformers does not read from this format
             return TransformersModel(load_mpt(folder / self.file))
-        return TransformersModel(load_exported(folder, gguf_file=self.file))
+        with redirect_stderr(StringIO()):  # transformers shows this format's tensors in a bar that has no switch
+            return TransformersModel(load_exported(folder, gguf_file=self.file))
 
     def _stored(self, weight: Tensor) -> np.ndarray[Any, Any]:
         array = np.ascontiguousarray(weight.cpu().numpy())

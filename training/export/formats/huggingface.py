@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -29,6 +30,7 @@ from training.export.row_order import in_order_of
 from training.families.mpt import MPT
 from training.families.table import describe
 from training.model.proof.attention_weights import dtype_of
+from training.out_of_memory import memory_error
 
 # Transformers' Bloom and Mpt materialize the attention scores of a layer, [heads, seq, seq] fp32.
 _MOST_SCORE_BYTES = 2_000_000_000
@@ -212,6 +214,24 @@ def generate_text(folder: Path, *, prompt: str, tokens: int) -> str:
         ids = tokenizer(prompt, split_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
         ids += model.continue_greedily(ids, tokens=tokens, end=tokenizer.eos_token_id)
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@contextmanager
+def refusing_unreadable(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises at a folder that it cannot load into one line; memory that ran out passes.
+
+    Raises:
+        InputError: says what transformers said.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
+        if memory_error(error) is not None:
+            raise
+        raise InputError(
+            f"{folder} holds no causal model that transformers {transformers.__version__} can load without code of the "
+            f"folder ({' '.join(str(error).split())[:200]}): give another"
+        ) from None
 
 
 @contextmanager
