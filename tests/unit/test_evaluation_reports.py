@@ -92,6 +92,17 @@ def test_a_checkpoint_keeps_every_length_and_protocol(run_dir: Path, evaluate: E
     assert newest["versions"].keys() == {"trainshort", "torch", "commit"}
 
 
+def test_lengths_of_two_evaluations_share_no_tokens(run_dir: Path) -> None:
+    for lengths in ((32, 64), (32, 256)):
+        support.evaluate(run_dir, lengths=lengths, protocols=("last:8",), same_tokens=True)
+    kept = run_dir / "evaluation" / "step_0000007" / "held-out.json"
+    scored = {each["length"]: each["tokens"] for each in json.loads(kept.read_text())["results"]}
+    assert scored[32] == scored[256] != scored[64]
+    shown = kept.with_suffix(".md").read_text()
+    assert shown.count(" * |") == 3
+    assert "the lengths of a protocol in one evaluation scored the same tokens" in shown
+
+
 def test_results_of_other_weights_are_moved_aside(
     run_dir: Path, evaluate: Evaluate, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

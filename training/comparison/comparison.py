@@ -19,7 +19,7 @@ from training.evaluation.kept import (
     read_report,
     text_name,
 )
-from training.evaluation.results import protocol_name, result_key
+from training.evaluation.results import DIFFERENT_TOKENS, protocol_name, result_key
 
 _SAME_PRECISION = f"Evaluate each in the same --precision; {DEFAULT_PRECISION} is the default"
 # They differ between any two runs; the labels show them.
@@ -210,10 +210,21 @@ def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) 
         on = "; ".join(f"{', '.join(runs[number].label for number in text.runs)} on {text.text}" for text in texts)
         where, advice = _difference(runs)
         yield f"evaluated {where} that differ, so their perplexities do not compare: {on}. {advice}"
+    for text in texts:
+        if text.unit == "perplexity" and (measured := [*_of_different_tokens(text)]):
+            yield f"{', '.join(measured)} on {text.text}: {DIFFERENT_TOKENS}"
     if any(text.unit == "word_perplexity" for text in texts):
         yield "the tokenizers differ: perplexities are per word, and losses, which are per token, do not compare"
     elif len({run.tokenizer_sha256 for run in runs} - {None}) > 1:
         yield "the tokenizers differ: losses, which are per token, do not compare"
+
+
+def _of_different_tokens(text: TextResults) -> Iterator[str]:
+    """Yield what runs with one tokenizer scored different tokens with."""
+    for key in text.keys:
+        scored = {results[key].get("tokens") for results in text.results if key in results}
+        if len(scored - {None}) > 1:
+            yield f"{text.protocol(key)} at {key[2]:,}"
 
 
 def _difference(runs: Sequence[ComparedRun]) -> tuple[str, str]:
