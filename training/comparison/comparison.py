@@ -190,8 +190,11 @@ def _unevaluated(runs: Sequence[ComparedRun], *, text: str | None) -> Iterator[s
             broken = "" if not list_checkpoints(run.run_dir) else " that is whole"
             yield f"{run.label} has no checkpoint{broken or ' yet'}, so there is nothing to evaluate"
         elif run.report is None:
-            on, data = ("", "") if text is None else (f" of {text}", " --data FILE")
-            yield f"{run.label} has no evaluation{on}: trainshort evaluate {typed_path(run.path)}{data}"
+            on, options = "", ""
+            if text is not None:  # a run was evaluated on it, or the text would be refused
+                report = next(other.report for other in runs if other.report is not None)
+                on, options = f" of {text}", ("" if is_held_out(report) else " --data FILE") + _precision_option(report)
+            yield f"{run.label} has no evaluation{on}: trainshort evaluate {typed_path(run.path)}{options}"
 
 
 def _outdated(runs: Sequence[ComparedRun]) -> Iterator[str]:
@@ -201,7 +204,13 @@ def _outdated(runs: Sequence[ComparedRun]) -> Iterator[str]:
             file = run.report.get("text_path")  # version 0.1.0 did not keep it
             data = "" if is_held_out(run.report) else f" --data {typed_path(file) if file else 'FILE'}"
             at = f"at step {run.report['step']}, not at its newest checkpoint"
-            yield f"{run.label} was evaluated {at}: trainshort evaluate {typed_path(run.path)}{data}"
+            options = f"{data}{_precision_option(run.report)}"
+            yield f"{run.label} was evaluated {at}: trainshort evaluate {typed_path(run.path)}{options}"
+
+
+def _precision_option(report: dict[str, Any]) -> str:
+    precision = other_precision(report)
+    return "" if precision is None else f" --precision {precision}"
 
 
 def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) -> Iterator[str]:
