@@ -26,6 +26,7 @@ from parallel.start import environment
 from training.checkpoint.disk import describe_file
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.folder import check_evaluation_folder
+from training.evaluation.kept import OTHER_MODEL
 from training.evaluation.partial import PartialResults
 from training.evaluation.provenance import EvaluatedModel, provenance_of
 from training.evaluation.record import EvaluationRecord
@@ -87,7 +88,7 @@ def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) 
     plan = plan_evaluation(request, config=opened.config, tokens=len(text.tokens))
     model = _load(folder, precision=request.precision)
     _require_lengths(model, folder, longest=max(each.length for each in plan.measurements))
-    place, name = evaluation_folder(opened.run_dir), "hf-" + re.sub(r"[^\w.-]+", "-", folder.resolve().name)
+    place, name = evaluation_folder(opened.run_dir), OTHER_MODEL + re.sub(r"[^\w.-]+", "-", folder.resolve().name)
     check_evaluation_folder(place, name=name)
     provenance = provenance_of(
         opened, of_run.tokens, data=request.data, command=request.command, weights_sha256=_weights_sha256(folder)
