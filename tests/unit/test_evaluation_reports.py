@@ -92,17 +92,6 @@ def test_a_checkpoint_keeps_every_length_and_protocol(run_dir: Path, evaluate: E
     assert newest["versions"].keys() == {"trainshort", "torch", "commit"}
 
 
-def test_lengths_of_two_evaluations_share_no_tokens(run_dir: Path) -> None:
-    for lengths in ((32, 64), (32, 256)):
-        support.evaluate(run_dir, lengths=lengths, protocols=("last:8",), same_tokens=True)
-    kept = run_dir / "evaluation" / "step_0000007" / "held-out.json"
-    scored = {each["length"]: each["tokens"] for each in json.loads(kept.read_text())["results"]}
-    assert scored[32] == scored[256] != scored[64]
-    shown = kept.with_suffix(".md").read_text()
-    assert shown.count(" * |") == 3
-    assert "the lengths of a protocol in one evaluation scored the same tokens" in shown
-
-
 def test_results_of_other_weights_are_moved_aside(
     run_dir: Path, evaluate: Evaluate, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,15 +339,16 @@ def test_other_weights_or_texts_begin_anew(
     opened = opened_checkpoint(run_dir / "checkpoints" / "step_0000007", run_values, step=7, sha256="2")
     monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda _: opened)
     assert words not in evaluated_by(Counting(), "32")[1], "other weights"
-    for file in folder.glob("partial*.npz"):
-        assert file.stat().st_size < 5000
-        file.write_bytes(file.read_bytes()[:100])
     opened = opened_checkpoint(run_dir / "checkpoints" / "step_0000007", run_values, step=7)
-    model = Counting()
-    code, error = evaluated_by(model, "32")
-    assert (code, model.seen) == (0, 31)
-    assert "cannot be read" in error
-    assert "that measurement begins again\n" in error
+    for kept, version in ((100, b"-"), (0, b"-"), (None, b"\xff")):  # cut, empty, a version of ZIP that is none
+        assert evaluated_by(Counting(stop_after=9), "32")[0] == 130
+        for file in folder.glob("partial*.npz"):
+            assert file.stat().st_size < 5000
+            file.write_bytes(file.read_bytes()[:kept].replace(b"PK\x01\x02-\x03-", b"PK\x01\x02-\x03" + version))
+        model = Counting()
+        code, error = evaluated_by(model, "32")
+        assert (code, model.seen, "cannot be read" in error) == (0, 31, True)
+        assert "that measurement begins again\n" in error
 
 
 def test_a_long_evaluation_is_written_on_the_way(
