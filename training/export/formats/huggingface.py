@@ -128,6 +128,9 @@ class HuggingFaceTokenizer:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+        if not {*self._tokenizer.get_vocab()} - {*self._tokenizer.all_special_tokens}:
+            # of a folder without its files, transformers makes one that knows no text
+            raise ValueError("none of its files are there")
         self.end: int | None = self._tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
