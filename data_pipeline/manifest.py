@@ -19,7 +19,7 @@ from data_pipeline.tokenizer_files import find_tokenizer, tokenizer_sha256
 
 DATA_FORMAT = 1
 UNIGRAM_NAME = "unigram.npy"
-PREPARE_AGAIN = "set data.dir to another folder, or delete that one and run `trainshort prepare`"
+_PREPARE_AGAIN = "set data.dir to another folder, or delete that one and run `trainshort prepare`"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def check_inputs(manifest: dict[str, Any], inputs: dict[str, Any], *, folder: Pa
         InputError: names the first input that changed.
     """
     for difference in _differences(manifest, inputs):
-        raise InputError(f"{folder} holds data prepared from other inputs: {difference}; {PREPARE_AGAIN}")
+        raise InputError(f"{folder} holds data prepared from other inputs: {difference}; {_PREPARE_AGAIN}")
 
 
 def same_inputs(folder: Path, *sections: Data) -> bool:
@@ -226,10 +226,10 @@ def read_data_manifest(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):  # the folder itself may be missing or a file
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}): {PREPARE_AGAIN}") from None
+        raise InputError(f"{file} cannot be read ({error}): {_PREPARE_AGAIN}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != DATA_FORMAT:
-        raise InputError(f"{file} has format_version {version}, this version reads {DATA_FORMAT}: {PREPARE_AGAIN}")
+        raise InputError(f"{file} has format_version {version}, this version reads {DATA_FORMAT}: {_PREPARE_AGAIN}")
     return dict(manifest)
 
 
@@ -371,21 +371,21 @@ def _check_files(prepared: Prepared) -> None:
         for file, expected in part.files(prepared.folder).items():
             size = _size(file)
             if size is None:
-                raise InputError(f"prepared data {file} is missing: {PREPARE_AGAIN}")
+                raise InputError(f"prepared data {file} is missing: {_PREPARE_AGAIN}")
             if size != expected:
-                raise InputError(f"prepared data {file} has {size} bytes, {expected} were written: {PREPARE_AGAIN}")
+                raise InputError(f"prepared data {file} has {size} bytes, {expected} were written: {_PREPARE_AGAIN}")
 
 
 def _check_tokenizer(data: Data, prepared: Prepared) -> None:
     if tokenizer_sha256(prepared.tokenizer) != prepared.tokenizer_sha256:
         raise InputError(
-            f"tokenizer {prepared.tokenizer} is not the one that the data was prepared with: {PREPARE_AGAIN}"
+            f"tokenizer {prepared.tokenizer} is not the one that the data was prepared with: {_PREPARE_AGAIN}"
         )
     # the folder has its own copy: the original may be deleted, but not replaced by another
     given = find_tokenizer(Path(data.tokenizer)) if data.tokenizer is not None else None
     if given is not None and given.is_file() and tokenizer_sha256(given) != prepared.tokenizer_sha256:
         raise InputError(
-            f"data.tokenizer {data.tokenizer} is not the one that {prepared.folder} was prepared with: {PREPARE_AGAIN}"
+            f"data.tokenizer {data.tokenizer} is not the one that {prepared.folder} was prepared with: {_PREPARE_AGAIN}"
         )
 
 

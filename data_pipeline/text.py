@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from data_pipeline.indexed import READ_AT_ONCE, document_numbers, iter_sequences, read_index
 from data_pipeline.kinds import file_kind
-from data_pipeline.manifest import PREPARE_AGAIN, UNIGRAM_NAME, Part, Prepared
+from data_pipeline.manifest import UNIGRAM_NAME, Part, Prepared
 from data_pipeline.prefixes import words_path
 from data_pipeline.sources import file_chunks, source_files
 from data_pipeline.split import held_out_sequences
@@ -172,7 +172,7 @@ def unigram_perplexity(prepared: Prepared, tokens: NDArray[np.integer]) -> float
 def _training_counts(prepared: Prepared) -> NDArray[np.int64]:
     """Return how often each token occurs in the training text, [vocab]."""
     # saved counts are of the whole text, since data.split may change later: subtract the held-out part
-    counts = _load_counts(prepared.folder / UNIGRAM_NAME)
+    counts: NDArray[np.int64] = np.load(prepared.folder / UNIGRAM_NAME)
     for part in prepared.parts:
         held_out = held_out_sequences(part.sequences, share=prepared.split)
         for tokens in iter_sequences(prepared.prefix(part), sequences=held_out):
@@ -183,15 +183,8 @@ def _training_counts(prepared: Prepared) -> NDArray[np.int64]:
 def _words(prepared: Prepared, part: Part, sequences: NDArray[np.int64]) -> int | None:
     if part.in_place:
         return None
-    return int(_load_counts(words_path(prepared.prefix(part)))[sequences].sum())  # one per sequence
-
-
-def _load_counts(path: Path) -> NDArray[np.int64]:
-    try:
-        counts: NDArray[np.int64] = np.load(path)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"prepared data {path} cannot be read ({error}): {PREPARE_AGAIN}") from None
-    return counts
+    words: NDArray[np.int64] = np.load(words_path(prepared.prefix(part)))  # [sequences]
+    return int(words[sequences].sum())
 
 
 def _starts(
