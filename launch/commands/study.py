@@ -94,7 +94,7 @@ def _show_results(loaded: "LoadedStudy", execution: "StudyExecution", *, as_json
     from training.study.plot import draw_study
 
     figure = draw_study(table)
-    logger.info("table: %s; figure: %s", markdown, figure)
+    logger.info("table: %s%s", markdown, "" if figure is None else f"; figure: {figure}")
     if execution.collected:
         from training.tracking.study import nest_study
 

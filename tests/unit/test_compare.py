@@ -129,6 +129,32 @@ def test_labels_of_equal_names_are_told_apart(trainshort: Call) -> None:
     assert labels == ["x/seed-1", "y/seed-1", "seed-2", "other"]
 
 
+def test_advice_names_the_precision_that_compares(trainshort: Call) -> None:
+    for name in ("a", "b"):
+        make_run(Path(name), checkpoints=(5, 10))
+    add_report(Path("a"), {32: 20.0}, step=5, precision="bf16").rename("a/evaluation/step_0000005/held-out-bf16.json")
+    advice = "a was evaluated at step 5, not at its newest checkpoint: trainshort evaluate a --precision bf16"
+    assert advice in compared(trainshort, "a", "b")["notes"]
+    notes = compared(trainshort, "a", "b", "--text", "held-out-bf16")["notes"]
+    assert "b has no evaluation of held-out-bf16: trainshort evaluate b --precision bf16" in notes
+
+
+def test_different_tokens_of_one_text_are_told(trainshort: Call) -> None:
+    for name in ("a", "b"):
+        add_report(make_run(Path(name)), {32: 20.0, 64: 19.0, 128: 18.0})
+    assert compared(trainshort, "a", "b")["notes"] == []
+    path = Path("b/evaluation/step_0000010/held-out.json")
+    report = json.loads(path.read_text())
+    for result, tokens in zip(report["results"], (3968, 4000, 3968), strict=True):
+        result |= {"tokens": tokens, "same_tokens": True}
+    path.write_text(json.dumps(report))
+    (note,) = compared(trainshort, "a", "b")["notes"]
+    assert note.startswith("nonoverlapping at 32, nonoverlapping at 128 on held-out: the runs scored different tokens")
+    path.write_text(json.dumps({**report, "tokenizer_sha256": "two"}))
+    (note,) = compared(trainshort, "a", "b")["notes"]
+    assert note.startswith("the tokenizers differ: "), "other tokens by nature"
+
+
 def test_different_texts_are_never_compared(trainshort: Call) -> None:
     for name, text in (("a", "held-out"), ("b", "held-out"), ("c", "mine.txt")):
         run_dir = make_run(Path(name))

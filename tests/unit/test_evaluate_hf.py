@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -13,6 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.support.command_line import Call
+from training.export.formats.huggingface import quiet_transformers
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
 FIGURES = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "standard_error")
@@ -86,14 +88,45 @@ def _change(folder: Path, **keys: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
 
 
+def in_torchs_form(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+
+
+def narrower(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": config["hidden_size"] // 2}))
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in (*folder.glob("tokenizer*"), folder / "export.json"):
+        file.unlink()
+    save_gpt2(folder, rows=600)
+
+
+def save_gpt2(folder: Path, *, rows: int) -> None:
+    with quiet_transformers():
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_positions=24, n_embd=8, n_layer=1, n_head=2))
+        model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json: give a folder with a causal model"),
         (lambda folder: (folder / "config.json").write_text("{}"), "holds no causal model that transformers "),
         (lambda folder: _change(folder, hidden_dropout="0.1"), "Field 'hidden_dropout' with value '0.1'"),
-        (lambda folder: _change(folder, vocab_size=9999), "holds no causal model that transformers "),
+        (lambda folder: _change(folder, vocab_size=9999), "or has them in other shapes"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no causal model that transformers "),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "has weights that cannot be read ("),
+        (lambda folder: in_torchs_form(folder, b""), "has weights that cannot be read (EOFError): download it again"),
+        (
+            lambda folder: in_torchs_form(folder, b"\x80\x02x"),
+            "has a pickle that is broken or holds more than",
+        ),
+        (narrower, "such as transformer.h.0.input_layernorm.bias, or has them in other shapes"),
+        (without_tokenizer, "holds no tokenizer (none of its files are there): put it there"),
+        (lambda folder: save_gpt2(folder, rows=30), "and a model of 30: put there what belongs together"),
     ],
 )
 def test_a_folder_without_a_model_is_refused(home: Path, trainshort: Call, change: Any, message: str) -> None:
@@ -107,9 +140,7 @@ def test_a_folder_without_a_model_is_refused(home: Path, trainshort: Call, chang
 
 
 def test_lengths_beyond_learned_positions_are_refused(home: Path, trainshort: Call) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=600, n_positions=24, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
-        home / "exported"
-    )
+    save_gpt2(home / "exported", rows=600)
     with contextlib.chdir(home):
         answer = trainshort("evaluate", "run", "--data", "texts.jsonl", "--lengths", "8,25", "--hf", "exported")
     assert (answer.code, answer.out) == (2, "")

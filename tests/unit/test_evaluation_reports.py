@@ -339,15 +339,16 @@ def test_other_weights_or_texts_begin_anew(
     opened = opened_checkpoint(run_dir / "checkpoints" / "step_0000007", run_values, step=7, sha256="2")
     monkeypatch.setattr("training.evaluation.run.open_checkpoint", lambda _: opened)
     assert words not in evaluated_by(Counting(), "32")[1], "other weights"
-    for file in folder.glob("partial*.npz"):
-        assert file.stat().st_size < 5000
-        file.write_bytes(file.read_bytes()[:100])
     opened = opened_checkpoint(run_dir / "checkpoints" / "step_0000007", run_values, step=7)
-    model = Counting()
-    code, error = evaluated_by(model, "32")
-    assert (code, model.seen) == (0, 31)
-    assert "cannot be read" in error
-    assert "that measurement begins again\n" in error
+    for kept, version in ((100, b"-"), (0, b"-"), (None, b"\xff")):  # cut, empty, a version of ZIP that is none
+        assert evaluated_by(Counting(stop_after=9), "32")[0] == 130
+        for file in folder.glob("partial*.npz"):
+            assert file.stat().st_size < 5000
+            file.write_bytes(file.read_bytes()[:kept].replace(b"PK\x01\x02-\x03-", b"PK\x01\x02-\x03" + version))
+        model = Counting()
+        code, error = evaluated_by(model, "32")
+        assert (code, model.seen, "cannot be read" in error) == (0, 31, True)
+        assert "that measurement begins again\n" in error
 
 
 def test_a_long_evaluation_is_written_on_the_way(

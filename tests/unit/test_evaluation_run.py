@@ -78,6 +78,17 @@ def test_by_default_the_runs_lengths_and_protocols_are_measured(run_dir: Path) -
     assert not (run_dir / "mlflow_run.json").exists()
 
 
+def test_lengths_of_two_evaluations_share_no_tokens(run_dir: Path) -> None:
+    for lengths in ((32, 64), (32, 256)):
+        evaluate(run_dir, lengths=lengths, protocols=("last:8",), same_tokens=True)
+    kept = run_dir / "evaluation" / "step_0000007" / "held-out.json"
+    scored = {each["length"]: each["tokens"] for each in json.loads(kept.read_text())["results"]}
+    assert scored[32] == scored[256] != scored[64]
+    shown = kept.with_suffix(".md").read_text()
+    assert shown.count(" * |") == 3
+    assert "the lengths of a protocol in one evaluation scored the same tokens" in shown
+
+
 def test_evaluations_at_once_keep_a_whole_report_each(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured, drawn = threading.Barrier(2), []
 

@@ -85,6 +85,7 @@ def test_rows_stand_in_the_order_of_the_study(table: StudyTable) -> None:
         ["rotary", "1", "-", "30.00", "2e+06"],
     ]
     assert "![Perplexity against length](study.png)" in markdown
+    assert "`spread`: from the lowest to the highest seed." in markdown, "as the rows are called"
     # what the command line sets counts
     assert (
         "in all runs `parallel.tensor: 1`, `parallel.pipeline: 1`, `checkpoint.every: 3`, `train.clip: 2.0`\n"
@@ -133,6 +134,10 @@ def test_what_does_not_compare_is_said(rows: dict[tuple[str, int], StudyRow]) ->
     assert "- not finished: alibi-seed2\n" in format_study(table)
     rows["rotary", 1] = row("rotary", 1, ROTARY[1], train_length=32)
     assert len(list(build_table(load_study(write_study()), rows).notes())) == 1
+    for result, tokens in ((rows["rotary", 1].results[0], 100), (rows["alibi", 1].results[1], 96)):
+        result["tokens"] = tokens
+    (note,) = list(build_table(load_study(write_study()), rows).notes())[1:]
+    assert note.startswith("nonoverlapping at 64 on held-out: the runs scored different tokens, which alone moves")
     for result, documents in ((rows["rotary", 1].results[0], "33" * 32), (rows["alibi", 1].results[0], None)):
         result["documents_sha256"] = documents
     assert list(build_table(load_study(write_study()), rows).notes())[1:] == [
@@ -161,6 +166,31 @@ def test_the_figure_has_a_line_a_run_and_a_band_of_seeds(table: StudyTable, monk
     assert marked == {32, 64}, "both training lengths"
     colours = [{line.get_label(): line.get_color() for line in axes.get_lines()} for axes in (held_out, book)]
     assert colours[0]["rotary"] == colours[1]["rotary"] != colours[0]["alibi"]
+
+
+def test_a_text_that_one_seed_was_measured_on_is_not_drawn(
+    rows: dict[tuple[str, int], StudyRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+
+    def save(figure: Figure, path: Path) -> Path:
+        drawn.append(figure)
+        return path
+
+    monkeypatch.setattr("training.study.plot.save_figure", save)
+    by_hand = {**rows["alibi", 1].results[0], "protocol": "last:8"}
+    rows["alibi", 1].results.insert(0, by_hand)
+    del rows["rotary", 1].results[:2]  # its row is of a study that had no held-out text
+    table = build_table(load_study(write_study()), rows)
+    assert [text.protocol for text in table.texts] == ["last:8", "nonoverlapping", "nonoverlapping"]
+    assert draw_study(table) is not None
+    assert len(drawn[0].axes) == 2
+    assert [name.get_text() for name in drawn[0].legends[0].get_texts()] == ["alibi", "rotary"], "of all panels"
+    for row in rows.values():
+        row.results[:] = [by_hand] if row is rows["alibi", 1] else []
+    table = build_table(load_study(write_study()), rows)
+    assert draw_study(table) is None
+    assert "study.png" not in format_study(table)
 
 
 def test_a_study_without_a_row_draws_nothing() -> None:

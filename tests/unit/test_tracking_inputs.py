@@ -97,6 +97,7 @@ def test_a_table_has_all_checkpoints_and_mlflow_reads_it(
     add_report(run_dir, {32: 21.25, 64: 20.5}, step=10)
     add_report(run_dir, {32: 25.0}, step=5)
     add_report(run_dir, {32: 30.0}, step=5, text="other.txt")
+    shutil.copytree(run_dir / "evaluation" / "step_0000010", run_dir / "evaluation" / "hf-bloom")  # of --hf
     (run_dir / "evaluation" / "step_0000007").mkdir()
     (run_dir / "evaluation" / "step_0000007" / "held-out.json").write_text("{torn")
     for _ in range(2):  # evaluated again: the table is replaced

@@ -19,7 +19,7 @@ from training.evaluation.kept import (
     read_report,
     text_name,
 )
-from training.evaluation.results import protocol_name, result_key
+from training.evaluation.results import DIFFERENT_TOKENS, protocol_name, result_key
 
 _SAME_PRECISION = f"Evaluate each in the same --precision; {DEFAULT_PRECISION} is the default"
 # They differ between any two runs; the labels show them.
@@ -190,8 +190,11 @@ def _unevaluated(runs: Sequence[ComparedRun], *, text: str | None) -> Iterator[s
             broken = "" if not list_checkpoints(run.run_dir) else " that is whole"
             yield f"{run.label} has no checkpoint{broken or ' yet'}, so there is nothing to evaluate"
         elif run.report is None:
-            on, data = ("", "") if text is None else (f" of {text}", " --data FILE")
-            yield f"{run.label} has no evaluation{on}: trainshort evaluate {typed_path(run.path)}{data}"
+            on, options = "", ""
+            if text is not None:  # a run was evaluated on it, or the text would be refused
+                report = next(other.report for other in runs if other.report is not None)
+                on, options = f" of {text}", ("" if is_held_out(report) else " --data FILE") + _precision_option(report)
+            yield f"{run.label} has no evaluation{on}: trainshort evaluate {typed_path(run.path)}{options}"
 
 
 def _outdated(runs: Sequence[ComparedRun]) -> Iterator[str]:
@@ -201,7 +204,13 @@ def _outdated(runs: Sequence[ComparedRun]) -> Iterator[str]:
             file = run.report.get("text_path")  # version 0.1.0 did not keep it
             data = "" if is_held_out(run.report) else f" --data {typed_path(file) if file else 'FILE'}"
             at = f"at step {run.report['step']}, not at its newest checkpoint"
-            yield f"{run.label} was evaluated {at}: trainshort evaluate {typed_path(run.path)}{data}"
+            options = f"{data}{_precision_option(run.report)}"
+            yield f"{run.label} was evaluated {at}: trainshort evaluate {typed_path(run.path)}{options}"
+
+
+def _precision_option(report: dict[str, Any]) -> str:
+    precision = other_precision(report)
+    return "" if precision is None else f" --precision {precision}"
 
 
 def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) -> Iterator[str]:
@@ -210,10 +219,21 @@ def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) 
         on = "; ".join(f"{', '.join(runs[number].label for number in text.runs)} on {text.text}" for text in texts)
         where, advice = _difference(runs)
         yield f"evaluated {where} that differ, so their perplexities do not compare: {on}. {advice}"
+    for text in texts:
+        if text.unit == "perplexity" and (measured := [*_of_different_tokens(text)]):
+            yield f"{', '.join(measured)} on {text.text}: {DIFFERENT_TOKENS}"
     if any(text.unit == "word_perplexity" for text in texts):
         yield "the tokenizers differ: perplexities are per word, and losses, which are per token, do not compare"
     elif len({run.tokenizer_sha256 for run in runs} - {None}) > 1:
         yield "the tokenizers differ: losses, which are per token, do not compare"
+
+
+def _of_different_tokens(text: TextResults) -> Iterator[str]:
+    """Yield what runs with one tokenizer scored different tokens with."""
+    for key in text.keys:
+        scored = {results[key].get("tokens") for results in text.results if key in results}
+        if len(scored - {None}) > 1:
+            yield f"{text.protocol(key)} at {key[2]:,}"
 
 
 def _difference(runs: Sequence[ComparedRun]) -> tuple[str, str]:

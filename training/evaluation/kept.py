@@ -4,6 +4,7 @@
         step_0000400/held-out.json, .md, .png   all that was measured of a checkpoint on the held-out text
         step_0000400/book.json, .md, .png       the same on --data book.txt
         step_0000400/held-out-bf16.json, ...    the same in --precision bf16
+        hf-NAME/held-out.json, ...              the same of another model, by --hf
         report.json, report.md, perplexity.png  the newest evaluation, whatever it measured
 
 Version 0.1.0 wrote report.json, report.md and perplexity.png to a checkpoint's folder too.
@@ -23,6 +24,7 @@ from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS
 HELD_OUT = "held-out"
 NEWEST = "report"
 NEWEST_PLOT = "perplexity.png"
+OTHER_MODEL = "hf-"  # begins the folders of models that are none of the run's: `evaluate --hf`
 # labels that no file may take: the held-out text's, and the names that version 0.1.0 wrote
 _RESERVED = (HELD_OUT, NEWEST, "perplexity")
 _LONGEST_SLUG = 60

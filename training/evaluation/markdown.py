@@ -160,7 +160,7 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     if any("scale" in result for result in report["results"]):
         yield "A scale behind the protocol: the model's positions were scaled (`--scale`), and nothing was trained.\n"
     if any(result.get("same_tokens") for result in report["results"]):
-        yield "\\*: every length of the protocol scored the same tokens (`--same-tokens`).\n"
+        yield "\\*: with `--same-tokens`: the lengths of a protocol in one evaluation scored the same tokens.\n"
     if "resampling" in report and any("standard_error" in result for result in report["results"]):
         drawn = report["resampling"]
         yield (

@@ -71,7 +71,7 @@ class PartialResults:
                 sums.restore(arrays)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
             logger.warning("%s cannot be read (%s): that measurement begins again", file, error)
         return sums
 

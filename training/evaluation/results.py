@@ -8,6 +8,12 @@ from typing import Any
 Result = dict[str, Any]
 """An entry of a report's `results`."""
 
+# what `compare` and a study say where two results of one text, protocol and length are of different tokens
+DIFFERENT_TOKENS = (
+    "the runs scored different tokens, which alone moves a perplexity: evaluate all with the same --lengths, and all "
+    "or none with --same-tokens"
+)
+
 
 def result_key(result: Result) -> tuple[str, int, int]:
     """Return what a result was measured with: protocol and scale, the protocol's number (0 if it has none) and length.

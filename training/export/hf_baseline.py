@@ -26,6 +26,7 @@ from parallel.start import environment
 from training.checkpoint.disk import describe_file
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.folder import check_evaluation_folder
+from training.evaluation.kept import OTHER_MODEL
 from training.evaluation.partial import PartialResults
 from training.evaluation.provenance import EvaluatedModel, provenance_of
 from training.evaluation.record import EvaluationRecord
@@ -35,6 +36,7 @@ from training.evaluation.run import plan_evaluation, run_evaluation
 from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.export.card import CARD_JSON
 from training.export.formats.huggingface import HuggingFaceTokenizer, quiet_transformers, refusing_unreadable
+from training.export.hf_weights import first_line
 from training.model.proof.attention_weights import dtype_of
 from training.model.single import CPU_BATCH_TOKENS, inference, inference_device
 
@@ -86,8 +88,9 @@ def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) 
     text = _text_for(folder, opened, of_run)
     plan = plan_evaluation(request, config=opened.config, tokens=len(text.tokens))
     model = _load(folder, precision=request.precision)
+    _require_rows(model, folder, text.tokens)
     _require_lengths(model, folder, longest=max(each.length for each in plan.measurements))
-    place, name = evaluation_folder(opened.run_dir), "hf-" + re.sub(r"[^\w.-]+", "-", folder.resolve().name)
+    place, name = evaluation_folder(opened.run_dir), OTHER_MODEL + re.sub(r"[^\w.-]+", "-", folder.resolve().name)
     check_evaluation_folder(place, name=name)
     provenance = provenance_of(
         opened, of_run.tokens, data=request.data, command=request.command, weights_sha256=_weights_sha256(folder)
@@ -124,12 +127,27 @@ def _load(folder: Path, *, precision: str) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else transformers tells of them in a report of many lines
         )
-    if missing := sorted(loading["missing_keys"]):
+    if missing := sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]):
         raise InputError(
-            f"{folder} lacks weights that its config.json implies, such as {missing[0]}: download it again"
+            f"{folder} lacks weights that its config.json implies, such as {missing[0]}, or has them in other shapes: "
+            "download it again"
         )
     return model
+
+
+def _require_rows(model: Any, folder: Path, tokens: npt.NDArray[np.integer[Any]]) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        InputError: the tokenizer is another model's.
+    """
+    rows, largest = model.get_input_embeddings().num_embeddings, int(tokens.max(initial=0))
+    if largest >= rows:
+        raise InputError(
+            f"{folder} has a tokenizer with token {largest}, and a model of {rows}: put there what belongs together"
+        )
 
 
 def _require_lengths(model: Any, folder: Path, *, longest: int) -> None:
@@ -160,7 +178,7 @@ def _text_for(folder: Path, checkpoint: Checkpoint, text: EvaluationText) -> Eva
     try:
         tokenizer = HuggingFaceTokenizer(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no tokenizer ({str(error).splitlines()[0]}): put it there") from None
+        raise InputError(f"{folder} holds no tokenizer ({first_line(error)}): put it there") from None
     starts = []
     with TokenFile(vocab_size=_ANY_VOCABULARY) as file:
         for part, is_start, is_end in _parts(text, load_tokenizer(checkpoint.tokenizer)):

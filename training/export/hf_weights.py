@@ -86,7 +86,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, AttributeError, EOFError) as error:
-        raise InputError(f"{file} cannot be read ({_first_line(error)}): download it again") from None
+        raise InputError(f"{file} cannot be read ({first_line(error)}): download it again") from None
     except pickle.UnpicklingError:
         raise InputError(
             f"{file} is a pickle that holds more than tensors, and could run code: convert it to safetensors where you "
@@ -94,7 +94,8 @@ def _reading(file: Path) -> Iterator[None]:
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library says, or its name."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
@@ -114,7 +115,7 @@ def _indexed(index: Path) -> dict[str, Path]:
         table: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: index.parent / Path(file).name for name, file in table.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} cannot be read ({_first_line(error)}): download it again") from None
+        raise InputError(f"{index} cannot be read ({first_line(error)}): download it again") from None
     for file in sorted({*files.values()}):
         if not file.is_file():
             raise InputError(f"{index.parent} lacks {file.name}, which its index names: download it again")

@@ -28,15 +28,16 @@ def draw_study(table: StudyTable) -> Path | None:
     Raises:
         MachineError: it cannot be written.
     """
-    if not table.texts:
+    if not table.drawn:
         return None
     path = table.loaded.folder / FIGURE_NAME
-    figure = new_figure(inches=(7.0 * len(table.texts), 5.2))
-    all_axes = figure.subplots(1, len(table.texts), squeeze=False)[0]
-    for axes, text in zip(all_axes, table.texts, strict=True):
+    figure = new_figure(inches=(7.0 * len(table.drawn), 5.2))
+    all_axes = figure.subplots(1, len(table.drawn), squeeze=False)[0]
+    for axes, text in zip(all_axes, table.drawn, strict=True):
         _draw_text(axes, table, text)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    lines = {label: line for axes in all_axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    shown = {name: lines[name] for name in table.names if name in lines}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)), frameon=False)
     try:
         return save_figure(figure, path)
     except OSError as error:

@@ -11,6 +11,7 @@ from configs.errors import MachineError
 from configs.figures import byte_size, duration, perplexity_text, scaled
 from configs.files import whole_file
 from configs.study import LoadedStudy
+from training.evaluation.results import DIFFERENT_TOKENS
 from training.study.rows import StudyRow
 
 TABLE_NAME, FIGURE_NAME = "study", "study.png"
@@ -51,6 +52,13 @@ class TextTable:
         """All lengths that were measured."""
         return sorted({length for _, results in self.results for length in results})
 
+    @property
+    def of_different_tokens(self) -> list[int]:
+        """Lengths at which runs scored different numbers of tokens; with one tokenizer, different tokens."""
+        every = [result for _, results in self.results for result in results.values()]
+        counts = {(result["length"], result["tokens"]) for result in every if "tokens" in result}
+        return [length for length in self.lengths if sum(length == each for each, _ in counts) > 1]
+
     def seeds_of(self, run: str) -> dict[int, SeedRange]:
         """Return mean and range over the seeds of a run, by length; at lengths at which all of them were measured."""
         ours = [results for row, results in self.results if row.run == run]
@@ -78,6 +86,11 @@ class StudyTable:
         """Labels of the runs without a row."""
         done = {(row.run, row.seed) for row in self.rows}
         return [planned.label for planned in self.loaded.runs if (planned.run, planned.seed) not in done]
+
+    @property
+    def drawn(self) -> list[TextTable]:
+        """Those of `texts` that give a line: one that only some seeds of each run were measured on has no mean."""
+        return [text for text in self.texts if any(text.seeds_of(name) for name in self.names)]
 
     @property
     def names(self) -> list[str]:
@@ -132,13 +145,16 @@ class StudyTable:
         """Yield what keeps figures from being compared, and what is missing."""
         if self.unfinished:
             yield f"not finished: {', '.join(self.unfinished)}"
+        tokenizers = {row.data.get("tokenizer_sha256") for row in self.rows}
         for text in self.texts:
             every = [result for _, results in text.results for result in results.values()]
             if len({result["text_sha256"] for result in every}) > 1:
                 yield f"the texts called {text.text} differ: perplexities on them do not compare"
             elif len({result["documents_sha256"] for result in every if "documents_sha256" in result}) > 1:
                 yield f"documents of {text.text} are masked in some runs: perplexities there do not compare with others"
-        if len({row.data.get("tokenizer_sha256") for row in self.rows}) > 1:
+            elif len(tokenizers) == 1 and (lengths := [f"{length:,}" for length in text.of_different_tokens]):
+                yield f"{text.protocol} at {', '.join(lengths)} on {text.text}: {DIFFERENT_TOKENS}"
+        if len(tokenizers) > 1:
             yield "the tokenizers differ: perplexities and losses are per token and do not compare"
         for name, values in (("devices", [row.device for row in self.rows]), ("code", [row.code for row in self.rows])):
             if len({json.dumps(value) for value in values}) > 1:
@@ -197,7 +213,7 @@ def perplexity_cells(table: StudyTable, text: TextTable) -> list[list[str]]:
 def format_study(table: StudyTable) -> str:
     """Return the table as Markdown, with its figure."""
     study = table.loaded.study
-    lines = [f"# {study.name}", "", *([f"![Perplexity against length]({FIGURE_NAME})", ""] if table.texts else [])]
+    lines = [f"# {study.name}", "", *([f"![Perplexity against length]({FIGURE_NAME})", ""] if table.drawn else [])]
     same = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in table.loaded.shared.items())
     lines += [f"- from the run file `{study.base}`" + (f", in all runs {same}" if same else "")]
     lines += [f"- {note}" for note in table.notes()]
@@ -208,7 +224,7 @@ def format_study(table: StudyTable) -> str:
         lines += _markdown(heading, perplexity_cells(table, text), left=("run",))
     lines += [
         "",
-        "A mean over seeds has the lowest and the highest in brackets; `±` is a standard error over documents.",
+        "`spread`: from the lowest to the highest seed. `±`: standard error over the text's documents or blocks.",
     ]
     return "\n".join(lines) + "\n"
 

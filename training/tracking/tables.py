@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from training.evaluation.kept import read_report
+from training.evaluation.kept import OTHER_MODEL, read_report
 from training.evaluation.results import protocol_name, result_key
 from training.harness.kept import harness_files, read_harness
 from training.retrieval.kept import read_retrieval, retrieval_files
@@ -36,7 +36,8 @@ def evaluation_table(folder: Path, *, label: str) -> dict[str, Any]:
         folder: RUN_DIR/evaluation.
         label: Label of the text and precision: the name of its reports.
     """
-    return _table(TABLE_COLUMNS, [row for file in folder.glob(f"*/{label}.json") for row in _evaluation_rows(file)])
+    files = [file for file in folder.glob(f"*/{label}.json") if not file.parent.name.startswith(OTHER_MODEL)]
+    return _table(TABLE_COLUMNS, [row for file in files for row in _evaluation_rows(file)])
 
 
 def harness_table(folder: Path) -> dict[str, Any]:

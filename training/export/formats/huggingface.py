@@ -5,6 +5,7 @@ with transformers alone, which shows that the export can be served.
 """
 
 import math
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -34,6 +36,9 @@ from training.out_of_memory import memory_error
 
 # Transformers' Bloom and Mpt materialize the attention scores of a layer, [heads, seq, seq] fp32.
 _MOST_SCORE_BYTES = 2_000_000_000
+# what it raises at a folder that it cannot load
+_BAD_CONFIGURATION = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
+_BAD_WEIGHTS = (EOFError, RuntimeError, SafetensorError)
 
 
 class HuggingFaceFormat:
@@ -130,6 +135,9 @@ class HuggingFaceTokenizer:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+        if not {*self._tokenizer.get_vocab()} - {*self._tokenizer.all_special_tokens}:
+            # of a folder without its files, transformers makes one that knows no text
+            raise ValueError("none of its files are there")
         self.end: int | None = self._tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
@@ -225,12 +233,17 @@ def refusing_unreadable(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
+    except pickle.UnpicklingError:
+        raise InputError(f"{folder} has a pickle that is broken or holds more than tensors: give safetensors") from None
+    except (*_BAD_CONFIGURATION, *_BAD_WEIGHTS) as error:
         if memory_error(error) is not None:
             raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, _BAD_WEIGHTS):
+            raise InputError(f"{folder} has weights that cannot be read ({said}): download it again") from None
         raise InputError(
             f"{folder} holds no causal model that transformers {transformers.__version__} can load without code of the "
-            f"folder ({' '.join(str(error).split())[:200]}): give another"
+            f"folder ({said}): give another"
         ) from None
 
 
