@@ -126,6 +126,13 @@ def test_what_is_finished_is_kept_and_shown(run_dir: Path, trainshort: Call, mon
     assert "stopped early; what is finished is kept: " in answer.error
     (path,) = run_dir.glob("evaluation/step_0000002/retrieval/*.json")
     assert {cell["length"] for cell in json.loads(path.read_text())["results"]} == {320}
+    path.write_text(kept := path.read_text().replace('"seed": 1,', '"seed": 2,'))
+    answer = trainshort("retrieval", "run", *QUICK, "--tasks", "single")
+    assert answer.code == 130
+    assert path.read_text() == kept, "an earlier report stays"
+    stopped = path.parent / "stopped" / path.name
+    assert f"is kept: {stopped.with_suffix('.md')}" in answer.error
+    assert json.loads(stopped.read_text())["seed"] == 1
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
@@ -137,7 +144,7 @@ def test_what_is_finished_is_kept_and_shown(run_dir: Path, trainshort: Call, mon
     assert answer.code == 3
     assert [cell["recall"] for cell in json.loads(answer.out)["results"]] == [1, 1, 1, 1]
     assert answer.error.splitlines()[-1].startswith("error: somewhere cannot be written (No space left on device): ")
-    killed, unwritten = spooled(run_dir, kind="nested")
-    assert [each["status"] for each in (killed, unwritten)] == ["KILLED", "FINISHED"]
+    killed, again, unwritten = spooled(run_dir, kind="nested")
+    assert [each["status"] for each in (killed, again, unwritten)] == ["KILLED", "KILLED", "FINISHED"]
     assert len(unwritten["points"]) == 2 * len(killed["points"]), "MLflow has what the disk does not take"
-    assert len(spooled(run_dir, kind="table")) == 1
+    assert len(spooled(run_dir, kind="table")) == 2

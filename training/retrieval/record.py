@@ -28,6 +28,8 @@ def keep_retrieval(
 ) -> Path:
     """Write the report of a checkpoint, and add it to the MLflow run of the training; return the Markdown.
 
+    It replaces an earlier report on the same text. Only one that did not finish is written beside it, to `stopped/`.
+
     Args:
         report: The contents of the JSON.
         folder: RUN_DIR/evaluation.
@@ -38,26 +40,29 @@ def keep_retrieval(
     Raises:
         ReportNotWritten: a disk is full or failing.
     """
-    with try_to_lock(folder / name / RETRIEVAL_FOLDER):
+    place, label = Path(name, RETRIEVAL_FOLDER), retrieval_label(report)
+    with try_to_lock(folder / place):
+        if status != "FINISHED" and (folder / place / f"{label}.json").exists():
+            place /= "stopped"
         files: Sequence[Path] = ()
         try:
-            files = write_retrieval(report, folder, name=name)
+            files = write_retrieval(report, folder / place)
         finally:
             if tracker is not None:  # the work of minutes or hours, also where the disk does not take it
-                label = retrieval_label(report)
                 path = f"retrieval/{label}.json"
                 table = table_event(path, retrieval_table(folder, label=label)) if files else None
-                measured = tracked_retrieval(report, checkpoint=name)
+                measured = tracked_retrieval(report, checkpoint=name, folder=f"evaluation/{place}")
                 track_measurement(tracker, measured, files=files, table=table, began_ms=began_ms, status=status)
     return files[1]
 
 
-def tracked_retrieval(report: dict[str, Any], *, checkpoint: str) -> TrackedMeasurement:
+def tracked_retrieval(report: dict[str, Any], *, checkpoint: str, folder: str) -> TrackedMeasurement:
     """Return a report as MLflow gets it: means over the depths.
 
     Args:
         report: The contents of the JSON.
         checkpoint: Name of the checkpoint's folder.
+        folder: Folder of the files, from that of the artifacts.
     """
     label, step, means = retrieval_label(report), report["step"], list(over_depths(report))
     values = {
@@ -66,7 +71,7 @@ def tracked_retrieval(report: dict[str, Any], *, checkpoint: str) -> TrackedMeas
     return TrackedMeasurement(
         kind="retrieval",
         name=f"retrieval {checkpoint}, {label}",
-        folder=f"evaluation/{checkpoint}/{RETRIEVAL_FOLDER}",
+        folder=folder,
         values=[(step, values)],
         params={
             "checkpoint": checkpoint,

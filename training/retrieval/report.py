@@ -10,7 +10,7 @@ from configs.files import whole_file
 from configs.scales import parse_scale
 from configs.terminal import printable
 from training.evaluation.folder import ReportNotWritten
-from training.retrieval.kept import RETRIEVAL_FOLDER, retrieval_label
+from training.retrieval.kept import retrieval_label
 from training.retrieval.plot import draw_retrieval
 from training.retrieval.shares import over_depths, share_with_interval
 
@@ -68,19 +68,18 @@ def build_retrieval_report(
     }
 
 
-def write_retrieval(report: dict[str, Any], folder: Path, *, name: str) -> tuple[Path, Path, Path]:
+def write_retrieval(report: dict[str, Any], place: Path) -> tuple[Path, Path, Path]:
     """Write the report of a checkpoint in place of an earlier one on the same text; return JSON, Markdown and PNG.
 
     Hold the lock of the folder that it is written to: its files must be of one report.
 
     Args:
         report: The contents of the JSON.
-        folder: RUN_DIR/evaluation.
-        name: Name of the checkpoint's folder.
+        place: Where to.
     Raises:
         ReportNotWritten: a disk is full or failing.
     """
-    place, label = folder / name / RETRIEVAL_FOLDER, retrieval_label(report)
+    label = retrieval_label(report)
     try:
         place.mkdir(parents=True, exist_ok=True)
         picture = draw_retrieval(report, place / f"{label}.png")
