@@ -151,7 +151,7 @@ WINDOW_MUTANTS = (
         "next token: parts are joined as if they weighed the same",
         NEXT,
         "weights = tl.exp(known - tl.max(known, 0))",
-        "weights = tl.exp(tl.minimum(known, 0.0) * 0.0)",
+        "weights = tl.where(known > -1e30, 1.0, 0.0)",
         BY_DECODING,
     ),
     Mutant(
