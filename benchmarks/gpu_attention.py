@@ -14,6 +14,7 @@ from benchmarks.gpu_lab import Lab, Row, Variant
 from configs.backends import BACKENDS
 from configs.positions import slopes
 from training.model.attention import make_attention
+from training.model.decoding import CudaGraph
 from training.model.kernels.next_token import AllKeys, Parts
 from training.model.positions.alibi import slope_formula
 from training.model.positions.bias import SlopeBias
@@ -72,11 +73,13 @@ def _next_token(lab: Lab, kernel: type[AllKeys | Parts], *, length: int, windows
     position = torch.tensor([length - 1], device=lab.device)
     radius = norms(keys).amax(2, keepdim=True) if windows else None
 
-    def run() -> None:
+    def run() -> Tensor:
         attend.begin(position)
-        attend(q[:, :, -1:], keys, values, position=position, radius=radius)
+        return attend(q[:, :, -1:], keys, values, position=position, radius=radius)
 
-    seconds = lab.seconds(run, repeats=3, in_a_row=10)
+    with torch.no_grad():  # captured, as decoding is: launching takes longer than this work
+        captured = CudaGraph(run) if lab.device.type == "cuda" else run
+        seconds = lab.seconds(captured, repeats=3, in_a_row=10)
     return {"length": length, "forward_us": round(1e6 * seconds, 1)}
 
 

@@ -251,7 +251,7 @@ def _job_sizes(config: RunConfig, *, nodes: int) -> dict[str, JobSize]:
     return {
         "train": JobSize(nodes, ranks_per_node(config, nodes=nodes), gpus),
         "evaluate": evaluation_size(config),
-        "export": JobSize(1, 1, min(1, gpus)),
+        "export": JobSize(1, 1, min(1, gpus)),  # also where it computes on CPUs: partitions may demand a GPU
     }
 
 

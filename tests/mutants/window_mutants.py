@@ -13,7 +13,9 @@ SEARCH = "training/model/kernels/tile_search_triton.py"
 NEXT = "training/model/kernels/next_token_triton.py"
 BY_NEXT = "tests/unit/test_next_token.py::test_what_is_not_read_has_no_weight"
 BY_PARTS = "tests/unit/test_next_token.py::test_parts_equal_the_formula[dtype2-32]"
-BY_DECODING = "tests/unit/test_next_token.py::test_a_model_decodes_by_parts[alibi]"
+BY_AGREEMENT = "tests/unit/test_next_token.py::test_parts_agree_where_the_newest_key_is_the_largest[3.0]"
+BY_DECODING = "tests/unit/test_next_token.py::test_a_model_decodes_by_parts[from the first token-alibi]"
+BY_GROWING = "tests/unit/test_next_token.py::test_a_model_decodes_by_parts[in larger buffers-alibi]"
 BY_SEARCH = "tests/unit/test_tile_search.py::test_what_is_left_out_has_no_weight"
 BY_SUM = "tests/unit/test_tile_search.py::test_the_weights_of_tiles_add_up"
 BY_SEEN = "tests/unit/test_tile_search.py::test_keys_that_are_not_seen_count_for_nothing"
@@ -121,7 +123,7 @@ WINDOW_MUTANTS = (
     ),
     Mutant(
         "next token: half the bound",
-        NEXT,
+        "training/model/kernels/reach_triton.py",
         "+ _SLACK) / slope",
         "+ _SLACK) / slope / 2",
         BY_NEXT,
@@ -129,15 +131,24 @@ WINDOW_MUTANTS = (
     Mutant(
         "next token: one key is bounded, not all beyond it",
         NEXT,
-        "- known + endless - limit",
-        "- known - limit",
+        "keys_in_reach(largest, known, endless, limit",
+        "keys_in_reach(largest, known, 0.0, limit",
         BY_NEXT,
+    ),
+    Mutant(
+        "next token: the first part's new norm moves the others",
+        NEXT,
+        "    norm = tl.maximum(norm, tl.sqrt(tl.sum(squares, 0)), propagate_nan=tl.PropagateNan.ALL)\n"
+        "    largest = tl.sqrt(tl.sum(own * own, 0)) * norm * scale\n",
+        "    largest = tl.sqrt(tl.sum(own * own, 0)) * norm * scale\n"
+        "    norm = tl.maximum(norm, tl.sqrt(tl.sum(squares, 0)), propagate_nan=tl.PropagateNan.ALL)\n",
+        BY_AGREEMENT,
     ),
     Mutant(
         "next token: the largest norm leaves out the token's own key",
         NEXT,
-        "tl.maximum(norm, newest)",
-        "norm",
+        "tl.store(radius + pair, norm)",
+        "tl.store(radius + pair, tl.load(radius + pair))",
         BY_PARTS,
     ),
     Mutant(
@@ -155,11 +166,11 @@ WINDOW_MUTANTS = (
         BY_DECODING,
     ),
     Mutant(
-        "cache: a token's buffers forget the largest norm of a prompt",
+        "cache: larger buffers know no norm of the tokens that smaller ones decoded",
         "training/model/decoding.py",
-        "self.radii[block].copy_(radius)",
-        "self.radii[block].zero_()",
-        BY_DECODING,
+        "norms(keys[:, :, : cache.length]).amax(2, keepdim=True)",
+        "cache.radii[block]",
+        BY_GROWING,
     ),
     Mutant(
         "windows: half the bound",

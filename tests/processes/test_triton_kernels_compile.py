@@ -24,7 +24,7 @@ def compiled(kernel, capability, types, constants, aligned, **options):
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return made.metadata.shared, "mma" in made.asm["ptx"]
+    return made.metadata.shared, "mma" in made.asm["ptx"], "max.NaN" in made.asm["ptx"]
 
 def search(capability, head_dim, dtype, lacks):
     types = dict(q="*" + dtype, k="*" + dtype, radius="*fp32", series="*fp32", starts="*i64", first="*i32")
@@ -67,6 +67,8 @@ def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", COMPILE, json.dumps(CASES)]
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for (kernel, capability, *_), (shared, on_tensor_cores) in zip(CASES, json.loads(done.stdout), strict=True):
+    for (kernel, capability, *_, lacks), made in zip(CASES, json.loads(done.stdout), strict=True):
+        shared, on_tensor_cores, keeps_nan = made
         assert 0 < shared <= CARDS[capability]
         assert on_tensor_cores == (kernel == "search")
+        assert keeps_nan == (kernel == "part" and "radius" not in lacks), "the largest norm, which may be nan"

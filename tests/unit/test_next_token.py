@@ -11,6 +11,7 @@ from torch import Tensor
 from configs.positions import slopes
 from tests.support.models import VOCABULARY, make_wandering_decoder
 from training.model.cache import KeyValueCache
+from training.model.decoding import SMALLEST
 from training.model.kernels import next_token
 from training.model.kernels.next_token import NEAREST_KEYS, Parts
 from training.model.positions.bias import SlopeBias
@@ -27,7 +28,7 @@ KINDS = ("random", "loud key", "equal keys", "zero query", "opposed")
 def buffers(
     position: int, *, kind: str = "random", seed: int = 0, scale: float = 1.0, head_dim: int = 24, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a query, and keys and values that are set up to its own; behind it they are nan."""
+    """Return a query, and keys and values that are set up to its own; after it they are nan."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = scale * torch.randn(3, 1, SIZE, HEADS, head_dim, generator=generator)
     if kind == "loud key":
@@ -96,6 +97,19 @@ def test_parts_equal_the_formula(dtype: torch.dtype, position: int) -> None:
     torch.testing.assert_close(out.double(), seen, **close)
 
 
+@pytest.mark.parametrize("loud", [2.0, 3.0])
+def test_parts_agree_where_the_newest_key_is_the_largest(loud: float) -> None:
+    position = SIZE - 1
+    for seed in range(6):
+        q, keys, values = buffers(position, seed=seed, dtype=torch.float32)
+        keys[:, :, position] *= loud
+        radius, bias = radius_before(keys, position), SlopeBias(SLOPES)
+        found = [attend(q, keys, values, bias=bias, position=position, radius=radius) for _ in range(2)]  # it is raised
+        assert torch.equal(*found)
+        expected = formula(q, keys, values, slope=SLOPES, position=position)
+        torch.testing.assert_close(found[0].double(), expected, atol=1e-6, rtol=0)
+
+
 @settings(deadline=None, max_examples=12, phases=WITHOUT_SHRINKING)
 @given(
     kind=st.sampled_from(KINDS),
@@ -137,18 +151,24 @@ def test_numbers_that_are_not_finite_reach_the_output(bad: float, where: str) ->
 
 
 @pytest.mark.parametrize("position", ["alibi", "rotary"])
-def test_a_model_decodes_by_parts(position: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = torch.randint(3, VOCABULARY, (2, 160), generator=torch.Generator().manual_seed(0))
-    parts = tokens.split([100, 1, 1, 50, 1, 7], dim=1)
+@pytest.mark.parametrize(
+    ("fewest", "sizes"),
+    [(SMALLEST, [100, 1, 1, 50, 1, 7]), (2 * SMALLEST, [20, *[1] * 236, 1, 1])],
+    ids=["from the first token", "in larger buffers"],
+)
+def test_a_model_decodes_by_parts(
+    position: str, fewest: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.randint(3, VOCABULARY, (2, sum(sizes)), generator=torch.Generator().manual_seed(0))
     logits, caches = [], []
-    for takes_parts in (False, True):
-        monkeypatch.setattr(next_token, "takes_parts", lambda *_, takes=takes_parts: takes)
+    for least in (math.inf, fewest):
+        monkeypatch.setattr(next_token, "takes_parts", lambda _, keys, least=least: keys.shape[2] >= least)
         decoder = make_wandering_decoder(position=position)
         model = SingleModel(decoder, device=torch.device("cpu"), certificate={}, capture=lambda run: run)
         caches.append(KeyValueCache())
-        logits.append(torch.stack([model.next_logits(part, caches[-1]) for part in parts]))
+        logits.append(torch.stack([model.next_logits(part, caches[-1]) for part in tokens.split(sizes, dim=1)]))
     torch.testing.assert_close(logits[1], logits[0], atol=2e-5, rtol=0)
     for block, radius in caches[1].radii.items():  # of prompts and single tokens in turn
-        keys = caches[1].pairs[block][0][:, :, :160]
+        keys = caches[1].pairs[block][0][:, :, : tokens.shape[1]]
         torch.testing.assert_close(radius, norms(keys).amax(2, keepdim=True))
     assert len(caches[1].radii) == (2 if position == "alibi" else 0)

@@ -232,9 +232,9 @@ def _compare(source: Path, checkpoint: Path, incoming: IncomingModel, *, length:
     # transformers' Mpt takes no longer text than max_seq_len, which changes nothing else
     options = {"max_seq_len": length} if incoming.model.family == MPT.name else {}
     with refusing_unreadable(source):
-        loaded = with_slopes(load_exported(source, **options), incoming.model.alibi_bias_max)
+        loaded = load_exported(source, **options)
     with torch.no_grad():
-        theirs = TransformersModel(loaded)(tokens)
+        theirs = TransformersModel(with_slopes(loaded, incoming.model.alibi_bias_max))(tokens)
     del loaded  # one model is in memory at a time
     ours = load_single(open_checkpoint(checkpoint)).logits(tokens)
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()

@@ -12,12 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from parallel.compiled import compiling
 from training.model.attention import Attention, AttentionBlock
 from training.model.cache import KeyValueCache
 from training.model.decoder import Decoder
 from training.model.kernels.next_token import next_attention
 from training.model.positions.bias import Bias, power_of_two
 from training.model.positions.rows import NextPosition
+from training.model.windows import norms
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +116,9 @@ class FixedCache:
         for block, pair in cache.pairs.items():
             for buffer, filled in zip(self.pairs[block], pair, strict=True):
                 buffer[:, :, : cache.length] = filled[:, :, : cache.length]
-        for block, radius in cache.radii.items():
-            self.radii[block].copy_(radius)
+        for block in cache.radii:  # of smaller buffers, nobody may have raised it
+            keys, _ = self.pairs[block]
+            self.radii[block].copy_(norms(keys[:, :, : cache.length]).amax(2, keepdim=True))
         cache.pairs, cache.radii = dict(self.pairs), dict(self.radii)
 
 
@@ -215,7 +218,8 @@ class TokenSteps:
         self._free.clear()  # before more memory is taken
         if step is None:
             try:
-                step = TokenStep(self._decoder, like=cache, size=size, capture=self._capture)
+                with compiling():
+                    step = TokenStep(self._decoder, like=cache, size=size, capture=self._capture)
             except (RuntimeError, TypeError) as error:  # TypeError: a position method that takes a number as its start
                 logger.warning("each token is decoded without a CUDA graph: %s", error)
                 self._has_failed = True

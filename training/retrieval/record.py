@@ -1,6 +1,7 @@
 """Keep the report of `retrieval`: in the run folder, and in the MLflow run of the training."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def keep_retrieval(
     """
     place, label = Path(name, RETRIEVAL_FOLDER), retrieval_label(report)
     with try_to_lock(folder / place):
-        if status != "FINISHED" and (folder / place / f"{label}.json").exists():
+        replaces = status == "FINISHED" or not (folder / place / f"{label}.json").exists()
+        if not replaces:
             place /= "stopped"
         files: Sequence[Path] = ()
         try:
@@ -52,6 +54,8 @@ def keep_retrieval(
                 path = f"retrieval/{label}.json"
                 table = table_event(path, retrieval_table(folder, label=label)) if files else None
                 measured = tracked_retrieval(report, checkpoint=name, folder=f"evaluation/{place}")
+                if not replaces:  # the run of the training keeps the values of that report too
+                    measured = replace(measured, values=[])
                 track_measurement(tracker, measured, files=files, table=table, began_ms=began_ms, status=status)
     return files[1]
 

@@ -71,7 +71,7 @@ def build_retrieval_report(
 def write_retrieval(report: dict[str, Any], place: Path) -> tuple[Path, Path, Path]:
     """Write the report of a checkpoint in place of an earlier one on the same text; return JSON, Markdown and PNG.
 
-    Hold the lock of the folder that it is written to: its files must be of one report.
+    Hold the lock of the checkpoint's folder of such reports: its files must be of one report.
 
     Args:
         report: The contents of the JSON.

@@ -4,13 +4,14 @@ The token's position is on the device, so that a captured graph reads it at each
 """
 
 import math
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from training.model.positions.bias import Bias
+from parallel.compilers import missing_compiler
+from parallel.start import environment
+from training.model.positions.bias import Bias, power_of_two
 from training.model.windows import share_limit
 
 FEWEST_KEYS = 4096  # in smaller buffers, products with all keys take little of a token's time
@@ -35,11 +36,11 @@ class NextAttention(Protocol):
 
         Args:
             q: [batch, local_heads, 1, head_dim].
-            keys: Buffer, [batch, local_heads, size, head_dim]; those behind the query's own have no weight.
+            keys: Buffer, [batch, local_heads, size, head_dim]; those after the query's own have no weight.
             values: Like keys.
             position: Number of the query's own key, [1] int64.
-            radius: Largest norm of a key before the query's own, [batch, local_heads, 1] fp32: keys without weight may
-                be left out. None to take all.
+            radius: Largest norm of a key before the query's own, or more, [batch, local_heads, 1] fp32: a kernel that
+                leaves out keys without weight by it raises it to that of the query's own key too. None to take all.
         """
         ...
 
@@ -52,7 +53,9 @@ def next_attention(bias: Bias, keys: Tensor) -> NextAttention:
 def takes_parts(bias: Bias, keys: Tensor) -> bool:
     """Return whether `Parts` computes a bias on buffers of keys like these, and is worth it."""
     is_known = bias.causal_only or bias.local_slopes is not None
-    return is_known and keys.is_cuda and keys.shape[2] >= FEWEST_KEYS and find_spec("triton") is not None
+    if not (is_known and keys.is_cuda and keys.shape[2] >= FEWEST_KEYS):
+        return False
+    return missing_compiler("cuda", environ=environment()) is None
 
 
 class AllKeys:
@@ -106,11 +109,11 @@ class Parts:
         """Do nothing: each program reads the position."""
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor, *, position: Tensor, radius: Tensor | None) -> Tensor:
-        """Return the attention, and let the radius be that of the query's own key too."""
+        """Return the attention, and raise the radius."""
         from training.model.kernels.next_token_triton import attend_part, join_parts  # Triton comes with torch for CUDA
 
         (batch, heads, _, head_dim), size = q.shape, keys.shape[2]
-        width = 1 << (head_dim - 1).bit_length()
+        width = power_of_two(head_dim)
         count = _parts(batch * heads, size)
         parts = q.new_empty(batch * heads, count, head_dim, dtype=torch.float32)
         sums = q.new_empty(batch * heads, count, dtype=torch.float32)

@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-from training.model.windows import RELATIVE_SLACK, SLACK
-
-_RELATIVE_SLACK, _SLACK = tl.constexpr(RELATIVE_SLACK), tl.constexpr(SLACK)
+from training.model.kernels.reach_triton import keys_in_reach
 
 
 @triton.jit
@@ -27,12 +25,12 @@ def attend_part(
     behind = tl.minimum(last, window - 1).to(tl.int32)  # keys before its own that the query needs
     if radius is not None:
         endless = tl.load(series + heads + head)
-        norm = tl.load(radius + pair)
-        behind, newest = _keys_behind(
-            own, keys + last * k_place, behind, norm, slope, endless, inside, k_place, scale, limit, NEAREST
-        )
-        if part == 0:  # another part may read it before or after: its own key is never left out
-            tl.store(radius + pair, tl.maximum(norm, newest))
+        behind, norm = _keys_behind(
+            own, keys + last * k_place, behind, tl.load(radius + pair),
+            slope, endless, inside, k_place, scale, limit, NEAREST,
+        )  # fmt: skip
+        if part == 0:  # the other parts may read it before or after, and find the same
+            tl.store(radius + pair, norm)
 
     each = tl.cdiv(tl.cdiv(behind + 1, TILE), count) * TILE
     first = last - behind + part * each
@@ -62,9 +60,9 @@ def attend_part(
 
 @triton.jit
 def _keys_behind(own, newest, behind, norm, slope, endless, inside, k_place, scale, limit, NEAREST: tl.constexpr):
-    """Return how many of the keys behind a query have weight, at most `behind`, and the norm of its own key.
+    """Return how many of the keys before a query's own have weight, at most `behind`, and the largest norm of a key.
 
-    `newest` points to the own key, `norm` is the largest of the keys before it.
+    `newest` points to the own key, `norm` is the largest of the keys before it, or with it.
     """
     away = tl.arange(0, NEAREST)
     is_near = away <= behind
@@ -73,12 +71,11 @@ def _keys_behind(own, newest, behind, norm, slope, endless, inside, k_place, sca
     score = tl.where(is_near, tl.sum(near * own[None, :], 1) * scale - slope * away, -float("inf"))
     highest = tl.max(score, 0)
     known = highest + tl.log(tl.sum(tl.exp(score - highest), 0))
-    largest = tl.sqrt(tl.sum(own * own, 0)) * norm * scale
-    distance = (largest * (1 + _RELATIVE_SLACK) - known + endless - limit + _SLACK) / slope
-    is_nearer = distance < behind  # what is no number takes all
-    needed = tl.where(is_nearer, tl.maximum(tl.ceil(distance), 0.0), 0.0).to(tl.int32)
     squares = tl.where(away == 0, tl.sum(near * near, 1), 0.0)
-    return tl.where(is_nearer, needed, behind), tl.sqrt(tl.sum(squares, 0))
+    # All parts of a head must find the same. A GPU's maximum leaves out nan unless it is told not to.
+    norm = tl.maximum(norm, tl.sqrt(tl.sum(squares, 0)), propagate_nan=tl.PropagateNan.ALL)
+    largest = tl.sqrt(tl.sum(own * own, 0)) * norm * scale
+    return keys_in_reach(largest, known, endless, limit, slope, behind), norm
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from training.model.kernels.reach_triton import keys_in_reach
 from training.model.windows import RELATIVE_SLACK, SLACK
 
 _RELATIVE_SLACK, _SLACK = tl.constexpr(RELATIVE_SLACK), tl.constexpr(SLACK)
@@ -34,9 +35,7 @@ def search(
     sums = _sums_of_nearest(own, keys, row, inside, behind, slope, scale, k_place, TILE, NEAREST)
     wide = own.to(tl.float32)
     largest = tl.sqrt(tl.sum(wide * wide, 1)) * tl.load(radius + pair * tiles + row) * scale
-    distance = (largest * (1 + _RELATIVE_SLACK) - sums + endless - limit + _SLACK) / slope
-    # what is no number takes all
-    needed = tl.where(distance < behind, tl.maximum(tl.ceil(distance), 0.0).to(tl.int32), behind)
+    needed = keys_in_reach(largest, sums, endless, limit, slope, behind)
     tile = tl.min(places - needed, 0) // TILE
 
     known = of_tile - sums + largest * _RELATIVE_SLACK + _SLACK
