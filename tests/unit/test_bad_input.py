@@ -368,3 +368,24 @@ def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
     assert refused(trainshort, "export", "run", "--format", "onnx", "--out", "new") == (
         "format 'onnx' is not known: use hf or gguf"
     )
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (("export", "run", "--format", "hf"), "hf"),
+        (("import", "hf"), "imported"),
+        (("profile", "run.yaml"), "profile"),
+        (("report", "run"), "page.html"),
+        (("compare", "run"), "plot.png"),
+        (("init", "mine"), "mine.yaml"),
+    ],
+)
+def test_nothing_is_written_among_checkpoints(trainshort: Call, command: tuple[str, ...], name: str) -> None:
+    Path("link").symlink_to("run/checkpoints/step_0000004", target_is_directory=True)
+    for out in (f"run/checkpoints/{name}", f"run/checkpoints/step_0000004/new/{name}", f"link/{name}"):
+        assert refused(trainshort, *command, "--out", out) == (
+            f"--out {out} is in {Path.cwd()}/run/checkpoints, where checkpoints are removed with all that is in them: "
+            "choose another --out"
+        )
