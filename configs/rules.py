@@ -14,6 +14,8 @@ from configs.precisions import PRECISIONS, Precision
 from configs.protocols import PROTOCOL_NAMES, WindowProtocol, parse_protocol
 from configs.schema import RunConfig
 
+_LARGEST_DIVIDED = 10**12
+
 
 def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
     """Return every broken rule, one line each: what must hold, the value seen, what to do.
@@ -35,7 +37,9 @@ def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
 
 
 def divisors(number: int) -> str:
-    """Return the divisors of a number in words: `1, 2, 4 or 8`."""
+    """Return the divisors of a number in words: `1, 2, 4 or 8`; of one that takes seconds to divide, just words."""
+    if number > _LARGEST_DIVIDED:
+        return "a divisor of it"
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
     words = [str(n) for n in sorted({*small, *(number // n for n in small)})]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -76,7 +76,8 @@ class Run(Section):
 class Model(Section):
     """The decoder's shape."""
 
-    layers: PositiveInt = Field(description="Transformer blocks.")
+    # the parameters of each layer are listed, and the deepest published model has 1,000 layers
+    layers: Annotated[int, Field(ge=1, le=2_000)] = Field(description="Transformer blocks.")
     hidden: PositiveInt = Field(description="Width of the residual stream.")
     heads: PositiveInt = Field(description="Attention heads, over all tensor ranks.")
     feed_forward: PositiveInt | None = Field(

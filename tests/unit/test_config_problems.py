@@ -170,6 +170,11 @@ def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
         ({"slurm": {"modules": [""]}}, "slurm.modules.0 must not be empty: write a text"),
         ({"slurm": {"env": 3}}, "slurm.env: must be a map of names to values, got 3"),
         ({"data": {"sources": [3]}}, "data.sources.0 must be a path or {path: ..., weight: ...}, got 3"),
+        ({"model": {"layers": 10**12}}, f"model.layers: must be less than or equal to 2000, got {10**12}"),
+        (
+            {"train": {"global_batch": 2**53 - 1}},
+            f"train.micro_batch must divide train.global_batch ({2**53 - 1}), got 2: use a divisor of it",
+        ),
         ({"train": {"steps": 10**22}}, f"train.steps: must be at most 2^53, got {10**22}"),
         ({"data": {"vocab_size": 2**53 + 1}}, f"data.vocab_size: must be at most 2^53, got {2**53 + 1}"),
         ({"evaluate": {"lengths": [10**30]}}, f"evaluate.lengths.0: must be at most 2^53, got {10**30}"),
