@@ -178,9 +178,13 @@ def _warmup(config: RunConfig) -> Iterator[str]:
     train = config.train
     decay_steps = train.decay_steps or train.steps
     if train.warmup_steps >= decay_steps:
+        # the schedule of a run that has started is fixed, and no rule knows its folder
+        advice = "raise train.decay_steps"
+        if train.decay_steps is None:
+            advice = "set train.decay_steps (that of RUN_DIR/config.yaml, if the run has started)"
         yield (
             f"train.warmup_steps must be less than the {decay_steps} steps of the schedule, got {train.warmup_steps}: "
-            "lower it or raise train.decay_steps"
+            f"lower it or {advice}"
         )
 
 
