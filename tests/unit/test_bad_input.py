@@ -358,7 +358,8 @@ def test_a_missing_checkpoint_is_refused_by_name(trainshort: Call, command: tupl
 def test_prepared_data_is_no_checkpoint(trainshort: Call, prepared: Path, command: tuple[str, ...]) -> None:
     assert_matches(
         refused(trainshort, *command, str(prepared / "data")),
-        ".*/data is no checkpoint, its manifest.json is of something else: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
+        ".*/data is no checkpoint, its manifest.json is of something else: give a folder of RUN_DIR/checkpoints, "
+        "or RUN_DIR",
     )
 
 
