@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from configs.errors import InputError
@@ -71,8 +71,8 @@ def _expand_uri(uri: str) -> str:
     return store[1] + _expand_key(store[2]) if store else uri
 
 
-PathText = Annotated[str, AfterValidator(_expand_key)]
-"""A key that holds a path or a pattern of paths."""
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand_key)]
+"""A key that holds a path or a pattern of paths; an empty one would be the current folder."""
 
-StoreText = Annotated[str, AfterValidator(_expand_uri)]
+StoreText = Annotated[str, Field(min_length=1), AfterValidator(_expand_uri)]
 """The URI of a tracking store, which may be a file."""

@@ -14,6 +14,8 @@ from configs.precisions import PRECISIONS, Precision
 from configs.protocols import PROTOCOL_NAMES, WindowProtocol, parse_protocol
 from configs.schema import RunConfig
 
+_LARGEST_DIVIDED = 10**12
+
 
 def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
     """Return every broken rule, one line each: what must hold, the value seen, what to do.
@@ -35,7 +37,9 @@ def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
 
 
 def divisors(number: int) -> str:
-    """Return the divisors of a number in words: `1, 2, 4 or 8`."""
+    """Return the divisors of a number in words: `1, 2, 4 or 8`; of one that takes seconds to divide, just words."""
+    if number > _LARGEST_DIVIDED:
+        return "a divisor of it"
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
     words = [str(n) for n in sorted({*small, *(number // n for n in small)})]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
@@ -174,9 +178,13 @@ def _warmup(config: RunConfig) -> Iterator[str]:
     train = config.train
     decay_steps = train.decay_steps or train.steps
     if train.warmup_steps >= decay_steps:
+        # the schedule of a run that has started is fixed, and no rule knows its folder
+        advice = "raise train.decay_steps"
+        if train.decay_steps is None:
+            advice = "set train.decay_steps (that of RUN_DIR/config.yaml, if the run has started)"
         yield (
             f"train.warmup_steps must be less than the {decay_steps} steps of the schedule, got {train.warmup_steps}: "
-            "lower it or raise train.decay_steps"
+            f"lower it or {advice}"
         )
 
 

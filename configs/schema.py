@@ -70,13 +70,14 @@ class Run(Section):
         min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, shown in MLflow and SLURM."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=1, description="Seed of weights, sample order and dropout.")
-    dir: PathText = Field(min_length=1, description="The run folder; relative to where the command is started.")
+    dir: PathText = Field(description="The run folder; relative to where the command is started.")
 
 
 class Model(Section):
     """The decoder's shape."""
 
-    layers: PositiveInt = Field(description="Transformer blocks.")
+    # the parameters of each layer are listed, and the deepest published model has 1,000 layers
+    layers: Annotated[int, Field(ge=1, le=2_000)] = Field(description="Transformer blocks.")
     hidden: PositiveInt = Field(description="Width of the residual stream.")
     heads: PositiveInt = Field(description="Attention heads, over all tensor ranks.")
     feed_forward: PositiveInt | None = Field(
@@ -130,7 +131,7 @@ class Model(Section):
 class Source(Section):
     """One source of text; a run file may give just its path."""
 
-    path: PathText = Field(min_length=1, description="A file, a glob, a prepared .bin, or `python-docs`.")
+    path: PathText = Field(description="A file, a glob, a prepared .bin, or `python-docs`.")
     weight: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description="Share of the samples, relative to the other weights; in proportion to its size unless set.",
@@ -310,7 +311,7 @@ class Slurm(Section):
     mounts: Annotated[tuple[PathText, ...], TUPLE] = Field(
         default=(), description="Folders that the container sees, in addition to those of the run."
     )
-    modules: Annotated[tuple[str, ...], TUPLE] = Field(
+    modules: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], TUPLE] = Field(
         default=(), description="Environment modules to load, in this order."
     )
     env: Annotated[dict[str, TextOrNumber], PUBLIC_VARIABLES] = Field(

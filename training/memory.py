@@ -4,6 +4,7 @@ A sum over the shards of each pipeline stage, plus what the layers keep for the 
 formulas and how right they were.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
@@ -117,15 +118,15 @@ def _parts(state: "_State", activations: Activations, *, offloads: bool) -> dict
 def _sizes(config: RunConfig, layout: Layout, stage: int) -> list[int]:
     """Return the elements of each parameter that a rank of a stage holds, with padding."""
     shards = shards_of(config.model, vocab_size=config.data.vocab_size)
-    held = (shard for shard in shards.values() if _is_on(shard, stage, config=config, layout=layout))
+    bounds = block_bounds(config, layout)  # once: a search over the layers
+    held = (shard for shard in shards.values() if _is_on(shard, stage, bounds=bounds))
     return [prod(padded_shape(shard, tensor_size=layout.tensor)) for shard in held]
 
 
-def _is_on(shard: Shard, stage: int, *, config: RunConfig, layout: Layout) -> bool:
+def _is_on(shard: Shard, stage: int, *, bounds: Sequence[int]) -> bool:
     where, _, rest = shard.name.partition(".")
-    first, last = stage == 0, stage == layout.pipeline - 1
+    first, last = stage == 0, stage == len(bounds) - 2
     if where == "blocks":
-        bounds = block_bounds(config, layout)
         return bounds[stage] <= int(rest.partition(".")[0]) < bounds[stage + 1]
     if where == "positions":
         return True

@@ -70,12 +70,14 @@ def _check_out(out: Path) -> None:
     """Refuse a folder of somebody else's files, in which the trace and the logs of ranks would replace some.
 
     Raises:
-        InputError: it is a file, or holds something other than an earlier profile.
+        InputError: it is a file, holds something other than an earlier profile, or is among checkpoints.
         MachineError: it cannot be made or written.
     """
     from configs.files import try_folder
+    from training.own_file import refuse_among_checkpoints
     from training.profiling.report import PROFILE_NAME
 
+    refuse_among_checkpoints(out)
     if out.is_file():
         raise InputError(f"--out {out} is a file, not a folder: name a new folder")
     try:

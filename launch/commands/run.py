@@ -48,8 +48,10 @@ def init_command(
     """Write a run file of your own from a shipped one: every key with its meaning, to be edited."""
     from configs.commented import write_run_file
     from launch.show.run import show_new_file
+    from training.own_file import refuse_among_checkpoints
 
     file = out or Path(f"{name}.yaml")
+    refuse_among_checkpoints(file)
     write_run_file(file, name=name, source=source)
     show_new_file(file, source=source)
 

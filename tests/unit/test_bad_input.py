@@ -354,6 +354,15 @@ def test_a_missing_checkpoint_is_refused_by_name(trainshort: Call, command: tupl
         assert_matches(refused(trainshort, name, path, *options), expected)
 
 
+@pytest.mark.parametrize("command", [("checkpoint", "list"), ("checkpoint", "verify"), ("checkpoint", "reshape")])
+def test_prepared_data_is_no_checkpoint(trainshort: Call, prepared: Path, command: tuple[str, ...]) -> None:
+    assert_matches(
+        refused(trainshort, *command, str(prepared / "data")),
+        ".*/data is no checkpoint, its manifest.json is of something else: give a folder of RUN_DIR/checkpoints, "
+        "or RUN_DIR",
+    )
+
+
 def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
     (trained / "out").mkdir()
     (trained / "out" / "mine.txt").write_text("kept")
@@ -368,3 +377,24 @@ def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
     assert refused(trainshort, "export", "run", "--format", "onnx", "--out", "new") == (
         "format 'onnx' is not known: use hf or gguf"
     )
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (("export", "run", "--format", "hf"), "hf"),
+        (("import", "hf"), "imported"),
+        (("profile", "run.yaml"), "profile"),
+        (("report", "run"), "page.html"),
+        (("compare", "run"), "plot.png"),
+        (("init", "mine"), "mine.yaml"),
+    ],
+)
+def test_nothing_is_written_among_checkpoints(trainshort: Call, command: tuple[str, ...], name: str) -> None:
+    Path("link").symlink_to("run/checkpoints/step_0000004", target_is_directory=True)
+    for out in (f"run/checkpoints/{name}", f"run/checkpoints/step_0000004/new/{name}", f"link/{name}"):
+        assert refused(trainshort, *command, "--out", out) == (
+            f"--out {out} is in {Path.cwd()}/run/checkpoints, where checkpoints are removed with all that is in them: "
+            "choose another --out"
+        )

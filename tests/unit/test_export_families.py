@@ -77,6 +77,9 @@ def test_gguf_holds_mpts_other_slopes(tmp_path: Path, tokenizer: Path) -> None:
     assert fields["mpt.attention.max_alibi_bias"].contents() == 16.0
     # transformers' Mpt would compute with 8, and llama.cpp's bloom too
     assert export_problems(STEEP).keys() == {"hf"}
+    assert export_problems(STEEP)["hf"].endswith(": export with --format gguf or --format hf --with-code")
     with pytest.raises(InputError, match=r"MPT cannot hold model\.alibi_bias_max 16 \(it holds 8\)"):
         HuggingFaceFormat().check(STEEP)
-    assert export_problems(STEEP.model_copy(update={"family": "bloom"})).keys() == {"hf", "gguf"}
+    neither = export_problems(STEEP.model_copy(update={"family": "bloom"}))
+    assert neither.keys() == {"hf", "gguf"}
+    assert all(problem.endswith(": export with --format hf --with-code") for problem in neither.values())

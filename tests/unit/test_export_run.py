@@ -185,6 +185,14 @@ def test_a_weight_out_of_range_is_not_exported(model: FormulaModel, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("format", "name"), [("hf", "embedding.word.weight"), ("gguf", "final_norm.weight")])
+def test_a_nan_is_not_called_too_large(model: FormulaModel, tmp_path: Path, format: str, name: str) -> None:
+    model.weights[name][0] = float("nan")
+    with pytest.raises(InputError, match="a weight is nan or infinite: the model has diverged"):
+        export_checkpoint(tmp_path, format=format, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 EXPORTED = [
     "README.md",
     "certificate.json",

@@ -116,6 +116,13 @@ def test_ranks_share_the_state_as_the_layout_says() -> None:
     assert recomputed.activations < alone.activations / 10
 
 
+def test_a_thousand_layers_on_stages_take_no_time() -> None:
+    config = load_run("demo", overrides=["model.layers=1000"])
+    began = time.perf_counter()
+    estimate_memory(config, layout=Layout.of(config, world_size=4), on_gpu=False)
+    assert time.perf_counter() - began < 2, "the split into stages is searched once a stage, not once a parameter"
+
+
 def test_changes_are_in_order_legal_and_new() -> None:
     assert changes_of(*ONE_RANK, ranks=2) == [
         "train.micro_batch 8 -> 4",

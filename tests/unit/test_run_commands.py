@@ -142,6 +142,20 @@ def test_check_notes_what_a_start_would_do(trainshort: Call) -> None:
         assert f"has {change.partition('=')[0]} {then}, the run has {now}: " in other[0]
 
 
+@pytest.mark.usefixtures("trained")
+def test_a_run_that_started_stops_within_its_warm_up(trainshort: Call) -> None:
+    fixed = load_run("run/config.yaml").train
+    sets = set_options([f"train.warmup_steps={fixed.warmup_steps}", "train.steps=1"])
+    assert "set train.decay_steps (that of RUN_DIR/config.yaml" in refused(trainshort, "check", "run.yaml", *sets)
+    (note,) = notes(
+        trainshort,
+        f"train.warmup_steps={fixed.warmup_steps}",
+        "train.steps=1",
+        f"train.decay_steps={fixed.decay_steps}",
+    )
+    assert note.startswith("train.steps is 1, but run is trained to step 4: ")
+
+
 def test_no_more_steps_are_advised_at_a_rate_of_zero(trainshort: Call, trained: Path) -> None:
     file = trained / "run" / "config.yaml"
     file.write_text(file.read_text().replace("decay_steps: 10", "decay_steps: 4"))

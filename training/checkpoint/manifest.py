@@ -114,6 +114,10 @@ class CheckpointFolder:
     step: int
 
 
+class NoCheckpoint(InputError):
+    """A folder is something else than a checkpoint."""
+
+
 FolderCheck = Callable[[Path], Manifest]
 """Returns the manifest of a checkpoint folder, or raises InputError if the checkpoint is broken."""
 
@@ -236,6 +240,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"it has {size} bytes")
         content = (folder / MANIFEST_NAME).read_bytes()
         data = json.loads(content)
+        if isinstance(data, dict) and "format" not in data:  # of prepared data, say
+            raise NoCheckpoint(
+                f"{folder} is no checkpoint, its {MANIFEST_NAME} is of something else: give a folder of "
+                "RUN_DIR/checkpoints, or RUN_DIR"
+            )
         if data["format"] != CHECKPOINT_FORMAT:  # before the hash: another format may compute it differently
             raise InputError(
                 f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {CHECKPOINT_FORMAT}: "
@@ -247,7 +256,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("it was altered: its SHA-256 differs")
         manifest = _MANIFEST_ADAPTER.validate_python(data)
     except FileNotFoundError:
-        raise InputError(
+        raise NoCheckpoint(
             f"{folder} is no checkpoint, it has no {MANIFEST_NAME}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
         ) from None
     except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:

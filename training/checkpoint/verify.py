@@ -12,6 +12,7 @@ from configs.errors import InputError
 from configs.paths import MANIFEST_NAME
 from training.checkpoint.manifest import (
     Manifest,
+    NoCheckpoint,
     candidate_folders,
     hash_problems,
     is_checkpoint_name,
@@ -97,6 +98,8 @@ def _check_sizes(folder: Path) -> Verdict:
     try:
         return Verdict(folder, read_manifest(folder), ())
     except InputError as error:
+        if isinstance(error, NoCheckpoint) and not is_checkpoint_name(folder.name):
+            raise
         return Verdict(folder, None, (str(error),))
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from configs.errors import InputError, MachineError
 from configs.figures import byte_size
 from configs.files import missing_folders, remove_folders
+from training.own_file import refuse_among_checkpoints
 
 _PARTIAL = ".partial-"
 # moved last: an engine that finds it loads the folder
@@ -94,13 +95,14 @@ def try_new_folder(out: Path) -> None:
 
 
 def require_new(out: Path) -> Path:
-    """Refuse a path that exists, unless it is an empty folder; return it without links.
+    """Refuse a path that exists, unless it is an empty folder, and one in RUN_DIR/checkpoints; return it without links.
 
     Raises:
-        InputError: `out` is a file, a link to nothing, or holds files.
+        InputError: `out` is a file, a link to nothing, holds files, or is among checkpoints.
     """
     try:
         os.path.realpath(out).encode("utf-8")
+        refuse_among_checkpoints(out)
         if out.is_dir():
             files = _files(out)
             problem = "has files in it: remove them or" if files else None

@@ -15,7 +15,7 @@ def huggingface_problem(model: Model) -> str | None:
     It names each key, its value and what the class holds.
     """
     # transformers' Mpt reads alibi_bias_max and computes with 8
-    return _problem(model, any_slopes=False)
+    return _problem(model, any_slopes=False, other="--format gguf or " if gguf_problem(model) is None else "")
 
 
 def gguf_problem(model: Model) -> str | None:
@@ -34,7 +34,7 @@ def carried_code_problem(model: Model) -> str | None:
     )
 
 
-def _problem(model: Model, *, any_slopes: bool) -> str | None:
+def _problem(model: Model, *, any_slopes: bool, other: str = "") -> str | None:
     problems = []
     if model.family not in _FAMILIES:
         problems.append(f"model.family {model.family} (it holds {' or '.join(_FAMILIES)})")
@@ -49,5 +49,5 @@ def _problem(model: Model, *, any_slopes: bool) -> str | None:
     if not problems:
         return None
     carried = POSITIONS[model.position].carried
-    advice = "export with --format hf --with-code" if carried else "nor can any other format"
+    advice = f"export with {other}--format hf --with-code" if carried else "nor can any other format"
     return f"{model.family.upper()} cannot hold {'; '.join(problems)}: {advice}"

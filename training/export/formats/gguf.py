@@ -82,10 +82,9 @@ class GgufFormat:
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Return a weight as the file has it; see `ExportFormat`."""
-        if weight.ndim == 1:
-            return weight
-        rounded = torch.from_numpy(dequantize(self._stored(weight), self._type))
-        return finite(rounded, dtype=self.dtype)
+        is_matrix = weight.ndim > 1
+        rounded = torch.from_numpy(dequantize(self._stored(weight), self._type)) if is_matrix else weight
+        return finite(rounded, weight=weight, dtype=self.dtype)
 
     def write(
         self,

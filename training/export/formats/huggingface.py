@@ -58,7 +58,7 @@ class HuggingFaceFormat:
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Return a weight as the written model has it; see `ExportFormat`."""
-        return finite(weight.to(self._dtype).float(), dtype=self.dtype)
+        return finite(weight.to(self._dtype).float(), weight=weight, dtype=self.dtype)
 
     def write(
         self,
