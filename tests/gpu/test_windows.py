@@ -95,13 +95,15 @@ def test_windows_are_found_without_waiting_for_the_gpu(backend: str, dtype: torc
 @torch.no_grad()
 def test_the_next_token_reads_what_it_needs(dtype: torch.dtype, tolerance: float, window: int | None) -> None:
     q, k, v = (x.detach().contiguous() for x in inputs(FEWEST_KEYS, dtype))
+    k[:, :, FEWEST_KEYS - 2] *= 3  # the largest of its head, but for the outlier's
     assert takes_parts(alibi(), k)
     attend = Parts(alibi(window), k)
-    for own in (0, 200, FEWEST_KEYS - 1):
+    raised = norms(k[:, :, : FEWEST_KEYS - 3]).amax(2, keepdim=True)
+    for own in (0, 200, FEWEST_KEYS - 3, FEWEST_KEYS - 2, FEWEST_KEYS - 1):
         exact = Reference(alibi(window))(*(x[:, :, : own + 1].double() for x in (q, k, v)))[:, :, -1:]
-        position, before = torch.tensor([own], device=CUDA), norms(k[:, :, : max(1, own)]).amax(2, keepdim=True)
-        for radius in (None, before) if window is None else (None,):
+        for radius in (None, raised) if window is None else (None,):
+            position = torch.tensor([own], device=CUDA)
             out = attend(q[:, :, own : own + 1], k, v, position=position, radius=radius)
             torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)
-        if window is None:
-            torch.testing.assert_close(before, norms(k[:, :, : own + 1]).amax(2, keepdim=True))
+    if window is None:
+        torch.testing.assert_close(raised, norms(k).amax(2, keepdim=True))
