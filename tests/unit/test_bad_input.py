@@ -355,9 +355,9 @@ def test_a_missing_checkpoint_is_refused_by_name(trainshort: Call, command: tupl
 
 
 def test_prepared_data_is_no_checkpoint(trainshort: Call, prepared: Path) -> None:
-    expected = ".*/data is no checkpoint, its manifest.json is of something else: give a folder of RUN_DIR/checkpoints, "
+    expected = ".*/data is no checkpoint, its manifest.json is of something else: give a folder of RUN_DIR/checkpoints"
     for command in ("list", "verify", "reshape"):
-        assert_matches(refused(trainshort, "checkpoint", command, str(prepared / "data")), expected + "or RUN_DIR")
+        assert_matches(refused(trainshort, "checkpoint", command, str(prepared / "data")), f"{expected}, or RUN_DIR")
 
 
 def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
