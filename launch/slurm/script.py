@@ -13,7 +13,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from configs.commands import typed_path
 from configs.errors import InputError
 from configs.paths import checkpoints_folder, data_folder, export_folder, logs_folder, run_folder
 from configs.schema import RunConfig, Slurm
@@ -211,7 +210,6 @@ def _names(config: RunConfig, *, folder: Path) -> dict[str, Any]:
         "hidden": HIDDEN,
         "run": config.run.name,
         "run_dir": str(run_dir),
-        "resume": f"trainshort jobs resume {typed_path(run_dir)}",  # as messages tell to type it
         "folder": str(folder),
         "logs": _escape(folder / logs_folder(run_dir)),
         "last": _last_checkpoint(config).name,

@@ -168,7 +168,7 @@ def test_the_command_that_a_job_prints_can_be_typed(run_values: dict[str, Any], 
     config = check_run(run_values, name="small")
     train = render_scripts(config, run_file="small.yaml", nodes=1, folder=tmp_path)["train"]
     done = run_script(train, tmp_path, DURING="mkdir -p 'my run/checkpoints/step_0000004'")
-    assert done.stdout.endswith("stopped, the newest checkpoint is step_0000004: trainshort jobs resume 'my run'\n")
+    assert done.stdout.endswith("stopped, the newest checkpoint is step_0000004: trainshort jobs resume my\\ run\n")
 
 
 def test_a_stop_ends_a_requeue_that_is_being_repeated(run_values: dict[str, Any], tmp_path: Path) -> None:
