@@ -97,12 +97,11 @@ def test_parts_equal_the_formula(dtype: torch.dtype, position: int) -> None:
     torch.testing.assert_close(out.double(), seen, **close)
 
 
-@pytest.mark.parametrize("loud", [2.0, 3.0])
-def test_parts_agree_where_the_newest_key_is_the_largest(loud: float) -> None:
+def test_parts_agree_where_the_newest_key_is_the_largest() -> None:
     position = SIZE - 1
-    for seed in range(6):
+    for seed in range(3):
         q, keys, values = buffers(position, seed=seed, dtype=torch.float32)
-        keys[:, :, position] *= loud
+        keys[:, :, position] *= 3
         radius, bias = radius_before(keys, position), SlopeBias(SLOPES)
         found = [attend(q, keys, values, bias=bias, position=position, radius=radius) for _ in range(2)]  # it is raised
         assert torch.equal(*found)
