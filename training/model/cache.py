@@ -52,7 +52,7 @@ class KeyValueCache:
         length: Tokens that every block has seen.
         pairs: The buffers by the number of the block, [batch, heads, size, head_dim] each; the first `length` are set.
         radii: Largest norm of a key by the number of the block, [batch, heads, 1], where windows are on. What decodes
-            with fixed shapes finds it anew when it takes the tokens over, and raises it itself.
+            with fixed shapes measures it when it takes the tokens over, and raises it itself.
     """
 
     def __init__(self) -> None:
