@@ -41,7 +41,8 @@ def step_rows(lab: Lab) -> Iterator[Variant]:
     """Yield a training step of the 1.36B model in each variant, through the engine."""
     sizes = lab.sizes
     length, batch = sizes.length, sizes.micro_batch
-    off, none, sinusoidal = "train.compile=off", "model.position=none", "model.position=sinusoidal"
+    none, sinusoidal = "model.position=none", "model.position=sinusoidal"
+    off, triton, on_gpu = "train.compile=off", "train.compile=triton", lab.device.type == "cuda"
     backends = [name for name in BACKENDS if name != "reference" and lab.runs(name)]
     variants: list[tuple[str, list[str], int, int, bool]] = [
         ("default", [], length, batch, True),
@@ -49,6 +50,7 @@ def step_rows(lab: Lab) -> Iterator[Variant]:
         ("none", [none], length, batch, False),
         ("default", [], length, 2 * batch, False),
         ("default", [], 2 * length, batch // 2, False),
+        *(("fused by Triton", [triton], length, sequences, True) for sequences in (2 * batch, batch) if on_gpu),
         ("compile off", [off], length, batch, True),
         ("sinusoidal", [sinusoidal], 2 * length, batch, False),
         *((name, [f"model.attention={name}"], length, batch, False) for name in backends),

@@ -203,9 +203,10 @@ class Train(Section):
         default="fp32", description="Type of the forward and backward pass; fp16 and tf32 are not available yet."
     )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(default="adamw", description="Optimizer.")
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: Literal["auto", "on", "triton", "off"] = Field(
         default="auto",
-        description="Compile what lies between the matrix products into fused kernels; auto does so on a GPU.",
+        description="Fuse what lies between the matrix products: `on` compiles it with torch.compile, auto does so on "
+        "a GPU; `triton` takes kernels written for it, which need a GPU.",
     )
     recompute: Annotated[Literal[False, True, "selective"], BeforeValidator(_text_of_number)] = Field(
         default=False,

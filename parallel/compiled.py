@@ -1,11 +1,11 @@
-"""`train.compile`: torch.compile of the functions between the matrix products, each once, whatever layers use it.
+"""`train.compile`: the functions between the matrix products compiled, each once, whatever layers use it.
 
 Collectives and attention are left out, so that it works in every layout. torch keeps what it compiled in a folder of
 the machine, TORCHINDUCTOR_CACHE_DIR or one in /tmp: other ranks and later starts read it.
 """
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -23,11 +23,19 @@ from parallel.start import environment
 def make_compile(word: str, *, device: torch.device) -> Compile:
     """Return what compiles functions on a device; `compiling_fault` says whether the machine can.
 
+    With `triton`, those of `parallel.fused` become Triton kernels; the head's are left to torch.compile.
+
     Args:
         word: Value of `train.compile`.
         device: Where they run.
     """
-    return as_it_is if word == "off" or (word == "auto" and device.type == "cpu") else _EachOnce()
+    if word == "off" or (word == "auto" and device.type == "cpu"):
+        return as_it_is
+    if word == "triton":
+        from parallel.fused_kernels import FUSED_KERNELS  # Triton comes with torch for CUDA
+
+        return _EachOnce(FUSED_KERNELS)
+    return _EachOnce({})
 
 
 class CompilerFailure(RuntimeError):
@@ -104,6 +112,7 @@ def compile_now(
     norm = (whole(), whole() if biases else None, epsilon)
     results = [
         compiled(normalize)(states(hidden), *norm),
+        *compiled(add_and_normalize)(states(hidden), None, None, *norm),
         *compiled(add_and_normalize)(states(hidden), states(hidden), bias, *norm),
         compiled(add_to_residual)(states(hidden), states(hidden), bias),
         *compiled(split_heads)(states(projected), local(projected) if biases else None, heads[0]),
@@ -131,10 +140,10 @@ def compiling_fault(compile_all: Callable[[], None], *, device: torch.device) ->
 
 
 class _EachOnce:
-    """Compiles each function once, for any number of tokens."""
+    """Compiles each function once, for any number of tokens, unless there is a kernel for it."""
 
-    def __init__(self) -> None:
-        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+    def __init__(self, kernels: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        self._compiled = dict(kernels)
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if function not in self._compiled:

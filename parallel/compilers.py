@@ -30,6 +30,8 @@ def missing_compiler(device: str, *, environ: Mapping[str, str]) -> str | None:
 def check_compiling(word: str, *, device: str, environ: Mapping[str, str]) -> None:
     """Refuse to compile on a machine that cannot, and a folder in which torch cannot keep what it compiles.
 
+    With `auto`, a machine that cannot compile is no error.
+
     Args:
         word: Value of `train.compile`.
         device: Device type of the ranks: cpu or cuda.
@@ -38,9 +40,12 @@ def check_compiling(word: str, *, device: str, environ: Mapping[str, str]) -> No
         InputError: names what is missing, or the folder.
     """
     check_cache_folder(environ)
-    lacks = missing_compiler(device, environ=environ) if word == "on" else None
+    if word == "triton" and device == "cpu":
+        raise InputError("train.compile is triton, which needs a GPU, and none is visible here: set it to auto")
+    lacks = missing_compiler(device, environ=environ) if word in ("on", "triton") else None
     if lacks is not None:
-        raise InputError(f"train.compile is on, but this machine cannot compile: {lacks}, or set train.compile to off")
+        told = f"train.compile is {word}, but this machine cannot compile"
+        raise InputError(f"{told}: {lacks}, or set train.compile to off")
 
 
 def check_cache_folder(environ: Mapping[str, str]) -> None:

@@ -20,10 +20,13 @@ def add_to_residual(x: Tensor, output: Tensor, output_bias: Tensor | None) -> Te
 
 
 def add_and_normalize(
-    x: Tensor, output: Tensor, output_bias: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float
+    x: Tensor, output: Tensor | None, output_bias: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Return states plus a linear's output and its bias, and their LayerNorm, [..., hidden] each."""
-    x = add_to_residual(x, output, output_bias)
+    """Return states plus a linear's output, if there is one, and its bias; and their LayerNorm, [..., hidden] each.
+
+    Where both results are used, a kernel can add their gradients in one pass.
+    """
+    x = x if output is None else add_to_residual(x, output, output_bias)
     return x, normalize(x, weight, bias, epsilon)
 
 

@@ -100,7 +100,7 @@ class Norm(nn.LayerNorm):
 
 
 class ResidualNorm(Norm):
-    """The same, after a linear's output is added to the states."""
+    """The same, of states that are used further, after a linear's output is added to them."""
 
     def __init__(
         self, shape: tuple[int, ...], *, epsilon: float, bias: bool, split: Group | None, compiled: Compile
@@ -108,9 +108,12 @@ class ResidualNorm(Norm):
         super().__init__(shape, epsilon=epsilon, bias=bias, split=split, compiled=compiled)
         self._add_and_normalize = compiled(add_and_normalize)
 
-    def forward(self, x: Tensor, output: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return the sum of states, a linear's output and its bias, and the sum's LayerNorm."""
-        rows = self._add_and_normalize(_rows(x), _rows(output), bias, *self._parameters_here(), self.eps)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, output: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum of states, a linear's output and its bias, as far as there are any, and its LayerNorm."""
+        output = None if output is None else _rows(output)
+        rows = self._add_and_normalize(_rows(x), output, bias, *self._parameters_here(), self.eps)
         added, normalized = rows
         return added.view(x.shape), normalized.view(x.shape)
 
@@ -183,7 +186,7 @@ class Layers:
         return self._norm(Norm, name, epsilon=epsilon)
 
     def residual_norm(self, name: str, *, epsilon: float) -> ResidualNorm:
-        """Return the LayerNorm of a name, which follows a linear whose output is added to the states."""
+        """Return the LayerNorm of a name, of states that are used further."""
         return self._norm(ResidualNorm, name, epsilon=epsilon)
 
     def split_heads(self, qkv: Tensor, bias: Tensor | None, *, heads: int) -> tuple[Tensor, ...]:

@@ -116,8 +116,9 @@ def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Ca
         for rank, seen in enumerate(all_gather_object(fault, group=groups.world)):
             if seen is None:
                 continue
-            if train.compile == "on":
-                raise MachineError(f"train.compile on: rank {rank} cannot compile: {seen}, or set train.compile to off")
+            if train.compile != "auto":
+                told = f"train.compile {train.compile}: rank {rank} cannot compile: {seen}"
+                raise MachineError(f"{told}, or set train.compile to off")
             say("nothing is compiled, so steps are slower: rank %d cannot compile: %s", rank, seen)
             return as_it_is
     say("compiled what lies between the matrix products in %s", duration(time.perf_counter() - began))

@@ -79,12 +79,13 @@ def test_an_untied_mpt_has_the_same_losses_in_every_layout(tmp_path: Path) -> No
 # Dynamo asks each tensor for its gradient.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("word", ["on", "triton"])  # in its interpreter
 def test_a_compiled_model_has_the_same_losses_on_tensor_ranks(
-    runs: Path, expected: list[tuple[float, float]], tmp_path: Path
+    runs: Path, expected: list[tuple[float, float]], tmp_path: Path, word: str
 ) -> None:
     losses, norms = zip(*expected, strict=True)
     layouts = [{"tensor": 2, "pipeline": 1, "zero": 1, "sequence": sequence} for sequence in (False, True)]
-    for name, by_rank in _train(tmp_path, ranks=2, layouts=layouts, model=("train.compile=on",)).items():
+    for name, by_rank in _train(tmp_path, ranks=2, layouts=layouts, model=(f"train.compile={word}",)).items():
         for steps in by_rank:
             assert [loss for loss, _ in steps] == pytest.approx(losses, rel=1e-5), name
             assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-5), name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from configs.positions import POSITIONS
 from parallel.axes import Group
 from parallel.compiled import make_compile
-from parallel.fused import add_and_normalize, add_to_residual, gelu_exact, gelu_tanh, normalize
+from parallel.fused import add_and_normalize, add_to_residual, gelu_exact, gelu_tanh, normalize, split_heads
 from parallel.head import Head
 from parallel.weight_gradient import add_product, adds_in_product
 from tests.support.models import VOCABULARY, make_wandering_decoder
@@ -63,32 +63,46 @@ def test_weight_gradients_add_up_in_fp32() -> None:
     assert error < (1e-5 if adds_in_product("cuda", torch.bfloat16) else 3e-3)
 
 
-def test_the_fused_functions_equal_the_plain_ones() -> None:
-    compiled = make_compile("on", device=CUDA)
-    for function, shapes in FUSED.items():
+@pytest.mark.parametrize("word", ["on", "triton"])
+def test_the_fused_functions_equal_the_plain_ones(word: str) -> None:
+    compiled = make_compile(word, device=CUDA)
+    for function, (states, vectors, more) in FUSED.items():
         for rows in (256, 1001):
             torch.manual_seed(0)
-            plain = [torch.randn(rows, HIDDEN, device=CUDA) for _ in range(shapes[0])]
-            plain += [torch.randn(HIDDEN, device=CUDA) for _ in range(shapes[1])]
-            results = [_with_gradients(each, function, plain) for each in (function, compiled(function))]
+            plain = [torch.randn(rows, WIDTH, device=CUDA) for _ in range(states)]
+            plain += [torch.randn(WIDTH, device=CUDA) for _ in range(vectors)]
+            results = [_with_gradients(each, plain, more) for each in (function, compiled(function))]
             for expected, found in zip(*results, strict=True):
                 torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-# states and vectors that each takes; a norm takes its epsilon after them
-FUSED: dict[Callable[..., Any], tuple[int, int]] = {
-    normalize: (1, 2),
-    add_to_residual: (2, 1),
-    add_and_normalize: (2, 3),
-    gelu_tanh: (1, 1),
-    gelu_exact: (1, 1),
+@pytest.mark.parametrize("word", ["on", "triton"])
+def test_fused_functions_take_more_than_2_to_the_31_elements(word: str) -> None:
+    compiled = make_compile(word, device=CUDA)
+    rows, width = 66_000, 33_000
+    x = torch.zeros(rows, width, device=CUDA, dtype=torch.bfloat16)
+    x[-1] = torch.linspace(-3, 3, width, device=CUDA)
+    for function in (gelu_tanh, gelu_exact):
+        found = compiled(function)(x, None)
+        torch.testing.assert_close(found[-1], function(x[-1], None))
+        assert not found[0].any()
+
+
+WIDTH = 384  # 4 heads of 32
+# states and vectors that each takes, and what it takes after them
+FUSED: dict[Callable[..., Any], tuple[int, int, tuple[Any, ...]]] = {
+    normalize: (1, 2, (1e-5,)),
+    add_to_residual: (2, 1, ()),
+    add_and_normalize: (2, 3, (1e-5,)),
+    split_heads: (1, 1, (4,)),
+    gelu_tanh: (1, 1, ()),
+    gelu_exact: (1, 1, ()),
 }
 
 
-def _with_gradients(called: Callable[..., Any], function: Callable[..., Any], values: list[Tensor]) -> list[Tensor]:
+def _with_gradients(called: Callable[..., Any], values: list[Tensor], more: tuple[Any, ...]) -> list[Tensor]:
     arguments = [nn.Parameter(value) if value.ndim == 1 else value.clone().requires_grad_() for value in values]
-    epsilon = (1e-5,) if function in (normalize, add_and_normalize) else ()
-    results = called(*arguments, *epsilon)
+    results = called(*arguments, *more)
     results = list(results) if isinstance(results, tuple) else [results]
     gradients = torch.autograd.grad(sum(result.sin().sum() for result in results), arguments)
     return [*results, *gradients]

@@ -15,6 +15,7 @@ from tests.mutants.document_mutants import DOCUMENT_MUTANTS
 from tests.mutants.evaluation_mutants import EVALUATION_MUTANTS
 from tests.mutants.export_mutants import EXPORT_MUTANTS
 from tests.mutants.forks import CODE, IDS, PROJECT, SAID
+from tests.mutants.fused_mutants import FUSED_MUTANTS
 from tests.mutants.measurement_mutants import MEASUREMENT_MUTANTS
 from tests.mutants.mutants import MUTANTS, Mutant
 from tests.mutants.scale_mutants import SCALE_MUTANTS
@@ -26,6 +27,7 @@ HOUSE = Path(__file__).parents[2]
 ALL = (
     *MUTANTS,
     *WINDOW_MUTANTS,
+    *FUSED_MUTANTS,
     *EXPORT_MUTANTS,
     *STUDY_MUTANTS,
     *EVALUATION_MUTANTS,

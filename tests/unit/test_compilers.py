@@ -28,6 +28,11 @@ def test_only_on_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     told = r"train\.compile is on, but this machine cannot compile: install a C\+\+ compiler \(g\+\+\), or set .* off$"
     with pytest.raises(InputError, match=told):
         check_compiling("on", device="cpu", environ={})
+    with pytest.raises(InputError, match=r"^train\.compile is triton, which needs a GPU, .*: set it to auto$"):
+        check_compiling("triton", device="cpu", environ={})
+    monkeypatch.setattr(compilers, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"^train\.compile is triton, but .* compile: install triton, or set .* off$"):
+        check_compiling("triton", device="cuda", environ={})
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
         ({"train": {"deterministic": "on"}}, "train.deterministic: must be true or false, got 'on': write true"),
         ({"parallel": {"sequence": "maybe"}}, "parallel.sequence: must be true or false, got 'maybe'"),
         ({"parallel": {"sequence": 1}}, "parallel.sequence: must be true or false, got 1: write true"),
-        ({"train": {"compile": True}}, "train.compile: must be 'auto', 'on' or 'off', got True: write on"),
+        ({"train": {"compile": True}}, "train.compile: must be 'auto', 'on', 'triton' or 'off', got True: write on"),
         ({"model": {"attention": "On"}}, f"model.attention: must be {WORDS}, got 'On': write auto"),
         ({"parallel": {"offload": False}}, "parallel.offload: must be 'none' or 'cpu', got False: write none"),
         ({"train": {"recompute": "No"}}, "train.recompute: must be false, true or 'selective', got 'No': write false"),

@@ -61,7 +61,7 @@ class Block(nn.Module):
         name, epsilon = f"blocks.{index}", family.norm_epsilon
         self.local_heads, self.index = len(position.heads), index
         self.position, self.attend, self.layers, self.recompute = position, attend, layers, recompute
-        self.attention_norm = layers.norm(f"{name}.attention_norm", epsilon=epsilon)
+        self.attention_norm = layers.residual_norm(f"{name}.attention_norm", epsilon=epsilon)
         self.query_key_value = layers.column_linear(f"{name}.attention.query_key_value")
         self.output = layers.row_linear(f"{name}.attention.output")
         self.feed_forward_norm = layers.residual_norm(f"{name}.feed_forward_norm", epsilon=epsilon)
@@ -81,7 +81,8 @@ class Block(nn.Module):
         into: Any = directly  # a linear
         if self.recompute == "selective" and torch.is_grad_enabled():
             run, into = recomputed, feed
-        qkv = into(self.query_key_value, run(self.attention_norm, x))
+        x, normalized = run(self.attention_norm, x)
+        qkv = into(self.query_key_value, normalized)
         attended = run(self._attention, *qkv, cache)  # [seq, batch, hidden / tensor]
         if last is not None:  # the places before are read as keys and values, and by nothing else
             x, attended = x[-last:], attended[-last:]
