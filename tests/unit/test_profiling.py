@@ -1,12 +1,15 @@
 """A profile's parts: what each moment was spent on, the sums, the FLOPs, the tensors, and what is shown of it."""
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 from launch.show.profile import show_profile
+from parallel import fused_triton
+from training.model.kernels import tile_search_triton
 from training.profiling.categories import (
     ATTENTION_WORK,
     COMMUNICATION,
@@ -106,6 +109,14 @@ def test_operations_have_categories(path: list[str], category: str) -> None:
 )
 def test_kernels_have_categories(name: str, category: str) -> None:
     assert category_of_kernel(name, []) == category
+
+
+@pytest.mark.parametrize(("module", "category"), [(fused_triton, ELEMENTWISE), (tile_search_triton, ATTENTION_WORK)])
+def test_kernels_of_a_training_step_have_categories(module: ModuleType, category: str) -> None:
+    own = {name: value.fn for name, value in vars(module).items() if hasattr(value, "fn")}
+    launched = [name for name, fn in own.items() if fn.__module__ == module.__name__ and not name.startswith("_")]
+    assert launched
+    assert {name: category_of_kernel(name, []) for name in launched} == dict.fromkeys(launched, category)
 
 
 def test_a_real_recording_adds_up_and_knows_its_flops(capsys: pytest.CaptureFixture[str]) -> None:

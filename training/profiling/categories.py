@@ -1,6 +1,7 @@
 """What an operation or a kernel is part of, by its name and the names around it. Imports no torch.
 
-The names are torch's own: `aten::mm` on a CPU, `nvjet_tst_...` on a GPU, `Optimizer.step#AdamW.step` around one step.
+The names are torch's own: `aten::mm` on a CPU, `nvjet_tst_...` on a GPU, `Optimizer.step#AdamW.step` around one step;
+and those of this project's Triton kernels.
 """
 
 import re
@@ -29,12 +30,14 @@ _COLLECTIVE = re.compile(r"c10d|nccl|gloo", re.IGNORECASE)
 _COMPILED = re.compile(r"Compiled|CompiledFxGraph|^graph_|^triton_|cpp_fused", re.IGNORECASE)
 _AUTOGRAD = re.compile(r"^autograd::|^torch::autograd|Backward|^[A-Z_]\w*$|#")
 
-_ATTENTION_KERNEL = re.compile(r"flash|fmha|attention|flex_|sdpa", re.IGNORECASE)
+_ATTENTION_KERNEL = re.compile(r"flash|fmha|attention|flex_|sdpa|^search$", re.IGNORECASE)
 _PRODUCT_KERNEL = re.compile(r"gemm|nvjet|xmma|cublas|gemv|splitk|cutlass|triton_(tem|mm)|Cijk_", re.IGNORECASE)
 _OPTIMIZER_KERNEL = re.compile(r"multi_tensor|adam", re.IGNORECASE)
 _LOSS_KERNEL = re.compile(r"softmax|nll_loss|cross_entropy", re.IGNORECASE)
 _ELEMENTWISE_KERNEL = re.compile(
-    r"at::native|triton_|elementwise|reduce|norm|cub::|thrust|Memset|DtoD|vectorized", re.IGNORECASE
+    r"at::native|triton_|elementwise|reduce|norm|cub::|thrust|Memset|DtoD|vectorized"
+    r"|^(residual|gelu|heads)_(forward|backward)$|^column_sums$",
+    re.IGNORECASE,
 )
 
 
