@@ -78,7 +78,7 @@ def find_yaml(name_or_path: str, *, shipped: Path, what: str) -> Path:
     """
     path, names = expand_path(name_or_path), ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
     if not name_or_path.strip():
-        raise InputError(f"{what} {name_or_path!r} is no name: give a YAML file or one of {names}")
+        raise InputError(f"{what} {name_or_path!r} is not a name: give a YAML file or one of {names}")
     try:
         if path.is_file():
             return path

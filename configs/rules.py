@@ -271,7 +271,7 @@ def _mounts(config: RunConfig) -> Iterator[str]:
 def _variables(config: RunConfig) -> Iterator[str]:
     for name in config.slurm.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            yield f"slurm.env has {name!r}, no name of an environment variable: use letters, digits and _"
+            yield f"slurm.env has {name!r}, which cannot name an environment variable: use letters, digits and _"
 
 
 def _tags(config: RunConfig) -> Iterator[str]:
@@ -280,8 +280,8 @@ def _tags(config: RunConfig) -> Iterator[str]:
         is_path = normpath(name) == name and not name.startswith(("/", "..")) and name != "."
         if not (is_path and re.fullmatch(r"[\w.: /-]{1,250}", name)):
             yield (
-                f"track.tags has {name!r}, no name of a tag in MLflow: use at most 250 letters, digits, blanks and "
-                "_ - . : /"
+                f"track.tags has {name!r}, which MLflow refuses as the name of a tag: use at most 250 letters, digits, "
+                "blanks and _ - . : /"
             )
 
 

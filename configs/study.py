@@ -192,7 +192,7 @@ def _study_problems(study: Study, overrides: Sequence[str]) -> Iterator[str]:
     for owner, keys in (("set", study.set), *((f"runs.{name}.set", run.set) for name, run in study.runs.items())):
         for key in keys:
             if not _KEY.fullmatch(key):
-                yield f"{owner} has {key!r}, no key of a run file: write section.key, as in model.position"
+                yield f"{owner} has {key!r}, not a key of a run file: write section.key, as in model.position"
             yield from _own_key_problem(owner, key)
             if owner != "set" and key in typed:
                 yield f"--set {key} would replace what {owner} sets: change it there"

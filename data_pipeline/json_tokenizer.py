@@ -159,8 +159,8 @@ class JsonTokenizer(Tokenizer):
         plain, with_added = self.encode("a"), self._tokenizer.encode("a").ids
         if with_added != plain or self.encode(""):
             raise InputError(
-                f"tokenizer {self.path} adds tokens to a text ({with_added} for 'a', which is {plain}), and training "
-                'adds none: set "post_processor" to null in a copy of it'
+                f"tokenizer {self.path} adds special tokens to each text ({with_added} for 'a' instead of {plain}), "
+                'which training does not: set "post_processor" to null in a copy of it'
             )
         self._warn_if_text_changes()
         self._require_rows(vocab_size)

@@ -37,7 +37,7 @@ _ENDINGS = {
 _RECORDS_ADVICE = 'write one {"text": ...} per line in a .jsonl file'
 _TABLE = f"is a table: {_RECORDS_ADVICE}, or a .parquet file with a column `text`"
 _MARKUP = "is markup: extract its text, or end its name in .txt to train on the tags too"
-_TOKENS = "holds token ids: name a prepared .bin that has its .idx beside it as a source of its own, with its tokenizer"
+_TOKENS = "holds token ids: to train on prepared data, name its .bin, keep its .idx beside it, and set data.tokenizer"
 _REFUSED = {
     ".csv": _TABLE,
     ".tsv": _TABLE,
@@ -83,7 +83,7 @@ def _kind(path: Path, head: bytes) -> Kind:
     kind = _ENDINGS.get(ending)
     if kind is Kind.PARQUET or (kind is not Kind.TEXT and head.startswith(_PARQUET_BEGIN)):
         if path.suffix.lower() in COMPRESSIONS:
-            raise InputError(f"data source {path} is parquet in a compressed file: unpack it")
+            raise InputError(f"data source {path} is a compressed parquet file: decompress it")
         return Kind.PARQUET
     if problem := _problem(head, kind, ending):
         raise InputError(f"data source {path} {problem}")

@@ -127,8 +127,8 @@ def check_split(parts: tuple[Part, ...], *, split: float) -> None:
     for part in parts:
         if split and not held_out_count(part.sequences, share=split):
             raise InputError(
-                f"data.split is {split} but {part.name} is a single chunk of {part.tokens} tokens, too little to hold "
-                "out from: add text, set data.document_separator, or set data.split to 0"
+                f"data.split is {split} but {part.name} is a single chunk of {part.tokens} tokens, which cannot be "
+                "split: add text, set data.document_separator, or set data.split to 0"
             )
 
 

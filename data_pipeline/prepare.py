@@ -188,7 +188,7 @@ def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
     written = _written(folder)
     if not record.is_file():
         if written:
-            raise InputError(f"{written[0]} exists, but no {MANIFEST_NAME}: set data.dir to an empty folder")
+            raise InputError(f"{written[0]} exists without a {MANIFEST_NAME}: set data.dir to an empty folder")
     elif json.loads(record.read_text(encoding="utf-8")) != inputs:
         # of the same inputs, half-written files are written again under the same names
         for file in (*written, *folder.glob(".part-*.tmp")):

@@ -111,7 +111,7 @@ def _matches(pattern: str) -> list[Path]:
         for folder in filter(os.path.isdir, glob.iglob(str(parent), recursive=True)):
             if not os.access(folder, os.R_OK | os.X_OK):
                 raise InputError(
-                    f"data source {pattern} needs the folder {folder}, which cannot be listed: check its mode"
+                    f"data source {pattern} needs the folder {folder}, which cannot be listed: fix its permissions"
                 )
     matches = sorted(map(Path, glob.glob(pattern, recursive=True)))
     files = [match for match in matches if not os.path.isdir(match)]
@@ -150,7 +150,7 @@ def _readable(file: Path, source: str) -> os.stat_result:
     if not stat.S_ISREG(state.st_mode):
         raise InputError(f"{name} is a pipe, socket or device, and data is read more than once: copy it into a file")
     if not os.access(file, os.R_OK):
-        raise InputError(f"{name} cannot be read (Permission denied): check its mode")
+        raise InputError(f"{name} cannot be read (Permission denied): fix its permissions")
     return state
 
 

@@ -92,7 +92,7 @@ def _refuse(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"run folder {folder} {'is a file' if folder.is_file() else 'does not exist'}: check the path")
     if not is_run_folder(folder):
-        raise InputError(f"{folder} is no run folder: only what `trainshort runs` lists is removed")
+        raise InputError(f"{folder} is not a run folder: only folders that `trainshort runs` lists are removed")
     if runs_here(folder):
         start = newest_incarnation(folder)
         pid = f" (process {start.pid})" if start else ""
@@ -101,7 +101,7 @@ def _refuse(folder: Path) -> None:
     if chain_file(folder).is_file():
         _slurm_answers(folder)
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise InputError(f"{folder} holds the current folder: start the command from elsewhere")
+        raise InputError(f"{folder} contains the current folder: start the command from another one")
     inner = [run for run in find_runs(folder) if run != folder]
     if inner:
         raise InputError(f"{folder} holds another run, {inner[0]}: move or remove that first")

@@ -220,7 +220,7 @@ class RunWatcher:
                 raise InputError(f"run folder {path} {seen}: give the run.dir of a run")
             # the log alone: a first start writes it before anything else
             if not (is_run_folder(path) or metrics_path(path).exists() or rank_log(path, rank=0).exists()):
-                raise InputError(f"{path} is no run folder: give one that `trainshort runs` lists")
+                raise InputError(f"{path} is not a run folder: give one that `trainshort runs` lists")
         except OSError as error:
             raise InputError(f"run folder {path} cannot be read ({error.strerror}): fix its permissions") from None
 

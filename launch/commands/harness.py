@@ -20,7 +20,7 @@ harness_commands = typer.Typer()
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 TaskNames = Annotated[
-    str, typer.Option(metavar="TASK,TASK", help="Names of tasks, groups or tags, with commas between.")
+    str, typer.Option(metavar="TASK,TASK", help="Names of tasks, groups or tags, separated by commas.")
 ]
 TaskFolder = Annotated[
     Path | None,

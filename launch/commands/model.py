@@ -213,7 +213,7 @@ def compare_command(
         typer.Option(
             metavar="FILE.png",
             parser=path_of,
-            help="The plot; a file that is no plot of this command is never overwritten.  [default: comparison.png]",
+            help="The plot; only a plot of this command is ever overwritten.  [default: comparison.png]",
         ),
     ] = None,
     text: Annotated[
@@ -252,7 +252,7 @@ def report_command(
         typer.Option(
             metavar="FILE.html",
             parser=path_of,
-            help="The page; a file that is no page of this command is never overwritten.  "
+            help="The page; only a page of this command is ever overwritten.  "
             "[default: RUN_DIR/report.html, of several runs comparison.html]",
         ),
     ] = None,

@@ -80,7 +80,7 @@ def gigabytes_option(name: str, description: str) -> Any:
 
     def parse(value: str) -> float:
         if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or not float(value):
-            raise InputError(f"{name} must be a number of GB over 0, got {value!r}: write {name} 80")
+            raise InputError(f"{name} must be a number of GB above 0, got {value!r}: write {name} 80")
         return float(value)
 
     return typer.Option(name, metavar="G", help=description, parser=parse)
@@ -93,7 +93,7 @@ def lengths_option(name: str, description: str) -> Any:
         lengths = [length.strip() for length in value.split(",")]
         if not all(_is_whole_number(length, minimum=2) for length in lengths):
             raise InputError(
-                f"{name} must be whole numbers from 2 to {_LARGEST} with commas between, got {value!r}: write 1024,2048"
+                f"{name} must be whole numbers from 2 to {_LARGEST} separated by commas, got {value!r}: write 1024,2048"
             )
         return Lengths(map(int, lengths))
 

@@ -145,8 +145,8 @@ def _refuse_secrets(slurm: Slurm) -> None:
         for line in getattr(slurm, key):
             if hide_secrets(line) != line:
                 raise InputError(
-                    f"slurm.{key} has a secret as written, {hide_secrets(line)!r}: the scripts would show it; give it "
-                    "in slurm.env, whose secrets reach the jobs through the environment of sbatch"
+                    f"slurm.{key} contains a secret, {hide_secrets(line)!r}, which the scripts would show: set it in "
+                    "slurm.env, whose secrets reach the jobs through the environment of sbatch"
                 )
 
 

@@ -43,7 +43,7 @@ class StudyExecution:
         names = dict.fromkeys(name for planned in loaded.runs for name in (planned.run, planned.label))
         for name in only:
             if name not in names:
-                raise InputError(f"--only {name} is no run of {loaded.study.name}: use one of {', '.join(names)}")
+                raise InputError(f"--only {name} is not a run of {loaded.study.name}: use one of {', '.join(names)}")
         self._loaded, self._reader = loaded, ProgressReader(loaded)
         self._rows = read_study_rows(loaded.rows, study=loaded.study.name)
         self._chosen = [run for run in loaded.runs if not only or run.run in only or run.label in only]
@@ -175,7 +175,7 @@ class StudyExecution:
         if any(each.stage in ("train", "evaluate") for each in self.chosen):
             for text in self._loaded.study.texts:
                 if text != HELD_OUT_TEXT and not Path(text).is_file():
-                    raise InputError(f"texts has {text}, which is no file: give a file as for evaluate --data")
+                    raise InputError(f"texts has {text}, which is not a file: give one as for evaluate --data")
 
     def _refuse_short_text(self, planned: PlannedRun) -> None:
         """Refuse lengths that the held-out text has no window of: a larger split would change every run."""

@@ -53,7 +53,7 @@ class Commands:
         self._process = None
         if code < 0 and not self.asked:
             name = signal.Signals(-code).name
-            logger.warning("trainshort %s was ended by %s: see whether memory ran out", arguments[0], name)
+            logger.warning("trainshort %s was killed by %s: check whether memory ran out", arguments[0], name)
         return code if code >= 0 else MachineError.exit_code
 
 

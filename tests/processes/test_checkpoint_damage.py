@@ -342,7 +342,7 @@ def test_verify_sees_a_wrong_format_behind_a_right_hash(run_dir: Path, trainshor
     pickled_weights(newest(run_dir))
     answer = trainshort("checkpoint", "verify", f"run/checkpoints/{NEWEST}")
     assert answer.code == 2
-    assert "stage_00_tensor_00.weight.safetensors is no file of tensors" in answer.out
+    assert "stage_00_tensor_00.weight.safetensors is not a safetensors file" in answer.out
 
 
 def test_reshape_lists_the_rule_of_every_tensor(run_dir: Path, trainshort: Call) -> None:

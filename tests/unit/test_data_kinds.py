@@ -139,7 +139,7 @@ def archive(kind: str) -> bytes:
         ("a.tar.gz", gzip.compress(archive("tar")), "is an archive, not text"),
         ("a.txt.bz2", bz2.compress(BOOK.encode()), "is compressed with bzip2 or lz4: compress it with gzip"),
         ("a.arrow", b"ARROW1\0\0", "is an Arrow file: write one {"),
-        ("a.parquet.gz", gzip.compress(parquet()), "is parquet in a compressed file: unpack it"),
+        ("a.parquet.gz", gzip.compress(parquet()), "is a compressed parquet file: decompress it"),
         ("a.txt", parquet(), "holds NUL bytes (the first is byte "),
         ("a.npy", bytes(range(200)), "holds NUL bytes (the first is byte 0): it is binary"),
         ("a.bin", b"\1\2\3", "holds token ids: name a prepared .bin"),

@@ -242,7 +242,7 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(content)
         if isinstance(data, dict) and "format" not in data:  # of prepared data, say
             raise NoCheckpoint(
-                f"{folder} is no checkpoint, its {MANIFEST_NAME} is of something else: give a folder of "
+                f"{folder} is not a checkpoint, its {MANIFEST_NAME} is of something else: give a folder of "
                 "RUN_DIR/checkpoints, or RUN_DIR"
             )
         if data["format"] != CHECKPOINT_FORMAT:  # before the hash: another format may compute it differently
@@ -257,7 +257,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = _MANIFEST_ADAPTER.validate_python(data)
     except FileNotFoundError:
         raise NoCheckpoint(
-            f"{folder} is no checkpoint, it has no {MANIFEST_NAME}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
+            f"{folder} is not a checkpoint, it has no {MANIFEST_NAME}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
         ) from None
     except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         reason = _first_problem(error) if isinstance(error, ValidationError) else repr(error)[:200]

@@ -89,9 +89,7 @@ def _require_run_folder(path: Path) -> None:
         InputError: the folder holds checkpoints itself.
     """
     if any(is_checkpoint_name(entry.name) for entry in path.iterdir()):
-        raise InputError(
-            f"{path} is no run folder, but the checkpoints of one: give the folder above it, or one of them"
-        )
+        raise InputError(f"{path} holds the checkpoints of a run: give the run folder above it, or one checkpoint")
 
 
 def _check_sizes(folder: Path) -> Verdict:
@@ -123,7 +121,7 @@ def _format_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
                 lacking = names_of.get(int(name.split("_")[1]), set()) - set(file.keys())
                 types = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  it is no dict
         except (SafetensorError, OSError, ValueError, IndexError) as error:
-            yield f"checkpoint file {folder / name} is no file of tensors ({error})"
+            yield f"checkpoint file {folder / name} is not a safetensors file ({error})"
             continue
         if lacking:
             yield f"checkpoint file {folder / name} lacks {min(lacking)}"

@@ -62,7 +62,7 @@ def read_measured(path: Path, *, command: str, keys: Sequence[str], result_keys:
             raise ValueError(f"no {', '.join(dict.fromkeys(missing)) or 'results'}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is no report of `trainshort {command}` ({error}): move it away and measure again"
+            f"{path} is not a report of `trainshort {command}` ({error}): move it away and measure again"
         ) from None
     return report
 

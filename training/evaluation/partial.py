@@ -72,7 +72,7 @@ class PartialResults:
         except FileNotFoundError:
             pass
         except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            logger.warning("%s cannot be read (%s): that measurement begins again", file, error)
+            logger.warning("%s cannot be read (%s): its measurement starts again", file, error)
         return sums
 
     def tell(self, begun: Sequence[LossSums]) -> None:
@@ -119,4 +119,8 @@ class PartialResults:
             ):
                 np.savez(file, allow_pickle=False, **sums.to_arrays())
         except OSError as error:  # the disk may have space again at the end
-            logger.warning("an interruption would lose what is measured: %s (%s)", error.filename, error.strerror)
+            logger.warning(
+                "what is measured cannot be kept, an interruption would lose it: %s (%s)",
+                error.filename,
+                error.strerror,
+            )

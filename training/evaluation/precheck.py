@@ -120,7 +120,7 @@ def _check_scale(scale: str, request: EvaluationRequest) -> None:
         raise InputError(f"--scale {scale} is for a checkpoint's positions, and --hf measures another model: drop one")
     if request.context:
         raise InputError(
-            f"--context measures the positions of the training, and --scale {scale} others: drop one of them, or use "
+            f"--context measures positions as trained, and --scale {scale} changes them: drop one of them, or use "
             "--protocol last:TOKENS --same-tokens"
         )
 

@@ -138,4 +138,4 @@ def _try_to_write(write: Callable[[], object]) -> None:
     try:
         write()
     except ReportNotWritten as error:  # the disk may have space again at the end
-        logger.warning("not yet written: %s", error)
+        logger.warning("the reports cannot be written yet: %s", error)

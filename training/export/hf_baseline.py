@@ -146,7 +146,8 @@ def _require_rows(model: Any, folder: Path, tokens: npt.NDArray[np.integer[Any]]
     rows, largest = model.get_input_embeddings().num_embeddings, int(tokens.max(initial=0))
     if largest >= rows:
         raise InputError(
-            f"{folder} has a tokenizer with token {largest}, and a model of {rows}: put there what belongs together"
+            f"{folder} has a tokenizer with token {largest}, and a model of {rows}: use tokenizer and weights of one "
+            "model"
         )
 
 
@@ -178,7 +179,7 @@ def _text_for(folder: Path, checkpoint: Checkpoint, text: EvaluationText) -> Eva
     try:
         tokenizer = HuggingFaceTokenizer(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no tokenizer ({first_line(error)}): put it there") from None
+        raise InputError(f"{folder} has no tokenizer ({first_line(error)}): copy it into the folder") from None
     starts = []
     with TokenFile(vocab_size=_ANY_VOCABULARY) as file:
         for part, is_start, is_end in _parts(text, load_tokenizer(checkpoint.tokenizer)):

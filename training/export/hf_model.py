@@ -124,7 +124,7 @@ def _incoming(model: Model, config: Config, *, length: int | None) -> IncomingMo
         end = end[0] if end else None
     for name, value in (("eos_token_id", end), ("vocab_size", rows)):
         if type(value) is not int and not (name == "eos_token_id" and value is None):
-            raise TypeError(f"{name} {value!r} is no whole number")
+            raise TypeError(f"{name} {value!r} is not a whole number")
     return IncomingModel(model, rows, length, end)
 
 
@@ -143,7 +143,7 @@ def _read_json(file: Path) -> Config:
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({str(error).splitlines()[0]}): check the file") from None
     if not isinstance(config, dict):
-        raise InputError(f"{file} holds no table: check the file")
+        raise InputError(f"{file} does not hold a JSON object: check the file")
     return config
 
 

@@ -133,7 +133,7 @@ def _complete(
                     f"{server.name} refused a completion ({error.code}: {words}): nothing was exported"
                 ) from None
         except ValueError:
-            raise TrainshortError(f"{server.name} gave an answer that is no JSON: nothing was exported") from None
+            raise TrainshortError(f"{server.name} gave an answer that is not JSON: nothing was exported") from None
         except (OSError, http.client.HTTPException):
             pass  # it does not listen yet
         time.sleep(_RETRY_SECONDS)

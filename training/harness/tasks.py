@@ -97,7 +97,7 @@ def _manager_of(names: Sequence[str], folder: Path | None) -> Any:
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks, n=_SHOWN_NAMES)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
-            raise InputError(f"--tasks names {name!r}, which is no task: {hint}")
+            raise InputError(f"--tasks names {name!r}, which is not a task: {hint}")
     return manager
 
 

@@ -74,7 +74,7 @@ class RetrievalRequest:
         for length in self.lengths:
             if not re.fullmatch(r"[1-9][0-9]{0,8}x?", length):
                 raise InputError(
-                    f"--lengths must be tokens, or training lengths as in 2x, with commas between, got "
+                    f"--lengths must be tokens, or training lengths as in 2x, separated by commas, got "
                     f"{','.join(self.lengths)!r}: write 1x,2x or 1024,2048"
                 )
         times = {length: train_length if length.endswith("x") else 1 for length in self.lengths}

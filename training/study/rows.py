@@ -143,6 +143,6 @@ def _lines(path: Path) -> Iterator[tuple[str, StudyRow]]:
             problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"])) or "the line"
             raise InputError(
-                f"rows file {path}, line {number} is no row of a study ({where}: {problem['msg']}): remove the line to "
-                "train its run again, or bring it back"
+                f"rows file {path}, line {number} is not a row of a study ({where}: {problem['msg']}): remove the line "
+                "to train its run again, or bring it back"
             ) from None
