@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from configs.errors import MachineError
+from configs.paths import rank_log
 from launch.machine import core_count
 from launch.rank_failure import ExplainMemory, Rank, cause_of, explain
 from launch.stop_signals import stop_signals_handled
@@ -203,7 +204,7 @@ def _start(
     terminal: int,
     results: TextIO | None,
 ) -> Rank:
-    log = logs / f"rank_{number}.log"
+    log = rank_log(logs, rank=number)
     log_start = log.stat().st_size if log.exists() else 0
     try:
         output = log.open("ab")

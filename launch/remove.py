@@ -8,7 +8,8 @@ from pathlib import Path
 
 from configs.commands import typed_path
 from configs.errors import InputError, MachineError
-from configs.paths import chain_file, config_file, incarnation_file, stop_file
+from configs.path_text import require_folder
+from configs.paths import chain_file, config_file, incarnation_file, own_data_folder, stop_file
 from configs.saved import saved_values
 from launch.runs import RunSummary, find_runs, is_run_folder, reported_end, size_and_time, summarize_run
 from launch.slurm.record import find_jobs, read_chain
@@ -89,8 +90,7 @@ def remove_run(removal: Removal) -> None:
 def _refuse(folder: Path) -> None:
     if folder.is_symlink():
         raise InputError(f"{folder} is a link to {folder.resolve()}: name that folder, or remove the link with rm")
-    if not folder.is_dir():
-        raise InputError(f"run folder {folder} {'is a file' if folder.is_file() else 'does not exist'}: check the path")
+    require_folder(folder, what="run folder", advice="check the path")
     if not is_run_folder(folder):
         raise InputError(f"{folder} is not a run folder: only folders that `trainshort runs` lists are removed")
     if runs_here(folder):
@@ -108,7 +108,7 @@ def _refuse(folder: Path) -> None:
 
 
 def _plan(folder: Path, *, removed: Sequence[Path]) -> Removal:
-    own, data, searched = folder / "data", _data_of(folder), _places_beside(folder)
+    own, data, searched = own_data_folder(folder), _data_of(folder), _places_beside(folder)
     neighbours = {run.resolve() for place in searched for run in find_runs(place)} - {folder.resolve(), *removed}
     users = tuple(sorted(run for run in neighbours if _data_of(run) == own.resolve()))
     return Removal(
@@ -165,4 +165,4 @@ def _data_of(run_dir: Path) -> Path:
         named = saved_values(config_file(run_dir)).get("data", {}).get("dir")
     except (OSError, ValueError):
         named = None
-    return (Path(os.path.expandvars(str(named))).expanduser() if named else run_dir / "data").resolve()
+    return (Path(os.path.expandvars(str(named))).expanduser() if named else own_data_folder(run_dir)).resolve()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import InputError
+from configs.path_text import require_folder
 from configs.paths import (
     MANIFEST_NAME,
     chain_file,
@@ -19,6 +20,7 @@ from configs.paths import (
     frozen_config,
     incarnation_file,
     metrics_path,
+    own_data_folder,
     slurm_folder,
 )
 from configs.saved import saved_values
@@ -87,9 +89,7 @@ def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
     Raises:
         InputError: there is no such folder.
     """
-    if not folder.is_dir():
-        seen = "is a file" if folder.is_file() else "does not exist"
-        raise InputError(f"folder {folder} {seen}: give the folder of your runs, as in `trainshort runs FOLDER`")
+    require_folder(folder, what="folder", advice="give the folder of your runs, as in `trainshort runs FOLDER`")
     runs: list[Path] = []
     level, real_paths = [folder], set[str]()
     for _ in range(depth + 1):
@@ -106,7 +106,7 @@ def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
 
 def is_run_folder(path: Path) -> bool:
     """Return whether a run was prepared, submitted, started or saved in a folder; a checkpoint is no run folder."""
-    marks = (incarnation_file(path), chain_file(path), record_file(path), path / "data" / MANIFEST_NAME)
+    marks = (incarnation_file(path), chain_file(path), record_file(path), own_data_folder(path) / MANIFEST_NAME)
     try:
         if any(mark.is_file() for mark in marks) or list_checkpoints(path):
             return True
@@ -199,7 +199,7 @@ def state_of(path: Path, *, start: Incarnation | None, step: int, saved: int, st
             return "stopped"  # trained by a version that recorded no starts
         if chain_file(path).is_file():
             return "submitted"
-        return "prepared" if (path / "data" / MANIFEST_NAME).is_file() else "new"
+        return "prepared" if (own_data_folder(path) / MANIFEST_NAME).is_file() else "new"
     if not has_ended(path) and not reported_end(path):
         return "unknown"
     return "stopped" if 0 < step == saved else "failed"

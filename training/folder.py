@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import InputError, MachineError
 from configs.files import try_folder, whole_file
 from configs.load import dump_run, load_run
-from configs.paths import certificates_path, checkpoints_folder, config_file, data_folder, logs_folder, run_folder
+from configs.paths import (
+    certificates_path,
+    checkpoints_folder,
+    config_file,
+    data_folder,
+    environment_path,
+    logs_folder,
+    run_folder,
+)
 from configs.schema import RunConfig
 from configs.strict_yaml import as_yaml
 from data_pipeline.manifest import same_content, same_inputs
@@ -112,7 +120,7 @@ def _write_records(config: RunConfig, *, fence: Fence, layout: Layout, device: "
         "packages": installed_versions(),
         "code": source_code(),
     }
-    (run_dir / "environment.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    environment_path(run_dir).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def device_name(device: "torch.device") -> str:

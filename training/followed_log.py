@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from configs.paths import rank_log
+from configs.paths import logs_folder, rank_log
 from training.appended_lines import AppendedLines
 
 LOG_BYTES = 1 << 20  # of the log's end; a start's warnings before that are not shown
@@ -36,7 +36,7 @@ class FollowedLog:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._lines = AppendedLines(rank_log(run_dir, rank=0), last_bytes=LOG_BYTES)
+        self._lines = AppendedLines(rank_log(logs_folder(run_dir), rank=0), last_bytes=LOG_BYTES)
         self._begin(None)
 
     def _begin(self, started_at: datetime | None) -> None:

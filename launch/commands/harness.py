@@ -1,13 +1,12 @@
 """Standard suites of tasks: harness."""
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from configs.commands import typed_command
 from configs.precisions import DEFAULT_PRECISION, require_precision
 from configs.slow_parts import importing
 from launch.commands.model import PrecisionName
@@ -77,7 +76,7 @@ def harness_command(
             request=request,
             max_length=max_length,
             precision=precision,
-            command=shlex.join(["trainshort", *sys.argv[1:]]),
+            command=typed_command(),
         )
     except ReportNotWritten as error:
         show(error.report)

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from configs.commands import typed_command
 from configs.errors import InputError
 from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS, require_precision
 from configs.protocols import PROTOCOL_NAMES
@@ -178,7 +177,7 @@ def evaluate_command(
         precision=precision,
         tensor=tensors,
         pipeline=stages,
-        command=shlex.join(["trainshort", *sys.argv[1:]]),
+        command=typed_command(),
     )
     check_request(checkpoint, request)  # before the slow imports
     place = find_process_rank(os.environ)

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.commands import run_file_named
+from configs.commands import command_here, run_file_named
 from configs.errors import InputError, MachineError
 from configs.slow_parts import importing
 from launch.commands.options import AsJson, Overrides, RunFile, count_option, path_of
@@ -89,12 +88,12 @@ def _check_out(out: Path) -> None:
 
 
 def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, out: Path) -> None:
-    from configs.paths import rank_log
+    from configs.paths import logs_folder, rank_log
     from launch.show.streams import following
     from parallel.start import open_gpu_early
     from training.rank_errors import explain_rank_failure
 
-    log = None if place.rank else rank_log(out, rank=0)
+    log = None if place.rank else rank_log(logs_folder(out), rank=0)
     with following(log, descriptor=place.terminal, environ=os.environ), explain_rank_failure(config, place):
         with importing():
             open_gpu_early(place, tensor=config.parallel.tensor)
@@ -130,7 +129,7 @@ def _profile_local_ranks(
         file.write_text(dump_run(_from_the_start(config, run_dir=Path(scratch))), encoding="utf-8")
         options = [*verbosity_options(), "--steps", str(steps), "--out", str(out)]
         code = start_ranks(
-            [sys.executable, "-P", "-m", "trainshort", "profile", *options, "--", str(file)],
+            command_here("profile", *options, "--", str(file)),
             ranks=ready.layout.world_size,
             logs=logs_folder(out),
             metrics=metrics_path(Path(scratch)),

@@ -2,14 +2,21 @@
 
 import logging
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from configs.commands import name_run_file, run_file_named, typed_overrides, typed_path
+from configs.commands import (
+    command_here,
+    name_run_file,
+    override_options,
+    run_file_named,
+    typed_command,
+    typed_overrides,
+    typed_path,
+)
 from configs.errors import InputError
 from configs.secrets import hide_secrets
 from launch.commands.options import AsJson, Overrides, RunFile, count_option, gigabytes_option, path_of
@@ -258,11 +265,9 @@ def _start_local_ranks(
         show_lines(*dict.fromkeys(export_problems(config.model).values()))
         show_lines(*simpler_layout_lines(ready.config, layout=ready.layout, environ=os.environ))
     refuse_second_start(ready.run_dir)
-    sets = [argument for override in overrides for argument in ("--set", override)]
-    # -P keeps the working directory off sys.path: the user may have a folder called training or configs there.
     spoken = verbosity_options()
     given_ranks = ["--ranks", str(ranks)] if ranks else []
-    command = [sys.executable, "-P", "-m", "trainshort", "train", *spoken, *options, *sets, "--", run]
+    command = command_here("train", *spoken, *options, *override_options(overrides), "--", run)
     again = train_command_line(run, options=[*spoken, *options, *given_ranks], overrides=overrides)
     with sole_launcher(ready.run_dir), following_launcher(ready, device=device, environ=os.environ):
         code = start_ranks(
@@ -281,7 +286,7 @@ def _start_local_ranks(
 
 def _environment_of_ranks() -> dict[str, str]:
     """Return this process's environment with its command line, which the ranks record and cannot see."""
-    from training.reproduction.starts import COMMAND_VARIABLE, typed_command
+    from training.reproduction.starts import COMMAND_VARIABLE
 
     return {**os.environ, COMMAND_VARIABLE: typed_command()}
 

@@ -57,7 +57,7 @@ def study_command(
 
 
 def _execute(execution: "StudyExecution") -> int:
-    from training.reproduction.starts import typed_command
+    from configs.commands import typed_command
 
     return execution.run(again=typed_command())
 

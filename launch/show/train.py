@@ -36,7 +36,7 @@ def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str])
         MachineError: the folder of the logs cannot be made or written.
     """
     make_log_folder(logs_folder(ready.run_dir))
-    with following(rank_log(ready.run_dir, rank=0), descriptor=None, environ=environ):
+    with following(rank_log(logs_folder(ready.run_dir), rank=0), descriptor=None, environ=environ):
         _say_start(ready, device=device)
         yield
 
@@ -64,8 +64,9 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
     run_dir, ready, device = run_folder(config), None, device_type(environ)
     if place.starter != "local":
         ready = make_ready(config, world_size=place.world_size, device=device)
-    make_log_folder(logs_folder(run_dir))
-    with following(rank_log(run_dir, rank=0), descriptor=place.terminal, environ=environ) as terminal:
+    logs = logs_folder(run_dir)
+    make_log_folder(logs)
+    with following(rank_log(logs, rank=0), descriptor=place.terminal, environ=environ) as terminal:
         if ready is not None:
             _say_start(ready, device=device)
         yield terminal

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from configs.commands import override_options
 from configs.errors import InputError
 from configs.paths import checkpoints_folder, data_folder, export_folder, logs_folder, run_folder
 from configs.schema import RunConfig, Slurm
@@ -105,7 +106,7 @@ def render_scripts(
     slurm, sizes = config.slurm, _job_sizes(config, nodes=nodes)
     layout = Layout.of(config, world_size=sizes["train"].world_size)
     template = _template()
-    sets = [word for override in public_overrides(overrides) for word in ("--set", override)]
+    sets = override_options(public_overrides(overrides))
     # `train` does not join an srun step of one task, but starts local ranks, by default one per GPU.
     single = ["--ranks", "1"] if layout.world_size == 1 and slurm.starter == "srun" else []
     commands = {"train": [program, "train", run_file, *sets, *single], **_after_training(config, program=program)}

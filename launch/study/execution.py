@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from configs.commands import typed_path
+from configs.commands import override_options, typed_path
 from configs.errors import InputError, MachineError
 from configs.figures import counted, duration, scaled
 from configs.files import one_writer
@@ -229,8 +229,7 @@ def prepare_arguments(planned: PlannedRun, loaded: LoadedStudy) -> list[str]:
 
 
 def _run_arguments(planned: PlannedRun, loaded: LoadedStudy) -> list[str]:
-    sets = [word for override in planned.overrides for word in ("--set", override)]
-    return [*sets, "--", loaded.study.base]
+    return [*override_options(planned.overrides), "--", loaded.study.base]
 
 
 def _evaluation_arguments(planned: PlannedRun, text: str) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from configs.commands import command_here
 from configs.errors import MachineError
 from launch.show.train import verbosity_options
 from launch.stop_signals import stop_signals_handled
@@ -40,7 +41,7 @@ class Commands:
 
         What it prints goes to standard error: the result of a study is its table.
         """
-        command = [sys.executable, "-P", "-m", "trainshort", *verbosity_options(), *arguments]
+        command = command_here(*verbosity_options(), *arguments)
         self._process = subprocess.Popen(
             dying_with_parent(*command),
             stdin=subprocess.DEVNULL,

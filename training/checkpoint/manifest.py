@@ -29,6 +29,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.commands import typed_path
 from configs.errors import InputError
+from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME, checkpoints_folder, config_file, logs_folder
 from data_pipeline.tokenizer_files import joined_sha256, kept_names
 from parallel.parameter import Rule, Shard
@@ -157,9 +158,7 @@ def candidate_folders(path: Path) -> list[Path]:
     Raises:
         InputError: there is none.
     """
-    if not path.is_dir():
-        seen = "is a file" if path.is_file() else "does not exist"
-        raise InputError(f"checkpoint {path} {seen}: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
+    require_folder(path, what="checkpoint", advice="give a folder of RUN_DIR/checkpoints, or RUN_DIR")
     newest_first = [folder.path for folder in reversed(list_checkpoints(path))]
     # a run whose start was cut short has logs/ but no checkpoints/ yet
     is_run = checkpoints_folder(path).is_dir() or logs_folder(path).is_dir()

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import InputError
+from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME
 from training.checkpoint.manifest import (
     Manifest,
@@ -62,9 +63,7 @@ def list_verdicts(path: Path) -> list[Verdict]:
     Raises:
         InputError: there is no such folder.
     """
-    if not path.is_dir():
-        seen = "is a file" if path.is_file() else "does not exist"
-        raise InputError(f"run folder {path} {seen}: give the run.dir of a run")
+    require_folder(path, what="run folder", advice="give the run.dir of a run")
     if (path / MANIFEST_NAME).is_file() or is_checkpoint_name(path.name):
         return [_check_sizes(path)]
     _require_run_folder(path)

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from configs.commands import typed_path
+from configs.commands import command_here, typed_path
 from configs.errors import InputError
 from configs.figures import duration
 from configs.paths import run_folder, step_export_folder, step_export_log
@@ -217,14 +216,15 @@ class ExportsWhileTraining(Observer):
             return
         if self._waiting is not None:
             dropped, running = self._waiting.step, self._running.export.step
-            logger.warning("step %d is not exported: step %d still is, and step %d is next", dropped, running, step)
+            logger.warning(
+                "step %d is not exported: step %d still exports, and step %d is next", dropped, running, step
+            )
         self._waiting = export
 
     def _begin(self, export: _Export) -> None:
-        program = [sys.executable, "-P", "-m", "trainshort", "export"]
         options = ["--format", self._rules.export_format, "--out", str(export.out)]
         try:
-            process = self._start([*program, *options, "--", str(export.checkpoint)], export.log)
+            process = self._start(command_here("export", *options, "--", str(export.checkpoint)), export.log)
         except OSError as error:
             logger.warning("step %d was not exported: no process can be started (%s)", export.step, error.strerror)
             return

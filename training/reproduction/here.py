@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import config_file, data_folder
+from configs.paths import config_file, data_folder, own_data_folder
 from configs.saved import saved_values
 from configs.schema import RunConfig
 from data_pipeline.hashes import file_sha256
@@ -87,7 +87,7 @@ def found_at(path: str, start: Mapping[str, Any]) -> Path:
 
 def data_of(run_dir: Path, config: RunConfig, start: Mapping[str, Any]) -> Path:
     """Return the folder of a run's prepared data, which may have been moved with the run folder."""
-    return found_at(str(data_folder(config)), start) if config.data.dir else run_dir / "data"
+    return found_at(str(data_folder(config)), start) if config.data.dir else own_data_folder(run_dir)
 
 
 def prepares_the_same(config: RunConfig, start: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.paths import environment_path
 from configs.schema import RunConfig
 from training.families.table import parameter_count
 from training.incarnation import newest_incarnation
@@ -106,7 +107,7 @@ def run_tags(environment_file: Path) -> dict[str, str]:
 
 def tags_of_starts(run_dir: Path) -> dict[str, str]:
     """Return the tags that list the values of all starts of a run, with this start's values."""
-    environment = _read(run_dir / "environment.json")
+    environment = _read(environment_path(run_dir))
     newest = newest_incarnation(run_dir)
     job = environment.get("slurm") or {}
     layout = ", ".join(f"{axis} {size}" for axis, size in (environment.get("layout") or {}).items())
