@@ -23,7 +23,7 @@ from configs.paths import (
     own_data_folder,
     slurm_folder,
 )
-from configs.saved import saved_values
+from configs.saved import NotYamlError, saved_values
 from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
 from training.incarnation import Incarnation, has_ended, newest_incarnation, runs_here
 from training.metrics_reader import newest_step, newest_values
@@ -41,7 +41,7 @@ _VALIDATION_LOSS = re.compile(rb'"validation_loss": ([0-9]+(?:\.[0-9]+)?(?:[eE][
 RunState = Literal["running", "finished", "stopped", "failed", "submitted", "prepared", "new", "unknown", "broken"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """What a run folder shows of its run.
 
@@ -63,18 +63,18 @@ class RunSummary:
     """
 
     path: Path
-    name: str | None
+    name: str | None = None
     state: RunState
-    host: str | None
-    step: int
-    steps: int | None
-    loss: float | None
-    best_validation: float | None
-    checkpoints: int
-    newest_checkpoint: int | None
-    bytes: int
-    written_at: datetime | None
-    problem: str | None
+    host: str | None = None
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    best_validation: float | None = None
+    checkpoints: int = 0
+    newest_checkpoint: int | None = None
+    bytes: int = 0
+    written_at: datetime | None = None
+    problem: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -83,8 +83,10 @@ class RunSummary:
         return {**vars(self), "path": str(self.path), "loss": loss, "written_at": written_at}
 
 
-def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
-    """Return the run folders at and below a folder; a link to a folder is followed, and no folder is read twice.
+def find_runs(folder: Path) -> list[Path]:
+    """Return the run folders at a folder and up to DEPTH levels below it.
+
+    A link to a folder is followed; no folder is read twice.
 
     Raises:
         InputError: there is no such folder.
@@ -92,7 +94,7 @@ def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
     require_folder(folder, what="folder", advice="give the folder of your runs, as in `trainshort runs FOLDER`")
     runs: list[Path] = []
     level, real_paths = [folder], set[str]()
-    for _ in range(depth + 1):
+    for _ in range(DEPTH + 1):
         below: list[Path] = []
         for place in level:
             if (real := os.path.realpath(place)) not in real_paths:
@@ -124,8 +126,10 @@ def _has_broken_run_file(path: Path) -> bool:
         saved_values(file)
     except OSError:
         return metrics_path(path).is_file()
-    except ValueError as error:
-        return error.__cause__ is not None  # YAML that holds no run is another program's
+    except NotYamlError:
+        return True
+    except ValueError:  # YAML without a run is another program's
+        return False
     return False
 
 
@@ -135,7 +139,7 @@ def summarize_run(path: Path) -> RunSummary:
         return _summarize(path)
     except OSError as error:
         problem = f"{error.filename or path} cannot be read ({error.strerror})"
-        return RunSummary(path, None, "broken", None, 0, None, None, None, 0, None, 0, None, problem)
+        return RunSummary(path=path, state="broken", problem=problem)
 
 
 def _summarize(path: Path) -> RunSummary:
@@ -228,9 +232,11 @@ def run_values(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
         return {}
     try:
         return saved_values(file)
-    except (OSError, ValueError) as error:
-        problems.append(f"{file} {f'cannot be read ({error.strerror})' if isinstance(error, OSError) else error}")
-        return {}
+    except OSError as error:
+        problems.append(f"{file} cannot be read ({error.strerror})")
+    except ValueError as error:
+        problems.append(f"{file} {error}")
+    return {}
 
 
 def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[str, Any], list[float]]:

@@ -22,7 +22,8 @@ def doctor_command(
             "the windows of its weights.",
         ),
     ] = None,
-    overrides: Overrides = None,
+    *,
+    overrides: Overrides,
     as_json: AsJson = False,
 ) -> None:
     """Report what this machine can do; with --alibi, compare a run's attention with exact ALiBi."""
@@ -47,7 +48,7 @@ def doctor_command(
 
     folder = None if alibi in shipped_runs() else expand_path(alibi)
     checkpoint = require_checkpoint(folder) if folder is not None and folder.is_dir() else None
-    config = load_run(str(checkpoint / CONFIG_NAME) if checkpoint else alibi, overrides=overrides or [])
+    config = load_run(str(checkpoint / CONFIG_NAME) if checkpoint else alibi, overrides=overrides)
 
     from launch.doctor import alibi_report, check_audit, weights_report
     from launch.show.machine import show_audit

@@ -27,7 +27,7 @@ profile_commands = typer.Typer()
 @profile_commands.command("profile")
 def profile_command(
     run: RunFile,
-    overrides: Overrides = None,
+    overrides: Overrides,
     steps: Annotated[int, count_option("--steps", "Steps to time, and as many again to profile.")] = 3,
     ranks: Annotated[
         int | None,
@@ -47,13 +47,13 @@ def profile_command(
     from launch.show.profile import show_profile
     from parallel.start import find_process_rank
 
-    config = load_run(run, overrides=overrides or [])
+    config = load_run(run, overrides=overrides)
     place = find_process_rank(os.environ)
     folder = out or run_folder(config) / "profile"
     if place is None:
         if out is not None:
             _check_out(out)
-        with run_file_named(run, overrides or []):
+        with run_file_named(run, overrides):
             code, document = _profile_local_ranks(config, ranks=ranks, steps=steps, out=folder)
         if code:
             raise SystemExit(code)

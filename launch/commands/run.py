@@ -66,7 +66,7 @@ def init_command(
 @run_commands.command("check")
 def check_command(
     run: RunFile,
-    overrides: Overrides = None,
+    overrides: Overrides,
     memory: Annotated[
         bool, typer.Option("--memory", help="Also estimate the memory of each rank, and say whether it fits.")
     ] = False,
@@ -92,7 +92,7 @@ def check_command(
     for option, value in (("--gpu-memory-gb", gpu_memory_gb), ("--ranks", ranks)):
         if value is not None and not memory:
             raise InputError(f"{option} is for the estimate of memory: add --memory, or leave {option} out")
-    config = load_run(run, overrides=overrides or [])
+    config = load_run(run, overrides=overrides)
     check_export_every(config)
     fit, origin = _fit_memory(config, ranks=ranks, gpu_memory_gb=gpu_memory_gb) if memory else (None, "")
     if config.data.tokenizer and find_tokenizer(Path(config.data.tokenizer)).is_file():  # else that is a note
@@ -103,7 +103,7 @@ def check_command(
     notes = check_notes(config, device=device, variables=os.environ)
     if not memory:
         notes += _simpler_layout_notes(config)
-    notes = [hide_secrets(name_run_file(note, run, overrides or [])) for note in notes]
+    notes = [hide_secrets(name_run_file(note, run, overrides)) for note in notes]
     summary = run_summary(config, device=device, notes=notes)
     if as_json:
         show_json({**summary, **({"memory": fit.to_json()} if fit else {})})
@@ -154,22 +154,22 @@ def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float 
 
 @run_commands.command("prepare")
 @explain_out_of_memory("data.sources in smaller files", "data.document_separator, to cut text into documents")
-def prepare_command(run: RunFile, overrides: Overrides = None) -> None:
+def prepare_command(run: RunFile, overrides: Overrides) -> None:
     """Turn the sources into a tokenizer and training data; parts that are done are skipped."""
     from configs.load import load_run
     from configs.paths import check_run_folder, data_folder
 
-    config = load_run(run, overrides=overrides or [])
+    config = load_run(run, overrides=overrides)
     check_run_folder(config)  # before the slow imports below
 
     from data_pipeline.prepare import prepare_data
     from launch.show.run import show_prepared
 
-    with run_file_named(run, overrides or []):
+    with run_file_named(run, overrides):
         try:
             show_prepared(prepare_data(config.data, folder=data_folder(config), progress=True))
         except KeyboardInterrupt:
-            again = f"trainshort prepare {typed_path(run)}{typed_overrides(overrides or [])}"
+            again = f"trainshort prepare {typed_path(run)}{typed_overrides(overrides)}"
             logger.warning("stopped: start it again to continue: %s", again)
             raise
 
@@ -177,7 +177,7 @@ def prepare_command(run: RunFile, overrides: Overrides = None) -> None:
 @run_commands.command("train")
 def train_command(
     run: RunFile,
-    overrides: Overrides = None,
+    overrides: Overrides,
     ranks: Annotated[
         int | None,
         count_option("--ranks", "Local ranks to start.  [default: this machine's GPUs, else tensor x pipeline]"),
@@ -194,7 +194,7 @@ def train_command(
     from launch.failure import ending_at_once
     from parallel.start import find_process_rank
 
-    config = load_run(run, overrides=overrides or [])
+    config = load_run(run, overrides=overrides)
     process_rank = find_process_rank(os.environ)
     if process_rank is not None and ranks is not None:
         raise InputError(
@@ -205,16 +205,16 @@ def train_command(
         from launch.show.console import show_lines
         from launch.start_check import dry_run_lines
 
-        with run_file_named(run, overrides or []):
+        with run_file_named(run, overrides):
             show_lines(*dry_run_lines(config, process_rank, ranks=ranks, environ=os.environ))
         return
     if process_rank is None:
         options = ["--accept-change"] if accept_change else []
-        with run_file_named(run, overrides or []):
-            code = _start_local_ranks(config, run=run, overrides=overrides or [], ranks=ranks, options=options)
+        with run_file_named(run, overrides):
+            code = _start_local_ranks(config, run=run, overrides=overrides, ranks=ranks, options=options)
         raise SystemExit(code)
 
-    with ending_at_once(), run_file_named(run, overrides or []):
+    with ending_at_once(), run_file_named(run, overrides):
         _train_one_rank(config, process_rank, accept_change=accept_change)
 
 

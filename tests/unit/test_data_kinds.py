@@ -142,7 +142,7 @@ def archive(kind: str) -> bytes:
         ("a.parquet.gz", gzip.compress(parquet()), "is a compressed parquet file: decompress it"),
         ("a.txt", parquet(), "holds NUL bytes (the first is byte "),
         ("a.npy", bytes(range(200)), "holds NUL bytes (the first is byte 0): it is binary"),
-        ("a.bin", b"\1\2\3", "holds token ids: name a prepared .bin"),
+        ("a.bin", b"\1\2\3", "holds token ids: to train on prepared data"),
         ("a.txt", BOOK.encode("utf-16"), "is UTF-16 or UTF-32, not UTF-8: convert it"),
         ("a.jsonl", RECORDS.decode().encode("utf-16"), "is UTF-16 or UTF-32, not UTF-8: convert it"),
         ("a.txt", BOOK.encode("utf-16-le"), "holds NUL bytes (the first is byte 1): it is binary, or UTF-16"),
