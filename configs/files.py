@@ -29,6 +29,12 @@ def whole_file(path: Path, *, mark: str = "") -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file as `whole_file` does; two processes may write it at a time."""
+    with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def try_folder(folder: Path) -> None:
     """Make a folder and write a file in it as `whole_file` does, then undo both: long work must not fail at its end.
 

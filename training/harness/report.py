@@ -3,15 +3,14 @@
 import json
 import logging
 import math
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.files import whole_file
+from configs.files import write_whole
 from configs.terminal import printable
-from training.evaluation.folder import ReportNotWritten
+from training.evaluation.folder import failed_write_keeps
 from training.harness.kept import (
     HARNESS_FOLDER,
     HARNESS_RESULTS,
@@ -76,19 +75,11 @@ def write_results(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     """
     place = folder / HARNESS_FOLDER
     table, document = place / f"{HARNESS_RESULTS}.md", place / f"{HARNESS_RESULTS}.json"
-    try:
+    with failed_write_keeps(dict(report), folder=place):
         place.mkdir(parents=True, exist_ok=True)
         merged = _with_earlier(report, document)
-        # the JSON last: where it is, the table is too
-        for path, text in ((table, results_page(merged)), (document, json.dumps(merged, indent=2) + "\n")):
-            with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
-                temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ReportNotWritten(
-            f"{error.filename or place} cannot be written ({error.strerror}): the results stand only in the output of "
-            "this command; free space and run it again to write them",
-            report=dict(report),
-        ) from None
+        write_whole(table, results_page(merged))
+        write_whole(document, json.dumps(merged, indent=2) + "\n")  # last: where it is, the table is too
     return document, table
 
 

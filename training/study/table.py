@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.errors import MachineError
 from configs.figures import byte_size, duration, perplexity_text, scaled
-from configs.files import whole_file
+from configs.files import write_whole
 from configs.study import LoadedStudy
 from training.evaluation.results import DIFFERENT_TOKENS
 from training.study.rows import StudyRow
@@ -237,12 +237,10 @@ def write_table(table: StudyTable) -> tuple[Path, Path]:
     """
     folder = table.loaded.folder
     as_json, markdown = folder / f"{TABLE_NAME}.json", folder / f"{TABLE_NAME}.md"
-    document = json.dumps(table.to_json(), indent=1, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, content in ((as_json, document), (markdown, format_study(table))):
-            with whole_file(path) as temporary:
-                temporary.write_text(content, encoding="utf-8")
+        write_whole(as_json, json.dumps(table.to_json(), indent=1, allow_nan=False) + "\n")
+        write_whole(markdown, format_study(table))
     except OSError as error:
         raise unwritable_study(folder, error) from None
     return as_json, markdown
