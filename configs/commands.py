@@ -18,12 +18,12 @@ _COMMAND = re.compile(r"`trainshort (?:prepare|train)(?=`| --)")
 
 
 def typed_path(path: Path | str) -> str:
-    """Return a path as to type it: quoted for a shell, and with ./ if it would be read as an option."""
+    """Return a path quoted for a shell, with ./ before it if it would be read as an option."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def typed_overrides(overrides: Sequence[str]) -> str:
-    """Return the user's `--set` options as to type them, each with a space before it."""
+    """Return the user's `--set` options quoted for a shell, each with a space before it."""
     return "".join(f" --set {shlex.quote(value)}" for value in overrides)
 
 
@@ -46,7 +46,7 @@ def command_here(*arguments: str) -> list[str]:
 
 
 def name_run_file(text: str, run: str, overrides: Sequence[str] = ()) -> str:
-    """Return a message whose commands on a run file are those to type, quoted for the shell.
+    """Return a message with the run file added to its commands, quoted for a shell.
 
     Args:
         text: As in "run `trainshort prepare`".
@@ -58,7 +58,7 @@ def name_run_file(text: str, run: str, overrides: Sequence[str] = ()) -> str:
 
 @contextmanager
 def run_file_named(run: str, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Name the run file in the commands that errors of the block tell the user to type; see `name_run_file`."""
+    """Add the run file to the commands in errors that the block raises; see `name_run_file`."""
     try:
         yield
     except TrainshortError as error:

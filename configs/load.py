@@ -124,7 +124,7 @@ def _check(data: dict[str, Any], *, name: str, wrong: list[str], is_whole: bool)
 
 
 def _valid_part(data: dict[str, Any], error: ValidationError) -> RunConfig:
-    """Return the run with its valid keys alone: to read another one raises AttributeError.
+    """Return the run with only its valid keys; reading any other raises AttributeError.
 
     What is wrong or missing is first taken from an example, so that the rest can be validated, and then removed.
     """

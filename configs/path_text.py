@@ -77,7 +77,7 @@ def _expand_key(text: str) -> str:
             return expanded
         except UnicodeEncodeError:
             problem = _NOT_UTF8
-    # its braces are no fields of a template
+    # a placeholder, since the problem may contain braces
     raise PydanticCustomError(BAD_PATH, "{problem}", {"problem": problem})
 
 

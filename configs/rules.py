@@ -22,8 +22,7 @@ def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
 
     Args:
         config: The run.
-        partial: Whether some keys are not set, so that to read them raises AttributeError; rules about them do not
-            count.
+        partial: Whether some keys are not set: reading one raises AttributeError, and rules about it are skipped.
     """
     broken: list[str] = []
     for rule in _RULES:
@@ -37,7 +36,7 @@ def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
 
 
 def divisors(number: int) -> str:
-    """Return the divisors of a number in words: `1, 2, 4 or 8`; of one that takes seconds to divide, just words."""
+    """Return the divisors of a number in words: `1, 2, 4 or 8`; `a divisor of it` if it is too large to factor."""
     if number > _LARGEST_DIVIDED:
         return "a divisor of it"
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]

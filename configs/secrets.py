@@ -63,7 +63,7 @@ class _Uri:
 
     @classmethod
     def of(cls, text: str) -> "_Uri":
-        # me:pw@host and https:/me:pw@host are no URIs, but their password must not be shown either
+        # me:pw@host and https:/me:pw@host are not URIs, but their password must not be shown either
         start = re.match(rf"{_HTTP}|[^/@?]*://|(?:{_MISTYPED}|//)(?=[^/@:]*:.*@)|(?=[^/@]*:[^/]*@)", text)
         if start is None:
             return cls("", "", text, ())  # a path

@@ -270,7 +270,7 @@ def _plan_run(study: Study, folder: Path, overrides: Sequence[str], *, name: str
 
 
 def _as_overrides(keys: dict[str, Any]) -> tuple[str, ...]:
-    # JSON is YAML; what is no key has been reported
+    # JSON is YAML; a name that is not a key has been reported
     return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items() if _KEY.fullmatch(key))
 
 

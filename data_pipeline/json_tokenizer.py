@@ -1,4 +1,4 @@
-"""The tokenizer.json of Hugging Face's `tokenizers`: what models from elsewhere bring with them."""
+"""The tokenizer.json of Hugging Face's `tokenizers`, which models from elsewhere come with."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ class JsonTokenizer(Tokenizer):
     def __init__(
         self, loaded: tokenizers.Tokenizer, document: dict[str, Any], *, path: Path, sha256: str, tokens: dict[str, str]
     ) -> None:
-        """Take over a loaded tokenizer.
+        """Wrap a loaded tokenizer.
 
         Args:
             loaded: The tokenizer.
@@ -182,7 +182,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def _parts_pattern(document: dict[str, Any]) -> re.Pattern[str] | None:
-    """Return what finds parts of a text that have the ids that they have in the whole; None if it cannot be cut.
+    """Return a pattern of parts of a text that can be encoded one by one; None if a text cannot be cut.
 
     It can where text is first split into the words of GPT-2 or BLOOM, and nothing else looks across a newline.
     """

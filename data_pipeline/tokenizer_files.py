@@ -101,7 +101,7 @@ def read_json_object(file: Path, content: bytes) -> dict[str, Any]:
     """Return the object that a tokenizer's JSON file holds.
 
     Raises:
-        InputError: it is no JSON, or no object.
+        InputError: it is not JSON, or not an object.
     """
     try:
         document = json.loads(content)

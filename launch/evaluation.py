@@ -27,7 +27,7 @@ Show = Callable[[dict[str, Any]], None]
 
 
 def show_when_done(evaluate: Callable[[], dict[str, Any] | None], *, show: Show) -> None:
-    """Evaluate, and show the report, also if it cannot be written: it is the work of minutes or hours.
+    """Evaluate, and show the report even if it cannot be written: it took minutes or hours.
 
     Args:
         evaluate: Returns the report; None on all ranks but the first.

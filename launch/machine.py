@@ -28,7 +28,7 @@ def device_type(environment: Mapping[str, str]) -> str:
 def _visible_count(visible: str, *, present: int) -> int:
     """Count the entries of CUDA_VISIBLE_DEVICES as torch does: up to the first that names no GPU.
 
-    So an empty text, -1, none, void and the NoDevFiles of SLURM are no GPU.
+    So an empty text, -1, none, void and SLURM's NoDevFiles mean no GPU.
     """
     entries = [entry.strip() for entry in visible.split(",")]
     kind = entries[0][:4]
@@ -49,7 +49,7 @@ def _index(entry: str) -> int:
 
 
 def gpu_bytes() -> int | None:
-    """Return the memory of this machine's smallest GPU, as nvidia-smi gives it; None if it cannot be asked."""
+    """Return the memory of this machine's smallest GPU, as nvidia-smi reports it; None if that fails."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -59,7 +59,7 @@ def gpu_bytes() -> int | None:
 
 
 def gpu_name() -> str | None:
-    """Return the name of this machine's first GPU, as nvidia-smi gives it; None if it cannot be asked."""
+    """Return the name of this machine's first GPU, as nvidia-smi reports it; None if that fails."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)

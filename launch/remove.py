@@ -1,4 +1,4 @@
-"""Remove run folders: all that speaks against it is checked before the first file goes."""
+"""Remove run folders, after checking everything that forbids it."""
 
 import os
 import shutil
@@ -25,13 +25,13 @@ class Removal:
     Attributes:
         summary: What the folder shows of its run.
         unseen: What may still use the folder and cannot be seen from here; None if nothing can.
-        searched: Where other runs were searched that train on data in the folder; empty if it holds none.
+        searched: Folders in which other runs were looked for that train on data in this one; empty if it holds none.
         kept: The data in the folder that other runs train on; None if there is no such run.
         kept_bytes: Its size.
         users: Those runs.
         data: The data elsewhere that the run trains on; None for data in its folder.
         record: Its MLflow run; None if it has none.
-        unsent: Number of records that MLflow has not been sent.
+        unsent: Number of records that were not sent to MLflow.
     """
 
     summary: RunSummary
@@ -46,10 +46,10 @@ class Removal:
 
 
 def plan_removals(folders: Sequence[Path]) -> list[Removal]:
-    """Check run folders that shall be removed, and change nothing.
+    """Check run folders before they are removed; change nothing.
 
     Raises:
-        InputError: one is no run folder, a link, in use, has jobs, or holds other runs or the current folder.
+        InputError: one is not a run folder, is a link, is in use, has jobs, or holds other runs or the current folder.
     """
     for folder in folders:
         _refuse(folder)
@@ -64,7 +64,7 @@ def remove_run(removal: Removal) -> None:
 
     Raises:
         InputError: the run was started meanwhile.
-        MachineError: the disk refuses.
+        MachineError: a file cannot be removed.
     """
     folder, kept = removal.summary.path, removal.kept
     with sole_launcher(folder):
@@ -138,7 +138,7 @@ def _slurm_answers(folder: Path) -> bool:
     """Return whether SLURM can be asked here about a run's jobs.
 
     Raises:
-        InputError: one runs or waits.
+        InputError: a job runs or waits.
     """
     try:
         jobs = find_jobs(read_chain(folder))
@@ -154,7 +154,7 @@ def _slurm_answers(folder: Path) -> bool:
 
 
 def _places_beside(folder: Path) -> tuple[Path, ...]:
-    """Return where runs may lie that share data with a run: beside it, and in ./runs."""
+    """Return the folders in which runs may share data with a run: the one around it, and ./runs."""
     places = (folder.parent, Path("runs"))
     return tuple({place.resolve(): place for place in reversed(places) if place.is_dir()}.values())
 

@@ -107,7 +107,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Return whether a run was prepared, submitted, started or saved in a folder; a checkpoint is no run folder."""
+    """Return whether a run was prepared, submitted, started or saved in a folder; a checkpoint is not a run folder."""
     marks = (incarnation_file(path), chain_file(path), record_file(path), own_data_folder(path) / MANIFEST_NAME)
     try:
         if any(mark.is_file() for mark in marks) or list_checkpoints(path):

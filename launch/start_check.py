@@ -20,7 +20,7 @@ from training.tracking.store import choose_store, require_known_scheme
 
 
 def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, str]) -> tuple[Ready, str]:
-    """Check of a run everything that can be checked without starting a rank; write nothing.
+    """Check everything about a run that needs no rank; write nothing.
 
     Args:
         config: The run, overrides applied.

@@ -139,10 +139,10 @@ class RunView:
 
 
 class RunWatcher:
-    """Looks at a run folder again and again.
+    """Reads a run folder each time that `look` is called.
 
     Raises:
-        InputError: it is no run folder.
+        InputError: it is not a run folder.
     """
 
     def __init__(self, run_dir: Path) -> None:

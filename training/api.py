@@ -79,7 +79,7 @@ class TrainedModel:
         Returns:
             The text with its tokens and times; `str()` of it is the text.
         Raises:
-            InputError: the prompt is not text in UTF-8, or a value is no number or out of range.
+            InputError: the prompt is not text in UTF-8, or a value is not a number or out of range.
             TrainshortError: the model's logits are not finite.
         """
         stream = self.stream(prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -118,7 +118,7 @@ class TrainedModel:
         Returns:
             Negative log-likelihood in nats, [length - 1] or [batch, length - 1] fp32, on the CPU.
         Raises:
-            InputError: these are no token ids of the model, or too few.
+            InputError: these are not token ids of the model, or too few.
         """
         ids = self._checked(tokens, shortest=2)
         losses = self._model.losses(ids if ids.ndim == 2 else ids[None]).cpu()
@@ -132,7 +132,7 @@ class TrainedModel:
         Returns:
             [length, vocab_size] or [batch, length, vocab_size] fp32, on the CPU.
         Raises:
-            InputError: these are no token ids of the model, or too few.
+            InputError: these are not token ids of the model, or too few.
         """
         ids = self._checked(tokens, shortest=1)
         logits = self._model.logits(ids if ids.ndim == 2 else ids[None])
@@ -142,7 +142,7 @@ class TrainedModel:
         """Return the token ids of a text, with nothing added.
 
         Raises:
-            InputError: it is no text, or not UTF-8.
+            InputError: it is not text, or not UTF-8.
         """
         return self._tokenizer.encode(require_utf8(text, name="what is encoded"))
 
@@ -150,7 +150,7 @@ class TrainedModel:
         """Return the text of token ids, [length]; control tokens have none.
 
         Raises:
-            InputError: these are no token ids of the model, or more than one sequence.
+            InputError: these are not token ids of the model, or more than one sequence.
         """
         ids = self._checked(tokens, shortest=0)
         if ids.ndim != 1:
@@ -158,7 +158,7 @@ class TrainedModel:
         return self._tokenizer.decode(ids.tolist())
 
     def _checked(self, tokens: TokenIds, *, shortest: int) -> Tensor:
-        """Return token ids as int64 with their shape; refuse what is none."""
+        """Return token ids as int64 with their shape; refuse anything else."""
         ids = _as_integers(tokens)
         if ids.ndim not in (1, 2) or 0 in ids.shape[:-1] or ids.shape[-1] < shortest:
             raise InputError(

@@ -48,7 +48,7 @@ MAY_CHANGE = (
     "slurm",
     "run.dir",
 )
-# keys that name the data: the same data elsewhere, or under another spelling, is no change
+# keys that name the data: the same data in another place, or spelled differently, is not a change
 _DATA_KEYS = ("data.dir", "data.sources", "data.tokenizer")
 
 

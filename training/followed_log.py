@@ -80,6 +80,6 @@ def ends_in_error(lines: Sequence[str]) -> bool:
 
 
 def _last_word(lines: Sequence[str]) -> str:
-    """Return the last line that is no detail of the one before; of a traceback the first, though it ends in another."""
+    """Return the last line that is not a detail of the one before; of a traceback, the first line."""
     words = [line for line in lines if not line.startswith("  ")][-2:]
     return words[0] if words[:1] == [_ERRORS[1]] else "".join(words[-1:])

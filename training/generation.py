@@ -91,7 +91,7 @@ class TextStream(Iterator[str]):
             sampling: How tokens are sampled.
             train_length: Tokens that the model was trained at, for the result.
         Raises:
-            InputError: the prompt is not text in UTF-8, or tokens is no whole number from 1.
+            InputError: the prompt is not text in UTF-8, or `tokens` is not a whole number from 1 up.
         """
         self._prompt = require_utf8(prompt, name="the prompt")
         tokens = require_whole_number(tokens, name="tokens to generate")

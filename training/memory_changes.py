@@ -13,7 +13,7 @@ from parallel.layout import Layout
 from training.memory import estimate_memory
 
 TOLERANCE = 1.03
-"""How much more a change may need by the estimate, which is no more exact, and still be called equal."""
+"""How much more memory a change may need and still count as equal: the estimate is not more exact than that."""
 
 RECOMPUTES: tuple[bool | str, ...] = (False, "selective", True)
 """Values of train.recompute: the more, the less memory and the more time."""

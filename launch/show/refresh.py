@@ -1,6 +1,6 @@
-"""A picture on the terminal that is drawn again and again in place.
+"""A picture on the terminal that is redrawn in place.
 
-No mode of the terminal is changed: neither cursor nor screen is to be restored, whatever ends the command.
+It changes no mode of the terminal, so nothing has to be restored, however the command ends.
 """
 
 import os

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str]) -> Iterator[None]:
-    """Let the launcher say what starts, on its terminal and in the run's log; both stay open while the block runs.
+    """Log what the launcher starts, on its terminal and in the run's log; both stay open while the block runs.
 
     Args:
         ready: The run, checked.
@@ -43,9 +43,9 @@ def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str])
 
 @contextmanager
 def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[str, str]) -> Iterator[Terminal | None]:
-    """Let rank 0 say how the run goes, on the terminal and in the run's log, while the block runs.
+    """Let rank 0 log the run's progress on the terminal and in the run's log, while the block runs.
 
-    Under srun and torchrun it says the start and the end too: there is no launcher of ours.
+    Under srun and torchrun, without our launcher, it logs the start and the end too.
 
     Args:
         config: The run.
@@ -75,10 +75,10 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
 
 
 def say_end(config: RunConfig, *, code: int, again: str) -> None:
-    """Say what was lost, if the ranks failed or were ended before they could save, and what to type next.
+    """Log what was lost, if the ranks failed or were ended before they could save, and what to type next.
 
-    After an error in the user's input it says nothing, as the same command would fail again, nor if a newer start
-    trains, whose files these are.
+    Log nothing after an error in the user's input, since the same command would fail again, or if a newer start is
+    training, which owns the files.
 
     Args:
         config: The run.

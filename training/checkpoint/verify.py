@@ -118,7 +118,7 @@ def _format_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         try:
             with safe_open(folder / name, framework="np") as file:  # numpy: verify imports no torch
                 lacking = names_of.get(int(name.split("_")[1]), set()) - set(file.keys())
-                types = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  it is no dict
+                types = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  it is not a dict
         except (SafetensorError, OSError, ValueError, IndexError) as error:
             yield f"checkpoint file {folder / name} is not a safetensors file ({error})"
             continue

@@ -38,7 +38,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """Return a report after checking that it has the keys of every version.
 
     Raises:
-        InputError: it cannot be read, or is no report.
+        InputError: it cannot be read, or is not a report.
     """
     return read_measured(path, command="evaluate", keys=_NEEDED, result_keys=_NEEDED_RESULT)
 

@@ -266,7 +266,7 @@ class ExportsWhileTraining(Observer):
 
 
 def _reason(log: Path, *, code: int) -> str:
-    """Return why an export failed, from the last line of its output that is no detail of the one before."""
+    """Return why an export failed: the last line of its output that is not a detail of the one before."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}{', out of memory?' if code == -signal.SIGKILL else ''}"
     lines: list[str] = []

@@ -111,7 +111,7 @@ class FixedCache:
     def advance(self, tokens: int) -> None:
         """Do nothing: the position is set before each token."""
 
-    def take_over(self, cache: KeyValueCache) -> None:
+    def adopt(self, cache: KeyValueCache) -> None:
         """Copy another cache's tokens, and give it these buffers."""
         for block, pair in cache.pairs.items():
             for buffer, filled in zip(self.pairs[block], pair, strict=True):
@@ -225,5 +225,5 @@ class TokenSteps:
                 self._has_failed = True
                 self._free.clear()  # another text may have ended meanwhile
                 return None
-        step.cache.take_over(cache)
+        step.cache.adopt(cache)
         return step

@@ -27,7 +27,7 @@ class Interval:
         began, ended: Its time.
         thread: Of an operation.
         identity: Of an operation; of a kernel, that of the operation that launched it.
-        shapes: Of an operation's tensors; empty for what is no tensor.
+        shapes: Of an operation's inputs; empty for one that is not a tensor.
     """
 
     name: str

@@ -69,7 +69,7 @@ class RetrievalRequest:
         """Return the lengths in tokens, each once, the shortest first.
 
         Raises:
-            InputError: one is no length.
+            InputError: one is not a length.
         """
         for length in self.lengths:
             if not re.fullmatch(r"[1-9][0-9]{0,8}x?", length):

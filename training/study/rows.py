@@ -101,7 +101,7 @@ def read_study_rows(path: Path, *, study: str) -> dict[tuple[str, int], StudyRow
     """Return the rows of a study by run and seed; empty if there is no file.
 
     Raises:
-        InputError: the file cannot be read, or a line is no row.
+        InputError: the file cannot be read, or a line is not a row.
     """
     rows = [row for _, row in _lines(path) if row.study == study]
     return {(row.run, row.seed): row for row in rows}
@@ -111,7 +111,7 @@ def write_row(path: Path, row: StudyRow) -> None:
     """Add a row to a file, in place of the run's earlier one. The file is replaced whole or not at all.
 
     Raises:
-        InputError: the file cannot be read, or a line is no row.
+        InputError: the file cannot be read, or a line is not a row.
         MachineError: it cannot be written.
     """
     lines = [line for line, other in _lines(path) if other.key != row.key]

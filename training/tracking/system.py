@@ -134,7 +134,7 @@ def _monitors() -> list[Any]:
 
 
 def _number(text: str | None, *, default: float) -> float:
-    """Return a number of 0.1 at least; the default for none, for what is no number, and for one without an end."""
+    """Return the number that a text holds, at least 0.1; the default for any other text, and for inf."""
     try:
         number = float(text or default)
     except ValueError:
