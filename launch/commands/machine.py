@@ -10,18 +10,20 @@ from launch.complete import complete_run_files
 
 machine_commands = typer.Typer()
 
+AuditedRun = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN.yaml",
+        autocompletion=complete_run_files,
+        help="Audit how exact this run's ALiBi is here, at its lengths; of a run folder or a checkpoint, also show "
+        "the windows of its weights.",
+    ),
+]
+
 
 @machine_commands.command("doctor")
 def doctor_command(
-    alibi: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN.yaml",
-            autocompletion=complete_run_files,
-            help="Audit how exact this run's ALiBi is here, at its lengths; of a run folder or a checkpoint, also show "
-            "the windows of its weights.",
-        ),
-    ] = None,
+    alibi: AuditedRun = None,
     *,
     overrides: Overrides,
     as_json: AsJson = False,

@@ -57,7 +57,7 @@ class ExportProcess(Protocol):
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
         ...
 
     def poll(self) -> int | None:
@@ -217,7 +217,7 @@ class ExportsWhileTraining(Observer):
         if self._waiting is not None:
             dropped, running = self._waiting.step, self._running.export.step
             logger.warning(
-                "step %d is not exported: step %d still exports, and step %d is next", dropped, running, step
+                "step %d is not exported: step %d still is, and step %d is next", dropped, running, step
             )
         self._waiting = export
 
