@@ -1,4 +1,4 @@
-"""This machine's memory: what this process holds, what limits it, whom the kernel killed for it. Imports no torch."""
+"""This machine's memory: what this process holds, what limits it, what the kernel killed. Imports no torch."""
 
 import resource
 from collections.abc import Iterator

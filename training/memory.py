@@ -1,7 +1,7 @@
 """Estimate the bytes that training holds on a rank, by what they are for. Imports no torch.
 
 A sum over the shards of each pipeline stage, plus what the layers keep for the backward pass. docs/memory.md has the
-formulas and how right they were.
+formulas and how accurate they were.
 """
 
 from collections.abc import Sequence

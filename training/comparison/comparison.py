@@ -67,7 +67,7 @@ class Comparison:
         texts: Perplexities, a table per text; the one with the most runs first.
         differences: Values of each key of the run files that differs, in the order of the runs.
         notes: What keeps the runs from being compared, and what to do about it.
-        unevaluated: Those of the notes that tell which runs have no evaluation.
+        unevaluated: The notes about runs without an evaluation.
     """
 
     runs: tuple[ComparedRun, ...]
@@ -168,7 +168,7 @@ def _results_of(group: list[int], runs: Sequence[ComparedRun]) -> TextResults:
 
 
 def _differences(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """Return the keys in which the run files differ; those of one run differ in nothing."""
+    """Return the keys in which the run files differ; none for a single run."""
     # the JSON form holds no secrets
     files = [_flat(run.config.model_dump(mode="json")) for run in runs]
     keys = dict.fromkeys(key for file in files for key in file if key not in _OWN_KEYS)

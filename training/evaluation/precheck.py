@@ -114,7 +114,7 @@ def check_ranks(checkpoint: Path, request: EvaluationRequest, *, started: int | 
 
 
 def _check_scale(scale: str, request: EvaluationRequest) -> None:
-    """Refuse a scale that is none, or that stands beside an option without a meaning for it."""
+    """Refuse an unknown scale, and one together with an option that it does not go with."""
     parse_scale(scale)
     if request.hf is not None:
         raise InputError(f"--scale {scale} is for a checkpoint's positions, and --hf measures another model: drop one")

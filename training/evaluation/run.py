@@ -47,7 +47,7 @@ class EvaluationPlan:
     Attributes:
         measurements: A protocol at a length each.
         context: How much of its context the model uses; None if that was not asked for.
-        scale: Scales the model's positions; None for those of the training.
+        scale: Scales the model's positions; None to leave them as trained.
     """
 
     measurements: list[Measurement]

@@ -32,7 +32,7 @@ class Totals:
 
 
 class _State(NamedTuple):
-    """What is added up so far: replaced as one, so that Ctrl-C within a batch leaves no half of it."""
+    """What is added up so far: replaced as a whole, so that Ctrl-C within a batch cannot leave half of it."""
 
     by_position: torch.Tensor
     by_unit: torch.Tensor
@@ -54,7 +54,7 @@ class LossSums:
     """
 
     def __init__(self, windows: Windows, units: Units, *, attention: LosslessWindows | None = None) -> None:
-        """Begin.
+        """Start from zero.
 
         Args:
             windows: The windows.
@@ -115,7 +115,7 @@ class LossSums:
         self._state = _State(by_position, by_unit, densities, int(arrays["counted"]), int(arrays["done"]))
 
     def forget_calls(self) -> None:
-        """Forget the scores of calls before the next pass, which are none of these windows."""
+        """Drop the densities of calls before the next pass, which are not of these windows."""
         if self._attention is not None:
             self._attention.take()
 

@@ -31,7 +31,7 @@ class Measurement:
         protocol: How the window moves.
         windows: The windows.
         same_tokens: Whether the measurements of other lengths score the same tokens.
-        scale: Scales the model's positions; None for those of the training.
+        scale: Scales the model's positions; None to leave them as trained.
     """
 
     protocol: WindowProtocol

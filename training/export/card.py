@@ -54,7 +54,7 @@ class Architecture:
     Attributes:
         model: The section `model` of its run file.
         vocab_size: Rows of the embedding.
-        parameters: Their number; a tied one counts once.
+        parameters: Number of parameters; a tied one counts once.
         slopes: ALiBi's slope of each head of the model, fp64; None for other positions.
     """
 

@@ -202,7 +202,7 @@ def _parts(text: EvaluationText, tokenizer: Tokenizer) -> Iterator[tuple[str, bo
 
 
 def _exported_tokenizer(folder: Path) -> str | None:
-    """Return the hash of the tokenizer that an export of ours was compared with; None if it is none."""
+    """Return the hash of the tokenizer that an export of ours was compared with; None for another folder."""
     try:
         card = json.loads((folder / CARD_JSON).read_text(encoding="utf-8"))
         return str(card["origin"]["tokenizer_sha256"])

@@ -9,7 +9,7 @@ from data_pipeline.tokenizer import Tokenizer
 from training.generation import LanguageModel, continue_tokens
 from training.sampling import Sampling
 
-# What a task may ask of the draws. Other settings change a text only if something is drawn.
+# Settings of a task that change how tokens are drawn. Others change a text only if something is drawn.
 _KNOWN = ("do_sample", "temperature", "top_p")
 
 

@@ -1,4 +1,4 @@
-"""A loaded model's positions, scaled for texts longer than those of the training."""
+"""A loaded model's positions, scaled for texts longer than in training."""
 
 from collections.abc import Callable
 from typing import Any

@@ -54,7 +54,7 @@ class TimeSlice:
 
 
 def parts_of_cpu(operations: Iterable[Interval], *, window: Interval, transfers: Sequence[Interval]) -> list[TimeSlice]:
-    """Return what a CPU rank's thread did in the window.
+    """Return the parts of the window by what a CPU rank's thread did.
 
     Args:
         operations: Operations of the window's thread, the window itself left out.

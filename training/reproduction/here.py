@@ -1,4 +1,4 @@
-"""What is here and now of what decided a run's result. Imports no torch."""
+"""What decides a run's result, as found here and now. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -193,7 +193,7 @@ def _prepared_again(data: Difference) -> Difference:
 
 
 def _notes(run_dir: Path, surviving: list[tuple[int, dict[str, Any]]], differing: list[Difference]) -> Iterator[str]:
-    """Yield what else to know before repeating a run: how to bring back the code and the versions of then."""
+    """Yield what else to know before repeating a run: how to restore its code and package versions."""
     first, start = surviving[0][1], surviving[-1][1]
     if first["step"]:
         yield f"steps 1 to {first['step']} were trained by a version that kept no manifest: what they ran is not known"
@@ -203,10 +203,10 @@ def _notes(run_dir: Path, surviving: list[tuple[int, dict[str, Any]]], differing
     if any(each.section == "code" and each.grade == "other" for each in differing):
         commit, changed = start["code"].get("commit"), start["code"].get("changed")
         diff = f", and apply the diff in {environment_path(run_dir)}" if changed else ""
-        yield f"for the code of then: git checkout {commit}{diff}" if commit else "install the code of then"
+        yield f"for the same code: git checkout {commit}{diff}" if commit else "install the same code"
     versions = [each for each in differing if each.section == "versions" and each.grade != "same"]
     if wanted := [f"{each.what}=={each.then}" for each in versions if each.then != NOT_INSTALLED]:
-        yield f"for the versions of then: pip install {' '.join(map(shlex.quote, wanted))}"
+        yield f"for the same versions: pip install {' '.join(map(shlex.quote, wanted))}"
     if any(each.section in ("data", "tokenizer") for each in differing) and start.get("folder") != str(Path.cwd()):
         yield f"relative paths of the run file begin in {start.get('folder')}"
 

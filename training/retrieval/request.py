@@ -38,7 +38,7 @@ class RetrievalRequest:
         samples: Prompts of each task, length and depth.
         seed: Seed of the prompts.
         data: File of the haystack; None for the run's held-out text.
-        scale: Value of `--scale`, as in `configs.scales`; None for the positions of the training.
+        scale: Value of `--scale`, as in `configs.scales`; None to leave positions as trained.
         precision: Value of `--precision`.
         command: The command line, to be named in the report; None if no command asks.
     """

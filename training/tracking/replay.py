@@ -29,7 +29,7 @@ _LEAST_POINTS = 50
 
 @dataclass(frozen=True)
 class Refusal:
-    """What MLflow does not take, and will not take later.
+    """An event that MLflow refuses for good.
 
     Attributes:
         error: Why.

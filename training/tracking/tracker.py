@@ -1,4 +1,4 @@
-"""Tell MLflow what a run does, through the spool of its folder: nothing here waits for a server or raises."""
+"""Log a run to MLflow through the spool of its folder: nothing here waits for a server or raises."""
 
 import json
 import logging

@@ -41,7 +41,7 @@ _TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 _Q8_BLOCK = 32  # weights that share a scale, in one row
-# llama.cpp takes pieces of these names for marks of its own, whatever their type, and drops them from text.
+# llama.cpp takes pieces of these names for control tokens, whatever their type, and drops them from text.
 _TAKEN = frozenset(
     {
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<EOT>"),

@@ -109,7 +109,7 @@ def certify(
         documents: Whether attention must be able to stay inside documents: then it is compared inside some.
         batch: What its attention is compared on.
         otherwise: What a user can do if this machine's attention is wrong.
-        scaling: Scales the slopes; None for those of the training.
+        scaling: Scales the slopes; None to leave them as trained.
     Returns:
         All ranks' certificates, by rank, the same on every rank.
     Raises:
