@@ -216,9 +216,7 @@ class ExportsWhileTraining(Observer):
             return
         if self._waiting is not None:
             dropped, running = self._waiting.step, self._running.export.step
-            logger.warning(
-                "step %d is not exported: step %d still is, and step %d is next", dropped, running, step
-            )
+            logger.warning("step %d is not exported: step %d still is, and step %d is next", dropped, running, step)
         self._waiting = export
 
     def _begin(self, export: _Export) -> None:
