@@ -35,6 +35,13 @@ class LostPeers(TrainshortError):
     exit_code = 4
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, at most 200 characters; the name of its type if it has none."""
+    # the text of a KeyError is the key in quotes
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return next(iter(text.splitlines()), type(error).__name__)[:200]
+
+
 def not_prepared(folder: Path) -> InputError:
     """Return the error of a folder that holds no prepared data; see `configs.commands` for the run file."""
     place = folder if folder.is_absolute() else f"{folder} (relative to {Path.cwd()})"

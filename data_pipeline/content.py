@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.hashes import file_sha256
+from data_pipeline.hashes import file_sha256, joined_sha256
 from data_pipeline.manifest import Part
-from data_pipeline.tokenizer_files import joined_sha256
 
 
 def data_sha256(manifest: dict[str, Any]) -> str | None:

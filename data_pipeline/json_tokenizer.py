@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from configs.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
+from data_pipeline.hashes import joined_sha256, sha256_of
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_files import (
     ROLES,
     added_tokens,
     huggingface_config,
-    joined_sha256,
     read_json_object,
-    sha256_of,
     tokenizer_files,
 )
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Column
 
 from configs.errors import InputError, MachineError
-from configs.files import one_writer, whole_file
+from configs.files import one_writer, whole_file, write_json
 from configs.paths import MANIFEST_NAME, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME
 from configs.schema import Data, Source
 from configs.strict_yaml import as_yaml
@@ -33,7 +33,6 @@ from data_pipeline.manifest import (
     load_prepared,
     read_data_manifest,
     write_data_manifest,
-    write_json,
 )
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path, words_path
 from data_pipeline.reading import OnRead, iter_bytes

@@ -31,7 +31,8 @@ from configs.commands import typed_path
 from configs.errors import InputError
 from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME, checkpoints_folder, config_file, logs_folder
-from data_pipeline.tokenizer_files import joined_sha256, kept_names
+from data_pipeline.hashes import joined_sha256, json_sha256
+from data_pipeline.tokenizer_files import kept_names
 from parallel.parameter import Rule, Shard
 from training.checkpoint.disk import FileEntry, describe_file, write_file
 from training.state import JsonInt, TrainState
@@ -316,8 +317,7 @@ def needed_files(manifest: Manifest, *, kinds: Collection[str]) -> dict[str, Fil
 
 def model_sha256(manifest: Manifest) -> str:
     """Return one hash of all files that a checkpoint's model is built from."""
-    hashes = {name: entry.sha256 for name, entry in needed_files(manifest, kinds=("weight",)).items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return json_sha256({name: entry.sha256 for name, entry in needed_files(manifest, kinds=("weight",)).items()})
 
 
 def saved_shard(name: str, entry: TensorEntry, *, folder: Path) -> Shard:

@@ -1,6 +1,5 @@
 """`trainshort evaluate --hf DIR`: a causal model of Hugging Face, on the text of a run; an export, or a baseline."""
 
-import hashlib
 import inspect
 import json
 import re
@@ -16,9 +15,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from configs.errors import InputError
+from configs.errors import InputError, first_line
 from configs.paths import evaluation_folder
 from configs.precisions import require_precision
+from data_pipeline.hashes import json_sha256
 from data_pipeline.token_file import TokenFile
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from parallel.compilers import check_cache_folder
@@ -36,7 +36,6 @@ from training.evaluation.run import plan_evaluation, run_evaluation
 from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.export.card import CARD_JSON
 from training.export.formats.huggingface import HuggingFaceTokenizer, quiet_transformers, refusing_unreadable
-from training.export.hf_weights import first_line
 from training.model.proof.attention_weights import dtype_of
 from training.model.single import CPU_BATCH_TOKENS, inference, inference_device
 
@@ -212,5 +211,4 @@ def _exported_tokenizer(folder: Path) -> str | None:
 
 def _weights_sha256(folder: Path) -> str:
     files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    hashes = {file.name: describe_file(file).sha256 for file in files}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return json_sha256({file.name: describe_file(file).sha256 for file in files})

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from configs.errors import InputError
+from configs.errors import InputError, first_line
 from configs.positions import ALIBI_BIAS_MAX
 from configs.schema import Model
 from training.families.bloom import BLOOM
@@ -50,7 +50,7 @@ def read_model(folder: Path) -> IncomingModel:
     try:
         incoming, problems = _READERS[kind](config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = f"model.{first['loc'][0]} {first['input']!r}: {first['msg']}"
@@ -141,7 +141,7 @@ def _read_json(file: Path) -> Config:
     except FileNotFoundError:
         raise InputError(f"{file.parent} has no {file.name}: give a folder with a model of Hugging Face") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({str(error).splitlines()[0]}): check the file") from None
+        raise InputError(f"{file} cannot be read ({first_line(error)}): check the file") from None
     if not isinstance(config, dict):
         raise InputError(f"{file} does not hold a JSON object: check the file")
     return config

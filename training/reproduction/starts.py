@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.commands import typed_command
 from configs.errors import InputError
-from configs.files import whole_file
+from configs.files import write_json
 from configs.paths import config_file, data_folder, environment_path, reproduction_file
 from configs.schema import RunConfig
 from data_pipeline.hashes import file_sha256
@@ -85,9 +85,8 @@ def record_start(
         "variables": variable_facts(environ),
     }
     starts = [*_earlier_starts(run_dir), start]
-    with whole_file(reproduction_file(run_dir), mark=f".{fence.token}") as temporary:
-        document = {"format_version": STARTS_FORMAT, "starts": starts}
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = {"format_version": STARTS_FORMAT, "starts": starts}
+    write_json(reproduction_file(run_dir), document, mark=f".{fence.token}")
 
 
 def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:

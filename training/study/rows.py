@@ -3,7 +3,6 @@
 A row says what made its figures: the keys that decide a result and their hash, hashes of the data, the code.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from configs.errors import InputError, MachineError
 from configs.files import whole_file
 from configs.schema import RunConfig
+from data_pipeline.hashes import json_sha256
 from training.folder import MAY_CHANGE, with_dotted_keys
 
 # Keys that say where things are and what they are called. The data's hashes identify the data.
@@ -77,7 +77,7 @@ def deciding_values(config: RunConfig) -> dict[str, Any]:
 
 def values_sha256(values: Mapping[str, Any]) -> str:
     """Return the hash of the result of `deciding_values`."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json_sha256(values)
 
 
 def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
