@@ -154,9 +154,9 @@ def load_study(name_or_path: str, *, overrides: Sequence[str] = ()) -> LoadedStu
     path = find_yaml(name_or_path, shipped=STUDIES, what="study")
     parsed = parse_yaml(read_text_file(path, what="study"))
     if parsed.problems or not isinstance(parsed.value, dict):
-        found = [with_subject(str(path), problem) for problem in parsed.problems]
+        wrong = [with_subject(str(path), problem) for problem in parsed.problems]
         raise InputError(
-            problem_message(name_or_path, found or [f"study {path} must hold keys such as base: demo"], ())
+            problem_message(name_or_path, wrong or [f"study {path} must hold keys such as base: demo"], ())
         )
     values, broken = parsed.value, list[str]()
     try:

@@ -62,7 +62,7 @@ def memory_changes(config: RunConfig, *, layout: Layout, on_gpu: bool) -> list[M
         return estimate_memory(changed, layout=new_layout, on_gpu=on_gpu, bucket=0).largest < TOLERANCE * largest
 
     first = partial(_first_change, config, layout, may_help=may_help)
-    found = [
+    candidates = [
         first("train.micro_batch", _smaller(train.micro_batch)),
         first("parallel.sequence", [True] if parallel.tensor > 1 and not parallel.sequence else []),
         *(first("train.recompute", [more]) for more in RECOMPUTES[RECOMPUTES.index(train.recompute) + 1 :]),
@@ -72,7 +72,7 @@ def memory_changes(config: RunConfig, *, layout: Layout, on_gpu: bool) -> list[M
         first("parallel.tensor", range(parallel.tensor + 1, model.heads + 1)),
         first("parallel.pipeline", _more_stages(layout, layers=model.layers)),
     ]
-    return [change for change in found if change is not None]
+    return [change for change in candidates if change is not None]
 
 
 def change_lines(changes: list[MemoryChange]) -> list[str]:

@@ -46,9 +46,9 @@ def simpler_layout(config: RunConfig, *, layout: Layout, gpu_bytes: int) -> Simp
     for tensor, pipeline in sorted(splits, key=lambda split: (split[0] * split[1], split[1])):
         if tensor * pipeline >= layout.tensor * layout.pipeline:
             return None
-        found = _with_splits(config, tensor=tensor, pipeline=pipeline, world_size=layout.world_size)
-        if found is not None and found.estimate.largest <= MARGIN * gpu_bytes:
-            return found
+        simpler = _with_splits(config, tensor=tensor, pipeline=pipeline, world_size=layout.world_size)
+        if simpler is not None and simpler.estimate.largest <= MARGIN * gpu_bytes:
+            return simpler
     return None
 
 

@@ -182,10 +182,10 @@ def build_table(loaded: LoadedStudy, rows: Mapping[tuple[str, int], StudyRow]) -
         rows: Its rows by run and seed; those of runs that it no longer has are left out.
     """
     ours = [row for planned in loaded.runs if (row := rows.get((planned.run, planned.seed))) is not None]
-    found = dict.fromkeys((result["text"], result["protocol"]) for row in ours for result in row.results)
+    measured = dict.fromkeys((result["text"], result["protocol"]) for row in ours for result in row.results)
     texts = [
         TextTable(text, protocol, tuple((row, _by_length(row, text, protocol)) for row in ours))
-        for text, protocol in found
+        for text, protocol in measured
     ]
     return StudyTable(loaded, tuple(ours), tuple(texts))
 
