@@ -79,7 +79,7 @@ def environment_path(run_dir: Path) -> Path:
 
 
 def spool_folder(run_dir: Path) -> Path:
-    """Return the folder of what MLflow has not been told yet."""
+    """Return the folder of the records that were not sent to MLflow yet."""
     return run_dir / "tracking"
 
 

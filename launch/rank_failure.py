@@ -88,7 +88,7 @@ def explain(rank: Rank, *, kills_before: OomKills, explain_memory: ExplainMemory
         pass
     elif rank.code == 1 and _TRACEBACK in lines:
         shown = [
-            f"error: rank {rank.number} failed, which is a fault of trainshort: {_exception(lines)}",
+            f"error: rank {rank.number} failed, which is a bug in trainshort: {_exception(lines)}",
             f"  please report it with the whole traceback, in {rank.log}",
         ]
     else:

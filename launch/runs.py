@@ -210,9 +210,9 @@ def state_of(path: Path, *, start: Incarnation | None, step: int, saved: int, st
 
 
 def reported_end(path: Path) -> bool:
-    """Return whether the newest start has told MLflow how it ended: the record is closed, and later than the start.
+    """Return whether the newest start has logged its end to MLflow: the record is closed, and later than the start.
 
-    Where MLflow could not be told yet, the spool holds it.
+    While MLflow cannot be reached, the spool holds the end.
     """
     if has_told_end(path):
         return True
