@@ -63,7 +63,7 @@ def start_evaluation(checkpoint: Path, request: EvaluationRequest) -> int:
         ranks=layout.world_size,
         logs=_logs(run_dir),
         metrics=metrics_path(run_dir),
-        environment=os.environ,
+        environ=os.environ,
         explain_memory=partial(evaluation_out_of_memory, layout, on_gpu=False),
         results=sys.stdout,
     )

@@ -8,21 +8,21 @@ from itertools import takewhile
 from pathlib import Path
 
 
-def gpu_count(environment: Mapping[str, str], *, devices: Path = Path("/dev")) -> int:
+def gpu_count(environ: Mapping[str, str], *, devices: Path = Path("/dev")) -> int:
     """Return the number of GPUs that a process with this environment would see.
 
     Args:
-        environment: Environment of the process. CUDA_VISIBLE_DEVICES may hide GPUs.
+        environ: Environment of the process. CUDA_VISIBLE_DEVICES may hide GPUs.
         devices: Folder of the device files.
     """
     present = sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
     return present if visible is None else _visible_count(visible, present=present)
 
 
-def device_type(environment: Mapping[str, str]) -> str:
+def device_type(environ: Mapping[str, str]) -> str:
     """Return the device type of the ranks that a process with this environment would start: cuda or cpu."""
-    return "cuda" if gpu_count(environment) else "cpu"
+    return "cuda" if gpu_count(environ) else "cpu"
 
 
 def _visible_count(visible: str, *, present: int) -> int:

@@ -122,8 +122,8 @@ def _profile_local_ranks(
 
     ready, device = check_start(_from_the_start(config, run_dir=out), ranks=ranks, environ=os.environ)
     make_log_folder(logs_folder(out))
-    found = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
-    logger.info("profiling %s on %s: %s", config.run.name, found, ready.layout)
+    started = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
+    logger.info("profiling %s on %s: %s", config.run.name, started, ready.layout)
     with tempfile.TemporaryDirectory(prefix="trainshort-profile-") as scratch:
         file = Path(scratch) / "run.yaml"
         file.write_text(dump_run(_from_the_start(config, run_dir=Path(scratch))), encoding="utf-8")
@@ -133,7 +133,7 @@ def _profile_local_ranks(
             ranks=ready.layout.world_size,
             logs=logs_folder(out),
             metrics=metrics_path(Path(scratch)),
-            environment=os.environ,
+            environ=os.environ,
             explain_memory=partial(rank_out_of_memory, config, ready.layout, on_gpu=False),
         )
     return code, {} if code else json.loads((out / PROFILE_NAME).read_text(encoding="utf-8"))

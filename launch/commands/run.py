@@ -100,7 +100,7 @@ def check_command(
 
         check_tokenizer(config.data)
     device = device_type(os.environ)
-    notes = check_notes(config, device=device, variables=os.environ)
+    notes = check_notes(config, device=device, environ=os.environ)
     if not memory:
         notes += _simpler_layout_notes(config)
     notes = [hide_secrets(name_run_file(note, run, overrides)) for note in notes]
@@ -142,9 +142,9 @@ def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float 
         size = int(gpu_memory_gb * 1e9)
         available = AvailableMemory(size, f"a GPU of {byte_size(size)} (--gpu-memory-gb)", on_gpu=True)
     elif gpus:
-        found = gpu_bytes()
-        name = f"this machine's GPU of {byte_size(found)}" if found else "name the GPU's memory, --gpu-memory-gb 80"
-        available = AvailableMemory(found, name, on_gpu=True, host=host_limit(), gpus=gpus)
+        memory = gpu_bytes()
+        name = f"this machine's GPU of {byte_size(memory)}" if memory else "name the GPU's memory, --gpu-memory-gb 80"
+        available = AvailableMemory(memory, name, on_gpu=True, host=host_limit(), gpus=gpus)
     else:
         limit = host_limit()
         share = limit.size // layout.world_size
@@ -275,7 +275,7 @@ def _start_local_ranks(
             ranks=ready.layout.world_size,
             logs=logs_folder(ready.run_dir),
             metrics=metrics_path(ready.run_dir),
-            environment=_environment_of_ranks(),
+            environ=_environment_of_ranks(),
             explain_memory=partial(rank_out_of_memory, config, ready.layout, on_gpu=False),
         )
         say_end(config, code=code, again=again)

@@ -141,7 +141,7 @@ def open_registry(name: str, *, run_dir: Path, track: Track) -> ModelRegistry:
     set_mlflow_defaults()
     record = read_record(run_dir)
     target = target_of_folder(run_dir, uri=track.uri) or TrackingTarget(
-        run_dir, choose_store(track.uri, run_dir=run_dir, variables=environment())
+        run_dir, choose_store(track.uri, run_dir=run_dir, environ=environment())
     )
     experiment = track.experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT
     if record is None and target.store.file is not None and not config_file(run_dir).is_file():

@@ -108,9 +108,9 @@ def target_of_folder(run_dir: Path, *, uri: str | None) -> TrackingTarget | None
         if start is None:
             return None
         if start["uri"] is None:  # no store was named then
-            return TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, variables=environment()))
+            return TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, environ=environment()))
         record = RunRecord("", start["uri"])
-    store: Store = recorded_store(record, uri=uri, run_dir=run_dir, variables=environment())
+    store: Store = recorded_store(record, uri=uri, run_dir=run_dir, environ=environment())
     return TrackingTarget(run_dir, store)
 
 

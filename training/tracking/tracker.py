@@ -19,7 +19,7 @@ from training.tracking.sync import target_of_folder
 
 _logger = logging.getLogger(__name__)
 
-# how long the end may take before a person is told why
+# how long the end may take before a warning says why
 SILENT_SECONDS = 3.0
 # how long the end of what has failed may take: somebody waits for the error, and other ranks for the process to exit
 _FAILED_SECONDS = 10.0
@@ -58,7 +58,7 @@ class MlflowTracker:
         set_mlflow_defaults()
         self._name, self._offline, self._attached = name, offline, target is not None
         self._experiment = experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT
-        self._target = target or TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, variables=environment()))
+        self._target = target or TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, environ=environment()))
         self._began_ms, self._is_closed = now_ms(), False
         self._sender = Sender(
             self._target,
