@@ -33,7 +33,7 @@ class Terminal(logging.Handler):
     """Show records on a stream and, on a terminal, one live line below them.
 
     What cannot be written is dropped: a full disk or a closed terminal must not end long work. What a given stream does
-    not take at once is dropped too: ranks must not wait for a terminal that is stopped or a pipe that nobody reads.
+    not take at once is dropped too: ranks must not wait for a stopped terminal or an unread pipe.
 
     Args:
         stream: Where to write without blocking; None for what standard error is at each record, as progress bars

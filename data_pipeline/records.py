@@ -11,7 +11,7 @@ from configs.errors import InputError
 from data_pipeline.reading import OnRead, iter_lines
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Python refuses to convert numbers of more than 4,300 digits. Nobody reads them, and a message shows 40 characters.
+# Python refuses to convert numbers of more than 4,300 digits. They are not used, and a message shows 40 characters.
 _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:40]))
 
 

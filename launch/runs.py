@@ -48,8 +48,8 @@ class RunSummary:
     Attributes:
         path: The run folder.
         name: `run.name`; None if the folder has no readable run file yet.
-        state: `unknown` was started on another machine, from where nobody sees whether it runs; `stopped` has saved
-            its last step, `failed` has not; `broken` has a file that cannot be read.
+        state: `unknown` was started on another machine, so it cannot be seen from here whether it runs; `stopped` has
+            saved its last step, `failed` has not; `broken` has a file that cannot be read.
         host: Machine of the newest start; None if it was never started.
         step: Last step in metrics.jsonl or of a checkpoint.
         steps: Steps of the whole run; None if unknown.

@@ -66,7 +66,7 @@ def memory_changes(config: RunConfig, *, layout: Layout, on_gpu: bool) -> list[M
         first("train.micro_batch", _smaller(train.micro_batch)),
         first("parallel.sequence", [True] if parallel.tensor > 1 and not parallel.sequence else []),
         *(first("train.recompute", [more]) for more in RECOMPUTES[RECOMPUTES.index(train.recompute) + 1 :]),
-        # One data rank has nobody to share with.
+        # One data rank has no other to share with.
         *(first("parallel.zero", [zero]) for zero in range(parallel.zero + 1, 4 if layout.data > 1 else 0)),
         first("parallel.offload", ["cpu"] if on_gpu and parallel.offload == "none" else []),
         first("parallel.tensor", range(parallel.tensor + 1, model.heads + 1)),
@@ -108,7 +108,7 @@ def _first_change(
     *,
     may_help: Callable[[RunConfig, Layout], bool],
 ) -> MemoryChange | None:
-    """Return the change to the first value that is legal with all else as it is and may help, or None."""
+    """Return the change to the first value that may help and is legal without other changes; None if there is none."""
     section_name, _, name = key.partition(".")
     section: Train | Parallel = getattr(config, section_name)
     for value in values:

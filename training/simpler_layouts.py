@@ -53,7 +53,7 @@ def simpler_layout(config: RunConfig, *, layout: Layout, gpu_bytes: int) -> Simp
 
 
 def _with_splits(config: RunConfig, *, tensor: int, pipeline: int, world_size: int) -> SimplerLayout | None:
-    """Return the layout of these splits; None if it is not legal with all else as it is."""
+    """Return the layout of these splits; None if it is not legal without other changes."""
     new = {"tensor": tensor, "pipeline": pipeline, "sequence": config.parallel.sequence and tensor > 1}
     changed = config.model_copy(update={"parallel": config.parallel.model_copy(update=new)})
     if problems(changed):

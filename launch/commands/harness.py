@@ -15,7 +15,7 @@ from training.out_of_memory import explain_out_of_memory
 
 harness_commands = typer.Typer()
 
-# What the libraries read when they are imported. Whoever sets one has decided.
+# Read by the libraries when they are imported; a user's own settings win.
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 TaskNames = Annotated[

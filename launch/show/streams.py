@@ -143,7 +143,7 @@ def write_output(output: str | bytes) -> bool:
 
 
 def write_error(text: str) -> None:
-    """Write to standard error, after what was written to standard output; if nobody can read it, drop it."""
+    """Write to standard error, after what was written to standard output; if it cannot be written, drop it."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, Terminal):
             handler.clear()

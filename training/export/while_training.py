@@ -1,4 +1,4 @@
-"""Export checkpoints while a run trains (`checkpoint.export_every`), in a process beside the ranks. Imports no torch.
+"""Export checkpoints while a run trains (`checkpoint.export_every`), in a process of its own. Imports no torch.
 
 Rank 0 starts `trainshort export` once a checkpoint is on disk and goes on at once: a save takes a process start longer.
 One export runs at a time, on one thread of the CPU and with the lowest priority. An export that fails is a warning.
@@ -37,7 +37,7 @@ FIRST_VICTIM = "1000"  # of the kernel, where memory runs out: never a rank
 
 
 def check_export_every(config: RunConfig) -> None:
-    """Refuse exports beside training that could not be made, before training.
+    """Refuse, before training, exports during training that could not be made.
 
     Raises:
         InputError: the format is not known, or cannot hold the model.

@@ -116,7 +116,7 @@ class FixedCache:
         for block, pair in cache.pairs.items():
             for buffer, filled in zip(self.pairs[block], pair, strict=True):
                 buffer[:, :, : cache.length] = filled[:, :, : cache.length]
-        for block in cache.radii:  # of smaller buffers, nobody may have raised it
+        for block in cache.radii:  # with smaller buffers, it may not have been raised
             keys, _ = self.pairs[block]
             self.radii[block].copy_(norms(keys[:, :, : cache.length]).amax(2, keepdim=True))
         cache.pairs, cache.radii = dict(self.pairs), dict(self.radii)

@@ -42,7 +42,7 @@ class _Products:
     @contextmanager
     def set_to(self, products: str) -> Iterator[None]:
         """Multiply in one way. Calls that multiply alike run together; on a CPU all do."""
-        with self._turn, self._ended:  # whoever comes while a call waits stays behind it, or it might wait forever
+        with self._turn, self._ended:  # calls that come later queue behind one that waits, or it might wait forever
             self._ended.wait_for(lambda: not self._running or torch.get_float32_matmul_precision() == products)
             if not self._running:
                 self._before = torch.get_float32_matmul_precision()

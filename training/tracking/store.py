@@ -1,7 +1,7 @@
 """The store that a run is logged to: which one, and the sqlite file of a store without a server.
 
 MLflow creates a sqlite file table by table, in place. Two runs that start together then break each other's tables, and
-one that is killed leaves a file that nobody can use. So a file is created under another name and appears whole.
+one that is killed leaves an unusable file. So a file is created under another name and appears whole.
 """
 
 import os

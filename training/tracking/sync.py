@@ -37,7 +37,7 @@ class Synced:
         sent: Events that were sent.
         refused: Why MLflow did not take some events, which were dropped.
         status: The run's status there.
-        is_open: Whether the run was not ended: it trains, or nobody sees from here whether it does.
+        is_open: Whether the run was not ended: it trains, or that cannot be seen from here.
     """
 
     run_dir: Path
