@@ -113,7 +113,7 @@ def _descriptor_of(stream: TextIO) -> int | None:
 
 
 def _open_again(stream: TextIO) -> int | None:
-    """Open a terminal again, without blocking; None if the stream is none, or is another user's.
+    """Open a terminal again, without blocking; None if the stream is not a terminal, or is another user's.
 
     A terminal that is ready may still take less than a line, and a write of the rest would block. The open file of the
     stream itself is shared with the user's shell, which O_NONBLOCK would break.

@@ -73,7 +73,7 @@ class JsonTokenizer(Tokenizer):
         """Load a tokenizer.json, with the end token that the tokenizer_config.json beside it names, if it is there.
 
         Raises:
-            InputError: it is none, encodes at random, or no token of it ends documents.
+            InputError: it is not a tokenizer.json, encodes at random, or has no token that ends documents.
         """
         files = tokenizer_files(path)
         content = files[TOKENIZER_JSON]

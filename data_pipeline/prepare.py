@@ -313,7 +313,7 @@ def _describe_part(sources: tuple[Source, ...], prefix: Path, *, words: int | No
 
 
 def _shortened(text: str, *, cells: int) -> str:
-    """Return a text that takes at most so many cells of a terminal, at least 8; its middle is cut out."""
+    """Return a text shortened to `cells` cells of a terminal, or to 8; its middle is cut out."""
     short, kept = text, max(cells, 8)
     while cell_len(short) > max(cells, 8):
         kept -= 1

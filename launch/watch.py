@@ -38,7 +38,7 @@ from training.metrics_reader import step_fields
 from training.pace import Pace
 
 ACTIVE, ENDED = ("running", "starting", "silent"), ("finished", "stopped", "failed")
-# Silence is worth a word after so many seconds, steps, or longest validations and saves, whichever is most.
+# A run counts as silent after this many seconds, steps, or longest validations and saves, whichever is longest.
 QUIET_SECONDS, QUIET_STEPS, QUIET_PAUSES = 30.0, 10, 3
 QUIET_STARTING_SECONDS = 300.0  # imports, compilers and checkpoints take minutes
 

@@ -117,7 +117,7 @@ def environment() -> Mapping[str, str]:
 
 
 def environment_beside_ranks(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a process that is started by a rank and is none: one thread, and no GPU."""
+    """Return the environment of a process that a rank starts and that is not a rank: one thread, and no GPU."""
     kept = {name: value for name, value in environ.items() if name not in _VARIABLES_OF_A_RANK}
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 

@@ -49,7 +49,7 @@ class Curve:
             self._each *= 2
 
     def points(self, most: int) -> list[float]:
-        """Return the curve as at most so many means."""
+        """Return the curve as at most `most` means."""
         means = self._means + ([self._sum / self._count] if self._count else [])
         count = min(most, len(means))
         parts = [means[place * len(means) // count : (place + 1) * len(means) // count] for place in range(count)]

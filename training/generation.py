@@ -199,6 +199,6 @@ def sample_token(logits: Tensor, *, sampling: Sampling, generator: torch.Generat
     (candidates,) = torch.where(probabilities >= (1 - sampling.top_p) / (2 * len(logits)))
     likely, order = probabilities[candidates].sort(descending=True, stable=True)
     # Keep a token while the likelier ones sum to less than top_p. The first is always kept.
-    kept = torch.zeros_like(probabilities)  # of all tokens, so that a draw takes as many random numbers for any logits
+    kept = torch.zeros_like(probabilities)  # of all tokens, so that each draw takes the same number of random numbers
     kept[: len(likely)] = likely * (likely.cumsum(0) - likely < sampling.top_p)
     return int(candidates[order[torch.multinomial(kept, 1, generator=generator)]])

@@ -34,7 +34,7 @@ class SimplerLayout:
 
 
 def simpler_layout(config: RunConfig, *, layout: Layout, gpu_bytes: int) -> SimplerLayout | None:
-    """Return the legal layout with the fewest splits that fits with a margin; None if it has as many as there are.
+    """Return the legal layout with the fewest splits that fits with a margin; None if that is not fewer than now.
 
     Args:
         config: The run.
@@ -42,7 +42,8 @@ def simpler_layout(config: RunConfig, *, layout: Layout, gpu_bytes: int) -> Simp
         gpu_bytes: Memory of a GPU.
     """
     splits = product(range(1, layout.tensor + 1), range(1, layout.pipeline + 1))
-    # with as many splits, stages cost more than tensor ranks: they idle, and hold several micro-batches
+    # Of layouts with equally many splits, try fewer stages first: stages cost more than tensor ranks, as they idle and
+    # hold several micro-batches.
     for tensor, pipeline in sorted(splits, key=lambda split: (split[0] * split[1], split[1])):
         if tensor * pipeline >= layout.tensor * layout.pipeline:
             return None

@@ -129,7 +129,7 @@ class FigureExchange:
         _, grad_norm, memory_gb, verdict, *_ = sent.rows.amax(dim=0).tolist()  # nan wins
         loss = sent.rows[-self._last_stage :, 0].double().mean().item()
         density, calls, joules = sent.rows[:, 4:].double().sum(0).tolist()
-        attention_density = density / calls if calls else None  # all ranks have as many heads
+        attention_density = density / calls if calls else None  # all ranks have equally many heads
         seconds = sent.began.elapsed_time(sent.ended) / 1000 if on_gpu else sent.ended - sent.began
         energy_joules = joules if math.isfinite(joules) else None
         return StepFigures(loss, grad_norm, memory_gb, int(verdict), attention_density, energy_joules, seconds)

@@ -28,7 +28,7 @@ profile_commands = typer.Typer()
 def profile_command(
     run: RunFile,
     overrides: Overrides,
-    steps: Annotated[int, count_option("--steps", "Steps to time, and as many again to profile.")] = 3,
+    steps: Annotated[int, count_option("--steps", "Steps to time, then the same number to profile.")] = 3,
     ranks: Annotated[
         int | None,
         count_option("--ranks", "Local ranks to start.  [default: this machine's GPUs, else tensor x pipeline]"),

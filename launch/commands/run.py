@@ -127,7 +127,7 @@ def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float 
     """Estimate a run's memory, and compare it with a GPU of this size, this machine's GPUs, or its memory.
 
     Returns:
-        The estimate and what it was compared with; and why it is of so many ranks, empty if the user said so.
+        The estimate and what it was compared with; and where its number of ranks comes from, empty if the user gave it.
     """
     from configs.figures import byte_size
     from launch.layout_choice import default_layout

@@ -18,7 +18,7 @@ from launch.show.streams import can_redraw, write_output
 _HOME, _CLEAR_REST_OF_LINE, _CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 
 Draw = Callable[[int], Sequence[Text]]
-"""Returns the lines of a picture that is so many columns wide."""
+"""Returns the lines of a picture of the given width in columns."""
 
 
 def refresh(draw: Draw, *, seconds: float, environ: Mapping[str, str]) -> None:

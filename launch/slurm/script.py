@@ -66,7 +66,7 @@ def fewest_nodes(config: RunConfig) -> int:
 def evaluation_size(config: RunConfig) -> JobSize:
     """Return what the evaluation's ranks need: as few nodes as hold them, and the tensor ranks of a stage on one node.
 
-    Each node has as many ranks, since SLURM and torchrun start as many on each.
+    All nodes have the same number of ranks, since SLURM and torchrun start as many on each.
     """
     slurm, tensor = config.slurm, config.evaluate.tensor
     ranks = tensor * config.evaluate.pipeline

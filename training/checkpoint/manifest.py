@@ -157,7 +157,7 @@ def candidate_folders(path: Path) -> list[Path]:
     """Return a checkpoint folder itself, or the checkpoints of a run folder, newest first; named as the path is.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no checkpoint.
     """
     require_folder(path, what="checkpoint", advice="give a folder of RUN_DIR/checkpoints, or RUN_DIR")
     newest_first = [folder.path for folder in reversed(list_checkpoints(path))]
@@ -212,7 +212,7 @@ def find_checkpoint(path: Path, *, warn: bool = True) -> tuple[Path, Manifest]:
         path: A checkpoint or a run folder.
         warn: See `first_whole`.
     Raises:
-        InputError: there is none, or none is whole.
+        InputError: there is no checkpoint, or none is whole.
     """
     return first_whole(candidate_folders(path), check=read_manifest, warn=warn)
 

@@ -74,7 +74,7 @@ def verify_checkpoints(path: Path) -> list[Verdict]:
     """Read every byte of a checkpoint, or of each checkpoint of a run folder, oldest first.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no checkpoint.
     """
     folders = candidate_folders(path)
     _require_run_folder(path)

@@ -189,7 +189,7 @@ def _name(opened: Checkpoint) -> str:
 
 
 def plan_evaluation(request: EvaluationRequest, *, config: RunConfig, tokens: int) -> EvaluationPlan:
-    """Return what a request asks to measure on a text of so many tokens.
+    """Return what a request asks to measure on a text of `tokens` tokens.
 
     Raises:
         InputError: a length, a protocol or the scale is wrong.

@@ -120,7 +120,7 @@ class LossSums:
             self._attention.take()
 
     def _densities(self, windows: int) -> tuple[torch.Tensor, int]:
-        """Return the densities with those of a pass over so many windows, and the windows that they are of."""
+        """Return the densities with those of a pass over some windows, and the number of windows that they are of."""
         before, counted = self._state.densities, self._state.counted
         taken = self._attention.take() if self._attention is not None else []  # one per block
         if not taken:

@@ -38,7 +38,7 @@ def read_model(folder: Path) -> IncomingModel:
     """Read config.json.
 
     Raises:
-        InputError: there is none, or it describes a model that cannot be represented exactly; names each key.
+        InputError: it is missing, or describes a model that cannot be represented exactly; names each key.
     """
     config = _read_json(folder / "config.json")
     kind = config.get("model_type")

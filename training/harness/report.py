@@ -33,7 +33,7 @@ def result_rows(results: Mapping[str, Any], **facts: object) -> list[dict[str, A
         results: What lm_eval's `evaluate` returns.
         facts: What all rows have in common.
     Raises:
-        InputError: there is none.
+        InputError: there are no results.
     """
     rows = [*_rows(results, facts)]
     if not rows:

@@ -62,7 +62,7 @@ def find_config(run_dir: Path, start: Mapping[str, Any]) -> FoundConfig:
     """Return the run file of a start, from a checkpoint if config.yaml was changed since.
 
     Raises:
-        InputError: there is none that can be read.
+        InputError: no run file can be read.
     """
     file, wanted = config_file(run_dir), start["config"].get("sha256")
     copies = [checkpoint.path / CONFIG_NAME for checkpoint in reversed(list_checkpoints(run_dir))]

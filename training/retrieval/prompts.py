@@ -95,7 +95,7 @@ class PromptMaker:
 
     def __init__(self, haystack: Haystack, tokenizer: Tokenizer, *, seed: int) -> None:
         self._haystack, self._tokenizer, self._seed = haystack, tokenizer, seed
-        # All numbers have as many tokens, so that none is likelier for being shorter, and answers fill the same space.
+        # All numbers have equally many tokens: none is likelier for being shorter, and answers fill the same space.
         self._widths = {
             end: mode(len(self._encode(f" {number}{end}")) for number in _TRIED_NUMBERS)
             for end in (SEPARATOR, NEEDLE_END)

@@ -87,7 +87,7 @@ class RetrievalRequest:
         return tuple(number / (self.depths - 1) for number in range(self.depths))
 
     def samples_of(self, task: RetrievalTask) -> int:
-        """Return the prompts of each cell: as many of each length, whether its task has depths or not."""
+        """Return the prompts of each cell: each length gets the same number, whether its task has depths or not."""
         return self.samples * self.depths if task.is_spread else self.samples
 
 
