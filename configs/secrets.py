@@ -23,7 +23,7 @@ _SECRET_VALUE = re.compile(
 _HTTP = r"[Hh][Tt][Tt][Pp][Ss]?(?::/+|//)"
 _MISTYPED = r"[A-Za-z][\w+.-]*(?::/|//)"
 # What looks like a secret in any text: the user of a URI, a parameter of a URI, a variable such as HF_TOKEN, a header
-# and the user of curl. A reference such as $HF_TOKEN is not a secret, nor is $oauthtoken, the user name of every NGC account.
+# and the user of curl. A reference such as $HF_TOKEN is no secret, nor is $oauthtoken, the user of every NGC account.
 _USER = re.compile(
     r"(\b(?:[A-Za-z][\w+.-]*://|" + _HTTP + r"))"
     r"(?![^\s/@]*\$\{\w+\}@|\$oauthtoken@)(?:[^\s/@]+|[^\s/@:]*:[^\s@'\"]+)@"

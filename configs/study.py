@@ -147,7 +147,7 @@ def load_study(name_or_path: str, *, overrides: Sequence[str] = ()) -> LoadedStu
 
     Args:
         name_or_path: A YAML file, or the name of a file in configs/studies.
-        overrides: Of all runs, each `section.key=value`; they come after `set` of the study.
+        overrides: For all runs, each `section.key=value`; they come after `set` of the study.
     Raises:
         InputError: the file, an override or a run is wrong; the message lists every problem.
     """

@@ -50,7 +50,7 @@ def write_index(
 
     Args:
         file: The .idx.
-        dtype: Of the tokens.
+        dtype: Type of the tokens.
         lengths: Tokens of each sequence.
         document_ends: The number of sequences up to the end of each document.
     """

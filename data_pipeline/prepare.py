@@ -157,7 +157,7 @@ def _warn_of_unused_separator(data: Data, *, documents: int) -> None:
 
     Args:
         data: The run's `data` section.
-        documents: Of all sources but those used in place.
+        documents: Number of documents of all sources but those used in place.
     """
     if data.document_separator is None:
         return

@@ -60,7 +60,7 @@ def cause_of(failed: Sequence[Rank], *, killed: Sequence[Rank]) -> Rank | None:
 
     Args:
         failed: Ranks that ended with an error, the first one first.
-        killed: Those of them that were ended by a signal which the launcher had not sent.
+        killed: The failed ranks that a signal ended which the launcher had not sent.
     """
     refused = [rank for rank in failed if rank.code in _REPORTED_CODES]
     if refused:  # all ranks raise some errors together

@@ -58,16 +58,16 @@ class RunView:
         starts: How often it was started.
         started_at: When last.
         began_after: Step that the newest start continues from.
-        ranks, layout: Of the newest start.
+        ranks, layout: Ranks and layout of the newest start.
         step, steps: The last step, and those of the whole run.
         newest: Fields of the last step in metrics.jsonl.
         tokens_per_second, utilization, causal_utilization: Means of the recent steps of the newest start.
         seconds_left: To the end of the run, with validations and saves.
         validation, best: The newest and the lowest validation.
         checkpoints, newest_checkpoint, checkpoint_seconds: Their number, the newest one's step and age.
-        warnings: Of the newest start, the newest last, with how often each was said; at most KEPT_WARNINGS.
+        warnings: Warnings of the newest start, the newest last, with how often each was said; at most KEPT_WARNINGS.
         saying: The last line of the log.
-        curves: Of the fields in CURVES, over all steps.
+        curves: Curves of the fields in CURVES, over all steps.
         problem: What cannot be read.
     """
 

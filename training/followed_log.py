@@ -31,7 +31,7 @@ class FollowedLog:
 
     Attributes:
         started_at: When it began; None if its first line is not in the log's end.
-        warnings: With how often each was said, the newest last.
+        warnings: Its warnings, each with how often it was logged, the newest last.
         newest: The last line.
     """
 

@@ -27,7 +27,7 @@ class Curve:
     """The means of equally many values each: at most twice CURVE_POINTS of them, however many values there are.
 
     Attributes:
-        lowest: Of the values; infinite if there is none.
+        lowest: Lowest of the values; infinite if there are none.
         highest: Likewise.
     """
 
@@ -64,7 +64,7 @@ class FollowedMetrics:
         recent: Fields of the last steps, at most RECENT_STEPS.
         validation: The newest validation; None if there is none.
         best: The lowest one.
-        curves: Of the fields in CURVES, over all steps.
+        curves: Curves of the fields in CURVES, over all steps.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -28,7 +28,7 @@ def refresh(draw: Draw, *, seconds: float, environ: Mapping[str, str]) -> None:
 
     Args:
         draw: Makes the picture.
-        seconds: From one picture to the next.
+        seconds: Time from one picture to the next.
         environ: Environment, whose TERM says what the terminal takes.
     """
     redraws, shown = can_redraw(sys.stdout, environ=environ), ""

@@ -38,7 +38,7 @@ class ComparedRun:
         run_dir: The run folder.
         checkpoint: Name of the checkpoint that is compared: the given or the newest one; None if there is none.
         config: The run file of the newest start, or of the given checkpoint.
-        manifest: That of the compared checkpoint; None if there is none that can be read.
+        manifest: Manifest of the compared checkpoint; None if it cannot be read.
         steps: Results of its steps up to the given checkpoint, as in metrics.jsonl.
         report_path: The report of an evaluation; None if there is none.
         report: Its contents.

@@ -51,7 +51,7 @@ class Change:
     """The difference of a result's loss from that of its protocol's shortest length.
 
     Attributes:
-        loss: In nats.
+        loss: Difference in nats.
         error: Its standard error, from draws of the same units in both.
     """
 

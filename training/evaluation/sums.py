@@ -20,8 +20,8 @@ class Totals:
     """Sums of the losses of scored predictions, in nats.
 
     Attributes:
-        by_position: By place in the window, [length].
-        by_unit: By unit of the text, [units].
+        by_position: Sums by place in the window, [length].
+        by_unit: Sums by unit of the text, [units].
         density_by_layer: Share of the causal scores that each block's attention computed, mean over heads and windows;
             empty if its kernel does not count them.
     """
@@ -74,7 +74,7 @@ class LossSums:
         """Add the losses of a batch of windows, the one after those that are done.
 
         Args:
-            losses: Of the last predictions of each window, [windows, predictions] fp32, on any device.
+            losses: Losses of the last predictions of each window, [windows, predictions] fp32, on any device.
             batch: The windows.
         """
         state, device = self._state, losses.device

@@ -78,7 +78,7 @@ class SingleModel:
     Attributes:
         certificate: The newest certificate of its positions, as plain values.
         batch_tokens: Inputs of one pass that use the device well.
-        windows: Those of its attention; None if it has none.
+        windows: Lossless windows of its attention; None if it has none.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class CertificateFacts:
     """What the newest start stated of its positions.
 
     Attributes:
-        verdict: In a sentence.
+        verdict: A sentence on whether they are right.
         is_good: Whether every rank's attention is what its position method promises.
         headings, rows: A table with a row per rank.
         left_out: Ranks that have no row.

@@ -63,7 +63,7 @@ def data_facts(folder: Path, *, reads_all: bool = False) -> dict[str, Any]:
     """Return what identifies prepared data; `problem` says why it cannot be used.
 
     Args:
-        folder: Of the prepared data.
+        folder: Folder of the prepared data.
         reads_all: Whether to read every byte.
     """
     facts: dict[str, Any] = {"folder": str(folder), "problem": None}

@@ -52,7 +52,7 @@ def record_start(
     Args:
         config: The run.
         place: This process among the ranks.
-        fence: Of this start.
+        fence: Fence of this start.
         layout: How the ranks are split into axes.
         step: The step that training begins from.
         gpu: Name of this rank's GPU; None on a CPU.

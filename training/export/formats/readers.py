@@ -117,7 +117,7 @@ class ServingCommand:
 
     Attributes:
         runtime: What runs it.
-        language: Of the command, as Markdown names it: sh or python.
+        language: Language of the command, as Markdown names it: sh or python.
         command: The command; {file} and {longest} stand for the file and the longest text.
         note: What to know of it.
     """
