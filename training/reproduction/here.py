@@ -34,13 +34,13 @@ class Here:
         gpu: Name of its GPU; None if the ranks would be CPU ranks.
         gpus: Number of its GPUs.
         cores: CPU cores that this process may use.
-        environ: The environment.
+        variables: The environment.
     """
 
     gpu: str | None
     gpus: int
     cores: int
-    environ: Mapping[str, str]
+    variables: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def facts_here(
         "weights": weights_facts(found_at(weights, start) if weights else None, reads_all=reads_all),
         "versions": {"python": python_version(), **installed_versions()},
         "hardware": hardware_facts(gpu=here.gpu, gpus=here.gpus, cores=here.cores),
-        "variables": variable_facts({**_defaults(config, layout, start, here), **here.environ}),
+        "variables": variable_facts({**_defaults(config, layout, start, here), **here.variables}),
     }
 
 

@@ -253,7 +253,7 @@ def _variables(start: Mapping[str, Any], differing: list[Difference], *, here: H
     changed = [each.what for each in differing if each.section == "variables"]
     then = start["variables"]
     given = [f"{name}={shlex.quote(then[name])}" for name in changed if name in then]
-    unset = [f"-u {name}" for name in changed if name not in then and name in here.environ]
+    unset = [f"-u {name}" for name in changed if name not in then and name in here.variables]
     if here.gpus and not is_on_gpu(start):
         given.append("CUDA_VISIBLE_DEVICES=")  # else `train` would start GPU ranks
     words = ["env", *unset, *given] if unset else given
