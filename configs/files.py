@@ -44,6 +44,18 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def move_aside(path: Path, *, date: str) -> Path:
+    """Rename a file that another of its name is to replace; return its new path.
+
+    Args:
+        path: The file.
+        date: When it is replaced, in ISO 8601.
+    """
+    aside = path.with_name(f"{path.stem}.until-{date.replace(':', '')}{path.suffix}")
+    path.replace(aside)
+    return aside
+
+
 def try_folder(folder: Path) -> None:
     """Make a folder and write a file in it as `whole_file` does, then undo both: long work must not fail at its end.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError, MachineError
-from configs.files import try_folder, whole_file
+from configs.files import try_folder, whole_file, write_json
 from configs.load import dump_run, load_run
 from configs.paths import (
     certificates_path,
@@ -120,7 +120,7 @@ def _write_records(config: RunConfig, *, fence: Fence, layout: Layout, device: "
         "packages": installed_versions(),
         "code": source_code(),
     }
-    environment_path(run_dir).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json(environment_path(run_dir), document, mark=f".{fence.token}")
 
 
 def device_name(device: "torch.device") -> str:

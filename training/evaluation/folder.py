@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, MachineError
-from configs.files import try_folder
+from configs.files import move_aside, try_folder
 from training.evaluation.kept import NEWEST, NEWEST_PLOT, read_report, report_label
 from training.evaluation.plot import draw_plot
 from training.evaluation.report import merge_reports, write_report
@@ -104,7 +104,6 @@ def _with_earlier(report: dict[str, Any], path: Path) -> dict[str, Any]:
         merged = None
     if merged is not None:
         return merged
-    aside = path.with_name(f"{path.stem}.until-{report['date'].replace(':', '')}.json")
-    path.replace(aside)
+    aside = move_aside(path, date=report["date"])
     logger.warning("%s was of other weights, text, attention or precision: it is now %s", path, aside.name)
     return report

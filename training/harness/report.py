@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.files import write_whole
+from configs.files import move_aside, write_whole
 from configs.terminal import printable
 from training.evaluation.folder import failed_write_keeps
 from training.harness.kept import (
@@ -132,8 +132,7 @@ def _with_earlier(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
         rows = {tuple(row[key] for key in _KEY): row for row in (*earlier["results"], *report["results"])}
         made = {each["date"]: each for each in (*earlier["evaluations"], *report["evaluations"])}
     except (ValueError, KeyError, TypeError):  # broken too
-        aside = path.with_name(f"{HARNESS_RESULTS}.until-{report['evaluations'][0]['date'].replace(':', '')}.json")
-        path.replace(aside)
+        aside = move_aside(path, date=report["evaluations"][0]["date"])
         logger.warning("%s was broken or of other weights: it is now %s", path, aside.name)
         return dict(report)
     dates = {row["date"] for row in rows.values()}
