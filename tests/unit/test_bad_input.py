@@ -320,7 +320,7 @@ def test_a_broken_newest_checkpoint_is_refused(trainshort: Call, trained: Path) 
     assert_matches(refused(trainshort, "evaluate", "run"), expected)
     assert_matches(refused(trainshort, "export", "run", "--format", "hf", "--out", "out"), expected)
     (checkpoint / "manifest.json").write_text("{")
-    expected = r"checkpoint .* has a broken manifest.json \(.*\): use another checkpoint"
+    expected = r"checkpoint .* has a broken manifest.json \(it is not JSON: .*\): use another checkpoint"
     assert_matches(refused(trainshort, "train", "run.yaml"), expected)
 
 
