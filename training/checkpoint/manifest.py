@@ -238,7 +238,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise NoCheckpoint(
             f"{folder} is not a checkpoint, it has no {MANIFEST_NAME}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
         ) from None
-    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise InputError(
             f"checkpoint {folder} has a broken {MANIFEST_NAME} ({_reason(error)}): use another checkpoint"
         ) from None
@@ -276,7 +276,8 @@ def _parse_manifest(content: bytes, *, folder: Path) -> Manifest:
             f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {CHECKPOINT_FORMAT}: "
             "use the version that wrote it"
         )
-    del data["sha256"]
+    if data.pop("sha256", None) is None:
+        raise ValueError("it has no sha256")
     # Compare the bytes: the hash is of values, and 1E-08 is the same value as 1e-08.
     if content != manifest_bytes(data):
         raise ValueError("it was altered: its SHA-256 differs")
@@ -285,20 +286,12 @@ def _parse_manifest(content: bytes, *, folder: Path) -> Manifest:
 
 def _reason(error: Exception) -> str:
     """Return why a manifest is broken, in a few words."""
-    match error:
-        case ValidationError():
-            problem = error.errors(include_url=False, include_context=False)[0]
-            return f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}"
-        case KeyError():
-            return f"it has no {error.args[0]}"
-        case RecursionError():
-            return "it is nested too deeply"
-        case OSError():
-            return error.strerror or first_line(error)
-        case json.JSONDecodeError():
-            return f"it is not JSON: {error}"
-        case _:
-            return first_line(error)
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False, include_context=False)[0]
+        return f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return f"it is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
 def hash_problems(folder: Path, files: dict[str, FileEntry]) -> Iterator[str]:
