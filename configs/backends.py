@@ -60,7 +60,7 @@ class Backend(Choice):
         return tuple(position.name for position in POSITIONS.values() if position.bias in self.biases)
 
     def unmet(self, *, bias: BiasKind, precision: str, head_dim: int, documents: bool = False) -> set[str]:
-        """Return which of them it supports on no machine, by name."""
+        """Return the names of the arguments that it supports on no machine."""
         supported = {
             "bias": bias in self.biases,
             "precision": precision in self.precisions,

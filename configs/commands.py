@@ -1,4 +1,4 @@
-"""The commands that messages tell the user to type: quoted for a shell, and with the user's own run file.
+"""Commands of trainshort: as messages tell the user to type them, and as one process starts another.
 
 A message that tells to type `trainshort prepare` or `trainshort train` leaves out the run file: most code does not know
 its name. The command line, which does, completes the message.
@@ -6,27 +6,47 @@ its name. The command line, which does, completes the message.
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import TrainshortError
+from configs.secrets import hide_secrets
 
 _COMMAND = re.compile(r"`trainshort (?:prepare|train)(?=`| --)")
 
 
 def typed_path(path: Path | str) -> str:
-    """Return a path as to type it: quoted for a shell, and with ./ if it would be read as an option."""
+    """Return a path quoted for a shell, with ./ before it if it would be read as an option."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def typed_overrides(overrides: Sequence[str]) -> str:
-    """Return the user's `--set` options as to type them, each with a space before it."""
+    """Return the user's `--set` options quoted for a shell, each with a space before it."""
     return "".join(f" --set {shlex.quote(value)}" for value in overrides)
 
 
+def override_options(overrides: Iterable[str]) -> list[str]:
+    """Return the `--set` options of a command that is started with these overrides."""
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def typed_command() -> str:
+    """Return this process's command line as the user typed it, quoted for a shell, without secrets."""
+    return hide_secrets(shlex.join(["trainshort", *sys.argv[1:]]))
+
+
+def command_here(*arguments: str) -> list[str]:
+    """Return the command line of a trainshort process with this Python and this code.
+
+    -P keeps the working directory off sys.path: the user may have a folder called training or configs there.
+    """
+    return [sys.executable, "-P", "-m", "trainshort", *arguments]
+
+
 def name_run_file(text: str, run: str, overrides: Sequence[str] = ()) -> str:
-    """Return a message whose commands on a run file are those to type, quoted for the shell.
+    """Return a message with the run file added to its commands, quoted for a shell.
 
     Args:
         text: As in "run `trainshort prepare`".
@@ -38,7 +58,7 @@ def name_run_file(text: str, run: str, overrides: Sequence[str] = ()) -> str:
 
 @contextmanager
 def run_file_named(run: str, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Name the run file in the commands that errors of the block tell the user to type; see `name_run_file`."""
+    """Add the run file to the commands in errors that the block raises; see `name_run_file`."""
     try:
         yield
     except TrainshortError as error:

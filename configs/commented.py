@@ -54,7 +54,7 @@ def write_run_file(file: Path, *, name: str, source: str) -> None:
             "--out FILE says where to write the file"
         )
     if source not in shipped_runs():
-        raise InputError(f"--from {source} is no shipped run: use one of {', '.join(shipped_runs())}")
+        raise InputError(f"--from {source} is not a shipped run: use one of {', '.join(shipped_runs())}")
     text = commented_run((RUNS / f"{source}.yaml").read_text(encoding="utf-8"), name=name, source=source)
     check_run(read_yaml(text, name=str(file)), name=str(file))
     try:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-# What torch, NCCL, cuBLAS, the C++ library and the loader of shared libraries say where memory runs out.
+# What torch, NCCL, cuBLAS, the C++ library and the loader of shared libraries say when memory runs out.
 NO_MEMORY = re.compile(
     r"out of memory|(?:can't|cannot|failed to) allocate(?! memory in static TLS)|not enough memory|bad_alloc|"
     r"_ALLOC_FAILED|cudaErrorMemoryAllocation",
@@ -30,9 +30,16 @@ class MachineError(TrainshortError):
 
 
 class LostPeers(TrainshortError):
-    """A rank failed only because another one has ended, which has the cause: the launcher looks for that one."""
+    """A rank failed only because another rank ended first: the launcher looks for the cause in that one."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, at most 200 characters; the name of its type if it has none."""
+    # the text of a KeyError is the key in quotes
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return next(iter(text.splitlines()), type(error).__name__)[:200]
 
 
 def not_prepared(folder: Path) -> InputError:

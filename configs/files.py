@@ -1,11 +1,13 @@
 """Write files atomically, and let one process at a time write to a folder."""
 
 import fcntl
+import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -27,6 +29,31 @@ def whole_file(path: Path, *, mark: str = "") -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, mark: str = "") -> None:
+    """Write a JSON object as `whole_file` does."""
+    with whole_file(path, mark=mark) as temporary:
+        # ASCII: a file name that is not UTF-8 has no other form in JSON
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file as `whole_file` does; two processes may write it at a time."""
+    with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def move_aside(path: Path, *, date: str) -> Path:
+    """Rename a file that another of its name is to replace; return its new path.
+
+    Args:
+        path: The file.
+        date: When it is replaced, in ISO 8601.
+    """
+    aside = path.with_name(f"{path.stem}.until-{date.replace(':', '')}{path.suffix}")
+    path.replace(aside)
+    return aside
 
 
 def try_folder(folder: Path) -> None:

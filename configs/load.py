@@ -78,7 +78,7 @@ def find_yaml(name_or_path: str, *, shipped: Path, what: str) -> Path:
     """
     path, names = expand_path(name_or_path), ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
     if not name_or_path.strip():
-        raise InputError(f"{what} {name_or_path!r} is no name: give a YAML file or one of {names}")
+        raise InputError(f"{what} {name_or_path!r} is not a name: give a YAML file or one of {names}")
     try:
         if path.is_file():
             return path
@@ -124,7 +124,7 @@ def _check(data: dict[str, Any], *, name: str, wrong: list[str], is_whole: bool)
 
 
 def _valid_part(data: dict[str, Any], error: ValidationError) -> RunConfig:
-    """Return the run with its valid keys alone: to read another one raises AttributeError.
+    """Return the run with only its valid keys; reading any other raises AttributeError.
 
     What is wrong or missing is first taken from an example, so that the rest can be validated, and then removed.
     """

@@ -35,6 +35,21 @@ def expand_path(text: str) -> Path:
     return Path(_expanded(text))
 
 
+def require_folder(path: Path, *, what: str, advice: str) -> None:
+    """Refuse a path that is not a folder.
+
+    Args:
+        path: The path, as the user gave it.
+        what: What the folder is, in the message: run folder, checkpoint.
+        advice: What to do, likewise.
+    Raises:
+        InputError: there is something else, or nothing.
+    """
+    if not path.is_dir():
+        seen = "is a file" if path.is_file() else "is not a folder" if path.exists() else "does not exist"
+        raise InputError(f"{what} {path} {seen}: {advice}")
+
+
 def _problem(text: str) -> str | None:
     # an empty variable would make $SCRATCH/run a folder of the root
     unset = [name for name in _VARIABLE.findall(text) if os.path.expandvars(name) in (name, "")]
@@ -62,7 +77,7 @@ def _expand_key(text: str) -> str:
             return expanded
         except UnicodeEncodeError:
             problem = _NOT_UTF8
-    # its braces are no fields of a template
+    # a placeholder, since the problem may contain braces
     raise PydanticCustomError(BAD_PATH, "{problem}", {"problem": problem})
 
 

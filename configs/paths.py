@@ -25,7 +25,12 @@ def config_file(run_dir: Path) -> Path:
 
 def data_folder(config: RunConfig) -> Path:
     """Return the folder of the prepared data: `data.dir`, or RUN_DIR/data."""
-    return Path(config.data.dir) if config.data.dir else run_folder(config) / "data"
+    return Path(config.data.dir) if config.data.dir else own_data_folder(run_folder(config))
+
+
+def own_data_folder(run_dir: Path) -> Path:
+    """Return the folder of a run's prepared data where `data.dir` is not set."""
+    return run_dir / "data"
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -53,9 +58,9 @@ def logs_folder(run_dir: Path) -> Path:
     return run_dir / "logs"
 
 
-def rank_log(run_dir: Path, *, rank: int) -> Path:
-    """Return the log of a rank: all of its output, over all starts; rank 0's is the run's."""
-    return logs_folder(run_dir) / f"rank_{rank}.log"
+def rank_log(logs: Path, *, rank: int) -> Path:
+    """Return the log of a rank in a folder of logs: all of its output, over all starts; rank 0's is the run's."""
+    return logs / f"rank_{rank}.log"
 
 
 def step_export_log(run_dir: Path, *, step: int) -> Path:
@@ -68,8 +73,13 @@ def metrics_path(run_dir: Path) -> Path:
     return run_dir / "metrics.jsonl"
 
 
+def environment_path(run_dir: Path) -> Path:
+    """Return the file that says what the newest start runs on: ranks, device, package versions, commit."""
+    return run_dir / "environment.json"
+
+
 def spool_folder(run_dir: Path) -> Path:
-    """Return the folder of what MLflow has not been told yet."""
+    """Return the folder of the records that were not sent to MLflow yet."""
     return run_dir / "tracking"
 
 

@@ -153,7 +153,7 @@ def scale_for(text: str, model: "Model") -> PositionScale:
     if scale.method not in position.scales:
         able = " or ".join(row.name for row in POSITIONS.values() if scale.method in row.scales)
         advice = f"use {' or '.join(position.scales)}" if position.scales else "leave --scale out"
-        raise InputError(f"scale {scale.method} is for positions {able}, and this model has {model.position}: {advice}")
+        raise InputError(f"scale {scale.method} is for {able} positions, and this model has {model.position}: {advice}")
     rates = model.heads if position.slopes is not None else model.head_dim // 2
     if rates < 2 and SCALES[scale.method].spreads:
         what = "head" if position.slopes is not None else "pair of dimensions in a head"
@@ -169,5 +169,7 @@ def fixed_scale_for(text: str, model: "Model") -> PositionScale:
     """
     scale = scale_for(text, model)
     if scale.factor is None:
-        raise InputError(f"scale {text!r} follows the length, and a text that is generated grows: use {text}:4")
+        raise InputError(
+            f"scale {text!r} follows the length, which grows as text is generated: give a factor, as in {text}:4"
+        )
     return scale

@@ -22,8 +22,7 @@ def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
 
     Args:
         config: The run.
-        partial: Whether some keys are not set, so that to read them raises AttributeError; rules about them do not
-            count.
+        partial: Whether some keys are not set: reading one raises AttributeError, and rules about it are skipped.
     """
     broken: list[str] = []
     for rule in _RULES:
@@ -37,7 +36,7 @@ def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
 
 
 def divisors(number: int) -> str:
-    """Return the divisors of a number in words: `1, 2, 4 or 8`; of one that takes seconds to divide, just words."""
+    """Return the divisors of a number in words: `1, 2, 4 or 8`; `a divisor of it` if it is too large to factor."""
     if number > _LARGEST_DIVIDED:
         return "a divisor of it"
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
@@ -271,7 +270,7 @@ def _mounts(config: RunConfig) -> Iterator[str]:
 def _variables(config: RunConfig) -> Iterator[str]:
     for name in config.slurm.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            yield f"slurm.env has {name!r}, no name of an environment variable: use letters, digits and _"
+            yield f"slurm.env has {name!r}, which cannot name an environment variable: use letters, digits and _"
 
 
 def _tags(config: RunConfig) -> Iterator[str]:
@@ -280,8 +279,8 @@ def _tags(config: RunConfig) -> Iterator[str]:
         is_path = normpath(name) == name and not name.startswith(("/", "..")) and name != "."
         if not (is_path and re.fullmatch(r"[\w.: /-]{1,250}", name)):
             yield (
-                f"track.tags has {name!r}, no name of a tag in MLflow: use at most 250 letters, digits, blanks and "
-                "_ - . : /"
+                f"track.tags has {name!r}, which MLflow refuses as the name of a tag: use at most 250 letters, digits, "
+                "blanks and _ - . : /"
             )
 
 

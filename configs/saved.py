@@ -9,17 +9,22 @@ import yaml
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+class NotYamlError(ValueError):
+    """A file that should hold a run is not even YAML."""
+
+
 def saved_values(path: Path) -> dict[str, dict[str, Any]]:
     """Return the sections of a run file as plain values.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no run.
+        NotYamlError: it is not YAML.
+        ValueError: it is YAML, but holds no run.
     """
     try:
         values = yaml.load(path.read_bytes(), Loader=_LOADER)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError("is not YAML") from error
+        raise NotYamlError("is not YAML") from error
     if not isinstance(values, dict) or not {"run", "model"} <= values.keys():
         raise ValueError("holds no run")
     return {str(name): section for name, section in values.items() if isinstance(section, dict)}

@@ -1,4 +1,4 @@
-"""`--scale`: positions scaled for texts longer than those of the training. Imports no torch.
+"""`--scale`: positions scaled for texts longer than in training. Imports no torch.
 
 ALiBi has a slope per head, and rotary positions a rate per pair of dimensions: what a token of distance adds to a
 penalty or to an angle. Both fall in a geometric sequence. A method divides each of these rates by something between 1
@@ -68,7 +68,7 @@ class PositionScale:
 
 
 def scaled_rates(rates: Sequence[float], scaling: Scaling | None) -> list[float]:
-    """Return slopes or rates as positions use them; those of the training without a scaling."""
+    """Return slopes or rates, scaled if there is a scaling."""
     return [*rates] if scaling is None else scaling.rates(rates)
 
 
@@ -76,7 +76,7 @@ def parse_scale(text: str) -> PositionScale:
     """Parse `linear`, or with a factor `linear:4`.
 
     Raises:
-        InputError: another method, or a factor that is no number from 1 on.
+        InputError: the method is unknown, or the factor is not a number from 1 up.
     """
     method, colon, number = text.partition(":")
     if method not in SCALES:
@@ -92,7 +92,7 @@ def parse_scale(text: str) -> PositionScale:
 
 
 def _linear(rates: Sequence[float], scaling: Scaling) -> list[float]:
-    """Divide all by the factor: positions between those of the training.
+    """Divide all by the factor, which puts positions between the trained ones.
 
     Source: Chen et al. 2023, arXiv 2306.15595 (rotary); Al-Khateeb et al. 2023, arXiv 2310.13017 (ALiBi).
     """
@@ -145,7 +145,7 @@ class ScaleMethod:
     Attributes:
         rates: Returns scaled slopes or rates.
         gain: What a factor multiplies rotated queries and keys by, each.
-        spreads: Whether rates are scaled differently, so that it takes two.
+        spreads: Whether it scales each rate by another amount, which needs at least two.
     """
 
     rates: Callable[[Sequence[float], Scaling], list[float]]

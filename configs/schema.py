@@ -235,7 +235,8 @@ class CheckpointRules(Section):
     background: bool = Field(default=False, description="Write checkpoints in the background; not available yet.")
     export_every: NonNegativeInt = Field(
         default=0,
-        description="Steps between exports beside training, to RUN_DIR/exports, the last step too; 0 for none.",
+        description="Steps between exports during training, to RUN_DIR/exports; 0 for none. The last step is exported "
+        "too.",
     )
     export_format: str = Field(default="hf", description="Format of those exports, as in `export --format`.")
 

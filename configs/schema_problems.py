@@ -13,9 +13,9 @@ from configs.schema import RunConfig, Source
 from configs.secrets import hide_secrets, is_secret_name
 
 _WORDS = {**dict.fromkeys(("true", "on", "yes", "1"), "true"), **dict.fromkeys(("false", "off", "no", "0"), "false")}
-# What a key of words has instead, the first that it takes.
+# What true and false may mean for a key with named values: the first that it accepts.
 _WORDS_FOR = {"true": ("on", "auto"), "false": ("off", "none")}
-# difflib's ratio from which a key may be a slip of the pen for another of its section, or of another section.
+# difflib's ratio from which a key may be a misspelling of another in its section, or in another section.
 _NEAR, _NEAR_ELSEWHERE = 0.7, 0.8
 
 

@@ -23,7 +23,7 @@ _SECRET_VALUE = re.compile(
 _HTTP = r"[Hh][Tt][Tt][Pp][Ss]?(?::/+|//)"
 _MISTYPED = r"[A-Za-z][\w+.-]*(?::/|//)"
 # What looks like a secret in any text: the user of a URI, a parameter of a URI, a variable such as HF_TOKEN, a header
-# and the user of curl. A reference such as $HF_TOKEN is none, nor is $oauthtoken, the user name of every NGC account.
+# and the user of curl. A reference such as $HF_TOKEN is no secret, nor is $oauthtoken, the user of every NGC account.
 _USER = re.compile(
     r"(\b(?:[A-Za-z][\w+.-]*://|" + _HTTP + r"))"
     r"(?![^\s/@]*\$\{\w+\}@|\$oauthtoken@)(?:[^\s/@]+|[^\s/@:]*:[^\s@'\"]+)@"
@@ -63,7 +63,7 @@ class _Uri:
 
     @classmethod
     def of(cls, text: str) -> "_Uri":
-        # me:pw@host and https:/me:pw@host are no URIs, but their password must not be shown either
+        # me:pw@host and https:/me:pw@host are not URIs, but their password must not be shown either
         start = re.match(rf"{_HTTP}|[^/@?]*://|(?:{_MISTYPED}|//)(?=[^/@:]*:.*@)|(?=[^/@]*:[^/]*@)", text)
         if start is None:
             return cls("", "", text, ())  # a path
@@ -121,7 +121,7 @@ def uri_secrets(uri: str) -> set[str]:
 
 def with_references(uri: str, *, variables: Mapping[str, str]) -> str:
     """Return a URI with the variables that it refers to, percent-encoded; one that is not set stays as written."""
-    return _REFERENCE.sub(lambda found: quote(variables[found[1]], safe="") if found[1] in variables else found[0], uri)
+    return _REFERENCE.sub(lambda match: quote(variables[match[1]], safe="") if match[1] in variables else match[0], uri)
 
 
 def is_secret_variable(name: str, value: str) -> bool:
@@ -151,9 +151,9 @@ def hide_secrets(text: str, *, known: Iterable[str] = ()) -> str:
     return _ASSIGNED.sub(rf"\1{HIDDEN}", _NAMED.sub(_without_value, text))
 
 
-def _without_value(found: re.Match[str]) -> str:
-    is_secret = is_secret_name(found[2] or found[3]) or _inner_secrets(found[4])
-    return f"{found[1]}{HIDDEN}" if is_secret else found[0]
+def _without_value(match: re.Match[str]) -> str:
+    is_secret = is_secret_name(match[2] or match[3]) or _inner_secrets(match[4])
+    return f"{match[1]}{HIDDEN}" if is_secret else match[0]
 
 
 def _is_secret_pair(pair: str) -> bool:

@@ -1,4 +1,4 @@
-"""Parts of a start that are slow: say how long one took, and import without garbage collection. Imports no torch."""
+"""Slow parts of a start: log how long one took, and import without garbage collection. Imports no torch."""
 
 import gc
 import sys
@@ -13,7 +13,7 @@ SLOW_SECONDS = 1.0
 
 @contextmanager
 def timed(done: str, *, say: Callable[[str, str, str], None]) -> Iterator[None]:
-    """Time the block; if it took more than a second, say what was done, and in what time.
+    """Time the block; if it took more than a second, log what was done and how long it took.
 
     Args:
         done: A verb in the past and its object: `drew 9,744 initial weights`.
@@ -28,7 +28,7 @@ def timed(done: str, *, say: Callable[[str, str, str], None]) -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import in the block without garbage collection, and leave what that made out of later ones.
+    """Import in the block without garbage collection, and leave the new objects out of later collections.
 
     Libraries make a million objects that stay: looking at them took a second of a start, half of it in collections that
     DeepSpeed asks for while it builds an engine. Where torch is there already, nothing slow is left to import.

@@ -10,7 +10,7 @@ import yaml
 
 from configs.errors import InputError
 
-# What PyYAML says, in words: a pattern of its whole message, and what is wrong instead, or what to do.
+# Patterns of PyYAML's messages, and what to say instead: what is wrong, or what to do.
 _WORDS = {
     r"(found character '\\t' that cannot start any token)": r"\1: indent with spaces, not tabs",
     r"found character '(.)' that cannot start any token": r"a value cannot begin with \1: quote it",

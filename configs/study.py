@@ -147,16 +147,16 @@ def load_study(name_or_path: str, *, overrides: Sequence[str] = ()) -> LoadedStu
 
     Args:
         name_or_path: A YAML file, or the name of a file in configs/studies.
-        overrides: Of all runs, each `section.key=value`; they come after `set` of the study.
+        overrides: For all runs, each `section.key=value`; they come after `set` of the study.
     Raises:
         InputError: the file, an override or a run is wrong; the message lists every problem.
     """
     path = find_yaml(name_or_path, shipped=STUDIES, what="study")
     parsed = parse_yaml(read_text_file(path, what="study"))
     if parsed.problems or not isinstance(parsed.value, dict):
-        found = [with_subject(str(path), problem) for problem in parsed.problems]
+        wrong = [with_subject(str(path), problem) for problem in parsed.problems]
         raise InputError(
-            problem_message(name_or_path, found or [f"study {path} must hold keys such as base: demo"], ())
+            problem_message(name_or_path, wrong or [f"study {path} must hold keys such as base: demo"], ())
         )
     values, broken = parsed.value, list[str]()
     try:
@@ -192,7 +192,7 @@ def _study_problems(study: Study, overrides: Sequence[str]) -> Iterator[str]:
     for owner, keys in (("set", study.set), *((f"runs.{name}.set", run.set) for name, run in study.runs.items())):
         for key in keys:
             if not _KEY.fullmatch(key):
-                yield f"{owner} has {key!r}, no key of a run file: write section.key, as in model.position"
+                yield f"{owner} has {key!r}, not a key of a run file: write section.key, as in model.position"
             yield from _own_key_problem(owner, key)
             if owner != "set" and key in typed:
                 yield f"--set {key} would replace what {owner} sets: change it there"
@@ -270,7 +270,7 @@ def _plan_run(study: Study, folder: Path, overrides: Sequence[str], *, name: str
 
 
 def _as_overrides(keys: dict[str, Any]) -> tuple[str, ...]:
-    # JSON is YAML; what is no key has been reported
+    # JSON is YAML; a name that is not a key has been reported
     return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items() if _KEY.fullmatch(key))
 
 

@@ -33,7 +33,7 @@ class Terminal(logging.Handler):
     """Show records on a stream and, on a terminal, one live line below them.
 
     What cannot be written is dropped: a full disk or a closed terminal must not end long work. What a given stream does
-    not take at once is dropped too: ranks must not wait for a terminal that is stopped or a pipe that nobody reads.
+    not take at once is dropped too: ranks must not wait for a stopped terminal or an unread pipe.
 
     Args:
         stream: Where to write without blocking; None for what standard error is at each record, as progress bars
@@ -113,7 +113,7 @@ def _descriptor_of(stream: TextIO) -> int | None:
 
 
 def _open_again(stream: TextIO) -> int | None:
-    """Open a terminal again, without blocking; None if the stream is none, or is another user's.
+    """Open a terminal again, without blocking; None if the stream is not a terminal, or is another user's.
 
     A terminal that is ready may still take less than a line, and a write of the rest would block. The open file of the
     stream itself is shared with the user's shell, which O_NONBLOCK would break.

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.hashes import file_sha256
+from data_pipeline.hashes import file_sha256, joined_sha256
 from data_pipeline.manifest import Part
-from data_pipeline.tokenizer_files import joined_sha256
 
 
 def data_sha256(manifest: dict[str, Any]) -> str | None:
@@ -18,7 +17,7 @@ def damaged_files(folder: Path, manifest: dict[str, Any], *, reads_all: bool) ->
     """Return a line for each file of tokens that is not what was written.
 
     Args:
-        folder: Of the prepared data.
+        folder: Folder of the prepared data.
         manifest: Its manifest.
         reads_all: Whether to read every byte; otherwise, and if an older version prepared the data, only sizes are
             compared.

@@ -50,7 +50,7 @@ def write_index(
 
     Args:
         file: The .idx.
-        dtype: Of the tokens.
+        dtype: Type of the tokens.
         lengths: Tokens of each sequence.
         document_ends: The number of sequences up to the end of each document.
     """
@@ -103,7 +103,7 @@ def document_numbers(prefix: Path) -> NDArray[np.int64]:
     skipped = _HEADER.size + 12 * len(index.lengths)  # lengths and byte offsets
     content = np.memmap(idx_path(prefix), mode="r", dtype=np.uint8)
     boundaries = np.frombuffer(content, np.int64, index.documents + 1 if index.documents else 0, skipped)
-    # A sequence behind the last boundary is of a document that has no end.
+    # A sequence after the last boundary belongs to a document without an end.
     return np.searchsorted(boundaries[1:], np.arange(len(index.lengths)), side="right").astype(np.int64)
 
 

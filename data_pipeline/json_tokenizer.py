@@ -1,4 +1,4 @@
-"""The tokenizer.json of Hugging Face's `tokenizers`: what models from elsewhere bring with them."""
+"""The tokenizer.json of Hugging Face's `tokenizers`, which models from elsewhere come with."""
 
 import json
 import logging
@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from configs.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
+from data_pipeline.hashes import joined_sha256, sha256_of
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_files import (
     ROLES,
     added_tokens,
     huggingface_config,
-    joined_sha256,
     read_json_object,
-    sha256_of,
     tokenizer_files,
 )
 
@@ -49,7 +48,7 @@ class JsonTokenizer(Tokenizer):
     def __init__(
         self, loaded: tokenizers.Tokenizer, document: dict[str, Any], *, path: Path, sha256: str, tokens: dict[str, str]
     ) -> None:
-        """Take over a loaded tokenizer.
+        """Wrap a loaded tokenizer.
 
         Args:
             loaded: The tokenizer.
@@ -74,7 +73,7 @@ class JsonTokenizer(Tokenizer):
         """Load a tokenizer.json, with the end token that the tokenizer_config.json beside it names, if it is there.
 
         Raises:
-            InputError: it is none, encodes at random, or no token of it ends documents.
+            InputError: it is not a tokenizer.json, encodes at random, or has no token that ends documents.
         """
         files = tokenizer_files(path)
         content = files[TOKENIZER_JSON]
@@ -159,8 +158,8 @@ class JsonTokenizer(Tokenizer):
         plain, with_added = self.encode("a"), self._tokenizer.encode("a").ids
         if with_added != plain or self.encode(""):
             raise InputError(
-                f"tokenizer {self.path} adds tokens to a text ({with_added} for 'a', which is {plain}), and training "
-                'adds none: set "post_processor" to null in a copy of it'
+                f"tokenizer {self.path} adds special tokens to each text ({with_added} for 'a' instead of {plain}), "
+                'which training does not: set "post_processor" to null in a copy of it'
             )
         self._warn_if_text_changes()
         self._require_rows(vocab_size)
@@ -182,7 +181,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def _parts_pattern(document: dict[str, Any]) -> re.Pattern[str] | None:
-    """Return what finds parts of a text that have the ids that they have in the whole; None if it cannot be cut.
+    """Return a pattern of parts of a text that can be encoded one by one; None if a text cannot be cut.
 
     It can where text is first split into the words of GPT-2 or BLOOM, and nothing else looks across a newline.
     """

@@ -1,4 +1,4 @@
-"""Decide how a file is read: by the ending of its name or, where that does not tell, by how it begins."""
+"""Decide how to read a file: by the ending of its name, or else by its first bytes."""
 
 import codecs
 import logging
@@ -22,7 +22,7 @@ class Kind(Enum):
     PARQUET = "parquet"
 
 
-# In small letters. An ending that is not listed tells nothing.
+# In lower case. For an ending that is not listed, the first bytes decide.
 _PROSE = (".txt", ".text", ".md", ".rst", ".tex")
 _CODE = (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".sh")
 _ENDINGS = {
@@ -37,7 +37,7 @@ _ENDINGS = {
 _RECORDS_ADVICE = 'write one {"text": ...} per line in a .jsonl file'
 _TABLE = f"is a table: {_RECORDS_ADVICE}, or a .parquet file with a column `text`"
 _MARKUP = "is markup: extract its text, or end its name in .txt to train on the tags too"
-_TOKENS = "holds token ids: name a prepared .bin that has its .idx beside it as a source of its own, with its tokenizer"
+_TOKENS = "holds token ids: to train on prepared data, name its .bin, keep its .idx beside it, and set data.tokenizer"
 _REFUSED = {
     ".csv": _TABLE,
     ".tsv": _TABLE,
@@ -49,7 +49,7 @@ _REFUSED = {
     ".idx": _TOKENS,
 }
 _BINARY = "is {}, not text: extract its text first"
-# How a file begins that is refused whatever its name.
+# First bytes of files that are refused whatever their name.
 _FORMATS = (
     (rb"%PDF-\d", _BINARY.format("a PDF file")),
     (rb"%!PS-Adobe", _BINARY.format("a PostScript file")),
@@ -83,7 +83,7 @@ def _kind(path: Path, head: bytes) -> Kind:
     kind = _ENDINGS.get(ending)
     if kind is Kind.PARQUET or (kind is not Kind.TEXT and head.startswith(_PARQUET_BEGIN)):
         if path.suffix.lower() in COMPRESSIONS:
-            raise InputError(f"data source {path} is parquet in a compressed file: unpack it")
+            raise InputError(f"data source {path} is a compressed parquet file: decompress it")
         return Kind.PARQUET
     if problem := _problem(head, kind, ending):
         raise InputError(f"data source {path} {problem}")
@@ -91,7 +91,7 @@ def _kind(path: Path, head: bytes) -> Kind:
 
 
 def check_kind(path: Path) -> bool:
-    """Check that a file can be read, as far as its beginning tells; warn of records in a file named as text.
+    """Check that a file can be read, judging by its beginning; warn of records in a file named as text.
 
     Returns:
         Whether it holds anything but white space.
@@ -109,7 +109,7 @@ def check_kind(path: Path) -> bool:
 
 
 def _problem(head: bytes, kind: Kind | None, ending: str) -> str | None:
-    """Return why a file cannot be read, and what to do; None if it can be, as far as its beginning tells."""
+    """Return why a file cannot be read, and what to do; None if its beginning shows no reason."""
     for begin, problem in _FORMATS:
         if re.match(begin, head):
             return problem
@@ -150,6 +150,6 @@ def _head(path: Path) -> bytes:
 
 
 def _ending(path: Path) -> str:
-    """Return the ending of a name in small letters, before that of a compression."""
+    """Return the ending of a name in lower case, without that of a compression."""
     ending = path.suffix.lower()
     return Path(path.stem).suffix.lower() if ending in COMPRESSIONS else ending

@@ -1,6 +1,5 @@
 """The manifest of a folder of prepared data, and the checks before the data is used. Imports no torch."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -8,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, not_prepared
-from configs.files import whole_file
+from configs.files import write_json
 from configs.paths import MANIFEST_NAME
 from configs.schema import Data
 from configs.strict_yaml import as_yaml
-from data_pipeline.hashes import file_sha256
+from data_pipeline.hashes import file_sha256, json_sha256
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path
 from data_pipeline.sources import PYTHON_DOCS, source_files
 from data_pipeline.split import held_out_count
@@ -127,8 +126,8 @@ def check_split(parts: tuple[Part, ...], *, split: float) -> None:
     for part in parts:
         if split and not held_out_count(part.sequences, share=split):
             raise InputError(
-                f"data.split is {split} but {part.name} is a single chunk of {part.tokens} tokens, too little to hold "
-                "out from: add text, set data.document_separator, or set data.split to 0"
+                f"data.split is {split} but {part.name} is a single chunk of {part.tokens} tokens, which cannot be "
+                "split: add text, set data.document_separator, or set data.split to 0"
             )
 
 
@@ -204,8 +203,7 @@ def same_content(old: Path, new: Path) -> bool:
 
 def inputs_sha256(inputs: dict[str, Any]) -> str:
     """Return the fingerprint of the result of `describe_inputs`."""
-    # sorted, so that the fingerprint does not depend on the order of keys
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return json_sha256(inputs)
 
 
 def _content_hash(folder: Path, manifest: dict[str, Any]) -> str:
@@ -255,13 +253,6 @@ def write_data_manifest(
         "files_sha256": [file_sha256(file) for part in parts for file in part.files(folder)],
     }
     write_json(folder / MANIFEST_NAME, manifest)
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    with whole_file(file) as temporary:
-        # ASCII: a file name that is not UTF-8 has no other form in JSON
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
 
 
 def files_are_whole(part: Part, *, folder: Path) -> bool:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Column
 
 from configs.errors import InputError, MachineError
-from configs.files import one_writer, whole_file
+from configs.files import one_writer, whole_file, write_json
 from configs.paths import MANIFEST_NAME, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME
 from configs.schema import Data, Source
 from configs.strict_yaml import as_yaml
@@ -33,7 +33,6 @@ from data_pipeline.manifest import (
     load_prepared,
     read_data_manifest,
     write_data_manifest,
-    write_json,
 )
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path, words_path
 from data_pipeline.reading import OnRead, iter_bytes
@@ -158,7 +157,7 @@ def _warn_of_unused_separator(data: Data, *, documents: int) -> None:
 
     Args:
         data: The run's `data` section.
-        documents: Of all sources but those used in place.
+        documents: Number of documents of all sources but those used in place.
     """
     if data.document_separator is None:
         return
@@ -188,7 +187,7 @@ def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
     written = _written(folder)
     if not record.is_file():
         if written:
-            raise InputError(f"{written[0]} exists, but no {MANIFEST_NAME}: set data.dir to an empty folder")
+            raise InputError(f"{written[0]} exists without a {MANIFEST_NAME}: set data.dir to an empty folder")
     elif json.loads(record.read_text(encoding="utf-8")) != inputs:
         # of the same inputs, half-written files are written again under the same names
         for file in (*written, *folder.glob(".part-*.tmp")):
@@ -314,7 +313,7 @@ def _describe_part(sources: tuple[Source, ...], prefix: Path, *, words: int | No
 
 
 def _shortened(text: str, *, cells: int) -> str:
-    """Return a text that takes at most so many cells of a terminal, at least 8; its middle is cut out."""
+    """Return a text shortened to `cells` cells of a terminal, or to 8; its middle is cut out."""
     short, kept = text, max(cells, 8)
     while cell_len(short) > max(cells, 8):
         kept -= 1

@@ -41,7 +41,7 @@ def iter_text(path: Path, *, on_read: OnRead) -> Iterator[str]:
     """Yield the text of a UTF-8 file verbatim, line ends too, without the byte order mark that a file may begin with.
 
     Raises:
-        InputError: cannot be read, is broken, or is not UTF-8.
+        InputError: the file cannot be read, is broken, or is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position, begun = 0, False
@@ -73,7 +73,7 @@ def iter_lines(path: Path, *, on_read: OnRead, longest: int = LONGEST_LINE) -> I
         on_read: Called with the bytes read.
         longest: Bytes of the longest line that is accepted; a line must fit into memory several times.
     Raises:
-        InputError: cannot be read, is broken, or has a longer line.
+        InputError: the file cannot be read, is broken, or has a longer line.
     """
     # a line is joined once: joining it block by block would take time quadratic in its length
     pieces: list[bytes] = []
@@ -101,7 +101,7 @@ def iter_bytes(path: Path, *, on_read: OnRead) -> Iterator[bytes]:
     """Yield the bytes of a file in non-empty blocks, decompressed if it begins or ends its name like compressed data.
 
     Raises:
-        InputError: cannot be read, or the compressed data is broken or cut short.
+        InputError: the file cannot be read, or its compressed data is broken or cut short.
     """
     blocks = _raw_blocks(path, on_read)
     first = next(blocks, b"")

@@ -11,7 +11,7 @@ from configs.errors import InputError
 from data_pipeline.reading import OnRead, iter_lines
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Python refuses to convert numbers of more than 4,300 digits. Nobody reads them, and a message shows 40 characters.
+# Python refuses to convert numbers of more than 4,300 digits. They are not used, and a message shows 40 characters.
 _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:40]))
 
 
@@ -29,7 +29,7 @@ def jsonl_texts(path: Path, on_read: OnRead) -> Iterator[str]:
     """Yield the `text` of each line; blank lines are skipped.
 
     Raises:
-        InputError: cannot be read, is broken, or a line is no JSON object with a `text`.
+        InputError: the file cannot be read or is broken, or a line is not a JSON object with a `text`.
     """
     for number, line in enumerate(iter_lines(path, on_read=on_read), start=1):
         # at any line: files that begin with a byte order mark may have been joined
@@ -42,7 +42,7 @@ def parquet_texts(path: Path, on_read: OnRead) -> Iterator[str]:
     """Yield the column `text`, row by row.
 
     Raises:
-        InputError: cannot be read, is broken, has no such column, or a row holds no string.
+        InputError: the file cannot be read, is broken or has no such column, or a row is not a string.
     """
     # not at the top: pyarrow is slow to import, and most runs read no parquet
     from pyarrow import ArrowException

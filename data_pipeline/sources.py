@@ -48,11 +48,11 @@ def source_chunks(source: Source, *, separator: str | None, on_read: OnRead = la
 
 
 def check_source(path: str, *, most_files: int | None = None) -> None:
-    """Check that a source is there and that its files can be read, as far as the beginning of each tells.
+    """Check that a source exists and that its files can be read, judging by the beginning of each.
 
     Args:
         path: A file, a glob, a prepared .bin or `python-docs`.
-        most_files: How many files to open; None for all. Without the others, a source is not known to be empty.
+        most_files: How many files to open; None for all. If some stay closed, the source is not reported as empty.
     Raises:
         InputError: see `source_files` and `file_kind`; or no file holds any text.
     """
@@ -111,7 +111,7 @@ def _matches(pattern: str) -> list[Path]:
         for folder in filter(os.path.isdir, glob.iglob(str(parent), recursive=True)):
             if not os.access(folder, os.R_OK | os.X_OK):
                 raise InputError(
-                    f"data source {pattern} needs the folder {folder}, which cannot be listed: check its mode"
+                    f"data source {pattern} needs the folder {folder}, which cannot be listed: fix its permissions"
                 )
     matches = sorted(map(Path, glob.glob(pattern, recursive=True)))
     files = [match for match in matches if not os.path.isdir(match)]
@@ -132,7 +132,7 @@ def _readable(file: Path, source: str) -> os.stat_result:
     """Return the state of a file that a source names or matches.
 
     Raises:
-        InputError: it is missing, is no file, or cannot be read.
+        InputError: it is missing, is not a file, or cannot be read.
     """
     name = f"data source {source}" + ("" if file == Path(source) else f" matches {file}, which")
     try:
@@ -150,7 +150,7 @@ def _readable(file: Path, source: str) -> os.stat_result:
     if not stat.S_ISREG(state.st_mode):
         raise InputError(f"{name} is a pipe, socket or device, and data is read more than once: copy it into a file")
     if not os.access(file, os.R_OK):
-        raise InputError(f"{name} cannot be read (Permission denied): check its mode")
+        raise InputError(f"{name} cannot be read (Permission denied): fix its permissions")
     return state
 
 

@@ -132,9 +132,9 @@ def identify_text(tokens: NDArray[np.integer], tokenizer_path: Path) -> TextIden
 def identify_documents(
     text: TextIdentity, tokens: NDArray[np.integer], tokenizer_path: Path, *, begins: NDArray[np.bool_] | None
 ) -> str | None:
-    """Return a hash of a text and of the bytes of it at which documents begin that attention stays inside of.
+    """Return a hash of a text and of the bytes at which its documents begin.
 
-    None if attention sees all of the text, also where that is because it is one document.
+    None if attention does not stay inside documents, or if the text is one document.
 
     Args:
         text: The text.
@@ -207,7 +207,7 @@ def _load_counts(file: Path) -> NDArray[np.int64]:
 def _starts(
     prepared: Prepared, part: Part, sequences: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the first tokens of the documents among a part's chosen sequences, and of these, counted from 0."""
+    """Return the first token of each document and of each sequence among a part's chosen ones, counted from 0."""
     prefix = prepared.prefix(part)
     documents, lengths = document_numbers(prefix)[sequences], read_index(prefix).lengths[sequences]
     starts = np.cumsum(lengths, dtype=np.int64) - lengths

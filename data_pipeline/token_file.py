@@ -15,14 +15,14 @@ from data_pipeline.indexed import smallest_dtype
 class TokenFile:
     """Collects tokens in a file without a name, in the folder of temporary files: a context manager.
 
-    The file is gone once it is closed and nobody holds what `read` has returned.
+    The file disappears once it is closed and no array from `read` is left.
 
     Attributes:
         count: Tokens so far.
     """
 
     def __init__(self, *, vocab_size: int) -> None:
-        """Begin.
+        """Open the file.
 
         Args:
             vocab_size: All tokens are below it.

@@ -1,13 +1,13 @@
 """The files of a tokenizer: how they are found, what a copy of them holds, and the hash that identifies them."""
 
-import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
 from configs.paths import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME
+from data_pipeline.hashes import joined_sha256, sha256_of
 
 ROLES = ("unk_token", "bos_token", "eos_token", "pad_token")
 """Keys of tokenizer_config.json that name a special token."""
@@ -66,17 +66,6 @@ def tokenizer_sha256(path: Path) -> str:
     return joined_sha256(map(sha256_of, tokenizer_files(path).values()))
 
 
-def sha256_of(content: bytes) -> str:
-    """Return the hash of a file's content."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def joined_sha256(hashes: Iterable[str]) -> str:
-    """Return the hash of a tokenizer whose files have these hashes; that of one file is its own."""
-    first, *others = hashes
-    return sha256_of("".join([first, *others]).encode()) if others else first
-
-
 def huggingface_config(tokens: Mapping[str, str]) -> bytes:
     """Return a tokenizer_config.json for transformers that adds no token to a text.
 
@@ -101,7 +90,7 @@ def read_json_object(file: Path, content: bytes) -> dict[str, Any]:
     """Return the object that a tokenizer's JSON file holds.
 
     Raises:
-        InputError: it is no JSON, or no object.
+        InputError: it is not JSON, or not an object.
     """
     try:
         document = json.loads(content)

@@ -47,8 +47,17 @@ app = typer.Typer(
 )
 # In the order of the help text. Commands of an app without a name become commands of `trainshort` itself.
 for commands in (
-    *(run_commands, watch_commands, profile_commands, model_commands, retrieval_commands, study_commands),
-    *(harness_commands, exchange_commands, slurm_commands, machine_commands, reproduce_commands),
+    run_commands,
+    watch_commands,
+    profile_commands,
+    model_commands,
+    retrieval_commands,
+    study_commands,
+    harness_commands,
+    exchange_commands,
+    slurm_commands,
+    machine_commands,
+    reproduce_commands,
 ):
     app.add_typer(commands)
 app.add_typer(runs_commands, name="runs", cls=ListingGroup)

@@ -117,11 +117,11 @@ def _expanded(typed: str) -> Path:
 
 def _matching(incomplete: str, words: Iterable[str]) -> list[str]:
     matching = sorted({word for word in words if word.startswith(incomplete) and _PLAIN.fullmatch(word)})
-    return [word.replace(" ", "\\ ") for word in matching] if _is_typed_as_it_is() else matching
+    return [word.replace(" ", "\\ ") for word in matching] if _inserts_verbatim() else matching
 
 
-def _is_typed_as_it_is() -> bool:
-    """Return whether the shell puts an offered word into its line as it is: bash does, outside quotes."""
+def _inserts_verbatim() -> bool:
+    """Return whether the shell inserts an offered word unquoted: bash does, outside quotes."""
     if os.environ.get(COMPLETE_VARIABLE) != "complete_bash":
         return False
     try:

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from configs.commands import command_here
 from configs.figures import counted
-from configs.paths import logs_folder, metrics_path
+from configs.paths import logs_folder, metrics_path, rank_log
 from configs.slow_parts import importing
 from launch.failure import end_process, ending_at_once
 from launch.machine import device_type
@@ -26,7 +27,7 @@ Show = Callable[[dict[str, Any]], None]
 
 
 def show_when_done(evaluate: Callable[[], dict[str, Any] | None], *, show: Show) -> None:
-    """Evaluate, and show the report, also if it cannot be written: it is the work of minutes or hours.
+    """Evaluate, and show the report even if it cannot be written: it took minutes or hours.
 
     Args:
         evaluate: Returns the report; None on all ranks but the first.
@@ -58,12 +59,11 @@ def start_evaluation(checkpoint: Path, request: EvaluationRequest) -> int:
     ranks = counted(layout.world_size, "CPU rank" if device_type(os.environ) == "cpu" else "GPU rank")
     logger.info("evaluating on %s: tensor %d x pipeline %d", ranks, layout.tensor, layout.pipeline)
     return start_ranks(
-        # -P keeps the working directory off sys.path: the user may have a folder called training or configs there.
-        [sys.executable, "-P", "-m", "trainshort", *sys.argv[1:]],
+        command_here(*sys.argv[1:]),
         ranks=layout.world_size,
         logs=_logs(run_dir),
         metrics=metrics_path(run_dir),
-        environment=os.environ,
+        environ=os.environ,
         explain_memory=partial(evaluation_out_of_memory, layout, on_gpu=False),
         results=sys.stdout,
     )
@@ -80,7 +80,7 @@ def evaluate_one_rank(checkpoint: Path, request: EvaluationRequest, place: Proce
     """
     layout = evaluation_layout(request)
     is_logged = place.rank == 0 and place.starter == "local"
-    log = _logs(_run_dir(checkpoint)) / "rank_0.log" if is_logged else None
+    log = rank_log(_logs(_run_dir(checkpoint)), rank=0) if is_logged else None
 
     def explain(rank: int, how: str, on_gpu: bool) -> str:
         return evaluation_out_of_memory(layout, rank, how, on_gpu=on_gpu)

@@ -10,9 +10,9 @@ from training.simpler_layouts import simpler_layout, simpler_lines
 
 
 def default_layout(config: RunConfig, *, environ: Mapping[str, str]) -> tuple[Layout, str]:
-    """Return the layout of the ranks that `train` starts unless told how many, and why there are so many.
+    """Return the layout that `train` starts by default, and where its number of ranks comes from.
 
-    If one rank per GPU is no legal layout, it is that of the fewest ranks.
+    One rank per GPU or, if that is not a legal layout, the fewest ranks.
     """
     if gpus := gpu_count(environ):
         try:
@@ -23,11 +23,11 @@ def default_layout(config: RunConfig, *, environ: Mapping[str, str]) -> tuple[La
 
 
 def simpler_layout_lines(config: RunConfig, *, layout: Layout, environ: Mapping[str, str]) -> list[str]:
-    """Return what to say if a layout with fewer splits fits this machine's GPUs too; nothing without GPUs."""
+    """Return what to say if a layout with fewer splits fits this machine's GPUs too; empty without GPUs."""
     is_split = layout.tensor * layout.pipeline > 1
-    found = gpu_bytes() if is_split and gpu_count(environ) else None
-    simpler = simpler_layout(config, layout=layout, gpu_bytes=found) if found else None
-    return simpler_lines(simpler, gpu_bytes=found) if simpler and found else []
+    size = gpu_bytes() if is_split and gpu_count(environ) else None
+    simpler = simpler_layout(config, layout=layout, gpu_bytes=size) if size else None
+    return simpler_lines(simpler, gpu_bytes=size) if simpler and size else []
 
 
 def fewest_ranks(config: RunConfig) -> int:

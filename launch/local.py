@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from configs.errors import MachineError
+from configs.paths import rank_log
 from launch.machine import core_count
 from launch.rank_failure import ExplainMemory, Rank, cause_of, explain
 from launch.stop_signals import stop_signals_handled
@@ -84,7 +85,7 @@ def start_ranks(
     *,
     ranks: int,
     logs: Path,
-    environment: Mapping[str, str],
+    environ: Mapping[str, str],
     metrics: Path,
     explain_memory: ExplainMemory,
     results: TextIO | None = None,
@@ -99,7 +100,7 @@ def start_ranks(
         command: Program and arguments, the same for all ranks.
         ranks: Number of ranks to start.
         logs: Folder of the log files.
-        environment: Environment of the ranks; each rank's number and the rendezvous are added.
+        environ: Environment of the ranks; each rank's number and the rendezvous are added.
         metrics: File that rank 0 replaces before its first step.
         explain_memory: Makes the message about a rank that ran out of memory.
         results: Where rank 0's standard output goes; None for its log.
@@ -113,8 +114,8 @@ def start_ranks(
     make_log_folder(logs)
     kills_before = oom_kills()
     with _meeting_folder() as folder, _terminal() as terminal, _forwarding(metrics) as signals:
-        shared = _shared_environment(environment, ranks=ranks, folder=Path(folder))
-        begin = partial(_start, command, logs=logs, environment=shared, terminal=terminal, results=results)
+        shared = _shared_environment(environ, ranks=ranks, folder=Path(folder))
+        begin = partial(_start, command, logs=logs, environ=shared, terminal=terminal, results=results)
         started: list[Rank] = []
         try:
             for number in range(ranks):
@@ -145,10 +146,10 @@ def _terminal() -> Iterator[int]:
         os.close(terminal)
 
 
-def _shared_environment(environment: Mapping[str, str], *, ranks: int, folder: Path) -> dict[str, str]:
+def _shared_environment(environ: Mapping[str, str], *, ranks: int, folder: Path) -> dict[str, str]:
     """Return the part of the ranks' environment that is the same for all; they meet in a folder."""
     meeting = {"TRAINSHORT_RANKS": str(ranks), "TRAINSHORT_RENDEZVOUS": str(folder / "rendezvous")}
-    return {"OMP_NUM_THREADS": rank_threads(cores=core_count(), ranks=ranks), **environment, **meeting}
+    return {"OMP_NUM_THREADS": rank_threads(cores=core_count(), ranks=ranks), **environ, **meeting}
 
 
 def make_log_folder(logs: Path) -> None:
@@ -199,11 +200,11 @@ def _start(
     *,
     number: int,
     logs: Path,
-    environment: Mapping[str, str],
+    environ: Mapping[str, str],
     terminal: int,
     results: TextIO | None,
 ) -> Rank:
-    log = logs / f"rank_{number}.log"
+    log = rank_log(logs, rank=number)
     log_start = log.stat().st_size if log.exists() else 0
     try:
         output = log.open("ab")
@@ -215,7 +216,7 @@ def _start(
         process = subprocess.Popen(
             dying_with_parent(*command),
             env={
-                **environment,
+                **environ,
                 "TRAINSHORT_RANK": str(number),
                 **({} if number else {"TRAINSHORT_TERMINAL": str(terminal)}),
             },

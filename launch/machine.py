@@ -8,27 +8,27 @@ from itertools import takewhile
 from pathlib import Path
 
 
-def gpu_count(environment: Mapping[str, str], *, devices: Path = Path("/dev")) -> int:
+def gpu_count(environ: Mapping[str, str], *, devices: Path = Path("/dev")) -> int:
     """Return the number of GPUs that a process with this environment would see.
 
     Args:
-        environment: Environment of the process. CUDA_VISIBLE_DEVICES may hide GPUs.
+        environ: Environment of the process. CUDA_VISIBLE_DEVICES may hide GPUs.
         devices: Folder of the device files.
     """
     present = sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
     return present if visible is None else _visible_count(visible, present=present)
 
 
-def device_type(environment: Mapping[str, str]) -> str:
+def device_type(environ: Mapping[str, str]) -> str:
     """Return the device type of the ranks that a process with this environment would start: cuda or cpu."""
-    return "cuda" if gpu_count(environment) else "cpu"
+    return "cuda" if gpu_count(environ) else "cpu"
 
 
 def _visible_count(visible: str, *, present: int) -> int:
     """Count the entries of CUDA_VISIBLE_DEVICES as torch does: up to the first that names no GPU.
 
-    So an empty text, -1, none, void and the NoDevFiles of SLURM are no GPU.
+    So an empty text, -1, none, void and SLURM's NoDevFiles mean no GPU.
     """
     entries = [entry.strip() for entry in visible.split(",")]
     kind = entries[0][:4]
@@ -49,7 +49,7 @@ def _index(entry: str) -> int:
 
 
 def gpu_bytes() -> int | None:
-    """Return the memory of this machine's smallest GPU, as nvidia-smi gives it; None if it cannot be asked."""
+    """Return the memory of this machine's smallest GPU, as nvidia-smi reports it; None if that fails."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -59,7 +59,7 @@ def gpu_bytes() -> int | None:
 
 
 def gpu_name() -> str | None:
-    """Return the name of this machine's first GPU, as nvidia-smi gives it; None if it cannot be asked."""
+    """Return the name of this machine's first GPU, as nvidia-smi reports it; None if that fails."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)

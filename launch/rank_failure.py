@@ -60,7 +60,7 @@ def cause_of(failed: Sequence[Rank], *, killed: Sequence[Rank]) -> Rank | None:
 
     Args:
         failed: Ranks that ended with an error, the first one first.
-        killed: Those of them that were ended by a signal which the launcher had not sent.
+        killed: The failed ranks that a signal ended which the launcher had not sent.
     """
     refused = [rank for rank in failed if rank.code in _REPORTED_CODES]
     if refused:  # all ranks raise some errors together
@@ -88,7 +88,7 @@ def explain(rank: Rank, *, kills_before: OomKills, explain_memory: ExplainMemory
         pass
     elif rank.code == 1 and _TRACEBACK in lines:
         shown = [
-            f"error: rank {rank.number} failed, which is a fault of trainshort: {_exception(lines)}",
+            f"error: rank {rank.number} failed, which is a bug in trainshort: {_exception(lines)}",
             f"  please report it with the whole traceback, in {rank.log}",
         ]
     else:

@@ -1,4 +1,4 @@
-"""Remove run folders: all that speaks against it is checked before the first file goes."""
+"""Remove run folders, after checking everything that forbids it."""
 
 import os
 import shutil
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from configs.commands import typed_path
 from configs.errors import InputError, MachineError
-from configs.paths import chain_file, config_file, incarnation_file, stop_file
+from configs.path_text import require_folder
+from configs.paths import chain_file, config_file, incarnation_file, own_data_folder, stop_file
 from configs.saved import saved_values
 from launch.runs import RunSummary, find_runs, is_run_folder, reported_end, size_and_time, summarize_run
 from launch.slurm.record import find_jobs, read_chain
@@ -24,13 +25,13 @@ class Removal:
     Attributes:
         summary: What the folder shows of its run.
         unseen: What may still use the folder and cannot be seen from here; None if nothing can.
-        searched: Where other runs were searched that train on data in the folder; empty if it holds none.
+        searched: Folders in which other runs were looked for that train on data in this one; empty if it holds none.
         kept: The data in the folder that other runs train on; None if there is no such run.
         kept_bytes: Its size.
         users: Those runs.
         data: The data elsewhere that the run trains on; None for data in its folder.
         record: Its MLflow run; None if it has none.
-        unsent: Number of records that MLflow has not been sent.
+        unsent: Number of records that were not sent to MLflow.
     """
 
     summary: RunSummary
@@ -45,10 +46,10 @@ class Removal:
 
 
 def plan_removals(folders: Sequence[Path]) -> list[Removal]:
-    """Check run folders that shall be removed, and change nothing.
+    """Check run folders before they are removed; change nothing.
 
     Raises:
-        InputError: one is no run folder, a link, in use, has jobs, or holds other runs or the current folder.
+        InputError: one is not a run folder, is a link, is in use, has jobs, or holds other runs or the current folder.
     """
     for folder in folders:
         _refuse(folder)
@@ -63,7 +64,7 @@ def remove_run(removal: Removal) -> None:
 
     Raises:
         InputError: the run was started meanwhile.
-        MachineError: the disk refuses.
+        MachineError: a file cannot be removed.
     """
     folder, kept = removal.summary.path, removal.kept
     with sole_launcher(folder):
@@ -89,10 +90,9 @@ def remove_run(removal: Removal) -> None:
 def _refuse(folder: Path) -> None:
     if folder.is_symlink():
         raise InputError(f"{folder} is a link to {folder.resolve()}: name that folder, or remove the link with rm")
-    if not folder.is_dir():
-        raise InputError(f"run folder {folder} {'is a file' if folder.is_file() else 'does not exist'}: check the path")
+    require_folder(folder, what="run folder", advice="check the path")
     if not is_run_folder(folder):
-        raise InputError(f"{folder} is no run folder: only what `trainshort runs` lists is removed")
+        raise InputError(f"{folder} is not a run folder: only folders that `trainshort runs` lists are removed")
     if runs_here(folder):
         start = newest_incarnation(folder)
         pid = f" (process {start.pid})" if start else ""
@@ -101,14 +101,14 @@ def _refuse(folder: Path) -> None:
     if chain_file(folder).is_file():
         _slurm_answers(folder)
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise InputError(f"{folder} holds the current folder: start the command from elsewhere")
+        raise InputError(f"{folder} contains the current folder: start the command from another one")
     inner = [run for run in find_runs(folder) if run != folder]
     if inner:
         raise InputError(f"{folder} holds another run, {inner[0]}: move or remove that first")
 
 
 def _plan(folder: Path, *, removed: Sequence[Path]) -> Removal:
-    own, data, searched = folder / "data", _data_of(folder), _places_beside(folder)
+    own, data, searched = own_data_folder(folder), _data_of(folder), _places_beside(folder)
     neighbours = {run.resolve() for place in searched for run in find_runs(place)} - {folder.resolve(), *removed}
     users = tuple(sorted(run for run in neighbours if _data_of(run) == own.resolve()))
     return Removal(
@@ -138,7 +138,7 @@ def _slurm_answers(folder: Path) -> bool:
     """Return whether SLURM can be asked here about a run's jobs.
 
     Raises:
-        InputError: one runs or waits.
+        InputError: a job runs or waits.
     """
     try:
         jobs = find_jobs(read_chain(folder))
@@ -154,7 +154,7 @@ def _slurm_answers(folder: Path) -> bool:
 
 
 def _places_beside(folder: Path) -> tuple[Path, ...]:
-    """Return where runs may lie that share data with a run: beside it, and in ./runs."""
+    """Return the folders in which runs may share data with a run: the one around it, and ./runs."""
     places = (folder.parent, Path("runs"))
     return tuple({place.resolve(): place for place in reversed(places) if place.is_dir()}.values())
 
@@ -165,4 +165,4 @@ def _data_of(run_dir: Path) -> Path:
         named = saved_values(config_file(run_dir)).get("data", {}).get("dir")
     except (OSError, ValueError):
         named = None
-    return (Path(os.path.expandvars(str(named))).expanduser() if named else run_dir / "data").resolve()
+    return (Path(os.path.expandvars(str(named))).expanduser() if named else own_data_folder(run_dir)).resolve()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import InputError
+from configs.path_text import require_folder
 from configs.paths import (
     MANIFEST_NAME,
     chain_file,
@@ -19,9 +20,10 @@ from configs.paths import (
     frozen_config,
     incarnation_file,
     metrics_path,
+    own_data_folder,
     slurm_folder,
 )
-from configs.saved import saved_values
+from configs.saved import NotYamlError, saved_values
 from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
 from training.incarnation import Incarnation, has_ended, newest_incarnation, runs_here
 from training.metrics_reader import newest_step, newest_values
@@ -39,15 +41,15 @@ _VALIDATION_LOSS = re.compile(rb'"validation_loss": ([0-9]+(?:\.[0-9]+)?(?:[eE][
 RunState = Literal["running", "finished", "stopped", "failed", "submitted", "prepared", "new", "unknown", "broken"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """What a run folder shows of its run.
 
     Attributes:
         path: The run folder.
         name: `run.name`; None if the folder has no readable run file yet.
-        state: `unknown` was started on another machine, from where nobody sees whether it runs; `stopped` has saved
-            its last step, `failed` has not; `broken` has a file that cannot be read.
+        state: `unknown` was started on another machine, so it cannot be seen from here whether it runs; `stopped` has
+            saved its last step, `failed` has not; `broken` has a file that cannot be read.
         host: Machine of the newest start; None if it was never started.
         step: Last step in metrics.jsonl or of a checkpoint.
         steps: Steps of the whole run; None if unknown.
@@ -61,18 +63,18 @@ class RunSummary:
     """
 
     path: Path
-    name: str | None
+    name: str | None = None
     state: RunState
-    host: str | None
-    step: int
-    steps: int | None
-    loss: float | None
-    best_validation: float | None
-    checkpoints: int
-    newest_checkpoint: int | None
-    bytes: int
-    written_at: datetime | None
-    problem: str | None
+    host: str | None = None
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    best_validation: float | None = None
+    checkpoints: int = 0
+    newest_checkpoint: int | None = None
+    bytes: int = 0
+    written_at: datetime | None = None
+    problem: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -81,18 +83,18 @@ class RunSummary:
         return {**vars(self), "path": str(self.path), "loss": loss, "written_at": written_at}
 
 
-def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
-    """Return the run folders at and below a folder; a link to a folder is followed, and no folder is read twice.
+def find_runs(folder: Path) -> list[Path]:
+    """Return the run folders at a folder and up to DEPTH levels below it.
+
+    A link to a folder is followed; no folder is read twice.
 
     Raises:
         InputError: there is no such folder.
     """
-    if not folder.is_dir():
-        seen = "is a file" if folder.is_file() else "does not exist"
-        raise InputError(f"folder {folder} {seen}: give the folder of your runs, as in `trainshort runs FOLDER`")
+    require_folder(folder, what="folder", advice="give the folder of your runs, as in `trainshort runs FOLDER`")
     runs: list[Path] = []
     level, real_paths = [folder], set[str]()
-    for _ in range(depth + 1):
+    for _ in range(DEPTH + 1):
         below: list[Path] = []
         for place in level:
             if (real := os.path.realpath(place)) not in real_paths:
@@ -105,8 +107,8 @@ def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Return whether a run was prepared, submitted, started or saved in a folder; a checkpoint is no run folder."""
-    marks = (incarnation_file(path), chain_file(path), record_file(path), path / "data" / MANIFEST_NAME)
+    """Return whether a run was prepared, submitted, started or saved in a folder; a checkpoint is not a run folder."""
+    marks = (incarnation_file(path), chain_file(path), record_file(path), own_data_folder(path) / MANIFEST_NAME)
     try:
         if any(mark.is_file() for mark in marks) or list_checkpoints(path):
             return True
@@ -124,8 +126,10 @@ def _has_broken_run_file(path: Path) -> bool:
         saved_values(file)
     except OSError:
         return metrics_path(path).is_file()
-    except ValueError as error:
-        return error.__cause__ is not None  # YAML that holds no run is another program's
+    except NotYamlError:
+        return True
+    except ValueError:  # YAML without a run is another program's
+        return False
     return False
 
 
@@ -135,7 +139,7 @@ def summarize_run(path: Path) -> RunSummary:
         return _summarize(path)
     except OSError as error:
         problem = f"{error.filename or path} cannot be read ({error.strerror})"
-        return RunSummary(path, None, "broken", None, 0, None, None, None, 0, None, 0, None, problem)
+        return RunSummary(path=path, state="broken", problem=problem)
 
 
 def _summarize(path: Path) -> RunSummary:
@@ -199,16 +203,16 @@ def state_of(path: Path, *, start: Incarnation | None, step: int, saved: int, st
             return "stopped"  # trained by a version that recorded no starts
         if chain_file(path).is_file():
             return "submitted"
-        return "prepared" if (path / "data" / MANIFEST_NAME).is_file() else "new"
+        return "prepared" if (own_data_folder(path) / MANIFEST_NAME).is_file() else "new"
     if not has_ended(path) and not reported_end(path):
         return "unknown"
     return "stopped" if 0 < step == saved else "failed"
 
 
 def reported_end(path: Path) -> bool:
-    """Return whether the newest start has told MLflow how it ended: the record is closed, and later than the start.
+    """Return whether the newest start has logged its end to MLflow: the record is closed, and later than the start.
 
-    Where MLflow could not be told yet, the spool holds it.
+    While MLflow cannot be reached, the spool holds the end.
     """
     if has_told_end(path):
         return True
@@ -228,9 +232,11 @@ def run_values(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
         return {}
     try:
         return saved_values(file)
-    except (OSError, ValueError) as error:
-        problems.append(f"{file} {f'cannot be read ({error.strerror})' if isinstance(error, OSError) else error}")
-        return {}
+    except OSError as error:
+        problems.append(f"{file} cannot be read ({error.strerror})")
+    except ValueError as error:
+        problems.append(f"{file} {error}")
+    return {}
 
 
 def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[str, Any], list[float]]:

@@ -20,7 +20,7 @@ from training.tracking.store import choose_store, require_known_scheme
 
 
 def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, str]) -> tuple[Ready, str]:
-    """Check of a run everything that can be checked without starting a rank; write nothing.
+    """Check everything about a run that needs no rank; write nothing.
 
     Args:
         config: The run, overrides applied.
@@ -40,7 +40,7 @@ def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, s
         )
     device = "cuda" if gpus else "cpu"
     ready = make_ready(config, world_size=ranks, device=device)
-    require_known_scheme(choose_store(config.track.uri, run_dir=ready.run_dir, variables=environ))
+    require_known_scheme(choose_store(config.track.uri, run_dir=ready.run_dir, environ=environ))
     return ready, device
 
 
@@ -99,6 +99,6 @@ def _beginning(ready: Ready, *, environ: Mapping[str, str]) -> Iterator[str]:
         weights = f", with the weights of {config.train.init_from}" if config.train.init_from else ""
         yield f"begins at step 0{weights}"
         yield from dict.fromkeys(export_problems(config.model).values())
-    store = choose_store(config.track.uri, run_dir=run_dir, variables=environ)
+    store = choose_store(config.track.uri, run_dir=run_dir, environ=environ)
     yield f"logs to MLflow at {store.public_uri}"
     yield "dry run: no rank was started, nothing was written"

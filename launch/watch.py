@@ -15,7 +15,16 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.load import check_run
-from configs.paths import config_file, incarnation_file, metrics_path, rank_log
+from configs.path_text import require_folder
+from configs.paths import (
+    certificates_path,
+    config_file,
+    environment_path,
+    incarnation_file,
+    logs_folder,
+    metrics_path,
+    rank_log,
+)
 from configs.schema import RunConfig
 from launch.runs import RunState, is_run_folder, run_values, state_of
 from parallel.layout import Layout
@@ -29,7 +38,7 @@ from training.metrics_reader import step_fields
 from training.pace import Pace
 
 ACTIVE, ENDED = ("running", "starting", "silent"), ("finished", "stopped", "failed")
-# Silence is worth a word after so many seconds, steps, or longest validations and saves, whichever is most.
+# A run counts as silent after this many seconds, steps, or longest validations and saves, whichever is longest.
 QUIET_SECONDS, QUIET_STEPS, QUIET_PAUSES = 30.0, 10, 3
 QUIET_STARTING_SECONDS = 300.0  # imports, compilers and checkpoints take minutes
 
@@ -49,16 +58,16 @@ class RunView:
         starts: How often it was started.
         started_at: When last.
         began_after: Step that the newest start continues from.
-        ranks, layout: Of the newest start.
+        ranks, layout: Ranks and layout of the newest start.
         step, steps: The last step, and those of the whole run.
         newest: Fields of the last step in metrics.jsonl.
         tokens_per_second, utilization, causal_utilization: Means of the recent steps of the newest start.
         seconds_left: To the end of the run, with validations and saves.
         validation, best: The newest and the lowest validation.
         checkpoints, newest_checkpoint, checkpoint_seconds: Their number, the newest one's step and age.
-        warnings: Of the newest start, the newest last, with how often each was said; at most KEPT_WARNINGS.
+        warnings: Warnings of the newest start, the newest last, with how often each was said; at most KEPT_WARNINGS.
         saying: The last line of the log.
-        curves: Of the fields in CURVES, over all steps.
+        curves: Curves of the fields in CURVES, over all steps.
         problem: What cannot be read.
     """
 
@@ -130,17 +139,17 @@ class RunView:
 
 
 class RunWatcher:
-    """Looks at a run folder again and again.
+    """Reads a run folder each time that `look` is called.
 
     Raises:
-        InputError: it is no run folder.
+        InputError: it is not a run folder.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+        self._run_dir, self._run_log = run_dir, rank_log(logs_folder(run_dir), rank=0)
         self._refuse_others()
         self._metrics, self._log = FollowedMetrics(run_dir), FollowedLog(run_dir)
-        self._certificates = AppendedLines(run_dir / "certificates.jsonl")
+        self._certificates = AppendedLines(certificates_path(run_dir))
         self._began_after = 0
         self._checkpoints: list[CheckpointFolder] = []
         self._files: dict[Path, int] = {}  # when those that are replaced as a whole were last written
@@ -202,7 +211,7 @@ class RunWatcher:
     def _silent_seconds(self, saved: CheckpointFolder | None) -> float | None:
         """Return the seconds since the run's last sign; None if it has given none."""
         run_dir = self._run_dir
-        files = [metrics_path(run_dir), rank_log(run_dir, rank=0), incarnation_file(run_dir)]
+        files = [metrics_path(run_dir), self._run_log, incarnation_file(run_dir)]
         ages = [_age(file) for file in (*files, *([saved.path] if saved else []))]
         return min((seconds for seconds in ages if seconds is not None), default=None)
 
@@ -215,12 +224,10 @@ class RunWatcher:
     def _refuse_others(self) -> None:
         path = self._run_dir
         try:
-            if not path.is_dir():
-                seen = "is a file" if path.is_file() else "does not exist"
-                raise InputError(f"run folder {path} {seen}: give the run.dir of a run")
+            require_folder(path, what="run folder", advice="give the run.dir of a run")
             # the log alone: a first start writes it before anything else
-            if not (is_run_folder(path) or metrics_path(path).exists() or rank_log(path, rank=0).exists()):
-                raise InputError(f"{path} is no run folder: give one that `trainshort runs` lists")
+            if not (is_run_folder(path) or metrics_path(path).exists() or self._run_log.exists()):
+                raise InputError(f"{path} is not a run folder: give one that `trainshort runs` lists")
         except OSError as error:
             raise InputError(f"run folder {path} cannot be read ({error.strerror}): fix its permissions") from None
 
@@ -257,7 +264,7 @@ class RunWatcher:
             self._config = check_run(self._values, name=str(file)) if self._values else None
 
     def _read_environment(self) -> None:
-        file = self._run_dir / "environment.json"
+        file = environment_path(self._run_dir)
         if self._was_written(file):
             with suppress(ValueError):  # it is being written
                 values = json.loads(file.read_text(encoding="utf-8"))

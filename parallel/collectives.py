@@ -1,7 +1,7 @@
 """Collectives on Python values and errors: every rank of the group must call them at the same point.
 
-A rank comes to them from work that may take as long as a slow disk. So the ranks first wait for each other without a
-limit, and only then enter torch's collective, which ends the job after its timeout.
+A rank may come late, from work on a slow disk. So the ranks first wait for each other without a limit, and only then
+enter torch's collective, which ends the job after its timeout.
 """
 
 import errno

@@ -23,7 +23,7 @@ from parallel import zero
 from parallel.axes import Group, Groups
 from parallel.documents import split_batch
 from parallel.engine import Engine, State, StepOutcome
-from parallel.gradients import add_from_now_on, add_no_more, adds_in_turn, sum_tied_gradients, take_over
+from parallel.gradients import add_from_now_on, add_no_more, adds_in_turn, patch_gradients, sum_tied_gradients
 from parallel.layout import Layout
 from parallel.libraries import BackwardPass, NoopTimer, ReduceTiedGrads, deepspeed
 from parallel.pipeline import StagedModule
@@ -77,7 +77,7 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
             dist_init_required=False,
         )
         zero.start_optimizer(engine, moments=kinds[1:])
-        take_over(engine, groups=groups, clip=train.clip)
+        patch_gradients(engine, groups=groups, clip=train.clip)
     state = ZeroState(engine, kinds=kinds)
     if seed is not None:
         with timed(f"drew {state.held_weights:,} initial weights", say=say):

@@ -11,7 +11,7 @@ from parallel.parameter import Shard
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a rank knows of one optimizer step: scalars on its device, for which nobody has waited yet.
+    """What a rank knows of one optimizer step: scalars on its device, which may not be computed yet.
 
     Attributes:
         loss: Mean over this rank's micro-batches, nats per token, fp32; zero on ranks of other stages than the last.

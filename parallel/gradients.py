@@ -32,8 +32,8 @@ megatron_layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(  # type: ignor
 )
 
 
-def take_over(engine: Any, *, groups: Groups, clip: float) -> None:
-    """Reduce, clip and step an engine's gradients without copies and without waiting for the device.
+def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
+    """Patch an engine to reduce, clip and step without copies and without waiting for the device.
 
     Engines whose gradients DeepSpeed partitions are left as they are.
 

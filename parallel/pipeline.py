@@ -51,7 +51,7 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
     """This stage's layers of a plan.
 
     Attributes:
-        documents: Of the micro-batch of each forward pass to come, None where nothing is masked.
+        documents: Documents of the micro-batch of each coming forward pass; None where nothing is masked.
     """
 
     documents: Iterator[Documents | None] = iter(())

@@ -23,7 +23,7 @@ from parallel.shards import declared
 
 CPU = torch.device("cpu")
 
-_VALUES = 1 << 16  # a weight takes 16 random bits, which choose one of so many values
+_VALUES = 1 << 16  # a weight takes 16 random bits, which choose one of this many values
 _PER_COUNTER = 16  # weights of one step of Philox's counter, which gives 256 bits
 _PANEL = 32  # columns of a row-split matrix that are drawn together
 _CHUNK = 1 << 17  # weights that a thread draws at a time: its buffers stay in the processor's cache

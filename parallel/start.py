@@ -28,8 +28,15 @@ _CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # the values that torch accepts for d
 DETERMINISTIC_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": _CUBLAS_WORKSPACES[0], "NCCL_ALGO": "Ring"}
 # what makes a process a rank, and what `start` sets
 _VARIABLES_OF_A_RANK = (
-    *("TRAINSHORT_RANK", "TRAINSHORT_RANKS", "TRAINSHORT_RENDEZVOUS", "TRAINSHORT_TERMINAL"),
-    *("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "TRAINSHORT_RANK",
+    "TRAINSHORT_RANKS",
+    "TRAINSHORT_RENDEZVOUS",
+    "TRAINSHORT_TERMINAL",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_PROCID",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
 )
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 MANY_FILES = 1 << 16  # some ten connections of each of 4,096 ranks
@@ -110,7 +117,7 @@ def environment() -> Mapping[str, str]:
 
 
 def environment_beside_ranks(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a process that is started by a rank and is none: one thread, and no GPU."""
+    """Return the environment of a process that a rank starts and that is not a rank: one thread, and no GPU."""
     kept = {name: value for name, value in environ.items() if name not in _VARIABLES_OF_A_RANK}
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 

@@ -32,7 +32,7 @@ def hand_over(weight: nn.Parameter, gradient: Tensor) -> Tensor | None:
 
     Args:
         weight: The weight.
-        gradient: Of the weight's shape, in any type.
+        gradient: The gradient, in the weight's shape and any type.
     """
     buffer: Tensor | None = getattr(weight, "main_grad", None)
     if buffer is None:

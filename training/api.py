@@ -41,7 +41,7 @@ class TrainedModel:
         train_length: Tokens of a training sequence. No call is limited to it.
         vocab_size: Tokens that it knows; their ids are 0 to vocab_size - 1.
         precision: What it computes in: fp32, tf32 or bf16.
-        scale: What its positions are scaled by, as in linear:4; None for those of the training.
+        scale: What its positions are scaled by, as in linear:4; None for positions as trained.
         certificate: What was measured of its positions when it was loaded, as plain values.
     """
 
@@ -79,7 +79,7 @@ class TrainedModel:
         Returns:
             The text with its tokens and times; `str()` of it is the text.
         Raises:
-            InputError: the prompt is not text in UTF-8, or a value is no number or out of range.
+            InputError: the prompt is not text in UTF-8, or a value is not a number or out of range.
             TrainshortError: the model's logits are not finite.
         """
         stream = self.stream(prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -118,7 +118,7 @@ class TrainedModel:
         Returns:
             Negative log-likelihood in nats, [length - 1] or [batch, length - 1] fp32, on the CPU.
         Raises:
-            InputError: these are no token ids of the model, or too few.
+            InputError: these are not token ids of the model, or too few.
         """
         ids = self._checked(tokens, shortest=2)
         losses = self._model.losses(ids if ids.ndim == 2 else ids[None]).cpu()
@@ -132,7 +132,7 @@ class TrainedModel:
         Returns:
             [length, vocab_size] or [batch, length, vocab_size] fp32, on the CPU.
         Raises:
-            InputError: these are no token ids of the model, or too few.
+            InputError: these are not token ids of the model, or too few.
         """
         ids = self._checked(tokens, shortest=1)
         logits = self._model.logits(ids if ids.ndim == 2 else ids[None])
@@ -142,7 +142,7 @@ class TrainedModel:
         """Return the token ids of a text, with nothing added.
 
         Raises:
-            InputError: it is no text, or not UTF-8.
+            InputError: it is not text, or not UTF-8.
         """
         return self._tokenizer.encode(require_utf8(text, name="what is encoded"))
 
@@ -150,7 +150,7 @@ class TrainedModel:
         """Return the text of token ids, [length]; control tokens have none.
 
         Raises:
-            InputError: these are no token ids of the model, or more than one sequence.
+            InputError: these are not token ids of the model, or more than one sequence.
         """
         ids = self._checked(tokens, shortest=0)
         if ids.ndim != 1:
@@ -158,7 +158,7 @@ class TrainedModel:
         return self._tokenizer.decode(ids.tolist())
 
     def _checked(self, tokens: TokenIds, *, shortest: int) -> Tensor:
-        """Return token ids as int64 with their shape; refuse what is none."""
+        """Return token ids as int64 with their shape; refuse anything else."""
         ids = _as_integers(tokens)
         if ids.ndim not in (1, 2) or 0 in ids.shape[:-1] or ids.shape[-1] < shortest:
             raise InputError(
@@ -179,7 +179,7 @@ def load(path: str | Path, *, precision: str = DEFAULT_PRECISION, scale: str | N
     Args:
         path: A run folder for its newest checkpoint, or a checkpoint's folder. Its layout does not matter.
         precision: What to compute in, whatever it trained in: fp32; tf32, on a GPU; or bf16.
-        scale: Scales ALiBi or rotary positions for texts longer than those of the training, by a factor: linear:4,
+        scale: Scales ALiBi or rotary positions for texts longer than in training, by a factor: linear:4,
             ntk:4, or for rotary positions yarn:4.
     Raises:
         InputError: there is no whole checkpoint, or the precision is not known or needs a GPU where there is none, or

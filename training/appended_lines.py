@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-_LONGEST_LINE = 1 << 20  # of what has no line breaks, such as a hole that a bad disk left, no more is kept in memory
+_LONGEST_LINE = 1 << 20  # most bytes kept of a file without line breaks, such as a hole that a bad disk left
 
 
 class AppendedLines:
@@ -20,7 +20,7 @@ class AppendedLines:
         self._offset = 0
 
     def starts_over(self) -> bool:
-        """Return whether `read` begins again: another file has the name now, or the file was cut.
+        """Return whether `read` starts over: the name is another file's now, or the file was truncated.
 
         Raises:
             OSError: the disk cannot be read.

@@ -28,19 +28,19 @@ OPENED_FILES = 50
 """Files of a source whose beginning is read: a corpus may have a hundred thousand."""
 
 
-def check_notes(config: RunConfig, *, device: str, variables: Mapping[str, str]) -> list[str]:
+def check_notes(config: RunConfig, *, device: str, environ: Mapping[str, str]) -> list[str]:
     """Return what `prepare` and `train` would refuse or resume, a line each. Reads little, writes nothing.
 
     Args:
         config: The run file with its overrides.
         device: Device type of this machine's ranks: cpu or cuda.
-        variables: The environment, which may name the MLflow store and torch's folder of what it compiled.
+        environ: The environment, which may name the MLflow store and torch's folder of what it compiled.
     """
     prepared: list[Prepared] = []
     checks = (
         partial(_start, config, prepared=prepared),
-        partial(_check_store, config, variables),
-        partial(check_compiling, config.train.compile, device=device, environ=variables),
+        partial(_check_store, config, environ),
+        partial(check_compiling, config.train.compile, device=device, environ=environ),
     )
     return [*_data_notes(config, prepared), *(note for check in checks for note in _answer(check))]
 
@@ -102,10 +102,10 @@ def _start(config: RunConfig, *, prepared: "list[Prepared]") -> str | None:
     return f"training {resume_line(run_dir, step=newest.step)}"
 
 
-def _check_store(config: RunConfig, variables: Mapping[str, str]) -> None:
+def _check_store(config: RunConfig, environ: Mapping[str, str]) -> None:
     from training.tracking.store import choose_store, require_known_scheme
 
-    require_known_scheme(choose_store(config.track.uri, run_dir=run_folder(config), variables=variables))
+    require_known_scheme(choose_store(config.track.uri, run_dir=run_folder(config), environ=environ))
 
 
 def _answer(check: Callable[[], object]) -> Iterator[str]:

@@ -35,16 +35,16 @@ class EnergyCounter:
         self._last = self.joules()
 
     def take(self) -> float | None:
-        """Return the joules since the last call, or since the counter was built; None if the driver does not tell."""
+        """Return the joules since the last call, or since the counter was built; None if the driver reports none."""
         return self.take_of(self.joules())
 
     def take_of(self, now: float | None) -> float | None:
-        """Do as `take` does with a value that `joules` gave."""
+        """Return what `take` returns, given a value from `joules`."""
         last, self._last = self._last, now
         return None if last is None or now is None else now - last
 
     def joules(self) -> float | None:
-        """Ask the driver, which takes milliseconds; None if it does not tell."""
+        """Ask the driver, which takes milliseconds; None if it reports none."""
         millijoules = ctypes.c_ulonglong()
         failed = self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle, ctypes.pointer(millijoules))
         return None if failed else millijoules.value / 1000
@@ -59,11 +59,11 @@ class ReadAhead:
         Thread(target=self._read, name="energy", daemon=True).start()
 
     def take(self) -> float | None:
-        """Return the joules since the last call, as far as they are known by now."""
+        """Return the joules since the last call that have been read so far."""
         return self._counter.take_of(self._joules)
 
     def _read(self) -> None:
-        while self._joules is not None:  # a driver that ceases to tell is not asked again
+        while self._joules is not None:  # a driver that stops reporting is not asked again
             time.sleep(READ_SECONDS)
             self._joules = self._counter.joules()
 
@@ -139,7 +139,7 @@ def counters_of_node(nvml: Any | None) -> list[EnergyCounter]:
 
 
 def spent_joules(run_dir: Path) -> float:
-    """Return the energy of all steps in the files of a run, also of those that were lost; 0 if none tells."""
+    """Return the energy of all steps in a run's files, lost ones included; 0 if no step has it."""
     total = 0.0
     for path in (metrics_path(run_dir), discarded_metrics_path(run_dir)):
         with suppress(OSError), path.open("rb") as file:

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError, MachineError
-from configs.files import try_folder, whole_file
+from configs.files import try_folder, whole_file, write_json
 from configs.load import dump_run, load_run
-from configs.paths import certificates_path, checkpoints_folder, config_file, data_folder, logs_folder, run_folder
+from configs.paths import (
+    certificates_path,
+    checkpoints_folder,
+    config_file,
+    data_folder,
+    environment_path,
+    logs_folder,
+    run_folder,
+)
 from configs.schema import RunConfig
 from configs.strict_yaml import as_yaml
 from data_pipeline.manifest import same_content, same_inputs
@@ -40,7 +48,7 @@ MAY_CHANGE = (
     "slurm",
     "run.dir",
 )
-# keys that name the data: the same data elsewhere, or under another spelling, is no change
+# keys that name the data: the same data in another place, or spelled differently, is not a change
 _DATA_KEYS = ("data.dir", "data.sources", "data.tokenizer")
 
 
@@ -112,7 +120,7 @@ def _write_records(config: RunConfig, *, fence: Fence, layout: Layout, device: "
         "packages": installed_versions(),
         "code": source_code(),
     }
-    (run_dir / "environment.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json(environment_path(run_dir), document, mark=f".{fence.token}")
 
 
 def device_name(device: "torch.device") -> str:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from configs.paths import rank_log
+from configs.paths import logs_folder, rank_log
 from training.appended_lines import AppendedLines
 
 LOG_BYTES = 1 << 20  # of the log's end; a start's warnings before that are not shown
@@ -31,12 +31,12 @@ class FollowedLog:
 
     Attributes:
         started_at: When it began; None if its first line is not in the log's end.
-        warnings: With how often each was said, the newest last.
+        warnings: Its warnings, each with how often it was logged, the newest last.
         newest: The last line.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._lines = AppendedLines(rank_log(run_dir, rank=0), last_bytes=LOG_BYTES)
+        self._lines = AppendedLines(rank_log(logs_folder(run_dir), rank=0), last_bytes=LOG_BYTES)
         self._begin(None)
 
     def _begin(self, started_at: datetime | None) -> None:
@@ -80,6 +80,6 @@ def ends_in_error(lines: Sequence[str]) -> bool:
 
 
 def _last_word(lines: Sequence[str]) -> str:
-    """Return the last line that is no detail of the one before; of a traceback the first, though it ends in another."""
+    """Return the last line that is not a detail of the one before; of a traceback, the first line."""
     words = [line for line in lines if not line.startswith("  ")][-2:]
     return words[0] if words[:1] == [_ERRORS[1]] else "".join(words[-1:])

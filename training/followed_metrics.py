@@ -27,7 +27,7 @@ class Curve:
     """The means of equally many values each: at most twice CURVE_POINTS of them, however many values there are.
 
     Attributes:
-        lowest: Of the values; infinite if there is none.
+        lowest: Lowest of the values; infinite if there are none.
         highest: Likewise.
     """
 
@@ -49,7 +49,7 @@ class Curve:
             self._each *= 2
 
     def points(self, most: int) -> list[float]:
-        """Return the curve as at most so many means."""
+        """Return the curve as at most `most` means."""
         means = self._means + ([self._sum / self._count] if self._count else [])
         count = min(most, len(means))
         parts = [means[place * len(means) // count : (place + 1) * len(means) // count] for place in range(count)]
@@ -64,7 +64,7 @@ class FollowedMetrics:
         recent: Fields of the last steps, at most RECENT_STEPS.
         validation: The newest validation; None if there is none.
         best: The lowest one.
-        curves: Of the fields in CURVES, over all steps.
+        curves: Curves of the fields in CURVES, over all steps.
     """
 
     def __init__(self, run_dir: Path) -> None:

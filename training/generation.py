@@ -91,7 +91,7 @@ class TextStream(Iterator[str]):
             sampling: How tokens are sampled.
             train_length: Tokens that the model was trained at, for the result.
         Raises:
-            InputError: the prompt is not text in UTF-8, or tokens is no whole number from 1.
+            InputError: the prompt is not text in UTF-8, or `tokens` is not a whole number from 1 up.
         """
         self._prompt = require_utf8(prompt, name="the prompt")
         tokens = require_whole_number(tokens, name="tokens to generate")
@@ -199,6 +199,6 @@ def sample_token(logits: Tensor, *, sampling: Sampling, generator: torch.Generat
     (candidates,) = torch.where(probabilities >= (1 - sampling.top_p) / (2 * len(logits)))
     likely, order = probabilities[candidates].sort(descending=True, stable=True)
     # Keep a token while the likelier ones sum to less than top_p. The first is always kept.
-    kept = torch.zeros_like(probabilities)  # of all tokens, so that a draw takes as many random numbers for any logits
+    kept = torch.zeros_like(probabilities)  # of all tokens, so that each draw takes the same number of random numbers
     kept[: len(likely)] = likely * (likely.cumsum(0) - likely < sampling.top_p)
     return int(candidates[order[torch.multinomial(kept, 1, generator=generator)]])

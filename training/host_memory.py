@@ -1,4 +1,4 @@
-"""This machine's memory: what this process holds, what limits it, whom the kernel killed for it. Imports no torch."""
+"""This machine's memory: what this process holds, what limits it, what the kernel killed. Imports no torch."""
 
 import resource
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class OomKills:
     """How many processes the kernel has killed for lack of memory so far; None if unknown.
 
     Attributes:
-        here: In this process's cgroup: ranks are in it too.
+        here: Kills in this process's cgroup: ranks are in it too.
         anywhere: Also in the cgroups around it and, where it is shown, on the machine: it may be anybody's process.
     """
 

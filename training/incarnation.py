@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from configs.commands import typed_path
 from configs.errors import InputError, MachineError
-from configs.files import whole_file
+from configs.files import write_json
 from configs.paths import incarnation_file, stop_file
 
 EXIT_SECONDS = 5.0  # time for the ranks of a start that was just killed to exit
@@ -117,8 +117,7 @@ def begin_incarnation(run_dir: Path) -> Fence:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     pid = os.getpid()
     this = Incarnation(number, token, socket.gethostname(), _machine(), pid, _process_started(pid) or 0, now)
-    with whole_file(incarnation_file(run_dir), mark=f".{token}") as temporary:
-        temporary.write_text(json.dumps(asdict(this), indent=1) + "\n", encoding="utf-8")
+    write_json(incarnation_file(run_dir), asdict(this), mark=f".{token}")
     return Fence(run_dir, token)
 
 

@@ -1,7 +1,7 @@
 """Estimate the bytes that training holds on a rank, by what they are for. Imports no torch.
 
 A sum over the shards of each pipeline stage, plus what the layers keep for the backward pass. docs/memory.md has the
-formulas and how right they were.
+formulas and how accurate they were.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ class StageMemory:
     """Bytes of the largest rank of one pipeline stage.
 
     Attributes:
-        weights: Of the forward pass.
-        gradients: Those of one micro-batch and their sum, as far as they are held beside all activations.
+        weights: Weights of the forward pass.
+        gradients: Gradients of one micro-batch and their sum, as far as they are held together with all activations.
         optimizer: Master weights and moments.
         buffers: What DeepSpeed sends from, and what the optimizer's step needs more than the activations before it.
         activations: What all layers keep for the backward pass, of all micro-batches in flight.
@@ -60,7 +60,7 @@ class MemoryEstimate:
     """Bytes of each pipeline stage's largest rank.
 
     Attributes:
-        stages: By stage.
+        stages: Memory of each stage.
         offloaded: Bytes of optimizer state that each rank keeps in the machine's memory instead of its GPU's.
     """
 
@@ -140,7 +140,7 @@ class _State:
     """Bytes that do not depend on the batch.
 
     Attributes:
-        weights: Of the forward pass.
+        weights: Weights of the forward pass.
         gradients: When the backward pass has ended.
         early_gradients: While all activations are still held.
         optimizer: Master weights and moments.

@@ -116,7 +116,7 @@ def _block(config: RunConfig, layout: Layout, *, on_gpu: bool) -> tuple[int, int
     width, tokens = PRECISIONS[train.precision].width, train.micro_batch * seq
     backend, position = _backend(config, on_gpu=on_gpu), POSITIONS[model.position]
     hidden, inner, parts = width * model.hidden, width * model.inner, _parts(config, layout)
-    # What a softmax keeps beside queries, keys and values: its output, or its sums and what the method adds.
+    # What a softmax keeps besides queries, keys and values: its output, or its sums and what the method adds.
     attention = hidden + FP32 * model.heads
     if position.rotates:
         attention += 2 * hidden

@@ -13,7 +13,7 @@ from parallel.layout import Layout
 from training.memory import estimate_memory
 
 TOLERANCE = 1.03
-"""How much more a change may need by the estimate, which is no more exact, and still be called equal."""
+"""How much more memory a change may need and still count as equal: the estimate is not more exact than that."""
 
 RECOMPUTES: tuple[bool | str, ...] = (False, "selective", True)
 """Values of train.recompute: the more, the less memory and the more time."""
@@ -62,17 +62,17 @@ def memory_changes(config: RunConfig, *, layout: Layout, on_gpu: bool) -> list[M
         return estimate_memory(changed, layout=new_layout, on_gpu=on_gpu, bucket=0).largest < TOLERANCE * largest
 
     first = partial(_first_change, config, layout, may_help=may_help)
-    found = [
+    candidates = [
         first("train.micro_batch", _smaller(train.micro_batch)),
         first("parallel.sequence", [True] if parallel.tensor > 1 and not parallel.sequence else []),
         *(first("train.recompute", [more]) for more in RECOMPUTES[RECOMPUTES.index(train.recompute) + 1 :]),
-        # One data rank has nobody to share with.
+        # One data rank has no other to share with.
         *(first("parallel.zero", [zero]) for zero in range(parallel.zero + 1, 4 if layout.data > 1 else 0)),
         first("parallel.offload", ["cpu"] if on_gpu and parallel.offload == "none" else []),
         first("parallel.tensor", range(parallel.tensor + 1, model.heads + 1)),
         first("parallel.pipeline", _more_stages(layout, layers=model.layers)),
     ]
-    return [change for change in found if change is not None]
+    return [change for change in candidates if change is not None]
 
 
 def change_lines(changes: list[MemoryChange]) -> list[str]:
@@ -108,7 +108,7 @@ def _first_change(
     *,
     may_help: Callable[[RunConfig, Layout], bool],
 ) -> MemoryChange | None:
-    """Return the change to the first value that is legal with all else as it is and may help, or None."""
+    """Return the change to the first value that may help and is legal without other changes; None if there is none."""
     section_name, _, name = key.partition(".")
     section: Train | Parallel = getattr(config, section_name)
     for value in values:

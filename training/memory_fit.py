@@ -30,7 +30,7 @@ class AvailableMemory:
     gpus: int = 1
 
     def holds(self, estimate: MemoryEstimate, *, ranks: int) -> bool | None:
-        """Return whether the largest of so many ranks fits; None if the memory is not known."""
+        """Return whether the largest of `ranks` ranks fits; None if the memory is not known."""
         if self.size is None:
             return None
         return estimate.largest <= self.size and not self.lacks_host(estimate, ranks=ranks)

@@ -44,7 +44,7 @@ def validation_of(fields: dict[str, Any]) -> Best | None:
 
 
 def better_of(best: Best | None, measured: Best | None) -> Best | None:
-    """Return the lower one of two validations; a loss that is no number does not count."""
+    """Return the lower of two validations; a loss that is nan does not count."""
     if measured is None or not math.isfinite(measured.loss):
         return best
     return measured if best is None or measured.loss < best.loss else best

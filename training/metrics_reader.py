@@ -75,4 +75,4 @@ def _lines(run_dir: Path, *, last_bytes: int | None = None) -> list[bytes]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): fix its mode") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): fix its permissions") from None

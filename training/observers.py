@@ -35,7 +35,7 @@ class StepResult:
         validation_seconds: Time of that measurement.
         save_seconds: Time of the save between the step before and this one; None if there was none.
         failed_saves: Saves of this start that have failed so far; None if there are none.
-        energy_joules: Of all ranks' GPUs since the step before, by their drivers' counters; None if one does not tell.
+        energy_joules: Energy of all ranks' GPUs since the step before, from their drivers; None if one reports none.
     """
 
     step: int

@@ -29,7 +29,7 @@ class Pace:
         step: The step that this start continues from.
 
     Attributes:
-        steps_taken: By this start.
+        steps_taken: Steps that this start has taken.
     """
 
     def __init__(self, config: RunConfig, *, step: int) -> None:

@@ -135,10 +135,10 @@ def closing_lines(*, steps: int, tokens: int, spent: Spent, memory_gb: float, be
 
     Args:
         steps: Taken by this start, at least one.
-        tokens: Of these steps.
+        tokens: Tokens of these steps.
         spent: Its time.
         memory_gb: Peak of the rank with the largest.
-        best: Of all starts; None if nothing was measured.
+        best: Best validation of all starts; None if there was none.
     """
     rest = spent.total - spent.training - spent.validation - spent.saving
     parts = [("training", spent.training), ("validation", spent.validation), ("saving", spent.saving), ("other", rest)]
@@ -183,7 +183,7 @@ def fitted(figures: Sequence[str], *, spares: Sequence[int], columns: int | None
     """Join figures into a line that fits: leave out some, then space between them, and at last what does not fit.
 
     Args:
-        figures: In order.
+        figures: The parts of the line, in order.
         spares: Indices of those to leave out, the first one first.
         columns: Width; None for any.
     """

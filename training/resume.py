@@ -90,7 +90,7 @@ def changes_since(
         engine: The engine, with the checkpoint loaded.
         loader: The run's samples.
         checkpoint: The checkpoint.
-        precision: Of the run.
+        precision: Precision of the run.
         world: All ranks.
     """
     saved = checkpoint.manifest

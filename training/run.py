@@ -113,7 +113,7 @@ def _join(place: ProcessRank, ready: Ready, *, say: Callable[..., None]) -> tupl
 
 @contextmanager
 def _exporting(trainer: Trainer, place: ProcessRank, *, terminal: Terminal | None) -> Iterator[list[Observer]]:
-    """Yield what exports beside training, on rank 0 of a run that asks for it; at the end wait for what is left."""
+    """Yield what exports during training, on rank 0 of a run that asks for it; at the end wait for what is left."""
     if place.rank or not trainer.config.checkpoint.export_every:
         yield []
         return

@@ -65,7 +65,7 @@ def choose_sampling(
     The defaults are temperature 0.8, top-p 0.95 and a random seed. With temperature 0, top-p is 1.
 
     Raises:
-        InputError: a value is no number or out of range, or top-p is given for temperature 0.
+        InputError: a value is not a number or out of range, or top-p is given with temperature 0.
     """
     temperature = DEFAULT_TEMPERATURE if temperature is None else _number(temperature, name="temperature")
     if top_p is None:
@@ -78,7 +78,7 @@ def require_whole_number(value: object, *, name: str) -> int:
     """Return a whole number of Python or numpy as an int.
 
     Raises:
-        InputError: it is none; the message calls it by `name`.
+        InputError: it is not a whole number; the message calls it by `name`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise InputError(f"{name} must be a whole number, got {value!r}: give an int")
@@ -123,7 +123,7 @@ def require_utf8(text: object, *, name: str) -> str:
     """Return a text that UTF-8 can hold; the bytes of an argument that was not UTF-8 are halves of surrogate pairs.
 
     Raises:
-        InputError: it cannot, or is no text; the message calls it by `name`.
+        InputError: UTF-8 cannot hold it, or it is not text; the message calls it by `name`.
     """
     if not isinstance(text, str):
         advice = "decode its bytes, as in text.decode()" if isinstance(text, bytes) else "give a str"

@@ -34,7 +34,7 @@ class SimplerLayout:
 
 
 def simpler_layout(config: RunConfig, *, layout: Layout, gpu_bytes: int) -> SimplerLayout | None:
-    """Return the legal layout with the fewest splits that fits with a margin; None if it has as many as there are.
+    """Return the legal layout with the fewest splits that fits with a margin; None if that is not fewer than now.
 
     Args:
         config: The run.
@@ -42,18 +42,19 @@ def simpler_layout(config: RunConfig, *, layout: Layout, gpu_bytes: int) -> Simp
         gpu_bytes: Memory of a GPU.
     """
     splits = product(range(1, layout.tensor + 1), range(1, layout.pipeline + 1))
-    # with as many splits, stages cost more than tensor ranks: they idle, and hold several micro-batches
+    # Of layouts with equally many splits, try fewer stages first: stages cost more than tensor ranks, as they idle and
+    # hold several micro-batches.
     for tensor, pipeline in sorted(splits, key=lambda split: (split[0] * split[1], split[1])):
         if tensor * pipeline >= layout.tensor * layout.pipeline:
             return None
-        found = _with_splits(config, tensor=tensor, pipeline=pipeline, world_size=layout.world_size)
-        if found is not None and found.estimate.largest <= MARGIN * gpu_bytes:
-            return found
+        simpler = _with_splits(config, tensor=tensor, pipeline=pipeline, world_size=layout.world_size)
+        if simpler is not None and simpler.estimate.largest <= MARGIN * gpu_bytes:
+            return simpler
     return None
 
 
 def _with_splits(config: RunConfig, *, tensor: int, pipeline: int, world_size: int) -> SimplerLayout | None:
-    """Return the layout of these splits; None if it is not legal with all else as it is."""
+    """Return the layout of these splits; None if it is not legal without other changes."""
     new = {"tensor": tensor, "pipeline": pipeline, "sequence": config.parallel.sequence and tensor > 1}
     changed = config.model_copy(update={"parallel": config.parallel.model_copy(update=new)})
     if problems(changed):

@@ -36,7 +36,7 @@ class StepFigures:
         memory_gb: Peak of the rank with the largest, in 1e9 bytes.
         verdict: Whether a rank asks to stop.
         attention_density: Mean share of the causal score blocks that attention computed; None if no kernel counts them.
-        energy_joules: Of all ranks' GPUs since the step before; None if a driver does not tell.
+        energy_joules: Energy of all ranks' GPUs since the step before; None if a driver reports none.
         seconds: Time of the step on this rank's device.
     """
 
@@ -72,7 +72,7 @@ class FigureExchange:
         device: This rank's device.
         stop: Shows whether this rank was asked to stop.
         fence: Shows whether this start of the run is still the newest.
-        windows: Those of this rank's attention; None if it has none.
+        windows: Lossless windows of this rank's attention; None if it has none.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class FigureExchange:
         _, grad_norm, memory_gb, verdict, *_ = sent.rows.amax(dim=0).tolist()  # nan wins
         loss = sent.rows[-self._last_stage :, 0].double().mean().item()
         density, calls, joules = sent.rows[:, 4:].double().sum(0).tolist()
-        attention_density = density / calls if calls else None  # all ranks have as many heads
+        attention_density = density / calls if calls else None  # all ranks have equally many heads
         seconds = sent.began.elapsed_time(sent.ended) / 1000 if on_gpu else sent.ended - sent.began
         energy_joules = joules if math.isfinite(joules) else None
         return StepFigures(loss, grad_norm, memory_gb, int(verdict), attention_density, energy_joules, seconds)

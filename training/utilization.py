@@ -76,12 +76,12 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
     return None
 
 
-def measured_gemm(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> float:
-    """Return the FLOP/s of a large matrix product, measured now: the fastest of several."""
+def measured_gemm(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large matrix product, measured now: the fastest of five."""
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     fastest = float("inf")
-    for _ in range(repeats):
+    for _ in range(5):
         started = time.perf_counter()
         left @ right
         if device.type == "cuda":

@@ -56,7 +56,7 @@ def checkpoint_verify_command(folder: CheckpointsPath, as_json: AsJson = False) 
 @checkpoint_commands.command("reshape")
 def checkpoint_reshape_command(
     checkpoint: CheckpointPath,
-    overrides: Overrides = None,
+    overrides: Overrides,
     ranks: Annotated[int | None, count_option("--ranks", "Number of ranks.  [default: tensor x pipeline]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show how each tensor would be split.")] = False,
     as_json: AsJson = False,
@@ -82,7 +82,7 @@ def checkpoint_reshape_command(
     from launch.show.checkpoint import show_reshape
     from training.checkpoint.reshape import plan_reshape
 
-    plan = plan_reshape(checkpoint, overrides=overrides or [], ranks=ranks)
+    plan = plan_reshape(checkpoint, overrides=overrides, ranks=ranks)
     if as_json:
         show_json(plan.to_json())
     else:

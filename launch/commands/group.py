@@ -1,4 +1,4 @@
-"""A group of commands that answers a mistyped name with the ones that look like it."""
+"""A group of commands that suggests similar names for a mistyped one."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -1,13 +1,12 @@
 """Standard suites of tasks: harness."""
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from configs.commands import typed_command
 from configs.precisions import DEFAULT_PRECISION, require_precision
 from configs.slow_parts import importing
 from launch.commands.model import PrecisionName
@@ -16,11 +15,11 @@ from training.out_of_memory import explain_out_of_memory
 
 harness_commands = typer.Typer()
 
-# What the libraries read when they are imported. Whoever sets one has decided.
+# Read by the libraries when they are imported; a user's own settings win.
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 TaskNames = Annotated[
-    str, typer.Option(metavar="TASK,TASK", help="Names of tasks, groups or tags, with commas between.")
+    str, typer.Option(metavar="TASK,TASK", help="Names of tasks, groups or tags, separated by commas.")
 ]
 TaskFolder = Annotated[
     Path | None,
@@ -77,7 +76,7 @@ def harness_command(
             request=request,
             max_length=max_length,
             precision=precision,
-            command=shlex.join(["trainshort", *sys.argv[1:]]),
+            command=typed_command(),
         )
     except ReportNotWritten as error:
         show(error.report)

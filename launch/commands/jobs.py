@@ -17,7 +17,7 @@ jobs_commands = typer.Typer(
 @slurm_commands.command("slurm")
 def slurm_command(
     run: RunFile,
-    overrides: Overrides = None,
+    overrides: Overrides,
     nodes: Annotated[
         int | None, count_option("--nodes", "Nodes to train on.  [default: the fewest that the layout fits]")
     ] = None,
@@ -29,14 +29,14 @@ def slurm_command(
     from launch.show.console import show_lines, show_text
     from launch.slurm.script import fewest_nodes, find_program, render_scripts
 
-    config = load_run(run, overrides=overrides or [])
+    config = load_run(run, overrides=overrides)
     run_dir = check_run_folder(config)
     nodes = nodes or fewest_nodes(config)
     if submit:
         from launch.show.jobs import show_submitted
         from launch.slurm.submit import submit_run
 
-        with run_file_named(run, overrides or []):
+        with run_file_named(run, overrides):
             jobs = submit_run(config, nodes=nodes, folder=Path.cwd())
         show_submitted(jobs, run_dir=run_dir)
         return
@@ -45,7 +45,7 @@ def slurm_command(
         config,
         run_file=run,
         nodes=nodes,
-        overrides=overrides or [],
+        overrides=overrides,
         folder=Path.cwd(),
         program=find_program(config),
     )

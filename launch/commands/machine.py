@@ -10,19 +10,22 @@ from launch.complete import complete_run_files
 
 machine_commands = typer.Typer()
 
+AuditedRun = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN.yaml",
+        autocompletion=complete_run_files,
+        help="Audit how exact this run's ALiBi is here, at its lengths; of a run folder or a checkpoint, also show "
+        "the windows of its weights.",
+    ),
+]
+
 
 @machine_commands.command("doctor")
 def doctor_command(
-    alibi: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN.yaml",
-            autocompletion=complete_run_files,
-            help="Audit how exact this run's ALiBi is here, at its lengths; of a run folder or a checkpoint, also show "
-            "the windows of its weights.",
-        ),
-    ] = None,
-    overrides: Overrides = None,
+    alibi: AuditedRun = None,
+    *,
+    overrides: Overrides,
     as_json: AsJson = False,
 ) -> None:
     """Report what this machine can do; with --alibi, compare a run's attention with exact ALiBi."""
@@ -47,7 +50,7 @@ def doctor_command(
 
     folder = None if alibi in shipped_runs() else expand_path(alibi)
     checkpoint = require_checkpoint(folder) if folder is not None and folder.is_dir() else None
-    config = load_run(str(checkpoint / CONFIG_NAME) if checkpoint else alibi, overrides=overrides or [])
+    config = load_run(str(checkpoint / CONFIG_NAME) if checkpoint else alibi, overrides=overrides)
 
     from launch.doctor import alibi_report, check_audit, weights_report
     from launch.show.machine import show_audit

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from configs.commands import typed_command
 from configs.errors import InputError
 from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS, require_precision
 from configs.protocols import PROTOCOL_NAMES
@@ -178,7 +177,7 @@ def evaluate_command(
         precision=precision,
         tensor=tensors,
         pipeline=stages,
-        command=shlex.join(["trainshort", *sys.argv[1:]]),
+        command=typed_command(),
     )
     check_request(checkpoint, request)  # before the slow imports
     place = find_process_rank(os.environ)
@@ -213,7 +212,7 @@ def compare_command(
         typer.Option(
             metavar="FILE.png",
             parser=path_of,
-            help="The plot; a file that is no plot of this command is never overwritten.  [default: comparison.png]",
+            help="The plot; only a plot of this command is ever overwritten.  [default: comparison.png]",
         ),
     ] = None,
     text: Annotated[
@@ -252,7 +251,7 @@ def report_command(
         typer.Option(
             metavar="FILE.html",
             parser=path_of,
-            help="The page; a file that is no page of this command is never overwritten.  "
+            help="The page; only a page of this command is ever overwritten.  "
             "[default: RUN_DIR/report.html, of several runs comparison.html]",
         ),
     ] = None,

@@ -10,6 +10,7 @@ from configs.errors import InputError
 from launch.complete import complete_checkpoints, complete_run_files, complete_run_folders
 
 _LARGEST = 999_999_999  # what counts and lengths of the command line go up to
+_DAY_SECONDS = 86_400.0
 
 
 def path_of(text: str) -> Path:
@@ -28,8 +29,14 @@ RunFile = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="section.key=value", help="Override one key; may be repeated, the last one wins."),
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="section.key=value",
+        default_factory=list,
+        show_default=False,
+        help="Override one key; may be repeated, the last one wins.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 CheckpointPath = Annotated[
@@ -75,12 +82,36 @@ def number_option(name: str, metavar: str, description: str, *, is_whole: bool =
     return typer.Option(name, metavar=metavar, help=description, parser=parse)
 
 
+def seconds_option(name: str, description: str, *, least: float, example: int) -> Any:
+    """Return an option whose value is a time from `least` to a day, for `Annotated[float, ...]`.
+
+    Args:
+        name: Name of the option.
+        description: Its help.
+        least: The shortest time, in seconds.
+        example: What an error tells the user to write.
+    """
+
+    def parse(value: str | float) -> float:  # typer parses the default too
+        try:
+            seconds = float(value)
+        except ValueError:
+            raise InputError(f"{name} must be a number, got {value!r}: write {name} {example}") from None
+        if not least <= seconds <= _DAY_SECONDS:  # nor is nan
+            raise InputError(
+                f"{name} must be {least:g} to {_DAY_SECONDS:,.0f} seconds, got {seconds:g}: write {example}"
+            )
+        return seconds
+
+    return typer.Option(name, metavar="SECONDS", help=description, parser=parse)
+
+
 def gigabytes_option(name: str, description: str) -> Any:
     """Return an option whose value is a positive number of GB, for `Annotated[float, ...]`."""
 
     def parse(value: str) -> float:
         if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or not float(value):
-            raise InputError(f"{name} must be a number of GB over 0, got {value!r}: write {name} 80")
+            raise InputError(f"{name} must be a number of GB above 0, got {value!r}: write {name} 80")
         return float(value)
 
     return typer.Option(name, metavar="G", help=description, parser=parse)
@@ -93,7 +124,7 @@ def lengths_option(name: str, description: str) -> Any:
         lengths = [length.strip() for length in value.split(",")]
         if not all(_is_whole_number(length, minimum=2) for length in lengths):
             raise InputError(
-                f"{name} must be whole numbers from 2 to {_LARGEST} with commas between, got {value!r}: write 1024,2048"
+                f"{name} must be whole numbers from 2 to {_LARGEST} separated by commas, got {value!r}: write 1024,2048"
             )
         return Lengths(map(int, lengths))
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.commands import run_file_named
+from configs.commands import command_here, run_file_named
 from configs.errors import InputError, MachineError
 from configs.slow_parts import importing
 from launch.commands.options import AsJson, Overrides, RunFile, count_option, path_of
@@ -28,8 +27,8 @@ profile_commands = typer.Typer()
 @profile_commands.command("profile")
 def profile_command(
     run: RunFile,
-    overrides: Overrides = None,
-    steps: Annotated[int, count_option("--steps", "Steps to time, and as many again to profile.")] = 3,
+    overrides: Overrides,
+    steps: Annotated[int, count_option("--steps", "Steps to time, then the same number to profile.")] = 3,
     ranks: Annotated[
         int | None,
         count_option("--ranks", "Local ranks to start.  [default: this machine's GPUs, else tensor x pipeline]"),
@@ -48,13 +47,13 @@ def profile_command(
     from launch.show.profile import show_profile
     from parallel.start import find_process_rank
 
-    config = load_run(run, overrides=overrides or [])
+    config = load_run(run, overrides=overrides)
     place = find_process_rank(os.environ)
     folder = out or run_folder(config) / "profile"
     if place is None:
         if out is not None:
             _check_out(out)
-        with run_file_named(run, overrides or []):
+        with run_file_named(run, overrides):
             code, document = _profile_local_ranks(config, ranks=ranks, steps=steps, out=folder)
         if code:
             raise SystemExit(code)
@@ -89,12 +88,12 @@ def _check_out(out: Path) -> None:
 
 
 def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, out: Path) -> None:
-    from configs.paths import rank_log
+    from configs.paths import logs_folder, rank_log
     from launch.show.streams import following
     from parallel.start import open_gpu_early
     from training.rank_errors import explain_rank_failure
 
-    log = None if place.rank else rank_log(out, rank=0)
+    log = None if place.rank else rank_log(logs_folder(out), rank=0)
     with following(log, descriptor=place.terminal, environ=os.environ), explain_rank_failure(config, place):
         with importing():
             open_gpu_early(place, tensor=config.parallel.tensor)
@@ -123,18 +122,18 @@ def _profile_local_ranks(
 
     ready, device = check_start(_from_the_start(config, run_dir=out), ranks=ranks, environ=os.environ)
     make_log_folder(logs_folder(out))
-    found = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
-    logger.info("profiling %s on %s: %s", config.run.name, found, ready.layout)
+    started = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
+    logger.info("profiling %s on %s: %s", config.run.name, started, ready.layout)
     with tempfile.TemporaryDirectory(prefix="trainshort-profile-") as scratch:
         file = Path(scratch) / "run.yaml"
         file.write_text(dump_run(_from_the_start(config, run_dir=Path(scratch))), encoding="utf-8")
         options = [*verbosity_options(), "--steps", str(steps), "--out", str(out)]
         code = start_ranks(
-            [sys.executable, "-P", "-m", "trainshort", "profile", *options, "--", str(file)],
+            command_here("profile", *options, "--", str(file)),
             ranks=ready.layout.world_size,
             logs=logs_folder(out),
             metrics=metrics_path(Path(scratch)),
-            environment=os.environ,
+            environ=os.environ,
             explain_memory=partial(rank_out_of_memory, config, ready.layout, on_gpu=False),
         )
     return code, {} if code else json.loads((out / PROFILE_NAME).read_text(encoding="utf-8"))

@@ -1,13 +1,12 @@
 """The command that asks a trained model for what it has read: passkeys and needles."""
 
-import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from configs.commands import typed_command
 from configs.precisions import DEFAULT_PRECISION
 from configs.slow_parts import importing
 from launch.commands.model import PrecisionName, ScaleName
@@ -56,7 +55,7 @@ def retrieval_command(
         data=data,
         scale=scale,
         precision=precision,
-        command=shlex.join(["trainshort", *sys.argv[1:]]),
+        command=typed_command(),
     )
     check_retrieval(checkpoint, request)  # before the slow imports
 

@@ -2,14 +2,21 @@
 
 import logging
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from configs.commands import name_run_file, run_file_named, typed_overrides, typed_path
+from configs.commands import (
+    command_here,
+    name_run_file,
+    override_options,
+    run_file_named,
+    typed_command,
+    typed_overrides,
+    typed_path,
+)
 from configs.errors import InputError
 from configs.secrets import hide_secrets
 from launch.commands.options import AsJson, Overrides, RunFile, count_option, gigabytes_option, path_of
@@ -59,7 +66,7 @@ def init_command(
 @run_commands.command("check")
 def check_command(
     run: RunFile,
-    overrides: Overrides = None,
+    overrides: Overrides,
     memory: Annotated[
         bool, typer.Option("--memory", help="Also estimate the memory of each rank, and say whether it fits.")
     ] = False,
@@ -85,7 +92,7 @@ def check_command(
     for option, value in (("--gpu-memory-gb", gpu_memory_gb), ("--ranks", ranks)):
         if value is not None and not memory:
             raise InputError(f"{option} is for the estimate of memory: add --memory, or leave {option} out")
-    config = load_run(run, overrides=overrides or [])
+    config = load_run(run, overrides=overrides)
     check_export_every(config)
     fit, origin = _fit_memory(config, ranks=ranks, gpu_memory_gb=gpu_memory_gb) if memory else (None, "")
     if config.data.tokenizer and find_tokenizer(Path(config.data.tokenizer)).is_file():  # else that is a note
@@ -93,10 +100,10 @@ def check_command(
 
         check_tokenizer(config.data)
     device = device_type(os.environ)
-    notes = check_notes(config, device=device, variables=os.environ)
+    notes = check_notes(config, device=device, environ=os.environ)
     if not memory:
         notes += _simpler_layout_notes(config)
-    notes = [hide_secrets(name_run_file(note, run, overrides or [])) for note in notes]
+    notes = [hide_secrets(name_run_file(note, run, overrides)) for note in notes]
     summary = run_summary(config, device=device, notes=notes)
     if as_json:
         show_json({**summary, **({"memory": fit.to_json()} if fit else {})})
@@ -120,7 +127,7 @@ def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float 
     """Estimate a run's memory, and compare it with a GPU of this size, this machine's GPUs, or its memory.
 
     Returns:
-        The estimate and what it was compared with; and why it is of so many ranks, empty if the user said so.
+        The estimate and what it was compared with; and where its number of ranks comes from, empty if the user gave it.
     """
     from configs.figures import byte_size
     from launch.layout_choice import default_layout
@@ -135,9 +142,9 @@ def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float 
         size = int(gpu_memory_gb * 1e9)
         available = AvailableMemory(size, f"a GPU of {byte_size(size)} (--gpu-memory-gb)", on_gpu=True)
     elif gpus:
-        found = gpu_bytes()
-        name = f"this machine's GPU of {byte_size(found)}" if found else "name the GPU's memory, --gpu-memory-gb 80"
-        available = AvailableMemory(found, name, on_gpu=True, host=host_limit(), gpus=gpus)
+        memory = gpu_bytes()
+        name = f"this machine's GPU of {byte_size(memory)}" if memory else "name the GPU's memory, --gpu-memory-gb 80"
+        available = AvailableMemory(memory, name, on_gpu=True, host=host_limit(), gpus=gpus)
     else:
         limit = host_limit()
         share = limit.size // layout.world_size
@@ -147,22 +154,22 @@ def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float 
 
 @run_commands.command("prepare")
 @explain_out_of_memory("data.sources in smaller files", "data.document_separator, to cut text into documents")
-def prepare_command(run: RunFile, overrides: Overrides = None) -> None:
+def prepare_command(run: RunFile, overrides: Overrides) -> None:
     """Turn the sources into a tokenizer and training data; parts that are done are skipped."""
     from configs.load import load_run
     from configs.paths import check_run_folder, data_folder
 
-    config = load_run(run, overrides=overrides or [])
+    config = load_run(run, overrides=overrides)
     check_run_folder(config)  # before the slow imports below
 
     from data_pipeline.prepare import prepare_data
     from launch.show.run import show_prepared
 
-    with run_file_named(run, overrides or []):
+    with run_file_named(run, overrides):
         try:
             show_prepared(prepare_data(config.data, folder=data_folder(config), progress=True))
         except KeyboardInterrupt:
-            again = f"trainshort prepare {typed_path(run)}{typed_overrides(overrides or [])}"
+            again = f"trainshort prepare {typed_path(run)}{typed_overrides(overrides)}"
             logger.warning("stopped: start it again to continue: %s", again)
             raise
 
@@ -170,7 +177,7 @@ def prepare_command(run: RunFile, overrides: Overrides = None) -> None:
 @run_commands.command("train")
 def train_command(
     run: RunFile,
-    overrides: Overrides = None,
+    overrides: Overrides,
     ranks: Annotated[
         int | None,
         count_option("--ranks", "Local ranks to start.  [default: this machine's GPUs, else tensor x pipeline]"),
@@ -187,7 +194,7 @@ def train_command(
     from launch.failure import ending_at_once
     from parallel.start import find_process_rank
 
-    config = load_run(run, overrides=overrides or [])
+    config = load_run(run, overrides=overrides)
     process_rank = find_process_rank(os.environ)
     if process_rank is not None and ranks is not None:
         raise InputError(
@@ -198,16 +205,16 @@ def train_command(
         from launch.show.console import show_lines
         from launch.start_check import dry_run_lines
 
-        with run_file_named(run, overrides or []):
+        with run_file_named(run, overrides):
             show_lines(*dry_run_lines(config, process_rank, ranks=ranks, environ=os.environ))
         return
     if process_rank is None:
         options = ["--accept-change"] if accept_change else []
-        with run_file_named(run, overrides or []):
-            code = _start_local_ranks(config, run=run, overrides=overrides or [], ranks=ranks, options=options)
+        with run_file_named(run, overrides):
+            code = _start_local_ranks(config, run=run, overrides=overrides, ranks=ranks, options=options)
         raise SystemExit(code)
 
-    with ending_at_once(), run_file_named(run, overrides or []):
+    with ending_at_once(), run_file_named(run, overrides):
         _train_one_rank(config, process_rank, accept_change=accept_change)
 
 
@@ -258,11 +265,9 @@ def _start_local_ranks(
         show_lines(*dict.fromkeys(export_problems(config.model).values()))
         show_lines(*simpler_layout_lines(ready.config, layout=ready.layout, environ=os.environ))
     refuse_second_start(ready.run_dir)
-    sets = [argument for override in overrides for argument in ("--set", override)]
-    # -P keeps the working directory off sys.path: the user may have a folder called training or configs there.
     spoken = verbosity_options()
     given_ranks = ["--ranks", str(ranks)] if ranks else []
-    command = [sys.executable, "-P", "-m", "trainshort", "train", *spoken, *options, *sets, "--", run]
+    command = command_here("train", *spoken, *options, *override_options(overrides), "--", run)
     again = train_command_line(run, options=[*spoken, *options, *given_ranks], overrides=overrides)
     with sole_launcher(ready.run_dir), following_launcher(ready, device=device, environ=os.environ):
         code = start_ranks(
@@ -270,7 +275,7 @@ def _start_local_ranks(
             ranks=ready.layout.world_size,
             logs=logs_folder(ready.run_dir),
             metrics=metrics_path(ready.run_dir),
-            environment=_environment_of_ranks(),
+            environ=_environment_of_ranks(),
             explain_memory=partial(rank_out_of_memory, config, ready.layout, on_gpu=False),
         )
         say_end(config, code=code, again=again)
@@ -281,7 +286,7 @@ def _start_local_ranks(
 
 def _environment_of_ranks() -> dict[str, str]:
     """Return this process's environment with its command line, which the ranks record and cannot see."""
-    from training.reproduction.starts import COMMAND_VARIABLE, typed_command
+    from training.reproduction.starts import COMMAND_VARIABLE
 
     return {**os.environ, COMMAND_VARIABLE: typed_command()}
 

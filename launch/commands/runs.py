@@ -45,9 +45,9 @@ def runs_remove_command(
         list[Path],
         typer.Argument(metavar="RUN_DIR...", parser=path_of, autocompletion=complete_run_folders, help="Run folders."),
     ],
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without a question what cannot be in use.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking what cannot be in use.")] = False,
 ) -> None:
-    """Remove run folders with all that is in them, after a question; their MLflow runs stay."""
+    """Ask, then remove run folders with everything in them; their MLflow runs stay."""
     from configs.figures import counted
     from launch.remove import plan_removals, remove_run
     from launch.show.console import show_lines
@@ -58,12 +58,12 @@ def runs_remove_command(
     unsure = next((removal for removal in removals if removal.unseen), None)
     if yes and unsure:
         raise InputError(
-            f"{unsure.summary.path} may be in use, {unsure.unseen}: once you know that it is not, leave out --yes "
-            "and answer the question"
+            f"{unsure.summary.path} may be in use, {unsure.unseen}: make sure that it is not, then leave out --yes and "
+            "answer the question"
         )
     if not yes:
         if not sys.stdin.isatty():
-            raise InputError("standard input is no terminal, so nobody can be asked: add --yes to remove without")
+            raise InputError("standard input is not a terminal to ask on: add --yes to remove without asking")
         write_error("".join(f"{line}\n" for removal in removals for line in removal_lines(removal)))
         # not typer.confirm: it writes a part of its question to standard output
         write_error(f"Remove {counted(len(removals), 'run')}? [y/N] ")

@@ -26,7 +26,7 @@ def study_command(
             metavar="STUDY.yaml", autocompletion=complete_studies, help="A study, or the name of a shipped one."
         ),
     ],
-    overrides: Overrides = None,
+    overrides: Overrides,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Execute this run alone, a name or NAME-seedN; may be repeated."),
@@ -44,7 +44,7 @@ def study_command(
     from launch.show.study import show_plan
     from launch.study.execution import StudyExecution, sole_study
 
-    loaded = load_study(study, overrides=overrides or [])
+    loaded = load_study(study, overrides=overrides)
     execution = StudyExecution(loaded, only=only or [])
     if dry_run:
         show_plan(loaded, execution.chosen, unprepared=execution.unprepared())
@@ -57,7 +57,7 @@ def study_command(
 
 
 def _execute(execution: "StudyExecution") -> int:
-    from training.reproduction.starts import typed_command
+    from configs.commands import typed_command
 
     return execution.run(again=typed_command())
 

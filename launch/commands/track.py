@@ -8,12 +8,10 @@ from typing import Annotated
 import typer
 
 from configs.errors import InputError, MachineError, TrainshortError
-from launch.commands.options import AsJson, number_option, path_of
+from launch.commands.options import AsJson, path_of, seconds_option
 from launch.complete import complete_run_folders
 
 track_commands = typer.Typer(help="Send to MLflow what runs have recorded for it.")
-
-_LEAST_SECONDS, _MOST_SECONDS = 1.0, 86_400.0
 
 
 @track_commands.callback()
@@ -29,10 +27,11 @@ def track_sync_command(
     ],
     every: Annotated[
         float | None,
-        number_option(
+        seconds_option(
             "--every",
-            "SECONDS",
             "Send again and again, until the runs and their SLURM jobs have ended; Ctrl-C ends it.",
+            least=1,
+            example=60,
         ),
     ] = None,
     as_json: AsJson = False,
@@ -43,8 +42,6 @@ def track_sync_command(
     from launch.slurm.record import has_active_jobs
     from training.tracking.sync import has_begun, sync_runs
 
-    if every is not None and not _LEAST_SECONDS <= every <= _MOST_SECONDS:
-        raise InputError(f"--every must be {_LEAST_SECONDS:g} to {_MOST_SECONDS:,.0f} seconds, got {every:g}: write 60")
     if every is not None and as_json:
         raise InputError("--json prints one document: leave out --every")
     folders = list(dict.fromkeys(folders))

@@ -6,18 +6,17 @@ from typing import Annotated
 
 import typer
 
-from configs.errors import InputError
-from launch.commands.options import AsJson, RunDir, number_option
+from launch.commands.options import AsJson, RunDir, seconds_option
 
 watch_commands = typer.Typer()
-
-LEAST_SECONDS, MOST_SECONDS = 0.1, 86_400.0
 
 
 @watch_commands.command("watch")
 def watch_command(
     run_dir: RunDir,
-    every: Annotated[float, number_option("--every", "SECONDS", "Time from one picture to the next.")] = 2.0,
+    every: Annotated[
+        float, seconds_option("--every", "Time from one picture to the next.", least=0.1, example=2)
+    ] = 2.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print one picture and end, as when the output is a file.")
     ] = False,
@@ -29,8 +28,6 @@ def watch_command(
     from launch.show.watch import watch_lines
     from launch.watch import RunWatcher
 
-    if not LEAST_SECONDS <= every <= MOST_SECONDS:
-        raise InputError(f"--every must be {LEAST_SECONDS:g} to {MOST_SECONDS:,.0f} seconds, got {every:g}: write 2")
     watcher = RunWatcher(run_dir)
     if as_json:
         show_json(watcher.look().to_json())

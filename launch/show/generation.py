@@ -25,7 +25,7 @@ _PROMPT = "> "
 
 
 def show_stream(stream: "TextStream") -> None:
-    """Write a text while it is generated and a line break, then its speed; it ends when nobody reads it any more."""
+    """Write a text while it is generated and a line break, then its speed; end when the reader has gone."""
     try:
         for piece in stream:
             if not show_text(piece):

@@ -14,7 +14,7 @@ def show_memory(fit: MemoryFit, *, origin: str) -> None:
 
     Args:
         fit: The estimate and what there is.
-        origin: Why there are so many ranks; empty if the user said so.
+        origin: Where the number of ranks comes from; empty if the user gave it.
     """
     layout, stages = fit.layout, [stage.to_json() for stage in fit.estimate.stages]
     ranks = counted(layout.world_size, "rank")

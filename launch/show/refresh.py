@@ -1,6 +1,6 @@
-"""A picture on the terminal that is drawn again and again in place.
+"""A picture on the terminal that is redrawn in place.
 
-No mode of the terminal is changed: neither cursor nor screen is to be restored, whatever ends the command.
+It changes no mode of the terminal, so nothing has to be restored, however the command ends.
 """
 
 import os
@@ -18,7 +18,7 @@ from launch.show.streams import can_redraw, write_output
 _HOME, _CLEAR_REST_OF_LINE, _CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 
 Draw = Callable[[int], Sequence[Text]]
-"""Returns the lines of a picture that is so many columns wide."""
+"""Returns the lines of a picture of the given width in columns."""
 
 
 def refresh(draw: Draw, *, seconds: float, environ: Mapping[str, str]) -> None:
@@ -28,7 +28,7 @@ def refresh(draw: Draw, *, seconds: float, environ: Mapping[str, str]) -> None:
 
     Args:
         draw: Makes the picture.
-        seconds: From one picture to the next.
+        seconds: Time from one picture to the next.
         environ: Environment, whose TERM says what the terminal takes.
     """
     redraws, shown = can_redraw(sys.stdout, environ=environ), ""

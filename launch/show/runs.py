@@ -37,7 +37,7 @@ def show_runs(summaries: "list[RunSummary]", *, folder: Path) -> None:
     show_folded(table)
     hosts = sorted({run.host for run in summaries if run.state == "unknown" and run.host})
     if hosts:
-        show_lines(f"unknown: started on {', '.join(hosts)}; from here nobody sees whether it runs")
+        show_lines(f"unknown: started on {', '.join(hosts)}; it cannot be seen from here whether it runs")
     show_lines(*(f"broken: {run.problem}" for run in summaries if run.problem))
 
 

@@ -18,7 +18,7 @@ _OURS = ("configs", "data_pipeline", "launch", "parallel", "training")
 def ready_streams() -> None:
     """Let the standard streams take any text: what their encoding lacks is shown as an escape, such as \\u20ac.
 
-    What our loggers say is written to standard error, with control characters in it escaped.
+    Our loggers write to standard error, with control characters escaped.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -31,9 +31,9 @@ def ready_streams() -> None:
 
 @contextmanager
 def following(log: Path | None, *, descriptor: int | None, environ: Mapping[str, str]) -> Iterator[Terminal]:
-    """Send what is said to a person and to the run's log, the same lines, while the block runs.
+    """Write log records to the terminal and to the run's log, the same lines, while the block runs.
 
-    The log gets the lines that `--quiet` hides too, and what `write_error` writes.
+    The log also gets the lines that `--quiet` hides, and what `write_error` writes.
 
     Args:
         log: RUN_DIR/logs/rank_0.log, in a folder that exists; None for none.
@@ -143,7 +143,7 @@ def write_output(output: str | bytes) -> bool:
 
 
 def write_error(text: str) -> None:
-    """Write to standard error, after what was written to standard output; if nobody can read it, drop it."""
+    """Write to standard error, after what was written to standard output; if it cannot be written, drop it."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, Terminal):
             handler.clear()

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str]) -> Iterator[None]:
-    """Let the launcher say what starts, on its terminal and in the run's log; both stay open while the block runs.
+    """Log what the launcher starts, on its terminal and in the run's log; both stay open while the block runs.
 
     Args:
         ready: The run, checked.
@@ -36,16 +36,16 @@ def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str])
         MachineError: the folder of the logs cannot be made or written.
     """
     make_log_folder(logs_folder(ready.run_dir))
-    with following(rank_log(ready.run_dir, rank=0), descriptor=None, environ=environ):
+    with following(rank_log(logs_folder(ready.run_dir), rank=0), descriptor=None, environ=environ):
         _say_start(ready, device=device)
         yield
 
 
 @contextmanager
 def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[str, str]) -> Iterator[Terminal | None]:
-    """Let rank 0 say how the run goes, on the terminal and in the run's log, while the block runs.
+    """Let rank 0 log the run's progress on the terminal and in the run's log, while the block runs.
 
-    Under srun and torchrun it says the start and the end too: there is no launcher of ours.
+    Under srun and torchrun, without our launcher, it logs the start and the end too.
 
     Args:
         config: The run.
@@ -64,8 +64,9 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
     run_dir, ready, device = run_folder(config), None, device_type(environ)
     if place.starter != "local":
         ready = make_ready(config, world_size=place.world_size, device=device)
-    make_log_folder(logs_folder(run_dir))
-    with following(rank_log(run_dir, rank=0), descriptor=place.terminal, environ=environ) as terminal:
+    logs = logs_folder(run_dir)
+    make_log_folder(logs)
+    with following(rank_log(logs, rank=0), descriptor=place.terminal, environ=environ) as terminal:
         if ready is not None:
             _say_start(ready, device=device)
         yield terminal
@@ -74,10 +75,10 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
 
 
 def say_end(config: RunConfig, *, code: int, again: str) -> None:
-    """Say what was lost, if the ranks failed or were ended before they could save, and what to type next.
+    """Log what was lost, if the ranks failed or were ended before they could save, and what to type next.
 
-    After an error in the user's input it says nothing, as the same command would fail again, nor if a newer start
-    trains, whose files these are.
+    Log nothing after an error in the user's input, since the same command would fail again, or if a newer start is
+    training, which owns the files.
 
     Args:
         config: The run.

@@ -1,4 +1,4 @@
-"""Output of `trainshort watch`: the picture of a run, in as many columns as there are."""
+"""Output of `trainshort watch`: the picture of a run, fitted to the terminal's width."""
 
 import math
 import sys

@@ -60,14 +60,14 @@ class Job:
 
 
 def run_slurm(
-    program: str, *arguments: str, environment: Mapping[str, str] | None = None
+    program: str, *arguments: str, environ: Mapping[str, str] | None = None
 ) -> "subprocess.CompletedProcess[str]":
     """Run one of SLURM's commands and return its result, failed or not.
 
     Args:
         program: The command.
         arguments: Its arguments.
-        environment: Its environment; this process's by default.
+        environ: Its environment; this process's by default.
     Raises:
         MachineError: the command is not on this machine.
     """
@@ -76,7 +76,7 @@ def run_slurm(
         raise MachineError(f"{program} is not on this machine: run this on a SLURM login node")
     # Users write comments and names in other encodings, and nobody here reads them.
     return subprocess.run(
-        [path, *arguments], env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
+        [path, *arguments], env=environ, capture_output=True, encoding="utf-8", errors="replace", check=False
     )
 
 

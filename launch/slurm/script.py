@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from configs.commands import override_options
 from configs.errors import InputError
 from configs.paths import checkpoints_folder, data_folder, export_folder, logs_folder, run_folder
 from configs.schema import RunConfig, Slurm
@@ -65,7 +66,7 @@ def fewest_nodes(config: RunConfig) -> int:
 def evaluation_size(config: RunConfig) -> JobSize:
     """Return what the evaluation's ranks need: as few nodes as hold them, and the tensor ranks of a stage on one node.
 
-    Each node has as many ranks, since SLURM and torchrun start as many on each.
+    All nodes have the same number of ranks, since SLURM and torchrun start as many on each.
     """
     slurm, tensor = config.slurm, config.evaluate.tensor
     ranks = tensor * config.evaluate.pipeline
@@ -105,7 +106,7 @@ def render_scripts(
     slurm, sizes = config.slurm, _job_sizes(config, nodes=nodes)
     layout = Layout.of(config, world_size=sizes["train"].world_size)
     template = _template()
-    sets = [word for override in public_overrides(overrides) for word in ("--set", override)]
+    sets = override_options(public_overrides(overrides))
     # `train` does not join an srun step of one task, but starts local ranks, by default one per GPU.
     single = ["--ranks", "1"] if layout.world_size == 1 and slurm.starter == "srun" else []
     commands = {"train": [program, "train", run_file, *sets, *single], **_after_training(config, program=program)}
@@ -145,8 +146,8 @@ def _refuse_secrets(slurm: Slurm) -> None:
         for line in getattr(slurm, key):
             if hide_secrets(line) != line:
                 raise InputError(
-                    f"slurm.{key} has a secret as written, {hide_secrets(line)!r}: the scripts would show it; give it "
-                    "in slurm.env, whose secrets reach the jobs through the environment of sbatch"
+                    f"slurm.{key} contains a secret, {hide_secrets(line)!r}, which the scripts would show: set it in "
+                    "slurm.env, whose secrets reach the jobs through the environment of sbatch"
                 )
 
 

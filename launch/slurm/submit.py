@@ -89,7 +89,7 @@ def submit_run(config: RunConfig, *, nodes: int, folder: Path, names: Sequence[s
 
 def _check_run(config: RunConfig, *, nodes: int) -> RunConfig:
     """Return the run with the keys that its first start fixed, checked as far as this machine can."""
-    require_known_scheme(choose_store(config.track.uri, run_dir=run_folder(config), variables=os.environ))
+    require_known_scheme(choose_store(config.track.uri, run_dir=run_folder(config), environ=os.environ))
     if config.slurm.container:  # the packages installed here are not those of the image
         config = with_fixed_keys(config, run_dir=check_run_folder(config))
         load_trainable(config.data, folder=data_folder(config), validates=bool(config.evaluate.every))
@@ -183,7 +183,7 @@ def submit_jobs(
         path = script_file(run_dir, name=name)
         # The name is given here too: SBATCH_JOB_NAME would override the one in the script.
         options = ["--parsable", f"--job-name={job_name(chain.run, name)}", *after]
-        result = run_slurm("sbatch", *options, str(path), environment={**os.environ, **(secrets or {})})
+        result = run_slurm("sbatch", *options, str(path), environ={**os.environ, **(secrets or {})})
         # A line of its own: "id", or "id;cluster" on a federation. Some sites print notes around it.
         ids = re.findall(r"^([0-9]+)(?:;\S+)?$", result.stdout, re.MULTILINE)
         if result.returncode or not ids:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from configs.commands import typed_path
+from configs.commands import override_options, typed_path
 from configs.errors import InputError, MachineError
 from configs.figures import counted, duration, scaled
 from configs.files import one_writer
@@ -43,7 +43,7 @@ class StudyExecution:
         names = dict.fromkeys(name for planned in loaded.runs for name in (planned.run, planned.label))
         for name in only:
             if name not in names:
-                raise InputError(f"--only {name} is no run of {loaded.study.name}: use one of {', '.join(names)}")
+                raise InputError(f"--only {name} is not a run of {loaded.study.name}: use one of {', '.join(names)}")
         self._loaded, self._reader = loaded, ProgressReader(loaded)
         self._rows = read_study_rows(loaded.rows, study=loaded.study.name)
         self._chosen = [run for run in loaded.runs if not only or run.run in only or run.label in only]
@@ -175,7 +175,7 @@ class StudyExecution:
         if any(each.stage in ("train", "evaluate") for each in self.chosen):
             for text in self._loaded.study.texts:
                 if text != HELD_OUT_TEXT and not Path(text).is_file():
-                    raise InputError(f"texts has {text}, which is no file: give a file as for evaluate --data")
+                    raise InputError(f"texts has {text}, which is not a file: give one as for evaluate --data")
 
     def _refuse_short_text(self, planned: PlannedRun) -> None:
         """Refuse lengths that the held-out text has no window of: a larger split would change every run."""
@@ -229,8 +229,7 @@ def prepare_arguments(planned: PlannedRun, loaded: LoadedStudy) -> list[str]:
 
 
 def _run_arguments(planned: PlannedRun, loaded: LoadedStudy) -> list[str]:
-    sets = [word for override in planned.overrides for word in ("--set", override)]
-    return [*sets, "--", loaded.study.base]
+    return [*override_options(planned.overrides), "--", loaded.study.base]
 
 
 def _evaluation_arguments(planned: PlannedRun, text: str) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from configs.commands import command_here
 from configs.errors import MachineError
 from launch.show.train import verbosity_options
 from launch.stop_signals import stop_signals_handled
@@ -40,7 +41,7 @@ class Commands:
 
         What it prints goes to standard error: the result of a study is its table.
         """
-        command = [sys.executable, "-P", "-m", "trainshort", *verbosity_options(), *arguments]
+        command = command_here(*verbosity_options(), *arguments)
         self._process = subprocess.Popen(
             dying_with_parent(*command),
             stdin=subprocess.DEVNULL,
@@ -53,7 +54,7 @@ class Commands:
         self._process = None
         if code < 0 and not self.asked:
             name = signal.Signals(-code).name
-            logger.warning("trainshort %s was ended by %s: see whether memory ran out", arguments[0], name)
+            logger.warning("trainshort %s was killed by %s: check whether memory ran out", arguments[0], name)
         return code if code >= 0 else MachineError.exit_code
 
 

@@ -24,8 +24,8 @@ def check_texts_of_jobs(study: Study) -> None:
     others = [text for text in study.texts if text != HELD_OUT_TEXT]
     if others:
         raise InputError(
-            f"texts has {', '.join(others)}, but a run's jobs evaluate held-out alone: leave it out until the runs are "
-            "trained, then start `trainshort study` without --slurm on a machine that may evaluate"
+            f"texts has {', '.join(others)}, but the jobs of a run evaluate only held-out: leave it out until the runs "
+            "are trained, then start `trainshort study` without --slurm on a machine that can evaluate"
         )
 
 

@@ -171,7 +171,7 @@ def test_one_command_keeps_results_and_adds_to_them(
         "harness", str(run), "--tasks", "house_choices", "--task-dir", ".", "--limit", "2", "--max-length", "20"
     )
     assert shown.code == 0, shown.error
-    assert "contexts are longer than 20 tokens and lost their beginning" in shown.error
+    assert "contexts are longer than 20 tokens and were cut at their beginning" in shown.error
     assert "inputs of up to 20" in shown.out
     both = json.loads((kept / "results.json").read_text())
     assert len(both["results"]) == len(report["results"]) + 2
@@ -185,7 +185,7 @@ def test_one_command_keeps_results_and_adds_to_them(
     ("task", "words"),
     [
         ("house_absent", "HF_HUB_OFFLINE=0 lets tasks download theirs"),
-        ("hous_words", "which is no task: did you mean house_words"),
+        ("hous_words", "which is not a task: did you mean house_words"),
         ("house_broken", "cannot be loaded"),
     ],
 )

@@ -35,7 +35,7 @@ def end_of_two(program: str, logs: Path) -> int:
     command = [sys.executable, "-P", "-c", program]
     metrics = logs / "metrics.jsonl"
     explain = "rank {} {}".format
-    return start_ranks(command, ranks=2, logs=logs, environment=environment(), metrics=metrics, explain_memory=explain)
+    return start_ranks(command, ranks=2, logs=logs, environ=environment(), metrics=metrics, explain_memory=explain)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def start(script: str, logs: Path, *, ranks: int = 3, grace_seconds: float = 0.3
         bash(script),
         ranks=ranks,
         logs=logs,
-        environment=environment,
+        environ=environment,
         metrics=logs / "metrics.jsonl",
         explain_memory=lambda rank, how: f"rank {rank} {how}",
         grace_seconds=grace_seconds,
@@ -61,7 +61,7 @@ from pathlib import Path
 from launch.local import start_ranks
 metrics, logs, *command = sys.argv[1:]
 more = {"metrics": Path(metrics), "explain_memory": str, "grace_seconds": 0.3}
-sys.exit(start_ranks(command, ranks=2, logs=Path(logs), environment=os.environ, **more))
+sys.exit(start_ranks(command, ranks=2, logs=Path(logs), environ=os.environ, **more))
 """
 
 
@@ -138,7 +138,7 @@ def test_results_of_the_first_rank_go_where_they_are_wanted(tmp_path: Path) -> N
             bash('echo "found by $TRAINSHORT_RANK"; echo said >&2'),
             ranks=2,
             logs=tmp_path,
-            environment=ENVIRONMENT,
+            environ=ENVIRONMENT,
             metrics=tmp_path / "metrics.jsonl",
             explain_memory=lambda rank, how: f"rank {rank} {how}",
             results=results,
@@ -188,7 +188,7 @@ def test_an_unexpected_exception_is_ours_and_its_log_is_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     script = "[[ $TRAINSHORT_RANK == 1 ]] && { python -c 'raise KeyError(7)'; echo later; exit 1; }; sleep 60"
-    ours = "error: rank 1 failed, which is a fault of trainshort: KeyError: 7\n"
+    ours = "error: rank 1 failed, which is a bug in trainshort: KeyError: 7\n"
     ours += f"  please report it with the whole traceback, in {tmp_path}/rank_1.log"
     assert start(script, tmp_path) == 1
     assert capfd.readouterr().err == f"{ours}\n"

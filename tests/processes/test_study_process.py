@@ -126,4 +126,4 @@ def test_a_command_that_is_killed_is_the_machines_fault(
     program("kill -9 $$")
     with commands_until_asked() as commands:
         assert commands.run("evaluate") == MachineError.exit_code
-    assert caplog.messages == ["trainshort evaluate was ended by SIGKILL: see whether memory ran out"]
+    assert caplog.messages == ["trainshort evaluate was killed by SIGKILL: check whether memory ran out"]

@@ -42,7 +42,7 @@ WRONG = {
     "evaluate # --protocol sliding:9 --lengths 8,16": "protocol sliding:9 moves further than its window of 8 tokens",
     "evaluate # --lengths 1": "--lengths must be whole numbers from 2",
     "generate no --prompt x": "checkpoint no does not exist: ",
-    "generate empty --prompt x": "is no checkpoint",
+    "generate empty --prompt x": "is not a checkpoint",
     "generate #": "--prompt TEXT or --prompt-file FILE must be given",
     "generate # --prompt-file no.txt": "--prompt-file no.txt cannot be read",
     "generate # --prompt x --temperature -1": "temperature must be 0 or more",

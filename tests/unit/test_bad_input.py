@@ -231,7 +231,7 @@ TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "first weights that are none": (
         nothing,
         ["--set", "train.init_from=empty"],
-        ".*/empty is no checkpoint, it has no manifest.json: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
+        ".*/empty is not a checkpoint, it has no manifest.json: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
     ),
 }
 
@@ -320,7 +320,7 @@ def test_a_broken_newest_checkpoint_is_refused(trainshort: Call, trained: Path) 
     assert_matches(refused(trainshort, "evaluate", "run"), expected)
     assert_matches(refused(trainshort, "export", "run", "--format", "hf", "--out", "out"), expected)
     (checkpoint / "manifest.json").write_text("{")
-    expected = r"checkpoint .* has a broken manifest.json \(.*\): use another checkpoint"
+    expected = r"checkpoint .* has a broken manifest.json \(it is not JSON: .*\): use another checkpoint"
     assert_matches(refused(trainshort, "train", "run.yaml"), expected)
 
 
@@ -348,14 +348,16 @@ def test_a_missing_checkpoint_is_refused_by_name(trainshort: Call, command: tupl
         ("run.yaml", "checkpoint run.yaml is a file: give a folder of RUN_DIR/checkpoints, or RUN_DIR"),
         (
             "empty",
-            ".*/empty is no checkpoint, it has no manifest.json: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
+            ".*/empty is not a checkpoint, it has no manifest.json: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
         ),
     ):
         assert_matches(refused(trainshort, name, path, *options), expected)
 
 
 def test_prepared_data_is_no_checkpoint(trainshort: Call, prepared: Path) -> None:
-    expected = ".*/data is no checkpoint, its manifest.json is of something else: give a folder of RUN_DIR/checkpoints"
+    expected = (
+        ".*/data is not a checkpoint, its manifest.json is of something else: give a folder of RUN_DIR/checkpoints"
+    )
     for command in ("list", "verify", "reshape"):
         assert_matches(refused(trainshort, "checkpoint", command, str(prepared / "data")), f"{expected}, or RUN_DIR")
 
@@ -369,7 +371,7 @@ def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
     ):
         assert refused(trainshort, "export", "run", "--format", "hf", "--out", out) == expected
     assert refused(trainshort, "export", "run", "--format", "gguf", "--out", "new", "--with-code") == (
-        "format gguf carries no code: drop --with-code, or use --format hf"
+        "format gguf cannot carry code: drop --with-code, or use --format hf"
     )
     assert refused(trainshort, "export", "run", "--format", "onnx", "--out", "new") == (
         "format 'onnx' is not known: use hf or gguf"

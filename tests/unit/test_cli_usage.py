@@ -54,7 +54,7 @@ def test_a_number_option_takes_whole_numbers_from_1(trainshort: Call) -> None:
 def test_lengths_are_whole_numbers_from_2(trainshort: Call) -> None:
     for value in ("", "12,", "1", "1k", "64;128", "-5", "1.5"):
         assert refused(trainshort, "evaluate", "run", f"--lengths={value}") == (
-            f"--lengths must be whole numbers from 2 to 999999999 with commas between, got {value!r}: write 1024,2048"
+            f"--lengths must be whole numbers from 2 to 999999999 separated by commas, got {value!r}: write 1024,2048"
         )
 
 

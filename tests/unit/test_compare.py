@@ -341,7 +341,7 @@ def test_what_is_no_run_is_refused_in_one_line(trainshort: Call, here: Path) -> 
     assert "torn/config.yaml" in refused(trainshort, "compare", "torn", "good")
     report = add_report(make_run(Path("bad")), {32: 20.0})
     report.write_text("{}")
-    assert f"{report} is no report" in refused(trainshort, "compare", "bad", "good")
+    assert f"{report} is not a report" in refused(trainshort, "compare", "bad", "good")
     Path("bad/checkpoints/step_0000010/manifest.json").write_text("{")
     assert "broken manifest.json" in refused(trainshort, "compare", "bad/checkpoints/step_0000010")
 
@@ -376,5 +376,5 @@ def test_any_number_of_runs_is_drawn(trainshort: Call, drawn: Path, count: int) 
 def test_help_says_what_is_overwritten_and_defaults(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     answer = trainshort("compare", "--help")
-    assert "a file that is no plot of this command is never overwritten.  [default: comparison.png]" in answer.out
+    assert "only a plot of this command is ever overwritten.  [default: comparison.png]" in answer.out
     assert "[default: the run's held-out text]" in trainshort("evaluate", "--help").out

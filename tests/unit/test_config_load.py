@@ -105,7 +105,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert message_of("demmo").startswith("run file demmo does not exist: give a YAML file or one of ")
     assert message_of(str(tmp_path)).startswith(f"run file {tmp_path} is a folder: give a YAML file")
     assert message_of("/dev/null").startswith("run file /dev/null is a device or a pipe: give a YAML file or one of ")
-    assert message_of("").startswith("run file '' is no name: give a YAML file or one of alibi-125m, ")
+    assert message_of("").startswith("run file '' is not a name: give a YAML file or one of alibi-125m, ")
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"run: {name: caf\xe9}")
     assert message_of(str(latin)) == f"run file {latin} is not UTF-8 at byte 15: save it as UTF-8"

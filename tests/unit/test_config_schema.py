@@ -176,11 +176,12 @@ RULES = [
     ),
     (
         {"track.tags": {"team/a b": "1", "ticket#5": "1"}},
-        "track.tags has 'ticket#5', no name of a tag in MLflow: use at most 250 letters, digits, blanks and _ - . : /",
+        "track.tags has 'ticket#5', which MLflow refuses as the name of a tag: use at most 250 letters, digits, blanks "
+        "and _ - . : /",
     ),
     (
         {"slurm.env": {"NOT A NAME": "1"}},
-        "slurm.env has 'NOT A NAME', no name of an environment variable: use letters, digits and _",
+        "slurm.env has 'NOT A NAME', which cannot name an environment variable: use letters, digits and _",
     ),
     ({"slurm.extra": ["exclusive"]}, "slurm.extra has 'exclusive': write one option per line, as in --exclusive"),
     ({"slurm.extra": ["--a\nrm"]}, "slurm.extra has '--a\\nrm': write one option per line, as in --exclusive"),

@@ -235,7 +235,7 @@ def test_scripts_name_secrets_and_do_not_hold_them(tmp_path: Path) -> None:
     assert "train demo --set track.uri=https://host/x --set train.steps=50" in scripts["train"]
     for key, line in (("setup", "export HF_TOKEN=hunter2"), ("extra", "--export=ALL,HF_TOKEN=hunter2")):
         config = load_run("demo", overrides=[f"slurm.{key}=['{line}']"])
-        with pytest.raises(InputError, match=rf"slurm.{key} has a secret as written, .*HF_TOKEN=\*\*\*.*slurm.env"):
+        with pytest.raises(InputError, match=rf"slurm.{key} contains a secret, .*HF_TOKEN=\*\*\*.*slurm.env"):
             render_scripts(config, run_file="demo", nodes=1, folder=tmp_path)
     config = load_run("demo", overrides=["slurm.setup=['export HF_TOKEN=$(cat ~/token)', 'export A_TOKEN=$B']"])
     assert "export HF_TOKEN=$(cat ~/token)\n" in render_scripts(config, run_file="d", nodes=1, folder=tmp_path)["train"]

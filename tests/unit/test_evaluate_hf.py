@@ -125,8 +125,11 @@ def save_gpt2(folder: Path, *, rows: int) -> None:
             "has a pickle that is broken or holds more than",
         ),
         (narrower, "such as transformer.h.0.input_layernorm.bias, or has them in other shapes"),
-        (without_tokenizer, "holds no tokenizer (none of its files are there): put it there"),
-        (lambda folder: save_gpt2(folder, rows=30), "and a model of 30: put there what belongs together"),
+        (without_tokenizer, "has no tokenizer (none of its files are there): copy it into the folder"),
+        (
+            lambda folder: save_gpt2(folder, rows=30),
+            "and a model of 30: use tokenizer and weights of one model",
+        ),
     ],
 )
 def test_a_folder_without_a_model_is_refused(home: Path, trainshort: Call, change: Any, message: str) -> None:

@@ -348,7 +348,7 @@ def test_other_weights_or_texts_begin_anew(
         model = Counting()
         code, error = evaluated_by(model, "32")
         assert (code, model.seen, "cannot be read" in error) == (0, 31, True)
-        assert "that measurement begins again\n" in error
+        assert "its measurement starts again\n" in error
 
 
 def test_a_long_evaluation_is_written_on_the_way(

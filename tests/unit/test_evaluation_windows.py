@@ -154,7 +154,7 @@ def test_misspelled_protocols_are_refused() -> None:
     [
         (100, 0, "nonoverlapping", "length must be 1 or more, got 0"),
         (100, 10, "sliding:11", "sliding:11 moves further than its window of 10 tokens.*at most 10"),
-        (100, 10, "last:11", "last:11 scores more than its window of 10 tokens has: use at most 10"),
+        (100, 10, "last:11", "last:11 scores more tokens than its window of 10 has: use at most 10"),
         (10, 10, "nonoverlapping", "length 10 needs a text of 11 tokens, this one has 10: use at most 9"),
         (1, 10, "sliding:1", "needs a text of 11 tokens, this one has 1: give more text"),
     ],

@@ -145,7 +145,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path, weights: dict[st
     with pytest.raises(InputError, match="BLOOM cannot hold model.position rotary"):
         GgufFormat("f32").check(Model(layers=2, hidden=96, heads=6, position="rotary"))
     taken = train_sentencepiece(tmp_path, user_defined_symbols=["<|im_end|>"])
-    with pytest.raises(InputError, match=r"the user-defined symbol '<\|im_end\|>', which llama.cpp takes for a mark"):
+    with pytest.raises(InputError, match=r"symbol '<\|im_end\|>', which llama.cpp takes for a control token"):
         write(GgufFormat("f32"), tmp_path, weights=weights, tokenizer=taken)
     few = {"embedding.word.weight": torch.zeros(10, 96)}
     with pytest.raises(InputError, match="pieces, the model's embedding 10 rows"):

@@ -298,5 +298,5 @@ def test_masks_and_caches_that_do_not_fit_are_refused() -> None:
 def test_only_hf_carries_code() -> None:
     assert type(load_format("hf", with_code=True)) is WithCodeFormat
     assert type(load_format("hf")) is not WithCodeFormat
-    with pytest.raises(InputError, match="format gguf carries no code: drop --with-code, or use --format hf"):
+    with pytest.raises(InputError, match="format gguf cannot carry code: drop --with-code, or use --format hf"):
         load_format("gguf", with_code=True)

@@ -152,9 +152,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "few rows": (few_rows, r"cannot be a run: data\.vocab_size 200: Input should be greater than or equal to 300"),
     "rows in words": (
         change_config(vocab_size="405"),
-        r"does not describe a model \(vocab_size '405' is no whole number",
+        r"does not describe a model \(vocab_size '405' is not a whole number",
     ),
-    "an odd end token": (change_config(eos_token_id=2.0), r"does not describe a model \(eos_token_id 2\.0 is no whole"),
+    "an odd end token": (
+        change_config(eos_token_id=2.0),
+        r"not describe a model \(eos_token_id 2\.0 is not a whole",
+    ),
     "two architectures": (change_config(model_type=["mpt"]), r"a model of type \['mpt'\]: only bloom and mpt"),
     "another number's type": (
         change_config(n_layers="2"),
@@ -169,7 +172,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no shape": (change_config(n_layers=None), r"does not describe a model"),
     "another end token": (change_config(eos_token_id=5), r"ends a document with token 2, config\.json says .* 5"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
-    "a list": (lambda folder: (folder / "config.json").write_text("[]"), r"holds no table"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), r"does not hold a JSON object"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), r"tokenizer"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights: it needs"),
 }

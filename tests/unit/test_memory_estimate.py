@@ -265,6 +265,6 @@ def test_check_refuses_options_that_mean_nothing(folder: Path, trainshort: Call)
     assert "add --memory" in refused(trainshort, "check", "demo", "--ranks", "4")
     assert "must be a multiple of" in refused(trainshort, "check", "demo", "--memory", "--ranks", "3")
     for value in ("0", "-80", "nan", "inf", "80GB", ""):
-        assert "must be a number of GB over 0" in refused(
+        assert "must be a number of GB above 0" in refused(
             trainshort, "check", "demo", "--memory", f"--gpu-memory-gb={value}"
         )

@@ -94,7 +94,7 @@ def refusal(certificates: list[Certificate], *, position: str = "alibi") -> str:
         )
     assert refused.value.certificates == certificates
     message = str(refused.value)
-    assert message.endswith((f"; {OTHERWISE}", "; this is a fault of trainshort: report it"))
+    assert message.endswith((f"; {OTHERWISE}", "; this is a bug in trainshort: report it"))
     return message
 
 

@@ -224,7 +224,7 @@ def test_runs_share_a_table_of_tasks_and_of_retrieval(trainshort: Call) -> None:
     assert "Scores" not in given.headings, "the given checkpoint has none"
     file = Path("a/evaluation/step_0000010/harness/results.json")
     file.write_text('{"torn')
-    assert f"{file} is no report of `trainshort harness`" in refused(trainshort, "report", "a")
+    assert f"{file} is not a report of `trainshort harness`" in refused(trainshort, "report", "a")
 
 
 def test_scores_are_drawn_only_if_some_were_left_out(trainshort: Call) -> None:

@@ -117,7 +117,7 @@ def test_the_command_line_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatc
 def test_versions_differ_up_to_rounding_or_not_at_all(trainshort: Call) -> None:
     edit(lambda start: start["versions"].update(torch="2.1.0"))
     assert only_difference(trainshort) == ("torch", "2.1.0", torch.__version__, "rounding")
-    assert reproduced(trainshort)["notes"] == ["for the versions of then: pip install torch==2.1.0"]
+    assert reproduced(trainshort)["notes"] == ["for the same versions: pip install torch==2.1.0"]
     edit(lambda start: start["versions"].update(torch=torch.__version__, mlflow="1.0"))
     assert only_difference(trainshort)[3] == "same"
 

@@ -97,7 +97,7 @@ def test_what_cannot_be_asked_is_one_line(run_dir: Path, trainshort: Call) -> No
         (("--data", "no.txt"), "data source no.txt "),
         ((), "data is not prepared in data "),
         (("--tasks", "passkey,needles"), "task 'needles' is not known: use passkey, single, multi-key, "),
-        (("--lengths", "1k"), "--lengths must be tokens, or training lengths as in 2x, with commas between, got '1k'"),
+        (("--lengths", "1k"), "--lengths must be tokens, or training lengths as in 2x, separated by commas, got '1k'"),
         (("--depths", "1"), "--depths must be from 2 to 101, got 1: use 5"),
         (("--seed", "-1"), "seed must be from 0 to 18446744073709551615, got -1: use 1"),
         (("--samples", "0"), "--samples must be a whole number from 1 to "),

@@ -178,7 +178,7 @@ def test_a_checkpoint_command_refuses_what_it_would_ignore(trainshort: Call) -> 
     assert "model.layers was 4, is 8" in refused(trainshort, *reshape, "--dry-run", "--set", "model.layers=8")
     for command in ("list", "verify"):
         message = refused(trainshort, "checkpoint", command, "run/checkpoints")
-        assert message.startswith("run/checkpoints is no run folder, but the checkpoints of one: ")
+        assert message.startswith("run/checkpoints holds the checkpoints of a run: ")
     assert refused(trainshort, "checkpoint", "list", "run.yaml").startswith("run folder run.yaml is a file: ")
 
 
@@ -305,7 +305,7 @@ def test_init_writes_once_and_says_what_to_type(trainshort: Call, folder: Path) 
         (("mine.yaml",), "NAME is the name of a run, not a path, got 'mine.yaml': "),
         (("..",), "NAME is the name of a run, not a path, got '..': "),
         (("two words",), "NAME is the name of a run, not a path, got 'two words': "),
-        (("other", "--from", "dmo"), "--from dmo is no shipped run: use one of alibi-125m, "),
+        (("other", "--from", "dmo"), "--from dmo is not a shipped run: use one of alibi-125m, "),
         (("other", "--out", "no/x.yaml"), "folder no does not exist: make it, or choose another --out FILE"),
         (("other", "--out", "."), ". exists already: "),
         (("other", "--out", "book.txt"), "book.txt exists already: "),

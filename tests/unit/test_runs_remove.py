@@ -109,7 +109,7 @@ def test_yes_does_not_remove_what_may_be_in_use(trainshort: Call, runs: Path, mo
         "unreadable": "runs/unreadable/incarnation cannot be read, so it may run on another machine",
     }.items():
         said = refused(trainshort, "runs", "rm", "runs/free", f"runs/{name}", "--yes")
-        assert said.startswith(f"runs/{name} may be in use, {why}: once you know that it is not, leave out --yes")
+        assert said.startswith(f"runs/{name} may be in use, {why}: make sure that it is not, then leave out --yes")
     assert contents(runs) == before
     monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
     assert trainshort("runs", "rm", "runs/stopped").code == 0
@@ -134,7 +134,7 @@ def test_without_a_terminal_yes_is_needed(trainshort: Call, runs: Path, monkeypa
     for name in ("a", "b", "c"):
         make_run(runs / name, last=1, saved=(1,))
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
-    assert "nobody can be asked: add --yes" in refused(trainshort, "runs", "rm", "runs/a")
+    assert "not a terminal to ask on: add --yes" in refused(trainshort, "runs", "rm", "runs/a")
     done = trainshort("runs", "rm", "runs/a", "runs/b/", "runs/../runs/a", "--yes", "-q")
     assert done.code == 0
     assert [line.split()[:2] for line in done.out.splitlines()] == [["removed", "runs/a"], ["removed", "runs/b"]]
@@ -151,10 +151,10 @@ def test_what_is_no_run_or_in_use_stays(trainshort: Call, runs: Path, monkeypatc
     (runs / "link").symlink_to(good)
     (good / "data").mkdir()
     for path, why in {
-        "runs": "is no run folder",
-        "runs/notes": "is no run folder",
-        "runs/good/data": "is no run folder",
-        "runs/good/checkpoints/step_0000001": "is no run folder",
+        "runs": "is not a run folder",
+        "runs/notes": "is not a run folder",
+        "runs/good/data": "is not a run folder",
+        "runs/good/checkpoints/step_0000001": "is not a run folder",
         "run.yaml": "is a file",
         "runs/nope": "does not exist",
         "runs/it is alive": f"touch '{stop_file(alive.relative_to(runs.parent))}'",
@@ -164,7 +164,7 @@ def test_what_is_no_run_or_in_use_stays(trainshort: Call, runs: Path, monkeypatc
         assert why in refused(trainshort, "runs", "rm", path, "--yes")
         refused(trainshort, "runs", "rm", "runs/good", path, "--yes")  # nothing goes before all is checked
     monkeypatch.chdir(good / "data")
-    assert "holds the current folder" in refused(trainshort, "runs", "rm", str(good), "--yes")
+    assert "contains the current folder" in refused(trainshort, "runs", "rm", str(good), "--yes")
 
 
 def test_shared_data_and_what_links_lead_to_are_kept(

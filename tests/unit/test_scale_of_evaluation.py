@@ -47,7 +47,7 @@ def test_what_cannot_be_scaled_is_refused_in_one_line(folder: Path, trainshort: 
         "linaer": f"scale 'linaer' {known}",
         "4": f"scale '4' {known}",
         "ntk:": "scale 'ntk:' must have a factor from 1 to 1,000,000: use ntk:4",
-        "yarn": "scale yarn is for positions rotary, and this model has alibi: use linear or ntk",
+        "yarn": "scale yarn is for rotary positions, and this model has alibi: use linear or ntk",
     }
     for number in ("0.5", "0", "-2", "inf", "nan", "1e3", "2000000", "4x"):
         refusals[f"linear:{number}"] = f"scale 'linear:{number}' must have a factor from 1 to 1,000,000: use linear:4"
@@ -58,12 +58,12 @@ def test_what_cannot_be_scaled_is_refused_in_one_line(folder: Path, trainshort: 
             message = refused(trainshort, command[0], "run", *command[1:], "--scale", scale)
             assert message == refusals[scale]
     message = refused(trainshort, "generate", "run", "--prompt", "x", "--scale", "ntk")
-    assert message == "scale 'ntk' follows the length, and a text that is generated grows: use ntk:4"
+    assert message == "scale 'ntk' follows the length, which grows as text is generated: give a factor, as in ntk:4"
     with pytest.raises(InputError, match="scale 'linear' follows the length"):
         load("run", scale="linear")
     for options, message in (
         (("--hf", "run"), "--scale ntk is for a checkpoint's positions, and --hf measures another model: drop one"),
-        (("--context",), "--context measures the positions of the training, and --scale ntk others: drop one of them,"),
+        (("--context",), "--context measures positions as trained, and --scale ntk changes them: drop one of them,"),
     ):
         assert refused(trainshort, "evaluate", "run", "--scale", "ntk", *options).startswith(message)
 
@@ -76,7 +76,7 @@ def test_a_model_without_rates_to_scale_is_refused(folder: Path, trainshort: Cal
 
     for position in ("sinusoidal", "t5", "none"):
         assert message_of("linear:2", position=position) == (
-            f"scale linear is for positions alibi or rotary, and this model has {position}: leave --scale out"
+            f"scale linear is for alibi or rotary positions, and this model has {position}: leave --scale out"
         )
     one = "and this model has one: use linear"
     assert message_of("ntk", heads=1, position="alibi") == f"scale ntk needs more than one head, {one}"

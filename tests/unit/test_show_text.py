@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from configs.errors import first_line
 from tests.support.command_line import Answer, Call, refused, run_here
 from tests.support.data import BOOK
 from tests.support.small_run import ONE_RANK, small_run
@@ -177,3 +178,9 @@ def test_scripts_are_printed_as_they_are_submitted(trainshort: Call, folder: Pat
     answer = trainshort("slurm", "run.yaml")
     assert answer.code == 0, answer.error
     assert "export A='[red]:smile:\tx  '\n" in answer.out
+
+
+def test_a_librarys_error_is_shown_in_one_line() -> None:
+    assert first_line(OSError(2, "no network\nand more")) == "[Errno 2] no network"
+    assert first_line(KeyError("no 'model_type'\nand more")) == "no 'model_type'"
+    assert first_line(ValueError()) == "ValueError"

@@ -78,7 +78,7 @@ def test_all_problems_are_reported_at_once(trainshort: Call) -> None:
         "unknown key runs.alibi.seed: did you mean seeds?",
         "lengths.0: must be greater than or equal to 2, got 1",
         "unknown key dirr: did you mean dir?",
-        "set has 'heads', no key of a run file: write section.key, as in model.position",
+        "set has 'heads', not a key of a run file: write section.key, as in model.position",
         "--set model.position would replace what runs.rotary.set sets: change it there",
         "runs.rotary.set has run.seed, which a study sets itself: remove it, `seeds` has the seeds",
         "seeds has a seed twice, got [3, 3]: name each once",
@@ -108,7 +108,7 @@ def test_one_problem_is_one_line(trainshort: Call) -> None:
         "study none does not exist: give a YAML file or one of extrapolation, headline"
     )
     assert refused(trainshort, "study", write_study(), "--only", "t5").startswith(
-        "--only t5 is no run of small: use one of alibi, alibi-seed1, alibi-seed2, rotary, rotary-seed1"
+        "--only t5 is not a run of small: use one of alibi, alibi-seed1, alibi-seed2, rotary, rotary-seed1"
     )
 
 
@@ -230,7 +230,7 @@ def test_a_broken_row_is_named(study: Run, trainshort: Call) -> None:
     lines = ROWS.read_text().splitlines()
     ROWS.write_text("\n".join([lines[0], "", lines[1][:-20], lines[2]]))
     assert re.match(
-        r"rows file study.rows.jsonl, line 3 is no row of a study \(the line: Invalid JSON.*\): remove the line to ",
+        r"rows file study.rows.jsonl, line 3 is not a row of a study \(the line: Invalid JSON.*\): remove the line to ",
         refused(trainshort, "study", "study.yaml"),
     )
 
@@ -303,4 +303,4 @@ def test_submitted_runs_are_left_to_slurm(study: Run, files: StudyFiles, monkeyp
     assert "alibi-seed1 belongs to SLURM: trainshort jobs status study/alibi-seed1" in study(set=None).error
     assert files.calls == ["prepare"], "nothing was trained here"
     message = study("--slurm", code=2, set=None, texts=["held-out", "book.txt"]).error
-    assert "texts has book.txt, but a run's jobs evaluate held-out alone" in message
+    assert "texts has book.txt, but the jobs of a run evaluate only held-out" in message

@@ -230,7 +230,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no unknown token": (no_unknown_token, "tokenizer home/tokenizer.json cannot encode every text ("),
     "added tokens": (
         add_tokens,
-        "adds tokens to a text ([0, 65] for 'a', which is [65]), and training adds none: ",
+        "adds special tokens to each text ([0, 65] for 'a' instead of [65]), which training does not: ",
     ),
 }
 

@@ -132,8 +132,8 @@ def test_a_store_that_cannot_register_is_refused_early(tmp_path: Path, monkeypat
     monkeypatch.setattr("training.export.run.compute_trained", lambda *_, **__: pytest.fail("the export has begun"))
     (tmp_path / "no run" / "mlflow_run.json").unlink()
     for name, uri, problem, kind in (
-        ("a/b", None, r"--register 'a/b' is no name of a model in MLflow: use 1 to 250 letters", InputError),
-        ("", None, "--register '' is no name", InputError),
+        ("a/b", None, r"--register 'a/b' is not a name for a model in MLflow: use 1 to 250 letters", InputError),
+        ("", None, "--register '' is not a name", InputError),
         (
             NAME,
             "file:///tmp/mlruns",
@@ -148,11 +148,11 @@ def test_a_store_that_cannot_register_is_refused_early(tmp_path: Path, monkeypat
             export_checkpoint(tmp_path, format="hf", out=tmp_path / "a", register=name)
         assert "hunter2" not in str(error.value)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="MLflow loads no gguf: drop --register, or use --format hf"):
+    with pytest.raises(InputError, match="MLflow cannot load gguf: drop --register, or use --format hf"):
         export_checkpoint(tmp_path, format="gguf", out=tmp_path / "a", register=NAME)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (tmp_path / "no run" / "config.yaml").unlink()
-    with pytest.raises(InputError, match=rf"--register {NAME} finds no store: .* is no run folder"):
+    with pytest.raises(InputError, match=rf"--register {NAME} needs an MLflow store: .* is not a run folder"):
         export_checkpoint(tmp_path, format="hf", out=tmp_path / "a", register=NAME)
     assert not (tmp_path / "a").exists()
 

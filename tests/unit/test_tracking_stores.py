@@ -133,16 +133,16 @@ def test_two_starts_may_create_one_experiment(tmp_path: Path, monkeypatch: pytes
 
 def test_the_environment_names_the_store_of_a_run_file_without(tmp_path: Path) -> None:
     run_dir, variables = tmp_path / "runs" / "a", {"MLFLOW_TRACKING_URI": "https://me:pw@host:5000"}
-    assert choose_store(None, run_dir=run_dir, variables={}) == default_store(run_dir)
-    assert choose_store(None, run_dir=run_dir, variables={"MLFLOW_TRACKING_URI": " "}) == default_store(run_dir)
-    chosen = choose_store(None, run_dir=run_dir, variables=variables)
+    assert choose_store(None, run_dir=run_dir, environ={}) == default_store(run_dir)
+    assert choose_store(None, run_dir=run_dir, environ={"MLFLOW_TRACKING_URI": " "}) == default_store(run_dir)
+    chosen = choose_store(None, run_dir=run_dir, environ=variables)
     assert (chosen.uri, chosen.setting) == ("https://me:pw@host:5000", "MLFLOW_TRACKING_URI")
-    in_home = choose_store(None, run_dir=run_dir, variables={"MLFLOW_TRACKING_URI": "sqlite:///~/m.db"})
+    in_home = choose_store(None, run_dir=run_dir, environ={"MLFLOW_TRACKING_URI": "sqlite:///~/m.db"})
     assert in_home.file == Path("~/m.db").expanduser()
-    assert choose_store("http://other", run_dir=run_dir, variables=variables).uri == "http://other"
+    assert choose_store("http://other", run_dir=run_dir, environ=variables).uri == "http://other"
     # a copy of the run file has no password
-    assert choose_store("https://host:5000", run_dir=run_dir, variables=variables) == chosen
-    assert choose_store("https://me:own@host:5000", run_dir=run_dir, variables=variables).setting == "track.uri"
+    assert choose_store("https://host:5000", run_dir=run_dir, environ=variables) == chosen
+    assert choose_store("https://me:own@host:5000", run_dir=run_dir, environ=variables).setting == "track.uri"
     reference = Store("https://me:${PW}@host", "track.uri")
     assert reference.with_passwords({"PW": "a/b"}) == "https://me:a%2Fb@host"
     assert reference.public_uri == "https://me:${PW}@host"
@@ -152,16 +152,16 @@ def test_the_environment_names_the_store_of_a_run_file_without(tmp_path: Path) -
 def test_later_commands_find_the_recorded_store(tmp_path: Path) -> None:
     run_dir, server = tmp_path / "runs" / "a", RunRecord("1", "https://host")
     variables = {"MLFLOW_TRACKING_URI": "https://me:pw@host"}
-    default = recorded_store(RunRecord("1", None), uri="https://other", run_dir=run_dir, variables=variables)
+    default = recorded_store(RunRecord("1", None), uri="https://other", run_dir=run_dir, environ=variables)
     assert default == default_store(run_dir)
     assert recorded_uri(Store(f"sqlite:///{tmp_path}/runs/mlflow.db", "track.uri"), run_dir=run_dir) is None
     # trained with the variable, evaluated without it, and the other way round
-    assert recorded_store(server, uri=None, run_dir=run_dir, variables={}).uri == "https://host"
+    assert recorded_store(server, uri=None, run_dir=run_dir, environ={}).uri == "https://host"
     for uri in (None, "https://host", "https://another"):
-        assert recorded_store(server, uri=uri, run_dir=run_dir, variables=variables).uri == "https://me:pw@host"
+        assert recorded_store(server, uri=uri, run_dir=run_dir, environ=variables).uri == "https://me:pw@host"
     moved = RunRecord("1", f"sqlite:///{tmp_path}/gone/x.db")
     variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/here/x.db"}
-    found = recorded_store(moved, uri=moved.uri, run_dir=run_dir, variables=variables)
+    found = recorded_store(moved, uri=moved.uri, run_dir=run_dir, environ=variables)
     assert found.file == tmp_path / "here" / "x.db"
 
 

@@ -351,7 +351,7 @@ def test_what_is_no_run_folder_is_refused(trainshort: Call, folder: Path) -> Non
     (folder / "empty").mkdir()
     assert refused(trainshort, "watch", "nope") == "run folder nope does not exist: give the run.dir of a run"
     assert refused(trainshort, "watch", "run.yaml") == "run folder run.yaml is a file: give the run.dir of a run"
-    assert refused(trainshort, "watch", "empty") == "empty is no run folder: give one that `trainshort runs` lists"
+    assert refused(trainshort, "watch", "empty") == "empty is not a run folder: give one that `trainshort runs` lists"
     make_run(folder / "my")
     for value in ("0", "-1", "nan", "1e9"):
         assert refused(trainshort, "watch", "my", "--every", value).startswith("--every must be 0.1 to 86,400 seconds")

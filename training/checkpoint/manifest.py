@@ -28,9 +28,11 @@ from typing import Annotated, Any, cast, get_args
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.commands import typed_path
-from configs.errors import InputError
+from configs.errors import InputError, first_line
+from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME, checkpoints_folder, config_file, logs_folder
-from data_pipeline.tokenizer_files import joined_sha256, kept_names
+from data_pipeline.hashes import joined_sha256, json_sha256
+from data_pipeline.tokenizer_files import kept_names
 from parallel.parameter import Rule, Shard
 from training.checkpoint.disk import FileEntry, describe_file, write_file
 from training.state import JsonInt, TrainState
@@ -155,11 +157,9 @@ def candidate_folders(path: Path) -> list[Path]:
     """Return a checkpoint folder itself, or the checkpoints of a run folder, newest first; named as the path is.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no checkpoint.
     """
-    if not path.is_dir():
-        seen = "is a file" if path.is_file() else "does not exist"
-        raise InputError(f"checkpoint {path} {seen}: give a folder of RUN_DIR/checkpoints, or RUN_DIR")
+    require_folder(path, what="checkpoint", advice="give a folder of RUN_DIR/checkpoints, or RUN_DIR")
     newest_first = [folder.path for folder in reversed(list_checkpoints(path))]
     # a run whose start was cut short has logs/ but no checkpoints/ yet
     is_run = checkpoints_folder(path).is_dir() or logs_folder(path).is_dir()
@@ -212,7 +212,7 @@ def find_checkpoint(path: Path, *, warn: bool = True) -> tuple[Path, Manifest]:
         path: A checkpoint or a run folder.
         warn: See `first_whole`.
     Raises:
-        InputError: there is none, or none is whole.
+        InputError: there is no checkpoint, or none is whole.
     """
     return first_whole(candidate_folders(path), check=read_manifest, warn=warn)
 
@@ -233,36 +233,14 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: it is not a checkpoint, has another format or was altered; or a file is missing or of another size.
     """
     try:
-        size = _regular_size(folder / MANIFEST_NAME)
-        if size is None:
-            raise FileNotFoundError
-        if size > MAX_MANIFEST_BYTES:  # before reading it into memory
-            raise ValueError(f"it has {size} bytes")
-        content = (folder / MANIFEST_NAME).read_bytes()
-        data = json.loads(content)
-        if isinstance(data, dict) and "format" not in data:  # of prepared data, say
-            raise NoCheckpoint(
-                f"{folder} is no checkpoint, its {MANIFEST_NAME} is of something else: give a folder of "
-                "RUN_DIR/checkpoints, or RUN_DIR"
-            )
-        if data["format"] != CHECKPOINT_FORMAT:  # before the hash: another format may compute it differently
-            raise InputError(
-                f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {CHECKPOINT_FORMAT}: "
-                "use the version that wrote it"
-            )
-        del data["sha256"]
-        # Compare the bytes: the hash is of values, and 1E-08 is the same value as 1e-08.
-        if content != manifest_bytes(data):
-            raise ValueError("it was altered: its SHA-256 differs")
-        manifest = _MANIFEST_ADAPTER.validate_python(data)
+        manifest = _parse_manifest(_manifest_content(folder), folder=folder)
     except FileNotFoundError:
         raise NoCheckpoint(
-            f"{folder} is no checkpoint, it has no {MANIFEST_NAME}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
+            f"{folder} is not a checkpoint, it has no {MANIFEST_NAME}: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
         ) from None
-    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
-        reason = _first_problem(error) if isinstance(error, ValidationError) else repr(error)[:200]
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise InputError(
-            f"checkpoint {folder} has a broken {MANIFEST_NAME} ({reason}): use another checkpoint"
+            f"checkpoint {folder} has a broken {MANIFEST_NAME} ({_reason(error)}): use another checkpoint"
         ) from None
     match = _FOLDER_NAME.fullmatch(folder.name)
     if match is not None and int(match[1]) != manifest.step:
@@ -273,6 +251,47 @@ def read_manifest(folder: Path) -> Manifest:
     for problem in _size_problems(folder, manifest):
         raise InputError(f"{problem}: use another checkpoint")
     return manifest
+
+
+def _manifest_content(folder: Path) -> bytes:
+    size = _regular_size(folder / MANIFEST_NAME)
+    if size is None:
+        raise FileNotFoundError
+    if size > MAX_MANIFEST_BYTES:  # before reading it into memory
+        raise ValueError(f"it has {size} bytes")
+    return (folder / MANIFEST_NAME).read_bytes()
+
+
+def _parse_manifest(content: bytes, *, folder: Path) -> Manifest:
+    data = json.loads(content)
+    if not isinstance(data, dict):
+        raise TypeError("it is not a JSON object")
+    if "format" not in data:  # of prepared data, say
+        raise NoCheckpoint(
+            f"{folder} is not a checkpoint, its {MANIFEST_NAME} is of something else: give a folder of "
+            "RUN_DIR/checkpoints, or RUN_DIR"
+        )
+    if data["format"] != CHECKPOINT_FORMAT:  # before the hash: another format may compute it differently
+        raise InputError(
+            f"checkpoint {folder} is of format {str(data['format'])[:20]}, this version reads {CHECKPOINT_FORMAT}: "
+            "use the version that wrote it"
+        )
+    if data.pop("sha256", None) is None:
+        raise ValueError("it has no sha256")
+    # Compare the bytes: the hash is of values, and 1E-08 is the same value as 1e-08.
+    if content != manifest_bytes(data):
+        raise ValueError("it was altered: its SHA-256 differs")
+    return _MANIFEST_ADAPTER.validate_python(data)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a manifest is broken, in a few words."""
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False, include_context=False)[0]
+        return f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return f"it is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
 def hash_problems(folder: Path, files: dict[str, FileEntry]) -> Iterator[str]:
@@ -317,8 +336,7 @@ def needed_files(manifest: Manifest, *, kinds: Collection[str]) -> dict[str, Fil
 
 def model_sha256(manifest: Manifest) -> str:
     """Return one hash of all files that a checkpoint's model is built from."""
-    hashes = {name: entry.sha256 for name, entry in needed_files(manifest, kinds=("weight",)).items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return json_sha256({name: entry.sha256 for name, entry in needed_files(manifest, kinds=("weight",)).items()})
 
 
 def saved_shard(name: str, entry: TensorEntry, *, folder: Path) -> Shard:
@@ -374,11 +392,6 @@ def _regular_size(path: Path) -> int | None:
     except OSError:
         return None
     return state.st_size if stat.S_ISREG(state.st_mode) else None
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False, include_context=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}"
 
 
 _MANIFEST_ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)

@@ -205,7 +205,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Check every byte of the weights.
 
     Raises:
-        InputError: there is none, or none is whole.
+        InputError: there is no checkpoint, or none is whole.
     """
 
     def check(folder: Path) -> Manifest:
@@ -227,7 +227,7 @@ def open_on_all_ranks(path: Path, *, kinds: Sequence[str], world: Group) -> Chec
         kinds: Kinds of state that will be loaded.
         world: All ranks.
     Raises:
-        InputError: there is none, or none is whole; raised on every rank.
+        InputError: there is no checkpoint, or none is whole; raised on every rank.
     """
 
     def check(folder: Path) -> Manifest:

@@ -48,7 +48,7 @@ def checkpoints_to_remove(whole: dict[Path, Manifest], *, rules: CheckpointRules
         rules: The run's section.
     """
     losses = {path: manifest.validation_loss for path, manifest in whole.items()}
-    # a loss that is no number does not count: nan has no place in an order
+    # a loss that is nan does not count: it has no place in an order
     measured = [path for path, loss in losses.items() if loss is not None and math.isfinite(loss)]
     # lowest loss first; of equal losses, the newest
     best = sorted(measured, key=lambda path: (losses[path], -whole[path].step))

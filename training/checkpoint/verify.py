@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import InputError
+from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME
 from training.checkpoint.manifest import (
     Manifest,
@@ -62,9 +63,7 @@ def list_verdicts(path: Path) -> list[Verdict]:
     Raises:
         InputError: there is no such folder.
     """
-    if not path.is_dir():
-        seen = "is a file" if path.is_file() else "does not exist"
-        raise InputError(f"run folder {path} {seen}: give the run.dir of a run")
+    require_folder(path, what="run folder", advice="give the run.dir of a run")
     if (path / MANIFEST_NAME).is_file() or is_checkpoint_name(path.name):
         return [_check_sizes(path)]
     _require_run_folder(path)
@@ -75,7 +74,7 @@ def verify_checkpoints(path: Path) -> list[Verdict]:
     """Read every byte of a checkpoint, or of each checkpoint of a run folder, oldest first.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no checkpoint.
     """
     folders = candidate_folders(path)
     _require_run_folder(path)
@@ -89,9 +88,7 @@ def _require_run_folder(path: Path) -> None:
         InputError: the folder holds checkpoints itself.
     """
     if any(is_checkpoint_name(entry.name) for entry in path.iterdir()):
-        raise InputError(
-            f"{path} is no run folder, but the checkpoints of one: give the folder above it, or one of them"
-        )
+        raise InputError(f"{path} holds the checkpoints of a run: give the run folder above it, or one checkpoint")
 
 
 def _check_sizes(folder: Path) -> Verdict:
@@ -121,9 +118,9 @@ def _format_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         try:
             with safe_open(folder / name, framework="np") as file:  # numpy: verify imports no torch
                 lacking = names_of.get(int(name.split("_")[1]), set()) - set(file.keys())
-                types = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  it is no dict
+                types = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  it is not a dict
         except (SafetensorError, OSError, ValueError, IndexError) as error:
-            yield f"checkpoint file {folder / name} is no file of tensors ({error})"
+            yield f"checkpoint file {folder / name} is not a safetensors file ({error})"
             continue
         if lacking:
             yield f"checkpoint file {folder / name} lacks {min(lacking)}"

@@ -261,7 +261,7 @@ def _complete(
 
 
 def write_companions(folder: Path, *, config: RunConfig, tokenizer: Path) -> dict[str, FileEntry]:
-    """Write what a checkpoint holds beside its tensors, the configuration and the tokenizer; return the files.
+    """Write what a checkpoint holds besides its tensors, the configuration and the tokenizer; return the files.
 
     Args:
         folder: The checkpoint's folder.

@@ -20,6 +20,7 @@ from training.evaluation.kept import (
     text_name,
 )
 from training.evaluation.results import DIFFERENT_TOKENS, protocol_name, result_key
+from training.folder import with_dotted_keys
 
 _SAME_PRECISION = f"Evaluate each in the same --precision; {DEFAULT_PRECISION} is the default"
 # They differ between any two runs; the labels show them.
@@ -67,7 +68,7 @@ class Comparison:
         texts: Perplexities, a table per text; the one with the most runs first.
         differences: Values of each key of the run files that differs, in the order of the runs.
         notes: What keeps the runs from being compared, and what to do about it.
-        unevaluated: Those of the notes that tell which runs have no evaluation.
+        unevaluated: The notes about runs without an evaluation.
     """
 
     runs: tuple[ComparedRun, ...]
@@ -168,19 +169,12 @@ def _results_of(group: list[int], runs: Sequence[ComparedRun]) -> TextResults:
 
 
 def _differences(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """Return the keys in which the run files differ; those of one run differ in nothing."""
+    """Return the keys in which the run files differ; none for a single run."""
     # the JSON form holds no secrets
-    files = [_flat(run.config.model_dump(mode="json")) for run in runs]
+    files = [with_dotted_keys(run.config.model_dump(mode="json")) for run in runs]
     keys = dict.fromkeys(key for file in files for key in file if key not in _OWN_KEYS)
     values = {key: [file.get(key) for file in files] for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
-    return flat
 
 
 def _unevaluated(runs: Sequence[ComparedRun], *, text: str | None) -> Iterator[str]:

@@ -77,7 +77,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path | None:
     columns = min(3, len(handles)) if max(map(len, handles)) <= 24 else 2
     legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     for name in legend.get_texts():
-        name.set_parse_math(False)  # a name with two dollar signs is no formula
+        name.set_parse_math(False)  # a name with two dollar signs is not a formula
     try:
         return save_figure(figure, path, software=_SOFTWARE)
     except OSError as error:

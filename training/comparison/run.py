@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.load import load_run
+from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME, config_file
 from configs.schema import RunConfig
 from training.checkpoint.manifest import (
@@ -37,7 +38,7 @@ class ComparedRun:
         run_dir: The run folder.
         checkpoint: Name of the checkpoint that is compared: the given or the newest one; None if there is none.
         config: The run file of the newest start, or of the given checkpoint.
-        manifest: That of the compared checkpoint; None if there is none that can be read.
+        manifest: Manifest of the compared checkpoint; None if it cannot be read.
         steps: Results of its steps up to the given checkpoint, as in metrics.jsonl.
         report_path: The report of an evaluation; None if there is none.
         report: Its contents.
@@ -105,9 +106,7 @@ def read_runs(paths: Sequence[Path], *, text: str | None) -> tuple[ComparedRun, 
 
 
 def _read_run(path: Path, *, text: WantedText | None) -> ComparedRun:
-    if not path.is_dir():
-        seen = "is a file" if path.is_file() else "does not exist"
-        raise InputError(f"run {path} {seen}: give a run folder, or a checkpoint in one")
+    require_folder(path, what="run", advice="give a run folder, or a checkpoint in one")
     folder = path.resolve()  # what is given may be a link
     is_checkpoint = is_checkpoint_name(folder.name) or (folder / MANIFEST_NAME).is_file()
     if is_checkpoint:

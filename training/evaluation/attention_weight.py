@@ -1,7 +1,7 @@
 """How far back attention looks: the share of each head's weight that lies on the nearest keys.
 
 It is computed from queries and keys, whatever kernel the model runs with, for a few queries at the end of windows of
-the longest length: they see nearly all of it. A weight on far keys need not help: the loss curves tell that.
+the longest length: they see nearly all of it. Weight on far keys need not help: the loss curves show whether it does.
 """
 
 from collections.abc import Sequence

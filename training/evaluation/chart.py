@@ -164,7 +164,7 @@ def head_axes(axes: Axes, *, heading: str, facts: str) -> None:
         fontsize=12,
         fontweight="bold",
     )
-    # A file name with two dollar signs is no formula.
+    # A file name with two dollar signs is not a formula.
     axes.set_title(facts, loc="left", fontsize=9, color=GREY, parse_math=False)
 
 

@@ -45,7 +45,7 @@ class ContextPoint:
 
     @property
     def name(self) -> str:
-        """What it does beside scoring its windows."""
+        """What it does besides scoring its windows."""
         return f"shuffles {self.shuffled}" if self.shuffled else ""
 
 

@@ -1,11 +1,13 @@
 """Write RUN_DIR/evaluation: a report per checkpoint, text and precision; see `training.evaluation.kept`."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, MachineError
-from configs.files import try_folder
+from configs.files import move_aside, try_folder
 from training.evaluation.kept import NEWEST, NEWEST_PLOT, read_report, report_label
 from training.evaluation.plot import draw_plot
 from training.evaluation.report import merge_reports, write_report
@@ -23,6 +25,26 @@ class ReportNotWritten(MachineError):
     def __init__(self, message: str, *, report: dict[str, Any]) -> None:
         super().__init__(message)
         self.report = report
+
+
+@contextmanager
+def failed_write_keeps(report: dict[str, Any], *, folder: Path) -> Iterator[None]:
+    """Turn a failed write of a report into an error that holds the report.
+
+    Args:
+        report: Its contents.
+        folder: Where it is written.
+    Raises:
+        ReportNotWritten: a disk is full or failing.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ReportNotWritten(
+            f"{error.filename or folder} cannot be written ({error.strerror}): the report is only in the output of "
+            "this command; free space and run it again",
+            report=report,
+        ) from None
 
 
 def check_evaluation_folder(folder: Path, *, name: str) -> None:
@@ -58,19 +80,13 @@ def write_evaluation(report: dict[str, Any], folder: Path, *, name: str, is_newe
     Raises:
         ReportNotWritten: a disk is full or failing.
     """
-    try:
+    with failed_write_keeps(report, folder=folder):
         label = report_label(report, folder)
         kept = _with_earlier(report, folder / name / f"{label}.json")
         files = _write(kept, folder / name, name=label, plot=f"{label}.png")
         if is_newest:
             _write(report, folder, name=NEWEST, plot=NEWEST_PLOT)
-        return files
-    except OSError as error:
-        raise ReportNotWritten(
-            f"{error.filename or folder} cannot be written ({error.strerror}): the report stands only in the output of "
-            "this command; free space and evaluate again to write it",
-            report=report,
-        ) from None
+    return files
 
 
 def _write(report: dict[str, Any], folder: Path, *, name: str, plot: str) -> tuple[Path, ...]:
@@ -88,7 +104,6 @@ def _with_earlier(report: dict[str, Any], path: Path) -> dict[str, Any]:
         merged = None
     if merged is not None:
         return merged
-    aside = path.with_name(f"{path.stem}.until-{report['date'].replace(':', '')}.json")
-    path.replace(aside)
+    aside = move_aside(path, date=report["date"])
     logger.warning("%s was of other weights, text, attention or precision: it is now %s", path, aside.name)
     return report

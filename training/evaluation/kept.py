@@ -24,11 +24,11 @@ from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS
 HELD_OUT = "held-out"
 NEWEST = "report"
 NEWEST_PLOT = "perplexity.png"
-OTHER_MODEL = "hf-"  # begins the folders of models that are none of the run's: `evaluate --hf`
+OTHER_MODEL = "hf-"  # prefix of the folders of models from elsewhere: `evaluate --hf`
 # labels that no file may take: the held-out text's, and the names that version 0.1.0 wrote
 _RESERVED = (HELD_OUT, NEWEST, "perplexity")
 _LONGEST_SLUG = 60
-# ends of the labels of reports in other precisions than the default
+# suffixes of the labels of reports in other precisions than the default
 _PRECISIONS = tuple(f"-{precision}" for precision in INFERENCE_PRECISIONS if precision != DEFAULT_PRECISION)
 _NEEDED = ("checkpoint", "step", "train_length", "data.name")
 _NEEDED_RESULT = ("length", "protocol", "stride", "loss", "perplexity")
@@ -38,7 +38,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """Return a report after checking that it has the keys of every version.
 
     Raises:
-        InputError: it cannot be read, or is no report.
+        InputError: it cannot be read, or is not a report.
     """
     return read_measured(path, command="evaluate", keys=_NEEDED, result_keys=_NEEDED_RESULT)
 
@@ -62,7 +62,7 @@ def read_measured(path: Path, *, command: str, keys: Sequence[str], result_keys:
             raise ValueError(f"no {', '.join(dict.fromkeys(missing)) or 'results'}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is no report of `trainshort {command}` ({error}): move it away and measure again"
+            f"{path} is not a report of `trainshort {command}` ({error}): move it away and measure again"
         ) from None
     return report
 
@@ -89,7 +89,7 @@ def newest_report(run_dir: Path) -> Path | None:
 
 
 def held_out_files(checkpoint: Path) -> Iterator[Path]:
-    """Yield the files that may hold a checkpoint's report on the held-out text, in the order in which to ask them.
+    """Yield the files that may hold a checkpoint's report on the held-out text, in the order in which to try them.
 
     Args:
         checkpoint: The checkpoint's folder, in its run folder.
@@ -145,8 +145,8 @@ def is_same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def text_label(report: dict[str, Any], folder: Path) -> str:
     """Return the label of a report's text; two texts of one run never share it.
 
-    It is the file's name without its endings. Files of one name share it if their content, its documents too where
-    attention stays inside them, or their path is the same; otherwise the later one's has a part of its hash added.
+    It is the file's name without its endings. Files of the same name share it if they have the same path, or the same
+    content (and documents, where attention stays inside them). Otherwise part of its hash is added to the later one's.
 
     Args:
         report: The contents of the report.
@@ -180,7 +180,7 @@ def label_among_equals(report: dict[str, Any], folder: Path) -> str | None:
 
 
 def text_slug(name: str) -> str:
-    """Return a file's name without its endings, in small letters that every file system and MLflow takes.
+    """Return a file's name without its endings, in lower case, with characters that every file system and MLflow takes.
 
     A label stays as it is.
     """

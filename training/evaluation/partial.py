@@ -1,4 +1,4 @@
-"""What an interrupted evaluation leaves on disk, so that the same one goes on where it was.
+"""What an interrupted evaluation leaves on disk, so that it can continue.
 
 A file per measurement in the checkpoint's folder of RUN_DIR/evaluation, with its sums so far. Its name is a hash of all
 that they depend on: weights, tokenizer, text, precision, attention, versions, and the windows themselves.
@@ -34,7 +34,7 @@ class PartialResults:
     """The sums of an evaluation's measurements, on disk until it is done."""
 
     def __init__(self, folder: Path, model: EvaluatedModel, provenance: Provenance) -> None:
-        """Begin.
+        """Identify the evaluation.
 
         Args:
             folder: The checkpoint's folder in RUN_DIR/evaluation.
@@ -57,7 +57,7 @@ class PartialResults:
         Args:
             windows: Its windows.
             units: Units of the text.
-            variant: What it does beside scoring these windows.
+            variant: What it does besides scoring these windows.
             attention: Counts the scores that the model's attention computes; None if nothing counts them.
         """
         sums = LossSums(windows, units, attention=attention)
@@ -72,11 +72,11 @@ class PartialResults:
         except FileNotFoundError:
             pass
         except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            logger.warning("%s cannot be read (%s): that measurement begins again", file, error)
+            logger.warning("%s cannot be read (%s): its measurement starts again", file, error)
         return sums
 
     def tell(self, begun: Sequence[LossSums]) -> None:
-        """Say in one line what an interrupted evaluation has left, if it has."""
+        """Log in one line what an interrupted evaluation has left, if anything."""
         done = sum(sums.done * sums.windows.length for sums in begun)
         if done:
             inputs = sum(sums.windows.inputs for sums in begun)
@@ -119,4 +119,8 @@ class PartialResults:
             ):
                 np.savez(file, allow_pickle=False, **sums.to_arrays())
         except OSError as error:  # the disk may have space again at the end
-            logger.warning("an interruption would lose what is measured: %s (%s)", error.filename, error.strerror)
+            logger.warning(
+                "what is measured cannot be kept, an interruption would lose it: %s (%s)",
+                error.filename,
+                error.strerror,
+            )

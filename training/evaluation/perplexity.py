@@ -32,7 +32,7 @@ class Scorer(Protocol):
     def batch_tokens(self) -> int: ...
 
     def losses(self, tokens: torch.Tensor, *, last: int | None = None) -> torch.Tensor:
-        """Return the negative log-likelihood of predicted tokens, perhaps before it is computed.
+        """Return the negative log-likelihood of predicted tokens; on a GPU, perhaps before it is computed.
 
         Args:
             tokens: [batch, length + 1] int64, of any length; or [batch, 2, length + 1] with the tokens and whether each
@@ -58,7 +58,7 @@ class PerplexityResult:
         draws: The loss of each draw of the text's units; empty if none was drawn.
         by_position: The loss by place in the window; None if it was not kept.
         same_tokens: Whether other lengths of the sweep score the same tokens.
-        scale: What scaled the model's positions; None for those of the training.
+        scale: What scaled the model's positions; None for positions as trained.
     """
 
     length: int
@@ -110,7 +110,7 @@ def measure_loss(
         sums: Sums of the windows; those that are done are not scored again.
         batch_tokens: Most inputs of one forward pass; a pass has at least one window.
         same_tokens: Whether other lengths of the sweep score the same tokens.
-        scale: What scales the model's positions; None for those of the training.
+        scale: What scales the model's positions; None for positions as trained.
         begins: Whether each token begins a document that attention stays inside of, [tokens]; None if it sees all.
         progress: Called after each pass with the number of inputs in it, windows x length; a GPU's may not be done.
     Raises:

@@ -1,4 +1,4 @@
-"""Draw the perplexity of one checkpoint against length."""
+"""Draw the perplexity of one checkpoint against length, and against the context that the same tokens see."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,6 @@ from training.evaluation.chart import (
     shorten,
     write_above,
 )
-from training.evaluation.context_plot import draw_context
 from training.evaluation.kept import other_precision
 from training.evaluation.results import changes, result_key, with_scale
 
@@ -42,8 +41,39 @@ def draw_plot(report: dict[str, Any], path: Path) -> Path:
     figure = new_figure(inches=(7.2 if context is None else 13.2, 4.4))
     _draw_lengths(figure.add_subplot(1, 1 if context is None else 2, 1), report)
     if context is not None:
-        draw_context(figure.add_subplot(1, 2, 2), context)
+        _draw_context(figure.add_subplot(1, 2, 2), context)
     return save_figure(figure, path)
+
+
+def _draw_context(axes: Axes, context: dict[str, Any]) -> None:
+    """Draw both curves, the context cut and the rest of it shuffled, and mark the effective context.
+
+    Args:
+        axes: Where to draw.
+        context: The report's `context`.
+    """
+    names = {"contexts": "loss", "shuffled_contexts": "shuffled_loss"}
+    curves = [
+        [(each, math.exp(loss)) for each, loss in zip(context[key], context[losses], strict=True)]
+        for key, losses in names.items()
+    ]
+    for number, (points, label) in enumerate(zip(curves, ("no more context", "the rest shuffled"), strict=True)):
+        if points:
+            draw_curve(axes, points, label=label, number=number)
+    points = [point for curve in curves for point in curve]
+    effective = context["effective_context"]
+    scale_axes(
+        axes,
+        lengths={each for each, _ in points},
+        perplexities=[perplexity for _, perplexity in points],
+        keep=[effective],
+    )
+    mark_training_length(axes, effective, text=f"effective context {effective:,}")
+    axes.set_xlabel("tokens of context, in order")
+    axes.set_ylabel("perplexity per token")
+    facts = f"the same {context['tokens']:,} tokens · windows of up to {context['longest']:,}"
+    head_axes(axes, heading="Perplexity against context", facts=facts)
+    axes.legend(frameon=False, fontsize=9, loc="best")
 
 
 def _draw_lengths(axes: Axes, report: dict[str, Any]) -> None:

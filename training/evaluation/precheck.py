@@ -5,7 +5,7 @@ from pathlib import Path
 from configs.commands import run_file_named
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import config_file
+from configs.paths import config_file, own_data_folder
 from configs.positions import scale_for
 from configs.precisions import require_precision
 from configs.protocols import parse_protocol
@@ -114,13 +114,13 @@ def check_ranks(checkpoint: Path, request: EvaluationRequest, *, started: int | 
 
 
 def _check_scale(scale: str, request: EvaluationRequest) -> None:
-    """Refuse a scale that is none, or that stands beside an option without a meaning for it."""
+    """Refuse an unknown scale, and one together with an option that it does not go with."""
     parse_scale(scale)
     if request.hf is not None:
         raise InputError(f"--scale {scale} is for a checkpoint's positions, and --hf measures another model: drop one")
     if request.context:
         raise InputError(
-            f"--context measures the positions of the training, and --scale {scale} others: drop one of them, or use "
+            f"--context measures positions as trained, and --scale {scale} changes them: drop one of them, or use "
             "--protocol last:TOKENS --same-tokens"
         )
 
@@ -141,7 +141,7 @@ def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:
     newest = config_file(run_dir)
     data = (load_run(str(newest)) if newest.is_file() else config).data
     # Not run.dir of the configuration: the run folder may have been moved.
-    folder = Path(data.dir) if data.dir else run_dir / "data"
+    folder = Path(data.dir) if data.dir else own_data_folder(run_dir)
     with run_file_named(str(newest if newest.is_file() else checkpoint / CONFIG_NAME)):
         prepared = load_prepared(data, folder=folder)
     # Without this check, another tokenizer's ids would be scored as other text, without an error.

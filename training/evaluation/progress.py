@@ -19,11 +19,11 @@ class EvaluationProgress:
     """Follows several measurements, one after the other. Use it as a context manager."""
 
     def __init__(self, *, inputs: int, measurements: int) -> None:
-        """Build it.
+        """Set up a bar on a terminal, or lines.
 
         Args:
             inputs: Model inputs of all measurements: a measure of the work.
-            measurements: Their number.
+            measurements: Number of measurements.
         """
         console = status_console()
         self._inputs, self._measurements = inputs, measurements
@@ -76,7 +76,7 @@ class EvaluationProgress:
             )
 
     def finish(self, outcome: str) -> None:
-        """End the measurement, with what it has found."""
+        """End the measurement and show its result."""
         self._finished, self._shown_at = self._finished + 1, time.monotonic()
         logger.info(
             "%d/%d  %s: %s, %s",

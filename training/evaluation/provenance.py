@@ -23,7 +23,7 @@ class Provenance:
     Attributes:
         date: When it began, in UTC, as ISO 8601 with seconds.
         command: The command line, quoted for a shell; None if no command made it.
-        versions: Of trainshort, torch and the code's commit; None where unknown.
+        versions: Versions of trainshort and torch, and the code's commit; None where unknown.
         weights_sha256: Hash of the checkpoint's weights, configuration and tokenizer.
         tokenizer_sha256: Hash of its tokenizer.
         text_sha256: Hash of the text, whatever the tokenizer.

@@ -1,4 +1,4 @@
-"""The results of an evaluation, as they are kept: reports, and the MLflow run of the training."""
+"""Keep the results of an evaluation: in reports, and in the MLflow run of the training."""
 
 import logging
 import re

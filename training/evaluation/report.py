@@ -19,13 +19,12 @@ and of the whole: `verdict`, see `training.evaluation.verdict`, and `context`, s
 import json
 import math
 import re
-import secrets
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.files import whole_file
+from configs.files import write_whole
 from training.evaluation.kept import is_same_text
 from training.evaluation.markdown import format_table
 from training.evaluation.resampling import units_of
@@ -154,16 +153,14 @@ def write_report(report: dict[str, Any], folder: Path, *, name: str, plot: str) 
     """
     folder.mkdir(parents=True, exist_ok=True)
     json_path, table_path = folder / f"{name}.json", folder / f"{name}.md"
-    # in ASCII: a file name that is not UTF-8 can then be written too
-    text = report_text(report)
-    for path, content in ((table_path, format_table(report, plot=plot)), (json_path, text)):
-        with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    write_whole(table_path, format_table(report, plot=plot))
+    write_whole(json_path, report_text(report))
     return json_path, table_path
 
 
 def report_text(report: dict[str, Any]) -> str:
     """Return a report as JSON, a list of numbers in one line."""
+    # in ASCII, which can hold a file name that is not UTF-8
     text = json.dumps(report, indent=2, allow_nan=False)
     return re.sub(r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 

@@ -17,8 +17,8 @@ class EvaluationRequest:
         data: A text file; None for the run's held-out text.
         same_tokens: Whether all lengths of a protocol score the same tokens.
         context: Whether to measure how much context is used.
-        hf: A folder with a model of Hugging Face, to be measured in place of the checkpoint's; None for that.
-        scale: Value of `--scale`, as in `configs.scales`; None for the positions of the training.
+        hf: A folder with a model of Hugging Face to measure instead; None to measure the checkpoint's.
+        scale: Value of `--scale`, as in `configs.scales`; None to leave positions as trained.
         precision: Value of `--precision`, whatever the checkpoint trained in.
         tensor, pipeline: Ranks that share each layer, and stages that share the layers.
         command: The command line, to be named in the report; None if no command asks.

@@ -34,7 +34,7 @@ class Units:
 
     @property
     def count(self) -> int:
-        """Their number."""
+        """Number of units."""
         return len(self.starts)
 
     def of(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -63,7 +63,7 @@ def drawn_losses(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -
 
     Args:
         sums: Loss of each unit's scored predictions, [units].
-        counts: Their number, [units].
+        counts: Number of these predictions, [units].
     """
     units, losses = len(sums), np.empty(DRAWS)
     # Raw bits: numpy guarantees that they stay the same. What the remainder prefers is less than units / 2^64.

@@ -34,14 +34,14 @@ def protocol_name(result: Result) -> str:
 
 
 def with_scale(result: Result) -> str:
-    """Return the scale of a result behind a space; nothing for the positions of the training."""
+    """Return a space and the scale of a result; empty if its positions were not scaled."""
     return f" {result['scale']}" if "scale" in result else ""
 
 
 def is_whole(result: Result, *, scale: str | None = None) -> bool:
-    """Return whether a result is of windows that do not overlap, with a scale; None for the positions of the training.
+    """Return whether a result is of windows that do not overlap, with this scale; None for positions as trained.
 
-    Only those say how a model does at a length: results of another scale are of another model.
+    Only such results compare lengths: a model with another scale is another model.
     """
     return bool(result["protocol"] == "nonoverlapping") and result.get("scale") == scale
 
@@ -51,7 +51,7 @@ class Change:
     """The difference of a result's loss from that of its protocol's shortest length.
 
     Attributes:
-        loss: In nats.
+        loss: Difference in nats.
         error: Its standard error, from draws of the same units in both.
     """
 

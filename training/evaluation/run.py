@@ -47,7 +47,7 @@ class EvaluationPlan:
     Attributes:
         measurements: A protocol at a length each.
         context: How much of its context the model uses; None if that was not asked for.
-        scale: Scales the model's positions; None for those of the training.
+        scale: Scales the model's positions; None to leave them as trained.
     """
 
     measurements: list[Measurement]
@@ -189,7 +189,7 @@ def _name(opened: Checkpoint) -> str:
 
 
 def plan_evaluation(request: EvaluationRequest, *, config: RunConfig, tokens: int) -> EvaluationPlan:
-    """Return what a request asks to measure on a text of so many tokens.
+    """Return what a request asks to measure on a text of `tokens` tokens.
 
     Raises:
         InputError: a length, a protocol or the scale is wrong.

@@ -20,8 +20,8 @@ class Totals:
     """Sums of the losses of scored predictions, in nats.
 
     Attributes:
-        by_position: By place in the window, [length].
-        by_unit: By unit of the text, [units].
+        by_position: Sums by place in the window, [length].
+        by_unit: Sums by unit of the text, [units].
         density_by_layer: Share of the causal scores that each block's attention computed, mean over heads and windows;
             empty if its kernel does not count them.
     """
@@ -32,7 +32,7 @@ class Totals:
 
 
 class _State(NamedTuple):
-    """What is added up so far: replaced as one, so that Ctrl-C within a batch leaves no half of it."""
+    """What is added up so far: replaced as a whole, so that Ctrl-C within a batch cannot leave half of it."""
 
     by_position: torch.Tensor
     by_unit: torch.Tensor
@@ -54,7 +54,7 @@ class LossSums:
     """
 
     def __init__(self, windows: Windows, units: Units, *, attention: LosslessWindows | None = None) -> None:
-        """Begin.
+        """Start from zero.
 
         Args:
             windows: The windows.
@@ -74,7 +74,7 @@ class LossSums:
         """Add the losses of a batch of windows, the one after those that are done.
 
         Args:
-            losses: Of the last predictions of each window, [windows, predictions] fp32, on any device.
+            losses: Losses of the last predictions of each window, [windows, predictions] fp32, on any device.
             batch: The windows.
         """
         state, device = self._state, losses.device
@@ -115,12 +115,12 @@ class LossSums:
         self._state = _State(by_position, by_unit, densities, int(arrays["counted"]), int(arrays["done"]))
 
     def forget_calls(self) -> None:
-        """Forget the scores of calls before the next pass, which are none of these windows."""
+        """Drop the densities of calls before the next pass, which are not of these windows."""
         if self._attention is not None:
             self._attention.take()
 
     def _densities(self, windows: int) -> tuple[torch.Tensor, int]:
-        """Return the densities with those of a pass over so many windows, and the windows that they are of."""
+        """Return the densities with those of a pass over some windows, and the number of windows that they are of."""
         before, counted = self._state.densities, self._state.counted
         taken = self._attention.take() if self._attention is not None else []  # one per block
         if not taken:

@@ -31,7 +31,7 @@ class Measurement:
         protocol: How the window moves.
         windows: The windows.
         same_tokens: Whether the measurements of other lengths score the same tokens.
-        scale: Scales the model's positions; None for those of the training.
+        scale: Scales the model's positions; None to leave them as trained.
     """
 
     protocol: WindowProtocol
@@ -138,4 +138,4 @@ def _try_to_write(write: Callable[[], object]) -> None:
     try:
         write()
     except ReportNotWritten as error:  # the disk may have space again at the end
-        logger.warning("not yet written: %s", error)
+        logger.warning("the reports cannot be written yet: %s", error)

@@ -34,7 +34,7 @@ def usable_length(report: Mapping[str, Any], *, scale: str | None = None) -> int
 
     Args:
         report: The contents of a report.
-        scale: With positions scaled so; None for those of the training.
+        scale: The scale of the positions; None for positions as trained.
     """
     results = whole_windows(report, scale=scale)
     best = min((result["perplexity"] for result in results), default=0.0)

@@ -110,7 +110,7 @@ def require_fit(protocol: WindowProtocol, *, length: int) -> None:
             f"protocol {protocol} moves further than its window of {length} tokens, so it would skip some: "
             f"use a stride of at most {length}"
         )
-    raise InputError(f"protocol {protocol} scores more than its window of {length} tokens has: use at most {length}")
+    raise InputError(f"protocol {protocol} scores more tokens than its window of {length} has: use at most {length}")
 
 
 def same_tokens(tokens: int, *, lengths: Sequence[int], protocols: Sequence[WindowProtocol]) -> SameTokens:

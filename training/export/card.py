@@ -54,7 +54,7 @@ class Architecture:
     Attributes:
         model: The section `model` of its run file.
         vocab_size: Rows of the embedding.
-        parameters: Their number; a tied one counts once.
+        parameters: Number of parameters; a tied one counts once.
         slopes: ALiBi's slope of each head of the model, fp64; None for other positions.
     """
 
@@ -90,7 +90,7 @@ class UsableLengths:
         usable: The longest text that the model should be served with.
         reason: Why.
         effective_context: Tokens of context that the model was measured to use; None if it was not measured.
-        perplexities: Of windows that do not overlap: length, loss in nats per token, perplexity; empty if not measured.
+        perplexities: For windows without overlap: length, loss in nats per token, perplexity; empty if not measured.
     """
 
     trained: int
@@ -134,7 +134,7 @@ class ExportCard:
     """The contents of export.json.
 
     Attributes:
-        format_version: Of these keys.
+        format_version: Version of these keys.
         format: Name of the export format.
         origin, architecture, precision, lengths, verified: See their classes.
         serving: How to serve the folder.

@@ -24,7 +24,7 @@ class ModelFacts:
         step: Optimizer steps taken.
         samples: Sequences that it was trained on.
         vocab_size: Tokens, without padding.
-        parameters: Their number; the tied embedding counts once.
+        parameters: Number of parameters; the tied embedding counts once.
         report: What was measured of it on held-out text; None if nothing was.
     """
 

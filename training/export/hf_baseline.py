@@ -1,6 +1,5 @@
 """`trainshort evaluate --hf DIR`: a causal model of Hugging Face, on the text of a run; an export, or a baseline."""
 
-import hashlib
 import inspect
 import json
 import re
@@ -16,9 +15,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from configs.errors import InputError
+from configs.errors import InputError, first_line
 from configs.paths import evaluation_folder
 from configs.precisions import require_precision
+from data_pipeline.hashes import json_sha256
 from data_pipeline.token_file import TokenFile
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from parallel.compilers import check_cache_folder
@@ -36,7 +36,6 @@ from training.evaluation.run import plan_evaluation, run_evaluation
 from training.evaluation.text import EvaluationText, file_text, held_out_text
 from training.export.card import CARD_JSON
 from training.export.formats.huggingface import HuggingFaceTokenizer, quiet_transformers, refusing_unreadable
-from training.export.hf_weights import first_line
 from training.model.proof.attention_weights import dtype_of
 from training.model.single import CPU_BATCH_TOKENS, inference, inference_device
 
@@ -146,7 +145,8 @@ def _require_rows(model: Any, folder: Path, tokens: npt.NDArray[np.integer[Any]]
     rows, largest = model.get_input_embeddings().num_embeddings, int(tokens.max(initial=0))
     if largest >= rows:
         raise InputError(
-            f"{folder} has a tokenizer with token {largest}, and a model of {rows}: put there what belongs together"
+            f"{folder} has a tokenizer with token {largest}, and a model of {rows}: use tokenizer and weights of one "
+            "model"
         )
 
 
@@ -178,7 +178,7 @@ def _text_for(folder: Path, checkpoint: Checkpoint, text: EvaluationText) -> Eva
     try:
         tokenizer = HuggingFaceTokenizer(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no tokenizer ({first_line(error)}): put it there") from None
+        raise InputError(f"{folder} has no tokenizer ({first_line(error)}): copy it into the folder") from None
     starts = []
     with TokenFile(vocab_size=_ANY_VOCABULARY) as file:
         for part, is_start, is_end in _parts(text, load_tokenizer(checkpoint.tokenizer)):
@@ -201,7 +201,7 @@ def _parts(text: EvaluationText, tokenizer: Tokenizer) -> Iterator[tuple[str, bo
 
 
 def _exported_tokenizer(folder: Path) -> str | None:
-    """Return the hash of the tokenizer that an export of ours was compared with; None if it is none."""
+    """Return the hash of the tokenizer that an export of ours was compared with; None for another folder."""
     try:
         card = json.loads((folder / CARD_JSON).read_text(encoding="utf-8"))
         return str(card["origin"]["tokenizer_sha256"])
@@ -211,5 +211,4 @@ def _exported_tokenizer(folder: Path) -> str | None:
 
 def _weights_sha256(folder: Path) -> str:
     files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    hashes = {file.name: describe_file(file).sha256 for file in files}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return json_sha256({file.name: describe_file(file).sha256 for file in files})

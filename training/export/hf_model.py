@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from configs.errors import InputError
+from configs.errors import InputError, first_line
 from configs.positions import ALIBI_BIAS_MAX
 from configs.schema import Model
 from training.families.bloom import BLOOM
@@ -38,7 +38,7 @@ def read_model(folder: Path) -> IncomingModel:
     """Read config.json.
 
     Raises:
-        InputError: there is none, or it describes a model that cannot be represented exactly; names each key.
+        InputError: it is missing, or describes a model that cannot be represented exactly; names each key.
     """
     config = _read_json(folder / "config.json")
     kind = config.get("model_type")
@@ -50,7 +50,7 @@ def read_model(folder: Path) -> IncomingModel:
     try:
         incoming, problems = _READERS[kind](config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = f"model.{first['loc'][0]} {first['input']!r}: {first['msg']}"
@@ -124,7 +124,7 @@ def _incoming(model: Model, config: Config, *, length: int | None) -> IncomingMo
         end = end[0] if end else None
     for name, value in (("eos_token_id", end), ("vocab_size", rows)):
         if type(value) is not int and not (name == "eos_token_id" and value is None):
-            raise TypeError(f"{name} {value!r} is no whole number")
+            raise TypeError(f"{name} {value!r} is not a whole number")
     return IncomingModel(model, rows, length, end)
 
 
@@ -141,9 +141,9 @@ def _read_json(file: Path) -> Config:
     except FileNotFoundError:
         raise InputError(f"{file.parent} has no {file.name}: give a folder with a model of Hugging Face") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({str(error).splitlines()[0]}): check the file") from None
+        raise InputError(f"{file} cannot be read ({first_line(error)}): check the file") from None
     if not isinstance(config, dict):
-        raise InputError(f"{file} holds no table: check the file")
+        raise InputError(f"{file} does not hold a JSON object: check the file")
     return config
 
 

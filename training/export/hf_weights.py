@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from configs.errors import InputError
+from configs.errors import InputError, first_line
 
 # safetensors come first: they hold no code
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -92,11 +92,6 @@ def _reading(file: Path) -> Iterator[None]:
             f"{file} is a pickle that holds more than tensors, and could run code: convert it to safetensors where you "
             "trust it"
         ) from None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what a library says, or its name."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _files_by_name(folder: Path) -> dict[str, Path]:

@@ -55,7 +55,7 @@ class ImportResult:
 
     Attributes:
         checkpoint: Its checkpoint.
-        parameters: Their number.
+        parameters: Number of its parameters.
         length: Tokens of the text on which its logits were compared with transformers'.
         difference: The largest difference of a logit.
         scale: The largest absolute logit.

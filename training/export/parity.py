@@ -19,7 +19,7 @@ from training.export.formats.table import ExportedModel, TextTokenizer
 COMPARED_MULTIPLE = 4
 # relative to the largest logit, or to 1 if that is smaller
 LOGIT_TOLERANCE = 1e-4
-# what bytes decode to that are no whole character yet
+# what the bytes of an incomplete character decode to
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 

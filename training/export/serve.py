@@ -133,7 +133,7 @@ def _complete(
                     f"{server.name} refused a completion ({error.code}: {words}): nothing was exported"
                 ) from None
         except ValueError:
-            raise TrainshortError(f"{server.name} gave an answer that is no JSON: nothing was exported") from None
+            raise TrainshortError(f"{server.name} gave an answer that is not JSON: nothing was exported") from None
         except (OSError, http.client.HTTPException):
             pass  # it does not listen yet
         time.sleep(_RETRY_SECONDS)
@@ -147,10 +147,10 @@ def _reason(log: IO[bytes]) -> str:
     """Return the first exception that a server's output names, or its last line."""
     log.seek(0)
     text = log.read().decode(errors="replace")
-    lines = [cause[1] for cause in _EXCEPTION.finditer(text)] or [line for line in text.split("\n") if line.strip()][
-        -1:
-    ]
-    return f"it wrote {printable(lines[0].strip())[:300]}" if lines else "it wrote nothing"
+    causes = [cause[1] for cause in _EXCEPTION.finditer(text)]
+    written = [line for line in text.split("\n") if line.strip()]
+    line = next(iter([*causes, *written[-1:]]), None)
+    return "it wrote nothing" if line is None else f"it wrote {printable(line.strip())[:300]}"
 
 
 def _free_port() -> int:

@@ -31,9 +31,9 @@ class TrainedOutputs:
     Attributes:
         tokens: Token ids of the text, [tokens] int64.
         text: The text, if it is held-out text; None if the tokens are random.
-        logits: Of the first tokens, [1, length, vocab] fp32 for each length to compare.
+        logits: Logits of the first tokens, [1, length, vocab] fp32 for each length to compare.
         rounding: What rounding the weights changed at the first length; None if nothing.
-        continuation: Of the text's beginning.
+        continuation: Greedy continuation of the text's beginning.
         certificate: Certificate of the model's positions, as plain values.
     """
 

@@ -1,4 +1,4 @@
-"""Export checkpoints while a run trains (`checkpoint.export_every`), in a process beside the ranks. Imports no torch.
+"""Export checkpoints while a run trains (`checkpoint.export_every`), in a process of its own. Imports no torch.
 
 Rank 0 starts `trainshort export` once a checkpoint is on disk and goes on at once: a save takes a process start longer.
 One export runs at a time, on one thread of the CPU and with the lowest priority. An export that fails is a warning.
@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from configs.commands import typed_path
+from configs.commands import command_here, typed_path
 from configs.errors import InputError
 from configs.figures import duration
 from configs.paths import run_folder, step_export_folder, step_export_log
@@ -38,7 +37,7 @@ FIRST_VICTIM = "1000"  # of the kernel, where memory runs out: never a rank
 
 
 def check_export_every(config: RunConfig) -> None:
-    """Refuse exports beside training that could not be made, before training.
+    """Refuse, before training, exports during training that could not be made.
 
     Raises:
         InputError: the format is not known, or cannot hold the model.
@@ -58,7 +57,7 @@ class ExportProcess(Protocol):
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
         ...
 
     def poll(self) -> int | None:
@@ -221,10 +220,9 @@ class ExportsWhileTraining(Observer):
         self._waiting = export
 
     def _begin(self, export: _Export) -> None:
-        program = [sys.executable, "-P", "-m", "trainshort", "export"]
         options = ["--format", self._rules.export_format, "--out", str(export.out)]
         try:
-            process = self._start([*program, *options, "--", str(export.checkpoint)], export.log)
+            process = self._start(command_here("export", *options, "--", str(export.checkpoint)), export.log)
         except OSError as error:
             logger.warning("step %d was not exported: no process can be started (%s)", export.step, error.strerror)
             return
@@ -266,7 +264,7 @@ class ExportsWhileTraining(Observer):
 
 
 def _reason(log: Path, *, code: int) -> str:
-    """Return why an export failed, from the last line of its output that is no detail of the one before."""
+    """Return why an export failed: the last line of its output that is not a detail of the one before."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}{', out of memory?' if code == -signal.SIGKILL else ''}"
     lines: list[str] = []

@@ -68,7 +68,7 @@ class CheckpointLM(TemplateLM):
         windows: list[TokenPair] = []
         counts: list[int] = []
         for request in requests:
-            found = [
+            pairs = [
                 make_disjoint_window(window)
                 for window in get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
@@ -77,8 +77,8 @@ class CheckpointLM(TemplateLM):
                     context_len=1,
                 )
             ]
-            windows += [TokenPair(tuple(context), tuple(predicted)) for context, predicted in found]
-            counts.append(len(found))
+            windows += [TokenPair(tuple(context), tuple(predicted)) for context, predicted in pairs]
+            counts.append(len(pairs))
         scores = iter(self._scores(windows, "windows of text"))
         return [sum(next(scores).log_likelihood for _ in range(count)) for count in counts]
 

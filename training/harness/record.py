@@ -72,8 +72,8 @@ def tracked_harness(report: Mapping[str, Any], *, checkpoint: str) -> TrackedMea
 def _name_in_mlflow(row: Mapping[str, Any], *, train_length: int) -> str:
     """Return the name of a result; one that was measured in another way than most has another name.
 
-    Results of one name are a curve over the checkpoints: a tenth of the questions, five examples before each, or longer
-    texts than the training's are no points of it.
+    Results of one name are a curve over the checkpoints. Those of a tenth of the questions, with five examples before
+    each, or on texts longer than in training do not belong to it.
     """
     fewshot, limit, most = row["fewshot"], row["limit"], row["max_length"]
     ways = (

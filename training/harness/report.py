@@ -3,15 +3,14 @@
 import json
 import logging
 import math
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.files import whole_file
+from configs.files import move_aside, write_whole
 from configs.terminal import printable
-from training.evaluation.folder import ReportNotWritten
+from training.evaluation.folder import failed_write_keeps
 from training.harness.kept import (
     HARNESS_FOLDER,
     HARNESS_RESULTS,
@@ -34,7 +33,7 @@ def result_rows(results: Mapping[str, Any], **facts: object) -> list[dict[str, A
         results: What lm_eval's `evaluate` returns.
         facts: What all rows have in common.
     Raises:
-        InputError: there is none.
+        InputError: there are no results.
     """
     rows = [*_rows(results, facts)]
     if not rows:
@@ -76,19 +75,11 @@ def write_results(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     """
     place = folder / HARNESS_FOLDER
     table, document = place / f"{HARNESS_RESULTS}.md", place / f"{HARNESS_RESULTS}.json"
-    try:
+    with failed_write_keeps(dict(report), folder=place):
         place.mkdir(parents=True, exist_ok=True)
         merged = _with_earlier(report, document)
-        # the JSON last: where it is, the table is too
-        for path, text in ((table, results_page(merged)), (document, json.dumps(merged, indent=2) + "\n")):
-            with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
-                temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ReportNotWritten(
-            f"{error.filename or place} cannot be written ({error.strerror}): the results stand only in the output of "
-            "this command; free space and run it again to write them",
-            report=dict(report),
-        ) from None
+        write_whole(table, results_page(merged))
+        write_whole(document, json.dumps(merged, indent=2) + "\n")  # last: where it is, the table is too
     return document, table
 
 
@@ -141,8 +132,7 @@ def _with_earlier(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
         rows = {tuple(row[key] for key in _KEY): row for row in (*earlier["results"], *report["results"])}
         made = {each["date"]: each for each in (*earlier["evaluations"], *report["evaluations"])}
     except (ValueError, KeyError, TypeError):  # broken too
-        aside = path.with_name(f"{HARNESS_RESULTS}.until-{report['evaluations'][0]['date'].replace(':', '')}.json")
-        path.replace(aside)
+        aside = move_aside(path, date=report["evaluations"][0]["date"])
         logger.warning("%s was broken or of other weights: it is now %s", path, aside.name)
         return dict(report)
     dates = {row["date"] for row in rows.values()}

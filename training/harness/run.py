@@ -67,7 +67,7 @@ def run_harness(
         model = CheckpointLM(single, tokenizer, max_length=longest, seed=_SEED)
         results = _evaluate(model, loaded, limit=request.limit)
         if model.cut:
-            logger.warning("%d contexts are longer than %d tokens and lost their beginning", model.cut, longest)
+            logger.warning("%d contexts are longer than %d tokens and were cut at their beginning", model.cut, longest)
         facts = {"limit": request.limit, "max_length": longest, "precision": precision, "date": date}
         report = {
             "checkpoint": str(checkpoint.path.absolute()),

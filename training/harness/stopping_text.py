@@ -9,7 +9,7 @@ from data_pipeline.tokenizer import Tokenizer
 from training.generation import LanguageModel, continue_tokens
 from training.sampling import Sampling
 
-# What a task may ask of the draws. Other settings change a text only if something is drawn.
+# Settings of a task that change how tokens are drawn. Others change a text only if something is drawn.
 _KNOWN = ("do_sample", "temperature", "top_p")
 
 
@@ -30,7 +30,7 @@ def continue_until(
         ids: Token ids of the prompt, at least one.
         sampling: How tokens are sampled.
         tokens: New tokens at most.
-        stop: Strings that end the text; they are no part of it.
+        stop: Strings that end the text; they are not part of it.
     """
     words, end = [word for word in stop if word], tokenizer.end_of_document
     new = islice(continue_tokens(model, ids, sampling=sampling, end=end), tokens)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import InputError, MachineError
+from configs.errors import InputError, MachineError, first_line
 
 # What the harness itself starts from, so that the same few-shot examples are drawn.
 _RANDOM_SEED, _OTHER_SEED = 0, 1234
@@ -66,13 +66,13 @@ def load_tasks(request: TaskRequest) -> Any:
         loaded = manager.load(list(request.names))
     except OSError as error:  # also what the Hub's client raises without a network
         raise InputError(
-            f"the data of {asked} is not on this machine ({_first_line(error)}): HF_HUB_OFFLINE=0 lets "
+            f"the data of {asked} is not on this machine ({first_line(error)}): HF_HUB_OFFLINE=0 lets "
             "tasks download theirs"
         ) from None
     except ImportError as error:
-        raise MachineError(f"a task of {asked} needs a package ({_first_line(error)}): install it") from None
+        raise MachineError(f"a task of {asked} needs a package ({first_line(error)}): install it") from None
     except (ValueError, KeyError) as error:
-        raise InputError(f"{asked} cannot be loaded ({_first_line(error)}): correct the task") from None
+        raise InputError(f"{asked} cannot be loaded ({first_line(error)}): correct the task") from None
     for name, task in loaded["tasks"].items():
         _refuse_others(name, task)
         _choose_fewshot(task, request.fewshot)
@@ -97,7 +97,7 @@ def _manager_of(names: Sequence[str], folder: Path | None) -> Any:
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks, n=_SHOWN_NAMES)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
-            raise InputError(f"--tasks names {name!r}, which is no task: {hint}")
+            raise InputError(f"--tasks names {name!r}, which is not a task: {hint}")
     return manager
 
 
@@ -116,7 +116,3 @@ def _choose_fewshot(task: Any, fewshot: int | None) -> None:
     elif given is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_OTHER_SEED)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error.args[0] if error.args else error).split("\n")[0]

@@ -111,12 +111,12 @@ class FixedCache:
     def advance(self, tokens: int) -> None:
         """Do nothing: the position is set before each token."""
 
-    def take_over(self, cache: KeyValueCache) -> None:
+    def adopt(self, cache: KeyValueCache) -> None:
         """Copy another cache's tokens, and give it these buffers."""
         for block, pair in cache.pairs.items():
             for buffer, filled in zip(self.pairs[block], pair, strict=True):
                 buffer[:, :, : cache.length] = filled[:, :, : cache.length]
-        for block in cache.radii:  # of smaller buffers, nobody may have raised it
+        for block in cache.radii:  # with smaller buffers, it may not have been raised
             keys, _ = self.pairs[block]
             self.radii[block].copy_(norms(keys[:, :, : cache.length]).amax(2, keepdim=True))
         cache.pairs, cache.radii = dict(self.pairs), dict(self.radii)
@@ -225,5 +225,5 @@ class TokenSteps:
                 self._has_failed = True
                 self._free.clear()  # another text may have ended meanwhile
                 return None
-        step.cache.take_over(cache)
+        step.cache.adopt(cache)
         return step

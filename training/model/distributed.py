@@ -91,7 +91,7 @@ class DistributedModel:
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """Let the other ranks end when the block has ended; after an error in a pass whoever started them ends them."""
+        """Let the other ranks end when the block has ended; after an error in a pass their launcher ends them."""
         try:
             yield
         except TrainshortError:  # between two passes, where the others wait for the next

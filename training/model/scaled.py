@@ -1,4 +1,4 @@
-"""A loaded model's positions, scaled for texts longer than those of the training."""
+"""A loaded model's positions, scaled for texts longer than in training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +67,7 @@ class ScaledPositions:
         The word embedding keeps its own: methods that can be scaled add nothing to embeddings and learn nothing.
         """
         position = make_position(self._model, {}, tensor=self._tensor, scaling=scaling)
-        position.bias.lossless = windows_of(self._decoder)  # whoever counts the computed scores has it
+        position.bias.lossless = windows_of(self._decoder)  # what counts the computed scores holds on to it
         attend = make_attention(self._model.attention, position.bias, documents=self._documents)
         for layer in self._decoder.layers:
             if isinstance(layer, AttentionBlock):

@@ -42,7 +42,7 @@ class _Products:
     @contextmanager
     def set_to(self, products: str) -> Iterator[None]:
         """Multiply in one way. Calls that multiply alike run together; on a CPU all do."""
-        with self._turn, self._ended:  # whoever comes while a call waits stays behind it, or it might wait forever
+        with self._turn, self._ended:  # calls that come later queue behind one that waits, or it might wait forever
             self._ended.wait_for(lambda: not self._running or torch.get_float32_matmul_precision() == products)
             if not self._running:
                 self._before = torch.get_float32_matmul_precision()
@@ -78,7 +78,7 @@ class SingleModel:
     Attributes:
         certificate: The newest certificate of its positions, as plain values.
         batch_tokens: Inputs of one pass that use the device well.
-        windows: Those of its attention; None if it has none.
+        windows: Lossless windows of its attention; None if it has none.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class SingleModel:
             certificate: The certificate of its positions, as plain values.
             precision: Value of `--precision`.
             capture: Makes the decoding of a token faster, see `TokenSteps`; by default a CUDA graph on a GPU.
-            positions: Scales its positions; None for those of the training.
+            positions: Scales its positions; None to leave them as trained.
         """
         self._precision, self._device = require_precision(precision), device
         self._decoder = decoder.to(device, dtype_of(precision)).eval()
@@ -270,7 +270,7 @@ def load_single(
     Args:
         checkpoint: The checkpoint.
         precision: Value of `--precision`, whatever it trained in.
-        scale: Scales its positions; None for those of the training.
+        scale: Scales its positions; None to leave them as trained.
     Raises:
         InputError: the precision is not known, or needs a GPU where there is none.
         TrainshortError: its positions are wrong; see `training.model.proof.certificate`.
@@ -320,7 +320,7 @@ def inference_certificate(
         precision: Value of `--precision`.
         device: Where it runs.
         documents: Whether attention may be asked to stay inside documents.
-        scaling: Scales the slopes; None for those of the training.
+        scaling: Scales the slopes; None to leave them as trained.
     Raises:
         TrainshortError: its positions are wrong; see `training.model.proof.certificate`.
     """

@@ -16,6 +16,7 @@ _LEAST_SCALED, _LEAST_PLAIN = 1e5, 1e-2  # between them a number is written with
 _TRAILING_ZEROS = re.compile(r"\.0+(?=\D)|(\.\d*[1-9])0+(?=\D)")
 _NO_ZEROS = re.compile(r"(?:\.0)?e\+?(-?)0?")  # 2.0e-04 is 2e-4
 _SMALLEST, _LARGEST = 1e-100, 1e100  # what is smaller counts as 0; no product of others overflows
+_MOST_TICKS = 6  # of an axis that is not logarithmic
 _MANY_DECADES = 3.0  # from here on, only powers of ten get a tick
 
 
@@ -92,9 +93,9 @@ def lengths_axis(lengths: Iterable[int], *, keep: Iterable[int] = ()) -> ChartAx
     return ChartAxis(low, high, True, "count", tuple(sorted(ticks)))
 
 
-def linear_ticks(low: float, high: float, *, most: int = 6) -> tuple[float, ...]:
-    """Return round values between two ends, at most `most`: multiples of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / most
+def linear_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Return at most six round values between two ends: multiples of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / _MOST_TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

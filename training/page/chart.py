@@ -141,14 +141,14 @@ class Chart:
             yield f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_TOP + _PLOT_HEIGHT}"/>'
 
 
-def thin(points: Sequence[Point], *, most: int = MOST_POINTS) -> list[Point]:
-    """Return at most `most` points: the first, the last, and the lowest and the highest of each part of the curve.
+def thin(points: Sequence[Point]) -> list[Point]:
+    """Return at most MOST_POINTS points: the first, the last, and the lowest and the highest of each part of the curve.
 
     So a spike of one step stays.
     """
-    if len(points) <= most:
+    if len(points) <= MOST_POINTS:
         return [*points]
-    parts = (most - 2) // 2
+    parts = (MOST_POINTS - 2) // 2
     inner, kept = points[1:-1], [points[0]]
     for part in range(parts):
         bucket = inner[part * len(inner) // parts : (part + 1) * len(inner) // parts]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from configs.positions import POSITIONS
@@ -21,14 +22,34 @@ _LEAST_BIAS = -12.0  # where the drawing of a bias ends: a key there has a weigh
 _BIAS_TOP = 0.4
 _BIAS_POINTS = 96
 
-# field of metrics.jsonl, title, facts, unit, whether it is averaged, whether the axis begins at 0
-_CURVES: tuple[tuple[str, str, str, Unit, bool, bool], ...] = (
-    ("learning_rate", "Learning rate", "of each step", "plain", False, True),
-    ("grad_norm", "Gradient norm", "before clipping", "plain", True, False),
-    ("tokens_per_second", "Throughput", "tokens per second, all ranks, the step alone", "count", True, True),
-    ("model_flops_utilization", "Model FLOPs utilization", "share of all ranks' peak", "share", True, True),
-    ("memory_gb", "Memory", "peak of the rank that holds most", "gigabytes", False, True),
-    ("attention_density", "Attention scores computed", "share of the causal scores", "share", True, True),
+
+@dataclass(frozen=True)
+class StepCurve:
+    """How a field of metrics.jsonl is drawn.
+
+    Attributes:
+        field: Its name there.
+        title, facts: Heading of the chart, and the line below it.
+        unit: How its values are written.
+        averaged: Whether the mean of neighbouring steps is drawn, or each step.
+        from_zero: Whether the axis begins at 0.
+    """
+
+    field: str
+    title: str
+    facts: str
+    unit: Unit
+    averaged: bool = True
+    from_zero: bool = True
+
+
+STEP_CURVES = (
+    StepCurve("learning_rate", "Learning rate", "of each step", "plain", averaged=False),
+    StepCurve("grad_norm", "Gradient norm", "before clipping", "plain", from_zero=False),
+    StepCurve("tokens_per_second", "Throughput", "tokens per second, all ranks, the step alone", "count"),
+    StepCurve("model_flops_utilization", "Model FLOPs utilization", "share of all ranks' peak", "share"),
+    StepCurve("memory_gb", "Memory", "peak of the rank that holds most", "gigabytes", averaged=False),
+    StepCurve("attention_density", "Attention scores computed", "share of the causal scores", "share"),
 )
 
 
@@ -46,7 +67,7 @@ def training_charts(comparison: Comparison, *, marks: Sequence[int]) -> list[Cha
     sizes = {run.config.train.global_batch * run.config.data.sequence_length for _, run in runs}
     by: Literal["step", "tokens_seen"] = "step" if len(sizes) == 1 else "tokens_seen"
     charts = [_loss_chart(runs, by=by, marks=marks)]
-    charts += [_field_chart(runs, curve, by=by, marks=marks) for curve in _CURVES]
+    charts += [_field_chart(runs, curve, by=by, marks=marks) for curve in STEP_CURVES]
     return [chart for chart in charts if chart is not None]
 
 
@@ -112,27 +133,26 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
     )
 
 
-def _field_chart(
-    runs: Runs, curve: tuple[str, str, str, Unit, bool, bool], *, by: str, marks: Sequence[int]
-) -> Chart | None:
-    field, title, facts, unit, is_averaged, from_zero = curve
+def _field_chart(runs: Runs, curve: StepCurve, *, by: str, marks: Sequence[int]) -> Chart | None:
+    several = len(runs) > 1
     series: list[Series] = []
     for number, run in runs:
-        several, points = len(runs) > 1, _points(run, field, by=by)
-        if is_averaged:
+        points = _points(run, curve.field, by=by)
+        if curve.averaged:
             series += _averaged(number, run, points, faint=len(runs) <= _MOST_FAINT, several=several)
         else:
-            label = run.label if several else title.lower()
+            label = run.label if several else curve.title.lower()
             series.append(Series(label, points, number, dash=number // COLOURS))
     values = [y for each in series for _, y in each.points]
-    if not values or field == "attention_density" and {*values} == {1.0}:  # nothing was left out
+    nothing_left_out = curve.field == "attention_density" and {*values} == {1.0}
+    if not values or nothing_left_out:
         return None
     return Chart(
-        title=title,
-        facts=facts,
+        title=curve.title,
+        facts=curve.facts,
         x_title=_X_TITLES[by],
         x=_steps_axis(series),
-        y=fit_axis(values, unit=unit, from_zero=from_zero, may_be_logarithmic=not from_zero),
+        y=fit_axis(values, unit=curve.unit, from_zero=curve.from_zero, may_be_logarithmic=not curve.from_zero),
         series=_in_order(series),
         marks=tuple(map(Mark, marks)),
     )

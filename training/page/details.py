@@ -66,7 +66,7 @@ class RunDetails:
 
 
 def read_details(comparison: Comparison) -> list[RunDetails]:
-    """Return what the folders of the runs tell of each."""
+    """Return what the folders of the runs show of each."""
     return [_read(number, run) for number, run in enumerate(comparison.runs)]
 
 

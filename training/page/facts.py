@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.figures import counted
+from configs.paths import environment_path
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
@@ -28,7 +29,7 @@ class CertificateFacts:
     """What the newest start stated of its positions.
 
     Attributes:
-        verdict: In a sentence.
+        verdict: A sentence on whether they are right.
         is_good: Whether every rank's attention is what its position method promises.
         headings, rows: A table with a row per rank.
         left_out: Ranks that have no row.
@@ -158,7 +159,7 @@ def head_rows(config: RunConfig, *, certificate: _Fields | None) -> list[tuple[s
 def read_environment(run_dir: Path) -> _Fields:
     """Return environment.json; empty if there is none, or if it is damaged."""
     with suppress(OSError, ValueError):
-        values = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        values = json.loads(environment_path(run_dir).read_text(encoding="utf-8"))
         return values if isinstance(values, dict) else {}
     return {}
 

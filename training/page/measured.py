@@ -33,7 +33,7 @@ class MeasuredTable:
 
     Attributes:
         facts: What holds for all rows.
-        headings: Of the columns.
+        headings: Headings of the columns.
         words: How many columns, the first ones, hold words and not numbers.
         rows: Number of the run, and the cells.
     """
@@ -68,10 +68,10 @@ class HeatMap:
     Attributes:
         run: Number of the run.
         task: Name of the task.
-        facts: Of which run, text and step.
+        facts: The run, text and step.
         lengths: Each length, and how many times the training length it is.
         trained: How many of them, the first ones, are not beyond the training length.
-        scores: By depth and length.
+        scores: The scores, by depth and length.
     """
 
     run: int

@@ -4,6 +4,7 @@ metrics.jsonl has no times of day, but the seconds of each step, validation and 
 at which each start began to train.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ def read_starts(run_dir: Path, steps: Sequence[dict[str, Any]]) -> tuple[RunStar
     starts = [RunStart(each, each["step"]) for each in certificates if _is_whole(each["ranks"])]
     if not starts and not steps:
         return ()
-    if not starts or starts[0].step and steps and steps[0]["step"] <= starts[0].step:
+    first_step = steps[0]["step"] if steps else math.inf
+    if not starts or first_step <= starts[0].step:
         starts.insert(0, RunStart({}, 0))  # of a version that wrote no certificates
     for fields in steps:
         _taker(starts, fields["step"]).steps.append(fields)

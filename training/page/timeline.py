@@ -47,7 +47,7 @@ class Timeline:
         bars: One per start that took a step.
         marks: Saves and refused starts.
         ticks: Place in per cent, and the time of training there.
-        headings: Of the table.
+        headings: Headings of the table.
         rows: A row per start.
     """
 

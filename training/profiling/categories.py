@@ -1,4 +1,4 @@
-"""What an operation or a kernel is part of, by its name and the names around it. Imports no torch.
+"""Tell which part of a step an operation or a kernel belongs to, by its name and those around it. Imports no torch.
 
 The names are torch's own: `aten::mm` on a CPU, `nvjet_tst_...` on a GPU, `Optimizer.step#AdamW.step` around one step;
 and those of this project's Triton kernels.

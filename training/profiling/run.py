@@ -38,7 +38,7 @@ _NEVER = 1 << 40  # steps between two saves
 
 
 def profile_rank(config: RunConfig, place: ProcessRank, *, steps: int, out: Path) -> None:
-    """Warm up, time some steps, and profile as many again; rank 0 writes the report and the trace.
+    """Warm up, time some steps, and profile the same number; rank 0 writes the report and the trace.
 
     Args:
         config: The run; its folder is a scratch one.

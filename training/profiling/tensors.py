@@ -53,9 +53,9 @@ def largest_tensors(tree: Iterable[Any], *, device: str, held: Mapping[str, Tens
             total -= living.pop(address)[1]
     if total > peak:
         at_peak = Counter(living.values())
-    found = [LargeTensor(name, size, count, held=False) for (name, size), count in at_peak.items()]
-    found += [LargeTensor(name, _bytes(value), 1, held=True) for name, value in held.items()]
-    return sorted(found, key=lambda each: -each.size * each.count)[:SHOWN_TENSORS]
+    tensors = [LargeTensor(name, size, count, held=False) for (name, size), count in at_peak.items()]
+    tensors += [LargeTensor(name, _bytes(value), 1, held=True) for name, value in held.items()]
+    return sorted(tensors, key=lambda each: -each.size * each.count)[:SHOWN_TENSORS]
 
 
 def _bytes(value: Tensor) -> int:
@@ -64,15 +64,15 @@ def _bytes(value: Tensor) -> int:
 
 def _allocations(tree: Iterable[Any], *, device: str) -> Iterator[tuple[int, int, str]]:
     """Yield address, bytes (negative if freed) and origin of each allocation, in the order of time."""
-    found = []
+    changes = []
     waiting = list(tree)
     while waiting:
         event = waiting.pop()
         waiting += event.children
         kind, fields = event.typed
         if str(kind) == _ALLOCATION and fields.device.type == device:
-            found.append((event.start_time_ns, fields.ptr, fields.alloc_size, event))
-    for _, address, size, event in sorted(found, key=lambda each: each[0]):
+            changes.append((event.start_time_ns, fields.ptr, fields.alloc_size, event))
+    for _, address, size, event in sorted(changes, key=lambda each: each[0]):
         yield address, size, _origin(event) if size > 0 else ""
 
 

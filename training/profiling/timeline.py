@@ -23,11 +23,11 @@ class Interval:
     """A stretch of time that a profiler recorded; nanoseconds of one clock.
 
     Attributes:
-        name: Of the operation or kernel.
+        name: Name of the operation or kernel.
         began, ended: Its time.
-        thread: Of an operation.
-        identity: Of an operation; of a kernel, that of the operation that launched it.
-        shapes: Of an operation's tensors; empty for what is no tensor.
+        thread: Thread of an operation.
+        identity: Number of the operation; for a kernel, of the operation that launched it.
+        shapes: Shapes of an operation's inputs; empty for one that is not a tensor.
     """
 
     name: str
@@ -54,7 +54,7 @@ class TimeSlice:
 
 
 def parts_of_cpu(operations: Iterable[Interval], *, window: Interval, transfers: Sequence[Interval]) -> list[TimeSlice]:
-    """Return what a CPU rank's thread did in the window.
+    """Return the parts of the window by what a CPU rank's thread did.
 
     Args:
         operations: Operations of the window's thread, the window itself left out.

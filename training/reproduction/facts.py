@@ -36,15 +36,15 @@ SETTINGS = (
 )
 
 
-def source_hashes(house: Path = HOUSE) -> dict[str, str]:
+def source_hashes() -> dict[str, str]:
     """Return a hash of the source files of each of our packages, as installed."""
     hashes = {}
     for name in CODE:
-        files = sorted((house / name).rglob("*.py")) if (house / name).is_dir() else [house / name]
+        files = sorted((HOUSE / name).rglob("*.py")) if (HOUSE / name).is_dir() else [HOUSE / name]
         digest = hashlib.sha256()
         for file in files:
             content = file.read_bytes()
-            digest.update(f"{file.relative_to(house).as_posix()} {len(content)}\n".encode() + content)
+            digest.update(f"{file.relative_to(HOUSE).as_posix()} {len(content)}\n".encode() + content)
         hashes[name] = digest.hexdigest()
     return hashes
 
@@ -63,7 +63,7 @@ def data_facts(folder: Path, *, reads_all: bool = False) -> dict[str, Any]:
     """Return what identifies prepared data; `problem` says why it cannot be used.
 
     Args:
-        folder: Of the prepared data.
+        folder: Folder of the prepared data.
         reads_all: Whether to read every byte.
     """
     facts: dict[str, Any] = {"folder": str(folder), "problem": None}
@@ -108,10 +108,10 @@ def hardware_facts(*, gpu: str | None, gpus: int, cores: int) -> dict[str, Any]:
     return {"device": gpu or cpu, "gpus": gpus, "cpu": cpu, "cores": cores, "memory_bytes": memory}
 
 
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def cpu_name() -> str:
     """Return the model of this machine's CPU."""
     try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model", "CPU part")))

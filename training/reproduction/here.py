@@ -1,4 +1,4 @@
-"""What is here and now of what decided a run's result. Imports no torch."""
+"""What decides a run's result, as found here and now. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import config_file, data_folder
+from configs.paths import config_file, data_folder, own_data_folder
 from configs.saved import saved_values
 from configs.schema import RunConfig
 from data_pipeline.hashes import file_sha256
@@ -62,7 +62,7 @@ def find_config(run_dir: Path, start: Mapping[str, Any]) -> FoundConfig:
     """Return the run file of a start, from a checkpoint if config.yaml was changed since.
 
     Raises:
-        InputError: there is none that can be read.
+        InputError: no run file can be read.
     """
     file, wanted = config_file(run_dir), start["config"].get("sha256")
     copies = [checkpoint.path / CONFIG_NAME for checkpoint in reversed(list_checkpoints(run_dir))]
@@ -87,7 +87,7 @@ def found_at(path: str, start: Mapping[str, Any]) -> Path:
 
 def data_of(run_dir: Path, config: RunConfig, start: Mapping[str, Any]) -> Path:
     """Return the folder of a run's prepared data, which may have been moved with the run folder."""
-    return found_at(str(data_folder(config)), start) if config.data.dir else run_dir / "data"
+    return found_at(str(data_folder(config)), start) if config.data.dir else own_data_folder(run_dir)
 
 
 def prepares_the_same(config: RunConfig, start: Mapping[str, Any]) -> bool:

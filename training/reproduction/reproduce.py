@@ -10,7 +10,8 @@ from typing import Any
 
 from configs.commands import typed_path
 from configs.errors import InputError
-from configs.paths import config_file, data_folder, reproduction_file
+from configs.path_text import require_folder
+from configs.paths import config_file, data_folder, environment_path, own_data_folder, reproduction_file
 from data_pipeline.manifest import read_data_manifest
 from training.incarnation import newest_incarnation
 from training.reproduction.differences import (
@@ -119,9 +120,7 @@ def compare_with_here(run_dir: Path, *, here: Here, reads_all: bool) -> Reproduc
     Raises:
         InputError: there is no run folder, no manifest of reproduction, or no run file that can be read.
     """
-    if not run_dir.is_dir():
-        seen = "is a file" if run_dir.is_file() else "does not exist"
-        raise InputError(f"run folder {run_dir} {seen}: give the run.dir of a run that was trained")
+    require_folder(run_dir, what="run folder", advice="give the run.dir of a run that was trained")
     starts = recorded_starts(run_dir)
     if not starts:
         raise _no_manifest(run_dir)
@@ -157,16 +156,16 @@ def _no_manifest(run_dir: Path) -> InputError:
     file = reproduction_file(run_dir)
     facts = []
     try:
-        told: dict[str, Any] = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
-        packages, code = told.get("packages") or {}, told.get("code") or {}
+        recorded: dict[str, Any] = json.loads(environment_path(run_dir).read_text(encoding="utf-8"))
+        packages, code = recorded.get("packages") or {}, recorded.get("code") or {}
         facts.append(
             f"environment.json (trainshort {packages.get('trainshort')}, torch {packages.get('torch')}, device "
-            f"{told.get('device')}, {told.get('world_size')} ranks"
+            f"{recorded.get('device')}, {recorded.get('world_size')} ranks"
             f"{', commit ' + str(code.get('commit'))[:10] if code else ''})"
         )
     except (OSError, ValueError, AttributeError):
         pass
-    manifest = read_data_manifest(run_dir / "data")
+    manifest = read_data_manifest(own_data_folder(run_dir))
     facts += [f"data of fingerprint {manifest['inputs_sha256'][:8]}"] if manifest else []
     facts += [config_file(run_dir).name] if config_file(run_dir).is_file() else []
     if not facts and newest_incarnation(run_dir) is None:
@@ -194,7 +193,7 @@ def _prepared_again(data: Difference) -> Difference:
 
 
 def _notes(run_dir: Path, surviving: list[tuple[int, dict[str, Any]]], differing: list[Difference]) -> Iterator[str]:
-    """Yield what else to know before repeating a run: how to bring back the code and the versions of then."""
+    """Yield what else to know before repeating a run: how to restore its code and package versions."""
     first, start = surviving[0][1], surviving[-1][1]
     if first["step"]:
         yield f"steps 1 to {first['step']} were trained by a version that kept no manifest: what they ran is not known"
@@ -203,11 +202,11 @@ def _notes(run_dir: Path, surviving: list[tuple[int, dict[str, Any]]], differing
         yield f"it ran on {nodes} nodes, of which this is one at most"
     if any(each.section == "code" and each.grade == "other" for each in differing):
         commit, changed = start["code"].get("commit"), start["code"].get("changed")
-        diff = f", and apply the diff in {run_dir / 'environment.json'}" if changed else ""
-        yield f"for the code of then: git checkout {commit}{diff}" if commit else "install the code of then"
+        diff = f", and apply the diff in {environment_path(run_dir)}" if changed else ""
+        yield f"for the same code: git checkout {commit}{diff}" if commit else "install the same code"
     versions = [each for each in differing if each.section == "versions" and each.grade != "same"]
     if wanted := [f"{each.what}=={each.then}" for each in versions if each.then != NOT_INSTALLED]:
-        yield f"for the versions of then: pip install {' '.join(map(shlex.quote, wanted))}"
+        yield f"for the same versions: pip install {' '.join(map(shlex.quote, wanted))}"
     if any(each.section in ("data", "tokenizer") for each in differing) and start.get("folder") != str(Path.cwd()):
         yield f"relative paths of the run file begin in {start.get('folder')}"
 

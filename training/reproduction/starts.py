@@ -3,18 +3,16 @@
 import json
 import logging
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from configs.commands import typed_command
 from configs.errors import InputError
-from configs.files import whole_file
-from configs.paths import config_file, data_folder, reproduction_file
+from configs.files import write_json
+from configs.paths import config_file, data_folder, environment_path, reproduction_file
 from configs.schema import RunConfig
-from configs.secrets import hide_secrets
 from data_pipeline.hashes import file_sha256
 from parallel.layout import Layout
 from parallel.start import ProcessRank, environment, node_count
@@ -46,11 +44,6 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 }
 
 
-def typed_command() -> str:
-    """Return this process's command line as the user typed it, quoted for a shell, without secrets."""
-    return hide_secrets(shlex.join(["trainshort", *sys.argv[1:]]))
-
-
 def record_start(
     config: RunConfig, place: ProcessRank, *, fence: Fence, layout: Layout, step: int, gpu: str | None, gpus: int
 ) -> None:
@@ -59,7 +52,7 @@ def record_start(
     Args:
         config: The run.
         place: This process among the ranks.
-        fence: Of this start.
+        fence: Fence of this start.
         layout: How the ranks are split into axes.
         step: The step that training begins from.
         gpu: Name of this rank's GPU; None on a CPU.
@@ -68,21 +61,21 @@ def record_start(
         OSError: the run folder cannot be written.
     """
     run_dir, environ = fence.run_dir, environment()
-    told: dict[str, Any] = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+    recorded: dict[str, Any] = json.loads(environment_path(run_dir).read_text(encoding="utf-8"))
     start = {
         "start": fence.token,
         "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         "step": step,
         "command": environ.get(COMMAND_VARIABLE) or typed_command(),
         "folder": str(Path.cwd()),
-        "code": code_facts(told["code"]),
+        "code": code_facts(recorded["code"]),
         "config": {"file": config_file(run_dir).name, "sha256": file_sha256(config_file(run_dir))},
         "data": data_facts(data_folder(config)),
         "weights": weights_facts(Path(config.train.init_from) if config.train.init_from else None),
-        "versions": {"python": told["python"], **told["packages"]},
+        "versions": {"python": recorded["python"], **recorded["packages"]},
         "hardware": hardware_facts(gpu=gpu, gpus=gpus, cores=len(os.sched_getaffinity(0))),
         "layout": {
-            **told["layout"],
+            **recorded["layout"],
             "offload": layout.offload,
             "ranks": layout.world_size,
             "nodes": node_count(environ),
@@ -92,9 +85,8 @@ def record_start(
         "variables": variable_facts(environ),
     }
     starts = [*_earlier_starts(run_dir), start]
-    with whole_file(reproduction_file(run_dir), mark=f".{fence.token}") as temporary:
-        document = {"format_version": STARTS_FORMAT, "starts": starts}
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = {"format_version": STARTS_FORMAT, "starts": starts}
+    write_json(reproduction_file(run_dir), document, mark=f".{fence.token}")
 
 
 def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:

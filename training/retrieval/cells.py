@@ -17,7 +17,7 @@ class RetrievalCell:
         task: Name of the task.
         length: Tokens of prompt and answer.
         depth: Where the asked needle lay, from 0 to 1; None for needles at random places.
-        scores: Of each prompt.
+        scores: Scores of each prompt.
     """
 
     task: str

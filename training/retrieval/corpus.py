@@ -27,7 +27,7 @@ def write_recall_corpus(path: Path, *, documents: int, seed: int) -> None:
 
     Args:
         path: The file.
-        documents: Their number.
+        documents: How many to write.
         seed: Seed of the words and numbers.
     """
     chance = random.Random(seed)

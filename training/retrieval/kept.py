@@ -30,7 +30,7 @@ def read_retrieval(path: Path) -> dict[str, Any]:
     """Return a report.
 
     Raises:
-        InputError: it cannot be read, or is no report.
+        InputError: it cannot be read, or is not a report.
     """
     return read_measured(path, command="retrieval", keys=_NEEDED, result_keys=_NEEDED_RESULT)
 

@@ -16,7 +16,7 @@ from training.retrieval.tasks import NEEDLE_END, SEPARATOR, RetrievalTask, needl
 
 CANDIDATES = 10  # numbers among which the right one is looked for
 _HAYSTACK_TOKENS = 1 << 18  # of the text at least: other stretches for each prompt
-_LEAST_HAYSTACK = 16  # tokens of a prompt that are no needle, so that a depth means something
+_LEAST_HAYSTACK = 16  # tokens of a prompt besides the needles, so that a depth means something
 _REPEATED_TOKENS = 24  # of the stretch that fills a passkey's prompt
 _KEYS, _FEWEST_KEYS = 1000, 8
 _WORD = re.compile(r"[^\W\d_]{4,12}")
@@ -95,7 +95,7 @@ class PromptMaker:
 
     def __init__(self, haystack: Haystack, tokenizer: Tokenizer, *, seed: int) -> None:
         self._haystack, self._tokenizer, self._seed = haystack, tokenizer, seed
-        # All numbers have as many tokens, so that none is likelier for being shorter, and answers fill the same space.
+        # All numbers have equally many tokens: none is likelier for being shorter, and answers fill the same space.
         self._widths = {
             end: mode(len(self._encode(f" {number}{end}")) for number in _TRIED_NUMBERS)
             for end in (SEPARATOR, NEEDLE_END)

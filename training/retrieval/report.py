@@ -1,15 +1,14 @@
 """The report of `retrieval`: JSON for programs, Markdown to read, a heat map. Imports no torch."""
 
 import json
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.files import whole_file
+from configs.files import write_whole
 from configs.scales import parse_scale
 from configs.terminal import printable
-from training.evaluation.folder import ReportNotWritten
+from training.evaluation.folder import failed_write_keeps
 from training.retrieval.kept import retrieval_label
 from training.retrieval.plot import draw_retrieval
 from training.retrieval.shares import over_depths, share_with_interval
@@ -80,22 +79,14 @@ def write_retrieval(report: dict[str, Any], place: Path) -> tuple[Path, Path, Pa
         ReportNotWritten: a disk is full or failing.
     """
     label = retrieval_label(report)
-    try:
+    document, table = place / f"{label}.json", place / f"{label}.md"
+    with failed_write_keeps(report, folder=place):
         place.mkdir(parents=True, exist_ok=True)
         picture = draw_retrieval(report, place / f"{label}.png")
-        # in ASCII: a file name that is not UTF-8 can then be written too
-        contents = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        # the JSON last: where it is, the others are too
-        for ending, text in (("md", retrieval_markdown(report, plot=picture.name)), ("json", contents)):
-            with whole_file(place / f"{label}.{ending}", mark=f".{secrets.token_hex(4)}") as temporary:
-                temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ReportNotWritten(
-            f"{error.filename or place} cannot be written ({error.strerror}): the report stands only in the output of "
-            "this command; free space and start it again",
-            report=report,
-        ) from None
-    return place / f"{label}.json", place / f"{label}.md", picture
+        write_whole(table, retrieval_markdown(report, plot=picture.name))
+        # In ASCII, which can hold a file name that is not UTF-8. Last: where it is, the others are too.
+        write_whole(document, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    return document, table, picture
 
 
 def retrieval_markdown(report: dict[str, Any], *, plot: str) -> str:

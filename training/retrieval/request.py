@@ -38,7 +38,7 @@ class RetrievalRequest:
         samples: Prompts of each task, length and depth.
         seed: Seed of the prompts.
         data: File of the haystack; None for the run's held-out text.
-        scale: Value of `--scale`, as in `configs.scales`; None for the positions of the training.
+        scale: Value of `--scale`, as in `configs.scales`; None to leave positions as trained.
         precision: Value of `--precision`.
         command: The command line, to be named in the report; None if no command asks.
     """
@@ -69,12 +69,12 @@ class RetrievalRequest:
         """Return the lengths in tokens, each once, the shortest first.
 
         Raises:
-            InputError: one is no length.
+            InputError: one is not a length.
         """
         for length in self.lengths:
             if not re.fullmatch(r"[1-9][0-9]{0,8}x?", length):
                 raise InputError(
-                    f"--lengths must be tokens, or training lengths as in 2x, with commas between, got "
+                    f"--lengths must be tokens, or training lengths as in 2x, separated by commas, got "
                     f"{','.join(self.lengths)!r}: write 1x,2x or 1024,2048"
                 )
         times = {length: train_length if length.endswith("x") else 1 for length in self.lengths}
@@ -87,7 +87,7 @@ class RetrievalRequest:
         return tuple(number / (self.depths - 1) for number in range(self.depths))
 
     def samples_of(self, task: RetrievalTask) -> int:
-        """Return the prompts of each cell: as many of each length, whether its task has depths or not."""
+        """Return the prompts of each cell: each length gets the same number, whether its task has depths or not."""
         return self.samples * self.depths if task.is_spread else self.samples
 
 

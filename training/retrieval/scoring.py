@@ -41,7 +41,7 @@ class PromptScore:
     Attributes:
         recall: Share of the asked numbers that it generated, taking the likeliest tokens: 0 or 1 for one number.
         choice: Share of the asked numbers that were likeliest among their candidates, the numbers before them given.
-        log_probability: Of an asked number, mean, in nats.
+        log_probability: Mean log-probability of an asked number, in nats.
         margin: The same minus that of the wrong numbers, mean.
         generated: What it generated.
     """

@@ -24,7 +24,7 @@ def wilson_interval(share: float, *, trials: int) -> tuple[float, float]:
 
 
 def over_depths(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a result for each task and length: the mean of its depths, which have as many prompts each."""
+    """Yield a result for each task and length: the mean of its depths, which have equally many prompts."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for result in report["results"]:
         groups.setdefault((result["task"], result["length"]), []).append(result)

@@ -3,7 +3,6 @@
 A row says what made its figures: the keys that decide a result and their hash, hashes of the data, the code.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from configs.errors import InputError, MachineError
 from configs.files import whole_file
 from configs.schema import RunConfig
+from data_pipeline.hashes import json_sha256
 from training.folder import MAY_CHANGE, with_dotted_keys
 
 # Keys that say where things are and what they are called. The data's hashes identify the data.
@@ -77,7 +77,7 @@ def deciding_values(config: RunConfig) -> dict[str, Any]:
 
 def values_sha256(values: Mapping[str, Any]) -> str:
     """Return the hash of the result of `deciding_values`."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json_sha256(values)
 
 
 def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -101,7 +101,7 @@ def read_study_rows(path: Path, *, study: str) -> dict[tuple[str, int], StudyRow
     """Return the rows of a study by run and seed; empty if there is no file.
 
     Raises:
-        InputError: the file cannot be read, or a line is no row.
+        InputError: the file cannot be read, or a line is not a row.
     """
     rows = [row for _, row in _lines(path) if row.study == study]
     return {(row.run, row.seed): row for row in rows}
@@ -111,7 +111,7 @@ def write_row(path: Path, row: StudyRow) -> None:
     """Add a row to a file, in place of the run's earlier one. The file is replaced whole or not at all.
 
     Raises:
-        InputError: the file cannot be read, or a line is no row.
+        InputError: the file cannot be read, or a line is not a row.
         MachineError: it cannot be written.
     """
     lines = [line for line, other in _lines(path) if other.key != row.key]
@@ -143,6 +143,6 @@ def _lines(path: Path) -> Iterator[tuple[str, StudyRow]]:
             problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"])) or "the line"
             raise InputError(
-                f"rows file {path}, line {number} is no row of a study ({where}: {problem['msg']}): remove the line to "
-                "train its run again, or bring it back"
+                f"rows file {path}, line {number} is not a row of a study ({where}: {problem['msg']}): remove the line "
+                "to train its run again, or bring it back"
             ) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.errors import MachineError
 from configs.figures import byte_size, duration, perplexity_text, scaled
-from configs.files import whole_file
+from configs.files import write_whole
 from configs.study import LoadedStudy
 from training.evaluation.results import DIFFERENT_TOKENS
 from training.study.rows import StudyRow
@@ -182,10 +182,10 @@ def build_table(loaded: LoadedStudy, rows: Mapping[tuple[str, int], StudyRow]) -
         rows: Its rows by run and seed; those of runs that it no longer has are left out.
     """
     ours = [row for planned in loaded.runs if (row := rows.get((planned.run, planned.seed))) is not None]
-    found = dict.fromkeys((result["text"], result["protocol"]) for row in ours for result in row.results)
+    measured = dict.fromkeys((result["text"], result["protocol"]) for row in ours for result in row.results)
     texts = [
         TextTable(text, protocol, tuple((row, _by_length(row, text, protocol)) for row in ours))
-        for text, protocol in found
+        for text, protocol in measured
     ]
     return StudyTable(loaded, tuple(ours), tuple(texts))
 
@@ -237,12 +237,10 @@ def write_table(table: StudyTable) -> tuple[Path, Path]:
     """
     folder = table.loaded.folder
     as_json, markdown = folder / f"{TABLE_NAME}.json", folder / f"{TABLE_NAME}.md"
-    document = json.dumps(table.to_json(), indent=1, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, content in ((as_json, document), (markdown, format_study(table))):
-            with whole_file(path) as temporary:
-                temporary.write_text(content, encoding="utf-8")
+        write_whole(as_json, json.dumps(table.to_json(), indent=1, allow_nan=False) + "\n")
+        write_whole(markdown, format_study(table))
     except OSError as error:
         raise unwritable_study(folder, error) from None
     return as_json, markdown

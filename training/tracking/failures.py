@@ -87,7 +87,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _http_status(error: Exception) -> int | None:
-    """Return the status of a server's answer that is no JSON; MLflow knows some of them by name only."""
+    """Return the HTTP status of a server's answer that is not JSON; MLflow names some of them only in words."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     named = re.search(r"failed with error code (\d{3})", str(error))

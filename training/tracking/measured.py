@@ -1,4 +1,4 @@
-"""Tell MLflow what a command measured of a checkpoint: in the run of its training, and as a run below that."""
+"""Log to MLflow what a command measured of a checkpoint: in the run of its training, and as a run below that."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from training.versions import installed_version, python_version
 EXAMPLE_TEXT = "Once upon a time"
 """The input example: a text to continue."""
 
-# What `predict` takes beside the text, as names of transformers' generation, each with its default: greedy, as many
+# What `predict` takes besides the text, as names of transformers' generation, each with its default: greedy, as many
 # tokens as `trainshort generate` writes.
 _PARAMETERS: dict[str, tuple[str, Any]] = {
     "max_new_tokens": ("long", 64),

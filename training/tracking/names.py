@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.paths import environment_path
 from configs.schema import RunConfig
 from training.families.table import parameter_count
+from training.folder import with_dotted_keys
 from training.incarnation import newest_incarnation
 
 # The MLflow name of each field of `StepResult` but the step. MLflow draws what has one prefix in one group.
@@ -64,13 +66,11 @@ def flatten(params: dict[str, Any]) -> dict[str, str]:
 
     Keys that are not set (None) are left out. Lists become JSON. Nothing is cut.
     """
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{inner}": text for inner, text in flatten(value).items()})
-        elif value is not None:
-            flat[str(key)] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple) else str(value)
-    return flat
+    return {
+        key: json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple) else str(value)
+        for key, value in with_dotted_keys(params).items()
+        if value is not None
+    }
 
 
 def within_limits(flat: Mapping[str, str]) -> dict[str, str]:
@@ -106,7 +106,7 @@ def run_tags(environment_file: Path) -> dict[str, str]:
 
 def tags_of_starts(run_dir: Path) -> dict[str, str]:
     """Return the tags that list the values of all starts of a run, with this start's values."""
-    environment = _read(run_dir / "environment.json")
+    environment = _read(environment_path(run_dir))
     newest = newest_incarnation(run_dir)
     job = environment.get("slurm") or {}
     layout = ", ".join(f"{axis} {size}" for axis, size in (environment.get("layout") or {}).items())

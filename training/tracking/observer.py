@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from configs.figures import JOULES_PER_KWH
-from configs.paths import config_file, reproduction_file
+from configs.paths import config_file, environment_path, reproduction_file
 from configs.schema import RunConfig
 from training.energy import spent_joules
 from training.observers import Observer, Status, StepResult
@@ -27,11 +27,10 @@ class TrackingObserver(Observer):
             uri=config.track.uri,
             offline=config.track.offline,
         )
-        environment_file = run_dir / "environment.json"
-        params = run_params(config, environment_file=environment_file, certificate=certificate)
-        tags = {**run_tags(environment_file), **config.track.tags}
+        params = run_params(config, environment_file=environment_path(run_dir), certificate=certificate)
+        tags = {**run_tags(environment_path(run_dir)), **config.track.tags}
         self._tracker.start(params, config_file(run_dir), tags=tags, listed_tags=tags_of_starts(run_dir))
-        for file in (certificate, environment_file, reproduction_file(run_dir)):
+        for file in (certificate, environment_path(run_dir), reproduction_file(run_dir)):
             if file.is_file():
                 self._tracker.artifact(file)
         self._tracker.put(inputs_event(data_inputs(config)))

@@ -141,12 +141,13 @@ def open_registry(name: str, *, run_dir: Path, track: Track) -> ModelRegistry:
     set_mlflow_defaults()
     record = read_record(run_dir)
     target = target_of_folder(run_dir, uri=track.uri) or TrackingTarget(
-        run_dir, choose_store(track.uri, run_dir=run_dir, variables=environment())
+        run_dir, choose_store(track.uri, run_dir=run_dir, environ=environment())
     )
     experiment = track.experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT
     if record is None and target.store.file is not None and not config_file(run_dir).is_file():
         raise InputError(
-            f"--register {name} finds no store: {run_dir} is no run folder; set {STORE_VARIABLE}, or leave it out"
+            f"--register {name} needs an MLflow store: {run_dir} is not a run folder; set {STORE_VARIABLE}, or leave "
+            "it out"
         )
     require_known_scheme(target.store)
     with _explained(target.store, what=f"--register {name} is not possible", refused=InputError):
@@ -164,8 +165,8 @@ def require_model_name(name: str) -> None:
     """
     if not name.strip() or len(name) > _LONGEST_NAME or re.search(r"[/:\x00-\x1f]", name):
         raise InputError(
-            f"--register {name[:_LONGEST_NAME]!r} is no name of a model in MLflow: use 1 to {_LONGEST_NAME} letters, "
-            "digits, - or _, without / and :"
+            f"--register {name[:_LONGEST_NAME]!r} is not a name for a model in MLflow: use 1 to {_LONGEST_NAME} "
+            "letters, digits, - or _, without / and :"
         )
 
 

@@ -29,7 +29,7 @@ _LEAST_POINTS = 50
 
 @dataclass(frozen=True)
 class Refusal:
-    """What MLflow does not take, and will not take later.
+    """An event that MLflow refuses for good.
 
     Attributes:
         error: Why.
@@ -269,7 +269,7 @@ class Replay:
             remove_kept_file(self._target.run_dir / event["path"], run_dir=self._target.run_dir)
 
     def _remove_sent(self) -> None:
-        """Remove files that are sent and that nobody appends to any more."""
+        """Remove files that are sent and have no writer any more."""
         for file in spool_files(self._target.run_dir):
             if not is_closed(file):
                 continue

@@ -58,7 +58,6 @@ class Sender:
         *,
         attached: bool,
         is_offline: bool,
-        level: int,
         first_pause_seconds: float,
     ) -> None:
         """Build it; `start` starts it.
@@ -67,12 +66,11 @@ class Sender:
             target: Where it sends to.
             attached: Whether this process adds to the run of another one.
             is_offline: Whether it only shows that the process is alive.
-            level: Level of its warnings.
             first_pause_seconds: Pause before the first retry when the server does not answer.
         """
         role = "added" if attached else TRAINS
         self.writer = SpoolWriter(target.run_dir, role=role, on_problem=self.warn)
-        self._target, self._attached, self._is_offline, self._level = target, attached, is_offline, level
+        self._target, self._attached, self._is_offline = target, attached, is_offline
         self._first_pause_seconds = first_pause_seconds
         self._replay = Replay(target, own=self.writer, on_refusal=self._report_refusal)
         self._lanes = (_Lane(LOG_LANE), _Lane(FILE_LANE))
@@ -112,19 +110,18 @@ class Sender:
         if kind not in self._warned:
             self._warned.add(kind)
             text = f"MLflow at {self._target.store.public_uri} {problem}"
-            _logger.log(self._level, "%s", self._without_secrets(text))
+            _logger.warning("%s", self._without_secrets(text))
 
     def say_what_waits(self) -> None:
         """Say that events wait in the spool, and what sends them."""
         path = typed_path(self._target.run_dir)
-        level = logging.INFO if self._level >= logging.WARNING else logging.DEBUG
         with suppress(OSError):
             # not the thread's own, which may still send
             waiting = Replay(self._target, own=self.writer, on_refusal=self._report_refusal).waiting()
             if waiting:
                 what = f"{counted(waiting, 'record')} for MLflow {'waits' if waiting == 1 else 'wait'}"
                 where = spool_folder(self._target.run_dir)
-                _logger.log(level, "%s in %s: `trainshort track sync %s` sends them", what, where, path)
+                _logger.info("%s in %s: `trainshort track sync %s` sends them", what, where, path)
 
     def _run(self) -> None:
         if not self._is_offline:

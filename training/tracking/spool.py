@@ -301,7 +301,7 @@ def read_events(file: Path, position: SpoolPosition) -> Iterator[tuple[Event, Sp
 
 
 def is_closed(file: Path) -> bool:
-    """Return whether nobody appends to a file of the spool any more."""
+    """Return whether a file of the spool has no writer any more."""
     if f'"kind": "{_CLOSED}"'.encode() in _tail(file):
         return True
     try:

@@ -1,7 +1,7 @@
 """The store that a run is logged to: which one, and the sqlite file of a store without a server.
 
 MLflow creates a sqlite file table by table, in place. Two runs that start together then break each other's tables, and
-one that is killed leaves a file that nobody can use. So a file is created under another name and appears whole.
+one that is killed leaves an unusable file. So a file is created under another name and appears whole.
 """
 
 import os
@@ -66,14 +66,14 @@ class Store:
         """Where a new experiment stores its artifacts: beside a sqlite file, else the server's choice (None)."""
         return (self.file.parent / ARTIFACTS).as_uri() if self.file else None
 
-    def with_passwords(self, variables: Mapping[str, str]) -> str:
+    def with_passwords(self, environ: Mapping[str, str]) -> str:
         """Return the URI to connect to, with the environment variables that it refers to."""
-        return with_references(self.uri, variables=variables)
+        return with_references(self.uri, variables=environ)
 
-    def secrets(self, variables: Mapping[str, str]) -> set[str]:
+    def secrets(self, environ: Mapping[str, str]) -> set[str]:
         """Return what no message may show."""
-        known = {variables.get(name, "") for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")} - {""}
-        return known | uri_secrets(self.with_passwords(variables))
+        known = {environ.get(name, "") for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")} - {""}
+        return known | uri_secrets(self.with_passwords(environ))
 
 
 def default_store(run_dir: Path) -> Store:
@@ -82,16 +82,16 @@ def default_store(run_dir: Path) -> Store:
     return Store(f"sqlite:///{file}", f"the folder {file.parent}")
 
 
-def choose_store(uri: str | None, *, run_dir: Path, variables: Mapping[str, str]) -> Store:
+def choose_store(uri: str | None, *, run_dir: Path, environ: Mapping[str, str]) -> Store:
     """Return the store of a run: `track.uri`, else MLFLOW_TRACKING_URI, else the sqlite file beside the run folder.
 
     Args:
         uri: Value of `track.uri`. Copies of it have no password: MLFLOW_TRACKING_URI then gives it, if it names the
             same store.
         run_dir: The run folder.
-        variables: The environment.
+        environ: The environment.
     """
-    given = expand_store(variables.get(STORE_VARIABLE, "").strip())
+    given = expand_store(environ.get(STORE_VARIABLE, "").strip())
     if given and (uri is None or (uri == without_password(uri) == without_password(given))):
         return Store(given, STORE_VARIABLE)
     return default_store(run_dir) if uri is None else Store(uri, "track.uri")
@@ -117,18 +117,18 @@ def require_known_scheme(store: Store) -> None:
         raise InputError(f"{seen}, which names no host: write {scheme}://HOST")
 
 
-def recorded_store(record: RunRecord, *, uri: str | None, run_dir: Path, variables: Mapping[str, str]) -> Store:
+def recorded_store(record: RunRecord, *, uri: str | None, run_dir: Path, environ: Mapping[str, str]) -> Store:
     """Return the store that holds a recorded run, wherever later commands are started.
 
     Args:
         record: The run folder's record.
         uri: Value of `track.uri`, perhaps without its password.
         run_dir: The run folder.
-        variables: The environment.
+        environ: The environment.
     """
     if record.uri is None:
         return default_store(run_dir)
-    variable = expand_store(variables.get(STORE_VARIABLE, "").strip())
+    variable = expand_store(environ.get(STORE_VARIABLE, "").strip())
     # whatever gave it, the variable is what a later command can change
     given = [Store(text, STORE_VARIABLE) for text in (uri, variable) if text]
     same = [store for store in given if recorded_uri(store, run_dir=run_dir) == record.uri]

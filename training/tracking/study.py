@@ -25,7 +25,7 @@ def nest_study(loaded: LoadedStudy, *, files: Sequence[Path]) -> None:
     if not recorded:
         return  # all of its rows are from another machine
     track = recorded[0].track
-    store = choose_store(track.uri, run_dir=run_folder(recorded[0]), variables=environment())
+    store = choose_store(track.uri, run_dir=run_folder(recorded[0]), environ=environment())
     parent = MlflowTracker(
         loaded.folder, name=loaded.study.name, experiment=track.experiment, uri=store.uri, offline=track.offline
     )

@@ -37,7 +37,7 @@ class Synced:
         sent: Events that were sent.
         refused: Why MLflow did not take some events, which were dropped.
         status: The run's status there.
-        is_open: Whether the run was not ended: it trains, or nobody sees from here whether it does.
+        is_open: Whether the run was not ended: it trains, or that cannot be seen from here.
     """
 
     run_dir: Path
@@ -108,9 +108,9 @@ def target_of_folder(run_dir: Path, *, uri: str | None) -> TrackingTarget | None
         if start is None:
             return None
         if start["uri"] is None:  # no store was named then
-            return TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, variables=environment()))
+            return TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, environ=environment()))
         record = RunRecord("", start["uri"])
-    store: Store = recorded_store(record, uri=uri, run_dir=run_dir, variables=environment())
+    store: Store = recorded_store(record, uri=uri, run_dir=run_dir, environ=environment())
     return TrackingTarget(run_dir, store)
 
 

@@ -53,12 +53,12 @@ class SystemMetrics:
             self._thread.join(CLOSING_SECONDS)
 
     def _run(self) -> None:
-        variables = environment()
-        node = variables.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or node_name(variables)
+        environ = environment()
+        node = environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or node_name(environ)
         prefix = f"system/{node}/" if node else "system/"
         try:
-            interval = _number(variables.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"), default=SAMPLING_SECONDS)
-            samples = max(1, int(_number(variables.get("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING"), default=1)))
+            interval = _number(environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"), default=SAMPLING_SECONDS)
+            samples = max(1, int(_number(environ.get("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING"), default=1)))
             monitors = _monitors()
             for monitor in monitors:
                 monitor.collect_metrics()  # the load of a CPU is measured since the call before
@@ -110,14 +110,14 @@ def wait_for_other_nodes(run_dir: Path) -> None:
         time.sleep(_CLOSING_POLL_SECONDS)
 
 
-def is_wanted(variables: Mapping[str, str]) -> bool:
+def is_wanted(environ: Mapping[str, str]) -> bool:
     """Return whether to log system metrics."""
-    return variables.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").strip().lower() not in ("false", "0")
+    return environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").strip().lower() not in ("false", "0")
 
 
-def node_name(variables: Mapping[str, str]) -> str | None:
+def node_name(environ: Mapping[str, str]) -> str | None:
     """Return this node's part of the metrics' names: its host name if the job has several nodes."""
-    return socket.gethostname() if node_count(variables) > 1 else None
+    return socket.gethostname() if node_count(environ) > 1 else None
 
 
 def _monitors() -> list[Any]:
@@ -134,7 +134,7 @@ def _monitors() -> list[Any]:
 
 
 def _number(text: str | None, *, default: float) -> float:
-    """Return a number of 0.1 at least; the default for none, for what is no number, and for one without an end."""
+    """Return the number that a text holds, at least 0.1; the default for any other text, and for inf."""
     try:
         number = float(text or default)
     except ValueError:

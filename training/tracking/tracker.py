@@ -1,4 +1,4 @@
-"""Tell MLflow what a run does, through the spool of its folder: nothing here waits for a server or raises."""
+"""Log a run to MLflow through the spool of its folder: nothing here waits for a server or raises."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from training.tracking.sync import target_of_folder
 
 _logger = logging.getLogger(__name__)
 
-# how long the end may take before a person is told why
+# how long the end may take before a warning says why
 SILENT_SECONDS = 3.0
 # how long the end of what has failed may take: somebody waits for the error, and other ranks for the process to exit
 _FAILED_SECONDS = 10.0
@@ -42,7 +42,6 @@ class MlflowTracker:
         uri: str | None,
         offline: bool = False,
         target: TrackingTarget | None = None,
-        warns: bool = True,
         first_pause_seconds: float = 5.0,
     ) -> None:
         """Build the tracker; it sends nothing before `start`.
@@ -54,19 +53,17 @@ class MlflowTracker:
             uri: Tracking URI; None for that of MLFLOW_TRACKING_URI, else a sqlite file beside the run folder.
             offline: Whether to spool only, and never connect.
             target: The run to add to, keeping its status, as in `attach`; None for a tracker that starts a run.
-            warns: Whether to warn when something cannot be logged; if not, only `--verbose` shows it.
             first_pause_seconds: Pause before the first retry when the server does not answer.
         """
         set_mlflow_defaults()
         self._name, self._offline, self._attached = name, offline, target is not None
         self._experiment = experiment or environment().get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT
-        self._target = target or TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, variables=environment()))
+        self._target = target or TrackingTarget(run_dir, choose_store(uri, run_dir=run_dir, environ=environment()))
         self._began_ms, self._is_closed = now_ms(), False
         self._sender = Sender(
             self._target,
             attached=self._attached,
             is_offline=offline,
-            level=logging.WARNING if warns else logging.DEBUG,
             first_pause_seconds=first_pause_seconds,
         )
         if self._attached:
@@ -207,7 +204,7 @@ class MlflowTracker:
         self._sender.say_what_waits()
 
 
-def attach(run_dir: Path, *, uri: str | None, offline: bool = False, warns: bool = True) -> MlflowTracker | None:
+def attach(run_dir: Path, *, uri: str | None, offline: bool = False) -> MlflowTracker | None:
     """Return a tracker that adds to the MLflow run of a run folder, or None if there is no such run.
 
     It logs metrics of any step, even of steps already logged. End it with `close`, or use `attached`.
@@ -216,12 +213,11 @@ def attach(run_dir: Path, *, uri: str | None, offline: bool = False, warns: bool
         run_dir: The run folder.
         uri: Tracking URI that the run was started with.
         offline: Whether to spool only, and never connect.
-        warns: Whether to warn when something cannot be logged.
     """
     target = target_of_folder(run_dir, uri=uri)
     if target is None:
         return None
-    return MlflowTracker(run_dir, name="", experiment="", uri=uri, offline=offline, target=target, warns=warns)
+    return MlflowTracker(run_dir, name="", experiment="", uri=uri, offline=offline, target=target)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ _TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 _Q8_BLOCK = 32  # weights that share a scale, in one row
-# llama.cpp takes pieces of these names for marks of its own, whatever their type, and drops them from text.
+# llama.cpp takes pieces of these names for control tokens, whatever their type, and drops them from text.
 _TAKEN = frozenset(
     {
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<EOT>"),
@@ -105,8 +105,8 @@ class GgufFormat:
         """
         if is_tokenizer_json(tokenizer):
             raise InputError(
-                f"format gguf cannot hold {tokenizer}: llama.cpp splits text into words only as tokenizers do that it "
-                "knows by name; export to hf"
+                f"format gguf cannot hold {tokenizer}: llama.cpp knows no rule by which it splits text into words; "
+                "export to hf"
             )
         vocabulary = read_vocabulary(tokenizer)
         _check_vocabulary(vocabulary, tokenizer=tokenizer, rows=vocab_size)
@@ -178,8 +178,8 @@ def _check_vocabulary(vocabulary: Vocabulary, *, tokenizer: Path, rows: int) -> 
     taken = [p.text for p in vocabulary.pieces if p.type is PieceType.USER_DEFINED and p.text in _TAKEN]
     if taken:
         raise InputError(
-            f"tokenizer {tokenizer} has the user-defined symbol {taken[0]!r}, which llama.cpp takes for a mark of its "
-            "own and drops from text: export to hf, or train with another name for it"
+            f"tokenizer {tokenizer} has the user-defined symbol {taken[0]!r}, which llama.cpp takes for a control "
+            "token and drops from text: export to hf, or train with another name for it"
         )
 
 

@@ -165,7 +165,7 @@ class TransformersModel:
         return logits
 
     def continue_greedily(self, ids: Sequence[int], *, tokens: int, end: int) -> list[int]:
-        """Return the ids of at most so many new tokens, by transformers' own loop and cache; see `ExportedModel`."""
+        """Return the ids of at most `tokens` new tokens, by transformers' own loop and cache; see `ExportedModel`."""
         inputs = torch.tensor([list(ids)])
         with quiet_transformers(), torch.no_grad():
             outputs: Tensor = self._model.generate(

@@ -31,15 +31,15 @@ curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
   -d '{{{{"model": "{{name}}", "prompt": "Once", "max_tokens": 50}}}}'
 ```
 
-vLLM refuses texts longer than `seq_length` in config.json, {{longest:,}} tokens. To allow more, where nobody has
-measured how good the model is, add `--hf-overrides '{{{{"seq_length": {{more}}}}}}'`.
+vLLM refuses texts longer than `seq_length` in config.json, {{longest:,}} tokens. To allow longer ones, at which the
+model was not measured, add `--hf-overrides '{{{{"seq_length": {{more}}}}}}'`.
 """
 _USE_UNTIED = f"""{_LOAD}
-vLLM 0.32 cannot load a BLOOM whose head has a weight of its own; llama.cpp can, from an export to gguf.
+vLLM 0.32 cannot load a BLOOM whose head has its own weight; llama.cpp can, from an export to gguf.
 """
 _USE_MPT = f"""{_LOAD}
-transformers refuses texts longer than `max_seq_len` in config.json. To allow more, where nobody has compared it, load
-it with `max_seq_len=...`. vLLM ran MPT up to version 0.28; llama.cpp does, from an export to gguf.
+transformers refuses texts longer than `max_seq_len` in config.json. To allow longer ones, at which the model was not
+compared, load it with `max_seq_len=...`. vLLM ran MPT up to version 0.28; llama.cpp does, from an export to gguf.
 """
 _USE_WITH_CODE = """\
 ## Use
@@ -75,7 +75,7 @@ _LIMITS_UNTIED = """\
 """
 _LIMITS_TRANSFORMERS = f"""\
 {_LIMITS_UNTIED}- vLLM computes the bias in fp32, so bfloat16 is fine there.
-- vLLM has the exact GELU, training the tanh form: logits differ by about 0.005.
+- vLLM computes the exact GELU, training its tanh approximation: logits differ by about 0.005.
 """
 _LIMITS_MPT = """\
 - transformers computes all attention scores of a layer at once: its memory grows with the square of the length. It
@@ -94,15 +94,15 @@ llama-server -m {file} -c {longest} --port 8080
 curl localhost:8080/v1/completions -H 'Content-Type: application/json' -d '{{"prompt": "Once", "max_tokens": 50}}'
 ```
 
-`-c` is the longest text, prompt and continuation together; more is possible, where nobody has measured how good the
-model is. In Python, `llama_cpp.Llama("{file}", n_ctx={longest})` of llama-cpp-python.
+`-c` is the longest text, prompt and continuation together; the model was not measured on longer ones, but can run
+them. In Python, `llama_cpp.Llama("{file}", n_ctx={longest})` of llama-cpp-python.
 """
 _LIMITS_LLAMA_CPP = """\
 - llama.cpp on a CPU takes its GELU from a table in fp16: logits differ by about 0.01 from the trained model's, also in
   fp32.
 """
 _LIMITS_LLAMA_CPP_MPT = f"""\
-{_LIMITS_LLAMA_CPP}- It has the tanh form of the GELU, MPT the exact one: that is about half of the difference.
+{_LIMITS_LLAMA_CPP}- It computes the tanh approximation of the GELU, MPT the exact one: about half of the difference.
 """
 
 _BLOOM_IN_TRANSFORMERS = (
@@ -117,7 +117,7 @@ class ServingCommand:
 
     Attributes:
         runtime: What runs it.
-        language: Of the command, as Markdown names it: sh or python.
+        language: Language of the command, as Markdown names it: sh or python.
         command: The command; {file} and {longest} stand for the file and the longest text.
         note: What to know of it.
     """

@@ -250,7 +250,7 @@ def require_format(name: str, *, dtype: str | None = None, with_code: bool = Fal
         raise InputError(f"format {name} has no weights in {dtype!r}: use {' or '.join(dtypes)}")
     if with_code and FORMATS[name].load_with_code is None:
         carrying = " or ".join(name for name, row in FORMATS.items() if row.load_with_code)
-        raise InputError(f"format {name} carries no code: drop --with-code, or use --format {carrying}")
+        raise InputError(f"format {name} cannot carry code: drop --with-code, or use --format {carrying}")
     return dtype or dtypes[0]
 
 
@@ -262,7 +262,7 @@ def require_registrable(name: str) -> None:
     """
     if not FORMATS[name].in_mlflow:
         loaded = " or ".join(name for name, row in FORMATS.items() if row.in_mlflow)
-        raise InputError(f"MLflow loads no {name}: drop --register, or use --format {loaded}")
+        raise InputError(f"MLflow cannot load {name}: drop --register, or use --format {loaded}")
 
 
 def server_of(name: str, *, with_code: bool, model: "Model | None" = None) -> InferenceServer:

@@ -47,7 +47,7 @@ class PositionMethod:
         self.module: nn.Module | None = None
 
     def scale(self, scaling: Scaling | None) -> None:
-        """Replace the slopes or rates of the training by scaled ones, before the first call.
+        """Replace the trained slopes or rates by scaled ones, before the first call.
 
         Args:
             scaling: The scaling, for a method whose row in `configs.positions` has `scales`; None for those of the
@@ -92,7 +92,7 @@ def make_position(model: Model, shards: Shards, *, tensor: Group, scaling: Scali
         model: The decoder's shape.
         shards: The model's shards; a learned table is among them.
         tensor: The tensor axis.
-        scaling: Scales its slopes or rates; None for those of the training.
+        scaling: Scales its slopes or rates; None to leave them as trained.
     """
     table = shards.get(position_table_name(model.position))
     method = position_method(model.position)(model, tensor=tensor, table=table)

@@ -35,7 +35,7 @@ STARTS = range(0, LONG, QUERY_BLOCK)
 BLOCK_ENDS = sorted({*STARTS, *(start - 1 for start in STARTS[1:]), LONG - 1})
 EDGE = 17  # queries at the edge of a longer sliding window, the first that do not see all keys
 LONGEST_EDGE = 8192  # tokens: the edge of a longer window is not read, its keys may not fit into memory
-REPORT = "this is a fault of trainshort: report it"
+REPORT = "this is a bug in trainshort: report it"
 TRAIN_OTHERWISE = "set another model.attention, reference is the plainest, and report this"
 
 
@@ -109,7 +109,7 @@ def certify(
         documents: Whether attention must be able to stay inside documents: then it is compared inside some.
         batch: What its attention is compared on.
         otherwise: What a user can do if this machine's attention is wrong.
-        scaling: Scales the slopes; None for those of the training.
+        scaling: Scales the slopes; None to leave them as trained.
     Returns:
         All ranks' certificates, by rank, the same on every rank.
     Raises:

@@ -19,7 +19,7 @@ class HeadWindow:
     """The window of one head: the tokens that a query needs, itself included, at most all before it.
 
     Attributes:
-        head: Its number.
+        head: Number of the head.
         slope: Its slope.
         median, largest: Over the queries, in tokens.
         share: Share of the causal scores of these queries that lie within their windows.

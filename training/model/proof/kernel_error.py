@@ -28,8 +28,8 @@ class Batch:
     A kernel that is compiled for each shape is the one that trains only where shape and strides are those of training.
 
     Attributes:
-        sequences: Of a micro-batch.
-        tokens: Of a sequence.
+        sequences: Sequences of a micro-batch.
+        tokens: Tokens of a sequence.
         apart: Whether queries, keys and values lie in one piece each, or side by side, as the projection gives them.
     """
 
