@@ -29,6 +29,7 @@ _COLLECTIVE = re.compile(r"c10d|nccl|gloo", re.IGNORECASE)
 _COMPILED = re.compile(r"Compiled|CompiledFxGraph|^graph_|^triton_|cpp_fused", re.IGNORECASE)
 _AUTOGRAD = re.compile(r"^autograd::|^torch::autograd|Backward|^[A-Z_]\w*$|#")
 
+_TILE_SEARCH = "trainshort::first_tiles_with_weight"  # attention's: see `training.model.kernels.tile_search`
 _ATTENTION_KERNEL = re.compile(r"flash|fmha|attention|flex_|sdpa", re.IGNORECASE)
 _PRODUCT_KERNEL = re.compile(r"gemm|nvjet|xmma|cublas|gemv|splitk|cutlass|triton_(tem|mm)|Cijk_", re.IGNORECASE)
 _OPTIMIZER_KERNEL = re.compile(r"multi_tensor|adam", re.IGNORECASE)
@@ -49,7 +50,7 @@ def category_of_operation(path: Sequence[str]) -> str:
     around = "\n".join(path)
     if _COLLECTIVE.search(path[-1]):
         return COMMUNICATION
-    if _OPTIMIZER_RANGE.search(around):
+    if _is_optimizers(path):
         return OPTIMIZER
     if any(name in _PRODUCTS for name in path) or path[-1] in _AROUND_PRODUCTS:
         return MATRIX
@@ -73,9 +74,9 @@ def category_of_kernel(name: str, path: Sequence[str]) -> str:
         return COMMUNICATION
     if "HtoD" in name or "DtoH" in name:
         return HOST
-    if _OPTIMIZER_RANGE.search(around) or _OPTIMIZER_KERNEL.search(name):
+    if _is_optimizers(path) or _OPTIMIZER_KERNEL.search(name):
         return OPTIMIZER
-    if _ATTENTION_KERNEL.search(name):
+    if _ATTENTION_KERNEL.search(name) or _TILE_SEARCH in path:
         return ATTENTION_WORK
     if _PRODUCT_KERNEL.search(name):
         return ATTENTION_WORK if any(outer in _BATCHED for outer in path) else MATRIX
@@ -83,3 +84,9 @@ def category_of_kernel(name: str, path: Sequence[str]) -> str:
         return LOSS
     is_known = _ELEMENTWISE_KERNEL.search(name) or any(outer.startswith("aten::") for outer in path)
     return ELEMENTWISE if is_known else OTHER
+
+
+def _is_optimizers(path: Sequence[str]) -> bool:
+    # A compiled kernel is named after all that it computes. Attention's windows have norms too, and no optimizer's are
+    # compiled.
+    return any(_OPTIMIZER_RANGE.search(name) and not _COMPILED.search(name) for name in path)
