@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._dynamo.variables import builder
 
 from configs.positions import slopes
 from parallel.documents import Documents
@@ -35,6 +36,25 @@ def test_one_compilation_serves_many_lengths() -> None:
     *short, first, second, cached = bias.lossless.take()
     assert all(density == 1 for density in short)
     assert cached < second < first < 0.7
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_one_trace_serves_many_lengths_in_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch 2.11 knows no dimension in the name of a dynamic source
+    monkeypatch.setattr(builder, "_parse_source_entry", lambda entry: (entry, None), raising=False)
+    monkeypatch.setattr(builder, "_DYNAMIC_SOURCES", None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    flex_kernel.cache_clear()
+    bias = SlopeBias(torch.tensor(slopes(HEADS), dtype=torch.float64), slope_of=slope_formula(HEADS, first=0))
+    attend, generator = Flex(bias, compiled=True), torch.Generator().manual_seed(0)
+    counters.clear()
+    try:
+        for length in (200, 300, 511):
+            attend(*torch.randn(3, 2, HEADS, length, 16, generator=generator))
+        assert counters["stats"]["unique_graphs"] == 1
+    finally:
+        flex_kernel.cache_clear()
 
 
 @torch.no_grad()
