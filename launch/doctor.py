@@ -88,7 +88,9 @@ def gpu_report() -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    # torch counts GPUs by the driver's library, also those that it cannot use.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.cuda.get_device_properties(index) for index in range(count)]
     # Counted without torch: a torch build without CUDA, or an old driver, shows as GPUs that are present but unusable.
     present = gpu_count(os.environ)
     return {

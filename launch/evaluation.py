@@ -13,7 +13,7 @@ from configs.figures import counted
 from configs.paths import logs_folder, metrics_path, rank_log
 from configs.slow_parts import importing
 from launch.failure import end_process, ending_at_once
-from launch.machine import device_type
+from launch.machine import device_type, require_usable_gpus
 from launch.show.streams import following
 from parallel.start import ProcessRank, interrupt_on_sigterm
 from training.checkpoint.manifest import require_checkpoint
@@ -95,6 +95,7 @@ def evaluate_one_rank(checkpoint: Path, request: EvaluationRequest, place: Proce
         with importing():
             from training.evaluation.run import evaluate_rank
 
+        require_usable_gpus(os.environ)
         show_when_done(partial(evaluate_rank, checkpoint, request, place), show=show)
     # All is written and said. gloo has been seen to abort while the interpreter was torn down, and SLURM then calls the
     # job failed.

@@ -1,4 +1,4 @@
-"""Count this machine's GPUs and CPU cores without importing torch."""
+"""Count this machine's GPUs and CPU cores without importing torch, and ask torch whether it can use the GPUs."""
 
 import os
 import re
@@ -6,6 +6,9 @@ import subprocess
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
+
+from configs.errors import MachineError
+from configs.figures import counted
 
 
 def gpu_count(environ: Mapping[str, str], *, devices: Path = Path("/dev")) -> int:
@@ -15,7 +18,7 @@ def gpu_count(environ: Mapping[str, str], *, devices: Path = Path("/dev")) -> in
         environ: Environment of the process. CUDA_VISIBLE_DEVICES may hide GPUs.
         devices: Folder of the device files.
     """
-    present = sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+    present = len(_device_files(devices))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     return present if visible is None else _visible_count(visible, present=present)
 
@@ -23,6 +26,48 @@ def gpu_count(environ: Mapping[str, str], *, devices: Path = Path("/dev")) -> in
 def device_type(environ: Mapping[str, str]) -> str:
     """Return the device type of the ranks that a process with this environment would start: cuda or cpu."""
     return "cuda" if gpu_count(environ) else "cpu"
+
+
+def require_usable_gpus(environ: Mapping[str, str], *, devices: Path = Path("/dev")) -> None:
+    """Refuse GPUs that torch cannot use: ranks would compute on CPUs without a word, or fail when they meet.
+
+    Imports torch: call it in a rank, once that has been imported.
+
+    Args:
+        environ: Environment of this process.
+        devices: Folder of the device files.
+    Raises:
+        MachineError: says why torch cannot use them, and what to do.
+    """
+    import torch
+
+    gpus = gpu_count(environ, devices=devices)
+    if not gpus or torch.cuda.is_available() or all(map(_is_kept_from_us, _device_files(devices))):
+        return
+    reason = "it sees none"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:  # the second if it is built without CUDA
+        reason = str(error).partition("\n")[0].rstrip(".")
+    raise MachineError(
+        f"this machine has {counted(gpus, 'GPU')}, which torch {torch.__version__} cannot use ({reason}): install the "
+        'build of torch for its driver, or repair that; or set CUDA_VISIBLE_DEVICES="" for CPU ranks'
+    )
+
+
+def _device_files(devices: Path) -> list[Path]:
+    return [path for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+
+
+def _is_kept_from_us(device: Path) -> bool:
+    """Return whether a GPU is not ours, as in a job that asked for none."""
+    try:
+        os.close(os.open(device, os.O_RDWR))
+    except PermissionError:
+        return True
+    except OSError:  # it is broken
+        pass
+    return False
 
 
 def _visible_count(visible: str, *, present: int) -> int:

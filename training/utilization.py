@@ -7,6 +7,7 @@ is not counted. Keys that a sliding window or lossless windows leave out are: bo
 """
 
 import math
+import re
 import time
 
 import torch
@@ -17,11 +18,13 @@ from configs.schema import Model
 from training.families.table import parameter_count
 
 # Dense peaks from the vendors' data sheets, FLOP/s: (16 bit, fp32 as torch runs it by default). Sheets often give the
-# double, for sparse matrices. The first name that is part of the device's wins: H100 PCIe must come before H100.
+# double, for sparse matrices. The first one that the device's name has as words wins: H100 PCIe must come before H100.
 _GPU_PEAKS = {
     "GB200": (2500e12, 80e12),
     "B200": (2250e12, 75e12),
-    "H200": (989e12, 67e12),  # GH200 too
+    "GH200": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
     "H100 NVL": (835e12, 60e12),
     "H100": (989e12, 67e12),
@@ -30,6 +33,8 @@ _GPU_PEAKS = {
     "A800": (312e12, 19.5e12),
     "A40": (149.7e12, 37.4e12),
     "A30": (165e12, 10.3e12),
+    "V100S": (130e12, 16.4e12),
+    "V100-PCIE": (112e12, 14e12),
     "V100": (125e12, 15.7e12),
     "T4": (65e12, 8.1e12),
     "L40S": (362e12, 91.6e12),
@@ -39,6 +44,8 @@ _GPU_PEAKS = {
     "RTX 3090": (71e12, 35.6e12),
     "MI300X": (1307e12, 163.4e12),
 }
+# An RTX 3090 Ti or RTX 4090 D is another GPU, and a part of one (MIG) has a part of its peak.
+_OTHER_GPUS = r"(?! (Ti|D|SUPER|Laptop)\b)(?!.* MIG\b)"
 
 
 def flops_per_token(model: Model, *, vocab_size: int, length: int) -> float:
@@ -71,7 +78,7 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
         return measured_gemm(device, torch.float32)
     name = torch.cuda.get_device_name(device)
     for known, (half, single) in _GPU_PEAKS.items():
-        if known in name:
+        if re.search(rf"\b{known}\b{_OTHER_GPUS}", name):
             return half if PRECISIONS[precision].master_weights else single
     return None
 

@@ -89,6 +89,7 @@ def _check_out(out: Path) -> None:
 
 def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, out: Path) -> None:
     from configs.paths import logs_folder, rank_log
+    from launch.machine import require_usable_gpus
     from launch.show.streams import following
     from parallel.start import open_gpu_early
     from training.rank_errors import explain_rank_failure
@@ -99,6 +100,7 @@ def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, 
             open_gpu_early(place, tensor=config.parallel.tensor)
             from training.profiling.run import profile_rank
 
+        require_usable_gpus(os.environ)
         profile_rank(config, place, steps=steps, out=out)
 
 

@@ -220,6 +220,7 @@ def train_command(
 
 def _train_one_rank(config: "RunConfig", place: "ProcessRank", *, accept_change: bool) -> None:
     from configs.slow_parts import importing, timed
+    from launch.machine import require_usable_gpus
     from launch.show.train import following_rank
     from parallel.start import hold_stop_signals, ignore_stop_signals, open_gpu_early
     from training.rank_errors import explain_rank_failure
@@ -231,6 +232,7 @@ def _train_one_rank(config: "RunConfig", place: "ProcessRank", *, accept_change:
             open_gpu_early(place, tensor=config.parallel.tensor)
             from training.run import train_rank
 
+        require_usable_gpus(os.environ)
         train_rank(config, place, accept_change=accept_change, terminal=terminal)
     ignore_stop_signals()
 

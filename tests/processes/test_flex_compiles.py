@@ -1,6 +1,7 @@
 """FlexAttention, compiled on a CPU by a C++ compiler: it has a forward pass only there."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,28 @@ def test_one_compilation_serves_many_lengths() -> None:
     *short, first, second, cached = bias.lossless.take()
     assert all(density == 1 for density in short)
     assert cached < second < first < 0.7
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_one_trace_serves_many_lengths_in_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[str] = []
+
+    def traced(graph: torch.fx.GraphModule, _: object) -> Any:
+        sources.append(torch.compiler.config.dynamic_sources)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=traced))
+    flex_kernel.cache_clear()
+    bias = SlopeBias(torch.tensor(slopes(HEADS), dtype=torch.float64), slope_of=slope_formula(HEADS, first=0))
+    attend, generator = Flex(bias, compiled=True), torch.Generator().manual_seed(0)
+    try:
+        for length in (200, 300, 511):
+            attend(*torch.randn(3, 2, HEADS, length, 16, generator=generator))
+        (names,) = sources
+        assert ":" not in names, "torch 2.11 knows no dimension of a source"
+    finally:
+        flex_kernel.cache_clear()
 
 
 @torch.no_grad()

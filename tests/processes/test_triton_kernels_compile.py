@@ -62,12 +62,15 @@ def fused(capability, head_dim, dtype, lacks, name, options, warps):
 print(json.dumps([globals()[name](*case) for name, *case in json.loads(sys.argv[1])]))
 """
 KIB = 1024
-CARDS = {90: 227 * KIB, 80: 163 * KIB}  # an H100 and an A100: shared memory of a block of threads, in bytes
+# a B200, an H100 and an A100: shared memory of a block of threads, in bytes
+CARDS = {100: 227 * KIB, 90: 227 * KIB, 80: 163 * KIB}
 TILE = {"ROWS": 8, "COLUMNS": 256}
 CASES: list[tuple[Any, ...]] = [
+    ("search", 100, 128, "bf16", []),
     ("search", 90, 128, "bf16", []),
     ("search", 80, 128, "bf16", ["starts"]),
     ("search", 80, 64, "bf16", []),
+    ("part", 100, 128, "bf16", []),
     ("part", 90, 128, "bf16", []),
     ("part", 90, 80, "fp32", ["radius"]),
     ("part", 80, 128, "fp32", []),

@@ -1,6 +1,7 @@
 """`trainshort doctor`: the report of a machine, and the audit of a run's ALiBi."""
 
 import json
+import os
 import shutil
 import socket
 import tomllib
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from configs.backends import BACKENDS
+from configs.errors import MachineError
 from launch import doctor
+from launch.machine import require_usable_gpus
 from tests.support.command_line import Call, refused
 from training.evaluation.text import EvaluationText
 from training.model.positions import bias
@@ -51,6 +54,39 @@ def test_the_reported_packages_are_the_dependencies() -> None:
     project = tomllib.loads((HOUSE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {dependency.split(">")[0] for dependency in project["dependencies"]}
     assert named == set(doctor.REPORTED_PACKAGES) - {"flash_attn", "flash-attn-4"}
+
+
+def test_gpus_that_the_driver_counts_and_cuda_refuses_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the driver is too old, say
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(doctor, "gpu_count", lambda _: 2)
+    report = doctor.gpu_report()
+    assert (report["present"], report["usable"]) == (2, [])
+
+
+def test_ranks_refuse_gpus_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update.\nMore.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    require_usable_gpus({}, devices=tmp_path)  # there is none
+    for name in ("nvidia0", "nvidia1"):
+        (tmp_path / name).touch()
+    require_usable_gpus({"CUDA_VISIBLE_DEVICES": ""}, devices=tmp_path)  # CPU ranks are asked for
+    with pytest.raises(
+        MachineError, match=r"has 2 GPUs, which torch \S+ cannot use \(The .* Please update\): install "
+    ):
+        require_usable_gpus({}, devices=tmp_path)
+    opens = os.open
+
+    def forbidden(path: Path, *flags: int) -> int:
+        if Path(path).parent == tmp_path:  # as a job that has asked for no GPU sees them
+            raise PermissionError
+        return opens(path, *flags)
+
+    monkeypatch.setattr(os, "open", forbidden)
+    require_usable_gpus({}, devices=tmp_path)
 
 
 def test_a_host_name_that_does_not_resolve_is_reported(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:

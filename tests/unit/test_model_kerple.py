@@ -14,6 +14,7 @@ from tests.support.models import ONE_RANK
 from training.families.table import shards_of
 from training.model.positions.by_distance import LearnedBias
 from training.model.positions.method import PositionMethod, make_position
+from training.model.positions.sandwich import SandwichBias
 
 CPU = torch.device("cpu")
 HEADS = 6
@@ -69,6 +70,19 @@ def test_sandwich_is_products_of_position_vectors(rows: int, keys: int) -> None:
         rtol=0,
     )
     assert bool((strip[:, distances(rows, keys) < 0] == -torch.inf).all())
+
+
+def test_sandwich_is_computed_and_sent_to_a_device_once() -> None:
+    bias = method_of("sandwich").bias
+    assert isinstance(bias, SandwichBias)
+    longest = bias.by_distance(300, device=CPU, dtype=torch.float32)
+    again = bias.by_distance(7, device=CPU, dtype=torch.float32)  # as another layer asks for it
+    assert again.data_ptr() == longest.data_ptr()
+    torch.testing.assert_close(again, longest[:, :7], atol=0, rtol=0)
+    wide = bias.by_distance(300, device=CPU, dtype=torch.float64)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), longest, atol=0, rtol=0)
+    assert bias.by_distance(900, device=CPU, dtype=torch.float64).shape == (HEADS, 900)
 
 
 @pytest.mark.parametrize("position", ["kerple", "sandwich"])

@@ -119,6 +119,14 @@ def test_kernels_of_a_training_step_have_categories(module: ModuleType, category
     assert {name: category_of_kernel(name, []) for name in launched} == dict.fromkeys(launched, category)
 
 
+def test_windows_of_attention_are_no_optimizers() -> None:
+    norms = "triton_red_fused_amax_cummax_linalg_vector_norm_1"  # compiled: it is named after what it computes
+    assert category_of_kernel(norms, ["Torch-Compiled Region: 0/0", norms]) == ELEMENTWISE
+    assert category_of_operation(["Torch-Compiled Region: 0/0", "cpp_fused_linalg_vector_norm_0"]) == ELEMENTWISE
+    assert category_of_kernel("search", ["trainshort::first_tiles_with_weight"]) == ATTENTION_WORK
+    assert category_of_kernel("void at::native::reduce_kernel", ["aten::linalg_vector_norm"]) == OPTIMIZER
+
+
 def test_a_real_recording_adds_up_and_knows_its_flops(capsys: pytest.CaptureFixture[str]) -> None:
     layer, x = nn.Linear(32, 64), torch.randn(128, 32, requires_grad=True)
     optimizer = torch.optim.AdamW(layer.parameters())

@@ -36,6 +36,30 @@ def test_peak_of_a_cpu_is_measured() -> None:
     assert 1e8 < peak < 1e14
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("Tesla V100-PCIE-16GB", 112e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        *((other, None) for other in ("NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA RTX A3000 Laptop GPU")),
+        ("NVIDIA T400 4GB", None),
+    ],
+)
+def test_peak_of_a_gpu_is_of_its_own_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda"), precision="bf16") == peak
+
+
 def test_metrics_keep_each_step_once_over_restarts(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path, last_step=0)
     for step in (1, 2, 3):

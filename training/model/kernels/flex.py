@@ -157,13 +157,15 @@ def flex_kernel(compiled: bool, one_shape: bool) -> Any:
 
 def _of_any_length(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Return a kernel that is compiled for any length at once; torch would learn that from a second one."""
-    mask = r"L\['how'\]\['block_mask'\]\."
-    lengths = [rf"L\['{name}'\]:2" for name in "qkv"]
-    lengths += [rf"{mask}(full_)?(kv|q)_.*:{dimension}" for dimension in (2, 3)]
-    varying = ",".join([*lengths, rf"{mask}seq_lengths.*"])
+    lengths = r"L\['how'\]\['block_mask'\]\.seq_lengths.*"  # which are numbers, that cannot be marked
 
-    def attend(*inputs: Tensor, **how: Any) -> Any:
-        with torch.compiler.config.patch(dynamic_sources=varying):  # type: ignore[attr-defined]
-            return kernel(*inputs, **how)
+    def attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Any:
+        for x in (q, k, v):
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        for x in vars(how["block_mask"]).values():
+            if isinstance(x, Tensor):  # [batch, heads, tiles] or [batch, heads, tiles, tiles]
+                torch._dynamo.maybe_mark_dynamic(x, list(range(2, x.ndim)))
+        with torch.compiler.config.patch(dynamic_sources=lengths):  # type: ignore[attr-defined]
+            return kernel(q, k, v, **how)
 
     return attend

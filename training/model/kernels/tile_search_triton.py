@@ -40,17 +40,22 @@ def search(
 
     known = of_tile - sums + largest * _RELATIVE_SLACK + _SLACK
     spent = tl.zeros([TILE], tl.float32)
-    searches = tile < row
-    while searches:
+    # Asked before a tile, not after it: for a B200, Triton cannot compile a sum over what the same turn multiplied.
+    while _are_light(spent, limit, TILE) & (tile < row):
         theirs = tl.load(keys + tile * TILE * k_place, mask=inside, other=0.0)
         score = tl.max(tl.dot(own, tl.trans(theirs)), 1) * scale
         nearest = ((row - tile - 1) * TILE + 1).to(tl.int32) + tl.arange(0, TILE)
         # all of the weight is too much already: more would overflow
         spent += tl.exp(tl.minimum(score - slope * nearest + known, 0.0))
-        light = tl.sum((spent <= tl.exp(limit)).to(tl.int32), 0) == TILE  # nan is not
-        tile = tl.where(light, tile + 1, tile)
-        searches = light & (tile < row)
+        tile += 1
+    tile = tl.where(_are_light(spent, limit, TILE), tile, tile - 1)  # the last one that was looked at may have weight
     tl.store(first + pair * tiles + row, tile.to(tl.int32))
+
+
+@triton.jit
+def _are_light(spent, limit, TILE: tl.constexpr):
+    """Return whether each query's keys so far weigh no more than the limit, whose logarithm is given."""
+    return tl.sum((spent <= tl.exp(limit)).to(tl.int32), 0) == TILE  # nan is not
 
 
 @triton.jit

@@ -45,11 +45,15 @@ class SandwichBias(DistanceBias):
     def __init__(self, compressions: Tensor) -> None:
         super().__init__()
         self._compressions = compressions
+        self._known = torch.empty(len(compressions), 0)  # the bias at the first distances
 
     def by_distance(self, count: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the bias, [local_heads, count]."""
-        waves = sandwich_waves(power_of_two(count))[:count] / self._compressions[:, None]
-        return waves.to(device, dtype)
+        known = self._known
+        if (known.device, known.dtype) != (device, dtype) or known.shape[1] < count:
+            waves = sandwich_waves(power_of_two(count)) / self._compressions[:, None]
+            self._known = known = waves.to(device, dtype)  # once: each copy waits for a GPU
+        return known[:, :count]
 
 
 @lru_cache(maxsize=4)
