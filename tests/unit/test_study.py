@@ -266,6 +266,7 @@ def test_lengths_beyond_the_held_out_text_are_refused(study: Run, files: StudyFi
 
 
 def test_the_plan_has_tokens_and_the_time_that_was_measured(study: Run, files: StudyFiles, trainshort: Call) -> None:
+    assert study("--dry-run", "--json", code=2).error.startswith("error: --json is for the results, ")
     plan = study("--dry-run").out
     assert files.calls == []
     assert not Path("study").exists()
