@@ -17,7 +17,7 @@ from configs.errors import InputError
 from configs.load import check_run
 from configs.paths import config_file, incarnation_file, metrics_path, rank_log
 from configs.schema import RunConfig
-from launch.runs import RunState, is_run_folder, run_values, state_of
+from launch.runs import RunState, is_run_folder, name_of, run_values, state_of
 from parallel.layout import Layout
 from training.appended_lines import AppendedLines
 from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
@@ -171,7 +171,7 @@ class RunWatcher:
         )
         return RunView(
             path=run_dir,
-            name=self._values.get("run", {}).get("name"),
+            name=name_of(self._values),
             state="broken" if problem and state != "running" else state,
             is_quiet=is_quiet and state in ACTIVE,
             silent_seconds=silent,
@@ -259,7 +259,7 @@ class RunWatcher:
     def _read_environment(self) -> None:
         file = self._run_dir / "environment.json"
         if self._was_written(file):
-            with suppress(ValueError):  # it is being written
+            with suppress(ValueError, RecursionError):  # it is being written, or damaged
                 values = json.loads(file.read_text(encoding="utf-8"))
                 self._environment = values if isinstance(values, dict) else {}
 

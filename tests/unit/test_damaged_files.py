@@ -1,6 +1,7 @@
 """Files of a run folder with values of wrong types, as a program or a hand may leave them: one line, no traceback."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from configs.errors import InputError
 from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
 from tests.support.measured_runs import add_harness, add_retrieval
+from tests.support.started_runs import whole_run
 from training.evaluation.kept import read_report
+from training.incarnation import newest_incarnation
 
 WRONG = ("x", [], {}, True, float("nan"), None)
 
@@ -78,3 +81,31 @@ def test_tokens_of_a_wrong_type_are_left_out(trainshort: Call, value: Any) -> No
     (run,) = json.loads(answer.out)["runs"]
     assert (run["step"], run["tokens"]) == (10, None)
     assert trainshort("report", "run").code == 0
+
+
+def test_a_start_with_wrong_values_is_no_start(trainshort: Call) -> None:
+    run_dir = whole_run(Path("run"))
+    file, environment = run_dir / "incarnation", run_dir / "environment.json"
+    environment.write_text(json.dumps({"slurm": "x", "code": 1, "packages": [], "device": "cpu"}))
+    start = {
+        "number": 1,
+        "token": "1-a",
+        "host": "vm",
+        "machine": "m",
+        "pid": 1,
+        "process_started": 1,
+        "started_at": "x",
+    }
+    for changed in ({}, {"number": None}, {"host": 1}, {"started_at": None}, {"pid": "x"}):
+        file.write_text(json.dumps({**start, **changed}))
+        assert (newest_incarnation(run_dir) is None) == bool(changed), changed
+        assert trainshort("watch", "run", "--once").code == 0
+    assert trainshort("report", "run").code == 0
+
+
+def test_a_name_that_is_no_text_is_left_out(trainshort: Call) -> None:
+    file = make_run(Path("run")) / "config.yaml"
+    file.write_text(re.sub(r"name: run$", "name: .nan", file.read_text(), flags=re.MULTILINE))
+    answer = trainshort("runs", "run", "--json")
+    assert answer.code == 0, answer
+    assert json.loads(answer.out)[0]["name"] is None

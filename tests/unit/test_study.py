@@ -233,6 +233,15 @@ def test_a_broken_row_is_named(study: Run, trainshort: Call) -> None:
         r"rows file study.rows.jsonl, line 3 is no row of a study \(the line: Invalid JSON.*\): remove the line to ",
         refused(trainshort, "study", "study.yaml"),
     )
+    row = json.loads(lines[0])
+    wrong = ("figures.tokens_per_second", {"figures": {**row["figures"], "tokens_per_second": "x"}})
+    for where, changed in (
+        wrong,
+        ("results.0.text", {"results": [{"text": None}]}),
+        ("data.sha256", {"data": {"sha256": [1]}}),
+    ):
+        ROWS.write_text(json.dumps({**row, **changed}) + "\n")
+        assert f"line 1 is no row of a study ({where}: " in refused(trainshort, "study", "study.yaml")
 
 
 def test_rows_of_other_studies_stay_in_a_shared_file(study: Run) -> None:
