@@ -1,5 +1,7 @@
 """Parts that the plots share: a legend of many names, axes of large numbers."""
 
+from itertools import pairwise
+
 from matplotlib.axes import Axes
 
 from training.evaluation.chart import add_legend, draw_curve, new_figure, scale_axes
@@ -23,6 +25,18 @@ def drawn(*, lines: int, perplexity: float = 20.0) -> Axes:
 def test_a_legend_of_many_names_takes_no_room_from_the_axes() -> None:
     few, many = (drawn(lines=lines).get_window_extent().height for lines in (6, 40))
     assert 0.9 < many / few < 1.3
+
+
+def test_labels_of_lengths_do_not_overlap() -> None:
+    for count in (10, 12):
+        lengths = [64 * 2**number for number in range(count)]
+        axes = new_figure(inches=(5.6, 4.6)).subplots()
+        draw_curve(axes, [(length, 20.0) for length in lengths], label="run", number=0)
+        scale_axes(axes, lengths=lengths, perplexities=[20.0], keep=[64])
+        axes.figure.draw_without_rendering()
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert len(boxes) >= 6
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes)), count
 
 
 def test_large_numbers_have_no_common_factor() -> None:

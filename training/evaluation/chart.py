@@ -194,8 +194,8 @@ def shorten(text: str, *, characters: int) -> str:
 
 def _label_lengths(lengths: list[int], *, keep: Collection[int]) -> list[int]:
     """Return the lengths to label, far enough apart on a logarithmic axis that the labels do not overlap."""
-    # The axis has room for about 14 labels.
-    least = (lengths[-1] / lengths[0]) ** (1 / 14)
+    # The axis has room for ten labels such as 131,072; less than rounding errors, so that ten doublings have one each.
+    least = (lengths[-1] / lengths[0]) ** (1 / 9) * (1 - 1e-9)
     chosen: list[int] = []
     for length in (*sorted(keep), *lengths):
         if all(max(length, other) / min(length, other) >= least for other in chosen):
