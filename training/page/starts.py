@@ -40,8 +40,8 @@ class RunStart:
     @property
     def began_at(self) -> datetime | None:
         """When it began to train; None if that is not known."""
-        with suppress(TypeError, ValueError):
-            return datetime.fromisoformat(self.certificate["started_at"]) if self.certificate else None
+        with suppress(KeyError, TypeError, ValueError):
+            return datetime.fromisoformat(self.certificate["started_at"])
         return None
 
     @property
