@@ -101,8 +101,15 @@ def test_a_start_with_wrong_values_is_no_start(trainshort: Call) -> None:
         assert (newest_incarnation(run_dir) is None) == bool(changed), changed
         assert trainshort("watch", "run", "--once").code == 0
     certificates = run_dir / "certificates.jsonl"
-    certificates.write_text(certificates.read_text().replace('"started_at"', '"another"'))
-    assert trainshort("report", "run").code == 0
+    whole = certificates.read_text()
+    for right, wrong in (
+        ('"started_at"', '"another"'),
+        ('"stage": 0', '"stage": null'),
+        ('"ranks": [', '"ranks": -1, "x": ['),
+    ):
+        assert right in whole
+        certificates.write_text(whole.replace(right, wrong))
+        assert trainshort("report", "run").code == 0, wrong
 
 
 def test_a_name_that_is_no_text_is_left_out(trainshort: Call) -> None:

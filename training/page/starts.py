@@ -10,15 +10,37 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
 
 from configs.paths import certificates_path, discarded_metrics_path
+from training.evaluation.kept import Kept, Step
 from training.metrics_reader import finite_value, step_fields
 
 _TIMES = ("step_seconds", "validation_seconds", "save_seconds")
-_RANK_KEYS = ("rank", "tensor_rank", "stage", "data_rank", "heads", "backend", "precision", "device", "error")
 
 Happening = Literal["saved", "failed"]
+
+
+class _Rank(Kept):
+    model_config = ConfigDict(strict=True)  # an error may be infinite
+    rank: Step
+    tensor_rank: Step
+    stage: Step
+    data_rank: Step
+    heads: list[int]
+    backend: str
+    precision: str
+    device: str
+    error: float | None
+
+
+class _Certificate(Kept):
+    """What a page reads of a line of certificates.jsonl."""
+
+    position: str = ""
+    ranks: Annotated[list[_Rank], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +116,7 @@ def read_starts(run_dir: Path, steps: Sequence[dict[str, Any]]) -> tuple[RunStar
         steps: Its steps, as in metrics.jsonl.
     """
     certificates = _lines(certificates_path(run_dir), needs="ranks")
-    starts = [RunStart(each, each["step"]) for each in certificates if _is_whole(each["ranks"])]
+    starts = [RunStart(each, each["step"]) for each in certificates if _is_whole(each)]
     if not starts and not steps:
         return ()
     if not starts or starts[0].step and steps and steps[0]["step"] <= starts[0].step:
@@ -136,8 +158,11 @@ def _lines(path: Path, *, needs: str) -> Iterator[dict[str, Any]]:
                 yield fields
 
 
-def _is_whole(ranks: Any) -> bool:
-    return bool(ranks) and all({*_RANK_KEYS} <= {*rank} for rank in ranks)
+def _is_whole(certificate: dict[str, Any]) -> bool:
+    with suppress(ValidationError):
+        _Certificate.model_validate(certificate)
+        return True
+    return False
 
 
 def _seconds(steps: Sequence[dict[str, Any]]) -> float:
