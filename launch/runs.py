@@ -158,7 +158,7 @@ def _summarize(path: Path) -> RunSummary:
     state = state_of(path, start=start, step=step, saved=saved, steps=steps if isinstance(steps, int) else None)
     return RunSummary(
         path=path,
-        name=values.get("run", {}).get("name"),
+        name=name_of(values),
         state="broken" if problems and state != "running" else state,
         host=str(start.host) if start else None,
         step=step,
@@ -237,6 +237,12 @@ def run_values(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
     except ValueError as error:
         problems.append(f"{file} {error}")
     return {}
+
+
+def name_of(values: dict[str, dict[str, Any]]) -> str | None:
+    """Return `run.name` of the sections of a run file; None if there is none, or if it is no text."""
+    name = values.get("run", {}).get("name")
+    return name if isinstance(name, str) else None
 
 
 def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[str, Any], list[float]]:

@@ -26,7 +26,7 @@ from configs.paths import (
     rank_log,
 )
 from configs.schema import RunConfig
-from launch.runs import RunState, is_run_folder, run_values, state_of
+from launch.runs import RunState, is_run_folder, name_of, run_values, state_of
 from parallel.layout import Layout
 from training.appended_lines import AppendedLines
 from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
@@ -180,7 +180,7 @@ class RunWatcher:
         )
         return RunView(
             path=run_dir,
-            name=self._values.get("run", {}).get("name"),
+            name=name_of(self._values),
             state="broken" if problem and state != "running" else state,
             is_quiet=is_quiet and state in ACTIVE,
             silent_seconds=silent,
@@ -266,7 +266,7 @@ class RunWatcher:
     def _read_environment(self) -> None:
         file = environment_path(self._run_dir)
         if self._was_written(file):
-            with suppress(ValueError):  # it is being written
+            with suppress(ValueError, RecursionError):  # it is being written, or damaged
                 values = json.loads(file.read_text(encoding="utf-8"))
                 self._environment = values if isinstance(values, dict) else {}
 

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -202,9 +202,11 @@ def _load(run_dir: Path) -> Incarnation | None:
     """Return the newest start; None if there is none or its file is damaged, which must not stop any start."""
     try:
         values: dict[str, Any] = json.loads(incarnation_file(run_dir).read_text(encoding="utf-8"))
-        return Incarnation(**values)
-    except (FileNotFoundError, ValueError, TypeError):
+        start = Incarnation(**values)
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
+    is_whole = all(type(getattr(start, field.name)) is field.type for field in fields(start))
+    return start if is_whole else None
 
 
 def _is_alive(other: Incarnation) -> bool:

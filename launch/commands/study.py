@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from configs.errors import InputError
 from launch.commands.options import AsJson, Overrides
 from launch.complete import complete_studies
 
@@ -44,6 +45,8 @@ def study_command(
     from launch.show.study import show_plan
     from launch.study.execution import StudyExecution, sole_study
 
+    if dry_run and as_json:
+        raise InputError("--json is for the results, which --dry-run does not make: leave one of them out")
     loaded = load_study(study, overrides=overrides)
     execution = StudyExecution(loaded, only=only or [])
     if dry_run:

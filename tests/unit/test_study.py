@@ -233,6 +233,15 @@ def test_a_broken_row_is_named(study: Run, trainshort: Call) -> None:
         r"rows file study.rows.jsonl, line 3 is not a row of a study \(the line: Invalid JSON.*\): remove the line to ",
         refused(trainshort, "study", "study.yaml"),
     )
+    row = json.loads(lines[0])
+    wrong = ("figures.tokens_per_second", {"figures": {**row["figures"], "tokens_per_second": "x"}})
+    for where, changed in (
+        wrong,
+        ("results.0.text", {"results": [{"text": None}]}),
+        ("data.sha256", {"data": {"sha256": [1]}}),
+    ):
+        ROWS.write_text(json.dumps({**row, **changed}) + "\n")
+        assert f"line 1 is not a row of a study ({where}: " in refused(trainshort, "study", "study.yaml")
 
 
 def test_rows_of_other_studies_stay_in_a_shared_file(study: Run) -> None:
@@ -266,6 +275,7 @@ def test_lengths_beyond_the_held_out_text_are_refused(study: Run, files: StudyFi
 
 
 def test_the_plan_has_tokens_and_the_time_that_was_measured(study: Run, files: StudyFiles, trainshort: Call) -> None:
+    assert study("--dry-run", "--json", code=2).error.startswith("error: --json is for the results, ")
     plan = study("--dry-run").out
     assert files.calls == []
     assert not Path("study").exists()

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from configs.terminal import printable
 from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
 from training.evaluation.chart import (
+    add_legend,
     draw_curve,
     head_axes,
     line_style,
@@ -23,6 +25,7 @@ from training.evaluation.chart import (
     scale_axes,
     shorten,
     write_above,
+    write_large_numbers,
 )
 from training.metrics_reader import column
 from training.own_file import check_own_file
@@ -32,6 +35,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _SMOOTHED_SHARE = 0.02  # of the steps, averaged for a point of the loss curve
 _SHOWN_FROM = 0.03  # share of the steps: the first losses would flatten the rest
 _MOST_POINTS = 400  # of a loss curve
+_MOST_LARGE = 60  # validations of a run; more would lie over each other and over the curves
 _LINES = ("-", "--", "-.", ":")  # of the loss curves, which have no markers
 _LONGEST_LABEL, _LONGEST_NAME = 40, 30  # characters that fit
 
@@ -75,9 +79,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path | None:
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, line)
     columns = min(3, len(handles)) if max(map(len, handles)) <= 24 else 2
-    legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
-    for name in legend.get_texts():
-        name.set_parse_math(False)  # a name with two dollar signs is not a formula
+    add_legend(figure, handles, columns=columns)
     try:
         return save_figure(figure, path, software=_SOFTWARE)
     except OSError as error:
@@ -137,13 +139,14 @@ def _draw_losses(axes: Axes, comparison: Comparison, trained: list[int]) -> None
         tokens, losses = _losses(run)
         style = line_style(number)
         dashes = _LINES[number % len(_LINES)]
-        axes.plot(tokens, losses, dashes, label=_label(run), color=style["color"], linewidth=1.4, zorder=2)
-        validated = [step for step in run.steps if column([step], "validation_loss")]
+        dot = "." if losses.size == 1 else None  # a line needs two points
+        axes.plot(tokens, losses, dashes, marker=dot, label=_label(run), color=style["color"], linewidth=1.4, zorder=2)
+        validated = _with_both(run, "validation_loss")
         axes.plot(
-            [step["tokens_seen"] for step in validated],
-            [step["validation_loss"] for step in validated],
+            column(validated, "tokens_seen"),
+            column(validated, "validation_loss"),
             linestyle="none",
-            markersize=5.5,
+            markersize=5.5 if len(validated) <= _MOST_LARGE else 2,
             zorder=3,
             label=_label(run),
             **style,
@@ -151,6 +154,7 @@ def _draw_losses(axes: Axes, comparison: Comparison, trained: list[int]) -> None
         tops += [float(losses[int(_SHOWN_FROM * losses.size)]), *column(validated, "validation_loss")]
     bottom, _ = axes.get_ylim()
     axes.set_ylim(bottom, max(tops) + 0.05 * (max(tops) - bottom) or None)
+    write_large_numbers(axes, highest=max(tops))
     axes.xaxis.set_major_formatter(lambda value, _: scaled(value))
     axes.set_xlabel("training tokens")
     axes.set_ylabel("loss (nats per token)")
@@ -159,7 +163,7 @@ def _draw_losses(axes: Axes, comparison: Comparison, trained: list[int]) -> None
 
 def _losses(run: ComparedRun) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return tokens and smoothed training losses, each [points]."""
-    whole = [step for step in run.steps if column([step], "loss") and column([step], "tokens_seen")]
+    whole = _with_both(run, "loss")
     losses = np.array(column(whole, "loss"), np.float64)
     width = max(1, math.ceil(_SMOOTHED_SHARE * losses.size))
     # the mean of the last `width` losses at each step; of fewer at the first ones
@@ -168,6 +172,11 @@ def _losses(run: ComparedRun) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.f
     smooth = (sums[last] - sums[np.maximum(last - width, 0)]) / np.minimum(last, width)
     chosen = np.unique(np.linspace(0, losses.size - 1, min(losses.size, _MOST_POINTS)).astype(int))
     return np.array(column(whole, "tokens_seen"), np.float64)[chosen], smooth[chosen]
+
+
+def _with_both(run: ComparedRun, field: str) -> list[dict[str, Any]]:
+    """Return the steps that have both a field and the tokens seen."""
+    return [step for step in run.steps if column([step], field) and column([step], "tokens_seen")]
 
 
 def _label(run: ComparedRun) -> str:

@@ -22,7 +22,7 @@ from training.checkpoint.manifest import (
 from training.comparison.text import WantedText
 from training.evaluation.kept import HELD_OUT, checkpoint_reports, newest_report, read_report
 from training.families.table import parameter_count
-from training.metrics_reader import column, read_steps
+from training.metrics_reader import column, finite_value, read_steps
 
 # what the time of a run is made of
 _TIMES = ("step", "validation", "save")
@@ -71,7 +71,7 @@ class ComparedRun:
             "parameters": parameter_count(self.config.model, vocab_size=vocab_size),
             "step": last.get("step", self.manifest.step if self.manifest else 0),
             "steps": self.config.train.steps,
-            "tokens": last.get("tokens_seen"),
+            "tokens": finite_value(last, "tokens_seen"),
             "loss": losses[-1] if losses else None,
             "best_loss": min(losses, default=None),
             "validation_loss": validations[-1] if validations else None,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,6 +25,8 @@ _DASHES = ("-", "--", ":")  # of the lines from the seventh on, whose colours re
 _LOGARITHMIC_RATIO = 6.0
 # label only powers of ten from this ratio
 _MANY_DECADES = 1e4
+_LARGE_NUMBER = 1e6  # from here on matplotlib would write a common factor, over the heading
+_LEGEND_ROWS, _LEGEND_ROW_INCHES = 3, 0.23  # rows that a figure has room for; the height of a further one
 _HEADING_POINTS = 22  # of the heading above the axes, to leave a line for the title
 
 
@@ -107,6 +110,22 @@ def scale_axes(axes: Axes, *, lengths: Collection[int], perplexities: Collection
     margin = max(high - low, 0.1 * high)
     axes.set_ylim(low - 0.35 * margin, high + 0.45 * margin)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    write_large_numbers(axes, highest=high)
+
+
+def write_large_numbers(axes: Axes, *, highest: float) -> None:
+    """Write large numbers of the vertical axis each in full."""
+    if highest >= _LARGE_NUMBER:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def add_legend(figure: Figure, lines: Mapping[str, Artist], *, columns: int) -> None:
+    """Write the names of lines below the axes; many names make the figure higher, and the axes no lower."""
+    legend = figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    for name in legend.get_texts():
+        name.set_parse_math(False)  # a name with two dollar signs is not a formula
+    further = max(0, -(-len(lines) // columns) - _LEGEND_ROWS)
+    figure.set_figheight(figure.get_figheight() + further * _LEGEND_ROW_INCHES)
 
 
 def mark_training_length(axes: Axes, length: int, *, text: str) -> None:
@@ -175,8 +194,8 @@ def shorten(text: str, *, characters: int) -> str:
 
 def _label_lengths(lengths: list[int], *, keep: Collection[int]) -> list[int]:
     """Return the lengths to label, far enough apart on a logarithmic axis that the labels do not overlap."""
-    # The axis has room for about 14 labels.
-    least = (lengths[-1] / lengths[0]) ** (1 / 14)
+    # The axis has room for ten labels such as 131,072; less than rounding errors, so that ten doublings have one each.
+    least = (lengths[-1] / lengths[0]) ** (1 / 9) * (1 - 1e-9)
     chosen: list[int] = []
     for length in (*sorted(keep), *lengths):
         if all(max(length, other) / min(length, other) >= least for other in chosen):

@@ -13,9 +13,11 @@ Version 0.1.0 wrote report.json, report.md and perplexity.png to a checkpoint's 
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from configs.errors import InputError
 from configs.paths import evaluation_folder
@@ -30,41 +32,103 @@ _RESERVED = (HELD_OUT, NEWEST, "perplexity")
 _LONGEST_SLUG = 60
 # suffixes of the labels of reports in other precisions than the default
 _PRECISIONS = tuple(f"-{precision}" for precision in INFERENCE_PRECISIONS if precision != DEFAULT_PRECISION)
-_NEEDED = ("checkpoint", "step", "train_length", "data.name")
-_NEEDED_RESULT = ("length", "protocol", "stride", "loss", "perplexity")
+
+# whole numbers of files, which are used as divisors too
+AtLeastOne = Annotated[int, Field(ge=1)]
+Step = Annotated[int, Field(ge=0)]
+
+
+class Kept(BaseModel):
+    """A part of a file that a measurement keeps: the keys that are read of it, with their types.
+
+    A key with a default is one that not every version writes. Others may stand beside them.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class KeptText(Kept):
+    """The text of a measurement."""
+
+    name: str
+    tokens: int | None = None
+
+
+class _KeptPositions(Kept):
+    positions: list[float]
+    loss: list[float | None]
+
+
+class _KeptResult(Kept):
+    length: AtLeastOne
+    protocol: str
+    stride: int
+    scored: int = 0
+    scale: str = ""
+    tokens: int | None = None
+    loss: float
+    perplexity: Annotated[float, Field(gt=0)]
+    word_perplexity: Annotated[float, Field(gt=0)] = 1.0
+    bits_per_byte: float = 0.0
+    standard_error: float = 0.0
+    attention_density: float = 0.0
+    loss_by_position: _KeptPositions | None = None
+    date: str = ""
+    draws: list[float] = Field(default_factory=list)
+
+
+class _KeptReport(Kept):
+    checkpoint: str
+    step: Step
+    train_length: AtLeastOne
+    data: KeptText
+    precision: str = DEFAULT_PRECISION
+    date: str = ""
+    weights_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    text_sha256: str | None = None
+    documents_sha256: str | None = None
+    text_path: str | None = None
+    verdict: dict[str, Any] | None = None
+    context: dict[str, Any] | None = None
+    results: Annotated[list[_KeptResult], Field(min_length=1)]
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Return a report after checking that it has the keys of every version.
+    """Return a report after checking that it has the keys of every version, with values of their types.
 
     Raises:
         InputError: it cannot be read, or is not a report.
     """
-    return read_measured(path, command="evaluate", keys=_NEEDED, result_keys=_NEEDED_RESULT)
+    return read_measured(path, command="evaluate", form=_KeptReport)
 
 
-def read_measured(path: Path, *, command: str, keys: Sequence[str], result_keys: Sequence[str]) -> dict[str, Any]:
-    """Return what a command has written of a checkpoint, after checking that it has some keys.
+def read_measured(path: Path, *, command: str, form: type[Kept]) -> dict[str, Any]:
+    """Return what a command has written of a checkpoint, after checking the keys that are read of it.
 
     Args:
-        path: A JSON object with a list of `results`.
+        path: A file of JSON.
         command: The command that measures it.
-        keys: What the object needs; a dot is before a key of an object in it.
-        result_keys: What each result needs.
+        form: What the file must hold.
     Raises:
-        InputError: it cannot be read, lacks a key, or has no result.
+        InputError: it cannot be read, lacks a key, or has a value of another type or without a finite number.
     """
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in keys if not _has(report, key)]
-        missing += [key for result in report["results"] for key in result_keys if key not in result]
-        if missing or not report["results"]:
-            raise ValueError(f"no {', '.join(dict.fromkeys(missing)) or 'results'}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is not a report of `trainshort {command}` ({error}): move it away and measure again"
-        ) from None
+        form.model_validate(report)
+    except (OSError, ValueError, RecursionError) as error:
+        told = f"{path} is not a report of `trainshort {command}` ({_first_problem(error)})"
+        raise InputError(f"{told}: move it away and measure again") from None
     return report
+
+
+def _first_problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    problem = error.errors(include_url=False)[0]
+    if problem["type"] == "missing":
+        return f"no {'.'.join(map(str, problem['loc']))}"
+    return f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg'].lower()}"
 
 
 def checkpoint_reports(run_dir: Path, *, checkpoint: str) -> dict[str, Path]:
@@ -188,11 +252,6 @@ def text_slug(name: str) -> str:
     stem = Path(path.stem).stem if path.suffix in (".gz", ".xz", ".zst") else path.stem
     ascii_only = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9_]+", "-", ascii_only).strip("-_")[:_LONGEST_SLUG] or "text"
-
-
-def _has(values: dict[str, Any], key: str) -> bool:
-    outer, _, inner = key.partition(".")
-    return outer in values and (not inner or inner in values[outer])
 
 
 def _texts_like(slug: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from configs.terminal import printable
 from training.evaluation.chart import (
     GREY,
     TEXT_BOX,
+    add_legend,
     draw_curve,
     head_axes,
     line_style,
@@ -26,6 +27,7 @@ from training.evaluation.results import changes, result_key, with_scale
 
 # Draw the unigram baseline up to this multiple of the highest perplexity; a higher one would flatten the curves.
 _BASELINE_RATIO = 1.5
+_MOST_WITHIN = 5  # lines whose names stand within the axes; more names would lie over the lines
 # characters of the text's name that fit into the title
 _LONGEST_NAME = 44
 
@@ -39,7 +41,11 @@ def draw_plot(report: dict[str, Any], path: Path) -> Path:
     """
     context = report.get("context")
     figure = new_figure(inches=(7.2 if context is None else 13.2, 4.4))
-    _draw_lengths(figure.add_subplot(1, 1 if context is None else 2, 1), report)
+    axes = figure.add_subplot(1, 1 if context is None else 2, 1)
+    _draw_lengths(axes, report)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > _MOST_WITHIN:
+        add_legend(figure, dict(zip(labels, handles, strict=True)), columns=3)
     if context is not None:
         _draw_context(figure.add_subplot(1, 2, 2), context)
     return save_figure(figure, path)
@@ -94,7 +100,7 @@ def _draw_lengths(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel("perplexity per token")
     head_axes(axes, heading="Perplexity against length", facts=" · ".join(_facts(report, lines)))
-    if len(lines) > 1:
+    if 1 < len(lines) <= _MOST_WITHIN:
         axes.legend(frameon=False, fontsize=9, loc="best")
 
 

@@ -2,26 +2,44 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from training.evaluation.kept import read_measured
+from pydantic import Field
+
+from configs.precisions import DEFAULT_PRECISION
+from training.evaluation.kept import AtLeastOne, Kept, Step, read_measured
 
 HARNESS_FOLDER = "harness"  # in the folder of a checkpoint's reports
 HARNESS_RESULTS = "results"
 _LARGE = 1e4  # from which on four digits say enough
-_NEEDED = ("checkpoint", "step", "train_length", "evaluations")
-_NEEDED_RESULT = (
-    "task",
-    "metric",
-    "filter",
-    "value",
-    "stderr",
-    "higher_is_better",
-    "fewshot",
-    "samples",
-    "limit",
-    "max_length",
-)
+
+
+class _KeptRow(Kept):
+    task: str
+    metric: str
+    filter: str
+    value: float | None
+    stderr: float | None
+    higher_is_better: bool | None
+    version: str | float | None = None
+    fewshot: int | str | None
+    samples: int | None
+    limit: float | None
+    max_length: AtLeastOne
+    precision: str = DEFAULT_PRECISION
+    date: str = ""
+
+
+class _KeptEvaluation(Kept):
+    versions: dict[str, str | None]
+
+
+class _KeptHarness(Kept):
+    checkpoint: str
+    step: Step
+    train_length: AtLeastOne
+    evaluations: list[_KeptEvaluation]
+    results: Annotated[list[_KeptRow], Field(min_length=1)]
 
 
 def harness_files(folder: Path) -> list[Path]:
@@ -39,7 +57,7 @@ def read_harness(path: Path) -> dict[str, Any]:
     Raises:
         InputError: they cannot be read.
     """
-    return read_measured(path, command="harness", keys=_NEEDED, result_keys=_NEEDED_RESULT)
+    return read_measured(path, command="harness", form=_KeptHarness)
 
 
 def metric_name(row: Mapping[str, Any]) -> str:

@@ -18,6 +18,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 16, 18, 40
 _LINE, _LETTER = 13, 7.2  # height of a line of text, and at most the mean width of a letter
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _DOT = 4  # at most what a dot takes on either side
+_RADIUS, _SMALL_RADIUS = 3.2, 1.6
+_MOST_LARGE = 60  # dots; the edges of more would cover those beside them, and the curves behind
 DASHES = {"solid": "", "dashed": "7 4", "dotted": "2 3", "dashes and dots": "10 3 2 3"}
 
 Point = tuple[float, float]
@@ -115,12 +117,14 @@ class Chart:
         dash = [*DASHES.values()][series.dash % len(DASHES)]
         style = f' stroke-dasharray="{dash}"' if dash and series.kind != "dots" else ""
         shade = "" if series.shade is None else f' style="--shade:{series.shade:.3f}"'
-        kind = f"{series.kind} {series.style_class}"
+        is_dense = len(texts) > _MOST_LARGE  # of a line without dots it changes nothing
+        kind = f"{series.kind} {series.style_class}{' dense' if is_dense else ''}"
+        radius = _SMALL_RADIUS if is_dense else _RADIUS
         group = f'<g class="curve {kind}"{shade} data-run="{series.run}" data-label="{_text(series.label)}">'
         path = f'<path d="M{"L".join(texts)}"{style}/>'
         dots = ""
         if series.kind in ("dots", "marked") or len(texts) == 1:  # a line needs two points
-            dots = "".join('<circle cx="{}" cy="{}" r="3.2"/>'.format(*text.split(",")) for text in texts)
+            dots = "".join('<circle cx="{}" cy="{}" r="{}"/>'.format(*text.split(","), radius) for text in texts)
         return f"{group}{path}{dots}</g>"
 
     def _marks(self) -> Iterator[str]:

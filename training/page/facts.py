@@ -19,6 +19,7 @@ from parallel.layout import Layout, effective_zero, head_blocks, stage_bounds
 from training.incarnation import newest_incarnation
 
 MOST_RANKS = 64  # that a page draws one by one
+_SECTIONS = ("slurm", "code", "packages")  # of environment.json
 _ZERO_SHARES = {1: "optimizer state", 2: "optimizer state and gradients", 3: "optimizer state, gradients and weights"}
 
 _Fields = dict[str, Any]
@@ -157,10 +158,11 @@ def head_rows(config: RunConfig, *, certificate: _Fields | None) -> list[tuple[s
 
 
 def read_environment(run_dir: Path) -> _Fields:
-    """Return environment.json; empty if there is none, or if it is damaged."""
-    with suppress(OSError, ValueError):
+    """Return environment.json, without sections of another type; empty if there is no file, or if it is damaged."""
+    with suppress(OSError, ValueError, RecursionError):
         values = json.loads(environment_path(run_dir).read_text(encoding="utf-8"))
-        return values if isinstance(values, dict) else {}
+        if isinstance(values, dict):
+            return {key: value for key, value in values.items() if key not in _SECTIONS or isinstance(value, dict)}
     return {}
 
 

@@ -11,15 +11,37 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
 
 from configs.paths import certificates_path, discarded_metrics_path
+from training.evaluation.kept import Kept, Step
 from training.metrics_reader import finite_value, step_fields
 
 _TIMES = ("step_seconds", "validation_seconds", "save_seconds")
-_RANK_KEYS = ("rank", "tensor_rank", "stage", "data_rank", "heads", "backend", "precision", "device", "error")
 
 Happening = Literal["saved", "failed"]
+
+
+class _Rank(Kept):
+    model_config = ConfigDict(strict=True)  # an error may be infinite
+    rank: Step
+    tensor_rank: Step
+    stage: Step
+    data_rank: Step
+    heads: list[int]
+    backend: str
+    precision: str
+    device: str
+    error: float | None
+
+
+class _Certificate(Kept):
+    """What a page reads of a line of certificates.jsonl."""
+
+    position: str = ""
+    ranks: Annotated[list[_Rank], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -41,8 +63,8 @@ class RunStart:
     @property
     def began_at(self) -> datetime | None:
         """When it began to train; None if that is not known."""
-        with suppress(TypeError, ValueError):
-            return datetime.fromisoformat(self.certificate["started_at"]) if self.certificate else None
+        with suppress(KeyError, TypeError, ValueError):
+            return datetime.fromisoformat(self.certificate["started_at"])
         return None
 
     @property
@@ -95,7 +117,7 @@ def read_starts(run_dir: Path, steps: Sequence[dict[str, Any]]) -> tuple[RunStar
         steps: Its steps, as in metrics.jsonl.
     """
     certificates = _lines(certificates_path(run_dir), needs="ranks")
-    starts = [RunStart(each, each["step"]) for each in certificates if _is_whole(each["ranks"])]
+    starts = [RunStart(each, each["step"]) for each in certificates if _is_whole(each)]
     if not starts and not steps:
         return ()
     first_step = steps[0]["step"] if steps else math.inf
@@ -138,8 +160,11 @@ def _lines(path: Path, *, needs: str) -> Iterator[dict[str, Any]]:
                 yield fields
 
 
-def _is_whole(ranks: Any) -> bool:
-    return bool(ranks) and all({*_RANK_KEYS} <= {*rank} for rank in ranks)
+def _is_whole(certificate: dict[str, Any]) -> bool:
+    with suppress(ValidationError):
+        _Certificate.model_validate(certificate)
+        return True
+    return False
 
 
 def _seconds(steps: Sequence[dict[str, Any]]) -> float:

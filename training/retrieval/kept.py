@@ -4,16 +4,53 @@ They lie in evaluation/step_0000400/retrieval/, named by their text, scale and p
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from training.evaluation.kept import HELD_OUT, other_precision, read_measured, text_name, text_slug
+from pydantic import Field
+
+from training.evaluation.kept import (
+    HELD_OUT,
+    AtLeastOne,
+    Kept,
+    KeptText,
+    Step,
+    other_precision,
+    read_measured,
+    text_name,
+    text_slug,
+)
 
 RETRIEVAL_FOLDER = "retrieval"  # in the folder of a checkpoint's reports
-_NEEDED = ("checkpoint", "step", "train_length", "data.name", "seed", "chance", "precision", "date", "text_path")
-_NEEDED_RESULT = (
-    *("task", "length", "depth", "prompts", "recall", "recall_interval", "choice", "choice_interval"),
-    *("log_probability", "margin"),
-)
+
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class _KeptCell(Kept):
+    task: str
+    length: AtLeastOne
+    depth: float | None
+    prompts: AtLeastOne
+    recall: _Share
+    recall_interval: _Interval
+    choice: _Share
+    choice_interval: _Interval
+    log_probability: float
+    margin: float
+
+
+class _KeptRetrieval(Kept):
+    checkpoint: str
+    step: Step
+    train_length: AtLeastOne
+    data: KeptText
+    seed: int
+    chance: float
+    precision: str
+    scale: str = ""
+    date: str
+    text_path: str | None
+    results: Annotated[list[_KeptCell], Field(min_length=1)]
 
 
 def retrieval_files(folder: Path, *, label: str = "*") -> list[Path]:
@@ -32,7 +69,7 @@ def read_retrieval(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is not a report.
     """
-    return read_measured(path, command="retrieval", keys=_NEEDED, result_keys=_NEEDED_RESULT)
+    return read_measured(path, command="retrieval", form=_KeptRetrieval)
 
 
 def retrieval_label(report: dict[str, Any]) -> str:

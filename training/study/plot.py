@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 
 from configs.terminal import printable
 from training.evaluation.chart import (
+    add_legend,
     draw_curve,
     head_axes,
     line_style,
@@ -37,7 +38,7 @@ def draw_study(table: StudyTable) -> Path | None:
         _draw_text(axes, table, text)
     lines = {label: line for axes in all_axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     shown = {name: lines[name] for name in table.names if name in lines}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)), frameon=False)
+    add_legend(figure, shown, columns=min(4, len(shown)))
     try:
         return save_figure(figure, path)
     except OSError as error:
@@ -71,4 +72,5 @@ def _draw_text(axes: Axes, table: StudyTable, text: TextTable) -> None:
         facts.append("bands: seeds")
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel("perplexity per token")
-    head_axes(axes, heading=f"{table.loaded.study.name}: perplexity against length", facts=" · ".join(facts))
+    name = shorten(table.loaded.study.name, characters=_LONGEST_NAME)
+    head_axes(axes, heading=f"{name}: perplexity against length", facts=" · ".join(facts))

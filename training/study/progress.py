@@ -20,7 +20,7 @@ from training.comparison.run import read_runs
 from training.comparison.text import WantedText
 from training.evaluation.kept import checkpoint_reports, read_report
 from training.evaluation.results import protocol_name
-from training.metrics_reader import read_steps
+from training.metrics_reader import column, read_steps
 from training.reproduction.starts import recorded_starts
 from training.study.rows import StudyRow, changed_values, deciding_values, values_sha256
 from training.versions import installed_version
@@ -202,8 +202,8 @@ def _speed(run_dir: Path, row: StudyRow | None) -> float | None:
     if row is not None:
         return row.figures.get("tokens_per_second")
     steps = read_steps(run_dir)
-    seconds = sum(step.get("step_seconds", 0.0) for step in steps)
-    return steps[-1]["tokens_seen"] / seconds if seconds else None
+    tokens, seconds = column(steps, "tokens_seen"), sum(column(steps, "step_seconds"))
+    return tokens[-1] / seconds if tokens and seconds else None
 
 
 def expected_seconds(progress: Sequence[RunProgress]) -> dict[str, float | None]:

@@ -7,14 +7,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import InputError, MachineError
 from configs.files import whole_file
 from configs.schema import RunConfig
 from data_pipeline.hashes import json_sha256
+from training.evaluation.kept import AtLeastOne, Kept
 from training.folder import MAY_CHANGE, with_dotted_keys
 
 # Keys that say where things are and what they are called. The data's hashes identify the data.
@@ -60,6 +61,43 @@ class StudyRow:
 
 
 _ADAPTER: TypeAdapter[StudyRow] = TypeAdapter(StudyRow)
+
+
+class _RowData(Kept):
+    sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    tokens: int | None = None
+
+
+class _RowResult(Kept):
+    text: str
+    text_sha256: str | None
+    documents_sha256: str | None = None
+    protocol: str
+    length: AtLeastOne
+    tokens: int | None = None
+    loss: float
+    perplexity: Annotated[float, Field(gt=0)]
+    standard_error: float | None = None
+
+
+class _RowFigures(Kept):
+    train_length: AtLeastOne
+    parameters: int | None = None
+    tokens: float | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    memory_gb: float | None = None
+    loss: float | None = None
+
+
+class _RowForm(Kept):
+    """What a line must hold where a row has values by name."""
+
+    data: _RowData
+    code: dict[str, str | bool | None]
+    figures: _RowFigures
+    results: list[_RowResult]
 
 
 def deciding_values(config: RunConfig) -> dict[str, Any]:
@@ -138,6 +176,7 @@ def _lines(path: Path) -> Iterator[tuple[str, StudyRow]]:
         if not line.strip():
             continue
         try:
+            _RowForm.model_validate_json(line)
             yield line, _ADAPTER.validate_json(line)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]

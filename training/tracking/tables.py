@@ -87,7 +87,7 @@ def _evaluation_rows(file: Path) -> Iterable[dict[str, Any]]:
                 "text": report["data"]["name"],
                 "protocol": protocol_name(result),
                 "x_trained": result["length"] / report["train_length"],
-                "scored_tokens": result["tokens"],
+                "scored_tokens": result.get("tokens"),
                 "precision": report.get("precision"),
             }
 
