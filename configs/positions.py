@@ -41,7 +41,7 @@ class Position(Choice):
         problems: Yields a line per requirement that a model breaks: what must hold, the value seen, what to do.
     """
 
-    title: str = ""
+    title: str
     bias: BiasKind = "none"
     slopes: "Callable[[Model], Sequence[float]] | None" = None
     entries_per_head: int = 0

@@ -45,7 +45,7 @@ def main(methods: list[str]) -> None:
         values = {**SETTINGS, "run.name": run_dir.name, "run.dir": run_dir, "model.position": method}
         sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
         trainshort("prepare", "demo", *sets)
-        trainshort("train", "demo", *sets)
+        trainshort("train", "demo", *sets, "--ranks", "1")  # on any number of GPUs
         trainshort("retrieval", str(run_dir), "--json", quiet=True)  # shown at the end
     for method in methods:
         run_dir = Path(f"runs/recall-{method}")

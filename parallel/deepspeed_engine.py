@@ -157,6 +157,7 @@ class _PlainEngine:
         return logits
 
     def state(self) -> State:
+        zero.require_moments(self._engine, moments=self._state.kinds[1:])
         return self._state
 
     def _mean(self, value: Tensor) -> float:
@@ -198,6 +199,7 @@ class _PipelineEngine:
             return None if x is None else module.logits(x)  # DeepSpeed takes the last layer's output for logits
 
     def state(self) -> State:
+        zero.require_moments(self._engine, moments=self._state.kinds[1:])
         return self._state
 
     def _loss(self) -> Tensor:

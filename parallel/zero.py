@@ -69,6 +69,15 @@ def start_optimizer(engine: Any, *, moments: Sequence[str]) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def require_moments(engine: Any, *, moments: Sequence[str]) -> None:
+    """Fail if the optimizer keeps other tensors than its row names: a checkpoint would lose them without a word."""
+    for state in _base(engine).state.values():
+        kept = {name for name in state if name != "step"}
+        assert kept == set(moments), (
+            f"the optimizer keeps {sorted(kept)}, its row in configs/choices.py {sorted(moments)}"
+        )
+
+
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Set the optimizer's step count; Adam's bias correction needs it."""
     for state in _base(engine).state.values():

@@ -47,7 +47,7 @@ class TrainedModel:
 
     def __init__(self, checkpoint: Checkpoint, *, precision: str, scale: str | None = None) -> None:
         """Load the weights; see `load`."""
-        chosen = None if scale is None else fixed_scale_for(scale, checkpoint.config.model)
+        chosen = None if scale is None else fixed_scale_for(str(scale), checkpoint.config.model)
         self._tokenizer = load_tokenizer(checkpoint.tokenizer)
         self._model = load_single(checkpoint, precision=precision, scale=chosen)
         self.precision, self.scale = precision, None if chosen is None else str(chosen)

@@ -85,6 +85,10 @@ def _start(config: RunConfig, *, prepared: "list[Prepared]") -> str | None:
     """
     run_dir, init_from = check_run_folder(config), config.train.init_from
     if not (config_file(run_dir).exists() or checkpoints_folder(run_dir).exists() or init_from):
+        if config.train.decay_steps is not None:  # else the first start sets it to train.steps
+            from training.preflight import require_learning
+
+            require_learning(config.train)
         return None
 
     from training.folder import with_fixed_keys

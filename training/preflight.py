@@ -131,7 +131,8 @@ def require_learning(train: Train) -> None:
         raise InputError(
             f"train.steps is {train.steps}, but from step {train.decay_steps} on the learning rate is 0 "
             "(train.decay_steps, fixed at the first start, and train.min_learning_rate): nothing more would be "
-            f"learned; set train.steps to {train.decay_steps}, or continue in another run.dir with train.init_from"
+            f"learned; set train.steps to {train.decay_steps}, raise train.decay_steps or train.min_learning_rate if "
+            "the run has not started, or continue in another run.dir with train.init_from"
         )
 
 

@@ -123,6 +123,8 @@ def test_ranks_that_do_not_fit_are_refused() -> None:
         render_run("bloom-176b", nodes=5)
     with pytest.raises(InputError, match=r"train.global_batch must be a multiple of"):
         render_run("alibi-1b3", nodes=3)
+    with pytest.raises(InputError, match=r"ranks_per_node must be at most slurm.gpus_per_node \(8\), got 16: a rank"):
+        render_run("alibi-1b3", "slurm.ranks_per_node=16", nodes=1)
 
 
 def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_other_wrong_input_is_refused(model: TrainedModel) -> None:
         r"temperature must be a number, got \[1\]": lambda: model.stream("x", temperature=[1]),  # type: ignore[arg-type]
         "top-p must be a number, got '1'": lambda: model.stream("x", top_p="1"),  # type: ignore[arg-type]
         "seed must be a whole number, got 'a': give an int": lambda: model.stream("x", seed="a"),  # type: ignore[arg-type]
+        r"scale '4' is not known: use linear or ntk or yarn": lambda: load(OLD_RUN, scale=4),  # type: ignore[arg-type]
         "seed must be a whole number, got 1.5": lambda: model.stream("x", seed=1.5),  # type: ignore[arg-type]
         r"a length of at least 1, got \[0\]": lambda: model.logits([]),
         r"must have the shape \[length\], got \[1, 2\]": lambda: model.decode([[5, 6]]),  # type: ignore[list-item]

@@ -45,7 +45,9 @@ def test_a_report_with_a_value_of_a_wrong_type_is_named(trainshort: Call) -> Non
             with pytest.raises(InputError, match=rf"{report} is not a report of `trainshort evaluate` \({where}: "):
                 read_report(report)
     report.write_text(with_value(document, "results.tokens", "x"))
-    assert f"{report} is not a report of `trainshort evaluate` (results.0.tokens: " in refused(trainshort, "report", "run")
+    assert f"{report} is not a report of `trainshort evaluate` (results.0.tokens: " in refused(
+        trainshort, "report", "run"
+    )
     report.write_text(with_value(document, "results", []))
     assert "(results: " in refused(trainshort, "compare", "run")
     report.write_text(with_value(document, "another", "x"))

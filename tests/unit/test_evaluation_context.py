@@ -26,6 +26,7 @@ from training.evaluation.resampling import Units, units_of
 from training.evaluation.results import Change, changes
 from training.evaluation.sums import LossSums
 from training.evaluation.verdict import verdict_of
+from training.export.facts import facts_of_context
 
 LONGEST = 512
 TOKENS = 12_000
@@ -154,6 +155,9 @@ def test_a_verdict_says_what_was_planted() -> None:
     )
     assert "at 128; at 256 perplexity is " in usable
     assert effective.startswith("effective context: 8 tokens (8 in 95 % of the draws): with no more, ")
+    none = verdict_for(PlantedModel(1), lengths=(32,), context=context_of(PlantedModel(1), longest=64))
+    assert any(words.startswith("effective context: 1 token (1 in 95 % of the draws)") for words in none["words"])
+    assert facts_of_context(1).startswith("Effective context: 1 token; ")
     assert shuffled.startswith("with the tokens beyond the nearest 16 shuffled, perplexity changes by +0.00%")
     # of a window's predictions, the first seven see less than eight tokens
     assert [each["length"] for each in verdict["early_tokens"]] == [32, 64, 128, 256]

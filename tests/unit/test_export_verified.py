@@ -147,6 +147,13 @@ def test_vllm_is_not_offered_for_what_it_cannot_load(changed: dict[str, object])
     assert FORMATS["gguf"].servers[0].runs(model)
 
 
+def test_a_format_without_a_server_is_not_checked_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "plain", dataclasses.replace(FORMATS["hf"], servers=()))
+    for model in (None, SHAPE):
+        with pytest.raises(InputError, match="^no server runs format plain: drop --serve-check$"):
+            server_of("plain", with_code=False, model=model)
+
+
 def test_vllm_is_started_within_a_gibibyte_of_keys() -> None:
     for server in FORMATS["hf"].servers:
         command = server.arguments(Path("exported"), port=8123, context=96)

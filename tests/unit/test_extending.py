@@ -1,17 +1,19 @@
 """A position method and a kernel of this file, registered as docs/extending.md says, in a whole small run."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.backends import BACKENDS, Backend
+from configs.choices import OPTIMIZERS, OptimizerChoice
 from configs.errors import InputError
 from configs.load import load_run
 from configs.positions import POSITIONS, Position
-from configs.schema import Model
+from configs.schema import Model, Train
 from parallel.axes import Group
 from parallel.parameter import Shard
 from tests.support.one_rank import one_rank
@@ -81,7 +83,7 @@ class Headwise:
 
 
 def register_position(monkeypatch: pytest.MonkeyPatch, method: type[PositionMethod]) -> None:
-    row = Position("logarithmic", f"{__name__}.{method.__name__}", bias="table")
+    row = Position("logarithmic", f"{__name__}.{method.__name__}", title="logarithmic penalty", bias="table")
     monkeypatch.setitem(POSITIONS, "logarithmic", row)
 
 
@@ -131,6 +133,30 @@ def test_a_promise_that_is_not_kept_is_refused(registered: pytest.MonkeyPatch, t
     with pytest.raises(WrongPositions, match="from what its position method promises"):
         with one_rank(tmp_path, *RUN):
             pytest.fail("an engine was built on wrong positions")
+
+
+def momentum(parameters: Iterable[nn.Parameter], *, train: Train) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=train.learning_rate, momentum=0.9, fused=True)
+
+
+def register_optimizer(monkeypatch: pytest.MonkeyPatch, *moments: str) -> None:
+    row = OptimizerChoice("momentum", f"{__name__}.momentum", moments=moments)
+    monkeypatch.setitem(OPTIMIZERS, "momentum", row)
+
+
+def test_a_new_optimizer_names_all_that_it_keeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    register_optimizer(monkeypatch, "momentum_buffer")
+    with one_rank(tmp_path, "train.optimizer=momentum") as rank:
+        rank.start(tmp_path / "run", steps=1)
+    kept = {file.name for file in (tmp_path / "run/checkpoints/step_0000001").glob("stage_*")}
+    assert kept == {f"stage_00_tensor_00.{kind}.safetensors" for kind in ("weight", "momentum_buffer")}
+    # Of another name it would be saved as zeros, and a resume would begin without it.
+    register_optimizer(monkeypatch, "buffer")
+    with (
+        one_rank(tmp_path, "train.optimizer=momentum") as rank,
+        pytest.raises(AssertionError, match=r"keeps \['buffer', 'momentum_buffer'\], its row in .* \['buffer'\]"),
+    ):
+        rank.start(tmp_path / "other", steps=1)
 
 
 @pytest.mark.usefixtures("registered")

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -159,3 +160,7 @@ def test_the_corpus_holds_every_task_and_its_answers(tmp_path: Path) -> None:
         write_recall_corpus(tmp_path / name, documents=3, seed=1)
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
     assert len((tmp_path / "a").read_text().splitlines()) == 3
+    documents = iter(["whole"])
+    with patch("training.retrieval.corpus.recall_document", lambda _: next(documents)), pytest.raises(StopIteration):
+        write_recall_corpus(tmp_path / "interrupted", documents=3, seed=1)
+    assert not (tmp_path / "interrupted").exists()

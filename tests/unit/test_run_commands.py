@@ -171,6 +171,14 @@ def test_no_more_steps_are_advised_at_a_rate_of_zero(trainshort: Call, trained: 
 
 
 @pytest.mark.usefixtures("trained")
+def test_check_knows_a_schedule_that_ends_early(trainshort: Call) -> None:
+    (note,) = notes(trainshort, "run.dir=new", "train.steps=10", "train.decay_steps=5")
+    assert note.startswith("train.steps is 10, but from step 5 on the learning rate is 0 ")
+    assert "raise train.decay_steps or train.min_learning_rate if the run has not started" in note
+    assert notes(trainshort, "run.dir=new", "train.decay_steps=5", "train.min_learning_rate=1e-3") == []
+
+
+@pytest.mark.usefixtures("trained")
 def test_a_checkpoint_command_refuses_what_it_would_ignore(trainshort: Call) -> None:
     reshape = ("checkpoint", "reshape", "run")
     for option in (("--json",), ("--ranks", "4"), ("--set", "parallel.tensor=4")):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.figures import counted
 from training.evaluation.resampling import interval
 from training.evaluation.results import is_whole
 from training.evaluation.usable import usable_length, whole_windows
@@ -118,10 +119,11 @@ def _context_words(context: Report) -> Iterator[str]:
         return
     effective = context["effective_context"]
     full, best = context["loss"][-1], min(context["loss"])
+    interval_words = _range(context["effective_context_interval"])
     yield (
-        f"effective context: {effective:,} tokens ({_range(context['effective_context_interval'])}): with no more, "
-        f"{context['tokens']:,} tokens have a perplexity within 1 % of the best, {math.exp(best):,.2f}; with up to "
-        f"{context['longest']:,} it is {math.exp(full):,.2f}"
+        f"effective context: {counted(effective, 'token')} ({interval_words}): with no more, {context['tokens']:,} "
+        f"tokens have a perplexity within 1 % of the best, {math.exp(best):,.2f}; with up to {context['longest']:,} it "
+        f"is {math.exp(full):,.2f}"
     )
     shuffled = dict(zip(context["shuffled_contexts"], context["shuffled_loss"], strict=True))
     beyond = [each for each in shuffled if each >= effective][:-1]  # in the last one nothing is shuffled

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from configs.figures import counted
 from configs.schema import RunConfig
 from training.evaluation.usable import HeldOutReport, usable_length, whole_windows
 from training.evaluation.verdict import measured_context
@@ -10,8 +11,8 @@ from training.evaluation.verdict import measured_context
 def facts_of_context(effective: int) -> str:
     """Return what the cards say of the effective context, in a sentence."""
     return (
-        f"Effective context: {effective:,} tokens; with no more context, perplexity on held-out text is within 1 % of "
-        "the best."
+        f"Effective context: {counted(effective, 'token')}; with no more context, perplexity on held-out text is "
+        "within 1 % of the best."
     )
 
 

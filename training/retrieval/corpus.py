@@ -9,6 +9,7 @@ import json
 import random
 from pathlib import Path
 
+from configs.files import whole_file
 from training.retrieval.tasks import NEEDLE_END, SEPARATOR, needle_start, question
 
 _SYLLABLES = ("ba", "do", "fi", "ku", "le", "mo", "na")
@@ -26,12 +27,12 @@ def write_recall_corpus(path: Path, *, documents: int, seed: int) -> None:
     """Write documents as the lines of a .jsonl file that `data.sources` takes.
 
     Args:
-        path: The file.
+        path: The file, written whole or not at all.
         documents: How many to write.
         seed: Seed of the words and numbers.
     """
     chance = random.Random(seed)
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for _ in range(documents):
             file.write(json.dumps({"text": recall_document(chance)}) + "\n")
 

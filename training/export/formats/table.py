@@ -277,6 +277,8 @@ def server_of(name: str, *, with_code: bool, model: "Model | None" = None) -> In
     """
     if with_code:
         raise InputError("no server runs a folder with its own code: drop --serve-check or --with-code")
+    if not FORMATS[name].servers:
+        raise InputError(f"no server runs format {name}: drop --serve-check")
     servers = [server for server in FORMATS[name].servers if model is None or server.runs(model)]
     if model is not None and not servers:
         untied = "" if model.tie_embeddings else " with model.tie_embeddings false"
