@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.documents import Documents
 from training.model.kernels.bias_blocks import bias_blocks
-from training.model.kernels.each_document import attend_each
+from training.model.kernels.each_document import SharedStrip, attend_each
 from training.model.kernels.sdpa_cpu import attend_by_blocks, computed_share
 from training.model.positions.bias import QUERY_BLOCK, Bias, padded
 
@@ -29,7 +29,8 @@ class Sdpa:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Return [batch, local_heads, queries, head_dim]."""
         if documents is not None:
-            return attend_each(self, q, k, v, documents=documents, bias=self.bias)
+            attend = Sdpa(SharedStrip(self.bias, longest=documents.longest)) if self.bias.learned else self
+            return attend_each(attend, q, k, v, documents=documents, bias=self.bias)
         queries, keys = q.shape[2], k.shape[2]
         window = self.bias.window
         if window is not None and window >= keys:
