@@ -29,8 +29,8 @@ class Sdpa:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Return [batch, local_heads, queries, head_dim]."""
         if documents is not None:
-            attend = Sdpa(SharedStrip(self.bias, longest=documents.longest)) if self.bias.learned else self
-            return attend_each(attend, q, k, v, documents=documents, bias=self.bias)
+            alone = Sdpa(SharedStrip(self.bias, longest=documents.longest)) if self.bias.learned else self
+            return attend_each(alone, q, k, v, documents=documents, bias=self.bias)
         queries, keys = q.shape[2], k.shape[2]
         window = self.bias.window
         if window is not None and window >= keys:
