@@ -7,41 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.documents import Documents
-from training.model.positions.bias import QUERY_BLOCK, Bias, padded
-from training.model.windows import LosslessWindows
-
-
-class SharedStrip:
-    """A bias whose strip is computed at its first use, for the longest document, and serves all of an attention.
-
-    A learned bias is a module, whose table ZeRO-3 partitions: all data ranks must call it equally often, and each has
-    other documents.
-    """
-
-    def __init__(self, bias: Bias, *, longest: int) -> None:
-        """Take a bias.
-
-        Args:
-            bias: One without slopes.
-            longest: Tokens of the longest document.
-        """
-        self.local_slopes: Tensor | None = None
-        self.learned, self.causal_only = bias.learned, bias.causal_only
-        self.lossless: LosslessWindows | None = bias.lossless
-        self.window: int | None = bias.window
-        self._bias, self._longest, self._strip = bias, longest, torch.empty(0)
-
-    def slope_of(self, device: torch.device) -> None:
-        """Return None: there are no slopes."""
-
-    def __call__(self, *, rows: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the strip [1, local_heads, rows, keys]; `device` and `dtype` are the same in each call."""
-        if not self._strip.numel():
-            height = min(self._longest, QUERY_BLOCK)
-            width = min(self._longest, padded(height + (self.window or self._longest) - 1))
-            self._strip = self._bias(rows=height, keys=width, device=device, dtype=dtype)
-        # a smaller strip is the last rows and columns: they have the same distances
-        return self._strip[:, :, self._strip.shape[2] - rows :, self._strip.shape[3] - keys :]
+from training.model.positions.bias import Bias
 
 
 def attend_each(
