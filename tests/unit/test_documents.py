@@ -125,7 +125,7 @@ def test_attention_of_documents_is_that_of_each_alone(kernel: str, position: str
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("window", [None, 1, 100, 300])
 def test_a_learned_bias_is_called_once_for_all_documents(kernel: str, window: int | None) -> None:
-    """ZeRO-3 gathers its table in a collective, and data ranks have other documents."""
+    """As ZeRO-3 gathers parameters by the order of modules' calls, and data ranks have other documents."""
     seq, calls = 700, []
     q, k, v, weight = torch.randn(4, 2, HEADS, seq, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     for firsts in (((0, 3, 290, 291), (0, 640)), ((0,), (0,))):

@@ -78,8 +78,8 @@ class LearnedBias(DistanceBias):
 class CalledOnce:
     """A learned bias that calls its module once for several sequences, such as the documents of a micro-batch.
 
-    ZeRO-3 gathers the table at each call, in a collective: all data ranks must call it equally often, and each has
-    other documents.
+    ZeRO-3 gathers parameters in collectives, ahead of modules in the order in which they were called before: all data
+    ranks must make the same calls, and each has other documents.
     """
 
     local_slopes: Tensor | None = None
