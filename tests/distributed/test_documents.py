@@ -21,7 +21,7 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"tensor": 2, "pipeline": 2, "zero": 1}, ("model.position=t5", "train.recompute=selective")),
     ({"tensor": 2, "pipeline": 2, "zero": 1, "sequence": True}, ("model.position=sinusoidal", "train.recompute=true")),
     ({"tensor": 1, "pipeline": 2, "zero": 1}, ("model.position=alibi", "train.recompute=selective")),
-    ({"tensor": 2, "pipeline": 1, "zero": 3, "sequence": True}, ("model.position=sinusoidal",)),
+    ({"tensor": 2, "pipeline": 1, "zero": 3, "sequence": True}, ("model.position=kerple",)),
     ({"tensor": 1, "pipeline": 1, "zero": 2}, ("model.position=rotary", "train.recompute=true")),
 ]
 MASKED = ("data.mask_documents=true", f"train.global_batch={SAMPLES}", "train.clip=1e9")

@@ -13,6 +13,7 @@ from parallel.groups import lone_groups
 from tests.support.models import make_decoder
 from tests.support.one_rank import one_rank
 from training.model.kernels import sdpa_cpu
+from training.model.kernels.reference import Reference
 from training.model.kernels.sdpa import Sdpa
 from training.model.proof.certificate import WrongPositions, certify
 from training.model.proof.kernel_error import LONGEST, ROWS, SHORT, Batch, kernel_error
@@ -52,6 +53,23 @@ def test_the_last_rows_and_their_gradients_are_compared(wrong: str) -> None:
             return out + off if wrong == "output" else out + (off * v - (off * v).detach()).sum(2, keepdim=True)
 
     assert kernel_error(Wrong(), **shape) > 1e-3
+
+
+@pytest.mark.parametrize("kernel", [Reference, Sdpa])
+def test_a_window_of_one_token_is_compared(kernel: type[Reference] | type[Sdpa]) -> None:
+    for position in ("alibi", "t5", "none"):
+        bias = make_decoder(4, position=position, window=1).layers[1].attend.bias  # type: ignore[union-attr]
+        shape: Any = {"heads": 4, "head_dim": 8, "dtype": torch.float32, "device": CPU, "batch": Batch(2, 300)}
+        assert kernel_error(kernel(bias), **shape, documents=True) < 1e-5  # type: ignore[arg-type]
+
+        class Wrong:
+            def __init__(self, attend: Reference | Sdpa) -> None:
+                self.bias, self._attend = attend.bias, attend
+
+            def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return self._attend(q, k, v) + (q - q.detach()) * 0.01  # queries get a gradient
+
+        assert kernel_error(Wrong(kernel(bias)), **shape) > 1e-3  # type: ignore[arg-type]
 
 
 def test_long_sequences_are_compared_alone() -> None:

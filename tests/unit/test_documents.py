@@ -99,7 +99,7 @@ def test_documents_are_where_they_are_said_to_begin() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    ("position", "window"), [("alibi", None), ("none", None), ("alibi", 5), ("none", 5), ("t5", None)]
+    ("position", "window"), [("alibi", None), ("none", None), ("alibi", 5), ("none", 5), ("t5", None), ("t5", 5)]
 )
 def test_attention_of_documents_is_that_of_each_alone(kernel: str, position: str, window: int | None) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -120,6 +120,26 @@ def test_attention_of_documents_is_that_of_each_alone(kernel: str, position: str
     if position != "t5":  # which it does not take; on a CPU it has no gradients
         flex = Flex(bias_of(position, window=window))(q, k, v, documents)
         torch.testing.assert_close(flex, expected.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [None, 1, 100, 300])
+def test_a_learned_bias_is_called_once_for_all_documents(kernel: str, window: int | None) -> None:
+    """As ZeRO-3 gathers parameters by the order of modules' calls, and data ranks have other documents."""
+    seq, calls = 700, []
+    q, k, v, weight = torch.randn(4, 2, HEADS, seq, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for firsts in (((0, 3, 290, 291), (0, 640)), ((0,), (0,))):
+        results = []
+        for make in (KERNELS[kernel], Reference):
+            bias = bias_of("t5", window=window)
+            assert isinstance(bias, torch.nn.Module)
+            bias.register_forward_hook(lambda *_: calls.append(1))
+            given = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = make(bias)(*given, Documents(begins_of(firsts, seq=seq), device=CPU))
+            results.append([out, *torch.autograd.grad(out, [*given, *bias.parameters()], weight)])
+        for mine, exact in zip(*results, strict=True):
+            torch.testing.assert_close(mine, exact, atol=1e-11, rtol=0)
+    assert len(calls) == 4
 
 
 def test_auto_and_every_kernel_that_says_so_take_documents() -> None:

@@ -14,6 +14,7 @@ from configs.schema import Model
 from parallel.axes import Group, Groups
 from parallel.groups import lone_groups
 from tests.support.models import make_decoder
+from training.model.attention import AttentionBlock
 from training.model.kernels.reference import Reference
 from training.model.kernels.sdpa import Sdpa
 from training.model.positions import t5
@@ -332,3 +333,23 @@ def test_bf16_attention_is_within_what_bf16_is_allowed(groups: Groups) -> None:
     decoder = make_decoder(16)
     (found,) = certify(decoder, model_of(16), groups=groups, precision="bf16", device=CPU)
     assert 1e-5 < found.error < 3e-3  # bf16 was really measured
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_slopes_too_flat_to_be_seen_are_certified(groups: Groups, precision: str) -> None:
+    for bias_max in (16, 64):
+        decoder, model = (
+            make_decoder(8, alibi_bias_max=bias_max),
+            model_of(8).model_copy(update={"alibi_bias_max": bias_max}),
+        )
+        (found,) = certify(decoder, model, groups=groups, precision=precision, device=CPU)
+        # but a wrong sign is, and so are steep heads without a bias
+        for wrong in (replace(found, recency=-1e-4), replace(found, error=0.01)):
+            with pytest.raises(WrongPositions):
+                check_certificates([wrong], model, tolerance=3e-3, otherwise="")
+        without = make_decoder(8, position="none")
+        for layer, other in zip(decoder.layers, without.layers, strict=True):
+            if isinstance(layer, AttentionBlock):
+                layer.attend = other.attend
+        with pytest.raises(WrongPositions):
+            certify(decoder, model, groups=groups, precision=precision, device=CPU)

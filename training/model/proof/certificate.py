@@ -312,8 +312,10 @@ def _wrong_rank(
             if certificate.slopes_sha256 != expected:
                 heads = _span(certificate.heads)
                 return f"{certificate.where} does not have the slopes of its heads {heads}; {REPORT}"
-            # 16 bits may round away how little a flat scaled slope prefers the last of PROBED keys
-            prefers_near = certificate.recency > 0 or (scaling is not None and certificate.recency == 0)
+            # a precision may round away how little a flat slope prefers the last of PROBED keys
+            visible = max(tolerance, PRECISIONS[certificate.precision].epsilon)
+            is_flat = min(slopes[head] for head in certificate.heads) * PROBED <= visible
+            prefers_near = certificate.recency > 0 or (is_flat and certificate.recency == 0)
             if not prefers_near:
                 return (
                     f"{certificate.where} does not prefer near keys (last key's weight minus the first's "
