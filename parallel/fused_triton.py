@@ -1,4 +1,4 @@
-"""Triton kernels of `fused_kernels`: states are read once and written once, and sums over rows are made on the way.
+"""Triton kernels of `fused_kernels`: they read states once and write them once, and sum rows on the way.
 
 Rows are tokens, and all tensors are contiguous. Sums are taken in fp32: a program adds up the rows of a stripe, and
 stores its sums as one row of [stripes, ...]. Places have 64 bits, as a large micro-batch has 2^31 elements.
@@ -62,7 +62,7 @@ def norm_backward(
         scale = tl.load(moments + 2 * tl.cast(row, tl.int64) + 1)
         of_row = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
         state = tl.load(states + places, mask=inside, other=0.0).to(tl.float32)
-        normal = tl.where(inside, (state - mean) * scale, 0.0)
+        normal = (state - mean) * scale
         weighted = of_row * of_weight
         along, level = tl.sum(weighted * normal, 0) / width, tl.sum(weighted, 0) / width
         out = (weighted - level - normal * along) * scale

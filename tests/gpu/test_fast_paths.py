@@ -1,21 +1,19 @@
 """The parts of a fast step on a GPU, each against plain torch: `make test-gpu`."""
 
-from collections.abc import Callable
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from configs.positions import POSITIONS
 from parallel.axes import Group
 from parallel.compiled import make_compile
-from parallel.fused import add_and_normalize, add_to_residual, gelu_exact, gelu_tanh, normalize, split_heads
 from parallel.head import Head
 from parallel.weight_gradient import add_product, adds_in_product
+from tests.support.fused import FUSED_CASES
 from tests.support.models import VOCABULARY, make_wandering_decoder
 from training.generation import continue_tokens
 from training.model.decoding import SMALLEST
@@ -64,48 +62,36 @@ def test_weight_gradients_add_up_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("word", ["on", "triton"])
-def test_the_fused_functions_equal_the_plain_ones(word: str) -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
+def test_the_fused_functions_equal_the_plain_ones(word: str, dtype: torch.dtype, limit: float) -> None:
     compiled = make_compile(word, device=CUDA)
-    for function, (states, vectors, more) in FUSED.items():
-        for rows in (256, 1001):
-            torch.manual_seed(0)
-            plain = [torch.randn(rows, WIDTH, device=CUDA) for _ in range(states)]
-            plain += [torch.randn(WIDTH, device=CUDA) for _ in range(vectors)]
-            results = [_with_gradients(each, plain, more) for each in (function, compiled(function))]
-            for expected, found in zip(*results, strict=True):
-                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for name, case in FUSED_CASES.items():
+        for rows, width in ((1001, 75), (20_000, 384)):  # the second: programs that take many rows
+            values = case.arguments(rows=rows, width=width, device=CUDA)
+            values = [None if value is None else value.to(dtype) for value in values]
+            found = case.results(compiled(case.function), values, dtype=dtype, lies_otherwise=width == 75)
+            exact = case.results(case.function, values, dtype=torch.float64, lies_otherwise=False)
+            for one, other in zip(found, exact, strict=True):
+                assert (one.double() - other).norm() <= limit * other.norm(), (name, rows)
 
 
 @pytest.mark.parametrize("word", ["on", "triton"])
 def test_fused_functions_take_more_than_2_to_the_31_elements(word: str) -> None:
     compiled = make_compile(word, device=CUDA)
-    rows, width = 66_000, 33_000
-    x = torch.zeros(rows, width, device=CUDA, dtype=torch.bfloat16)
-    x[-1] = torch.linspace(-3, 3, width, device=CUDA)
-    for function in (gelu_tanh, gelu_exact):
-        found = compiled(function)(x, None)
-        torch.testing.assert_close(found[-1], function(x[-1], None))
-        assert not found[0].any()
-
-
-WIDTH = 384  # 4 heads of 32
-# states and vectors that each takes, and what it takes after them
-FUSED: dict[Callable[..., Any], tuple[int, int, tuple[Any, ...]]] = {
-    normalize: (1, 2, (1e-5,)),
-    add_to_residual: (2, 1, ()),
-    add_and_normalize: (2, 3, (1e-5,)),
-    split_heads: (1, 1, (4,)),
-    gelu_tanh: (1, 1, ()),
-    gelu_exact: (1, 1, ()),
-}
-
-
-def _with_gradients(called: Callable[..., Any], values: list[Tensor], more: tuple[Any, ...]) -> list[Tensor]:
-    arguments = [nn.Parameter(value) if value.ndim == 1 else value.clone().requires_grad_() for value in values]
-    results = called(*arguments, *more)
-    results = list(results) if isinstance(results, tuple) else [results]
-    gradients = torch.autograd.grad(sum(result.sin().sum() for result in results), arguments)
-    return [*results, *gradients]
+    rows, width = 720_000, 9 * 333  # 4.3 GB
+    for name in ("norm without bias", "exact without bias", "heads without bias"):
+        case = FUSED_CASES[name]
+        x = torch.zeros(rows, width, device=CUDA, dtype=torch.bfloat16)
+        x[-1] = torch.linspace(-3, 3, width)
+        rest = (torch.ones_like(x[0]), None) if "norm" in name else (None,)
+        seen = []
+        for states, function in ((x[-1:].clone(), case.function), (x, compiled(case.function))):
+            results = function(states.requires_grad_(), *rest, *case.more)
+            results = results if isinstance(results, tuple) else (results,)
+            gradients = torch.autograd.grad(results, states, [result.detach().square() for result in results])
+            seen.append([part[-1].clone() for part in (*results, *gradients)])
+        for one, other in zip(*seen, strict=True):
+            torch.testing.assert_close(one, other, atol=3e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize(

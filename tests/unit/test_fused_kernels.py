@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from configs.schema import Model
 from parallel import fused, fused_kernels
@@ -14,26 +13,10 @@ from parallel.groups import lone_groups
 from parallel.head import Compile, as_it_is
 from parallel.seeds import initial_weights
 from parallel.start import start_alone
+from tests.support.fused import EPSILON, FUSED_CASES, HEADS
 from training.model.decoder import Decoder, plan_layers
 
-EPSILON, HEADS, VOCABULARY = 1e-5, 3, 97
-STATE, PROJECTED, BIAS, PROJECTED_BIAS, NONE = "state", "projected", "bias", "projected bias", "none"
-# what each takes, and its plain arguments
-CASES: tuple[tuple[Callable[..., Any], tuple[str, ...], tuple[Any, ...]], ...] = (
-    (fused.normalize, (STATE, BIAS, BIAS), (EPSILON,)),
-    (fused.normalize, (STATE, BIAS, NONE), (EPSILON,)),
-    (fused.add_and_normalize, (STATE, STATE, BIAS, BIAS, BIAS), (EPSILON,)),
-    (fused.add_and_normalize, (STATE, STATE, NONE, BIAS, BIAS), (EPSILON,)),
-    (fused.add_and_normalize, (STATE, STATE, NONE, BIAS, NONE), (EPSILON,)),
-    (fused.add_and_normalize, (STATE, NONE, NONE, BIAS, BIAS), (EPSILON,)),
-    (fused.add_to_residual, (STATE, STATE, BIAS), ()),
-    (fused.add_to_residual, (STATE, STATE, NONE), ()),
-    (fused.split_heads, (PROJECTED, PROJECTED_BIAS), (HEADS,)),
-    (fused.split_heads, (PROJECTED, NONE), (HEADS,)),
-    (fused.gelu_tanh, (STATE, BIAS), ()),
-    (fused.gelu_exact, (STATE, BIAS), ()),
-    (fused.gelu_exact, (STATE, NONE), ()),
-)
+VOCABULARY = 97
 
 
 @pytest.fixture(autouse=True)
@@ -45,35 +28,14 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_kernels, "TILE_COLUMNS", 64)
 
 
-def _arguments(kinds: tuple[str, ...], *, rows: int, width: int, dtype: torch.dtype) -> list[Tensor | None]:
-    torch.manual_seed(rows)
-    shapes = {STATE: (rows, width), PROJECTED: (rows, 3 * width), BIAS: (width,), PROJECTED_BIAS: (3 * width,)}
-    # Far from zero, where a variance of squares minus the square of the mean would be lost.
-    return [None if kind == NONE else (2 * torch.randn(shapes[kind]) + 3).to(dtype) for kind in kinds]
-
-
-def _results(
-    function: Callable[..., Any], values: list[Tensor | None], more: tuple[Any, ...], *, dtype: torch.dtype
-) -> list[Tensor]:
-    """Return the results of a function, and the gradients that it gives for random ones of its results."""
-    leaves = [None if value is None else value.detach().to(dtype).requires_grad_() for value in values]
-    results = function(*leaves, *more)
-    results = results if isinstance(results, tuple) else (results,)
-    generator = torch.Generator().manual_seed(0)
-    # transposed, as an attention kernel gives some
-    gradients = [torch.randn(*result.shape[1:], len(result), generator=generator).to(dtype) for result in results]
-    torch.autograd.backward(results, [gradient.movedim(-1, 0) for gradient in gradients])
-    return [*results, *(leaf.grad for leaf in leaves if leaf is not None)]  # type: ignore[list-item]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1].count(NONE)}")
+@pytest.mark.parametrize("name", FUSED_CASES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 48), (37, 75)])
-def test_a_kernel_equals_its_function(case: tuple[Any, ...], rows: int, width: int) -> None:
-    function, kinds, more = case
+def test_a_kernel_equals_its_function(name: str, rows: int, width: int) -> None:
+    case = FUSED_CASES[name]
     for dtype, limit in ((torch.float32, 4e-6), (torch.float16, 2e-3)):  # the interpreter cuts bf16 off
-        values = _arguments(kinds, rows=rows, width=width, dtype=dtype)
-        found = _results(FUSED_KERNELS[function], values, more, dtype=dtype)
-        exact = _results(function, values, more, dtype=torch.float64)
+        values = [None if value is None else value.to(dtype) for value in case.arguments(rows=rows, width=width)]
+        found = case.results(FUSED_KERNELS[case.function], values, dtype=dtype, lies_otherwise=rows > 1)
+        exact = case.results(case.function, values, dtype=torch.float64, lies_otherwise=False)
         assert len(found) == len(exact)
         for one, other in zip(found, exact, strict=True):
             assert one.dtype == dtype
@@ -81,12 +43,20 @@ def test_a_kernel_equals_its_function(case: tuple[Any, ...], rows: int, width: i
             assert (one.double() - other).abs().max() <= limit * other.abs().max()
 
 
+def test_no_tokens_are_no_error() -> None:
+    for case in FUSED_CASES.values():
+        values = case.arguments(rows=0, width=6)
+        for result in case.results(FUSED_KERNELS[case.function], values, dtype=torch.float32, lies_otherwise=False):
+            assert not result.any()
+
+
 def test_states_passed_on_are_the_same_memory() -> None:
-    x, weight = torch.randn(3, 16, requires_grad=True), torch.ones(16)
-    passed, _ = FUSED_KERNELS[fused.add_and_normalize](x, None, None, weight, None, EPSILON)
+    x, weight = torch.randn(3, 16, dtype=torch.float16, requires_grad=True), torch.ones(16, dtype=torch.float16)
+    passed, normalized = FUSED_KERNELS[fused.add_and_normalize](x, None, None, weight, None, EPSILON)
     assert passed.data_ptr() == x.data_ptr()
+    assert normalized.grad_fn.saved_tensors[1].dtype == torch.float32  # mean and inverse standard deviation
     (gradient,) = torch.autograd.grad(passed.sum(), x)  # nobody used the norm
-    assert torch.equal(gradient, torch.ones(3, 16))
+    assert torch.equal(gradient, torch.ones_like(x))
 
 
 def _decoder(family: str, compiled: Compile, recompute: Any) -> Decoder:
