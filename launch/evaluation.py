@@ -69,17 +69,17 @@ def start_evaluation(checkpoint: Path, request: EvaluationRequest) -> int:
     )
 
 
-def evaluate_one_rank(checkpoint: Path, request: EvaluationRequest, place: ProcessRank, *, show: Show) -> None:
+def evaluate_one_rank(checkpoint: Path, request: EvaluationRequest, process: ProcessRank, *, show: Show) -> None:
     """Evaluate on one of the ranks; rank 0 shows the report.
 
     Args:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
         request: What to measure.
-        place: This process among the ranks.
+        process: This process among the ranks.
         show: Shows the report.
     """
     layout = evaluation_layout(request)
-    is_logged = place.rank == 0 and place.starter == "local"
+    is_logged = process.rank == 0 and process.starter == "local"
     log = rank_log(_logs(_run_dir(checkpoint)), rank=0) if is_logged else None
 
     def explain(rank: int, how: str, on_gpu: bool) -> str:
@@ -87,16 +87,16 @@ def evaluate_one_rank(checkpoint: Path, request: EvaluationRequest, place: Proce
 
     with (
         ending_at_once(),
-        following(log, descriptor=place.terminal, environ=os.environ),
-        explain_failure_of(place, explain=explain),
+        following(log, descriptor=process.terminal, environ=os.environ),
+        explain_failure_of(process, explain=explain),
     ):
-        if place.rank == 0:
+        if process.rank == 0:
             interrupt_on_sigterm()
         with importing():
             from training.evaluation.run import evaluate_rank
 
         require_usable_gpus(os.environ)
-        show_when_done(partial(evaluate_rank, checkpoint, request, place), show=show)
+        show_when_done(partial(evaluate_rank, checkpoint, request, process), show=show)
     # All is written and said. gloo has been seen to abort while the interpreter was torn down, and SLURM then calls the
     # job failed.
     end_process(0)

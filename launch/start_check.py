@@ -45,13 +45,13 @@ def check_start(config: RunConfig, *, ranks: int | None, environ: Mapping[str, s
 
 
 def dry_run_lines(
-    config: RunConfig, place: ProcessRank | None, *, ranks: int | None, environ: Mapping[str, str]
+    config: RunConfig, process: ProcessRank | None, *, ranks: int | None, environ: Mapping[str, str]
 ) -> list[str]:
     """Do everything that `train` does before its first rank; return the plan, a line each. Writes nothing.
 
     Args:
         config: The run, overrides applied.
-        place: This process among the ranks of srun or torchrun; None where `train` starts the ranks.
+        process: This process among the ranks of srun or torchrun; None where `train` starts the ranks.
         ranks: Value of `--ranks`.
         environ: Environment of the ranks.
     Returns:
@@ -60,12 +60,12 @@ def dry_run_lines(
         InputError: see `check_start`; or another start of the run is alive here.
         MachineError: the run folder cannot be written.
     """
-    is_other = place is not None and place.rank > 0
-    if place is None:
+    is_other = process is not None and process.rank > 0
+    if process is None:
         ready, device = check_start(config, ranks=ranks, environ=environ)
     else:
         device = device_type(environ)
-        ready = make_ready(config, world_size=place.world_size, device=device)
+        ready = make_ready(config, world_size=process.world_size, device=device)
     if ready.finished:
         return [] if is_other else finished_lines(ready)
     refuse_second_start(ready.run_dir)

@@ -161,35 +161,36 @@ def interrupt_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def choose_gpu(place: ProcessRank, *, visible: int) -> int | None:
+def choose_gpu(process: ProcessRank, *, visible: int) -> int | None:
     """Return the index of this rank's GPU among those that its process sees; None for a CPU rank.
 
     Args:
-        place: This process among the ranks.
+        process: This process among the ranks.
         visible: Number of GPUs that it sees: all of the machine, or one of its own, as `srun --gpus-per-task=1` gives.
     Raises:
         InputError: the machine has more ranks than GPUs.
     """
     if not visible:
         return None
-    if place.local_rank < visible:
-        return place.local_rank
+    if process.local_rank < visible:
+        return process.local_rank
     # Local ranks inherit one environment, so they see the same GPU. From others NCCL learns if two share one.
-    if visible == 1 and place.starter != "local":
+    if visible == 1 and process.starter != "local":
         return 0
     raise InputError(
-        f"local rank {place.local_rank}, counted from 0, has no GPU, because this machine's ranks see {visible}: start "
-        f"at most {visible} ranks on a machine, or let each rank see all GPUs or one of its own (CUDA_VISIBLE_DEVICES)"
+        f"local rank {process.local_rank}, counted from 0, has no GPU, because this machine's ranks see {visible}: "
+        f"start at most {visible} ranks on a machine, or let each rank see all GPUs or one of its own "
+        "(CUDA_VISIBLE_DEVICES)"
     )
 
 
-def open_gpu_early(place: ProcessRank, *, tensor: int) -> None:
+def open_gpu_early(process: ProcessRank, *, tensor: int) -> None:
     """Open this rank's GPU in a thread, which takes a second or two, while DeepSpeed and megatron-core are imported.
 
     Errors are left to `start`, which opens the GPU if this has not.
 
     Args:
-        place: The rank.
+        process: The rank.
         tensor: Tensor ranks: among several, megatron-core expects that a GPU starts kernels in the order in which they
             were launched, so that a collective begins before the product that hides it.
     """
@@ -204,12 +205,12 @@ def open_gpu_early(place: ProcessRank, *, tensor: int) -> None:
             torch.zeros(1, device="cuda")  # makes CUDA's context
 
     with suppress(InputError):
-        index = choose_gpu(place, visible=torch.cuda.device_count())
+        index = choose_gpu(process, visible=torch.cuda.device_count())
         if index is not None:
             Thread(target=open_gpu, args=(index,), name="opening the GPU", daemon=True).start()
 
 
-def start(place: ProcessRank) -> "torch.device":
+def start(process: ProcessRank) -> "torch.device":
     """Join the other ranks and return this rank's device: NCCL if there are GPUs, else gloo.
 
     Raises:
@@ -221,9 +222,9 @@ def start(place: ProcessRank) -> "torch.device":
     flush_denormals()
     sum_in_fp32()
     allow_many_files()
-    if place.starter == "local":
+    if process.starter == "local":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's hostname may not resolve
-    index = choose_gpu(place, visible=torch.cuda.device_count())
+    index = choose_gpu(process, visible=torch.cuda.device_count())
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
     if index is not None:
         torch.cuda.set_device(device)
@@ -232,18 +233,18 @@ def start(place: ProcessRank) -> "torch.device":
     try:
         dist.init_process_group(
             "gloo" if index is None else "nccl",
-            init_method=place.rendezvous,
-            rank=place.rank,
-            world_size=place.world_size,
+            init_method=process.rendezvous,
+            rank=process.rank,
+            world_size=process.world_size,
             timeout=COLLECTIVE_TIMEOUT,
             # NCCL then connects at once, which one rank alone has no use for.
-            device_id=device if index is not None and place.world_size > 1 else None,
+            device_id=device if index is not None and process.world_size > 1 else None,
         )
     except dist.DistBackendError as error:
         if "Duplicate GPU" not in str(error):
             raise
         raise InputError(
-            f"local rank {place.local_rank}, counted from 0, shares its GPU with another rank (it sees "
+            f"local rank {process.local_rank}, counted from 0, shares its GPU with another rank (it sees "
             f"{torch.cuda.device_count()}): start one rank per GPU, or let each rank see one of its own"
         ) from None
     return device

@@ -32,23 +32,23 @@ ExplainRank = Callable[[int, str, bool], str]
 
 
 @contextmanager
-def explain_rank_failure(config: RunConfig, place: ProcessRank) -> Iterator[None]:
+def explain_rank_failure(config: RunConfig, process: ProcessRank) -> Iterator[None]:
     """Report a rank of a run that ran out of memory or lost the others: see `explain_failure_of`."""
 
     def explain(rank: int, how: str, on_gpu: bool) -> str:
-        layout = Layout.of(config, world_size=place.world_size)
+        layout = Layout.of(config, world_size=process.world_size)
         return rank_out_of_memory(config, layout, rank, how, on_gpu=on_gpu)
 
-    with explain_failure_of(place, explain=explain):
+    with explain_failure_of(process, explain=explain):
         yield
 
 
 @contextmanager
-def explain_failure_of(place: ProcessRank, *, explain: ExplainRank) -> Iterator[None]:
+def explain_failure_of(process: ProcessRank, *, explain: ExplainRank) -> Iterator[None]:
     """Report a rank that ran out of memory or lost the others as such; a local rank's log gets the traceback.
 
     Args:
-        place: This process among the ranks.
+        process: This process among the ranks.
         explain: Makes the message about a rank out of memory.
     Raises:
         OutOfMemory: names the rank, what it held, and what to change.
@@ -59,18 +59,18 @@ def explain_failure_of(place: ProcessRank, *, explain: ExplainRank) -> Iterator[
     except (MemoryError, OSError, ImportError, RuntimeError) as error:
         words: TrainshortError
         if (cause := memory_error(error)) is not None:
-            words = OutOfMemory(explain(place.rank, how_it_ran_out(cause), is_of_gpu(cause)))
+            words = OutOfMemory(explain(process.rank, how_it_ran_out(cause), is_of_gpu(cause)))
         elif isinstance(error, RuntimeError) and _LOST_PEERS.search(str(error)):
             words = LostPeers(
-                f"rank {place.rank} lost its connection to the other ranks: the cause is in the log of the rank that "
+                f"rank {process.rank} lost its connection to the other ranks: the cause is in the log of the rank that "
                 "failed first"
             )
         else:
             raise
-        if place.starter == "local":  # its output is its log
+        if process.starter == "local":  # its output is its log
             traceback.print_exception(error)
         else:
-            logger.debug("rank %d failed", place.rank, exc_info=error)
+            logger.debug("rank %d failed", process.rank, exc_info=error)
         raise words from None
 
 

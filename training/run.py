@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 
 @nondeterminism_named()
 def train_rank(
-    config: RunConfig, place: ProcessRank, *, accept_change: bool = False, terminal: Terminal | None = None
+    config: RunConfig, process: ProcessRank, *, accept_change: bool = False, terminal: Terminal | None = None
 ) -> None:
     """Train one rank of a run, from its newest checkpoint if it has one, to its last step or until asked to stop.
 
     Args:
         config: The run file with its overrides.
-        place: This process among the ranks.
+        process: This process among the ranks.
         accept_change: Resume even if model or data have changed since the checkpoint was saved.
         terminal: Where rank 0 shows a live line; None for nowhere.
     Raises:
@@ -52,13 +52,13 @@ def train_rank(
     """
     stop_request = StopRequest()
     # Before the slow part: a signal during start-up must not kill the rank.
-    stop_request.listen(announce=place.rank == 0 and place.starter != "local")
-    ready = make_ready(config, world_size=place.world_size, device="cuda" if torch.cuda.is_available() else "cpu")
+    stop_request.listen(announce=process.rank == 0 and process.starter != "local")
+    ready = make_ready(config, world_size=process.world_size, device="cuda" if torch.cuda.is_available() else "cpu")
     config, layout = ready.config, ready.layout
     if config.train.deterministic:
         use_deterministic_algorithms()
-    say = logger.info if place.rank == 0 else logger.debug
-    device, groups, fence = _join(place, ready, say=say)
+    say = logger.info if process.rank == 0 else logger.debug
+    device, groups, fence = _join(process, ready, say=say)
     resumes = has_checkpoint(config, world=groups.world)
     draws = not resumes and config.train.init_from is None
     say("%s", build_line(_backend(config, device=device), draws=draws))
@@ -79,10 +79,10 @@ def train_rank(
     )
     # Building takes minutes: a start that was overtaken meanwhile must not replace the newer one's metrics.
     broadcast_from_first(fence.check, group=groups.world)
-    observers = _observers(ready, place, trainer=trainer, certificates=certificates, terminal=terminal)
+    observers = _observers(ready, process, trainer=trainer, certificates=certificates, terminal=terminal)
     if not stop_request.asked:
         say("training from step %d", trainer.start.step + 1)
-    with _exporting(trainer, place, terminal=terminal) as exports:
+    with _exporting(trainer, process, terminal=terminal) as exports:
         trainer.run([*observers, *exports])
         stop()  # not after an error: other ranks may wait in a collective, and are ended only once this one has ended
 
@@ -100,21 +100,21 @@ def _backend(config: RunConfig, *, device: torch.device) -> Backend:
     )
 
 
-def _join(place: ProcessRank, ready: Ready, *, say: Callable[..., None]) -> tuple[torch.device, Groups, Fence]:
+def _join(process: ProcessRank, ready: Ready, *, say: Callable[..., None]) -> tuple[torch.device, Groups, Fence]:
     """Meet the other ranks, and make this start the run folder's newest."""
     config, layout = ready.config, ready.layout
-    say("joining the other ranks" if place.world_size > 1 else "starting one rank")
-    with timed("joined them" if place.world_size > 1 else "started it", say=say):
-        device, groups = start(place), make_groups(layout)
+    say("joining the other ranks" if process.world_size > 1 else "starting one rank")
+    with timed("joined them" if process.world_size > 1 else "started it", say=say):
+        device, groups = start(process), make_groups(layout)
     with timed("claimed the run folder", say=say):
         fence = broadcast_from_first(lambda: claim_run_folder(config, layout=layout, device=device), group=groups.world)
     return device, groups, fence
 
 
 @contextmanager
-def _exporting(trainer: Trainer, place: ProcessRank, *, terminal: Terminal | None) -> Iterator[list[Observer]]:
+def _exporting(trainer: Trainer, process: ProcessRank, *, terminal: Terminal | None) -> Iterator[list[Observer]]:
     """Yield what exports during training, on rank 0 of a run that asks for it; at the end wait for what is left."""
-    if place.rank or not trainer.config.checkpoint.export_every:
+    if process.rank or not trainer.config.checkpoint.export_every:
         yield []
         return
     exports = ExportsWhileTraining(trainer.config, fence=trainer.fence)
@@ -130,21 +130,21 @@ def _exporting(trainer: Trainer, place: ProcessRank, *, terminal: Terminal | Non
 
 def _observers(
     ready: Ready,
-    place: ProcessRank,
+    process: ProcessRank,
     *,
     trainer: Trainer,
     certificates: Sequence[Certificate],
     terminal: Terminal | None,
 ) -> list[Observer]:
     config, run_dir, step = ready.config, ready.run_dir, trainer.start.step
-    if place.rank:
-        return node_observers(run_dir, place=place)
+    if process.rank:
+        return node_observers(run_dir, process=process)
     with report_write_errors(run_dir):
         record = certificates_to_json(certificates, config.model)
         certificate_file = record_certificate(record, run_dir=run_dir, step=step)
         gpus = torch.cuda.device_count()
         gpu = torch.cuda.get_device_name() if gpus else None
-        record_start(config, place, fence=trainer.fence, layout=ready.layout, step=step, gpu=gpu, gpus=gpus)
+        record_start(config, process, fence=trainer.fence, layout=ready.layout, step=step, gpu=gpu, gpus=gpus)
         metrics = MetricsFile(run_dir, last_step=step)
     tracking = TrackingObserver(config, run_dir=run_dir, certificate=certificate_file)
     logger.info("%s", tracking.summary)

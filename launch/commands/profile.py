@@ -48,9 +48,9 @@ def profile_command(
     from parallel.start import find_process_rank
 
     config = load_run(run, overrides=overrides)
-    place = find_process_rank(os.environ)
+    process = find_process_rank(os.environ)
     folder = out or run_folder(config) / "profile"
-    if place is None:
+    if process is None:
         if out is not None:
             _check_out(out)
         with run_file_named(run, overrides):
@@ -58,11 +58,11 @@ def profile_command(
         if code:
             raise SystemExit(code)
         show_json(document) if as_json else show_profile(document, out=folder)
-    elif place.starter != "local":
-        raise InputError(f"profile starts its own ranks on one machine: run it outside {place.starter}'s ranks")
+    elif process.starter != "local":
+        raise InputError(f"profile starts its own ranks on one machine: run it outside {process.starter}'s ranks")
     else:
         with ending_at_once():
-            _profile_one_rank(config, place, steps=steps, out=folder)
+            _profile_one_rank(config, process, steps=steps, out=folder)
 
 
 def _check_out(out: Path) -> None:
@@ -87,21 +87,21 @@ def _check_out(out: Path) -> None:
         raise MachineError(f"--out {out} cannot be written ({error.strerror}): name another folder") from None
 
 
-def _profile_one_rank(config: "RunConfig", place: "ProcessRank", *, steps: int, out: Path) -> None:
+def _profile_one_rank(config: "RunConfig", process: "ProcessRank", *, steps: int, out: Path) -> None:
     from configs.paths import logs_folder, rank_log
     from launch.machine import require_usable_gpus
     from launch.show.streams import following
     from parallel.start import open_gpu_early
     from training.rank_errors import explain_rank_failure
 
-    log = None if place.rank else rank_log(logs_folder(out), rank=0)
-    with following(log, descriptor=place.terminal, environ=os.environ), explain_rank_failure(config, place):
+    log = None if process.rank else rank_log(logs_folder(out), rank=0)
+    with following(log, descriptor=process.terminal, environ=os.environ), explain_rank_failure(config, process):
         with importing():
-            open_gpu_early(place, tensor=config.parallel.tensor)
+            open_gpu_early(process, tensor=config.parallel.tensor)
             from training.profiling.run import profile_rank
 
         require_usable_gpus(os.environ)
-        profile_rank(config, place, steps=steps, out=out)
+        profile_rank(config, process, steps=steps, out=out)
 
 
 def _profile_local_ranks(

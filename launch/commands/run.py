@@ -218,7 +218,7 @@ def train_command(
         _train_one_rank(config, process_rank, accept_change=accept_change)
 
 
-def _train_one_rank(config: "RunConfig", place: "ProcessRank", *, accept_change: bool) -> None:
+def _train_one_rank(config: "RunConfig", process: "ProcessRank", *, accept_change: bool) -> None:
     from configs.slow_parts import importing, timed
     from launch.machine import require_usable_gpus
     from launch.show.train import following_rank
@@ -227,13 +227,13 @@ def _train_one_rank(config: "RunConfig", place: "ProcessRank", *, accept_change:
 
     # The import below takes seconds. A SIGTERM meanwhile must wait until the rank can save.
     hold_stop_signals()
-    with following_rank(config, place, environ=os.environ) as terminal, explain_rank_failure(config, place):
-        with timed("imported torch and DeepSpeed", say=logger.debug if place.rank else logger.info), importing():
-            open_gpu_early(place, tensor=config.parallel.tensor)
+    with following_rank(config, process, environ=os.environ) as terminal, explain_rank_failure(config, process):
+        with timed("imported torch and DeepSpeed", say=logger.debug if process.rank else logger.info), importing():
+            open_gpu_early(process, tensor=config.parallel.tensor)
             from training.run import train_rank
 
         require_usable_gpus(os.environ)
-        train_rank(config, place, accept_change=accept_change, terminal=terminal)
+        train_rank(config, process, accept_change=accept_change, terminal=terminal)
     ignore_stop_signals()
 
 

@@ -42,14 +42,14 @@ def following_launcher(ready: Ready, *, device: str, environ: Mapping[str, str])
 
 
 @contextmanager
-def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[str, str]) -> Iterator[Terminal | None]:
+def following_rank(config: RunConfig, process: ProcessRank, *, environ: Mapping[str, str]) -> Iterator[Terminal | None]:
     """Let rank 0 log the run's progress on the terminal and in the run's log, while the block runs.
 
     Under srun and torchrun, without our launcher, it logs the start and the end too.
 
     Args:
         config: The run.
-        place: This process among the ranks.
+        process: This process among the ranks.
         environ: Environment.
     Yields:
         The terminal; None on all ranks but the first, which have nothing to say.
@@ -57,16 +57,16 @@ def following_rank(config: RunConfig, place: ProcessRank, *, environ: Mapping[st
         InputError: the run does not fit; found before the slow imports.
         MachineError: the folder of the logs cannot be made or written.
     """
-    if place.rank:
+    if process.rank:
         with following(None, descriptor=None, environ=environ):
             yield None
         return
     run_dir, ready, device = run_folder(config), None, device_type(environ)
-    if place.starter != "local":
-        ready = make_ready(config, world_size=place.world_size, device=device)
+    if process.starter != "local":
+        ready = make_ready(config, world_size=process.world_size, device=device)
     logs = logs_folder(run_dir)
     make_log_folder(logs)
-    with following(rank_log(logs, rank=0), descriptor=place.terminal, environ=environ) as terminal:
+    with following(rank_log(logs, rank=0), descriptor=process.terminal, environ=environ) as terminal:
         if ready is not None:
             _say_start(ready, device=device)
         yield terminal

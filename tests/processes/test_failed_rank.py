@@ -82,9 +82,9 @@ with ending_at_once():
     from configs.errors import InputError
     from parallel.start import find_process_rank, start
 
-    place = find_process_rank(os.environ)
-    start(place)
-    if place.rank == 1:
+    process = find_process_rank(os.environ)
+    start(process)
+    if process.rank == 1:
         dist.barrier()
         raise InputError("rank 1 has no data")
     dist.barrier()
@@ -108,15 +108,15 @@ from launch.failure import ending_at_once
 from parallel.start import find_process_rank
 from training.rank_errors import explain_rank_failure
 
-place = find_process_rank(os.environ)
-with ending_at_once(), explain_rank_failure(load_run("demo", overrides=["parallel.pipeline=1"]), place):
+process = find_process_rank(os.environ)
+with ending_at_once(), explain_rank_failure(load_run("demo", overrides=["parallel.pipeline=1"]), process):
     import torch
     import torch.distributed as dist
     from parallel.start import start
 
-    start(place)
+    start(process)
     dist.barrier()
-    if place.rank == 1:
+    if process.rank == 1:
         held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + (64 << 20), resource.RLIM_INFINITY))
         torch.ones(1 << 28)

@@ -49,9 +49,9 @@ def train(rank: OneRank, run_dir: Path, *overrides: str) -> None:
     typed = ["train", "my.yaml", "--set", "track.uri=https://me:hunter2@host"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["trainshort", *typed])
-        place = ProcessRank(0, 1, 0, "", "local")
+        process = ProcessRank(0, 1, 0, "", "local")
         layout = Layout.of(config, world_size=1)
-        record_start(config, place, fence=trainer.fence, layout=layout, step=trainer.start.step, gpu=None, gpus=0)
+        record_start(config, process, fence=trainer.fence, layout=layout, step=trainer.start.step, gpu=None, gpus=0)
     metrics = MetricsFile(run_dir, last_step=trainer.start.step)
     tracking = TrackingObserver(config, run_dir=run_dir, certificate=certificate)
     assert SECRET not in tracking.summary

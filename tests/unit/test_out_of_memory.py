@@ -94,8 +94,8 @@ def test_without_address_space_libraries_say_other_words(monkeypatch: pytest.Mon
 def message_of(error: BaseException, *, rank: int = 3, ranks: int = 4, kind: type[Exception] = OutOfMemory) -> str:
     """Return what a rank of a run says after an error."""
     config = load_run("demo", overrides=["parallel.pipeline=1"])
-    place = ProcessRank(rank=rank, world_size=ranks, local_rank=rank, rendezvous="", starter="slurm")
-    with pytest.raises(kind) as seen, explain_rank_failure(config, place):
+    process = ProcessRank(rank=rank, world_size=ranks, local_rank=rank, rendezvous="", starter="slurm")
+    with pytest.raises(kind) as seen, explain_rank_failure(config, process):
         raise error
     return str(seen.value)
 

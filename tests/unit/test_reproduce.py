@@ -30,9 +30,9 @@ def start(*overrides: str, step: int = 0) -> None:
     """Record a start of the run on CPU ranks, as rank 0 does."""
     config = with_fixed_keys(load_run("run.yaml", overrides=overrides), run_dir=RUN)
     layout = Layout.of(config, world_size=config.parallel.tensor * config.parallel.pipeline)
-    place = ProcessRank(0, layout.world_size, 0, "", "local")
+    process = ProcessRank(0, layout.world_size, 0, "", "local")
     fence = claim_run_folder(config, layout=layout, device=torch.device("cpu"))
-    record_start(config, place, fence=fence, layout=layout, step=step, gpu=None, gpus=0)
+    record_start(config, process, fence=fence, layout=layout, step=step, gpu=None, gpus=0)
 
 
 @pytest.fixture

@@ -145,13 +145,13 @@ def test_two_nodes_are_one_run_in_a_file(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     first_here, second_here = (ProcessRank(4 + local, 8, local, "env://", "torchrun") for local in (0, 1))
-    assert node_observers(run_dir, place=second_here) == []
-    assert node_observers(run_dir, place=ProcessRank(0, 8, 0, "env://", "torchrun")) == []
+    assert node_observers(run_dir, process=second_here) == []
+    assert node_observers(run_dir, process=ProcessRank(0, 8, 0, "env://", "torchrun")) == []
     nodes = ("near", "far")
     query = "select count(*) from metrics where key = 'system/{}/cpu_utilization_percentage'"
     for _ in range(2):  # a start and its resume
         monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "far")
-        [observer] = node_observers(run_dir, place=first_here)
+        [observer] = node_observers(run_dir, process=first_here)
         wait_for(lambda: [*(run_dir / "tracking").glob("*.jsonl")])  # its first sample
         monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "near")
         tracker = MlflowTracker(run_dir, name="first", experiment=None, uri=None)

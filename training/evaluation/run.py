@@ -84,7 +84,7 @@ def evaluate_checkpoint(checkpoint: Path, request: EvaluationRequest) -> dict[st
         return begun.measure_with(model, blocks=model.blocks)
 
 
-def evaluate_rank(checkpoint: Path, request: EvaluationRequest, place: ProcessRank) -> dict[str, Any] | None:
+def evaluate_rank(checkpoint: Path, request: EvaluationRequest, process: ProcessRank) -> dict[str, Any] | None:
     """Measure a checkpoint on the ranks of the request's layout, as `evaluate_checkpoint` does in one process.
 
     Rank 0 reads the text, adds up losses and writes the reports; the others compute their part of the model.
@@ -92,14 +92,14 @@ def evaluate_rank(checkpoint: Path, request: EvaluationRequest, place: ProcessRa
     Args:
         checkpoint: A step folder, or a run folder for its newest checkpoint.
         request: What to measure.
-        place: This process among the ranks.
+        process: This process among the ranks.
     Returns:
         The contents of report.json on rank 0, None on the others.
     Raises:
         InputError, MachineError: see `evaluate_checkpoint`; raised on every rank.
         ReportNotWritten: raised on rank 0.
     """
-    device, groups = start(place), make_groups(evaluation_layout(request))
+    device, groups = start(process), make_groups(evaluation_layout(request))
     opened = open_on_all_ranks(checkpoint, kinds=("weight",), world=groups.world)
     begun: list[_Begun] = []  # on rank 0: a text is not sent
     report = None

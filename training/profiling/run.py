@@ -37,22 +37,22 @@ WARM_UP_STEPS = 2
 _NEVER = 1 << 40  # steps between two saves
 
 
-def profile_rank(config: RunConfig, place: ProcessRank, *, steps: int, out: Path) -> None:
+def profile_rank(config: RunConfig, process: ProcessRank, *, steps: int, out: Path) -> None:
     """Warm up, time some steps, and profile the same number; rank 0 writes the report and the trace.
 
     Args:
         config: The run; its folder is a scratch one.
-        place: This process among the ranks.
+        process: This process among the ranks.
         steps: Steps to time, and steps to profile.
         out: Folder of the report and the trace, which exists.
     Raises:
         InputError: the data do not fit the run.
         MachineError: a folder cannot be written.
     """
-    say = logger.info if place.rank == 0 else logger.debug
-    ready = make_ready(config, world_size=place.world_size, device="cuda" if torch.cuda.is_available() else "cpu")
+    say = logger.info if process.rank == 0 else logger.debug
+    ready = make_ready(config, world_size=process.world_size, device="cuda" if torch.cuda.is_available() else "cpu")
     config, layout = ready.config, ready.layout
-    device, groups = start(place), make_groups(layout)
+    device, groups = start(process), make_groups(layout)
     fence = broadcast_from_first(lambda: claim_run_folder(config, layout=layout, device=device), group=groups.world)
     say("building the model")
     engine, certificates = build_engine(
@@ -70,7 +70,7 @@ def profile_rank(config: RunConfig, place: ProcessRank, *, steps: int, out: Path
         say("timing %s", counted(steps, "step"))
         trainer, timed_steps = _take(trainer, steps, read_step)
         say("profiling %s", counted(steps, "step"))
-        with recording(device) if place.rank == 0 else nullcontext() as recorded:
+        with recording(device) if process.rank == 0 else nullcontext() as recorded:
             _take(trainer, steps, read_step)
     dist.barrier()  # CPU ranks share cores: measure at the same time
     gemm = measured_gemm(device, getattr(torch, PRECISIONS[config.train.precision].dtype))

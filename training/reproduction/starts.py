@@ -45,13 +45,13 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 
 
 def record_start(
-    config: RunConfig, place: ProcessRank, *, fence: Fence, layout: Layout, step: int, gpu: str | None, gpus: int
+    config: RunConfig, process: ProcessRank, *, fence: Fence, layout: Layout, step: int, gpu: str | None, gpus: int
 ) -> None:
     """Append this start to the manifest of reproduction. Rank 0 calls it, after `claim_run_folder`.
 
     Args:
         config: The run.
-        place: This process among the ranks.
+        process: This process among the ranks.
         fence: Fence of this start.
         layout: How the ranks are split into axes.
         step: The step that training begins from.
@@ -79,7 +79,7 @@ def record_start(
             "offload": layout.offload,
             "ranks": layout.world_size,
             "nodes": node_count(environ),
-            "starter": place.starter,
+            "starter": process.starter,
         },
         "settings": setting_facts(config),
         "variables": variable_facts(environ),

@@ -94,9 +94,9 @@ class NodeObserver(Observer):
         self._writer.close()
 
 
-def node_observers(run_dir: Path, *, place: ProcessRank) -> list[Observer]:
+def node_observers(run_dir: Path, *, process: ProcessRank) -> list[Observer]:
     """Return the observer of a rank that is the first one of its node; empty on other ranks and on the first node."""
-    is_first_of_node = place.local_rank == 0 and place.rank > 0
+    is_first_of_node = process.local_rank == 0 and process.rank > 0
     return [NodeObserver(run_dir)] if is_first_of_node and is_wanted(environment()) else []
 
 
