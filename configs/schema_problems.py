@@ -44,6 +44,20 @@ def schema_problems(error: ValidationError, *, is_whole: bool, schema: type[Base
     return [_problem(item, schema) for item in items if item["type"] != "too_short" or not item["input"]]
 
 
+def first_problem(error: ValidationError, *, whole: str = "the file") -> str:
+    """Return where the first problem is and what it is; one is enough for a file that nobody edits by hand.
+
+    Args:
+        error: The error.
+        whole: The place of a problem of no single field.
+    """
+    problem = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, problem["loc"]))[:100]
+    if problem["type"] == "missing":
+        return f"no {where}"
+    return f"{where or whole}: {problem['msg']}"
+
+
 def refused_keys(error: ValidationError) -> set[tuple[Any, ...]]:
     """Return the sections and keys that are wrong or missing, as in ("slurm",) and ("model", "heads")."""
     return {item["loc"][:2] for item in error.errors()}

@@ -10,6 +10,7 @@ from configs.commands import typed_path
 from configs.errors import InputError, MachineError
 from configs.files import whole_file
 from configs.paths import chain_file, config_file
+from configs.schema_problems import first_problem
 from launch.slurm.query import Job, find_job
 from launch.slurm.script import job_name
 
@@ -51,10 +52,9 @@ def read_chain(run_dir: Path) -> Chain:
             f"{run_dir} has no submitted jobs: submit them with trainshort slurm {file} --submit"
         ) from None
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]  # one is enough: nobody edits this file by hand
         raise InputError(
-            f"{chain_file(run_dir)} is broken ({'.'.join(map(str, problem['loc']))}: {problem['msg']}): see in squeue "
-            "that no job of the run is left, then remove the file and submit the run again"
+            f"{chain_file(run_dir)} is broken ({first_problem(error)}): see in squeue that no job of the run is left, "
+            "then remove the file and submit the run again"
         ) from None
 
 

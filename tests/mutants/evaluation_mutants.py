@@ -55,7 +55,7 @@ EVALUATION_MUTANTS = (
     ),
     Mutant(
         "evaluation: a context counts as used that only the longest window needs",
-        "training/evaluation/effective.py",
+        "training/evaluation/usable.py",
         "limit = min(losses)",
         "limit = losses[-1]",
         BY_HARM,

@@ -246,7 +246,7 @@ def test_a_partial_resume_keeps_the_finished_jobs(
     ("record", "reason"),
     [
         ('{"run": "small", "jobs": ["101"], "nodes": 2, "submitted_at": "now"}', "jobs: Input should be an object"),
-        ('{"jobs": {}, "nodes": 2, "submitted_at": "now"}', "run: Field required"),
+        ('{"jobs": {}, "nodes": 2, "submitted_at": "now"}', "no run"),
         ("{", ": Invalid JSON"),
     ],
 )

@@ -16,7 +16,6 @@ from configs.protocols import WindowProtocol
 from tests.support.evaluation import measure, report_of, text_of
 from tests.support.planted_models import VOCABULARY, PlantedModel
 from training.evaluation.context import ContextPlan, plan_context, run_context
-from training.evaluation.effective import effective_context
 from training.evaluation.markdown import format_table
 from training.evaluation.partial import PartialResults
 from training.evaluation.perplexity import PerplexityResult
@@ -25,6 +24,7 @@ from training.evaluation.report import merge_reports
 from training.evaluation.resampling import Units, units_of
 from training.evaluation.results import Change, changes
 from training.evaluation.sums import LossSums
+from training.evaluation.usable import effective_context
 from training.evaluation.verdict import verdict_of
 from training.export.facts import facts_of_context
 

@@ -43,7 +43,6 @@ LIGHT = (
     "training/checkpoint/retention.py",
     "training/checkpoint/verify.py",
     "training/comparison/",
-    "training/evaluation/effective.py",
     "training/evaluation/kept.py",
     "training/evaluation/markdown.py",
     "training/evaluation/plot.py",

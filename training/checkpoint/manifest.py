@@ -31,6 +31,7 @@ from configs.commands import typed_path
 from configs.errors import InputError, first_line
 from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME, checkpoints_folder, config_file, logs_folder
+from configs.schema_problems import first_problem
 from data_pipeline.hashes import joined_sha256, json_sha256
 from data_pipeline.tokenizer_files import kept_names
 from parallel.parameter import Rule, Shard
@@ -287,8 +288,7 @@ def _parse_manifest(content: bytes, *, folder: Path) -> Manifest:
 def _reason(error: Exception) -> str:
     """Return why a manifest is broken, in a few words."""
     if isinstance(error, ValidationError):
-        problem = error.errors(include_url=False, include_context=False)[0]
-        return f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}"
+        return first_problem(error)
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return f"it is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else first_line(error)

@@ -15,11 +15,11 @@ import numpy.typing as npt
 import torch
 from numpy.random import PCG64, SeedSequence
 
-from training.evaluation.effective import effective_context
 from training.evaluation.partial import PartialResults
 from training.evaluation.perplexity import Scorer, require_finite, score_windows
 from training.evaluation.resampling import SEED, Units, drawn_losses, interval
 from training.evaluation.sums import LossSums
+from training.evaluation.usable import effective_context
 from training.evaluation.windows import Windows
 
 _SCORED_TOKENS = 8192  # of all sections; differences of the same tokens are small, and so are their errors

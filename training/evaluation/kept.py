@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from configs.errors import InputError
 from configs.paths import evaluation_folder
 from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS
+from configs.schema_problems import first_problem
 
 HELD_OUT = "held-out"
 NEWEST = "report"
@@ -117,18 +118,10 @@ def read_measured(path: Path, *, command: str, form: type[Kept]) -> dict[str, An
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         form.model_validate(report)
     except (OSError, ValueError, RecursionError) as error:
-        told = f"{path} is not a report of `trainshort {command}` ({_first_problem(error)})"
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
+        told = f"{path} is not a report of `trainshort {command}` ({reason})"
         raise InputError(f"{told}: move it away and measure again") from None
     return report
-
-
-def _first_problem(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    problem = error.errors(include_url=False)[0]
-    if problem["type"] == "missing":
-        return f"no {'.'.join(map(str, problem['loc']))}"
-    return f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg'].lower()}"
 
 
 def checkpoint_reports(run_dir: Path, *, checkpoint: str) -> dict[str, Path]:

@@ -1,6 +1,7 @@
-"""The longest text that a model was measured to be usable at. Imports no torch."""
+"""The longest text that a model was measured to be usable at, and the context that it uses. Imports no torch."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,19 @@ def usable_length(report: Mapping[str, Any], *, scale: str | None = None) -> int
     best = min((result["perplexity"] for result in results), default=0.0)
     good = [result["length"] for result in results if result["perplexity"] <= _RATIO * best]
     return int(max(report["train_length"], *good, 0))
+
+
+def effective_context(contexts: Sequence[int], losses: Sequence[float]) -> int:
+    """Return the shortest context whose perplexity is within 1 % of the best one's.
+
+    The best, and not the longest, since longer contexts than in training may do harm.
+
+    Args:
+        contexts: Tokens of context, ascending.
+        losses: The loss of the same tokens with each, in nats.
+    """
+    limit = min(losses) + math.log(_RATIO)
+    return next(context for context, loss in zip(contexts, losses, strict=True) if loss <= limit)
 
 
 def whole_windows(report: Mapping[str, Any], *, scale: str | None = None) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from configs.errors import InputError, MachineError
 from configs.files import whole_file
 from configs.schema import RunConfig
+from configs.schema_problems import first_problem
 from data_pipeline.hashes import json_sha256
 from training.evaluation.kept import AtLeastOne, Kept
 from training.folder import MAY_CHANGE, with_dotted_keys
@@ -179,9 +180,7 @@ def _lines(path: Path) -> Iterator[tuple[str, StudyRow]]:
             _RowForm.model_validate_json(line)
             yield line, _ADAPTER.validate_json(line)
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            where = ".".join(map(str, problem["loc"])) or "the line"
             raise InputError(
-                f"rows file {path}, line {number} is not a row of a study ({where}: {problem['msg']}): remove the line "
-                "to train its run again, or bring it back"
+                f"rows file {path}, line {number} is not a row of a study ({first_problem(error, whole='the line')}): "
+                "remove the line to train its run again, or bring it back"
             ) from None
