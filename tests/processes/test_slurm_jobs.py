@@ -247,7 +247,7 @@ def test_a_partial_resume_keeps_the_finished_jobs(
     [
         ('{"run": "small", "jobs": ["101"], "nodes": 2, "submitted_at": "now"}', "jobs: Input should be an object"),
         ('{"jobs": {}, "nodes": 2, "submitted_at": "now"}', "no run"),
-        ("{", ": Invalid JSON"),
+        ("{", "the file: Invalid JSON"),
     ],
 )
 def test_a_broken_record_is_one_line(
