@@ -28,7 +28,7 @@ def test_one_compilation_serves_many_lengths() -> None:
     attend, generator = Flex(bias, compiled=True), torch.Generator().manual_seed(0)
     counters.clear()
     for length in LENGTHS:
-        q, k, v = torch.randn(3, 2, HEADS, length, 16, generator=generator)
+        q, k, v = torch.randn(3, 2 + length % 3, HEADS, length, 16, generator=generator)
         torch.testing.assert_close(attend(q, k, v), Reference(bias)(q, k, v), atol=1e-5, rtol=0)
     after_a_cache = q[:, :, -10:]
     torch.testing.assert_close(attend(after_a_cache, k, v), Reference(bias)(after_a_cache, k, v), atol=1e-5, rtol=0)
@@ -40,7 +40,7 @@ def test_one_compilation_serves_many_lengths() -> None:
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_one_trace_serves_many_lengths_in_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_trace_serves_many_batches_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     sources: list[str] = []
 
     def traced(graph: torch.fx.GraphModule, _: object) -> Any:
@@ -52,8 +52,8 @@ def test_one_trace_serves_many_lengths_in_any_torch(monkeypatch: pytest.MonkeyPa
     bias = SlopeBias(torch.tensor(slopes(HEADS), dtype=torch.float64), slope_of=slope_formula(HEADS, first=0))
     attend, generator = Flex(bias, compiled=True), torch.Generator().manual_seed(0)
     try:
-        for length in (200, 300, 511):
-            attend(*torch.randn(3, 2, HEADS, length, 16, generator=generator))
+        for batch, length in ((2, 200), (2, 300), (5, 511), (3, 511)):
+            attend(*torch.randn(3, batch, HEADS, length, 16, generator=generator))
         (names,) = sources
         assert ":" not in names, "torch 2.11 knows no dimension of a source"
     finally:

@@ -156,15 +156,18 @@ def flex_kernel(compiled: bool, one_shape: bool) -> Any:
 
 
 def _of_any_length(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a kernel that is compiled for any length at once; torch would learn that from a second one."""
+    """Return a kernel that is compiled for any batch and length at once; torch would learn that from a second one.
+
+    A batch of 1 is compiled for itself: torch takes no size of 1 as one of many.
+    """
     lengths = r"L\['how'\]\['block_mask'\]\.seq_lengths.*"  # which are numbers, that cannot be marked
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Any:
         for x in (q, k, v):
-            torch._dynamo.maybe_mark_dynamic(x, 2)
+            torch._dynamo.maybe_mark_dynamic(x, [0, 2])
         for x in vars(how["block_mask"]).values():
             if isinstance(x, Tensor):  # [batch, heads, tiles] or [batch, heads, tiles, tiles]
-                torch._dynamo.maybe_mark_dynamic(x, list(range(2, x.ndim)))
+                torch._dynamo.maybe_mark_dynamic(x, [0, *range(2, x.ndim)])
         with torch.compiler.config.patch(dynamic_sources=lengths):  # type: ignore[attr-defined]
             return kernel(q, k, v, **how)
 
