@@ -69,7 +69,8 @@ def test_a_killed_study_goes_on_and_repeats_no_run(tmp_path: Path) -> None:
             [*PROGRAM, "study", "study.yaml"], cwd=tmp_path, env=environment(), stdout=log, stderr=log
         )
         said = (tmp_path / "log").read_text
-        wait_until((run_dir / "logs" / "rank_0.log").exists, said)  # the run's launcher has begun
+        begun = (run_dir / "logs" / "rank_0.log").exists  # the run's launcher has begun
+        wait_until(lambda: begun() or killed.poll() is not None, said)
         os.kill(killed.pid, signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL, said()
 

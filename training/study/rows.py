@@ -77,7 +77,7 @@ class _RowResult(Kept):
     protocol: str
     length: AtLeastOne
     tokens: int | None = None
-    loss: float
+    loss: float | None = None
     perplexity: Annotated[float, Field(gt=0)]
     standard_error: float | None = None
 
