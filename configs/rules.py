@@ -319,6 +319,17 @@ def _signal(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _ranks_of_a_node(config: RunConfig) -> Iterator[str]:
+    slurm = config.slurm
+    gpus, ranks = slurm.gpus_per_node, slurm.ranks_per_node
+    on_cpus = slurm.env.get("CUDA_VISIBLE_DEVICES") == ""  # in a partition whose jobs must ask for a GPU
+    if gpus and ranks and ranks > gpus and not on_cpus:
+        yield (
+            f"slurm.ranks_per_node must be at most slurm.gpus_per_node ({gpus}), got {ranks}: a rank needs a GPU of "
+            "its own; lower it, or set slurm.gpus_per_node to 0 for CPU ranks"
+        )
+
+
 def _not_available(config: RunConfig) -> Iterator[str]:
     """Yield values that this version knows but does not support: they are refused, never replaced."""
     for section, key, available in (
@@ -369,5 +380,6 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _extra,
     _time_limit,
     _signal,
+    _ranks_of_a_node,
     _not_available,
 )

@@ -37,7 +37,10 @@ _ENDINGS = {
 _RECORDS_ADVICE = 'write one {"text": ...} per line in a .jsonl file'
 _TABLE = f"is a table: {_RECORDS_ADVICE}, or a .parquet file with a column `text`"
 _MARKUP = "is markup: extract its text, or end its name in .txt to train on the tags too"
-_TOKENS = "holds token ids: to train on prepared data, name its .bin, keep its .idx beside it, and set data.tokenizer"
+_TOKENS = (
+    "holds token ids: to train on prepared data, name its .bin as a source of its own, with its .idx beside it, and "
+    "set data.tokenizer"
+)
 _REFUSED = {
     ".csv": _TABLE,
     ".tsv": _TABLE,

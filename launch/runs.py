@@ -240,7 +240,7 @@ def run_values(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def name_of(values: dict[str, dict[str, Any]]) -> str | None:
-    """Return `run.name` of the sections of a run file; None if there is none, or if it is no text."""
+    """Return `run.name` of the sections of a run file; None if there is none, or if it is not text."""
     name = values.get("run", {}).get("name")
     return name if isinstance(name, str) else None
 

@@ -71,8 +71,6 @@ def evaluation_size(config: RunConfig) -> JobSize:
     slurm, tensor = config.slurm, config.evaluate.tensor
     ranks = tensor * config.evaluate.pipeline
     most = slurm.ranks_per_node or slurm.gpus_per_node or ranks
-    if slurm.gpus_per_node:
-        most = min(most, slurm.gpus_per_node)
     fitting = [each for each in range(1, min(most, ranks) + 1) if ranks % each == 0]
     each = max((each for each in fitting if each % tensor == 0), default=fitting[-1])
     return JobSize(nodes=ranks // each, ranks=each, gpus=min(each, slurm.gpus_per_node))
@@ -101,9 +99,8 @@ def render_scripts(
         code: A frozen copy of the code to run, or None for the installed code.
         image: Result of `image_state`, which the scripts check when they start; None for no check.
     Raises:
-        InputError: the ranks do not fit the layout or the GPUs, or a line holds a secret.
+        InputError: the ranks do not fit the layout, or a line holds a secret.
     """
-    _require_gpus(config)
     slurm, sizes = config.slurm, _job_sizes(config, nodes=nodes)
     layout = Layout.of(config, world_size=sizes["train"].world_size)
     template = _template()
@@ -255,15 +252,6 @@ def _job_sizes(config: RunConfig, *, nodes: int) -> dict[str, JobSize]:
         "evaluate": evaluation_size(config),
         "export": JobSize(1, 1, min(1, gpus)),  # also where it computes on CPUs: partitions may demand a GPU
     }
-
-
-def _require_gpus(config: RunConfig) -> None:
-    gpus, ranks = config.slurm.gpus_per_node, config.slurm.ranks_per_node
-    if gpus and ranks and ranks > gpus:
-        raise InputError(
-            f"slurm.ranks_per_node must be at most slurm.gpus_per_node ({gpus}), got {ranks}: a rank needs a GPU of "
-            "its own; lower it, or set slurm.gpus_per_node to 0 for CPU ranks"
-        )
 
 
 def _summary(name: str, config: RunConfig, layout: Layout) -> str:

@@ -123,8 +123,15 @@ def test_ranks_that_do_not_fit_are_refused() -> None:
         render_run("bloom-176b", nodes=5)
     with pytest.raises(InputError, match=r"train.global_batch must be a multiple of"):
         render_run("alibi-1b3", nodes=3)
-    with pytest.raises(InputError, match=r"ranks_per_node must be at most slurm.gpus_per_node \(8\), got 16: a rank"):
-        render_run("alibi-1b3", "slurm.ranks_per_node=16", nodes=1)
+
+
+def test_cpu_ranks_of_nodes_with_gpus_are_as_many_as_set() -> None:
+    ranks = ("parallel.tensor=4", "slurm.gpus_per_node=1", "slurm.ranks_per_node=8", "evaluate.tensor=4")
+    with pytest.raises(InputError, match=r"ranks_per_node must be at most slurm.gpus_per_node \(1\), got 8: a rank"):
+        render_run("alibi-1b3", *ranks, nodes=1)
+    scripts = render_run("alibi-1b3", *ranks, "slurm.env={CUDA_VISIBLE_DEVICES: ''}", nodes=1)
+    assert "#SBATCH --ntasks-per-node=8" in scripts["train"]
+    assert "#SBATCH --ntasks-per-node=4" in scripts["evaluate"]
 
 
 def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path: Path) -> None:
@@ -221,7 +228,6 @@ def test_torchrun_is_one_task_per_node_with_all_its_cpus(run_values: dict[str, A
         ({"tensor": 2, "pipeline": 3}, {}, 1, 6),
         ({"tensor": 4}, {"gpus_per_node": 2}, 2, 2),
         ({"tensor": 4}, {"gpus_per_node": 8, "ranks_per_node": 3}, 2, 2),
-        ({"tensor": 4}, {"gpus_per_node": 2, "ranks_per_node": 4}, 2, 2),
         ({"tensor": 4, "pipeline": 4}, {"gpus_per_node": 0}, 1, 16),
         ({"tensor": 4, "pipeline": 4}, {"gpus_per_node": 0, "ranks_per_node": 6}, 4, 4),
     ],

@@ -13,6 +13,8 @@ from tests.support.compared_runs import add_report, make_run
 from tests.support.measured_runs import add_harness, add_retrieval
 from tests.support.started_runs import whole_run
 from training.evaluation.kept import read_report
+from training.harness.kept import read_harness
+from training.harness.report import write_results
 from training.incarnation import newest_incarnation
 
 WRONG = ("x", [], {}, True, float("nan"), None)
@@ -68,6 +70,17 @@ def test_measurements_with_wrong_values_are_named(trainshort: Call) -> None:
             trainshort, "report", "run"
         )
         file.write_text(whole)
+
+
+def test_new_results_replace_a_damaged_file_of_tasks() -> None:
+    file = add_harness(make_run(Path("run")), [{"version": [1, 0]}])
+    report = read_harness(file)  # a task may have any version
+    broken = {**report, "results": [{**report["results"][0], "max_length": "x", "task": "another"}]}
+    file.write_text(json.dumps(broken))
+    write_results(report, file.parent.parent)
+    assert read_harness(file)["results"] == report["results"]
+    (aside,) = file.parent.glob("results.until-*.json")
+    assert json.loads(aside.read_text()) == broken
 
 
 @pytest.mark.parametrize("value", ["x", [1], float("nan"), "missing"])

@@ -100,7 +100,7 @@ def _with_earlier(report: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         earlier = read_report(path) if path.exists() else None
         merged = report if earlier is None else merge_reports(earlier, report)
-    except (InputError, KeyError):  # broken, or of another version
+    except (InputError, KeyError, TypeError):  # broken, or of another version
         merged = None
     if merged is not None:
         return merged

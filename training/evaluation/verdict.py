@@ -16,7 +16,7 @@ Report = Mapping[str, Any]
 
 def measured_context(report: Report) -> int | None:
     """Return the effective context that a report of any version holds; None if it was not measured."""
-    value = report.get("verdict", {}).get("effective_context")
+    value = (report.get("verdict") or {}).get("effective_context")
     return None if value is None else int(value)
 
 

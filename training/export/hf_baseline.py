@@ -94,7 +94,8 @@ def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) 
     provenance = provenance_of(
         opened, of_run.tokens, data=request.data, command=request.command, weights_sha256=_weights_sha256(folder)
     )
-    lengths = [length for key in _LENGTH_KEYS if isinstance(length := getattr(model.config, key, None), int)]
+    stated = [getattr(model.config, key, None) for key in _LENGTH_KEYS]
+    lengths = [length for length in stated if isinstance(length, int) and length > 0]
     evaluated = EvaluatedModel(
         path=folder.absolute(),
         step=0,

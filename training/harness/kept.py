@@ -20,8 +20,8 @@ class _KeptRow(Kept):
     filter: str
     value: float | None
     stderr: float | None
-    higher_is_better: bool | None
-    version: str | float | None = None
+    higher_is_better: bool | int | None
+    version: Any = None  # a task may have any
     fewshot: int | str | None
     samples: int | None
     limit: float | None

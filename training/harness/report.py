@@ -15,6 +15,7 @@ from training.harness.kept import (
     HARNESS_FOLDER,
     HARNESS_RESULTS,
     metric_name,
+    read_harness,
     shown_samples,
     shown_value,
     shown_version,
@@ -126,12 +127,12 @@ def _with_earlier(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not path.exists():
         return dict(report)
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_harness(path)
         if earlier["weights_sha256"] != report["weights_sha256"]:
             raise ValueError("other weights")
         rows = {tuple(row[key] for key in _KEY): row for row in (*earlier["results"], *report["results"])}
         made = {each["date"]: each for each in (*earlier["evaluations"], *report["evaluations"])}
-    except (ValueError, KeyError, TypeError):  # broken too
+    except (InputError, ValueError, KeyError):  # broken too
         aside = move_aside(path, date=report["evaluations"][0]["date"])
         logger.warning("%s was broken or of other weights: it is now %s", path, aside.name)
         return dict(report)

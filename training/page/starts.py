@@ -25,7 +25,7 @@ Happening = Literal["saved", "failed"]
 
 
 class _Rank(Kept):
-    model_config = ConfigDict(strict=True)  # an error may be infinite
+    model_config = ConfigDict(allow_inf_nan=True)  # an error may be infinite
     rank: Step
     tensor_rank: Step
     stage: Step

@@ -105,8 +105,8 @@ class GgufFormat:
         """
         if is_tokenizer_json(tokenizer):
             raise InputError(
-                f"format gguf cannot hold {tokenizer}: llama.cpp knows no rule by which it splits text into words; "
-                "export to hf"
+                f"format gguf cannot hold {tokenizer}: llama.cpp does not know the rule by which this tokenizer "
+                "splits text into words; export to hf"
             )
         vocabulary = read_vocabulary(tokenizer)
         _check_vocabulary(vocabulary, tokenizer=tokenizer, rows=vocab_size)

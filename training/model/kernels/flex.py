@@ -158,7 +158,8 @@ def flex_kernel(compiled: bool, one_shape: bool) -> Any:
 def _of_any_length(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Return a kernel that is compiled for any batch and length at once; torch would learn that from a second one.
 
-    A batch of 1 is compiled for itself: torch takes no size of 1 as one of many.
+    A batch of 1 is compiled for itself: torch takes no size of 1 as one of many. So is each shape of documents, whose
+    beginnings the mask's function holds.
     """
     lengths = r"L\['how'\]\['block_mask'\]\.seq_lengths.*"  # which are numbers, that cannot be marked
 
