@@ -23,8 +23,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -P examples/demo.py
 
-# While you work: the linters, and the tests that start no process, on two cores: about two minutes.
-HALF := model export import tokenizer tracking
+# While you work: the linters, and the tests that start no process, on two cores: about four minutes.
+HALF := model export import tokenizer tracking retrieval next
 quick:
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync --jobs=2 unit-rest unit-model lint
 
