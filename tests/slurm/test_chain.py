@@ -28,7 +28,8 @@ def test_one_command_ends_in_an_evaluated_and_exported_model(unbroken: Submitted
 
 
 def test_eight_ranks_of_two_nodes_are_one_mlflow_run(home: Path) -> None:
-    run = submit(home, "eight", "slurm.ranks_per_node=4", "train.steps=4", "evaluate.every=0")
+    # Enough steps for the second node to import mlflow: nothing waits for what is measured there.
+    run = submit(home, "eight", "slurm.ranks_per_node=4", "train.steps=16", "evaluate.every=0")
     run.wait_for()
     slurm("scancel", run.job("evaluate"), run.job("export"))
     database = MlflowDatabase(run.folder.parent / "mlflow.db")
@@ -36,7 +37,7 @@ def test_eight_ranks_of_two_nodes_are_one_mlflow_run(home: Path) -> None:
     assert status == "FINISHED"
     losses = f"select step, value from metrics where key = 'train/loss' and run_uuid = '{run_id}' order by step"
     assert database.rows(losses) == [(line["step"], line["loss"]) for line in run.metrics()]
-    assert len(run.metrics()) == 4
+    assert len(run.metrics()) == 16
     names = database.rows(f"select distinct key from metrics where key like 'system/%' and run_uuid = '{run_id}'")
     assert {str(name).split("/")[1] for (name,) in names} == {"node1", "node2"}
     params = dict(database.rows(f"select key, value from params where run_uuid = '{run_id}'"))
