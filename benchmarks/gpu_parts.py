@@ -54,6 +54,7 @@ def step_rows(lab: Lab) -> Iterator[Variant]:
         ("compile off", [off], length, batch, True),
         ("sinusoidal", [sinusoidal], 2 * length, batch, False),
         *((name, [f"model.attention={name}"], length, batch, False) for name in backends),
+        ("none", [none], 2 * length, batch // 2, False),
         ("none, compile off", [none, off], length, batch, False),
         ("default", [], 2 * length, batch, False),
     ]
