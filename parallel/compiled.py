@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import NO_MEMORY
-from parallel.compilers import missing_compiler
+from parallel.compilers import is_compiled, missing_compiler
 from parallel.fused import add_and_normalize, add_to_residual, normalize, split_heads
 from parallel.head import Compile, as_it_is
 from parallel.start import environment
@@ -29,7 +29,7 @@ def make_compile(word: str, *, device: torch.device) -> Compile:
         word: Value of `train.compile`.
         device: Where they run.
     """
-    if word == "off" or (word == "auto" and device.type == "cpu"):
+    if not is_compiled(word, device=device.type):
         return as_it_is
     if word == "triton":
         from parallel.fused_kernels import FUSED_KERNELS  # Triton comes with torch for CUDA

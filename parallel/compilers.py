@@ -11,6 +11,11 @@ from configs.files import try_folder
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
+def is_compiled(word: str, *, device: str) -> bool:
+    """Return whether a value of `train.compile` compiles for a device type, cpu or cuda."""
+    return word != "off" and (word != "auto" or device != "cpu")
+
+
 def missing_compiler(device: str, *, environ: Mapping[str, str]) -> str | None:
     """Return what must be installed to compile for a device, None if nothing.
 

@@ -6,6 +6,7 @@ from configs.backends import Backend, backend_of
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
+from parallel.compilers import is_compiled
 from parallel.layout import HEAD_CHUNK_BYTES, Layout, head_blocks, padded_vocabulary, stage_bounds
 
 FP32 = 4
@@ -76,7 +77,7 @@ def _head(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
     most = max(1, HEAD_CHUNK_BYTES // (columns * width))
     chunk = columns * min(tokens, 1 << (most.bit_length() - 1))
     # Logits and, of the same size, their gradient; uncompiled also log probabilities, which fp32 overwrites.
-    compiled = train.compile in ("on", "triton") or (train.compile == "auto" and on_gpu)
+    compiled = is_compiled(train.compile, device="cuda" if on_gpu else "cpu")
     element = 2 * width + (FP32 if width < FP32 and not compiled else 0)
     states = width * tokens * hidden * (2 if _parts(config, layout) > 1 else 1)
     return element * chunk + states + FP32 * columns * hidden
