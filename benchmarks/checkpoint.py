@@ -20,8 +20,9 @@ from parallel.layout import Layout
 from parallel.start import ProcessRank, start, stop
 from training.build import build_engine
 from training.checkpoint.manifest import SavedState, check_whole
+from training.checkpoint.rank_part import BackgroundWriter
 from training.checkpoint.read import load_slices, open_on_all_ranks
-from training.checkpoint.write import save_checkpoint
+from training.checkpoint.write import CheckpointWriter
 from training.incarnation import begin_incarnation
 
 VOCABULARY = 8192
@@ -47,16 +48,21 @@ def main() -> None:
         tokenizer = Path(home) / "tokenizer.model"
         tokenizer.write_bytes(b"nothing here reads it")
 
+        writer = CheckpointWriter(config, groups, tokenizer, VOCABULARY, fence)
+        saved, background = SavedState(1, 16, 0.0, "", None), BackgroundWriter()
+
         def save() -> Path:
-            return save_checkpoint(
-                state,
-                config=config,
-                groups=groups,
-                tokenizer=tokenizer,
-                vocab_size=VOCABULARY,
-                saved_state=SavedState(1, 16, 0.0, "", None),
-                fence=fence,
-            )
+            return writer.begin(state, saved).finish()
+
+        def save_in_background() -> float:
+            began = time.perf_counter()
+            begun = writer.begin(state, saved, background=background)
+            waited = time.perf_counter() - began
+            while not begun.is_written:
+                time.sleep(0.01)
+            began = time.perf_counter()
+            begun.finish()
+            return waited + time.perf_counter() - began
 
         def load() -> None:
             opened = open_on_all_ranks(run_dir, kinds=state.kinds, world=groups.world)
@@ -71,6 +77,7 @@ def main() -> None:
         seconds = {"save": _fastest(save)}
         folder = save()
         seconds |= {
+            "wait_in_background": min(save_in_background() for _ in range(ROUNDS)),
             "load": _fastest(load),
             "verify": _fastest(lambda: check_whole(folder)),
             "plain_copy": _fastest(lambda: _copy(folder, Path(home) / "copy")),

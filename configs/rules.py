@@ -335,12 +335,10 @@ def _not_available(config: RunConfig) -> Iterator[str]:
     for section, key, available in (
         ("model", "family", _available(FAMILIES)),
         ("train", "precision", _available(PRECISIONS)),
-        ("checkpoint", "background", (False,)),
     ):
         value = getattr(getattr(config, section, None), key, None)  # None where a partial run does not have the key
         if value is not None and value not in available:
-            shown = [str(v).lower() if isinstance(v, bool) else str(v) for v in (value, *available)]
-            yield f"{section}.{key} {shown[0]} is not available in this version: use {' or '.join(shown[1:])}"
+            yield f"{section}.{key} {value} is not available in this version: use {' or '.join(available)}"
 
 
 def _available(table: Mapping[str, Choice | Precision]) -> tuple[str, ...]:

@@ -232,7 +232,11 @@ class CheckpointRules(Section):
         default=0, description="Steps between checkpoints that stay for good; 0 for none."
     )
     keep_best: NonNegativeInt = Field(default=0, description="Checkpoints of the lowest validation loss to keep.")
-    background: bool = Field(default=False, description="Write checkpoints in the background; not available yet.")
+    background: bool = Field(
+        default=False,
+        description="Write checkpoints while training goes on: it waits only until they are copied into the machine's "
+        "memory, which must hold them.",
+    )
     export_every: NonNegativeInt = Field(
         default=0,
         description="Steps between exports during training, to RUN_DIR/exports; 0 for none. The last step is exported "

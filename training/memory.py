@@ -30,7 +30,8 @@ class StageMemory:
         weights: Weights of the forward pass.
         gradients: Gradients of one micro-batch and their sum, as far as they are held together with all activations.
         optimizer: Master weights and moments.
-        buffers: What DeepSpeed sends from, and what the optimizer's step needs more than the activations before it.
+        buffers: What DeepSpeed sends from, and what the optimizer's step needs more than the activations before it; on
+            a CPU also the copies of a save in the background.
         activations: What all layers keep for the backward pass, of all micro-batches in flight.
         head: A chunk of logits, and the gradients of the head's input and weight; or, if it needs more, the backward
             pass of one block.
@@ -62,15 +63,22 @@ class MemoryEstimate:
     Attributes:
         stages: Memory of each stage.
         offloaded: Bytes of optimizer state that each rank keeps in the machine's memory instead of its GPU's.
+        copies: Bytes that each rank copies from its GPU to the machine's memory for a save in the background.
     """
 
     stages: tuple[StageMemory, ...]
     offloaded: int
+    copies: int
 
     @property
     def largest(self) -> int:
         """Bytes of the largest rank."""
         return max(stage.total for stage in self.stages)
+
+    @property
+    def host(self) -> int:
+        """Bytes of the machine's memory that each rank needs beside its GPU's."""
+        return self.offloaded + self.copies
 
 
 def estimate_memory(config: RunConfig, *, layout: Layout, on_gpu: bool, bucket: int = REDUCE_BUCKET) -> MemoryEstimate:
@@ -83,14 +91,16 @@ def estimate_memory(config: RunConfig, *, layout: Layout, on_gpu: bool, bucket: 
         bucket: Elements of DeepSpeed's buffer.
     """
     offloads = on_gpu and layout.offload == "cpu"
-    stages, offloaded = [], 0
+    stages, offloaded, copies = [], 0, 0
     for stage in range(layout.pipeline):
         state = _State.of(config, layout, stage, on_gpu=on_gpu, bucket=bucket)
-        parts = _parts(state, stage_activations(config, layout, stage, on_gpu=on_gpu), offloads=offloads)
+        activations = stage_activations(config, layout, stage, on_gpu=on_gpu)
+        parts = _parts(state, activations, offloads=offloads, on_gpu=on_gpu)
         overhead = GPU_OVERHEAD + int(ALLOCATOR_SHARE * sum(parts.values())) if on_gpu else CPU_OVERHEAD
         stages.append(StageMemory(**parts, overhead=overhead))
         offloaded = max(offloaded, state.optimizer if offloads else 0)
-    return MemoryEstimate(tuple(stages), offloaded)
+        copies = max(copies, state.copies if on_gpu else 0)
+    return MemoryEstimate(tuple(stages), offloaded, copies)
 
 
 def evaluation_weights(config: RunConfig) -> int:
@@ -100,7 +110,7 @@ def evaluation_weights(config: RunConfig) -> int:
     return max(FP32 * sum(_sizes(config, layout, stage)) for stage in range(layout.pipeline))
 
 
-def _parts(state: "_State", activations: Activations, *, offloads: bool) -> dict[str, int]:
+def _parts(state: "_State", activations: Activations, *, offloads: bool, on_gpu: bool) -> dict[str, int]:
     # Later gradients come, are sent and used by the optimizer, when the activations are gone.
     before = state.early_gradients + activations.kept + activations.working
     later = max(0, state.gradients + state.step - before)
@@ -109,7 +119,7 @@ def _parts(state: "_State", activations: Activations, *, offloads: bool) -> dict
         "weights": state.weights,
         "gradients": gradients,
         "optimizer": 0 if offloads else state.optimizer,
-        "buffers": state.buffers + state.early_gradients + later - gradients,
+        "buffers": state.buffers + state.early_gradients + later - gradients + (0 if on_gpu else state.copies),
         "activations": activations.kept,
         "head": activations.working,
     }
@@ -146,6 +156,7 @@ class _State:
         optimizer: Master weights and moments.
         buffers: Held all the time.
         step: Held only when the backward pass has ended.
+        copies: Weights and moments copied for a save in the background.
     """
 
     weights: int
@@ -154,6 +165,7 @@ class _State:
     optimizer: int
     buffers: int
     step: int
+    copies: int
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, stage: int, *, on_gpu: bool, bucket: int) -> "_State":
@@ -183,4 +195,6 @@ class _State:
         # While all activations are held, gradients of micro-batches before are there, if there were any.
         accumulates = layout.micro_batches > in_flight(layout, stage)
         early = (each if accumulates and zero < 2 else 0) + (summed if accumulates or in_place or zero != 2 else 0)
-        return cls(weights, each + summed, early, optimizer, buffers, step)
+        kinds = -(-len(OPTIMIZERS[config.train.optimizer].state_kinds) // layout.data)  # data ranks share them
+        copies = kinds * FP32 * count if config.checkpoint.background else 0
+        return cls(weights, each + summed, early, optimizer, buffers, step, copies)

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from configs.errors import InputError
 from configs.rules import problems
-from configs.schema import Parallel, RunConfig, Train
+from configs.schema import CheckpointRules, Parallel, RunConfig, Train
 from parallel.layout import Layout
 from training.memory import estimate_memory
 
@@ -63,6 +63,8 @@ def memory_changes(config: RunConfig, *, layout: Layout, on_gpu: bool) -> list[M
 
     first = partial(_first_change, config, layout, may_help=may_help)
     candidates = [
+        # a GPU's rank copies to another memory
+        first("checkpoint.background", [False] if config.checkpoint.background and not on_gpu else []),
         first("train.micro_batch", _smaller(train.micro_batch)),
         first("parallel.sequence", [True] if parallel.tensor > 1 and not parallel.sequence else []),
         *(first("train.recompute", [more]) for more in RECOMPUTES[RECOMPUTES.index(train.recompute) + 1 :]),
@@ -110,7 +112,7 @@ def _first_change(
 ) -> MemoryChange | None:
     """Return the change to the first value that may help and is legal without other changes; None if there is none."""
     section_name, _, name = key.partition(".")
-    section: Train | Parallel = getattr(config, section_name)
+    section: CheckpointRules | Train | Parallel = getattr(config, section_name)
     for value in values:
         changed = config.model_copy(update={section_name: section.model_copy(update={name: value})})
         if problems(changed):

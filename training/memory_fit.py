@@ -36,8 +36,8 @@ class AvailableMemory:
         return estimate.largest <= self.size and not self.lacks_host(estimate, ranks=ranks)
 
     def lacks_host(self, estimate: MemoryEstimate, *, ranks: int) -> bool:
-        """Return whether the ranks of a machine offload more than it has; not if nothing is known of it."""
-        return self.host is not None and estimate.offloaded * min(ranks, self.gpus) > self.host.size
+        """Return whether the ranks of a machine need more of its memory than it has; not if nothing is known of it."""
+        return self.host is not None and estimate.host * min(ranks, self.gpus) > self.host.size
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class MemoryFit:
             "stages": [stage.to_json() for stage in self.estimate.stages],
             "largest": self.estimate.largest,
             "offloaded": self.estimate.offloaded,
+            "copies": self.estimate.copies,
             "available": self.available.size,
             "available_from": self.available.name,
             "fits": self.fits,

@@ -33,7 +33,8 @@ class StepResult:
             micro-batches; None if no kernel counts them.
         validation_loss: Mean over the held-out samples; None in steps that did not measure it.
         validation_seconds: Time of that measurement.
-        save_seconds: Time of the save between the step before and this one; None if there was none.
+        save_seconds: Time that training waited for the save that ended between the step before and this one; None if
+            none did.
         failed_saves: Saves of this start that have failed so far; None if there are none.
         energy_joules: Energy of all ranks' GPUs since the step before, from their drivers; None if one reports none.
     """
@@ -68,7 +69,7 @@ class Save:
     Attributes:
         step: The step after which it was saved.
         folder: Its folder.
-        seconds: Time of the save.
+        seconds: Time from its begin to its end, in the background too.
     """
 
     step: int
@@ -95,8 +96,8 @@ class Observer:
     def on_save(self, save: Save) -> None:
         """Learn that a checkpoint was saved."""
 
-    def on_failed_save(self, seconds: float) -> None:
-        """Learn that a checkpoint could not be saved, which took this time; training continues."""
+    def on_save_wait(self, seconds: float, *, goes_on: bool) -> None:
+        """Learn for how long training has just waited for a save, and whether that goes on in the background."""
 
     def close(self, status: Status) -> None:
         """Release resources; training has ended with this status."""

@@ -38,7 +38,8 @@ class Pace:
         self._training = 0.0
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds from step to step
         self._validations: list[float] = []
-        self._saves: list[float] = []
+        self._saves: list[float] = []  # seconds that training waited for each
+        self._waited = 0.0  # for the one that goes on
         self._stepped_at: float | None = None
         self._paused = 0.0  # seconds of saves since then
 
@@ -62,11 +63,19 @@ class Pace:
         self.steps_taken += 1
         self._step, self._stepped_at, self._paused = result.step, now, 0.0
 
-    def on_save(self, seconds: float) -> None:
-        """Take the time of a save, also of one that failed."""
-        self._saves.append(seconds)
+    def on_save(self, seconds: float, *, goes_on: bool = False) -> None:
+        """Take the time that training waited for a save, also for one that failed.
+
+        Args:
+            seconds: The time.
+            goes_on: Whether the save goes on in the background: training may wait for it again.
+        """
+        self._waited += seconds
         self._paused += seconds
         self._saved_step = self._step
+        if not goes_on:
+            self._saves.append(self._waited)
+            self._waited = 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -97,7 +106,7 @@ class Pace:
         """Return where the time of this process went; the rest of the total is its start and its end."""
         # logging counts from its import, at the beginning of the process
         total = logging.makeLogRecord({}).relativeCreated / 1000
-        return Spent(total, self._training, sum(self._validations), sum(self._saves))
+        return Spent(total, self._training, sum(self._validations), sum(self._saves) + self._waited)
 
 
 def _mean(seconds: list[float]) -> float:

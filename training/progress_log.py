@@ -65,13 +65,11 @@ class ProgressLog(Observer):
 
     def on_save(self, save: Save) -> None:
         """Log the save."""
-        self._pace.on_save(save.seconds)
         logger.info("%s", save_line(save, size_bytes=_size_of(save.folder)))
-        self._show()
 
-    def on_failed_save(self, seconds: float) -> None:
-        """Count its time; the trainer logs why."""
-        self._pace.on_save(seconds)
+    def on_save_wait(self, seconds: float, *, goes_on: bool) -> None:
+        """Count the time, which is not that of a step."""
+        self._pace.on_save(seconds, goes_on=goes_on)
         self._show()
 
     def close(self, status: Status) -> None:

@@ -12,8 +12,9 @@ from parallel.axes import Groups
 from parallel.copies import equalize_copies
 from parallel.engine import Engine
 from training.checkpoint.manifest import SavedState, list_checkpoints
+from training.checkpoint.rank_part import BackgroundWriter, SaveError
 from training.checkpoint.retention import apply_retention
-from training.checkpoint.write import SaveError, save_checkpoint
+from training.checkpoint.write import BegunSave, CheckpointWriter
 from training.incarnation import Fence
 from training.resume import check_loss
 from training.state import TrainState
@@ -45,22 +46,38 @@ class Saver:
         fence: Fence,
         start: TrainState,
     ) -> None:
-        self._engine, self._loader, self._config = engine, loader, config
-        self._prepared, self._groups, self._fence = prepared, groups, fence
+        self._engine, self._loader, self._rules = engine, loader, config.checkpoint
+        self._groups, self._fence = groups, fence
+        self._writer = CheckpointWriter(config, groups, prepared.tokenizer, prepared.vocab_size, fence)
+        self._background = BackgroundWriter() if config.checkpoint.background else None
+        self._begun: BegunSave | None = None
         # The resume skipped these, so they are broken: retention must not count them.
         self._broken = {saved.path.absolute() for saved in list_checkpoints(fence.run_dir) if saved.step > start.step}
 
-    def save(self, state: TrainState, *, validation_loss: float | None, in_use: Collection[Path] = ()) -> Path:
-        """Save a checkpoint and return its folder; every rank must call it.
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes its part of a save in the background."""
+        return self._begun is not None and not self._begun.is_written
+
+    @property
+    def begun_step(self) -> int | None:
+        """The step whose save has begun and is not finished; None if there is none."""
+        return None if self._begun is None else self._begun.saved.step
+
+    def begin(self, state: TrainState, *, validation_loss: float | None, background: bool = False) -> bool:
+        """Begin to save a checkpoint; every rank must call it, and `finish` before the next one.
 
         Args:
             state: The position of training.
             validation_loss: Measured after this step; None if it was not.
-            in_use: Checkpoints that must not be removed now; those of rank 0 count.
+            background: Whether to return before this rank's files are written, if the run saves in the background.
+        Returns:
+            Whether it goes on in the background: training may continue, and `finish` waits for the files.
         Raises:
-            SaveError: the weights have diverged, or a disk is full or failing; raised on every rank.
+            SaveError: the weights have diverged, or the disk is full or failing; raised on every rank.
             Superseded: a newer start of the run has taken over; raised on every rank.
         """
+        assert self._begun is None, "one save at a time"
         for difference in equalize_copies(self._engine.state(), groups=self._groups):
             if self._groups.world.rank == 0:
                 logger.warning("step %d: the copies of %s differed: the first one was copied", state.step, difference)
@@ -78,20 +95,25 @@ class Saver:
             # JSON has no nan: record such a validation as not measured.
             validation_loss=validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
         )
-        folder = save_checkpoint(
-            self._engine.state(),
-            config=self._config,
-            groups=self._groups,
-            tokenizer=self._prepared.tokenizer,
-            vocab_size=self._prepared.vocab_size,
-            saved_state=saved,
-            fence=self._fence,
-            broken=self._broken,
-            in_use=in_use,
-        )
+        writer = self._background if background else None
+        self._begun = self._writer.begin(self._engine.state(), saved, background=writer)
+        return writer is not None
+
+    def finish(self, *, in_use: Collection[Path] = ()) -> Path:
+        """Wait until the save that has begun is written, and return its folder; every rank must call it.
+
+        Args:
+            in_use: Checkpoints that must not be removed now; those of rank 0 count.
+        Raises:
+            SaveError: a disk is full or failing; raised on every rank.
+            Superseded: a newer start of the run has taken over; raised on every rank.
+        """
+        assert self._begun is not None, "no save has begun"
+        begun, self._begun = self._begun, None
+        folder = begun.finish(broken=self._broken, in_use=in_use)
         self._broken.discard(folder.absolute())
         return folder
 
     def remove_old(self) -> None:
         """Remove, on rank 0, the checkpoints that no rule keeps and that the last save left as they were in use."""
-        apply_retention(self._config.checkpoint, fence=self._fence, broken=self._broken)
+        apply_retention(self._rules, fence=self._fence, broken=self._broken)

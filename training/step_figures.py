@@ -35,6 +35,7 @@ class StepFigures:
         grad_norm: Global, before clipping.
         memory_gb: Peak of the rank with the largest, in 1e9 bytes.
         verdict: Whether a rank asks to stop.
+        saving: Whether a rank was still writing its part of a save in the background when it began to send.
         attention_density: Mean share of the causal score blocks that attention computed; None if no kernel counts them.
         energy_joules: Energy of all ranks' GPUs since the step before; None if a driver reports none.
         seconds: Time of the step on this rank's device.
@@ -44,6 +45,7 @@ class StepFigures:
     grad_norm: float
     memory_gb: float
     verdict: int
+    saving: bool
     attention_density: float | None
     energy_joules: float | None
     seconds: float
@@ -54,8 +56,8 @@ class SentFigures:
     """A step that this rank's device may not have finished.
 
     Attributes:
-        rows: Each rank's loss, gradient norm, memory, verdict, sum of its attention's densities, their number, and
-            joules, [world, 7] fp32, on the CPU; filled when the step ends.
+        rows: Each rank's loss, gradient norm, memory, verdict, saving (1 or 0), sum of its attention's densities,
+            their number, and joules, [world, 8] fp32, on the CPU; filled when the step ends.
         began, ended: From `mark_time`.
     """
 
@@ -87,9 +89,9 @@ class FigureExchange:
         self._world, self._device = groups.world, device
         self._stop, self._fence, self._windows = stop, fence, windows
         self._last_stage = groups.data.size * groups.tensor.size  # its ranks are the world's last, and have the loss
-        # Memory and verdict. A GPU reads them at the end of a step, so a signal that comes during it still counts.
+        # Memory, verdict, saving. A GPU reads them at the end of a step, so a signal that comes during it still counts.
         # The steps in the queue share them: all ranks read the same row, so it does not matter which step's it is.
-        self._own = torch.zeros(2, pin_memory=device.type == "cuda")
+        self._own = torch.zeros(3, pin_memory=device.type == "cuda")
 
         self._energy = _read_energy(device)
 
@@ -98,13 +100,15 @@ class FigureExchange:
         self._densities()
         return mark_time(self._device)
 
-    def send(self, outcome: StepOutcome, *, began: Instant) -> SentFigures:
+    def send(self, outcome: StepOutcome, *, began: Instant, saving: bool) -> SentFigures:
         """Put the exchange of a step's figures into the device's queue; every rank must call it.
 
         Args:
             outcome: This rank's result.
             began: When the step began, from `begin`.
+            saving: Whether this rank still writes its part of a save in the background.
         """
+        self._own[2] = saving
         self._own[0] = _peak_memory_gb(self._device)
         if self._device.type != "cuda":  # a GPU's is renewed while it computes
             self._write_verdict()
@@ -126,13 +130,15 @@ class FigureExchange:
                 time.sleep(_POLL_SECONDS)  # and not `synchronize`, during which Python runs no signal handler
                 if self._stop.asked and self._own[1] == StopVerdict.GO_ON:
                     self._own[1] = StopVerdict.STOP
-        _, grad_norm, memory_gb, verdict, *_ = sent.rows.amax(dim=0).tolist()  # nan wins
+        _, grad_norm, memory_gb, verdict, saving, *_ = sent.rows.amax(dim=0).tolist()  # nan wins
         loss = sent.rows[-self._last_stage :, 0].double().mean().item()
-        density, calls, joules = sent.rows[:, 4:].double().sum(0).tolist()
+        density, calls, joules = sent.rows[:, 5:].double().sum(0).tolist()
         attention_density = density / calls if calls else None  # all ranks have equally many heads
         seconds = sent.began.elapsed_time(sent.ended) / 1000 if on_gpu else sent.ended - sent.began
         energy_joules = joules if math.isfinite(joules) else None
-        return StepFigures(loss, grad_norm, memory_gb, int(verdict), attention_density, energy_joules, seconds)
+        return StepFigures(
+            loss, grad_norm, memory_gb, int(verdict), bool(saving), attention_density, energy_joules, seconds
+        )
 
     def _joules(self) -> Tensor:
         """Return the energy of this rank's GPU since the last time, a scalar; nan if the driver does not tell.

@@ -25,13 +25,14 @@ from parallel.collectives import wait_for_all
 from parallel.engine import Engine
 from parallel.seeds import seed_for
 from training.checkpoint.manifest import step_folder
-from training.checkpoint.write import SaveError
+from training.checkpoint.rank_part import SaveError
 from training.incarnation import Fence, Superseded
 from training.model.attention import windows_of
-from training.observers import Observer, Save, Status, StepResult
+from training.observers import Observer, Status, StepResult
 from training.preflight import Ready
 from training.resume import resume
 from training.saver import Saver
+from training.saves import Saves
 from training.schedule import learning_rate
 from training.state import TrainState
 from training.step_figures import FigureExchange, SentFigures, StepFigures
@@ -135,14 +136,14 @@ class Trainer:
                     stack.callback(observer.close, status)
 
     def _train(self, observers: Sequence[Observer]) -> TrainState:
-        state, saved_step, failed_saves = self.start, self.start.step, 0
+        state = self.start
         validation_loss: float | None = None
-        save_seconds: float | None = None
+        saves = Saves(self.saver, observers, world=self.groups.world, step=state.step)
         wait_for_all(self.groups.world)  # the first rank has opened its observers' files
         with reading_ahead(self.loader, device=self.device) as read_step:
             for taken in self.steps(read_step):
                 state = taken.after
-                self._require_finite(taken.figures, step=state.step, saved_step=saved_step)
+                self._require_finite(taken.figures, step=state.step, saves=saves)
                 validation_loss, validation_seconds = self._validate(state, observers)
                 # Report before saving: a resume drops the lines past its checkpoint, but cannot recover a lost one.
                 self._report(
@@ -150,18 +151,17 @@ class Trainer:
                     taken,
                     validation_loss=validation_loss,
                     validation_seconds=validation_seconds,
-                    save_seconds=save_seconds,
-                    failed_saves=failed_saves or None,
+                    save_seconds=saves.take_seconds(),
+                    failed_saves=saves.failed or None,
                 )
-                began, save_seconds = time.perf_counter(), None
+                if not taken.figures.saving:
+                    saves.end(written=True)
                 if self._saves_after(state):
-                    if self._try_to_save(state, validation_loss, observers):
-                        saved_step = state.step
-                    else:
-                        failed_saves += 1
-                    save_seconds = time.perf_counter() - began
-        if state.step != saved_step:
-            self._save(state, validation_loss, observers)
+                    goes_on = state.step < self.config.train.steps
+                    saves.save(state, validation_loss=validation_loss, goes_on=goes_on)
+        saves.end()
+        if state.step != saves.saved_step:
+            saves.save_last(state, validation_loss=validation_loss)
         return state
 
     def steps(self, read_step: ReadStep) -> Iterator[TakenStep]:
@@ -218,14 +218,16 @@ class Trainer:
         torch.manual_seed(seed_for(config.run.seed, "dropout", step, *place))
         outcome = self.engine.train_step(read_step(state.consumed_samples), learning_rate=rate)
         after = TrainState(step, state.consumed_samples + config.train.global_batch)
-        return _LaunchedStep(after, rate, exchange.send(outcome, began=began))
+        return _LaunchedStep(after, rate, exchange.send(outcome, began=began, saving=self.saver.is_writing))
 
-    def _require_finite(self, figures: StepFigures, *, step: int, saved_step: int) -> None:
+    def _require_finite(self, figures: StepFigures, *, step: int, saves: Saves) -> None:
         if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
             return
+        saves.end()  # it is of an earlier step, whose weights were good
         kept = "no checkpoint was saved"
-        if saved_step:
-            kept = f"the last good checkpoint is {step_folder(checkpoints_folder(self.fence.run_dir), step=saved_step)}"
+        if saves.saved_step:
+            folder = step_folder(checkpoints_folder(self.fence.run_dir), step=saves.saved_step)
+            kept = f"the last good checkpoint is {folder}"
         raise InputError(
             f"the loss is {figures.loss} and the gradient norm {figures.grad_norm} at step {step}, so training has "
             f"diverged: train in another run.dir, with a lower train.learning_rate or more train.warmup_steps; {kept}"
@@ -267,28 +269,6 @@ class Trainer:
 
     def _share_of_peak(self, flops_per_second: float) -> float | None:
         return flops_per_second / self.peak_flops if self.peak_flops else None
-
-    def _try_to_save(self, state: TrainState, validation_loss: float | None, observers: Sequence[Observer]) -> bool:
-        began = time.perf_counter()
-        try:
-            self._save(state, validation_loss, observers)
-        except SaveError as error:
-            if self.is_first_rank:
-                logger.error("NOT SAVED: %s; training continues, and the next checkpoint is tried as planned", error)
-            for observer in observers:
-                observer.on_failed_save(time.perf_counter() - began)
-            return False
-        return True
-
-    def _save(self, state: TrainState, validation_loss: float | None, observers: Sequence[Observer]) -> None:
-        for observer in observers:
-            observer.before_save()
-        wait_for_all(self.groups.world)  # the first rank's observers write to a disk
-        began = time.perf_counter()
-        in_use = {folder for observer in observers for folder in observer.checkpoints_in_use()}
-        folder = self.saver.save(state, validation_loss=validation_loss, in_use=in_use)
-        for observer in observers:
-            observer.on_save(Save(state.step, folder, time.perf_counter() - began))
 
 
 def build_trainer(

@@ -6,6 +6,7 @@ from training.memory_changes import change_lines
 from training.memory_fit import MemoryFit
 from training.simpler_layouts import simpler_lines
 
+_WITHOUT = {"parallel.offload": "none", "checkpoint.background": "false"}
 _FOR_A_GPU = "for a GPU, name its memory: --gpu-memory-gb 80"
 
 
@@ -48,14 +49,15 @@ def _evaluation(fit: MemoryFit) -> list[str]:
 
 def _verdict(fit: MemoryFit) -> list[str]:
     lines = [f"the largest rank needs {byte_size(fit.estimate.largest)}"]
-    lines += _offloaded(fit)
+    lines += _host(fit)
     if fit.fits is None:
         return [*lines, f"whether it fits is not known: {fit.available.name}"]
     if fit.fits:
         lines.append(f"it fits {fit.available.name}")
         return lines if fit.available.on_gpu else [*lines, _FOR_A_GPU]
     if fit.available.size is not None and fit.estimate.largest <= fit.available.size:  # only its machine is too small
-        return [*lines, "set parallel.offload to none, or use a machine with more memory"]
+        changes = [f"set {key} to {_WITHOUT[key]}" for key in _host_keys(fit)]
+        return [*lines, ", or ".join([*changes, "use a machine with more memory"])]
     lines.append(f"it does not fit {fit.available.name}")
     if fit.changes:
         lines.append("to need less memory, change the first of these that you can:")
@@ -67,14 +69,20 @@ def _verdict(fit: MemoryFit) -> list[str]:
     return lines if fit.available.on_gpu else [*lines, _FOR_A_GPU]
 
 
-def _offloaded(fit: MemoryFit) -> list[str]:
-    """Return what parallel.offload takes of the machine's memory, and whether that is there."""
+def _host(fit: MemoryFit) -> list[str]:
+    """Return what the ranks take of the machine's memory beside their GPUs', and whether that is there."""
     estimate, host, ranks = fit.estimate, fit.available.host, fit.layout.world_size
-    if not estimate.offloaded:
+    if not estimate.host:
         return []
-    line = f"  and {byte_size(estimate.offloaded)} of its machine's memory (parallel.offload)"
+    line = f"  and {byte_size(estimate.host)} of its machine's memory ({', '.join(_host_keys(fit))})"
     if host is None:
         return [line, "  whether its machine has that for each rank is not checked"]
     here = counted(min(ranks, fit.available.gpus), "rank")
     verb = "exceeds" if fit.available.lacks_host(estimate, ranks=ranks) else "is within"
     return [line, f"  for {here} that {verb} {host}"]
+
+
+def _host_keys(fit: MemoryFit) -> list[str]:
+    """Return the keys for which ranks with GPUs need the machine's memory too."""
+    sizes = {"parallel.offload": fit.estimate.offloaded, "checkpoint.background": fit.estimate.copies}
+    return [key for key, size in sizes.items() if size]

@@ -132,7 +132,8 @@ def warnings_of_a_save(engine: Engine, config: RunConfig, *, groups: Groups, tok
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("training.saver").addHandler(handler)
-    saver.save(TrainState(STEPS, STEPS * 6), validation_loss=None)
+    saver.begin(TrainState(STEPS, STEPS * 6), validation_loss=None)
+    saver.finish()
     logging.getLogger("training.saver").removeHandler(handler)
     return records
 

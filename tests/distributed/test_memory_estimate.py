@@ -9,10 +9,11 @@ from parallel import zero
 from parallel.groups import make_groups
 from parallel.layout import Layout
 from parallel.start import ProcessRank
-from tests.support.layouts import config_of, tokens_of
+from tests.support.layouts import config_of, save, tokens_of
 from tests.support.memory import PeakBytes
 from tests.support.ranks import run_ranks, start_again
 from training.build import build_engine
+from training.checkpoint.rank_part import BackgroundWriter
 from training.memory import estimate_memory
 
 RANKS, BUCKET, LENGTH, VOCABULARY = 4, 500_000, 320, 4096
@@ -32,6 +33,7 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "zero 3": ({"tensor": 1, "pipeline": 1, "zero": 3}, ()),
     "zero 1, bf16": ({"tensor": 1, "pipeline": 1, "zero": 1}, (BF16,)),
     "tensor 2": ({"tensor": 2, "pipeline": 1, "zero": 1}, ()),
+    "saved in the background": ({"tensor": 4, "pipeline": 1, "zero": 1}, ("checkpoint.background=true",)),
     "pipeline 2": ({"tensor": 1, "pipeline": 2, "zero": 1}, ()),
     "tensor 2 x pipeline 2, recompute": ({"tensor": 2, "pipeline": 2, "zero": 1}, (RECOMPUTE,)),
     "one data rank": ({"tensor": 4, "pipeline": 1, "zero": 1}, ()),
@@ -59,6 +61,10 @@ def measure_training(process: ProcessRank, *, folder: Path) -> dict[str, tuple[i
                 config, layout=layout, groups=groups, vocab_size=VOCABULARY, device=torch.device("cpu")
             )
             engine.train_step(batches, learning_rate=1e-3)
+            if config.checkpoint.background:
+                writer = BackgroundWriter()
+                places = {"groups": groups, "tokenizer": folder / "tokenizer.model"}
+                save(engine, config, **places, step=number, background=writer)
             memory.forget_peak()
             engine.train_step(batches, learning_rate=1e-3)
         stage = estimate_memory(config, layout=layout, on_gpu=False, bucket=BUCKET).stages[groups.pipeline.rank]
@@ -69,7 +75,9 @@ def measure_training(process: ProcessRank, *, folder: Path) -> dict[str, tuple[i
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[int, int]]]:
     """Bytes of each case, measured and estimated, by rank."""
-    return run_ranks(measure_training, ranks=RANKS, arguments={"folder": tmp_path_factory.mktemp("memory")})
+    folder = tmp_path_factory.mktemp("memory")
+    (folder / "tokenizer.model").write_bytes(b"no test here reads it")
+    return run_ranks(measure_training, ranks=RANKS, arguments={"folder": folder})
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,10 +22,11 @@ from parallel.engine import Engine
 from parallel.parameter import Shard
 from parallel.start import COLLECTIVE_TIMEOUT, ProcessRank
 from tests.support.disk import OnOperation, counted_operations, once
-from tests.support.layouts import build, config_of, save
+from tests.support.layouts import build, config_of, save, take_step, tokens_of
 from tests.support.ranks import run_ranks
-from training.checkpoint import write
+from training.checkpoint import rank_part
 from training.checkpoint.manifest import check_whole, list_checkpoints
+from training.checkpoint.rank_part import BackgroundWriter
 from training.checkpoint.read import Checkpoint, load_slices, open_on_all_ranks
 from training.incarnation import Fence
 
@@ -45,25 +47,29 @@ KINDS = OPTIMIZERS["adamw"].state_kinds
 class Errors:
     """Observations of one rank: the error of each broken save, and the checkpoint that each resume opened.
 
-    `slow_seconds` is the time of a save and a load on slow disks.
+    `saving` is whether a step found that a rank still writes: where none does, and where rank 1 does. `slow_seconds` is
+    the time of a save and a load on slow disks.
     """
 
     by_name: dict[str, str]
     opened: list[str]
+    saving: list[bool]
     slow_seconds: float | None
 
 
 def break_saves(process: ProcessRank, *, keys: dict[str, int], folder: Path) -> Errors:
     config = config_of(keys, run_dir=folder / "run")
-    engine, groups, _ = build(config, world_size=process.world_size)
+    engine, groups, layout = build(config, world_size=process.world_size)
     arguments: dict[str, Any] = {"groups": groups, "tokenizer": folder / "tokenizer.model"}
     with counted_operations() as names:
         save(engine, config, **arguments, step=1)
-    errors = {}
+    errors, background = {}, BackgroundWriter()
     for name, (rank, number) in OPERATIONS.items():
         number = number if number > 0 else len(names) + number + 1
-        with counted_operations(once(number)) if process.rank == rank else nullcontext():
-            errors[name] = _error_of(lambda: save(engine, config, **arguments, step=2))
+        for writer, how in ((None, ""), (background, " in the background")):
+            with counted_operations(once(number)) if process.rank == rank else nullcontext():
+                again = partial(save, engine, config, **arguments, step=2, background=writer)
+                errors[f"{name}{how}"] = _error_of(again)
     check = Fence.check
 
     def overtaken(fence: Fence) -> None:
@@ -73,7 +79,7 @@ def break_saves(process: ProcessRank, *, keys: dict[str, int], folder: Path) -> 
 
     with patch.object(Fence, "check", overtaken):
         errors["rank 1 is overtaken"] = _error_of(lambda: save(engine, config, **arguments, step=2))
-    save(engine, config, **arguments, step=2)
+    save(engine, config, **arguments, step=2, background=background)
     require = Checkpoint.require
 
     def unfit(self: Checkpoint, *shards: Any, **kinds: Any) -> None:
@@ -97,7 +103,9 @@ def break_saves(process: ProcessRank, *, keys: dict[str, int], folder: Path) -> 
     opened.append(_opened(folder / "run", groups))
     # Only these ranks gather what they save: with one data rank no collective stands between two writes.
     slow_seconds = on_slow_disks(process, engine, config, **arguments) if groups.data.size > 1 else None
-    return Errors(errors, opened, slow_seconds)
+    step = partial(take_step, engine, tokens_of(1), groups=groups, layout=layout, learning_rate=1e-3)
+    saving = [step(saving=writes).saving for writes in (False, process.rank == 1)]
+    return Errors(errors, opened, saving, slow_seconds)
 
 
 def on_slow_disks(process: ProcessRank, engine: Engine, config: RunConfig, **arguments: Any) -> float:
@@ -116,7 +124,7 @@ def on_slow_disks(process: ProcessRank, engine: Engine, config: RunConfig, **arg
 
     began = time.monotonic()
     _set_timeout(SHORT_TIMEOUT)
-    with patch.object(write, "CHUNK_VALUES", 1000), counted_operations(_slow_at(slow)):
+    with patch.object(rank_part, "CHUNK_VALUES", 1000), counted_operations(_slow_at(slow)):
         save(engine, config, **arguments, step=4)
     with patch.object(Checkpoint, "slice", read_slowly):
         load_slices(engine.state(), checkpoint, kinds=("weight",), groups=arguments["groups"])
@@ -158,9 +166,10 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, keys: dict[str, i
     (tmp_path / "tokenizer.model").write_bytes(b"no test here reads it")
     one, two = run_ranks(break_saves, ranks=RANKS, arguments={"keys": keys, "folder": tmp_path})
     assert one.by_name == two.by_name
-    for name in OPERATIONS:
+    for name in [*OPERATIONS, *(f"{name} in the background" for name in OPERATIONS)]:
         assert one.by_name[name].startswith(f"SaveError: {tmp_path}/run/checkpoints/"), name
         assert one.by_name[name].endswith("was not saved (Input/output error): free space, or fix the disk"), name
+    assert one.saving == two.saving == [False, True], "one of the two ranks writes, then none does"
     assert one.by_name["rank 1 is overtaken"].startswith("Superseded: ")
     assert one.by_name["rank 1 cannot load"] == "InputError: unfit for rank 1"
     assert one.by_name["rank 0 has no disk"] == (

@@ -1,4 +1,7 @@
-"""A job of four ranks: a rank is killed, then the launcher; a second start is refused. It ends like an unbroken one."""
+"""A job of four ranks: a rank is killed, then the launcher; a second start is refused. It ends like an unbroken one.
+
+The killed job writes its checkpoints in the background.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ STEPS, RANKS, ENDED_SECONDS = 60, 4, 120
 
 def sets(run_dir: str) -> list[str]:
     saved = ("data.split=0", f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=2", "evaluate.every=0")
-    return [*saved, f"run.dir={run_dir}"]
+    return [*saved, f"checkpoint.background={str(run_dir == 'run').lower()}", f"run.dir={run_dir}"]
 
 
 def ranks_of(launcher: int) -> dict[int, int]:

@@ -22,6 +22,7 @@ SAVED_AND_MEASURED = (
     "evaluate.every=4",
     "evaluate.samples=8",
 )
+BACKGROUND = ("checkpoint.background=true",)
 ONE_RANK = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.zero=1")
 EXACT = ("step", "learning_rate", "tokens_seen", "consumed_samples")
 MEASURED = ("loss", "grad_norm", "validation_loss")
@@ -41,7 +42,7 @@ def start(folder: Path, run_dir: str, name: str) -> "subprocess.Popen[str]":
     place = {"TRAINSHORT_RANK": "0", "TRAINSHORT_RANKS": "1", "TRAINSHORT_RENDEZVOUS": str(folder / f"meet_{name}")}
     with (folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(
-            command("train", *sets(run_dir, f"train.steps={STEPS}", *ONE_RANK)),
+            command("train", *sets(run_dir, f"train.steps={STEPS}", *BACKGROUND, *ONE_RANK)),
             cwd=folder,
             env=environment(**place),
             stdout=log,

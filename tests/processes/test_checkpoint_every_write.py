@@ -17,7 +17,7 @@ from tests.support.disk import OnOperation, counted_operations, from_then_on, on
 from tests.support.one_rank import STEPS, OneRank
 from training.checkpoint import disk
 from training.checkpoint.manifest import check_whole, list_checkpoints
-from training.checkpoint.write import SaveError
+from training.checkpoint.rank_part import SaveError
 
 BEFORE = 2  # steps saved before the disk fails
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "consumed_samples")

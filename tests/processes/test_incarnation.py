@@ -18,8 +18,8 @@ from tests.support.steps import step_result
 from training import incarnation
 from training.checkpoint import disk, write
 from training.checkpoint.manifest import check_whole, list_checkpoints
+from training.checkpoint.rank_part import SaveError
 from training.checkpoint.retention import remove_unfinished
-from training.checkpoint.write import SaveError
 from training.incarnation import (
     Fence,
     Superseded,
@@ -77,16 +77,16 @@ def test_an_unreadable_incarnation_stops_saves_not_training(
             (run_dir / "incarnation").unlink()
             (run_dir / "incarnation").mkdir()
 
-    failed: list[float] = []
+    waited: list[float] = []
     monkeypatch.setattr(MetricsFile, "on_step", unreadable)
-    monkeypatch.setattr(MetricsFile, "on_failed_save", lambda _, seconds: failed.append(seconds))
+    monkeypatch.setattr(MetricsFile, "on_save_wait", lambda _, seconds, goes_on: waited.append(seconds))
     with pytest.raises(
         SaveError, match=r"step_0000003 was not saved \(Is a directory .*/incarnation\): free space, or"
     ):
         rank.start(run_dir, steps=3)
-    assert "NOT SAVED" in caplog.text
-    assert len(failed) == 2, "of step 2, and of step 3 before its error"
-    assert all(0 < seconds < 60 for seconds in failed)
+    assert caplog.text.count("NOT SAVED") == 2, "step 2, and step 3 before its error"
+    assert len(waited) == 4
+    assert all(0 < seconds < 60 for seconds in waited)
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [1]
 
 

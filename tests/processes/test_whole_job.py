@@ -40,6 +40,7 @@ from training.reproduction.starts import recorded_starts
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 PROMPT = topics["with"][:1200]  # longer than the training length
 # The demo's own model, on fewer and shorter samples, with what a bit-for-bit repetition asks for on a GPU.
+BACKGROUND = ("--set", "checkpoint.background=true")
 OVERRIDES = overrides_of(WHOLE_JOB, {"train": {"micro_batch": 8, "deterministic": True}, "evaluate": {"samples": 16}})
 ON_RANKS = set_options(["evaluate.tensor=2"])  # any start may add them
 STEPS: int = WHOLE_JOB["train"]["steps"]
@@ -105,9 +106,10 @@ def run(run_dir: str) -> list[str]:
 
 
 def train_and_stop(folder: Path, run_dir: str, *, after_lines: int) -> None:
-    """Train until there are some lines of metrics, then press Ctrl-C."""
+    """Train until there are some lines of metrics, then press Ctrl-C; checkpoints are written in the background."""
     with (folder / "first.log").open("w+") as log:
-        process = subprocess.Popen([*PROGRAM, "train", *run(run_dir)], cwd=folder, stdout=log, stderr=log)
+        command = [*PROGRAM, "train", *run(run_dir), *BACKGROUND]
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
 
         def enough_lines() -> bool:
             assert process.poll() is None, log.read()
@@ -135,7 +137,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     train_and_stop(folder, "one/run", after_lines=2)
     stopped = metrics(folder / "one" / "run")
     saved = [each.step for each in list_checkpoints(folder / "one" / "run")]
-    resumed = trainshort(folder, "train", *run("one/run"), *ON_RANKS)
+    resumed = trainshort(folder, "train", *run("one/run"), *BACKGROUND, *ON_RANKS)
     assert resumed.returncode == 0, resumed.stderr
     before = states(folder)
     again = done(folder, "train", *run("one/run"))
@@ -179,7 +181,7 @@ def test_a_file_and_the_log_have_all_progress(job: Job) -> None:
         "\nsaving, press again to end without saving\n",
         f"\nsaved step {stop}: one/run/checkpoints/step_{stop:07d} (",
         f"\nstopped after step {stop}, saved: start again to continue\ntotal ",
-        f"\nto continue: {shlex.join(['trainshort', 'train', *run('one/run')])}\n",
+        f"\nto continue: {shlex.join(['trainshort', 'train', *run('one/run'), *BACKGROUND])}\n",
     ):
         assert words in first, first
     for words in (
@@ -217,7 +219,7 @@ def test_stopped_and_started_again_equals_unbroken_bit_for_bit(job: Job) -> None
 def test_every_start_records_what_decides_its_result(job: Job) -> None:
     starts = recorded_starts(job.broken)
     assert [start["step"] for start in starts] == [0, len(job.stopped)]
-    typed = ["trainshort", "train", *run("one/run")]
+    typed = ["trainshort", "train", *run("one/run"), *BACKGROUND]
     assert [start["command"] for start in starts] == [shlex.join(typed), shlex.join([*typed, *ON_RANKS])]
     document = json.loads(job.reproduced)
     assert (document["differences"], document["changes"], document["grade"]) == ([], [], "same")

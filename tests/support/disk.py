@@ -60,14 +60,15 @@ def counted_operations(before: OnOperation = lambda number, name: None) -> Itera
 
 def once(number: int) -> OnOperation:
     """Make the numbered operation fail."""
-    return lambda seen, name: _fail(seen == number)
+    return lambda seen, name: fail_operation(seen == number)
 
 
 def from_then_on(number: int) -> OnOperation:
     """Make the numbered operation fail, and all after it."""
-    return lambda seen, name: _fail(seen >= number)
+    return lambda seen, name: fail_operation(seen >= number)
 
 
-def _fail(wanted: bool) -> None:
+def fail_operation(wanted: bool = True) -> None:
+    """Raise the error of a disk that fails."""
     if wanted:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -26,8 +26,9 @@ from tests.support.ranks import start_again
 from tests.support.small_run import SMALL, Values, overrides_of, small_run
 from training.build import build_engine
 from training.checkpoint.manifest import SavedState
+from training.checkpoint.rank_part import BackgroundWriter
 from training.checkpoint.read import load_slices, open_checkpoint
-from training.checkpoint.write import save_checkpoint
+from training.checkpoint.write import CheckpointWriter
 from training.incarnation import Fence, begin_incarnation
 from training.model.attention import windows_of
 from training.step_figures import FigureExchange, StepFigures
@@ -141,7 +142,13 @@ def name_of(keys: Mapping[str, Any], *, ranks: int) -> str:
 
 
 def take_step(
-    engine: Engine, samples: torch.Tensor, *, groups: Groups, layout: Layout, learning_rate: float
+    engine: Engine,
+    samples: torch.Tensor,
+    *,
+    groups: Groups,
+    layout: Layout,
+    learning_rate: float,
+    saving: bool = False,
 ) -> StepFigures:
     """Take a step on a global batch, [samples, length + 1], and return its figures as the trainer finds them."""
     fence = Fence(Path("a folder that does not exist"), token="1")
@@ -150,7 +157,7 @@ def take_step(
     began = exchange.begin()
     mine = samples.chunk(groups.data.size)[groups.data.rank]
     outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=learning_rate)
-    return exchange.read(exchange.send(outcome, began=began))
+    return exchange.read(exchange.send(outcome, began=began, saving=saving))
 
 
 def train_one(
@@ -207,17 +214,20 @@ def _logits(engine: Engine, *, length: int) -> torch.Tensor | None:
     return None if local is None else local.clone()
 
 
-def save(engine: Engine, config: RunConfig, *, groups: Groups, tokenizer: Path, step: int) -> None:
+def save(
+    engine: Engine,
+    config: RunConfig,
+    *,
+    groups: Groups,
+    tokenizer: Path,
+    step: int,
+    background: BackgroundWriter | None = None,
+) -> None:
     """Save the state after a step to the run folder, as a new start of the run."""
-    save_checkpoint(
-        engine.state(),
-        config=config,
-        groups=groups,
-        tokenizer=tokenizer,
-        vocab_size=VOCABULARY,
-        saved_state=SavedState(step, step * config.train.global_batch, 0.0, "", None),
-        fence=broadcast_from_first(lambda: begin(config), group=groups.world),
-    )
+    fence = broadcast_from_first(lambda: begin(config), group=groups.world)
+    saved = SavedState(step, step * config.train.global_batch, 0.0, "", None)
+    writer = CheckpointWriter(config, groups, tokenizer, VOCABULARY, fence)
+    writer.begin(engine.state(), saved, background=background).finish()
 
 
 def whole_of(ranks: list[Trained], pick: str, key: str | int) -> torch.Tensor:

@@ -25,9 +25,9 @@ from tests.support.steps import step_result
 from training import folder, saver
 from training.checkpoint import disk, read, write
 from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
+from training.checkpoint.rank_part import SaveError
 from training.checkpoint.read import open_checkpoint
 from training.checkpoint.retention import checkpoints_to_remove
-from training.checkpoint.write import SaveError
 from training.metrics_file import MetricsFile
 from training.observers import StepResult
 from training.preflight import make_ready, newest_to_resume
@@ -264,14 +264,15 @@ def test_bytes_that_are_not_utf8_are_no_line_of_metrics(tmp_path: Path) -> None:
 def test_a_nan_loss_is_not_saved_and_a_nan_validation_left_out(
     rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save = rank.trainer(rank.config(run_dir, "train.decay_steps=4")).saver.save
-    save(TrainState(SAVED + 1, 0), validation_loss=math.nan)
+    saver_of_run = rank.trainer(rank.config(run_dir, "train.decay_steps=4")).saver
+    saver_of_run.begin(TrainState(SAVED + 1, 0), validation_loss=math.nan)
+    saver_of_run.finish()
     assert read_manifest(list_checkpoints(run_dir)[-1].path).validation_loss is None
     monkeypatch.setattr(saver, "check_loss", lambda *_: math.nan)
     with pytest.raises(
         SaveError, match=r"step 4 was not saved \(its loss on the check batch is nan\): its weights have"
     ):
-        save(TrainState(SAVED + 2, 0), validation_loss=None)
+        saver_of_run.begin(TrainState(SAVED + 2, 0), validation_loss=None)
     assert list_checkpoints(run_dir)[-1].step == SAVED + 1
 
 

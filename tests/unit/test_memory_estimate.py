@@ -260,6 +260,24 @@ def test_offloaded_state_must_fit_the_machine(trainshort: Call, monkeypatch: pyt
     assert not change.endswith("which fits")
 
 
+def test_copies_of_a_save_in_the_background_count(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 4.55 GB of weights and moments on each of four ranks; of two data ranks one takes two of the three kinds: 3.03 GB
+    check = ("check", "alibi-1b3", "--memory", "--set", "checkpoint.background=true")
+    monkeypatch.setattr(machine, "gpu_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr(host_memory, "host_limit", lambda: MemoryLimit(15 * 10**9, "this machine's memory"))
+    use_gpus(4, monkeypatch)
+    too_much = trainshort(*check).out
+    assert "  and 4.55 GB of its machine's memory (checkpoint.background)\n" in too_much
+    assert "\nset checkpoint.background to false, or use a machine with more memory\n" in too_much
+    both = trainshort(*check, "--set", "parallel.offload=cpu").out
+    assert "  and 9.09 GB of its machine's memory (parallel.offload, checkpoint.background)\n" in both
+    use_gpus(8, monkeypatch)
+    shared = json.loads(trainshort(*check, "--ranks", "8", "--json").out)["memory"]
+    assert shared["copies"] == pytest.approx(3.03e9, rel=0.01)
+    assert changes_of("checkpoint.background=true", ranks=4, on_gpu=False)[0] == "checkpoint.background true -> false"
+    assert not any("checkpoint" in change for change in changes_of("checkpoint.background=true", ranks=4))
+
+
 def test_check_refuses_options_that_mean_nothing(folder: Path, trainshort: Call) -> None:
     assert "add --memory" in refused(trainshort, "check", "demo", "--gpu-memory-gb", "80")
     assert "add --memory" in refused(trainshort, "check", "demo", "--ranks", "4")

@@ -107,7 +107,7 @@ def test_starts_and_failed_saves_are_on_the_time_line(trainshort: Call) -> None:
     assert titles == [
         *("start 1: steps 1 to 7, the last 2 steps lost",) * 2,
         "start 2: steps 6 to 10",
-        *("saved after step 5", "saved after step 10", "a save failed after step 8"),
+        *("a save ended after step 5", "a save ended after step 10", "a save failed after step 8"),
     ]
     # 5 steps of 6 s, a validation of 2 s, 2 lost steps, a save of 1 s; the second start began 5 minutes after the first
     assert "1 2026-01-02 03:04 UTC - 2 1 to 7 45 s 2 -" in page.text

@@ -6,20 +6,21 @@ of a save: the tensors are on disk before the manifest is written, and the manif
 No rank may leave another waiting in a collective. So each rank keeps its own disk errors until all ranks meet; then
 all raise the same one. And before each collective that follows work on a disk, the ranks wait for each other without a
 limit: a disk slower than the collectives' timeout delays the save, it does not end the job.
+
+A save in the background begins with a copy of every tensor, so that training may go on while a thread of each rank
+writes them. Collectives stay in the thread that trains: it ends the save once all ranks have written.
 """
 
 import logging
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 
-from torch import Tensor
-
-from configs.errors import InputError, MachineError, TrainshortError
+from configs.errors import InputError, TrainshortError
 from configs.files import sync_folder
 from configs.load import dump_run
 from configs.paths import checkpoints_folder
@@ -28,7 +29,6 @@ from data_pipeline.tokenizer_files import tokenizer_files
 from parallel.axes import Group, Groups
 from parallel.collectives import all_gather_object, broadcast_from_first, wait_for_all
 from parallel.engine import State
-from parallel.parameter import Shard, local_shape
 from training.checkpoint import disk
 from training.checkpoint.disk import FileEntry
 from training.checkpoint.manifest import (
@@ -36,82 +36,143 @@ from training.checkpoint.manifest import (
     Manifest,
     SavedState,
     TensorEntry,
-    file_name,
     read_manifest,
     step_folder,
     write_manifest,
 )
+from training.checkpoint.rank_part import BackgroundWriter, SaveError, WrittenPart, as_save_error, save_part
 from training.checkpoint.retention import apply_retention, remove_unfinished
-from training.checkpoint.tensors import TensorFile
 from training.incarnation import Fence
 
 logger = logging.getLogger(__name__)
 
-CHUNK_VALUES = 2**28  # fp32 values that a rank holds before it writes them: 1 GiB
 
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Saves the checkpoints of one start of a run.
 
-class SaveError(MachineError):
-    """A checkpoint could not be saved; the earlier ones are unchanged."""
+    Attributes:
+        config: The resolved run.
+        groups: The layout's groups.
+        tokenizer: The tokenizer's file, copied into each checkpoint.
+        vocab_size: Tokens, without padding.
+        fence: Shows whether this start of the run is still the newest.
+    """
+
+    config: RunConfig
+    groups: Groups
+    tokenizer: Path
+    vocab_size: int
+    fence: Fence
+
+    def begin(self, state: State, saved: SavedState, *, background: BackgroundWriter | None = None) -> "BegunSave":
+        """Begin to save weights and optimizer state after a step. A collective over all ranks.
+
+        Args:
+            state: This rank's weights and moments. They may change as soon as this returns.
+            saved: The position of training, for the manifest.
+            background: Writes this rank's files after this has returned; None to write them now. It must be free.
+        Raises:
+            SaveError: the disk of rank 0 is full or failing; raised on every rank.
+            Superseded: a newer start has taken over; raised on every rank.
+        """
+        folder = step_folder(checkpoints_folder(Path(self.config.run.dir)), step=saved.step)
+        # The leading dot hides the folder from list_checkpoints; the token keeps two starts of one run apart.
+        staging = folder.with_name(f".{folder.name}.{self.fence.token}")
+        with _discarded_if_not_saved(staging, world=self.groups.world):
+            broadcast_from_first(lambda: _prepare(staging, folder=folder, fence=self.fence), group=self.groups.world)
+        part = save_part(state, staging, folder=folder, groups=self.groups, fence=self.fence, background=background)
+        return BegunSave(self, saved, folder, staging, part)
 
 
 @dataclass(frozen=True)
-class _RankPart:
-    """One rank's part of a save: its tensors, its files, and the first error while writing them."""
+class BegunSave:
+    """A save that all ranks have begun; it is no checkpoint before `finish`.
 
-    tensors: dict[str, TensorEntry]
-    files: dict[str, FileEntry]
-    problem: TrainshortError | None
-
-
-def save_checkpoint(
-    state: State,
-    *,
-    config: RunConfig,
-    groups: Groups,
-    tokenizer: Path,
-    vocab_size: int,
-    saved_state: SavedState,
-    fence: Fence,
-    broken: Collection[Path] = (),
-    in_use: Collection[Path] = (),
-) -> Path:
-    """Save weights and optimizer state after a step. A collective over all ranks.
-
-    Args:
-        state: This rank's weights and moments.
-        config: The resolved run.
-        groups: The layout's groups.
-        tokenizer: The tokenizer's file, copied into the checkpoint.
-        vocab_size: Tokens, without padding.
-        saved_state: The position of training, for the manifest.
-        fence: Shows whether this start of the run is still the newest.
-        broken: Checkpoints of the run whose content is known to be altered; retention must not count them.
-        in_use: Checkpoints of the run that someone reads; retention must not remove them.
-    Returns:
-        The checkpoint folder.
-    Raises:
-        SaveError: a rank's disk is full or failing; raised on every rank.
-        Superseded: a newer start has taken over; raised on every rank.
+    Attributes:
+        writer: What began it.
+        saved: The position of training.
+        folder: What the checkpoint will be called.
+        staging: The folder that is being written.
+        part: This rank's part.
     """
-    folder = step_folder(checkpoints_folder(Path(config.run.dir)), step=saved_state.step)
-    # The leading dot hides the folder from list_checkpoints; the token keeps two starts of one run apart.
-    staging = folder.with_name(f".{folder.name}.{fence.token}")
-    world = groups.world
+
+    writer: CheckpointWriter
+    saved: SavedState
+    folder: Path
+    staging: Path
+    part: "Future[WrittenPart]"
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part is written or has failed."""
+        return self.part.done()
+
+    def finish(self, *, broken: Collection[Path] = (), in_use: Collection[Path] = ()) -> Path:
+        """Wait until the parts are written, and make them a checkpoint. A collective over all ranks.
+
+        Args:
+            broken: Checkpoints of the run whose content is known to be altered; retention must not count them.
+            in_use: Checkpoints of the run that someone reads; retention must not remove them.
+        Returns:
+            The checkpoint folder.
+        Raises:
+            SaveError: a rank's disk is full or failing; raised on every rank.
+            Superseded: a newer start has taken over; raised on every rank.
+        """
+        writer, world = self.writer, self.writer.groups.world
+        with _discarded_if_not_saved(self.staging, world=world):
+            parts = all_gather_object(self.part.result(), group=world)
+            for problem in (part.problem for part in parts if part.problem is not None):
+                raise problem
+            broadcast_from_first(partial(self._complete, parts), group=world)
+        # only now: until this checkpoint is on disk, an older one may be the last whole one
+        rules, fence = writer.config.checkpoint, writer.fence
+        _on_first_rank(partial(apply_retention, rules, fence=fence, broken=broken, in_use=in_use), world=world)
+        return self.folder
+
+    def _complete(self, parts: Sequence[WrittenPart]) -> None:
+        """Write the files that belong to no rank, and rename the folder once everything is on disk."""
+        writer, manifest = self.writer, self._manifest(parts)
+        with as_save_error(self.folder):
+            companions = write_companions(self.staging, config=writer.config, tokenizer=writer.tokenizer)
+            manifest.files.update(companions)
+            # Last, after every rank has flushed its files: a manifest must never list a file that is not on disk.
+            write_manifest(self.staging, manifest)
+            sync_folder(self.staging)  # the files are on disk, but their names may not be
+            try:
+                read_manifest(self.staging)
+            except InputError as error:  # a checkpoint that no resume would accept must not count as saved
+                raise SaveError(f"{self.folder} was not saved, it could not be read again: {error}") from None
+            writer.fence.check()  # as late as possible: the save took a while, and a newer start may have taken over
+            _rename_into_place(self.staging, self.folder)
+
+    def _manifest(self, parts: Sequence[WrittenPart]) -> Manifest:
+        tensors: dict[str, TensorEntry] = {}
+        files: dict[str, FileEntry] = {}
+        for part in parts:
+            # World ranks are in order of stages, and the first entry wins: the first stage saved the tied tensors.
+            tensors = {**part.tensors, **tensors}
+            files.update(part.files)
+        groups = self.writer.groups
+        return Manifest(
+            **vars(self.saved),
+            tensor=groups.tensor.size,
+            pipeline=groups.pipeline.size,
+            vocab_size=self.writer.vocab_size,
+            tensors=tensors,
+            files=files,
+        )
+
+
+@contextmanager
+def _discarded_if_not_saved(staging: Path, *, world: Group) -> Iterator[None]:
+    """Remove what a save has written if the block fails, on every rank, with a TrainshortError."""
     try:
-        broadcast_from_first(lambda: _prepare(staging, folder=folder, fence=fence), group=world)
-        parts = all_gather_object(_write_part(state, staging, folder=folder, groups=groups, fence=fence), group=world)
-        for problem in (part.problem for part in parts if part.problem is not None):
-            raise problem
-        manifest = _join(parts, saved_state=saved_state, groups=groups, vocab_size=vocab_size)
-        complete = partial(_complete, staging, folder, manifest, config=config, tokenizer=tokenizer, fence=fence)
-        broadcast_from_first(complete, group=world)
+        yield
     except TrainshortError:
         _on_first_rank(partial(_discard, staging), world=world)
         raise
-    # only now: until this checkpoint is on disk, an older one may be the last whole one
-    retain = partial(apply_retention, config.checkpoint, fence=fence, broken=broken, in_use=in_use)
-    _on_first_rank(retain, world=world)
-    return folder
 
 
 def _on_first_rank(action: Callable[[], None], *, world: Group) -> None:
@@ -127,137 +188,10 @@ def _discard(staging: Path) -> None:
 
 
 def _prepare(staging: Path, *, folder: Path, fence: Fence) -> None:
-    with _as_save_error(folder):
+    with as_save_error(folder):
         fence.check()
         remove_unfinished(staging.parent, fence=fence)
         disk.make_folder(staging)
-
-
-def _write_part(state: State, staging: Path, *, folder: Path, groups: Groups, fence: Fence) -> _RankPart:
-    """Write this rank's files; return its first error instead of raising, since other ranks wait in reads."""
-    stage = groups.pipeline.rank
-    tensors = {name: TensorEntry(s.shape, s.rule, stage, s.tied) for name, (_, s) in state.parameters.items()}
-    shapes = {
-        name: local_shape(shard, tensor_rank=groups.tensor.rank, tensor_size=groups.tensor.size)
-        for name, (_, shard) in state.parameters.items()
-        if not _is_tied_copy(shard, groups=groups)
-    }
-    writer = _RankWriter(staging, folder=folder, groups=groups)
-    # All data ranks hold the same state, so each writes its share of the kinds.
-    mine = [kind for index, kind in enumerate(state.kinds) if index % groups.data.size == groups.data.rank]
-    writer.unless_failed(fence.check)
-    writer.unless_failed(partial(writer.open, mine, shapes=shapes))
-    for chunk in _chunks(state, groups=groups):
-        wait_for_all(groups.data)  # another rank's disk may be slow to take the chunk before this one
-        parts = []
-        for name, kind in chunk:
-            value = state.read(name, kind)  # a collective: every data rank calls it, even after its disk failed
-            if kind in mine and name in shapes:
-                shard = state.parameters[name][1]
-                parts.append((kind, name, _without_padding(value, shard=shard, shape=shapes[name]).cpu()))
-        for part in parts:
-            writer.unless_failed(partial(writer.add, *part))
-    writer.unless_failed(writer.finish)
-    writer.close()
-    return _RankPart(tensors, writer.entries, writer.problem)
-
-
-def _chunks(state: State, *, groups: Groups) -> Iterator[list[tuple[str, str]]]:
-    """Yield the names and kinds of the tensors that are gathered before any of them is written.
-
-    The same on all data ranks, which gather them together.
-    """
-    chunk, values = [], 0
-    for name, (_, shard) in state.parameters.items():
-        for kind in state.kinds:
-            chunk.append((name, kind))
-            values += prod(local_shape(shard, tensor_rank=groups.tensor.rank, tensor_size=groups.tensor.size))
-            if values >= CHUNK_VALUES:
-                yield chunk
-                chunk, values = [], 0
-    if chunk:
-        yield chunk
-
-
-class _RankWriter:
-    """One rank's files of a save. It keeps its first error and does nothing after it."""
-
-    def __init__(self, staging: Path, *, folder: Path, groups: Groups) -> None:
-        self.problem: TrainshortError | None = None
-        self.entries: dict[str, FileEntry] = {}
-        self._staging, self._folder, self._groups = staging, folder, groups
-        self._files: dict[str, TensorFile] = {}
-
-    def unless_failed(self, action: Callable[[], None]) -> None:
-        """Run an action unless an earlier one failed; keep its error."""
-        try:
-            if self.problem is None:
-                with _as_save_error(self._folder):
-                    action()
-        except TrainshortError as error:
-            self.problem = error
-
-    def open(self, kinds: Sequence[str], *, shapes: dict[str, tuple[int, ...]]) -> None:
-        for kind in kinds:
-            name = file_name(stage=self._groups.pipeline.rank, tensor=self._groups.tensor.rank, kind=kind)
-            self._files[kind] = TensorFile(self._staging / name, shapes=shapes)
-
-    def add(self, kind: str, name: str, value: Tensor) -> None:
-        self._files[kind].add(name, value)
-
-    def finish(self) -> None:
-        for file in self._files.values():
-            self.entries[file.path.name] = file.finish()
-
-    def close(self) -> None:
-        for file in self._files.values():
-            with suppress(OSError):
-                file.close()
-
-
-@contextmanager
-def _as_save_error(folder: Path) -> Iterator[None]:
-    """Turn a disk error in the block into a SaveError that names the checkpoint."""
-    try:
-        yield
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        raise SaveError(f"{folder} was not saved ({error.strerror}{where}): free space, or fix the disk") from None
-
-
-def _join(parts: Sequence[_RankPart], *, saved_state: SavedState, groups: Groups, vocab_size: int) -> Manifest:
-    """Return the manifest of all ranks' parts."""
-    tensors: dict[str, TensorEntry] = {}
-    files: dict[str, FileEntry] = {}
-    for part in parts:
-        # World ranks are in order of stages, and the first entry wins: the first stage saved the tied tensors.
-        tensors = {**part.tensors, **tensors}
-        files.update(part.files)
-    return Manifest(
-        **vars(saved_state),
-        tensor=groups.tensor.size,
-        pipeline=groups.pipeline.size,
-        vocab_size=vocab_size,
-        tensors=tensors,
-        files=files,
-    )
-
-
-def _complete(
-    staging: Path, folder: Path, manifest: Manifest, *, config: RunConfig, tokenizer: Path, fence: Fence
-) -> None:
-    """Write the files that belong to no rank, and rename the folder once everything is on disk."""
-    with _as_save_error(folder):
-        manifest.files.update(write_companions(staging, config=config, tokenizer=tokenizer))
-        # Last, after every rank has flushed its files: a manifest must never list a file that is not on disk.
-        write_manifest(staging, manifest)
-        sync_folder(staging)  # the files are on disk, but their names may not be
-        try:
-            read_manifest(staging)
-        except InputError as error:  # a checkpoint that no resume would accept must not count as saved
-            raise SaveError(f"{folder} was not saved, it could not be read again: {error}") from None
-        fence.check()  # as late as possible: the save took a while, and a newer start may have taken over
-        _rename_into_place(staging, folder)
 
 
 def write_companions(folder: Path, *, config: RunConfig, tokenizer: Path) -> dict[str, FileEntry]:
@@ -297,13 +231,3 @@ def _rename_into_place(staging: Path, folder: Path) -> None:
             disk.remove(replaced)
         except OSError as error:  # only a warning: the new one is saved
             logger.warning("the replaced checkpoint %s cannot be removed (%s)", replaced, error.strerror)
-
-
-def _is_tied_copy(shard: Shard, *, groups: Groups) -> bool:
-    # The first and last stage hold the word embedding, every stage a learned bias: only the first stage saves them.
-    return shard.tied and groups.pipeline.rank > 0
-
-
-def _without_padding(value: Tensor, *, shard: Shard, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor rank's slice without the rows that pad it: a view of `shape`."""
-    return value if shard.dim is None else value.narrow(shard.dim, 0, shape[shard.dim])

@@ -75,12 +75,12 @@ def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
             lost_text = f", the last {counted(len(start.lost), 'step')} lost" if start.lost else ""
             bars.append(TimelineBar(left, kept, lost, f"start {number}: {steps}{lost_text}"))
         for seconds, step, happened in start.saves():
-            words = "saved" if happened == "saved" else "a save failed"
+            words = "a save ended" if happened == "saved" else "a save failed"
             marks.append(TimelineMark(left + seconds * scale, happened, f"{words} after step {step:,}"))
         left += kept + lost + gap
     newest = [checkpoint.step for checkpoint in list_checkpoints(run_dir)[-1:]]
     if newest == [starts[-1].last_step] and bars:
-        marks.append(TimelineMark(left - gap, "saved", f"saved after step {newest[0]:,}"))
+        marks.append(TimelineMark(left - gap, "saved", f"a save ended after step {newest[0]:,}"))
     ticks = [(100 * part / _TICKS, duration(total * part / _TICKS) if part else "0") for part in range(_TICKS + 1)]
     headings, rows = _table(starts)
     return Timeline(tuple(bars), tuple(_thinned(marks)), tuple(ticks), headings, rows)

@@ -1,0 +1,216 @@
+"""`checkpoint.background`: training goes on while a checkpoint is written, and the checkpoint is that of its step."""
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import InputError
+from parallel.engine import StepOutcome
+from tests.support.disk import counted_operations, fail_operation
+from tests.support.one_rank import OneRank
+from training.checkpoint.manifest import check_whole, list_checkpoints
+from training.checkpoint.rank_part import BackgroundWriter
+from training.metrics_file import MetricsFile
+from training.observers import Observer, Save, StepResult
+from training.state import TrainState
+from training.trainer import Trainer
+
+STEPS, EVERY = 9, 4
+PATIENCE = 60
+
+
+class Told(Observer):
+    """Keeps what an observer is told of steps and saves, and calls a function at each step."""
+
+    def __init__(self, then: Callable[[int], None] = lambda step: None) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.waits: list[tuple[float, bool]] = []
+        self._then = then
+
+    def on_step(self, result: StepResult) -> None:
+        self.events.append(("step", result.step))
+        self._then(result.step)
+
+    def on_save(self, save: Save) -> None:
+        self.events.append(("saved", save.step))
+
+    def on_save_wait(self, seconds: float, *, goes_on: bool) -> None:
+        self.waits.append((seconds, goes_on))
+
+
+def trainer_of(rank: OneRank, run_dir: Path, *more: str, background: bool = True, steps: int = STEPS) -> Trainer:
+    rules = ["checkpoint.keep=9", f"checkpoint.every={EVERY}", f"checkpoint.background={str(background).lower()}"]
+    return rank.trainer(rank.config(run_dir, f"train.steps={steps}", f"train.decay_steps={STEPS}", *rules, *more))
+
+
+def train(trainer: Trainer, *observers: Observer) -> TrainState:
+    return trainer.run([MetricsFile(trainer.fence.run_dir, last_step=trainer.start.step), *observers])
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(run_dir: Path) -> list[list[Any]]:
+    return [[line[key] for key in ("step", "loss", "grad_norm", "learning_rate")] for line in lines_of(run_dir)]
+
+
+def tensors_of(run_dir: Path) -> dict[int, dict[str, str]]:
+    """Return the hashes of each whole checkpoint's tensor files, by step."""
+    manifests = [check_whole(checkpoint.path) for checkpoint in list_checkpoints(run_dir)]
+    return {
+        manifest.step: {name: file.sha256 for name, file in manifest.files.items() if name.endswith("safetensors")}
+        for manifest in manifests
+    }
+
+
+@contextmanager
+def background_disk(operate: Callable[[str], None]) -> Iterator[None]:
+    """Call a function before each file operation of the thread that writes in the background."""
+    training = threading.get_ident()
+
+    def before(number: int, name: str) -> None:
+        if threading.get_ident() != training:
+            operate(name)
+
+    with counted_operations(before):
+        yield
+
+
+@pytest.fixture(scope="module")
+def foreground(rank: OneRank, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("foreground") / "run"
+    train(trainer_of(rank, run_dir, background=False))
+    return run_dir
+
+
+def test_steps_are_taken_while_a_checkpoint_is_written(rank: OneRank, foreground: Path, tmp_path: Path) -> None:
+    gate, run_dir = threading.Event(), tmp_path / "run"
+    trainer = trainer_of(rank, run_dir)
+
+    def then(step: int) -> None:
+        if step == EVERY + 1:
+            assert list_checkpoints(run_dir) == [], "it has no name before it is whole"
+            gate.set()
+            wait_until_written(trainer)
+
+    told = Told(then)
+    with background_disk(lambda name: assert_waited(gate)):
+        train(trainer, told)
+    place = told.events.index(("saved", EVERY))
+    assert told.events[place - 2 : place + 2] == [("step", 5), ("step", 6), ("saved", EVERY), ("step", 7)]
+    assert [step for kind, step in told.events if kind == "saved"] == [EVERY, 2 * EVERY, STEPS]
+    assert figures(run_dir) == figures(foreground)
+    assert tensors_of(run_dir) == tensors_of(foreground), "a checkpoint holds a later step's weights"
+    # in the foreground training waits once for a save, in the background at its begin and at its end
+    goes_on = [goes_on for _, goes_on in told.waits]
+    assert goes_on == [True, False, True, False, False]
+    reported = [line["save_seconds"] for line in lines_of(run_dir) if "save_seconds" in line]
+    assert reported[0] == pytest.approx(told.waits[0][0] + told.waits[1][0])
+    assert not any("failed_saves" in line for line in lines_of(run_dir))
+    assert rank.trainer(rank.config(run_dir, f"train.decay_steps={STEPS}")).start.step == STEPS
+
+
+def assert_waited(event: threading.Event) -> None:
+    assert event.wait(PATIENCE)
+
+
+def wait_until_written(trainer: Trainer) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while trainer.saver.is_writing:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_copies_keep_their_values_and_their_memory() -> None:
+    background, value = BackgroundWriter(), torch.arange(6.0).view(2, 3).T
+    first = background.copy("weight", "name", value)
+    value += 1
+    assert first.tolist() == [[0, 3], [1, 4], [2, 5]]
+    place = first.data_ptr()
+    assert background.copy("weight", "name", value).data_ptr() == place
+    assert first.tolist() == value.tolist()
+    assert background.copy("exp_avg", "name", value).data_ptr() != place
+
+
+@pytest.mark.parametrize("operation", ["open", "write", "fsync", "close"])
+def test_a_disk_that_fails_in_the_background_costs_one_save(
+    rank: OneRank, foreground: Path, tmp_path: Path, operation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed: list[str] = []
+
+    def fail_once(name: str) -> None:
+        if name == operation and not failed:
+            failed.append(name)
+            fail_operation()
+
+    run_dir = tmp_path / "run"
+    with background_disk(fail_once):
+        train(trainer_of(rank, run_dir))
+    assert failed
+    assert caplog.text.count(f"NOT SAVED: {run_dir}/checkpoints/step_0000004 was not saved (Input/output error") == 1
+    assert figures(run_dir) == figures(foreground)
+    assert [*tensors_of(run_dir)] == [2 * EVERY, STEPS]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_0000008", "step_0000009"]
+    assert [line.get("failed_saves") for line in lines_of(run_dir)][-1] == 1
+
+
+def test_a_disk_slower_than_the_steps_makes_training_wait(
+    rank: OneRank, foreground: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run_dir, told = tmp_path / "run", Told()
+    with background_disk(lambda name: time.sleep(0.3 if name == "fsync" else 0)):
+        train(trainer_of(rank, run_dir, "checkpoint.every=1", steps=3), told)
+    saved = [step for kind, step in told.events if kind == "saved"]
+    assert saved == [1, 2, 3]
+    waits = [record.getMessage() for record in caplog.records if record.name == "training.saves"]
+    assert waits == [f"training waits: the checkpoint of step {step} is still being written" for step in (1, 2)]
+    assert tensors_of(run_dir)[3] != tensors_of(run_dir)[2] != tensors_of(run_dir)[1]
+    assert figures(run_dir) == figures(foreground)[:3]
+
+
+def test_a_stop_keeps_the_checkpoint_that_is_being_written(rank: OneRank, tmp_path: Path) -> None:
+    run_dir, gate = tmp_path / "run", threading.Event()
+    trainer = trainer_of(rank, run_dir)
+
+    def then(step: int) -> None:
+        if step == EVERY + 1:
+            trainer.stop.ask()
+            gate.set()
+
+    with background_disk(lambda name: assert_waited(gate)):
+        end = train(trainer, Told(then))
+    assert end.step == EVERY + 1
+    assert [*tensors_of(run_dir)] == [EVERY, EVERY + 1]
+
+
+def test_a_run_that_diverges_keeps_the_step_that_was_good(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, gate, run_dir = type(rank.engine).train_step, threading.Event(), tmp_path / "run"
+    steps = iter(range(1, STEPS + 1))
+
+    def train_step(*arguments: Any, **more: Any) -> StepOutcome:
+        outcome: StepOutcome = real(*arguments, **more)
+        if next(steps) <= EVERY:
+            return outcome
+        gate.set()
+        return StepOutcome(torch.tensor(math.nan), outcome.grad_norm)
+
+    monkeypatch.setattr(type(rank.engine), "train_step", train_step)
+    with (
+        background_disk(lambda name: assert_waited(gate)),
+        pytest.raises(InputError, match=r"the last good checkpoint is .*step_0000004$"),
+    ):
+        train(trainer_of(rank, run_dir))
+    assert [*tensors_of(run_dir)] == [EVERY]
