@@ -12,6 +12,8 @@ from tests.support.processes import trainshort, wait_until
 
 pytestmark = pytest.mark.slurm
 
+BACKGROUND = "checkpoint.background=true"
+
 
 def on_nodes(*command: str) -> None:
     subprocess.run([CLUSTER, *command], check=True)
@@ -22,7 +24,7 @@ def wait_for_node(node: str, run: Submitted) -> None:
 
 
 def test_a_time_limit_requeues_the_job_and_changes_no_loss(home: Path, unbroken: Submitted) -> None:
-    options = ("slurm.time='0:03:00'", "slurm.signal_seconds=60")
+    options = ("slurm.time='0:03:00'", "slurm.signal_seconds=60", BACKGROUND)
     run = submit(home, "limited", *options, run_dir="runs/10% limited")  # SLURM must read the % as part of the name
     run.suspend(3)
     # A change of the run file has no effect before the next submission.
@@ -119,7 +121,7 @@ def test_a_run_without_progress_is_not_requeued_forever(home: Path) -> None:
 
 
 def test_a_crashed_node_is_replaced(home: Path, unbroken: Submitted) -> None:
-    run = submit(home, "crashed")
+    run = submit(home, "crashed", BACKGROUND)
     run.suspend(6)
     assert run.field("NodeList") == "node[1-2]"
     on_nodes("crash", "node2")
