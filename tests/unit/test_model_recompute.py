@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from configs.backends import keeps_only_states
 from configs.load import load_run
 from configs.positions import POSITIONS
 from configs.schema import Model
@@ -100,3 +101,16 @@ def test_a_block_keeps_what_its_recompute_says(position: str, attention: str, st
         assert measured == pytest.approx(expected, abs=0.2), recompute
         estimate = estimated(recompute, position=position, attention=attention)
         assert estimate == pytest.approx(measured, rel=0.03), recompute
+
+
+def test_attention_that_may_keep_scores_is_recomputed() -> None:
+    for attention, head_dim, keeps_little in (
+        ("sdpa", 64, True),
+        ("sdpa", 20, False),  # torch has no fused kernel for it on a GPU
+        ("auto", 20, False),
+        ("flex", 20, True),
+        ("flash4", 128, True),
+        ("reference", 64, False),
+    ):
+        assert keeps_only_states(attention, position="alibi", head_dim=head_dim) == keeps_little, (attention, head_dim)
+    assert not keeps_only_states("sdpa", position="kerple", head_dim=64)
