@@ -79,10 +79,13 @@ def _head(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
     most = max(1, HEAD_CHUNK_BYTES // (columns * width))
     chunk = columns * min(tokens, 1 << (most.bit_length() - 1))
     # Logits and, of the same size, their gradient; uncompiled also log probabilities, which fp32 overwrites.
-    compiled = is_compiled(train.compile, device="cuda" if on_gpu else "cpu")
-    element = 2 * width + (FP32 if width < FP32 and not compiled else 0)
+    element = 2 * width + (FP32 if width < FP32 and not _is_compiled(config, on_gpu=on_gpu) else 0)
     states = width * tokens * hidden * (2 if _parts(config, layout) > 1 else 1)
     return element * chunk + states + FP32 * columns * hidden
+
+
+def _is_compiled(config: RunConfig, *, on_gpu: bool) -> bool:
+    return is_compiled(config.train.compile, device="cuda" if on_gpu else "cpu")
 
 
 def _backend(config: RunConfig, *, on_gpu: bool) -> Backend:
@@ -132,8 +135,8 @@ def _block(config: RunConfig, layout: Layout, *, on_gpu: bool) -> tuple[int, int
     hidden, inner, parts = width * model.hidden, width * model.inner, _parts(config, layout)
     # What a softmax keeps besides queries, keys and values: its output, or its sums and what the method adds.
     attention = hidden + FP32 * model.heads
-    if position.rotates:
-        attention += 2 * hidden
+    if position.rotates and not _is_compiled(config, on_gpu=on_gpu):
+        attention += 2 * hidden  # what they were rotated from is kept too: the values are a view of the whole
     if _joins_blocks(config, backend, on_gpu=on_gpu):
         attention += hidden
     if backend.keeps_scores:

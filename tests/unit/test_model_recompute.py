@@ -13,6 +13,7 @@ from configs.load import load_run
 from configs.positions import POSITIONS
 from configs.schema import Model
 from parallel.groups import lone_groups
+from parallel.head import Compile, as_it_is
 from parallel.layout import Layout
 from parallel.plan import Recompute
 from parallel.seeds import initial_weights
@@ -25,11 +26,11 @@ LENGTH = 600  # more than one block of queries
 HIDDEN, HEADS, LAYERS, BATCH = 64, 4, 3, 2
 
 
-def make(recompute: Recompute, **keys: Any) -> Decoder:
+def make(recompute: Recompute, *, compiled: Compile = as_it_is, **keys: Any) -> Decoder:
     start_alone()
     model = Model(layers=LAYERS, hidden=HIDDEN, heads=HEADS, **keys)
     tensor = lone_groups().tensor
-    decoder = Decoder(plan_layers(model, vocab_size=VOCABULARY, tensor=tensor, recompute=recompute))
+    decoder = Decoder(plan_layers(model, vocab_size=VOCABULARY, tensor=tensor, recompute=recompute, compiled=compiled))
     initial_weights(decoder, seed=1, tensor=tensor)
     return decoder.train()
 
@@ -53,9 +54,9 @@ def test_gradients_are_the_same_bit_for_bit(position: str, dropout: float) -> No
             assert torch.equal(one, other), recompute
 
 
-def kept(recompute: Recompute, **keys: Any) -> float:
+def kept(recompute: Recompute, *, compiled: bool = False, **keys: Any) -> float:
     """Return what a block keeps for the backward pass, in states [seq, batch, hidden]."""
-    blocks = make(recompute, **keys).layers[1:-1]
+    blocks = make(recompute, compiled=(lambda function: function) if compiled else as_it_is, **keys).layers[1:-1]
     x = torch.randn(LENGTH, BATCH, HIDDEN, requires_grad=True)
     out: Tensor = blocks[0](x)  # makes what all blocks share
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -66,13 +67,13 @@ def kept(recompute: Recompute, **keys: Any) -> float:
     return bytes_kept / LAYERS / (x.numel() * 4)
 
 
-def estimated(recompute: Recompute, **keys: Any) -> float:
+def estimated(recompute: Recompute, *, compiled: bool = False, **keys: Any) -> float:
     """Return the estimate of `kept`: what one more block adds to a stage."""
     sections: dict[str, dict[str, Any]] = {
         "model": {"hidden": HIDDEN, "heads": HEADS, **keys},
         "data": {"sequence_length": LENGTH},
         "parallel": {"tensor": 1, "pipeline": 1},
-        "train": {"micro_batch": BATCH, "recompute": recompute},
+        "train": {"micro_batch": BATCH, "recompute": recompute, "compile": "on" if compiled else "off"},
     }
     overrides = [f"{name}.{key}={json.dumps(value)}" for name, keys in sections.items() for key, value in keys.items()]
     fewer, more = (
@@ -85,22 +86,23 @@ def estimated(recompute: Recompute, **keys: Any) -> float:
 # With `selective` the block's input or output, queries, keys and values, attention's output product, and the GELU's
 # input; and attention's output, where attention is not recomputed.
 @pytest.mark.parametrize(
-    ("position", "attention", "states"),
+    ("keys", "states"),
     [
-        ("alibi", "sdpa", (16, 10, 1)),
-        ("none", "auto", (16, 10, 1)),
-        ("rotary", "sdpa", (18, 12, 1)),  # rotated queries and keys
-        ("t5", "auto", (27.5, 9, 1)),  # a strip of the bias in each layer
-        ("sandwich", "sdpa", (28.5, 9, 1)),
-        ("alibi", "reference", (53.5, 9, 1)),  # the scores
+        ({"position": "alibi", "attention": "sdpa"}, (16, 10, 1)),
+        ({"position": "none"}, (16, 10, 1)),
+        ({"position": "rotary"}, (18, 12, 1)),  # rotated queries and keys beside what they were rotated from
+        ({"position": "rotary", "compiled": True}, (16, 10, 1)),  # instead of it
+        ({"position": "t5"}, (27.5, 9, 1)),  # a strip of the bias in each layer
+        ({"position": "sandwich"}, (28.5, 9, 1)),
+        ({"position": "alibi", "attention": "reference"}, (53.5, 9, 1)),  # the scores
     ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_a_block_keeps_what_its_recompute_says(position: str, attention: str, states: tuple[float, ...]) -> None:
+def test_a_block_keeps_what_its_recompute_says(keys: dict[str, Any], states: tuple[float, ...]) -> None:
     for recompute, expected in zip((False, "selective", True), states, strict=True):
-        measured = kept(recompute, position=position, attention=attention)
+        measured = kept(recompute, **keys)
         assert measured == pytest.approx(expected, abs=0.2), recompute
-        estimate = estimated(recompute, position=position, attention=attention)
-        assert estimate == pytest.approx(measured, rel=0.03), recompute
+        assert estimated(recompute, **keys) == pytest.approx(measured, rel=0.03), recompute
 
 
 def test_attention_that_may_keep_scores_is_recomputed() -> None:
