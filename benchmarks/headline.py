@@ -18,8 +18,9 @@ from benchmarks.rounding import perplexity, tokens_of_text
 from configs.paths import checkpoints_folder
 from training.checkpoint.read import open_checkpoint
 from training.evaluation.chart import head_axes, line_style, new_figure, save_figure
-from training.metrics_reader import column, read_steps
+from training.metrics_reader import read_steps
 from training.model.single import load_single
+from training.step_columns import StepColumns
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def progress_of(run: Path, *, text: Path, length: int, most: int) -> Progress:
         length: Inputs of a window, in tokens.
         most: Tokens of the text that are predicted, at most.
     """
-    newest, steps = open_checkpoint(run), read_steps(run)
+    newest, steps = open_checkpoint(run), [*read_steps(run)]
     tokens = tokens_of_text(newest, text)  # all checkpoints of a run have its tokenizer
     tokens = tokens[: min(most, len(tokens) - 1) // length * length + 1]
     seconds, perplexities = [], []
@@ -76,8 +77,8 @@ def progress_of(run: Path, *, text: Path, length: int, most: int) -> Progress:
         seconds.append(sum(fields["step_seconds"] for fields in steps if fields["step"] <= checkpoint.manifest.step))
         perplexities.append(perplexity(load_single(checkpoint), tokens, length=length))
     name = f"{newest.config.model.position}, trained at {newest.config.data.sequence_length:,}"
-    taken, memory = column(steps, "step_seconds"), column(steps, "memory_gb")
-    return Progress(name, seconds, perplexities, median(taken), max(memory))
+    taken = StepColumns(("step_seconds", "memory_gb"), steps)
+    return Progress(name, seconds, perplexities, median(taken.known("step_seconds")), max(taken.known("memory_gb")))
 
 
 def _figures(progress: Progress) -> dict[str, object]:

@@ -34,6 +34,8 @@ class Backend(Choice):
         keeps_scores: Whether it keeps all scores, in fp32, for the backward pass.
         query_block: Queries that it takes at a time where there is a bias, 0 for all. Its output is then joined from
             blocks, and kept twice for the backward pass.
+        fused_widths: Widths of heads of which it has fused kernels on every device are multiples of this; with other
+            widths it may keep all scores on a GPU.
         compiles: Whether its kernel is compiled when it is first called.
         leaves_out_on: Kinds of device on which it leaves out keys without weight.
         documents: Whether it can keep attention inside documents.
@@ -50,6 +52,7 @@ class Backend(Choice):
     has_run: str
     keeps_scores: bool = False
     query_block: int = 0
+    fused_widths: int = 1
     compiles: bool = False
     leaves_out_on: tuple[Device, ...] = ()
     documents: bool = False
@@ -101,6 +104,7 @@ BACKENDS = {
             memory="length; on a GPU length x length unless heads are a multiple of 8 wide (4 in fp32)",
             has_run="CPU: fp64, fp32, bf16; one H100: bf16, training steps",
             query_block=256,
+            fused_widths=8,
             leaves_out_on=("cpu",),
             documents=True,
         ),
@@ -224,6 +228,21 @@ def backend_of(
             capability=capability,
         )[0]
     )
+
+
+def keeps_only_states(attention: str, *, position: str, head_dim: int) -> bool:
+    """Return whether attention keeps for the backward pass only queries, keys, values, its output and a sum per query.
+
+    Others keep all scores, or in each layer a strip of the bias.
+
+    Args:
+        attention: Value of `model.attention`.
+        position: Value of `model.position`.
+        head_dim: Width of a head.
+    """
+    backend = named_backend(attention) or BACKENDS[EVERYWHERE]  # the others that `auto` takes keep less
+    keeps_scores = backend.keeps_scores or head_dim % backend.fused_widths > 0
+    return not keeps_scores and POSITIONS[position].bias in COMPUTED_BIAS
 
 
 @cache

@@ -35,7 +35,7 @@ class Position(Choice):
             nothing is learned.
         table_std: Std of the table's initial values; None for `model.init_std`.
         added_variance: Mean square of what it adds to the embedding, which it first multiplies by sqrt(hidden).
-        rotates: Whether it rotates queries and keys, so that rotated copies are kept for the backward pass.
+        rotates: Whether it rotates queries and keys, so that rotated copies may be kept for the backward pass.
         carried: Whether the code that an export can carry has it.
         scales: What `--scale` can do with it, in `configs.scales`.
         problems: Yields a line per requirement that a model breaks: what must hold, the value seen, what to do.

@@ -210,8 +210,9 @@ class Train(Section):
     )
     recompute: Annotated[Literal[False, True, "selective"], BeforeValidator(_text_of_number)] = Field(
         default=False,
-        description="Recompute in the backward pass: true whole blocks, `selective` attention and what lies between "
-        "the matrix products. Less memory, more time.",
+        description="Recompute in the backward pass: true whole blocks, `selective` what lies between the matrix "
+        "products, and attention only where it keeps all scores, or a strip of bias in each layer. Less memory, more "
+        "time.",
     )
     deterministic: bool = Field(
         default=False,

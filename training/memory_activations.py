@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from configs.backends import Backend, backend_of
+from configs.backends import Backend, backend_of, keeps_only_states
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
@@ -55,7 +55,9 @@ def stage_activations(config: RunConfig, layout: Layout, stage: int, *, on_gpu: 
     # The embedding's norm keeps a state, and its dropout; so do the last norm and the head.
     kept += state * first * (2 if model.dropout else 1) + 2 * state * last
     kept += state * (layout.pipeline > 1)  # the output of the stage
-    held = in_flight(layout, stage) * kept + _bias_strip(config, layout, on_gpu=on_gpu)
+    held = in_flight(layout, stage) * kept
+    if POSITIONS[model.position].bias != "table":
+        held += _strip(config, layout, on_gpu=on_gpu)  # which all layers share
     if last and layout.pipeline > 1:
         held += min(2, layout.micro_batches) * state  # DeepSpeed keeps the last layer's output of micro-batches before
     if _parts(config, layout) > 1:
@@ -77,10 +79,13 @@ def _head(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
     most = max(1, HEAD_CHUNK_BYTES // (columns * width))
     chunk = columns * min(tokens, 1 << (most.bit_length() - 1))
     # Logits and, of the same size, their gradient; uncompiled also log probabilities, which fp32 overwrites.
-    compiled = is_compiled(train.compile, device="cuda" if on_gpu else "cpu")
-    element = 2 * width + (FP32 if width < FP32 and not compiled else 0)
+    element = 2 * width + (FP32 if width < FP32 and not _is_compiled(config, on_gpu=on_gpu) else 0)
     states = width * tokens * hidden * (2 if _parts(config, layout) > 1 else 1)
     return element * chunk + states + FP32 * columns * hidden
+
+
+def _is_compiled(config: RunConfig, *, on_gpu: bool) -> bool:
+    return is_compiled(config.train.compile, device="cuda" if on_gpu else "cpu")
 
 
 def _backend(config: RunConfig, *, on_gpu: bool) -> Backend:
@@ -96,12 +101,15 @@ def _backend(config: RunConfig, *, on_gpu: bool) -> Backend:
     )
 
 
-def _bias_strip(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
-    """Return the bytes of the mask that all layers share, of each head if there is a bias."""
+def _strip(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
+    """Return the bytes of the strip of mask that an attention reads, of each head if there is a bias."""
     model, seq = config.model, config.data.sequence_length
     rows = min(seq, _backend(config, on_gpu=on_gpu).query_block) if _has_mask(config) else 0
     heads = model.heads // layout.tensor if POSITIONS[model.position].has_bias else 1
-    return FP32 * heads * rows * (seq if model.window is None else min(seq, rows + model.window))
+    columns = seq if model.window is None else min(seq, rows + model.window)
+    if POSITIONS[model.position].bias == "table":
+        columns += rows  # it is cut from one that is wider
+    return (PRECISIONS[config.train.precision].width if on_gpu else FP32) * heads * rows * columns
 
 
 def _has_mask(config: RunConfig) -> bool:
@@ -109,6 +117,14 @@ def _has_mask(config: RunConfig) -> bool:
     model = config.model
     has_window = model.window is not None and model.window < config.data.sequence_length
     return has_window or POSITIONS[model.position].has_bias
+
+
+def _joins_blocks(config: RunConfig, backend: Backend, *, on_gpu: bool) -> bool:
+    """Return whether attention keeps its output twice: of each block of queries, and joined."""
+    position = POSITIONS[config.model.position]
+    if position.entries_per_head or not (on_gpu or position.bias == "table"):
+        return False  # a block with a learned bias is recomputed; on a CPU the others write into one output
+    return _has_mask(config) and 0 < backend.query_block < config.data.sequence_length
 
 
 def _block(config: RunConfig, layout: Layout, *, on_gpu: bool) -> tuple[int, int]:
@@ -119,21 +135,25 @@ def _block(config: RunConfig, layout: Layout, *, on_gpu: bool) -> tuple[int, int
     hidden, inner, parts = width * model.hidden, width * model.inner, _parts(config, layout)
     # What a softmax keeps besides queries, keys and values: its output, or its sums and what the method adds.
     attention = hidden + FP32 * model.heads
-    if position.rotates:
-        attention += 2 * hidden
-    if _has_mask(config) and 0 < backend.query_block < seq:
-        attention += hidden  # the output, joined from blocks
+    if position.rotates and not _is_compiled(config, on_gpu=on_gpu):
+        attention += 2 * hidden  # what they were rotated from is kept too: the values are a view of the whole
+    if _joins_blocks(config, backend, on_gpu=on_gpu):
+        attention += hidden
     if backend.keeps_scores:
-        attention += 3 * FP32 * model.hidden + FP32 * model.heads * seq
+        attention += 3 * (FP32 - width) * model.hidden + FP32 * model.heads * seq
     # Inputs of both norms and of the linears after them; queries, keys, values; input and output of the GELU.
     whole, split = 4 * hidden, 3 * hidden + attention + 2 * inner
     if model.dropout:
         whole += 2 * model.hidden * (1 if on_gpu else width)
     everything = tokens * (whole // parts + split // layout.tensor)
+    if position.bias == "table":
+        everything += _strip(config, layout, on_gpu=on_gpu)
     if train.recompute is False:
         return everything, 0
     if train.recompute is True:
         kept = tokens * hidden // parts
     else:  # the block's input, attention's output after its linear; queries, keys, values; input of the GELU
-        kept = tokens * ((whole - 2 * hidden) // parts + (3 * hidden + inner) // layout.tensor)
+        states_only = keeps_only_states(model.attention, position=model.position, head_dim=model.head_dim)
+        split = 3 * hidden + (attention if states_only else 0) + inner
+        kept = tokens * ((whole - 2 * hidden) // parts + split // layout.tensor)
     return kept, everything - kept

@@ -1,25 +1,25 @@
 """Read metrics.jsonl, in which a crash or a bad disk may leave torn and damaged lines. Imports no torch."""
 
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
 from configs.paths import metrics_path
+from training.step_columns import StepColumns
 
 _END_BYTES = 1 << 20  # a run of months has hundreds of megabytes
 
 
-def read_steps(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the fields of each step in metrics.jsonl; a torn or damaged line is skipped, and no file holds no step.
+def read_steps(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield the fields of each step in metrics.jsonl; a torn or damaged line is skipped, and no file holds no step.
 
     Raises:
         InputError: the file cannot be read.
     """
-    return [fields for line in _lines(run_dir) if (fields := step_fields(line))]
+    return (fields for line in _lines(run_dir) if (fields := step_fields(line)))
 
 
 def newest_step(run_dir: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def newest_step(run_dir: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read.
     """
-    lines = reversed(_lines(run_dir, last_bytes=_END_BYTES))
+    lines = reversed([*_lines(run_dir, last_bytes=_END_BYTES)])
     return next((fields for line in lines if (fields := step_fields(line))), {})
 
 
@@ -39,19 +39,8 @@ def newest_values(run_dir: Path, field: str) -> list[float]:
         InputError: the file cannot be read.
     """
     # most lines lack such a field: to look for its name first is ten times as fast
-    lines = [line for line in _lines(run_dir, last_bytes=_END_BYTES) if f'"{field}"'.encode() in line]
-    return column([fields for line in lines if (fields := step_fields(line))], field)
-
-
-def column(steps: Sequence[dict[str, Any]], field: str) -> list[float]:
-    """Return the values of a field in the steps that have it; a diverged run may have nan."""
-    return [value for step in steps if (value := finite_value(step, field)) is not None]
-
-
-def finite_value(step: dict[str, Any], field: str) -> float | None:
-    """Return the value of a field of one step; None if the step lacks it, or if it is not finite."""
-    value = step.get(field)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    lines = (line for line in _lines(run_dir, last_bytes=_END_BYTES) if f'"{field}"'.encode() in line)
+    return StepColumns([field], (fields for line in lines if (fields := step_fields(line)))).known(field)
 
 
 def step_fields(line: bytes) -> dict[str, Any] | None:
@@ -65,14 +54,15 @@ def step_fields(line: bytes) -> dict[str, Any] | None:
     return fields if isinstance(fields.get("loss", 0.0), int | float) else None
 
 
-def _lines(run_dir: Path, *, last_bytes: int | None = None) -> list[bytes]:
+def _lines(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[bytes]:
     path = metrics_path(run_dir)
     try:
         with path.open("rb") as file:
             if last_bytes is not None:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
-            return file.read().splitlines(keepends=True)
+            for line in file:
+                yield from line.splitlines(keepends=True)  # damage may hold other ends of lines
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): fix its permissions") from None

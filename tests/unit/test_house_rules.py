@@ -99,6 +99,7 @@ LIGHT = (
     "training/retrieval/tasks.py",
     "training/sampling.py",
     "training/simpler_layouts.py",
+    "training/step_columns.py",
     "training/study/",
     "training/tracking/registry.py",
     "training/versions.py",

@@ -23,7 +23,7 @@ def test_only_whole_lines_are_steps() -> None:
 
 
 def test_damage_between_steps_is_skipped(tmp_path: Path) -> None:
-    assert read_steps(tmp_path) == []
+    assert [*read_steps(tmp_path)] == []
     assert newest_step(tmp_path) == {}
     later = b'{"step": 2, "loss": 3.0, "validation_loss": NaN}\n{"step": 3, "loss": 2.0}\n'
     metrics_path(tmp_path).write_bytes(
@@ -33,7 +33,7 @@ def test_damage_between_steps_is_skipped(tmp_path: Path) -> None:
     assert newest_step(tmp_path)["step"] == 3
     assert newest_values(tmp_path, "validation_loss") == [4.0]
     metrics_path(tmp_path).write_bytes(b"\0" * 99)
-    assert (read_steps(tmp_path), newest_step(tmp_path)) == ([], {})
+    assert ([*read_steps(tmp_path)], newest_step(tmp_path)) == ([], {})
 
 
 def test_the_end_of_a_long_file_is_enough(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_the_end_of_a_long_file_is_enough(tmp_path: Path) -> None:
     values = newest_values(tmp_path, "validation_loss")
     assert values == [float(step) for step in range(40_001 - len(values), 40_001)]
     assert 10_000 < len(values) < 40_000
-    assert len(read_steps(tmp_path)) == 40_000
+    assert len([*read_steps(tmp_path)]) == 40_000
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
 from tests.support.measured_runs import add_harness, add_retrieval
 from tests.support.started_runs import certificate, whole_run, write_lines
+from training.comparison.run import STEP_FIELDS
 from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
 from training.page.chart import MOST_POINTS, thin
 from training.page.starts import read_starts
 from training.page.timeline import draw_timeline
+from training.step_columns import StepColumns
 
 VOID = {"meta", "link", "br", "path", "circle", "line"}
 SECTIONS = ("Loss", "Learning rate", "Gradient norm", "Throughput", "Memory", "Perplexity by length", "Certificate",
@@ -238,7 +240,7 @@ def test_scores_are_drawn_only_if_some_were_left_out(trainshort: Call) -> None:
 
 
 def test_a_thousand_starts_stay_on_the_time_line(tmp_path: Path) -> None:
-    steps = [{"step": step, "loss": 1.0, "step_seconds": 1.0} for step in range(1, 1001)]
+    steps = StepColumns(STEP_FIELDS, [{"step": step, "step_seconds": 1.0} for step in range(1, 1001)])
     write_lines(tmp_path / "certificates.jsonl", [certificate(step=step, minute=1) for step in range(1000)])
     timeline = draw_timeline(read_starts(tmp_path, steps), run_dir=tmp_path)
     lefts = [bar.left for bar in timeline.bars]
@@ -335,9 +337,9 @@ def test_lost_steps_belong_to_the_start_that_took_them(tmp_path: Path) -> None:
     starts = [certificate(step=step, minute=step) for step in (0, 4, 8)]
     starts += [certificate(step=2, minute=30), certificate(step=8, minute=40, refused="why")]
     write_lines(tmp_path / "certificates.jsonl", starts)
-    read = read_starts(tmp_path, steps)
-    assert [[each["step"] for each in start.steps] for start in read] == [[1, 2], [], [], [*range(3, 21)], []]
-    assert [[each["step"] for each in start.lost] for start in read] == [
+    read = read_starts(tmp_path, StepColumns(STEP_FIELDS, steps))
+    assert [start.steps.known("step") for start in read] == [[1, 2], [], [], [*range(3, 21)], []]
+    assert [start.lost.known("step") for start in read] == [
         [3, 4, *range(5, 11)],
         [5, 6, *range(9, 13)],
         [],

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,6 @@ from training.evaluation.chart import (
     write_above,
     write_large_numbers,
 )
-from training.metrics_reader import column
 from training.own_file import check_own_file
 
 _SOFTWARE = "trainshort compare"
@@ -141,17 +139,17 @@ def _draw_losses(axes: Axes, comparison: Comparison, trained: list[int]) -> None
         dashes = _LINES[number % len(_LINES)]
         dot = "." if losses.size == 1 else None  # a line needs two points
         axes.plot(tokens, losses, dashes, marker=dot, label=_label(run), color=style["color"], linewidth=1.4, zorder=2)
-        validated = _with_both(run, "validation_loss")
+        validated = run.steps.points("tokens_seen", "validation_loss")
         axes.plot(
-            column(validated, "tokens_seen"),
-            column(validated, "validation_loss"),
+            [x for x, _ in validated],
+            [y for _, y in validated],
             linestyle="none",
             markersize=5.5 if len(validated) <= _MOST_LARGE else 2,
             zorder=3,
             label=_label(run),
             **style,
         )
-        tops += [float(losses[int(_SHOWN_FROM * losses.size)]), *column(validated, "validation_loss")]
+        tops += [float(losses[int(_SHOWN_FROM * losses.size)]), *(y for _, y in validated)]
     bottom, _ = axes.get_ylim()
     axes.set_ylim(bottom, max(tops) + 0.05 * (max(tops) - bottom) or None)
     write_large_numbers(axes, highest=max(tops))
@@ -163,20 +161,15 @@ def _draw_losses(axes: Axes, comparison: Comparison, trained: list[int]) -> None
 
 def _losses(run: ComparedRun) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return tokens and smoothed training losses, each [points]."""
-    whole = _with_both(run, "loss")
-    losses = np.array(column(whole, "loss"), np.float64)
+    points = run.steps.points("tokens_seen", "loss")
+    losses = np.array([loss for _, loss in points], np.float64)
     width = max(1, math.ceil(_SMOOTHED_SHARE * losses.size))
     # the mean of the last `width` losses at each step; of fewer at the first ones
     sums = np.cumsum(np.concatenate([np.zeros(1), losses]))
     last = np.arange(1, losses.size + 1)
     smooth = (sums[last] - sums[np.maximum(last - width, 0)]) / np.minimum(last, width)
     chosen = np.unique(np.linspace(0, losses.size - 1, min(losses.size, _MOST_POINTS)).astype(int))
-    return np.array(column(whole, "tokens_seen"), np.float64)[chosen], smooth[chosen]
-
-
-def _with_both(run: ComparedRun, field: str) -> list[dict[str, Any]]:
-    """Return the steps that have both a field and the tokens seen."""
-    return [step for step in run.steps if column([step], field) and column([step], "tokens_seen")]
+    return np.array([points[number][0] for number in chosen], np.float64), smooth[chosen]
 
 
 def _label(run: ComparedRun) -> str:

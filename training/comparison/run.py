@@ -22,10 +22,26 @@ from training.checkpoint.manifest import (
 from training.comparison.text import WantedText
 from training.evaluation.kept import HELD_OUT, checkpoint_reports, newest_report, read_report
 from training.families.table import parameter_count
-from training.metrics_reader import column, finite_value, read_steps
+from training.metrics_reader import read_steps
+from training.step_columns import StepColumns
 
-# what the time of a run is made of
-_TIMES = ("step", "validation", "save")
+STEP_TIMES = ("step_seconds", "validation_seconds", "save_seconds")  # what the time of a run is made of
+# what comparisons and pages show of steps
+STEP_FIELDS = (
+    "step",
+    "tokens_seen",
+    "loss",
+    "validation_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "model_flops_utilization",
+    "memory_gb",
+    "attention_density",
+    "energy_joules",
+    "failed_saves",
+    *STEP_TIMES,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class ComparedRun:
     checkpoint: str | None
     config: RunConfig
     manifest: Manifest | None
-    steps: tuple[dict[str, Any], ...]
+    steps: StepColumns
     report_path: Path | None
     report: dict[str, Any] | None
 
@@ -61,24 +77,23 @@ class ComparedRun:
 
     def values(self) -> dict[str, Any]:
         """Return the figures of a comparison by name; None where unknown."""
-        last = self.steps[-1] if self.steps else {}
-        losses, validations = column(self.steps, "loss"), column(self.steps, "validation_loss")
-        seconds = [value for kind in _TIMES for value in column(self.steps, f"{kind}_seconds")]
+        losses, validations = self.steps.known("loss"), self.steps.known("validation_loss")
+        seconds = [value for time in STEP_TIMES for value in self.steps.known(time)]
         vocab_size = self.manifest.vocab_size if self.manifest else self.config.data.vocab_size
         return {
             "position": self.config.model.position,
             "train_length": self.config.data.sequence_length,
             "parameters": parameter_count(self.config.model, vocab_size=vocab_size),
-            "step": last.get("step", self.manifest.step if self.manifest else 0),
+            "step": self.steps.last("step") if self.steps else self.manifest.step if self.manifest else 0,
             "steps": self.config.train.steps,
-            "tokens": finite_value(last, "tokens_seen"),
+            "tokens": self.steps.last("tokens_seen"),
             "loss": losses[-1] if losses else None,
             "best_loss": min(losses, default=None),
             "validation_loss": validations[-1] if validations else None,
             "best_validation_loss": min(validations, default=None),
-            "tokens_per_second": _median(column(self.steps, "tokens_per_second")),
-            "model_flops_utilization": _median(column(self.steps, "model_flops_utilization")),
-            "memory_gb": max(column(self.steps, "memory_gb"), default=None),
+            "tokens_per_second": _median(self.steps.known("tokens_per_second")),
+            "model_flops_utilization": _median(self.steps.known("model_flops_utilization")),
+            "memory_gb": max(self.steps.known("memory_gb"), default=None),
             "seconds": sum(seconds) if seconds else None,
         }
 
@@ -124,7 +139,7 @@ def _read_run(path: Path, *, text: WantedText | None) -> ComparedRun:
         checkpoint=name,
         config=config,
         manifest=manifest,
-        steps=tuple(step for step in read_steps(run_dir) if last is None or step["step"] <= last),
+        steps=StepColumns(STEP_FIELDS, (step for step in read_steps(run_dir) if last is None or step["step"] <= last)),
         report_path=report_path,
         report=None if report_path is None else read_report(report_path),
     )

@@ -10,9 +10,8 @@ from configs.schema import RunConfig
 from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
 from training.evaluation.results import is_whole
-from training.metrics_reader import finite_value
 from training.page.axis import ChartAxis, Unit, fit_axis, lengths_axis, linear_ticks
-from training.page.chart import COLOURS, DASHES, Chart, Mark, Point, Series, smooth
+from training.page.chart import COLOURS, DASHES, Chart, Mark, Point, Series, smooth, thin
 
 _SMOOTHED_SHARE = 0.02  # of the steps, averaged for a point of a curve
 _MEAN_LABEL = f"mean of {_SMOOTHED_SHARE:.0%} of the steps"
@@ -112,12 +111,14 @@ Runs = Sequence[tuple[int, ComparedRun]]
 def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
     several = len(runs) > 1
     series: list[Series] = []
+    places: list[float] = []
     shown: list[float] = []
     for number, run in runs:
-        points, validated = _points(run, "loss", by=by), _points(run, "validation_loss", by=by)
+        points, validated = run.steps.points(by, "loss"), run.steps.points(by, "validation_loss")
         series += _averaged(number, run, points, faint=len(runs) <= _MOST_FAINT, several=several)
         label = f"{run.label}, validation" if several else "validation"
-        series.append(Series(label, validated, number, "dots", colour=number if several else 1))
+        series.append(Series(label, thin(validated), number, "dots", colour=number if several else 1))
+        places += _ends(points) + _ends(validated)
         shown += [y for _, y in (*points[int(_SHOWN_FROM * len(points)) :], *validated)]
     if not shown:
         return None
@@ -126,7 +127,7 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
         title="Loss",
         facts="nats per token; " + ("dots: validation" if several else "training, and dots: validation"),
         x_title=_X_TITLES[by],
-        x=_steps_axis(series),
+        x=_steps_axis(places),
         y=fit_axis(shown),
         series=_in_order(series),
         marks=tuple(map(Mark, marks)),
@@ -136,13 +137,15 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
 def _field_chart(runs: Runs, curve: StepCurve, *, by: str, marks: Sequence[int]) -> Chart | None:
     several = len(runs) > 1
     series: list[Series] = []
+    places: list[float] = []
     for number, run in runs:
-        points = _points(run, curve.field, by=by)
+        points = run.steps.points(by, curve.field)
         if curve.averaged:
             series += _averaged(number, run, points, faint=len(runs) <= _MOST_FAINT, several=several)
         else:
             label = run.label if several else curve.title.lower()
-            series.append(Series(label, points, number, dash=number // COLOURS))
+            series.append(Series(label, thin(points), number, dash=number // COLOURS))
+        places += _ends(points)
     values = [y for each in series for _, y in each.points]
     nothing_left_out = curve.field == "attention_density" and {*values} == {1.0}
     if not values or nothing_left_out:
@@ -151,7 +154,7 @@ def _field_chart(runs: Runs, curve: StepCurve, *, by: str, marks: Sequence[int])
         title=curve.title,
         facts=curve.facts,
         x_title=_X_TITLES[by],
-        x=_steps_axis(series),
+        x=_steps_axis(places),
         y=fit_axis(values, unit=curve.unit, from_zero=curve.from_zero, may_be_logarithmic=not curve.from_zero),
         series=_in_order(series),
         marks=tuple(map(Mark, marks)),
@@ -162,29 +165,29 @@ def _averaged(number: int, run: ComparedRun, points: list[Point], *, faint: bool
     """Yield the mean of the steps around each step, and the steps themselves, faint; a short run has but the latter."""
     dash, averaged = number // COLOURS, smooth(points, share=_SMOOTHED_SHARE)  # colours repeat
     if averaged == points:
-        yield Series(run.label if several else "each step", points, number, dash=dash)
+        yield Series(run.label if several else "each step", thin(points), number, dash=dash)
         return
     if faint:
-        yield Series(f"{run.label}, each step" if several else "each step", points, number, "faint")
-    yield Series(run.label if several else _MEAN_LABEL, averaged, number, dash=dash)
+        yield Series(f"{run.label}, each step" if several else "each step", thin(points), number, "faint")
+    yield Series(run.label if several else _MEAN_LABEL, thin(averaged), number, dash=dash)
 
 
 _X_TITLES = {"step": "step", "tokens_seen": "training tokens"}
 
 
-def _steps_axis(series: Sequence[Series]) -> ChartAxis:
-    return fit_axis([x for each in series for x, _ in each.points], unit="count", pad=False)
+def _steps_axis(places: Sequence[float]) -> ChartAxis:
+    return fit_axis(places, unit="count", pad=False)
+
+
+def _ends(points: Sequence[Point]) -> list[float]:
+    """Return the first and the last place of a curve: a thinned one need not have them if steps stand out of order."""
+    places = [x for x, _ in points]
+    return [min(places), max(places)] if places else []
 
 
 def _in_order(series: Sequence[Series]) -> tuple[Series, ...]:
     """Return the curves that have points; faint ones first, so that they cover no other."""
     return tuple(sorted((each for each in series if each.points), key=lambda each: each.kind != "faint"))
-
-
-def _points(run: ComparedRun, field: str, *, by: str) -> list[Point]:
-    """Return a field of the steps that have it as a finite number, against the step or the tokens seen."""
-    pairs = ((finite_value(step, by), finite_value(step, field)) for step in run.steps)
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
 def _perplexity_chart(comparison: Comparison, text: TextResults) -> Chart:

@@ -4,22 +4,24 @@ metrics.jsonl has no times of day, but the seconds of each step, validation and 
 at which each start began to train.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from configs.paths import certificates_path, discarded_metrics_path
+from training.comparison.run import STEP_TIMES
 from training.evaluation.kept import Kept, Step
-from training.metrics_reader import finite_value, step_fields
+from training.metrics_reader import step_fields
+from training.step_columns import StepColumns
 
-_TIMES = ("step_seconds", "validation_seconds", "save_seconds")
+_FIELDS = ("step", *STEP_TIMES, "failed_saves", "energy_joules")
 
 Happening = Literal["saved", "failed"]
 
@@ -51,14 +53,14 @@ class RunStart:
     Attributes:
         certificate: What it stated in certificates.jsonl; empty for a run of a version without.
         step: The step that it continued from.
-        steps: Results of the steps that it took and that the run kept, as in metrics.jsonl.
-        lost: Those that no checkpoint had when the next start began, and that were taken again.
+        steps: Times, failed saves and energy of the steps that it took and that the run kept.
+        lost: The same of those that no checkpoint had when the next start began, and that were taken again.
     """
 
     certificate: dict[str, Any]
     step: int
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    lost: list[dict[str, Any]] = field(default_factory=list)
+    steps: StepColumns = StepColumns(_FIELDS)
+    lost: StepColumns = StepColumns(_FIELDS)
 
     @property
     def began_at(self) -> datetime | None:
@@ -91,8 +93,7 @@ class RunStart:
     @property
     def last_step(self) -> int:
         """The last step that it took."""
-        steps: list[int] = [each["step"] for each in (*self.steps, *self.lost)]
-        return max([self.step, *steps])
+        return int(max([self.step, *self.steps.known("step"), *self.lost.known("step")]))
 
     def saves(self) -> Iterator[tuple[float, int, Happening]]:
         """Yield each save that a later step reports: seconds since the start began to train, the step, what happened.
@@ -100,16 +101,17 @@ class RunStart:
         A step reports the save before it, and how many have failed so far. So the save after the last step is missing.
         """
         seconds, failed = 0.0, 0
-        for fields in (*self.steps, *self.lost):
-            now_failed = int(finite_value(fields, "failed_saves") or failed)
-            saving = finite_value(fields, "save_seconds")
-            if saving is not None:
-                yield seconds + saving, fields["step"] - 1, "failed" if now_failed > failed else "saved"
+        for step, *times, failures in chain.from_iterable(
+            steps.rows("step", *STEP_TIMES, "failed_saves") for steps in (self.steps, self.lost)
+        ):
+            now_failed = int(failures or failed)
+            if (saving := times[-1]) is not None:
+                yield seconds + saving, int(step or 0) - 1, "failed" if now_failed > failed else "saved"
             failed = now_failed
-            seconds += _seconds([fields])
+            seconds += sum(time or 0.0 for time in times)
 
 
-def read_starts(run_dir: Path, steps: Sequence[dict[str, Any]]) -> tuple[RunStart, ...]:
+def read_starts(run_dir: Path, steps: StepColumns) -> tuple[RunStart, ...]:
     """Return the starts of a run in order; one for all steps if certificates.jsonl is missing.
 
     Args:
@@ -120,19 +122,25 @@ def read_starts(run_dir: Path, steps: Sequence[dict[str, Any]]) -> tuple[RunStar
     starts = [RunStart(each, each["step"]) for each in certificates if _is_whole(each)]
     if not starts and not steps:
         return ()
-    first_step = steps[0]["step"] if steps else math.inf
-    if not starts or first_step <= starts[0].step:
+    numbers = [int(step or 0) for step in steps.values("step")]
+    if not starts or (numbers and numbers[0] <= starts[0].step):
         starts.insert(0, RunStart({}, 0))  # of a version that wrote no certificates
-    for fields in steps:
-        _taker(starts, fields["step"]).steps.append(fields)
+    taken: list[list[int]] = [[] for _ in starts]
+    for place, step in enumerate(numbers):
+        taken[_taker(starts, step)].append(place)
+    lost: list[list[dict[str, Any]]] = [[] for _ in starts]
     for before, fields in _discarded(run_dir, starts):
-        _taker(starts[:before], fields["step"]).lost.append(fields)
-    return tuple(starts)
+        lost[_taker(starts[:before], fields["step"])].append(fields)
+    return tuple(
+        replace(start, steps=steps.chosen(places, fields=_FIELDS), lost=StepColumns(_FIELDS, lost_steps))
+        for start, places, lost_steps in zip(starts, taken, lost, strict=True)
+    )
 
 
-def _taker(starts: Sequence[RunStart], step: int) -> RunStart:
-    """Return the start that took a step: the latest that continued from an earlier one."""
-    return next((start for start in reversed(starts) if start.step < step and start.refused is None), starts[0])
+def _taker(starts: Sequence[RunStart], step: int) -> int:
+    """Return the number of the start that took a step: the latest that continued from an earlier one."""
+    latest = range(len(starts) - 1, -1, -1)
+    return next((number for number in latest if starts[number].step < step and starts[number].refused is None), 0)
 
 
 def _discarded(run_dir: Path, starts: Sequence[RunStart]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -167,5 +175,5 @@ def _is_whole(certificate: dict[str, Any]) -> bool:
     return False
 
 
-def _seconds(steps: Sequence[dict[str, Any]]) -> float:
-    return sum(finite_value(fields, time) or 0.0 for fields in steps for time in _TIMES)
+def _seconds(steps: StepColumns) -> float:
+    return sum(time or 0.0 for times in steps.rows(*STEP_TIMES) for time in times)

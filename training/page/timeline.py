@@ -11,7 +11,6 @@ from pathlib import Path
 
 from configs.figures import counted, duration, energy
 from training.checkpoint.manifest import list_checkpoints
-from training.metrics_reader import finite_value
 from training.page.starts import RunStart
 
 _MOST_SAVES = 200  # marks of saves that succeeded; a failed one always has its mark
@@ -110,11 +109,12 @@ def cost_rows(starts: Sequence[RunStart], *, device: str | None) -> list[tuple[s
 
 def _energy_rows(starts: Sequence[RunStart]) -> list[tuple[str, str]]:
     """Return the energy of the steps whose GPUs' drivers tell it; none if no step's do."""
-    steps = [fields for start in starts for fields in (*start.steps, *start.lost)]
-    joules = [value for fields in steps if (value := finite_value(fields, "energy_joules")) is not None]
+    taken = [steps for start in starts for steps in (start.steps, start.lost)]
+    joules = [value for steps in taken for value in steps.known("energy_joules")]
     if not joules:
         return []
-    part = "" if len(joules) == len(steps) else f" in {len(joules):,} of {counted(len(steps), 'step')}"
+    count = sum(map(len, taken))
+    part = "" if len(joules) == count else f" in {len(joules):,} of {counted(count, 'step')}"
     return [("energy", f"{energy(sum(joules))} by the GPUs' own counters{part}")]
 
 

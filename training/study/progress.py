@@ -20,8 +20,9 @@ from training.comparison.run import read_runs
 from training.comparison.text import WantedText
 from training.evaluation.kept import checkpoint_reports, read_report
 from training.evaluation.results import protocol_name
-from training.metrics_reader import column, read_steps
+from training.metrics_reader import read_steps
 from training.reproduction.starts import recorded_starts
+from training.step_columns import StepColumns
 from training.study.rows import StudyRow, changed_values, deciding_values, values_sha256
 from training.versions import installed_version
 
@@ -201,8 +202,8 @@ def _speed(run_dir: Path, row: StudyRow | None) -> float | None:
     """Return the tokens a second of a run's row, else of the steps that it has taken."""
     if row is not None:
         return row.figures.get("tokens_per_second")
-    steps = read_steps(run_dir)
-    tokens, seconds = column(steps, "tokens_seen"), sum(column(steps, "step_seconds"))
+    steps = StepColumns(("tokens_seen", "step_seconds"), read_steps(run_dir))
+    tokens, seconds = steps.known("tokens_seen"), sum(steps.known("step_seconds"))
     return tokens[-1] / seconds if tokens and seconds else None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from configs.backends import keeps_only_states
 from configs.choices import FAMILIES
 from configs.schema import Model
 from parallel.axes import Group
@@ -61,6 +62,8 @@ class Block(nn.Module):
         name, epsilon = f"blocks.{index}", family.norm_epsilon
         self.local_heads, self.index = len(position.heads), index
         self.position, self.attend, self.layers, self.recompute = position, attend, layers, recompute
+        # To compute attention again would cost far more than what it keeps is worth.
+        self._keeps_attention = keeps_only_states(model.attention, position=model.position, head_dim=model.head_dim)
         self.attention_norm = layers.residual_norm(f"{name}.attention_norm", epsilon=epsilon)
         self.query_key_value = layers.column_linear(f"{name}.attention.query_key_value")
         self.output = layers.row_linear(f"{name}.attention.output")
@@ -83,10 +86,11 @@ class Block(nn.Module):
             run, into = recomputed, feed
         x, normalized = run(self.attention_norm, x)
         qkv = into(self.query_key_value, normalized)
-        attended = run(self._attention, *qkv, cache)  # [seq, batch, hidden / tensor]
+        around, after = (directly, directly) if self._keeps_attention else (run, into)
+        attended = around(self._attention, *qkv, cache)  # [seq, batch, hidden / tensor]
         if last is not None:  # the places before are read as keys and values, and by nothing else
             x, attended = x[-last:], attended[-last:]
-        output = self._drop(*into(self.output, attended))
+        output = self._drop(*after(self.output, attended))
         x, normalized = run(self.feed_forward_norm, x, *output)
         up = into(self.up, normalized)  # [seq, batch, inner / tensor]
         down = self._drop(*into(self.down, run(self.layers.gelu, *up)))

@@ -49,7 +49,8 @@ def rotary_rates(head_dim: int) -> list[float]:
 def rotate(x: Tensor, *, start: Start = 0, rates: Sequence[float] | None = None, gain: float = 1.0) -> Tensor:
     """Return queries or keys rotated by their positions, [batch, local_heads, seq, head_dim], in their own type.
 
-    A score then depends on the distance of query and key alone.
+    A score then depends on the distance of query and key alone. In memory they are [seq, batch, local_heads, head_dim],
+    as the layers give them and take attention's output: kernels write it as queries lie, and need no copy of it.
 
     Args:
         x: Queries or keys.
@@ -60,9 +61,11 @@ def rotate(x: Tensor, *, start: Start = 0, rates: Sequence[float] | None = None,
     wide = torch.promote_types(torch.float32, x.dtype)
     chosen = tuple(rotary_rates(x.shape[3]) if rates is None else rates)
     table = partial(turns, rates=chosen, gain=gain, device=x.device, dtype=wide)
-    cos, sin = rows_of(table, start=start, count=x.shape[2]).unbind(1)  # [seq, head_dim / 2]
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    turn = rows_of(table, start=start, count=x.shape[2])  # [seq, 2, head_dim / 2]
+    cos, sin = turn[:, None, None].unbind(3)  # [seq, 1, 1, head_dim / 2]
+    first, second = x.permute(2, 0, 1, 3).to(wide).chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype).permute(1, 2, 0, 3)
 
 
 @lru_cache(maxsize=8)
