@@ -217,7 +217,8 @@ class RunWatcher:
 
     def _longest_silence(self, pace: Pace | None) -> float:
         """Return the seconds without a sign that are nothing unusual at this pace."""
-        if pace is None:
+        # In the background only the last save, or that of a stop, is without a sign: no pause before it tells how long.
+        if pace is None or (self._config and self._config.checkpoint.background):
             return QUIET_STARTING_SECONDS
         return max(QUIET_SECONDS, QUIET_STEPS * pace.step_seconds, QUIET_PAUSES * self._metrics.longest_pause)
 

@@ -63,22 +63,30 @@ class MemoryEstimate:
     Attributes:
         stages: Memory of each stage.
         offloaded: Bytes of optimizer state that each rank keeps in the machine's memory instead of its GPU's.
-        copies: Bytes that each rank copies from its GPU to the machine's memory for a save in the background.
+        copies: Bytes that a rank copies from its GPU to the machine's memory for a save in the background.
+        shared_copies: The same of all data ranks together, which share what they save.
+        layout: How the ranks are split into axes.
     """
 
     stages: tuple[StageMemory, ...]
     offloaded: int
     copies: int
+    shared_copies: int
+    layout: Layout
 
     @property
     def largest(self) -> int:
         """Bytes of the largest rank."""
         return max(stage.total for stage in self.stages)
 
-    @property
-    def host(self) -> int:
-        """Bytes of the machine's memory that each rank needs beside its GPU's."""
-        return self.offloaded + self.copies
+    def host(self, *, ranks: int) -> int:
+        """Return the bytes of a machine's memory that its ranks need beside their GPUs'.
+
+        Args:
+            ranks: Ranks of the machine.
+        """
+        data = min(self.layout.data, max(1, ranks // self.layout.tensor))  # that share; ranks count tensor ranks first
+        return ranks * self.offloaded + ranks // data * min(self.shared_copies, data * self.copies)
 
 
 def estimate_memory(config: RunConfig, *, layout: Layout, on_gpu: bool, bucket: int = REDUCE_BUCKET) -> MemoryEstimate:
@@ -91,16 +99,23 @@ def estimate_memory(config: RunConfig, *, layout: Layout, on_gpu: bool, bucket: 
         bucket: Elements of DeepSpeed's buffer.
     """
     offloads = on_gpu and layout.offload == "cpu"
-    stages, offloaded, copies = [], 0, 0
+    stages, offloaded, saved = [], 0, 0
     for stage in range(layout.pipeline):
         state = _State.of(config, layout, stage, on_gpu=on_gpu, bucket=bucket)
         activations = stage_activations(config, layout, stage, on_gpu=on_gpu)
-        parts = _parts(state, activations, offloads=offloads, on_gpu=on_gpu)
+        copies = 0 if on_gpu else _copies(config, layout, state.saved)
+        parts = _parts(state, activations, offloads=offloads, copies=copies)
         overhead = GPU_OVERHEAD + int(ALLOCATOR_SHARE * sum(parts.values())) if on_gpu else CPU_OVERHEAD
         stages.append(StageMemory(**parts, overhead=overhead))
         offloaded = max(offloaded, state.optimizer if offloads else 0)
-        copies = max(copies, state.copies if on_gpu else 0)
-    return MemoryEstimate(tuple(stages), offloaded, copies)
+        saved = max(saved, state.saved if on_gpu else 0)
+    return MemoryEstimate(tuple(stages), offloaded, _copies(config, layout, saved), saved, layout)
+
+
+def _copies(config: RunConfig, layout: Layout, saved: int) -> int:
+    """Return what the data rank that saves most copies, of the bytes that all data ranks save together."""
+    kinds = len(OPTIMIZERS[config.train.optimizer].state_kinds)
+    return -(-kinds // layout.data) * saved // kinds
 
 
 def evaluation_weights(config: RunConfig) -> int:
@@ -110,7 +125,7 @@ def evaluation_weights(config: RunConfig) -> int:
     return max(FP32 * sum(_sizes(config, layout, stage)) for stage in range(layout.pipeline))
 
 
-def _parts(state: "_State", activations: Activations, *, offloads: bool, on_gpu: bool) -> dict[str, int]:
+def _parts(state: "_State", activations: Activations, *, offloads: bool, copies: int) -> dict[str, int]:
     # Later gradients come, are sent and used by the optimizer, when the activations are gone.
     before = state.early_gradients + activations.kept + activations.working
     later = max(0, state.gradients + state.step - before)
@@ -119,7 +134,7 @@ def _parts(state: "_State", activations: Activations, *, offloads: bool, on_gpu:
         "weights": state.weights,
         "gradients": gradients,
         "optimizer": 0 if offloads else state.optimizer,
-        "buffers": state.buffers + state.early_gradients + later - gradients + (0 if on_gpu else state.copies),
+        "buffers": state.buffers + state.early_gradients + later - gradients + copies,
         "activations": activations.kept,
         "head": activations.working,
     }
@@ -156,7 +171,7 @@ class _State:
         optimizer: Master weights and moments.
         buffers: Held all the time.
         step: Held only when the backward pass has ended.
-        copies: Weights and moments copied for a save in the background.
+        saved: Weights and moments, copied for a save in the background; 0 without.
     """
 
     weights: int
@@ -165,7 +180,7 @@ class _State:
     optimizer: int
     buffers: int
     step: int
-    copies: int
+    saved: int
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, stage: int, *, on_gpu: bool, bucket: int) -> "_State":
@@ -195,6 +210,5 @@ class _State:
         # While all activations are held, gradients of micro-batches before are there, if there were any.
         accumulates = layout.micro_batches > in_flight(layout, stage)
         early = (each if accumulates and zero < 2 else 0) + (summed if accumulates or in_place or zero != 2 else 0)
-        kinds = -(-len(OPTIMIZERS[config.train.optimizer].state_kinds) // layout.data)  # data ranks share them
-        copies = kinds * FP32 * count if config.checkpoint.background else 0
-        return cls(weights, each + summed, early, optimizer, buffers, step, copies)
+        kinds = len(OPTIMIZERS[config.train.optimizer].state_kinds) if config.checkpoint.background else 0
+        return cls(weights, each + summed, early, optimizer, buffers, step, kinds * FP32 * count)

@@ -37,7 +37,7 @@ class AvailableMemory:
 
     def lacks_host(self, estimate: MemoryEstimate, *, ranks: int) -> bool:
         """Return whether the ranks of a machine need more of its memory than it has; not if nothing is known of it."""
-        return self.host is not None and estimate.host * min(ranks, self.gpus) > self.host.size
+        return self.host is not None and estimate.host(ranks=min(ranks, self.gpus)) > self.host.size
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from parallel.axes import Group
 from parallel.collectives import wait_for_all
 from training.checkpoint.rank_part import SaveError
@@ -22,6 +24,7 @@ class Saves:
         saver: Saves checkpoints.
         observers: Learn of each save.
         world: All ranks.
+        device: This rank's device.
         step: The step that this start continues from.
 
     Attributes:
@@ -29,9 +32,11 @@ class Saves:
         failed: Saves of this start that have failed so far.
     """
 
-    def __init__(self, saver: Saver, observers: Sequence[Observer], *, world: Group, step: int) -> None:
+    def __init__(
+        self, saver: Saver, observers: Sequence[Observer], *, world: Group, device: torch.device, step: int
+    ) -> None:
         self.saved_step, self.failed = step, 0
-        self._saver, self._observers, self._world = saver, observers, world
+        self._saver, self._observers, self._world, self._device = saver, observers, world, device
         self._began_at = 0.0
         self._waited = 0.0  # for the save that has begun, in seconds
         self._reported: float | None = None  # for those that have ended since `take_seconds`
@@ -44,8 +49,8 @@ class Saves:
             validation_loss: Measured after this step; None if it was not.
             goes_on: Whether training goes on, so that a run that saves in the background has a use for it.
         """
-        self.end()
-        with self._errors_logged(), self._timed():
+        self.end(goes_on=goes_on)
+        with self._errors_logged(goes_on=goes_on), self._timed():
             self._begin(state, validation_loss=validation_loss, background=goes_on)
 
     def save_last(self, state: TrainState, *, validation_loss: float | None) -> None:
@@ -57,18 +62,20 @@ class Saves:
         with self._timed():
             self._begin(state, validation_loss=validation_loss, background=False)
 
-    def end(self, *, written: bool = False) -> None:
+    def end(self, *, goes_on: bool) -> None:
         """End the save that goes on in the background, if one does; log an error if it has failed.
 
         Args:
-            written: Whether all ranks have written their parts, so that there is nothing to wait for.
+            goes_on: Whether training goes on.
         """
         step = self._saver.begun_step
         if step is None:
             return
-        if not written and self._world.rank == 0:
-            logger.info("training waits: the checkpoint of step %d is still being written", step)
-        with self._errors_logged(), self._timed():
+        if self._saver.is_writing and self._world.rank == 0:
+            logger.info("waiting for the checkpoint of step %d, which is still being written", step)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a step that is in its queue: its time is not the save's
+        with self._errors_logged(goes_on=goes_on), self._timed():
             self._finish(step)
 
     def take_seconds(self) -> float | None:
@@ -92,13 +99,15 @@ class Saves:
             observer.on_save(Save(step, folder, time.perf_counter() - self._began_at))
 
     @contextmanager
-    def _errors_logged(self) -> Iterator[None]:
+    def _errors_logged(self, *, goes_on: bool) -> Iterator[None]:
         try:
             yield
         except SaveError as error:
             self.failed += 1
-            if self._world.rank == 0:
+            if self._world.rank == 0 and goes_on:
                 logger.error("NOT SAVED: %s; training continues, and the next checkpoint is tried as planned", error)
+            elif self._world.rank == 0:
+                logger.error("NOT SAVED: %s", error)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ called when the next step is in the queue too.
 import math
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class StepFigures:
         grad_norm: Global, before clipping.
         memory_gb: Peak of the rank with the largest, in 1e9 bytes.
         verdict: Whether a rank asks to stop.
-        saving: Whether a rank was still writing its part of a save in the background when it began to send.
+        saving: Whether a rank still writes its part of a save in the background.
         attention_density: Mean share of the causal score blocks that attention computed; None if no kernel counts them.
         energy_joules: Energy of all ranks' GPUs since the step before; None if a driver reports none.
         seconds: Time of the step on this rank's device.
@@ -75,6 +76,7 @@ class FigureExchange:
         stop: Shows whether this rank was asked to stop.
         fence: Shows whether this start of the run is still the newest.
         windows: Lossless windows of this rank's attention; None if it has none.
+        is_saving: Returns whether this rank still writes its part of a save in the background.
     """
 
     def __init__(
@@ -85,9 +87,10 @@ class FigureExchange:
         stop: StopRequest,
         fence: Fence,
         windows: LosslessWindows | None,
+        is_saving: Callable[[], bool],
     ) -> None:
         self._world, self._device = groups.world, device
-        self._stop, self._fence, self._windows = stop, fence, windows
+        self._stop, self._fence, self._windows, self._is_saving = stop, fence, windows, is_saving
         self._last_stage = groups.data.size * groups.tensor.size  # its ranks are the world's last, and have the loss
         # Memory, verdict, saving. A GPU reads them at the end of a step, so a signal that comes during it still counts.
         # The steps in the queue share them: all ranks read the same row, so it does not matter which step's it is.
@@ -100,15 +103,14 @@ class FigureExchange:
         self._densities()
         return mark_time(self._device)
 
-    def send(self, outcome: StepOutcome, *, began: Instant, saving: bool) -> SentFigures:
+    def send(self, outcome: StepOutcome, *, began: Instant) -> SentFigures:
         """Put the exchange of a step's figures into the device's queue; every rank must call it.
 
         Args:
             outcome: This rank's result.
             began: When the step began, from `begin`.
-            saving: Whether this rank still writes its part of a save in the background.
         """
-        self._own[2] = saving
+        self._own[2] = self._is_saving()
         self._own[0] = _peak_memory_gb(self._device)
         if self._device.type != "cuda":  # a GPU's is renewed while it computes
             self._write_verdict()
@@ -127,6 +129,7 @@ class FigureExchange:
         if on_gpu:
             self._write_verdict()
             while not sent.ended.query():
+                self._own[2] = self._is_saving()
                 time.sleep(_POLL_SECONDS)  # and not `synchronize`, during which Python runs no signal handler
                 if self._stop.asked and self._own[1] == StopVerdict.GO_ON:
                     self._own[1] = StopVerdict.STOP

@@ -138,7 +138,7 @@ class Trainer:
     def _train(self, observers: Sequence[Observer]) -> TrainState:
         state = self.start
         validation_loss: float | None = None
-        saves = Saves(self.saver, observers, world=self.groups.world, step=state.step)
+        saves = Saves(self.saver, observers, world=self.groups.world, device=self.device, step=state.step)
         wait_for_all(self.groups.world)  # the first rank has opened its observers' files
         with reading_ahead(self.loader, device=self.device) as read_step:
             for taken in self.steps(read_step):
@@ -155,11 +155,11 @@ class Trainer:
                     failed_saves=saves.failed or None,
                 )
                 if not taken.figures.saving:
-                    saves.end(written=True)
+                    saves.end(goes_on=True)
                 if self._saves_after(state):
                     goes_on = state.step < self.config.train.steps
                     saves.save(state, validation_loss=validation_loss, goes_on=goes_on)
-        saves.end()
+        saves.end(goes_on=False)
         if state.step != saves.saved_step:
             saves.save_last(state, validation_loss=validation_loss)
         return state
@@ -177,6 +177,7 @@ class Trainer:
             stop=self.stop,
             fence=self.fence,
             windows=windows_of(self.engine.module),
+            is_saving=lambda: self.saver.is_writing,
         )
         launched: deque[_LaunchedStep] = deque()
         state = self.start
@@ -218,12 +219,12 @@ class Trainer:
         torch.manual_seed(seed_for(config.run.seed, "dropout", step, *place))
         outcome = self.engine.train_step(read_step(state.consumed_samples), learning_rate=rate)
         after = TrainState(step, state.consumed_samples + config.train.global_batch)
-        return _LaunchedStep(after, rate, exchange.send(outcome, began=began, saving=self.saver.is_writing))
+        return _LaunchedStep(after, rate, exchange.send(outcome, began=began))
 
     def _require_finite(self, figures: StepFigures, *, step: int, saves: Saves) -> None:
         if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
             return
-        saves.end()  # it is of an earlier step, whose weights were good
+        saves.end(goes_on=False)  # it is of an earlier step, whose weights were good
         kept = "no checkpoint was saved"
         if saves.saved_step:
             folder = step_folder(checkpoints_folder(self.fence.run_dir), step=saves.saved_step)

@@ -72,9 +72,9 @@ def _verdict(fit: MemoryFit) -> list[str]:
 def _host(fit: MemoryFit) -> list[str]:
     """Return what the ranks take of the machine's memory beside their GPUs', and whether that is there."""
     estimate, host, ranks = fit.estimate, fit.available.host, fit.layout.world_size
-    if not estimate.host:
+    if not estimate.host(ranks=1):
         return []
-    line = f"  and {byte_size(estimate.host)} of its machine's memory ({', '.join(_host_keys(fit))})"
+    line = f"  and {byte_size(estimate.host(ranks=1))} of its machine's memory ({', '.join(_host_keys(fit))})"
     if host is None:
         return [line, "  whether its machine has that for each rank is not checked"]
     here = counted(min(ranks, fit.available.gpus), "rank")

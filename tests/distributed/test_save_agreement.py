@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from parallel.parameter import Shard
 from parallel.start import COLLECTIVE_TIMEOUT, ProcessRank
 from tests.support.disk import OnOperation, counted_operations, once
 from tests.support.layouts import build, config_of, save, take_step, tokens_of
+from tests.support.processes import PATIENCE_SECONDS
 from tests.support.ranks import run_ranks
 from training.checkpoint import rank_part
 from training.checkpoint.manifest import check_whole, list_checkpoints
@@ -47,13 +49,15 @@ KINDS = OPTIMIZERS["adamw"].state_kinds
 class Errors:
     """Observations of one rank: the error of each broken save, and the checkpoint that each resume opened.
 
-    `saving` is whether a step found that a rank still writes: where none does, and where rank 1 does. `slow_seconds` is
-    the time of a save and a load on slow disks.
+    `saving` is whether a step found that a rank still writes: where none does, and where rank 1 does. `hashes` are those
+    of the files of one state, saved at once and in the background during a step. `slow_seconds` is the time of a save and
+    a load on slow disks.
     """
 
     by_name: dict[str, str]
     opened: list[str]
     saving: list[bool]
+    hashes: list[dict[str, str]]
     slow_seconds: float | None
 
 
@@ -105,7 +109,33 @@ def break_saves(process: ProcessRank, *, keys: dict[str, int], folder: Path) -> 
     slow_seconds = on_slow_disks(process, engine, config, **arguments) if groups.data.size > 1 else None
     step = partial(take_step, engine, tokens_of(1), groups=groups, layout=layout, learning_rate=1e-3)
     saving = [step(saving=writes).saving for writes in (False, process.rank == 1)]
-    return Errors(errors, opened, saving, slow_seconds)
+    hashes = saved_twice(config, partial(save, engine, **arguments), train=step)
+    return Errors(errors, opened, saving, hashes, slow_seconds)
+
+
+def saved_twice(config: RunConfig, save_state: Any, *, train: Any) -> list[dict[str, str]]:
+    """Save a state at once, and in the background while a step is taken; return the hashes of the files of both."""
+    folder, hashes, trained = Path(config.run.dir).with_name("twice"), [], threading.Event()
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
+    training = threading.get_ident()
+
+    def hold(number: int, name: str) -> None:
+        if threading.get_ident() != training:
+            assert trained.wait(PATIENCE_SECONDS)
+
+    class Training(BackgroundWriter):
+        def start(self, write: Any) -> Any:
+            part = super().start(write)
+            train()
+            trained.set()
+            return part
+
+    for number, background in enumerate((None, Training()), start=1):
+        with counted_operations(hold):
+            save_state(config, step=number, background=background)
+        files = check_whole(list_checkpoints(folder)[-1].path).files
+        hashes.append({name: file.sha256 for name, file in files.items() if name.endswith("safetensors")})
+    return hashes
 
 
 def on_slow_disks(process: ProcessRank, engine: Engine, config: RunConfig, **arguments: Any) -> float:
@@ -169,7 +199,10 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, keys: dict[str, i
     for name in [*OPERATIONS, *(f"{name} in the background" for name in OPERATIONS)]:
         assert one.by_name[name].startswith(f"SaveError: {tmp_path}/run/checkpoints/"), name
         assert one.by_name[name].endswith("was not saved (Input/output error): free space, or fix the disk"), name
-    assert one.saving == two.saving == [False, True], "one of the two ranks writes, then none does"
+    at_once, in_the_background = one.hashes
+    assert len(at_once) == len(KINDS) * keys["tensor"]
+    assert at_once == in_the_background
+    assert one.saving == two.saving == [False, True], "first no rank writes, then one of the two"
     assert one.by_name["rank 1 is overtaken"].startswith("Superseded: ")
     assert one.by_name["rank 1 cannot load"] == "InputError: unfit for rank 1"
     assert one.by_name["rank 0 has no disk"] == (

@@ -153,11 +153,13 @@ def take_step(
     """Take a step on a global batch, [samples, length + 1], and return its figures as the trainer finds them."""
     fence = Fence(Path("a folder that does not exist"), token="1")
     windows = windows_of(engine.module)
-    exchange = FigureExchange(groups=groups, device=CPU, stop=StopRequest(), fence=fence, windows=windows)
+    exchange = FigureExchange(
+        groups=groups, device=CPU, stop=StopRequest(), fence=fence, windows=windows, is_saving=lambda: saving
+    )
     began = exchange.begin()
     mine = samples.chunk(groups.data.size)[groups.data.rank]
     outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=learning_rate)
-    return exchange.read(exchange.send(outcome, began=began, saving=saving))
+    return exchange.read(exchange.send(outcome, began=began))
 
 
 def train_one(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,14 @@ def test_steps_are_taken_while_a_checkpoint_is_written(rank: OneRank, foreground
     assert rank.trainer(rank.config(run_dir, f"train.decay_steps={STEPS}")).start.step == STEPS
 
 
+def test_steps_launched_ahead_change_no_checkpoint(rank: OneRank, foreground: Path, tmp_path: Path) -> None:
+    run_dir, told = tmp_path / "run", Told()
+    train(replace(trainer_of(rank, run_dir), steps_ahead=1), told)
+    assert [step for kind, step in told.events if kind == "saved"] == [EVERY, 2 * EVERY, STEPS]
+    assert figures(run_dir) == figures(foreground)
+    assert tensors_of(run_dir) == tensors_of(foreground)
+
+
 def assert_waited(event: threading.Event) -> None:
     assert event.wait(PATIENCE)
 
@@ -165,16 +174,26 @@ def test_a_disk_that_fails_in_the_background_costs_one_save(
 
 
 def test_a_disk_slower_than_the_steps_makes_training_wait(
-    rank: OneRank, foreground: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    rank: OneRank, foreground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO)
-    run_dir, told = tmp_path / "run", Told()
-    with background_disk(lambda name: time.sleep(0.3 if name == "fsync" else 0)):
+    run_dir, told, waits, slow = tmp_path / "run", Told(), [], threading.Event()
+
+    def operate(name: str) -> None:
+        if name == "open":
+            slow.clear()
+        if name == "fsync":
+            assert_waited(slow)
+
+    def waiting(message: str, *arguments: object) -> None:
+        waits.append(message % arguments)
+        slow.set()
+
+    monkeypatch.setattr(logging.getLogger("training.saves"), "info", waiting)
+    with background_disk(operate):
         train(trainer_of(rank, run_dir, "checkpoint.every=1", steps=3), told)
     saved = [step for kind, step in told.events if kind == "saved"]
     assert saved == [1, 2, 3]
-    waits = [record.getMessage() for record in caplog.records if record.name == "training.saves"]
-    assert waits == [f"training waits: the checkpoint of step {step} is still being written" for step in (1, 2)]
+    assert waits == [f"waiting for the checkpoint of step {step}, which is still being written" for step in (1, 2)]
     assert tensors_of(run_dir)[3] != tensors_of(run_dir)[2] != tensors_of(run_dir)[1]
     assert figures(run_dir) == figures(foreground)[:3]
 
@@ -194,8 +213,9 @@ def test_a_stop_keeps_the_checkpoint_that_is_being_written(rank: OneRank, tmp_pa
     assert [*tensors_of(run_dir)] == [EVERY, EVERY + 1]
 
 
+@pytest.mark.parametrize("fails", [False, True])
 def test_a_run_that_diverges_keeps_the_step_that_was_good(
-    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: bool
 ) -> None:
     real, gate, run_dir = type(rank.engine).train_step, threading.Event(), tmp_path / "run"
     steps = iter(range(1, STEPS + 1))
@@ -207,10 +227,14 @@ def test_a_run_that_diverges_keeps_the_step_that_was_good(
         gate.set()
         return StepOutcome(torch.tensor(math.nan), outcome.grad_norm)
 
+    def operate(name: str) -> None:
+        assert_waited(gate)
+        fail_operation(fails)
+
     monkeypatch.setattr(type(rank.engine), "train_step", train_step)
-    with (
-        background_disk(lambda name: assert_waited(gate)),
-        pytest.raises(InputError, match=r"the last good checkpoint is .*step_0000004$"),
-    ):
+    kept = "no checkpoint was saved" if fails else r"the last good checkpoint is .*step_0000004"
+    with background_disk(operate), pytest.raises(InputError, match=f"; {kept}$"):
         train(trainer_of(rank, run_dir))
-    assert [*tensors_of(run_dir)] == [EVERY]
+    assert [*tensors_of(run_dir)] == ([] if fails else [EVERY])
+    assert ("NOT SAVED" in caplog.text) is fails
+    assert "training continues" not in caplog.text

@@ -274,6 +274,13 @@ def test_copies_of_a_save_in_the_background_count(trainshort: Call, monkeypatch:
     use_gpus(8, monkeypatch)
     shared = json.loads(trainshort(*check, "--ranks", "8", "--json").out)["memory"]
     assert shared["copies"] == pytest.approx(3.03e9, rel=0.01)
+    # all kinds of four slices are 18.2 GB, of the whole model, however many data ranks it has, 16.3 GB
+    for layout, size in (((), 18.2), (("parallel.tensor=1", "parallel.pipeline=1"), 16.4)):
+        sets = [word for key in layout for word in ("--set", key)]
+        for limit, verb in ((size + 0.1, "is within"), (size - 0.2, "exceeds")):
+            held = MemoryLimit(int(limit * 1e9), "this machine's memory")
+            monkeypatch.setattr(host_memory, "host_limit", lambda held=held: held)
+            assert f"for 8 ranks that {verb} " in trainshort(*check, "--ranks", "8", *sets).out, (layout, limit)
     assert changes_of("checkpoint.background=true", ranks=4, on_gpu=False)[0] == "checkpoint.background true -> false"
     assert not any("checkpoint" in change for change in changes_of("checkpoint.background=true", ranks=4))
 

@@ -13,10 +13,10 @@ from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
 from tests.support.measured_runs import add_harness, add_retrieval
 from tests.support.started_runs import certificate, whole_run, write_lines
-from training.comparison.run import STEP_FIELDS
+from training.comparison.run import STEP_FIELDS, STEP_TIMES
 from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
 from training.page.chart import MOST_POINTS, thin
-from training.page.starts import read_starts
+from training.page.starts import RunStart, read_starts
 from training.page.timeline import draw_timeline
 from training.step_columns import StepColumns
 
@@ -101,6 +101,16 @@ def test_a_page_has_every_part_and_needs_no_network(trainshort: Call) -> None:
     for fact in ("device a card", "SLURM job 77", "nodes n[1-2]", "torch 2.13.0", f"{'a' * 12}, with changes"):
         assert fact in page.text
     assert "gguf" not in page.text, "it was not installed"
+
+
+def test_saves_that_end_between_two_steps_are_all_marked() -> None:
+    lines = [{"step": step, "step_seconds": 1.0} for step in range(1, 7)]
+    lines[2] |= {"save_seconds": 0.5}
+    lines[4] |= {"save_seconds": 0.5, "failed_saves": 2}  # in the background one failed, and the next to begin
+    lines[5] |= {"failed_saves": 2}
+    steps = StepColumns(("step", *STEP_TIMES, "failed_saves"), lines)
+    marks = [*RunStart({}, 0, steps=steps).saves()]
+    assert marks == [(2.5, 2, "saved"), (5.0, 4, "failed"), (5.0, 4, "failed")]
 
 
 def test_starts_and_failed_saves_are_on_the_time_line(trainshort: Call) -> None:

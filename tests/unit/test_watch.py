@@ -231,6 +231,16 @@ def test_states_are_seen_from_the_files_alone(tmp_path: Path) -> None:
     assert "silent" not in picture(views["running elsewhere"])
 
 
+@pytest.mark.parametrize(("background", "state"), [("false", "silent"), ("true", "running")])
+def test_the_last_save_of_the_background_may_take_long(tmp_path: Path, background: str, state: str) -> None:
+    # no pause before it tells how long it takes
+    run_dir = make_run(tmp_path / "my", f"checkpoint.background={background}", steps=100, saved=(20,))
+    start_run(run_dir, **ELSEWHERE)
+    write_steps(run_dir, 1, 40)
+    make_old(run_dir, seconds=200.0)
+    assert RunWatcher(run_dir).look().state == state
+
+
 def test_a_run_before_its_first_step_shows_its_log(tmp_path: Path) -> None:
     run_dir = tmp_path / "my"
     run_dir.mkdir()

@@ -106,7 +106,9 @@ class RunStart:
         ):
             now_failed = int(failures or failed)
             if (saving := times[-1]) is not None:
-                yield seconds + saving, int(step or 0) - 1, "failed" if now_failed > failed else "saved"
+                # in the background one may end and the next fail to begin
+                happened: list[Happening] = ["failed"] * (now_failed - failed) or ["saved"]
+                yield from ((seconds + saving, int(step or 0) - 1, each) for each in happened)
             failed = now_failed
             seconds += sum(time or 0.0 for time in times)
 
