@@ -100,7 +100,11 @@ class Model(Section):
         description="Tokens that a query sees, itself included, with any position method; all before it unless set. "
         "A window of sequence_length or more changes nothing in training, only at longer lengths.",
     )
-    init_std: Annotated[float, Field(gt=0.0)] = Field(default=0.02, description="Std of the initial weights.")
+    init_std: Annotated[float, Field(gt=0.0)] = Field(
+        default=0.02,
+        description="Std of the initial weights; of the two matrices of a block that add to the residual stream, "
+        "init_std / sqrt(2 x layers).",
+    )
     embedding_init_std: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description="Std of the initial word embedding. Unless set: init_std, or less where the first loss would be "
@@ -156,7 +160,10 @@ class Data(Section):
         description="Tokens of the tokenizer; of a given one it may be more: rows without a token."
     )
     sequence_length: Annotated[int, Field(ge=2), COUNTABLE] = Field(description="Training length in tokens.")
-    split: Fraction = Field(default=0.02, description="Share of the documents held out for validation; 0 for none.")
+    split: Fraction = Field(
+        default=0.02,
+        description="Share of the text held out for validation, in documents or parts of long ones; 0 for none.",
+    )
     document_separator: str | None = Field(
         default=None,
         min_length=1,
