@@ -92,8 +92,8 @@ class Model(Section):
     )
     windows: Literal["auto", "scores", "off"] = Field(
         default="auto",
-        description="Leave out keys to which ALiBi gives no weight (auto), or compute them (off). scores leaves out "
-        "more in training on a GPU in bf16, by looking at the scores in a kernel whose speed none has shown yet.",
+        description="In training, leave out keys to which ALiBi gives no weight (auto), or compute them (off). scores "
+        "leaves out more on a GPU in bf16, by looking at the scores in a kernel whose speed none has shown yet.",
     )
     window: PositiveInt | None = Field(
         default=None,
