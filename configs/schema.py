@@ -15,6 +15,7 @@ from configs.path_text import PathText, StoreText
 from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS
 from configs.secrets import hide_secrets, public_variables, without_password
+from configs.strict_yaml import WrittenFloat, WrittenInt
 
 
 def _tuple_of_list(value: Any) -> Any:
@@ -28,6 +29,8 @@ def _source_of_path(value: Any) -> Any:
 
 def _text_of_number(value: Any) -> Any:
     # YAML reads an unquoted 90 as a number: accept it as text; configs.rules says what to write. And 1 equals true.
+    if isinstance(value, WrittenInt | WrittenFloat):  # a tag or a variable of 1.10 is not 1.1
+        return value.text
     return str(value) if type(value) in (int, float) else value
 
 
