@@ -51,7 +51,8 @@ def attention_words(
     if documents:
         words.append("documents masked")
     share = least_density(model, backend, device=device, precision=precision, length=length)
-    if share is not None and not documents:
+    hides = model.window is not None and model.window < length  # where blocks are longer, they hold all of it
+    if share is not None and not documents and not (hides and share == 1):
         whole, percent = share == 1, math.floor(100 * share)  # rounded down: no metric of the run is below it
         # where a backend looks at scores, near ones that are large can leave out more than slopes alone do
         looks = lossless and (device == "cpu" or (model.windows == "scores" and PRECISIONS[precision].width == 2))

@@ -172,6 +172,8 @@ def test_the_start_says_what_is_to_go(tmp_path: Path) -> None:
         ("model.window=256", "sdpa, window 256: at least 0.69 of the scores"),
         ("data.mask_documents=true", "sdpa, lossless windows, documents masked"),
         ("data.mask_documents=true model.position=t5", "sdpa, documents masked"),
+        ("model.window=9 data.sequence_length=64", "sdpa, window 9"),
+        ("model.window=99 data.sequence_length=64", "sdpa, window 99, lossless windows: all scores at length 64"),
         ("model.window=256 model.windows=off", "sdpa, window 256, windows off: at least 0.69 of the scores"),
     ],
 )
