@@ -37,7 +37,11 @@ class Backend(Choice):
         fused_widths: Widths of heads of which it has fused kernels on every device are multiples of this; with other
             widths it may keep all scores on a GPU.
         compiles: Whether its kernel is compiled when it is first called.
+        tile: Queries that take the same keys, where `query_block` does not say.
         leaves_out_on: Kinds of device on which it leaves out keys without weight.
+        shortest: Tokens of the shortest sequence of which it leaves out such keys.
+        nearest: Keys up to a block's last query of which it leaves out none.
+        within_window: Whether it leaves out such keys of a sliding window too.
         documents: Whether it can keep attention inside documents.
     """
 
@@ -54,7 +58,11 @@ class Backend(Choice):
     query_block: int = 0
     fused_widths: int = 1
     compiles: bool = False
+    tile: int = 1
     leaves_out_on: tuple[Device, ...] = ()
+    shortest: int = 0
+    nearest: int = 0
+    within_window: bool = True
     documents: bool = False
 
     @property
@@ -106,6 +114,8 @@ BACKENDS = {
             query_block=256,
             fused_widths=8,
             leaves_out_on=("cpu",),
+            nearest=512,
+            within_window=False,
             documents=True,
         ),
         Backend(
@@ -122,7 +132,9 @@ BACKENDS = {
             has_run="CPU: compiled, forward, with windows; its gradients as formulas in fp64; one H100: fp32 and bf16 "
             "with gradients, training steps in bf16, windows",
             compiles=True,
+            tile=128,
             leaves_out_on=("cuda",),
+            shortest=15 * 128 + 1,
             documents=True,
         ),
         Backend(
@@ -138,7 +150,9 @@ BACKENDS = {
             memory="length",
             has_run="one H100: bf16 with gradients and windows, its tests alone (flash-attn-4 4.0.0b16)",
             compiles=True,
+            tile=128,
             leaves_out_on=("cuda",),
+            shortest=15 * 128 + 1,
         ),
         Backend(
             name="flash",

@@ -15,6 +15,7 @@ from configs.path_text import PathText, StoreText
 from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS
 from configs.secrets import hide_secrets, public_variables, without_password
+from configs.strict_yaml import WrittenFloat, WrittenInt
 
 
 def _tuple_of_list(value: Any) -> Any:
@@ -28,6 +29,8 @@ def _source_of_path(value: Any) -> Any:
 
 def _text_of_number(value: Any) -> Any:
     # YAML reads an unquoted 90 as a number: accept it as text; configs.rules says what to write. And 1 equals true.
+    if isinstance(value, WrittenInt | WrittenFloat):  # a tag or a variable of 1.10 is not 1.1
+        return value.text
     return str(value) if type(value) in (int, float) else value
 
 
@@ -92,15 +95,19 @@ class Model(Section):
     )
     windows: Literal["auto", "scores", "off"] = Field(
         default="auto",
-        description="Leave out keys to which ALiBi gives no weight (auto), or compute them (off). scores leaves out "
-        "more in training on a GPU in bf16, by looking at the scores in a kernel whose speed none has shown yet.",
+        description="In training, leave out keys to which ALiBi gives no weight (auto), or compute them (off). scores "
+        "leaves out more on a GPU in bf16, by looking at the scores in a kernel whose speed none has shown yet.",
     )
     window: PositiveInt | None = Field(
         default=None,
         description="Tokens that a query sees, itself included, with any position method; all before it unless set. "
         "A window of sequence_length or more changes nothing in training, only at longer lengths.",
     )
-    init_std: Annotated[float, Field(gt=0.0)] = Field(default=0.02, description="Std of the initial weights.")
+    init_std: Annotated[float, Field(gt=0.0)] = Field(
+        default=0.02,
+        description="Std of the initial weights; of the two matrices of a block that add to the residual stream, "
+        "init_std / sqrt(2 x layers).",
+    )
     embedding_init_std: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description="Std of the initial word embedding. Unless set: init_std, or less where the first loss would be "
@@ -156,7 +163,10 @@ class Data(Section):
         description="Tokens of the tokenizer; of a given one it may be more: rows without a token."
     )
     sequence_length: Annotated[int, Field(ge=2), COUNTABLE] = Field(description="Training length in tokens.")
-    split: Fraction = Field(default=0.02, description="Share of the documents held out for validation; 0 for none.")
+    split: Fraction = Field(
+        default=0.02,
+        description="Share of the text held out for validation, in documents or parts of long ones; 0 for none.",
+    )
     document_separator: str | None = Field(
         default=None,
         min_length=1,

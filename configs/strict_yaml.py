@@ -28,6 +28,18 @@ _WORDS = {
 }
 
 
+class WrittenInt(int):
+    """A whole number that is written in another way than Python's, such as 12_000; `text` is how."""
+
+    text: str
+
+
+class WrittenFloat(float):
+    """A number that is written in another way than Python's, such as 1e-3 or 1.10; `text` is how."""
+
+    text: str
+
+
 @dataclass(frozen=True)
 class ParsedYaml:
     """What a YAML text holds.
@@ -123,6 +135,28 @@ class _StrictLoader(yaml.SafeLoader):
                 self.repeated.append(f"{line}key {key!r} appears twice: remove one")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    value = loader.construct_yaml_int(node)
+    if str(value) == node.value:
+        return value
+    written = WrittenInt(value)
+    written.text = node.value
+    return written
+
+
+def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    value = loader.construct_yaml_float(node)
+    if str(value) == node.value:
+        return value
+    written = WrittenFloat(value)
+    written.text = node.value
+    return written
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def _resolve(tag: str, pattern: str, first: Sequence[str]) -> None:

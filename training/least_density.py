@@ -1,6 +1,7 @@
 """The least share of the scores that a model's attention computes, and its line at the start. Imports no torch."""
 
 import math
+from statistics import fmean
 
 from configs.backends import Backend, backend_of
 from configs.positions import POSITIONS
@@ -44,13 +45,14 @@ def attention_words(
     slopes = POSITIONS[model.position].slopes
     if slopes is not None and model.windows == "off":
         words.append("windows off")
-    lossless = slopes is not None and leaves_out(model, backend, device=device)
+    lossless = slopes is not None and leaves_out(model, backend, device=device, length=length)
     if lossless:
         words.append("lossless windows")
     if documents:
         words.append("documents masked")
     share = least_density(model, backend, device=device, precision=precision, length=length)
-    if share is not None and not documents:
+    hides = model.window is not None and model.window < length  # where blocks are longer, they hold all of it
+    if share is not None and not documents and not (hides and share == 1):
         whole, percent = share == 1, math.floor(100 * share)  # rounded down: no metric of the run is below it
         # where a backend looks at scores, near ones that are large can leave out more than slopes alone do
         looks = lossless and (device == "cpu" or (model.windows == "scores" and PRECISIONS[precision].width == 2))
@@ -59,29 +61,46 @@ def attention_words(
     return ", ".join(words)
 
 
-def leaves_out(model: Model, backend: Backend, *, device: str) -> bool:
-    """Return whether lossless windows are on, and this backend leaves keys out."""
-    return model.windows != "off" and device in backend.leaves_out_on
+def leaves_out(model: Model, backend: Backend, *, device: str, length: int) -> bool:
+    """Return whether lossless windows are on, and this backend leaves keys out; arguments as in `attention_words`."""
+    hides = model.window is not None and model.window < length
+    return model.windows != "off" and device in backend.leaves_out_on and (backend.within_window or not hides)
 
 
 def least_density(model: Model, backend: Backend, *, device: str, precision: str, length: int) -> float | None:
     """Return the share of causal attention's scores that queries and keys of zeros need; None if all are computed.
 
     With zeros the slope alone decides: `training.model.windows.reach` is then at least the logarithm of the limit over
-    the slope. Longer queries and keys have a longer reach, and kernels take whole blocks of keys. Arguments as in
-    `attention_words`.
+    the slope. Longer queries and keys have a longer reach. Counted is what a kernel computes, whole blocks: a key that
+    one of a block's queries needs is computed for all of them. Arguments as in `attention_words`.
     """
-    slopes = POSITIONS[model.position].slopes
-    seen = float(length) if model.window is None else float(model.window)
-    reaches = [seen]
-    if slopes is not None and leaves_out(model, backend, device=device):
-        limit = PRECISIONS[precision].epsilon / 8  # as training.model.windows.share_limit
-        reaches = [min(seen, math.ceil(-math.log(limit) / slope)) for slope in slopes(model)]
-    elif model.window is None:
+    slopes, window = POSITIONS[model.position].slopes, min(model.window or length, length)
+    lossless = slopes is not None and leaves_out(model, backend, device=device, length=length)
+    if backend.keeps_scores or not (lossless or model.window):
         return None
-    return sum(_share_within(min(reach, length), length) for reach in reaches) / len(reaches)
+    reaches, nearest = [window], 0
+    if slopes is not None and lossless and length >= backend.shortest:
+        limit = PRECISIONS[precision].epsilon / 8  # as training.model.windows.share_limit
+        reaches, nearest = (
+            [min(window, math.ceil(-math.log(limit) / slope)) for slope in slopes(model)],
+            backend.nearest,
+        )
+    rows = backend.query_block or backend.tile
+    return fmean(_share_within(reach, length, rows=rows, nearest=nearest) for reach in reaches)
 
 
-def _share_within(reach: float, length: int) -> float:
-    """Return the share of the causal scores of a sequence whose distance is below `reach`, at most `length`."""
-    return reach * (2 * length - reach + 1) / (length * (length + 1))
+def _share_within(reach: int, length: int, *, rows: int, nearest: int) -> float:
+    """Return the share of the causal scores of a sequence's blocks that are computed.
+
+    Args:
+        reach: Tokens that each query needs, itself included.
+        length: Tokens of the sequence.
+        rows: Queries of a block.
+        nearest: Keys up to a block's last query that are computed in any case.
+    """
+    blocks, rest = divmod(length, rows)
+    most = max(nearest, reach + rows - 1)  # keys that a whole block takes
+    early = min(blocks, most // rows)  # blocks that have no more
+    computed = rows * rows * early * (early + 1) // 2 + (blocks - early) * rows * most
+    computed += rest * min(length, max(nearest, reach + rest - 1))
+    return computed / (rows * rows * blocks * (blocks + 1) // 2 + rest * length)

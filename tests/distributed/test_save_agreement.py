@@ -49,9 +49,9 @@ KINDS = OPTIMIZERS["adamw"].state_kinds
 class Errors:
     """Observations of one rank: the error of each broken save, and the checkpoint that each resume opened.
 
-    `saving` is whether a step found that a rank still writes: where none does, and where rank 1 does. `hashes` are those
-    of the files of one state, saved at once and in the background during a step. `slow_seconds` is the time of a save and
-    a load on slow disks.
+    `saving` is whether a step found that a rank still writes: where none does, and where rank 1 does. `hashes` are
+    those of the files of one state, saved at once and in the background during a step. `slow_seconds` is the time of a
+    save and a load on slow disks.
     """
 
     by_name: dict[str, str]
@@ -98,12 +98,8 @@ def break_saves(process: ProcessRank, *, keys: dict[str, int], folder: Path) -> 
         )
     errors["rank 0 has no disk"] = _error_of(lambda: broadcast_from_first(_no_disk, group=groups.world))
     opened = [_opened(folder / "run", groups)]
-    # Rank 1 checks the last file in the order of names.
-    last = max(list_checkpoints(folder / "run")[-1].path.iterdir())
     if process.rank == 0:
-        content = bytearray(last.read_bytes())
-        content[-1] ^= 1
-        last.write_bytes(content)
+        _alter(folder / "run")
     opened.append(_opened(folder / "run", groups))
     # Only these ranks gather what they save: with one data rank no collective stands between two writes.
     slow_seconds = on_slow_disks(process, engine, config, **arguments) if groups.data.size > 1 else None
@@ -182,6 +178,14 @@ def _error_of(action: Any) -> str:
     except TrainshortError as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _alter(run_dir: Path) -> None:
+    """Change a byte of the newest checkpoint, in the last file in the order of names: rank 1 checks it."""
+    last = max(list_checkpoints(run_dir)[-1].path.iterdir())
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
 
 
 def _opened(run_dir: Path, groups: Any) -> str:

@@ -173,7 +173,7 @@ def test_a_file_and_the_log_have_all_progress(job: Job) -> None:
     for words in (
         f" parameters; {STEPS} steps of 2,048 tokens, 24.6k in all\n",
         "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32\n"
-        "attention sdpa, lossless windows: about 0.95 of the scores\nimporting torch",
+        "attention sdpa, lossless windows: all scores at length 128\nimporting torch",
         "ALiBi verified on 4 ranks: attention sdpa, fp32, ",
         "building the index of samples, data/index/",
         "starting new: one/run has no checkpoint\nMLflow: sqlite:",

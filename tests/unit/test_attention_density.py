@@ -11,10 +11,10 @@ import torch
 
 from configs.backends import BACKENDS
 from configs.load import load_run
-from configs.positions import slopes
 from configs.protocols import WindowProtocol, parse_protocol
 from configs.schema import Model
 from launch.show.model import show_report
+from parallel.axes import Group
 from tests.support.evaluation import measure, report_of
 from tests.support.models import VOCABULARY, make_decoder
 from tests.support.one_rank import OneRank, one_rank
@@ -23,8 +23,10 @@ from training.evaluation.perplexity import PerplexityResult
 from training.least_density import least_density
 from training.metrics_file import MetricsFile
 from training.model.attention import AttentionBlock, windows_of
+from training.model.kernels.flex import Flex
+from training.model.kernels.sdpa import Sdpa
+from training.model.positions.method import make_position
 from training.model.single import SingleModel
-from training.model.windows import reach
 from training.validator import Validator
 
 LONG = 1280
@@ -44,25 +46,43 @@ def model_of(*keys: str) -> Model:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("heads", "length"), [(2, 64), (8, 700), (12, 3000)])
-def test_the_least_share_is_that_of_zero_queries(heads: int, length: int, precision: str) -> None:
-    slope = torch.tensor(slopes(heads), dtype=torch.float64)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    zero = torch.zeros(1, heads, length, 16, dtype=dtype)
-    weights = -slope[:, None] * torch.arange(length)
-    sums = weights.logcumsumexp(1)[None]  # a query's, over all keys that it sees
-    reached = reach(zero, radius=torch.zeros(1, heads, 1), sums=sums, slopes=slope).ceil()
-    seen = torch.arange(1, length + 1)
-    needed = float(torch.minimum(reached, seen).sum() / (heads * seen.sum()))
-    model = model_of(f"model.heads={heads}", "model.hidden=96")
-    least = least_density(model, BACKENDS["sdpa"], device="cpu", precision=precision, length=length)
+@pytest.mark.parametrize(
+    ("backend", "length", "window", "most"),
+    [
+        ("sdpa", 64, None, 1.0),
+        ("sdpa", 512, None, 1.0),  # a block's last 512 keys are computed in any case
+        ("sdpa", 700, None, 0.99),
+        ("sdpa", 3000, None, 0.7),
+        ("sdpa", 700, 100, 0.8),
+        ("sdpa", 64, 10, 1.0),
+        ("flex", 1920, None, 1.0),  # shorter than the kernel looks for windows in
+        ("flex", 2048, None, 0.6),
+        ("flex", 700, 100, 0.6),
+    ],
+)
+@torch.no_grad()
+def test_the_least_share_is_that_of_zero_queries(
+    backend: str, length: int, window: int | None, most: float, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.model.kernels.flex.flex_kernel", lambda *_: lambda q, *_, **__: q)
+    model = model_of(f"model.window={'null' if window is None else window}")
+    bias = make_position(model, {}, tensor=Group(0, 1, None)).bias
+    zeros = torch.zeros(1, model.heads, length, 16, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    {"sdpa": Sdpa, "flex": Flex}[backend](bias)(zeros, zeros, zeros)
+    assert bias.lossless is not None
+    computed = float(bias.lossless.take()[0])
+    device = "cpu" if backend == "sdpa" else "cuda"
+    least = least_density(model, BACKENDS[backend], device=device, precision=precision, length=length)
     assert least is not None
-    assert needed - 0.02 < least <= needed
+    assert computed - 0.07 < least <= computed + 1e-6
+    assert (least == 1) == (most == 1)
+    assert least <= most
 
 
 def test_what_computes_all_scores_has_no_least_share() -> None:
     for keys, backend, device in (
         ((), "reference", "cpu"),
+        (("model.window=9",), "reference", "cpu"),
         ((), "sdpa", "cuda"),
         (("model.windows=off",), "sdpa", "cpu"),
         (("model.position=none",), "sdpa", "cpu"),

@@ -155,6 +155,16 @@ def test_different_tokens_of_one_text_are_told(trainshort: Call) -> None:
     assert note.startswith("the tokenizers differ: "), "other tokens by nature"
 
 
+def test_as_many_tokens_elsewhere_are_told(trainshort: Call) -> None:
+    for name, ends_every in (("a", 2000), ("b", 3000)):
+        report = add_report(make_run(Path(name)), {32: 20.0})
+        contents = json.loads(report.read_text())
+        contents["results"][0] |= {"protocol": "last", "scored": 8, "tokens": 8, "windows_end_every": ends_every}
+        report.write_text(json.dumps(contents))
+    (note,) = compared(trainshort, "a", "b")["notes"]
+    assert note.startswith("last:8 at 32 on held-out: the runs scored different tokens")
+
+
 def test_different_texts_are_never_compared(trainshort: Call) -> None:
     for name, text in (("a", "held-out"), ("b", "held-out"), ("c", "mine.txt")):
         run_dir = make_run(Path(name))

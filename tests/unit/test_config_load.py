@@ -90,6 +90,15 @@ def test_a_run_is_found_by_path_and_by_name(tmp_path: Path, run_values: dict[str
     assert load_run("demo").run.name == "demo"
 
 
+@pytest.mark.parametrize("text", ["1.10", "0.50", "1e3", "12_000", "+5", "7", "1.5"])
+def test_a_number_where_text_is_wanted_stays_as_written(text: str) -> None:
+    keys = (f"track.tags={{version: {text}}}", f"slurm.env={{VERSION: {text}}}", f"train.learning_rate={text}")
+    run = load_run("demo", overrides=list(keys))
+    assert (run.track.tags, run.slurm.env) == ({"version": text}, {"VERSION": text})
+    assert type(run.train.learning_rate) is float
+    assert run.train.learning_rate == float(text)
+
+
 def test_dumped_runs_load_to_equal_values(tmp_path: Path) -> None:
     for file in RUNS.glob("*.yaml"):
         config = load_run(file.stem)

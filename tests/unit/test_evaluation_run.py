@@ -82,8 +82,9 @@ def test_lengths_of_two_evaluations_share_no_tokens(run_dir: Path) -> None:
     for lengths in ((32, 64), (32, 256)):
         evaluate(run_dir, lengths=lengths, protocols=("last:8",), same_tokens=True)
     kept = run_dir / "evaluation" / "step_0000007" / "held-out.json"
-    scored = {each["length"]: each["tokens"] for each in json.loads(kept.read_text())["results"]}
-    assert scored[32] == scored[256] != scored[64]
+    results = {each["length"]: each for each in json.loads(kept.read_text())["results"]}
+    assert results[32]["tokens"] == results[256]["tokens"] != results[64]["tokens"]
+    assert {length: each["windows_end_every"] for length, each in results.items()} == {32: 256, 64: 64, 256: 256}
     shown = kept.with_suffix(".md").read_text()
     assert shown.count(" * |") == 3
     assert "the lengths of a protocol in one evaluation scored the same tokens" in shown

@@ -163,16 +163,18 @@ def test_the_start_says_what_is_to_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ("model.heads=8", "sdpa, lossless windows: about 0.59 of the scores"),
-        ("train.precision=bf16", "sdpa, lossless windows: about 0.48 of the scores"),
+        ("model.heads=8", "sdpa, lossless windows: about 0.84 of the scores"),
+        ("train.precision=bf16", "sdpa, lossless windows: about 0.81 of the scores"),
         ("model.windows=off", "sdpa, windows off"),
         ("model.attention=reference", "reference"),
         ("model.position=rotary", "sdpa"),
-        ("model.position=rotary model.window=256", "sdpa, window 256: at least 0.43 of the scores"),
-        ("model.window=256", "sdpa, window 256, lossless windows: about 0.36 of the scores"),
+        ("model.position=rotary model.window=256", "sdpa, window 256: at least 0.69 of the scores"),
+        ("model.window=256", "sdpa, window 256: at least 0.69 of the scores"),
         ("data.mask_documents=true", "sdpa, lossless windows, documents masked"),
         ("data.mask_documents=true model.position=t5", "sdpa, documents masked"),
-        ("model.window=256 model.windows=off", "sdpa, window 256, windows off: at least 0.43 of the scores"),
+        ("model.window=9 data.sequence_length=64", "sdpa, window 9"),
+        ("model.window=99 data.sequence_length=64", "sdpa, window 99, lossless windows: all scores at length 64"),
+        ("model.window=256 model.windows=off", "sdpa, window 256, windows off: at least 0.69 of the scores"),
     ],
 )
 def test_the_start_says_what_attention_leaves_out(keys: str, words: str) -> None:

@@ -123,6 +123,24 @@ def test_versions_differ_up_to_rounding_or_not_at_all(trainshort: Call) -> None:
 
 
 @pytest.mark.usefixtures("started")
+def test_with_dropout_what_draws_otherwise_makes_another_run(trainshort: Call) -> None:
+    one_tensor_rank, one_rank = ("parallel.tensor=1",), ("parallel.tensor=1", "parallel.pipeline=1")
+    for dropout, worst in (("0.0", "rounding"), ("0.1", "other")):
+        shutil.rmtree(RUN)
+        for step, keys in enumerate(((), one_tensor_rank, one_rank, (*one_rank, "train.micro_batch=1"))):
+            start(f"model.dropout={dropout}", *keys, step=step)
+        edit(lambda start: start["versions"].update(torch="2.1.0"))
+        document = reproduced(trainshort, code=3 if worst == "other" else 0)
+        assert [(each["what"], each["grade"]) for each in document["changes"]] == [
+            ("layout", "rounding"),
+            ("layout", worst),
+            ("torch", worst),
+            ("train.micro_batch", worst),
+        ]
+        assert [each["grade"] for each in document["differences"]] == [worst]
+
+
+@pytest.mark.usefixtures("started")
 def test_other_code_makes_another_run(trainshort: Call) -> None:
     edit(lambda start: start["code"]["sha256"].update(launch="0"))
     assert only_difference(trainshort)[0::3] == ("code of launch", "same")

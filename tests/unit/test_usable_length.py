@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.command_line import Call
 from training.checkpoint.manifest import model_sha256, read_manifest
 from training.evaluation.usable import find_held_out_report, usable_length
+from training.evaluation.verdict import verdict_of
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
 NAME = "step_0000002"
@@ -69,6 +70,34 @@ def found_in(run_dir: Path) -> Path | None:
 )
 def test_usable_is_within_a_percent_of_the_best(perplexities: dict[int, float], usable: int) -> None:
     assert usable_length(report_of(perplexities)) == usable
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "words"),
+    [
+        ({8: 100.0}, "8 tokens, within 1 % of the best perplexity, 100.00 at 8; the training length"),
+        (
+            {8: 100.0, 16: 99.0},
+            "16 tokens, within 1 % of the best perplexity, 99.00 at 16; no longer text was measured",
+        ),
+        (
+            {8: 100.0, 16: 102.0},
+            "8 tokens, within 1 % of the best perplexity, 100.00 at 8; at 16 perplexity is 2.0% above the best",
+        ),
+        (
+            {2: 50.0, 4: 60.0},
+            "8 tokens, the training length: no measured length from it on is within 1 % of the best perplexity, "
+            "50.00 at 2",
+        ),
+        (
+            {4: 50.0, 8: 100.0, 16: 90.0},
+            "8 tokens, the training length: no measured length from it on is within 1 % of the best perplexity, "
+            "50.00 at 4; at 16 perplexity is 80.0% above the best",
+        ),
+    ],
+)
+def test_the_verdict_claims_a_percent_only_where_it_holds(perplexities: dict[int, float], words: str) -> None:
+    assert verdict_of(report_of(perplexities))["words"] == [f"usable length: {words}"]
 
 
 def test_sliding_windows_do_not_count() -> None:
@@ -156,7 +185,7 @@ def test_an_export_without_a_report_says_what_to_do(trainshort: Call, run_dir: P
 
 def test_an_export_says_why_not_longer(trainshort: Call, run_dir: Path) -> None:
     for name, perplexities, why in (
-        ("a", {8: 100.0, 16: 110.0}, "perplexity is higher beyond it"),
+        ("a", {8: 100.0, 16: 110.0}, "no longer text is within 1 % of the best perplexity"),
         ("b", {8: 100.0}, "no longer text was measured"),
     ):
         write(report_of(perplexities), run_dir / "evaluation" / NAME / "held-out.json")

@@ -225,8 +225,10 @@ def _incomparable(runs: Sequence[ComparedRun], *, texts: Sequence[TextResults]) 
 def _of_different_tokens(text: TextResults) -> Iterator[str]:
     """Yield what runs with one tokenizer scored different tokens with."""
     for key in text.keys:
-        scored = {results[key].get("tokens") for results in text.results if key in results}
-        if len(scored - {None}) > 1:
+        found = [results[key] for results in text.results if key in results]
+        # as many tokens may be others where windows end elsewhere; an older report does not say where
+        scored, ends = ({result.get(name) for result in found} - {None} for name in ("tokens", "windows_end_every"))
+        if len(scored) > 1 or len(ends) > 1:
             yield f"{text.protocol(key)} at {key[2]:,}"
 
 

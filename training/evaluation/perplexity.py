@@ -59,6 +59,8 @@ class PerplexityResult:
         by_position: The loss by place in the window; None if it was not kept.
         same_tokens: Whether other lengths of the sweep score the same tokens.
         scale: What scaled the model's positions; None for positions as trained.
+        ends_every: Tokens from the end of a window to the end of the next, where windows score their last predictions
+            only; else None.
     """
 
     length: int
@@ -70,6 +72,7 @@ class PerplexityResult:
     by_position: LossByPosition | None = None
     same_tokens: bool = False
     scale: PositionScale | None = None
+    ends_every: int | None = None
 
     @property
     def perplexity(self) -> float:
@@ -131,6 +134,7 @@ def measure_loss(
         by_position=by_position(totals.by_position, windows.scored_at()),
         same_tokens=same_tokens,
         scale=scale,
+        ends_every=None if protocol.last is None else int(windows.starts[0]) + windows.length,
     )
 
 

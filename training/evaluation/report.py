@@ -3,7 +3,7 @@
 Other programs read these keys of report.json: checkpoint, train_length, and for each result
 
 * length, protocol, stride (equal to the length if windows do not overlap); with the protocol last also scored, the
-  predictions of a window;
+  predictions of a window, and windows_end_every, the tokens from the end of a window to the end of the next;
 * scale, if positions were scaled, as on the command line; scale_factor, what it divided by at this length;
 * tokens (predictions scored); same_tokens, if other lengths of the evaluation score the same ones;
 * loss (nats per token), perplexity (per token), bits_per_byte; word_perplexity if the text's words are known;
@@ -173,6 +173,7 @@ def _result_to_json(
         "protocol": result.protocol.name,
         "stride": result.protocol.stride or result.length,
         **({} if result.protocol.last is None else {"scored": result.protocol.last}),
+        **({} if result.ends_every is None else {"windows_end_every": result.ends_every}),
         **_scale_to_json(result, train_length=train_length),
         "tokens": result.tokens,
         **({"same_tokens": True} if result.same_tokens else {}),

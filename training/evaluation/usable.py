@@ -37,10 +37,13 @@ def usable_length(report: Mapping[str, Any], *, scale: str | None = None) -> int
         report: The contents of a report.
         scale: The scale of the positions; None for positions as trained.
     """
-    results = whole_windows(report, scale=scale)
+    return int(max(report["train_length"], *lengths_near_best(whole_windows(report, scale=scale)), 0))
+
+
+def lengths_near_best(results: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the lengths whose perplexity is within 1 % of the best."""
     best = min((result["perplexity"] for result in results), default=0.0)
-    good = [result["length"] for result in results if result["perplexity"] <= _RATIO * best]
-    return int(max(report["train_length"], *good, 0))
+    return [int(result["length"]) for result in results if result["perplexity"] <= _RATIO * best]
 
 
 def effective_context(contexts: Sequence[int], losses: Sequence[float]) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from configs.figures import counted
 from training.evaluation.resampling import interval
 from training.evaluation.results import is_whole
-from training.evaluation.usable import usable_length, whole_windows
+from training.evaluation.usable import lengths_near_best, usable_length, whole_windows
 
 Report = Mapping[str, Any]
 
@@ -102,16 +102,16 @@ def _usable_words(report: Report, verdict: Report) -> Iterator[str]:
     best = min(whole, key=lambda result: float(result["perplexity"]))
     within = "" if verdict["usable_length_interval"] is None else f" ({_range(verdict['usable_length_interval'])})"
     scaled = "" if scale is None else f" with --scale {scale}"
-    if usable >= longest:
-        why = "no longer text was measured" if longest > report["train_length"] else "the training length"
-    else:
+    near = f"within 1 % of the best perplexity, {best['perplexity']:,.2f} at {best['length']:,}"
+    is_near = usable in lengths_near_best(whole)
+    reasons = [near if is_near else f"the training length: no measured length from it on is {near}"]
+    if usable < longest:
         beyond = next(result for result in whole if result["length"] > usable)
         worse = beyond["perplexity"] / best["perplexity"] - 1
-        why = f"at {beyond['length']:,} perplexity is {worse:.1%} above the best"
-    yield (
-        f"usable length{scaled}: {usable:,} tokens{within}, within 1 % of the best perplexity, "
-        f"{best['perplexity']:,.2f} at {best['length']:,}; {why}"
-    )
+        reasons.append(f"at {beyond['length']:,} perplexity is {worse:.1%} above the best")
+    elif is_near:
+        reasons.append("no longer text was measured" if longest > report["train_length"] else "the training length")
+    yield f"usable length{scaled}: {usable:,} tokens{within}, {'; '.join(reasons)}"
 
 
 def _context_words(context: Report) -> Iterator[str]:

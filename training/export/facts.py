@@ -64,5 +64,6 @@ class ModelFacts:
         if self.longest > self.train_length:
             return "the longest whose perplexity on held-out text is within 1 % of the best"
         measured = whole_windows(self.report.contents)[-1]["length"]
-        why = "perplexity is higher beyond it" if measured > self.train_length else "no longer text was measured"
+        is_longest = measured <= self.train_length
+        why = "no longer text was measured" if is_longest else "no longer text is within 1 % of the best perplexity"
         return f"the training length: {why}"

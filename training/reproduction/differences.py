@@ -18,6 +18,9 @@ GRADES: dict[Grade, str] = {
 # Packages that only prepare, log or export; numpy too: what it computes for a run is integers.
 _HARMLESS_PACKAGES = ("python", "trainshort", "sentencepiece", "tokenizers", "mlflow", "transformers", "numpy")
 _SETTING_GRADES: dict[str, Grade] = {"train.steps": "same", "run.seed": "other", "train.precision": "other"}
+# With dropout: each data rank and stage drops states of its own samples and layers, a micro-batch at a time, and draws
+# them with its device's generator, which torch may change.
+_DRAWING_AXES, _DRAWING_SETTINGS = ("pipeline", "data"), ("train.micro_batch", "parallel.sequence")
 NOT_INSTALLED, _NOT_SET = "not installed", "not set"
 
 
@@ -53,30 +56,32 @@ def is_on_gpu(start: Mapping[str, Any]) -> bool:
     return hardware.get("device") != hardware.get("cpu")
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, drops: bool) -> Iterator[Difference]:
     """Yield what differs in code, data, versions, hardware, environment variables, layout and settings.
 
     Args:
         then: A start in the manifest of reproduction.
         now: A later start; or the same sections of what is here and now, where one that is missing does not differ.
+        drops: Whether the run has dropout: what changes which states are dropped makes another run.
     """
-    on_gpu = is_on_gpu(then)
+    on_gpu, drawn = is_on_gpu(then), _drawn(drops)
     yield from _code(then["code"], now["code"])
     yield from _data(then["data"], now["data"])
     yield from _weights(then["weights"], now["weights"])
     for name in dict.fromkeys((*then["versions"], *now["versions"])):
-        grade: Grade = "same" if name in _HARMLESS_PACKAGES else "rounding"
+        grade: Grade = "same" if name in _HARMLESS_PACKAGES else drawn if name == "torch" else "rounding"
         versions = [str(each["versions"].get(name) or NOT_INSTALLED) for each in (then, now)]
         yield from _difference("versions", name, versions, grade)
-    yield from _hardware(then["hardware"], now["hardware"], on_gpu=on_gpu)
+    yield from _hardware(then["hardware"], now["hardware"], on_gpu=on_gpu, device=drawn)
     for name in (*CPU_VARIABLES, *GPU_VARIABLES):
         grade = "rounding" if name in (GPU_VARIABLES if on_gpu else CPU_VARIABLES) else "same"
         values = [each["variables"].get(name, _NOT_SET) for each in (then, now)]
         yield from _difference("variables", name, values, grade)
     if "layout" in now:
-        yield from _difference("layout", "layout", [layout_text(then), layout_text(now)], "rounding")
+        moved = any(then["layout"].get(axis) != now["layout"].get(axis) for axis in _DRAWING_AXES)
+        yield from _difference("layout", "layout", [layout_text(then), layout_text(now)], _drawn(drops and moved))
     for key, value in then["settings"].items() if "settings" in now else ():
-        grade = _SETTING_GRADES.get(key, "rounding")
+        grade = _SETTING_GRADES.get(key, _drawn(drops and key in _DRAWING_SETTINGS))
         yield from _difference("settings", key, [_shown(value), _shown(now["settings"].get(key))], grade)
 
 
@@ -96,6 +101,10 @@ def layout_text(start: Mapping[str, Any]) -> str:
     nodes = f" on {layout['nodes']} nodes" if layout.get("nodes", 1) > 1 else ""
     offload = "" if layout.get("offload", "none") == "none" else f", offload {layout['offload']}"
     return f"{axes}, ZeRO-{layout.get('zero')}{offload}{nodes}"
+
+
+def _drawn(drops: bool) -> Grade:
+    return "other" if drops else "rounding"
 
 
 def _difference(section: str, what: str, texts: Sequence[str], grade: Grade) -> Iterator[Difference]:
@@ -142,8 +151,8 @@ def _weights(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Differ
         yield Difference("weights", "train.init_from", texts[0], texts[1], "other")
 
 
-def _hardware(then: Mapping[str, Any], now: Mapping[str, Any], *, on_gpu: bool) -> Iterator[Difference]:
-    yield from _difference("hardware", "device", [str(then.get("device")), str(now["device"])], "rounding")
+def _hardware(then: Mapping[str, Any], now: Mapping[str, Any], *, on_gpu: bool, device: Grade) -> Iterator[Difference]:
+    yield from _difference("hardware", "device", [str(then.get("device")), str(now["device"])], device)
     if on_gpu:  # else the CPU is the device
         yield from _difference("hardware", "CPU", [str(then.get("cpu")), str(now["cpu"])], "same")
     for name, key in (("GPUs", "gpus"), ("CPU cores", "cores")):

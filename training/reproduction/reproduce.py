@@ -128,9 +128,10 @@ def compare_with_here(run_dir: Path, *, here: Here, reads_all: bool) -> Reproduc
     start = surviving[-1][1]
     found = find_config(run_dir, start)
     now = facts_here(run_dir, found.config, start, here=here, reads_all=reads_all)
+    drops = found.config.model.dropout > 0
     differing = [
         *([found.difference] if found.difference else []),
-        *differences(start, now),
+        *differences(start, now, drops=drops),
         *_layout_here(start, here),
     ]
     if now["data"]["problem"] is not None and prepares_the_same(found.config, start):
@@ -138,7 +139,7 @@ def compare_with_here(run_dir: Path, *, here: Here, reads_all: bool) -> Reproduc
     changes = [
         StartChange(number, later["step"], difference)
         for (_, earlier), (number, later) in pairwise(surviving)
-        for difference in differences(earlier, later)
+        for difference in differences(earlier, later, drops=drops)
     ]
     return Reproduction(
         run_dir=run_dir,
