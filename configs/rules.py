@@ -182,7 +182,7 @@ def _warmup(config: RunConfig) -> Iterator[str]:
         if train.decay_steps is None:
             advice = "set train.decay_steps (that of RUN_DIR/config.yaml, if the run has started)"
         yield (
-            f"train.warmup_steps must be less than the {decay_steps} steps of the schedule, got {train.warmup_steps}: "
+            f"train.warmup_steps must be less than the schedule's steps ({decay_steps}), got {train.warmup_steps}: "
             f"lower it or {advice}"
         )
 

@@ -56,6 +56,7 @@ PUBLIC_LINES = PlainSerializer(_public_lines, return_type=list[str], when_used="
 TextOrNumber = Annotated[str, BeforeValidator(_text_of_number)]
 
 PositiveInt = Annotated[int, Field(ge=1), COUNTABLE]
+SequenceLength = Annotated[int, Field(ge=2), COUNTABLE]  # of a sequence that has something to predict
 NonNegativeInt = Annotated[int, Field(ge=0), COUNTABLE]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -162,7 +163,7 @@ class Data(Section):
     vocab_size: Annotated[int, Field(ge=300), COUNTABLE] = Field(
         description="Tokens of the tokenizer; of a given one it may be more: rows without a token."
     )
-    sequence_length: Annotated[int, Field(ge=2), COUNTABLE] = Field(description="Training length in tokens.")
+    sequence_length: SequenceLength = Field(description="Training length in tokens.")
     split: Fraction = Field(
         default=0.02,
         description="Share of the text held out for validation, in documents or parts of long ones; 0 for none.",
@@ -259,7 +260,7 @@ class CheckpointRules(Section):
 class Evaluate(Section):
     """Perplexity, during training and after it."""
 
-    lengths: Annotated[tuple[PositiveInt, ...], TUPLE] | None = Field(
+    lengths: Annotated[tuple[SequenceLength, ...], TUPLE] | None = Field(
         default=None, description="Lengths of `evaluate`; 1x, 2x, 4x and 8x the training length unless set."
     )
     protocols: Annotated[tuple[str, ...], TUPLE] = Field(

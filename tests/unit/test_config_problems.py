@@ -152,6 +152,7 @@ def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
         ({"train": {"compile": True}}, "train.compile: must be 'auto', 'on', 'triton' or 'off', got True: write on"),
         ({"model": {"attention": "On"}}, f"model.attention: must be {WORDS}, got 'On': write auto"),
         ({"parallel": {"offload": False}}, "parallel.offload: must be 'none' or 'cpu', got False: write none"),
+        ({"evaluate": {"lengths": [8, 1]}}, "evaluate.lengths.1: must be greater than or equal to 2, got 1"),
         ({"train": {"recompute": "No"}}, "train.recompute: must be false, true or 'selective', got 'No': write false"),
         ({"train": {"recompute": 1}}, "train.recompute: must be false, true or 'selective', got '1': write true"),
         ({"model": {"layers": "4"}}, "model.layers: must be a valid integer, got '4': write 4"),

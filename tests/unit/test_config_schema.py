@@ -139,12 +139,12 @@ RULES = [
     ),
     (
         {"train.warmup_steps": 10},
-        "train.warmup_steps must be less than the 10 steps of the schedule, got 10: lower it or set train.decay_steps "
+        "train.warmup_steps must be less than the schedule's steps (10), got 10: lower it or set train.decay_steps "
         "(that of RUN_DIR/config.yaml, if the run has started)",
     ),
     (
         {"train.warmup_steps": 10, "train.decay_steps": 9},
-        "train.warmup_steps must be less than the 9 steps of the schedule, got 10: lower it or raise train.decay_steps",
+        "train.warmup_steps must be less than the schedule's steps (9), got 10: lower it or raise train.decay_steps",
     ),
     (
         {"train.min_learning_rate": 0.1},
