@@ -168,9 +168,21 @@ def _places_beside(folder: Path) -> tuple[Path, ...]:
 
 
 def _data_of(run_dir: Path) -> Path:
-    """Return the folder that a run's data is in; a relative `data.dir` is taken from the current folder."""
+    """Return the folder that a run's data is in.
+
+    A relative `data.dir` is taken from where the run was started, if `run.dir` tells that and there is such a folder,
+    else from the current folder.
+    """
     try:
-        named = saved_values(config_file(run_dir)).get("data", {}).get("dir")
+        values = saved_values(config_file(run_dir))
     except (OSError, ValueError):
-        named = None
-    return (Path(os.path.expandvars(str(named))).expanduser() if named else own_data_folder(run_dir)).resolve()
+        values = {}
+    named, own_name = values.get("data", {}).get("dir"), values.get("run", {}).get("dir")
+    if not named:
+        return own_data_folder(run_dir).resolve()
+    data, run_path = Path(os.path.expandvars(str(named))).expanduser(), Path(str(own_name))
+    resolved = run_dir.resolve()
+    if resolved.parts[-len(run_path.parts) :] == run_path.parts:
+        there = Path(*resolved.parts[: -len(run_path.parts)]) / data
+        data = there if there.exists() else data
+    return data.resolve()

@@ -218,3 +218,15 @@ def test_data_elsewhere_in_the_folder_is_not_lost(trainshort: Call, runs: Path, 
     )
     assert "kept" not in trainshort("runs", "rm", "runs/owner", "runs/user", "--yes").out
     assert [*runs.iterdir()] == []
+
+
+def test_data_of_runs_started_elsewhere_is_not_lost(
+    trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = make_run(runs / "owner", last=1, saved=(1,))
+    (owner / "data").mkdir()
+    (owner / "data" / "manifest.json").write_text("{}")
+    make_run(runs / "user", "run.dir=runs/user", "data.dir=runs/owner/data")
+    monkeypatch.chdir(runs)  # a relative data.dir is none of this folder's
+    assert "removed owner except its data" in trainshort("runs", "rm", "owner", "--yes").out
+    assert (owner / "data" / "manifest.json").exists()
