@@ -1,5 +1,6 @@
 """All problems of a run file come at once: one kind of mistake hides no other, and each names what to write instead."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,6 @@ def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
         ({"data": {"tokenizer": ""}}, "data.tokenizer must not be empty: write a text"),
         ({"train": {"init_from": ""}}, "train.init_from must not be empty: write a text"),
         ({"slurm": {"container": ""}}, "slurm.container must not be empty: write a text"),
-        ({"slurm": {"partition": ""}}, "slurm.partition must not be empty, got '': write a name, or remove the key"),
-        ({"slurm": {"qos": " "}}, "slurm.qos must not be empty, got ' ': write a name, or remove the key"),
-        ({"slurm": {"memory": ""}}, 'slurm.memory must be a number with M, G or T, got \'\': write "500M" or "500G"'),
         ({"slurm": {"modules": [""]}}, "slurm.modules.0 must not be empty: write a text"),
         ({"slurm": {"env": 3}}, "slurm.env: must be a map of names to values, got 3"),
         ({"data": {"sources": [3]}}, "data.sources.0 must be a path or {path: ..., weight: ...}, got 3"),
@@ -226,6 +224,19 @@ def test_a_repeated_key_hides_nothing_and_invents_nothing(tmp_path: Path) -> Non
     assert problems_of(file, f"{VALID}model: {{layers: 2}}\n") == [
         f"{file}, line 8: key 'model' appears twice: remove one"
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("partition", "", "slurm.partition must not be empty, got '': write a name, or remove the key"),
+        ("qos", " ", "slurm.qos must not be empty, got ' ': write a name, or remove the key"),
+        ("memory", "", 'slurm.memory must be a number with M, G or T, got \'\': write "500M" or "500G"'),
+    ],
+)
+def test_an_empty_request_of_slurm_is_refused(key: str, value: str, problem: str) -> None:
+    with pytest.raises(InputError, match=re.escape(problem)):
+        load_run("demo", overrides=[f"slurm.{key}={value!r}"])
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -324,24 +322,6 @@ def test_an_interrupted_evaluation_goes_on(
             each.pop(changing, None)
     assert report == expected
     assert not [*folder.glob("partial*")]
-
-
-def test_what_nobody_goes_on_with_is_removed(
-    run_dir: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch, run_values: dict[str, Any]
-) -> None:
-    monkeypatch.setattr("training.evaluation.run.load_single", lambda _, **__: Counting())
-    old, new, mine = "partial-" + "0" * 32 + ".npz", "partial-" + "1" * 32 + ".npz", "partial-mine.npz"
-    unfinished = f".{old}.01234567.tmp"
-    folders = [run_dir / "evaluation" / name for name in ("step_0000003", "step_0000007")]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        for name in (old, new, mine, unfinished):
-            (folder / name).touch()
-            if name != new:
-                os.utime(folder / name, (0, time.time() - 31 * 86400))
-    assert trainshort("evaluate", str(run_dir), "--lengths", "32").code == 0
-    for folder in folders:
-        assert {path.name for path in folder.glob("*partial-*")} == {new, mine}
 
 
 def test_other_weights_or_texts_begin_anew(
