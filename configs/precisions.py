@@ -107,7 +107,7 @@ def require_precision(name: str) -> Precision:
     """
     if name not in INFERENCE_PRECISIONS:
         words = [f"{row} (on a GPU)" if PRECISIONS[row].gpu_only else row for row in INFERENCE_PRECISIONS]
-        raise InputError(f"precision {name!r} is not known: use --precision {' or '.join(words)}")
+        raise InputError(f"precision {name!r} is not known: use {' or '.join(words)}")
     return PRECISIONS[name]
 
 

@@ -257,8 +257,15 @@ def _validation(config: RunConfig) -> Iterator[str]:
 
 def _memory(config: RunConfig) -> Iterator[str]:
     memory = config.slurm.memory
-    if memory and not re.fullmatch(r"[1-9]\d*[MGT]", memory):
+    if memory is not None and not re.fullmatch(r"[1-9]\d*[MGT]", memory):
         yield f'slurm.memory must be a number with M, G or T, got {memory!r}: write "500M" or "500G"'
+
+
+def _requests(config: RunConfig) -> Iterator[str]:
+    for key in ("partition", "account", "qos", "constraint"):
+        value = getattr(config.slurm, key, None)  # None also where a partial run does not have the key
+        if value is not None and not value.strip():
+            yield f"slurm.{key} must not be empty, got {value!r}: write a name, or remove the key"
 
 
 def _mounts(config: RunConfig) -> Iterator[str]:
@@ -371,6 +378,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _strides,
     _validation,
     _memory,
+    _requests,
     _mounts,
     _tags,
     _variables,

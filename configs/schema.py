@@ -311,7 +311,10 @@ class Slurm(Section):
         default=120, description="Seconds before the time limit at which the ranks save and the job queues again."
     )
     gpus_per_node: NonNegativeInt = Field(default=8, description="GPUs of a node; 0 for CPU ranks.")
-    ranks_per_node: PositiveInt | None = Field(default=None, description="Ranks of a node; gpus_per_node unless set.")
+    ranks_per_node: PositiveInt | None = Field(
+        default=None,
+        description="Ranks of a node; unless set gpus_per_node, or on CPUs as few as hold whole copies of the model.",
+    )
     cpus_per_rank: PositiveInt | None = Field(
         default=None, description="CPUs of a rank; the cluster's default unless set."
     )

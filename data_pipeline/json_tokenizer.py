@@ -169,8 +169,8 @@ class JsonTokenizer(Tokenizer):
             back = self.decode(self.encode(text))
             if back != text:
                 normalizer = json.dumps(self._document.get("normalizer"), ensure_ascii=False)
-                logger.warning(
-                    "tokenizer %s changes text: %r comes back as %r (its normalizer: %.100s); the model learns the "
+                logger.warning(  # in ASCII: a text and its Unicode normal form look alike
+                    "tokenizer %s changes text: %a comes back as %a (its normalizer: %.100s); the model learns the "
                     "changed text",
                     self.path,
                     text,

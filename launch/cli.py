@@ -147,7 +147,7 @@ def run_command_line() -> None:
     try:
         check_frozen()
         with explain_out_of_memory():
-            code = build_command().main(standalone_mode=False, prog_name=PROGRAM, color=color)
+            code = _run_parser(color=color)
         write_output("")  # flush the help text
     except TrainshortError as error:
         code = report_failure("" if is_completing else str(error), code=error.exit_code)
@@ -156,6 +156,19 @@ def run_command_line() -> None:
     except UsageError as error:
         code = report_failure("" if is_completing else _usage_message(error), code=InputError.exit_code)
     raise SystemExit(code)
+
+
+def _run_parser(*, color: bool | None) -> Any:
+    """Run the command that the arguments name; return its exit code, None for 0.
+
+    Raises:
+        MachineError: standard output does not take what the parser's library writes itself: help and completion.
+    """
+    try:
+        return build_command().main(standalone_mode=False, prog_name=PROGRAM, color=color)
+    except OSError:
+        write_output("")  # fails again if this is what failed
+        raise
 
 
 def _usage_message(error: Any) -> str:

@@ -29,7 +29,7 @@ class Removal:
         kept: The data in the folder that other runs train on; None if there is no such run.
         kept_bytes: Its size.
         users: Those runs.
-        data: The data elsewhere that the run trains on; None for data in its folder.
+        data: The data elsewhere that the run trains on; None for data in its folder, or in another that is removed.
         record: Its MLflow run; None if it has none.
         unsent: Number of records that were not sent to MLflow.
     """
@@ -49,7 +49,8 @@ def plan_removals(folders: Sequence[Path]) -> list[Removal]:
     """Check run folders before they are removed; change nothing.
 
     Raises:
-        InputError: one is not a run folder, is a link, is in use, has jobs, or holds other runs or the current folder.
+        InputError: one is not a run folder, is a link, is in use, has jobs, or holds other runs, the current folder, or
+            another run's data in another place than its own data.
     """
     for folder in folders:
         _refuse(folder)
@@ -110,7 +111,14 @@ def _refuse(folder: Path) -> None:
 def _plan(folder: Path, *, removed: Sequence[Path]) -> Removal:
     own, data, searched = own_data_folder(folder), _data_of(folder), _places_beside(folder)
     neighbours = {run.resolve() for place in searched for run in find_runs(place)} - {folder.resolve(), *removed}
-    users = tuple(sorted(run for run in neighbours if _data_of(run) == own.resolve()))
+    trained_on = {run: _data_of(run) for run in sorted(neighbours)}
+    users = tuple(run for run, used in trained_on.items() if used == own.resolve())
+    for run, used in trained_on.items():
+        if run not in users and used.is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{folder} holds data that {run} trains on, {used}: move it and change data.dir there, or remove that "
+                "run too"
+            )
     return Removal(
         summary=summarize_run(folder),
         unseen=_unseen(folder),
@@ -118,7 +126,7 @@ def _plan(folder: Path, *, removed: Sequence[Path]) -> Removal:
         kept=own if users else None,
         kept_bytes=size_and_time(own)[0] if users and not own.is_symlink() else 0,
         users=users,
-        data=data if data != own.resolve() else None,
+        data=None if data == own.resolve() or any(data.is_relative_to(each) for each in removed) else data,
         record=read_record(folder),
         unsent=waiting_records(folder),
     )
@@ -160,9 +168,21 @@ def _places_beside(folder: Path) -> tuple[Path, ...]:
 
 
 def _data_of(run_dir: Path) -> Path:
-    """Return the folder that a run's data is in; a relative `data.dir` is taken from the current folder."""
+    """Return the folder that a run's data is in.
+
+    A relative `data.dir` is taken from where the run was started, if `run.dir` tells that and there is such a folder,
+    else from the current folder.
+    """
     try:
-        named = saved_values(config_file(run_dir)).get("data", {}).get("dir")
+        values = saved_values(config_file(run_dir))
     except (OSError, ValueError):
-        named = None
-    return (Path(os.path.expandvars(str(named))).expanduser() if named else own_data_folder(run_dir)).resolve()
+        values = {}
+    named, own_name = values.get("data", {}).get("dir"), values.get("run", {}).get("dir")
+    if not named:
+        return own_data_folder(run_dir).resolve()
+    data, run_path = Path(os.path.expandvars(str(named))).expanduser(), Path(str(own_name))
+    resolved = run_dir.resolve()
+    if resolved.parts[-len(run_path.parts) :] == run_path.parts:
+        there = Path(*resolved.parts[: -len(run_path.parts)]) / data
+        data = there if there.exists() else data
+    return data.resolve()

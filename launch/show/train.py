@@ -91,6 +91,9 @@ def say_end(config: RunConfig, *, code: int, again: str) -> None:
     newer_trains = newest_incarnation(run_dir) is not None and not has_ended(run_dir)
     if code == InputError.exit_code or (code and newer_trains):
         return
+    if code and not run_dir.is_dir():  # moved while it ran
+        logger.warning("%s is no longer there, with what was saved: move it back, or set run.dir to its place", run_dir)
+        return
     if code:
         checkpoint, last_step = newest.path if newest else None, last_reported_step(run_dir)
         for line in lost_lines(last_step=last_step, checkpoint=checkpoint, saved_step=saved_step):

@@ -1,5 +1,6 @@
 """All problems of a run file come at once: one kind of mistake hides no other, and each names what to write instead."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,19 @@ def test_a_repeated_key_hides_nothing_and_invents_nothing(tmp_path: Path) -> Non
     assert problems_of(file, f"{VALID}model: {{layers: 2}}\n") == [
         f"{file}, line 8: key 'model' appears twice: remove one"
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("partition", "", "slurm.partition must not be empty, got '': write a name, or remove the key"),
+        ("qos", " ", "slurm.qos must not be empty, got ' ': write a name, or remove the key"),
+        ("memory", "", 'slurm.memory must be a number with M, G or T, got \'\': write "500M" or "500G"'),
+    ],
+)
+def test_an_empty_request_of_slurm_is_refused(key: str, value: str, problem: str) -> None:
+    with pytest.raises(InputError, match=re.escape(problem)):
+        load_run("demo", overrides=[f"slurm.{key}={value!r}"])
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,21 @@ def test_results_are_added_to_the_runs_mlflow_run(run_dir: Path) -> None:
     assert {path.name for path in artifacts.rglob("evaluation/step_0000007/*")} == {*KEPT}
 
 
+def test_what_nobody_goes_on_with_is_removed(run_dir: Path, trainshort: Call) -> None:
+    old, new, mine = "partial-" + "0" * 32 + ".npz", "partial-" + "1" * 32 + ".npz", "partial-mine.npz"
+    unfinished = f".{old}.01234567.tmp"
+    folders = [run_dir / "evaluation" / name for name in ("step_0000003", "step_0000007")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for name in (old, new, mine, unfinished):
+            (folder / name).touch()
+            if name != new:
+                os.utime(folder / name, (0, time.time() - 31 * 86400))
+    assert trainshort("evaluate", str(run_dir), "--lengths", "32").code == 0
+    for folder in folders:
+        assert {path.name for path in folder.glob("*partial-*")} == {new, mine}
+
+
 @pytest.mark.parametrize(
     ("lengths", "protocols", "message"),
     [

@@ -139,7 +139,7 @@ def test_tf32_without_a_gpu_is_refused_in_one_line(
         message = refused(trainshort, command[0], str(OLD_RUN), *command[1:], "--precision", "tf32")
         assert message == "precision tf32 needs a GPU, and this machine has none: use fp32"
         message = refused(trainshort, command[0], str(OLD_RUN), *command[1:], "--precision", "fp16")
-        assert message == "precision 'fp16' is not known: use --precision fp32 or bf16 or tf32 (on a GPU)"
+        assert message == "precision 'fp16' is not known: use fp32 or bf16 or tf32 (on a GPU)"
     with pytest.raises(InputError, match="precision tf32 needs a GPU"):
         load(OLD_RUN, precision="tf32")
 

@@ -159,6 +159,12 @@ def test_a_failed_start_says_what_is_lost(tmp_path: Path, caplog: pytest.LogCapt
         f"{run_dir}/checkpoints/step_0000006 stays",
         "to continue: again",
     ]
+    run_dir.rename(tmp_path / "moved")
+    caplog.clear()
+    say_end(run, code=code, again="again")
+    assert caplog.messages == [
+        f"{run_dir} is no longer there, with what was saved: move it back, or set run.dir to its place"
+    ]
 
 
 def test_a_batch_jobs_log_gets_each_line_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from configs.commands import name_run_file, run_file_named, typed_path
 from configs.errors import MachineError
 from configs.load import RUNS, dump_run, load_run, shipped_runs
 from launch.show.train import train_command_line
+from launch.slurm.script import ranks_per_node
 from tests.support.command_line import Call, contents, refused
 from tests.support.small_run import set_options
 from training.checkpoint.disk import describe_file
@@ -307,6 +308,8 @@ def test_init_writes_once_and_says_what_to_type(trainshort: Call, folder: Path) 
     assert [command[1] for command in commands] == ["check", "prepare", "train"]
     assert trainshort(*commands[0][1:]).code == 0
     assert max(map(len, (folder / "mine.yaml").read_text(encoding="utf-8").splitlines())) <= 121
+    # for the cluster that it is edited for: as many ranks as GPUs
+    assert ranks_per_node(load_run("mine.yaml", overrides=["slurm.gpus_per_node=8"]), nodes=1) == 8
     assert refused(trainshort, "init", "mine").startswith("mine.yaml exists already: choose another NAME or --out")
     for arguments, message in (
         (("a/b",), "NAME is the name of a run, not a path, got 'a/b': "),

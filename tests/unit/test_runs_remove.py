@@ -203,3 +203,30 @@ def test_shared_data_and_what_links_lead_to_are_kept(
     gone = trainshort("runs", "rm", str(folder / "owner"), "--yes")
     assert gone.out.endswith(f"\nits data too: no other run in runs or {folder} trains on it\n")
     assert not (folder / "owner").exists()
+
+
+@pytest.mark.parametrize("place", ["tokens/shared", "."])
+def test_data_elsewhere_in_the_folder_is_not_lost(trainshort: Call, runs: Path, place: str) -> None:
+    owner = make_run(runs / "owner", f"data.dir=runs/owner/{place}", last=1, saved=(1,))
+    data = owner / place
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "manifest.json").write_text("{}")
+    user = make_run(runs / "user", f"data.dir=runs/owner/{place}")
+    assert refused(trainshort, "runs", "rm", "runs/owner", "--yes") == (
+        f"runs/owner holds data that {user} trains on, {data.resolve()}: move it and change data.dir there, or remove "
+        "that run too"
+    )
+    assert "kept" not in trainshort("runs", "rm", "runs/owner", "runs/user", "--yes").out
+    assert [*runs.iterdir()] == []
+
+
+def test_data_of_runs_started_elsewhere_is_not_lost(
+    trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = make_run(runs / "owner", last=1, saved=(1,))
+    (owner / "data").mkdir()
+    (owner / "data" / "manifest.json").write_text("{}")
+    make_run(runs / "user", "run.dir=runs/user", "data.dir=runs/owner/data")
+    monkeypatch.chdir(runs)  # a relative data.dir is none of this folder's
+    assert "removed owner except its data" in trainshort("runs", "rm", "owner", "--yes").out
+    assert (owner / "data" / "manifest.json").exists()

@@ -154,10 +154,11 @@ def test_a_closed_pipe_ends_output_quietly(run_dir: Path, capsys: pytest.Capture
 
 
 def test_a_full_disk_under_the_output_is_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert written_to(open("/dev/full", "w"), "checkpoint", "list", str(run_dir)) == 3
-    assert capsys.readouterr().err == (
-        "error: standard output cannot be written (No space left on device): free space, or write it elsewhere\n"
-    )
+    for arguments in (("checkpoint", "list", str(run_dir)), ("--help",), ("train", "--help"), ("jobs",)):
+        assert written_to(open("/dev/full", "w"), *arguments) == 3, arguments
+        assert capsys.readouterr().err == (
+            "error: standard output cannot be written (No space left on device): free space, or write it elsewhere\n"
+        )
 
 
 def test_prepare_shows_names_of_files_as_they_are(trainshort: Call, folder: Path) -> None:

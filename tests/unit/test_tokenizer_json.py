@@ -134,6 +134,15 @@ def test_other_kinds_encode_too_and_say_that_they_change_text(
     assert '(its normalizer: {"type": "Lowercase"}); the model learns the changed text' in told
 
 
+def test_a_change_that_looks_like_none_is_shown(
+    homes: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    document = json.loads((homes["gpt"] / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "nfc.json").write_text(json.dumps({**document, "normalizer": {"type": "NFC"}}), encoding="utf-8")
+    load_tokenizer(tmp_path / "nfc.json").check(vocab_size=VOCABULARY)
+    assert r"nfc.json changes text: 'e\u0301 \xe9' comes back as '\xe9 \xe9' (its normalizer: " in caplog.messages[0]
+
+
 def test_a_lossless_tokenizer_passes_without_a_word(ours: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         ours.check(vocab_size=VOCABULARY)

@@ -12,7 +12,7 @@ import pytest
 from configs.secrets import without_password
 from tests.support.mlflow_database import MlflowDatabase
 from training.tracking.names import flatten
-from training.tracking.record import read_record
+from training.tracking.record import RunRecord, read_record, write_record
 from training.tracking.tracker import MlflowTracker, attach
 
 # a warning of sqlalchemy about mlflow's queries
@@ -115,6 +115,17 @@ def test_an_unreachable_server_is_one_warning_and_no_delay(run_dir: Path, caplog
     [warning] = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert warning.getMessage().startswith(f"MLflow at {UNREACHABLE} cannot be reached")
     assert not (run_dir / "mlflow_run.json").exists()
+
+
+def test_a_later_command_says_nothing_of_training(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_record(run_dir, RunRecord("1", UNREACHABLE))
+    tracker = attach(run_dir, uri=UNREACHABLE)
+    assert tracker is not None
+    tracker.metrics(1, {"loss": 1.0})
+    _wait_for(lambda: "cannot be reached" in caplog.text)
+    tracker.close(wait_seconds=0.0)
+    assert "training continues" not in caplog.text
+    assert f": the records wait in {run_dir / 'tracking'} until it does; " in caplog.text
 
 
 def test_records_of_an_outage_are_sent_when_it_ends(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -86,6 +86,12 @@ def test_every_field_of_a_step_has_a_name_in_a_group() -> None:
     }
 
 
+def test_a_metric_without_a_name_says_where_names_are(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(METRIC_NAMES, "loss")
+    with pytest.raises(AssertionError, match=r"add to METRIC_NAMES in training/tracking/names\.py what .* loss"):
+        observe(run_dir, step_result(step=1))
+
+
 def test_a_run_is_logged_as_mlflow_users_expect(run_dir: Path, database: MlflowDatabase) -> None:
     config = observe(run_dir, step_result(step=1), step_result(step=2, validation_loss=4.0, validation_seconds=0.5))
     metrics = {(key, step): value for key, step, value in database.rows("select key, step, value from metrics")}

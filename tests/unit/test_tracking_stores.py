@@ -64,6 +64,20 @@ def test_a_new_file_is_created_once_and_appears_whole(tmp_path: Path) -> None:
     assert file.read_text() == "tables"
 
 
+def test_a_folders_name_may_look_like_a_part_of_a_uri(tmp_path: Path) -> None:
+    run_dir = tmp_path / "why?%20not" / "first"
+    run_dir.mkdir(parents=True)
+    store, client = default_store(run_dir), import_client()
+    assert store.file == run_dir.parent / "mlflow.db"
+    create_file(store.file, fill=lambda uri: client(tracking_uri=uri).search_experiments())
+    client(tracking_uri=store.uri).create_experiment("first")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [store.file]
+    assert ("first",) in MlflowDatabase(store.file).rows("select name from experiments")
+    other = Store("sqlite:///" + str(tmp_path / "a%20b.db"), "track.uri")
+    assert other.file == tmp_path / "a b.db"
+    assert recorded_uri(other, run_dir=run_dir) == f"sqlite:///{tmp_path / 'a b.db'}"
+
+
 def test_an_interrupted_creation_leaves_no_file(tmp_path: Path) -> None:
     def fill(uri: str) -> None:
         raise sqlite3.OperationalError("database or disk is full")

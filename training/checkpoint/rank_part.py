@@ -38,7 +38,10 @@ def as_save_error(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        raise SaveError(f"{folder} was not saved ({error.strerror}{where}): free space, or fix the disk") from None
+        advice = "free space, or fix the disk"
+        if isinstance(error, FileNotFoundError):  # the run folder was moved or removed
+            advice = "put the folder back where it was"
+        raise SaveError(f"{folder} was not saved ({error.strerror}{where}): {advice}") from None
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ that they depend on: weights, tokenizer, text, precision, attention, versions, a
 import hashlib
 import json
 import logging
+import re
 import secrets
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # a kill loses no more than this
 _SAVE_SECONDS = 60.0
+# what an evaluation left that nobody has gone on with since is removed
+_KEPT_SECONDS = 30 * 86400.0
+_FILE = re.compile(r"\.?partial-[0-9a-f]{32}\.npz(\.[0-9a-f]{8}\.tmp)?")
 
 
 class PartialResults:
@@ -106,9 +110,14 @@ class PartialResults:
         self._save(sums)
 
     def discard(self) -> None:
-        """Delete all that this evaluation has kept: its reports are written."""
+        """Delete all that this evaluation has kept, as its reports are written, and what others left long ago."""
         for file in self._files.values():
             file.unlink(missing_ok=True)
+        oldest = time.time() - _KEPT_SECONDS
+        for file in self._folder.parent.glob("*/*partial-*"):
+            with suppress(OSError):
+                if _FILE.fullmatch(file.name) and file.stat().st_mtime < oldest:
+                    file.unlink()
 
     def _save(self, sums: LossSums) -> None:
         self._saved_at = time.monotonic()

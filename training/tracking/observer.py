@@ -46,6 +46,8 @@ class TrackingObserver(Observer):
     def on_step(self, result: StepResult) -> None:
         """Queue the step's values; the tracker's thread sends them."""
         fields = result.values()
+        unnamed = sorted(fields.keys() - METRIC_NAMES.keys())
+        assert not unnamed, f"add to METRIC_NAMES in training/tracking/names.py what MLflow calls {', '.join(unnamed)}"
         values = {METRIC_NAMES[name]: value for name, value in fields.items()}
         if result.energy_joules is not None:
             self._joules += result.energy_joules

@@ -187,7 +187,8 @@ class Sender:
         if passes or lane.name == FILE_LANE:
             what = "cannot be reached" if lane.name == LOG_LANE else "takes no files"
             until = f"the records wait in {spool_folder(self._target.run_dir)} until it does"
-            self.warn(f"{what} ({reason}): training continues, and {until}; {advice}")
+            continues = "" if self._attached else "training continues, and "
+            self.warn(f"{what} ({reason}): {continues}{until}; {advice}")
         else:
             self.warn(f"refuses this run ({reason}): nothing is logged there; {advice}")
         lane.pause_seconds = min(max(2 * lane.pause_seconds, self._first_pause_seconds), _LONGEST_PAUSE_SECONDS)

@@ -59,7 +59,7 @@ class Store:
         match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", self.uri)
         if match is None or match[1].startswith((":", "file:")):
             return None
-        return Path(match[1]).absolute()
+        return Path(unquote(match[1])).absolute()
 
     @property
     def artifact_location(self) -> str | None:
@@ -79,7 +79,7 @@ class Store:
 def default_store(run_dir: Path) -> Store:
     """Return the sqlite file beside a run folder."""
     file = run_dir.absolute().parent / "mlflow.db"
-    return Store(f"sqlite:///{file}", f"the folder {file.parent}")
+    return Store(_file_uri(file), f"the folder {file.parent}")
 
 
 def choose_store(uri: str | None, *, run_dir: Path, environ: Mapping[str, str]) -> Store:
@@ -143,7 +143,7 @@ def recorded_uri(store: Store, *, run_dir: Path) -> str | None:
     """Return a store's URI for the record of a run folder: None for the sqlite file beside the folder."""
     if store.file is None:
         return store.public_uri
-    return None if store.file == default_store(run_dir).file else f"sqlite:///{store.file}"
+    return None if store.file == default_store(run_dir).file else _file_uri(store.file)
 
 
 def create_file(file: Path, *, fill: Callable[[str], None]) -> None:
@@ -163,7 +163,7 @@ def create_file(file: Path, *, fill: Callable[[str], None]) -> None:
         temporary = (
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".mlflow-", dir=file.parent))) / "new.db"
         )
-        fill(f"sqlite:///{temporary}")
+        fill(_file_uri(temporary))
         try:
             os.link(temporary, file)  # unlike a rename, it never replaces a file that another process has created
         except OSError:  # there is a file now, or the file system has no links
@@ -203,6 +203,13 @@ def follow_move(file: Path, *, experiment: str | None, run_id: str | None) -> bo
                     moved,
                 )
     return bool(moved)
+
+
+def _file_uri(file: Path) -> str:
+    path = str(file)
+    if "?" in path or unquote(path) != path:  # SQLAlchemy ends a path at a `?`, and decodes it
+        path = path.replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{path}"
 
 
 def _has_content(file: Path) -> bool:
