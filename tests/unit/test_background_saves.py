@@ -1,5 +1,6 @@
 """`checkpoint.background`: training goes on while a checkpoint is written, and the checkpoint is that of its step."""
 
+import errno
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ from parallel.engine import StepOutcome
 from tests.support.disk import counted_operations, fail_operation
 from tests.support.one_rank import OneRank
 from training.checkpoint.manifest import check_whole, list_checkpoints
-from training.checkpoint.rank_part import BackgroundWriter
+from training.checkpoint.rank_part import BackgroundWriter, SaveError, as_save_error
 from training.metrics_file import MetricsFile
 from training.observers import Observer, Save, StepResult
 from training.state import TrainState
@@ -238,3 +239,9 @@ def test_a_run_that_diverges_keeps_the_step_that_was_good(
     assert [*tensors_of(run_dir)] == ([] if fails else [EVERY])
     assert ("NOT SAVED" in caplog.text) is fails
     assert "training continues" not in caplog.text
+
+
+def test_a_run_folder_that_is_gone_is_to_be_put_back() -> None:
+    with pytest.raises(SaveError, match=r"^run/step_1 was not saved \(No such file .* run/x\): put the folder back"):
+        with as_save_error(Path("run/step_1")):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", "run/x")
