@@ -92,7 +92,9 @@ def say_end(config: RunConfig, *, code: int, again: str) -> None:
     if code == InputError.exit_code or (code and newer_trains):
         return
     if code and not run_dir.is_dir():  # moved while it ran
-        logger.warning("%s is no longer there, with what was saved: move it back, or set run.dir to its place", run_dir)
+        logger.warning(
+            "%s cannot be found, nor what was saved in it: move it back, or set run.dir to its place", run_dir
+        )
         return
     if code:
         checkpoint, last_step = newest.path if newest else None, last_reported_step(run_dir)

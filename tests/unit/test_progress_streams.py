@@ -163,7 +163,7 @@ def test_a_failed_start_says_what_is_lost(tmp_path: Path, caplog: pytest.LogCapt
     caplog.clear()
     say_end(run, code=code, again="again")
     assert caplog.messages == [
-        f"{run_dir} is no longer there, with what was saved: move it back, or set run.dir to its place"
+        f"{run_dir} cannot be found, nor what was saved in it: move it back, or set run.dir to its place"
     ]
 
 
