@@ -247,7 +247,8 @@ def backend_of(
 def keeps_only_states(attention: str, *, position: str, head_dim: int) -> bool:
     """Return whether attention keeps for the backward pass only queries, keys, values, its output and a sum per query.
 
-    Others keep all scores, or in each layer a strip of the bias.
+    Others keep all scores, or in each layer a strip of the bias. The mask that `sdpa` copies on a GPU, at lengths off a
+    multiple of 8, is not counted.
 
     Args:
         attention: Value of `model.attention`.

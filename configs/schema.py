@@ -56,7 +56,7 @@ PUBLIC_LINES = PlainSerializer(_public_lines, return_type=list[str], when_used="
 TextOrNumber = Annotated[str, BeforeValidator(_text_of_number)]
 
 PositiveInt = Annotated[int, Field(ge=1), COUNTABLE]
-SequenceLength = Annotated[int, Field(ge=2), COUNTABLE]  # of a sequence that has something to predict
+SequenceLength = Annotated[int, Field(ge=2), COUNTABLE]
 NonNegativeInt = Annotated[int, Field(ge=0), COUNTABLE]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -15,9 +15,9 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
 from configs.errors import InputError
 from configs.load import find_yaml, load_run, problem_message, read_text_file
 from configs.path_text import PathText
-from configs.schema import COUNTABLE, TUPLE, RunConfig, Section
+from configs.schema import TUPLE, RunConfig, Section, SequenceLength
 from configs.schema_problems import refused_keys, schema_problems
-from configs.strict_yaml import parse_yaml, with_subject
+from configs.strict_yaml import WrittenFloat, WrittenInt, parse_yaml, with_subject
 
 STUDIES = Path(__file__).parent / "studies"
 HELD_OUT_TEXT = "held-out"
@@ -39,7 +39,6 @@ _DATA_KEYS = ("data.sources", "data.tokenizer", "data.vocab_size", "data.documen
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], TUPLE]
-Length = Annotated[int, Field(ge=2), COUNTABLE]
 
 
 def _empty_section(value: Any) -> Any:
@@ -70,7 +69,7 @@ class Study(Section):
         default_factory=dict, description="Keys of the run file that differ from the base in all runs."
     )
     seeds: Seeds = Field(default=(1,), min_length=1, description="Seeds of each run; a seed is a run.")
-    lengths: Annotated[tuple[Length, ...], TUPLE] | None = Field(
+    lengths: Annotated[tuple[SequenceLength, ...], TUPLE] | None = Field(
         default=None,
         min_length=1,
         description="Lengths that all runs are evaluated at, in tokens; those of the base unless set.",
@@ -270,8 +269,19 @@ def _plan_run(study: Study, folder: Path, overrides: Sequence[str], *, name: str
 
 
 def _as_overrides(keys: dict[str, Any]) -> tuple[str, ...]:
-    # JSON is YAML; a name that is not a key has been reported
-    return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items() if _KEY.fullmatch(key))
+    # a name that is not a key has been reported
+    return tuple(f"{key}={_as_written(value)}" for key, value in keys.items() if _KEY.fullmatch(key))
+
+
+def _as_written(value: Any) -> str:
+    """Return a value as YAML in one line, JSON but for numbers that are written in another way."""
+    if isinstance(value, WrittenInt | WrittenFloat):
+        return value.text
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_as_written(key)}: {_as_written(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_as_written, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _value_at(values: Any, key: str) -> Any:

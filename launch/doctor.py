@@ -188,7 +188,7 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
             length=length,
             dtype=dtype_of(precision),
             device=torch.device(device),
-            windows=model.windows == "auto",
+            windows=model.windows != "off",
         )
         for length in sorted({config.data.sequence_length, *config.evaluation_lengths})
     ]

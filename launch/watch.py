@@ -217,10 +217,12 @@ class RunWatcher:
 
     def _longest_silence(self, pace: Pace | None) -> float:
         """Return the seconds without a sign that are nothing unusual at this pace."""
-        # In the background only the last save, or that of a stop, is without a sign: no pause before it tells how long.
-        if pace is None or (self._config and self._config.checkpoint.background):
+        if pace is None:
             return QUIET_STARTING_SECONDS
-        return max(QUIET_SECONDS, QUIET_STEPS * pace.step_seconds, QUIET_PAUSES * self._metrics.longest_pause)
+        # In the background only the last save, or that of a stop, is without a sign: no pause before it tells how long.
+        in_background = self._config is not None and self._config.checkpoint.background
+        least = QUIET_STARTING_SECONDS if in_background else QUIET_SECONDS
+        return max(least, QUIET_STEPS * pace.step_seconds, QUIET_PAUSES * self._metrics.longest_pause)
 
     def _refuse_others(self) -> None:
         path = self._run_dir

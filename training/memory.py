@@ -86,7 +86,7 @@ class MemoryEstimate:
             ranks: Ranks of the machine.
         """
         data = min(self.layout.data, max(1, ranks // self.layout.tensor))  # that share; ranks count tensor ranks first
-        return ranks * self.offloaded + ranks // data * min(self.shared_copies, data * self.copies)
+        return ranks * self.offloaded + -(-ranks // data) * min(self.shared_copies, data * self.copies)
 
 
 def estimate_memory(config: RunConfig, *, layout: Layout, on_gpu: bool, bucket: int = REDUCE_BUCKET) -> MemoryEstimate:

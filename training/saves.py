@@ -62,16 +62,17 @@ class Saves:
         with self._timed():
             self._begin(state, validation_loss=validation_loss, background=False)
 
-    def end(self, *, goes_on: bool) -> None:
+    def end(self, *, goes_on: bool, written: bool = False) -> None:
         """End the save that goes on in the background, if one does; log an error if it has failed.
 
         Args:
             goes_on: Whether training goes on.
+            written: Whether all ranks have written: there is nothing to wait for.
         """
         step = self._saver.begun_step
         if step is None:
             return
-        if self._saver.is_writing and self._world.rank == 0:
+        if not written and self._world.rank == 0:
             logger.info("waiting for the checkpoint of step %d, which is still being written", step)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a step that is in its queue: its time is not the save's

@@ -155,7 +155,7 @@ class Trainer:
                     failed_saves=saves.failed or None,
                 )
                 if not taken.figures.saving:
-                    saves.end(goes_on=True)
+                    saves.end(goes_on=True, written=True)
                 if self._saves_after(state):
                     goes_on = state.step < self.config.train.steps
                     saves.save(state, validation_loss=validation_loss, goes_on=goes_on)

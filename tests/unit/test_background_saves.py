@@ -177,17 +177,18 @@ def test_a_disk_that_fails_in_the_background_costs_one_save(
 def test_a_disk_slower_than_the_steps_makes_training_wait(
     rank: OneRank, foreground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_dir, told, waits, slow = tmp_path / "run", Told(), [], threading.Event()
+    run_dir, told = tmp_path / "run", Told()
+    waits: list[str] = []
+    gates = {step: threading.Event() for step in (1, 2)}
 
     def operate(name: str) -> None:
-        if name == "open":
-            slow.clear()
         if name == "fsync":
-            assert_waited(slow)
+            saved = sum(kind == "saved" for kind, _ in told.events)
+            assert_waited(gates[saved + 1])
 
-    def waiting(message: str, *arguments: object) -> None:
-        waits.append(message % arguments)
-        slow.set()
+    def waiting(message: str, step: int) -> None:
+        waits.append(message % step)
+        gates[step].set()
 
     monkeypatch.setattr(logging.getLogger("training.saves"), "info", waiting)
     with background_disk(operate):

@@ -103,7 +103,7 @@ def test_a_page_has_every_part_and_needs_no_network(trainshort: Call) -> None:
     assert "gguf" not in page.text, "it was not installed"
 
 
-def test_saves_that_end_between_two_steps_are_all_marked() -> None:
+def test_all_saves_that_failed_between_two_steps_are_marked() -> None:
     lines = [{"step": step, "step_seconds": 1.0} for step in range(1, 7)]
     lines[2] |= {"save_seconds": 0.5}
     lines[4] |= {"save_seconds": 0.5, "failed_saves": 2}  # in the background one failed, and the next to begin

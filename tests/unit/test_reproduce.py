@@ -18,6 +18,7 @@ from tests.support.command_line import Call, refused
 from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import Manifest, write_manifest
 from training.folder import claim_run_folder, with_fixed_keys
+from training.reproduction.differences import differences
 from training.reproduction.facts import cpu_name
 from training.reproduction.starts import COMMAND_VARIABLE, record_start, recorded_starts
 
@@ -138,6 +139,21 @@ def test_with_dropout_what_draws_otherwise_makes_another_run(trainshort: Call) -
             ("train.micro_batch", worst),
         ]
         assert [each["grade"] for each in document["differences"]] == [worst]
+        edit(lambda start: start["hardware"].update(device="NVIDIA H100", gpus=8))
+        edit(lambda start: start["layout"].update(ranks=8))
+        document = reproduced(trainshort, code=3 if worst == "other" else 0)
+        lacking = [each["grade"] for each in document["differences"] if each["now"] == "needs 8 GPUs, 0 here"]
+        assert lacking == [worst]
+
+
+@pytest.mark.usefixtures("started")
+def test_tensor_ranks_draw_otherwise_where_a_sequence_is_split() -> None:
+    then = recorded_starts(RUN)[-1]
+    now = {**then, "layout": {**then["layout"], "tensor": 4}}
+    for split, worst in ((False, "rounding"), (True, "other")):
+        sides = [{**side, "settings": {**side["settings"], "parallel.sequence": split}} for side in (then, now)]
+        assert [each.grade for each in differences(*sides, drops=True)] == [worst]
+        assert [each.grade for each in differences(*sides, drops=False)] == ["rounding"]
 
 
 @pytest.mark.usefixtures("started")

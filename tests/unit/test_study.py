@@ -53,6 +53,15 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
+def test_numbers_stay_as_they_are_written() -> None:
+    name = write_study(set=None)
+    with Path(name).open("a") as file:
+        file.write("set: {slurm.env: {V: 1.10}, slurm.env.BIG: 1e3, train.learning_rate: 1e-3, train.steps: 1_0}\n")
+    run = load_study(name, overrides=[]).runs[0]
+    assert run.config.slurm.env == {"V": "1.10", "BIG": "1e3"}
+    assert (run.config.train.learning_rate, run.config.train.steps) == (0.001, 10)
+
+
 def test_runs_differ_from_the_base_and_share_its_data() -> None:
     differing = {"set": {"model.position": "rotary", "data.vocab_size": 700}, "seeds": [7]}
     name = write_study(runs={"alibi": None, "other": differing}, set={"train.steps": 20}, seeds=[1, 2])

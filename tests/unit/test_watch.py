@@ -231,13 +231,18 @@ def test_states_are_seen_from_the_files_alone(tmp_path: Path) -> None:
     assert "silent" not in picture(views["running elsewhere"])
 
 
-@pytest.mark.parametrize(("background", "state"), [("false", "silent"), ("true", "running")])
-def test_the_last_save_of_the_background_may_take_long(tmp_path: Path, background: str, state: str) -> None:
-    # no pause before it tells how long it takes
+@pytest.mark.parametrize(
+    ("background", "seconds", "state"),
+    [("false", 0.1, "silent"), ("true", 0.1, "running"), ("false", 60.0, "running"), ("true", 60.0, "running")],
+)
+def test_the_last_save_of_the_background_may_take_long(
+    tmp_path: Path, background: str, seconds: float, state: str
+) -> None:
+    # no pause before it tells how long it takes; slow steps count as before
     run_dir = make_run(tmp_path / "my", f"checkpoint.background={background}", steps=100, saved=(20,))
     start_run(run_dir, **ELSEWHERE)
-    write_steps(run_dir, 1, 40)
-    make_old(run_dir, seconds=200.0)
+    write_steps(run_dir, 1, 40, step_seconds=seconds)
+    make_old(run_dir, seconds=200.0 if seconds < 1 else 400.0)
     assert RunWatcher(run_dir).look().state == state
 
 

@@ -106,7 +106,7 @@ class RunStart:
         ):
             now_failed = int(failures or failed)
             if (saving := times[-1]) is not None:
-                # in the background one may end and the next fail to begin
+                # in the background one save may fail at its end and the next at its begin
                 happened: list[Happening] = ["failed"] * (now_failed - failed) or ["saved"]
                 yield from ((seconds + saving, int(step or 0) - 1, each) for each in happened)
             failed = now_failed

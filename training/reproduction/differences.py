@@ -78,7 +78,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, drops: bool)
         values = [each["variables"].get(name, _NOT_SET) for each in (then, now)]
         yield from _difference("variables", name, values, grade)
     if "layout" in now:
-        moved = any(then["layout"].get(axis) != now["layout"].get(axis) for axis in _DRAWING_AXES)
+        split = any(start.get("settings", {}).get("parallel.sequence") for start in (then, now))
+        axes = (*_DRAWING_AXES, "tensor") if split else _DRAWING_AXES  # a part of a sequence drops states of its own
+        moved = any(then["layout"].get(axis) != now["layout"].get(axis) for axis in axes)
         yield from _difference("layout", "layout", [layout_text(then), layout_text(now)], _drawn(drops and moved))
     for key, value in then["settings"].items() if "settings" in now else ():
         grade = _SETTING_GRADES.get(key, _drawn(drops and key in _DRAWING_SETTINGS))

@@ -132,7 +132,7 @@ def compare_with_here(run_dir: Path, *, here: Here, reads_all: bool) -> Reproduc
     differing = [
         *([found.difference] if found.difference else []),
         *differences(start, now, drops=drops),
-        *_layout_here(start, here),
+        *_layout_here(start, here, drops=drops),
     ]
     if now["data"]["problem"] is not None and prepares_the_same(found.config, start):
         differing = [_prepared_again(each) if each.section == "data" else each for each in differing]
@@ -177,14 +177,15 @@ def _no_manifest(run_dir: Path) -> InputError:
     )
 
 
-def _layout_here(start: Mapping[str, Any], here: Here) -> Iterator[Difference]:
-    """Yield why this machine cannot have the layout of a start, or not repeat its bits."""
+def _layout_here(start: Mapping[str, Any], here: Here, *, drops: bool) -> Iterator[Difference]:
+    """Yield why this machine cannot have the layout of a start, on which dropout depends, or not repeat its bits."""
     layout = start["layout"]
     needed = -(-layout.get("ranks", 1) // layout.get("nodes", 1))
     if not is_on_gpu(start):
         return
     if here.gpus < needed:
-        yield Difference("layout", "layout", layout_text(start), f"needs {needed} GPUs, {here.gpus} here", "rounding")
+        lacking = f"needs {needed} GPUs, {here.gpus} here"
+        yield Difference("layout", "layout", layout_text(start), lacking, "other" if drops else "rounding")
     if not start["settings"].get("train.deterministic"):
         yield Difference("settings", "train.deterministic", "false", "GPUs repeat no bits without it", "rounding")
 
