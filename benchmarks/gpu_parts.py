@@ -51,6 +51,7 @@ def step_rows(lab: Lab) -> Iterator[Variant]:
         ("default", [], length, 2 * batch, False),
         ("default", [], 2 * length, batch // 2, False),
         *(("fused by Triton", [triton], length, sequences, True) for sequences in (2 * batch, batch) if on_gpu),
+        ("recompute selective", ["train.recompute=selective"], length, batch, False),
         ("compile off", [off], length, batch, True),
         ("sinusoidal", [sinusoidal], 2 * length, batch, False),
         *((name, [f"model.attention={name}"], length, batch, False) for name in backends),
