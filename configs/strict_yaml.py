@@ -137,22 +137,21 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    value = loader.construct_yaml_int(node)
-    if str(value) == node.value:
-        return value
-    written = WrittenInt(value)
-    written.text = node.value
+def _written(number: float, kind: type[WrittenInt] | type[WrittenFloat], text: str) -> float:
+    """Return a number; of another kind, with its text, where Python would not write it so."""
+    if str(number) == text:
+        return number
+    written = kind(number)
+    written.text = text
     return written
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return _written(loader.construct_yaml_int(node), WrittenInt, node.value)
 
 
 def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    value = loader.construct_yaml_float(node)
-    if str(value) == node.value:
-        return value
-    written = WrittenFloat(value)
-    written.text = node.value
-    return written
+    return _written(loader.construct_yaml_float(node), WrittenFloat, node.value)
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
