@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -22,7 +23,7 @@ from training.build import build_engine
 from training.checkpoint.manifest import SavedState, check_whole
 from training.checkpoint.rank_part import BackgroundWriter
 from training.checkpoint.read import load_slices, open_on_all_ranks
-from training.checkpoint.write import CheckpointWriter
+from training.checkpoint.write import BegunSave, CheckpointWriter
 from training.incarnation import begin_incarnation
 
 VOCABULARY = 8192
@@ -50,19 +51,10 @@ def main() -> None:
 
         writer = CheckpointWriter(config, groups, tokenizer, VOCABULARY, fence)
         saved, background = SavedState(1, 16, 0.0, "", None), BackgroundWriter()
+        begin = partial(writer.begin, state, saved, background=background)
 
         def save() -> Path:
             return writer.begin(state, saved).finish()
-
-        def save_in_background() -> float:
-            began = time.perf_counter()
-            begun = writer.begin(state, saved, background=background)
-            waited = time.perf_counter() - began
-            while not begun.is_written:
-                time.sleep(0.01)
-            began = time.perf_counter()
-            begun.finish()
-            return waited + time.perf_counter() - began
 
         def load() -> None:
             opened = open_on_all_ranks(run_dir, kinds=state.kinds, world=groups.world)
@@ -77,7 +69,7 @@ def main() -> None:
         seconds = {"save": _fastest(save)}
         folder = save()
         seconds |= {
-            "wait_in_background": min(save_in_background() for _ in range(ROUNDS)),
+            "wait_in_background": min(_wait_for(begin) for _ in range(ROUNDS)),
             "load": _fastest(load),
             "verify": _fastest(lambda: check_whole(folder)),
             "plain_copy": _fastest(lambda: _copy(folder, Path(home) / "copy")),
@@ -95,6 +87,18 @@ def main() -> None:
         megabytes_per_second={name: round(size / value / 1e6) for name, value in seconds.items()},
         save_against_plain_copy=round(seconds["save"] / seconds["plain_copy"], 2),
     )
+
+
+def _wait_for(begin: Callable[[], BegunSave]) -> float:
+    """Return how long training would wait for a save in the background: at its begin and at its end."""
+    began = time.perf_counter()
+    begun = begin()
+    waited = time.perf_counter() - began
+    while not begun.is_written:
+        time.sleep(0.01)
+    began = time.perf_counter()
+    begun.finish()
+    return waited + time.perf_counter() - began
 
 
 def _fastest(action: Callable[[], object]) -> float:

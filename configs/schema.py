@@ -135,6 +135,10 @@ class Model(Section):
         """Width of the feed-forward."""
         return self.feed_forward or 4 * self.hidden
 
+    def window_hides(self, length: int) -> bool:
+        """Return whether the sliding window hides keys of a sequence of this many tokens."""
+        return self.window is not None and self.window < length
+
 
 class Source(Section):
     """One source of text; a run file may give just its path."""

@@ -45,14 +45,14 @@ def attention_words(
     slopes = POSITIONS[model.position].slopes
     if slopes is not None and model.windows == "off":
         words.append("windows off")
-    lossless = slopes is not None and leaves_out(model, backend, device=device, length=length)
+    lossless = leaves_out(model, backend, device=device, length=length)
     if lossless:
         words.append("lossless windows")
     if documents:
         words.append("documents masked")
     share = least_density(model, backend, device=device, precision=precision, length=length)
-    hides = model.window is not None and model.window < length  # where blocks are longer, they hold all of it
-    if share is not None and not documents and not (hides and share == 1):
+    in_one_block = share == 1 and model.window_hides(length)  # which is longer than the window
+    if share is not None and not documents and not in_one_block:
         whole, percent = share == 1, math.floor(100 * share)  # rounded down: no metric of the run is below it
         # where a backend looks at scores, near ones that are large can leave out more than slopes alone do
         looks = lossless and (device == "cpu" or (model.windows == "scores" and PRECISIONS[precision].width == 2))
@@ -62,9 +62,10 @@ def attention_words(
 
 
 def leaves_out(model: Model, backend: Backend, *, device: str, length: int) -> bool:
-    """Return whether lossless windows are on, and this backend leaves keys out; arguments as in `attention_words`."""
-    hides = model.window is not None and model.window < length
-    return model.windows != "off" and device in backend.leaves_out_on and (backend.within_window or not hides)
+    """Return whether this backend leaves keys out by lossless windows; arguments as in `attention_words`."""
+    if POSITIONS[model.position].slopes is None or model.windows == "off" or device not in backend.leaves_out_on:
+        return False
+    return backend.within_window or not model.window_hides(length)
 
 
 def least_density(model: Model, backend: Backend, *, device: str, precision: str, length: int) -> float | None:
@@ -75,16 +76,14 @@ def least_density(model: Model, backend: Backend, *, device: str, precision: str
     one of a block's queries needs is computed for all of them. Arguments as in `attention_words`.
     """
     slopes, window = POSITIONS[model.position].slopes, min(model.window or length, length)
-    lossless = slopes is not None and leaves_out(model, backend, device=device, length=length)
+    lossless = leaves_out(model, backend, device=device, length=length)
     if backend.keeps_scores or not (lossless or model.window):
         return None
     reaches, nearest = [window], 0
     if slopes is not None and lossless and length >= backend.shortest:
         limit = PRECISIONS[precision].epsilon / 8  # as training.model.windows.share_limit
-        reaches, nearest = (
-            [min(window, math.ceil(-math.log(limit) / slope)) for slope in slopes(model)],
-            backend.nearest,
-        )
+        reaches = [min(window, math.ceil(-math.log(limit) / slope)) for slope in slopes(model)]
+        nearest = backend.nearest
     rows = backend.query_block or backend.tile
     return fmean(_share_within(reach, length, rows=rows, nearest=nearest) for reach in reaches)
 

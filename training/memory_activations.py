@@ -114,9 +114,7 @@ def _strip(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
 
 def _has_mask(config: RunConfig) -> bool:
     """Return whether attention needs a mask besides the causal one: a bias, or a window shorter than the sequence."""
-    model = config.model
-    has_window = model.window is not None and model.window < config.data.sequence_length
-    return has_window or POSITIONS[model.position].has_bias
+    return config.model.window_hides(config.data.sequence_length) or POSITIONS[config.model.position].has_bias
 
 
 def _joins_blocks(config: RunConfig, backend: Backend, *, on_gpu: bool) -> bool:

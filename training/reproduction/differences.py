@@ -64,7 +64,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, drops: bool)
         now: A later start; or the same sections of what is here and now, where one that is missing does not differ.
         drops: Whether the run has dropout: what changes which states are dropped makes another run.
     """
-    on_gpu, drawn = is_on_gpu(then), _drawn(drops)
+    on_gpu, drawn = is_on_gpu(then), grade_drawn(drops)
     yield from _code(then["code"], now["code"])
     yield from _data(then["data"], now["data"])
     yield from _weights(then["weights"], now["weights"])
@@ -81,9 +81,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, drops: bool)
         split = any(start.get("settings", {}).get("parallel.sequence") for start in (then, now))
         axes = (*_DRAWING_AXES, "tensor") if split else _DRAWING_AXES  # a part of a sequence drops states of its own
         moved = any(then["layout"].get(axis) != now["layout"].get(axis) for axis in axes)
-        yield from _difference("layout", "layout", [layout_text(then), layout_text(now)], _drawn(drops and moved))
+        yield from _difference("layout", "layout", [layout_text(then), layout_text(now)], grade_drawn(drops and moved))
     for key, value in then["settings"].items() if "settings" in now else ():
-        grade = _SETTING_GRADES.get(key, _drawn(drops and key in _DRAWING_SETTINGS))
+        grade = _SETTING_GRADES.get(key, grade_drawn(drops and key in _DRAWING_SETTINGS))
         yield from _difference("settings", key, [_shown(value), _shown(now["settings"].get(key))], grade)
 
 
@@ -105,7 +105,8 @@ def layout_text(start: Mapping[str, Any]) -> str:
     return f"{axes}, ZeRO-{layout.get('zero')}{offload}{nodes}"
 
 
-def _drawn(drops: bool) -> Grade:
+def grade_drawn(drops: bool) -> Grade:
+    """Return how much it matters that states are dropped otherwise, in a run that drops some or none."""
     return "other" if drops else "rounding"
 
 

@@ -20,6 +20,7 @@ from training.reproduction.differences import (
     Difference,
     Grade,
     differences,
+    grade_drawn,
     is_on_gpu,
     layout_text,
     surviving_starts,
@@ -185,7 +186,7 @@ def _layout_here(start: Mapping[str, Any], here: Here, *, drops: bool) -> Iterat
         return
     if here.gpus < needed:
         lacking = f"needs {needed} GPUs, {here.gpus} here"
-        yield Difference("layout", "layout", layout_text(start), lacking, "other" if drops else "rounding")
+        yield Difference("layout", "layout", layout_text(start), lacking, grade_drawn(drops))
     if not start["settings"].get("train.deterministic"):
         yield Difference("settings", "train.deterministic", "false", "GPUs repeat no bits without it", "rounding")
 

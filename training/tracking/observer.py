@@ -1,5 +1,6 @@
 """Observer that sends each step to MLflow."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from configs.figures import JOULES_PER_KWH
@@ -20,6 +21,8 @@ class TrackingObserver(Observer):
     """Log a run to MLflow: parameters, files and tags at the start, metrics at each step, and what the node does."""
 
     def __init__(self, config: RunConfig, *, run_dir: Path, certificate: Path) -> None:
+        unnamed = sorted({field.name for field in fields(StepResult)} - {"step", *METRIC_NAMES})
+        assert not unnamed, f"add to METRIC_NAMES in training/tracking/names.py what MLflow calls {', '.join(unnamed)}"
         self._tracker = MlflowTracker(
             run_dir,
             name=config.run.name,
@@ -45,15 +48,13 @@ class TrackingObserver(Observer):
 
     def on_step(self, result: StepResult) -> None:
         """Queue the step's values; the tracker's thread sends them."""
-        fields = result.values()
-        unnamed = sorted(fields.keys() - METRIC_NAMES.keys())
-        assert not unnamed, f"add to METRIC_NAMES in training/tracking/names.py what MLflow calls {', '.join(unnamed)}"
-        values = {METRIC_NAMES[name]: value for name, value in fields.items()}
+        measured = result.values()
+        values = {METRIC_NAMES[name]: value for name, value in measured.items()}
         if result.energy_joules is not None:
             self._joules += result.energy_joules
             values[TOTAL_ENERGY] = self._joules / JOULES_PER_KWH
         self._tracker.metrics(result.step, values)
-        by_tokens = {name: fields[field] for field, name in BY_TOKENS.items() if field in fields}
+        by_tokens = {name: measured[field] for field, name in BY_TOKENS.items() if field in measured}
         self._tracker.metrics(result.tokens_seen, by_tokens)
 
     def before_save(self) -> None:
