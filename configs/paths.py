@@ -103,6 +103,11 @@ def incarnation_file(run_dir: Path) -> Path:
     return run_dir / "incarnation"
 
 
+def rollbacks_file(run_dir: Path) -> Path:
+    """Return the file that says how often training went back to a checkpoint, and what it left out then."""
+    return run_dir / "rollbacks.json"
+
+
 def stop_file(run_dir: Path) -> Path:
     """Return the file whose existence asks a run to save and stop."""
     return run_dir / "STOP"

@@ -234,6 +234,16 @@ class Train(Section):
         description="Use only algorithms that repeat bit for bit, at some cost in speed; the start says what may not.",
     )
     init_from: PathText | None = Field(default=None, description="A checkpoint whose weights start this run.")
+    spike: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="Rise of the loss that counts as divergence, in nats: 10 losses in a row that lie so far above the "
+        "mean of the 100 before. Only a loss or gradient that is no number counts unless set.",
+    )
+    rollbacks: NonNegativeInt = Field(
+        default=0,
+        description="How often training may go back to a checkpoint when it diverges, and leave out the samples since "
+        "then; after that it stops.",
+    )
     log_every: PositiveInt | None = Field(
         default=None, description="Steps between two lines of the log; about one line every 10 s unless set."
     )

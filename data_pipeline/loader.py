@@ -1,4 +1,4 @@
-"""Read a data rank's micro-batches of any step, given the samples consumed before it. Imports torch."""
+"""Read a data rank's micro-batches of any step, given its first sample's place in the stream. Imports torch."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _HASHED_IDS, _HASHED_SAMPLES = 1024, 16  # for order_hash: samples hashed by id,
 
 
 class Loader:
-    """Read micro-batches of training samples, chosen by (seed, consumed samples) alone: resuming needs one integer.
+    """Read micro-batches of training samples, chosen by (seed, place in the stream) alone: resuming needs one integer.
 
     Args:
         samples: Training samples.
@@ -37,16 +37,16 @@ class Loader:
         self._data_rank = data_rank
         self._data_size = data_size
 
-    def step(self, consumed_samples: int) -> list[torch.Tensor]:
+    def step(self, first_sample: int) -> list[torch.Tensor]:
         """Return this rank's micro-batches of one step, each [micro_batch, seq + 1], int64; see `Samples.read`.
 
         Over all data ranks, micro-batch m holds the m-th group of micro_batch x data_size consecutive samples of the
         stream. So a step has the same samples, in the same order, for any number of ranks.
 
         Args:
-            consumed_samples: Samples of all steps before this one.
+            first_sample: Place of the step's first sample in the stream, from 0.
         """
-        ids = self._order.ids(start=consumed_samples, count=self.global_batch)
+        ids = self._order.ids(start=first_sample, count=self.global_batch)
         # [global_batch] -> [micro-batches, data ranks, micro_batch] -> [micro-batches, micro_batch]
         by_rank = ids.reshape(-1, self._data_size, self._micro_batch)[:, self._data_rank]
         return [torch.from_numpy(self._samples.read(batch)) for batch in by_rank]
@@ -55,9 +55,9 @@ class Loader:
         """Return the stream's first samples, the same on every data rank, each [1, seq + 1], int64."""
         return [torch.from_numpy(self._samples.read([sample])) for sample in self._order.ids(start=0, count=count)]
 
-    def order_hash(self, consumed_samples: int) -> str:
-        """Return a hash of the ids of the next samples and of the tokens of the first few."""
-        ids = self._order.ids(start=consumed_samples, count=_HASHED_IDS)
+    def order_hash(self, first_sample: int) -> str:
+        """Return a hash of the ids of the samples from one on, and of the tokens of the first few."""
+        ids = self._order.ids(start=first_sample, count=_HASHED_IDS)
         digest = hashlib.sha256(repr((self._samples.sizes, self._samples.sequence_length)).encode())
         # little-endian everywhere, so that the hash does not depend on the machine
         digest.update(ids.astype("<i8").tobytes())

@@ -30,22 +30,22 @@ def reading_ahead(loader: Loader, *, device: torch.device) -> Iterator[ReadStep]
 
     def read_all() -> None:
         while (each := asked.get()) is not None:
-            consumed_samples, batches = each
+            first_sample, batches = each
             try:
-                batches.set_result(_ready(loader.step(consumed_samples), device))
+                batches.set_result(_ready(loader.step(first_sample), device))
             except BaseException as error:  # noqa: BLE001  raised where the step is asked for
                 batches.set_exception(error)
 
-    def submit(consumed_samples: int) -> Future[list[torch.Tensor]]:
+    def submit(first_sample: int) -> Future[list[torch.Tensor]]:
         batches: Future[list[torch.Tensor]] = Future()
-        asked.put((consumed_samples, batches))
+        asked.put((first_sample, batches))
         return batches
 
-    def step(consumed_samples: int) -> list[torch.Tensor]:
-        batches = ahead.pop(consumed_samples, None) or submit(consumed_samples)
+    def step(first_sample: int) -> list[torch.Tensor]:
+        batches = ahead.pop(first_sample, None) or submit(first_sample)
         ahead.clear()
         result = batches.result()
-        following = consumed_samples + loader.global_batch
+        following = first_sample + loader.global_batch
         ahead[following] = submit(following)
         return result
 

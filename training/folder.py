@@ -41,6 +41,8 @@ MAY_CHANGE = (
     "train.compile",
     "train.recompute",
     "train.deterministic",
+    "train.spike",
+    "train.rollbacks",
     "train.log_every",
     "checkpoint",
     "evaluate",

@@ -25,6 +25,7 @@ SPARSE_FIELDS = (
     "validation_seconds",
     "save_seconds",
     "failed_saves",
+    "rollbacks",
     "energy_joules",
 )  # left out if None; other fields are then null
 
@@ -59,8 +60,12 @@ class MetricsFile(Observer):
 
     def __init__(self, run_dir: Path, *, last_step: int) -> None:
         """Open the file to append after `last_step`; move later steps and torn lines of an earlier start to logs/."""
+        self._run_dir, self._waiting = run_dir, b""
+        self._open(last_step)
+
+    def _open(self, last_step: int) -> None:
         self.best: Best | None = None
-        path = metrics_path(run_dir)
+        run_dir, path = self._run_dir, metrics_path(self._run_dir)
         kept, discarded = [], []
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
             fields = step_fields(line)
@@ -79,7 +84,6 @@ class MetricsFile(Observer):
             temporary.write_bytes(b"".join(kept))
             self._path, self._handle = path, os.open(temporary, os.O_WRONLY | os.O_APPEND)
         self._size = os.fstat(self._handle).st_size  # of whole lines
-        self._waiting = b""
 
     def on_step(self, result: StepResult) -> None:
         """Append one line; while the disk is full, keep lines in memory."""
@@ -92,6 +96,16 @@ class MetricsFile(Observer):
         except OSError as error:
             if not warned:
                 logger.error("%s cannot be written (%s): its lines wait in memory", self._path, error.strerror)
+
+    def on_rollback(self, step: int) -> None:
+        """Move later steps to logs/: they are taken again."""
+        with suppress(OSError):
+            self._write()
+        lines = self._waiting.splitlines(keepends=True)
+        self._waiting = b"".join(line for line in lines if json.loads(line)["step"] <= step)
+        before = self._handle
+        self._open(step)
+        os.close(before)
 
     def before_save(self) -> None:
         """Flush the lines to disk: a resume from the checkpoint would not train their steps again."""

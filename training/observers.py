@@ -36,6 +36,7 @@ class StepResult:
         save_seconds: Time that training waited for the save that ended between the step before and this one; None if
             none did.
         failed_saves: Saves of this start that have failed so far; None if there are none.
+        rollbacks: Times that training has gone back after a divergence, over all starts; None if it never has.
         energy_joules: Energy of all ranks' GPUs since the step before, from their drivers; None if one reports none.
     """
 
@@ -55,6 +56,7 @@ class StepResult:
     validation_seconds: float | None = None
     save_seconds: float | None = None
     failed_saves: int | None = None
+    rollbacks: int | None = None
     energy_joules: float | None = None
 
     def values(self) -> dict[str, float]:
@@ -95,6 +97,9 @@ class Observer:
 
     def on_save(self, save: Save) -> None:
         """Learn that a checkpoint was saved."""
+
+    def on_rollback(self, step: int) -> None:
+        """Learn that training has diverged and goes on from this step, a checkpoint's: it takes later steps again."""
 
     def on_save_wait(self, seconds: float, *, goes_on: bool) -> None:
         """Learn for how long training has just waited for a save, and whether that goes on in the background."""

@@ -77,6 +77,11 @@ class Pace:
             self._saves.append(self._waited)
             self._waited = 0.0
 
+    def on_rollback(self, step: int) -> None:
+        """Take the time of the later steps as spent: they are taken again."""
+        self._step = self._saved_step = step
+        self._stepped_at, self._paused = None, 0.0
+
     @property
     def step_seconds(self) -> float:
         """Mean time of the recent steps; at least one must have been taken."""

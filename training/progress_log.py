@@ -30,7 +30,8 @@ class ProgressLog(Observer):
     """
 
     def __init__(self, config: RunConfig, *, first_step: int, best: Best | None, terminal: Terminal | None) -> None:
-        self._config, self._best = config, best
+        self._config = config
+        self._validations = [] if best is None else [best]  # each the best so far
         self._terminal = terminal or Terminal()  # without a live line
         self._pace = Pace(config, step=first_step)
         self._newest: StepResult | None = None
@@ -67,6 +68,12 @@ class ProgressLog(Observer):
         """Log the save."""
         logger.info("%s", save_line(save, size_bytes=_size_of(save.folder)))
 
+    def on_rollback(self, step: int) -> None:
+        """Forget what was measured after the step that training goes on from."""
+        self._since_line.clear()
+        self._validations = [each for each in self._validations if each.step <= step]
+        self._pace.on_rollback(step)
+
     def on_save_wait(self, seconds: float, *, goes_on: bool) -> None:
         """Count the time, which is not that of a step."""
         self._pace.on_save(seconds, goes_on=goes_on)
@@ -88,6 +95,10 @@ class ProgressLog(Observer):
             logger.info("%s", line)
 
     @property
+    def _best(self) -> Best | None:
+        return self._validations[-1] if self._validations else None
+
+    @property
     def _tokens_per_step(self) -> int:
         return self._config.train.global_batch * self._config.data.sequence_length
 
@@ -102,7 +113,8 @@ class ProgressLog(Observer):
         logger.info("%s", step_line(result, steps=steps, speed=speed, seconds_left=left, columns=columns))
 
     def _log_validation(self, result: StepResult, *, loss: float) -> None:
-        self._best = better_of(self._best, Best(loss, result.step))
+        if (best := better_of(self._best, Best(loss, result.step))) not in (self._best, None):
+            self._validations.append(best)
         seconds = result.validation_seconds or 0.0
         logger.info("%s", validation_line(result.step, loss=loss, seconds=seconds, best=self._best))
 

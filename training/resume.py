@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from configs.errors import InputError
@@ -15,6 +16,9 @@ from parallel.collectives import broadcast_from_first, wait_for_all
 from parallel.engine import Engine
 from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import Checkpoint, load_slices, open_on_all_ranks
+from training.divergence import Diverged
+from training.incarnation import Fence
+from training.rollbacks import read_rollbacks, record_rollback, without_left_out
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -63,7 +67,8 @@ def resume(
         if groups.world.rank == 0:
             for change in changes:
                 logger.warning("accepted: %s", change)
-        return TrainState(checkpoint.step, checkpoint.manifest.consumed_samples)
+        rollbacks = broadcast_from_first(lambda: read_rollbacks(run_dir), group=world)
+        return without_left_out(checkpoint.manifest.state, rollbacks)
     if config.train.init_from is not None:
         say("starting with the weights of train.init_from, %s", config.train.init_from)
         with timed("loaded them", say=say):
@@ -72,6 +77,37 @@ def resume(
     else:
         say("starting new: %s has no checkpoint", run_dir)
     return TrainState(0, 0)
+
+
+def go_back(
+    engine: Engine,
+    loader: Loader,
+    diverged: Diverged,
+    *,
+    config: RunConfig,
+    groups: Groups,
+    fence: Fence,
+    accept_change: bool,
+) -> TrainState:
+    """Load the newest checkpoint before a divergence, and return the position after the samples since then.
+
+    A collective: every rank calls it.
+
+    Args:
+        engine: Holds the state that diverged.
+        loader: The run's samples.
+        diverged: What was seen, the same on every rank.
+        config: The run.
+        groups: This rank's places.
+        fence: Shows whether this start of the run is still the newest.
+        accept_change: See `resume`.
+    Raises:
+        InputError: the run has gone back as often as it may, or there is no checkpoint; raised on every rank.
+        MachineError: a disk fails, or a newer start of the run has taken over; raised on every rank.
+    """
+    record = partial(record_rollback, diverged, most=config.train.rollbacks, fence=fence)
+    broadcast_from_first(record, group=groups.world)
+    return resume(engine, loader, config=config, groups=groups, resumes=True, accept_change=accept_change)
 
 
 def check_loss(engine: Engine, loader: Loader, world: Group) -> float:
@@ -94,7 +130,7 @@ def changes_since(
         world: All ranks.
     """
     saved = checkpoint.manifest
-    order = loader.order_hash(saved.consumed_samples)
+    order = loader.order_hash(saved.next_sample)
     if order != saved.order_hash:
         yield (
             f"checkpoint {checkpoint.path} was saved before other samples than those that follow now (hash "

@@ -90,8 +90,9 @@ class Saver:
         saved = SavedState(
             step=state.step,
             consumed_samples=state.consumed_samples,
+            left_out_samples=state.left_out_samples,
             probe_loss=loss,
-            order_hash=self._loader.order_hash(state.consumed_samples),
+            order_hash=self._loader.order_hash(state.next_sample),
             # JSON has no nan: record such a validation as not measured.
             validation_loss=validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
         )

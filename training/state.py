@@ -1,6 +1,6 @@
 """The position of training, which a checkpoint records and a resume continues from. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
@@ -15,8 +15,16 @@ class TrainState:
 
     Attributes:
         step: Optimizer steps taken.
-        consumed_samples: Position in the stream of samples, the whole resume state of the data.
+        consumed_samples: Samples that these steps were trained on.
+        left_out_samples: Samples of the stream before this position that no step was trained on, because training
+            diverged on them.
     """
 
     step: JsonInt
     consumed_samples: JsonInt
+    left_out_samples: JsonInt = field(default=0, kw_only=True)
+
+    @property
+    def next_sample(self) -> int:
+        """Place of the next sample in the stream, from 0."""
+        return self.consumed_samples + self.left_out_samples

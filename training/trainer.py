@@ -1,19 +1,16 @@
 """The trainer: take optimizer steps until all are done or someone asks to stop."""
 
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from configs.errors import InputError
-from configs.paths import checkpoints_folder
 from configs.schema import RunConfig
 from configs.slow_parts import timed
 from data_pipeline.loader import Loader
@@ -21,16 +18,18 @@ from data_pipeline.manifest import Prepared
 from data_pipeline.reading_ahead import ReadStep, reading_ahead
 from data_pipeline.samples import Samples, open_samples
 from parallel.axes import Groups
-from parallel.collectives import wait_for_all
+from parallel.collectives import broadcast_from_first, wait_for_all
 from parallel.engine import Engine
 from parallel.seeds import seed_for
-from training.checkpoint.manifest import step_folder
 from training.checkpoint.rank_part import SaveError
+from training.divergence import LOSSES_WATCHED, Diverged, LossWatch
 from training.incarnation import Fence, Superseded
+from training.metrics_reader import newest_values
 from training.model.attention import windows_of
 from training.observers import Observer, Status, StepResult
 from training.preflight import Ready
-from training.resume import resume
+from training.resume import go_back, resume
+from training.rollbacks import read_rollbacks
 from training.saver import Saver
 from training.saves import Saves
 from training.schedule import learning_rate
@@ -79,6 +78,8 @@ class Trainer:
         peak_flops: FLOP/s of all ranks together; None if unknown.
         steps_ahead: Steps that are launched before the result of one is read: 1 on a GPU, so that its queue never runs
             empty. Before a validation or a save none is.
+        go_back: After a divergence, loads the checkpoint before it and returns where training goes on; every rank must
+            call it. Raises InputError if the run may not go back.
     """
 
     config: RunConfig
@@ -95,6 +96,7 @@ class Trainer:
     causal_flops_per_token: float
     peak_flops: float | None
     steps_ahead: int
+    go_back: Callable[[Diverged], TrainState]
 
     @property
     def is_first_rank(self) -> bool:
@@ -111,7 +113,7 @@ class Trainer:
         Raises:
             SaveError: the last state cannot be saved.
             Superseded: a newer start of the run has taken over.
-            InputError: the loss or the gradient norm is no longer a number; raised on every rank.
+            InputError: training has diverged, and may not go back any more; raised on every rank.
         """
         status: Status = "FAILED"
         try:
@@ -136,14 +138,30 @@ class Trainer:
                     stack.callback(observer.close, status)
 
     def _train(self, observers: Sequence[Observer]) -> TrainState:
-        state = self.start
+        world, trainer = self.groups.world, self
+        saves = Saves(self.saver, observers, world=world, device=self.device, step=self.start.step)
+        wait_for_all(world)  # the first rank has opened its observers' files
+        while True:
+            try:
+                return trainer._train_on(observers, saves)
+            except Diverged as error:
+                diverged = error
+            saves.end(goes_on=bool(self.config.train.rollbacks))  # one in the background: it is of an earlier step
+            start = self.go_back(diverged)
+            saves.saved_step = start.step
+            broadcast_from_first(partial(_tell_of_rollback, observers, step=start.step), group=world)
+            trainer = replace(self, start=start)
+
+    def _train_on(self, observers: Sequence[Observer], saves: Saves) -> TrainState:
+        """Train from `start` on; raise Diverged on every rank if that cannot go on."""
+        state, run_dir = self.start, self.fence.run_dir
         validation_loss: float | None = None
-        saves = Saves(self.saver, observers, world=self.groups.world, device=self.device, step=state.step)
-        wait_for_all(self.groups.world)  # the first rank has opened its observers' files
+        rollbacks = len(read_rollbacks(run_dir)) if observers else 0
+        watch = LossWatch(self.config.train.spike, self._losses_before())
         with reading_ahead(self.loader, device=self.device) as read_step:
             for taken in self.steps(read_step):
                 state = taken.after
-                self._require_finite(taken.figures, step=state.step, saves=saves)
+                watch.check(state, loss=taken.figures.loss, grad_norm=taken.figures.grad_norm)
                 validation_loss, validation_seconds = self._validate(state, observers)
                 # Report before saving: a resume drops the lines past its checkpoint, but cannot recover a lost one.
                 self._report(
@@ -153,6 +171,7 @@ class Trainer:
                     validation_seconds=validation_seconds,
                     save_seconds=saves.take_seconds(),
                     failed_saves=saves.failed or None,
+                    rollbacks=rollbacks or None,
                 )
                 if not taken.figures.saving:
                     saves.end(goes_on=True, written=True)
@@ -217,22 +236,16 @@ class Trainer:
         split = [self.groups.tensor.rank] if config.parallel.sequence and self.groups.tensor.size > 1 else []
         place = (self.groups.data.rank, self.groups.pipeline.rank, *split)
         torch.manual_seed(seed_for(config.run.seed, "dropout", step, *place))
-        outcome = self.engine.train_step(read_step(state.consumed_samples), learning_rate=rate)
-        after = TrainState(step, state.consumed_samples + config.train.global_batch)
+        outcome = self.engine.train_step(read_step(state.next_sample), learning_rate=rate)
+        after = replace(state, step=step, consumed_samples=state.consumed_samples + config.train.global_batch)
         return _LaunchedStep(after, rate, exchange.send(outcome, began=began))
 
-    def _require_finite(self, figures: StepFigures, *, step: int, saves: Saves) -> None:
-        if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
-            return
-        saves.end(goes_on=False)  # it is of an earlier step, whose weights were good
-        kept = "no checkpoint was saved"
-        if saves.saved_step:
-            folder = step_folder(checkpoints_folder(self.fence.run_dir), step=saves.saved_step)
-            kept = f"the last good checkpoint is {folder}"
-        raise InputError(
-            f"the loss is {figures.loss} and the gradient norm {figures.grad_norm} at step {step}, so training has "
-            f"diverged: train in another run.dir, with a lower train.learning_rate or more train.warmup_steps; {kept}"
-        )
+    def _losses_before(self) -> list[float]:
+        """Return the losses of the steps before `start`, the same on every rank; none if nobody looks for a spike."""
+        if self.config.train.spike is None:
+            return []
+        read = partial(newest_values, self.fence.run_dir, "loss")
+        return broadcast_from_first(lambda: read()[-LOSSES_WATCHED:], group=self.groups.world)
 
     def _validate(self, state: TrainState, observers: Sequence[Observer]) -> tuple[float | None, float | None]:
         """Return the validation loss and its seconds if the run validates after this step."""
@@ -320,7 +333,15 @@ def build_trainer(
         causal_flops_per_token=causal_flops,
         peak_flops=world_peak_flops(device, precision=config.train.precision),
         steps_ahead=1 if device.type == "cuda" else 0,
+        go_back=partial(
+            go_back, engine, loader, config=config, groups=groups, fence=fence, accept_change=accept_change
+        ),
     )
+
+
+def _tell_of_rollback(observers: Sequence[Observer], *, step: int) -> None:
+    for observer in observers:
+        observer.on_rollback(step)
 
 
 def _open_data(config: RunConfig, *, prepared: Prepared, groups: Groups) -> tuple[Loader, Samples | None]:

@@ -134,12 +134,16 @@ def test_a_diverged_run_says_what_to_do(
     monkeypatch.setattr(type(rank.engine), "train_step", lambda *_, **__: outcome)
     with pytest.raises(InputError) as error:
         rank.start(run_dir)
-    kept = "no checkpoint was saved"
+    advice = "train in another run.dir, with a lower train.learning_rate or more train.warmup_steps"
     if saved_step:
-        kept = f"the last good checkpoint is {list_checkpoints(run_dir)[-1].path}"
+        good = list_checkpoints(run_dir)[-1].path
+        advice = (
+            f"`trainshort train --set train.rollbacks=1` goes back to {good}, without the samples since; or {advice}"
+        )
+    else:
+        advice += "; no checkpoint was saved"
     assert str(error.value) == (
-        f"the loss is nan and the gradient norm inf at step {saved_step + 1}, so training has diverged: train in "
-        f"another run.dir, with a lower train.learning_rate or more train.warmup_steps; {kept}"
+        f"the loss is nan and the gradient norm inf at step {saved_step + 1}, so training has diverged: {advice}"
     )
 
 

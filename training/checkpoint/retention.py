@@ -32,10 +32,7 @@ def apply_retention(
                 continue
             if not fence.is_ours():
                 return
-            # Rename before removing: a removal that is cut short must not leave a manifest whose files are gone.
-            removed = folder.with_name(f".{folder.name}.{fence.token}.old")
-            disk.rename(folder, removed)
-            disk.remove(removed)
+            _remove(folder, fence=fence)
     except OSError as error:
         logger.warning("an old checkpoint in %s cannot be removed (%s)", fence.run_dir, error.strerror)
 
@@ -58,6 +55,18 @@ def checkpoints_to_remove(whole: dict[Path, Manifest], *, rules: CheckpointRules
     return [path for path in whole if path not in kept]
 
 
+def remove_after(step: int, *, fence: Fence) -> list[int]:
+    """Remove the checkpoints of later steps; return these steps.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    later = [checkpoint for checkpoint in list_checkpoints(fence.run_dir) if checkpoint.step > step]
+    for checkpoint in later:
+        _remove(checkpoint.path, fence=fence)
+    return [checkpoint.step for checkpoint in later]
+
+
 def remove_unfinished(checkpoints: Path, *, fence: Fence) -> None:
     """Remove the unfinished checkpoints of starts that were cut short; warn about each.
 
@@ -73,6 +82,13 @@ def remove_unfinished(checkpoints: Path, *, fence: Fence) -> None:
             logger.warning("the unfinished checkpoint %s cannot be removed (%s)", folder, error.strerror)
         else:
             logger.warning("removed the unfinished checkpoint %s", folder)
+
+
+def _remove(folder: Path, *, fence: Fence) -> None:
+    # Rename before removing: a removal that is cut short must not leave a manifest whose files are gone.
+    removed = folder.with_name(f".{folder.name}.{fence.token}.old")
+    disk.rename(folder, removed)
+    disk.remove(removed)
 
 
 def _whole_checkpoints(run_dir: Path, *, broken: Collection[Path]) -> dict[Path, Manifest]:

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 from configs.commands import command_here, typed_path
 from configs.errors import InputError
 from configs.figures import duration
+from configs.files import move_aside
 from configs.paths import run_folder, step_export_folder, step_export_log
 from configs.schema import RunConfig
 from configs.terminal import Terminal
@@ -166,6 +168,18 @@ class ExportsWhileTraining(Observer):
         """Export the checkpoint if it is due."""
         if self._is_due(save.step):
             self._ask_for(save.step, save.folder)
+
+    def on_rollback(self, step: int) -> None:
+        """End the exports of later steps, and rename those that are done: the steps are taken again."""
+        self._look()
+        if self._running is not None and (self._waiting or self._running.export).step > step:
+            self._end()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        for out in step_export_folder(self._run_dir, step=0).parent.glob("step-" + 8 * "[0-9]"):
+            if int(out.name.removeprefix("step-")) > step:
+                logger.warning(
+                    "%s is of a step that is taken again: renamed to %s", out, move_aside(out, date=now).name
+                )
 
     def close(self, status: Status) -> None:
         """End the export unless training has finished: `finish` then waits for it."""

@@ -28,6 +28,7 @@ METRIC_NAMES = {
     "validation_seconds": "time/validation_seconds",
     "save_seconds": "time/save_seconds",
     "failed_saves": "train/failed_saves",
+    "rollbacks": "train/rollbacks",
     "energy_joules": "energy/step_joules",
 }
 TOTAL_ENERGY = "energy/total_kwh"

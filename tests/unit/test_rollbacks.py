@@ -1,0 +1,266 @@
+"""`train.rollbacks`: a run that diverges goes back to a checkpoint and on with the samples after the divergence."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import InputError
+from data_pipeline.loader import Loader
+from parallel.engine import StepOutcome
+from tests.support.one_rank import OneRank
+from training.checkpoint.manifest import list_checkpoints, read_manifest
+from training.divergence import BASE_STEPS, SPIKE_STEPS, Diverged, LossWatch
+from training.metrics_file import MetricsFile
+from training.observers import Observer, StepResult
+from training.rollbacks import read_rollbacks
+from training.state import TrainState
+
+STEPS, EVERY, BATCH = 9, 3, 4
+EXACT = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "consumed_samples")
+
+
+class Killed(BaseException):
+    """Ends a run as if its process were killed."""
+
+
+class Told(Observer):
+    """Keeps the steps that training went back to, and calls a function at each step."""
+
+    def __init__(self, then: Callable[[StepResult], None] = lambda result: None) -> None:
+        self.went_back: list[int] = []
+        self._then = then
+
+    def on_step(self, result: StepResult) -> None:
+        self._then(result)
+
+    def on_rollback(self, step: int) -> None:
+        self.went_back.append(step)
+
+
+def train(
+    rank: OneRank, run_dir: Path, *more: str, told: Observer | None = None, steps: int = STEPS, ahead: int = 0
+) -> TrainState:
+    keys = [f"train.steps={steps}", f"train.decay_steps={steps}", f"checkpoint.every={EVERY}", "checkpoint.keep=9"]
+    trainer = rank.trainer(rank.config(run_dir, *keys, "train.rollbacks=1", *more))
+    return replace(trainer, steps_ahead=ahead).run(
+        [
+            MetricsFile(run_dir, last_step=trainer.start.step),
+            *([told] if told else []),
+        ]
+    )
+
+
+def lines_of(run_dir: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / file).read_text().splitlines()]
+
+
+def results_of(run_dir: Path) -> tuple[list[list[Any]], dict[str, str]]:
+    """Return each step's figures, and the hashes of the last checkpoint's tensors."""
+    files = read_manifest(list_checkpoints(run_dir)[-1].path).files
+    hashes = {name: file.sha256 for name, file in files.items() if name.endswith("safetensors")}
+    return [[line[key] for key in EXACT] for line in lines_of(run_dir)], hashes
+
+
+@pytest.fixture
+def poison(rank: OneRank, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make training diverge: the steps that are launched as the given numbers take a huge learning rate."""
+    real = type(rank.engine).train_step
+
+    def poison(*calls: int) -> None:
+        count = 0
+
+        def train_step(*arguments: Any, learning_rate: float) -> StepOutcome:
+            nonlocal count
+            count += 1
+            return real(*arguments, learning_rate=1e30 if count in calls else learning_rate)
+
+        monkeypatch.setattr(type(rank.engine), "train_step", train_step)
+
+    return poison
+
+
+def train_without(
+    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *, first: int, count: int, steps: int = STEPS
+) -> None:
+    """Train a run whose stream lacks some samples, by another way than a rollback's."""
+    real = Loader.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "step", lambda self, place: real(self, place + count if place >= first else place))
+        train(rank, run_dir, steps=steps)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_diverged_run_goes_on_without_the_samples(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None], ahead: int
+) -> None:
+    run_dir, told = tmp_path / "run", Told()
+    poison(5)  # step 6 has no loss
+    assert train(rank, run_dir, told=told, ahead=ahead) == TrainState(STEPS, STEPS * BATCH, left_out_samples=3 * BATCH)
+    monkeypatch.undo()
+    assert told.went_back == [3]
+    assert [line["step"] for line in lines_of(run_dir, "logs/metrics_discarded.jsonl")] == [4, 5]
+    assert [line.get("rollbacks") for line in lines_of(run_dir)] == [None] * 3 + [1] * 6
+    saved = [read_manifest(checkpoint.path) for checkpoint in list_checkpoints(run_dir)]
+    assert [(each.step, each.left_out_samples) for each in saved] == [(3, 0), (6, 3 * BATCH), (9, 3 * BATCH)]
+    (rollback,) = read_rollbacks(run_dir)
+    assert (rollback.step, rollback.next_sample, rollback.left_out) == (3, 3 * BATCH, 3 * BATCH)
+    assert rollback.from_step == 6
+    assert rollback.why.startswith("the loss is nan and the gradient norm nan at step 6")
+
+    train_without(rank, tmp_path / "without", monkeypatch, first=3 * BATCH, count=3 * BATCH)
+    assert results_of(run_dir) == results_of(tmp_path / "without")
+    train(rank, tmp_path / "with")
+    assert results_of(run_dir) != results_of(tmp_path / "with"), "the samples matter"
+
+
+def test_a_kill_after_the_rollback_forgets_nothing(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None]
+) -> None:
+    run_dir = tmp_path / "run"
+
+    def kill(result: StepResult) -> None:
+        if result.rollbacks and result.step == 5:  # before a checkpoint knows of the samples
+            raise Killed
+
+    poison(5)
+    with pytest.raises(Killed):
+        train(rank, run_dir, told=Told(kill))
+    monkeypatch.undo()
+    assert [saved.step for saved in list_checkpoints(run_dir)] == [3]
+    assert train(rank, run_dir).left_out_samples == 3 * BATCH
+    train_without(rank, tmp_path / "without", monkeypatch, first=3 * BATCH, count=3 * BATCH)
+    assert results_of(run_dir) == results_of(tmp_path / "without")
+
+
+def test_a_second_divergence_stops_or_goes_back_again(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None]
+) -> None:
+    run_dir = tmp_path / "run"
+    poison(4, 7)  # step 4, and when it is taken again the one after it
+    with pytest.raises(InputError) as error:
+        train(rank, run_dir)
+    good = list_checkpoints(run_dir)[-1].path
+    assert good.name == "step_0000003"
+    assert str(error.value) == (
+        "the loss is nan and the gradient norm nan at step 6, so training has diverged again, after 1 rollback: "
+        f"`trainshort train --set train.rollbacks=2` goes back to {good}, without the samples since; or train in "
+        "another run.dir, with a lower train.learning_rate or more train.warmup_steps"
+    )
+    poison(1)
+    assert train(rank, run_dir, "train.rollbacks=2").left_out_samples == 4 * BATCH  # two each time
+    monkeypatch.undo()
+    assert [rollback.left_out for rollback in read_rollbacks(run_dir)] == [2 * BATCH, 4 * BATCH]
+    train_without(rank, tmp_path / "without", monkeypatch, first=3 * BATCH, count=4 * BATCH)
+    assert results_of(run_dir) == results_of(tmp_path / "without")
+
+
+def test_a_broken_checkpoint_is_no_place_to_go_back_to(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None]
+) -> None:
+    run_dir = tmp_path / "run"
+
+    def damage(result: StepResult) -> None:
+        if result.step == 7:
+            next(list_checkpoints(run_dir)[-1].path.glob("*.exp_avg.safetensors")).unlink()
+
+    poison(7)
+    assert train(rank, run_dir, told=Told(damage)).left_out_samples == 5 * BATCH
+    monkeypatch.undo()
+    assert [rollback.step for rollback in read_rollbacks(run_dir)] == [3]
+    train_without(rank, tmp_path / "without", monkeypatch, first=3 * BATCH, count=5 * BATCH)
+    assert results_of(run_dir) == results_of(tmp_path / "without")
+
+
+def losses_given(rank: OneRank, monkeypatch: pytest.MonkeyPatch, loss: Callable[[int], float]) -> None:
+    """Give the steps that are launched losses of one's own, by their number."""
+    real, count = type(rank.engine).train_step, 0
+
+    def train_step(*arguments: Any, **more: Any) -> StepOutcome:
+        nonlocal count
+        count += 1
+        return StepOutcome(torch.tensor(loss(count)), real(*arguments, **more).grad_norm)
+
+    monkeypatch.setattr(type(rank.engine), "train_step", train_step)
+
+
+def test_a_spike_removes_what_was_saved_in_it(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir, told = tmp_path / "run", Told()
+    losses_given(rank, monkeypatch, lambda number: 4.0 if 13 < number <= 23 else 2.0)
+    end = train(rank, run_dir, "train.spike=1.5", told=told, steps=24)
+    assert told.went_back == [12], "the checkpoints of steps 15, 18 and 21 are of the spike"
+    assert end == TrainState(24, 24 * BATCH, left_out_samples=11 * BATCH)
+    assert [line["loss"] for line in lines_of(run_dir)] == [2.0] * 24
+    (rollback,) = read_rollbacks(run_dir)
+    assert rollback.why == (
+        "the loss is 4.0000 at step 23: 10 in a row lie more than train.spike (1.5) above 2.0000, the mean of the 13 "
+        "before"
+    )
+    assert (
+        f"ROLLED BACK: {rollback.why}; training goes back to {run_dir}/checkpoints/step_0000012 and leaves out the "
+        in (caplog.text)
+    )
+    assert "(1 of 1 times); the checkpoints of steps 15, 18, 21 are removed" in caplog.text
+
+
+def test_a_start_in_a_spike_sees_it_at_the_same_step(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+
+    def kill(result: StepResult) -> None:
+        if result.step == 19:
+            raise Killed
+
+    losses_given(rank, monkeypatch, lambda number: 4.0 if number > 13 else 2.0)
+    with pytest.raises(Killed):
+        train(rank, run_dir, "train.spike=1.5", told=Told(kill), steps=24)
+    monkeypatch.undo()
+    losses_given(rank, monkeypatch, lambda number: 4.0)
+    with pytest.raises(
+        InputError, match=r"^the loss is 4.0000 at step 23: .* so training has diverged: .*=1` goes back"
+    ):
+        train(rank, run_dir, "train.spike=1.5", "train.rollbacks=0", steps=24)
+    assert read_rollbacks(run_dir) == []
+    assert [saved.step for saved in list_checkpoints(run_dir)] == [3, 6, 9, 12, 15, 18, 21]
+
+
+def test_only_a_lasting_rise_is_a_spike() -> None:
+    def first_seen(losses: list[float], *, rise: float | None = 1.0) -> tuple[int, int] | None:
+        watch = LossWatch(rise)
+        for step, loss in enumerate(losses, start=1):
+            try:
+                watch.check(TrainState(step, step), loss=loss, grad_norm=1.0)
+            except Diverged as diverged:
+                return diverged.began, diverged.state.step
+        return None
+
+    level, high = [3.0] * 40, 4.5
+    assert first_seen([*level, *[high] * SPIKE_STEPS]) == (41, 50)
+    assert first_seen([*level, *[high] * (SPIKE_STEPS - 1), 3.9, *[high] * (SPIKE_STEPS - 1)]) is None
+    assert first_seen([*level, *[4.0] * 50]) is None, "no more than the rise"
+    assert first_seen([*level, *[high] * SPIKE_STEPS], rise=None) is None
+    assert first_seen([3.0 + 0.01 * step for step in range(300)]) is None, "a slow rise"
+    assert first_seen([9.0 - 0.02 * step for step in range(300)]) is None
+    assert first_seen([*[3.0] * (SPIKE_STEPS - 1), *[high] * 50]) == (11, 20), "ten are needed before"
+    # the mean is that of the hundred before
+    assert first_seen([*[9.0] * 50, *[3.0] * BASE_STEPS, *[high] * SPIKE_STEPS]) == (151, 160)
+    for loss, grad_norm in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)):
+        with pytest.raises(Diverged):
+            LossWatch(None).check(TrainState(1, 1), loss=loss, grad_norm=grad_norm)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rollbacks": [{"step": 3}]}', '{"rollbacks": [{"step": "x"}]}'])
+def test_a_damaged_record_is_named(rank: OneRank, tmp_path: Path, content: str) -> None:
+    run_dir = tmp_path / "run"
+    train(rank, run_dir, steps=3)
+    (run_dir / "rollbacks.json").write_text(content)
+    with pytest.raises(InputError, match=rf"^{run_dir}/rollbacks.json is damaged \(.*\): mend it, or move it away;"):
+        train(rank, run_dir, steps=3)
