@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ SPARSE_FIELDS = (
     "rollbacks",
     "energy_joules",
 )  # left out if None; other fields are then null
+
+
+ROLLED_BACK = "rolled_back"  # in a line of logs/: the start that took the step took it again
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,14 @@ class MetricsFile(Observer):
         self._run_dir, self._waiting = run_dir, b""
         self._open(last_step)
 
-    def _open(self, last_step: int) -> None:
+    def _open(self, last_step: int, *, marks: Mapping[str, Any] | None = None) -> None:
         self.best: Best | None = None
         run_dir, path = self._run_dir, metrics_path(self._run_dir)
         kept, discarded = [], []
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
             fields = step_fields(line)
             if fields is None or fields["step"] > last_step:
-                discarded.append(line)
+                discarded.append(json.dumps({**fields, **marks}).encode() + b"\n" if fields and marks else line)
                 continue
             kept.append(line)
             self.best = better_of(self.best, validation_of(fields))
@@ -104,7 +108,7 @@ class MetricsFile(Observer):
         lines = self._waiting.splitlines(keepends=True)
         self._waiting = b"".join(line for line in lines if json.loads(line)["step"] <= step)
         before = self._handle
-        self._open(step)
+        self._open(step, marks={ROLLED_BACK: True})
         os.close(before)
 
     def before_save(self) -> None:

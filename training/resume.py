@@ -18,7 +18,7 @@ from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import Checkpoint, load_slices, open_on_all_ranks
 from training.divergence import Diverged
 from training.incarnation import Fence
-from training.rollbacks import read_rollbacks, record_rollback, without_left_out
+from training.rollbacks import record_rollback
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,7 @@ def resume(
         if groups.world.rank == 0:
             for change in changes:
                 logger.warning("accepted: %s", change)
-        rollbacks = broadcast_from_first(lambda: read_rollbacks(run_dir), group=world)
-        return without_left_out(checkpoint.manifest.state, rollbacks)
+        return checkpoint.manifest.state
     if config.train.init_from is not None:
         say("starting with the weights of train.init_from, %s", config.train.init_from)
         with timed("loaded them", say=say):
@@ -89,7 +88,7 @@ def go_back(
     fence: Fence,
     accept_change: bool,
 ) -> TrainState:
-    """Load the newest checkpoint before a divergence, and return the position after the samples since then.
+    """Load the newest checkpoint before a divergence and return its position; record which samples to leave out there.
 
     A collective: every rank calls it.
 

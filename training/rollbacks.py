@@ -1,7 +1,8 @@
 """RUN_DIR/rollbacks.json: how often a run that diverged went back, and which samples it left out. Imports no torch.
 
 A run goes back to a checkpoint that was saved before it diverged, and goes on with the samples after those of the
-divergence. Until its next checkpoint this file alone knows of them; that one then has their number in its manifest.
+divergence. Whenever training comes by that step at that sample, it leaves them out: also after a resume from an earlier
+checkpoint, or in another run folder that has a copy of this file. Later checkpoints have their number in the manifest.
 """
 
 import logging
@@ -74,8 +75,8 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
 
 
 def without_left_out(state: TrainState, rollbacks: Sequence[Rollback]) -> TrainState:
-    """Return the position of a checkpoint, past the samples that a rollback to it left out."""
-    for rollback in reversed(rollbacks):  # one that went back further, and came by again, is at another sample
+    """Return a position past the samples that a rollback to it left out, if one did."""
+    for rollback in reversed(rollbacks):  # training that went back further comes by the step at another sample
         if (rollback.step, rollback.next_sample) == (state.step, state.next_sample):
             return replace(state, left_out_samples=state.left_out_samples + rollback.left_out)
     return state

@@ -29,7 +29,7 @@ from training.model.attention import windows_of
 from training.observers import Observer, Status, StepResult
 from training.preflight import Ready
 from training.resume import go_back, resume
-from training.rollbacks import read_rollbacks
+from training.rollbacks import Rollback, read_rollbacks, without_left_out
 from training.saver import Saver
 from training.saves import Saves
 from training.schedule import learning_rate
@@ -156,10 +156,10 @@ class Trainer:
         """Train from `start` on; raise Diverged on every rank if that cannot go on."""
         state, run_dir = self.start, self.fence.run_dir
         validation_loss: float | None = None
-        rollbacks = len(read_rollbacks(run_dir)) if observers else 0
+        rollbacks = broadcast_from_first(lambda: read_rollbacks(run_dir), group=self.groups.world)
         watch = LossWatch(self.config.train.spike, self._losses_before())
         with reading_ahead(self.loader, device=self.device) as read_step:
-            for taken in self.steps(read_step):
+            for taken in self.steps(read_step, rollbacks):
                 state = taken.after
                 watch.check(state, loss=taken.figures.loss, grad_norm=taken.figures.grad_norm)
                 validation_loss, validation_seconds = self._validate(state, observers)
@@ -171,7 +171,7 @@ class Trainer:
                     validation_seconds=validation_seconds,
                     save_seconds=saves.take_seconds(),
                     failed_saves=saves.failed or None,
-                    rollbacks=rollbacks or None,
+                    rollbacks=len(rollbacks) or None,
                 )
                 if not taken.figures.saving:
                     saves.end(goes_on=True, written=True)
@@ -183,11 +183,15 @@ class Trainer:
             saves.save_last(state, validation_loss=validation_loss)
         return state
 
-    def steps(self, read_step: ReadStep) -> Iterator[TakenStep]:
+    def steps(self, read_step: ReadStep, rollbacks: Sequence[Rollback] = ()) -> Iterator[TakenStep]:
         """Take steps to the last one or until asked to stop, and yield each, in order.
 
         When a step is yielded, `steps_ahead` more may be launched, but none if the run validates or saves after it: the
         engine then holds its state.
+
+        Args:
+            read_step: Reads the samples of a step.
+            rollbacks: Those of the run: which samples it leaves out.
         """
         steps = self.config.train.steps
         exchange = FigureExchange(
@@ -203,7 +207,7 @@ class Trainer:
         stops = state.step < steps and self._any_rank_asked()
         while launched or (state.step < steps and not stops):
             while state.step < steps and not stops and self._may_launch(after=launched):
-                launched.append(self._launch(state, read_step, exchange))
+                launched.append(self._launch(without_left_out(state, rollbacks), read_step, exchange))
                 state = launched[-1].after
             step = launched.popleft()
             figures = exchange.read(step.sent)

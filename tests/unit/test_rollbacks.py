@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from configs.errors import InputError
 from data_pipeline.loader import Loader
 from parallel.engine import StepOutcome
+from tests.support.disk import OnOperation, counted_operations, once
 from tests.support.one_rank import OneRank
-from training.checkpoint.manifest import list_checkpoints, read_manifest
+from training.checkpoint.manifest import check_whole, list_checkpoints, read_manifest
 from training.divergence import BASE_STEPS, SPIKE_STEPS, Diverged, LossWatch
+from training.incarnation import begin_incarnation
 from training.metrics_file import MetricsFile
 from training.observers import Observer, StepResult
-from training.rollbacks import read_rollbacks
+from training.rollbacks import read_rollbacks, record_rollback
 from training.state import TrainState
 
 STEPS, EVERY, BATCH = 9, 3, 4
@@ -117,6 +120,10 @@ def test_a_diverged_run_goes_on_without_the_samples(
     assert results_of(run_dir) == results_of(tmp_path / "without")
     train(rank, tmp_path / "with")
     assert results_of(run_dir) != results_of(tmp_path / "with"), "the samples matter"
+    (tmp_path / "copy").mkdir()
+    shutil.copy(run_dir / "rollbacks.json", tmp_path / "copy")
+    assert train(rank, tmp_path / "copy").left_out_samples == 3 * BATCH
+    assert results_of(tmp_path / "copy") == results_of(run_dir), "the record alone repeats it"
 
 
 def test_a_kill_after_the_rollback_forgets_nothing(
@@ -208,6 +215,29 @@ def test_a_spike_removes_what_was_saved_in_it(
         in (caplog.text)
     )
     assert "(1 of 1 times); the checkpoints of steps 15, 18, 21 are removed" in caplog.text
+
+
+def test_a_disk_that_fails_in_a_rollback_loses_nothing(rank: OneRank, tmp_path: Path) -> None:
+    train(rank, tmp_path / "run")
+
+    def rolled_back(run_dir: Path, fails: OnOperation = lambda number, name: None) -> int:
+        diverged = Diverged("the loss is nan", began=5, state=TrainState(10, 10 * BATCH))
+        with counted_operations(fails) as operations:
+            record_rollback(diverged, most=1, fence=begin_incarnation(run_dir))
+        return len(operations)
+
+    operations = rolled_back(shutil.copytree(tmp_path / "run", tmp_path / "whole"))
+    assert operations > 10
+    for number in range(1, operations + 1):
+        run_dir = shutil.copytree(tmp_path / "run", tmp_path / f"fails_{number}")
+        with pytest.raises(OSError, match="Input/output error"):
+            rolled_back(run_dir, once(number))
+        for saved in list_checkpoints(run_dir):
+            check_whole(saved.path)
+        if not read_rollbacks(run_dir):
+            rolled_back(run_dir)
+        assert [saved.step for saved in list_checkpoints(run_dir)] == [3]
+        assert [(each.step, each.left_out) for each in read_rollbacks(run_dir)] == [(3, 7 * BATCH)]
 
 
 def test_a_start_in_a_spike_sees_it_at_the_same_step(
