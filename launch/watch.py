@@ -129,6 +129,7 @@ class RunView:
             "newest_checkpoint": self.newest_checkpoint,
             "checkpoint_seconds": self.checkpoint_seconds,
             "failed_saves": self.newest.get("failed_saves", 0),
+            "rollbacks": self.newest.get("rollbacks", 0),
             "warnings": list(self.warnings),
             "problem": self.problem,
         }

@@ -67,7 +67,8 @@ def resume(
         if groups.world.rank == 0:
             for change in changes:
                 logger.warning("accepted: %s", change)
-        return checkpoint.manifest.state
+        saved = checkpoint.manifest
+        return TrainState(saved.step, saved.consumed_samples, left_out_samples=saved.left_out_samples)
     if config.train.init_from is not None:
         say("starting with the weights of train.init_from, %s", config.train.init_from)
         with timed("loaded them", say=say):

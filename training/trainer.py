@@ -317,7 +317,8 @@ def build_trainer(
     config, prepared = ready.config, ready.prepared
     with timed("opened the data", say=logger.info if groups.world.rank == 0 else logger.debug):
         loader, held_out = _open_data(config, prepared=prepared, groups=groups)
-    start = resume(engine, loader, config=config, groups=groups, resumes=resumes, accept_change=accept_change)
+    same: dict[str, Any] = {"config": config, "groups": groups, "accept_change": accept_change}
+    start = resume(engine, loader, resumes=resumes, **same)
     flops, causal_flops = (
         count(config.model, vocab_size=prepared.vocab_size, length=config.data.sequence_length)
         for count in (flops_per_token, causal_flops_per_token)
@@ -337,9 +338,7 @@ def build_trainer(
         causal_flops_per_token=causal_flops,
         peak_flops=world_peak_flops(device, precision=config.train.precision),
         steps_ahead=1 if device.type == "cuda" else 0,
-        go_back=partial(
-            go_back, engine, loader, config=config, groups=groups, fence=fence, accept_change=accept_change
-        ),
+        go_back=partial(go_back, engine, loader, fence=fence, **same),
     )
 
 

@@ -37,6 +37,8 @@ def watch_lines(view: RunView, *, columns: int | None) -> list[Text]:
     lines = [*_head(view, width=width), _progress(view, width=width, full=marks[-1]), Text(), _checkpoint(view)]
     if view.starts > 1:
         lines.append(_row("restarts", str(view.starts - 1), f"the newest after step {view.began_after}"))
+    if rollbacks := int(number(view.newest, "rollbacks") or 0):
+        lines.append(_row("rollbacks", str(rollbacks), "training diverged and went back", style=_FAILED))
     if view.newest:
         lines += [*_loss(view, width=width, marks=marks), *_figures(view, width=width, marks=marks)]
     elif view.saying:

@@ -117,7 +117,7 @@ def test_starts_and_failed_saves_are_on_the_time_line(trainshort: Call) -> None:
     page = written(trainshort, str(whole_run(Path("run"))), page="run/report.html")
     titles = [attributes["title"] for _, attributes in page.tags if "title" in attributes]
     assert titles == [
-        *("start 1: steps 1 to 7, the last 2 steps lost",) * 2,
+        *("start 1: steps 1 to 7, 2 steps taken again",) * 2,
         "start 2: steps 6 to 10",
         *("a save ended after step 5", "a save ended after step 10", "a save failed after step 8"),
     ]
@@ -129,6 +129,22 @@ def test_starts_and_failed_saves_are_on_the_time_line(trainshort: Call) -> None:
         "time of training 80 s device hours 0.0444 on a card energy 1.1 kWh by the GPUs' own counters in" in page.text
     )
     assert "11 of 12 steps lost 13 s: 2 steps trained again" in page.text
+
+
+def test_a_rollback_is_part_of_the_cost(trainshort: Call) -> None:
+    run_dir = whole_run(Path("run"))
+    went_back = {"step": 8, "next_sample": 64, "left_out": 16, "from_step": 10, "why": "the loss is nan", "at": "now"}
+    (run_dir / "rollbacks.json").write_text(json.dumps({"rollbacks": [went_back]}))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    with (run_dir / "logs" / "metrics_discarded.jsonl").open("a") as file:
+        file.write(json.dumps({**lines[8], "rolled_back": True}) + "\n")
+    page = written(trainshort, str(run_dir), page="run/report.html")
+    assert "1 2026-01-02 03:04 UTC - 2 1 to 7 45 s 2 -" in page.text, "as without it"
+    assert re.search(r"2 2026-01-02 03:09 UTC 4m15s 2 6 to 10 \d+ s 1 1", page.text), "the start that went back"
+    assert "s: 3 steps trained again after a restart or a divergence" in page.text
+    assert "diverged step 10, back to step 8, 16 samples left out: the loss is nan" in page.text
+    (run_dir / "rollbacks.json").write_text("{")
+    assert "diverged" not in written(trainshort, str(run_dir), page="run/report.html").text
 
 
 def test_runs_are_laid_over_each_other(trainshort: Call) -> None:

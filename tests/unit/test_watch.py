@@ -74,7 +74,7 @@ def rows_of(view: RunView) -> dict[str, str]:
 
 
 def test_a_running_run_shows_its_figures_in_any_width(run_dir: Path) -> None:
-    write_steps(run_dir, 41, 41, validation_loss=7.5, validation_seconds=2.0, failed_saves=1)
+    write_steps(run_dir, 41, 41, validation_loss=7.5, validation_seconds=2.0, failed_saves=1, rollbacks=2)
     write_log(run_dir, START, "NOT SAVED: the disk is full; training continues", "step 41/100  loss 7.59")
     view = RunWatcher(run_dir).look()
     for width in WIDTHS:
@@ -93,6 +93,7 @@ def test_a_running_run_shows_its_figures_in_any_width(run_dir: Path) -> None:
     assert rows["memory"] == "1.00 GB  peak, largest of 4 ranks"
     assert rows["4"] == "ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1"
     assert rows["checkpoint"] == "step 40  now, 2 kept, 1 save of this start failed"
+    assert rows["rollbacks"] == "2  training diverged and went back"
     assert rows["warnings"].startswith("1 ")
     assert rows["NOT"] == "SAVED: the disk is full; training continues"
 

@@ -81,11 +81,6 @@ class SavedState(TrainState):
     order_hash: str
     validation_loss: FiniteFloat | None
 
-    @property
-    def state(self) -> TrainState:
-        """The position alone."""
-        return TrainState(self.step, self.consumed_samples, left_out_samples=self.left_out_samples)
-
 
 @dataclass(frozen=True)
 class Manifest(SavedState):

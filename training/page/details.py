@@ -1,9 +1,12 @@
 """What a page shows of each run, gathered from the files of its folder. Imports no torch."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.commands import typed_path
+from configs.errors import InputError
 from configs.paths import config_file
 from configs.positions import POSITIONS
 from configs.secrets import hide_secrets
@@ -23,6 +26,7 @@ from training.page.facts import (
 )
 from training.page.starts import RunStart, read_starts
 from training.page.timeline import Timeline, cost_rows, draw_timeline
+from training.rollbacks import Rollback, read_rollbacks
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
         folder=run.run_dir,
         starts=starts,
         timeline=draw_timeline(starts, run_dir=run.run_dir) if starts else None,
-        cost=cost_rows(starts, device=None if device is None else hide_secrets(str(device))) if took_steps else [],
+        cost=_cost(run.run_dir, starts, device=device) if took_steps else [],
         certificate=None if newest is None else certificate_facts(newest),
         layout=None if newest is None else layout_facts(newest, config=config, vocab_size=vocab_size),
         bias=bias_chart(config),
@@ -101,3 +105,10 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
         evaluate_command=None if run.report else f"trainshort evaluate {typed_path(run.path)}",
         has_checkpoint=run.checkpoint is not None,
     )
+
+
+def _cost(run_dir: Path, starts: Sequence[RunStart], *, device: object) -> list[tuple[str, str]]:
+    rollbacks: list[Rollback] = []
+    with suppress(InputError):  # a damaged record: the page shows the rest
+        rollbacks = read_rollbacks(run_dir)
+    return cost_rows(starts, device=None if device is None else hide_secrets(str(device)), rollbacks=rollbacks)

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from configs.paths import certificates_path, discarded_metrics_path
 from training.comparison.run import STEP_TIMES
 from training.evaluation.kept import Kept, Step
+from training.metrics_file import ROLLED_BACK
 from training.metrics_reader import step_fields
 from training.step_columns import StepColumns
 
@@ -148,9 +149,12 @@ def _taker(starts: Sequence[RunStart], step: int) -> int:
 def _discarded(run_dir: Path, starts: Sequence[RunStart]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the lost steps, each with the number of the start that found it lost, of the last such start first.
 
-    Each start adds the steps past its checkpoint to the end of one file: they begin with the step after it, and rise.
+    Those that a start itself took again, after a divergence, come before. Each start adds the steps past its checkpoint
+    to the end of one file: they begin with the step after it, and rise.
     """
-    rest = [*_lines(discarded_metrics_path(run_dir), needs="loss")]
+    lines = [*_lines(discarded_metrics_path(run_dir), needs="loss")]
+    rest = [fields for fields in lines if ROLLED_BACK not in fields]
+    yield from ((len(starts), fields) for fields in lines if ROLLED_BACK in fields)
     for number in range(len(starts) - 1, 0, -1):
         place = len(rest)
         while place and (place == len(rest) or rest[place - 1]["step"] < rest[place]["step"]):

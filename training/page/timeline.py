@@ -12,6 +12,7 @@ from pathlib import Path
 from configs.figures import counted, duration, energy
 from training.checkpoint.manifest import list_checkpoints
 from training.page.starts import RunStart
+from training.rollbacks import Rollback
 
 _MOST_SAVES = 200  # marks of saves that succeeded; a failed one always has its mark
 _GAP, _MOST_GAPS = 0.6, 30.0  # per cent of the width: between two starts, and all gaps together
@@ -71,7 +72,7 @@ def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
             marks.append(TimelineMark(left, "refused", f"start {number} was refused: {start.refused}"))
         elif kept + lost:
             steps = f"steps {start.step + 1:,} to {start.last_step:,}"
-            lost_text = f", the last {counted(len(start.lost), 'step')} lost" if start.lost else ""
+            lost_text = f", {counted(len(start.lost), 'step')} taken again" if start.lost else ""
             bars.append(TimelineBar(left, kept, lost, f"start {number}: {steps}{lost_text}"))
         for seconds, step, happened in start.saves():
             words = "a save ended" if happened == "saved" else "a save failed"
@@ -85,7 +86,9 @@ def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
     return Timeline(tuple(bars), tuple(_thinned(marks)), tuple(ticks), headings, rows)
 
 
-def cost_rows(starts: Sequence[RunStart], *, device: str | None) -> list[tuple[str, str]]:
+def cost_rows(
+    starts: Sequence[RunStart], *, device: str | None, rollbacks: Sequence[Rollback]
+) -> list[tuple[str, str]]:
     """Return what a run cost: names and values; without what is not known.
 
     A device hour is an hour of one rank, which has a device of its own. Energy is that of the ranks' GPUs, from the
@@ -94,6 +97,7 @@ def cost_rows(starts: Sequence[RunStart], *, device: str | None) -> list[tuple[s
     Args:
         starts: The run's starts.
         device: Name of the device; None if it is not known.
+        rollbacks: The run's.
     """
     lost = sum(start.lost_seconds for start in starts)
     rows = [("time of training", duration(lost + sum(start.kept_seconds for start in starts)))]
@@ -103,7 +107,11 @@ def cost_rows(starts: Sequence[RunStart], *, device: str | None) -> list[tuple[s
     rows += _energy_rows(starts)
     if lost:
         steps = sum(len(start.lost) for start in starts)
-        rows.append(("lost", f"{duration(lost)}: {counted(steps, 'step')} trained again after a restart"))
+        after = "a restart or a divergence" if rollbacks else "a restart"
+        rows.append(("lost", f"{duration(lost)}: {counted(steps, 'step')} trained again after {after}"))
+    for each in rollbacks:
+        left_out = f"{counted(each.left_out, 'sample')} left out"
+        rows.append(("diverged", f"step {each.from_step:,}, back to step {each.step:,}, {left_out}: {each.why}"))
     return rows
 
 
