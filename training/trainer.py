@@ -319,10 +319,7 @@ def build_trainer(
         loader, held_out = _open_data(config, prepared=prepared, groups=groups)
     same: dict[str, Any] = {"config": config, "groups": groups, "accept_change": accept_change}
     start = resume(engine, loader, resumes=resumes, **same)
-    flops, causal_flops = (
-        count(config.model, vocab_size=prepared.vocab_size, length=config.data.sequence_length)
-        for count in (flops_per_token, causal_flops_per_token)
-    )
+    sizes = {"vocab_size": prepared.vocab_size, "length": config.data.sequence_length}
     return Trainer(
         config=config,
         engine=engine,
@@ -334,8 +331,8 @@ def build_trainer(
         stop=stop,
         fence=fence,
         start=start,
-        flops_per_token=flops,
-        causal_flops_per_token=causal_flops,
+        flops_per_token=flops_per_token(config.model, **sizes),
+        causal_flops_per_token=causal_flops_per_token(config.model, **sizes),
         peak_flops=world_peak_flops(device, precision=config.train.precision),
         steps_ahead=1 if device.type == "cuda" else 0,
         go_back=partial(go_back, engine, loader, fence=fence, **same),
