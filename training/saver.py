@@ -12,7 +12,7 @@ from parallel.axes import Groups
 from parallel.copies import equalize_copies
 from parallel.engine import Engine
 from training.checkpoint.manifest import SavedState, list_checkpoints
-from training.checkpoint.rank_part import BackgroundWriter, SaveError
+from training.checkpoint.rank_part import BackgroundWriter, WeightsDiverged
 from training.checkpoint.retention import apply_retention
 from training.checkpoint.write import BegunSave, CheckpointWriter
 from training.incarnation import Fence
@@ -74,7 +74,8 @@ class Saver:
         Returns:
             Whether it goes on in the background: training may continue, and `finish` waits for the files.
         Raises:
-            SaveError: the weights have diverged, or the disk is full or failing; raised on every rank.
+            WeightsDiverged: the loss on the check batch is not finite; raised on every rank.
+            SaveError: the disk is full or failing; raised on every rank.
             Superseded: a newer start of the run has taken over; raised on every rank.
         """
         assert self._begun is None, "one save at a time"
@@ -83,10 +84,7 @@ class Saver:
                 logger.warning("step %d: the copies of %s differed: the first one was copied", state.step, difference)
         loss = check_loss(self._engine, self._loader, self._groups.world)
         if not math.isfinite(loss):
-            raise SaveError(
-                f"step {state.step} was not saved (its loss on the check batch is {loss}): its weights have "
-                "diverged; start from an earlier checkpoint with a lower train.learning_rate in another run.dir"
-            )
+            raise WeightsDiverged(f"the loss on the check batch is {loss} after step {state.step}")
         saved = SavedState(
             step=state.step,
             consumed_samples=state.consumed_samples,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from configs.errors import InputError
 from configs.schema import RunConfig
 from configs.slow_parts import timed
 from data_pipeline.loader import Loader
@@ -21,7 +22,7 @@ from parallel.axes import Groups
 from parallel.collectives import broadcast_from_first, wait_for_all
 from parallel.engine import Engine
 from parallel.seeds import seed_for
-from training.checkpoint.rank_part import SaveError
+from training.checkpoint.rank_part import SaveError, WeightsDiverged
 from training.divergence import LOSSES_WATCHED, Diverged, LossWatch
 from training.incarnation import Fence, Superseded
 from training.metrics_reader import newest_values
@@ -125,7 +126,7 @@ class Trainer:
                     saved = ", saved" if end.step else ""  # before the first step there is nothing to save
                     logger.warning("stopped after step %d%s: start again to continue", end.step, saved)
             return end
-        except SaveError:
+        except (SaveError, InputError):
             if self.is_first_rank:
                 remove_stop_file(self.fence)  # the run ends anyway: the next start must train
             raise
@@ -180,7 +181,10 @@ class Trainer:
                     saves.save(state, validation_loss=validation_loss, goes_on=goes_on)
         saves.end(goes_on=False)
         if state.step != saves.saved_step:
-            saves.save_last(state, validation_loss=validation_loss)
+            try:
+                saves.save_last(state, validation_loss=validation_loss)
+            except WeightsDiverged as error:
+                raise Diverged(str(error), began=state.step, state=state) from None
         return state
 
     def steps(self, read_step: ReadStep, rollbacks: Sequence[Rollback] = ()) -> Iterator[TakenStep]:

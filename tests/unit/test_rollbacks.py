@@ -126,6 +126,23 @@ def test_a_diverged_run_goes_on_without_the_samples(
     assert results_of(tmp_path / "copy") == results_of(run_dir), "the record alone repeats it"
 
 
+def test_weights_that_the_last_step_spoilt_are_no_result(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None]
+) -> None:
+    run_dir = tmp_path / "run"
+    poison(STEPS)
+    with pytest.raises(InputError) as error:
+        train(rank, run_dir, "train.rollbacks=0")
+    assert str(error.value).startswith(
+        f"the loss on the check batch is nan after step {STEPS}, so training has diverged: "
+    )
+    poison(STEPS - 6)
+    assert train(rank, run_dir).left_out_samples == 3 * BATCH
+    monkeypatch.undo()
+    train_without(rank, tmp_path / "without", monkeypatch, first=6 * BATCH, count=3 * BATCH)
+    assert results_of(run_dir) == results_of(tmp_path / "without")
+
+
 def test_a_kill_after_the_rollback_forgets_nothing(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None]
 ) -> None:

@@ -31,6 +31,10 @@ class SaveError(MachineError):
     """A checkpoint could not be saved; the earlier ones are unchanged."""
 
 
+class WeightsDiverged(SaveError):
+    """A state is not worth saving: its loss is not finite."""
+
+
 @contextmanager
 def as_save_error(folder: Path) -> Iterator[None]:
     """Turn a disk error in the block into a SaveError that names the checkpoint."""
