@@ -18,7 +18,7 @@ _WARNS = re.compile(
     r"\bwarning\b|error: |not saved|\bcannot\b|could not|not exported(?! again)|is not used|functions: |lacks its|"
     r"\bdiffered\b|is skipped|is replaced|left in place|\bunfinished\b|^accepted: |^asked by|^stopped |"
     r"^saving, |^stopping, |without saving|may be missing|dropped|nothing is logged|training continues|in memory$|"
-    r"^rolled back: |taken again",
+    r"^rolled back |taken again",
     re.IGNORECASE,
 )
 _STARTS = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d)  ")  # first line of `start_lines`

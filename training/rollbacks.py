@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import InputError
+from configs.figures import counted
 from configs.files import write_json
 from configs.paths import rollbacks_file
 from configs.schema_problems import first_problem
@@ -113,15 +114,10 @@ def record_rollback(diverged: Diverged, *, most: int, fence: Fence) -> None:
     )
     document = {"rollbacks": [asdict(each) for each in (*rollbacks, rollback)]}
     write_json(rollbacks_file(run_dir), document, mark=f".{fence.token}")
-    also = f"; the checkpoints of steps {', '.join(map(str, removed))} are removed" if removed else ""
+    also = f"; removed what was saved in between: {', '.join(removed)}" if removed else ""
     logger.warning(
-        "ROLLED BACK: %s; training goes back to %s and leaves out the %s samples since then (%d of %d times)%s",
-        diverged,
-        folder,
-        f"{rollback.left_out:,}",
-        len(rollbacks) + 1,
-        most,
-        also,
+        "ROLLED BACK (%d of %d): %s; training goes back to %s and leaves out the %s since then%s",
+        *(len(rollbacks) + 1, most, diverged, folder, counted(rollback.left_out, "sample"), also),
     )
 
 

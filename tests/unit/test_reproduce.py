@@ -81,6 +81,11 @@ def test_nothing_differs_right_after_a_start(trainshort: Call) -> None:
     assert "the same: code, configuration, data, tokenizer, weights, versions, hardware," in answer.out
     Path("run-again").mkdir()
     assert reproduced(trainshort)["commands"][0].endswith("run.dir=run-again-2")
+    went_back = {"step": 8, "next_sample": 64, "left_out": 16, "from_step": 10, "why": "the loss is nan", "at": "now"}
+    (RUN / "rollbacks.json").write_text(json.dumps({"rollbacks": [went_back]}))
+    document = reproduced(trainshort)
+    assert [note.partition(":")[0] for note in document["notes"]] == ["it diverged and went back once"]
+    assert document["commands"][0] == "mkdir -p run-again-2 && cp run/rollbacks.json run-again-2"
 
 
 @pytest.mark.usefixtures("started")

@@ -55,8 +55,8 @@ def checkpoints_to_remove(whole: dict[Path, Manifest], *, rules: CheckpointRules
     return [path for path in whole if path not in kept]
 
 
-def remove_after(step: int, *, fence: Fence) -> list[int]:
-    """Remove the checkpoints of later steps; return these steps.
+def remove_after(step: int, *, fence: Fence) -> list[str]:
+    """Remove the checkpoints of later steps; return their names.
 
     Raises:
         OSError: the disk fails.
@@ -64,7 +64,7 @@ def remove_after(step: int, *, fence: Fence) -> list[int]:
     later = [checkpoint for checkpoint in list_checkpoints(fence.run_dir) if checkpoint.step > step]
     for checkpoint in later:
         _remove(checkpoint.path, fence=fence)
-    return [checkpoint.step for checkpoint in later]
+    return [checkpoint.path.name for checkpoint in later]
 
 
 def remove_unfinished(checkpoints: Path, *, fence: Fence) -> None:

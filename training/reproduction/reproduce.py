@@ -11,7 +11,7 @@ from typing import Any
 from configs.commands import typed_path
 from configs.errors import InputError
 from configs.path_text import require_folder
-from configs.paths import config_file, data_folder, environment_path, own_data_folder, reproduction_file
+from configs.paths import config_file, data_folder, environment_path, own_data_folder, reproduction_file, rollbacks_file
 from data_pipeline.manifest import read_data_manifest
 from training.incarnation import newest_incarnation
 from training.reproduction.differences import (
@@ -36,6 +36,7 @@ from training.reproduction.here import (
     prepares_the_same,
 )
 from training.reproduction.starts import recorded_starts
+from training.rollbacks import read_rollbacks
 
 SECTIONS = ("code", "configuration", "data", "tokenizer", "weights", "versions", "hardware", "variables", "layout")
 
@@ -200,6 +201,12 @@ def _notes(run_dir: Path, surviving: list[tuple[int, dict[str, Any]]], differing
     first, start = surviving[0][1], surviving[-1][1]
     if first["step"]:
         yield f"steps 1 to {first['step']} were trained by a version that kept no manifest: what they ran is not known"
+    if rollbacks := read_rollbacks(run_dir):
+        times = "once" if len(rollbacks) == 1 else f"{len(rollbacks)} times"
+        yield (
+            f"it diverged and went back {times}: with the copy of {rollbacks_file(run_dir).name} the same samples are "
+            "left out, whether or not it diverges again"
+        )
     nodes = start["layout"].get("nodes", 1)
     if nodes > 1:
         yield f"it ran on {nodes} nodes, of which this is one at most"
@@ -235,6 +242,9 @@ def _commands(
     sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
     file = typed_path(found.file)
     prepare = [f"trainshort prepare {file}{sets}"] if prepares else []
+    if read_rollbacks(run_dir):
+        folder = typed_path(again)
+        prepare.append(f"mkdir -p {folder} && cp {typed_path(rollbacks_file(run_dir))} {folder}")
     ranks, nodes = layout.get("ranks", 1), layout.get("nodes", 1)
     if layout.get("starter") == "slurm":
         return [*prepare, f"trainshort slurm {file} --nodes {nodes} --submit{sets}"]
