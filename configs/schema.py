@@ -214,6 +214,11 @@ class Train(Section):
     beta2: Fraction = Field(default=0.95, description="AdamW beta 2.")
     epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-8, description="AdamW epsilon.")
     clip: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="Largest global gradient norm.")
+    z_loss: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="Weight of the z-loss, the square of log(sum of exp(logits)), which keeps logits from drifting: "
+        "1e-4 in PaLM. Losses are shown without it.",
+    )
     precision: Annotated[str, OneOf(PRECISIONS)] = Field(
         default="fp32", description="Type of the forward and backward pass; fp16 and tf32 are not available yet."
     )

@@ -32,15 +32,19 @@ class Head:
     row is not a token: the loss is computed without it, or it would depend on the layout.
     """
 
-    def __init__(self, *, tensor: Group, sequence: bool = False, compiled: Compile = as_it_is) -> None:
+    def __init__(
+        self, *, tensor: Group, sequence: bool = False, z_loss: float = 0.0, compiled: Compile = as_it_is
+    ) -> None:
         """Set up the head.
 
         Args:
             tensor: The tensor axis.
             sequence: Whether the ranks hold [seq / tensor, batch, hidden] of the states.
+            z_loss: Weight of the square of log(sum of exp(logits)) in the gradient; PaLM's (Chowdhery et al. 2022, section
+                5). The loss that is returned is without it.
             compiled: Compiles a function of tensors; it contains no collective.
         """
-        self.tensor, self.sequence = tensor, sequence and tensor.size > 1
+        self.tensor, self.sequence, self.z_loss = tensor, sequence and tensor.size > 1, z_loss
         self._normalize = compiled(_normalize)
         self._probabilities = compiled(_probabilities)
         self._losses_and_probabilities = compiled(_losses_and_probabilities)
@@ -107,14 +111,17 @@ class Head:
             [tokens] fp32, and [tokens, real rows] in the type of the logits.
         """
         here, index = _held(local, columns=logits.shape[-1])
-        if self.tensor.size == 1:
+        more = None
+        if self.tensor.size == 1 and not self.z_loss:
             losses, gradient = self._losses_and_probabilities(logits, index)
         else:
             log_probabilities, total = self._normalize(logits)
             losses, whole = self._joined(log_probabilities, total, here, index)
-            gradient = self._probabilities(log_probabilities, total - whole, logits.dtype)
+            more = 2 * self.z_loss * whole if self.z_loss else None  # p times the derivative of the square
+            gradient = self._probabilities(log_probabilities, total - whole, more, logits.dtype)
         # A softmax's gradient is p, and p - 1 at the target: in fp32, as p may be near 1.
-        at_target = torch.where(here, torch.expm1(-losses).to(gradient.dtype), gradient.gather(-1, index)[:, 0])
+        target = torch.expm1(-losses) if more is None else torch.expm1(-losses) + more * torch.exp(-losses)
+        at_target = torch.where(here, target.to(gradient.dtype), gradient.gather(-1, index)[:, 0])
         return losses, gradient.scatter_(-1, index, at_target[:, None])
 
     def _losses(self, logits: Tensor, local: Tensor) -> Tensor:
@@ -126,6 +133,8 @@ class Head:
 
     def _joined(self, log_probabilities: Tensor, total: Tensor, here: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return losses and the logarithm of all ranks' sum of exp(logits), [tokens] each."""
+        if self.tensor.size == 1:
+            return -log_probabilities.gather(-1, index)[:, 0], total
         predicted = (log_probabilities.gather(-1, index)[:, 0] + total).where(here, total.new_zeros(()))
         mine = torch.stack([total, predicted])
         ranks = mine.new_empty((self.tensor.size * 2, mine.shape[1]))
@@ -213,5 +222,6 @@ def _normalize(logits: Tensor) -> tuple[Tensor, Tensor]:
     return log_probabilities, logits.amax(-1).to(log_probabilities.dtype) - log_probabilities.amax(-1)
 
 
-def _probabilities(log_probabilities: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    return log_probabilities.add_(shift[:, None]).exp_().to(dtype)
+def _probabilities(log_probabilities: Tensor, shift: Tensor, more: Tensor | None, dtype: torch.dtype) -> Tensor:
+    probabilities = log_probabilities.add_(shift[:, None]).exp_()
+    return (probabilities if more is None else probabilities.mul_(1 + more[:, None])).to(dtype)

@@ -60,6 +60,7 @@ def build_engine(
         recompute=train.recompute,
         sequence=config.parallel.sequence,
         documents=config.data.mask_documents,
+        z_loss=train.z_loss,
         compiled=compiled,
     )
     if plan.shared is not None:  # a position table: the certificate needs its weights

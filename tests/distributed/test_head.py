@@ -41,21 +41,21 @@ def whole_problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return x, weight, targets
 
 
-def expected_of(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return losses, their mean, and the gradients of a third of it, by torch from whole logits."""
+def expected_of(dtype: torch.dtype, *, z_loss: float = 0.0) -> dict[str, Tensor]:
+    """Return losses, and the gradients of a third of their mean with the z-loss, by torch from whole logits."""
     x, weight, targets = whole_problem(dtype)
     x.requires_grad_()
     weight.requires_grad_()
     logits = x @ weight.t()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.t().flatten(), reduction="none").view(SEQ, BATCH)
-    (losses.mean() / 3).backward()
+    ((losses + z_loss * logits.logsumexp(-1).square()).mean() / 3).backward()
     assert x.grad is not None
     assert weight.grad is not None
     parts = {"losses": losses, "logits": logits.transpose(0, 1), "dx": x.grad, "dw": weight.grad}
     return {name: part.detach() for name, part in parts.items()}
 
 
-def measure(tensor: Group, *, dtype: torch.dtype, sequence: bool, chunk: int) -> dict[str, Any]:
+def measure(tensor: Group, *, dtype: torch.dtype, sequence: bool, chunk: int, z_loss: float) -> dict[str, Any]:
     """Return this rank's losses, logits, and the gradients of a third of the mean loss."""
     x, whole, targets = whole_problem(dtype)
     rows = padded_vocabulary(VOCABULARY, tensor=tensor.size) // tensor.size
@@ -68,7 +68,7 @@ def measure(tensor: Group, *, dtype: torch.dtype, sequence: bool, chunk: int) ->
     if sequence:
         x = x.chunk(tensor.size)[tensor.rank].clone()
     x.requires_grad_()
-    split = Head(tensor=tensor, sequence=sequence)
+    split = Head(tensor=tensor, sequence=sequence, z_loss=z_loss)
     with patch.object(head, "HEAD_CHUNK_BYTES", chunk * (rows - 1) * x.element_size()):
         loss = split.loss(embedding, x, targets)
         (loss / 3).backward()
@@ -84,16 +84,22 @@ def measure(tensor: Group, *, dtype: torch.dtype, sequence: bool, chunk: int) ->
     return {**result, "dx": x.grad, "dw": weight.grad[:real], "rank": tensor.rank}
 
 
-CASES = [*product((1, 2, 3), (torch.float64, torch.float32, torch.bfloat16), (False, True), CHUNKS)]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+Z_LOSS = 0.1
+CASES = [
+    *product((1, 2, 3), DTYPES, (False, True), CHUNKS, (0.0,)),
+    *product((1, 2, 3), DTYPES, (False,), (4,), (Z_LOSS,)),
+]
 
 
 def measure_all(process: ProcessRank) -> list[dict[str, Any] | None]:
     measured: list[dict[str, Any] | None] = []
     handles = {size: dist.new_group(list(range(size))) for size in range(1, RANKS + 1)}
-    for size, dtype, sequence, chunk in CASES:
+    for size, dtype, sequence, chunk, z_loss in CASES:
         inside = process.rank < size
         group = Group(process.rank, size, handles[size])
-        measured.append(measure(group, dtype=dtype, sequence=sequence, chunk=chunk) if inside else None)
+        case = {"dtype": dtype, "sequence": sequence, "chunk": chunk, "z_loss": z_loss}
+        measured.append(measure(group, **case) if inside else None)
     return measured
 
 
@@ -110,12 +116,13 @@ def ranks_of(measured: list[list[dict[str, Any] | None]], index: int) -> list[di
 def test_split_losses_equal_torch_on_whole_logits(
     measured: list[list[dict[str, Any] | None]], dtype: torch.dtype
 ) -> None:
-    expected = expected_of(dtype)
+    expected_by_z = {z_loss: expected_of(dtype, z_loss=z_loss) for z_loss in (0.0, Z_LOSS)}
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     close = partial(torch.testing.assert_close, atol=tolerance, rtol=tolerance)
-    for index, (size, of_case, sequence, _) in enumerate(CASES):
+    for index, (size, of_case, sequence, _, z_loss) in enumerate(CASES):
         if of_case != dtype:
             continue
+        expected = expected_by_z[z_loss]
         ranks = ranks_of(measured, index)
         assert len(ranks) == size
         for rank in ranks:
@@ -132,12 +139,13 @@ def test_split_losses_equal_torch_on_whole_logits(
 
 def test_bf16_rounds_logits_and_nothing_more(measured: list[list[dict[str, Any] | None]]) -> None:
     x, weight, targets = whole_problem(torch.bfloat16)
-    logits = (x @ weight.t()).double().requires_grad_()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.t().flatten(), reduction="none").view(SEQ, BATCH)
-    (losses.mean() / 3).backward()
-    assert logits.grad is not None
-    gradients = {"dx": logits.grad @ weight.double(), "dw": logits.grad.flatten(0, 1).t() @ x.flatten(0, 1).double()}
-    for index, (_, dtype, sequence, _) in enumerate(CASES):
+    for index, (_, dtype, sequence, _, z_loss) in enumerate(CASES):
+        logits = (x @ weight.t()).double().requires_grad_()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.t().flatten(), reduction="none").view(SEQ, BATCH)
+        ((losses + z_loss * logits.logsumexp(-1).square()).mean() / 3).backward()
+        assert logits.grad is not None
+        dw = logits.grad.flatten(0, 1).t() @ x.flatten(0, 1).double()
+        gradients = {"dx": logits.grad @ weight.double(), "dw": dw}
         if dtype != torch.bfloat16:
             continue
         ranks = ranks_of(measured, index)

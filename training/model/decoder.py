@@ -24,6 +24,7 @@ def plan_layers(
     recompute: Recompute,
     sequence: bool = False,
     documents: bool = False,
+    z_loss: float = 0.0,
     compiled: Compile = as_it_is,
 ) -> LayerPlan:
     """Return the layers of a decoder, not yet built: a pipeline stage builds only its own.
@@ -35,6 +36,7 @@ def plan_layers(
         recompute: What each block recomputes in the backward pass.
         sequence: Whether the sequence is split between the linears.
         documents: Whether attention may be asked to stay inside documents.
+        z_loss: See `Head`.
         compiled: Compiles a function of tensors.
     """
     shards = shards_of(model, vocab_size=vocab_size)
@@ -49,6 +51,7 @@ def plan_layers(
         attend=attend,
         recompute=recompute,
         sequence=sequence,
+        z_loss=z_loss,
         compiled=compiled,
     )
     return plan

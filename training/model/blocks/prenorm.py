@@ -132,6 +132,7 @@ def plan_prenorm(
     attend: Attention,
     recompute: Recompute,
     sequence: bool,
+    z_loss: float,
     compiled: Compile,
 ) -> LayerPlan:
     """Return the layers of a decoder, not yet built.
@@ -144,6 +145,7 @@ def plan_prenorm(
         attend: The attention of all blocks.
         recompute: What each block recomputes in the backward pass.
         sequence: Whether the sequence is split between the linears.
+        z_loss: See `Head`.
         compiled: Compiles a function of tensors.
     """
     family: Family = FAMILIES[model.family].load()
@@ -155,7 +157,7 @@ def plan_prenorm(
 
     return LayerPlan(
         embedding=partial(WordEmbedding, shards["embedding.word.weight"], tensor=tensor, sequence=sequence),
-        head=Head(tensor=tensor, sequence=sequence, compiled=compiled),
+        head=Head(tensor=tensor, sequence=sequence, z_loss=z_loss, compiled=compiled),
         before=(lambda: Embedded(model, layers, family=family, position=position),),
         blocks=tuple(partial(block, index) for index in range(model.layers)),
         after=(lambda: FinalNorm(layers, family=family),),
