@@ -40,8 +40,8 @@ class Head:
         Args:
             tensor: The tensor axis.
             sequence: Whether the ranks hold [seq / tensor, batch, hidden] of the states.
-            z_loss: Weight of the square of log(sum of exp(logits)) in the gradient; PaLM's (Chowdhery et al. 2022, section
-                5). The loss that is returned is without it.
+            z_loss: Weight of the square of log(sum of exp(logits)) in the gradient, as in PaLM (Chowdhery et al. 2022).
+                The loss that is returned is without it.
             compiled: Compiles a function of tensors; it contains no collective.
         """
         self.tensor, self.sequence, self.z_loss = tensor, sequence and tensor.size > 1, z_loss
