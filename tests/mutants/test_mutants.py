@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants.divergence_mutants import DIVERGENCE_MUTANTS
 from tests.mutants.document_mutants import DOCUMENT_MUTANTS
 from tests.mutants.evaluation_mutants import EVALUATION_MUTANTS
 from tests.mutants.export_mutants import EXPORT_MUTANTS
@@ -28,6 +29,7 @@ ALL = (
     *MUTANTS,
     *WINDOW_MUTANTS,
     *FUSED_MUTANTS,
+    *DIVERGENCE_MUTANTS,
     *EXPORT_MUTANTS,
     *STUDY_MUTANTS,
     *EVALUATION_MUTANTS,

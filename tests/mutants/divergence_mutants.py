@@ -1,0 +1,88 @@
+"""Mistakes in noticing a divergence and going back from it, each with the test that must catch it."""
+
+from tests.mutants.mutants import Mutant
+
+ROLLBACKS, TRAINER, DIVERGENCE = "training/rollbacks.py", "training/trainer.py", "training/divergence.py"
+TESTS = "tests/unit/test_rollbacks.py"
+BY_RUN = f"{TESTS}::test_a_diverged_run_goes_on_without_the_samples[0]"
+BY_KILL = f"{TESTS}::test_a_kill_after_the_rollback_forgets_nothing"
+BY_SECOND = f"{TESTS}::test_a_second_divergence_stops_or_goes_back_again"
+BY_SPIKE = f"{TESTS}::test_a_spike_removes_what_was_saved_in_it"
+BY_WATCH = f"{TESTS}::test_only_a_lasting_rise_is_a_spike"
+BY_Z_LOSS = "tests/unit/test_z_loss.py::test_z_loss_is_in_the_gradient_alone"
+
+DIVERGENCE_MUTANTS = (
+    Mutant(
+        "divergence: the samples that a run diverged on follow again",
+        TRAINER,
+        "self._launch(without_left_out(state, rollbacks), read_step, exchange)",
+        "self._launch(state, read_step, exchange)",
+        BY_RUN,
+    ),
+    Mutant(
+        "divergence: a later checkpoint forgets what was left out",
+        "training/saver.py",
+        "left_out_samples=state.left_out_samples,",
+        "left_out_samples=0,",
+        BY_RUN,
+    ),
+    Mutant(
+        "divergence: the samples of the last step stay in",
+        ROLLBACKS,
+        "left_out=diverged.state.next_sample - manifest.next_sample,",
+        "left_out=(diverged.state.step - 1 - manifest.step) * 4,",
+        BY_RUN,
+    ),
+    Mutant(
+        "divergence: weights come back without the optimizer's step",
+        "training/resume.py",
+        "        state.set_step(checkpoint.step)\n",
+        "",
+        BY_RUN,
+    ),
+    Mutant(
+        "divergence: a start knows nothing of the rollbacks before",
+        TRAINER,
+        "rollbacks = broadcast_from_first(lambda: read_rollbacks(run_dir), group=self.groups.world)",
+        "rollbacks = read_rollbacks(run_dir) if self.start.step < 3 else []",
+        BY_KILL,
+    ),
+    Mutant(
+        "divergence: the first of two rollbacks to a checkpoint counts",
+        ROLLBACKS,
+        "for rollback in reversed(rollbacks):",
+        "for rollback in rollbacks:",
+        BY_SECOND,
+    ),
+    Mutant(
+        "divergence: a run goes back for ever",
+        ROLLBACKS,
+        "if good is None or len(rollbacks) >= most:",
+        "if good is None or not most:",
+        BY_SECOND,
+    ),
+    Mutant(
+        "divergence: what was saved in the spike stays the newest",
+        ROLLBACKS,
+        "removed = remove_after(manifest.step, fence=fence)",
+        "removed = []",
+        BY_SPIKE,
+    ),
+    Mutant(
+        "divergence: a checkpoint of the spike is taken for good",
+        DIVERGENCE,
+        "began=step - SPIKE_STEPS + 1, state=state)",
+        "began=step, state=state)",
+        BY_SPIKE,
+    ),
+    Mutant("divergence: one loss of ten is enough", DIVERGENCE, "if min(last) >", "if max(last) >", BY_WATCH),
+    Mutant("divergence: a gradient that is nan trains on", DIVERGENCE, " and math.isfinite(grad_norm)", "", BY_WATCH),
+    Mutant("z-loss: it is left out", "training/build.py", "z_loss=train.z_loss,", "z_loss=0.0,", BY_Z_LOSS),
+    Mutant(
+        "z-loss: the target has none",
+        "parallel/head.py",
+        "torch.expm1(-losses) + more * torch.exp(-losses)",
+        "torch.expm1(-losses)",
+        "tests/distributed/test_head.py::test_split_losses_equal_torch_on_whole_logits[dtype0]",
+    ),
+)
