@@ -183,6 +183,23 @@ def test_a_step_that_was_exported_is_not_overwritten(exports: Exports, caplog: p
     assert caplog.messages == [f"step 2 is not exported again: {folder} exists"]
 
 
+def test_exports_of_steps_that_are_taken_again_are_made_again(
+    exports: Exports, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (2, 4):
+        exports.save(step)
+        exports.started[-1].succeed()
+    exports.save(6, 8)
+    exports.observer.on_rollback(6)  # the export of its checkpoint goes on
+    assert [path.name for path in exports.observer.checkpoints_in_use()] == ["step_0000006"]
+    exports.observer.on_rollback(2)
+    assert exports.observer.checkpoints_in_use() == []
+    assert [re.sub("until-.*", "until-", name) for name in exports.folders] == ["step-00000002", "step-00000004.until-"]
+    assert "step-00000004 is of a step that is taken again: renamed to step-00000004.until-" in caplog.text
+    exports.save(4)
+    assert exports.steps == [2, 4, 6, 4]
+
+
 def test_a_finished_run_waits_for_its_last_export(exports: Exports, caplog: pytest.LogCaptureFixture) -> None:
     exports.save(98, 99)
     exports.observer.close("FINISHED")

@@ -289,6 +289,20 @@ def test_the_best_validation_is_that_of_all_starts(tmp_path: Path, caplog: pytes
     assert "validation at step 4: loss 4.5000, best 4.0000 at step 1 (1.0 s)" in logged_lines(caplog)
 
 
+def test_a_rollback_forgets_what_was_measured_after_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    config = progress_run("train.steps=9", "train.log_every=100", "evaluate.every=2")
+    log = ProgressLog(config, first_step=0, best=None, terminal=None)
+    for step, loss in ((2, 3.0), (4, 2.0)):
+        log.on_step(step_result(step=step, validation_loss=loss, validation_seconds=1.0))
+    log.on_rollback(3)
+    log.on_step(step_result(step=4, validation_loss=2.5, validation_seconds=1.0))
+    log.close("FINISHED")
+    assert "validation at step 4: loss 2.0000, the best so far" in caplog.text
+    assert "validation at step 4: loss 2.5000, the best so far" in caplog.text
+    assert caplog.messages[-1] == "best validation: loss 2.5000 at step 4"
+
+
 def test_the_command_that_continues_is_the_users_own() -> None:
     overrides = ["train.steps=20", "run.name=a b", "track.uri=https://me:hunter2@mlflow.example"]
     line = train_command_line("my.yaml", options=["--ranks", "2"], overrides=overrides)

@@ -172,8 +172,10 @@ class ExportsWhileTraining(Observer):
     def on_rollback(self, step: int) -> None:
         """End the exports of later steps, and rename those that are done: the steps are taken again."""
         self._look()
-        if self._running is not None and (self._waiting or self._running.export).step > step:
+        if self._running is not None and self._running.export.step > step:
             self._end()
+        if self._waiting is not None and self._waiting.step > step:
+            self._waiting = None
         now = datetime.now(UTC).isoformat(timespec="seconds")
         for out in step_export_folder(self._run_dir, step=0).parent.glob("step-" + 8 * "[0-9]"):
             if int(out.name.removeprefix("step-")) > step:
