@@ -31,7 +31,7 @@ def start_lines(ready: "Ready", *, device: str) -> list[str]:
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     parameters = parameter_count(config.model, vocab_size=ready.prepared.vocab_size)
     tokens = train.global_batch * config.data.sequence_length
-    steps_left = train.steps - (ready.newest.step if ready.newest else 0)
+    steps_left = train.steps - ready.trained
     ranks = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
     return [
         f"{now}  {config.run.name} in {ready.run_dir}",
