@@ -198,7 +198,7 @@ class Train(Section):
 
     micro_batch: PositiveInt = Field(description="Sequences of one forward pass on one data rank.")
     global_batch: PositiveInt = Field(description="Sequences of one optimizer step, over all data ranks.")
-    steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
+    steps: PositiveInt = Field(description="Optimizer steps of the whole run; of a branch, with those before it.")
     schedule: Annotated[str, OneOf(SCHEDULES)] = Field(
         default="cosine",
         description="How the learning rate falls after the warm-up: along a cosine, a line, never, or along a line in "
