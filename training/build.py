@@ -134,5 +134,5 @@ def record_refusal(ready: Ready, *, groups: Groups) -> Iterator[None]:
         if groups.world.rank == 0:
             record = {**certificates_to_json(refused.certificates, ready.config.model), "refused": str(refused)}
             with report_write_errors(ready.run_dir):
-                record_certificate(record, run_dir=ready.run_dir, step=ready.trained)
+                record_certificate(record, run_dir=ready.run_dir, step=ready.start.step)
         raise

@@ -29,6 +29,7 @@ from training.checkpoint.manifest import (
 from training.export.while_training import check_export_every
 from training.folder import another_run, with_dotted_keys, with_fixed_keys
 from training.schedule import first_changed_step, zero_from
+from training.state import TrainState
 
 # What makes a model another one, though all shapes may fit; `inner` is `feed_forward` with its default.
 _SAME_MODEL = (
@@ -60,10 +61,9 @@ class Ready:
     branch: Manifest | None = None
 
     @property
-    def trained(self) -> int:
-        """Steps that are taken, of the run and of the one that it branches off from."""
-        continued = self.newest or self.branch
-        return continued.step if continued else 0
+    def start(self) -> TrainState:
+        """Where training continues, if the checkpoint proves to be whole."""
+        return self.newest or self.branch or TrainState(0, 0)
 
     @property
     def finished(self) -> bool:

@@ -31,11 +31,12 @@ def start_lines(ready: "Ready", *, device: str) -> list[str]:
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     parameters = parameter_count(config.model, vocab_size=ready.prepared.vocab_size)
     tokens = train.global_batch * config.data.sequence_length
-    steps_left = train.steps - ready.trained
+    steps_left = train.steps - ready.start.step
+    in_all = ready.start.consumed_samples * config.data.sequence_length + steps_left * tokens
     ranks = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
     return [
         f"{now}  {config.run.name} in {ready.run_dir}",
-        f"{parameters:,} parameters; {train.steps:,} steps of {tokens:,} tokens, {scaled(train.steps * tokens)} in all",
+        f"{parameters:,} parameters; {train.steps:,} steps of {tokens:,} tokens, {scaled(in_all)} in all",
         f"to go: {counted(steps_left, 'step')}, {scaled(steps_left * tokens)} tokens",
         f"{ranks}: {ready.layout}, {train.precision}",
         f"attention {attention_here(config, device=device)}",

@@ -172,13 +172,14 @@ def test_other_samples_are_refused_by_their_hash(rank: OneRank, point: Path, tmp
 
 
 def test_a_start_says_where_it_branches_off(rank: OneRank, point: Path, tmp_path: Path) -> None:
-    keys = (f"train.branch_from={point}", f"train.steps={STEPS}")
+    keys = (f"train.branch_from={point}", f"train.steps={STEPS}", "train.global_batch=6")
     config = rank.config(tmp_path / "branch", *keys)
     line = f"branches off after step {AT}, {point}"
     assert check_notes(config, device="cpu", environ={}) == [f"training {line}"]
     lines = dry_run_lines(config, None, ranks=1, environ={"CUDA_VISIBLE_DEVICES": ""})
     assert line in lines
-    assert f"to go: {STEPS - AT} steps, 64 tokens" in lines
+    assert f"to go: {STEPS - AT} steps, 96 tokens" in lines
+    assert any(text.endswith("; 4 steps of 48 tokens, 160 in all") for text in lines), "those of the trunk are smaller"
 
 
 def test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start(rank: OneRank, trunk: Path, tmp_path: Path) -> None:
