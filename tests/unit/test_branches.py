@@ -182,6 +182,18 @@ def test_a_start_says_where_it_branches_off(rank: OneRank, point: Path, tmp_path
     assert any(text.endswith("; 4 steps of 48 tokens, 160 in all") for text in lines), "those of the trunk are smaller"
 
 
+def test_a_start_counts_the_steps_past_its_schedule(rank: OneRank, tmp_path: Path) -> None:
+    def to_go(*keys: str) -> str:
+        config = rank.config(tmp_path / "run", "train.steps=9", *keys)
+        lines = dry_run_lines(config, None, ranks=1, environ={"CUDA_VISIBLE_DEVICES": ""})
+        return next(line for line in lines if line.startswith("to go: "))
+
+    assert to_go("train.decay_steps=5") == "to go: 9 steps, 288 tokens; the last 4 at train.min_learning_rate"
+    for keys in (("train.decay_steps=9",), ("train.schedule=constant", "train.min_learning_rate=0")):
+        assert to_go(*keys) == "to go: 9 steps, 288 tokens"
+    assert to_go("train.schedule=constant", "train.min_learning_rate=0", "train.decay_steps=5").endswith("288 tokens")
+
+
 def test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start(rank: OneRank, trunk: Path, tmp_path: Path) -> None:
     other, branch = tmp_path / "trunk", tmp_path / "branch"
     shutil.copytree(trunk, other)
