@@ -37,7 +37,7 @@ _SAME_MODEL = (
     *("layers", "hidden", "inner", "tie_embeddings"),
 )
 # What decides the optimizer's state and the order of the samples; their content is compared by a hash.
-_SAME_IN_A_BRANCH = (*("train.optimizer", "run.seed", "data.sequence_length", "data.split", "data.mask_documents"),)
+_SAME_IN_A_BRANCH = ("train.optimizer", "run.seed", "data.sequence_length", "data.split", "data.mask_documents")
 
 
 @dataclass(frozen=True)
