@@ -13,6 +13,7 @@ from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS, Precision
 from configs.protocols import PROTOCOL_NAMES, WindowProtocol, parse_protocol
 from configs.schema import RunConfig
+from configs.train_rules import TRAIN_RULES
 
 _LARGEST_DIVIDED = 10**12
 
@@ -170,29 +171,6 @@ def _micro_batch(config: RunConfig) -> Iterator[str]:
         yield (
             f"train.micro_batch must divide train.global_batch ({train.global_batch}), "
             f"got {train.micro_batch}: use {divisors(train.global_batch)}"
-        )
-
-
-def _warmup(config: RunConfig) -> Iterator[str]:
-    train = config.train
-    decay_steps = train.decay_steps or train.steps
-    if train.warmup_steps >= decay_steps:
-        # the schedule of a run that has started is fixed, and no rule knows its folder
-        advice = "raise train.decay_steps"
-        if train.decay_steps is None:
-            advice = "set train.decay_steps (that of RUN_DIR/config.yaml, if the run has started)"
-        yield (
-            f"train.warmup_steps must be less than the schedule's steps ({decay_steps}), got {train.warmup_steps}: "
-            f"lower it or {advice}"
-        )
-
-
-def _learning_rates(config: RunConfig) -> Iterator[str]:
-    train = config.train
-    if train.min_learning_rate > train.learning_rate:
-        yield (
-            f"train.min_learning_rate must be at most train.learning_rate ({train.learning_rate}), "
-            f"got {train.min_learning_rate}: lower it"
         )
 
 
@@ -369,8 +347,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _zero_with_precision,
     _weights,
     _micro_batch,
-    _warmup,
-    _learning_rates,
+    *TRAIN_RULES,
     _keep_every,
     _export_every,
     _keep_best,

@@ -14,6 +14,7 @@ from configs.choices import FAMILIES, OPTIMIZERS, OneOf
 from configs.path_text import PathText, StoreText
 from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS
+from configs.schedules import SCHEDULES
 from configs.secrets import hide_secrets, public_variables, without_password
 from configs.strict_yaml import WrittenFloat, WrittenInt
 
@@ -197,15 +198,21 @@ class Train(Section):
 
     micro_batch: PositiveInt = Field(description="Sequences of one forward pass on one data rank.")
     global_batch: PositiveInt = Field(description="Sequences of one optimizer step, over all data ranks.")
-    steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
+    steps: PositiveInt = Field(description="Optimizer steps of the whole run; of a branch, with those before it.")
+    schedule: Annotated[str, OneOf(SCHEDULES)] = Field(
+        default="cosine",
+        description="How the learning rate falls after the warm-up: along a cosine, a line, never, or along a line in "
+        "the last steps (warm-up, stable, decay).",
+    )
     decay_steps: PositiveInt | None = Field(
-        default=None, description="Steps to the end of the cosine; train.steps at the first start."
+        default=None, description="Step at which the fall of the learning rate ends; train.steps at the first start."
+    )
+    cooldown_steps: PositiveInt | None = Field(
+        default=None, description="Steps of the fall with schedule wsd; a fifth of decay_steps unless set."
     )
     warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up.")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(description="Peak learning rate.")
-    min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0, description="Learning rate after the decay."
-    )
+    min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="Learning rate after the fall.")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
         default=0.1,
         description="AdamW decay of matrices and the embedding; norms, biases and learned positions do not decay.",
@@ -239,6 +246,10 @@ class Train(Section):
         description="Use only algorithms that repeat bit for bit, at some cost in speed; the start says what may not.",
     )
     init_from: PathText | None = Field(default=None, description="A checkpoint whose weights start this run.")
+    branch_from: PathText | None = Field(
+        default=None,
+        description="A checkpoint that this run continues: weights, optimizer state, step and place in the data.",
+    )
     spike: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description="Rise of the loss that counts as divergence, in nats: 10 losses in a row that lie so far above the "

@@ -14,7 +14,7 @@ from training.folder import report_write_errors
 from training.incarnation import refuse_second_start
 from training.metrics_file import better_of, validation_of
 from training.metrics_reader import read_steps
-from training.preflight import Ready, finished_line, make_ready, newest_to_resume, resume_line
+from training.preflight import Ready, branch_line, finished_line, make_ready, newest_to_resume, resume_line
 from training.progress_lines import best_line, evaluate_line, start_lines
 from training.tracking.store import choose_store, require_known_scheme
 
@@ -95,6 +95,8 @@ def _beginning(ready: Ready, *, environ: Mapping[str, str]) -> Iterator[str]:
     newest = newest_to_resume(config, run_dir=run_dir)  # `make_ready` does not warn of broken ones
     if newest is not None:
         yield resume_line(run_dir, step=newest.step)
+    elif ready.branch is not None:
+        yield branch_line(config, step=ready.branch.step)
     else:
         weights = f", with the weights of {config.train.init_from}" if config.train.init_from else ""
         yield f"begins at step 0{weights}"

@@ -134,7 +134,6 @@ def record_refusal(ready: Ready, *, groups: Groups) -> Iterator[None]:
     except WrongPositions as refused:
         if groups.world.rank == 0:
             record = {**certificates_to_json(refused.certificates, ready.config.model), "refused": str(refused)}
-            step = 0 if ready.newest is None else ready.newest.step
             with report_write_errors(ready.run_dir):
-                record_certificate(record, run_dir=ready.run_dir, step=step)
+                record_certificate(record, run_dir=ready.run_dir, step=ready.start.step)
         raise

@@ -5,7 +5,6 @@ A user types `check` often: what takes a tenth of a second to import, numpy firs
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError, not_prepared
@@ -83,24 +82,31 @@ def _start(config: RunConfig, *, prepared: "list[Prepared]") -> str | None:
     Raises:
         InputError: the run folder or a checkpoint does not fit the run.
     """
-    run_dir, init_from = check_run_folder(config), config.train.init_from
-    if not (config_file(run_dir).exists() or checkpoints_folder(run_dir).exists() or init_from):
-        if config.train.decay_steps is not None:  # else the first start sets it to train.steps
+    run_dir, train = check_run_folder(config), config.train
+    is_new = not (config_file(run_dir).exists() or checkpoints_folder(run_dir).exists())
+    if is_new and train.init_from is None and train.branch_from is None:
+        if train.decay_steps is not None:  # else the first start sets it to train.steps
             from training.preflight import require_learning
 
-            require_learning(config.train)
+            require_learning(train, trained=0)
         return None
 
     from training.folder import with_fixed_keys
-    from training.preflight import check_init_from, finished_line, newest_to_resume, require_learning, resume_line
+    from training.preflight import (
+        branch_line,
+        check_beginning,
+        finished_line,
+        newest_to_resume,
+        require_learning,
+        resume_line,
+    )
 
     config = with_fixed_keys(config, run_dir=run_dir)
-    require_learning(config.train)
     newest = newest_to_resume(config, run_dir=run_dir)
+    require_learning(config.train, trained=newest.step if newest else 0)
     if newest is None:
-        if init_from is not None:
-            check_init_from(Path(init_from), config=config, prepared=next(iter(prepared), None))
-        return None
+        branch = check_beginning(config, prepared=next(iter(prepared), None))
+        return None if branch is None else f"training {branch_line(config, step=branch.step)}"
     if newest.step == config.train.steps:
         return finished_line(run_dir, train=config.train)
     return f"training {resume_line(run_dir, step=newest.step)}"

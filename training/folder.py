@@ -20,13 +20,14 @@ from configs.paths import (
     logs_folder,
     run_folder,
 )
-from configs.schema import RunConfig
+from configs.schema import RunConfig, Train
 from configs.strict_yaml import as_yaml
 from data_pipeline.manifest import same_content, same_inputs
 from parallel.layout import Layout
 from parallel.start import environment, slurm_job
-from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints
+from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints, require_checkpoint
 from training.incarnation import Fence, begin_incarnation
+from training.schedule import first_changed_step
 from training.versions import installed_versions, python_version, source_code
 
 if TYPE_CHECKING:
@@ -52,22 +53,43 @@ MAY_CHANGE = (
 )
 # keys that name the data: the same data in another place, or spelled differently, is not a change
 _DATA_KEYS = ("data.dir", "data.sources", "data.tokenizer")
+# keys that name a checkpoint, which may be spelled differently
+_CHECKPOINT_KEYS = ("train.init_from", "train.branch_from")
+# keys that may change while the learning rates of all steps that were taken stay the same
+_SCHEDULE_KEYS = ("train.decay_steps", "train.cooldown_steps")
 
 
 def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
-    """Return the run with `train.decay_steps` set to the value fixed at its first start.
+    """Return the run with `train.decay_steps` and the checkpoint of `train.branch_from` as fixed at its first start.
 
     Raises:
-        InputError: the folder holds a run that differs in keys that must not change; names each.
+        InputError: the folder holds a run that differs in keys that must not change; names each. Or, at a first start,
+            there is no checkpoint at `train.branch_from`.
     """
     first = _first_config(run_dir)
     before = load_run(str(first)) if first else None
-    fixed = before.train.decay_steps if before else config.train.steps
     if config.train.decay_steps is None:
-        config = config.model_copy(update={"train": config.train.model_copy(update={"decay_steps": fixed})})
+        config = _with_train(config, decay_steps=before.train.decay_steps if before else config.train.steps)
     if before is not None:
-        refuse_changes(before, config, run_dir=run_dir)
+        config = with_fixed_branch(config, first=before)
+        trained = next((saved.step for saved in reversed(list_checkpoints(run_dir))), 0)
+        refuse_changes(before, config, run_dir=run_dir, trained=trained)
+    elif config.train.branch_from is not None:
+        # A run folder's newest checkpoint may be another one at the next start.
+        config = _with_train(config, branch_from=str(require_checkpoint(Path(config.train.branch_from))))
     return config
+
+
+def with_fixed_branch(config: RunConfig, *, first: RunConfig) -> RunConfig:
+    """Return the run with the checkpoint of `train.branch_from` that its first start took from the same run folder."""
+    given, fixed = config.train.branch_from, first.train.branch_from
+    if given is None or fixed is None or Path(given).resolve() != Path(fixed).resolve().parent.parent:
+        return config
+    return _with_train(config, branch_from=fixed)
+
+
+def _with_train(config: RunConfig, **keys: Any) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=keys)})
 
 
 def _first_config(run_dir: Path) -> Path | None:
@@ -141,9 +163,14 @@ def record_certificate(document: dict[str, Any], *, run_dir: Path, step: int) ->
     return path
 
 
-def refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path) -> None:
+def refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path, trained: int) -> None:
     """Refuse a run that differs from that of the first start in keys that must not change.
 
+    Args:
+        first: The run of the first start.
+        config: The run now.
+        run_dir: The run folder.
+        trained: Steps that the run has taken: the learning rates of these must not change.
     Raises:
         InputError: names each key, with both values.
     """
@@ -151,14 +178,31 @@ def refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path) -> Non
     changed = [key for key in before if before[key] != now.get(key) and not key.startswith(MAY_CHANGE)]
     if any(key in _DATA_KEYS for key in changed) and _is_same_data(first, config):
         changed = [key for key in changed if key not in _DATA_KEYS]
-    if "train.init_from" in changed and _absolute(before["train.init_from"]) == _absolute(now["train.init_from"]):
-        changed.remove("train.init_from")
+    changed = [key for key in changed if key not in _CHECKPOINT_KEYS or _absolute(before[key]) != _absolute(now[key])]
+    step = first_changed_step(first.train, config.train)
+    if step is None or step > trained:
+        changed = [key for key in changed if key not in _SCHEDULE_KEYS]
     changes = [f"{key} was {as_yaml(before[key])}, is {as_yaml(now.get(key))}" for key in changed]
-    if changes:
-        raise InputError(
-            f"{run_dir} holds a run that this one would change: {'; '.join(changes)}: "
-            "set the old values, or choose another run.dir"
+    if not changes:
+        return
+    advice = "set the old values, or choose another run.dir"
+    if step is not None and set(changed) <= set(_SCHEDULE_KEYS):
+        advice = (
+            f"the learning rate would change from step {step} on, and step {trained} is done; set the old values, or "
+            f"continue in {another_run(first.train, full_until=step - 1)}"
         )
+    raise InputError(f"{run_dir} holds a run that this one would change: {'; '.join(changes)}: {advice}")
+
+
+def another_run(train: Train, *, full_until: int) -> str:
+    """Return where to continue with another schedule and, if steps after the warm-up had the full rate, from which.
+
+    Args:
+        train: The section of the run.
+        full_until: The last step at the full learning rate, in the old schedule and in the new.
+    """
+    where = f", from a checkpoint of step {full_until} or before" if full_until > train.warmup_steps else ""
+    return f"another run.dir with train.branch_from{where}"
 
 
 def _is_same_data(first: RunConfig, config: RunConfig) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ def read_steps(run_dir: Path) -> Iterator[dict[str, Any]]:
         InputError: the file cannot be read.
     """
     return (fields for line in _lines(run_dir) if (fields := step_fields(line)))
+
+
+def steps_before_first(run_dir: Path) -> int:
+    """Return the steps before the first one in metrics.jsonl: of a branch, those that another run has taken."""
+    with suppress(InputError):
+        return int(next(read_steps(run_dir), {"step": 1})["step"]) - 1
+    return 0
 
 
 def newest_step(run_dir: Path) -> dict[str, Any]:

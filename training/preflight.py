@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.backends import installed_packages, named_backend, unavailable
+from configs.choices import OPTIMIZERS
 from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import check_run_folder, checkpoints_folder, data_folder
+from configs.schedules import SCHEDULES
 from configs.schema import Model, RunConfig, Train
 from configs.strict_yaml import as_yaml
 from data_pipeline.counts import load_trainable
@@ -25,13 +27,17 @@ from training.checkpoint.manifest import (
     step_folder,
 )
 from training.export.while_training import check_export_every
-from training.folder import with_fixed_keys
+from training.folder import another_run, with_dotted_keys, with_fixed_keys
+from training.schedule import first_changed_step, zero_from
+from training.state import TrainState
 
 # What makes a model another one, though all shapes may fit; `inner` is `feed_forward` with its default.
 _SAME_MODEL = (
     *("family", "position", "heads", "window", "alibi_bias_max"),
     *("layers", "hidden", "inner", "tie_embeddings"),
 )
+# What decides the optimizer's state and the order of the samples; their content is compared by a hash.
+_SAME_IN_A_BRANCH = ("train.optimizer", "run.seed", "data.sequence_length", "data.split", "data.mask_documents")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Ready:
         layout: How the ranks are split into axes.
         prepared: The data, whole and long enough.
         newest: Manifest of the newest checkpoint, which training resumes from; None at a first start.
+        branch: At a first start, manifest of the checkpoint of `train.branch_from`; None if it is not set.
     """
 
     config: RunConfig
@@ -51,6 +58,12 @@ class Ready:
     layout: Layout
     prepared: Prepared
     newest: Manifest | None
+    branch: Manifest | None = None
+
+    @property
+    def start(self) -> TrainState:
+        """Where training continues, if the checkpoint proves to be whole."""
+        return self.newest or self.branch or TrainState(0, 0)
 
     @property
     def finished(self) -> bool:
@@ -78,27 +91,31 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     check_compiling(config.train.compile, device=device, environ=environment())
     run_dir = check_run_folder(config)
     config = with_fixed_keys(config, run_dir=run_dir)
-    require_learning(config.train)
     validates = bool(config.evaluate.every)
     prepared = load_trainable(config.data, folder=data_folder(config), validates=validates)
     newest = newest_to_resume(config, run_dir=run_dir, warn=False)
-    if newest is None and config.train.init_from is not None:
-        check_init_from(Path(config.train.init_from), config=config, prepared=prepared, warn=False)
-    return Ready(config, run_dir, layout, prepared, newest)
+    require_learning(config.train, trained=newest.step if newest else 0)
+    branch = None if newest else check_beginning(config, prepared=prepared, warn=False)
+    return Ready(config, run_dir, layout, prepared, newest, branch)
 
 
 def finished_line(run_dir: Path, *, train: Train) -> str:
     """Return what is said of a run that has nothing left to train."""
-    assert train.decay_steps is not None, "with_fixed_keys sets it"
-    more = "raise train.steps to continue"
-    if train.steps >= train.decay_steps and not train.min_learning_rate:  # `require_learning` would refuse more
-        more = "its learning rate has fallen to 0, so continue in another run.dir with train.init_from"
+    more, end = "raise train.steps to continue", zero_from(train)
+    if end is not None and train.steps >= end:  # `require_learning` would refuse more
+        full_until = SCHEDULES[train.schedule].fall_begins(train) or 0
+        more = f"its learning rate has fallen to 0, so continue in {another_run(train, full_until=full_until)}"
     return f"{run_dir} is trained to its last step, {train.steps}: {more}"
 
 
 def resume_line(run_dir: Path, *, step: int) -> str:
     """Return what a start would resume from."""
     return f"resumes from step {step}, {step_folder(checkpoints_folder(run_dir), step=step)}"
+
+
+def branch_line(config: RunConfig, *, step: int) -> str:
+    """Return what a first start of a branch would continue."""
+    return f"branches off after step {step}, {config.train.branch_from}"
 
 
 def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> Manifest | None:
@@ -120,20 +137,26 @@ def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> 
     return newest
 
 
-def require_learning(train: Train) -> None:
+def require_learning(train: Train, *, trained: int) -> None:
     """Refuse steps at a learning rate of 0.
 
+    Args:
+        train: The section of the run, with the keys that its first start fixed.
+        trained: Steps that the run has taken.
     Raises:
         InputError: the run has more steps than its schedule, which ends at 0.
     """
-    assert train.decay_steps is not None, "with_fixed_keys sets it"
-    if train.steps > train.decay_steps and not train.min_learning_rate:
-        raise InputError(
-            f"train.steps is {train.steps}, but from step {train.decay_steps} on the learning rate is 0 "
-            "(train.decay_steps, fixed at the first start, and train.min_learning_rate): nothing more would be "
-            f"learned; set train.steps to {train.decay_steps}, raise train.decay_steps or train.min_learning_rate if "
-            "the run has not started, or continue in another run.dir with train.init_from"
-        )
+    end = zero_from(train)
+    if end is None or train.steps <= end:
+        return
+    more = f" or train.decay_steps to {train.steps}"
+    changed = first_changed_step(train, train.model_copy(update={"decay_steps": train.steps}))
+    if changed is not None and changed <= trained:
+        more = f", or continue in {another_run(train, full_until=changed - 1)}"
+    raise InputError(
+        f"train.steps is {train.steps}, but from step {end} on the learning rate is 0 (train.decay_steps, fixed at the "
+        f"first start, and train.min_learning_rate): nothing more would be learned; set train.steps to {end}{more}"
+    )
 
 
 def check_backend(model: Model, *, device: str) -> None:
@@ -151,6 +174,23 @@ def check_backend(model: Model, *, device: str) -> None:
         raise InputError(f"model.attention {why}")
 
 
+def check_beginning(config: RunConfig, *, prepared: Prepared | None, warn: bool = True) -> Manifest | None:
+    """Check the checkpoint that a first start begins with; return its manifest if the run continues it as a branch.
+
+    Args:
+        config: The run.
+        prepared: Its data; None if it is not prepared yet.
+        warn: Whether to warn about broken checkpoints that are skipped; a start does when it loads one.
+    Raises:
+        InputError: see `check_init_from` and `check_branch`.
+    """
+    if config.train.init_from is not None:
+        check_init_from(Path(config.train.init_from), config=config, prepared=prepared, warn=warn)
+    if config.train.branch_from is None:
+        return None
+    return check_branch(Path(config.train.branch_from), config=config, prepared=prepared, warn=warn)
+
+
 def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None, warn: bool = True) -> None:
     """Refuse weights of another kind of model or tokenizer, even if their shapes fit.
 
@@ -163,23 +203,73 @@ def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None,
         InputError: there is no checkpoint, or it does not fit the run or its data.
     """
     folder, manifest = find_checkpoint(path, warn=warn)
-    source = load_run(str(folder / CONFIG_NAME))
-    for key in _SAME_MODEL:
-        seen, wanted = getattr(source.model, key), getattr(config.model, key)
-        if seen != wanted:
-            raise InputError(
-                f"train.init_from {folder} has model.{'feed_forward' if key == 'inner' else key} {as_yaml(seen)}, "
-                f"the run has {as_yaml(wanted)}: initial weights need the same model"
-            )
+    subject = f"train.init_from {folder}"
+    _require_same_model(load_run(str(folder / CONFIG_NAME)).model, config.model, subject=subject)
     if prepared is None:
         return
     if manifest.tokenizer_sha256 != prepared.tokenizer_sha256:
         raise InputError(
-            f"train.init_from {folder} has another tokenizer than the data in {prepared.folder}: "
+            f"{subject} has another tokenizer than the data in {prepared.folder}: "
             f"set data.tokenizer to {folder / manifest.tokenizer_name} and prepare in another data.dir"
         )
     if manifest.vocab_size != prepared.vocab_size:  # rows that stand for no token
         raise InputError(
-            f"train.init_from {folder} has a vocabulary of {manifest.vocab_size}, the data in {prepared.folder} one of "
+            f"{subject} has a vocabulary of {manifest.vocab_size}, the data in {prepared.folder} one of "
             f"{prepared.vocab_size}: set data.vocab_size to {manifest.vocab_size} and prepare in another data.dir"
         )
+
+
+def check_branch(path: Path, *, config: RunConfig, prepared: Prepared | None, warn: bool = True) -> Manifest:
+    """Return the manifest of the checkpoint that a run continues in a run folder of its own.
+
+    Whether the samples that follow are the same is known for certain when it is loaded, by their hash.
+
+    Args:
+        path: A checkpoint or a run folder.
+        config: The run.
+        prepared: Its data; None if it is not prepared yet.
+        warn: Whether to warn about broken checkpoints that are skipped.
+    Raises:
+        InputError: there is no checkpoint, it has no optimizer state or as many steps as the run, or it is of another
+            model, optimizer or data.
+    """
+    folder, manifest = find_checkpoint(path, warn=warn)
+    subject, instead = f"train.branch_from {folder}", "or take its weights alone with train.init_from"
+    source = load_run(str(folder / CONFIG_NAME))
+    _require_same_model(source.model, config.model, subject=subject)
+    kinds = {name.split(".")[1] for name in manifest.files if name.endswith(".safetensors")}
+    if not kinds.issuperset(OPTIMIZERS[config.train.optimizer].state_kinds):
+        raise InputError(
+            f"{subject} has no optimizer state, as imported models have none: use another checkpoint, {instead}"
+        )
+    if manifest.step >= config.train.steps:
+        raise InputError(
+            f"{subject} is of step {manifest.step}, and train.steps is {config.train.steps}: a branch goes on "
+            f"counting, so set train.steps to more than {manifest.step}"
+        )
+    before, now = with_dotted_keys(source.model_dump()), with_dotted_keys(config.model_dump())
+    for key in _SAME_IN_A_BRANCH:
+        if before[key] != now[key]:
+            raise InputError(
+                f"{subject} was trained with {key} {as_yaml(before[key])}, the run has {as_yaml(now[key])}: a branch "
+                f"continues with the same optimizer and the samples that follow; set {key} to that, {instead}"
+            )
+    if prepared is not None and (manifest.tokenizer_sha256, manifest.vocab_size) != (
+        prepared.tokenizer_sha256,
+        prepared.vocab_size,
+    ):
+        raise InputError(
+            f"{subject} has another tokenizer than the data in {prepared.folder}: a branch continues on the data that "
+            f"it was trained on; set data.dir to that, {instead}"
+        )
+    return manifest
+
+
+def _require_same_model(seen: Model, wanted: Model, *, subject: str) -> None:
+    for key in _SAME_MODEL:
+        before, now = getattr(seen, key), getattr(wanted, key)
+        if before != now:
+            raise InputError(
+                f"{subject} has model.{'feed_forward' if key == 'inner' else key} {as_yaml(before)}, "
+                f"the run has {as_yaml(now)}: initial weights need the same model"
+            )

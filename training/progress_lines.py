@@ -9,6 +9,7 @@ from configs.backends import Backend
 from configs.commands import typed_path
 from configs.figures import byte_size, counted, duration, scaled
 from configs.positions import POSITIONS
+from configs.schedules import SCHEDULES, schedule_steps
 from training.families.table import parameter_count
 from training.least_density import attention_here
 from training.metrics_file import Best
@@ -31,12 +32,15 @@ def start_lines(ready: "Ready", *, device: str) -> list[str]:
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     parameters = parameter_count(config.model, vocab_size=ready.prepared.vocab_size)
     tokens = train.global_batch * config.data.sequence_length
-    steps_left = train.steps - (ready.newest.step if ready.newest else 0)
+    steps_left = train.steps - ready.start.step
+    past_fall = min(steps_left, train.steps - schedule_steps(train)) if SCHEDULES[train.schedule].falls else 0
+    least = f"; the last {past_fall:,} at train.min_learning_rate" if past_fall > 0 else ""
+    in_all = ready.start.consumed_samples * config.data.sequence_length + steps_left * tokens
     ranks = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
     return [
         f"{now}  {config.run.name} in {ready.run_dir}",
-        f"{parameters:,} parameters; {train.steps:,} steps of {tokens:,} tokens, {scaled(train.steps * tokens)} in all",
-        f"to go: {counted(steps_left, 'step')}, {scaled(steps_left * tokens)} tokens",
+        f"{parameters:,} parameters; {train.steps:,} steps of {tokens:,} tokens, {scaled(in_all)} in all",
+        f"to go: {counted(steps_left, 'step')}, {scaled(steps_left * tokens)} tokens{least}",
         f"{ranks}: {ready.layout}, {train.precision}",
         f"attention {attention_here(config, device=device)}",
     ]

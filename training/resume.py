@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import InputError
-from configs.paths import checkpoints_folder, run_folder
+from configs.paths import run_folder
 from configs.precisions import PRECISIONS
-from configs.schema import RunConfig
+from configs.schema import RunConfig, Train
 from configs.slow_parts import timed
 from data_pipeline.loader import Loader
 from parallel.axes import Group, Groups
@@ -34,9 +34,9 @@ def has_checkpoint(config: RunConfig, *, world: Group) -> bool:
 def resume(
     engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups, resumes: bool, accept_change: bool
 ) -> TrainState:
-    """Load the run's newest checkpoint into an engine or, at a first start, the weights of `train.init_from`, if set.
+    """Load the run's newest checkpoint into an engine or, at a first start, that of `train.branch_from`, if set.
 
-    A collective: every rank calls it.
+    Or the weights of `train.init_from`. A collective: every rank calls it.
 
     Args:
         engine: Holds the run's initial weights, unless others are loaded.
@@ -44,36 +44,38 @@ def resume(
         config: The run.
         groups: This rank's places.
         resumes: From `has_checkpoint`.
-        accept_change: If model or data have changed, warn and resume.
+        accept_change: If model or data have changed, warn and continue.
     Returns:
         The position to train from.
     Raises:
         InputError: no checkpoint is whole, or something changed that was not accepted; raised on every rank.
     """
-    state, run_dir = engine.state(), run_folder(config)
+    run_dir, train = run_folder(config), config.train
     say = logger.info if groups.world.rank == 0 else logger.debug
-    if resumes:
-        say("checking the newest checkpoint")
+    if resumes or train.branch_from is not None:
+        path = run_dir if resumes else Path(str(train.branch_from))
+        say("checking the %s", "newest checkpoint" if resumes else "checkpoint of train.branch_from")
         with timed("checked it", say=say):
-            checkpoint = open_on_all_ranks(run_dir, kinds=state.kinds, world=groups.world)
-        say("Resuming from step %d, %s", checkpoint.step, checkpoints_folder(run_dir) / checkpoint.path.name)
-        with timed("loaded it", say=say):
-            load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
-        state.set_step(checkpoint.step)
-        precision, world = config.train.precision, groups.world
-        changes = list(changes_since(engine, loader, checkpoint=checkpoint, precision=precision, world=world))
+            checkpoint = open_on_all_ranks(path, kinds=engine.state().kinds, world=groups.world)
+        say("%s step %d, %s", "Resuming from" if resumes else "Branching off after", checkpoint.step, checkpoint.path)
+        changes = list(_load(engine, loader, checkpoint=checkpoint, train=train, groups=groups))
         if changes and not accept_change:
-            raise InputError(f"{changes[0]}, or accept it with `trainshort train --accept-change`")
+            other_way = (
+                "accept it with `trainshort train --accept-change`"
+                if resumes
+                else "take its weights alone with train.init_from"
+            )
+            raise InputError(f"{changes[0]}, or {other_way}")
         if groups.world.rank == 0:
             for change in changes:
                 logger.warning("accepted: %s", change)
         saved = checkpoint.manifest
         return TrainState(saved.step, saved.consumed_samples, left_out_samples=saved.left_out_samples)
-    if config.train.init_from is not None:
-        say("starting with the weights of train.init_from, %s", config.train.init_from)
+    if train.init_from is not None:
+        say("starting with the weights of train.init_from, %s", train.init_from)
         with timed("loaded them", say=say):
-            source = open_on_all_ranks(Path(config.train.init_from), kinds=("weight",), world=groups.world)
-            load_slices(state, source, kinds=("weight",), groups=groups)
+            source = open_on_all_ranks(Path(train.init_from), kinds=("weight",), world=groups.world)
+            load_slices(engine.state(), source, kinds=("weight",), groups=groups)
     else:
         say("starting new: %s has no checkpoint", run_dir)
     return TrainState(0, 0)
@@ -105,9 +107,19 @@ def go_back(
         InputError: the run has gone back as often as it may, or there is no checkpoint; raised on every rank.
         MachineError: a disk fails, or a newer start of the run has taken over; raised on every rank.
     """
-    record = partial(record_rollback, diverged, most=config.train.rollbacks, fence=fence)
+    record = partial(record_rollback, diverged, train=config.train, fence=fence)
     broadcast_from_first(record, group=groups.world)
-    return resume(engine, loader, config=config, groups=groups, resumes=True, accept_change=accept_change)
+    resumes = has_checkpoint(config, world=groups.world)  # else it branches off again
+    return resume(engine, loader, config=config, groups=groups, resumes=resumes, accept_change=accept_change)
+
+
+def _load(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, train: Train, groups: Groups) -> Iterator[str]:
+    """Load all state of a checkpoint into an engine, and yield what has changed since it was saved. A collective."""
+    state = engine.state()
+    with timed("loaded it", say=logger.info if groups.world.rank == 0 else logger.debug):
+        load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
+    state.set_step(checkpoint.step)
+    yield from changes_since(engine, loader, checkpoint=checkpoint, train=train, world=groups.world)
 
 
 def check_loss(engine: Engine, loader: Loader, world: Group) -> float:
@@ -118,7 +130,7 @@ def check_loss(engine: Engine, loader: Loader, world: Group) -> float:
 
 
 def changes_since(
-    engine: Engine, loader: Loader, *, checkpoint: Checkpoint, precision: str, world: Group
+    engine: Engine, loader: Loader, *, checkpoint: Checkpoint, train: Train, world: Group
 ) -> Iterator[str]:
     """Yield what has changed since a checkpoint was saved, the same on every rank; every rank must call it.
 
@@ -126,7 +138,7 @@ def changes_since(
         engine: The engine, with the checkpoint loaded.
         loader: The run's samples.
         checkpoint: The checkpoint.
-        precision: Precision of the run.
+        train: Section of the run; a branch may have another precision than its checkpoint.
         world: All ranks.
     """
     saved = checkpoint.manifest
@@ -136,7 +148,8 @@ def changes_since(
             f"checkpoint {checkpoint.path} was saved before other samples than those that follow now (hash "
             f"{saved.order_hash[:12]}, now {order[:12]}): bring back the data that it was trained on"
         )
-    loss, allowed = check_loss(engine, loader, world), PRECISIONS[precision].resume_tolerance
+    loss, precisions = check_loss(engine, loader, world), (train.precision, checkpoint.config.train.precision)
+    allowed = max(PRECISIONS[precision].resume_tolerance for precision in precisions)
     if not abs(loss - saved.probe_loss) <= allowed:  # true for nan too
         yield (
             f"checkpoint {checkpoint.path} gave the check batch a loss of {saved.probe_loss:.6f} when it was saved, "

@@ -18,6 +18,7 @@ from configs.errors import InputError
 from configs.figures import counted
 from configs.files import write_json
 from configs.paths import rollbacks_file
+from configs.schema import Train
 from configs.schema_problems import first_problem
 from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 from training.checkpoint.retention import remove_after
@@ -83,14 +84,14 @@ def without_left_out(state: TrainState, rollbacks: Sequence[Rollback]) -> TrainS
     return state
 
 
-def record_rollback(diverged: Diverged, *, most: int, fence: Fence) -> None:
+def record_rollback(diverged: Diverged, *, train: Train, fence: Fence) -> None:
     """Make the newest checkpoint before a divergence the one to resume from, without the samples since then.
 
     Later checkpoints are removed: they were saved while the loss was rising.
 
     Args:
         diverged: What was seen.
-        most: Rollbacks that the run may have.
+        train: Section of the run: how often it may go back, and what it branched off from.
         fence: Shows whether this start of the run is still the newest.
     Raises:
         InputError: it has had them, or no checkpoint is old enough; says what to do.
@@ -99,8 +100,8 @@ def record_rollback(diverged: Diverged, *, most: int, fence: Fence) -> None:
     """
     fence.check()
     run_dir = fence.run_dir
-    rollbacks, good = read_rollbacks(run_dir), _newest_before(diverged.began, run_dir=run_dir)
-    if good is None or len(rollbacks) >= most:
+    rollbacks, good = read_rollbacks(run_dir), _newest_before(diverged.began, run_dir=run_dir, train=train)
+    if good is None or len(rollbacks) >= train.rollbacks:
         raise _stopped(diverged, good=good, done=len(rollbacks))
     folder, manifest = good
     removed = remove_after(manifest.step, fence=fence)  # first: a start now would resume from the newest
@@ -117,16 +118,16 @@ def record_rollback(diverged: Diverged, *, most: int, fence: Fence) -> None:
     also = f"; removed what was saved in between: {', '.join(removed)}" if removed else ""
     logger.warning(
         "ROLLED BACK (%d of %d): %s; training goes back to %s and leaves out the %s since then%s",
-        *(len(rollbacks) + 1, most, diverged, folder, counted(rollback.left_out, "sample"), also),
+        *(len(rollbacks) + 1, train.rollbacks, diverged, folder, counted(rollback.left_out, "sample"), also),
     )
 
 
-def _newest_before(step: int, *, run_dir: Path) -> tuple[Path, Manifest] | None:
-    """Return the newest checkpoint before a step whose files are there, and its manifest."""
-    for checkpoint in reversed(list_checkpoints(run_dir)):
+def _newest_before(step: int, *, run_dir: Path, train: Train) -> tuple[Path, Manifest] | None:
+    """Return the newest checkpoint before a step whose files are there, maybe that of the trunk, and its manifest."""
+    own = [checkpoint.path for checkpoint in reversed(list_checkpoints(run_dir)) if checkpoint.step < step]
+    for path in (*own, *([Path(train.branch_from)] if train.branch_from else [])):
         with suppress(InputError):  # a resume says what is wrong with it
-            if checkpoint.step < step:
-                return checkpoint.path, read_manifest(checkpoint.path)
+            return path, read_manifest(path)
     return None
 
 
@@ -137,4 +138,5 @@ def _stopped(diverged: Diverged, *, good: tuple[Path, Manifest] | None, done: in
     if good is None:
         return InputError(f"{so}: {lower}; no checkpoint was saved")
     back = f"`trainshort train --set train.rollbacks={done + 1}` goes back to {good[0]}, without the samples since"
-    return InputError(f"{so}: {back}; or {lower}")
+    branch = "in another run.dir, with a lower train.learning_rate, train.branch_from goes on from there"
+    return InputError(f"{so}: {back}; or {branch}")

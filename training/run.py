@@ -60,7 +60,7 @@ def train_rank(
     say = logger.info if process.rank == 0 else logger.debug
     device, groups, fence = _join(process, ready, say=say)
     resumes = has_checkpoint(config, world=groups.world)
-    draws = not resumes and config.train.init_from is None
+    draws = not resumes and config.train.init_from is None and config.train.branch_from is None
     say("%s", build_line(_backend(config, device=device), draws=draws))
     with record_refusal(ready, groups=groups):
         engine, certificates = build_engine(

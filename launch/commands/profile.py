@@ -149,7 +149,7 @@ def _from_the_start(config: "RunConfig", *, run_dir: Path) -> "RunConfig":
         update={
             "run": config.run.model_copy(update={"dir": str(run_dir)}),
             "data": config.data.model_copy(update={"dir": str(data_folder(config))}),
-            "train": config.train.model_copy(update={"init_from": None}),
+            "train": config.train.model_copy(update={"init_from": None, "branch_from": None}),
             "evaluate": config.evaluate.model_copy(update={"every": 0}),
         }
     )

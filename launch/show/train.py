@@ -18,6 +18,7 @@ from parallel.start import ProcessRank
 from training.checkpoint.manifest import list_checkpoints
 from training.incarnation import has_ended, newest_incarnation
 from training.metrics_file import last_reported_step
+from training.metrics_reader import steps_before_first
 from training.preflight import Ready, make_ready
 from training.progress_lines import evaluate_line, lost_lines, start_lines
 
@@ -98,6 +99,7 @@ def say_end(config: RunConfig, *, code: int, again: str) -> None:
         return
     if code:
         checkpoint, last_step = newest.path if newest else None, last_reported_step(run_dir)
+        saved_step = saved_step or steps_before_first(run_dir)
         for line in lost_lines(last_step=last_step, checkpoint=checkpoint, saved_step=saved_step):
             logger.warning("%s", line)
     if saved_step >= config.train.steps:

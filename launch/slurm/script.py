@@ -282,11 +282,9 @@ def _container(config: RunConfig, *, folder: Path) -> dict[str, str]:
     slurm = config.slurm
     if slurm.container is None:
         return {"srun_options": "", "prefix": ""}
-    initial_weights = [Path(config.train.init_from)] if config.train.init_from else []
+    begins_with = [Path(path) for path in (config.train.init_from, config.train.branch_from) if path]
     # normpath: is_relative_to would take folder/../data for a path inside the folder.
-    needed = [
-        Path(os.path.normpath(folder / path)) for path in (run_folder(config), data_folder(config), *initial_weights)
-    ]
+    needed = [Path(os.path.normpath(folder / path)) for path in (run_folder(config), data_folder(config), *begins_with)]
     outside = [path for path in needed if not path.is_relative_to(folder)]
     mounts = list(dict.fromkeys([*map(str, (folder, *outside)), *slurm.mounts]))
     if slurm.container_kind == "apptainer":

@@ -21,7 +21,7 @@ from training.observers import Observer
 from training.state import TrainState
 from training.trainer import Trainer
 
-STEPS = 5
+STEPS, BRANCHED = 5, 3
 SAVED_EACH_STEP = {
     "model": {"dropout": 0.1},
     "data": {"vocab_size": 400},
@@ -78,6 +78,11 @@ def test_a_run_interrupted_at_any_step_equals_the_unbroken(prepared: list[str], 
     starts = [Start([*prepared, *layout, f"run.dir={unbroken}"])]
     for step, run_dir in broken.items():
         starts.append(Start([*prepared, *layout, f"run.dir={run_dir}"], broken_copy_of=unbroken, after_step=step))
+    branches = {}
+    if name == "t1p1z3":
+        branches = {tmp_path / "same": layout, tmp_path / "other": ["parallel.tensor=2", "parallel.pipeline=1"]}
+        point = f"train.branch_from={unbroken}/checkpoints/step_{BRANCHED:07d}"
+        starts += [Start([*prepared, *keys, point, f"run.dir={run_dir}"]) for run_dir, keys in branches.items()]
     # Last, because the ranks stay deterministic.
     repeated = [tmp_path / "repeated_1", tmp_path / "repeated_2"]
     if name == "t2p1z0":
@@ -85,7 +90,8 @@ def test_a_run_interrupted_at_any_step_equals_the_unbroken(prepared: list[str], 
             Start([*prepared, *layout, "train.deterministic=true", f"run.dir={run_dir}"]) for run_dir in repeated
         ]
     results = run_ranks(train_runs, ranks=ranks, arguments={"starts": starts})
-    assert results == [[False] * STEPS + [True] * (len(starts) - STEPS)] * ranks
+    as_ever = STEPS + len(branches)
+    assert results == [[False] * as_ever + [True] * (len(starts) - as_ever)] * ranks
     if name == "t2p1z0":
         assert exact(repeated[0]) == exact(repeated[1])
 
@@ -95,6 +101,10 @@ def test_a_run_interrupted_at_any_step_equals_the_unbroken(prepared: list[str], 
         discarded = run_dir / "logs" / "metrics_discarded.jsonl"
         assert len(discarded.read_text().splitlines()) == STEPS - step + 1  # the lines after the step, and the torn one
         assert [saved.step for saved in list_checkpoints(run_dir)] == list(range(1, STEPS + 1))
+    for run_dir, keys in branches.items():
+        assert [saved.step for saved in list_checkpoints(run_dir)] == list(range(BRANCHED + 1, STEPS + 1))
+        assert [line["step"] for line in metrics(run_dir)] == list(range(BRANCHED + 1, STEPS + 1))
+        assert (exact(run_dir) == exact(unbroken)[BRANCHED:]) is (keys is layout), "dropout depends on the layout"
 
 
 def test_a_step_exchanges_its_figures_in_one_collective(prepared: list[str], tmp_path: Path) -> None:

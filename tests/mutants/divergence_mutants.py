@@ -57,8 +57,8 @@ DIVERGENCE_MUTANTS = (
     Mutant(
         "divergence: a run goes back for ever",
         ROLLBACKS,
-        "if good is None or len(rollbacks) >= most:",
-        "if good is None or not most:",
+        "if good is None or len(rollbacks) >= train.rollbacks:",
+        "if good is None or not train.rollbacks:",
         BY_SECOND,
     ),
     Mutant(

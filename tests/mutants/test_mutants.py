@@ -20,6 +20,7 @@ from tests.mutants.fused_mutants import FUSED_MUTANTS
 from tests.mutants.measurement_mutants import MEASUREMENT_MUTANTS
 from tests.mutants.mutants import MUTANTS, Mutant
 from tests.mutants.scale_mutants import SCALE_MUTANTS
+from tests.mutants.schedule_mutants import SCHEDULE_MUTANTS
 from tests.mutants.study_mutants import STUDY_MUTANTS
 from tests.mutants.tracking_mutants import TRACKING_MUTANTS
 from tests.mutants.window_mutants import WINDOW_MUTANTS
@@ -32,6 +33,7 @@ ALL = (
     *DIVERGENCE_MUTANTS,
     *EXPORT_MUTANTS,
     *STUDY_MUTANTS,
+    *SCHEDULE_MUTANTS,
     *EVALUATION_MUTANTS,
     *SCALE_MUTANTS,
     *DOCUMENT_MUTANTS,

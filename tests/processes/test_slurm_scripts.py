@@ -307,10 +307,11 @@ def test_one_rank_on_one_node_stays_one_rank(run_values: dict[str, Any], tmp_pat
         assert words_of(train, tmp_path)[-len(last) :] == last
 
 
-def test_the_containers_mounts_are_normalized_paths(run_values: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["init_from", "branch_from"])
+def test_the_containers_mounts_are_normalized_paths(run_values: dict[str, Any], tmp_path: Path, key: str) -> None:
     run_values["run"]["dir"] = "runs/small"
     run_values["data"]["dir"] = "../data"
-    run_values["train"]["init_from"] = "../other/../older"
+    run_values["train"][key] = "../other/../older"
     run_values["slurm"] = {"container": "image.sqsh"}
     folder = tmp_path / "home"
     folder.mkdir()

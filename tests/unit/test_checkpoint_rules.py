@@ -138,7 +138,8 @@ def test_a_diverged_run_says_what_to_do(
     if saved_step:
         good = list_checkpoints(run_dir)[-1].path
         advice = (
-            f"`trainshort train --set train.rollbacks=1` goes back to {good}, without the samples since; or {advice}"
+            f"`trainshort train --set train.rollbacks=1` goes back to {good}, without the samples since; or in another "
+            "run.dir, with a lower train.learning_rate, train.branch_from goes on from there"
         )
     else:
         advice += "; no checkpoint was saved"

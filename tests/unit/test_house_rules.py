@@ -6,6 +6,7 @@ from configs.backends import BACKENDS
 from configs.choices import FAMILIES, OPTIMIZERS
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
+from configs.schedules import SCHEDULES
 from tests.support.house.choices import ChoiceRule, choice_problems, class_problems
 from tests.support.house.imports import environment_problems, import_problems, import_routes, is_part_of
 from tests.support.house.names import (
@@ -98,6 +99,7 @@ LIGHT = (
     "training/retrieval/shares.py",
     "training/retrieval/tasks.py",
     "training/sampling.py",
+    "training/schedule.py",
     "training/simpler_layouts.py",
     "training/step_columns.py",
     "training/study/",
@@ -148,6 +150,7 @@ CHOICES = (
     ChoiceRule("model.family", FAMILIES, ("configs/choices.py", "training/families/", "training/model/blocks/")),
     ChoiceRule("train.precision", PRECISIONS, ("configs/precisions.py",)),
     ChoiceRule("train.optimizer", OPTIMIZERS, ("configs/choices.py", "parallel/optimizers.py")),
+    ChoiceRule("train.schedule", SCHEDULES, ("configs/schedules.py", "training/schedule.py")),
     ChoiceRule("--format", {*FORMATS}, ("training/export/formats/",)),
 )
 

@@ -15,6 +15,7 @@ from launch.machine import core_count
 from parallel.layout import Layout
 from parallel.start import ProcessRank, rank_threads
 from tests.support.command_line import Call, refused
+from tests.support.edited_manifest import edit_manifest
 from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import Manifest, write_manifest
 from training.folder import claim_run_folder, with_fixed_keys
@@ -218,15 +219,22 @@ def test_a_run_of_cpu_ranks_is_repeated_on_the_cpu(trainshort: Call, monkeypatch
     assert document["commands"][0].startswith("CUDA_VISIBLE_DEVICES= trainshort train run/config.yaml --ranks 4 ")
 
 
-@pytest.mark.usefixtures("started")
-def test_initial_weights_must_be_those_of_then(trainshort: Call) -> None:
-    source = Path("first/checkpoints/step_0000004")
+def saved_at(source: Path) -> None:
+    """Save step 4 of the run there, without tensors."""
     source.mkdir(parents=True)
     for file in ("run/config.yaml", "data/tokenizer.model"):
         shutil.copy(file, source)
-    files = {name: describe_file(source / name) for name in ("config.yaml", "tokenizer.model")}
+    (source / "stage_00_tensor_00.exp_avg.safetensors").write_bytes(b"moments")
+    names = ("config.yaml", "tokenizer.model", "stage_00_tensor_00.exp_avg.safetensors")
+    files = {name: describe_file(source / name) for name in names}
     manifest = Manifest(4, 32, 6.0, "", None, tensor=2, pipeline=2, vocab_size=600, tensors={}, files=files)
     write_manifest(source, manifest)
+
+
+@pytest.mark.usefixtures("started")
+def test_initial_weights_must_be_those_of_then(trainshort: Call) -> None:
+    source = Path("first/checkpoints/step_0000004")
+    saved_at(source)
     shutil.rmtree("run")
     start("train.init_from=first")
     assert reproduced(trainshort, "--verify")["differences"] == []
@@ -237,6 +245,23 @@ def test_initial_weights_must_be_those_of_then(trainshort: Call) -> None:
     assert "config.yaml was altered" in seen[2]
     shutil.rmtree("first")
     assert only_difference(trainshort, code=3)[2:] == ("checkpoint first does not exist", "other")
+
+
+@pytest.mark.usefixtures("started")
+def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:
+    source = Path("first/checkpoints/step_0000004")
+    saved_at(source)
+    shutil.rmtree("run")
+    start("train.branch_from=first", "train.steps=9", step=4)
+    document = reproduced(trainshort)
+    assert document["differences"] == []
+    assert document["notes"] == [f"steps 1 to 4 are those of {source}, which it branches off from"]
+    assert f"branch_from: {source}\n" in Path("run/config.yaml").read_text()
+    # other optimizer state is another run; it would not be one with the weights alone
+    moments = source / "stage_00_tensor_00.exp_avg.safetensors"
+    moments.write_bytes(b"otherss")
+    edit_manifest(source, lambda manifest: manifest["files"].update({moments.name: vars(describe_file(moments))}))
+    assert only_difference(trainshort, code=3)[0] == "train.branch_from"
 
 
 @pytest.mark.usefixtures("started")

@@ -173,8 +173,8 @@ def test_a_second_divergence_stops_or_goes_back_again(
     assert good.name == "step_0000003"
     assert str(error.value) == (
         "the loss is nan and the gradient norm nan at step 6, so training has diverged again, after 1 rollback: "
-        f"`trainshort train --set train.rollbacks=2` goes back to {good}, without the samples since; or train in "
-        "another run.dir, with a lower train.learning_rate or more train.warmup_steps"
+        f"`trainshort train --set train.rollbacks=2` goes back to {good}, without the samples since; or in "
+        "another run.dir, with a lower train.learning_rate, train.branch_from goes on from there"
     )
     poison(1)
     assert train(rank, run_dir, "train.rollbacks=2").left_out_samples == 4 * BATCH  # two each time
@@ -199,6 +199,24 @@ def test_a_broken_checkpoint_is_no_place_to_go_back_to(
     assert [rollback.step for rollback in read_rollbacks(run_dir)] == [3]
     train_without(rank, tmp_path / "without", monkeypatch, first=3 * BATCH, count=5 * BATCH)
     assert results_of(run_dir) == results_of(tmp_path / "without")
+
+
+def test_a_branch_goes_back_to_its_trunk(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None]
+) -> None:
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    train(rank, trunk)
+    poison(1)
+    end = train(rank, branch, f"train.branch_from={trunk}/checkpoints/step_0000003")
+    monkeypatch.undo()
+    assert end == TrainState(STEPS, STEPS * BATCH, left_out_samples=2 * BATCH)
+    train_without(rank, tmp_path / "without", monkeypatch, first=3 * BATCH, count=2 * BATCH)
+    figures, hashes = results_of(tmp_path / "without")
+    assert results_of(branch) == (figures[3:], hashes)
+    # a branch of the branch knows what was left out
+    again = train(rank, tmp_path / "again", f"train.branch_from={branch}/checkpoints/step_0000006")
+    assert again.left_out_samples == 2 * BATCH
+    assert results_of(tmp_path / "again") == (figures[6:], hashes)
 
 
 def losses_given(rank: OneRank, monkeypatch: pytest.MonkeyPatch, loss: Callable[[int], float]) -> None:
@@ -236,10 +254,12 @@ def test_a_spike_removes_what_was_saved_in_it(
 def test_a_disk_that_fails_in_a_rollback_loses_nothing(rank: OneRank, tmp_path: Path) -> None:
     train(rank, tmp_path / "run")
 
+    config = rank.config(tmp_path / "run", "train.rollbacks=1")
+
     def rolled_back(run_dir: Path, fails: OnOperation = lambda number, name: None) -> int:
         diverged = Diverged("the loss is nan", began=5, state=TrainState(10, 10 * BATCH))
         with counted_operations(fails) as operations:
-            record_rollback(diverged, most=1, fence=begin_incarnation(run_dir))
+            record_rollback(diverged, train=config.train, fence=begin_incarnation(run_dir))
         return len(operations)
 
     operations = rolled_back(shutil.copytree(tmp_path / "run", tmp_path / "whole"))

@@ -163,7 +163,7 @@ def test_no_more_steps_are_advised_at_a_rate_of_zero(trainshort: Call, trained: 
     ended = (
         "run is trained to its last step, 4: its learning rate has fallen to 0, so continue in another run.dir with "
     )
-    assert notes(trainshort, "train.steps=4") == [f"{ended}train.init_from"]
+    assert notes(trainshort, "train.steps=4") == [f"{ended}train.branch_from"]
     assert trainshort("train", "run.yaml", "--set", "train.steps=4").out.startswith(ended)
     assert refused(trainshort, "train", "run.yaml").startswith("train.steps is 10, but from step 4 on")
     file.write_text(file.read_text().replace("min_learning_rate: 0.0", "min_learning_rate: 0.001"))
@@ -175,7 +175,7 @@ def test_no_more_steps_are_advised_at_a_rate_of_zero(trainshort: Call, trained: 
 def test_check_knows_a_schedule_that_ends_early(trainshort: Call) -> None:
     (note,) = notes(trainshort, "run.dir=new", "train.steps=10", "train.decay_steps=5")
     assert note.startswith("train.steps is 10, but from step 5 on the learning rate is 0 ")
-    assert "raise train.decay_steps or train.min_learning_rate if the run has not started" in note
+    assert note.endswith("nothing more would be learned; set train.steps to 5 or train.decay_steps to 10")
     assert notes(trainshort, "run.dir=new", "train.decay_steps=5", "train.min_learning_rate=1e-3") == []
 
 

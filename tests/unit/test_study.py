@@ -303,6 +303,33 @@ def test_the_plan_has_tokens_and_the_time_that_was_measured(study: Run, files: S
     assert "3 runs, 2 to train: 3.84k tokens, about 4.6 s of training" in plan
 
 
+def test_a_run_branches_off_from_another_of_the_study(study: Run, files: StudyFiles, trainshort: Call) -> None:
+    cooldown = {"train.schedule": "wsd", "train.steps": 15}
+    runs = {
+        "trunk": {"set": {"train.schedule": "constant"}},
+        "named": {"set": {**cooldown, "train.branch_from": "study/trunk-seed1/checkpoints/step_0000010"}},
+        "newest": {"set": {**cooldown, "train.branch_from": "study/trunk-seed1"}},
+    }
+    plan = study("--dry-run", runs=runs).out
+    cells = {line.split()[0]: re.split(r" {2,}", line.strip()) for line in plan.splitlines() if "-seed" in line}
+    assert "2.56k" in cells["trunk-seed1"]
+    assert "1.28k" in cells["named-seed1"], "its first ten steps are the trunk's"
+    study(runs=runs)
+    assert files.calls[1::2] == ["train trunk-seed1", "train named-seed1", "train newest-seed1"]
+    # a start writes down which checkpoint of the folder it took, which changes no run of the study
+    ROWS.unlink()
+    file = Path("study/newest-seed1/config.yaml")
+    text = file.read_text()
+    file.write_text(text.replace("from: study/trunk-seed1", "from: study/trunk-seed1/checkpoints/step_0000010"))
+    study(runs=runs)
+    assert files.calls == []
+    ROWS.unlink()
+    file.write_text(text.replace("from: study/trunk-seed1", "from: study/named-seed1/checkpoints/step_0000010"))
+    assert 'train.branch_from was "study/named-seed1/checkpoints/step_0000010", is "study/trunk-seed1"' in refused(
+        trainshort, "study", "study.yaml"
+    )
+
+
 def test_submitted_runs_are_left_to_slurm(study: Run, files: StudyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted: list[tuple[str, int, tuple[str, ...]]] = []
 

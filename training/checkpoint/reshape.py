@@ -77,7 +77,7 @@ def plan_reshape(path: Path, *, overrides: Sequence[str], ranks: int | None) -> 
     if overrides:
         from training.folder import refuse_changes  # here: it imports numpy
 
-        refuse_changes(load_run(str(folder / CONFIG_NAME)), config, run_dir=folder)
+        refuse_changes(load_run(str(folder / CONFIG_NAME)), config, run_dir=folder, trained=manifest.step)
     layout = Layout.of(config, world_size=ranks or config.parallel.tensor * config.parallel.pipeline)
     shards = [saved_shard(name, entry, folder=folder) for name, entry in manifest.tensors.items()]
     cuts = tuple(

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from configs.figures import byte_size, scaled
-from training.reproduction.facts import CPU_VARIABLES, GPU_VARIABLES
+from training.reproduction.facts import CPU_VARIABLES, GPU_VARIABLES, INIT_FROM
 
 Grade = Literal["same", "rounding", "other"]
 GRADES: dict[Grade, str] = {
@@ -151,7 +151,7 @@ def _data_text(data: Mapping[str, Any], key: str) -> str:
 def _weights(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
     if then.get("sha256") != now.get("sha256") or now["problem"] is not None:
         texts = [each.get("problem") or str(each.get("sha256"))[:8] for each in (then, now)]
-        yield Difference("weights", "train.init_from", texts[0], texts[1], "other")
+        yield Difference("weights", then.get("key") or INIT_FROM, texts[0], texts[1], "other")
 
 
 def _hardware(then: Mapping[str, Any], now: Mapping[str, Any], *, on_gpu: bool, device: Grade) -> Iterator[Difference]:

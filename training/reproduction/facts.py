@@ -10,7 +10,7 @@ from configs.paths import MANIFEST_NAME
 from configs.schema import RunConfig
 from configs.secrets import public_variables
 from data_pipeline.content import damaged_files, data_sha256
-from data_pipeline.hashes import file_sha256
+from data_pipeline.hashes import file_sha256, json_sha256
 from data_pipeline.manifest import read_data_manifest
 from data_pipeline.tokenizer_files import find_tokenizer, tokenizer_sha256
 from training.checkpoint.manifest import check_whole, find_checkpoint, model_sha256
@@ -18,6 +18,7 @@ from training.folder import with_dotted_keys
 from training.host_memory import host_limit
 from training.versions import CODE, HOUSE
 
+INIT_FROM, BRANCH_FROM = "train.init_from", "train.branch_from"  # what names a run's initial state
 # The environment variables that may change a result. They are recorded with their values.
 CPU_VARIABLES = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY"),
@@ -84,16 +85,30 @@ def data_facts(folder: Path, *, reads_all: bool = False) -> dict[str, Any]:
     return {**facts, "problem": problems[0] if problems else None}
 
 
-def weights_facts(path: Path | None, *, reads_all: bool = False) -> dict[str, Any]:
-    """Return what identifies the initial weights of `train.init_from`; `problem` says why they cannot be used."""
-    if path is None:
+def begins_with(config: RunConfig) -> tuple[str, str] | None:
+    """Return the key that names the checkpoint which a run begins with, and its path; None if its weights are drawn."""
+    named = ((INIT_FROM, config.train.init_from), (BRANCH_FROM, config.train.branch_from))
+    return next(((key, path) for key, path in named if path is not None), None)
+
+
+def weights_facts(beginning: tuple[str, str] | None, *, reads_all: bool = False) -> dict[str, Any]:
+    """Return what identifies the checkpoint that a run begins with; `problem` says why it cannot be used.
+
+    Args:
+        beginning: Result of `begins_with`: of a branch, optimizer state counts too.
+        reads_all: Whether to read every byte.
+    """
+    if beginning is None:
         return {"path": None, "sha256": None, "problem": None}
+    key, path = beginning
+    facts: dict[str, Any] = {"key": key, "path": path, "sha256": None, "problem": None}
     try:
-        folder, manifest = find_checkpoint(path, warn=False)
+        folder, manifest = find_checkpoint(Path(path), warn=False)
         manifest = check_whole(folder) if reads_all else manifest
     except InputError as error:
-        return {"path": str(path), "sha256": None, "problem": str(error).partition(": ")[0]}
-    return {"path": str(path), "sha256": model_sha256(manifest), "problem": None}
+        return {**facts, "problem": str(error).partition(": ")[0]}
+    of_state = {name: entry.sha256 for name, entry in manifest.files.items()}
+    return {**facts, "sha256": json_sha256(of_state) if key == BRANCH_FROM else model_sha256(manifest)}
 
 
 def hardware_facts(*, gpu: str | None, gpus: int, cores: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints
 from training.folder import with_dotted_keys
 from training.reproduction.differences import Difference
 from training.reproduction.facts import (
+    begins_with,
     code_facts,
     data_facts,
     hardware_facts,
@@ -85,6 +86,12 @@ def found_at(path: str, start: Mapping[str, Any]) -> Path:
     return there if not Path(path).exists() and there.exists() else Path(path)
 
 
+def begins_with_here(config: RunConfig, start: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the result of `begins_with`, with the path as `found_at` finds it."""
+    beginning = begins_with(config)
+    return beginning and (beginning[0], str(found_at(beginning[1], start)))
+
+
 def data_of(run_dir: Path, config: RunConfig, start: Mapping[str, Any]) -> Path:
     """Return the folder of a run's prepared data, which may have been moved with the run folder."""
     return found_at(str(data_folder(config)), start) if config.data.dir else own_data_folder(run_dir)
@@ -114,11 +121,11 @@ def facts_here(
         here: This machine.
         reads_all: Whether to read every byte of data and weights.
     """
-    weights, layout = config.train.init_from, start["layout"]
+    beginning, layout = begins_with_here(config, start), start["layout"]
     return {
         "code": code_facts(source_code()),
         "data": data_facts(data_of(run_dir, config, start), reads_all=reads_all),
-        "weights": weights_facts(found_at(weights, start) if weights else None, reads_all=reads_all),
+        "weights": weights_facts(beginning, reads_all=reads_all),
         "versions": {"python": python_version(), **installed_versions()},
         "hardware": hardware_facts(gpu=here.gpu, gpus=here.gpus, cores=here.cores),
         "variables": variable_facts({**_defaults(config, layout, start, here), **here.variables}),

@@ -26,13 +26,14 @@ from training.reproduction.differences import (
     surviving_starts,
     worst_grade,
 )
+from training.reproduction.facts import BRANCH_FROM, begins_with
 from training.reproduction.here import (
     FoundConfig,
     Here,
+    begins_with_here,
     data_of,
     facts_here,
     find_config,
-    found_at,
     prepares_the_same,
 )
 from training.reproduction.starts import recorded_starts
@@ -199,7 +200,9 @@ def _prepared_again(data: Difference) -> Difference:
 def _notes(run_dir: Path, surviving: list[tuple[int, dict[str, Any]]], differing: list[Difference]) -> Iterator[str]:
     """Yield what else to know before repeating a run: how to restore its code and package versions."""
     first, start = surviving[0][1], surviving[-1][1]
-    if first["step"]:
+    if first["step"] and first["weights"].get("key") == BRANCH_FROM:
+        yield f"steps 1 to {first['step']} are those of {first['weights']['path']}, which it branches off from"
+    elif first["step"]:
         yield f"steps 1 to {first['step']} were trained by a version that kept no manifest: what they ran is not known"
     if rollbacks := read_rollbacks(run_dir):
         times = "once" if len(rollbacks) == 1 else f"{len(rollbacks)} times"
@@ -237,8 +240,10 @@ def _commands(
         overrides |= {"data.dir": "null"} if config.data.dir else {}
     elif config.data.dir is None or data_of(run_dir, config, start) != data_folder(config):
         overrides["data.dir"] = str(data_of(run_dir, config, start))
-    if config.train.init_from and found_at(config.train.init_from, start) != Path(config.train.init_from):
-        overrides["train.init_from"] = str(found_at(config.train.init_from, start))
+    beginning = begins_with_here(config, start)
+    if beginning is not None and beginning != begins_with(config):
+        key, path = beginning
+        overrides[key] = path
     sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
     file = typed_path(found.file)
     prepare = [f"trainshort prepare {file}{sets}"] if prepares else []

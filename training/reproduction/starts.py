@@ -18,6 +18,7 @@ from parallel.layout import Layout
 from parallel.start import ProcessRank, environment, node_count
 from training.incarnation import Fence
 from training.reproduction.facts import (
+    begins_with,
     code_facts,
     data_facts,
     hardware_facts,
@@ -71,7 +72,7 @@ def record_start(
         "code": code_facts(recorded["code"]),
         "config": {"file": config_file(run_dir).name, "sha256": file_sha256(config_file(run_dir))},
         "data": data_facts(data_folder(config)),
-        "weights": weights_facts(Path(config.train.init_from) if config.train.init_from else None),
+        "weights": weights_facts(begins_with(config)),
         "versions": {"python": recorded["python"], **recorded["packages"]},
         "hardware": hardware_facts(gpu=gpu, gpus=gpus, cores=len(os.sched_getaffinity(0))),
         "layout": {

@@ -14,12 +14,14 @@ from configs.commands import typed_path
 from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import checkpoints_folder, config_file, run_folder
+from configs.schema import RunConfig
 from configs.study import HELD_OUT_TEXT, LoadedStudy, PlannedRun, text_key
-from training.checkpoint.manifest import list_checkpoints, model_sha256, read_manifest, step_folder
+from training.checkpoint.manifest import is_checkpoint_name, list_checkpoints, model_sha256, read_manifest, step_folder
 from training.comparison.run import read_runs
 from training.comparison.text import WantedText
 from training.evaluation.kept import checkpoint_reports, read_report
 from training.evaluation.results import protocol_name
+from training.folder import with_fixed_branch
 from training.metrics_reader import read_steps
 from training.reproduction.starts import recorded_starts
 from training.step_columns import StepColumns
@@ -61,7 +63,7 @@ class RunProgress:
     def tokens_left(self) -> int:
         """Tokens that are still to be trained on."""
         config = self.planned.config
-        steps = config.train.steps - self.step if self.stage == "train" else 0
+        steps = config.train.steps - (self.step or _branched_step(config)) if self.stage == "train" else 0
         return steps * config.train.global_batch * config.data.sequence_length
 
 
@@ -98,7 +100,7 @@ class ProgressReader:
             )
         else:
             step = next((checkpoint.step for checkpoint in reversed(list_checkpoints(run_dir))), 0)
-        return RunProgress(planned, stage, step, tuple(missing), row, _speed(run_dir, row))
+        return RunProgress(planned, stage, step, tuple(missing), row, _speed(planned.config, row))
 
     def results_of(self, planned: PlannedRun) -> list[dict[str, Any]]:
         """Return the results of a run's last checkpoint, on all texts of the study."""
@@ -139,8 +141,9 @@ class ProgressReader:
             )
         if not config_file(run_dir).is_file():
             return
-        before = deciding_values(load_run(str(config_file(run_dir))))
-        if changes := changed_values(before, now):
+        first = load_run(str(config_file(run_dir)))
+        now = deciding_values(with_fixed_branch(planned.config, first=first))
+        if changes := changed_values(deciding_values(first), now):
             raise InputError(
                 f"{run_dir} was begun with another configuration ({'; '.join(changes)}): {_ANOTHER_NAME}, or remove "
                 f"the folder with trainshort runs rm {typed_path(run_dir)}"
@@ -175,6 +178,12 @@ class ProgressReader:
         )
 
 
+def _branched_step(config: RunConfig) -> int:
+    """Return the step that a branch begins after, by the name of its checkpoint, which need not exist yet; else 0."""
+    name = Path(config.train.branch_from or "").name
+    return int(name.removeprefix("step_")) if is_checkpoint_name(name) else 0
+
+
 def last_checkpoint(planned: PlannedRun) -> Path:
     """Return the folder of a run's last step, which need not exist yet."""
     return step_folder(checkpoints_folder(run_folder(planned.config)), step=planned.config.train.steps)
@@ -198,13 +207,13 @@ def _row_result(result: Mapping[str, Any], *, report: Mapping[str, Any], text: s
     }
 
 
-def _speed(run_dir: Path, row: StudyRow | None) -> float | None:
+def _speed(config: RunConfig, row: StudyRow | None) -> float | None:
     """Return the tokens a second of a run's row, else of the steps that it has taken."""
     if row is not None:
         return row.figures.get("tokens_per_second")
-    steps = StepColumns(("tokens_seen", "step_seconds"), read_steps(run_dir))
-    tokens, seconds = steps.known("tokens_seen"), sum(steps.known("step_seconds"))
-    return tokens[-1] / seconds if tokens and seconds else None
+    seconds = StepColumns(("step_seconds",), read_steps(run_folder(config))).known("step_seconds")
+    tokens = len(seconds) * config.train.global_batch * config.data.sequence_length
+    return tokens / sum(seconds) if sum(seconds) else None
 
 
 def expected_seconds(progress: Sequence[RunProgress]) -> dict[str, float | None]:

@@ -78,7 +78,8 @@ def _training(facts: ModelFacts, *, dtype: str) -> str:
             f"{train.global_batch:,} sequences",
             "data": sources,
             "precision": f"{train.precision}; the weights here are {dtype}",
-            "learning rate": f"{train.learning_rate:g} at most, {train.optimizer}, weight decay {train.weight_decay:g}",
+            "learning rate": f"{train.learning_rate:g} at most, {train.schedule}",
+            "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}",
             "seed": f"{facts.config.run.seed}",
         }
     table = [f"| {name} | {value} |" for name, value in rows.items()]

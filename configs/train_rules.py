@@ -1,0 +1,70 @@
+"""Rules across the keys of the section `train`, as those of `configs.rules`."""
+
+from collections.abc import Callable, Iterator
+
+from configs.schedules import SCHEDULES, cooldown_steps, schedule_steps
+from configs.schema import RunConfig, Train
+
+
+def _warmup(config: RunConfig) -> Iterator[str]:
+    train, steps = config.train, schedule_steps(config.train)
+    if train.warmup_steps >= steps:
+        yield (
+            f"train.warmup_steps must be less than the schedule's steps ({steps}), got {train.warmup_steps}: "
+            f"lower it or {_more_steps(train)}"
+        )
+
+
+def _cooldown(config: RunConfig) -> Iterator[str]:
+    train, steps = config.train, schedule_steps(config.train)
+    if not SCHEDULES[train.schedule].cools_down:
+        if train.cooldown_steps is not None:
+            yield (
+                f"train.cooldown_steps is {train.cooldown_steps}, but train.schedule {train.schedule} has no cooldown: "
+                f"remove it, or set train.schedule to {_schedules_with_cooldown()}"
+            )
+        return
+    cooldown = cooldown_steps(train)
+    if train.warmup_steps < steps < train.warmup_steps + cooldown:
+        default = "" if train.cooldown_steps else ", as it is not set"
+        yield (
+            f"train.warmup_steps ({train.warmup_steps}) and train.cooldown_steps ({cooldown}{default}) must fit into "
+            f"the schedule's steps ({steps}): lower one or {_more_steps(train)}"
+        )
+
+
+def _more_steps(train: Train) -> str:
+    # the schedule of a run that has started is fixed, and no rule knows its folder
+    if train.decay_steps is None:
+        return "set train.decay_steps (that of RUN_DIR/config.yaml, if the run has started)"
+    return "raise train.decay_steps"
+
+
+def _schedules_with_cooldown() -> str:
+    return " or ".join(name for name, schedule in SCHEDULES.items() if schedule.cools_down)
+
+
+def _learning_rates(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.min_learning_rate > train.learning_rate:
+        yield (
+            f"train.min_learning_rate must be at most train.learning_rate ({train.learning_rate}), "
+            f"got {train.min_learning_rate}: lower it"
+        )
+    if train.min_learning_rate and not SCHEDULES[train.schedule].falls:
+        yield (
+            f"train.min_learning_rate is {train.min_learning_rate}, but train.schedule {train.schedule} never falls to "
+            f"it: set it to 0, or train.schedule to {_schedules_with_cooldown()}"
+        )
+
+
+def _beginning(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.init_from is not None and train.branch_from is not None:
+        yield (
+            f"train.init_from is {train.init_from} and train.branch_from is {train.branch_from}: remove one; a branch "
+            "continues with optimizer state and step, train.init_from takes the weights alone"
+        )
+
+
+TRAIN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_warmup, _cooldown, _learning_rates, _beginning)

@@ -1,0 +1,43 @@
+"""Mistakes of schedules and branches, each with the test that must catch it."""
+
+from tests.mutants.mutants import Mutant
+
+SCHEDULES, BRANCHES = "tests/unit/test_schedules.py::", "tests/unit/test_branches.py::"
+
+SCHEDULE_MUTANTS = (
+    Mutant(
+        "schedules: a cooldown falls from the end of the warm-up on",
+        "configs/schedules.py",
+        "schedule_steps(train) - cooldown_steps(train) if self.cools_down else train.warmup_steps",
+        "train.warmup_steps",
+        SCHEDULES + "test_rates_of_wsd_are_those_of_transformers[0.1]",
+    ),
+    Mutant(
+        "schedules: a cooldown that has begun may change",
+        "training/folder.py",
+        "step > trained",
+        "step >= trained",
+        SCHEDULES + "test_a_cooldown_that_has_begun_stays",
+    ),
+    Mutant(
+        "branches: optimizer state begins at zero",
+        "training/resume.py",
+        "load_slices(state, checkpoint, kinds=state.kinds, groups=groups)",
+        'load_slices(state, checkpoint, kinds=("weight",), groups=groups)',
+        BRANCHES + "test_a_branch_with_the_same_keys_equals_its_trunk",
+    ),
+    Mutant(
+        "branches: the samples that follow may be others",
+        "training/resume.py",
+        "if changes and not accept_change:",
+        "if changes and resumes and not accept_change:",
+        BRANCHES + "test_other_samples_are_refused_by_their_hash",
+    ),
+    Mutant(
+        "branches: the newest checkpoint of a run folder at each start",
+        "training/folder.py",
+        "return _with_train(config, branch_from=fixed)",
+        "return config",
+        BRANCHES + "test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start",
+    ),
+)
