@@ -133,7 +133,7 @@ def _newest_before(step: int, *, run_dir: Path, train: Train) -> tuple[Path, Man
 
 def _stopped(diverged: Diverged, *, good: tuple[Path, Manifest] | None, done: int) -> InputError:
     lower = "train in another run.dir, with a lower train.learning_rate or more train.warmup_steps"
-    times = f" again, after {done} rollback{'s' if done > 1 else ''}" if done else ""
+    times = f" again, after {counted(done, 'rollback')}" if done else ""
     so = f"{diverged}, so training has diverged{times}"
     if good is None:
         return InputError(f"{so}: {lower}; no checkpoint was saved")
