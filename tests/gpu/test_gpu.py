@@ -33,6 +33,7 @@ from training.model.proof.audit import audit
 from training.model.proof.certificate import certify
 from training.model.single import SingleModel
 from training.profiling.categories import ATTENTION_WORK, ELEMENTWISE, MATRIX, OPTIMIZER, OTHER
+from training.rollbacks import read_rollbacks
 from training.sampling import Sampling
 
 pytestmark = pytest.mark.gpu
@@ -153,6 +154,25 @@ def test_a_run_trains_and_evaluates_on_one_gpu(tmp_path: Path, precision: str) -
         call(command, "demo", *overrides)
     call("evaluate", str(tmp_path / "run"))
     assert (tmp_path / "run" / "evaluation" / "report.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_branch_on_a_gpu_goes_back_once_and_stops(tmp_path: Path) -> None:
+    trunk = [*one_gpu_run(tmp_path, "bf16"), *set_options(["train.schedule=constant", "train.steps=2"])]
+    for command in ("prepare", "train"):
+        call(command, "demo", *trunk)
+    own = [
+        f"run.dir={tmp_path / 'branch'}",
+        f"data.dir={tmp_path / 'run' / 'data'}",
+        f"train.branch_from={tmp_path / 'run'}",
+    ]
+    diverging = set_options([*own, "train.steps=6", "train.learning_rate=1e30", "train.rollbacks=1"])
+    command = [sys.executable, "-P", "-m", "trainshort", "train", "demo", *trunk, *diverging]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("ROLLED BACK (1 of 1)")) == (2, 1), ended.stderr
+    assert "so training has diverged again, after 1 rollback: `trainshort train" in ended.stderr
+    (rollback,) = read_rollbacks(tmp_path / "branch")
+    assert rollback.step == 2
 
 
 def test_a_profile_on_a_gpu_adds_up(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_rates_are_those_of_torch(name: str) -> None:
         "constant": lambda: ConstantLR(optimizer, 1.0, total_iters=1),
     }[name]()
     expected = rates_of(after_warmup(optimizer, fall), optimizer, steps=END)
-    train = train_of(schedule=name, decay_steps=END, min_learning_rate=0.0 if name == "constant" else LEAST)
+    train = train_of(schedule=name, decay_steps=END, min_learning_rate=LEAST)
     assert [learning_rate(step, train=train) for step in range(1, END + 1)] == pytest.approx(expected, rel=1e-6)
     stays = PEAK if name == "constant" else LEAST
     assert learning_rate(END + 1, train=train) == learning_rate(10**9, train=train) == stays
@@ -118,11 +118,6 @@ def small(**keys: Any) -> RunConfig:
             "train.decay_steps (that of RUN_DIR/config.yaml, if the run has started)",
         ),
         (
-            {"schedule": "constant", "min_learning_rate": 1e-4},
-            "train.min_learning_rate is 0.0001, but train.schedule constant never falls to it: set it to 0, or "
-            "train.schedule to wsd",
-        ),
-        (
             {"schedule": "exponential"},
             "train.schedule: must be 'cosine', 'linear', 'constant' or 'wsd', got 'exponential'",
         ),
@@ -137,6 +132,10 @@ def test_keys_of_a_schedule_must_fit_together(keys: dict[str, Any], message: str
     with pytest.raises(InputError) as caught:
         small(**keys)
     assert str(caught.value) == f"small: {message}"
+
+
+def test_a_trunk_may_hold_the_keys_of_its_cooldowns() -> None:
+    assert small(schedule="constant", min_learning_rate=1e-4, warmup_steps=200).train.steps == 100
 
 
 def test_a_cooldown_may_take_all_that_the_warm_up_leaves() -> None:
