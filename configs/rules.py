@@ -13,7 +13,7 @@ from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS, Precision
 from configs.protocols import PROTOCOL_NAMES, WindowProtocol, parse_protocol
 from configs.schema import RunConfig
-from configs.train_rules import TRAIN_RULES
+from configs.train_rules import train_problems
 
 _LARGEST_DIVIDED = 10**12
 
@@ -347,7 +347,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _zero_with_precision,
     _weights,
     _micro_batch,
-    *TRAIN_RULES,
+    train_problems,
     _keep_every,
     _export_every,
     _keep_best,

@@ -18,7 +18,8 @@ def _warmup(config: RunConfig) -> Iterator[str]:
 def _cooldown(config: RunConfig) -> Iterator[str]:
     train, steps = config.train, schedule_steps(config.train)
     if not SCHEDULES[train.schedule].cools_down:
-        if train.cooldown_steps is not None:
+        # a constant trunk may hold the keys of its cooldowns
+        if train.cooldown_steps is not None and SCHEDULES[train.schedule].falls:
             yield (
                 f"train.cooldown_steps is {train.cooldown_steps}, but train.schedule {train.schedule} has no cooldown: "
                 f"remove it, or set train.schedule to {_schedules_with_cooldown()}"
@@ -62,4 +63,9 @@ def _beginning(config: RunConfig) -> Iterator[str]:
         )
 
 
-TRAIN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_warmup, _cooldown, _learning_rates, _beginning)
+_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_warmup, _cooldown, _learning_rates, _beginning)
+
+
+def train_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a line per rule of the section that a run breaks."""
+    return (problem for rule in _RULES for problem in rule(config))

@@ -22,6 +22,7 @@ from configs.paths import (
 )
 from configs.schema import RunConfig, Train
 from configs.strict_yaml import as_yaml
+from configs.train_rules import train_problems
 from data_pipeline.manifest import same_content, same_inputs
 from parallel.layout import Layout
 from parallel.start import environment, slurm_job
@@ -60,16 +61,20 @@ _SCHEDULE_KEYS = ("train.decay_steps", "train.cooldown_steps")
 
 
 def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
-    """Return the run with `train.decay_steps` and the checkpoint of `train.branch_from` as fixed at its first start.
+    """Return the run with the keys that its first start fixed: the schedule's steps, the trunk's checkpoint.
 
     Raises:
-        InputError: the folder holds a run that differs in keys that must not change; names each. Or, at a first start,
-            there is no checkpoint at `train.branch_from`.
+        InputError: the folder holds a run that differs in keys that must not change; names each. Or the schedule does
+            not fit its fixed steps; or, at a first start, there is no checkpoint at `train.branch_from`.
     """
     first = _first_config(run_dir)
     before = load_run(str(first)) if first else None
     if config.train.decay_steps is None:
         config = _with_train(config, decay_steps=before.train.decay_steps if before else config.train.steps)
+    if config.train.cooldown_steps is None and before is not None:
+        config = _with_train(config, cooldown_steps=before.train.cooldown_steps)
+    for problem in train_problems(config):  # with the schedule's steps that the first start fixed
+        raise InputError(problem)
     if before is not None:
         config = with_fixed_branch(config, first=before)
         trained = next((saved.step for saved in reversed(list_checkpoints(run_dir))), 0)
@@ -186,6 +191,8 @@ def refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path, traine
     if not changes:
         return
     advice = "set the old values, or choose another run.dir"
+    if all(key.startswith("train.") for key in changed):
+        advice += ", which train.branch_from lets go on from a checkpoint of this one"
     if step is not None and set(changed) <= set(_SCHEDULE_KEYS):
         advice = (
             f"the learning rate would change from step {step} on, and step {trained} is done; set the old values, or "

@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import whole_file
-from configs.paths import discarded_metrics_path, logs_folder, metrics_path
+from configs.paths import certificates_path, discarded_metrics_path, logs_folder, metrics_path
 from training.metrics_reader import newest_step, step_fields
 from training.observers import Observer, Status, StepResult
 
@@ -31,7 +31,8 @@ SPARSE_FIELDS = (
 )  # left out if None; other fields are then null
 
 
-ROLLED_BACK = "rolled_back"  # in a line of logs/: the start that took the step took it again
+# In a line of logs/: the number of the start that took the step, and took it again after a divergence.
+ROLLED_BACK = "rolled_back"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ class MetricsFile(Observer):
         lines = self._waiting.splitlines(keepends=True)
         self._waiting = b"".join(line for line in lines if json.loads(line)["step"] <= step)
         before = self._handle
-        self._open(step, marks={ROLLED_BACK: True})
+        certificates = certificates_path(self._run_dir)  # it has a line per start
+        starts = certificates.read_bytes().count(b"\n") if certificates.exists() else 1
+        self._open(step, marks={ROLLED_BACK: starts})
         os.close(before)
 
     def before_save(self) -> None:

@@ -6,9 +6,11 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from configs.paths import run_folder
 from configs.schema import RunConfig
 from configs.terminal import Terminal
-from training.metrics_file import Best, better_of
+from training.metrics_file import Best, better_of, validation_of
+from training.metrics_reader import read_steps
 from training.observers import Observer, Save, Status, StepResult
 from training.pace import Pace
 from training.progress_lines import closing_lines, live_line, save_line, step_line, validation_line
@@ -30,8 +32,7 @@ class ProgressLog(Observer):
     """
 
     def __init__(self, config: RunConfig, *, first_step: int, best: Best | None, terminal: Terminal | None) -> None:
-        self._config = config
-        self._validations = [] if best is None else [best]  # each the best so far
+        self._config, self._best = config, best
         self._terminal = terminal or Terminal()  # without a live line
         self._pace = Pace(config, step=first_step)
         self._newest: StepResult | None = None
@@ -69,9 +70,11 @@ class ProgressLog(Observer):
         logger.info("%s", save_line(save, size_bytes=_size_of(save.folder)))
 
     def on_rollback(self, step: int) -> None:
-        """Forget what was measured after the step that training goes on from."""
+        """Forget what was measured after the step that training goes on from; metrics.jsonl has what is left."""
         self._since_line.clear()
-        self._validations = [each for each in self._validations if each.step <= step]
+        self._best = None
+        for fields in read_steps(run_folder(self._config)):
+            self._best = better_of(self._best, validation_of(fields))
         self._pace.on_rollback(step)
 
     def on_save_wait(self, seconds: float, *, goes_on: bool) -> None:
@@ -95,10 +98,6 @@ class ProgressLog(Observer):
             logger.info("%s", line)
 
     @property
-    def _best(self) -> Best | None:
-        return self._validations[-1] if self._validations else None
-
-    @property
     def _tokens_per_step(self) -> int:
         return self._config.train.global_batch * self._config.data.sequence_length
 
@@ -113,8 +112,7 @@ class ProgressLog(Observer):
         logger.info("%s", step_line(result, steps=steps, speed=speed, seconds_left=left, columns=columns))
 
     def _log_validation(self, result: StepResult, *, loss: float) -> None:
-        if (best := better_of(self._best, Best(loss, result.step))) not in (self._best, None):
-            self._validations.append(best)
+        self._best = better_of(self._best, Best(loss, result.step))
         seconds = result.validation_seconds or 0.0
         logger.info("%s", validation_line(result.step, loss=loss, seconds=seconds, best=self._best))
 

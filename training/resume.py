@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from configs.errors import InputError
@@ -15,10 +14,10 @@ from parallel.axes import Group, Groups
 from parallel.collectives import broadcast_from_first, wait_for_all
 from parallel.engine import Engine
 from training.checkpoint.manifest import list_checkpoints
-from training.checkpoint.read import Checkpoint, load_slices, open_on_all_ranks
+from training.checkpoint.read import Checkpoint, load_slices, open_first_whole, open_on_all_ranks
 from training.divergence import Diverged
 from training.incarnation import Fence
-from training.rollbacks import record_rollback
+from training.rollbacks import checkpoints_before, record_rollback
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -58,19 +57,12 @@ def resume(
         with timed("checked it", say=say):
             checkpoint = open_on_all_ranks(path, kinds=engine.state().kinds, world=groups.world)
         say("%s step %d, %s", "Resuming from" if resumes else "Branching off after", checkpoint.step, checkpoint.path)
-        changes = list(_load(engine, loader, checkpoint=checkpoint, train=train, groups=groups))
-        if changes and not accept_change:
-            other_way = (
-                "accept it with `trainshort train --accept-change`"
-                if resumes
-                else "take its weights alone with train.init_from"
-            )
-            raise InputError(f"{changes[0]}, or {other_way}")
-        if groups.world.rank == 0:
-            for change in changes:
-                logger.warning("accepted: %s", change)
-        saved = checkpoint.manifest
-        return TrainState(saved.step, saved.consumed_samples, left_out_samples=saved.left_out_samples)
+        instead = "accept it with `trainshort train --accept-change`"
+        if not resumes:
+            instead = "take its weights alone with train.init_from"
+        return _continue(
+            engine, loader, checkpoint, train=train, groups=groups, instead=None if accept_change else instead
+        )
     if train.init_from is not None:
         say("starting with the weights of train.init_from, %s", train.init_from)
         with timed("loaded them", say=say):
@@ -104,22 +96,46 @@ def go_back(
         fence: Shows whether this start of the run is still the newest.
         accept_change: See `resume`.
     Raises:
-        InputError: the run has gone back as often as it may, or there is no checkpoint; raised on every rank.
+        InputError: the run has gone back as often as it may, or no checkpoint is whole; raised on every rank.
         MachineError: a disk fails, or a newer start of the run has taken over; raised on every rank.
     """
-    record = partial(record_rollback, diverged, train=config.train, fence=fence)
-    broadcast_from_first(record, group=groups.world)
-    resumes = has_checkpoint(config, world=groups.world)  # else it branches off again
-    return resume(engine, loader, config=config, groups=groups, resumes=resumes, accept_change=accept_change)
+    train, world = config.train, groups.world
+    folders = broadcast_from_first(
+        lambda: checkpoints_before(diverged, train=train, run_dir=fence.run_dir), group=world
+    )
+    checkpoint = open_first_whole(folders, kinds=engine.state().kinds, world=world)
+    saved = (checkpoint.path, checkpoint.manifest)
+    broadcast_from_first(lambda: record_rollback(diverged, *saved, train=train, fence=fence), group=world)
+    instead = None if accept_change else "train in another run.dir"
+    return _continue(engine, loader, checkpoint, train=train, groups=groups, instead=instead)
 
 
-def _load(engine: Engine, loader: Loader, *, checkpoint: Checkpoint, train: Train, groups: Groups) -> Iterator[str]:
-    """Load all state of a checkpoint into an engine, and yield what has changed since it was saved. A collective."""
-    state = engine.state()
+def _continue(
+    engine: Engine, loader: Loader, checkpoint: Checkpoint, *, train: Train, groups: Groups, instead: str | None
+) -> TrainState:
+    """Load all state of a checkpoint and return its position; every rank must call it.
+
+    Args:
+        engine: Holds other state.
+        loader: The run's samples.
+        checkpoint: A whole checkpoint.
+        train: Section of the run.
+        groups: This rank's places.
+        instead: What a user may do if model or data have changed since it was saved; None to warn and continue.
+    Raises:
+        InputError: something changed that was not accepted; raised on every rank.
+    """
+    state, saved = engine.state(), checkpoint.manifest
     with timed("loaded it", say=logger.info if groups.world.rank == 0 else logger.debug):
         load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
     state.set_step(checkpoint.step)
-    yield from changes_since(engine, loader, checkpoint=checkpoint, train=train, world=groups.world)
+    changes = list(changes_since(engine, loader, checkpoint=checkpoint, train=train, world=groups.world))
+    if changes and instead is not None:
+        raise InputError(f"{changes[0]}, or {instead}")
+    if groups.world.rank == 0:
+        for change in changes:
+            logger.warning("accepted: %s", change)
+    return TrainState(saved.step, saved.consumed_samples, left_out_samples=saved.left_out_samples)
 
 
 def check_loss(engine: Engine, loader: Loader, world: Group) -> float:

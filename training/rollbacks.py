@@ -7,7 +7,6 @@ checkpoint, or in another run folder that has a copy of this file. Later checkpo
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +19,13 @@ from configs.files import write_json
 from configs.paths import rollbacks_file
 from configs.schema import Train
 from configs.schema_problems import first_problem
-from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
+from training.checkpoint.manifest import Manifest, list_checkpoints
 from training.checkpoint.retention import remove_after
-from training.divergence import Diverged
+from training.divergence import LOSSES_WATCHED, Diverged
 from training.incarnation import Fence
+from training.metrics_reader import newest_values, read_steps
 from training.state import JsonInt, TrainState
+from training.step_columns import StepColumns
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +72,34 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
         return []
     except ValidationError as error:
         raise InputError(
-            f"{file} is damaged ({first_problem(error)}): mend it, or move it away; then samples on which training "
+            f"{file} is damaged ({first_problem(error)}): repair it, or move it away; then samples on which training "
             "diverged may follow again"
         ) from None
+
+
+def rollbacks_of(run_dir: Path, *, train: Train) -> list[Rollback]:
+    """Return the rollbacks whose samples a run leaves out: of a branch, its trunk's too, if they are there.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    trunk = None if train.branch_from is None else Path(train.branch_from).parents[1]
+    return [*(read_rollbacks(trunk) if trunk else ()), *read_rollbacks(run_dir)]
+
+
+def losses_before(start: TrainState, *, run_dir: Path, train: Train) -> list[float]:
+    """Return the losses of the steps up to a position, of a branch also its trunk's; none if nobody looks for a spike.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    if train.spike is None:
+        return []
+    losses = newest_values(run_dir, "loss")[-LOSSES_WATCHED:]
+    if train.branch_from is not None and len(losses) < LOSSES_WATCHED:
+        trunk = (fields for fields in read_steps(Path(train.branch_from).parents[1]) if fields["step"] <= start.step)
+        losses = [*StepColumns(["loss"], trunk).known("loss"), *losses][-LOSSES_WATCHED:]
+    return losses
 
 
 def without_left_out(state: TrainState, rollbacks: Sequence[Rollback]) -> TrainState:
@@ -84,26 +110,46 @@ def without_left_out(state: TrainState, rollbacks: Sequence[Rollback]) -> TrainS
     return state
 
 
-def record_rollback(diverged: Diverged, *, train: Train, fence: Fence) -> None:
-    """Make the newest checkpoint before a divergence the one to resume from, without the samples since then.
+def checkpoints_before(diverged: Diverged, *, train: Train, run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run that are good to go back to, newest first; of a branch, its trunk's comes last.
+
+    Raises:
+        InputError: there is none, or the run has gone back as often as it may; says what to do.
+    """
+    own = [checkpoint.path for checkpoint in reversed(list_checkpoints(run_dir)) if checkpoint.step < diverged.began]
+    folders = [*own, *([Path(train.branch_from)] if train.branch_from else [])]
+    done = len(read_rollbacks(run_dir))
+    if folders and done < train.rollbacks:
+        return folders
+    again = f" again, after {counted(done, 'rollback')}" if done else ""
+    so = f"{diverged}, so training has diverged{again}"
+    lower = "train in another run.dir, with a lower train.learning_rate or more train.warmup_steps"
+    if not folders:
+        none = "none of its checkpoints is from before that" if list_checkpoints(run_dir) else "no checkpoint was saved"
+        raise InputError(f"{so}: {lower}; {none}")
+    back = f"`trainshort train --set train.rollbacks={done + 1}` goes back to {folders[0]}, without the samples since"
+    branch = "in another run.dir, with a lower train.learning_rate, train.branch_from goes on from there"
+    raise InputError(f"{so}: {back}; or {branch}")
+
+
+def record_rollback(diverged: Diverged, folder: Path, manifest: Manifest, *, train: Train, fence: Fence) -> None:
+    """Make a checkpoint the one to resume from, without the samples since then.
 
     Later checkpoints are removed: they were saved while the loss was rising.
 
     Args:
         diverged: What was seen.
-        train: Section of the run: how often it may go back, and what it branched off from.
+        folder: The checkpoint, known to be whole.
+        manifest: Its manifest.
+        train: Section of the run: how often it may go back.
         fence: Shows whether this start of the run is still the newest.
     Raises:
-        InputError: it has had them, or no checkpoint is old enough; says what to do.
         Superseded: a newer start of the run has taken over.
         OSError: the disk fails.
     """
     fence.check()
     run_dir = fence.run_dir
-    rollbacks, good = read_rollbacks(run_dir), _newest_before(diverged.began, run_dir=run_dir, train=train)
-    if good is None or len(rollbacks) >= train.rollbacks:
-        raise _stopped(diverged, good=good, done=len(rollbacks))
-    folder, manifest = good
+    rollbacks = read_rollbacks(run_dir)
     removed = remove_after(manifest.step, fence=fence)  # first: a start now would resume from the newest
     rollback = Rollback(
         step=manifest.step,
@@ -114,29 +160,10 @@ def record_rollback(diverged: Diverged, *, train: Train, fence: Fence) -> None:
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     document = {"rollbacks": [asdict(each) for each in (*rollbacks, rollback)]}
+    fence.check()
     write_json(rollbacks_file(run_dir), document, mark=f".{fence.token}")
     also = f"; removed what was saved in between: {', '.join(removed)}" if removed else ""
     logger.warning(
         "ROLLED BACK (%d of %d): %s; training goes back to %s and leaves out the %s since then%s",
         *(len(rollbacks) + 1, train.rollbacks, diverged, folder, counted(rollback.left_out, "sample"), also),
     )
-
-
-def _newest_before(step: int, *, run_dir: Path, train: Train) -> tuple[Path, Manifest] | None:
-    """Return the newest checkpoint before a step whose files are there, maybe that of the trunk, and its manifest."""
-    own = [checkpoint.path for checkpoint in reversed(list_checkpoints(run_dir)) if checkpoint.step < step]
-    for path in (*own, *([Path(train.branch_from)] if train.branch_from else [])):
-        with suppress(InputError):  # a resume says what is wrong with it
-            return path, read_manifest(path)
-    return None
-
-
-def _stopped(diverged: Diverged, *, good: tuple[Path, Manifest] | None, done: int) -> InputError:
-    lower = "train in another run.dir, with a lower train.learning_rate or more train.warmup_steps"
-    times = f" again, after {counted(done, 'rollback')}" if done else ""
-    so = f"{diverged}, so training has diverged{times}"
-    if good is None:
-        return InputError(f"{so}: {lower}; no checkpoint was saved")
-    back = f"`trainshort train --set train.rollbacks={done + 1}` goes back to {good[0]}, without the samples since"
-    branch = "in another run.dir, with a lower train.learning_rate, train.branch_from goes on from there"
-    return InputError(f"{so}: {back}; or {branch}")

@@ -51,8 +51,12 @@ class Saver:
         self._writer = CheckpointWriter(config, groups, prepared.tokenizer, prepared.vocab_size, fence)
         self._background = BackgroundWriter() if config.checkpoint.background else None
         self._begun: BegunSave | None = None
-        # The resume skipped these, so they are broken: retention must not count them.
-        self._broken = {saved.path.absolute() for saved in list_checkpoints(fence.run_dir) if saved.step > start.step}
+        self.went_back(start)
+
+    def went_back(self, start: TrainState) -> None:
+        """Learn where training goes on: the resume skipped later checkpoints, so retention must not count them."""
+        later = (saved.path.absolute() for saved in list_checkpoints(self._fence.run_dir) if saved.step > start.step)
+        self._broken = {*later}
 
     @property
     def is_writing(self) -> bool:

@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from configs.errors import InputError
+from configs.figures import counted
 from configs.schema import RunConfig
 from configs.slow_parts import timed
 from data_pipeline.loader import Loader
@@ -22,15 +23,15 @@ from parallel.axes import Groups
 from parallel.collectives import broadcast_from_first, wait_for_all
 from parallel.engine import Engine
 from parallel.seeds import seed_for
+from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.rank_part import SaveError, WeightsDiverged
-from training.divergence import LOSSES_WATCHED, Diverged, LossWatch
+from training.divergence import Diverged, LossWatch
 from training.incarnation import Fence, Superseded
-from training.metrics_reader import newest_values
 from training.model.attention import windows_of
 from training.observers import Observer, Status, StepResult
 from training.preflight import Ready
 from training.resume import go_back, resume
-from training.rollbacks import Rollback, read_rollbacks, without_left_out
+from training.rollbacks import Rollback, losses_before, rollbacks_of, without_left_out
 from training.saver import Saver
 from training.saves import Saves
 from training.schedule import learning_rate
@@ -123,7 +124,9 @@ class Trainer:
             if self.is_first_rank:
                 remove_stop_file(self.fence)
                 if status == "KILLED":
-                    saved = ", saved" if end.step else ""  # before the first step there is nothing to save
+                    saved = (
+                        ", saved" if list_checkpoints(self.fence.run_dir) else ""
+                    )  # before the first step nothing is
                     logger.warning("stopped after step %d%s: start again to continue", end.step, saved)
             return end
         except (SaveError, InputError):
@@ -139,28 +142,29 @@ class Trainer:
                     stack.callback(observer.close, status)
 
     def _train(self, observers: Sequence[Observer]) -> TrainState:
-        world, trainer = self.groups.world, self
-        saves = Saves(self.saver, observers, world=world, device=self.device, step=self.start.step)
+        world, start = self.groups.world, self.start
+        saves = Saves(self.saver, observers, world=world, device=self.device, step=start.step)
         wait_for_all(world)  # the first rank has opened its observers' files
         while True:
             try:
-                return trainer._train_on(observers, saves)
+                return self._train_from(start, observers, saves)
             except Diverged as error:
                 diverged = error
             saves.end(goes_on=bool(self.config.train.rollbacks))  # one in the background: it is of an earlier step
             start = self.go_back(diverged)
+            self.saver.went_back(start)
             saves.saved_step = start.step
-            broadcast_from_first(partial(_tell_of_rollback, observers, step=start.step), group=world)
-            trainer = replace(self, start=start)
+            broadcast_from_first(partial(self._tell_of_rollback, observers, step=start.step), group=world)
 
-    def _train_on(self, observers: Sequence[Observer], saves: Saves) -> TrainState:
-        """Train from `start` on; raise Diverged on every rank if that cannot go on."""
-        state, run_dir = self.start, self.fence.run_dir
+    def _train_from(self, start: TrainState, observers: Sequence[Observer], saves: Saves) -> TrainState:
+        """Train from a position on, whose state the engine holds; raise Diverged on every rank if that cannot go on."""
+        state, train, world, run_dir = start, self.config.train, self.groups.world, self.fence.run_dir
         validation_loss: float | None = None
-        rollbacks = broadcast_from_first(lambda: read_rollbacks(run_dir), group=self.groups.world)
-        watch = LossWatch(self.config.train.spike, self._losses_before())
+        rollbacks = broadcast_from_first(lambda: rollbacks_of(run_dir, train=train), group=world)
+        losses = broadcast_from_first(lambda: losses_before(start, run_dir=run_dir, train=train), group=world)
+        watch = LossWatch(train.spike, losses)
         with reading_ahead(self.loader, device=self.device) as read_step:
-            for taken in self.steps(read_step, rollbacks):
+            for taken in self.steps(read_step, start=start, rollbacks=rollbacks):
                 state = taken.after
                 watch.check(state, loss=taken.figures.loss, grad_norm=taken.figures.grad_norm)
                 validation_loss, validation_seconds = self._validate(state, observers)
@@ -172,7 +176,7 @@ class Trainer:
                     validation_seconds=validation_seconds,
                     save_seconds=saves.take_seconds(),
                     failed_saves=saves.failed or None,
-                    rollbacks=len(rollbacks) or None,
+                    rollbacks=sum(rollback.step < state.step for rollback in rollbacks) or None,
                 )
                 if not taken.figures.saving:
                     saves.end(goes_on=True, written=True)
@@ -187,18 +191,15 @@ class Trainer:
                 raise Diverged(str(error), began=state.step, state=state) from None
         return state
 
-    def steps(self, read_step: ReadStep, rollbacks: Sequence[Rollback] = ()) -> Iterator[TakenStep]:
-        """Take steps to the last one or until asked to stop, and yield each, in order.
+    def _tell_of_rollback(self, observers: Sequence[Observer], *, step: int) -> None:
+        # Loading takes minutes: a start that was overtaken meanwhile must not touch the newer one's files.
+        self.fence.check()
+        for observer in observers:
+            observer.on_rollback(step)
 
-        When a step is yielded, `steps_ahead` more may be launched, but none if the run validates or saves after it: the
-        engine then holds its state.
-
-        Args:
-            read_step: Reads the samples of a step.
-            rollbacks: Those of the run: which samples it leaves out.
-        """
-        steps = self.config.train.steps
-        exchange = FigureExchange(
+    @cached_property
+    def _exchange(self) -> FigureExchange:
+        return FigureExchange(
             groups=self.groups,
             device=self.device,
             stop=self.stop,
@@ -206,12 +207,27 @@ class Trainer:
             windows=windows_of(self.engine.module),
             is_saving=lambda: self.saver.is_writing,
         )
+
+    def steps(
+        self, read_step: ReadStep, *, start: TrainState | None = None, rollbacks: Sequence[Rollback] = ()
+    ) -> Iterator[TakenStep]:
+        """Take steps to the last one or until asked to stop, and yield each, in order.
+
+        When a step is yielded, `steps_ahead` more may be launched, but none if the run validates or saves after it: the
+        engine then holds its state.
+
+        Args:
+            read_step: Reads the samples of a step.
+            start: Where to begin, if not at the trainer's own `start`.
+            rollbacks: Those of the run: which samples it leaves out.
+        """
+        steps, exchange = self.config.train.steps, self._exchange
         launched: deque[_LaunchedStep] = deque()
-        state = self.start
+        state = start or self.start
         stops = state.step < steps and self._any_rank_asked()
         while launched or (state.step < steps and not stops):
             while state.step < steps and not stops and self._may_launch(after=launched):
-                launched.append(self._launch(without_left_out(state, rollbacks), read_step, exchange))
+                launched.append(self._launch(self._without_left_out(state, rollbacks), read_step, exchange))
                 state = launched[-1].after
             step = launched.popleft()
             figures = exchange.read(step.sent)
@@ -248,12 +264,12 @@ class Trainer:
         after = replace(state, step=step, consumed_samples=state.consumed_samples + config.train.global_batch)
         return _LaunchedStep(after, rate, exchange.send(outcome, began=began))
 
-    def _losses_before(self) -> list[float]:
-        """Return the losses of the steps before `start`, the same on every rank; none if nobody looks for a spike."""
-        if self.config.train.spike is None:
-            return []
-        read = partial(newest_values, self.fence.run_dir, "loss")
-        return broadcast_from_first(lambda: read()[-LOSSES_WATCHED:], group=self.groups.world)
+    def _without_left_out(self, state: TrainState, rollbacks: Sequence[Rollback]) -> TrainState:
+        past = without_left_out(state, rollbacks)
+        if past != state and self.is_first_rank:
+            left_out = counted(past.left_out_samples - state.left_out_samples, "sample")
+            logger.info("after step %d, %s are left out, as after the rollback to it", state.step, left_out)
+        return past
 
     def _validate(self, state: TrainState, observers: Sequence[Observer]) -> tuple[float | None, float | None]:
         """Return the validation loss and its seconds if the run validates after this step."""
@@ -341,11 +357,6 @@ def build_trainer(
         steps_ahead=1 if device.type == "cuda" else 0,
         go_back=partial(go_back, engine, loader, fence=fence, **same),
     )
-
-
-def _tell_of_rollback(observers: Sequence[Observer], *, step: int) -> None:
-    for observer in observers:
-        observer.on_rollback(step)
 
 
 def _open_data(config: RunConfig, *, prepared: Prepared, groups: Groups) -> tuple[Loader, Samples | None]:

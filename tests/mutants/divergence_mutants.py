@@ -15,7 +15,7 @@ DIVERGENCE_MUTANTS = (
     Mutant(
         "divergence: the samples that a run diverged on follow again",
         TRAINER,
-        "self._launch(without_left_out(state, rollbacks), read_step, exchange)",
+        "self._launch(self._without_left_out(state, rollbacks), read_step, exchange)",
         "self._launch(state, read_step, exchange)",
         BY_RUN,
     ),
@@ -36,15 +36,15 @@ DIVERGENCE_MUTANTS = (
     Mutant(
         "divergence: weights come back without the optimizer's step",
         "training/resume.py",
-        "        state.set_step(checkpoint.step)\n",
+        "    state.set_step(checkpoint.step)\n",
         "",
         BY_RUN,
     ),
     Mutant(
         "divergence: a start knows nothing of the rollbacks before",
         TRAINER,
-        "rollbacks = broadcast_from_first(lambda: read_rollbacks(run_dir), group=self.groups.world)",
-        "rollbacks = read_rollbacks(run_dir) if self.start.step < 3 else []",
+        "rollbacks = broadcast_from_first(lambda: rollbacks_of(run_dir, train=train), group=world)",
+        "rollbacks = rollbacks_of(run_dir, train=train) if self.start.step < 3 else []",
         BY_KILL,
     ),
     Mutant(
@@ -57,8 +57,8 @@ DIVERGENCE_MUTANTS = (
     Mutant(
         "divergence: a run goes back for ever",
         ROLLBACKS,
-        "if good is None or len(rollbacks) >= train.rollbacks:",
-        "if good is None or not train.rollbacks:",
+        "if folders and done < train.rollbacks:",
+        "if folders and train.rollbacks:",
         BY_SECOND,
     ),
     Mutant(

@@ -29,8 +29,8 @@ SCHEDULE_MUTANTS = (
     Mutant(
         "branches: the samples that follow may be others",
         "training/resume.py",
-        "if changes and not accept_change:",
-        "if changes and resumes and not accept_change:",
+        'instead = "take its weights alone with train.init_from"',
+        'instead, accept_change = "", True',
         BRANCHES + "test_other_samples_are_refused_by_their_hash",
     ),
     Mutant(

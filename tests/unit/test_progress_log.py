@@ -289,18 +289,25 @@ def test_the_best_validation_is_that_of_all_starts(tmp_path: Path, caplog: pytes
     assert "validation at step 4: loss 4.5000, best 4.0000 at step 1 (1.0 s)" in logged_lines(caplog)
 
 
-def test_a_rollback_forgets_what_was_measured_after_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rollback_forgets_what_was_measured_after_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    config = progress_run("train.steps=9", "train.log_every=100", "evaluate.every=2")
+    config = progress_run("train.steps=9", "train.log_every=100", "evaluate.every=2", f"run.dir={tmp_path}")
+    metrics = MetricsFile(tmp_path, last_step=0)
     log = ProgressLog(config, first_step=0, best=None, terminal=None)
+
+    def validate(step: int, loss: float) -> None:
+        for observer in (metrics, log):
+            observer.on_step(step_result(step=step, validation_loss=loss, validation_seconds=1.0))
+
     for step, loss in ((2, 3.0), (4, 2.0)):
-        log.on_step(step_result(step=step, validation_loss=loss, validation_seconds=1.0))
-    log.on_rollback(3)
-    log.on_step(step_result(step=4, validation_loss=2.5, validation_seconds=1.0))
+        validate(step, loss)
+    for observer in (metrics, log):
+        observer.on_rollback(3)
+    validate(4, 3.5)
     log.close("FINISHED")
     assert "validation at step 4: loss 2.0000, the best so far" in caplog.text
-    assert "validation at step 4: loss 2.5000, the best so far" in caplog.text
-    assert caplog.messages[-1] == "best validation: loss 2.5000 at step 4"
+    assert "validation at step 4: loss 3.5000, best 3.0000 at step 2" in caplog.text
+    assert caplog.messages[-1] == "best validation: loss 3.0000 at step 2"
 
 
 def test_the_command_that_continues_is_the_users_own() -> None:

@@ -137,7 +137,7 @@ def test_a_rollback_is_part_of_the_cost(trainshort: Call) -> None:
     (run_dir / "rollbacks.json").write_text(json.dumps({"rollbacks": [went_back]}))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     with (run_dir / "logs" / "metrics_discarded.jsonl").open("a") as file:
-        file.write(json.dumps({**lines[8], "rolled_back": True}) + "\n")
+        file.write(json.dumps({**lines[8], "rolled_back": 2}) + "\n")
     page = written(trainshort, str(run_dir), page="run/report.html")
     assert "1 2026-01-02 03:04 UTC - 2 1 to 7 45 s 2 -" in page.text, "as without it"
     assert re.search(r"2 2026-01-02 03:09 UTC 4m15s 2 6 to 10 \d+ s 1 1", page.text), "the start that went back"

@@ -21,7 +21,7 @@ from training.divergence import BASE_STEPS, SPIKE_STEPS, Diverged, LossWatch
 from training.incarnation import begin_incarnation
 from training.metrics_file import MetricsFile
 from training.observers import Observer, StepResult
-from training.rollbacks import read_rollbacks, record_rollback
+from training.rollbacks import checkpoints_before, read_rollbacks, record_rollback
 from training.state import TrainState
 
 STEPS, EVERY, BATCH = 9, 3, 4
@@ -258,8 +258,9 @@ def test_a_disk_that_fails_in_a_rollback_loses_nothing(rank: OneRank, tmp_path: 
 
     def rolled_back(run_dir: Path, fails: OnOperation = lambda number, name: None) -> int:
         diverged = Diverged("the loss is nan", began=5, state=TrainState(10, 10 * BATCH))
+        (good,) = checkpoints_before(diverged, train=config.train, run_dir=run_dir)
         with counted_operations(fails) as operations:
-            record_rollback(diverged, train=config.train, fence=begin_incarnation(run_dir))
+            record_rollback(diverged, good, read_manifest(good), train=config.train, fence=begin_incarnation(run_dir))
         return len(operations)
 
     operations = rolled_back(shutil.copytree(tmp_path / "run", tmp_path / "whole"))
@@ -328,5 +329,5 @@ def test_a_damaged_record_is_named(rank: OneRank, tmp_path: Path, content: str) 
     run_dir = tmp_path / "run"
     train(rank, run_dir, steps=3)
     (run_dir / "rollbacks.json").write_text(content)
-    with pytest.raises(InputError, match=rf"^{run_dir}/rollbacks.json is damaged \(.*\): mend it, or move it away;"):
+    with pytest.raises(InputError, match=rf"^{run_dir}/rollbacks.json is damaged \(.*\): repair it, or move it away;"):
         train(rank, run_dir, steps=3)

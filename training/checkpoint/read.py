@@ -220,14 +220,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def open_on_all_ranks(path: Path, *, kinds: Sequence[str], world: Group) -> Checkpoint:
     """Open one checkpoint on every rank: a folder, or the newest whole checkpoint of a run folder. A collective.
 
-    One of the ranks checks each byte that loading needs.
-
     Args:
         path: A checkpoint or a run folder.
         kinds: Kinds of state that will be loaded.
         world: All ranks.
     Raises:
         InputError: there is no checkpoint, or none is whole; raised on every rank.
+    """
+    # Only rank 0 lists the folders: on a shared file system other nodes may still see an older list.
+    folders = broadcast_from_first(lambda: candidate_folders(path), group=world)
+    return open_first_whole(folders, kinds=kinds, world=world)
+
+
+def open_first_whole(folders: Sequence[Path], *, kinds: Sequence[str], world: Group) -> Checkpoint:
+    """Open the first whole checkpoint of several on every rank; warn about those before it. A collective.
+
+    One of the ranks checks each byte that loading needs.
+
+    Args:
+        folders: Checkpoints, at least one, the same on every rank.
+        kinds: Kinds of state that will be loaded.
+        world: All ranks.
+    Raises:
+        InputError: none is whole; raised on every rank.
     """
 
     def check(folder: Path) -> Manifest:
@@ -246,8 +261,6 @@ def open_on_all_ranks(path: Path, *, kinds: Sequence[str], world: Group) -> Chec
         assert manifest is not None, "without a problem there is a manifest"
         return manifest
 
-    # Only rank 0 lists the folders: on a shared file system other nodes may still see an older list.
-    folders = broadcast_from_first(lambda: candidate_folders(path), group=world)
     return _with_config(*first_whole(folders, check=check))
 
 

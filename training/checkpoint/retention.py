@@ -59,10 +59,12 @@ def remove_after(step: int, *, fence: Fence) -> list[str]:
     """Remove the checkpoints of later steps; return their names.
 
     Raises:
+        Superseded: a newer start of the run has taken over.
         OSError: the disk fails.
     """
     later = [checkpoint for checkpoint in list_checkpoints(fence.run_dir) if checkpoint.step > step]
     for checkpoint in later:
+        fence.check()
         _remove(checkpoint.path, fence=fence)
     return [checkpoint.path.name for checkpoint in later]
 

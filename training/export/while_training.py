@@ -146,10 +146,13 @@ class ExportsWhileTraining(Observer):
     def resume(self, step: int) -> None:
         """Remove what killed exports left, and export the newest checkpoint that is due and was not exported.
 
+        Exports of later steps are renamed, as these are taken again.
+
         Args:
             step: The step that training continues from.
         """
         self._remove_partial_folders()
+        self._rename_later(step)
         due = [each for each in list_checkpoints(self._run_dir) if each.step <= step and self._is_due(each.step)]
         if due and not step_export_folder(self._run_dir, step=due[-1].step).exists():
             self._ask_for(due[-1].step, due[-1].path)
@@ -176,6 +179,9 @@ class ExportsWhileTraining(Observer):
             self._end()
         if self._waiting is not None and self._waiting.step > step:
             self._waiting = None
+        self._rename_later(step)
+
+    def _rename_later(self, step: int) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         for out in step_export_folder(self._run_dir, step=0).parent.glob("step-" + 8 * "[0-9]"):
             if int(out.name.removeprefix("step-")) > step:

@@ -154,7 +154,8 @@ def _discarded(run_dir: Path, starts: Sequence[RunStart]) -> Iterator[tuple[int,
     """
     lines = [*_lines(discarded_metrics_path(run_dir), needs="loss")]
     rest = [fields for fields in lines if ROLLED_BACK not in fields]
-    yield from ((len(starts), fields) for fields in lines if ROLLED_BACK in fields)
+    unknown = int(not starts[0].certificate)  # a start that stated nothing
+    yield from ((unknown + int(fields[ROLLED_BACK]), fields) for fields in lines if ROLLED_BACK in fields)
     for number in range(len(starts) - 1, 0, -1):
         place = len(rest)
         while place and (place == len(rest) or rest[place - 1]["step"] < rest[place]["step"]):
