@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import InputError
 from configs.figures import counted
-from configs.files import write_json
-from configs.paths import rollbacks_file
+from configs.files import move_aside, write_json
+from configs.paths import evaluation_folder, rollbacks_file
 from configs.schema import Train
 from configs.schema_problems import first_problem
 from training.checkpoint.manifest import Manifest, list_checkpoints
@@ -70,11 +70,17 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
         return _ADAPTER.validate_json(file.read_bytes()).rollbacks
     except FileNotFoundError:
         return []
-    except ValidationError as error:
+    except (ValidationError, OSError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else str(error.strerror)
         raise InputError(
-            f"{file} is damaged ({first_problem(error)}): repair it, or move it away; then samples on which training "
+            f"{file} is damaged ({why}): repair it, or move it away; then samples on which training "
             "diverged may follow again"
         ) from None
+
+
+def last_step_taken_again(run_dir: Path) -> int:
+    """Return the last step that a run has taken a second time, or will, after a rollback; 0 if there is none."""
+    return max((rollback.from_step for rollback in read_rollbacks(run_dir)), default=0)
 
 
 def rollbacks_of(run_dir: Path, *, train: Train) -> list[Rollback]:
@@ -162,6 +168,9 @@ def record_rollback(diverged: Diverged, folder: Path, manifest: Manifest, *, tra
     document = {"rollbacks": [asdict(each) for each in (*rollbacks, rollback)]}
     fence.check()
     write_json(rollbacks_file(run_dir), document, mark=f".{fence.token}")
+    for name in removed:  # evaluations are of the weights that were there
+        if (reports := evaluation_folder(run_dir) / name).exists():
+            move_aside(reports, date=rollback.at)
     also = f"; removed what was saved in between: {', '.join(removed)}" if removed else ""
     logger.warning(
         "ROLLED BACK (%d of %d): %s; training goes back to %s and leaves out the %s since then%s",

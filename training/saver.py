@@ -15,6 +15,7 @@ from training.checkpoint.manifest import SavedState, list_checkpoints
 from training.checkpoint.rank_part import BackgroundWriter, WeightsDiverged
 from training.checkpoint.retention import apply_retention
 from training.checkpoint.write import BegunSave, CheckpointWriter
+from training.divergence import SPIKE_STEPS
 from training.incarnation import Fence
 from training.resume import check_loss
 from training.state import TrainState
@@ -47,6 +48,7 @@ class Saver:
         start: TrainState,
     ) -> None:
         self._engine, self._loader, self._rules = engine, loader, config.checkpoint
+        self._looks_for_spikes = config.train.spike is not None
         self._groups, self._fence = groups, fence
         self._writer = CheckpointWriter(config, groups, prepared.tokenizer, prepared.vocab_size, fence)
         self._background = BackgroundWriter() if config.checkpoint.background else None
@@ -113,9 +115,16 @@ class Saver:
         """
         assert self._begun is not None, "no save has begun"
         begun, self._begun = self._begun, None
-        folder = begun.finish(broken=self._broken, in_use=in_use)
+        folder = begun.finish(broken=self._broken, in_use={*in_use, *self._before_spike(begun.saved.step)})
         self._broken.discard(folder.absolute())
         return folder
+
+    def _before_spike(self, step: int) -> list[Path]:
+        """Return the newest checkpoint from before a spike that may have begun but is not noticed yet."""
+        if not self._looks_for_spikes:
+            return []
+        older = [saved.path for saved in list_checkpoints(self._fence.run_dir) if saved.step <= step - SPIKE_STEPS]
+        return [path for path in older[-1:] if path.absolute() not in self._broken]
 
     def remove_old(self) -> None:
         """Remove, on rank 0, the checkpoints that no rule keeps and that the last save left as they were in use."""

@@ -109,9 +109,10 @@ def cost_rows(
         steps = sum(len(start.lost) for start in starts)
         after = "a restart or a divergence" if rollbacks else "a restart"
         rows.append(("lost", f"{duration(lost)}: {counted(steps, 'step')} trained again after {after}"))
-    for each in rollbacks:
-        left_out = f"{counted(each.left_out, 'sample')} left out"
-        rows.append(("diverged", f"step {each.from_step:,}, back to step {each.step:,}, {left_out}: {each.why}"))
+    if rollbacks:
+        newest = rollbacks[-1]
+        last = f"{'the newest ' if len(rollbacks) > 1 else ''}from step {newest.from_step:,} to step {newest.step:,}"
+        rows.append(("went back", f"{counted(len(rollbacks), 'time')} after a divergence, {last}"))
     return rows
 
 

@@ -8,6 +8,7 @@ from configs.paths import config_file, environment_path, reproduction_file
 from configs.schema import RunConfig
 from training.energy import spent_joules
 from training.observers import Observer, Status, StepResult
+from training.rollbacks import last_step_taken_again
 from training.tracking.inputs import data_inputs, inputs_event
 from training.tracking.names import BY_TOKENS, METRIC_NAMES, TOTAL_ENERGY, run_params, run_tags, tags_of_starts
 from training.tracking.system import SystemMetrics, wait_for_other_nodes
@@ -37,7 +38,7 @@ class TrackingObserver(Observer):
             if file.is_file():
                 self._tracker.artifact(file)
         self._tracker.put(inputs_event(data_inputs(config)))
-        self._run_dir = run_dir
+        self._run_dir, self._taken_again = run_dir, last_step_taken_again(run_dir)
         self._joules = spent_joules(run_dir)
         self._system = SystemMetrics(self._tracker.put)
 
@@ -53,9 +54,15 @@ class TrackingObserver(Observer):
         if result.energy_joules is not None:
             self._joules += result.energy_joules
             values[TOTAL_ENERGY] = self._joules / JOULES_PER_KWH
-        self._tracker.metrics(result.step, values)
+        # Steps that were taken again after a rollback have other values, after a kill the same.
+        again = result.step <= self._taken_again
+        self._tracker.metrics(result.step, values, again=again)
         by_tokens = {name: measured[field] for field, name in BY_TOKENS.items() if field in measured}
-        self._tracker.metrics(result.tokens_seen, by_tokens)
+        self._tracker.metrics(result.tokens_seen, by_tokens, again=again)
+
+    def on_rollback(self, step: int) -> None:
+        """Log the later steps again."""
+        self._taken_again = last_step_taken_again(self._run_dir)
 
     def before_save(self) -> None:
         """Flush the spool: a resume from the checkpoint would not train its steps again."""

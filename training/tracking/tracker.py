@@ -121,14 +121,19 @@ class MlflowTracker:
             self.put({"kind": "text", "artifact": LONG_PARAMS, "text": text})
         self._sender.start()
 
-    def metrics(self, step: int | None, values: Mapping[str, float | None]) -> None:
-        """Log the values of a step, leaving out those that are None. A step already logged is not logged again.
+    def metrics(self, step: int | None, values: Mapping[str, float | None], *, again: bool = False) -> None:
+        """Log the values of a step, leaving out those that are None.
 
-        Without a step they are logged at the seconds since the MLflow run began. An attached tracker logs steps again.
+        Without a step they are logged at the seconds since the MLflow run began.
+
+        Args:
+            step: The step; one that was logged is not logged again, but by an attached tracker.
+            values: The values by name.
+            again: Whether to log it again.
         """
         known = {key: float(value) for key, value in values.items() if value is not None}
         event: dict[str, Any] = {"kind": "metrics", "step": step, "values": known}
-        self.put({**event, "again": True} if self._attached else event)
+        self.put({**event, "again": True} if self._attached or again else event)
 
     def artifact(self, path: Path, *, folder: str | None = None) -> None:
         """Log a file as it is now, in a folder of the run's artifacts."""
