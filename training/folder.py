@@ -28,6 +28,7 @@ from parallel.layout import Layout
 from parallel.start import environment, slurm_job
 from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints, require_checkpoint
 from training.incarnation import Fence, begin_incarnation
+from training.metrics_reader import newest_step
 from training.schedule import first_changed_step
 from training.versions import installed_versions, python_version, source_code
 
@@ -75,14 +76,20 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
         config = _with_train(config, cooldown_steps=before.train.cooldown_steps)
     for problem in train_problems(config):  # with the schedule's steps that the first start fixed
         raise InputError(problem)
-    if before is not None:
-        config = with_fixed_branch(config, first=before)
-        trained = next((saved.step for saved in reversed(list_checkpoints(run_dir))), 0)
-        refuse_changes(before, config, run_dir=run_dir, trained=trained)
-    elif config.train.branch_from is not None:
+    if config.train.branch_from is not None and not _has_trained(run_dir):
         # A run folder's newest checkpoint may be another one at the next start.
         config = _with_train(config, branch_from=str(require_checkpoint(Path(config.train.branch_from))))
+        before = before and _with_train(before, branch_from=config.train.branch_from)
+    elif before is not None:
+        config = with_fixed_branch(config, first=before)
+    if before is not None:
+        trained = next((saved.step for saved in reversed(list_checkpoints(run_dir))), 0)
+        refuse_changes(before, config, run_dir=run_dir, trained=trained)
     return config
+
+
+def _has_trained(run_dir: Path) -> bool:
+    return bool(list_checkpoints(run_dir)) or bool(newest_step(run_dir))
 
 
 def with_fixed_branch(config: RunConfig, *, first: RunConfig) -> RunConfig:

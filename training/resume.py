@@ -1,7 +1,7 @@
 """Resume: load the newest checkpoint, and check that model and data have not changed."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from configs.errors import InputError
@@ -18,6 +18,7 @@ from training.checkpoint.read import Checkpoint, load_slices, open_first_whole, 
 from training.divergence import Diverged
 from training.incarnation import Fence
 from training.rollbacks import checkpoints_before, record_rollback
+from training.schedule import learning_rate
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def resume(
         with timed("checked it", say=say):
             checkpoint = open_on_all_ranks(path, kinds=engine.state().kinds, world=groups.world)
         say("%s step %d, %s", "Resuming from" if resumes else "Branching off after", checkpoint.step, checkpoint.path)
+        if not resumes:
+            _say_rates(checkpoint, train=train, say=say)
         instead = "accept it with `trainshort train --accept-change`"
         if not resumes:
             instead = "take its weights alone with train.init_from"
@@ -71,6 +74,14 @@ def resume(
     else:
         say("starting new: %s has no checkpoint", run_dir)
     return TrainState(0, 0)
+
+
+def _say_rates(checkpoint: Checkpoint, *, train: Train, say: Callable[..., None]) -> None:
+    """Say how the learning rate of a branch's first step differs from that of its trunk, if it does."""
+    step = checkpoint.step + 1
+    now, before = (learning_rate(step, train=each) for each in (train, checkpoint.config.train))
+    if now != before:
+        say("the learning rate of step %d is %.3g, in the run that it branches off from %.3g", step, now, before)
 
 
 def go_back(

@@ -19,7 +19,7 @@ from configs.paths import checkpoints_folder, data_folder, export_folder, logs_f
 from configs.schema import RunConfig, Slurm
 from configs.secrets import HIDDEN, hide_secrets, is_secret_name, public_variables, without_password
 from parallel.layout import Layout
-from training.checkpoint.manifest import step_folder
+from training.checkpoint.manifest import list_checkpoints, step_folder
 from training.evaluation.request import options_of_run
 from training.export.formats.table import CHAIN_FORMAT, chain_export_options
 from training.tracking.store import STORE_VARIABLE
@@ -283,6 +283,8 @@ def _container(config: RunConfig, *, folder: Path) -> dict[str, str]:
     if slurm.container is None:
         return {"srun_options": "", "prefix": ""}
     begins_with = [Path(path) for path in (config.train.init_from, config.train.branch_from) if path]
+    if list_checkpoints(run_folder(config)):  # it has begun: what it began with may be gone
+        begins_with = []
     # normpath: is_relative_to would take folder/../data for a path inside the folder.
     needed = [Path(os.path.normpath(folder / path)) for path in (run_folder(config), data_folder(config), *begins_with)]
     outside = [path for path in needed if not path.is_relative_to(folder)]

@@ -204,6 +204,9 @@ def test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start(rank: OneRank, t
     assert (config.train.branch_from, config.train.decay_steps) == (newest, 9)
     rank.trainer(config)  # which writes config.yaml
     shutil.copytree(trunk / "checkpoints" / f"step_{STEPS:07d}", other / "checkpoints" / f"step_{STEPS:07d}")
+    newer = str(list_checkpoints(other)[-1].path)
+    assert ready(rank, branch, *keys).train.branch_from == newer, "no step was taken: the first may be broken or gone"
+    (branch / "metrics.jsonl").write_text('{"step": 4}\n')
     assert ready(rank, branch, *keys).train.branch_from == newest
     assert ready(rank, branch, f"train.branch_from={newest}", "train.steps=9").train.branch_from == newest
     for changed in (f"train.branch_from={trunk}", "train.branch_from=null"):
