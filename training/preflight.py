@@ -8,7 +8,6 @@ from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import check_run_folder, checkpoints_folder, data_folder
 from configs.schema import Model, RunConfig, Train
-from configs.strict_yaml import as_yaml
 from data_pipeline.counts import load_trainable
 from data_pipeline.manifest import Prepared
 from parallel.compilers import check_compiling
@@ -22,16 +21,12 @@ from training.checkpoint.manifest import (
     find_checkpoint,
     first_whole,
     list_checkpoints,
+    needed_files,
     step_folder,
 )
 from training.export.while_training import check_export_every
 from training.folder import with_fixed_keys
-
-# What makes a model another one, though all shapes may fit; `inner` is `feed_forward` with its default.
-_SAME_MODEL = (
-    *("family", "position", "heads", "window", "alibi_bias_max"),
-    *("layers", "hidden", "inner", "tie_embeddings"),
-)
+from training.same_model import model_difference
 
 
 @dataclass(frozen=True)
@@ -109,9 +104,14 @@ def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> 
         run_dir: The run folder.
         warn: Whether to warn about broken ones that are skipped; the resume itself does.
     Raises:
-        InputError: no checkpoint is whole, or the newest has more steps than the run.
+        InputError: no checkpoint is whole, or the newest has no optimizer state, or more steps than the run.
     """
     newest = find_checkpoint(run_dir, warn=warn)[1] if list_checkpoints(run_dir) else None
+    if newest is not None and needed_files(newest, kinds=("weight",)) == newest.files:
+        raise InputError(
+            f"{run_dir} holds weights without optimizer state, from which no training resumes: train in another "
+            f"run.dir with train.init_from: {run_dir}"
+        )
     if newest is not None and newest.step > config.train.steps:
         raise InputError(
             f"train.steps is {config.train.steps}, but {run_dir} is trained to step {newest.step}: "
@@ -164,13 +164,11 @@ def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None,
     """
     folder, manifest = find_checkpoint(path, warn=warn)
     source = load_run(str(folder / CONFIG_NAME))
-    for key in _SAME_MODEL:
-        seen, wanted = getattr(source.model, key), getattr(config.model, key)
-        if seen != wanted:
-            raise InputError(
-                f"train.init_from {folder} has model.{'feed_forward' if key == 'inner' else key} {as_yaml(seen)}, "
-                f"the run has {as_yaml(wanted)}: initial weights need the same model"
-            )
+    if difference := model_difference(source.model, config.model):
+        key, seen, wanted = difference
+        raise InputError(
+            f"train.init_from {folder} has {key} {seen}, the run has {wanted}: initial weights need the same model"
+        )
     if prepared is None:
         return
     if manifest.tokenizer_sha256 != prepared.tokenizer_sha256:
