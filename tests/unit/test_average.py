@@ -199,9 +199,15 @@ def test_what_has_no_mean_is_refused(trainshort: Call, home: Home, name: str) ->
         prepare(home)
     seen = refused(trainshort, "checkpoint", "average", *arguments.split(), "--out", "mean")
     assert seen.startswith(message), seen
+
+
+def test_nothing_is_written_into_a_run(trainshort: Call, home: Home) -> None:
     assert refused(trainshort, "checkpoint", "average", "run", "--out", "run") == (
         "folder run has files in it: remove them or choose another --out"
     )
+    for out in ("run/checkpoints/mean", f"{home.checkpoints[0]}/mean"):
+        message = refused(trainshort, "checkpoint", "average", "run", "--out", out)
+        assert message.startswith(f"--out {out} is in {home.folder}/run/checkpoints, where checkpoints are removed")
 
 
 @pytest.mark.parametrize(

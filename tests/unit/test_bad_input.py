@@ -384,7 +384,6 @@ def test_an_export_overwrites_nothing(trainshort: Call, trained: Path) -> None:
     [
         (("export", "run", "--format", "hf"), "hf"),
         (("import", "hf"), "imported"),
-        (("checkpoint", "average", "run"), "mean"),
         (("profile", "run.yaml"), "profile"),
         (("report", "run"), "page.html"),
         (("compare", "run"), "plot.png"),
