@@ -139,6 +139,10 @@ def test_an_average_is_used_as_any_model(trainshort: Call, home: Home, monkeypat
     assert report["text_sha256"] == identify_text(text.tokens, home.folder / "run/data/tokenizer.model").sha256
     exported = trainshort("export", "my mean", "--format", "hf", "--out", "hf")  # compares logits with transformers'
     assert exported.code == 0, exported
+    assert "| weights | the mean of 4 checkpoints, of steps 2, 4, 6, 8 |" in Path("hf/README.md").read_text()
+    Path("my mean/averaged.json").write_text("[]")
+    message = refused(trainshort, "export", "my mean", "--format", "hf", "--out", "other")
+    assert message.startswith("my mean/averaged.json cannot be read (list indices must be")
 
 
 def test_a_link_to_a_checkpoint_finds_the_text(trainshort: Call, home: Home) -> None:

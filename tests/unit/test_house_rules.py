@@ -37,6 +37,7 @@ LIGHT = (
     "data_pipeline/text.py",
     "training/appended_lines.py",
     "training/averaging/chosen.py",
+    "training/averaging/record.py",
     "training/check_notes.py",
     "training/checkpoint/disk.py",
     "training/checkpoint/manifest.py",

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.figures import counted
-from configs.files import write_json
 from configs.load import dump_run
-from configs.paths import MANIFEST_NAME, average_file, checkpoints_folder, config_file, name_of_folder
+from configs.paths import MANIFEST_NAME, checkpoints_folder, config_file, name_of_folder
 from configs.schema import RunConfig
 from parallel.parameter import Shard
 from training.averaging.chosen import ChosenCheckpoint, choose_checkpoints
+from training.averaging.record import mean_of_steps, write_origins
 from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import step_folder
 from training.checkpoint.read import Checkpoint, open_checkpoint
@@ -42,9 +41,8 @@ class AverageResult:
     averaged: tuple[dict[str, Any], ...]
 
     def __str__(self) -> str:
-        steps = ", ".join(f"{each['step']:,}" for each in self.averaged)
-        count = counted(len(self.averaged), "checkpoint")
-        return f"{self.checkpoint}: {self.parameters:,} parameters; the mean of {count}, of steps {steps}"
+        mean = mean_of_steps([each["step"] for each in self.averaged])
+        return f"{self.checkpoint}: {self.parameters:,} parameters; {mean}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -87,7 +85,7 @@ def average_checkpoints(paths: Sequence[Path], *, out: Path, last: int | None = 
             vocab_size=newest.vocab_size,
         )
         config_file(folder).write_text(dump_run(config), encoding="utf-8")
-        write_json(average_file(folder), {"checkpoints": averaged})
+        write_origins(folder, averaged)
     return AverageResult(step_folder(checkpoints_folder(out), step=newest.step), parameters, averaged)
 
 
