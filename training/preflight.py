@@ -21,7 +21,6 @@ from training.checkpoint.manifest import (
     find_checkpoint,
     first_whole,
     list_checkpoints,
-    needed_files,
     step_folder,
 )
 from training.export.while_training import check_export_every
@@ -107,7 +106,7 @@ def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> 
         InputError: no checkpoint is whole, or the newest has no optimizer state, or more steps than the run.
     """
     newest = find_checkpoint(run_dir, warn=warn)[1] if list_checkpoints(run_dir) else None
-    if newest is not None and needed_files(newest, kinds=("weight",)) == newest.files:
+    if newest is not None and _is_weights_only(newest):
         raise InputError(
             f"{run_dir} holds weights without optimizer state, from which no training resumes: train in another "
             f"run.dir with train.init_from: {run_dir}"
@@ -118,6 +117,12 @@ def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> 
             f"set train.steps to {newest.step} or more, or choose another run.dir"
         )
     return newest
+
+
+def _is_weights_only(manifest: Manifest) -> bool:
+    """Return whether a checkpoint has no optimizer state, as imported models and averages have none."""
+    kinds = {name.split(".")[1] for name in manifest.files if name.endswith(".safetensors")}
+    return kinds == {"weight"}
 
 
 def require_learning(train: Train) -> None:

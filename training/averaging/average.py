@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.errors import InputError
 from configs.load import dump_run
 from configs.paths import MANIFEST_NAME, checkpoints_folder, config_file, name_of_folder
 from configs.schema import RunConfig
@@ -110,10 +111,14 @@ def _run_config(newest: ChosenCheckpoint, *, out: Path) -> RunConfig:
 
 
 def _origin(chosen: ChosenCheckpoint) -> dict[str, Any]:
-    """Return what says which checkpoint it was: the hash of its manifest is one of all its files."""
+    """Return what says which checkpoint it was: its manifest has the hashes of all its files."""
+    try:
+        manifest = describe_file(chosen.path / MANIFEST_NAME)
+    except OSError as error:  # its run goes on, and has removed it
+        raise InputError(f"checkpoint {chosen.path} cannot be read ({error.strerror}): average again") from None
     return {
         "path": str(chosen.path.absolute()),
         "run": chosen.config.run.name,
         "step": chosen.manifest.step,
-        "manifest_sha256": describe_file(chosen.path / MANIFEST_NAME).sha256,
+        "manifest_sha256": manifest.sha256,
     }
