@@ -1,6 +1,7 @@
 """Files and folders of a run: the one place that knows their names."""
 
 import os
+import re
 from pathlib import Path
 
 from configs.errors import InputError
@@ -16,6 +17,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 def run_folder(config: RunConfig) -> Path:
     """Return the run folder, RUN_DIR."""
     return Path(config.run.dir)
+
+
+def name_of_folder(run_dir: Path) -> str:
+    """Return the name of a run that a command makes in a folder: the folder's, as far as `run.name` can hold it."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", run_dir.absolute().name)
 
 
 def config_file(run_dir: Path) -> Path:
@@ -71,6 +77,11 @@ def step_export_log(run_dir: Path, *, step: int) -> Path:
 def metrics_path(run_dir: Path) -> Path:
     """Return the file that has a line of JSON per step."""
     return run_dir / "metrics.jsonl"
+
+
+def average_file(run_dir: Path) -> Path:
+    """Return the file that says which checkpoints the weights of a run folder are the mean of."""
+    return run_dir / "averaged.json"
 
 
 def environment_path(run_dir: Path) -> Path:

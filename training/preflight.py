@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.backends import installed_packages, named_backend, unavailable
-from configs.choices import OPTIMIZERS
 from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import check_run_folder, checkpoints_folder, data_folder
@@ -29,14 +28,10 @@ from training.checkpoint.manifest import (
 from training.export.while_training import check_export_every
 from training.folder import another_run, with_dotted_keys, with_fixed_keys
 from training.rollbacks import rollbacks_of
+from training.same_model import model_difference
 from training.schedule import first_changed_step, zero_from
 from training.state import TrainState
 
-# What makes a model another one, though all shapes may fit; `inner` is `feed_forward` with its default.
-_SAME_MODEL = (
-    *("family", "position", "heads", "window", "alibi_bias_max"),
-    *("layers", "hidden", "inner", "tie_embeddings"),
-)
 # What decides the optimizer's state and the order of the samples; their content is compared by a hash.
 _SAME_IN_A_BRANCH = ("train.optimizer", "run.seed", "data.sequence_length", "data.split", "data.mask_documents")
 
@@ -128,15 +123,26 @@ def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> 
         run_dir: The run folder.
         warn: Whether to warn about broken ones that are skipped; the resume itself does.
     Raises:
-        InputError: no checkpoint is whole, or the newest has more steps than the run.
+        InputError: no checkpoint is whole, or the newest has no optimizer state, or more steps than the run.
     """
     newest = find_checkpoint(run_dir, warn=warn)[1] if list_checkpoints(run_dir) else None
+    if newest is not None and _is_weights_only(newest):
+        raise InputError(
+            f"{run_dir} holds weights without optimizer state, from which no training resumes: train in another "
+            f"run.dir with train.init_from: {run_dir}"
+        )
     if newest is not None and newest.step > config.train.steps:
         raise InputError(
             f"train.steps is {config.train.steps}, but {run_dir} is trained to step {newest.step}: "
             f"set train.steps to {newest.step} or more, or choose another run.dir"
         )
     return newest
+
+
+def _is_weights_only(manifest: Manifest) -> bool:
+    """Return whether a checkpoint has no optimizer state, as imported models and averages have none."""
+    kinds = {name.split(".")[1] for name in manifest.files if name.endswith(".safetensors")}
+    return kinds == {"weight"}
 
 
 def require_learning(train: Train, *, trained: int) -> None:
@@ -251,10 +257,9 @@ def check_branch(path: Path, *, config: RunConfig, prepared: Prepared | None, wa
                 f"{subject} was trained with {key} {as_yaml(before[key])}, the run has {as_yaml(now[key])}: a branch "
                 f"continues with the same optimizer and the samples that follow; set {key} to that, {instead}"
             )
-    kinds = {name.split(".")[1] for name in manifest.files if name.endswith(".safetensors")}
-    if not kinds.issuperset(OPTIMIZERS[config.train.optimizer].state_kinds):
+    if _is_weights_only(manifest):
         raise InputError(
-            f"{subject} has no optimizer state, as imported models have none: use another checkpoint, {instead}"
+            f"{subject} has no optimizer state, as imported models and averages: use another checkpoint, {instead}"
         )
     if prepared is not None and (manifest.tokenizer_sha256, manifest.vocab_size) != (
         prepared.tokenizer_sha256,
@@ -268,10 +273,6 @@ def check_branch(path: Path, *, config: RunConfig, prepared: Prepared | None, wa
 
 
 def _require_same_model(seen: Model, wanted: Model, *, subject: str) -> None:
-    for key in _SAME_MODEL:
-        before, now = getattr(seen, key), getattr(wanted, key)
-        if before != now:
-            raise InputError(
-                f"{subject} has model.{'feed_forward' if key == 'inner' else key} {as_yaml(before)}, "
-                f"the run has {as_yaml(now)}: initial weights need the same model"
-            )
+    if difference := model_difference(seen, wanted):
+        key, before, now = difference
+        raise InputError(f"{subject} has {key} {before}, the run has {now}: initial weights need the same model")

@@ -1,4 +1,4 @@
-"""`trainshort checkpoint`: list, verify, reshape."""
+"""`trainshort checkpoint`: list, verify, reshape, average."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ import typer
 from configs.errors import InputError
 from launch.commands.options import AsJson, CheckpointPath, Overrides, count_option, path_of
 from launch.complete import complete_checkpoints
+from parallel.start import interrupt_on_sigterm
 
 checkpoint_commands = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
 
@@ -87,3 +88,41 @@ def checkpoint_reshape_command(
         show_json(plan.to_json())
     else:
         show_reshape(plan)
+
+
+@checkpoint_commands.command("average")
+def checkpoint_average_command(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            parser=path_of,
+            autocompletion=complete_checkpoints,
+            help="Two checkpoints or more, or one run folder for its newest ones.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", parser=path_of, help="The run folder to make, new or empty.")],
+    last: Annotated[
+        int | None,
+        count_option("--last", "How many of a run folder's checkpoints.  [default: 5, or as many as there are]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint of the mean of several checkpoints' weights, to evaluate, generate, export or train on."""
+    interrupt_on_sigterm()  # a temporary folder as large as the model must not be left
+    from training.averaging.chosen import choose_checkpoints
+    from training.export.folder import try_new_folder
+
+    # answered before the slow imports
+    try_new_folder(out)
+    choose_checkpoints(checkpoints, last=last)
+
+    from launch.show.checkpoint import show_average
+    from launch.show.console import show_json
+    from training.averaging.average import average_checkpoints
+
+    result = average_checkpoints(checkpoints, out=out, last=last)
+    if as_json:
+        show_json(result.to_json())
+    else:
+        show_average(result, out=out)

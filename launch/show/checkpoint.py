@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.commands import typed_path
 from configs.figures import byte_size
 from configs.terminal import printable
 from launch.show.console import show_lines, show_table, wide_table
 
 if TYPE_CHECKING:
+    from training.averaging.average import AverageResult
     from training.checkpoint.reshape import Reshape
     from training.checkpoint.verify import Verdict
 
@@ -50,6 +52,17 @@ def show_reshape(plan: "Reshape") -> None:
         sizes = (_slice_sizes(cut.saved), _slice_sizes(cut.wanted))
         table.add_row(cut.name, rule, " x ".join(map(str, cut.shape)), *sizes, str(cut.padding or ""))
     show_table(table)
+
+
+def show_average(result: "AverageResult", *, out: Path) -> None:
+    """Write what was averaged, what to do with it, and in the last line its run folder."""
+    folder = typed_path(out)
+    show_lines(
+        f"averaged {result}",
+        f"next: `trainshort evaluate {folder}`, `trainshort generate {folder}`, or train on with "
+        f"train.init_from: {folder}",
+        f"averaged: {out}",
+    )
 
 
 def _slice_sizes(sizes: tuple[int, ...]) -> str:

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from tests.support.layouts import LENGTH, Trained, name_of, tokens_of, train_layouts, whole_of
 from tests.support.ranks import run_ranks
-from training.checkpoint.manifest import list_checkpoints
+from training.averaging.average import average_checkpoints
+from training.checkpoint.manifest import list_checkpoints, read_manifest
 from training.checkpoint.read import open_checkpoint
 
 WARM_STEPS = range(3)  # so that Adam's moments are not zero in the saved state
@@ -112,6 +116,31 @@ def test_checkpoints_of_every_layout_hold_the_same_tensors(
         for kind, tolerance in (("weight", 1e-4), ("exp_avg", 1e-4), ("exp_avg_sq", 1e-4)):
             one, other = checkpoint.tensor(parameter, kind=kind), expected.tensor(parameter, kind=kind)
             torch.testing.assert_close(one, other, atol=tolerance, rtol=0, msg=f"{parameter} {kind}")
+
+
+def joined(folder: Path, name: str) -> NDArray[np.float64]:
+    """Return one whole weight of a checkpoint, joined from the files of its tensor ranks."""
+    entry = read_manifest(folder).tensors[name]
+    files = sorted(folder.glob(f"stage_{entry.stage:02d}_tensor_*.weight.safetensors"))
+    parts = [load_file(file)[name].astype(np.float64) for file in files]
+    if parts[0].shape == entry.shape:
+        return parts[0]
+    return np.concatenate(parts, axis=0 if parts[0].shape[1:] == entry.shape[1:] else 1)
+
+
+@pytest.mark.usefixtures("trained")
+def test_the_mean_of_other_layouts_is_that_of_their_files(runs: Path, tmp_path: Path) -> None:
+    names = ("t2p2z1w4", "t4p1z0w4", "t1p2z1w2", f"warm/{name_of(REFERENCE, ranks=1)}")
+    folders = [list_checkpoints(runs / name)[-1].path for name in names]
+    average_checkpoints(folders, out=tmp_path / "mean")
+    opened = open_checkpoint(tmp_path / "mean")
+    assert (opened.step, opened.manifest.tensor, opened.manifest.pipeline) == (STEPS.stop, 1, 1)
+    moved = 0.0
+    for name, weight in opened.weights().items():
+        expected = np.mean([joined(folder, name) for folder in folders], axis=0)
+        assert np.array_equal(weight.numpy(), expected.astype(np.float32)), name
+        moved = max(moved, np.abs(expected - joined(folders[-1], name)).max())
+    assert moved > 1e-3, "the steps between them changed the weights"
 
 
 @pytest.mark.parametrize("name", ["t2p2z1w4", "t4p1z0w4"])

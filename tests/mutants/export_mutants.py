@@ -1,4 +1,4 @@
-"""Mistakes of export and import, each with the test that must catch it."""
+"""Mistakes of export, import and averages, each with the test that must catch it."""
 
 from tests.mutants.mutants import Mutant
 
@@ -6,6 +6,7 @@ ROW_ORDER, CARRIED = "training/export/row_order.py", "training/export/formats/ca
 VERIFIED = "tests/unit/test_export_verified.py"
 BY_GGUF = "tests/unit/test_export_gguf.py::test_transformers_reads_the_logits_of_its_own_format"
 BY_FAMILIES = "tests/unit/test_export_families.py::test_both_formats_have_the_logits_of_the_formula"
+AVERAGE = "tests/unit/test_average.py"
 BY_ROUND_TRIP = "tests/unit/test_import_hf.py::test_a_model_comes_in_and_goes_out_bit_for_bit"
 
 EXPORT_MUTANTS = (
@@ -113,5 +114,19 @@ EXPORT_MUTANTS = (
         'return name == "lm_head.weight" and torch.equal(',
         'return name == "lm_head.weight" or torch.equal(',
         "tests/unit/test_import_hf.py::test_other_files_of_weights_are_read",
+    ),
+    Mutant(
+        "average: the sum is rounded at each checkpoint",
+        "training/averaging/average.py",
+        "part=None).double()",
+        "part=None).clone()",
+        f"{AVERAGE}::test_the_mean_is_that_of_numpy_and_of_torch",
+    ),
+    Mutant(
+        "average: another model of the same shapes passes",
+        "training/averaging/chosen.py",
+        "*([difference] if difference else []),",
+        "",
+        f"{AVERAGE}::test_what_has_no_mean_is_refused[another model]",
     ),
 )

@@ -39,7 +39,7 @@ RUN = small_run(
         "model": {"layers": 2},
         "data": {"sources": ["corpus/*.jsonl.zst"], "vocab_size": 600, "split": 0.05},
         "train": {"micro_batch": 1, "global_batch": 4, "steps": STEPS},
-        "checkpoint": {"every": STEPS},
+        "checkpoint": {"every": STEPS // 2},
         "evaluate": {"every": STEPS, "samples": 2},
     },
 )

@@ -153,7 +153,7 @@ def test_what_a_branch_cannot_continue_is_refused(rank: OneRank, point: Path, tm
         copy, lambda manifest: manifest.update(files={name: manifest["files"][name] for name in sorted(weights)})
     )
     assert message(at=copy) == (
-        f"train.branch_from {copy} has no optimizer state, as imported models have none: use another checkpoint, "
+        f"train.branch_from {copy} has no optimizer state, as imported models and averages: use another checkpoint, "
         f"{instead}"
     )
 

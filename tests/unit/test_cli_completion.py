@@ -56,12 +56,14 @@ def test_run_folders_and_checkpoints_are_completed(complete: Complete, folder: P
     make_run(folder / "runs" / "a", last=2, saved=(1, 2))
     make_run(folder / "here", last=1)
     (folder / "runs" / "other").mkdir()
-    for command in ("evaluate", "generate", "export", "checkpoint verify", "checkpoint list", "runs rm", "jobs status"):
+    of_checkpoints = [f"checkpoint {name}" for name in ("list", "verify", "average")]
+    for command in ("evaluate", "generate", "export", *of_checkpoints, "runs rm", "jobs status"):
         assert complete(f"trainshort {command} ") == ["here", "runs/a"]
         assert complete(f"trainshort {command} runs/") == ["runs/a"]
     checkpoints = [f"runs/a/checkpoints/step_000000{step}" for step in (1, 2)]
     assert complete("trainshort evaluate runs/a/") == checkpoints
     assert complete("trainshort export runs/a/checkpoints/step_") == checkpoints
+    assert complete(f"trainshort checkpoint average {checkpoints[0]} runs/a/") == checkpoints
     assert complete("trainshort jobs status runs/a/") == []
 
 

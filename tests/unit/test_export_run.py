@@ -352,5 +352,5 @@ def test_taken_folder_is_refused_before_a_checkpoint_is_opened(tmp_path: Path) -
     with pytest.raises(InputError, match="has files in it"):
         export_checkpoint(tmp_path / "no checkpoint", format="hf", out=out)
     (out / "mine.txt").rename(out / ".hf.partial-12345678")
-    with pytest.raises(InputError, match=r"out holds \.hf\.partial-12345678 of an export or import that runs"):
+    with pytest.raises(InputError, match=r"out holds \.hf\.partial-12345678 of a command that runs"):
         export_checkpoint(tmp_path / "no checkpoint", format="hf", out=out)

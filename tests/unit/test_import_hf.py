@@ -23,6 +23,8 @@ from training.checkpoint.read import open_checkpoint
 from training.checkpoint.tensors import TensorFile
 from training.export.import_hf import import_model
 from training.export.run import export_checkpoint
+from training.folder import with_fixed_keys
+from training.preflight import newest_to_resume, require_learning
 
 KINDS = ("bloom", "bloom-untied", "mpt", "mpt-untied", "mpt-steep")
 
@@ -43,6 +45,9 @@ def test_a_model_comes_in_and_goes_out_bit_for_bit(tmp_path: Path, tokenizer: Pa
     assert result.checkpoint == tmp_path / "run/checkpoints/step_0000000"
     opened = open_checkpoint(tmp_path / "run")
     assert (opened.step, opened.vocab_size, opened.config.data.sequence_length) == (0, ROWS, 32)
+    with pytest.raises(InputError, match=r"weights without optimizer state, .* with train\.init_from: "):
+        newest_to_resume(with_fixed_keys(opened.config, run_dir=opened.run_dir), run_dir=opened.run_dir)
+    require_learning(opened.config.train)  # which a start asks first
     assert opened.config.model.tie_embeddings is ("untied" not in kind)
     if "steep" in kind:  # transformers' class computes with 8 whatever the key says, so nothing goes out to it
         assert opened.config.model.alibi_bias_max == 5

@@ -11,7 +11,7 @@ from configs.precisions import require_precision
 from configs.protocols import parse_protocol
 from configs.rules import problems
 from configs.scales import parse_scale
-from configs.schema import RunConfig
+from configs.schema import Data, RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.text import require_text_file
 from parallel.compilers import check_cache_folder
@@ -136,13 +136,8 @@ def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:
     """
     if not read_manifest(checkpoint).step:
         raise InputError(f"{checkpoint} is an imported model, which has no held-out text: give a text with --data")
-    run_dir = checkpoint.parent.parent
-    # The newest start's: the data may have been moved since the checkpoint was saved.
-    newest = config_file(run_dir)
-    data = (load_run(str(newest)) if newest.is_file() else config).data
-    # Not run.dir of the configuration: the run folder may have been moved.
-    folder = Path(data.dir) if data.dir else own_data_folder(run_dir)
-    with run_file_named(str(newest if newest.is_file() else checkpoint / CONFIG_NAME)):
+    file, data, folder = locate_data(checkpoint, config=config)
+    with run_file_named(str(file)):
         prepared = load_prepared(data, folder=folder)
     # Without this check, another tokenizer's ids would be scored as other text, without an error.
     if read_manifest(checkpoint).tokenizer_sha256 != prepared.tokenizer_sha256:
@@ -151,3 +146,18 @@ def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:
             "its token ids stand for other text; give a text with --data"
         )
     return prepared
+
+
+def locate_data(checkpoint: Path, *, config: RunConfig) -> tuple[Path, Data, Path]:
+    """Return the run file that says where the data of a checkpoint's run is, its `data` section, and the data's folder.
+
+    Args:
+        checkpoint: The checkpoint's folder, in its run folder.
+        config: The run as the checkpoint holds it.
+    """
+    run_dir = checkpoint.parent.parent
+    # The newest start's: the data may have been moved since the checkpoint was saved.
+    newest = config_file(run_dir)
+    file, data = (newest, load_run(str(newest)).data) if newest.is_file() else (checkpoint / CONFIG_NAME, config.data)
+    # Not run.dir of the configuration: the run folder may have been moved.
+    return file, data, Path(data.dir) if data.dir else own_data_folder(run_dir)

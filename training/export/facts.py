@@ -27,6 +27,7 @@ class ModelFacts:
         vocab_size: Tokens, without padding.
         parameters: Number of parameters; the tied embedding counts once.
         report: What was measured of it on held-out text; None if nothing was.
+        averaged: Steps of the checkpoints that its weights are the mean of; none if they are no mean.
     """
 
     config: RunConfig
@@ -35,6 +36,7 @@ class ModelFacts:
     vocab_size: int
     parameters: int
     report: HeldOutReport | None
+    averaged: tuple[int, ...] = ()
 
     @property
     def is_imported(self) -> bool:

@@ -107,7 +107,7 @@ def require_new(out: Path) -> Path:
             files = _files(out)
             problem = "has files in it: remove them or" if files else None
             if files and _PARTIAL in files[0]:
-                problem = f"holds {files[0]} of an export or import that runs or was killed: wait for it, remove it, or"
+                problem = f"holds {files[0]} of a command that runs or was killed: wait for it, remove it, or"
         elif out.is_symlink() and not out.exists():
             problem = f"is a link to {os.readlink(out)}, which does not exist: make that folder or"
         else:

@@ -1,7 +1,6 @@
 """`trainshort import`: a BLOOM or MPT model of a Hugging Face folder becomes a checkpoint of step 0."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,22 +11,15 @@ from torch import Tensor
 
 from configs.choices import FAMILIES
 from configs.errors import InputError, TrainshortError
-from configs.paths import TOKENIZER_NAME, checkpoints_folder
+from configs.paths import TOKENIZER_NAME, checkpoints_folder, name_of_folder
 from configs.rules import problems
 from configs.schema import Data, Run, RunConfig, Train
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from parallel.compilers import check_cache_folder
 from parallel.start import environment
-from training.checkpoint.manifest import (
-    Manifest,
-    TensorEntry,
-    file_name,
-    step_folder,
-    write_manifest,
-)
+from training.checkpoint.manifest import step_folder
 from training.checkpoint.read import open_checkpoint
-from training.checkpoint.tensors import TensorFile
-from training.checkpoint.write import write_companions
+from training.checkpoint.weights_only import write_weights_only
 from training.export.folder import new_folder, report_failed_writes, require_space, try_new_folder
 from training.export.formats.huggingface import (
     HuggingFaceFormat,
@@ -44,6 +36,7 @@ from training.families.description import QKV_ORDER, Family, Parameter
 from training.families.mpt import MPT
 from training.families.table import describe
 from training.model.single import load_single
+from training.state import TrainState
 
 _PREFIX = "transformer."  # transformers saves a model without its head under names without it
 _FP32 = 4
@@ -101,7 +94,15 @@ def import_model(source: Path, *, out: Path, train_length: int | None = None) ->
         with report_failed_writes(out, undone="imported"):
             step = step_folder(checkpoints_folder(folder), step=0)
             step.mkdir(parents=True)
-            _write(step, config, names, weights, incoming, tokenizer=tokenizer)
+            write_weights_only(
+                step,
+                _ordered(names, weights, incoming),
+                shards=[each.shard for each in names],
+                state=TrainState(step=0, consumed_samples=0),
+                config=config,
+                tokenizer=tokenizer.path,
+                vocab_size=incoming.vocab_size,
+            )
         length, difference, scale = _compare(source, step, incoming, length=config.data.sequence_length)
     checkpoint = step_folder(checkpoints_folder(out), step=0)
     return ImportResult(checkpoint, parameters, length, difference, scale)
@@ -129,14 +130,13 @@ def _run_config(source: Path, incoming: IncomingModel, *, out: Path, train_lengt
     length = train_length or incoming.train_length
     if length is None:
         raise InputError(f"{source / 'config.json'} does not say at which length the model was trained: give --length")
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", out.absolute().name)
     data = {"sources": [str(source)], "vocab_size": incoming.vocab_size, "sequence_length": length}
     try:
         config = RunConfig(
-            run=Run(name=name, dir=str(out)),
+            run=Run(name=name_of_folder(out), dir=str(out)),
             model=incoming.model,
             data=Data.model_validate(data),
-            train=Train(micro_batch=1, global_batch=1, steps=1, learning_rate=1e-4),
+            train=Train(micro_batch=1, global_batch=1, steps=1, decay_steps=1, learning_rate=1e-4),
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -182,42 +182,17 @@ def _is_tied_copy(name: str, weights: Mapping[str, Tensor], names: Mapping[Param
     return name == "lm_head.weight" and torch.equal(weights[name], weights[next(iter(names.values()))])
 
 
-def _write(
-    folder: Path,
-    config: RunConfig,
-    names: Mapping[Parameter, str],
-    weights: Mapping[str, Tensor],
-    incoming: IncomingModel,
-    *,
-    tokenizer: Tokenizer,
-) -> None:
+def _ordered(
+    names: Mapping[Parameter, str], weights: Mapping[str, Tensor], incoming: IncomingModel
+) -> Iterator[Tensor]:
+    """Yield each weight with its rows in our order."""
     family: Family = FAMILIES[incoming.model.family].load()
-    heads = incoming.model.heads
-    path = folder / file_name(stage=0, tensor=0, kind="weight")
-    file = TensorFile(path, shapes={each.shard.name: each.shard.shape for each in names})
-    try:
-        for each, name in names.items():
-            weight = weights[name]
-            if each.is_qkv:
-                weight = reorder_rows(weight, heads=heads, source=family.huggingface_qkv, target=QKV_ORDER)
-            file.add(each.shard.name, weight)
-        files = {path.name: file.finish()}
-    finally:
-        file.close()
-    files |= write_companions(folder, config=config, tokenizer=tokenizer.path)
-    manifest = Manifest(
-        step=0,
-        consumed_samples=0,
-        probe_loss=0.0,
-        order_hash="",
-        validation_loss=None,
-        tensor=1,
-        pipeline=1,
-        vocab_size=incoming.vocab_size,
-        tensors={each.shard.name: TensorEntry(each.shard.shape, each.shard.rule, 0, each.shard.tied) for each in names},
-        files=files,
-    )
-    write_manifest(folder, manifest)
+    for each, name in names.items():
+        weight = weights[name]
+        if each.is_qkv:
+            heads = incoming.model.heads
+            weight = reorder_rows(weight, heads=heads, source=family.huggingface_qkv, target=QKV_ORDER)
+        yield weight
 
 
 def _compare(source: Path, checkpoint: Path, incoming: IncomingModel, *, length: int) -> tuple[int, float, float]:

@@ -11,6 +11,7 @@ from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import load_tokenizer
 from parallel.compilers import check_cache_folder
 from parallel.start import environment
+from training.averaging.record import averaged_steps
 from training.checkpoint.manifest import model_sha256
 from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.usable import find_held_out_report
@@ -195,6 +196,7 @@ def _facts(checkpoint: Checkpoint) -> ModelFacts:
         vocab_size=manifest.vocab_size,
         parameters=parameter_count(checkpoint.config.model, vocab_size=manifest.vocab_size),
         report=find_held_out_report(checkpoint.path, step=manifest.step, sha256=model_sha256(manifest)),
+        averaged=averaged_steps(checkpoint.run_dir),
     )
 
 

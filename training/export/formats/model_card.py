@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from configs.terminal import printable
+from training.averaging.record import mean_of_steps
 from training.evaluation.usable import whole_windows
 from training.export.facts import ModelFacts, facts_of_context
 from training.export.formats.readers import Reader
@@ -82,6 +83,8 @@ def _training(facts: ModelFacts, *, dtype: str) -> str:
             "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}",
             "seed": f"{facts.config.run.seed}",
         }
+    if facts.averaged:
+        rows["weights"] = mean_of_steps(facts.averaged)
     table = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(("## Training\n", "| | |", "|---|---|", *table, ""))
 
