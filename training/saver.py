@@ -120,11 +120,12 @@ class Saver:
         return folder
 
     def _before_spike(self, step: int) -> list[Path]:
-        """Return the newest checkpoint from before a spike that may have begun but is not noticed yet."""
+        """Return the checkpoints to keep so that one is from before a spike that has begun and is not noticed yet."""
         if not self._looks_for_spikes:
             return []
-        older = [saved.path for saved in list_checkpoints(self._fence.run_dir) if saved.step <= step - SPIKE_STEPS]
-        return [path for path in older[-1:] if path.absolute() not in self._broken]
+        whole = [each for each in list_checkpoints(self._fence.run_dir) if each.path.absolute() not in self._broken]
+        older = [each.path for each in whole if each.step <= step - SPIKE_STEPS]
+        return [*older[-1:], *(each.path for each in whole[len(older) :])]
 
     def remove_old(self) -> None:
         """Remove, on rank 0, the checkpoints that no rule keeps and that the last save left as they were in use."""

@@ -1,101 +1,44 @@
 """`train.rollbacks`: a run that diverges goes back to a checkpoint and on with the samples after the divergence."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from configs.errors import InputError
-from data_pipeline.loader import Loader
-from parallel.engine import StepOutcome
 from tests.support.disk import OnOperation, counted_operations, once
+from tests.support.diverging import (
+    BATCH,
+    STEPS,
+    Killed,
+    Told,
+    lines_of,
+    losses_given,
+    poison_steps,
+    results_of,
+    train,
+    train_without,
+)
 from tests.support.one_rank import OneRank
 from training.checkpoint.manifest import check_whole, list_checkpoints, read_manifest
 from training.divergence import BASE_STEPS, SPIKE_STEPS, Diverged, LossWatch
 from training.incarnation import begin_incarnation
-from training.metrics_file import MetricsFile
-from training.observers import Observer, StepResult
+from training.observers import StepResult
 from training.rollbacks import checkpoints_before, read_rollbacks, record_rollback
 from training.state import TrainState
-
-STEPS, EVERY, BATCH = 9, 3, 4
-EXACT = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "consumed_samples")
-
-
-class Killed(BaseException):
-    """Ends a run as if its process were killed."""
-
-
-class Told(Observer):
-    """Keeps the steps that training went back to, and calls a function at each step."""
-
-    def __init__(self, then: Callable[[StepResult], None] = lambda result: None) -> None:
-        self.went_back: list[int] = []
-        self._then = then
-
-    def on_step(self, result: StepResult) -> None:
-        self._then(result)
-
-    def on_rollback(self, step: int) -> None:
-        self.went_back.append(step)
-
-
-def train(
-    rank: OneRank, run_dir: Path, *more: str, told: Observer | None = None, steps: int = STEPS, ahead: int = 0
-) -> TrainState:
-    keys = [f"train.steps={steps}", f"train.decay_steps={steps}", f"checkpoint.every={EVERY}", "checkpoint.keep=9"]
-    trainer = rank.trainer(rank.config(run_dir, *keys, "train.rollbacks=1", *more))
-    return replace(trainer, steps_ahead=ahead).run(
-        [
-            MetricsFile(run_dir, last_step=trainer.start.step),
-            *([told] if told else []),
-        ]
-    )
-
-
-def lines_of(run_dir: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / file).read_text().splitlines()]
-
-
-def results_of(run_dir: Path) -> tuple[list[list[Any]], dict[str, str]]:
-    """Return each step's figures, and the hashes of the last checkpoint's tensors."""
-    files = read_manifest(list_checkpoints(run_dir)[-1].path).files
-    hashes = {name: file.sha256 for name, file in files.items() if name.endswith("safetensors")}
-    return [[line[key] for key in EXACT] for line in lines_of(run_dir)], hashes
 
 
 @pytest.fixture
 def poison(rank: OneRank, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make training diverge: the steps that are launched as the given numbers take a huge learning rate."""
-    real = type(rank.engine).train_step
+    """Make the steps that are launched as the given numbers spoil the weights."""
 
     def poison(*calls: int) -> None:
-        count = 0
-
-        def train_step(*arguments: Any, learning_rate: float) -> StepOutcome:
-            nonlocal count
-            count += 1
-            return real(*arguments, learning_rate=1e30 if count in calls else learning_rate)
-
-        monkeypatch.setattr(type(rank.engine), "train_step", train_step)
+        monkeypatch.undo()
+        poison_steps(rank, monkeypatch, *calls)
 
     return poison
-
-
-def train_without(
-    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *, first: int, count: int, steps: int = STEPS
-) -> None:
-    """Train a run whose stream lacks some samples, by another way than a rollback's."""
-    real = Loader.step
-    with monkeypatch.context() as patch:
-        patch.setattr(Loader, "step", lambda self, place: real(self, place + count if place >= first else place))
-        train(rank, run_dir, steps=steps)
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -217,18 +160,6 @@ def test_a_branch_goes_back_to_its_trunk(
     again = train(rank, tmp_path / "again", f"train.branch_from={branch}/checkpoints/step_0000006")
     assert again.left_out_samples == 2 * BATCH
     assert results_of(tmp_path / "again") == (figures[6:], hashes)
-
-
-def losses_given(rank: OneRank, monkeypatch: pytest.MonkeyPatch, loss: Callable[[int], float]) -> None:
-    """Give the steps that are launched losses of one's own, by their number."""
-    real, count = type(rank.engine).train_step, 0
-
-    def train_step(*arguments: Any, **more: Any) -> StepOutcome:
-        nonlocal count
-        count += 1
-        return StepOutcome(torch.tensor(loss(count)), real(*arguments, **more).grad_norm)
-
-    monkeypatch.setattr(type(rank.engine), "train_step", train_step)
 
 
 def test_a_spike_removes_what_was_saved_in_it(
