@@ -253,7 +253,7 @@ class Train(Section):
     spike: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description="Rise of the loss that counts as divergence, in nats: 10 losses in a row that lie so far above the "
-        "mean of the 100 before. Only a loss or gradient that is no number counts unless set.",
+        "mean of up to 100 before. Only a loss or gradient norm that is not finite counts unless set.",
     )
     rollbacks: NonNegativeInt = Field(
         default=0,

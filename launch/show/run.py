@@ -1,14 +1,17 @@
 """Output of `init`, `check` and `prepare`."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.commands import typed_path
+from configs.errors import InputError
 from configs.paths import data_folder, run_folder
 from configs.schema import RunConfig
 from configs.terminal import printable
 from launch.show.console import show_lines, show_table, wide_table
+from training.checkpoint.manifest import find_checkpoint
 from training.export.formats.table import export_problems
 from training.families.table import parameter_count
 from training.least_density import attention_here
@@ -37,7 +40,7 @@ def run_summary(config: RunConfig, *, device: str, notes: Sequence[str]) -> dict
         "parameters": parameter_count(model, vocab_size=config.data.vocab_size),
         "sequence_length": config.data.sequence_length,
         "tokens_per_step": config.train.global_batch * config.data.sequence_length,
-        "tokens": config.train.steps * config.train.global_batch * config.data.sequence_length,
+        "tokens": _tokens_of(config),
         "steps": config.train.steps,
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
@@ -46,6 +49,16 @@ def run_summary(config: RunConfig, *, device: str, notes: Sequence[str]) -> dict
         "export_problems": export_problems(model),
         "notes": list(notes),
     }
+
+
+def _tokens_of(config: RunConfig) -> int:
+    """Return the tokens of all steps; those before a branch had the batch of its trunk, if that can be read."""
+    steps, samples = config.train.steps, 0
+    if config.train.branch_from is not None:
+        with suppress(InputError):  # a note says so
+            trunk = find_checkpoint(Path(config.train.branch_from), warn=False)[1]
+            steps, samples = steps - trunk.step, trunk.consumed_samples
+    return (samples + steps * config.train.global_batch) * config.data.sequence_length
 
 
 def show_summary(summary: dict[str, Any]) -> None:

@@ -180,6 +180,25 @@ def test_a_schedule_may_change_ahead_of_the_steps_taken() -> None:
 
 
 @pytest.mark.usefixtures("folder")
+def test_what_the_first_start_fixed_must_fit_a_later_cooldown(tmp_path: Path) -> None:
+    first = small(schedule="wsd", warmup_steps=10, min_learning_rate=1e-4)
+    first = first.model_copy(update={"run": first.run.model_copy(update={"dir": str(tmp_path)})})
+    (tmp_path / "config.yaml").write_text(dump_run(with_fixed_keys(first, run_dir=tmp_path)))
+
+    def later(**keys: Any) -> RunConfig:
+        return with_fixed_keys(
+            first.model_copy(update={"train": first.train.model_copy(update=keys)}), run_dir=tmp_path
+        )
+
+    with pytest.raises(InputError) as caught:
+        later(steps=200, cooldown_steps=95)  # would fit into 200
+    assert str(caught.value).startswith(
+        "train.warmup_steps (10) and train.cooldown_steps (95) must fit into the schedule's steps (100): lower "
+    )
+    (tmp_path / "config.yaml").write_text(dump_run(later(cooldown_steps=30)))
+    assert later().train.cooldown_steps == 30, "as decay_steps, it stays what it was"
+
+
 def test_a_cooldown_that_has_begun_stays() -> None:
     started(trained=81, schedule="wsd")
     assert changed(schedule="wsd", decay_steps=200) == (
