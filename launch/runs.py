@@ -32,8 +32,9 @@ from training.tracking.spool import has_told_end
 
 DEPTH = 3
 HEAD_BYTES = 1 << 12
-# Folders of a run, which hold no other runs: data may have a million files, and slurm/ a copy of the run file.
-SKIPPED = {"data", "checkpoints", "evaluation", "export", "logs", "slurm", "mlartifacts"}
+# Folders of a run, which hold no other runs: data may have a million files, slurm/ and tracking/ copy the run file.
+SKIPPED = {"data", "checkpoints", "evaluation", "export", "exports", "logs", "slurm"}
+SKIPPED |= {"mlartifacts", "profile", "tracking"}
 
 # in a manifest, as JSON writes it
 _VALIDATION_LOSS = re.compile(rb'"validation_loss": ([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)[,}]')

@@ -1,6 +1,7 @@
 """`trainshort runs rm`: what it asks, what it refuses, and what it leaves."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -165,6 +166,14 @@ def test_what_is_no_run_or_in_use_stays(trainshort: Call, runs: Path, monkeypatc
         refused(trainshort, "runs", "rm", "runs/good", path, "--yes")  # nothing goes before all is checked
     monkeypatch.chdir(good / "data")
     assert "contains the current folder" in refused(trainshort, "runs", "rm", str(good), "--yes")
+
+
+def test_what_waits_for_mlflow_is_no_other_run(trainshort: Call, folder: Path, runs: Path) -> None:
+    offline = make_run(runs / "offline", last=1, saved=(1,))
+    (offline / "tracking" / "files" / "1").mkdir(parents=True)
+    shutil.copy(offline / "config.yaml", offline / "tracking" / "files" / "1" / "config.yaml")
+    assert trainshort("runs", "rm", "runs/offline", "--yes").code == 0
+    assert not offline.exists()
 
 
 def test_shared_data_and_what_links_lead_to_are_kept(
