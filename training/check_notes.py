@@ -105,7 +105,7 @@ def _start(config: RunConfig, *, prepared: "list[Prepared]") -> str | None:
     config = with_fixed_keys(config, run_dir=run_dir)
     newest = newest_to_resume(config, run_dir=run_dir)
     require_learning(config.train, trained=newest.step if newest else 0)
-    rollbacks_of(run_dir, train=config.train)  # that they can be read
+    rollbacks_of(run_dir)  # that they can be read
     if newest is None:
         branch = check_beginning(config, prepared=next(iter(prepared), None))
         return None if branch is None else f"training {branch_line(config, step=branch.step)}"

@@ -18,6 +18,7 @@ from configs.paths import (
     data_folder,
     environment_path,
     logs_folder,
+    rollbacks_file,
     run_folder,
 )
 from configs.schema import RunConfig, Train
@@ -74,9 +75,7 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
         config = _with_train(config, decay_steps=before.train.decay_steps if before else config.train.steps)
     if config.train.cooldown_steps is None and before is not None:
         config = _with_train(config, cooldown_steps=before.train.cooldown_steps)
-    for problem in train_problems(config):  # with the schedule's steps that the first start fixed
-        raise InputError(problem)
-    if config.train.branch_from is not None and not _has_trained(run_dir):
+    if config.train.branch_from is not None and (before is None or not _has_trained(run_dir)):
         # A run folder's newest checkpoint may be another one at the next start.
         config = _with_train(config, branch_from=str(require_checkpoint(Path(config.train.branch_from))))
         before = before and _with_train(before, branch_from=config.train.branch_from)
@@ -85,11 +84,13 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
     if before is not None:
         trained = next((saved.step for saved in reversed(list_checkpoints(run_dir))), 0)
         refuse_changes(before, config, run_dir=run_dir, trained=trained)
+    for problem in train_problems(config):  # with the schedule's steps that the first start fixed
+        raise InputError(problem)
     return config
 
 
 def _has_trained(run_dir: Path) -> bool:
-    return bool(list_checkpoints(run_dir)) or bool(newest_step(run_dir))
+    return bool(list_checkpoints(run_dir) or newest_step(run_dir)) or rollbacks_file(run_dir).exists()
 
 
 def with_fixed_branch(config: RunConfig, *, first: RunConfig) -> RunConfig:

@@ -91,7 +91,7 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     prepared = load_trainable(config.data, folder=data_folder(config), validates=validates)
     newest = newest_to_resume(config, run_dir=run_dir, warn=False)
     require_learning(config.train, trained=newest.step if newest else 0)
-    rollbacks_of(run_dir, train=config.train)  # that they can be read
+    rollbacks_of(run_dir)  # that they can be read
     branch = None if newest else check_beginning(config, prepared=prepared, warn=False)
     return Ready(config, run_dir, layout, prepared, newest, branch)
 
@@ -245,6 +245,10 @@ def check_branch(path: Path, *, config: RunConfig, prepared: Prepared | None, wa
     subject, instead = f"train.branch_from {folder}", "or take its weights alone with train.init_from"
     source = load_run(str(folder / CONFIG_NAME))
     _require_same_model(source.model, config.model, subject=subject)
+    if _is_weights_only(manifest):
+        raise InputError(
+            f"{subject} has no optimizer state, as imported models and averages: use another checkpoint, {instead}"
+        )
     if manifest.step >= config.train.steps:
         raise InputError(
             f"{subject} is of step {manifest.step}, and train.steps is {config.train.steps}: a branch goes on "
@@ -257,10 +261,6 @@ def check_branch(path: Path, *, config: RunConfig, prepared: Prepared | None, wa
                 f"{subject} was trained with {key} {as_yaml(before[key])}, the run has {as_yaml(now[key])}: a branch "
                 f"continues with the same optimizer and the samples that follow; set {key} to that, {instead}"
             )
-    if _is_weights_only(manifest):
-        raise InputError(
-            f"{subject} has no optimizer state, as imported models and averages: use another checkpoint, {instead}"
-        )
     if prepared is not None and (manifest.tokenizer_sha256, manifest.vocab_size) != (
         prepared.tokenizer_sha256,
         prepared.vocab_size,

@@ -17,12 +17,15 @@ from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.read import Checkpoint, load_slices, open_first_whole, open_on_all_ranks
 from training.divergence import Diverged
 from training.incarnation import Fence
-from training.rollbacks import checkpoints_before, record_rollback
+from training.rollbacks import checkpoints_before, inherit_rollbacks, record_rollback
 from training.schedule import learning_rate
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+# what a user may do if model or data have changed
+_ACCEPT = "accept it with `trainshort train --accept-change`"
+_WEIGHTS_ALONE = "take its weights alone with train.init_from"
 CHECKED_SAMPLES = 4  # the run's first ones; every data rank scores them all, so that any layout gives the same loss
 
 
@@ -32,7 +35,14 @@ def has_checkpoint(config: RunConfig, *, world: Group) -> bool:
 
 
 def resume(
-    engine: Engine, loader: Loader, *, config: RunConfig, groups: Groups, resumes: bool, accept_change: bool
+    engine: Engine,
+    loader: Loader,
+    *,
+    config: RunConfig,
+    groups: Groups,
+    fence: Fence,
+    resumes: bool,
+    accept_change: bool,
 ) -> TrainState:
     """Load the run's newest checkpoint into an engine or, at a first start, that of `train.branch_from`, if set.
 
@@ -43,6 +53,7 @@ def resume(
         loader: The run's samples.
         config: The run.
         groups: This rank's places.
+        fence: Shows whether this start of the run is still the newest.
         resumes: From `has_checkpoint`.
         accept_change: If model or data have changed, warn and continue.
     Returns:
@@ -59,13 +70,10 @@ def resume(
             checkpoint = open_on_all_ranks(path, kinds=engine.state().kinds, world=groups.world)
         say("%s step %d, %s", "Resuming from" if resumes else "Branching off after", checkpoint.step, checkpoint.path)
         if not resumes:
+            broadcast_from_first(lambda: inherit_rollbacks(train, fence=fence), group=groups.world)
             _say_rates(checkpoint, train=train, say=say)
-        instead = "accept it with `trainshort train --accept-change`"
-        if not resumes:
-            instead = "take its weights alone with train.init_from"
-        return _continue(
-            engine, loader, checkpoint, train=train, groups=groups, instead=None if accept_change else instead
-        )
+        instead = None if accept_change else _ACCEPT if resumes else _WEIGHTS_ALONE
+        return _continue(engine, loader, checkpoint, train=train, groups=groups, instead=instead)
     if train.init_from is not None:
         say("starting with the weights of train.init_from, %s", train.init_from)
         with timed("loaded them", say=say):
@@ -114,11 +122,14 @@ def go_back(
     folders = broadcast_from_first(
         lambda: checkpoints_before(diverged, train=train, run_dir=fence.run_dir), group=world
     )
-    checkpoint = open_first_whole(folders, kinds=engine.state().kinds, world=world)
-    saved = (checkpoint.path, checkpoint.manifest)
-    broadcast_from_first(lambda: record_rollback(diverged, *saved, train=train, fence=fence), group=world)
-    instead = None if accept_change else "train in another run.dir"
-    return _continue(engine, loader, checkpoint, train=train, groups=groups, instead=instead)
+    try:
+        checkpoint = open_first_whole(folders, kinds=engine.state().kinds, world=world)
+        saved = (checkpoint.path, checkpoint.manifest)
+        broadcast_from_first(lambda: record_rollback(diverged, *saved, train=train, fence=fence), group=world)
+        instead = None if accept_change else "train in another run.dir"
+        return _continue(engine, loader, checkpoint, train=train, groups=groups, instead=instead)
+    except InputError as error:  # the same on every rank
+        raise InputError(f"{diverged}, so training has diverged, and cannot go back: {error}") from None
 
 
 def _continue(

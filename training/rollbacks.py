@@ -7,7 +7,8 @@ checkpoint, or in another run folder that has a copy of this file. Later checkpo
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from configs.files import move_aside, write_json
 from configs.paths import evaluation_folder, rollbacks_file
 from configs.schema import Train
 from configs.schema_problems import first_problem
-from training.checkpoint.manifest import Manifest, list_checkpoints
+from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 from training.checkpoint.retention import remove_after
 from training.divergence import LOSSES_WATCHED, Diverged
 from training.incarnation import Fence
-from training.metrics_reader import newest_values, read_steps
+from training.metrics_reader import newest_values, read_steps, steps_before_first
 from training.state import JsonInt, TrainState
 from training.step_columns import StepColumns
 
@@ -53,44 +54,74 @@ class Rollback:
 
 @dataclass(frozen=True)
 class _Rollbacks:
+    """The file: the run's own rollbacks, and of a branch those that its trunk had at its beginning."""
+
     rollbacks: list[Rollback]
+    inherited: list[Rollback] = field(default_factory=list)
 
 
 _ADAPTER: TypeAdapter[_Rollbacks] = TypeAdapter(_Rollbacks)
 
 
+def _read(run_dir: Path) -> _Rollbacks:
+    file = rollbacks_file(run_dir)
+    try:
+        return _ADAPTER.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return _Rollbacks([])
+    except (ValidationError, OSError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else str(error.strerror)
+        raise InputError(
+            f"{file} is damaged ({why}): repair it, or move it away; then samples on which training diverged may "
+            "follow again"
+        ) from None
+
+
+def _write(run_dir: Path, rollbacks: _Rollbacks, *, fence: Fence) -> None:
+    write_json(rollbacks_file(run_dir), asdict(rollbacks), mark=f".{fence.token}")
+
+
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
-    """Return the rollbacks of a run, oldest first.
+    """Return a run's own rollbacks, oldest first.
 
     Raises:
         InputError: the file is damaged.
     """
-    file = rollbacks_file(run_dir)
-    try:
-        return _ADAPTER.validate_json(file.read_bytes()).rollbacks
-    except FileNotFoundError:
-        return []
-    except (ValidationError, OSError) as error:
-        why = first_problem(error) if isinstance(error, ValidationError) else str(error.strerror)
-        raise InputError(
-            f"{file} is damaged ({why}): repair it, or move it away; then samples on which training "
-            "diverged may follow again"
-        ) from None
+    return _read(run_dir).rollbacks
+
+
+def rollbacks_of(run_dir: Path) -> list[Rollback]:
+    """Return the rollbacks whose samples a run leaves out: of a branch, first those that it inherited.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    known = _read(run_dir)
+    return [*known.inherited, *known.rollbacks]
+
+
+def inherit_rollbacks(train: Train, *, fence: Fence) -> None:
+    """Write down, when a branch begins, which samples its trunk leaves out: later the trunk may change, or be gone.
+
+    Raises:
+        InputError: a file is damaged.
+        Superseded: a newer start of the run has taken over.
+        OSError: the disk fails.
+    """
+    fence.check()
+    inherited, known = rollbacks_of(trunk_folder(train)), _read(fence.run_dir)
+    if inherited != known.inherited:
+        _write(fence.run_dir, replace(known, inherited=inherited), fence=fence)
+
+
+def trunk_folder(train: Train) -> Path:
+    """Return the run folder of the checkpoint that a branch continues, also if a link leads to it."""
+    return Path(str(train.branch_from)).resolve().parent.parent
 
 
 def last_step_taken_again(run_dir: Path) -> int:
     """Return the last step that a run has taken a second time, or will, after a rollback; 0 if there is none."""
     return max((rollback.from_step for rollback in read_rollbacks(run_dir)), default=0)
-
-
-def rollbacks_of(run_dir: Path, *, train: Train) -> list[Rollback]:
-    """Return the rollbacks whose samples a run leaves out: of a branch, its trunk's too, if they are there.
-
-    Raises:
-        InputError: a file is damaged.
-    """
-    trunk = None if train.branch_from is None else Path(train.branch_from).parents[1]
-    return [*(read_rollbacks(trunk) if trunk else ()), *read_rollbacks(run_dir)]
 
 
 def losses_before(start: TrainState, *, run_dir: Path, train: Train) -> list[float]:
@@ -103,7 +134,8 @@ def losses_before(start: TrainState, *, run_dir: Path, train: Train) -> list[flo
         return []
     losses = newest_values(run_dir, "loss")[-LOSSES_WATCHED:]
     if train.branch_from is not None and len(losses) < LOSSES_WATCHED:
-        trunk = (fields for fields in read_steps(Path(train.branch_from).parents[1]) if fields["step"] <= start.step)
+        last = steps_before_first(run_dir) if losses else start.step  # what the trunk did later was another future
+        trunk = (fields for fields in read_steps(trunk_folder(train)) if fields["step"] <= last)
         losses = [*StepColumns(["loss"], trunk).known("loss"), *losses][-LOSSES_WATCHED:]
     return losses
 
@@ -123,7 +155,7 @@ def checkpoints_before(diverged: Diverged, *, train: Train, run_dir: Path) -> li
         InputError: there is none, or the run has gone back as often as it may; says what to do.
     """
     own = [checkpoint.path for checkpoint in reversed(list_checkpoints(run_dir)) if checkpoint.step < diverged.began]
-    folders = [*own, *([Path(train.branch_from)] if train.branch_from else [])]
+    folders = [*own, *_trunk_before(diverged.began, train=train)]
     done = len(read_rollbacks(run_dir))
     if folders and done < train.rollbacks:
         return folders
@@ -136,6 +168,14 @@ def checkpoints_before(diverged: Diverged, *, train: Train, run_dir: Path) -> li
     back = f"`trainshort train --set train.rollbacks={done + 1}` goes back to {folders[0]}, without the samples since"
     branch = "in another run.dir, with a lower train.learning_rate, train.branch_from goes on from there"
     raise InputError(f"{so}: {back}; or {branch}")
+
+
+def _trunk_before(step: int, *, train: Train) -> list[Path]:
+    """Return the checkpoint that a branch began with, if it is there and from before a step."""
+    with suppress(InputError):  # it may be gone
+        if train.branch_from is not None and read_manifest(Path(train.branch_from)).step < step:
+            return [Path(train.branch_from)]
+    return []
 
 
 def record_rollback(diverged: Diverged, folder: Path, manifest: Manifest, *, train: Train, fence: Fence) -> None:
@@ -155,7 +195,7 @@ def record_rollback(diverged: Diverged, folder: Path, manifest: Manifest, *, tra
     """
     fence.check()
     run_dir = fence.run_dir
-    rollbacks = read_rollbacks(run_dir)
+    known = _read(run_dir)
     removed = remove_after(manifest.step, fence=fence)  # first: a start now would resume from the newest
     rollback = Rollback(
         step=manifest.step,
@@ -165,14 +205,13 @@ def record_rollback(diverged: Diverged, folder: Path, manifest: Manifest, *, tra
         why=str(diverged),
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    document = {"rollbacks": [asdict(each) for each in (*rollbacks, rollback)]}
     fence.check()
-    write_json(rollbacks_file(run_dir), document, mark=f".{fence.token}")
+    _write(run_dir, replace(known, rollbacks=[*known.rollbacks, rollback]), fence=fence)
     for name in removed:  # evaluations are of the weights that were there
         if (reports := evaluation_folder(run_dir) / name).exists():
             move_aside(reports, date=rollback.at)
     also = f"; removed what was saved in between: {', '.join(removed)}" if removed else ""
     logger.warning(
         "ROLLED BACK (%d of %d): %s; training goes back to %s and leaves out the %s since then%s",
-        *(len(rollbacks) + 1, train.rollbacks, diverged, folder, counted(rollback.left_out, "sample"), also),
+        *(len(known.rollbacks) + 1, train.rollbacks, diverged, folder, counted(rollback.left_out, "sample"), also),
     )

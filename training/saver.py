@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from configs.schema import RunConfig
@@ -11,7 +12,7 @@ from data_pipeline.manifest import Prepared
 from parallel.axes import Groups
 from parallel.copies import equalize_copies
 from parallel.engine import Engine
-from training.checkpoint.manifest import SavedState, list_checkpoints
+from training.checkpoint.manifest import CheckpointFolder, SavedState, list_checkpoints
 from training.checkpoint.rank_part import BackgroundWriter, WeightsDiverged
 from training.checkpoint.retention import apply_retention
 from training.checkpoint.write import BegunSave, CheckpointWriter
@@ -121,9 +122,12 @@ class Saver:
 
     def _before_spike(self, step: int) -> list[Path]:
         """Return the checkpoints to keep so that one is from before a spike that has begun and is not noticed yet."""
-        if not self._looks_for_spikes:
+        if not self._looks_for_spikes or self._groups.world.rank:
             return []
-        whole = [each for each in list_checkpoints(self._fence.run_dir) if each.path.absolute() not in self._broken]
+        whole: list[CheckpointFolder] = []
+        with suppress(OSError):  # retention, which lists them too, warns
+            listed = list_checkpoints(self._fence.run_dir)
+            whole = [each for each in listed if each.path.absolute() not in self._broken]
         older = [each.path for each in whole if each.step <= step - SPIKE_STEPS]
         return [*older[-1:], *(each.path for each in whole[len(older) :])]
 

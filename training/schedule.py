@@ -42,7 +42,7 @@ def first_changed_step(before: Train, now: Train) -> int | None:
     if (schedule_steps(before), cooldown_steps(before)) == (schedule_steps(now), cooldown_steps(now)):
         return None
     begins = [SCHEDULES[train.schedule].fall_begins(train) for train in (before, now)]
-    return min((step + 1 for step in begins if step is not None), default=None)
+    return min((max(step, 0) + 1 for step in begins if step is not None), default=None)
 
 
 def zero_from(train: Train) -> int | None:

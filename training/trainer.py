@@ -31,7 +31,7 @@ from training.model.attention import windows_of
 from training.observers import Observer, Status, StepResult
 from training.preflight import Ready
 from training.resume import go_back, resume
-from training.rollbacks import Rollback, losses_before, rollbacks_of, without_left_out
+from training.rollbacks import Rollback, losses_before, read_rollbacks, rollbacks_of, without_left_out
 from training.saver import Saver
 from training.saves import Saves
 from training.schedule import learning_rate
@@ -124,9 +124,8 @@ class Trainer:
             if self.is_first_rank:
                 remove_stop_file(self.fence)
                 if status == "KILLED":
-                    saved = (
-                        ", saved" if list_checkpoints(self.fence.run_dir) else ""
-                    )  # before the first step nothing is
+                    # before the first step there is nothing to save
+                    saved = ", saved" if list_checkpoints(self.fence.run_dir) else ""
                     logger.warning("stopped after step %d%s: start again to continue", end.step, saved)
             return end
         except (SaveError, InputError):
@@ -160,7 +159,7 @@ class Trainer:
         """Train from a position on, whose state the engine holds; raise Diverged on every rank if that cannot go on."""
         state, train, world, run_dir = start, self.config.train, self.groups.world, self.fence.run_dir
         validation_loss: float | None = None
-        rollbacks = broadcast_from_first(lambda: rollbacks_of(run_dir, train=train), group=world)
+        rollbacks, own = broadcast_from_first(lambda: (rollbacks_of(run_dir), read_rollbacks(run_dir)), group=world)
         losses = broadcast_from_first(lambda: losses_before(start, run_dir=run_dir, train=train), group=world)
         watch = LossWatch(train.spike, losses)
         with reading_ahead(self.loader, device=self.device) as read_step:
@@ -176,7 +175,7 @@ class Trainer:
                     validation_seconds=validation_seconds,
                     save_seconds=saves.take_seconds(),
                     failed_saves=saves.failed or None,
-                    rollbacks=sum(rollback.step < state.step for rollback in rollbacks) or None,
+                    rollbacks=sum(rollback.step < state.step for rollback in own) or None,
                 )
                 if not taken.figures.saving:
                     saves.end(goes_on=True, written=True)
@@ -337,7 +336,7 @@ def build_trainer(
     config, prepared = ready.config, ready.prepared
     with timed("opened the data", say=logger.info if groups.world.rank == 0 else logger.debug):
         loader, held_out = _open_data(config, prepared=prepared, groups=groups)
-    same: dict[str, Any] = {"config": config, "groups": groups, "accept_change": accept_change}
+    same: dict[str, Any] = {"config": config, "groups": groups, "fence": fence, "accept_change": accept_change}
     start = resume(engine, loader, resumes=resumes, **same)
     sizes = {"vocab_size": prepared.vocab_size, "length": config.data.sequence_length}
     return Trainer(
@@ -355,7 +354,7 @@ def build_trainer(
         causal_flops_per_token=causal_flops_per_token(config.model, **sizes),
         peak_flops=world_peak_flops(device, precision=config.train.precision),
         steps_ahead=1 if device.type == "cuda" else 0,
-        go_back=partial(go_back, engine, loader, fence=fence, **same),
+        go_back=partial(go_back, engine, loader, **same),
     )
 
 

@@ -43,8 +43,8 @@ DIVERGENCE_MUTANTS = (
     Mutant(
         "divergence: a start knows nothing of the rollbacks before",
         TRAINER,
-        "rollbacks = broadcast_from_first(lambda: rollbacks_of(run_dir, train=train), group=world)",
-        "rollbacks = rollbacks_of(run_dir, train=train) if self.start.step < 3 else []",
+        "broadcast_from_first(lambda: (rollbacks_of(run_dir), read_rollbacks(run_dir)), group=world)",
+        "(rollbacks_of(run_dir) if self.start.step < 3 else [], [])",
         BY_KILL,
     ),
     Mutant(

@@ -200,6 +200,17 @@ def test_exports_of_steps_that_are_taken_again_are_made_again(
     assert exports.steps == [2, 4, 6, 4]
 
 
+def test_a_start_renames_the_exports_of_later_steps(config: RunConfig, exports: Exports) -> None:
+    for step in (2, 4):
+        exports.save(step)
+        exports.started[-1].succeed()
+    again = Exports(config)
+    again.observer.resume(3)  # killed before the observers learned of a rollback
+    assert [re.sub("until-.*", "until-", name) for name in again.folders] == ["step-00000002", "step-00000004.until-"]
+    again.save(4)
+    assert again.steps == [4]
+
+
 def test_a_finished_run_waits_for_its_last_export(exports: Exports, caplog: pytest.LogCaptureFixture) -> None:
     exports.save(98, 99)
     exports.observer.close("FINISHED")

@@ -1,5 +1,6 @@
 """Rollbacks beside what else may happen: a second start, a trunk that went back, exports, retention, MLflow."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from training.checkpoint.retention import remove_after
 from training.incarnation import Superseded, begin_incarnation
 from training.metrics_file import MetricsFile
 from training.observers import StepResult
-from training.rollbacks import last_step_taken_again, read_rollbacks
+from training.rollbacks import last_step_taken_again, read_rollbacks, rollbacks_of
 from training.state import TrainState
 
 
@@ -74,6 +75,16 @@ def test_a_branch_leaves_out_what_its_trunk_left_out(
     figures, hashes = results_of(trunk)
     assert results_of(branch) == (figures[3:], hashes)
     assert read_rollbacks(branch) == [], "the trunk's do not count"
+    assert not any("rollbacks" in line for line in lines_of(branch))
+    # what it inherited stays, whatever becomes of the trunk; and a branch of the branch has it too
+    second, trunk_too = tmp_path / "second", tmp_path / "link"
+    trunk_too.symlink_to(branch / "checkpoints" / "step_0000006")
+    shutil.rmtree(trunk)
+    (branch / "checkpoints" / "step_0000009").rename(tmp_path / "gone")
+    assert train(rank, branch, f"train.branch_from={trunk}/checkpoints/step_0000003").left_out_samples == 3 * BATCH
+    assert train(rank, second, f"train.branch_from={trunk_too}").left_out_samples == 3 * BATCH
+    assert results_of(second) == (figures[6:], hashes)
+    assert rollbacks_of(second) == rollbacks_of(branch) != []
 
 
 def test_nothing_is_removed_before_a_checkpoint_proves_whole(
@@ -86,7 +97,7 @@ def test_nothing_is_removed_before_a_checkpoint_proves_whole(
             flip_last_byte(next(saved.path for saved in list_checkpoints(run_dir) if saved.step == 12))
 
     losses_given(rank, monkeypatch, lambda number: 4.0 if number > 13 else 2.0)
-    with pytest.raises(InputError, match="step_0000012/.* was altered: .*: use another"):
+    with pytest.raises(InputError, match="^the loss is 4.0000 .*, and cannot go back: .*step_0000012/.* was altered"):
         train(rank, run_dir, "train.spike=1.5", "checkpoint.every=12", told=Told(damage), steps=30)
     assert [saved.step for saved in list_checkpoints(run_dir)] == [12], "nothing was saved in the spike"
     monkeypatch.undo()

@@ -179,7 +179,6 @@ def test_a_schedule_may_change_ahead_of_the_steps_taken() -> None:
     assert message.endswith(" from a checkpoint of step 40 or before")
 
 
-@pytest.mark.usefixtures("folder")
 def test_what_the_first_start_fixed_must_fit_a_later_cooldown(tmp_path: Path) -> None:
     first = small(schedule="wsd", warmup_steps=10, min_learning_rate=1e-4)
     first = first.model_copy(update={"run": first.run.model_copy(update={"dir": str(tmp_path)})})
@@ -199,6 +198,7 @@ def test_what_the_first_start_fixed_must_fit_a_later_cooldown(tmp_path: Path) ->
     assert later().train.cooldown_steps == 30, "as decay_steps, it stays what it was"
 
 
+@pytest.mark.usefixtures("folder")
 def test_a_cooldown_that_has_begun_stays() -> None:
     started(trained=81, schedule="wsd")
     assert changed(schedule="wsd", decay_steps=200) == (
