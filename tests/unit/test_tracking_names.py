@@ -92,6 +92,24 @@ def test_a_metric_without_a_name_says_where_names_are(run_dir: Path, monkeypatch
         observe(run_dir, step_result(step=1))
 
 
+def test_steps_that_were_taken_again_are_logged_again(run_dir: Path, database: MlflowDatabase) -> None:
+    def losses() -> list[tuple[int, float]]:
+        rows = database.rows("select step, value from metrics where key = 'train/loss'")
+        return sorted((step, value) for step, value in rows)
+
+    taken = [step_result(step=step, tokens_seen=32 * step, loss=4.0) for step in (1, 2, 3)]
+    observe(run_dir, *taken)
+    again = [step_result(step=step, tokens_seen=32 * step, loss=2.0) for step in (2, 3, 4)]
+    observe(run_dir, again[0])
+    assert losses() == [(1, 4.0), (2, 4.0), (3, 4.0)], "after a kill a step has the same value"
+    went_back = {"step": 1, "next_sample": 4, "left_out": 8, "from_step": 3, "why": "nan", "at": "now"}
+    (run_dir / "rollbacks.json").write_text(json.dumps({"rollbacks": [went_back]}))
+    observe(run_dir, *again)
+    assert losses() == [(1, 4.0), (2, 2.0), (2, 4.0), (3, 2.0), (3, 4.0), (4, 2.0)]
+    by_tokens = database.rows("select step, value from metrics where key = 'by_tokens/train_loss'")
+    assert sorted(by_tokens)[1:3] == [(64, 2.0), (64, 4.0)]
+
+
 def test_a_run_is_logged_as_mlflow_users_expect(run_dir: Path, database: MlflowDatabase) -> None:
     config = observe(run_dir, step_result(step=1), step_result(step=2, validation_loss=4.0, validation_seconds=0.5))
     metrics = {(key, step): value for key, step, value in database.rows("select key, step, value from metrics")}
