@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from configs.errors import InputError
 from configs.load import dump_run, load_run
 from configs.paths import checkpoints_folder, config_file
 from tests.support.command_line import Call, contents, refused
@@ -29,6 +31,7 @@ from training.evaluation.precheck import check_request
 from training.evaluation.request import EvaluationRequest
 from training.evaluation.text import held_out_text
 from training.families.table import shards_of
+from training.reproduction.reproduce import compare_with_here
 from training.state import TrainState
 
 STEPS = (2, 4, 6, 8)
@@ -103,6 +106,8 @@ def test_the_mean_is_that_of_numpy_and_of_torch(home: Home) -> None:
         swa.update_parameters(model)
     for value, expected in zip(averaged.values(), swa.module, strict=True):
         torch.testing.assert_close(torch.from_numpy(value), expected.data, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"^mean is the mean of 3 checkpoints, of steps .*: make it again with"):
+        compare_with_here(Path("mean"), here=Mock(), reads_all=False)
     saved = read_manifest(result.checkpoint)
     assert (saved.step, saved.consumed_samples, saved.left_out_samples) == (8, 64, 3)
     document = json.loads(Path("mean/averaged.json").read_text())

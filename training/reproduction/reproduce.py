@@ -13,6 +13,7 @@ from configs.errors import InputError
 from configs.path_text import require_folder
 from configs.paths import config_file, data_folder, environment_path, own_data_folder, reproduction_file, rollbacks_file
 from data_pipeline.manifest import read_data_manifest
+from training.averaging.record import averaged_steps, mean_of_steps
 from training.incarnation import newest_incarnation
 from training.reproduction.differences import (
     GRADES,
@@ -157,6 +158,8 @@ def compare_with_here(run_dir: Path, *, here: Here, reads_all: bool) -> Reproduc
 
 def _no_manifest(run_dir: Path) -> InputError:
     """Return the error of a run folder without a manifest: it says which facts there are all the same."""
+    if steps := averaged_steps(run_dir):
+        return InputError(f"{run_dir} is {mean_of_steps(steps)}: make it again with `trainshort checkpoint average`")
     file = reproduction_file(run_dir)
     facts = []
     try:
