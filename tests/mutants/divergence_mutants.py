@@ -4,6 +4,7 @@ from tests.mutants.mutants import Mutant
 
 ROLLBACKS, TRAINER, DIVERGENCE = "training/rollbacks.py", "training/trainer.py", "training/divergence.py"
 TESTS = "tests/unit/test_rollbacks.py"
+BESIDE = "tests/unit/test_rollbacks_beside.py"
 BY_RUN = f"{TESTS}::test_a_diverged_run_goes_on_without_the_samples[0]"
 BY_KILL = f"{TESTS}::test_a_kill_after_the_rollback_forgets_nothing"
 BY_SECOND = f"{TESTS}::test_a_second_divergence_stops_or_goes_back_again"
@@ -77,6 +78,27 @@ DIVERGENCE_MUTANTS = (
     ),
     Mutant("divergence: one loss of ten is enough", DIVERGENCE, "if min(last) >", "if max(last) >", BY_WATCH),
     Mutant("divergence: a gradient that is nan trains on", DIVERGENCE, " and math.isfinite(grad_norm)", "", BY_WATCH),
+    Mutant(
+        "divergence: a branch takes the samples on which its trunk diverged",
+        "training/resume.py",
+        "            broadcast_from_first(lambda: inherit_rollbacks(train, fence=fence), group=groups.world)\n",
+        "",
+        f"{BESIDE}::test_a_branch_leaves_out_what_its_trunk_left_out",
+    ),
+    Mutant(
+        "divergence: an older start takes the newer one's metrics",
+        TRAINER,
+        "        self.fence.check()\n        for observer in observers:",
+        "        for observer in observers:",
+        f"{BESIDE}::test_a_start_that_was_overtaken_touches_nothing",
+    ),
+    Mutant(
+        "divergence: retention leaves no checkpoint from before a spike",
+        "training/saver.py",
+        "in_use={*in_use, *self._before_spike(begun.saved.step)}",
+        "in_use=in_use",
+        f"{BESIDE}::test_a_checkpoint_from_before_a_spike_is_kept",
+    ),
     Mutant("z-loss: it is left out", "training/build.py", "z_loss=train.z_loss,", "z_loss=0.0,", BY_Z_LOSS),
     Mutant(
         "z-loss: the target has none",
