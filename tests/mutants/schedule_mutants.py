@@ -29,8 +29,8 @@ SCHEDULE_MUTANTS = (
     Mutant(
         "branches: the samples that follow may be others",
         "training/resume.py",
-        'instead = "take its weights alone with train.init_from"',
-        'instead, accept_change = "", True',
+        "instead = None if accept_change else _ACCEPT if resumes else _WEIGHTS_ALONE",
+        "instead = None if accept_change or not resumes else _ACCEPT",
         BRANCHES + "test_other_samples_are_refused_by_their_hash",
     ),
     Mutant(
