@@ -120,7 +120,9 @@ class Head:
             more = 2 * self.z_loss * whole if self.z_loss else None  # p times the derivative of the square
             gradient = self._probabilities(log_probabilities, total - whole, more, logits.dtype)
         # A softmax's gradient is p, and p - 1 at the target: in fp32, as p may be near 1.
-        target = torch.expm1(-losses) if more is None else torch.expm1(-losses) + more * torch.exp(-losses)
+        target = torch.expm1(-losses)
+        if more is not None:
+            target += more * torch.exp(-losses)
         at_target = torch.where(here, target.to(gradient.dtype), gradient.gather(-1, index)[:, 0])
         return losses, gradient.scatter_(-1, index, at_target[:, None])
 

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ SPARSE_FIELDS = (
     "rollbacks",
     "energy_joules",
 )  # left out if None; other fields are then null
-
-
 # In a line of logs/: the number of the start that took the step, and took it again after a divergence.
 ROLLED_BACK = "rolled_back"
 
@@ -68,14 +65,17 @@ class MetricsFile(Observer):
         self._run_dir, self._waiting = run_dir, b""
         self._open(last_step)
 
-    def _open(self, last_step: int, *, marks: Mapping[str, Any] | None = None) -> None:
+    def _open(self, last_step: int, *, taken_by: int | None = None) -> None:
+        """See `__init__`; `taken_by` is the number of the start that takes the later steps again."""
         self.best: Best | None = None
         run_dir, path = self._run_dir, metrics_path(self._run_dir)
         kept, discarded = [], []
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
             fields = step_fields(line)
             if fields is None or fields["step"] > last_step:
-                discarded.append(json.dumps({**fields, **marks}).encode() + b"\n" if fields and marks else line)
+                if fields is not None and taken_by is not None:
+                    line = json.dumps({**fields, ROLLED_BACK: taken_by}).encode() + b"\n"
+                discarded.append(line)
                 continue
             kept.append(line)
             self.best = better_of(self.best, validation_of(fields))
@@ -111,7 +111,7 @@ class MetricsFile(Observer):
         before = self._handle
         certificates = certificates_path(self._run_dir)  # it has a line per start
         starts = certificates.read_bytes().count(b"\n") if certificates.exists() else 1
-        self._open(step, marks={ROLLED_BACK: starts})
+        self._open(step, taken_by=starts)
         os.close(before)
 
     def before_save(self) -> None:

@@ -10,15 +10,24 @@ from configs.commands import typed_path
 from configs.figures import byte_size, counted, duration, scaled
 from configs.positions import POSITIONS
 from configs.schedules import SCHEDULES, schedule_steps
+from configs.schema import RunConfig
 from training.families.table import parameter_count
 from training.least_density import attention_here
 from training.metrics_file import Best
 from training.observers import Save, StepResult
 from training.pace import Spent
+from training.state import TrainState
 
 if TYPE_CHECKING:
     from training.model.proof.certificate import Certificate  # it imports torch
     from training.preflight import Ready  # it imports numpy
+
+
+def tokens_in_all(config: RunConfig, *, start: TrainState) -> int:
+    """Return the tokens of all steps; those up to a position may have had another batch, that of a branch's trunk."""
+    train = config.train
+    samples = start.consumed_samples + (train.steps - start.step) * train.global_batch
+    return samples * config.data.sequence_length
 
 
 def start_lines(ready: "Ready", *, device: str) -> list[str]:
@@ -35,7 +44,7 @@ def start_lines(ready: "Ready", *, device: str) -> list[str]:
     steps_left = train.steps - ready.start.step
     past_fall = min(steps_left, train.steps - schedule_steps(train)) if SCHEDULES[train.schedule].falls else 0
     least = f"; the last {past_fall:,} at train.min_learning_rate" if past_fall > 0 else ""
-    in_all = ready.start.consumed_samples * config.data.sequence_length + steps_left * tokens
+    in_all = tokens_in_all(config, start=ready.start)
     ranks = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
     return [
         f"{now}  {config.run.name} in {ready.run_dir}",

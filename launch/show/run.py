@@ -15,6 +15,8 @@ from training.checkpoint.manifest import find_checkpoint
 from training.export.formats.table import export_problems
 from training.families.table import parameter_count
 from training.least_density import attention_here
+from training.progress_lines import tokens_in_all
+from training.state import TrainState
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Prepared
@@ -53,12 +55,11 @@ def run_summary(config: RunConfig, *, device: str, notes: Sequence[str]) -> dict
 
 def _tokens_of(config: RunConfig) -> int:
     """Return the tokens of all steps; those before a branch had the batch of its trunk, if that can be read."""
-    steps, samples = config.train.steps, 0
+    start = TrainState(0, 0)
     if config.train.branch_from is not None:
         with suppress(InputError):  # a note says so
-            trunk = find_checkpoint(Path(config.train.branch_from), warn=False)[1]
-            steps, samples = steps - trunk.step, trunk.consumed_samples
-    return (samples + steps * config.train.global_batch) * config.data.sequence_length
+            start = find_checkpoint(Path(config.train.branch_from), warn=False)[1]
+    return tokens_in_all(config, start=start)
 
 
 def show_summary(summary: dict[str, Any]) -> None:

@@ -7,14 +7,10 @@ from unittest.mock import patch
 
 import pytest
 
-from configs.load import load_run
-from configs.paths import data_folder
-from data_pipeline.prepare import prepare_data
 from parallel.start import ProcessRank
 from tests.support.processes import exact, metrics
 from tests.support.ranks import run_ranks
-from tests.support.runs import Start, train_runs
-from tests.support.small_run import QUICK, overrides_of, small_run
+from tests.support.runs import Start, prepare_quick_run, train_runs
 from tests.support.watched_steps import watching
 from training.checkpoint.manifest import list_checkpoints
 from training.observers import Observer
@@ -34,14 +30,7 @@ SAVED_EACH_STEP = {
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides of a quick run whose data is prepared."""
-    folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.txt"
-    text.write_text("".join(f"line {i} counts {i * i} of {i % 7} words, {i % 11} of them odd.\n" for i in range(6000)))
-    own_data = {"data": {"sources": [str(text)], "dir": str(folder / "prepared")}}
-    overrides = overrides_of(small_run(QUICK, SAVED_EACH_STEP, own_data))
-    config = load_run("demo", overrides=overrides)
-    prepare_data(config.data, folder=data_folder(config), progress=False)
-    return overrides
+    return prepare_quick_run(tmp_path_factory.mktemp("data"), SAVED_EACH_STEP)
 
 
 def collectives_of(process: ProcessRank, *, runs: list[list[str]]) -> list[list[list[str]]]:

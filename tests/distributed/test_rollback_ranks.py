@@ -6,14 +6,11 @@ from typing import Any
 from unittest.mock import patch
 
 from configs.load import load_run
-from configs.paths import data_folder
 from data_pipeline.loader import Loader
-from data_pipeline.prepare import prepare_data
 from parallel.start import ProcessRank
 from tests.support.processes import exact
 from tests.support.ranks import run_ranks
-from tests.support.runs import Start, train_runs
-from tests.support.small_run import QUICK, overrides_of, small_run
+from tests.support.runs import Start, prepare_quick_run, train_runs
 from training.checkpoint.manifest import list_checkpoints, read_manifest
 from training.rollbacks import read_rollbacks
 from training.schedule import learning_rate
@@ -57,17 +54,12 @@ def train_apart(process: ProcessRank, *, diverging: list[list[str]], without: li
 
 
 def test_ranks_that_went_back_equal_those_that_never_diverged(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"line {i} counts {i * i} of {i % 7} words, {i % 11} of them odd.\n" for i in range(6000)))
-    own_data = {"data": {"sources": [str(text)], "dir": str(tmp_path / "prepared")}}
-    overrides = overrides_of(small_run(QUICK, DIVERGING, own_data))
-    config = load_run("demo", overrides=overrides)
-    prepare_data(config.data, folder=data_folder(config), progress=False)
+    overrides = prepare_quick_run(tmp_path, DIVERGING)
 
     def runs(kind: str) -> list[list[str]]:
         return [[*overrides, *layout, f"run.dir={tmp_path / kind / name}"] for name, layout in LAYOUTS.items()]
 
-    batch = config.train.global_batch
+    batch = load_run("demo", overrides=overrides).train.global_batch
     arguments = {"diverging": runs("back"), "without": runs("without"), "batch": batch}
     both = run_ranks(train_apart, ranks=2, arguments=arguments)
     assert both == [[6 + STEPS - 4] * len(LAYOUTS)] * 2

@@ -8,11 +8,24 @@ import torch
 import torch.distributed as dist
 
 from configs.load import load_run
-from configs.paths import checkpoints_folder
+from configs.paths import checkpoints_folder, data_folder
+from data_pipeline.prepare import prepare_data
 from parallel.start import ProcessRank, start, stop
 from tests.support.one_rank import asked_once
+from tests.support.small_run import QUICK, Values, overrides_of, small_run
 from training.checkpoint.manifest import list_checkpoints
 from training.run import train_rank
+
+
+def prepare_quick_run(folder: Path, values: Values) -> list[str]:
+    """Write a text of counted lines to a folder, prepare it, and return the overrides of a quick run on it."""
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {i} counts {i * i} of {i % 7} words, {i % 11} of them odd.\n" for i in range(6000)))
+    own_data: Values = {"data": {"sources": [str(text)], "dir": str(folder / "prepared")}}
+    overrides = overrides_of(small_run(QUICK, values, own_data))
+    config = load_run("demo", overrides=overrides)
+    prepare_data(config.data, folder=data_folder(config), progress=False)
+    return overrides
 
 
 @dataclass(frozen=True)

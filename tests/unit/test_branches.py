@@ -1,6 +1,5 @@
 """Runs that branch off: they go on exactly as the run whose checkpoint they continue, and refuse what would not."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from configs.errors import InputError
 from configs.schema import RunConfig
 from launch.start_check import dry_run_lines
+from tests.support.diverging import lines_of
 from tests.support.edited_manifest import edit_manifest
 from tests.support.one_rank import STEPS, OneRank, one_rank
 from training.check_notes import check_notes
@@ -38,10 +38,6 @@ def trunk(rank: OneRank, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def point(trunk: Path) -> Path:
     """The checkpoint to branch off from."""
     return trunk / "checkpoints" / f"step_{AT:07d}"
-
-
-def lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def column(run_dir: Path, *keys: str) -> list[tuple[Any, ...]]:

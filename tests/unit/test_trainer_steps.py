@@ -1,6 +1,5 @@
 """Steps that are launched before the result of the one before is read, as on a GPU, and the batches read ahead."""
 
-import json
 import math
 import threading
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.reading_ahead import reading_ahead
 from parallel.axes import Group
 from parallel.engine import StepOutcome
+from tests.support.diverging import Killed, lines_of
 from tests.support.one_rank import CPU, OneRank
 from tests.support.watched_steps import watching
 from training.checkpoint.manifest import list_checkpoints
@@ -25,10 +25,6 @@ from training.state import TrainState
 from training.validator import Validator
 
 STEPS = 7
-
-
-class Killed(BaseException):
-    """Ends a run as if its process were killed."""
 
 
 class Told(Observer):
@@ -52,10 +48,6 @@ def train(
     )
     trainer = replace(rank.trainer(config), steps_ahead=steps_ahead)
     return trainer.run([MetricsFile(run_dir, last_step=trainer.start.step), *(observers or [])])
-
-
-def lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def launched(rank: OneRank, monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> list[int]:
