@@ -89,7 +89,7 @@ BACKENDS = {
             implementation="training.model.kernels.reference.Reference",
             what="written out, one piece, fp32 or wider; the oracle",
             biases=ANY_BIAS,
-            precisions=("fp32", "bf16"),
+            precisions=("fp32", "tf32", "bf16", "fp16"),
             head_dims=(1, ANY_WIDTH),
             devices=("cpu", "cuda"),
             capability=(0, 0),
@@ -104,7 +104,7 @@ BACKENDS = {
             implementation="training.model.kernels.sdpa.Sdpa",
             what="torch's scaled_dot_product_attention, blocks of queries over one shared strip of bias",
             biases=ANY_BIAS,
-            precisions=("fp32", "bf16"),
+            precisions=("fp32", "tf32", "bf16", "fp16"),
             head_dims=(1, ANY_WIDTH),
             devices=("cpu", "cuda"),
             capability=(0, 0),
@@ -123,7 +123,7 @@ BACKENDS = {
             implementation="training.model.kernels.flex.Flex",
             what="torch's FlexAttention, compiled by Triton; the bias is computed inside the kernel",
             biases=COMPUTED_BIAS,
-            precisions=("fp32", "bf16"),
+            precisions=("fp32", "tf32", "bf16", "fp16"),
             head_dims=(16, 256),
             devices=("cuda",),
             capability=(7, 0),
@@ -142,7 +142,7 @@ BACKENDS = {
             implementation="training.model.kernels.flash4.Flash4",
             what="FlexAttention with FlashAttention 4's kernel, compiled; the bias is computed inside the kernel",
             biases=COMPUTED_BIAS,
-            precisions=("bf16",),
+            precisions=("bf16", "fp16"),
             head_dims=(128, 128),
             devices=("cuda",),
             capability=(9, 0),
@@ -159,7 +159,7 @@ BACKENDS = {
             implementation="training.model.kernels.flash.Flash",
             what="flash-attn 2 with alibi_slopes",
             biases=COMPUTED_BIAS,
-            precisions=("bf16",),
+            precisions=("bf16", "fp16"),
             head_dims=(1, 256),
             devices=("cuda",),
             capability=(8, 0),
@@ -286,7 +286,7 @@ def unsupported(
         fitting = _in_words([other for other in BACKENDS.values() if bias in other.biases])
         return f"{backend.name} cannot compute model.position {position}: use {fitting}"
     fitting = _in_words([other for other in BACKENDS.values() if precision in other.precisions])
-    if fitting and "precision" in unmet:  # another rule refuses what no backend supports
+    if "precision" in unmet:
         return f"{backend.name} cannot compute train.precision {precision}: use {fitting}"
     if "head_dim" in unmet:
         smallest, largest = backend.head_dims

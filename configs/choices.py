@@ -20,21 +20,15 @@ class Choice:
 
     Attributes:
         name: The value in the run file.
-        implementation: Dotted path of the implementation, imported on first use; None for a value that this version
-            knows but does not support yet.
+        implementation: Dotted path of the implementation, imported on first use; None for a value without one.
     """
 
     name: str
     implementation: str | None
 
-    @property
-    def available(self) -> bool:
-        """Whether this version implements it."""
-        return self.implementation is not None
-
     def load(self) -> Any:
         """Import and return the implementation."""
-        assert self.implementation is not None, f"{self.name} is not available in this version"
+        assert self.implementation is not None, f"{self.name} has no implementation"
         module, _, name = self.implementation.rpartition(".")
         return getattr(import_module(module), name)
 

@@ -21,8 +21,7 @@ class Precision:
         row_tolerance: How far a measured attention row may be from the exact one, in total variation.
         resume_tolerance: How far the check loss may be from the saved one, in nats per token. Layouts and attention
             backends differ by about 1e-6 in fp32, and by the rounding of the weights in 16 bits.
-        available: Whether this version trains in it.
-        evaluates: Whether `evaluate` and `generate` take it.
+        scales_loss: Whether training multiplies the loss, so that small gradients stay above the smallest number.
         gpu_only: Whether a CPU cannot compute in it.
         fp32_products: How a GPU multiplies fp32 matrices, as torch.set_float32_matmul_precision takes it.
     """
@@ -33,8 +32,7 @@ class Precision:
     deepspeed: Mapping[str, Any]
     row_tolerance: float
     resume_tolerance: float
-    available: bool = True
-    evaluates: bool = True
+    scales_loss: bool = False
     gpu_only: bool = False
     fp32_products: str = "highest"
 
@@ -49,6 +47,9 @@ class Precision:
         return {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[self.dtype]
 
 
+# Otherwise DeepSpeed adds gradients up in 16 bits: over micro-batches, and over data ranks.
+_FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+
 PRECISIONS = {
     row.name: row
     for row in (
@@ -56,7 +57,7 @@ PRECISIONS = {
             "fp32",
             dtype="float32",
             master_weights=False,
-            deepspeed={"bf16": {"enabled": False}},
+            deepspeed={},
             row_tolerance=1e-5,
             resume_tolerance=1e-4,
         ),
@@ -64,12 +65,7 @@ PRECISIONS = {
             "bf16",
             dtype="bfloat16",
             master_weights=True,
-            # Otherwise DeepSpeed adds gradients up in bf16: over micro-batches, and over data ranks.
-            deepspeed={
-                "bf16": {"enabled": True},
-                "data_types": {"grad_accum_dtype": "fp32"},
-                "communication_data_type": "fp32",
-            },
+            deepspeed={"bf16": {"enabled": True}, **_FP32_SUMS},
             row_tolerance=3e-3,
             resume_tolerance=0.05,
         ),
@@ -77,11 +73,10 @@ PRECISIONS = {
             "fp16",
             dtype="float16",
             master_weights=True,
-            deepspeed={},
-            row_tolerance=3e-3,
+            deepspeed={"fp16": {"enabled": True, "loss_scale": 1.0}, **_FP32_SUMS},  # the engine sets another scale
+            row_tolerance=1e-3,
             resume_tolerance=0.05,
-            available=False,
-            evaluates=False,
+            scales_loss=True,
         ),
         Precision(
             "tf32",  # fp32 weights, multiplied with 10 bits of mantissa where bf16 has 7
@@ -90,13 +85,11 @@ PRECISIONS = {
             deepspeed={},
             row_tolerance=1e-3,
             resume_tolerance=1e-3,
-            available=False,
             gpu_only=True,
             fp32_products="high",
         ),
     )
 }
-INFERENCE_PRECISIONS = tuple(name for name, row in PRECISIONS.items() if row.evaluates)
 
 
 def require_precision(name: str) -> Precision:
@@ -105,19 +98,19 @@ def require_precision(name: str) -> Precision:
     Raises:
         InputError: it is not known.
     """
-    if name not in INFERENCE_PRECISIONS:
-        words = [f"{row} (on a GPU)" if PRECISIONS[row].gpu_only else row for row in INFERENCE_PRECISIONS]
+    if name not in PRECISIONS:
+        words = [f"{row.name} (on a GPU)" if row.gpu_only else row.name for row in PRECISIONS.values()]
         raise InputError(f"precision {name!r} is not known: use {' or '.join(words)}")
     return PRECISIONS[name]
 
 
-def require_device(name: str, *, device: str) -> Precision:
-    """Return the precision for a value of `--precision`, on a type of device: cpu or cuda.
+def require_device(name: str, *, device: str, key: str = "precision") -> Precision:
+    """Return the precision for a value of `--precision` or another key, on a type of device: cpu or cuda.
 
     Raises:
         InputError: it is not known, or needs a GPU.
     """
     row = require_precision(name)
     if row.gpu_only and device == "cpu":
-        raise InputError(f"precision {name} needs a GPU, and this machine has none: use {DEFAULT_PRECISION}")
+        raise InputError(f"{key} {name} needs a GPU, and this machine has none: use {DEFAULT_PRECISION}")
     return row

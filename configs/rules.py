@@ -1,16 +1,15 @@
 """Rules across the keys of a run file. Each reports problems and repairs nothing."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import isqrt
 from posixpath import normpath
 
 from configs.backends import BACKENDS, EVERYWHERE, named_backend, unsupported
-from configs.choices import FAMILIES, Choice
 from configs.errors import InputError
 from configs.positions import ALIBI_BIAS_MAX, POSITIONS
-from configs.precisions import PRECISIONS, Precision
+from configs.precisions import PRECISIONS
 from configs.protocols import PROTOCOL_NAMES, WindowProtocol, parse_protocol
 from configs.schema import RunConfig
 from configs.train_rules import train_problems
@@ -315,21 +314,6 @@ def _ranks_of_a_node(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _not_available(config: RunConfig) -> Iterator[str]:
-    """Yield values that this version knows but does not support: they are refused, never replaced."""
-    for section, key, available in (
-        ("model", "family", _available(FAMILIES)),
-        ("train", "precision", _available(PRECISIONS)),
-    ):
-        value = getattr(getattr(config, section, None), key, None)  # None where a partial run does not have the key
-        if value is not None and value not in available:
-            yield f"{section}.{key} {value} is not available in this version: use {' or '.join(available)}"
-
-
-def _available(table: Mapping[str, Choice | Precision]) -> tuple[str, ...]:
-    return tuple(name for name, row in table.items() if row.available)
-
-
 # Rules of each section that splits the model: those of training and of `evaluate`.
 _SPLITS = (_tensor_heads, _tensor_columns, _tensor_vocabulary, _stages)
 
@@ -364,5 +348,4 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _time_limit,
     _signal,
     _ranks_of_a_node,
-    _not_available,
 )

@@ -227,7 +227,7 @@ class Train(Section):
         "1e-4 in PaLM. Losses are shown without it.",
     )
     precision: Annotated[str, OneOf(PRECISIONS)] = Field(
-        default="fp32", description="Type of the forward and backward pass; fp16 and tf32 are not available yet."
+        default="fp32", description="Type of the forward and backward pass; tf32 is fp32 that a GPU multiplies faster."
     )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(default="adamw", description="Optimizer.")
     compile: Literal["auto", "on", "triton", "off"] = Field(

@@ -83,9 +83,9 @@ def complete_scales(incomplete: str) -> list[str]:
 
 def complete_precisions(incomplete: str) -> list[str]:
     """Return the precisions of `evaluate` and `generate`."""
-    from configs.precisions import INFERENCE_PRECISIONS
+    from configs.precisions import PRECISIONS
 
-    return _matching(incomplete, INFERENCE_PRECISIONS)
+    return _matching(incomplete, PRECISIONS)
 
 
 def complete_tasks(incomplete: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from configs.backends import BACKENDS, Backend, backend_of, installed_packages, unavailable
 from configs.errors import InputError, TrainshortError
 from configs.positions import POSITIONS
-from configs.precisions import PRECISIONS
+from configs.precisions import require_device
 from configs.schema import RunConfig
 from launch.machine import core_count, device_type, gpu_count
 from training.preflight import check_backend
@@ -161,7 +161,7 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
     """Return the precision audit of a run's ALiBi on this machine, with the run's backend, precision and lengths.
 
     Raises:
-        InputError: the run has other positions, or its backend is not available on this machine.
+        InputError: the run has other positions, or its backend or precision is not available on this machine.
     """
     model, precision = config.model, config.train.precision
     if POSITIONS[model.position].bias != "slopes":  # before the slow imports below
@@ -174,24 +174,26 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
 
     from training.model.proof.attention_weights import dtype_of
     from training.model.proof.audit import audit
+    from training.model.single import inference
 
     promised = POSITIONS[model.position].slopes
     assert promised is not None, "a bias of slopes promises them"
     device = "cuda" if gpu_report()["usable"] else "cpu"
     check_backend(model, device=device)
-    backend, limit = alibi_backend(config, device=device).name, PRECISIONS[precision].row_tolerance
-    audits = [
-        audit(
-            backend,
-            slopes=promised(model),
-            head_dim=model.head_dim,
-            length=length,
-            dtype=dtype_of(precision),
-            device=torch.device(device),
-            windows=model.windows != "off",
-        )
-        for length in sorted({config.data.sequence_length, *config.evaluation_lengths})
-    ]
+    row = require_device(precision, device=device, key="train.precision")
+    backend, limit = alibi_backend(config, device=device).name, row.row_tolerance
+    audit_at = partial(
+        audit,
+        backend,
+        slopes=promised(model),
+        head_dim=model.head_dim,
+        dtype=dtype_of(precision),
+        device=torch.device(device),
+        windows=model.windows != "off",
+    )
+    with inference(row):
+        lengths = sorted({config.data.sequence_length, *config.evaluation_lengths})
+        audits = [audit_at(length=length) for length in lengths]
     return {
         "run": config.run.name,
         "backend": backend,

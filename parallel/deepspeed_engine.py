@@ -68,7 +68,9 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
     kinds = optimizer.state_kinds
     staged = isinstance(module, StagedModule)
     say = logger.info if groups.world.rank == 0 else logger.debug
-    with timed("built the engine", say=say), redirect_stdout(StringIO()):  # DeepSpeed prints its settings
+    # DeepSpeed takes fp16 on the newest CPUs alone; the others compute it too.
+    any_cpu = patch.object(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
+    with timed("built the engine", say=say), any_cpu, redirect_stdout(StringIO()):  # DeepSpeed prints its settings
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer.load()(module.parameters(), train=train),
@@ -77,6 +79,8 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
             dist_init_required=False,
         )
         zero.start_optimizer(engine, moments=kinds[1:])
+        if PRECISIONS[train.precision].scales_loss:
+            engine.optimizer._update_scale = lambda has_overflow: None  # it would say that the step is left out
         patch_gradients(engine, groups=groups, clip=train.clip)
     state = ZeroState(engine, kinds=kinds)
     if seed is not None:
@@ -121,14 +125,47 @@ class ZeroState:
         zero.set_optimizer_step(self._engine, step)
 
 
-class _PlainEngine:
-    def __init__(self, engine: Any, state: State, *, data: Group) -> None:
-        self._engine, self._state, self._data = engine, state, data
+class _ZeroEngine:
+    """What both engines share."""
+
+    def __init__(self, engine: Any, state: State) -> None:
+        self._engine, self._state = engine, state
         self.module: nn.Module = engine.module
         self._adds_in_turn = adds_in_turn(engine)
 
-    def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
+    def train_step(
+        self, micro_batches: Sequence[Tensor], *, learning_rate: float, loss_scale: float | None = None
+    ) -> StepOutcome:
         zero.set_learning_rate(self._engine, learning_rate)
+        seed = torch.initial_seed()
+        while True:
+            if loss_scale is not None:
+                self._engine.optimizer.override_loss_scale(loss_scale)
+            loss = self._step(micro_batches)
+            outcome = StepOutcome(loss, zero.gradient_norm(self._engine), loss_scale)
+            if loss_scale is None or not self._engine.optimizer.overflow:
+                return outcome
+            zero.drop_gradients(self._engine)  # all ranks have left the step out
+            if loss_scale <= 1:
+                return outcome
+            loss_scale /= 2
+            torch.manual_seed(seed)
+
+    def state(self) -> State:
+        zero.require_moments(self._engine, moments=self._state.kinds[1:])
+        return self._state
+
+    def _step(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """Take a step, and return the mean loss of this rank's micro-batches."""
+        raise NotImplementedError
+
+
+class _PlainEngine(_ZeroEngine):
+    def __init__(self, engine: Any, state: State, *, data: Group) -> None:
+        super().__init__(engine, state)
+        self._data = data
+
+    def _step(self, micro_batches: Sequence[Tensor]) -> Tensor:
         self._engine.train()
         losses = []
         for batch in micro_batches:
@@ -141,7 +178,7 @@ class _PlainEngine:
             self._engine.step()  # DeepSpeed steps the optimizer only at the last micro-batch
         if self._adds_in_turn:
             add_no_more(self._engine)
-        return StepOutcome(torch.stack(losses).mean(), zero.gradient_norm(self._engine))
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def mean_loss(self, micro_batches: Sequence[Tensor]) -> float:
@@ -156,36 +193,29 @@ class _PlainEngine:
         logits: Tensor = self._engine(tokens.to(self._engine.device))
         return logits
 
-    def state(self) -> State:
-        zero.require_moments(self._engine, moments=self._state.kinds[1:])
-        return self._state
-
     def _mean(self, value: Tensor) -> float:
         dist.all_reduce(value, group=self._data.handle)
         return float(value) / self._data.size
 
 
-class _PipelineEngine:
+class _PipelineEngine(_ZeroEngine):
     def __init__(self, engine: Any, state: State, *, data: Group) -> None:
-        self._engine, self._state = engine, state
-        self.module: nn.Module = engine.module
+        super().__init__(engine, state)
         engine.timers = NoopTimer()  # DeepSpeed's own keep two CUDA events per step for ever
         engine._INSTRUCTION_MAP = {
             **engine._INSTRUCTION_MAP,
             ReduceTiedGrads: lambda engine: sum_tied_gradients(engine, data=data),
         }
         engine._aggregate_total_loss = self._loss  # DeepSpeed's own sends it to all ranks, in two collectives
-        self._adds_in_turn = adds_in_turn(engine)
         if self._adds_in_turn:
             engine._INSTRUCTION_MAP[BackwardPass] = _backward_and_add
         self._shape: tuple[int, ...] | None = None
 
-    def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
-        zero.set_learning_rate(self._engine, learning_rate)
-        loss = self._engine.train_batch(self._batches(micro_batches))
+    def _step(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        loss: Tensor = self._engine.train_batch(self._batches(micro_batches))
         if self._adds_in_turn:
             add_no_more(self._engine)
-        return StepOutcome(loss, zero.gradient_norm(self._engine))
+        return loss
 
     def mean_loss(self, micro_batches: Sequence[Tensor]) -> float:
         loss = self._engine.eval_batch(self._batches(micro_batches), num_micro_batches=len(micro_batches))
@@ -197,10 +227,6 @@ class _PipelineEngine:
         with patch.object(module, "loss_fn", lambda x, targets: x.new_zeros(())), torch.no_grad():
             _, x = self._engine.eval_batch(self._batches([batch]), return_logits=True, num_micro_batches=1)
             return None if x is None else module.logits(x)  # DeepSpeed takes the last layer's output for logits
-
-    def state(self) -> State:
-        zero.require_moments(self._engine, moments=self._state.kinds[1:])
-        return self._state
 
     def _loss(self) -> Tensor:
         total = self._engine.total_loss  # of the last stage

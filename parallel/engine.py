@@ -16,10 +16,12 @@ class StepOutcome:
     Attributes:
         loss: Mean over this rank's micro-batches, nats per token, fp32; zero on ranks of other stages than the last.
         grad_norm: Global, before clipping, fp32; the same on every rank.
+        loss_scale: Factor of the loss with which no gradient overflowed, or the smallest; None where none was given.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    loss_scale: float | None = None
 
 
 class State(Protocol):
@@ -55,12 +57,18 @@ class Engine(Protocol):
 
     module: nn.Module
 
-    def train_step(self, micro_batches: Sequence[Tensor], *, learning_rate: float) -> StepOutcome:
+    def train_step(
+        self, micro_batches: Sequence[Tensor], *, learning_rate: float, loss_scale: float | None = None
+    ) -> StepOutcome:
         """Take one optimizer step on this data rank's micro-batches.
+
+        Where the gradients overflow, they are computed again with half the loss scale, until they fit or it is 1. With
+        a gradient norm that is not finite nothing changes.
 
         Args:
             micro_batches: Each as `parallel.documents.split_batch` takes it.
             learning_rate: The optimizer's.
+            loss_scale: Factor of the loss, a power of two, in a precision that needs one.
         """
         ...
 

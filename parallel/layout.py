@@ -70,7 +70,7 @@ class Layout:
 def effective_zero(train: Train, *, layout: Layout) -> int:
     """Return the ZeRO stage that DeepSpeed runs at.
 
-    One data rank has nothing to partition. Without ZeRO, fp32 needs no copies of weights and gradients; bf16 needs
+    One data rank has nothing to partition. Without ZeRO, fp32 needs no copies of weights and gradients; 16 bits need
     fp32 weights, and ZeRO 1 is what keeps them with the fewest buffers.
     """
     if layout.data > 1 or layout.zero == 3 or layout.offload != "none":

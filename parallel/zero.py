@@ -90,6 +90,12 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+def drop_gradients(engine: Any) -> None:
+    """Drop what a step that DeepSpeed left out has added up: with offload it would be added to the next one's."""
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
+
+
 def gradient_norm(engine: Any) -> Tensor:
     """Return the global gradient norm of the last step before clipping, a scalar on the device, fp32."""
     return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=engine.device)

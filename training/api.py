@@ -40,7 +40,7 @@ class TrainedModel:
         config: The run that trained it.
         train_length: Tokens of a training sequence. No call is limited to it.
         vocab_size: Tokens that it knows; their ids are 0 to vocab_size - 1.
-        precision: What it computes in: fp32, tf32 or bf16.
+        precision: What it computes in: fp32, tf32, bf16 or fp16.
         scale: What its positions are scaled by, as in linear:4; None for positions as trained.
         certificate: What was measured of its positions when it was loaded, as plain values.
     """
@@ -178,7 +178,7 @@ def load(path: str | Path, *, precision: str = DEFAULT_PRECISION, scale: str | N
 
     Args:
         path: A run folder for its newest checkpoint, or a checkpoint's folder. Its layout does not matter.
-        precision: What to compute in, whatever it trained in: fp32; tf32, on a GPU; or bf16.
+        precision: What to compute in, whatever it trained in: fp32; tf32, on a GPU; bf16; or fp16.
         scale: Scales ALiBi or rotary positions for texts longer than in training, by a factor: linear:4,
             ntk:4, or for rotary positions yarn:4.
     Raises:

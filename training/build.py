@@ -12,6 +12,7 @@ from torch import nn
 from configs.choices import FAMILIES
 from configs.errors import MachineError
 from configs.figures import duration
+from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
 from configs.slow_parts import timed
 from parallel.axes import Groups
@@ -51,6 +52,7 @@ def build_engine(
         WrongPositions: a rank's positions are wrong; raised on every rank.
     """
     train, seed = config.train, config.run.seed
+    torch.set_float32_matmul_precision(PRECISIONS[train.precision].fp32_products)
     say = logger.info if groups.world.rank == 0 else logger.debug
     compiled = _compile(config, groups=groups, device=device, say=say)
     plan = plan_layers(
@@ -70,8 +72,7 @@ def build_engine(
         plan = plan.placed(layer_placer(train=train, layout=layout, groups=groups, device=device))
     head = head_blocks(config.model, vocab_size=vocab_size, length=config.data.sequence_length)
     bounds = stage_bounds(config.model.layers, stages=layout.pipeline, head=head)
-    staged = layout.pipeline > 1
-    module: nn.Module = StagedModule(plan, groups=groups, bounds=bounds) if staged else Decoder(plan)
+    module: nn.Module = StagedModule(plan, groups=groups, bounds=bounds) if layout.pipeline > 1 else Decoder(plan)
     with timed("checked the positions", say=say):
         certificates = certify(
             module,

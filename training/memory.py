@@ -193,13 +193,15 @@ class _State:
         flat = min(count, REDUCED_AT_ONCE) if layout.data > 1 else 0
         # Gradients of one micro-batch, and a sum of them that is kept apart.
         each, summed, buffers, weights, step = width * count, 0, 0, width * count, 0
-        in_place = zero == 1 and precision.master_weights and layout.offload == "none"  # DeepSpeed's BF16_Optimizer
+        # DeepSpeed's BF16_Optimizer
+        in_place = zero == 1 and precision.dtype == "bfloat16" and layout.offload == "none"
         if in_place:  # of the micro-batch only the embedding's, once in each precision
             each, summed, step = 0, FP32 * count, max(FP32 * flat, (width + FP32) * largest)
         elif zero == 0:
             step = FP32 * flat
         elif zero == 1:
-            summed = FP32 * count if precision.master_weights else 0
+            if precision.master_weights:  # added to an fp32 sum as they are computed
+                each, summed = width * largest, FP32 * count
             step = FP32 * (share + bucket)
         else:
             # With several data ranks a GPU fills one bucket while the other is on its way.
@@ -209,6 +211,6 @@ class _State:
             weights, buffers = width * share, buffers + width * min(count, GATHERED_BY_ZERO_3)
         # While all activations are held, gradients of micro-batches before are there, if there were any.
         accumulates = layout.micro_batches > in_flight(layout, stage)
-        early = (each if accumulates and zero < 2 else 0) + (summed if accumulates or in_place or zero != 2 else 0)
+        early = (each if accumulates and zero < 2 else 0) + (summed if accumulates or in_place or zero == 3 else 0)
         kinds = len(OPTIMIZERS[config.train.optimizer].state_kinds) if config.checkpoint.background else 0
         return cls(weights, each + summed, early, optimizer, buffers, step, kinds * FP32 * count)

@@ -26,6 +26,7 @@ SPARSE_FIELDS = (
     "save_seconds",
     "failed_saves",
     "rollbacks",
+    "loss_scale",
     "energy_joules",
 )  # left out if None; other fields are then null
 # In a line of logs/: the number of the start that took the step, and took it again after a divergence.

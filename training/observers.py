@@ -37,6 +37,7 @@ class StepResult:
             none did.
         failed_saves: Saves of this start that have failed so far; None if there are none.
         rollbacks: Times that training has gone back after a divergence, over all starts; None if it never has.
+        loss_scale: Factor of the loss in fp16, with which no gradient overflowed; None in other precisions.
         energy_joules: Energy of all ranks' GPUs since the step before, from their drivers; None if one reports none.
     """
 
@@ -57,6 +58,7 @@ class StepResult:
     save_seconds: float | None = None
     failed_saves: int | None = None
     rollbacks: int | None = None
+    loss_scale: float | None = None
     energy_joules: float | None = None
 
     def values(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ from configs.backends import installed_packages, named_backend, unavailable
 from configs.errors import InputError
 from configs.load import load_run
 from configs.paths import check_run_folder, checkpoints_folder, data_folder
+from configs.precisions import require_device
 from configs.schedules import SCHEDULES
 from configs.schema import Model, RunConfig, Train
 from configs.strict_yaml import as_yaml
@@ -82,6 +83,7 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
             not fit the run.
     """
     layout = Layout.of(config, world_size=world_size)
+    require_device(config.train.precision, device=device, key="train.precision")
     check_backend(config.model, device=device)
     check_export_every(config)
     check_compiling(config.train.compile, device=device, environ=environment())

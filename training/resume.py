@@ -157,7 +157,9 @@ def _continue(
     if groups.world.rank == 0:
         for change in changes:
             logger.warning("accepted: %s", change)
-    return TrainState(saved.step, saved.consumed_samples, left_out_samples=saved.left_out_samples)
+    return TrainState(
+        saved.step, saved.consumed_samples, left_out_samples=saved.left_out_samples, loss_scale=saved.loss_scale
+    )
 
 
 def check_loss(engine: Engine, loader: Loader, world: Group) -> float:

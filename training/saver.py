@@ -96,6 +96,7 @@ class Saver:
             step=state.step,
             consumed_samples=state.consumed_samples,
             left_out_samples=state.left_out_samples,
+            loss_scale=state.loss_scale,
             probe_loss=loss,
             order_hash=self._loader.order_hash(state.next_sample),
             # JSON has no nan: record such a validation as not measured.

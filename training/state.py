@@ -18,11 +18,13 @@ class TrainState:
         consumed_samples: Samples that these steps were trained on.
         left_out_samples: Samples of the stream before this position that no step was trained on, because training
             diverged on them.
+        loss_scale: Factor of the loss in the last of these steps; None before the first, and in a precision without.
     """
 
     step: JsonInt
     consumed_samples: JsonInt
     left_out_samples: JsonInt = field(default=0, kw_only=True)
+    loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = field(default=None, kw_only=True)
 
     @property
     def next_sample(self) -> int:

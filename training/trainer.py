@@ -27,6 +27,7 @@ from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.rank_part import SaveError, WeightsDiverged
 from training.divergence import Diverged, LossWatch
 from training.incarnation import Fence, Superseded
+from training.loss_scale import loss_scale
 from training.model.attention import windows_of
 from training.observers import Observer, Status, StepResult
 from training.preflight import Ready
@@ -259,8 +260,12 @@ class Trainer:
         split = [self.groups.tensor.rank] if config.parallel.sequence and self.groups.tensor.size > 1 else []
         place = (self.groups.data.rank, self.groups.pipeline.rank, *split)
         torch.manual_seed(seed_for(config.run.seed, "dropout", step, *place))
-        outcome = self.engine.train_step(read_step(state.next_sample), learning_rate=rate)
-        after = replace(state, step=step, consumed_samples=state.consumed_samples + config.train.global_batch)
+        scale = loss_scale(state, train=config.train)
+        outcome = self.engine.train_step(read_step(state.next_sample), learning_rate=rate, loss_scale=scale)
+        if outcome.loss_scale != scale and self.is_first_rank:
+            logger.info("step %d: gradients overflowed, loss scale %g instead of %g", step, outcome.loss_scale, scale)
+        consumed = state.consumed_samples + config.train.global_batch
+        after = replace(state, step=step, consumed_samples=consumed, loss_scale=outcome.loss_scale)
         return _LaunchedStep(after, rate, exchange.send(outcome, began=began))
 
     def _without_left_out(self, state: TrainState, rollbacks: Sequence[Rollback]) -> TrainState:
@@ -298,6 +303,7 @@ class Trainer:
             model_flops_utilization_causal=self._share_of_peak(tokens_per_second * self.causal_flops_per_token),
             memory_gb=figures.memory_gb,
             attention_density=figures.attention_density,
+            loss_scale=state.loss_scale,
             energy_joules=figures.energy_joules,
             **sparse,
         )

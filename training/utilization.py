@@ -76,10 +76,11 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
     """
     if device.type == "cpu":
         return measured_gemm(device, torch.float32)
-    name = torch.cuda.get_device_name(device)
+    name, row = torch.cuda.get_device_name(device), PRECISIONS[precision]
+    multiplies_tf32 = row.fp32_products == "high" and torch.cuda.get_device_capability(device) >= (8, 0)
     for known, (half, single) in _GPU_PEAKS.items():
         if re.search(rf"\b{known}\b{_OTHER_GPUS}", name):
-            return half if PRECISIONS[precision].master_weights else single
+            return half if row.width == 2 else half / 2 if multiplies_tf32 else single
     return None
 
 

@@ -12,7 +12,7 @@ import typer
 
 from configs.commands import typed_command
 from configs.errors import InputError
-from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS, require_precision
+from configs.precisions import DEFAULT_PRECISION, PRECISIONS, require_precision
 from configs.protocols import PROTOCOL_NAMES
 from configs.scales import SCALES
 from configs.slow_parts import importing
@@ -79,7 +79,7 @@ PrecisionName = Annotated[
     str,
     typer.Option(
         "--precision",
-        metavar="|".join(INFERENCE_PRECISIONS),
+        metavar="|".join(PRECISIONS),
         autocompletion=complete_precisions,
         help="What to compute in, whatever the model trained in; tf32 needs a GPU.",
     ),

@@ -27,11 +27,13 @@ MORE = (
     "train.global_batch=4",
 )
 RECOMPUTE, SELECTIVE, SEQUENCE = "train.recompute=true", "train.recompute=selective", "parallel.sequence=true"
-BF16 = "train.precision=bf16"
+BF16, FP16 = "train.precision=bf16", "train.precision=fp16"
 CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "zero 2": ({"tensor": 1, "pipeline": 1, "zero": 2}, ()),
     "zero 3": ({"tensor": 1, "pipeline": 1, "zero": 3}, ()),
     "zero 1, bf16": ({"tensor": 1, "pipeline": 1, "zero": 1}, (BF16,)),
+    "zero 1, fp16": ({"tensor": 1, "pipeline": 1, "zero": 1}, (FP16,)),
+    "zero 1, fp16, two micro-batches": ({"tensor": 1, "pipeline": 1, "zero": 1}, (FP16, "train.global_batch=8")),
     "tensor 2": ({"tensor": 2, "pipeline": 1, "zero": 1}, ()),
     "saved in the background": ({"tensor": 4, "pipeline": 1, "zero": 1}, ("checkpoint.background=true",)),
     "pipeline 2": ({"tensor": 1, "pipeline": 2, "zero": 1}, ()),

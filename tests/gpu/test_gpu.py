@@ -38,7 +38,7 @@ from training.sampling import Sampling
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-LIMITS = {dtype_of(name): row.row_tolerance for name, row in PRECISIONS.items() if row.available}
+LIMITS = {dtype_of(name): row.row_tolerance for name, row in PRECISIONS.items() if not row.gpu_only}
 
 
 # The backends that this machine can run: flash-attn is an extra, and has no fp32.
@@ -111,6 +111,7 @@ def test_a_step_of_every_position_method_equals_the_cpus(position: str) -> None:
             pytest.param(row.name, "fp32", marks=[pytest.mark.slow] * (row.bias != "table"))
             for row in POSITIONS.values()
         ),
+        pytest.param("alibi", "fp16", marks=pytest.mark.slow),
     ],
 )
 def test_every_position_method_is_certified(position: str, precision: str) -> None:
@@ -147,7 +148,9 @@ def test_greedy_tokens_are_those_of_the_cpu(position: str) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize(
+    "precision", ["bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in PRECISIONS if name != "bf16")]
+)
 def test_a_run_trains_and_evaluates_on_one_gpu(tmp_path: Path, precision: str) -> None:
     overrides = one_gpu_run(tmp_path, precision)
     for command in ("prepare", "train"):

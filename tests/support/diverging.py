@@ -67,10 +67,10 @@ def poison_steps(rank: OneRank, monkeypatch: pytest.MonkeyPatch, *calls: int) ->
     """Make training diverge: the steps that are launched as the given numbers take a huge learning rate."""
     real, count = type(rank.engine).train_step, 0
 
-    def train_step(*arguments: Any, learning_rate: float) -> StepOutcome:
+    def train_step(*arguments: Any, learning_rate: float, **more: Any) -> StepOutcome:
         nonlocal count
         count += 1
-        return real(*arguments, learning_rate=1e30 if count in calls else learning_rate)
+        return real(*arguments, learning_rate=1e30 if count in calls else learning_rate, **more)
 
     monkeypatch.setattr(type(rank.engine), "train_step", train_step)
 

@@ -30,7 +30,9 @@ from training.checkpoint.rank_part import BackgroundWriter
 from training.checkpoint.read import load_slices, open_checkpoint
 from training.checkpoint.write import CheckpointWriter
 from training.incarnation import Fence, begin_incarnation
+from training.loss_scale import loss_scale
 from training.model.attention import windows_of
+from training.state import TrainState
 from training.step_figures import FigureExchange, StepFigures
 from training.stopping import StopRequest
 from training.validator import Validator
@@ -60,8 +62,8 @@ class Trained:
         logits: This rank's columns by length, [1, length, local_vocab]; None except on the last stage.
         held_out_loss: Mean loss at four times the training length.
         validation_loss: Mean loss of a validation.
-        mantissas: Fewest distinct mantissas of the gradients that the optimizer was given in one step. Gradients that
-            were rounded to bf16 have at most 128, whatever they are multiplied with afterwards.
+        wide_gradients: Share of the gradients that the optimizer was given, in the step with the fewest, that need more
+            than 11 bits of mantissa: none of those that were rounded to bf16 or fp16, if they were not clipped.
     """
 
     rank: int
@@ -73,7 +75,7 @@ class Trained:
     logits: dict[int, torch.Tensor | None]
     held_out_loss: float
     validation_loss: float
-    mantissas: int
+    wide_gradients: float
 
 
 def config_of(layout: Mapping[str, object], *, run_dir: Path, more: tuple[str, ...] = ()) -> RunConfig:
@@ -148,6 +150,7 @@ def take_step(
     groups: Groups,
     layout: Layout,
     learning_rate: float,
+    loss_scale: float | None = None,
     saving: bool = False,
 ) -> StepFigures:
     """Take a step on a global batch, [samples, length + 1], and return its figures as the trainer finds them."""
@@ -158,7 +161,8 @@ def take_step(
     )
     began = exchange.begin()
     mine = samples.chunk(groups.data.size)[groups.data.rank]
-    outcome = engine.train_step(list(mine.chunk(layout.micro_batches)), learning_rate=learning_rate)
+    batches = list(mine.chunk(layout.micro_batches))
+    outcome = engine.train_step(batches, learning_rate=learning_rate, loss_scale=loss_scale)
     return exchange.read(exchange.send(outcome, began=began))
 
 
@@ -173,8 +177,9 @@ def train_one(
         checkpoint = open_checkpoint(start_from)
         load_slices(state, checkpoint, kinds=state.kinds, groups=groups)
         state.set_step(checkpoint.step)
-    take = partial(take_step, engine, groups=groups, layout=layout)
-    with count_mantissas() as mantissas:
+    scale = loss_scale(TrainState(0, 0), train=config.train)
+    take = partial(take_step, engine, groups=groups, layout=layout, loss_scale=scale)
+    with wide_gradients() as shares:
         taken = [take(tokens_of(step), learning_rate=3e-3) for step in steps]
     logits = {length: _logits(engine, length=length) for length in (LENGTH, 4 * LENGTH)}
     held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
@@ -193,21 +198,22 @@ def train_one(
         logits=logits,
         held_out_loss=held_out,
         validation_loss=validation,
-        mantissas=min(mantissas),
+        wide_gradients=min(shares),
     )
 
 
 @contextmanager
-def count_mantissas() -> Iterator[list[int]]:
-    """Collect, at each step of an optimizer, how many distinct mantissas its gradients have."""
-    counts: list[int] = []
+def wide_gradients() -> Iterator[list[float]]:
+    """Collect, at each step of an optimizer, the share of its gradients that need more than 11 bits of mantissa."""
+    shares: list[float] = []
 
-    def count(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        counts.append(torch.cat([gradient.frexp().mantissa.flatten() for gradient in gradients]).abs().unique().numel())
+        mantissas = torch.cat([gradient.frexp().mantissa.flatten() for gradient in gradients]) * 2**11
+        shares.append((mantissas != mantissas.round()).float().mean().item())
 
-    hook = register_optimizer_step_pre_hook(count)
-    yield counts
+    hook = register_optimizer_step_pre_hook(look)
+    yield shares
     hook.remove()
 
 

@@ -7,6 +7,7 @@ import pytest
 from configs.backends import AUTO, BACKENDS, EVERYWHERE, backend_of, candidates, unavailable, unsupported
 from configs.errors import InputError
 from configs.load import load_run
+from configs.precisions import PRECISIONS
 
 ALL = frozenset(backend.package for backend in BACKENDS.values() if backend.package)
 
@@ -36,7 +37,7 @@ def test_auto_takes_the_fastest_that_can_compute_it() -> None:
 
 def test_a_word_is_never_replaced_and_auto_never_refused() -> None:
     for position in ("alibi", "sinusoidal", "rotary", "t5", "kerple", "sandwich", "none"):
-        for precision in ("fp32", "bf16"):
+        for precision in PRECISIONS:
             asked = {"position": position, "precision": precision, "head_dim": 7}
             assert backend_of("auto", device="cuda", **asked) is BACKENDS[EVERYWHERE]
             assert backend_of("auto", device="cpu", **asked) is BACKENDS[EVERYWHERE]
@@ -64,10 +65,9 @@ def test_a_backend_that_cannot_mask_documents_is_refused() -> None:
     assert load_run("demo", overrides=[*masked, "model.attention=auto"]).data.mask_documents
 
 
-def test_a_precision_that_no_backend_has_is_left_to_a_rule() -> None:
-    for backend in BACKENDS.values():
-        assert "fp16" not in backend.precisions
-        assert unsupported(backend, position="none", precision="fp16", head_dim=128) is None
+def test_a_precision_or_a_width_is_refused_by_name() -> None:
+    for precision in PRECISIONS:
+        assert unsupported(BACKENDS[EVERYWHERE], position="none", precision=precision, head_dim=128) is None
     why = unsupported(BACKENDS["flash"], position="none", precision="fp32", head_dim=64)
     assert why == "flash cannot compute train.precision fp32: use reference or sdpa or flex (on a GPU)"
     only = "flash4 cannot compute heads of 64 (model.hidden / model.heads), only 128: use sdpa or other heads"

@@ -217,13 +217,6 @@ def test_a_broken_rule_says_what_was_seen_and_what_to_do(
     assert seen in (f"small: {message}", f"small has {message.count(chr(10)) + 1} problems:\n  {message}")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "tf32"])
-def test_what_this_version_cannot_do_is_refused(run_values: dict[str, Any], precision: str) -> None:
-    # When a value becomes available, remove it here and from the rule.
-    message = f"small: train.precision {precision} is not available in this version: use fp32 or bf16"
-    assert message_of(run_values, {"train.precision": precision}).startswith(message)
-
-
 def test_offload_needs_state_that_zero_keeps(run_values: dict[str, Any]) -> None:
     values = {"parallel.pipeline": 1, "parallel.zero": 0, "parallel.offload": "cpu"}
     message = "parallel.zero must be 1 or more with parallel.offload cpu, got 0: ZeRO keeps the state that is offloaded"

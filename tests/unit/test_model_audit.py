@@ -15,7 +15,7 @@ from training.model.proof.attention_weights import dtype_of, read_classes, read_
 from training.model.proof.audit import LengthAudit, audit, sample_heads
 
 HEAD_DIM = 64
-LIMITS = {dtype_of(name): row.row_tolerance for name, row in PRECISIONS.items() if row.available}
+LIMITS = {dtype_of(name): row.row_tolerance for name, row in PRECISIONS.items() if not row.gpu_only}
 
 
 def measured(backend: str, dtype: torch.dtype, *, heads: int, length: int) -> LengthAudit:

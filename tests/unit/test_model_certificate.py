@@ -329,13 +329,14 @@ def test_what_is_no_number_is_written_down_as_none() -> None:
     assert (rank["error"], rank["recency"], rank["heads"]) == (None, None, (0, 1, 2, 3))
 
 
-def test_bf16_attention_is_within_what_bf16_is_allowed(groups: Groups) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_attention_in_16_bits_is_within_what_it_is_allowed(groups: Groups, precision: str) -> None:
     decoder = make_decoder(16)
-    (found,) = certify(decoder, model_of(16), groups=groups, precision="bf16", device=CPU)
-    assert 1e-5 < found.error < 3e-3  # bf16 was really measured
+    (found,) = certify(decoder, model_of(16), groups=groups, precision=precision, device=CPU)
+    assert 1e-5 < found.error < PRECISIONS[precision].row_tolerance  # 16 bits were really measured
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_slopes_too_flat_to_be_seen_are_certified(groups: Groups, precision: str) -> None:
     for bias_max in (16, 64):
         decoder, model = (

@@ -31,8 +31,8 @@ from training.model.proof.attention_weights import dtype_of, read_rows, total_va
 from training.model.single import lone_decoder
 from training.model.windows import LosslessWindows, first_keys_with_weight, norms, reach, share_limit
 
-LIMITS = {dtype: share_limit(dtype) for dtype in (torch.float32, torch.bfloat16)}
-ROW_LIMITS = {dtype_of(name): PRECISIONS[name].row_tolerance for name in ("fp32", "bf16")}
+LIMITS = {dtype: share_limit(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+ROW_LIMITS = {dtype_of(name): PRECISIONS[name].row_tolerance for name in ("fp32", "bf16", "fp16")}
 TRAINED = Path(__file__).parents[1] / "fixtures" / "trained_attention.safetensors"
 ROUNDING = 1e-12  # of fp64 rows
 Qk = tuple[Tensor, Tensor]

@@ -57,7 +57,16 @@ def test_peak_of_a_cpu_is_measured() -> None:
 )
 def test_peak_of_a_gpu_is_of_its_own_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert peak_flops(torch.device("cuda"), precision="bf16") == peak
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    for half in ("bf16", "fp16"):
+        assert peak_flops(torch.device("cuda"), precision=half) == peak
+
+
+def test_tf32_has_half_the_peak_of_16_bits_where_there_is_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, capability, peak in (("NVIDIA A100-SXM4-80GB", (8, 0), 156e12), ("Tesla T4", (7, 5), 8.1e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert peak_flops(torch.device("cuda"), precision="tf32") == peak
 
 
 def test_metrics_keep_each_step_once_over_restarts(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from configs.errors import InputError
 from configs.paths import evaluation_folder
-from configs.precisions import DEFAULT_PRECISION, INFERENCE_PRECISIONS
+from configs.precisions import DEFAULT_PRECISION, PRECISIONS
 from configs.schema_problems import first_problem
 
 HELD_OUT = "held-out"
@@ -32,7 +32,7 @@ OTHER_MODEL = "hf-"  # prefix of the folders of models from elsewhere: `evaluate
 _RESERVED = (HELD_OUT, NEWEST, "perplexity")
 _LONGEST_SLUG = 60
 # suffixes of the labels of reports in other precisions than the default
-_PRECISIONS = tuple(f"-{precision}" for precision in INFERENCE_PRECISIONS if precision != DEFAULT_PRECISION)
+_PRECISIONS = tuple(f"-{precision}" for precision in PRECISIONS if precision != DEFAULT_PRECISION)
 
 # whole numbers of files, which are used as divisors too
 AtLeastOne = Annotated[int, Field(ge=1)]

@@ -29,6 +29,7 @@ METRIC_NAMES = {
     "save_seconds": "time/save_seconds",
     "failed_saves": "train/failed_saves",
     "rollbacks": "train/rollbacks",
+    "loss_scale": "train/loss_scale",
     "energy_joules": "energy/step_joules",
 }
 TOTAL_ENERGY = "energy/total_kwh"

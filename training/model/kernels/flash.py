@@ -11,7 +11,7 @@ from training.model.positions.bias import Bias
 
 
 class Flash:
-    """flash-attn 2 with alibi_slopes; bf16 on a GPU."""
+    """flash-attn 2 with alibi_slopes; 16 bits, on a GPU."""
 
     def __init__(self, bias: Bias) -> None:
         """Import the kernel.

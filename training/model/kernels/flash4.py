@@ -9,7 +9,7 @@ from training.model.positions.bias import Bias
 
 
 class Flash4(Flex):
-    """FlexAttention with the kernel of flash-attn-4; bf16 on a GPU."""
+    """FlexAttention with the kernel of flash-attn-4; 16 bits, on a GPU."""
 
     options = {"BACKEND": "FLASH"}
     any_length = False  # torch writes no such kernel for lengths that it does not know
