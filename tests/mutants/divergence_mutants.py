@@ -3,6 +3,7 @@
 from tests.mutants.mutants import Mutant
 
 ROLLBACKS, TRAINER, DIVERGENCE = "training/rollbacks.py", "training/trainer.py", "training/divergence.py"
+ENGINE = "parallel/deepspeed_engine.py"
 TESTS = "tests/unit/test_rollbacks.py"
 BESIDE = "tests/unit/test_rollbacks_beside.py"
 BY_RUN = f"{TESTS}::test_a_diverged_run_goes_on_without_the_samples[0]"
@@ -10,6 +11,8 @@ BY_KILL = f"{TESTS}::test_a_kill_after_the_rollback_forgets_nothing"
 BY_SECOND = f"{TESTS}::test_a_second_divergence_stops_or_goes_back_again"
 BY_SPIKE = f"{TESTS}::test_a_spike_removes_what_was_saved_in_it"
 BY_WATCH = f"{TESTS}::test_only_a_lasting_rise_is_a_spike"
+BY_SCALE = "tests/unit/test_loss_scale.py::test_a_run_keeps_its_scale_over_restarts_and_rollbacks"
+BY_GRADIENTS = "tests/unit/test_loss_scale.py::test_small_gradients_need_the_scale"
 BY_Z_LOSS = "tests/unit/test_z_loss.py::test_z_loss_is_in_the_gradient_alone"
 
 DIVERGENCE_MUTANTS = (
@@ -106,5 +109,40 @@ DIVERGENCE_MUTANTS = (
         "target += more * torch.exp(-losses)",
         "pass",
         "tests/distributed/test_head.py::test_split_losses_equal_torch_on_whole_logits[dtype0]",
+    ),
+    Mutant(
+        "fp16: a checkpoint forgets the loss scale",
+        "training/saver.py",
+        "loss_scale=state.loss_scale,",
+        "loss_scale=None,",
+        BY_SCALE,
+    ),
+    Mutant(
+        "fp16: a restart forgets the loss scale",
+        "training/resume.py",
+        ", loss_scale=saved.loss_scale\n",
+        "\n",
+        BY_SCALE,
+    ),
+    Mutant(
+        "fp16: a step that overflowed is left out",
+        ENGINE,
+        "if loss_scale is None or not self._engine.optimizer.overflow:",
+        "if True:",
+        BY_SCALE,
+    ),
+    Mutant(
+        "fp16: the loss is not scaled",
+        ENGINE,
+        "self._engine.optimizer.override_loss_scale(loss_scale)",
+        "pass",
+        BY_GRADIENTS,
+    ),
+    Mutant(
+        "fp16: a step is taken again with another dropout",
+        ENGINE,
+        "torch.manual_seed(seed)",
+        "torch.manual_seed(seed + 1)",
+        f"{BY_SCALE.partition('::')[0]}::test_a_step_that_overflowed_equals_one_that_did_not",
     ),
 )

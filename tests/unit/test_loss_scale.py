@@ -67,14 +67,31 @@ def test_a_run_keeps_its_scale_over_restarts_and_rollbacks(
             (broken / "STOP").touch()
 
     assert train(half, broken, told=Told(stop)).step < STEPS
+    monkeypatch.setattr(loss_scale, "FIRST_SCALE", 2.0)  # which a restart must not take
     train(half, broken)
     assert (scales_of(broken), results_of(broken)) == (scales, results_of(whole))
 
+    monkeypatch.setattr(loss_scale, "FIRST_SCALE", HUGE)
     poison_steps(half, monkeypatch, 5)  # no scale helps step 6
     back, told_back = tmp_path / "back", Told()
     end = train(half, back, told=told_back)
     assert (told_back.went_back, end.step, end.left_out_samples > 0) == ([3], STEPS, True)
     assert min(scales_of(back)) >= scales[2] / 4, "the scale went back too: it had fallen to 1"
+
+
+def test_a_step_that_overflowed_equals_one_that_did_not(half: OneRank, tmp_path: Path) -> None:
+    batches, taken = half.loader(half.config(tmp_path / "run")).step(0), []
+    for scale in (HUGE, None):
+        half.trainer(half.config(tmp_path / f"run-{scale}"))  # the initial weights, without moments
+        torch.manual_seed(3)
+        first = taken[0][0].loss_scale if scale is None else scale
+        outcome = half.engine.train_step(batches, learning_rate=1e-2, loss_scale=first)
+        state = half.engine.state()
+        taken.append((outcome, [state.read(name, kind).clone() for name in state.parameters for kind in state.kinds]))
+    (retried, after), (fitting, expected) = taken
+    assert retried.loss_scale == fitting.loss_scale < HUGE
+    assert (float(retried.loss), float(retried.grad_norm)) == (float(fitting.loss), float(fitting.grad_norm))
+    assert all(torch.equal(one, other) for one, other in zip(after, expected, strict=True))
 
 
 def test_small_gradients_need_the_scale(rank: OneRank, half: OneRank, tmp_path: Path) -> None:
