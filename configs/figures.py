@@ -1,6 +1,9 @@
 """Figures as a person reads them: times, counts, sizes. Each has about three digits, and one form everywhere."""
 
+from math import isqrt
+
 JOULES_PER_KWH = 3.6e6
+_LARGEST_DIVIDED = 10**12
 
 
 def duration(seconds: float) -> str:
@@ -52,3 +55,12 @@ def _in_thousands(number: float, units: tuple[str, ...]) -> tuple[str, str]:
         if number < 999.5:
             return f"{number:#.3g}".rstrip("."), unit
     return f"{number:,.0f}", units[-1]
+
+
+def divisors(number: int) -> str:
+    """Return the divisors of a number in words: `1, 2, 4 or 8`; `a divisor of it` if it is too large to factor."""
+    if number > _LARGEST_DIVIDED:
+        return "a divisor of it"
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    words = [str(n) for n in sorted({*small, *(number // n for n in small)})]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

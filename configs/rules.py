@@ -3,18 +3,16 @@
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import isqrt
 from posixpath import normpath
 
 from configs.backends import BACKENDS, EVERYWHERE, named_backend, unsupported
 from configs.errors import InputError
+from configs.figures import divisors
 from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS
 from configs.protocols import PROTOCOL_NAMES, WindowProtocol, parse_protocol
 from configs.schema import RunConfig
 from configs.train_rules import train_problems
-
-_LARGEST_DIVIDED = 10**12
 
 
 def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
@@ -33,15 +31,6 @@ def problems(config: RunConfig, *, partial: bool = False) -> list[str]:
             if not partial:
                 raise
     return broken
-
-
-def divisors(number: int) -> str:
-    """Return the divisors of a number in words: `1, 2, 4 or 8`; `a divisor of it` if it is too large to factor."""
-    if number > _LARGEST_DIVIDED:
-        return "a divisor of it"
-    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
-    words = [str(n) for n in sorted({*small, *(number // n for n in small)})]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def time_limit_seconds(text: str) -> int | None:

@@ -6,8 +6,7 @@ the decay) are in `configs.rules`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field
 
 from configs.backends import BACKENDS
 from configs.choices import FAMILIES, OPTIMIZERS, OneOf
@@ -15,57 +14,24 @@ from configs.path_text import PathText, StoreText
 from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS
 from configs.schedules import SCHEDULES
-from configs.secrets import hide_secrets, public_variables, without_password
-from configs.strict_yaml import WrittenFloat, WrittenInt
-
-
-def _tuple_of_list(value: Any) -> Any:
-    # YAML gives lists; a frozen section holds tuples, and strict pydantic does not convert.
-    return tuple(value) if isinstance(value, list) else value
+from configs.section import (
+    COUNTABLE,
+    PUBLIC_LINES,
+    PUBLIC_URI,
+    PUBLIC_VARIABLES,
+    TUPLE,
+    Fraction,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    SequenceLength,
+    TextOrNumber,
+    text_of_number,
+)
 
 
 def _source_of_path(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
-
-
-def _text_of_number(value: Any) -> Any:
-    # YAML reads an unquoted 90 as a number: accept it as text; configs.rules says what to write. And 1 equals true.
-    if isinstance(value, WrittenInt | WrittenFloat):  # a tag or a variable of 1.10 is not 1.1
-        return value.text
-    return str(value) if type(value) in (int, float) else value
-
-
-def _countable(value: int) -> int:
-    if value > LARGEST_NUMBER:
-        raise PydanticCustomError("too_large", "Input should be at most 2^53")
-    return value
-
-
-def _public_lines(lines: tuple[str, ...]) -> list[str]:
-    return [hide_secrets(line) for line in lines]
-
-
-LARGEST_NUMBER = 2**53
-"""Largest whole number of a run file, but for the seed: JSON, MLflow and floats hold all whole numbers up to it."""
-
-COUNTABLE = AfterValidator(_countable)
-TUPLE = BeforeValidator(_tuple_of_list)
-# What is written and sent is the JSON form of a run: keys that may hold a secret leave it out there.
-PUBLIC_URI = PlainSerializer(without_password, return_type=str, when_used="json")
-PUBLIC_VARIABLES = PlainSerializer(public_variables, return_type=dict[str, str], when_used="json")
-PUBLIC_LINES = PlainSerializer(_public_lines, return_type=list[str], when_used="json")
-TextOrNumber = Annotated[str, BeforeValidator(_text_of_number)]
-
-PositiveInt = Annotated[int, Field(ge=1), COUNTABLE]
-SequenceLength = Annotated[int, Field(ge=2), COUNTABLE]
-NonNegativeInt = Annotated[int, Field(ge=0), COUNTABLE]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A frozen group of keys; unknown keys, wrong types, nan and inf are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -198,6 +164,11 @@ class Train(Section):
 
     micro_batch: PositiveInt = Field(description="Sequences of one forward pass on one data rank.")
     global_batch: PositiveInt = Field(description="Sequences of one optimizer step, over all data ranks.")
+    batch_warmup: Annotated[tuple[Annotated[tuple[PositiveInt, PositiveInt], TUPLE], ...], TUPLE] = Field(
+        default=(),
+        description="Smaller batches before train.global_batch, each with its steps: [[256, 1000], [512, 500]] for 256 "
+        "sequences in each of the first 1,000 steps and 512 in each of the next 500.",
+    )
     steps: PositiveInt = Field(description="Optimizer steps of the whole run; of a branch, with those before it.")
     schedule: Annotated[str, OneOf(SCHEDULES)] = Field(
         default="cosine",
@@ -235,7 +206,7 @@ class Train(Section):
         description="Fuse what lies between the matrix products: `on` compiles it with torch.compile, auto does so on "
         "a GPU; `triton` takes kernels written for it, which need a GPU.",
     )
-    recompute: Annotated[Literal[False, True, "selective"], BeforeValidator(_text_of_number)] = Field(
+    recompute: Annotated[Literal[False, True, "selective"], BeforeValidator(text_of_number)] = Field(
         default=False,
         description="Recompute in the backward pass: true whole blocks, `selective` what lies between the matrix "
         "products, and attention only where it keeps all scores, or a strip of bias in each layer. Less memory, more "

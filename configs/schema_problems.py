@@ -31,6 +31,17 @@ _SHORT = _Shortened()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 4, 4, 80, 80
 
 
+# What is said of some of pydantic's types of errors.
+_TEXTS = {
+    "missing": "{key} is missing: add it",
+    "finite_number": "{key} must be a finite number, got {seen}",
+    "tuple_type": "{key} must be a list, got {seen}: write [{seen}]",
+    "too_short": "{key} must have at least one item, got none: add one",
+    "too_long": "{key} must have {most} entries, got {seen}: remove the others",
+    "string_too_short": "{key} must not be empty: write a text",
+}
+
+
 def schema_problems(error: ValidationError, *, is_whole: bool, schema: type[BaseModel] = RunConfig) -> list[str]:
     """Return one line per error: the key, what is wrong, the value seen, what to do.
 
@@ -70,18 +81,11 @@ def _problem(error: Any, schema: type[BaseModel]) -> str:
     seen = f"a {type(error['input']).__name__}" if is_secret else _SHORT.repr(error["input"])[:80]
     if error["type"] in ("extra_forbidden", "invalid_key"):
         return f"unknown key {key}" + _advice_on_unknown(location, schema)
-    if error["type"] == "missing":
-        return f"{key} is missing: add it"
-    if error["type"] == "finite_number":
-        return f"{key} must be a finite number, got {seen}"
+    if error["type"] in _TEXTS:
+        most = error.get("ctx", {}).get("max_length")
+        return _TEXTS[error["type"]].format(key=key, seen=seen, most=most)
     if error["type"] == BAD_PATH:
         return f"{key} is {seen}, but {error['msg']}"
-    if error["type"] == "tuple_type":
-        return f"{key} must be a list, got {seen}: write [{seen}]"
-    if error["type"] == "too_short":
-        return f"{key} must have at least one item, got none: add one"
-    if error["type"] == "string_too_short":
-        return f"{key} must not be empty: write a text"
     if error["type"] == "model_type" and len(location) == 1:
         return f"{key}: must be a section of keys, got {seen}: write its keys below it, indented"
     if error["type"] == "model_type":

@@ -15,8 +15,9 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
 from configs.errors import InputError
 from configs.load import find_yaml, load_run, problem_message, read_text_file
 from configs.path_text import PathText
-from configs.schema import TUPLE, RunConfig, Section, SequenceLength
+from configs.schema import RunConfig
 from configs.schema_problems import refused_keys, schema_problems
+from configs.section import TUPLE, Section, SequenceLength
 from configs.strict_yaml import WrittenFloat, WrittenInt, parse_yaml, with_subject
 
 STUDIES = Path(__file__).parent / "studies"

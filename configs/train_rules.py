@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
+from configs.batches import batches_of
+from configs.figures import divisors
 from configs.schedules import SCHEDULES, cooldown_steps, schedule_steps
 from configs.schema import RunConfig, Train
 
@@ -54,6 +56,22 @@ def _learning_rates(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _batches(config: RunConfig) -> Iterator[str]:
+    train, batches = config.train, batches_of(config.train)
+    if list(batches) != sorted(set(batches)):
+        yield (
+            f"train.batch_warmup must have growing batches below train.global_batch ({train.global_batch}), got "
+            f"{', '.join(map(str, batches[:-1]))}: order them"
+        )
+    for batch in batches[:-1]:
+        if batch % train.micro_batch:
+            yield (
+                f"train.micro_batch must divide the batches of train.batch_warmup, got {train.micro_batch} and "
+                f"{batch}: use {divisors(batch)}"
+            )
+            return
+
+
 def _beginning(config: RunConfig) -> Iterator[str]:
     train = config.train
     if train.init_from is not None and train.branch_from is not None:
@@ -63,7 +81,13 @@ def _beginning(config: RunConfig) -> Iterator[str]:
         )
 
 
-_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_warmup, _cooldown, _learning_rates, _beginning)
+_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _warmup,
+    _cooldown,
+    _learning_rates,
+    _batches,
+    _beginning,
+)
 
 
 def train_problems(config: RunConfig) -> Iterator[str]:

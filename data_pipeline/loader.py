@@ -17,27 +17,19 @@ class Loader:
     Args:
         samples: Training samples.
         seed: The run's seed.
-        global_batch: Samples of one step over all data ranks.
         micro_batch: Samples of one forward pass on one data rank.
         data_rank: This rank's place among the data ranks.
         data_size: Number of data ranks.
-
-    Attributes:
-        global_batch: Samples of one step over all data ranks.
     """
 
-    def __init__(
-        self, samples: Samples, *, seed: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int
-    ) -> None:
-        assert global_batch % (micro_batch * data_size) == 0, "micro_batch x data ranks must divide the global batch"
+    def __init__(self, samples: Samples, *, seed: int, micro_batch: int, data_rank: int, data_size: int) -> None:
         self._samples = samples
         self._order = SampleOrder(seed=seed, sizes=samples.sizes, weights=samples.weights)
-        self.global_batch = global_batch
         self._micro_batch = micro_batch
         self._data_rank = data_rank
         self._data_size = data_size
 
-    def step(self, first_sample: int) -> list[torch.Tensor]:
+    def step(self, first_sample: int, count: int) -> list[torch.Tensor]:
         """Return this rank's micro-batches of one step, each [micro_batch, seq + 1], int64; see `Samples.read`.
 
         Over all data ranks, micro-batch m holds the m-th group of micro_batch x data_size consecutive samples of the
@@ -45,9 +37,11 @@ class Loader:
 
         Args:
             first_sample: Place of the step's first sample in the stream, from 0.
+            count: Samples of the step over all data ranks.
         """
-        ids = self._order.ids(start=first_sample, count=self.global_batch)
-        # [global_batch] -> [micro-batches, data ranks, micro_batch] -> [micro-batches, micro_batch]
+        assert count % (self._micro_batch * self._data_size) == 0, "micro_batch x data ranks must divide a step"
+        ids = self._order.ids(start=first_sample, count=count)
+        # [count] -> [micro-batches, data ranks, micro_batch] -> [micro-batches, micro_batch]
         by_rank = ids.reshape(-1, self._data_size, self._micro_batch)[:, self._data_rank]
         return [torch.from_numpy(self._samples.read(batch)) for batch in by_rank]
 

@@ -10,14 +10,16 @@ import torch
 
 from data_pipeline.loader import Loader
 
-ReadStep = Callable[[int], list[torch.Tensor]]
+StepSamples = tuple[int, int]  # place of its first sample, and how many it has
+ReadStep = Callable[[StepSamples, int], list[torch.Tensor]]
 _LAST_READ_SECONDS = 1.0  # longer than a read takes: Python may crash if it ends while torch works in a thread
 
 
 @contextmanager
 def reading_ahead(loader: Loader, *, device: torch.device) -> Iterator[ReadStep]:
-    """Yield a function like `loader.step` that then reads the step after it, in a thread.
+    """Yield a function that reads a step as `loader.step` does, and then the step after it, in a thread.
 
+    It takes the step's first sample and number of samples, and the number of samples of the step after it.
     For a GPU, the micro-batches lie in pinned memory, from which it copies without making this process wait. An error
     of a read is raised when that step is asked for.
 
@@ -25,27 +27,27 @@ def reading_ahead(loader: Loader, *, device: torch.device) -> Iterator[ReadStep]
         loader: The run's samples.
         device: Where the micro-batches go.
     """
-    asked: queue.SimpleQueue[tuple[int, Future[list[torch.Tensor]]] | None] = queue.SimpleQueue()
-    ahead: dict[int, Future[list[torch.Tensor]]] = {}
+    asked: queue.SimpleQueue[tuple[StepSamples, Future[list[torch.Tensor]]] | None] = queue.SimpleQueue()
+    ahead: dict[StepSamples, Future[list[torch.Tensor]]] = {}
 
     def read_all() -> None:
         while (each := asked.get()) is not None:
-            first_sample, batches = each
+            samples, batches = each
             try:
-                batches.set_result(_ready(loader.step(first_sample), device))
+                batches.set_result(_ready(loader.step(*samples), device))
             except BaseException as error:  # noqa: BLE001  raised where the step is asked for
                 batches.set_exception(error)
 
-    def submit(first_sample: int) -> Future[list[torch.Tensor]]:
+    def submit(samples: StepSamples) -> Future[list[torch.Tensor]]:
         batches: Future[list[torch.Tensor]] = Future()
-        asked.put((first_sample, batches))
+        asked.put((samples, batches))
         return batches
 
-    def step(first_sample: int) -> list[torch.Tensor]:
-        batches = ahead.pop(first_sample, None) or submit(first_sample)
+    def step(samples: StepSamples, count_after: int) -> list[torch.Tensor]:
+        batches = ahead.pop(samples, None) or submit(samples)
         ahead.clear()
         result = batches.result()
-        following = first_sample + loader.global_batch
+        following = (sum(samples), count_after)
         ahead[following] = submit(following)
         return result
 

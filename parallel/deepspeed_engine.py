@@ -137,6 +137,7 @@ class _ZeroEngine:
         self, micro_batches: Sequence[Tensor], *, learning_rate: float, loss_scale: float | None = None
     ) -> StepOutcome:
         zero.set_learning_rate(self._engine, learning_rate)
+        zero.set_micro_batches(self._engine, len(micro_batches))
         seed = torch.initial_seed()
         while True:
             if loss_scale is not None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
+from configs.batches import batches_of
 from configs.errors import InputError
 from configs.precisions import PRECISIONS
 from configs.schema import Model, RunConfig, Train
@@ -38,11 +39,13 @@ class Layout:
                 f"{2 * model_ranks} ranks, or change parallel"
             )
         data = world_size // model_ranks
-        if train.global_batch % (train.micro_batch * data):
-            raise InputError(
-                f"train.global_batch must be a multiple of train.micro_batch x data ranks ({train.micro_batch} x "
-                f"{data} = {train.micro_batch * data}), got {train.global_batch}: change one of them"
-            )
+        for batch in reversed(batches_of(train)):
+            if batch % (train.micro_batch * data):
+                key = "train.global_batch" if batch == train.global_batch else "each batch of train.batch_warmup"
+                raise InputError(
+                    f"{key} must be a multiple of train.micro_batch x data ranks ({train.micro_batch} x "
+                    f"{data} = {train.micro_batch * data}), got {batch}: change one of them"
+                )
         return cls(
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,

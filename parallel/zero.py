@@ -90,6 +90,12 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+def set_micro_batches(engine: Any, count: int) -> None:
+    """Set how many micro-batches of this data rank the next step has."""
+    engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+    engine.micro_steps = 0  # DeepSpeed steps where the number of all micro-batches so far is a multiple
+
+
 def drop_gradients(engine: Any) -> None:
     """Drop what a step that DeepSpeed left out has added up: with offload it would be added to the next one's."""
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):

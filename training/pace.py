@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from dataclasses import dataclass
 
+from configs.batches import batch_of, samples_until
 from configs.schema import RunConfig
 from training.observers import StepResult
 
@@ -30,13 +31,14 @@ class Pace:
 
     Attributes:
         steps_taken: Steps that this start has taken.
+        samples_taken: Sequences of these steps.
     """
 
     def __init__(self, config: RunConfig, *, step: int) -> None:
         self._config, self._step, self._saved_step = config, step, step
-        self.steps_taken = 0
+        self.steps_taken = self.samples_taken = 0
         self._training = 0.0
-        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds from step to step
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)  # seconds from step to step, and sequences
         self._validations: list[float] = []
         self._saves: list[float] = []  # seconds that training waited for each
         self._waited = 0.0  # for the one that goes on
@@ -56,11 +58,13 @@ class Pace:
             seconds = now - self._stepped_at - self._paused - (result.validation_seconds or 0.0)
         if self.steps_taken == 1:
             self._recent.clear()  # the first step warms up: kernels are compiled, memory is allocated
-        self._recent.append(max(seconds, result.step_seconds))
+        samples = batch_of(result.step, self._config.train)
+        self._recent.append((max(seconds, result.step_seconds), samples))
         if result.validation_seconds is not None:
             self._validations.append(result.validation_seconds)
         self._training += result.step_seconds
         self.steps_taken += 1
+        self.samples_taken += samples
         self._step, self._stepped_at, self._paused = result.step, now, 0.0
 
     def on_save(self, seconds: float, *, goes_on: bool = False) -> None:
@@ -83,9 +87,10 @@ class Pace:
         self._stepped_at, self._paused = None, 0.0
 
     @property
-    def step_seconds(self) -> float:
-        """Mean time of the recent steps; at least one must have been taken."""
-        return sum(self._recent) / len(self._recent)
+    def sample_seconds(self) -> float:
+        """Time of a sequence in the recent steps; at least one must have been taken."""
+        seconds, samples = zip(*self._recent, strict=True)
+        return sum(seconds) / sum(samples)
 
     @property
     def seconds_left(self) -> float:
@@ -96,7 +101,7 @@ class Pace:
         unsaved = step if self._saved_step == step else step - 1
         saves = -(-steps // saves_every) - max(0, unsaved) // saves_every
         return (
-            (steps - step) * self.step_seconds
+            (samples_until(steps, config.train) - samples_until(step, config.train)) * self.sample_seconds
             + validations * self._validation_seconds
             + saves * (_mean(self._saves) if self._saves else 0.0)
         )
@@ -105,7 +110,7 @@ class Pace:
     def _validation_seconds(self) -> float:
         if self._validations:
             return _mean(self._validations)
-        return self.step_seconds * FORWARD_SHARE * self._config.evaluate.samples / self._config.train.global_batch
+        return self.sample_seconds * FORWARD_SHARE * self._config.evaluate.samples
 
     def spent(self) -> Spent:
         """Return where the time of this process went; the rest of the total is its start and its end."""

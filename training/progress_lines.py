@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.backends import Backend
+from configs.batches import batches_of, samples_until
 from configs.commands import typed_path
 from configs.figures import byte_size, counted, duration, scaled
 from configs.positions import POSITIONS
@@ -25,9 +26,18 @@ if TYPE_CHECKING:
 
 def tokens_in_all(config: RunConfig, *, start: TrainState) -> int:
     """Return the tokens of all steps; those up to a position may have had another batch, that of a branch's trunk."""
-    train = config.train
-    samples = start.consumed_samples + (train.steps - start.step) * train.global_batch
-    return samples * config.data.sequence_length
+    return start.consumed_samples * config.data.sequence_length + tokens_between(start.step, config.train.steps, config)
+
+
+def tokens_between(first: int, last: int, config: RunConfig) -> int:
+    """Return the tokens of the steps after one and up to another."""
+    return (samples_until(last, config.train) - samples_until(first, config.train)) * config.data.sequence_length
+
+
+def step_tokens(config: RunConfig) -> str:
+    """Return the tokens of a step: 1,024, or 256 to 1,024 with train.batch_warmup."""
+    tokens = [batch * config.data.sequence_length for batch in batches_of(config.train)]
+    return " to ".join(f"{each:,}" for each in dict.fromkeys((tokens[0], tokens[-1])))
 
 
 def start_lines(ready: "Ready", *, device: str) -> list[str]:
@@ -40,16 +50,15 @@ def start_lines(ready: "Ready", *, device: str) -> list[str]:
     config, train = ready.config, ready.config.train
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     parameters = parameter_count(config.model, vocab_size=ready.prepared.vocab_size)
-    tokens = train.global_batch * config.data.sequence_length
     steps_left = train.steps - ready.start.step
     past_fall = min(steps_left, train.steps - schedule_steps(train)) if SCHEDULES[train.schedule].falls else 0
     least = f"; the last {past_fall:,} at train.min_learning_rate" if past_fall > 0 else ""
-    in_all = tokens_in_all(config, start=ready.start)
+    in_all, left = tokens_in_all(config, start=ready.start), tokens_between(ready.start.step, train.steps, config)
     ranks = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
     return [
         f"{now}  {config.run.name} in {ready.run_dir}",
-        f"{parameters:,} parameters; {train.steps:,} steps of {tokens:,} tokens, {scaled(in_all)} in all",
-        f"to go: {counted(steps_left, 'step')}, {scaled(steps_left * tokens)} tokens{least}",
+        f"{parameters:,} parameters; {train.steps:,} steps of {step_tokens(config)} tokens, {scaled(in_all)} in all",
+        f"to go: {counted(steps_left, 'step')}, {scaled(left)} tokens{least}",
         f"{ranks}: {ready.layout}, {train.precision}",
         f"attention {attention_here(config, device=device)}",
     ]

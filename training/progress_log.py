@@ -36,14 +36,14 @@ class ProgressLog(Observer):
         self._terminal = terminal or Terminal()  # without a live line
         self._pace = Pace(config, step=first_step)
         self._newest: StepResult | None = None
-        self._since_line: list[float] = []  # seconds of the steps since the last line
+        self._since_line: list[StepResult] = []  # the steps since the last line
         self._line_at = self._live_at = float("-inf")
 
     def on_step(self, result: StepResult) -> None:
         """Show the step, and log it if a line is due."""
         now, train = time.monotonic(), self._config.train
         self._newest = result
-        self._since_line.append(result.step_seconds)
+        self._since_line.append(result)
         self._pace.on_step(result, now=now)
         due = now - self._line_at >= LOG_SECONDS if train.log_every is None else result.step % train.log_every == 0
         if due or result.step == train.steps:
@@ -89,7 +89,7 @@ class ProgressLog(Observer):
             return
         if self._since_line:
             self._log_step(self._newest)
-        tokens = self._pace.steps_taken * self._tokens_per_step
+        tokens = self._pace.samples_taken * self._config.data.sequence_length
         memory_gb, spent = self._newest.memory_gb, self._pace.spent()
         lines = closing_lines(
             steps=self._pace.steps_taken, tokens=tokens, spent=spent, memory_gb=memory_gb, best=self._best
@@ -97,12 +97,9 @@ class ProgressLog(Observer):
         for line in lines:
             logger.info("%s", line)
 
-    @property
-    def _tokens_per_step(self) -> int:
-        return self._config.train.global_batch * self._config.data.sequence_length
-
     def _log_step(self, result: StepResult) -> None:
-        speed = self._tokens_per_step * len(self._since_line) / sum(self._since_line)
+        seconds = sum(each.step_seconds for each in self._since_line)
+        speed = sum(each.tokens_per_second * each.step_seconds for each in self._since_line) / seconds
         self._since_line.clear()
         if result.model_flops_utilization is not None:  # of the same steps as the speed, not of the last one
             utilization = result.model_flops_utilization * speed / result.tokens_per_second
@@ -123,7 +120,7 @@ class ProgressLog(Observer):
         text = live_line(
             self._newest,
             steps=self._config.train.steps,
-            speed=self._tokens_per_step / self._pace.step_seconds,
+            speed=self._config.data.sequence_length / self._pace.sample_seconds,
             seconds_left=self._pace.seconds_left,
             doing=doing,
             columns=columns,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from configs.batches import batch_of
 from configs.errors import InputError
 from configs.figures import counted
 from configs.schema import RunConfig
@@ -261,10 +262,12 @@ class Trainer:
         place = (self.groups.data.rank, self.groups.pipeline.rank, *split)
         torch.manual_seed(seed_for(config.run.seed, "dropout", step, *place))
         scale = loss_scale(state, train=config.train)
-        outcome = self.engine.train_step(read_step(state.next_sample), learning_rate=rate, loss_scale=scale)
+        batch, batch_after = (batch_of(each, config.train) for each in (step, step + 1))
+        micro_batches = read_step((state.next_sample, batch), batch_after)
+        outcome = self.engine.train_step(micro_batches, learning_rate=rate, loss_scale=scale)
         if outcome.loss_scale != scale and self.is_first_rank:
             logger.info("step %d: gradients overflowed, loss scale %g instead of %g", step, outcome.loss_scale, scale)
-        consumed = state.consumed_samples + config.train.global_batch
+        consumed = state.consumed_samples + batch
         after = replace(state, step=step, consumed_samples=consumed, loss_scale=outcome.loss_scale)
         return _LaunchedStep(after, rate, exchange.send(outcome, began=began))
 
@@ -289,7 +292,8 @@ class Trainer:
         if not observers or (self.is_first_rank and not self.fence.may_be_ours()):
             return  # a newer start writes the metrics now; all ranks end together after this step
         state, figures = taken.after, taken.figures
-        tokens_per_second = self.config.train.global_batch * self.config.data.sequence_length / figures.seconds
+        tokens = batch_of(state.step, self.config.train) * self.config.data.sequence_length
+        tokens_per_second = tokens / figures.seconds
         result = StepResult(
             step=state.step,
             loss=figures.loss,
@@ -370,7 +374,6 @@ def _open_data(config: RunConfig, *, prepared: Prepared, groups: Groups) -> tupl
     loader = Loader(
         open_run_samples(held_out=False),
         seed=config.run.seed,
-        global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         data_rank=groups.data.rank,
         data_size=groups.data.size,

@@ -15,7 +15,7 @@ from training.checkpoint.manifest import find_checkpoint
 from training.export.formats.table import export_problems
 from training.families.table import parameter_count
 from training.least_density import attention_here
-from training.progress_lines import tokens_in_all
+from training.progress_lines import step_tokens, tokens_in_all
 from training.state import TrainState
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def run_summary(config: RunConfig, *, device: str, notes: Sequence[str]) -> dict
         "parameters": parameter_count(model, vocab_size=config.data.vocab_size),
         "sequence_length": config.data.sequence_length,
         "tokens_per_step": config.train.global_batch * config.data.sequence_length,
+        "step_tokens": step_tokens(config),
         "tokens": _tokens_of(config),
         "steps": config.train.steps,
         "tensor": parallel.tensor,
@@ -70,7 +71,7 @@ def show_summary(summary: dict[str, Any]) -> None:
         f"  model     {summary['layers']} layers x {summary['hidden']} x {summary['heads']} heads, "
         f"{summary['position']}: {summary['parameters']:,} parameters",
         f"  attention {summary['attention']}",
-        f"  training  {summary['steps']:,} steps of {summary['tokens_per_step']:,} tokens "
+        f"  training  {summary['steps']:,} steps of {summary['step_tokens']} tokens "
         f"({summary['tokens']:,} in all) at length {summary['sequence_length']:,}",
         f"  layout    tensor {summary['tensor']} x pipeline {summary['pipeline']}, ZeRO-{summary['zero']}: "
         f"ranks in multiples of {model_ranks}",

@@ -61,10 +61,15 @@ def measure(process: ProcessRank, *, folder: Path) -> list[tuple[dict[str, float
         # Each part alone, as often as a step needs: a half of it, twice, is exact.
         parts = [gradients_of(engine, [batch] * MICRO_BATCHES) for batch in batches]
         whole = gradients_of(engine, batches)
+        # A step may have another number of micro-batches than the one before.
+        more, one = gradients_of(engine, [batches[0], *batches, batches[0]]), gradients_of(engine, batches[1:])
         with Reads() as reads:
             engine.train_step(batches, learning_rate=1e-3)
-        means = {name: torch.stack([part[name] for part in parts]).mean(0) for name in whole}
-        errors = {name: float((whole[name] - mean).norm() / mean.norm()) for name, mean in means.items()}
+        errors = {}
+        for found, counts in ((whole, (1, 1)), (more, (3, 1)), (one, (0, 1))):
+            for name, gradient in found.items():
+                mean = sum(part[name] * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
+                errors[f"{name} of {sum(counts)}"] = float((gradient - mean).norm() / mean.norm())
         measured.append((errors, reads.count))
     return measured
 

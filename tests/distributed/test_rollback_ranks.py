@@ -47,7 +47,9 @@ def train_apart(process: ProcessRank, *, diverging: list[list[str]], without: li
     with patch("training.trainer.learning_rate", rate):
         train_runs(process, starts=[Start(overrides) for overrides in diverging])
     read = Loader.step
-    with patch.object(Loader, "step", lambda self, place: read(self, place + 2 * batch * (place >= 4 * batch))):
+    with patch.object(
+        Loader, "step", lambda self, place, size: read(self, place + 2 * batch * (place >= 4 * batch), size)
+    ):
         again = replace(process, rendezvous=f"{process.rendezvous}_again")
         train_runs(again, starts=[Start(overrides) for overrides in without])
     return taken

@@ -3,6 +3,7 @@
 from tests.mutants.mutants import Mutant
 
 SCHEDULES, BRANCHES = "tests/unit/test_schedules.py::", "tests/unit/test_branches.py::"
+BY_WARM_UP = "tests/unit/test_batches.py::test_a_warm_up_equals_a_run_and_its_branch"
 
 SCHEDULE_MUTANTS = (
     Mutant(
@@ -39,5 +40,33 @@ SCHEDULE_MUTANTS = (
         "return _with_train(config, branch_from=fixed)",
         "return config",
         BRANCHES + "test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start",
+    ),
+    Mutant(
+        "batches: DeepSpeed averages over the micro-batches of other steps",
+        "parallel/deepspeed_engine.py",
+        "zero.set_micro_batches(self._engine, len(micro_batches))",
+        "pass",
+        BY_WARM_UP,
+    ),
+    Mutant(
+        "batches: DeepSpeed steps in the middle of a larger batch",
+        "parallel/zero.py",
+        "    engine.micro_steps = 0",
+        "    pass",
+        BY_WARM_UP,
+    ),
+    Mutant(
+        "batches: all steps count as full ones",
+        "training/trainer.py",
+        "consumed = state.consumed_samples + batch",
+        "consumed = state.consumed_samples + config.train.global_batch",
+        BY_WARM_UP,
+    ),
+    Mutant(
+        "batches: one step too few is small",
+        "configs/batches.py",
+        "taken = min(left, steps)",
+        "taken = min(left, steps - 1)",
+        BY_WARM_UP,
     ),
 )

@@ -81,7 +81,7 @@ def train_without(
     """Train a run whose stream lacks some samples, by another way than a rollback's."""
     real = Loader.step
     with monkeypatch.context() as patch:
-        patch.setattr(Loader, "step", lambda self, place: real(self, place + count if place >= first else place))
+        patch.setattr(Loader, "step", lambda self, place, size: real(self, place + count * (place >= first), size))
         train(rank, run_dir, steps=steps)
 
 

@@ -88,7 +88,6 @@ class OneRank:
         return Loader(
             samples or self.samples(config),
             seed=config.run.seed,
-            global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
             data_rank=0,
             data_size=1,

@@ -107,7 +107,7 @@ def test_a_rule_says_nothing_of_values_that_are_refused() -> None:
 @pytest.mark.parametrize(
     ("section", "key", "expected"),
     [
-        ("train", "batch_size", "did you mean micro_batch or global_batch?"),
+        ("train", "batch_size", "did you mean micro_batch or global_batch or batch_warmup?"),
         ("model", "tensor", "did you mean parallel.tensor or evaluate.tensor?"),
         ("model", "sequence_length", "did you mean data.sequence_length?"),
         ("model", "seq_length", "did you mean data.sequence_length?"),

@@ -139,8 +139,8 @@ def test_text_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
 def test_a_blend_has_its_shares_and_a_short_source_is_named(tmp_path: Path) -> None:
     prepared = numbered(tmp_path, LENGTHS, LENGTHS[:30], weights=(1.0, 3.0))
     samples = training(prepared)
-    loader = Loader(samples, seed=1, global_batch=len(samples), micro_batch=len(samples), data_rank=0, data_size=1)
-    (batch,) = loader.step(0)
+    loader = Loader(samples, seed=1, micro_batch=len(samples), data_rank=0, data_size=1)
+    (batch,) = loader.step(0, len(samples))
     second = (batch[:, 0] >= sum(LENGTHS)).float().mean()
     assert abs(second - 0.75) < 1 / len(samples)
     with pytest.raises(InputError, match="source0 with weight 1e-09 gets none of"):
@@ -174,12 +174,12 @@ def test_a_step_has_the_same_samples_for_any_ranks(tmp_path: Path) -> None:
     order = SampleOrder(seed=5, sizes=samples.sizes, weights=None)
     for micro_batch, data_size in ((3, 1), (4, 2), (1, 8)):
         loaders = [
-            Loader(samples, seed=5, global_batch=24, micro_batch=micro_batch, data_rank=rank, data_size=data_size)
+            Loader(samples, seed=5, micro_batch=micro_batch, data_rank=rank, data_size=data_size)
             for rank in range(data_size)
         ]
         # the last crosses from one epoch to the next
         for consumed in (0, 24, len(samples) - 7):
-            batches = [loader.step(consumed) for loader in loaders]
+            batches = [loader.step(consumed, 24) for loader in loaders]
             assert {tuple(batch.shape) for rank in batches for batch in rank} == {(micro_batch, 17)}
             assert all(batch.dtype == torch.int64 for rank in batches for batch in rank)
             ids = order.ids(start=consumed, count=24)

@@ -80,7 +80,7 @@ def test_a_run_keeps_its_scale_over_restarts_and_rollbacks(
 
 
 def test_a_step_that_overflowed_equals_one_that_did_not(half: OneRank, tmp_path: Path) -> None:
-    batches, taken = half.loader(half.config(tmp_path / "run")).step(0), []
+    batches, taken = half.loader(half.config(tmp_path / "run")).step(0, 4), []
     for scale in (HUGE, None):
         half.trainer(half.config(tmp_path / f"run-{scale}"))  # the initial weights, without moments
         torch.manual_seed(3)
@@ -95,7 +95,7 @@ def test_a_step_that_overflowed_equals_one_that_did_not(half: OneRank, tmp_path:
 
 
 def test_small_gradients_need_the_scale(rank: OneRank, half: OneRank, tmp_path: Path) -> None:
-    batches = rank.loader(rank.config(tmp_path / "run")).step(0)
+    batches = rank.loader(rank.config(tmp_path / "run")).step(0, 4)
     # Gradients of a long batch are that small: here of weights of the head, by a loss of 2^-16.
     errors = {}
     for scale in (2.0**-16, FIRST_SCALE):

@@ -178,23 +178,24 @@ def test_batches_are_read_ahead_and_are_those_of_the_loader(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader, real = rank.loader(rank.config(tmp_path / "run")), Loader.step
-    asked: dict[int, str] = {}
+    asked: dict[tuple[int, int], str] = {}
     is_read = threading.Event()
 
-    def step(self: Loader, consumed_samples: int) -> list[torch.Tensor]:
-        asked[consumed_samples] = threading.current_thread().name
-        if consumed_samples == 8:
+    def step(self: Loader, consumed_samples: int, count: int) -> list[torch.Tensor]:
+        asked[consumed_samples, count] = threading.current_thread().name
+        if (consumed_samples, count) == (8, 6):
             is_read.set()
-        return real(self, consumed_samples)
+        return real(self, consumed_samples, count)
 
     monkeypatch.setattr(Loader, "step", step)
     with reading_ahead(loader, device=CPU) as read_step:
-        for consumed in (0, 4, 100, 0):  # a resume may begin anywhere
-            for batch, expected in zip(read_step(consumed), real(loader, consumed), strict=True):
+        for consumed, after in ((0, 4), (4, 6), (100, 4), (0, 4)):  # a resume may begin anywhere
+            for batch, expected in zip(read_step((consumed, 4), after), real(loader, consumed, 4), strict=True):
                 assert torch.equal(batch, expected)
             if consumed == 4:
                 assert is_read.wait(60), "the step after it is read while nobody asks for it"
     assert all(name.startswith("reading ahead") for name in asked.values())
+    assert [*asked] == [(0, 4), (4, 4), (8, 6), (100, 4), (104, 4)], "nothing is read twice that was read ahead"
 
 
 def test_an_error_while_reading_ahead_is_raised_when_asked_for(
@@ -202,17 +203,17 @@ def test_an_error_while_reading_ahead_is_raised_when_asked_for(
 ) -> None:
     loader, real = rank.loader(rank.config(tmp_path / "run")), Loader.step
 
-    def step(self: Loader, consumed_samples: int) -> list[torch.Tensor]:
+    def step(self: Loader, consumed_samples: int, count: int) -> list[torch.Tensor]:
         if consumed_samples == 4:
             raise OSError(5, "Input/output error", "data.bin")
-        return real(self, consumed_samples)
+        return real(self, consumed_samples, count)
 
     monkeypatch.setattr(Loader, "step", step)
     with reading_ahead(loader, device=CPU) as read_step:
-        read_step(0)
+        read_step((0, 4), 4)
         with pytest.raises(OSError, match=r"data\.bin"):
-            read_step(4)
-        assert len(read_step(8)) == 2, "and the others can be read"
+            read_step((4, 4), 4)
+        assert len(read_step((8, 4), 4)) == 2, "and the others can be read"
     for thread in threading.enumerate():
         if thread.name.startswith("reading ahead"):
             thread.join(60)
@@ -222,14 +223,14 @@ def test_an_error_while_reading_ahead_is_raised_when_asked_for(
 def test_a_read_that_hangs_delays_no_end(rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, real, disk = rank.loader(rank.config(tmp_path / "run")), Loader.step, threading.Event()
 
-    def step(self: Loader, consumed_samples: int) -> list[torch.Tensor]:
+    def step(self: Loader, consumed_samples: int, count: int) -> list[torch.Tensor]:
         assert consumed_samples == 0 or disk.wait(60)
-        return real(self, consumed_samples)
+        return real(self, consumed_samples, count)
 
     monkeypatch.setattr(Loader, "step", step)
     try:
         with reading_ahead(loader, device=CPU) as read_step:
-            read_step(0)
+            read_step((0, 4), 4)
         (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("reading ahead"))
         assert thread.daemon, "Python waits for every other thread before it ends"
     finally:

@@ -63,7 +63,10 @@ def training_charts(comparison: Comparison, *, marks: Sequence[int]) -> list[Cha
     if not runs:
         return []
     # runs whose steps have other sizes compare by tokens
-    sizes = {run.config.train.global_batch * run.config.data.sequence_length for _, run in runs}
+    sizes = {
+        (run.config.train.batch_warmup, run.config.train.global_batch * run.config.data.sequence_length)
+        for _, run in runs
+    }
     by: Literal["step", "tokens_seen"] = "step" if len(sizes) == 1 else "tokens_seen"
     charts = [_loss_chart(runs, by=by, marks=marks)]
     charts += [_field_chart(runs, curve, by=by, marks=marks) for curve in STEP_CURVES]

@@ -87,7 +87,7 @@ def profile_rank(config: RunConfig, process: ProcessRank, *, steps: int, out: Pa
 def _take(trainer: Trainer, steps: int, read_step: ReadStep) -> tuple[Trainer, list[TakenStep]]:
     """Take steps, and return the trainer of those that follow."""
     config = trainer.config
-    train = config.train.model_copy(update={"steps": trainer.start.step + steps})
+    train = config.train.model_copy(update={"steps": trainer.start.step + steps, "batch_warmup": ()})
     checkpoint = config.checkpoint.model_copy(update={"every": _NEVER})
     trainer = replace(trainer, config=config.model_copy(update={"train": train, "checkpoint": checkpoint}))
     with window(trainer.device):

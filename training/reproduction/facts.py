@@ -33,7 +33,8 @@ GPU_VARIABLES = (
 # Keys of a run file that two starts of one run may differ in, or that a reader of the manifest looks for first.
 SETTINGS = (
     *("run.seed", "train.precision", "train.deterministic", "train.compile", "train.recompute", "train.steps"),
-    *("train.micro_batch", "train.global_batch", "parallel.sequence", "model.attention", "model.windows"),
+    *("train.micro_batch", "train.global_batch", "train.batch_warmup"),
+    *("parallel.sequence", "model.attention", "model.windows"),
 )
 
 

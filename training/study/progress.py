@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import mul
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from training.evaluation.kept import checkpoint_reports, read_report
 from training.evaluation.results import protocol_name
 from training.folder import with_fixed_branch
 from training.metrics_reader import read_steps
+from training.progress_lines import tokens_between
 from training.reproduction.starts import recorded_starts
 from training.step_columns import StepColumns
 from training.study.rows import StudyRow, changed_values, deciding_values, values_sha256
@@ -63,8 +65,9 @@ class RunProgress:
     def tokens_left(self) -> int:
         """Tokens that are still to be trained on."""
         config = self.planned.config
-        steps = config.train.steps - (self.step or _branched_step(config)) if self.stage == "train" else 0
-        return steps * config.train.global_batch * config.data.sequence_length
+        if self.stage != "train":
+            return 0
+        return tokens_between(self.step or _branched_step(config), config.train.steps, config)
 
 
 class ProgressReader:
@@ -211,8 +214,9 @@ def _speed(config: RunConfig, row: StudyRow | None) -> float | None:
     """Return the tokens a second of a run's row, else of the steps that it has taken."""
     if row is not None:
         return row.figures.get("tokens_per_second")
-    seconds = StepColumns(("step_seconds",), read_steps(run_folder(config))).known("step_seconds")
-    tokens = len(seconds) * config.train.global_batch * config.data.sequence_length
+    columns = StepColumns(("step_seconds", "tokens_per_second"), read_steps(run_folder(config)))
+    seconds = columns.known("step_seconds")
+    tokens = sum(map(mul, seconds, columns.known("tokens_per_second")))
     return tokens / sum(seconds) if sum(seconds) else None
 
 

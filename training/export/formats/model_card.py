@@ -76,7 +76,7 @@ def _training(facts: ModelFacts, *, dtype: str) -> str:
     else:
         rows |= {
             "trained on": f"{facts.samples * facts.train_length:,} tokens: {facts.step:,} steps of "
-            f"{train.global_batch:,} sequences",
+            f"{'up to ' * bool(train.batch_warmup)}{train.global_batch:,} sequences",
             "data": sources,
             "precision": f"{train.precision}; the weights here are {dtype}",
             "learning rate": f"{train.learning_rate:g} at most, {train.schedule}",
