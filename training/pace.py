@@ -89,8 +89,12 @@ class Pace:
     @property
     def sample_seconds(self) -> float:
         """Time of a sequence in the recent steps; at least one must have been taken."""
-        seconds, samples = zip(*self._recent, strict=True)
-        return sum(seconds) / sum(samples)
+        return sum(seconds for seconds, _ in self._recent) / sum(samples for _, samples in self._recent)
+
+    @property
+    def step_seconds(self) -> float:
+        """Time that the next step is expected to take."""
+        return self.sample_seconds * batch_of(self._step + 1, self._config.train)
 
     @property
     def seconds_left(self) -> float:

@@ -57,6 +57,7 @@ def test_time_left_counts_sequences_not_steps(rank: OneRank, tmp_path: Path) -> 
         pace.on_step(step_result(step=step, step_seconds=1.0), now=float(step))
     assert pace.sample_seconds == pytest.approx(0.5)
     assert pace.seconds_left == pytest.approx(3 * 4 * 0.5)
+    assert pace.step_seconds == pytest.approx(4 * 0.5), "the next one is larger"
     assert (pace.steps_taken, pace.samples_taken) == (3, 6)
 
 
