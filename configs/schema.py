@@ -25,6 +25,7 @@ from configs.section import (
     PositiveInt,
     Section,
     SequenceLength,
+    StepStages,
     TextOrNumber,
     text_of_number,
 )
@@ -164,10 +165,15 @@ class Train(Section):
 
     micro_batch: PositiveInt = Field(description="Sequences of one forward pass on one data rank.")
     global_batch: PositiveInt = Field(description="Sequences of one optimizer step, over all data ranks.")
-    batch_warmup: Annotated[tuple[Annotated[tuple[PositiveInt, PositiveInt], TUPLE], ...], TUPLE] = Field(
+    batch_warmup: StepStages = Field(
         default=(),
         description="Smaller batches before train.global_batch, each with its steps: [[256, 1000], [512, 500]] for 256 "
         "sequences in each of the first 1,000 steps and 512 in each of the next 500.",
+    )
+    length_warmup: StepStages = Field(
+        default=(),
+        description="Shorter lengths before data.sequence_length, each with its steps: [[256, 1000]] cuts the "
+        "sequences of the first 1,000 steps into pieces of 256 tokens.",
     )
     steps: PositiveInt = Field(description="Optimizer steps of the whole run; of a branch, with those before it.")
     schedule: Annotated[str, OneOf(SCHEDULES)] = Field(

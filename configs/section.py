@@ -46,6 +46,8 @@ TextOrNumber = Annotated[str, BeforeValidator(text_of_number)]
 PositiveInt = Annotated[int, Field(ge=1), COUNTABLE]
 SequenceLength = Annotated[int, Field(ge=2), COUNTABLE]
 NonNegativeInt = Annotated[int, Field(ge=0), COUNTABLE]
+# pairs of a value and for how many steps it holds, in their order
+StepStages = Annotated[tuple[Annotated[tuple[PositiveInt, PositiveInt], TUPLE], ...], TUPLE]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-from configs.batches import batches_of
 from configs.figures import divisors
 from configs.schedules import SCHEDULES, cooldown_steps, schedule_steps
 from configs.schema import RunConfig, Train
+from configs.step_sizes import batches_of, lengths_of
 
 
 def _warmup(config: RunConfig) -> Iterator[str]:
@@ -72,6 +72,28 @@ def _batches(config: RunConfig) -> Iterator[str]:
             return
 
 
+def _lengths(config: RunConfig) -> Iterator[str]:
+    length, lengths = config.data.sequence_length, lengths_of(config)
+    if list(lengths) != sorted(set(lengths)):
+        yield (
+            f"train.length_warmup must have growing lengths below data.sequence_length ({length}), got "
+            f"{', '.join(map(str, lengths[:-1]))}: order them"
+        )
+    for shorter in lengths[:-1]:
+        if length % shorter:
+            yield (
+                f"the lengths of train.length_warmup must divide data.sequence_length ({length}), got {shorter}: use "
+                f"{divisors(length)}"
+            )
+            return
+        if config.parallel.sequence and shorter % config.parallel.tensor:
+            yield (
+                f"with parallel.sequence, parallel.tensor ({config.parallel.tensor}) must divide the lengths of "
+                f"train.length_warmup, got {shorter}: use a multiple"
+            )
+            return
+
+
 def _beginning(config: RunConfig) -> Iterator[str]:
     train = config.train
     if train.init_from is not None and train.branch_from is not None:
@@ -86,6 +108,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _cooldown,
     _learning_rates,
     _batches,
+    _lengths,
     _beginning,
 )
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from configs.step_sizes import StepSize
 from data_pipeline.order import SampleOrder
 from data_pipeline.samples import HELD_OUT_SEED, Samples
 
@@ -29,21 +30,24 @@ class Loader:
         self._data_rank = data_rank
         self._data_size = data_size
 
-    def step(self, first_sample: int, count: int) -> list[torch.Tensor]:
+    def step(self, first_sample: int, size: StepSize) -> list[torch.Tensor]:
         """Return this rank's micro-batches of one step, each [micro_batch, seq + 1], int64; see `Samples.read`.
+
+        Samples that are cut give [micro_batch x pieces, length + 1]: neighbouring pieces share a token, as samples do.
 
         Over all data ranks, micro-batch m holds the m-th group of micro_batch x data_size consecutive samples of the
         stream. So a step has the same samples, in the same order, for any number of ranks.
 
         Args:
             first_sample: Place of the step's first sample in the stream, from 0.
-            count: Samples of the step over all data ranks.
+            size: Samples of the step over all data ranks, and the length of their pieces.
         """
+        count = size.batch
         assert count % (self._micro_batch * self._data_size) == 0, "micro_batch x data ranks must divide a step"
         ids = self._order.ids(start=first_sample, count=count)
         # [count] -> [micro-batches, data ranks, micro_batch] -> [micro-batches, micro_batch]
         by_rank = ids.reshape(-1, self._data_size, self._micro_batch)[:, self._data_rank]
-        return [torch.from_numpy(self._samples.read(batch)) for batch in by_rank]
+        return [_pieces(torch.from_numpy(self._samples.read(batch)), length=size.length) for batch in by_rank]
 
     def first_samples(self, count: int) -> list[torch.Tensor]:
         """Return the stream's first samples, the same on every data rank, each [1, seq + 1], int64."""
@@ -57,6 +61,11 @@ class Loader:
         digest.update(ids.astype("<i8").tobytes())
         digest.update(self._samples.read(ids[:_HASHED_SAMPLES]).astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def _pieces(batch: torch.Tensor, *, length: int) -> torch.Tensor:
+    """Cut samples [count, ..., seq + 1] into pieces, [count x pieces, ..., length + 1]."""
+    return batch.unfold(-1, length + 1, length).movedim(-2, 1).flatten(0, 1)
 
 
 def held_out_parts(

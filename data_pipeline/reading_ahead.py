@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
+from configs.step_sizes import StepSize
 from data_pipeline.loader import Loader
 
-StepSamples = tuple[int, int]  # place of its first sample, and how many it has
-ReadStep = Callable[[StepSamples, int], list[torch.Tensor]]
+ReadStep = Callable[[int, StepSize, StepSize], list[torch.Tensor]]
 _LAST_READ_SECONDS = 1.0  # longer than a read takes: Python may crash if it ends while torch works in a thread
 
 
@@ -19,7 +19,7 @@ _LAST_READ_SECONDS = 1.0  # longer than a read takes: Python may crash if it end
 def reading_ahead(loader: Loader, *, device: torch.device) -> Iterator[ReadStep]:
     """Yield a function that reads a step as `loader.step` does, and then the step after it, in a thread.
 
-    It takes the step's first sample and number of samples, and the number of samples of the step after it.
+    It takes the step's first sample and its size, and the size of the step after it.
     For a GPU, the micro-batches lie in pinned memory, from which it copies without making this process wait. An error
     of a read is raised when that step is asked for.
 
@@ -27,28 +27,28 @@ def reading_ahead(loader: Loader, *, device: torch.device) -> Iterator[ReadStep]
         loader: The run's samples.
         device: Where the micro-batches go.
     """
-    asked: queue.SimpleQueue[tuple[StepSamples, Future[list[torch.Tensor]]] | None] = queue.SimpleQueue()
-    ahead: dict[StepSamples, Future[list[torch.Tensor]]] = {}
+    asked: queue.SimpleQueue[tuple[int, StepSize, Future[list[torch.Tensor]]] | None] = queue.SimpleQueue()
+    ahead: dict[tuple[int, StepSize], Future[list[torch.Tensor]]] = {}
 
     def read_all() -> None:
         while (each := asked.get()) is not None:
-            samples, batches = each
+            first_sample, size, batches = each
             try:
-                batches.set_result(_ready(loader.step(*samples), device))
+                batches.set_result(_ready(loader.step(first_sample, size), device))
             except BaseException as error:  # noqa: BLE001  raised where the step is asked for
                 batches.set_exception(error)
 
-    def submit(samples: StepSamples) -> Future[list[torch.Tensor]]:
+    def submit(first_sample: int, size: StepSize) -> Future[list[torch.Tensor]]:
         batches: Future[list[torch.Tensor]] = Future()
-        asked.put((samples, batches))
+        asked.put((first_sample, size, batches))
         return batches
 
-    def step(samples: StepSamples, count_after: int) -> list[torch.Tensor]:
-        batches = ahead.pop(samples, None) or submit(samples)
+    def step(first_sample: int, size: StepSize, size_after: StepSize) -> list[torch.Tensor]:
+        batches = ahead.pop((first_sample, size), None) or submit(first_sample, size)
         ahead.clear()
         result = batches.result()
-        following = (sum(samples), count_after)
-        ahead[following] = submit(following)
+        following = (first_sample + size.batch, size_after)
+        ahead[following] = submit(*following)
         return result
 
     # A daemon: a disk may hang, and Python waits at its end for every other thread, an executor's too.

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
-from configs.batches import batches_of
 from configs.errors import InputError
 from configs.precisions import PRECISIONS
 from configs.schema import Model, RunConfig, Train
+from configs.step_sizes import batches_of
 
 REDUCE_BUCKET = 50_000_000  # elements of the buffer that DeepSpeed allocates; its default is ten times as many
 HEAD_CHUNK_BYTES = 2**28  # of a chunk's logits on one rank, in the type of the forward pass

@@ -4,8 +4,8 @@ import logging
 from collections import deque
 from dataclasses import dataclass
 
-from configs.batches import batch_of, samples_until
 from configs.schema import RunConfig
+from configs.step_sizes import batch_of, samples_until
 from training.observers import StepResult
 
 RECENT_STEPS = 100  # the speed may change, for example when another job shares the machine

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.backends import Backend
-from configs.batches import batches_of, samples_until
 from configs.commands import typed_path
 from configs.figures import byte_size, counted, duration, scaled
 from configs.positions import POSITIONS
 from configs.schedules import SCHEDULES, schedule_steps
 from configs.schema import RunConfig
+from configs.step_sizes import batches_of, lengths_of, samples_until
 from training.families.table import parameter_count
 from training.least_density import attention_here
 from training.metrics_file import Best
@@ -36,8 +36,16 @@ def tokens_between(first: int, last: int, config: RunConfig) -> int:
 
 def step_tokens(config: RunConfig) -> str:
     """Return the tokens of a step: 1,024, or 256 to 1,024 with train.batch_warmup."""
-    tokens = [batch * config.data.sequence_length for batch in batches_of(config.train)]
-    return " to ".join(f"{each:,}" for each in dict.fromkeys((tokens[0], tokens[-1])))
+    return _from_to([batch * config.data.sequence_length for batch in batches_of(config.train)])
+
+
+def step_lengths(config: RunConfig) -> str:
+    """Return the lengths of a run's sequences: 1,024, or 256 to 1,024 with train.length_warmup."""
+    return _from_to(lengths_of(config))
+
+
+def _from_to(sizes: Sequence[int]) -> str:
+    return " to ".join(f"{each:,}" for each in dict.fromkeys((sizes[0], sizes[-1])))
 
 
 def start_lines(ready: "Ready", *, device: str) -> list[str]:

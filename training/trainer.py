@@ -11,21 +11,20 @@ from typing import Any
 
 import torch
 
-from configs.batches import batch_of
 from configs.errors import InputError
 from configs.figures import counted
 from configs.schema import RunConfig
 from configs.slow_parts import timed
+from configs.step_sizes import size_of
 from data_pipeline.loader import Loader
-from data_pipeline.manifest import Prepared
 from data_pipeline.reading_ahead import ReadStep, reading_ahead
-from data_pipeline.samples import Samples, open_samples
 from parallel.axes import Groups
 from parallel.collectives import broadcast_from_first, wait_for_all
 from parallel.engine import Engine
 from parallel.seeds import seed_for
 from training.checkpoint.manifest import list_checkpoints
 from training.checkpoint.rank_part import SaveError, WeightsDiverged
+from training.data import open_data
 from training.divergence import Diverged, LossWatch
 from training.incarnation import Fence, Superseded
 from training.loss_scale import loss_scale
@@ -40,7 +39,7 @@ from training.schedule import learning_rate
 from training.state import TrainState
 from training.step_figures import FigureExchange, SentFigures, StepFigures
 from training.stopping import StopRequest, must_stop, remove_stop_file
-from training.utilization import causal_flops_per_token, flops_per_token, world_peak_flops
+from training.utilization import Utilization, world_peak_flops
 from training.validator import Validator
 
 logger = logging.getLogger(__name__)
@@ -77,9 +76,7 @@ class Trainer:
         stop: Shows whether someone asked to stop.
         fence: Shows whether this start of the run is still the newest.
         start: Where training continues.
-        flops_per_token: FLOPs of forward and backward, `full` convention.
-        causal_flops_per_token: The same, `causal` convention.
-        peak_flops: FLOP/s of all ranks together; None if unknown.
+        utilization: How much of its ranks' peak a speed is.
         steps_ahead: Steps that are launched before the result of one is read: 1 on a GPU, so that its queue never runs
             empty. Before a validation or a save none is.
         go_back: After a divergence, loads the checkpoint before it and returns where training goes on; every rank must
@@ -96,9 +93,7 @@ class Trainer:
     stop: StopRequest
     fence: Fence
     start: TrainState
-    flops_per_token: float
-    causal_flops_per_token: float
-    peak_flops: float | None
+    utilization: Utilization
     steps_ahead: int
     go_back: Callable[[Diverged], TrainState]
 
@@ -262,12 +257,12 @@ class Trainer:
         place = (self.groups.data.rank, self.groups.pipeline.rank, *split)
         torch.manual_seed(seed_for(config.run.seed, "dropout", step, *place))
         scale = loss_scale(state, train=config.train)
-        batch, batch_after = (batch_of(each, config.train) for each in (step, step + 1))
-        micro_batches = read_step((state.next_sample, batch), batch_after)
+        size, size_after = (size_of(each, config) for each in (step, step + 1))
+        micro_batches = read_step(state.next_sample, size, size_after)
         outcome = self.engine.train_step(micro_batches, learning_rate=rate, loss_scale=scale)
         if outcome.loss_scale != scale and self.is_first_rank:
             logger.info("step %d: gradients overflowed, loss scale %g instead of %g", step, outcome.loss_scale, scale)
-        consumed = state.consumed_samples + batch
+        consumed = state.consumed_samples + size.batch
         after = replace(state, step=step, consumed_samples=consumed, loss_scale=outcome.loss_scale)
         return _LaunchedStep(after, rate, exchange.send(outcome, began=began))
 
@@ -292,8 +287,9 @@ class Trainer:
         if not observers or (self.is_first_rank and not self.fence.may_be_ours()):
             return  # a newer start writes the metrics now; all ranks end together after this step
         state, figures = taken.after, taken.figures
-        tokens = batch_of(state.step, self.config.train) * self.config.data.sequence_length
-        tokens_per_second = tokens / figures.seconds
+        size = size_of(state.step, self.config)
+        tokens_per_second = size.batch * self.config.data.sequence_length / figures.seconds
+        full, causal = self.utilization.of(tokens_per_second, length=size.length)
         result = StepResult(
             step=state.step,
             loss=figures.loss,
@@ -303,8 +299,8 @@ class Trainer:
             consumed_samples=state.consumed_samples,
             step_seconds=figures.seconds,
             tokens_per_second=tokens_per_second,
-            model_flops_utilization=self._share_of_peak(tokens_per_second * self.flops_per_token),
-            model_flops_utilization_causal=self._share_of_peak(tokens_per_second * self.causal_flops_per_token),
+            model_flops_utilization=full,
+            model_flops_utilization_causal=causal,
             memory_gb=figures.memory_gb,
             attention_density=figures.attention_density,
             loss_scale=state.loss_scale,
@@ -313,9 +309,6 @@ class Trainer:
         )
         for observer in observers:
             observer.on_step(result)
-
-    def _share_of_peak(self, flops_per_second: float) -> float | None:
-        return flops_per_second / self.peak_flops if self.peak_flops else None
 
 
 def build_trainer(
@@ -345,10 +338,9 @@ def build_trainer(
     """
     config, prepared = ready.config, ready.prepared
     with timed("opened the data", say=logger.info if groups.world.rank == 0 else logger.debug):
-        loader, held_out = _open_data(config, prepared=prepared, groups=groups)
+        loader, held_out = open_data(config, prepared=prepared, groups=groups)
     same: dict[str, Any] = {"config": config, "groups": groups, "fence": fence, "accept_change": accept_change}
     start = resume(engine, loader, resumes=resumes, **same)
-    sizes = {"vocab_size": prepared.vocab_size, "length": config.data.sequence_length}
     return Trainer(
         config=config,
         engine=engine,
@@ -360,38 +352,9 @@ def build_trainer(
         stop=stop,
         fence=fence,
         start=start,
-        flops_per_token=flops_per_token(config.model, **sizes),
-        causal_flops_per_token=causal_flops_per_token(config.model, **sizes),
-        peak_flops=world_peak_flops(device, precision=config.train.precision),
+        utilization=Utilization(
+            config.model, prepared.vocab_size, peak=world_peak_flops(device, precision=config.train.precision)
+        ),
         steps_ahead=1 if device.type == "cuda" else 0,
         go_back=partial(go_back, engine, loader, **same),
     )
-
-
-def _open_data(config: RunConfig, *, prepared: Prepared, groups: Groups) -> tuple[Loader, Samples | None]:
-    """Return the run's loader, and the held-out samples if the run validates."""
-    open_run_samples = partial(_open_on_first_rank_first, config, prepared=prepared, groups=groups)
-    loader = Loader(
-        open_run_samples(held_out=False),
-        seed=config.run.seed,
-        micro_batch=config.train.micro_batch,
-        data_rank=groups.data.rank,
-        data_size=groups.data.size,
-    )
-    return loader, open_run_samples(held_out=True) if config.evaluate.every else None
-
-
-def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: Groups, held_out: bool) -> Samples:
-    """Open the samples on rank 0 first: it builds their index, which the other ranks then find."""
-    open_now = partial(
-        open_samples,
-        prepared,
-        sequence_length=config.data.sequence_length,
-        split=config.data.split,
-        seed=config.run.seed,
-        held_out=held_out,
-        documents=config.data.mask_documents,
-    )
-    samples = open_now() if groups.world.rank == 0 else None
-    wait_for_all(groups.world)
-    return samples or open_now()

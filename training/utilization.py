@@ -9,6 +9,8 @@ is not counted. Keys that a sliding window or lossless windows leave out are: bo
 import math
 import re
 import time
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -48,6 +50,35 @@ _GPU_PEAKS = {
 _OTHER_GPUS = r"(?! (Ti|D|SUPER|Laptop)\b)(?!.* MIG\b)"
 
 
+@dataclass(frozen=True)
+class Utilization:
+    """How much of its ranks' peak a run uses.
+
+    Attributes:
+        model: Its model.
+        vocab_size: Tokens, without padding.
+        peak: FLOP/s of all ranks together; None if unknown.
+    """
+
+    model: Model
+    vocab_size: int
+    peak: float | None
+
+    def of(self, tokens_per_second: float, *, length: int) -> tuple[float | None, float | None]:
+        """Return the share of the peak by the `full` and by the `causal` convention; None if the peak is unknown.
+
+        Args:
+            tokens_per_second: Over all ranks.
+            length: Tokens of a sequence.
+        """
+        if not self.peak:
+            return None, None
+        counts = (flops_per_token, causal_flops_per_token)
+        full, causal = (count(self.model, vocab_size=self.vocab_size, length=length) for count in counts)
+        return tokens_per_second * full / self.peak, tokens_per_second * causal / self.peak
+
+
+@lru_cache  # each step asks, and the parameters of all layers are listed
 def flops_per_token(model: Model, *, vocab_size: int, length: int) -> float:
     """Return forward and backward FLOPs of one token by the `full` convention: 6 N + 12 layers x hidden x length."""
     parameters = parameter_count(model, vocab_size=vocab_size)

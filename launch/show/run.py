@@ -15,7 +15,7 @@ from training.checkpoint.manifest import find_checkpoint
 from training.export.formats.table import export_problems
 from training.families.table import parameter_count
 from training.least_density import attention_here
-from training.progress_lines import step_tokens, tokens_in_all
+from training.progress_lines import step_lengths, step_tokens, tokens_in_all
 from training.state import TrainState
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def run_summary(config: RunConfig, *, device: str, notes: Sequence[str]) -> dict
         "sequence_length": config.data.sequence_length,
         "tokens_per_step": config.train.global_batch * config.data.sequence_length,
         "step_tokens": step_tokens(config),
+        "step_lengths": step_lengths(config),
         "tokens": _tokens_of(config),
         "steps": config.train.steps,
         "tensor": parallel.tensor,
@@ -72,7 +73,7 @@ def show_summary(summary: dict[str, Any]) -> None:
         f"{summary['position']}: {summary['parameters']:,} parameters",
         f"  attention {summary['attention']}",
         f"  training  {summary['steps']:,} steps of {summary['step_tokens']} tokens "
-        f"({summary['tokens']:,} in all) at length {summary['sequence_length']:,}",
+        f"({summary['tokens']:,} in all) at length {summary['step_lengths']}",
         f"  layout    tensor {summary['tensor']} x pipeline {summary['pipeline']}, ZeRO-{summary['zero']}: "
         f"ranks in multiples of {model_ranks}",
         f"  folders   run {summary['dir']}, data {summary['data']}",

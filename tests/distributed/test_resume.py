@@ -21,7 +21,7 @@ STEPS, BRANCHED = 5, 3
 SAVED_EACH_STEP = {
     "model": {"dropout": 0.1},
     "data": {"vocab_size": 400},
-    "train": {"steps": STEPS, "global_batch": 16, "batch_warmup": [[8, 2]]},
+    "train": {"steps": STEPS, "global_batch": 16, "batch_warmup": [[8, 2]], "length_warmup": [[8, 3]]},
     "checkpoint": {"every": 1, "keep": 100},
     "evaluate": {"every": 2, "samples": 8},
 }

@@ -3,7 +3,8 @@
 from tests.mutants.mutants import Mutant
 
 SCHEDULES, BRANCHES = "tests/unit/test_schedules.py::", "tests/unit/test_branches.py::"
-BY_WARM_UP = "tests/unit/test_batches.py::test_a_warm_up_equals_a_run_and_its_branch"
+BY_PIECES = "tests/unit/test_step_sizes.py::test_short_steps_are_those_of_the_engine_on_pieces"
+BY_WARM_UP = "tests/unit/test_step_sizes.py::test_a_warm_up_equals_a_run_and_its_branch"
 
 SCHEDULE_MUTANTS = (
     Mutant(
@@ -58,15 +59,36 @@ SCHEDULE_MUTANTS = (
     Mutant(
         "batches: all steps count as full ones",
         "training/trainer.py",
-        "consumed = state.consumed_samples + batch",
+        "consumed = state.consumed_samples + size.batch",
         "consumed = state.consumed_samples + config.train.global_batch",
         BY_WARM_UP,
     ),
     Mutant(
         "batches: one step too few is small",
-        "configs/batches.py",
+        "configs/step_sizes.py",
         "taken = min(left, steps)",
         "taken = min(left, steps - 1)",
         BY_WARM_UP,
+    ),
+    Mutant(
+        "lengths: sequences stay whole",
+        "data_pipeline/loader.py",
+        "length=size.length)",
+        "length=self._samples.sequence_length)",
+        BY_PIECES,
+    ),
+    Mutant(
+        "lengths: the token between two pieces is no target",
+        "data_pipeline/loader.py",
+        "batch.unfold(-1, length + 1, length)",
+        "batch.unfold(-1, length + 1, length + 1)",
+        BY_PIECES,
+    ),
+    Mutant(
+        "lengths: one step too many is short",
+        "configs/step_sizes.py",
+        "if step <= ends:",
+        "if step <= ends + 1:",
+        BY_PIECES,
     ),
 )

@@ -10,6 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from configs.errors import InputError
+from configs.step_sizes import StepSize
 from data_pipeline.loader import Loader, held_out_parts
 from data_pipeline.manifest import Part, Prepared
 from data_pipeline.order import SampleOrder
@@ -140,7 +141,7 @@ def test_a_blend_has_its_shares_and_a_short_source_is_named(tmp_path: Path) -> N
     prepared = numbered(tmp_path, LENGTHS, LENGTHS[:30], weights=(1.0, 3.0))
     samples = training(prepared)
     loader = Loader(samples, seed=1, micro_batch=len(samples), data_rank=0, data_size=1)
-    (batch,) = loader.step(0, len(samples))
+    (batch,) = loader.step(0, StepSize(len(samples), samples.sequence_length))
     second = (batch[:, 0] >= sum(LENGTHS)).float().mean()
     assert abs(second - 0.75) < 1 / len(samples)
     with pytest.raises(InputError, match="source0 with weight 1e-09 gets none of"):
@@ -179,7 +180,7 @@ def test_a_step_has_the_same_samples_for_any_ranks(tmp_path: Path) -> None:
         ]
         # the last crosses from one epoch to the next
         for consumed in (0, 24, len(samples) - 7):
-            batches = [loader.step(consumed, 24) for loader in loaders]
+            batches = [loader.step(consumed, StepSize(24, 16)) for loader in loaders]
             assert {tuple(batch.shape) for rank in batches for batch in rank} == {(micro_batch, 17)}
             assert all(batch.dtype == torch.int64 for rank in batches for batch in rank)
             ids = order.ids(start=consumed, count=24)

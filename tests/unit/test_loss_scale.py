@@ -10,6 +10,7 @@ import torch
 
 from configs.errors import InputError
 from configs.precisions import PRECISIONS
+from configs.step_sizes import StepSize
 from tests.support.diverging import STEPS, Told, lines_of, poison_steps, results_of, train
 from tests.support.one_rank import OneRank, one_rank
 from training import loss_scale
@@ -80,7 +81,7 @@ def test_a_run_keeps_its_scale_over_restarts_and_rollbacks(
 
 
 def test_a_step_that_overflowed_equals_one_that_did_not(half: OneRank, tmp_path: Path) -> None:
-    batches, taken = half.loader(half.config(tmp_path / "run")).step(0, 4), []
+    batches, taken = half.loader(half.config(tmp_path / "run")).step(0, StepSize(4, 8)), []
     for scale in (HUGE, None):
         half.trainer(half.config(tmp_path / f"run-{scale}"))  # the initial weights, without moments
         torch.manual_seed(3)
@@ -95,7 +96,7 @@ def test_a_step_that_overflowed_equals_one_that_did_not(half: OneRank, tmp_path:
 
 
 def test_small_gradients_need_the_scale(rank: OneRank, half: OneRank, tmp_path: Path) -> None:
-    batches = rank.loader(rank.config(tmp_path / "run")).step(0, 4)
+    batches = rank.loader(rank.config(tmp_path / "run")).step(0, StepSize(4, 8))
     # Gradients of a long batch are that small: here of weights of the head, by a loss of 2^-16.
     errors = {}
     for scale in (2.0**-16, FIRST_SCALE):

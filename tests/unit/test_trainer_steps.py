@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from configs.errors import InputError
+from configs.step_sizes import StepSize
 from data_pipeline.loader import Loader
 from data_pipeline.reading_ahead import reading_ahead
 from parallel.axes import Group
@@ -24,7 +25,7 @@ from training.observers import Observer, StepResult
 from training.state import TrainState
 from training.validator import Validator
 
-STEPS = 7
+STEPS, FOUR = 7, StepSize(4, 8)
 
 
 class Told(Observer):
@@ -181,16 +182,18 @@ def test_batches_are_read_ahead_and_are_those_of_the_loader(
     asked: dict[tuple[int, int], str] = {}
     is_read = threading.Event()
 
-    def step(self: Loader, consumed_samples: int, count: int) -> list[torch.Tensor]:
-        asked[consumed_samples, count] = threading.current_thread().name
-        if (consumed_samples, count) == (8, 6):
+    def step(self: Loader, consumed_samples: int, size: StepSize) -> list[torch.Tensor]:
+        asked[consumed_samples, size.batch] = threading.current_thread().name
+        if (consumed_samples, size.batch) == (8, 6):
             is_read.set()
-        return real(self, consumed_samples, count)
+        return real(self, consumed_samples, size)
 
     monkeypatch.setattr(Loader, "step", step)
     with reading_ahead(loader, device=CPU) as read_step:
         for consumed, after in ((0, 4), (4, 6), (100, 4), (0, 4)):  # a resume may begin anywhere
-            for batch, expected in zip(read_step((consumed, 4), after), real(loader, consumed, 4), strict=True):
+            for batch, expected in zip(
+                read_step(consumed, FOUR, StepSize(after, 8)), real(loader, consumed, FOUR), strict=True
+            ):
                 assert torch.equal(batch, expected)
             if consumed == 4:
                 assert is_read.wait(60), "the step after it is read while nobody asks for it"
@@ -203,17 +206,17 @@ def test_an_error_while_reading_ahead_is_raised_when_asked_for(
 ) -> None:
     loader, real = rank.loader(rank.config(tmp_path / "run")), Loader.step
 
-    def step(self: Loader, consumed_samples: int, count: int) -> list[torch.Tensor]:
+    def step(self: Loader, consumed_samples: int, size: StepSize) -> list[torch.Tensor]:
         if consumed_samples == 4:
             raise OSError(5, "Input/output error", "data.bin")
-        return real(self, consumed_samples, count)
+        return real(self, consumed_samples, size)
 
     monkeypatch.setattr(Loader, "step", step)
     with reading_ahead(loader, device=CPU) as read_step:
-        read_step((0, 4), 4)
+        read_step(0, FOUR, FOUR)
         with pytest.raises(OSError, match=r"data\.bin"):
-            read_step((4, 4), 4)
-        assert len(read_step((8, 4), 4)) == 2, "and the others can be read"
+            read_step(4, FOUR, FOUR)
+        assert len(read_step(8, FOUR, FOUR)) == 2, "and the others can be read"
     for thread in threading.enumerate():
         if thread.name.startswith("reading ahead"):
             thread.join(60)
@@ -223,14 +226,14 @@ def test_an_error_while_reading_ahead_is_raised_when_asked_for(
 def test_a_read_that_hangs_delays_no_end(rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, real, disk = rank.loader(rank.config(tmp_path / "run")), Loader.step, threading.Event()
 
-    def step(self: Loader, consumed_samples: int, count: int) -> list[torch.Tensor]:
+    def step(self: Loader, consumed_samples: int, size: StepSize) -> list[torch.Tensor]:
         assert consumed_samples == 0 or disk.wait(60)
-        return real(self, consumed_samples, count)
+        return real(self, consumed_samples, size)
 
     monkeypatch.setattr(Loader, "step", step)
     try:
         with reading_ahead(loader, device=CPU) as read_step:
-            read_step((0, 4), 4)
+            read_step(0, FOUR, FOUR)
         (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("reading ahead"))
         assert thread.daemon, "Python waits for every other thread before it ends"
     finally:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from configs.step_sizes import StepSize
 from tests.support.one_rank import one_rank
 
 Z_LOSS = 0.1
@@ -13,7 +14,7 @@ Z_LOSS = 0.1
 
 def test_z_loss_is_in_the_gradient_alone(tmp_path: Path) -> None:
     with one_rank(tmp_path, f"train.z_loss={Z_LOSS}") as rank:
-        batches = rank.loader(rank.config(tmp_path / "run")).step(0, 4)
+        batches = rank.loader(rank.config(tmp_path / "run")).step(0, StepSize(4, 8))
         outcome = rank.engine.train_step(batches, learning_rate=0.0)
         decoder = rank.engine.module
         losses, squares = [], []

@@ -87,7 +87,8 @@ def profile_rank(config: RunConfig, process: ProcessRank, *, steps: int, out: Pa
 def _take(trainer: Trainer, steps: int, read_step: ReadStep) -> tuple[Trainer, list[TakenStep]]:
     """Take steps, and return the trainer of those that follow."""
     config = trainer.config
-    train = config.train.model_copy(update={"steps": trainer.start.step + steps, "batch_warmup": ()})
+    full = {"batch_warmup": (), "length_warmup": ()}
+    train = config.train.model_copy(update={"steps": trainer.start.step + steps, **full})
     checkpoint = config.checkpoint.model_copy(update={"every": _NEVER})
     trainer = replace(trainer, config=config.model_copy(update={"train": train, "checkpoint": checkpoint}))
     with window(trainer.device):
@@ -99,10 +100,7 @@ def _facts(trainer: Trainer, taken: Sequence[TakenStep], *, attention: str, layo
     config, seconds = trainer.config, median(step.figures.seconds for step in taken)
     train = config.train
     tokens_per_second = train.global_batch * config.data.sequence_length / seconds
-    shares = [
-        tokens_per_second * flops / trainer.peak_flops if trainer.peak_flops else None
-        for flops in (trainer.flops_per_token, trainer.causal_flops_per_token)
-    ]
+    full, causal = trainer.utilization.of(tokens_per_second, length=config.data.sequence_length)
     return {
         "run": config.run.name,
         "device": device_name(trainer.device),
@@ -117,8 +115,8 @@ def _facts(trainer: Trainer, taken: Sequence[TakenStep], *, attention: str, layo
         "global_batch": train.global_batch,
         "step_seconds": seconds,
         "tokens_per_second": tokens_per_second,
-        "model_flops_utilization": shares[0],
-        "model_flops_utilization_causal": shares[1],
+        "model_flops_utilization": full,
+        "model_flops_utilization_causal": causal,
         "memory_gb": max(step.figures.memory_gb for step in taken),
     }
 

@@ -33,7 +33,7 @@ GPU_VARIABLES = (
 # Keys of a run file that two starts of one run may differ in, or that a reader of the manifest looks for first.
 SETTINGS = (
     *("run.seed", "train.precision", "train.deterministic", "train.compile", "train.recompute", "train.steps"),
-    *("train.micro_batch", "train.global_batch", "train.batch_warmup"),
+    *("train.micro_batch", "train.global_batch", "train.batch_warmup", "train.length_warmup"),
     *("parallel.sequence", "model.attention", "model.windows"),
 )
 

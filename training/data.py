@@ -1,0 +1,43 @@
+"""Open a run's data on each rank: the loader of its samples, and its held-out samples."""
+
+from functools import partial
+
+from configs.schema import RunConfig
+from data_pipeline.loader import Loader
+from data_pipeline.manifest import Prepared
+from data_pipeline.samples import Samples, open_samples
+from parallel.axes import Groups
+from parallel.collectives import wait_for_all
+
+
+def open_data(config: RunConfig, *, prepared: Prepared, groups: Groups) -> tuple[Loader, Samples | None]:
+    """Return the run's loader, and the held-out samples if the run validates; every rank must call it.
+
+    Raises:
+        InputError: the data has no sample.
+    """
+    open_run_samples = partial(_open_on_first_rank_first, config, prepared=prepared, groups=groups)
+    loader = Loader(
+        open_run_samples(held_out=False),
+        seed=config.run.seed,
+        micro_batch=config.train.micro_batch,
+        data_rank=groups.data.rank,
+        data_size=groups.data.size,
+    )
+    return loader, open_run_samples(held_out=True) if config.evaluate.every else None
+
+
+def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: Groups, held_out: bool) -> Samples:
+    """Open the samples on rank 0 first: it builds their index, which the other ranks then find."""
+    open_now = partial(
+        open_samples,
+        prepared,
+        sequence_length=config.data.sequence_length,
+        split=config.data.split,
+        seed=config.run.seed,
+        held_out=held_out,
+        documents=config.data.mask_documents,
+    )
+    samples = open_now() if groups.world.rank == 0 else None
+    wait_for_all(groups.world)
+    return samples or open_now()
