@@ -1,9 +1,13 @@
-"""The learning rate as a pure function of the step: linear warm-up, then the schedule that the run file names."""
+"""The learning rate as a pure function of the step: linear warm-up, then the schedule that the run file names.
+
+The warm-up counts steps. The fall counts sequences, so that with `train.batch_warmup` it follows the tokens.
+"""
 
 import math
 
 from configs.schedules import SCHEDULES, cooldown_steps, schedule_steps
 from configs.schema import Train
+from configs.step_sizes import samples_until
 
 
 def learning_rate(step: int, *, train: Train) -> float:
@@ -19,7 +23,8 @@ def learning_rate(step: int, *, train: Train) -> float:
     begins = schedule.fall_begins(train)
     if begins is None or step <= begins:
         return train.learning_rate
-    left: float = schedule.load()(min((step - begins) / (train.decay_steps - begins), 1.0))
+    first, now, end = (samples_until(each, train) for each in (begins, step, train.decay_steps))
+    left: float = schedule.load()(min((now - first) / (end - first), 1.0))
     return train.min_learning_rate + left * (train.learning_rate - train.min_learning_rate)
 
 

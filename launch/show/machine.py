@@ -144,7 +144,8 @@ def _memory(size: int | None) -> str:
 def _gpus(gpus: dict[str, Any]) -> str:
     if gpus["usable"]:
         return ", ".join(
-            f"{gpu['name']} {_memory(gpu['memory_bytes'])}{'' if gpu['bf16'] else ' without bf16: use train.precision fp16'}"
+            f"{gpu['name']} {_memory(gpu['memory_bytes'])}"
+            + ("" if gpu["bf16"] else " without bf16: use train.precision fp16")
             for gpu in gpus["usable"]
         )
     build = f"torch is built for CUDA {gpus['torch_cuda']}" if gpus["torch_cuda"] else "torch is built without CUDA"

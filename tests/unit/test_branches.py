@@ -9,6 +9,7 @@ import torch
 
 from configs.errors import InputError
 from configs.schema import RunConfig
+from configs.step_sizes import StepSize
 from launch.start_check import dry_run_lines
 from tests.support.diverging import lines_of
 from tests.support.edited_manifest import edit_manifest
@@ -79,9 +80,11 @@ def test_a_branch_has_a_schedule_and_a_batch_of_its_own(rank: OneRank, point: Pa
     assert column(branch, "step", "consumed_samples") == [(3, 14), (4, 20), (5, 26)]
     # its samples are those that the trunk did not take
     config = rank.config(branch, *more)
-    taken = rank.loader(config).step(AT * 4)
+    taken = rank.loader(config).step(AT * 4, StepSize(6, 8))
     everything = rank.loader(rank.config(branch)).step
-    assert torch.equal(torch.cat(taken), torch.cat([*everything(8), *everything(12)])[:6])
+    assert torch.equal(
+        torch.cat(taken), torch.cat([*everything(8, StepSize(4, 8)), *everything(12, StepSize(4, 8))])[:6]
+    )
 
 
 def test_a_branch_needs_its_trunk_until_it_has_saved(rank: OneRank, trunk: Path, tmp_path: Path) -> None:

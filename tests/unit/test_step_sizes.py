@@ -36,22 +36,23 @@ def test_the_batch_of_each_step(rank: OneRank, tmp_path: Path) -> None:
 
 def test_a_warm_up_equals_a_run_and_its_branch(rank: OneRank, tmp_path: Path) -> None:
     whole, small, rest = (tmp_path / name for name in ("whole", "small", "rest"))
-    end = train(rank, whole, WARM_UP, steps=STEPS)
+    constant = "train.schedule=constant"  # a fall counts sequences, which the two runs below do not know of
+    end = train(rank, whole, WARM_UP, constant, steps=STEPS)
     lines = lines_of(whole)
     assert [line["consumed_samples"] for line in lines] == [2, 4, 6, 10, 14, 18]
     assert [line["tokens_seen"] for line in lines] == [8 * line["consumed_samples"] for line in lines]
     assert [round(line["tokens_per_second"] * line["step_seconds"]) for line in lines] == [16] * 3 + [32] * 3
     assert end.consumed_samples == 18
     # the same by other means: a run of the small batch, and one that branches off with the large one
-    train(rank, small, "train.global_batch=2", f"train.decay_steps={STEPS}", steps=3)
-    train(rank, rest, f"train.branch_from={small}", f"train.decay_steps={STEPS}", steps=STEPS)
+    train(rank, small, "train.global_batch=2", constant, steps=3)
+    train(rank, rest, f"train.branch_from={small}", constant, steps=STEPS)
     steps, tensors = results_of(whole)
     assert (results_of(small)[0] + results_of(rest)[0], results_of(rest)[1]) == (steps, tensors)
     # and from any checkpoint
     again = tmp_path / "again"
     for last in (1, 4):
-        train(rank, again, WARM_UP, f"train.decay_steps={STEPS}", "checkpoint.every=1", steps=last)
-    train(rank, again, WARM_UP, steps=STEPS)
+        train(rank, again, WARM_UP, constant, f"train.decay_steps={last}", "checkpoint.every=1", steps=last)
+    train(rank, again, WARM_UP, constant, steps=STEPS)
     assert results_of(again) == (steps, tensors)
 
 
@@ -62,6 +63,15 @@ def test_the_length_of_each_step(rank: OneRank, tmp_path: Path) -> None:
     assert (lengths_of(run), step_lengths(run), step_tokens(run)) == ((2, 4, 8), "2 to 8", "16 to 32")
     always = rank.config(tmp_path)
     assert (size_of(1, always), step_lengths(always)) == (StepSize(4, 8), "8")
+
+
+def test_the_learning_rate_falls_with_the_tokens(rank: OneRank, tmp_path: Path) -> None:
+    keys = ("train.schedule=linear", "train.learning_rate=1", "train.min_learning_rate=0", "train.decay_steps=6")
+    train_keys = rank.config(tmp_path, WARM_UP, *keys).train
+    # 18 sequences, 2 of them in the warm-up
+    expected = [1.0, *(1 - seen / 16 for seen in (2, 4, 8, 12, 16))]
+    assert [learning_rate(step, train=train_keys) for step in range(1, 7)] == expected
+    assert learning_rate(9, train=train_keys) == 0
 
 
 def test_samples_are_cut_into_pieces_that_follow_each_other(rank: OneRank, tmp_path: Path) -> None:
