@@ -144,10 +144,10 @@ class _ZeroEngine:
                 self._engine.optimizer.override_loss_scale(loss_scale)
             loss = self._step(micro_batches)
             outcome = StepOutcome(loss, zero.gradient_norm(self._engine), loss_scale)
-            if loss_scale is None or not self._engine.optimizer.overflow:
+            if not getattr(self._engine.optimizer, "overflow", False):  # torch's own optimizers have none
                 return outcome
             zero.drop_gradients(self._engine)  # all ranks have left the step out
-            if loss_scale <= 1:
+            if loss_scale is None or loss_scale <= 1:
                 return outcome
             loss_scale /= 2
             torch.manual_seed(seed)

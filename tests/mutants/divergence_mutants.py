@@ -127,7 +127,7 @@ DIVERGENCE_MUTANTS = (
     Mutant(
         "fp16: a step that overflowed is left out",
         ENGINE,
-        "if loss_scale is None or not self._engine.optimizer.overflow:",
+        'if not getattr(self._engine.optimizer, "overflow", False):',
         "if True:",
         BY_SCALE,
     ),
@@ -144,5 +144,12 @@ DIVERGENCE_MUTANTS = (
         "torch.manual_seed(seed)",
         "torch.manual_seed(seed + 1)",
         f"{BY_SCALE.partition('::')[0]}::test_a_step_that_overflowed_equals_one_that_did_not",
+    ),
+    Mutant(
+        "a divergence stays in offloaded gradients",
+        ENGINE,
+        "zero.drop_gradients(self._engine)",
+        "pass",
+        f"{BESIDE}::test_offloaded_gradients_of_a_divergence_are_dropped[bf16]",
     ),
 )

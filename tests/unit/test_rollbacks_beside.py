@@ -16,8 +16,9 @@ from tests.support.diverging import (
     poison_steps,
     results_of,
     train,
+    train_without,
 )
-from tests.support.one_rank import OneRank
+from tests.support.one_rank import OneRank, one_rank
 from tests.support.steps import step_result
 from training import trainer as training_trainer
 from training.checkpoint.manifest import check_whole, list_checkpoints
@@ -163,3 +164,16 @@ def test_evaluations_of_removed_checkpoints_are_renamed(
     kept, renamed = sorted(path.name for path in (run_dir / "evaluation").iterdir())
     assert (kept, renamed.partition(".until-")[0]) == ("step_0000012", "step_0000015")
     assert ".until-" in renamed
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_offloaded_gradients_of_a_divergence_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    (tmp_path / "home").mkdir()
+    with one_rank(tmp_path / "home", f"train.precision={precision}", "parallel.offload=cpu") as offloaded:
+        with monkeypatch.context() as patch:
+            poison_steps(offloaded, patch, 5)
+            train(offloaded, tmp_path / "run")
+        train_without(offloaded, tmp_path / "without", monkeypatch, first=3 * BATCH, count=3 * BATCH)
+        assert results_of(tmp_path / "run") == results_of(tmp_path / "without")
