@@ -62,8 +62,8 @@ class Engine(Protocol):
     ) -> StepOutcome:
         """Take one optimizer step on this data rank's micro-batches.
 
-        Where the gradients overflow, they are computed again with half the loss scale, until they fit or it is 1. With
-        a gradient norm that is not finite nothing changes.
+        Where the gradients overflow, they are computed again with half the loss scale and torch's same seed, until they
+        fit or it is 1. With a gradient norm that is not finite nothing changes.
 
         Args:
             micro_batches: Each as `parallel.documents.split_batch` takes it.
