@@ -261,7 +261,7 @@ class Trainer:
         micro_batches = read_step(state.next_sample, size, size_after)
         outcome = self.engine.train_step(micro_batches, learning_rate=rate, loss_scale=scale)
         if outcome.loss_scale != scale and self.is_first_rank:
-            logger.info("step %d: gradients overflowed, loss scale %g instead of %g", step, outcome.loss_scale, scale)
+            logger.info("step %d: gradients overflowed, loss scale %d instead of %d", step, outcome.loss_scale, scale)
         consumed = state.consumed_samples + size.batch
         after = replace(state, step=step, consumed_samples=consumed, loss_scale=outcome.loss_scale)
         return _LaunchedStep(after, rate, exchange.send(outcome, began=began))

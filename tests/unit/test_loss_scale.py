@@ -55,7 +55,7 @@ def test_a_run_keeps_its_scale_over_restarts_and_rollbacks(
     assert 1 < scales[0] < HUGE
     tried = [HUGE, *(scale * (1 if step % 4 else 2) for step, scale in enumerate(scales[:-1], start=1))]
     assert [message for message in caplog.messages if "loss scale" in message] == [
-        f"step {step}: gradients overflowed, loss scale {scale:g} instead of {first:g}"
+        f"step {step}: gradients overflowed, loss scale {scale:.0f} instead of {first:.0f}"
         for step, (scale, first) in enumerate(zip(scales, tried, strict=True), start=1)
         if scale < first
     ]
