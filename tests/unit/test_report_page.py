@@ -286,6 +286,19 @@ def test_a_new_run_says_what_is_missing_and_what_makes_it(trainshort: Call) -> N
     assert "Not started yet" in written(trainshort, "a run", page="a run/report.html").text
 
 
+def test_weights_from_elsewhere_are_not_to_be_trained(trainshort: Call) -> None:
+    for name, step in (("imported", 0), ("mean", 10)):
+        make_run(Path(name), steps=0, checkpoints=(step,))
+        text = written(trainshort, name, page=f"{name}/report.html").text
+        assert text.count(f"{name} was not trained in this folder") == 5
+        assert "trainshort train " not in text, "which is refused"
+        data = " --data FILE" if name == "imported" else ""
+        assert f"{name} has no evaluation: trainshort evaluate {name}{data} Training" in text
+    answer = trainshort("compare", "imported", "mean")
+    assert re.search(r"^ steps +0 +10$", answer.out, re.MULTILINE)
+    assert "note: imported has no evaluation: trainshort evaluate imported --data FILE\n" in answer.out
+
+
 def test_names_from_files_are_escaped_and_secrets_hidden(trainshort: Call) -> None:
     for folder in ("<script>x", "b&b/<script>x"):
         add_report(make_run(Path(folder), run={"name": "same"}), {32: 20.0}, text="<i>.txt")
