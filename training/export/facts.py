@@ -60,7 +60,9 @@ class ModelFacts:
 
     @property
     def unmeasured(self) -> str | None:
-        """Why `evaluate` measures another model than the exported one; None if it does not."""
+        """Why `evaluate` cannot measure the exported model; None if it can."""
+        if self.is_imported:
+            return "its perplexity by length was not measured, as an imported model has no held-out text"
         masked = "its perplexity by length is measured with masked documents, and an export masks none"
         return masked if self.config.data.mask_documents else None
 
