@@ -295,11 +295,14 @@ def test_a_run_without_evaluation_says_what_to_type(trainshort: Call) -> None:
     make_run(Path("my run"), run={"name": "plain"})
     add_report(make_run(Path("b")), {32: 20.0})
     make_run(Path("new"), checkpoints=())
-    answer = trainshort("compare", "my run", "b", "new")
+    make_run(Path("imported"), steps=0, checkpoints=(0,))
+    answer = trainshort("compare", "my run", "b", "new", "imported")
     assert answer.code == 0
+    assert rows(answer.out)["steps"] == ["10", "10", "10", "0"]
+    assert "note: imported has no evaluation: trainshort evaluate imported --data FILE\n" in answer.out
     assert "note: plain has no evaluation: trainshort evaluate 'my run'\n" in answer.out
     assert "note: new has no checkpoint yet, so there is nothing to evaluate\n" in answer.out
-    assert rows(answer.out)["32"] == ["-", "20.00", "-"]
+    assert rows(answer.out)["32"] == ["-", "20.00", "-", "-"]
 
 
 def test_a_note_on_an_older_step_names_the_text(trainshort: Call) -> None:

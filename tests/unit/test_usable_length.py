@@ -147,6 +147,24 @@ def test_a_report_of_other_weights_or_text_is_not_used(run_dir: Path) -> None:
     assert found_in(run_dir) is None
 
 
+def test_links_lead_to_the_run_folder(trainshort: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_dir.parent)
+    for folder in ("disk", "links"):
+        Path(folder).mkdir()
+    Path("run/checkpoints").rename("disk/saved")  # as where the run folder's disk is small
+    Path("run/checkpoints").symlink_to(Path("disk/saved").absolute())
+    Path("links/best").symlink_to(Path("run/checkpoints", NAME).absolute())
+    Path("book.txt").write_text("A text of some words. " * 9)
+    for name in ("links/best", f"run/checkpoints/{NAME}"):
+        assert trainshort("evaluate", name, "--data", "book.txt", "--lengths", "8").code == 0
+        assert Path("run/evaluation", NAME, "book.json").is_file(), name
+        report = write(report_of({8: 1.0}), run_dir / "evaluation" / NAME / "held-out.json")
+        assert found_in(run_dir) == report, "for an export"
+        (run,) = json.loads(trainshort("compare", name, "--json").out)["runs"]
+        assert run["evaluation"]["text"] == "held-out"
+        shutil.rmtree("run/evaluation")
+
+
 def exported(trainshort: Call, run_dir: Path, out: str) -> tuple[list[str], dict[str, Any], str]:
     """Export the run; return the lines of the output, config.json and the model card."""
     with contextlib.chdir(run_dir.parent):

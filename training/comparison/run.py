@@ -16,6 +16,7 @@ from configs.schema import RunConfig
 from training.checkpoint.manifest import (
     CONFIG_NAME,
     Manifest,
+    candidate_folders,
     is_checkpoint_name,
     list_checkpoints,
     read_manifest,
@@ -133,9 +134,10 @@ def read_runs(paths: Sequence[Path], *, text: str | None) -> tuple[ComparedRun, 
 
 def _read_run(path: Path, *, text: WantedText | None) -> ComparedRun:
     require_folder(path, what="run", advice="give a run folder, or a checkpoint in one")
-    folder = path.resolve()  # what is given may be a link
-    is_checkpoint = is_checkpoint_name(folder.name) or (folder / MANIFEST_NAME).is_file()
+    # what is given may be a link
+    is_checkpoint = is_checkpoint_name(path.resolve().name) or (path / MANIFEST_NAME).is_file()
     if is_checkpoint:
+        (folder,) = candidate_folders(path)
         newest: tuple[Path, Manifest] | None = (folder, read_manifest(folder))
         run_dir, config = folder.parent.parent, load_run(str(folder / CONFIG_NAME))
     else:

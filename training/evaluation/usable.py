@@ -72,11 +72,10 @@ def find_held_out_report(checkpoint: Path, *, step: int, sha256: str) -> HeldOut
     asks for it, an export or the harness, masks none, and attention would reach further than it was measured to.
 
     Args:
-        checkpoint: The checkpoint's folder.
+        checkpoint: The checkpoint's folder, in its run folder.
         step: Its training step.
         sha256: Its `training.checkpoint.manifest.model_sha256`.
     """
-    checkpoint = checkpoint.resolve()
     for path in held_out_files(checkpoint):
         try:
             report = read_report(path)
