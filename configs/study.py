@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
 from configs.errors import InputError
 from configs.load import find_yaml, load_run, problem_message, read_text_file
 from configs.path_text import PathText
+from configs.protocols import PROTOCOL_NAMES
 from configs.schema import RunConfig
 from configs.schema_problems import refused_keys, schema_problems
 from configs.section import TUPLE, Section, SequenceLength
@@ -76,7 +77,7 @@ class Study(Section):
         description="Lengths that all runs are evaluated at, in tokens; those of the base unless set.",
     )
     protocols: Annotated[tuple[str, ...], TUPLE] = Field(
-        default=("nonoverlapping",), min_length=1, description="nonoverlapping, or sliding:STRIDE."
+        default=("nonoverlapping",), min_length=1, description=f"{PROTOCOL_NAMES}."
     )
     texts: Annotated[tuple[PathText, ...], TUPLE] = Field(
         default=(HELD_OUT_TEXT,),

@@ -102,7 +102,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; see `Tokenizer`."""
-        return str(self._processor.decode([int(token) for token in ids]))
+        return str(self._processor.decode([*self._with_piece(ids)]))
 
     def decode_each(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of token ids as they come; see `Tokenizer`.
@@ -110,7 +110,7 @@ class SentencePieceTokenizer(Tokenizer):
         A character without a piece is up to four tokens, one a byte.
         """
         waiting: list[int] = []  # bytes of a character that is not complete
-        for token in ids:
+        for token in self._with_piece(ids):
             waiting.append(token)
             decided = len(waiting)
             if self._processor.is_byte(token):
@@ -122,6 +122,10 @@ class SentencePieceTokenizer(Tokenizer):
                 del waiting[:decided]
         if waiting:
             yield self.decode(waiting)
+
+    def _with_piece(self, ids: Iterable[int]) -> Iterator[int]:
+        """Yield the ids of pieces: a model's embedding may have more rows, and it may generate their ids."""
+        return (int(token) for token in ids if token < self.vocab_size)
 
     def spell(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 that token ids stand for; see `Tokenizer`."""

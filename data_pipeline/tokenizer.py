@@ -65,7 +65,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids; control tokens decode to nothing."""
+        """Return the text of token ids; control tokens and ids that no token has decode to nothing."""
 
     @abstractmethod
     def decode_each(self, ids: Iterable[int]) -> Iterator[str]:

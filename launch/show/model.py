@@ -98,7 +98,7 @@ def show_export(result: "ExportResult", *, checkpoint: Path) -> None:
     advice = f"; run `trainshort evaluate {typed_path(checkpoint)}` and export again"
     show_lines(
         f"exported {result}",
-        f"longest text: {facts.longest:,} tokens, {facts.reason}{'' if facts.report else advice}",
+        f"longest text: {facts.longest:,} tokens, {facts.reason}{'' if facts.report or facts.unmeasured else advice}",
         *([f"registered: {result.registered}"] if result.registered else []),
         f"exported: {result.folder}",
     )

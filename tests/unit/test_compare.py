@@ -235,6 +235,12 @@ def test_a_text_is_found_by_label_content_and_path(trainshort: Call, here: Path)
         assert found(f"{place}/book.txt") == found(expected[0]) == expected
     (here / "copy.txt").write_text("another text")
     assert found("copy.txt") == kept["y"], "the same content"
+    facts = {"data": {"name": "copy.txt"}, "text_path": str(here / "copy.txt"), "newest": False}
+    add_report(run_dir, {32: 30.0}, text="copy.txt", text_sha256=sha256("another text"), **facts)
+    assert found("copy.txt") == ("copy.txt", 30.0), "the same content and path"
+    assert found("y/book.txt") == kept["y"]
+    (here / "third.txt").write_text("another text")
+    assert found("third.txt") in (("copy.txt", 30.0), kept["y"]), "one text under two names"
     (here / "x" / "book.txt").unlink()
     assert found("x/book.txt") == kept["x"], "the same path"
     assert f"on {kept['y'][0]}" in rows(trainshort("compare", "run").out), "the newest report"
@@ -242,7 +248,7 @@ def test_a_text_is_found_by_label_content_and_path(trainshort: Call, here: Path)
     assert line == f"--text book.txt is the name of several texts: give one of book, {kept['y'][0]}"
     (here / "book.txt").write_text("a third text")
     assert refused(trainshort, "compare", "run", "--text", "book.txt").startswith(
-        f"--text book.txt: no run was evaluated on it, there are book, {kept['y'][0]}: "
+        f"--text book.txt: no run was evaluated on it, there are book, {kept['y'][0]}, copy: "
     )
 
 
@@ -289,11 +295,14 @@ def test_a_run_without_evaluation_says_what_to_type(trainshort: Call) -> None:
     make_run(Path("my run"), run={"name": "plain"})
     add_report(make_run(Path("b")), {32: 20.0})
     make_run(Path("new"), checkpoints=())
-    answer = trainshort("compare", "my run", "b", "new")
+    make_run(Path("imported"), steps=0, checkpoints=(0,))
+    answer = trainshort("compare", "my run", "b", "new", "imported")
     assert answer.code == 0
+    assert rows(answer.out)["steps"] == ["10", "10", "10", "0"]
+    assert "note: imported has no evaluation: trainshort evaluate imported --data FILE\n" in answer.out
     assert "note: plain has no evaluation: trainshort evaluate 'my run'\n" in answer.out
     assert "note: new has no checkpoint yet, so there is nothing to evaluate\n" in answer.out
-    assert rows(answer.out)["32"] == ["-", "20.00", "-"]
+    assert rows(answer.out)["32"] == ["-", "20.00", "-", "-"]
 
 
 def test_a_note_on_an_older_step_names_the_text(trainshort: Call) -> None:

@@ -81,6 +81,13 @@ def test_text_decoded_token_by_token_is_the_whole_text(tokenizer: Tokenizer) -> 
         assert "".join(tokenizer.decode_each(ids)) == tokenizer.decode(ids), ids
 
 
+def test_rows_of_a_padded_embedding_have_no_text(tokenizer: Tokenizer) -> None:
+    rows = [tokenizer.vocab_size, tokenizer.vocab_size + 63]
+    ids = [rows[0], *(id for each in tokenizer.encode("日 once") for id in (each, rows[1]))]
+    assert tokenizer.decode(ids) == "日 once"
+    assert "".join(tokenizer.decode_each(ids)) == "日 once"
+
+
 def test_a_model_whose_pieces_hold_newlines_is_encoded_in_one_go(tmp_path: Path) -> None:
     model = foreign_model(tmp_path, user_defined_symbols=["\n\n"])
     whole = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("one\n\ntwo\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from tests.support.command_line import Call
 from training.export.formats.huggingface import quiet_transformers
@@ -142,8 +142,23 @@ def test_a_folder_without_a_model_is_refused(home: Path, trainshort: Call, chang
     assert len(answer.error.splitlines()) == 1
 
 
-def test_lengths_beyond_learned_positions_are_refused(home: Path, trainshort: Call) -> None:
-    save_gpt2(home / "exported", rows=600)
+def save_opt(folder: Path, *, rows: int) -> None:
+    shape = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with quiet_transformers():
+        OPTForCausalLM(OPTConfig(vocab_size=rows, max_position_embeddings=24, **shape)).save_pretrained(folder)
+
+
+def save_roberta(folder: Path, *, rows: int) -> None:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=rows, max_position_embeddings=26, is_decoder=True, pad_token_id=1, **shape)
+    with quiet_transformers():
+        RobertaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("save", [save_gpt2, save_opt, save_roberta])
+def test_lengths_beyond_learned_positions_are_refused(home: Path, trainshort: Call, save: Any) -> None:
+    save(home / "exported", rows=600)
+    report_from(trainshort, home, "--lengths", "24", "--hf", "exported")
     with contextlib.chdir(home):
         answer = trainshort("evaluate", "run", "--data", "texts.jsonl", "--lengths", "8,25", "--hf", "exported")
     assert (answer.code, answer.out) == (2, "")

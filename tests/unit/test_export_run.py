@@ -14,6 +14,7 @@ import pytest
 
 from configs.errors import InputError, MachineError, TrainshortError
 from configs.load import check_run
+from configs.paths import certificates_path, config_file
 from configs.schema import Model
 from tests.support.exports import SHAPE
 from tests.support.formula_model import FormulaModel, open_formula_model
@@ -38,6 +39,17 @@ def test_logits_are_compared_at_one_and_four_training_lengths(tmp_path: Path) ->
     assert exported.held_out
     assert f"{exported.folder}: at lengths 32 and 128 logits differ by" in str(exported)
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["hf"]
+
+
+@pytest.mark.usefixtures("model")
+def test_an_export_is_no_start_of_the_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "no run"
+    run_dir.mkdir()
+    for file in (config_file(run_dir), certificates_path(run_dir)):
+        file.write_text('{"step": 0}\n')
+    exported = export_checkpoint(tmp_path, format="hf", out=tmp_path / "out")
+    assert certificates_path(run_dir).read_text() == '{"step": 0}\n', "it has a line for each start"
+    assert '"alibi"' in (exported.folder / "certificate.json").read_text()
 
 
 @pytest.mark.usefixtures("model")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError, MachineError
 from data_pipeline.vocabulary import read_vocabulary
+from launch.show.model import show_export
 from tests.support.byte_level import train_byte_level
 from tests.support.exports import train_sentencepiece
 from tests.support.huggingface_models import ROWS, save_random
@@ -37,7 +38,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_comes_in_and_goes_out_bit_for_bit(tmp_path: Path, tokenizer: Path, kind: str) -> None:
+def test_a_model_comes_in_and_goes_out_bit_for_bit(
+    tmp_path: Path, tokenizer: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = save_random(tmp_path / "hf", kind, tokenizer=tokenizer, shards="40KB")
     assert len(list(source.glob("*.safetensors"))) > 2
     result = import_model(source, out=tmp_path / "run")
@@ -52,7 +55,12 @@ def test_a_model_comes_in_and_goes_out_bit_for_bit(tmp_path: Path, tokenizer: Pa
     if "steep" in kind:  # transformers' class computes with 8 whatever the key says, so nothing goes out to it
         assert opened.config.model.alibi_bias_max == 5
         return
-    export_checkpoint(tmp_path / "run", format="hf", out=tmp_path / "out")
+    exported = export_checkpoint(tmp_path / "run", format="hf", out=tmp_path / "out")
+    why = "its perplexity by length was not measured, as an imported model has no held-out text"
+    assert exported.facts.reason == f"the training length: {why}"
+    show_export(exported, checkpoint=tmp_path / "run")
+    assert f"{why}\n" in capsys.readouterr().out, "no command to measure it"
+    assert f"Not measured: {why}." in (tmp_path / "out" / "README.md").read_text()
     before = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
     after = load_file(tmp_path / "out/model.safetensors")
     assert after.keys() == before.keys()

@@ -286,6 +286,14 @@ def test_a_new_run_says_what_is_missing_and_what_makes_it(trainshort: Call) -> N
     assert "Not started yet" in written(trainshort, "a run", page="a run/report.html").text
 
 
+def test_weights_from_elsewhere_are_not_to_be_trained(trainshort: Call) -> None:
+    for name, step, data in (("imported", 0, " --data FILE"), ("mean", 10, "")):
+        make_run(Path(name), steps=0, checkpoints=(step,))
+        text = written(trainshort, name, page=f"{name}/report.html").text
+        assert (text.count(f"{name} was not trained in this folder"), text.count("trainshort train ")) == (5, 0)
+        assert f"{name} has no evaluation: trainshort evaluate {name}{data} Training" in text
+
+
 def test_names_from_files_are_escaped_and_secrets_hidden(trainshort: Call) -> None:
     for folder in ("<script>x", "b&b/<script>x"):
         add_report(make_run(Path(folder), run={"name": "same"}), {32: 20.0}, text="<i>.txt")

@@ -17,6 +17,7 @@ from tests.support.command_line import Call, refused
 from tests.support.evaluation import TOKENIZER
 from tests.support.recall_models import KnowsNothing, ReadingModel
 from tests.support.spooled import attach_offline, begin_mlflow_run, spooled
+from training.retrieval.report import retrieval_markdown
 
 OLD_RUN = TOKENIZER.parents[1]
 QUICK = ("--data", "text.txt", "--lengths", "40x,400", "--depths", "2", "--samples", "1")
@@ -52,6 +53,11 @@ def test_a_trained_model_is_asked_and_the_report_kept(run_dir: Path, trainshort:
         *(("multi-query", length, None, 2) for length in (320, 400)),
     ]
     assert "| single | 320 | 40 | 2 | 0 % (0-66) |" in markdown.read_text()
+    odd = {"checkpoint": "a `b`", "data": {"name": "`x`.txt", "tokens": 9}, "command": "trainshort `c`"}
+    shown = retrieval_markdown({**report, **odd}, plot="x.png")
+    assert "- checkpoint: `` a `b` `` (step 2)" in shown
+    assert "- haystack: `` `x`.txt ``, 9 tokens" in shown
+    assert ": `` trainshort `c` ``\n" in shown
     picture = matplotlib.image.imread(markdown.with_suffix(".png"))
     assert min(picture.shape[:2]) > 400
     again = trainshort("retrieval", "run", *QUICK, "--tasks", "single", "--json")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.command_line import Call
+from tests.support.edited_manifest import edit_manifest
+from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import model_sha256, read_manifest
 from training.evaluation.usable import find_held_out_report, usable_length
 from training.evaluation.verdict import verdict_of
@@ -124,6 +127,7 @@ def test_a_report_of_other_weights_or_text_is_not_used(run_dir: Path) -> None:
         {"data": {"name": "book.txt"}},
         {"text_path": "/a/held-out"},
         {"weights_sha256": "0" * 64},
+        {"documents_sha256": "0" * 64},
         {"results": [{**good["results"][0], "protocol": "sliding"}]},
         {"results": []},
         {"results": [{"length": 8}]},
@@ -141,6 +145,24 @@ def test_a_report_of_other_weights_or_text_is_not_used(run_dir: Path) -> None:
     assert found_in(run_dir) == path
     os.utime(path, (0, 0))  # older than the checkpoint: the run was trained again in its folder
     assert found_in(run_dir) is None
+
+
+def test_links_lead_to_the_run_folder(trainshort: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_dir.parent)
+    for folder in ("disk", "links"):
+        Path(folder).mkdir()
+    Path("run/checkpoints").rename("disk/saved")  # as where the run folder's disk is small
+    Path("run/checkpoints").symlink_to(Path("disk/saved").absolute())
+    Path("links/best").symlink_to(Path("run/checkpoints", NAME).absolute())
+    Path("book.txt").write_text("A text of some words. " * 9)
+    for name in ("links/best", f"run/checkpoints/{NAME}"):
+        assert trainshort("evaluate", name, "--data", "book.txt", "--lengths", "8").code == 0
+        assert Path("run/evaluation", NAME, "book.json").is_file(), name
+        report = write(report_of({8: 1.0}), run_dir / "evaluation" / NAME / "held-out.json")
+        assert found_in(run_dir) == report, "for an export"
+        (run,) = json.loads(trainshort("compare", name, "--json").out)["runs"]
+        assert run["evaluation"]["text"] == "held-out"
+        shutil.rmtree("run/evaluation")
 
 
 def exported(trainshort: Call, run_dir: Path, out: str) -> tuple[list[str], dict[str, Any], str]:
@@ -192,6 +214,21 @@ def test_an_export_says_why_not_longer(trainshort: Call, run_dir: Path) -> None:
         lines, config, _ = exported(trainshort, run_dir, name)
         assert lines[1] == f"longest text: 8 tokens, the training length: {why}"
         assert config["seq_length"] == TRAIN_LENGTH
+
+
+def test_no_length_with_masked_documents_is_an_exports(trainshort: Call, run_dir: Path) -> None:
+    folder = run_dir / "checkpoints" / NAME
+    run_file = folder / "config.yaml"
+    run_file.write_text(run_file.read_text().replace("mask_documents: false", "mask_documents: true"))
+    entry = asdict(describe_file(run_file))
+    edit_manifest(folder, lambda manifest: manifest["files"].update({run_file.name: entry}))
+    found = {"weights_sha256": model_sha256(read_manifest(folder)), "documents_sha256": "0" * 64}
+    write(report_of({8: 100.0, 32: 90.0}, **found), run_dir / "evaluation" / NAME / "held-out.json")
+    lines, config, card = exported(trainshort, run_dir, "out")
+    why = "its perplexity by length is measured with masked documents, and an export masks none"
+    assert lines[1] == f"longest text: 8 tokens, the training length: {why}"
+    assert config["seq_length"] == TRAIN_LENGTH
+    assert f"Not measured: {why}." in card
 
 
 def test_the_card_tells_how_the_model_was_trained(

@@ -101,9 +101,7 @@ def _mean(shard: Shard, checkpoints: Sequence[Checkpoint]) -> Tensor:
 
 def _run_config(newest: ChosenCheckpoint, *, out: Path) -> RunConfig:
     """Return the newest checkpoint's run, in another folder, with data that stays where it is."""
-    # a link to a checkpoint may stand outside of the run folder
-    places = [locate_data(path, config=newest.config) for path in (newest.path, newest.path.resolve())]
-    _, data, folder = next((place for place in places if place[2].is_dir()), places[0])
+    _, data, folder = locate_data(newest.path, config=newest.config)
     # absolute: `evaluate` finds a run's own data from any folder, and that of its average too
     place = folder.absolute() if folder.is_dir() else folder
     run = newest.config.run.model_copy(update={"name": name_of_folder(out), "dir": str(out)})

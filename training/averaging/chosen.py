@@ -62,16 +62,17 @@ def _given(paths: Sequence[Path], *, last: int | None) -> list[Path]:
     """Return the checkpoints at several paths."""
     if last is not None:
         raise InputError(f"--last {last} is for one run folder, and {len(paths)} paths are given: leave --last out")
-    folders: dict[Path, Path] = {}
+    given: dict[Path, Path] = {}  # a link may lead to one that is given too
+    folders = []
     for path in paths:
         (folder, *_) = candidate_folders(path)
         if list_checkpoints(path):
             raise InputError(f"{path} is a run folder, and {len(paths)} paths are given: give one, or checkpoints")
-        place = folder.resolve()  # a link may lead to one that is given too
-        if place in folders:
-            raise InputError(f"{folders[place]} and {path} are the same checkpoint: give each once")
-        folders[place] = folder
-    return [*folders.values()]
+        if (place := folder.resolve()) in given:
+            raise InputError(f"{given[place]} and {path} are the same checkpoint: give each once")
+        given[place] = path
+        folders.append(folder)
+    return folders
 
 
 def _require_same(each: ChosenCheckpoint, newest: ChosenCheckpoint) -> None:

@@ -172,7 +172,9 @@ def candidate_folders(path: Path) -> list[Path]:
 
 
 def _below_run_folder(path: Path) -> Path:
-    """Return the path of a checkpoint as it is if its parents lead to the run folder, else an absolute one."""
+    """Return the path of a checkpoint as it is if its parents lead to the run folder, else another one that does."""
+    if path.is_symlink():
+        return _below_run_folder(path.parent / path.readlink())
     if ".." in path.parts[-2:]:
         return path.resolve()
     return path if len(path.parts) > 1 else path.absolute()

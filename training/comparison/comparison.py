@@ -187,8 +187,9 @@ def _unevaluated(runs: Sequence[ComparedRun], *, text: str | None) -> Iterator[s
             on, options = "", ""
             if text is not None:  # a run was evaluated on it, or the text would be refused
                 report = next(other.report for other in runs if other.report is not None)
-                on, options = f" of {text}", ("" if is_held_out(report) else " --data FILE") + _precision_option(report)
-            yield f"{run.label} has no evaluation{on}: trainshort evaluate {typed_path(run.path)}{options}"
+                data = "" if is_held_out(report) or run.is_imported else " --data FILE"
+                on, options = f" of {text}", data + _precision_option(report)
+            yield f"{run.label} has no evaluation{on}: {run.evaluate_command}{options}"
 
 
 def _outdated(runs: Sequence[ComparedRun]) -> Iterator[str]:

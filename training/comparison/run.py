@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from configs.commands import typed_path
 from configs.errors import InputError
 from configs.load import load_run
 from configs.path_text import require_folder
@@ -15,6 +16,7 @@ from configs.schema import RunConfig
 from training.checkpoint.manifest import (
     CONFIG_NAME,
     Manifest,
+    candidate_folders,
     is_checkpoint_name,
     list_checkpoints,
     read_manifest,
@@ -75,6 +77,16 @@ class ComparedRun:
         """Hash of the tokenizer; None if unknown."""
         return None if self.manifest is None else self.manifest.tokenizer_sha256
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether its model was trained elsewhere: it has no held-out text, and its run file's steps say nothing."""
+        return self.manifest is not None and self.manifest.step == 0
+
+    @property
+    def evaluate_command(self) -> str:
+        """The command that evaluates it."""
+        return f"trainshort evaluate {typed_path(self.path)}{' --data FILE' if self.is_imported else ''}"
+
     def values(self) -> dict[str, Any]:
         """Return the figures of a comparison by name; None where unknown."""
         losses, validations = self.steps.known("loss"), self.steps.known("validation_loss")
@@ -85,7 +97,7 @@ class ComparedRun:
             "train_length": self.config.data.sequence_length,
             "parameters": parameter_count(self.config.model, vocab_size=vocab_size),
             "step": self.steps.last("step") if self.steps else self.manifest.step if self.manifest else 0,
-            "steps": self.config.train.steps,
+            "steps": 0 if self.is_imported else self.config.train.steps,
             "tokens": self.steps.last("tokens_seen"),
             "loss": losses[-1] if losses else None,
             "best_loss": min(losses, default=None),
@@ -122,9 +134,10 @@ def read_runs(paths: Sequence[Path], *, text: str | None) -> tuple[ComparedRun, 
 
 def _read_run(path: Path, *, text: WantedText | None) -> ComparedRun:
     require_folder(path, what="run", advice="give a run folder, or a checkpoint in one")
-    folder = path.resolve()  # what is given may be a link
-    is_checkpoint = is_checkpoint_name(folder.name) or (folder / MANIFEST_NAME).is_file()
+    # what is given may be a link
+    is_checkpoint = is_checkpoint_name(path.resolve().name) or (path / MANIFEST_NAME).is_file()
     if is_checkpoint:
+        (folder,) = candidate_folders(path)
         newest: tuple[Path, Manifest] | None = (folder, read_manifest(folder))
         run_dir, config = folder.parent.parent, load_run(str(folder / CONFIG_NAME))
     else:

@@ -43,7 +43,8 @@ class WantedText:
     def find(self, reports: Mapping[str, Path]) -> Path | None:
         """Return the report on this text; None if there is none.
 
-        A label counts before the file's content, then its path. A bare name is enough where there is no such file.
+        A label counts before the file's content, then its path. A bare name is enough where there is no such file. Of
+        files with one content the one with its path is taken, else any.
 
         Args:
             reports: The reports of a run by the label of their text.
@@ -60,7 +61,8 @@ class WantedText:
         same_content = [label for label, report in contents.items() if self.sha256 == report.get("text_sha256", "")]
         same_path = [label for label, report in contents.items() if report.get("text_path") == place]
         same_name = [label for label, report in contents.items() if text_name(report) == self.name]
-        labels = same_content or same_path or (same_name if self.sha256 is None else [])
+        same_content.sort(key=lambda label: (other_precision(contents[label]) is not None, label not in same_path))
+        labels = same_content[:1] or same_path or (same_name if self.sha256 is None else [])
         # One text may have a report per precision; the others have labels of their own.
         labels = [label for label in labels if other_precision(contents[label]) is None] or labels
         if len(labels) > 1:

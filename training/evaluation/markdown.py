@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -59,15 +59,15 @@ def format_table(report: dict[str, Any], *, plot: str) -> str:
 def _facts(report: dict[str, Any]) -> Iterator[str]:
     """Yield what was evaluated, on what, by whom, as items of a list."""
     data, unigram = report["data"], report["unigram_perplexity"]
-    yield f"- checkpoint: {_verbatim(report['checkpoint'])} (step {report['step']:,})"
+    yield f"- checkpoint: {verbatim(report['checkpoint'])} (step {report['step']:,})"
     yield f"- position: {report['position']}, trained at {report['train_length']:,} tokens"
     yield f"- evaluated with attention {report['attention']} in {report['precision']}"
     sizes = [(key, data.get(key)) for key in ("words", "bytes")]
     known = "".join(f", {number:,} {key}" for key, number in sizes if number is not None)
-    yield f"- text: {_verbatim(data['name'])}, {data['tokens']:,} tokens{known}"
+    yield f"- text: {verbatim(data['name'])}, {data['tokens']:,} tokens{known}"
     if unigram is not None:
         yield f"- a unigram model's perplexity: {unigram:,.1f}"
-    yield from map(_evaluation_line, (report, *reversed(report.get("earlier", ()))))
+    yield from (f"- evaluated {made_by(each)}" for each in (report, *reversed(report.get("earlier", ()))))
 
 
 def _verdict(report: dict[str, Any]) -> Iterator[str]:
@@ -170,18 +170,23 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _evaluation_line(evaluation: dict[str, Any]) -> str:
-    """Return the date, versions and command of an evaluation as an item of a list."""
-    versions = {**evaluation["versions"]}
+def made_by(measured: Mapping[str, Any], *, note: str = "") -> str:
+    """Return date, versions and command of a measurement in a line.
+
+    Args:
+        measured: A report, or an entry of one, with these.
+        note: What to say before the command.
+    """
+    versions = {**measured["versions"]}
     if commit := versions.get("commit"):
         sha, *changes = commit.split(" ", 1)
         versions["commit"] = " ".join([sha[:12], *changes])
-    made_by = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    command = "" if evaluation["command"] is None else f": {_verbatim(evaluation['command'])}"
-    return f"- evaluated {evaluation['date']} by {made_by}{command}"
+    names = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    command = f": {verbatim(measured['command'])}" if measured["command"] else ""
+    return f"{measured['date']} by {names}{note}{command}"
 
 
-def _verbatim(text: str) -> str:
+def verbatim(text: str) -> str:
     """Return text as Markdown's code, which changes no character, in one line."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence, gap = "`" * (longest + 1), " " if longest else ""

@@ -68,20 +68,21 @@ def whole_windows(report: Mapping[str, Any], *, scale: str | None = None) -> lis
 def find_held_out_report(checkpoint: Path, *, step: int, sha256: str) -> HeldOutReport | None:
     """Return what was measured of a checkpoint on held-out text, without overlap; None if nothing was.
 
-    A broken report, and one of other weights or of another text, is passed over.
+    A broken report, and one of other weights or of another text, is passed over. So is one with masked documents: what
+    asks for it, an export or the harness, masks none, and attention would reach further than it was measured to.
 
     Args:
-        checkpoint: The checkpoint's folder.
+        checkpoint: The checkpoint's folder, in its run folder.
         step: Its training step.
         sha256: Its `training.checkpoint.manifest.model_sha256`.
     """
-    checkpoint = checkpoint.resolve()
     for path in held_out_files(checkpoint):
         try:
             report = read_report(path)
         except InputError:
             continue
-        is_measured = is_held_out(report) and whole_windows(report)
+        is_masked = report.get("documents_sha256") is not None
+        is_measured = is_held_out(report) and whole_windows(report) and not is_masked
         if is_measured and _is_of(report, path, checkpoint, step=step, sha256=sha256):
             return HeldOutReport(path, report)
     return None

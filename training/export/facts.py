@@ -59,10 +59,18 @@ class ModelFacts:
         return measured_context(self.report.contents) if self.report else None
 
     @property
+    def unmeasured(self) -> str | None:
+        """Why `evaluate` cannot measure the exported model; None if it can."""
+        if self.is_imported:
+            return "its perplexity by length was not measured, as an imported model has no held-out text"
+        masked = "its perplexity by length is measured with masked documents, and an export masks none"
+        return masked if self.config.data.mask_documents else None
+
+    @property
     def reason(self) -> str:
         """Where `longest` comes from, in words that follow it and a comma."""
         if self.report is None:
-            return "the training length: its perplexity by length was not measured"
+            return f"the training length: {self.unmeasured or 'its perplexity by length was not measured'}"
         if self.longest > self.train_length:
             return "the longest whose perplexity on held-out text is within 1 % of the best"
         measured = whole_windows(self.report.contents)[-1]["length"]

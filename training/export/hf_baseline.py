@@ -158,7 +158,7 @@ def _require_lengths(model: Any, folder: Path, *, longest: int) -> None:
         InputError: it is shorter than the longest length.
     """
     limits = [
-        module.num_embeddings
+        module.num_embeddings - _first_position(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and re.search(r"pos|wpe", name)
     ]
@@ -167,6 +167,12 @@ def _require_lengths(model: Any, folder: Path, *, longest: int) -> None:
             f"the model in {folder} has learned positions up to {min(limits)}, so it cannot take {longest} tokens: use "
             f"--lengths up to {min(limits)}"
         )
+
+
+def _first_position(table: nn.Embedding) -> int:
+    """Return the row of the first token: OPT's come after an offset, RoBERTa's after that of padding."""
+    after_padding = 0 if table.padding_idx is None else table.padding_idx + 1
+    return int(getattr(table, "offset", after_padding))
 
 
 def _text_for(folder: Path, checkpoint: Checkpoint, text: EvaluationText) -> EvaluationText:

@@ -1,7 +1,6 @@
 """`trainshort export`: write a checkpoint's model for inference engines, after comparing it with the trained model."""
 
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,9 @@ from training.export.result import ExportResult, ServedText
 from training.export.serve import check_served
 from training.export.trained import TrainedOutputs, compute_trained
 from training.families.table import parameter_count
-from training.folder import record_certificate
 from training.tracking.registry import ModelRegistry, open_registry
 from training.tracking.spool import now_ms
 from training.tracking.tracker import attached
-
-logger = logging.getLogger(__name__)
 
 _CERTIFICATE = "certificate.json"
 
@@ -87,7 +83,7 @@ def export_checkpoint(
             result = replace(result, served=_serve(opened, trained, server, exporter, folder))
         with report_failed_writes(out, undone="exported"):
             _write_cards(folder, result, exporter, checkpoint=opened, format=format)
-    _record(opened, trained.certificate, result, format=format, dtype=exporter.dtype, began_ms=began_ms)
+    _record(opened, result, format=format, dtype=exporter.dtype, began_ms=began_ms)
     return replace(result, registered=registry.register(out)) if registry else result
 
 
@@ -162,17 +158,11 @@ def _serve(
     )
 
 
-def _record(
-    checkpoint: Checkpoint, certificate: dict[str, Any], result: ExportResult, *, format: str, dtype: str, began_ms: int
-) -> None:
-    """Add the certificate to the run folder, and both it and the card to its MLflow run, if it is still there."""
+def _record(checkpoint: Checkpoint, result: ExportResult, *, format: str, dtype: str, began_ms: int) -> None:
+    """Add the certificate and the card to the MLflow run of the run folder, if the checkpoint is still in it."""
     run_dir, config, out = checkpoint.run_dir, checkpoint.config, result.folder
     if not config_file(run_dir).is_file():
         return
-    try:
-        record_certificate(certificate, run_dir=run_dir, step=checkpoint.step)
-    except OSError as error:
-        logger.warning("the certificate is not added to %s (%s): it is in %s", run_dir, error.strerror, out)
     with attached(run_dir, uri=config.track.uri, offline=config.track.offline) as tracker:
         if tracker is None:
             return

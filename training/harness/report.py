@@ -9,8 +9,8 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import move_aside, write_whole
-from configs.terminal import printable
 from training.evaluation.folder import failed_write_keeps
+from training.evaluation.markdown import made_by, verbatim
 from training.harness.kept import (
     HARNESS_FOLDER,
     HARNESS_RESULTS,
@@ -89,7 +89,7 @@ def results_page(report: Mapping[str, Any]) -> str:
     lines = [
         "# Tasks of the lm-evaluation-harness",
         "",
-        f"- checkpoint: `{report['checkpoint']}` (step {report['step']:,})",
+        f"- checkpoint: {verbatim(report['checkpoint'])} (step {report['step']:,})",
         f"- trained at {report['train_length']:,} tokens",
         *(f"- evaluated {line}" for line in map(_evaluation, report["evaluations"])),
         "",
@@ -104,9 +104,7 @@ def results_page(report: Mapping[str, Any]) -> str:
 
 
 def _evaluation(made: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
-    cut = f"; {made['cut']:,} contexts were cut" if made["cut"] else ""
-    return f"{made['date']} by {versions}{cut}" + (f": `{printable(made['command'])}`" if made["command"] else "")
+    return made_by(made, note=f"; {made['cut']:,} contexts were cut" if made["cut"] else "")
 
 
 def _page_cells(row: Mapping[str, Any]) -> Iterator[str]:

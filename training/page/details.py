@@ -102,7 +102,7 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
         environment=environment_rows(environment, run_dir=run.run_dir),
         versions=version_rows(environment),
         train_command=f"trainshort train {typed_path(config_file(run.run_dir))}",
-        evaluate_command=None if run.report else f"trainshort evaluate {typed_path(run.path)}",
+        evaluate_command=None if run.report else run.evaluate_command,
         has_checkpoint=run.checkpoint is not None,
     )
 

@@ -9,6 +9,7 @@ from configs.files import write_whole
 from configs.scales import parse_scale
 from configs.terminal import printable
 from training.evaluation.folder import failed_write_keeps
+from training.evaluation.markdown import made_by, verbatim
 from training.retrieval.kept import retrieval_label
 from training.retrieval.plot import draw_retrieval
 from training.retrieval.shares import over_depths, share_with_interval
@@ -97,18 +98,16 @@ def retrieval_markdown(report: dict[str, Any], *, plot: str) -> str:
         plot: Path of the PNG, from the folder of the Markdown.
     """
     scale = f", `--scale {report['scale']}`" if "scale" in report else ""
-    made_by = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
     lines = [
         "# Retrieval",
         "",
         f"![Retrieval by depth and length]({plot})",
         "",
-        f"- checkpoint: `{printable(report['checkpoint'])}` (step {report['step']:,})",
+        f"- checkpoint: {verbatim(report['checkpoint'])} (step {report['step']:,})",
         f"- position: {report['position']}, trained at {report['train_length']:,} tokens{scale}",
         f"- measured with attention {report['attention']} in {report['precision']}, seed {report['seed']}",
-        f"- haystack: `{printable(report['data']['name'])}`, {report['data']['tokens']:,} tokens",
-        f"- measured {report['date']} by {made_by}"
-        + ("" if report["command"] is None else f": `{printable(report['command'])}`"),
+        f"- haystack: {verbatim(report['data']['name'])}, {report['data']['tokens']:,} tokens",
+        f"- measured {made_by(report)}",
         "",
         "| task | length | x training length | prompts | recall | choice | nats | margin |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -97,7 +97,8 @@ def _source_name(path: str) -> str:
 
 def _perplexity(facts: ModelFacts) -> str:
     if facts.report is None:
-        return "## Perplexity by length\n\nNot measured: run `trainshort evaluate` and export again.\n"
+        why = facts.unmeasured or "run `trainshort evaluate` and export again"
+        return f"## Perplexity by length\n\nNot measured: {why}.\n"
     report = facts.report.contents
     rows = [
         f"| {each['length']:,} | {each['length'] / facts.train_length:g} | {each['loss']:.4f} | "
