@@ -193,12 +193,17 @@ def same_inputs(folder: Path, *sections: Data) -> bool:
 def same_content(old: Path, new: Path) -> bool:
     """Return whether two folders hold the same prepared data, as far as lengths and counts of tokens tell.
 
-    True if the old folder is gone: then only the samples that a run reads next can be compared with those of before.
+    True if the old folder, or what it used in place, is gone: then only the samples that a run reads next can be
+    compared with those of before.
     """
     manifests = read_data_manifest(old), read_data_manifest(new)
     if manifests[0] is None or manifests[1] is None or old.resolve() == new.resolve():
         return True
-    return _content_hash(old, manifests[0]) == _content_hash(new, manifests[1])
+    try:
+        before = _content_hash(old, manifests[0])
+    except InputError:
+        return True
+    return before == _content_hash(new, manifests[1])
 
 
 def inputs_sha256(inputs: dict[str, Any]) -> str:

@@ -332,6 +332,7 @@ def build_trainer(
         accept_change: Resume even if model or data have changed.
     Raises:
         InputError: the data or a checkpoint does not fit the run; raised on every rank.
+        MachineError: the index of samples cannot be written beside the data; raised on every rank.
     """
     config, prepared = ready.config, ready.prepared
     with timed("opened the data", say=logger.info if groups.world.rank == 0 else logger.debug):
@@ -383,6 +384,6 @@ def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: 
         held_out=held_out,
         documents=config.data.mask_documents,
     )
-    samples = open_now() if groups.world.rank == 0 else None
-    wait_for_all(groups.world)
-    return samples or open_now()
+    opened: list[Samples] = []
+    broadcast_from_first(lambda: opened.append(open_now()), group=groups.world)
+    return opened[0] if opened else open_now()

@@ -115,6 +115,14 @@ def test_done_work_is_not_done_again_and_needs_no_torch(copy: tuple[Data, Path])
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.name != ".lock"} == states
 
 
+def test_prepared_data_needs_no_right_to_write(copy: tuple[Data, Path]) -> None:
+    data, folder = copy
+    (folder / ".lock").unlink()
+    before = folder.stat().st_mtime_ns
+    assert prepared_from(data, folder).documents == 1
+    assert folder.stat().st_mtime_ns == before
+
+
 def test_other_inputs_than_those_of_the_folder_are_named(copy: tuple[Data, Path], tmp_path: Path) -> None:
     data, folder = copy
     path = data.sources[0].path
@@ -223,8 +231,9 @@ def test_files_that_prepare_did_not_write_are_left_alone(tmp_path: Path) -> None
     assert (tmp_path / "data" / "part-000.bin").read_bytes() == b"mine"
 
 
-def test_two_prepares_at_once_wait_for_each_other(copy: tuple[Data, Path]) -> None:
-    data, folder = copy
+def test_two_prepares_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    data, folder = small_data(write_book(tmp_path)), tmp_path / "data"
+    folder.mkdir()
     done: list[Prepared] = []
     with one_writer(folder, on_wait=lambda: None):
         other = threading.Thread(target=lambda: done.append(prepared_from(data, folder)))
