@@ -117,9 +117,8 @@ def iter_sequences(prefix: Path, *, sequences: NDArray[np.int64]) -> Iterator[ND
     ends = np.cumsum(index.lengths, dtype=np.int64)
     tokens = _tokens(prefix, index)
     blocks = np.cumsum(index.lengths[sequences], dtype=np.int64) // READ_AT_ONCE
-    for block in np.unique(blocks):
-        chosen = sequences[blocks == block]
-        yield np.concatenate([tokens[ends[i] - index.lengths[i] : ends[i]] for i in chosen])
+    for chosen in np.split(sequences, np.flatnonzero(np.diff(blocks)) + 1):
+        yield np.concatenate([tokens[:0], *(tokens[ends[i] - index.lengths[i] : ends[i]] for i in chosen)])
 
 
 def histogram(prefix: Path, *, vocab_size: int) -> NDArray[np.int64]:
