@@ -55,12 +55,12 @@ def write_index(
         document_ends: The number of sequences up to the end of each document.
     """
     (code,) = (code for code, each in _DTYPES.items() if each is dtype.type)
-    ends = np.cumsum([0, *lengths], dtype=np.int64) * dtype.itemsize
+    sizes = np.array(lengths, np.int32)
+    begins = (np.cumsum(sizes, dtype=np.int64) - sizes) * dtype.itemsize
     with file.open("wb") as out:
         out.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), 1 + len(document_ends)))
-        out.write(np.array(lengths, np.int32).tobytes())
-        out.write(ends[:-1].tobytes())
-        out.write(np.array([0, *document_ends], np.int64).tobytes())
+        for numbers in (sizes, begins, np.zeros(1, np.int64), np.array(document_ends, np.int64)):
+            out.write(numbers.tobytes())
 
 
 def read_index(prefix: Path) -> Index:
