@@ -124,6 +124,16 @@ def test_an_interrupted_index_is_built_again(tmp_path: Path) -> None:
     assert np.array_equal(training(prepared).read([0, 1, 2]), expected)
 
 
+@pytest.mark.parametrize("size", [0, 50, 130])
+def test_a_damaged_index_says_what_to_delete(tmp_path: Path, size: int) -> None:
+    prepared = numbered(tmp_path, LENGTHS)
+    training(prepared)
+    (file,) = tmp_path.glob("index/*/*-shuffle_index.npy")
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(InputError, match=rf"the index of samples {file.parent} is damaged \(.*\): delete that folder"):
+        training(prepared)
+
+
 def test_text_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
     prepared = numbered(tmp_path, [10, 10])
     with pytest.raises(InputError, match="source0 has 10 training tokens and one sample needs 11: add text or lower"):
