@@ -24,16 +24,14 @@ from data_pipeline.indexed import histogram, read_index
 from data_pipeline.kinds import Kind, file_kind
 from data_pipeline.manifest import (
     UNIGRAM_NAME,
-    Part,
     Prepared,
     check_inputs,
     check_split,
     describe_inputs,
     files_are_whole,
     load_prepared,
-    read_data_manifest,
-    write_data_manifest,
 )
+from data_pipeline.manifest_file import Part, read_data_manifest, write_data_manifest
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path, words_path
 from data_pipeline.reading import OnRead, iter_bytes
 from data_pipeline.sentencepiece_tokenizer import SAMPLE_CHARACTERS, train_tokenizer

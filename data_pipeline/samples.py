@@ -17,7 +17,8 @@ from configs.errors import InputError, first_line
 from configs.files import one_writer
 from data_pipeline.counts import chosen_sequences, sample_counts
 from data_pipeline.documents import document_begins
-from data_pipeline.manifest import Part, Prepared
+from data_pipeline.manifest import Prepared
+from data_pipeline.manifest_file import Part
 
 with warnings.catch_warnings():
     # megatron-core warns that optional GPU libraries are missing; reading tokens needs none

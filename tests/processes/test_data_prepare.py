@@ -185,6 +185,27 @@ def test_a_changed_tokenizer_or_manifest_is_refused(copy: tuple[Data, Path]) -> 
     assert "cannot be read" in refused(data, folder, by=load)
 
 
+def test_a_manifest_with_wrong_values_is_refused(copy: tuple[Data, Path]) -> None:
+    data, folder = copy
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for changes, what in (
+        ({"inputs": None}, "inputs: Input should be a valid dictionary"),
+        ({"inputs": {**manifest["inputs"], "data.sources": 3}}, "data.sources: Input should be a valid list"),
+        ({"inputs": {**manifest["inputs"], "files": {"a": [3]}}}, "files.a.0: Input should be a valid tuple"),
+        ({"parts": []}, "parts: Tuple should have at least 1 item"),
+        ({"parts": [{**manifest["parts"][0], "sequences": "x"}]}, "parts.0.sequences: Input should be a valid integer"),
+        ({"vocab_size": []}, "vocab_size: Input should be a valid integer"),
+        ({"files_sha256": 3}, "files_sha256: Input should be a valid tuple"),
+    ):
+        file.write_text(json.dumps({**manifest, **changes}))
+        assert f"{file} is damaged ({what}" in refused(data, folder, by=load)
+        assert f"{file} is damaged ({what}" in refused(data, folder)
+    for key in set(manifest) - {"format_version", "files_sha256"}:  # an older version wrote no hashes
+        file.write_text(json.dumps({other: value for other, value in manifest.items() if other != key}))
+        assert f"{file} is damaged (no {key}): set data.dir to another folder" in refused(data, folder, by=load)
+
+
 def test_an_interrupted_prepare_does_not_count_as_prepared(tmp_path: Path) -> None:
     first, second = write_book(tmp_path, "first.txt"), tmp_path / "second.txt"
     second.write_bytes(BOOK.encode() * 2 + b"\xff")

@@ -11,7 +11,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from configs.errors import InputError
 from data_pipeline.loader import Loader, held_out_parts
-from data_pipeline.manifest import Part, Prepared
+from data_pipeline.manifest import Prepared
+from data_pipeline.manifest_file import Part
 from data_pipeline.order import SampleOrder
 from data_pipeline.samples import Samples, open_samples
 
