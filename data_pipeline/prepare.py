@@ -186,10 +186,22 @@ def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
         if written:
             raise InputError(f"{written[0]} exists without a {MANIFEST_NAME}: set data.dir to an empty folder")
     elif json.loads(record.read_text(encoding="utf-8")) != inputs:
+        if own := [file for file in written if str(file.resolve()) in _named_files(inputs)]:
+            raise InputError(
+                f"the data would be prepared from {own[0]}, but {folder} holds an unfinished prepare, which would be "
+                "deleted: move that file, or set data.dir to another folder"
+            )
         # of the same inputs, half-written files are written again under the same names
         for file in (*written, *folder.glob(".part-*.tmp")):
             file.unlink()
     write_json(record, inputs)
+
+
+def _named_files(inputs: dict[str, Any]) -> set[str]:
+    """Return the paths of all sources and of the tokenizer that inputs name."""
+    tokenizer = inputs["data.tokenizer"]
+    files = {name for states in inputs["files"].values() for name, *_ in states}
+    return files if tokenizer is None else files | {str(find_tokenizer(Path(tokenizer)).resolve())}
 
 
 def _written(folder: Path) -> list[Path]:

@@ -252,6 +252,19 @@ def test_files_that_prepare_did_not_write_are_left_alone(tmp_path: Path) -> None
     assert (tmp_path / "data" / "part-000.bin").read_bytes() == b"mine"
 
 
+def test_sources_in_an_unfinished_folder_are_not_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "preparing.json").write_text("{}")  # as if killed while it prepared other inputs
+    mine = write_book(folder, "part-7.txt")
+    model = shutil.copy(train(tmp_path), folder / "tokenizer.model")
+    other = write_book(tmp_path)
+    for data, file in ((small_data(mine), mine), (small_data(other, tokenizer=str(folder)), model)):
+        assert f"the data would be prepared from {file}, but {folder} holds" in refused(data, folder)
+    assert mine.read_text() == BOOK
+    assert prepared_from(small_data(other), folder).documents == 1
+
+
 def test_two_prepares_at_once_wait_for_each_other(tmp_path: Path) -> None:
     data, folder = small_data(write_book(tmp_path)), tmp_path / "data"
     folder.mkdir()
