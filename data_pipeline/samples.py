@@ -102,7 +102,7 @@ def open_samples(
         held_out: Open the held-out samples instead of the training samples.
         documents: Whether samples say where documents begin.
     Raises:
-        InputError: see `sample_counts`; or the index is damaged.
+        InputError: see `sample_counts`; or the index is damaged, or is not where this rank looks for it.
     """
     counts = sample_counts(prepared, sequence_length=sequence_length, split=split, held_out=held_out)
     key = (sequence_length, split, HELD_OUT_SEED if held_out else seed, held_out)
@@ -131,7 +131,7 @@ def _open_part(
     """Open the dataset of some sequences of a part; build its index if it is not there yet.
 
     Raises:
-        InputError: the index is damaged.
+        InputError: the index is damaged, or rank 0 has built it where this rank does not see it.
     """
     sequence_length, split, seed, held_out = key
     # megatron-core names a cached index without regard to the chosen sequences, so each choice gets its own folder
@@ -157,7 +157,11 @@ def _open_part(
 def _build_index(open_with: Callable[[Path], GPTDataset], cache: Path) -> None:
     """Build an index in a temporary folder and rename that, so that an interrupted build is never used."""
     ranks = torch.distributed
-    assert not (ranks.is_available() and ranks.is_initialized() and ranks.get_rank()), "rank 0 opens samples first"
+    if ranks.is_available() and ranks.is_initialized() and (rank := ranks.get_rank()):
+        raise InputError(
+            f"rank {rank} does not see the index of samples {cache}, which rank 0 has built: set data.dir to a folder "
+            "that all nodes see, or start once on one node and copy the data again, with its index"
+        )
     waiting = partial(logger.info, "waiting: another process is writing to %s", cache.parent.parent)
     with one_writer(cache.parent.parent, on_wait=waiting):  # two runs may share the data
         if cache.is_dir():

@@ -135,6 +135,16 @@ def test_a_damaged_index_says_what_to_delete(tmp_path: Path, size: int) -> None:
         training(prepared)
 
 
+def test_a_node_without_the_index_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = numbered(tmp_path, LENGTHS)
+    with monkeypatch.context() as patch:  # as rank 1, on another node with a copy of the data
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda: 1)
+        with pytest.raises(InputError, match="rank 1 does not see the index of samples .*: set data.dir to a folder"):
+            training(prepared)
+    assert not (tmp_path / "index").exists()
+
+
 def test_text_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
     prepared = numbered(tmp_path, [10, 10])
     with pytest.raises(InputError, match="source0 has 10 training tokens and one sample needs 11: add text or lower"):
