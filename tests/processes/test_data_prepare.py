@@ -235,13 +235,18 @@ def test_a_finished_part_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     prepared_from(data, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    # as if killed just before the manifest was written
-    (folder / "manifest.json").unlink()
-    (folder / "preparing.json").write_text(json.dumps(manifest["inputs"]))
-    (folder / "part-000.json").write_text(json.dumps(manifest["parts"][0]))
-    written_at = (folder / "part-000.bin").stat().st_mtime_ns
-    prepared_from(data, folder)
-    assert (folder / "part-000.bin").stat().st_mtime_ns == written_at
+    tokens = folder / "part-000.bin"
+    written_at, content = tokens.stat().st_mtime_ns, tokens.read_bytes()
+    for kept in (True, False):
+        # as if killed just before the manifest was written
+        (folder / "manifest.json").unlink()
+        (folder / "preparing.json").write_text(json.dumps(manifest["inputs"]))
+        (folder / "part-000.json").write_text(json.dumps(manifest["parts"][0]))
+        if not kept:  # by a disk
+            tokens.write_bytes(content[:-2])
+        prepared_from(data, folder)
+        assert tokens.read_bytes() == content
+        assert (tokens.stat().st_mtime_ns == written_at) is kept
 
 
 def test_files_that_prepare_did_not_write_are_left_alone(tmp_path: Path) -> None:

@@ -114,6 +114,11 @@ def test_weights_follow_sources_that_are_spelled_anew() -> None:
     assert prepared.weights == (1.0, 2.0)
     with pytest.raises(InputError, match=r"data\.sources was"):
         load_prepared(small_data(("./other.txt", 1.0), ("./book.txt", 2.0)), folder=Path("blend"))
+    blend = "data.sources=[{path: %sbook.txt, weight: 1}, {path: other.txt, weight: %s}]"
+    keys = ["data.dir=blend", "data.split=0.1"]
+    Path("run/config.yaml").write_text(dump_run(load_run("run.yaml", overrides=[*keys, blend % ("", 3)])))
+    resume(*keys, blend % ("./", 3))
+    assert "data.sources was" in resume_problem(*keys, blend % ("", 2)), "a started run keeps its weights"
 
 
 @pytest.mark.usefixtures("started")

@@ -100,6 +100,8 @@ def test_held_out_text_is_in_no_training_sample(tmp_path: Path) -> None:
     for seed, length in ((1, 2), (1, 16), (9, 16), (9, 40)):
         assert not kept & all_tokens(training(prepared, length=length, seed=seed))
     assert len(kept) + len(all_tokens(training(prepared, length=2))) >= sum(LENGTHS) - 4
+    epochs = [training(prepared, seed=seed) for seed in (1, 9)]
+    assert len({str(sorted(each.read(range(len(each))).tolist())) for each in epochs}) == 2, "a seed joins its own way"
 
 
 def test_an_index_is_built_once_for_each_seed_length_and_split(tmp_path: Path) -> None:
