@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from configs.schema import Data
 from data_pipeline.indexed import read_index
-from data_pipeline.manifest import Part, Prepared, load_prepared
+from data_pipeline.manifest import Prepared, load_prepared
+from data_pipeline.manifest_file import Part
 from data_pipeline.order import shares
 from data_pipeline.split import held_out_sequences, training_sequences
 

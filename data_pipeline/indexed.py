@@ -55,12 +55,12 @@ def write_index(
         document_ends: The number of sequences up to the end of each document.
     """
     (code,) = (code for code, each in _DTYPES.items() if each is dtype.type)
-    ends = np.cumsum([0, *lengths], dtype=np.int64) * dtype.itemsize
+    sizes = np.array(lengths, np.int32)
+    begins = (np.cumsum(sizes, dtype=np.int64) - sizes) * dtype.itemsize
     with file.open("wb") as out:
         out.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), 1 + len(document_ends)))
-        out.write(np.array(lengths, np.int32).tobytes())
-        out.write(ends[:-1].tobytes())
-        out.write(np.array([0, *document_ends], np.int64).tobytes())
+        for numbers in (sizes, begins, np.zeros(1, np.int64), np.array(document_ends, np.int64)):
+            out.write(numbers.tobytes())
 
 
 def read_index(prefix: Path) -> Index:
@@ -117,9 +117,8 @@ def iter_sequences(prefix: Path, *, sequences: NDArray[np.int64]) -> Iterator[ND
     ends = np.cumsum(index.lengths, dtype=np.int64)
     tokens = _tokens(prefix, index)
     blocks = np.cumsum(index.lengths[sequences], dtype=np.int64) // READ_AT_ONCE
-    for block in np.unique(blocks):
-        chosen = sequences[blocks == block]
-        yield np.concatenate([tokens[ends[i] - index.lengths[i] : ends[i]] for i in chosen])
+    for chosen in np.split(sequences, np.flatnonzero(np.diff(blocks)) + 1):
+        yield np.concatenate([tokens[:0], *(tokens[ends[i] - index.lengths[i] : ends[i]] for i in chosen)])
 
 
 def histogram(prefix: Path, *, vocab_size: int) -> NDArray[np.int64]:

@@ -1,48 +1,21 @@
-"""The manifest of a folder of prepared data, and the checks before the data is used. Imports no torch."""
+"""Prepared data, and the checks before it is used. Imports no torch."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, not_prepared
-from configs.files import write_json
-from configs.paths import MANIFEST_NAME
 from configs.schema import Data
 from configs.strict_yaml import as_yaml
-from data_pipeline.hashes import file_sha256, json_sha256
+from data_pipeline.hashes import file_sha256
+from data_pipeline.manifest_file import PREPARE_AGAIN, DataManifest, Part, read_data_manifest
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path
 from data_pipeline.sources import PYTHON_DOCS, source_files
 from data_pipeline.split import held_out_count
 from data_pipeline.tokenizer_files import find_tokenizer, tokenizer_sha256
 
-DATA_FORMAT = 1
 UNIGRAM_NAME = "unigram.npy"
-_PREPARE_AGAIN = "set data.dir to another folder, or delete that one and run `trainshort prepare`"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tokens sampled together: all sources without a weight, one source with a weight, or one prepared elsewhere."""
-
-    name: str
-    prefix: str
-    """Path of the .bin and .idx without their endings; relative to the folder unless the source is used in place."""
-    in_place: bool
-    documents: int
-    sequences: int
-    tokens: int
-    bin_bytes: int
-    idx_bytes: int
-    words: int | None
-    """White space separated words; None where only the tokens are known."""
-    weight: float | None = None
-
-    def files(self, folder: Path) -> dict[Path, int]:
-        """Return the part's files, each with its size in bytes when it was written."""
-        prefix = folder / self.prefix  # the prefix of a source used in place is absolute: `/` drops the folder
-        return {bin_path(prefix): self.bin_bytes, idx_path(prefix): self.idx_bytes}
 
 
 @dataclass(frozen=True)
@@ -97,19 +70,18 @@ def load_prepared(data: Data, *, folder: Path) -> Prepared:
         raise not_prepared(folder)
     check_inputs(manifest, _settings(data), folder=folder)
     # data.split and the weights may change without preparing again: take them from the run file
-    parts = [Part(**part) for part in manifest["parts"]]
     weights = [source.weight for source in data.sources]
     if weights[0] is None:  # then none has one, and sources may share a part
-        weights = [None] * len(parts)
+        weights = [None] * len(manifest.parts)
     prepared = Prepared(
         folder=folder,
         tokenizer=find_tokenizer(folder),
-        tokenizer_sha256=manifest["tokenizer_sha256"],
-        vocab_size=manifest["vocab_size"],
-        end_of_document=manifest["end_of_document"],
-        parts=tuple(replace(part, weight=weight) for part, weight in zip(parts, weights, strict=True)),
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        vocab_size=manifest.vocab_size,
+        end_of_document=manifest.end_of_document,
+        parts=tuple(replace(part, weight=weight) for part, weight in zip(manifest.parts, weights, strict=True)),
         split=data.split,
-        fingerprint=manifest["inputs_sha256"],
+        fingerprint=manifest.inputs_sha256,
     )
     _check_files(prepared)
     _check_tokenizer(data, prepared)
@@ -159,7 +131,7 @@ def _check_named_once(paths: list[str]) -> None:
                 raise InputError(f"data.sources {other} and {path} both name the file {file}: name it in one of them")
 
 
-def check_inputs(manifest: dict[str, Any], inputs: dict[str, Any], *, folder: Path) -> None:
+def check_inputs(manifest: DataManifest, inputs: dict[str, Any], *, folder: Path) -> None:
     """Check that a folder's data was prepared from these inputs.
 
     Args:
@@ -170,7 +142,7 @@ def check_inputs(manifest: dict[str, Any], inputs: dict[str, Any], *, folder: Pa
         InputError: names the first input that changed.
     """
     for difference in _differences(manifest, inputs):
-        raise InputError(f"{folder} holds data prepared from other inputs: {difference}; {_PREPARE_AGAIN}")
+        raise InputError(f"{folder} holds data prepared from other inputs: {difference}; {PREPARE_AGAIN}")
 
 
 def same_inputs(folder: Path, *sections: Data) -> bool:
@@ -193,66 +165,24 @@ def same_inputs(folder: Path, *sections: Data) -> bool:
 def same_content(old: Path, new: Path) -> bool:
     """Return whether two folders hold the same prepared data, as far as lengths and counts of tokens tell.
 
-    True if the old folder is gone: then only the samples that a run reads next can be compared with those of before.
+    True if the old folder, or what it used in place, is gone: then only the samples that a run reads next can be
+    compared with those of before.
     """
     manifests = read_data_manifest(old), read_data_manifest(new)
     if manifests[0] is None or manifests[1] is None or old.resolve() == new.resolve():
         return True
-    return _content_hash(old, manifests[0]) == _content_hash(new, manifests[1])
-
-
-def inputs_sha256(inputs: dict[str, Any]) -> str:
-    """Return the fingerprint of the result of `describe_inputs`."""
-    return json_sha256(inputs)
-
-
-def _content_hash(folder: Path, manifest: dict[str, Any]) -> str:
-    """Return a hash of the tokenizer, the lengths of all sequences, and how often each token occurs."""
-    indices = [idx_path(folder / part["prefix"]) for part in manifest["parts"]]
-    hashes = [file_sha256(file) for file in (*indices, folder / UNIGRAM_NAME)]
-    return " ".join([manifest["tokenizer_sha256"], *hashes])
-
-
-def read_data_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest of a folder; None where there is none.
-
-    Raises:
-        InputError: it is broken or of another version.
-    """
-    file = folder / MANIFEST_NAME
     try:
-        manifest: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):  # the folder itself may be missing or a file
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}): {_PREPARE_AGAIN}") from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != DATA_FORMAT:
-        raise InputError(f"{file} has format_version {version}, this version reads {DATA_FORMAT}: {_PREPARE_AGAIN}")
-    return dict(manifest)
+        before = _content_hash(old, manifests[0])
+    except InputError:
+        return True
+    return before == _content_hash(new, manifests[1])
 
 
-def write_data_manifest(
-    folder: Path,
-    *,
-    inputs: dict[str, Any],
-    tokenizer_sha256: str,
-    vocab_size: int,
-    end_of_document: int,
-    parts: tuple[Part, ...],
-) -> None:
-    """Write the manifest last: a folder that has one is complete."""
-    manifest = {
-        "format_version": DATA_FORMAT,
-        "inputs": inputs,
-        "inputs_sha256": inputs_sha256(inputs),
-        "tokenizer_sha256": tokenizer_sha256,
-        "vocab_size": vocab_size,
-        "end_of_document": end_of_document,
-        "parts": [asdict(part) for part in parts],
-        "files_sha256": [file_sha256(file) for part in parts for file in part.files(folder)],
-    }
-    write_json(folder / MANIFEST_NAME, manifest)
+def _content_hash(folder: Path, manifest: DataManifest) -> str:
+    """Return a hash of the tokenizer, the lengths of all sequences, and how often each token occurs."""
+    indices = [idx_path(folder / part.prefix) for part in manifest.parts]
+    hashes = [file_sha256(file) for file in (*indices, folder / UNIGRAM_NAME)]
+    return " ".join([manifest.tokenizer_sha256, *hashes])
 
 
 def files_are_whole(part: Part, *, folder: Path) -> bool:
@@ -287,11 +217,11 @@ def _file_states(path: str) -> list[list[Any]]:
     return [[str(file), state.st_size, state.st_mtime_ns] for file, state in states]
 
 
-def _differences(manifest: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+def _differences(manifest: DataManifest, new: dict[str, Any]) -> Iterator[str]:
     """Yield how each of the new inputs differs from those of the manifest."""
-    old = manifest["inputs"]
-    for key in new:
-        before, now = old.get(key), new[key]
+    old = manifest.inputs
+    for key, now in new.items():
+        before: Any = old.get(key)
         if before == now:
             continue
         if key == "data.sources" and _are_same_files(old, now):
@@ -301,7 +231,7 @@ def _differences(manifest: dict[str, Any], new: dict[str, Any]) -> Iterator[str]
         if key == "weights":
             yield f"the sources had {'weights' if before else 'no weights'} then"
         elif key == "tokenizer_sha256":
-            if now != manifest["tokenizer_sha256"]:
+            if now != manifest.tokenizer_sha256:
                 yield f"data.tokenizer {new['data.tokenizer']} is a different model now"
         elif key == "files":
             # in their order: the same files may be spelled in another way now
@@ -343,8 +273,8 @@ def _same(before: list[list[Any]], now: list[list[Any]]) -> bool:
     return [[Path(name).name, *state] for name, *state in before] == [[Path(name).name, *state] for name, *state in now]
 
 
-def _is_same_model(manifest: dict[str, Any], model: Path) -> bool:
-    return find_tokenizer(model).is_file() and tokenizer_sha256(model) == manifest["tokenizer_sha256"]
+def _is_same_model(manifest: DataManifest, model: Path) -> bool:
+    return find_tokenizer(model).is_file() and tokenizer_sha256(model) == manifest.tokenizer_sha256
 
 
 def _file_difference(path: str, before: list[list[Any]], now: list[list[Any]]) -> str:
@@ -363,21 +293,21 @@ def _check_files(prepared: Prepared) -> None:
         for file, expected in part.files(prepared.folder).items():
             size = _size(file)
             if size is None:
-                raise InputError(f"prepared data {file} is missing: {_PREPARE_AGAIN}")
+                raise InputError(f"prepared data {file} is missing: {PREPARE_AGAIN}")
             if size != expected:
-                raise InputError(f"prepared data {file} has {size} bytes, {expected} were written: {_PREPARE_AGAIN}")
+                raise InputError(f"prepared data {file} has {size} bytes, {expected} were written: {PREPARE_AGAIN}")
 
 
 def _check_tokenizer(data: Data, prepared: Prepared) -> None:
     if tokenizer_sha256(prepared.tokenizer) != prepared.tokenizer_sha256:
         raise InputError(
-            f"tokenizer {prepared.tokenizer} is not the one that the data was prepared with: {_PREPARE_AGAIN}"
+            f"tokenizer {prepared.tokenizer} is not the one that the data was prepared with: {PREPARE_AGAIN}"
         )
     # the folder has its own copy: the original may be deleted, but not replaced by another
     given = find_tokenizer(Path(data.tokenizer)) if data.tokenizer is not None else None
     if given is not None and given.is_file() and tokenizer_sha256(given) != prepared.tokenizer_sha256:
         raise InputError(
-            f"data.tokenizer {data.tokenizer} is not the one that {prepared.folder} was prepared with: {_PREPARE_AGAIN}"
+            f"data.tokenizer {data.tokenizer} is not the one that {prepared.folder} was prepared with: {PREPARE_AGAIN}"
         )
 
 

@@ -24,16 +24,14 @@ from data_pipeline.indexed import histogram, read_index
 from data_pipeline.kinds import Kind, file_kind
 from data_pipeline.manifest import (
     UNIGRAM_NAME,
-    Part,
     Prepared,
     check_inputs,
     check_split,
     describe_inputs,
     files_are_whole,
     load_prepared,
-    read_data_manifest,
-    write_data_manifest,
 )
+from data_pipeline.manifest_file import Part, read_data_manifest, write_data_manifest
 from data_pipeline.prefixes import bin_path, find_prefix, idx_path, words_path
 from data_pipeline.reading import OnRead, iter_bytes
 from data_pipeline.sentencepiece_tokenizer import SAMPLE_CHARACTERS, train_tokenizer
@@ -56,8 +54,8 @@ logger = logging.getLogger(__name__)
 _UNFINISHED_NAME = "preparing.json"
 _BAR_CELLS = 20
 _OTHER_CELLS = _BAR_CELLS + 15 + 2 * 7 + 4  # of a progress bar's line, its description apart: sizes, two times, spaces
-_EXPANSION = {".gz": 3, ".xz": 4, ".zst": 3}
-"""About how many bytes of text a compressed byte holds, to estimate each file's share of the tokenizer's sample."""
+_EXPANSION = {".gz": 3, ".xz": 4, ".zst": 3, ".parquet": 2, ".pq": 2}
+"""About how many bytes of text a byte of these files holds, to estimate each file's share of the tokenizer's sample."""
 
 
 def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
@@ -77,33 +75,32 @@ def prepare_data(data: Data, *, folder: Path, progress: bool) -> Prepared:
     # before the folder is created: wrong input leaves nothing behind
     inputs = describe_inputs(data)
     check_tokenizer(data)
-    if read_data_manifest(folder) is None:
-        for source in data.sources:  # every file: the last of many must not fail after hours
-            check_source(source.path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"data folder {folder} is a file: set data.dir to a folder") from None
-    except OSError as error:
-        raise MachineError(
-            f"data folder {folder} cannot be created ({error.strerror}): set data.dir to another"
-        ) from None
     console = status_console(quiet=not progress)
     waiting = f"waiting: another process is preparing {folder}"
     try:
-        with one_writer(folder, on_wait=lambda: console.print(printable(waiting), soft_wrap=True)):
-            # read under the lock: the process waited for may have prepared the same data
-            manifest = read_data_manifest(folder)
-            if manifest is None:
-                _prepare(data, folder, inputs, console)
-            else:
-                check_inputs(manifest, inputs, folder=folder)
-            return load_prepared(data, folder=folder)
+        if not _is_prepared(folder, inputs):  # else nothing is written: the folder may be another user's
+            for source in data.sources:  # every file: the last of many must not fail after hours
+                check_source(source.path)
+            folder.mkdir(parents=True, exist_ok=True)
+            with one_writer(folder, on_wait=lambda: console.print(printable(waiting), soft_wrap=True)):
+                if not _is_prepared(folder, inputs):  # by the process that was waited for
+                    _prepare(data, folder, inputs, console)
+        return load_prepared(data, folder=folder)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"data folder {folder} is a file: set data.dir to a folder") from None
     except OSError as error:
         raise MachineError(
             f"{error.filename or folder} cannot be written or read ({error.strerror or error}): "
             "free space or set data.dir to another folder"
         ) from error
+
+
+def _is_prepared(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Return whether a folder holds the data of these inputs; refuse data of others."""
+    manifest = read_data_manifest(folder)
+    if manifest is not None:
+        check_inputs(manifest, inputs, folder=folder)
+    return manifest is not None
 
 
 def check_tokenizer(data: Data) -> None:
@@ -189,10 +186,22 @@ def _start_or_continue(folder: Path, inputs: dict[str, Any]) -> None:
         if written:
             raise InputError(f"{written[0]} exists without a {MANIFEST_NAME}: set data.dir to an empty folder")
     elif json.loads(record.read_text(encoding="utf-8")) != inputs:
+        if own := [file for file in written if str(file.resolve()) in _named_files(inputs)]:
+            raise InputError(
+                f"the data would be prepared from {own[0]}, but {folder} holds an unfinished prepare, which would be "
+                "deleted: move that file, or set data.dir to another folder"
+            )
         # of the same inputs, half-written files are written again under the same names
         for file in (*written, *folder.glob(".part-*.tmp")):
             file.unlink()
     write_json(record, inputs)
+
+
+def _named_files(inputs: dict[str, Any]) -> set[str]:
+    """Return the paths of all sources and of the tokenizer that inputs name."""
+    tokenizer = inputs["data.tokenizer"]
+    files = {name for states in inputs["files"].values() for name, *_ in states}
+    return files if tokenizer is None else files | {str(find_tokenizer(Path(tokenizer)).resolve())}
 
 
 def _written(folder: Path) -> list[Path]:
@@ -230,11 +239,11 @@ def _tokenizer_sample(data: Data) -> Iterator[str]:
     """Yield the beginning of every file, in proportion to its share of all text."""
     sizes = {source.path: _text_sizes(source.path) for source in data.sources}
     total = sum(chain.from_iterable(files.values() for files in sizes.values()))
-    share = min(1.0, SAMPLE_CHARACTERS / max(1, total))
+    share = SAMPLE_CHARACTERS / max(1, total)
     for source in data.sources:
         for file, size in sizes[source.path].items():
-            # sizes are estimates: if all text is wanted, they must not cut any of it
-            wanted = size * share if share < 1 else float("inf")
+            # More than all of a small text, but never without end: sizes are estimates, and no file may take it all.
+            wanted = size * share
             for text in _file_texts(source, file, data.document_separator):
                 yield text[: int(min(wanted, len(text))) + 1]  # + 1: at least one character of every file
                 wanted -= len(text)

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.errors import InputError, first_line
 from configs.files import one_writer
 from data_pipeline.counts import chosen_sequences, sample_counts
 from data_pipeline.documents import document_begins
-from data_pipeline.manifest import Part, Prepared
+from data_pipeline.manifest import Prepared
+from data_pipeline.manifest_file import Part
 
 with warnings.catch_warnings():
     # megatron-core warns that optional GPU libraries are missing; reading tokens needs none
@@ -100,7 +102,7 @@ def open_samples(
         held_out: Open the held-out samples instead of the training samples.
         documents: Whether samples say where documents begin.
     Raises:
-        InputError: see `sample_counts`.
+        InputError: see `sample_counts`; or the index is damaged, or is not where this rank looks for it.
     """
     counts = sample_counts(prepared, sequence_length=sequence_length, split=split, held_out=held_out)
     key = (sequence_length, split, HELD_OUT_SEED if held_out else seed, held_out)
@@ -126,7 +128,11 @@ def _joins(dataset: GPTDataset, number: int) -> NDArray[np.int64]:
 def _open_part(
     prepared: Prepared, part: Part, sequences: NDArray[np.int64], key: tuple[int, float, int, bool]
 ) -> GPTDataset:
-    """Open the dataset of some sequences of a part; build its index if it is not there yet."""
+    """Open the dataset of some sequences of a part; build its index if it is not there yet.
+
+    Raises:
+        InputError: the index is damaged, or rank 0 has built it where this rank does not see it.
+    """
     sequence_length, split, seed, held_out = key
     # megatron-core names a cached index without regard to the chosen sequences, so each choice gets its own folder
     text = f"{prepared.fingerprint} {part.prefix} {part.bin_bytes} {key}"
@@ -142,13 +148,20 @@ def _open_part(
 
     if not cache.is_dir():
         _build_index(open_with, cache)
-    return open_with(cache)
+    try:
+        return open_with(cache)
+    except (ValueError, EOFError) as error:  # from numpy, of a file that is cut short
+        raise InputError(f"the index of samples {cache} is damaged ({first_line(error)}): delete that folder") from None
 
 
 def _build_index(open_with: Callable[[Path], GPTDataset], cache: Path) -> None:
     """Build an index in a temporary folder and rename that, so that an interrupted build is never used."""
     ranks = torch.distributed
-    assert not (ranks.is_available() and ranks.is_initialized() and ranks.get_rank()), "rank 0 opens samples first"
+    if ranks.is_available() and ranks.is_initialized() and (rank := ranks.get_rank()):
+        raise InputError(
+            f"rank {rank} does not see the index of samples {cache}, which rank 0 has built: set data.dir to a folder "
+            "that all nodes see, or start once on one node and copy the data again, with its index"
+        )
     waiting = partial(logger.info, "waiting: another process is writing to %s", cache.parent.parent)
     with one_writer(cache.parent.parent, on_wait=waiting):  # two runs may share the data
         if cache.is_dir():

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from data_pipeline.indexed import READ_AT_ONCE, document_numbers, iter_sequences, read_index
 from data_pipeline.kinds import file_kind
-from data_pipeline.manifest import UNIGRAM_NAME, Part, Prepared
+from data_pipeline.manifest import UNIGRAM_NAME, Prepared
+from data_pipeline.manifest_file import Part
 from data_pipeline.prefixes import words_path
 from data_pipeline.sources import file_chunks, source_files
 from data_pipeline.split import held_out_sequences

@@ -53,14 +53,16 @@ def _data_notes(config: RunConfig, prepared: "list[Prepared]") -> Iterator[str]:
         return
 
     from data_pipeline.counts import load_trainable
-    from data_pipeline.manifest import check_inputs, describe_inputs, read_data_manifest
+    from data_pipeline.manifest import check_inputs, describe_inputs
+    from data_pipeline.manifest_file import read_data_manifest
 
     try:
         prepared.append(load_trainable(data, folder=folder, validates=bool(config.evaluate.every)))
     except (InputError, OSError) as error:
         yield from (*inputs, str(error))
         return
-    manifest = read_data_manifest(folder) or {}
+    manifest = read_data_manifest(folder)
+    assert manifest is not None, "it was loaded"
     for note in inputs or _answer(lambda: check_inputs(manifest, describe_inputs(data), folder=folder)):
         yield f"{note} (training does without: its data is prepared)"
 

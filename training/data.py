@@ -7,14 +7,15 @@ from data_pipeline.loader import Loader
 from data_pipeline.manifest import Prepared
 from data_pipeline.samples import Samples, open_samples
 from parallel.axes import Groups
-from parallel.collectives import wait_for_all
+from parallel.collectives import broadcast_from_first
 
 
 def open_data(config: RunConfig, *, prepared: Prepared, groups: Groups) -> tuple[Loader, Samples | None]:
     """Return the run's loader, and the held-out samples if the run validates; every rank must call it.
 
     Raises:
-        InputError: the data has no sample.
+        InputError: the data does not fit the run; raised on every rank.
+        MachineError: the index of its samples cannot be written; raised on every rank.
     """
     open_run_samples = partial(_open_on_first_rank_first, config, prepared=prepared, groups=groups)
     loader = Loader(
@@ -38,6 +39,6 @@ def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: 
         held_out=held_out,
         documents=config.data.mask_documents,
     )
-    samples = open_now() if groups.world.rank == 0 else None
-    wait_for_all(groups.world)
-    return samples or open_now()
+    opened: list[Samples] = []
+    broadcast_from_first(lambda: opened.append(open_now()), group=groups.world)
+    return opened[0] if opened else open_now()

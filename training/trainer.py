@@ -335,6 +335,7 @@ def build_trainer(
         accept_change: Resume even if model or data have changed.
     Raises:
         InputError: the data or a checkpoint does not fit the run; raised on every rank.
+        MachineError: the index of samples cannot be written beside the data; raised on every rank.
     """
     config, prepared = ready.config, ready.prepared
     with timed("opened the data", say=logger.info if groups.world.rank == 0 else logger.debug):

@@ -12,7 +12,8 @@ from configs.files import one_writer
 from configs.paths import chain_file, checkpoints_folder, data_folder, run_folder
 from configs.study import HELD_OUT_TEXT, LoadedStudy, PlannedRun
 from data_pipeline.counts import held_out_tokens
-from data_pipeline.manifest import load_prepared, read_data_manifest
+from data_pipeline.manifest import load_prepared
+from data_pipeline.manifest_file import read_data_manifest
 from launch.local import STOPPED_BY_HAND
 from launch.study.processes import Commands, commands_until_asked
 from training.checkpoint.manifest import step_folder

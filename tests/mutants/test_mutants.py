@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants.data_mutants import DATA_MUTANTS
 from tests.mutants.divergence_mutants import DIVERGENCE_MUTANTS
 from tests.mutants.document_mutants import DOCUMENT_MUTANTS
 from tests.mutants.evaluation_mutants import EVALUATION_MUTANTS
@@ -36,6 +37,7 @@ ALL = (
     *SCHEDULE_MUTANTS,
     *EVALUATION_MUTANTS,
     *SCALE_MUTANTS,
+    *DATA_MUTANTS,
     *DOCUMENT_MUTANTS,
     *TRACKING_MUTANTS,
     *MEASUREMENT_MUTANTS,

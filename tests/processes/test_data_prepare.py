@@ -115,6 +115,14 @@ def test_done_work_is_not_done_again_and_needs_no_torch(copy: tuple[Data, Path])
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.name != ".lock"} == states
 
 
+def test_prepared_data_needs_no_right_to_write(copy: tuple[Data, Path]) -> None:
+    data, folder = copy
+    (folder / ".lock").unlink()
+    before = folder.stat().st_mtime_ns
+    assert prepared_from(data, folder).documents == 1
+    assert folder.stat().st_mtime_ns == before
+
+
 def test_other_inputs_than_those_of_the_folder_are_named(copy: tuple[Data, Path], tmp_path: Path) -> None:
     data, folder = copy
     path = data.sources[0].path
@@ -177,6 +185,27 @@ def test_a_changed_tokenizer_or_manifest_is_refused(copy: tuple[Data, Path]) -> 
     assert "cannot be read" in refused(data, folder, by=load)
 
 
+def test_a_manifest_with_wrong_values_is_refused(copy: tuple[Data, Path]) -> None:
+    data, folder = copy
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for changes, what in (
+        ({"inputs": None}, "inputs: Input should be a valid dictionary"),
+        ({"inputs": {**manifest["inputs"], "data.sources": 3}}, "data.sources: Input should be a valid list"),
+        ({"inputs": {**manifest["inputs"], "files": {"a": [3]}}}, "files.a.0: Input should be a valid tuple"),
+        ({"parts": []}, "parts: Tuple should have at least 1 item"),
+        ({"parts": [{**manifest["parts"][0], "sequences": "x"}]}, "parts.0.sequences: Input should be a valid integer"),
+        ({"vocab_size": []}, "vocab_size: Input should be a valid integer"),
+        ({"files_sha256": 3}, "files_sha256: Input should be a valid tuple"),
+    ):
+        file.write_text(json.dumps({**manifest, **changes}))
+        assert f"{file} is damaged ({what}" in refused(data, folder, by=load)
+        assert f"{file} is damaged ({what}" in refused(data, folder)
+    for key in set(manifest) - {"format_version", "files_sha256"}:  # an older version wrote no hashes
+        file.write_text(json.dumps({other: value for other, value in manifest.items() if other != key}))
+        assert f"{file} is damaged (no {key}): set data.dir to another folder" in refused(data, folder, by=load)
+
+
 def test_an_interrupted_prepare_does_not_count_as_prepared(tmp_path: Path) -> None:
     first, second = write_book(tmp_path, "first.txt"), tmp_path / "second.txt"
     second.write_bytes(BOOK.encode() * 2 + b"\xff")
@@ -206,13 +235,18 @@ def test_a_finished_part_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     prepared_from(data, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    # as if killed just before the manifest was written
-    (folder / "manifest.json").unlink()
-    (folder / "preparing.json").write_text(json.dumps(manifest["inputs"]))
-    (folder / "part-000.json").write_text(json.dumps(manifest["parts"][0]))
-    written_at = (folder / "part-000.bin").stat().st_mtime_ns
-    prepared_from(data, folder)
-    assert (folder / "part-000.bin").stat().st_mtime_ns == written_at
+    tokens = folder / "part-000.bin"
+    written_at, content = tokens.stat().st_mtime_ns, tokens.read_bytes()
+    for kept in (True, False):
+        # as if killed just before the manifest was written
+        (folder / "manifest.json").unlink()
+        (folder / "preparing.json").write_text(json.dumps(manifest["inputs"]))
+        (folder / "part-000.json").write_text(json.dumps(manifest["parts"][0]))
+        if not kept:  # by a disk
+            tokens.write_bytes(content[:-2])
+        prepared_from(data, folder)
+        assert tokens.read_bytes() == content
+        assert (tokens.stat().st_mtime_ns == written_at) is kept
 
 
 def test_files_that_prepare_did_not_write_are_left_alone(tmp_path: Path) -> None:
@@ -223,8 +257,22 @@ def test_files_that_prepare_did_not_write_are_left_alone(tmp_path: Path) -> None
     assert (tmp_path / "data" / "part-000.bin").read_bytes() == b"mine"
 
 
-def test_two_prepares_at_once_wait_for_each_other(copy: tuple[Data, Path]) -> None:
-    data, folder = copy
+def test_sources_in_an_unfinished_folder_are_not_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "preparing.json").write_text("{}")  # as if killed while it prepared other inputs
+    mine = write_book(folder, "part-7.txt")
+    model = shutil.copy(train(tmp_path), folder / "tokenizer.model")
+    other = write_book(tmp_path)
+    for data, file in ((small_data(mine), mine), (small_data(other, tokenizer=str(folder)), model)):
+        assert f"the data would be prepared from {file}, but {folder} holds" in refused(data, folder)
+    assert mine.read_text() == BOOK
+    assert prepared_from(small_data(other), folder).documents == 1
+
+
+def test_two_prepares_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    data, folder = small_data(write_book(tmp_path)), tmp_path / "data"
+    folder.mkdir()
     done: list[Prepared] = []
     with one_writer(folder, on_wait=lambda: None):
         other = threading.Thread(target=lambda: done.append(prepared_from(data, folder)))

@@ -1,4 +1,4 @@
-"""What an evaluation holds of a text does not grow with the text."""
+"""What an evaluation holds of a text does not grow with the text; what `prepare` holds, by some bytes a document."""
 
 import tracemalloc
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from data_pipeline import text as text_module
+from data_pipeline.sources import Chunk
+from data_pipeline.storage import write_part
 from data_pipeline.text import file_stream, identify_text
 from tests.support.evaluation import UniformModel, measure
 
@@ -54,3 +56,14 @@ def test_a_longer_text_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.
         held.append(held_while_evaluating(tmp_path / "text.txt"))
     # The windows: some numbers each. Token ids take eight bytes each in a tensor, two in the file.
     assert held[1] - held[0] < (SIZES[1] - SIZES[0]) / 4, held
+
+
+def test_a_document_takes_few_bytes_of_memory(tmp_path: Path) -> None:
+    held = []
+    for documents in (8_000, 16_000):  # several batches each
+        chunks = (Chunk("a " * 300, ends_document=True) for _ in range(documents))
+        tracemalloc.start()
+        write_part(chunks, tokenizer=Letters(), prefix=tmp_path / "part")
+        held.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert held[1] - held[0] < 60 * 8_000, held

@@ -77,6 +77,19 @@ def test_other_data_in_another_folder_is_refused() -> None:
     assert "data.dir was 'data', is 'other'" in resume_problem("data.dir=other")
 
 
+def test_data_used_in_place_may_be_prepared_again_elsewhere(started: Path) -> None:
+    keys = ["data.sources=[corpus/part-000.bin]", "data.tokenizer=data/tokenizer.model"]
+    shutil.copytree("data", "corpus")
+    for name in ("first", "second"):
+        prepare_data(load_run("run.yaml", overrides=keys).data, folder=Path(name), progress=False)
+    Path("run/config.yaml").write_text(dump_run(load_run("run.yaml", overrides=[*keys, "data.dir=first"])))
+    resume(*keys, "data.dir=second")
+    manifest = Path("first/manifest.json")  # as if all had been moved here after the first start
+    manifest.write_text(manifest.read_text().replace(str(started), "/moved/since"))
+    assert "/moved/since/corpus/part-000.bin is missing: set data.dir" in resume_problem(*keys, "data.dir=first")
+    resume(*keys, "data.dir=second")
+
+
 @pytest.mark.usefixtures("started")
 def test_sources_may_be_spelled_in_another_way(started: Path) -> None:
     for path in ("./book.txt", str(started / "book.txt"), "b*.txt"):
@@ -101,6 +114,11 @@ def test_weights_follow_sources_that_are_spelled_anew() -> None:
     assert prepared.weights == (1.0, 2.0)
     with pytest.raises(InputError, match=r"data\.sources was"):
         load_prepared(small_data(("./other.txt", 1.0), ("./book.txt", 2.0)), folder=Path("blend"))
+    blend = "data.sources=[{path: %sbook.txt, weight: 1}, {path: other.txt, weight: %s}]"
+    keys = ["data.dir=blend", "data.split=0.1"]
+    Path("run/config.yaml").write_text(dump_run(load_run("run.yaml", overrides=[*keys, blend % ("", 3)])))
+    resume(*keys, blend % ("./", 3))
+    assert "data.sources was" in resume_problem(*keys, blend % ("", 2)), "a started run keeps its weights"
 
 
 @pytest.mark.usefixtures("started")

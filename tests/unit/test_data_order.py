@@ -103,6 +103,7 @@ def test_held_out_and_training_sequences_are_all_and_apart(count: int, share: fl
     assert len(held_out) >= 1
     assert len(training) >= 1
     assert sorted([*held_out, *training]) == list(range(count))
+    assert held_out.tolist() == sorted(shuffled(count, seed=(20211008,))[: len(held_out)].tolist())
     assert abs(len(held_out) - count * share) <= 1
 
 

@@ -12,7 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from configs.errors import InputError
 from configs.step_sizes import StepSize
 from data_pipeline.loader import Loader, held_out_parts
-from data_pipeline.manifest import Part, Prepared
+from data_pipeline.manifest import Prepared
+from data_pipeline.manifest_file import Part
 from data_pipeline.order import SampleOrder
 from data_pipeline.samples import Samples, open_samples
 
@@ -100,6 +101,8 @@ def test_held_out_text_is_in_no_training_sample(tmp_path: Path) -> None:
     for seed, length in ((1, 2), (1, 16), (9, 16), (9, 40)):
         assert not kept & all_tokens(training(prepared, length=length, seed=seed))
     assert len(kept) + len(all_tokens(training(prepared, length=2))) >= sum(LENGTHS) - 4
+    epochs = [training(prepared, seed=seed) for seed in (1, 9)]
+    assert len({str(sorted(each.read(range(len(each))).tolist())) for each in epochs}) == 2, "a seed joins its own way"
 
 
 def test_an_index_is_built_once_for_each_seed_length_and_split(tmp_path: Path) -> None:
@@ -123,6 +126,26 @@ def test_an_interrupted_index_is_built_again(tmp_path: Path) -> None:
     for file in cut.iterdir():
         file.write_bytes(file.read_bytes()[:50])
     assert np.array_equal(training(prepared).read([0, 1, 2]), expected)
+
+
+@pytest.mark.parametrize("size", [0, 50, 130])
+def test_a_damaged_index_says_what_to_delete(tmp_path: Path, size: int) -> None:
+    prepared = numbered(tmp_path, LENGTHS)
+    training(prepared)
+    (file,) = tmp_path.glob("index/*/*-shuffle_index.npy")
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(InputError, match=rf"the index of samples {file.parent} is damaged \(.*\): delete that folder"):
+        training(prepared)
+
+
+def test_a_node_without_the_index_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = numbered(tmp_path, LENGTHS)
+    with monkeypatch.context() as patch:  # as rank 1, on another node with a copy of the data
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda: 1)
+        with pytest.raises(InputError, match="rank 1 does not see the index of samples .*: set data.dir to a folder"):
+            training(prepared)
+    assert not (tmp_path / "index").exists()
 
 
 def test_text_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:

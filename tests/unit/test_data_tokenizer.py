@@ -1,5 +1,6 @@
 """The tokenizer is lossless; a model that is not, or a wrong vocabulary size, is refused."""
 
+import gzip
 import io
 import json
 import random
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from configs.errors import InputError
-from data_pipeline import prepare
+from data_pipeline import prepare, sentencepiece_tokenizer
 from data_pipeline.portable import check_portable
 from data_pipeline.prepare import prepare_data
 from data_pipeline.sentencepiece_tokenizer import train_tokenizer
@@ -90,8 +91,9 @@ def test_rows_of_a_padded_embedding_have_no_text(tokenizer: Tokenizer) -> None:
 
 def test_a_model_whose_pieces_hold_newlines_is_encoded_in_one_go(tmp_path: Path) -> None:
     model = foreign_model(tmp_path, user_defined_symbols=["\n\n"])
-    whole = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("one\n\ntwo\n")
-    assert load_tokenizer(model).encode("one\n\ntwo\n") == whole
+    text = "a " * 100 + "\n\ntwo\n"  # other models' texts are cut behind the first newline after 200 characters
+    whole = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(text)
+    assert load_tokenizer(model).encode(text) == whole
 
 
 def test_the_same_text_gives_the_same_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -100,6 +102,18 @@ def test_the_same_text_gives_the_same_file(tokenizer: Tokenizer, tmp_path: Path)
     assert again.sha256 == tokenizer.sha256
     assert again.vocab_size == 600
     assert [file.name for file in tmp_path.iterdir()] == ["again.model"]
+
+
+def test_every_file_has_its_share_of_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (prepare, sentencepiece_tokenizer):
+        monkeypatch.setattr(module, "SAMPLE_CHARACTERS", len(BOOK))
+    # a hundredth of their text on disk, and all of it fewer bytes than the sample has characters
+    files = [tmp_path / "lower.gz", tmp_path / "upper.gz"]
+    for file, text in zip(files, (BOOK.lower(), BOOK.upper()), strict=True):
+        file.write_bytes(gzip.compress(text[:9000].encode() * 40))
+    prepared = prepare_data(small_data(*files), folder=tmp_path / "data", progress=False)
+    lower, upper = (len(load_tokenizer(prepared.tokenizer).encode(word)) for word in ("statement", "STATEMENT"))
+    assert lower == upper
 
 
 def test_a_vocabulary_too_large_for_the_text_names_the_largest(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ LIGHT = (
     "parallel/parameter.py",
     "data_pipeline/counts.py",
     "data_pipeline/manifest.py",
+    "data_pipeline/manifest_file.py",
     "data_pipeline/prepare.py",
     "data_pipeline/sources.py",
     "data_pipeline/text.py",

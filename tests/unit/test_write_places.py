@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from configs.errors import MachineError
 from configs.files import try_folder
 from configs.load import check_run
 from parallel.layout import Layout
+from tests.support.one_rank import OneRank
 from training.folder import claim_run_folder
 
 
@@ -52,3 +55,11 @@ def test_a_run_that_could_not_save_is_refused_at_its_start(
     with pytest.raises(MachineError, match=r"run folder .* cannot be written \(File exists\)"):
         claim_run_folder(config, layout=Layout.of(config, world_size=1), device=torch.device("cpu"))
     assert not (tmp_path / "run" / "incarnation").exists(), "an older start must not be superseded"
+
+
+def test_an_index_that_cannot_be_written_is_said(rank: OneRank, tmp_path: Path) -> None:
+    shutil.copytree(rank.prepared.folder, tmp_path / "data", ignore=shutil.ignore_patterns("index"))
+    (tmp_path / "data" / "index").write_text("a file")
+    elsewhere = replace(rank, prepared=replace(rank.prepared, folder=tmp_path / "data"))
+    with pytest.raises(MachineError, match=r"rank 0 cannot use the disk \(.* \S+/data/index\S*\): fix it"):
+        elsewhere.trainer(rank.config(tmp_path / "run"))

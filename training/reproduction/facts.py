@@ -11,7 +11,7 @@ from configs.schema import RunConfig
 from configs.secrets import public_variables
 from data_pipeline.content import damaged_files, data_sha256
 from data_pipeline.hashes import file_sha256, json_sha256
-from data_pipeline.manifest import read_data_manifest
+from data_pipeline.manifest_file import read_data_manifest
 from data_pipeline.tokenizer_files import find_tokenizer, tokenizer_sha256
 from training.checkpoint.manifest import check_whole, find_checkpoint, model_sha256
 from training.folder import with_dotted_keys
@@ -75,8 +75,8 @@ def data_facts(folder: Path, *, reads_all: bool = False) -> dict[str, Any]:
             return {**facts, "problem": f"not in {folder}"}
         facts |= {
             "manifest_sha256": file_sha256(folder / MANIFEST_NAME),
-            "fingerprint": manifest["inputs_sha256"],
-            "tokens": sum(part["tokens"] for part in manifest["parts"]),
+            "fingerprint": manifest.inputs_sha256,
+            "tokens": sum(part.tokens for part in manifest.parts),
             "sha256": data_sha256(manifest),
             "tokenizer_sha256": tokenizer_sha256(find_tokenizer(folder)),
         }

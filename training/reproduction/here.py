@@ -11,7 +11,8 @@ from configs.paths import config_file, data_folder, own_data_folder
 from configs.saved import saved_values
 from configs.schema import RunConfig
 from data_pipeline.hashes import file_sha256
-from data_pipeline.manifest import describe_inputs, inputs_sha256
+from data_pipeline.manifest import describe_inputs
+from data_pipeline.manifest_file import inputs_sha256
 from parallel.start import DETERMINISTIC_VARIABLES, rank_threads
 from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints
 from training.folder import with_dotted_keys

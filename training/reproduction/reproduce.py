@@ -12,7 +12,7 @@ from configs.commands import typed_path
 from configs.errors import InputError
 from configs.path_text import require_folder
 from configs.paths import config_file, data_folder, environment_path, own_data_folder, reproduction_file, rollbacks_file
-from data_pipeline.manifest import read_data_manifest
+from data_pipeline.manifest_file import read_data_manifest
 from training.averaging.record import averaged_steps, mean_of_steps
 from training.incarnation import newest_incarnation
 from training.reproduction.differences import (
@@ -173,7 +173,7 @@ def _no_manifest(run_dir: Path) -> InputError:
     except (OSError, ValueError, AttributeError):
         pass
     manifest = read_data_manifest(own_data_folder(run_dir))
-    facts += [f"data of fingerprint {manifest['inputs_sha256'][:8]}"] if manifest else []
+    facts += [f"data of fingerprint {manifest.inputs_sha256[:8]}"] if manifest else []
     facts += [config_file(run_dir).name] if config_file(run_dir).is_file() else []
     if not facts and newest_incarnation(run_dir) is None:
         return InputError(f"{run_dir} has no {file.name}: give the run.dir of a run that was trained")

@@ -11,7 +11,7 @@ from configs.paths import data_folder
 from configs.schema import RunConfig
 from configs.secrets import hide_secrets
 from data_pipeline.content import data_sha256
-from data_pipeline.manifest import read_data_manifest
+from data_pipeline.manifest_file import read_data_manifest
 from data_pipeline.split import held_out_count
 from data_pipeline.tokenizer_files import find_tokenizer
 
@@ -55,18 +55,18 @@ def data_inputs(config: RunConfig) -> list[DatasetFacts]:
     if manifest is None:
         return []
     # of data that an older version prepared, only what it was made from is known
-    sha256 = data_sha256(manifest) or manifest["inputs_sha256"]
-    parts, share = manifest["parts"], config.data.split
-    name = ", ".join(part["name"] for part in parts)
-    held_out = sum(held_out_count(part["sequences"], share=share) for part in parts)
-    sequences, tokens = (sum(part[key] for part in parts) for key in ("sequences", "tokens"))
+    sha256 = data_sha256(manifest) or manifest.inputs_sha256
+    parts, share = manifest.parts, config.data.split
+    name = ", ".join(part.name for part in parts)
+    held_out = sum(held_out_count(part.sequences, share=share) for part in parts)
+    sequences, tokens = sum(part.sequences for part in parts), sum(part.tokens for part in parts)
     about = {"tokens_with_held_out": tokens, "split": share, "parts": len(parts)}
     inputs = [_dataset(name, sha256, folder, "training", num_rows=sequences - held_out, **about)]
     if held_out:
         inputs.append(_dataset(f"{name}, held out", sha256, folder, "validation", num_rows=held_out, **about))
     tokenizer = find_tokenizer(folder)
-    profile = {"vocab_size": manifest["vocab_size"]}
-    return [*inputs, _dataset(tokenizer.name, manifest["tokenizer_sha256"], tokenizer, "tokenizer", **profile)]
+    profile = {"vocab_size": manifest.vocab_size}
+    return [*inputs, _dataset(tokenizer.name, manifest.tokenizer_sha256, tokenizer, "tokenizer", **profile)]
 
 
 def evaluation_input(report: dict[str, Any]) -> DatasetFacts:
