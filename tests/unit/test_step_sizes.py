@@ -14,6 +14,9 @@ from parallel.layout import Layout
 from tests.support.diverging import lines_of, results_of, train
 from tests.support.one_rank import OneRank, one_rank
 from tests.support.steps import step_result
+from training.export.facts import ModelFacts
+from training.export.formats.model_card import model_card
+from training.export.formats.readers import TRANSFORMERS
 from training.pace import Pace
 from training.progress_lines import step_lengths, step_tokens, tokens_between
 from training.schedule import learning_rate
@@ -63,6 +66,11 @@ def test_the_length_of_each_step(rank: OneRank, tmp_path: Path) -> None:
     assert (lengths_of(run), step_lengths(run), step_tokens(run)) == ((2, 4, 8), "2 to 8", "16 to 32")
     always = rank.config(tmp_path)
     assert (size_of(1, always), step_lengths(always)) == (StepSize(4, 8), "8")
+    # a run that ends in its warm-ups
+    short = rank.config(
+        tmp_path, "train.length_warmup=[[2, 2], [4, 2]]", "train.batch_warmup=[[2, 9]]", "train.steps=3"
+    )
+    assert (step_lengths(short), step_tokens(short)) == ("2 to 4", "16")
 
 
 def test_the_learning_rate_falls_with_the_tokens(rank: OneRank, tmp_path: Path) -> None:
@@ -72,6 +80,19 @@ def test_the_learning_rate_falls_with_the_tokens(rank: OneRank, tmp_path: Path) 
     expected = [1.0, *(1 - seen / 16 for seen in (2, 4, 8, 12, 16))]
     assert [learning_rate(step, train=train_keys) for step in range(1, 7)] == expected
     assert learning_rate(9, train=train_keys) == 0
+
+
+def test_the_card_tells_the_largest_step_so_far(rank: OneRank, tmp_path: Path) -> None:
+    config = rank.config(tmp_path, WARM_UP, "train.length_warmup=[[2, 3]]")
+    for step, samples, length, said in (
+        (3, 6, 2, "48 tokens: 3 steps of up to 2"),
+        (4, 10, 8, "80 tokens: 4 steps of up to 4"),
+    ):
+        facts = ModelFacts(config, step, samples, vocab_size=400, parameters=9, report=None)
+        card = model_card(facts, comparison="", engine=TRANSFORMERS, dtype="fp32")
+        assert f"| trained on | {said} sequences |" in card
+        assert f"| training length | {length} tokens |" in card
+        assert f"trained at {length} tokens by" in card
 
 
 def test_samples_are_cut_into_pieces_that_follow_each_other(rank: OneRank, tmp_path: Path) -> None:
