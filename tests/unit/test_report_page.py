@@ -160,20 +160,10 @@ def test_runs_are_laid_over_each_other(trainshort: Call) -> None:
     assert "on held-out, per token; nonoverlapping" in page.text
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "axis"),
-    [
-        ([], [], "step"),  # 256 tokens each
-        ([[4, 5]], [[8, 5]], "step"),
-        ([[4, 5]], [[4, 5]], "training tokens"),
-        ([[4, 5]], [[8, 6]], "training tokens"),
-    ],
-)
-def test_runs_whose_steps_differ_are_drawn_by_tokens(
-    trainshort: Call, first: list[list[int]], second: list[list[int]], axis: str
-) -> None:
-    make_run(Path("a"), train={"batch_warmup": first})
-    make_run(Path("b"), train={"batch_warmup": second, "global_batch": 16}, data={"sequence_length": 16})
+@pytest.mark.parametrize(("steps", "axis"), [(5, "step"), (6, "training tokens")])
+def test_runs_whose_steps_differ_are_drawn_by_tokens(trainshort: Call, steps: int, axis: str) -> None:
+    make_run(Path("a"), train={"batch_warmup": [[4, 5]]})
+    make_run(Path("b"), train={"batch_warmup": [[8, steps]], "global_batch": 16}, data={"sequence_length": 16})
     assert f">{axis}</text>" in written(trainshort, "a", "b", page="comparison.html").source
 
 
