@@ -11,7 +11,7 @@ from configs.load import load_run
 from configs.step_sizes import StepSize, batch_of, batches_of, lengths_of, samples_until, size_of
 from data_pipeline.samples import open_samples
 from parallel.layout import Layout
-from tests.support.diverging import lines_of, results_of, train
+from tests.support.diverging import lines_of, poison_steps, results_of, train, train_without
 from tests.support.one_rank import OneRank, one_rank
 from tests.support.steps import step_result
 from training.export.facts import ModelFacts
@@ -20,6 +20,7 @@ from training.export.formats.readers import TRANSFORMERS
 from training.pace import Pace
 from training.progress_lines import step_lengths, step_tokens, tokens_between
 from training.schedule import learning_rate
+from training.state import TrainState
 from training.utilization import Utilization, causal_flops_per_token, flops_per_token
 
 WARM_UP = "train.batch_warmup=[[2, 3]]"  # train.global_batch is 4
@@ -57,6 +58,19 @@ def test_a_warm_up_equals_a_run_and_its_branch(rank: OneRank, tmp_path: Path) ->
         train(rank, again, WARM_UP, constant, f"train.decay_steps={last}", "checkpoint.every=1", steps=last)
     train(rank, again, WARM_UP, constant, steps=STEPS)
     assert results_of(again) == (steps, tensors)
+
+
+def test_a_rollback_in_a_warm_up_leaves_out_its_batches(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("train.batch_warmup=[[2, 4]]", "train.length_warmup=[[4, 5]]")
+    with monkeypatch.context() as patch:
+        poison_steps(rank, patch, 5)  # step 6 has no loss
+        end = train(rank, tmp_path / "run", *keys)
+    # back to step 3: left out are a step of 2 and two of 4 samples
+    assert end == TrainState(9, 4 * 2 + 5 * 4, left_out_samples=10)
+    train_without(rank, tmp_path / "without", monkeypatch, *keys, first=6, count=10)
+    assert results_of(tmp_path / "run") == results_of(tmp_path / "without")
 
 
 def test_the_length_of_each_step(rank: OneRank, tmp_path: Path) -> None:
@@ -160,8 +174,11 @@ def test_time_left_counts_sequences_not_steps(rank: OneRank, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("warm_up", "message"),
     [
-        ("[[32, 1], [16, 1]]", "must have growing lengths below data.sequence_length (128), got 32, 16: order them"),
-        ("[[128, 1]]", "must have growing lengths below data.sequence_length (128), got 128: order them"),
+        (
+            "[[32, 1], [16, 1]]",
+            "growing lengths below data.sequence_length (128), got 32, 16: lower or order them",
+        ),
+        ("[[128, 1]]", "must have growing lengths below data.sequence_length (128), got 128: lower or order them"),
         (
             "[[48, 1]]",
             "the lengths of train.length_warmup must divide data.sequence_length (128), got 48: use 1, 2, 4,",
