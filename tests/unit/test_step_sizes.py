@@ -116,6 +116,8 @@ def test_samples_are_cut_into_pieces_that_follow_each_other(rank: OneRank, tmp_p
         rows = [row[begin : begin + 3] for row in whole for begin in (0, 2, 4, 6)]
         assert torch.equal(cut, torch.stack(rows))
         assert torch.equal(cut[:, 1:].reshape(2, 8), whole[:, 1:]), "each token is a target once"
+    (cut, *_) = rank.loader(rank.config(tmp_path, "train.micro_batch=1")).step(0, StepSize(4, 2))
+    assert cut.is_contiguous(), "else pieces of one sample share memory"
 
 
 def test_documents_begin_where_they_did_in_pieces_too(tmp_path: Path) -> None:
