@@ -28,6 +28,12 @@ def _countable(value: int) -> int:
     return value
 
 
+def _list_of_lists(value: Any) -> Any:
+    if isinstance(value, list) and not all(isinstance(each, list) for each in value):
+        raise PydanticCustomError("pairs", "Input should be a list of pairs, as [[256, 1000]]")
+    return value
+
+
 def _public_lines(lines: tuple[str, ...]) -> list[str]:
     return [hide_secrets(line) for line in lines]
 
@@ -47,7 +53,9 @@ PositiveInt = Annotated[int, Field(ge=1), COUNTABLE]
 SequenceLength = Annotated[int, Field(ge=2), COUNTABLE]
 NonNegativeInt = Annotated[int, Field(ge=0), COUNTABLE]
 # pairs of a value and for how many steps it holds, in their order
-StepStages = Annotated[tuple[Annotated[tuple[PositiveInt, PositiveInt], TUPLE], ...], TUPLE]
+StepStages = Annotated[
+    tuple[Annotated[tuple[PositiveInt, PositiveInt], TUPLE], ...], TUPLE, BeforeValidator(_list_of_lists)
+]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 

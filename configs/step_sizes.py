@@ -1,6 +1,7 @@
 """The size of each step: its batch, and the length that its sequences are cut to. Imports no torch."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ def size_of(step: int, config: "RunConfig") -> StepSize:
             length = shorter
             break
     return StepSize(batch_of(step, config.train), length)
+
+
+def steps_of_its_length(step: int, train: "Train") -> int:
+    """Return how many steps up to one, counted from 1, have its length: 2 for the second of them."""
+    begins = accumulate((steps for _, steps in train.length_warmup), initial=0)
+    return step - max(before for before in begins if before < step)
 
 
 def batch_of(step: int, train: "Train") -> int:

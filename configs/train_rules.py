@@ -61,7 +61,7 @@ def _batches(config: RunConfig) -> Iterator[str]:
     if list(batches) != sorted(set(batches)):
         yield (
             f"train.batch_warmup must have growing batches below train.global_batch ({train.global_batch}), got "
-            f"{', '.join(map(str, batches[:-1]))}: order them"
+            f"{', '.join(map(str, batches[:-1]))}: lower or order them"
         )
     for batch in batches[:-1]:
         if batch % train.micro_batch:
@@ -77,7 +77,7 @@ def _lengths(config: RunConfig) -> Iterator[str]:
     if list(lengths) != sorted(set(lengths)):
         yield (
             f"train.length_warmup must have growing lengths below data.sequence_length ({length}), got "
-            f"{', '.join(map(str, lengths[:-1]))}: order them"
+            f"{', '.join(map(str, lengths[:-1]))}: lower or order them"
         )
     for shorter in lengths[:-1]:
         if length % shorter:

@@ -65,7 +65,8 @@ class Loader:
 
 def _pieces(batch: torch.Tensor, *, length: int) -> torch.Tensor:
     """Cut samples [count, ..., seq + 1] into pieces, [count x pieces, ..., length + 1]."""
-    return batch.unfold(-1, length + 1, length).movedim(-2, 1).flatten(0, 1)
+    pieces = batch.unfold(-1, length + 1, length).movedim(-2, 1).flatten(0, 1)
+    return pieces.contiguous()  # those of one sample overlap in memory, from which a GPU does not copy on its own
 
 
 def held_out_parts(

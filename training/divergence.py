@@ -4,6 +4,8 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
+from configs.schema import Train
+from configs.step_sizes import steps_of_its_length
 from training.state import TrainState
 
 SPIKE_STEPS = 10  # one bad batch is no divergence
@@ -28,13 +30,14 @@ class LossWatch:
     """Looks at each step's loss and gradient norm; given the same ones, every rank comes to the same result.
 
     Args:
-        rise: How far `SPIKE_STEPS` losses in a row must lie above the mean of the `BASE_STEPS` before them to count as
-            divergence, in nats; None to look for what is not finite alone.
+        train: Section of the run. `spike` is how far `SPIKE_STEPS` losses in a row must lie above the mean of the
+            `BASE_STEPS` before them to count as divergence, in nats; None to look for what is not finite alone. Losses
+            of sequences of other lengths do not compare: at a longer one, positions may be new to the model.
         losses: Those of the last steps before the first one that is checked.
     """
 
-    def __init__(self, rise: float | None, losses: Iterable[float] = ()) -> None:
-        self._rise = rise
+    def __init__(self, train: Train, losses: Iterable[float] = ()) -> None:
+        self._train, self._rise = train, train.spike
         self._losses = deque(losses, maxlen=LOSSES_WATCHED)
 
     def check(self, state: TrainState, *, loss: float, grad_norm: float) -> None:
@@ -54,7 +57,7 @@ class LossWatch:
         if self._rise is None:
             return
         self._losses.append(loss)
-        losses = [*self._losses]
+        losses = [*self._losses][-steps_of_its_length(step, self._train) :]
         before, last = losses[:-SPIKE_STEPS], losses[-SPIKE_STEPS:]
         if len(before) < SPIKE_STEPS:
             return

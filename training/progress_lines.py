@@ -11,7 +11,7 @@ from configs.figures import byte_size, counted, duration, scaled
 from configs.positions import POSITIONS
 from configs.schedules import SCHEDULES, schedule_steps
 from configs.schema import RunConfig
-from configs.step_sizes import batches_of, lengths_of, samples_until
+from configs.step_sizes import StepSize, samples_until, size_of
 from training.families.table import parameter_count
 from training.least_density import attention_here
 from training.metrics_file import Best
@@ -35,17 +35,22 @@ def tokens_between(first: int, last: int, config: RunConfig) -> int:
 
 
 def step_tokens(config: RunConfig) -> str:
-    """Return the tokens of a step: 1,024, or 256 to 1,024 with train.batch_warmup."""
-    return _from_to([batch * config.data.sequence_length for batch in batches_of(config.train)])
+    """Return the tokens of a step: 1,024, or 256 to 1,024 if the run takes smaller batches first."""
+    return _first_to_last([size.batch * config.data.sequence_length for size in _sizes(config)])
 
 
 def step_lengths(config: RunConfig) -> str:
-    """Return the lengths of a run's sequences: 1,024, or 256 to 1,024 with train.length_warmup."""
-    return _from_to(lengths_of(config))
+    """Return the lengths of a run's sequences: 1,024, or 256 to 1,024 if the run takes shorter ones first."""
+    return _first_to_last([size.length for size in _sizes(config)])
 
 
-def _from_to(sizes: Sequence[int]) -> str:
-    return " to ".join(f"{each:,}" for each in dict.fromkeys((sizes[0], sizes[-1])))
+def _sizes(config: RunConfig) -> list[StepSize]:
+    """Return the smallest and the largest step: the first and the last, which may lie in a warm-up."""
+    return [size_of(step, config) for step in (1, config.train.steps)]
+
+
+def _first_to_last(numbers: Sequence[int]) -> str:
+    return " to ".join(f"{each:,}" for each in dict.fromkeys(numbers))
 
 
 def start_lines(ready: "Ready", *, device: str) -> list[str]:

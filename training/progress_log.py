@@ -98,12 +98,12 @@ class ProgressLog(Observer):
             logger.info("%s", line)
 
     def _log_step(self, result: StepResult) -> None:
-        seconds = sum(each.step_seconds for each in self._since_line)
-        speed = sum(each.tokens_per_second * each.step_seconds for each in self._since_line) / seconds
+        taken, seconds = [*self._since_line], sum(each.step_seconds for each in self._since_line)
         self._since_line.clear()
-        if result.model_flops_utilization is not None:  # of the same steps as the speed, not of the last one
-            utilization = result.model_flops_utilization * speed / result.tokens_per_second
-            result = replace(result, model_flops_utilization=utilization)
+        # both of the same steps: with train.length_warmup their tokens cost differently
+        speed = sum(each.tokens_per_second * each.step_seconds for each in taken) / seconds
+        used = sum((each.model_flops_utilization or 0.0) * each.step_seconds for each in taken) / seconds
+        result = replace(result, model_flops_utilization=used)
         steps, left = self._config.train.steps, self._pace.seconds_left
         columns = self._terminal.columns
         logger.info("%s", step_line(result, steps=steps, speed=speed, seconds_left=left, columns=columns))

@@ -158,7 +158,7 @@ class Trainer:
         validation_loss: float | None = None
         rollbacks, own = broadcast_from_first(lambda: (rollbacks_of(run_dir), read_rollbacks(run_dir)), group=world)
         losses = broadcast_from_first(lambda: losses_before(start, run_dir=run_dir, train=train), group=world)
-        watch = LossWatch(train.spike, losses)
+        watch = LossWatch(train, losses)
         with reading_ahead(self.loader, device=self.device) as read_step:
             for taken in self.steps(read_step, start=start, rollbacks=rollbacks):
                 state = taken.after

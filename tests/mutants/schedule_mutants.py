@@ -91,4 +91,11 @@ SCHEDULE_MUTANTS = (
         "if step <= ends + 1:",
         BY_PIECES,
     ),
+    Mutant(
+        "lengths: a jump of the loss at a longer one is a spike",
+        "training/divergence.py",
+        "[-steps_of_its_length(step, self._train) :]",
+        "",
+        "tests/unit/test_rollbacks.py::test_only_a_lasting_rise_is_a_spike",
+    ),
 )

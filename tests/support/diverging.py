@@ -76,13 +76,19 @@ def poison_steps(rank: OneRank, monkeypatch: pytest.MonkeyPatch, *calls: int) ->
 
 
 def train_without(
-    rank: OneRank, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *, first: int, count: int, steps: int = STEPS
+    rank: OneRank,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *more: str,
+    first: int,
+    count: int,
+    steps: int = STEPS,
 ) -> None:
     """Train a run whose stream lacks some samples, by another way than a rollback's."""
     real = Loader.step
     with monkeypatch.context() as patch:
         patch.setattr(Loader, "step", lambda self, place, size: real(self, place + count * (place >= first), size))
-        train(rank, run_dir, steps=steps)
+        train(rank, run_dir, *more, steps=steps)
 
 
 def losses_given(rank: OneRank, monkeypatch: pytest.MonkeyPatch, loss: Callable[[int], float]) -> None:

@@ -245,12 +245,12 @@ def test_a_line_every_so_many_steps_and_none_is_lost(tmp_path: Path, caplog: pyt
 def test_speed_and_utilization_are_of_the_same_steps(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     progress = ProgressLog(progress_run("train.steps=9", "train.log_every=2"), first_step=0, best=None, terminal=None)
-    for step, seconds in ((1, 0.1), (2, 0.3)):
+    for step, seconds, work in ((1, 0.1, 0.04), (2, 0.3, 0.12)):  # the second is of longer sequences
         speed = 1024 / seconds
         result = step_result(step=step, step_seconds=seconds, tokens_per_second=speed)
-        progress.on_step(replace(result, model_flops_utilization=0.04 / seconds))
+        progress.on_step(replace(result, model_flops_utilization=work / seconds))
     (line,) = logged_lines(caplog)
-    assert "  5.12k tokens/s  1.00 GB  MFU 20%  " in line
+    assert "  5.12k tokens/s  1.00 GB  MFU 40%  " in line
 
 
 def test_a_stop_shows_its_last_step_and_a_slow_run_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -160,6 +160,13 @@ def test_runs_are_laid_over_each_other(trainshort: Call) -> None:
     assert "on held-out, per token; nonoverlapping" in page.text
 
 
+@pytest.mark.parametrize(("steps", "axis"), [(5, "step"), (6, "training tokens")])
+def test_runs_whose_steps_differ_are_drawn_by_tokens(trainshort: Call, steps: int, axis: str) -> None:
+    make_run(Path("a"), train={"batch_warmup": [[4, 5]]})
+    make_run(Path("b"), train={"batch_warmup": [[8, steps]], "global_batch": 16}, data={"sequence_length": 16})
+    assert f">{axis}</text>" in written(trainshort, "a", "b", page="comparison.html").source
+
+
 def test_a_long_run_shows_each_step_and_their_mean(trainshort: Call) -> None:
     for name in ("a", "b"):
         make_run(Path(name), steps=200, train={"steps": 200})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
+from configs.schema import Train
 from tests.support.disk import OnOperation, counted_operations, once
 from tests.support.diverging import (
     BATCH,
@@ -28,6 +29,8 @@ from training.incarnation import begin_incarnation
 from training.observers import StepResult
 from training.rollbacks import checkpoints_before, read_rollbacks, record_rollback
 from training.state import TrainState
+
+TRAIN = Train(micro_batch=1, global_batch=1, steps=9, learning_rate=1.0)
 
 
 @pytest.fixture
@@ -231,8 +234,8 @@ def test_a_start_in_a_spike_sees_it_at_the_same_step(
 
 
 def test_only_a_lasting_rise_is_a_spike() -> None:
-    def first_seen(losses: list[float], *, rise: float | None = 1.0) -> tuple[int, int] | None:
-        watch = LossWatch(rise)
+    def first_seen(losses: list[float], *, rise: float | None = 1.0, short: int = 0) -> tuple[int, int] | None:
+        watch = LossWatch(TRAIN.model_copy(update={"spike": rise, "length_warmup": ((4, short),) * (short > 0)}))
         for step, loss in enumerate(losses, start=1):
             try:
                 watch.check(TrainState(step, step), loss=loss, grad_norm=1.0)
@@ -250,9 +253,12 @@ def test_only_a_lasting_rise_is_a_spike() -> None:
     assert first_seen([*[3.0] * (SPIKE_STEPS - 1), *[high] * 50]) == (11, 20), "ten are needed before"
     # the mean is that of the hundred before
     assert first_seen([*[9.0] * 50, *[3.0] * BASE_STEPS, *[high] * SPIKE_STEPS]) == (151, 160)
+    # longer sequences have losses of their own
+    assert first_seen([*level, *[high] * 50], short=40) is None
+    assert first_seen([*level, *[3.0] * SPIKE_STEPS, *[high] * SPIKE_STEPS], short=40) == (51, 60)
     for loss, grad_norm in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)):
         with pytest.raises(Diverged):
-            LossWatch(None).check(TrainState(1, 1), loss=loss, grad_norm=grad_norm)
+            LossWatch(TRAIN).check(TrainState(1, 1), loss=loss, grad_norm=grad_norm)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rollbacks": [{"step": 3}]}', '{"rollbacks": [{"step": "x"}]}'])

@@ -11,12 +11,16 @@ from configs.load import load_run
 from configs.step_sizes import StepSize, batch_of, batches_of, lengths_of, samples_until, size_of
 from data_pipeline.samples import open_samples
 from parallel.layout import Layout
-from tests.support.diverging import lines_of, results_of, train
+from tests.support.diverging import lines_of, poison_steps, results_of, train, train_without
 from tests.support.one_rank import OneRank, one_rank
 from tests.support.steps import step_result
+from training.export.facts import ModelFacts
+from training.export.formats.model_card import model_card
+from training.export.formats.readers import TRANSFORMERS
 from training.pace import Pace
 from training.progress_lines import step_lengths, step_tokens, tokens_between
 from training.schedule import learning_rate
+from training.state import TrainState
 from training.utilization import Utilization, causal_flops_per_token, flops_per_token
 
 WARM_UP = "train.batch_warmup=[[2, 3]]"  # train.global_batch is 4
@@ -56,6 +60,19 @@ def test_a_warm_up_equals_a_run_and_its_branch(rank: OneRank, tmp_path: Path) ->
     assert results_of(again) == (steps, tensors)
 
 
+def test_a_rollback_in_a_warm_up_leaves_out_its_batches(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("train.batch_warmup=[[2, 4]]", "train.length_warmup=[[4, 5]]")
+    with monkeypatch.context() as patch:
+        poison_steps(rank, patch, 5)  # step 6 has no loss
+        end = train(rank, tmp_path / "run", *keys)
+    # back to step 3: left out are a step of 2 and two of 4 samples
+    assert end == TrainState(9, 4 * 2 + 5 * 4, left_out_samples=10)
+    train_without(rank, tmp_path / "without", monkeypatch, *keys, first=6, count=10)
+    assert results_of(tmp_path / "run") == results_of(tmp_path / "without")
+
+
 def test_the_length_of_each_step(rank: OneRank, tmp_path: Path) -> None:
     run = rank.config(tmp_path, "train.length_warmup=[[2, 2], [4, 1]]", WARM_UP)
     sizes = [size_of(step, run) for step in range(1, 6)]
@@ -63,6 +80,11 @@ def test_the_length_of_each_step(rank: OneRank, tmp_path: Path) -> None:
     assert (lengths_of(run), step_lengths(run), step_tokens(run)) == ((2, 4, 8), "2 to 8", "16 to 32")
     always = rank.config(tmp_path)
     assert (size_of(1, always), step_lengths(always)) == (StepSize(4, 8), "8")
+    # a run that ends in its warm-ups
+    short = rank.config(
+        tmp_path, "train.length_warmup=[[2, 2], [4, 2]]", "train.batch_warmup=[[2, 9]]", "train.steps=3"
+    )
+    assert (step_lengths(short), step_tokens(short)) == ("2 to 4", "16")
 
 
 def test_the_learning_rate_falls_with_the_tokens(rank: OneRank, tmp_path: Path) -> None:
@@ -74,6 +96,19 @@ def test_the_learning_rate_falls_with_the_tokens(rank: OneRank, tmp_path: Path) 
     assert learning_rate(9, train=train_keys) == 0
 
 
+def test_the_card_tells_the_largest_step_so_far(rank: OneRank, tmp_path: Path) -> None:
+    config = rank.config(tmp_path, WARM_UP, "train.length_warmup=[[2, 3]]")
+    for step, samples, length, said in (
+        (3, 6, 2, "48 tokens: 3 steps of up to 2"),
+        (4, 10, 8, "80 tokens: 4 steps of up to 4"),
+    ):
+        facts = ModelFacts(config, step, samples, vocab_size=400, parameters=9, report=None)
+        card = model_card(facts, comparison="", engine=TRANSFORMERS, dtype="fp32")
+        assert f"| trained on | {said} sequences |" in card
+        assert f"| training length | {length} tokens |" in card
+        assert f"trained at {length} tokens by" in card
+
+
 def test_samples_are_cut_into_pieces_that_follow_each_other(rank: OneRank, tmp_path: Path) -> None:
     loader = rank.loader(rank.config(tmp_path))
     for whole, cut in zip(loader.step(4, StepSize(4, 8)), loader.step(4, StepSize(4, 2)), strict=True):
@@ -81,6 +116,8 @@ def test_samples_are_cut_into_pieces_that_follow_each_other(rank: OneRank, tmp_p
         rows = [row[begin : begin + 3] for row in whole for begin in (0, 2, 4, 6)]
         assert torch.equal(cut, torch.stack(rows))
         assert torch.equal(cut[:, 1:].reshape(2, 8), whole[:, 1:]), "each token is a target once"
+    (cut, *_) = rank.loader(rank.config(tmp_path, "train.micro_batch=1")).step(0, StepSize(4, 2))
+    assert cut.is_contiguous(), "else pieces of one sample share memory"
 
 
 def test_documents_begin_where_they_did_in_pieces_too(tmp_path: Path) -> None:
@@ -139,8 +176,11 @@ def test_time_left_counts_sequences_not_steps(rank: OneRank, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("warm_up", "message"),
     [
-        ("[[32, 1], [16, 1]]", "must have growing lengths below data.sequence_length (128), got 32, 16: order them"),
-        ("[[128, 1]]", "must have growing lengths below data.sequence_length (128), got 128: order them"),
+        (
+            "[[32, 1], [16, 1]]",
+            "growing lengths below data.sequence_length (128), got 32, 16: lower or order them",
+        ),
+        ("[[128, 1]]", "must have growing lengths below data.sequence_length (128), got 128: lower or order them"),
         (
             "[[48, 1]]",
             "the lengths of train.length_warmup must divide data.sequence_length (128), got 48: use 1, 2, 4,",
@@ -167,6 +207,7 @@ def test_a_length_that_cannot_be_is_refused(warm_up: str, message: str) -> None:
         ("[[8]]", "train.batch_warmup.0.1 is missing: add it"),
         ("[[8, 1, 2]]", "train.batch_warmup.0 must have 2 entries, got (8, 1, 2): remove the others"),
         ("8", "train.batch_warmup must be a list, got 8: write [8]"),
+        ("[8, 1]", "train.batch_warmup: must be a list of pairs, as [[256, 1000]], got [8, 1]"),
     ],
 )
 def test_a_warm_up_that_cannot_be_is_refused(warm_up: str, message: str) -> None:

@@ -226,11 +226,12 @@ def test_a_row_of_an_older_version_lacks_new_keys(study: Run, trainshort: Call) 
     study()
     old = rows()
     for row in old:
-        del row["config"]["model.dropout"], row["config"]["data.vocab_size"]
+        for key in ("model.dropout", "train.batch_warmup", "data.vocab_size"):
+            del row["config"][key]
         row["config_sha256"] = "of another version"
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in old))
     shutil.rmtree("study")
-    # dropout has a default, which is the value still; a vocabulary has none
+    # the first two have a default, which is the value still; a vocabulary has none
     assert "(data.vocab_size was null, is 600)" in refused(trainshort, "study", "study.yaml")
 
 

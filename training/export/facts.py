@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from configs.figures import counted
 from configs.schema import RunConfig
+from configs.step_sizes import size_of
 from training.evaluation.usable import HeldOutReport, usable_length, whole_windows
 from training.evaluation.verdict import measured_context
 
@@ -45,8 +46,8 @@ class ModelFacts:
 
     @property
     def train_length(self) -> int:
-        """Tokens of a training sequence."""
-        return self.config.data.sequence_length
+        """Tokens of a sequence of the newest step, which train.length_warmup may have cut."""
+        return size_of(self.step, self.config).length
 
     @property
     def longest(self) -> int:

@@ -63,14 +63,17 @@ def training_charts(comparison: Comparison, *, marks: Sequence[int]) -> list[Cha
     if not runs:
         return []
     # runs whose steps have other sizes compare by tokens
-    sizes = {
-        (run.config.train.batch_warmup, run.config.train.global_batch * run.config.data.sequence_length)
-        for _, run in runs
-    }
+    sizes = {_step_tokens(run.config) for _, run in runs}
     by: Literal["step", "tokens_seen"] = "step" if len(sizes) == 1 else "tokens_seen"
     charts = [_loss_chart(runs, by=by, marks=marks)]
     charts += [_field_chart(runs, curve, by=by, marks=marks) for curve in STEP_CURVES]
     return [chart for chart in charts if chart is not None]
+
+
+def _step_tokens(config: RunConfig) -> tuple[tuple[int, int | None], ...]:
+    """Return the tokens of a run's steps, each with how many steps have them; None for those to the end."""
+    stages = (*config.train.batch_warmup, (config.train.global_batch, None))
+    return tuple((batch * config.data.sequence_length, steps) for batch, steps in stages)
 
 
 def perplexity_charts(comparison: Comparison) -> list[Chart]:

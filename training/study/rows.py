@@ -129,11 +129,12 @@ def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def _default(key: str) -> Any:
-    """Return the default of a key; None for one that has none."""
+    """Return the default of a key as a row has it; None for one that has none."""
     fields: Any = RunConfig.model_fields
     section, _, name = key.partition(".")
     field = getattr(fields[section].annotation, "model_fields", {}).get(name) if section in fields else None
-    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
+    default = None if field is None or field.is_required() else field.get_default(call_default_factory=True)
+    return list(default) if isinstance(default, tuple) else default
 
 
 def read_study_rows(path: Path, *, study: str) -> dict[tuple[str, int], StudyRow]:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from configs.step_sizes import batch_of
 from configs.terminal import printable
 from training.averaging.record import mean_of_steps
 from training.evaluation.usable import whole_windows
@@ -75,8 +76,8 @@ def _training(facts: ModelFacts, *, dtype: str) -> str:
         rows |= {"imported from": sources, "weights here": dtype}
     else:
         rows |= {
-            "trained on": f"{facts.samples * facts.train_length:,} tokens: {facts.step:,} steps of "
-            f"{'up to ' * bool(train.batch_warmup)}{train.global_batch:,} sequences",
+            "trained on": f"{facts.samples * data.sequence_length:,} tokens: {facts.step:,} steps of "
+            f"{'up to ' * bool(train.batch_warmup)}{batch_of(facts.step, train):,} sequences",
             "data": sources,
             "precision": f"{train.precision}; the weights here are {dtype}",
             "learning rate": f"{train.learning_rate:g} at most, {train.schedule}",
