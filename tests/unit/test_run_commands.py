@@ -241,6 +241,8 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(trainshort: Call, prepared:
     more = trainshort("train", "run.yaml", "--dry-run", "--ranks", "8", "--set", "track.uri=http://host").out
     assert "8 CPU ranks: tensor 2 x pipeline 2 x data 2" in more
     assert "logs to MLflow at http://host" in more
+    offline = trainshort("train", "run.yaml", "--dry-run", "--set", "track.offline=true").out
+    assert "records for MLflow, offline: `trainshort track sync run` sends to sqlite:///" in offline
     assert contents(prepared) == before
 
 
