@@ -293,20 +293,6 @@ def test_a_checkpoint_that_cannot_be_read_back_is_not_saved(
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [1, SAVED]
 
 
-def test_a_file_or_a_dead_link_in_a_steps_place_is_replaced(
-    rank: OneRank, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
-    (checkpoints / "step_0000001").symlink_to(tmp_path / "nowhere")
-    (checkpoints / "step_0000002").write_text("a note")
-    rank.start(tmp_path, "checkpoint.every=1", "checkpoint.keep=9")
-    assert [saved.step for saved in list_checkpoints(tmp_path)] == list(range(1, STEPS + 1))
-    assert sorted(checkpoints.iterdir()) == [saved.path for saved in list_checkpoints(tmp_path)]
-    assert caplog.text.count("exists already and was skipped as broken: it is replaced") == 2
-    assert "cannot be removed" not in caplog.text
-
-
 def test_a_run_that_lost_its_config_is_that_of_its_checkpoint(rank: OneRank, run_dir: Path) -> None:
     (run_dir / "config.yaml").unlink()
     config = rank.config(run_dir, "train.steps=9", "train.learning_rate=1")

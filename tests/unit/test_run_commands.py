@@ -247,6 +247,15 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(trainshort: Call, prepared:
 
 
 @pytest.mark.usefixtures("trained")
+def test_no_run_and_no_data_go_among_checkpoints(trainshort: Call) -> None:
+    place = "run/checkpoints/step_0000004"
+    assert refused(trainshort, "train", "run.yaml", "--set", f"run.dir={place}").startswith(f"run.dir {place} is in ")
+    assert refused(trainshort, "prepare", "run.yaml", "--set", f"data.dir={place}/data").startswith(
+        f"data.dir {place}/data is in "
+    )
+
+
+@pytest.mark.usefixtures("trained")
 def test_a_dry_run_says_what_it_would_resume_from(trainshort: Call) -> None:
     before = contents(Path.cwd())
     out = trainshort("train", "run.yaml", "--dry-run").out
