@@ -17,9 +17,14 @@ from configs.secrets import hide_secrets
 _COMMAND = re.compile(r"`trainshort (?:prepare|train)(?=`| --)")
 
 
+def path_argument(path: Path | str) -> str:
+    """Return a path as an argument of a command, with ./ before it if it would be read as an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def typed_path(path: Path | str) -> str:
-    """Return a path quoted for a shell, with ./ before it if it would be read as an option."""
-    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+    """Return the result of `path_argument` quoted for a shell."""
+    return shlex.quote(path_argument(path))
 
 
 def typed_overrides(overrides: Sequence[str]) -> str:

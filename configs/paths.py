@@ -149,6 +149,26 @@ def chain_file(run_dir: Path) -> Path:
     return slurm_folder(run_dir) / "jobs.json"
 
 
+def refuse_among_checkpoints(path: Path, *, name: str) -> None:
+    """Refuse a place in RUN_DIR/checkpoints, from which retention removes whole folders.
+
+    Args:
+        path: Where a command is to write.
+        name: The option or key that says so.
+    Raises:
+        InputError: it is RUN_DIR/checkpoints, or in it.
+    """
+    # as it is written and without links: either may lead through the folder
+    for place in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
+        for folder in (place, *place.parents):
+            is_named_so = folder == checkpoints_folder(folder.parent)
+            if is_named_so and (incarnation_file(folder.parent).exists() or any(folder.glob("step_*"))):
+                raise InputError(
+                    f"{name} {path} is in {folder}, where checkpoints are removed with all that is in them: choose "
+                    f"another {name}"
+                )
+
+
 def check_run_folder(config: RunConfig) -> Path:
     """Return the run folder after checking that no file is in its way, and that libraries can take its name.
 
@@ -156,7 +176,7 @@ def check_run_folder(config: RunConfig) -> Path:
 
     Raises:
         InputError: the run folder, or a folder above it, is a file or has a name that is not UTF-8; or it is the root,
-            the home folder, or one above the current folder, unless it holds a run.
+            the home folder, or one above the current folder, unless it holds a run; or it is among checkpoints.
     """
     folder = run_folder(config)
     try:
@@ -171,6 +191,7 @@ def check_run_folder(config: RunConfig) -> Path:
         raise InputError(
             f"run.dir must be a folder for this run alone, got {resolved}: set one such as runs/{config.run.name}"
         )
+    refuse_among_checkpoints(folder, name="run.dir")
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"run.dir {folder}: {path} is a file, not a folder: move it away or set another run.dir")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+from configs.commands import typed_path
 from configs.errors import InputError
 from configs.files import try_folder
 from configs.paths import checkpoints_folder
@@ -102,5 +103,8 @@ def _beginning(ready: Ready, *, environ: Mapping[str, str]) -> Iterator[str]:
         yield f"begins at step 0{weights}"
         yield from dict.fromkeys(export_problems(config.model).values())
     store = choose_store(config.track.uri, run_dir=run_dir, environ=environ)
-    yield f"logs to MLflow at {store.public_uri}"
+    if config.track.offline:
+        yield f"records for MLflow, offline: `trainshort track sync {typed_path(run_dir)}` sends to {store.public_uri}"
+    else:
+        yield f"logs to MLflow at {store.public_uri}"
     yield "dry run: no rank was started, nothing was written"

@@ -178,8 +178,8 @@ def sole_launcher(run_dir: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(cast("int", handle))
         raise InputError(
-            f"{run_dir} is being started by another `trainshort train` on this machine: wait for it, or end it, "
-            "or choose another run.dir"
+            f"{run_dir} is being started by another process on this machine: wait for it, or end it, or choose another "
+            "run.dir"
         ) from None
     except OSError:
         pass  # a folder that cannot be made is reported when the logs are written

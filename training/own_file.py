@@ -1,12 +1,10 @@
-"""Refuse places for a command's output: files that it has not written, checkpoints. Imports no torch."""
+"""Refuse files for a command's output that it has not written. Imports no torch."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from configs.errors import InputError
-from configs.paths import checkpoints_folder, incarnation_file
-from training.checkpoint.manifest import list_checkpoints
+from configs.paths import refuse_among_checkpoints
 
 _HEAD_BYTES = 4096  # what marks a file as ours stands at its beginning
 
@@ -23,7 +21,7 @@ def check_own_file(path: Path, *, what: str, form: str, ending: str, is_ours: Ca
     Raises:
         InputError: it is another file, or has another ending.
     """
-    refuse_among_checkpoints(path)
+    refuse_among_checkpoints(path, name="--out")
     if path.suffix.lower() != ending:
         name = f"{path.stem or what}{ending}"
         raise InputError(f"--out {path} does not end in {ending}: the {what} is {form}, write --out {name}")
@@ -38,24 +36,3 @@ def check_own_file(path: Path, *, what: str, form: str, ending: str, is_ours: Ca
         raise InputError(f"--out {path} cannot be read ({error.strerror}): give another path") from None
     if not is_ours(head):
         raise InputError(f"--out {path} is not a {what} of this command: move it away, or give another path")
-
-
-def refuse_among_checkpoints(out: Path) -> None:
-    """Refuse a place in RUN_DIR/checkpoints, from which retention removes whole folders.
-
-    Args:
-        out: Where a command is to write.
-    Raises:
-        InputError: it is RUN_DIR/checkpoints, or in it.
-    """
-    # as it is written and without links: either may lead through the folder
-    for path in (Path(os.path.abspath(out)), Path(os.path.realpath(out))):
-        for folder in (path, *path.parents):
-            run_dir = folder.parent
-            if folder != checkpoints_folder(run_dir):
-                continue
-            if incarnation_file(run_dir).exists() or list_checkpoints(run_dir):
-                raise InputError(
-                    f"--out {out} is in {folder}, where checkpoints are removed with all that is in them: choose "
-                    "another --out"
-                )

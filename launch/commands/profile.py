@@ -73,10 +73,10 @@ def _check_out(out: Path) -> None:
         MachineError: it cannot be made or written.
     """
     from configs.files import try_folder
-    from training.own_file import refuse_among_checkpoints
+    from configs.paths import refuse_among_checkpoints
     from training.profiling.report import PROFILE_NAME
 
-    refuse_among_checkpoints(out)
+    refuse_among_checkpoints(out, name="--out")
     if out.is_file():
         raise InputError(f"--out {out} is a file, not a folder: name a new folder")
     try:

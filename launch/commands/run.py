@@ -54,11 +54,11 @@ def init_command(
 ) -> None:
     """Write a run file of your own from a shipped one: every key with its meaning, to be edited."""
     from configs.commented import write_run_file
+    from configs.paths import refuse_among_checkpoints
     from launch.show.run import show_new_file
-    from training.own_file import refuse_among_checkpoints
 
     file = out or Path(f"{name}.yaml")
-    refuse_among_checkpoints(file)
+    refuse_among_checkpoints(file, name="--out")
     write_run_file(file, name=name, source=source)
     show_new_file(file, source=source)
 
@@ -157,10 +157,11 @@ def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float 
 def prepare_command(run: RunFile, overrides: Overrides) -> None:
     """Turn the sources into a tokenizer and training data; parts that are done are skipped."""
     from configs.load import load_run
-    from configs.paths import check_run_folder, data_folder
+    from configs.paths import check_run_folder, data_folder, refuse_among_checkpoints
 
     config = load_run(run, overrides=overrides)
     check_run_folder(config)  # before the slow imports below
+    refuse_among_checkpoints(data_folder(config), name="data.dir")
 
     from data_pipeline.prepare import prepare_data
     from launch.show.run import show_prepared

@@ -1,5 +1,6 @@
 """`trainshort track`: what a run has to tell MLflow."""
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ import typer
 from configs.errors import InputError, MachineError, TrainshortError
 from launch.commands.options import AsJson, path_of, seconds_option
 from launch.complete import complete_run_folders
+
+logger = logging.getLogger(__name__)
 
 track_commands = typer.Typer(help="Send to MLflow what runs have recorded for it.")
 
@@ -53,6 +56,7 @@ def track_sync_command(
             show_synced(runs)
         _raise(problems)
         return
+    fails = False
     while True:
         # asked before: a job that ends meanwhile has left records that the next round sends
         active = {folder for folder in folders if has_active_jobs(folder)}
@@ -60,6 +64,9 @@ def track_sync_command(
         ended = {run.run_dir for run in runs if not run.is_open} - active
         show_synced([run for run in runs if run.sent or run.run_dir in ended], again=True)
         _raise([each for each in problems if isinstance(each, InputError)])
+        for problem in () if fails else problems:  # once for each outage
+            logger.warning("%s; it is tried again every %g s", problem, every)
+        fails = bool(problems)
         folders = [folder for folder in folders if folder not in ended]
         if not folders:
             return

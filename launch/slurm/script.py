@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from configs.commands import override_options
+from configs.commands import override_options, path_argument
 from configs.errors import InputError
 from configs.paths import checkpoints_folder, data_folder, export_folder, logs_folder, run_folder
 from configs.schema import RunConfig, Slurm
@@ -107,7 +107,8 @@ def render_scripts(
     sets = override_options(public_overrides(overrides))
     # `train` does not join an srun step of one task, but starts local ranks, by default one per GPU.
     single = ["--ranks", "1"] if layout.world_size == 1 and slurm.starter == "srun" else []
-    commands = {"train": [program, "train", run_file, *sets, *single], **_after_training(config, program=program)}
+    train = [program, "train", path_argument(run_file), *sets, *single]
+    commands = {"train": train, **_after_training(config, program=program)}
     names = {**_names(config, folder=folder), **_container(config, folder=folder)}
     return {
         name: template.render(
@@ -208,11 +209,11 @@ def _names(config: RunConfig, *, folder: Path) -> dict[str, Any]:
         "env": public_variables(with_tracking_secret(config).slurm.env),
         "hidden": HIDDEN,
         "run": config.run.name,
-        "run_dir": str(run_dir),
+        "run_dir": path_argument(run_dir),
         "folder": str(folder),
         "logs": _escape(folder / logs_folder(run_dir)),
         "last": _last_checkpoint(config).name,
-        "export": str(export_folder(run_dir, form=CHAIN_FORMAT)),
+        "export": path_argument(export_folder(run_dir, form=CHAIN_FORMAT)),
         "stopped": STOPPED_EXIT_CODE,
     }
 
@@ -220,8 +221,8 @@ def _names(config: RunConfig, *, folder: Path) -> dict[str, Any]:
 def _after_training(config: RunConfig, *, program: str) -> dict[str, list[str]]:
     """Return the commands of the evaluation and the export."""
     # They name the last step's checkpoint, not the run folder: if it is broken, an older one is not the trained model.
-    last = str(_last_checkpoint(config))
-    out = str(export_folder(run_folder(config), form=CHAIN_FORMAT))
+    last = path_argument(_last_checkpoint(config))
+    out = path_argument(export_folder(run_folder(config), form=CHAIN_FORMAT))
     # One process: a model that is evaluated on several GPUs is too large for one, but not for the node.
     is_split = config.evaluate.tensor * config.evaluate.pipeline > 1
     on_cpu = ["env", "CUDA_VISIBLE_DEVICES="] if is_split else []

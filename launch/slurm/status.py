@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,11 @@ class ChainStatus:
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of `jobs status --json`."""
+        loss = self.progress.loss
         return {
             "run_dir": str(self.run_dir),
             **asdict(self.progress),
+            "loss": loss if loss is not None and isfinite(loss) else None,  # JSON has no nan
             "jobs": [_job_to_json(name, job) for name, job in self.jobs.items()],
             "advice": self.advice,
         }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from configs.commands import name_run_file
 from configs.errors import InputError
 from parallel.engine import StepOutcome
 from tests.support.command_line import contents
@@ -138,9 +139,10 @@ def test_a_start_elsewhere_or_with_a_reused_pid_is_no_obstacle(tmp_path: Path, c
 
 
 def test_a_second_launcher_is_refused_before_the_first_has_ranks(tmp_path: Path) -> None:
-    with sole_launcher(tmp_path / "run"), pytest.raises(InputError, match="is being started by another"):
+    with sole_launcher(tmp_path / "run"), pytest.raises(InputError, match="is being started by another") as refused:
         with sole_launcher(tmp_path / "run"):
             pass
+    assert name_run_file(str(refused.value), "my.yaml") == str(refused.value)  # the other may have another run file
     with sole_launcher(tmp_path / "run"):
         pass  # it has ended
 
@@ -193,9 +195,9 @@ def test_an_older_start_ends_before_its_next_step(
         on_step(self, step)
         begin_incarnation(tmp_path)
 
-    def counted(*arguments: Any, learning_rate: float) -> StepOutcome:
-        steps.append(learning_rate)
-        return take(*arguments, learning_rate=learning_rate)
+    def counted(*arguments: Any, **more: Any) -> StepOutcome:
+        steps.append(more["learning_rate"])
+        return take(*arguments, **more)
 
     monkeypatch.setattr(MetricsFile, "on_step", newer_one_comes)
     monkeypatch.setattr(rank.engine, "train_step", counted)

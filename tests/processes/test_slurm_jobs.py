@@ -239,6 +239,9 @@ def test_a_partial_resume_keeps_the_finished_jobs(
     (run_dir / "export" / "hf").mkdir(parents=True)
     status = chain_status(run_dir)
     assert (list(status.jobs), status.advice) == (["train", "evaluate", "export"], None)
+    (run_dir / "metrics.jsonl").write_text('{"step": 10, "loss": NaN}\n')
+    document = json.loads(trainshort("jobs", "status", str(run_dir), "--json").out)
+    assert (document["step"], document["loss"]) == (10, None)
     assert trainshort("jobs", "resume", str(run_dir)).out.endswith("nothing is left to do\n")
 
 

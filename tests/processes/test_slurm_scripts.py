@@ -170,6 +170,16 @@ def test_odd_names_reach_the_ranks_unharmed(run_values: dict[str, Any], tmp_path
     assert shlex.split(output) == [f"--output={logs}/slurm-train-%j.log"]
 
 
+def test_names_that_begin_with_a_dash_are_no_options(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_values["run"]["dir"], run_values["slurm"] = "-run", {"gpus_per_node": 4}
+    scripts = render_scripts(check_run(run_values, name="small"), run_file="-x.yaml", nodes=1, folder=tmp_path)
+    assert words_of(scripts["train"], tmp_path)[-2:] == ["train", "./-x.yaml"]
+    for script in scripts.values():
+        assert " -run" not in script
+        assert "=-run" not in script
+    assert "evaluate ./-run/checkpoints/" in scripts["evaluate"]
+
+
 def test_apptainer_runs_the_ranks_and_mounts_the_folders(run_values: dict[str, Any], tmp_path: Path) -> None:
     run_values["data"]["dir"] = "/big/data"
     run_values["slurm"] = {

@@ -139,6 +139,10 @@ def test_a_folder_that_holds_other_things_is_no_run_folder(
             check_run_folder(check_run(run_with(run_values, {"run": {"dir": text}}), name="small"))
     for text in ("run", ".", "../other", "~/run"):
         check_run_folder(check_run(run_with(run_values, {"run": {"dir": text}}), name="small"))
+    (tmp_path / "work" / "run" / "checkpoints" / "step_0000004").mkdir(parents=True)
+    for text in ("run/checkpoints", "run/checkpoints/step_0000004", "run/checkpoints/step_0000004/inner"):
+        with pytest.raises(InputError, match=rf"run\.dir {text} is in .*: choose another run\.dir"):
+            check_run_folder(check_run(run_with(run_values, {"run": {"dir": text}}), name="small"))
     monkeypatch.chdir("run")
     config = check_run(run_with(run_values, {"run": {"dir": ".."}}), name="small")
     incarnation_file(Path("..")).touch()  # a run that was started before goes on

@@ -257,6 +257,14 @@ def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:
     assert document["differences"] == []
     assert document["notes"] == [f"steps 1 to 4 are those of {source}, which it branches off from"]
     assert f"branch_from: {source}\n" in Path("run/config.yaml").read_text()
+    # once it has saved, it needs the trunk no more: what is there at a later start decides nothing
+    Path("first").rename("away")
+    (RUN / "metrics.jsonl").write_text('{"step": 6, "loss": 1.0}\n')
+    start("train.branch_from=first/checkpoints/step_0000004", "train.steps=9", step=6)
+    assert only_difference(trainshort, code=3)[0] == "train.branch_from"
+    Path("away").rename("first")
+    document = reproduced(trainshort)
+    assert (document["differences"], document["changes"], document["grade"]) == ([], [], "same")
     # other optimizer state is another run; it would not be one with the weights alone
     moments = source / "stage_00_tensor_00.exp_avg.safetensors"
     moments.write_bytes(b"otherss")

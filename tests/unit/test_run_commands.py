@@ -241,7 +241,18 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(trainshort: Call, prepared:
     more = trainshort("train", "run.yaml", "--dry-run", "--ranks", "8", "--set", "track.uri=http://host").out
     assert "8 CPU ranks: tensor 2 x pipeline 2 x data 2" in more
     assert "logs to MLflow at http://host" in more
+    offline = trainshort("train", "run.yaml", "--dry-run", "--set", "track.offline=true").out
+    assert "records for MLflow, offline: `trainshort track sync run` sends to sqlite:///" in offline
     assert contents(prepared) == before
+
+
+@pytest.mark.usefixtures("trained")
+def test_no_run_and_no_data_go_among_checkpoints(trainshort: Call) -> None:
+    place = "run/checkpoints/step_0000004"
+    assert refused(trainshort, "train", "run.yaml", "--set", f"run.dir={place}").startswith(f"run.dir {place} is in ")
+    assert refused(trainshort, "prepare", "run.yaml", "--set", f"data.dir={place}/data").startswith(
+        f"data.dir {place}/data is in "
+    )
 
 
 @pytest.mark.usefixtures("trained")

@@ -66,6 +66,24 @@ def test_it_goes_on_until_the_jobs_have_ended(trainshort: Call, run: Path, monke
     assert next(states, None) is None
 
 
+def test_each_outage_is_told_once_while_it_goes_on(
+    trainshort: Call, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = iter(["down", "down", "up", "down", "end"])
+
+    def sync(folder: Path) -> Synced:
+        if (state := next(rounds)) == "down":
+            raise MachineError("MLflow cannot take run")
+        return synced(folder, sent=1, is_open=state == "up")
+
+    begin(run)
+    monkeypatch.setattr("training.tracking.sync.sync_run", sync)
+    monkeypatch.setattr("launch.commands.track.time.sleep", lambda seconds: None)
+    answer = trainshort("track", "sync", "run", "--every", "60")
+    assert (answer.code, answer.out.count("sent 1 record")) == (0, 2)
+    assert answer.error == 2 * "MLflow cannot take run; it is tried again every 60 s\n"
+
+
 def test_jobs_of_another_machine_hold_nothing_up(trainshort: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(trainshort, "track", "sync", "run", "--every", "60").startswith("run holds nothing for MLflow")
     begin(run)

@@ -14,7 +14,8 @@ from configs.errors import MachineError
 from configs.files import try_folder
 from configs.load import check_run
 from parallel.layout import Layout
-from tests.support.one_rank import OneRank
+from tests.support.one_rank import STEPS, OneRank
+from training.checkpoint.manifest import list_checkpoints
 from training.folder import claim_run_folder
 
 
@@ -63,3 +64,17 @@ def test_an_index_that_cannot_be_written_is_said(rank: OneRank, tmp_path: Path) 
     elsewhere = replace(rank, prepared=replace(rank.prepared, folder=tmp_path / "data"))
     with pytest.raises(MachineError, match=r"rank 0 cannot use the disk \(.* \S+/data/index\S*\): fix it"):
         elsewhere.trainer(rank.config(tmp_path / "run"))
+
+
+def test_a_file_or_a_dead_link_in_a_steps_place_is_replaced(
+    rank: OneRank, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "step_0000001").symlink_to(tmp_path / "nowhere")
+    (checkpoints / "step_0000002").write_text("a note")
+    rank.start(tmp_path, "checkpoint.every=1", "checkpoint.keep=9")
+    assert [saved.step for saved in list_checkpoints(tmp_path)] == list(range(1, STEPS + 1))
+    assert sorted(checkpoints.iterdir()) == [saved.path for saved in list_checkpoints(tmp_path)]
+    assert caplog.text.count("exists already and was skipped as broken: it is replaced") == 2
+    assert "cannot be removed" not in caplog.text

@@ -91,8 +91,8 @@ def rename(path: Path, new: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder and its contents. A link is removed, not followed."""
-    if folder.is_symlink():
+    """Remove a folder and its contents. A link is removed, not followed; a file in its place is removed too."""
+    if folder.is_symlink() or not folder.is_dir():
         os.unlink(folder)
         return
     for entry in list(os.scandir(folder)):

@@ -12,6 +12,7 @@ writes them. Collectives stay in the thread that trains: it ends the save once a
 """
 
 import logging
+import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
@@ -209,12 +210,13 @@ def write_companions(folder: Path, *, config: RunConfig, tokenizer: Path) -> dic
 def _rename_into_place(staging: Path, folder: Path) -> None:
     """Rename a complete staging folder to its final name.
 
-    After a resume from an older checkpoint, a broken one may have that name. Rename it first, since a rename cannot
-    replace a folder that is not empty, and remove it last. A kill in between loses only the broken one.
+    After a resume from an older checkpoint, a broken one may have that name, or a file, or a link to nothing. Rename it
+    first, since a rename can replace nothing but an empty folder, and remove it last. A kill in between loses only the
+    broken one.
     """
     # add a random part: an earlier replaced folder that could not be removed may still be there
     replaced = staging.with_name(f"{staging.name}.{secrets.token_hex(4)}.old")
-    replaces = folder.exists()
+    replaces = os.path.lexists(folder)
     if replaces:
         logger.warning("%s exists already and was skipped as broken: it is replaced", folder)
         disk.rename(folder, replaced)

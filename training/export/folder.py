@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from configs.errors import InputError, MachineError
 from configs.figures import byte_size
 from configs.files import missing_folders, remove_folders
-from training.own_file import refuse_among_checkpoints
+from configs.paths import refuse_among_checkpoints
 
 _PARTIAL = ".partial-"
 # moved last: an engine that finds it loads the folder
@@ -102,7 +102,7 @@ def require_new(out: Path) -> Path:
     """
     try:
         os.path.realpath(out).encode("utf-8")
-        refuse_among_checkpoints(out)
+        refuse_among_checkpoints(out, name="--out")
         if out.is_dir():
             files = _files(out)
             problem = "has files in it: remove them or" if files else None

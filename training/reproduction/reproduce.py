@@ -129,6 +129,8 @@ def compare_with_here(run_dir: Path, *, here: Here, reads_all: bool) -> Reproduc
     if not starts:
         raise _no_manifest(run_dir)
     surviving = surviving_starts(starts)
+    weights = surviving[0][1]["weights"]  # later starts went on from the run's own checkpoints
+    surviving = [(number, {**each, "weights": weights}) for number, each in surviving]
     start = surviving[-1][1]
     found = find_config(run_dir, start)
     now = facts_here(run_dir, found.config, start, here=here, reads_all=reads_all)
