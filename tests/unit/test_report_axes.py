@@ -1,0 +1,40 @@
+"""The charts of a page: the points that a curve keeps, and the ticks of its axes."""
+
+import math
+
+from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
+from training.page.chart import MOST_POINTS, thin
+
+
+def test_a_curve_keeps_its_ends_and_its_spikes() -> None:
+    points = [(float(step), 1.0) for step in range(100_000)]
+    points[54_321] = (54_321.0, 9.0)
+    points[77_777] = (77_777.0, -9.0)
+    kept = thin(points)
+    assert len(kept) <= MOST_POINTS
+    assert {points[0], points[54_321], points[77_777], points[-1]} <= {*kept}
+    assert kept == sorted(kept)
+    assert thin(points[:MOST_POINTS]) == points[:MOST_POINTS]
+
+
+def test_axes_have_round_ticks_that_read_well() -> None:
+    assert linear_ticks(0.0, 1.06) == (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    assert fit_axis([1.0, 3.0], unit="count", pad=False).ticks == (1.0, 2.0, 3.0), "there is no half of a step"
+    axis = fit_axis([0.5, 80.0], may_be_logarithmic=True)
+    assert (axis.logarithmic, axis.ticks) == (True, (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0))
+    assert [axis.place(value) for value in (axis.low, axis.high, 0.0)] == [0.0, 1.0, -1.0]
+    assert lengths_axis([128, 300, 512, 16_384], keep=[256]).ticks == (128, 256, 512, 16_384)
+    written = [write_value(value, unit="plain") for value in (0.0, 0.25, 2e-4, 1.5e-4, 12_000.0, 3.2e6)]
+    assert written == ["0", "0.25", "2e-4", "1.5e-4", "12,000", "3.2e6"]
+    assert [write_value(value, unit="count") for value in (16_384, 1e8, 2e10)] == ["16,384", "100M", "20B"]
+    sizes = [write_value(value, unit="gigabytes") for value in (0.5, 1.0, 1.5, 20.0, 1.25, 100.0)]
+    assert sizes == ["500 MB", "1 GB", "1.5 GB", "20 GB", "1.25 GB", "100 GB"]
+
+
+def test_axes_hold_the_largest_and_the_smallest_numbers() -> None:
+    for values in ([20.0, 1e300], [1e-320, 1.0], [-1.7e308, 1.7e308], [1e308], [1e-310, 1e-309]):
+        for logarithmic in (False, True):
+            axis = fit_axis(values, may_be_logarithmic=logarithmic)
+            assert -math.inf < axis.low < axis.high < math.inf
+            assert all(math.isfinite(axis.place(value)) for value in (axis.low, 1.0, axis.high))
+            assert axis.ticks
