@@ -43,10 +43,10 @@ SCHEDULE_MUTANTS = (
         BRANCHES + "test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start",
     ),
     Mutant(
-        "batches: DeepSpeed averages over the micro-batches of other steps",
+        "batches: DeepSpeed steps after each micro-batch",
         "parallel/deepspeed_engine.py",
         "zero.set_micro_batches(self._engine, len(micro_batches))",
-        "pass",
+        "zero.set_micro_batches(self._engine, 1)",
         BY_WARM_UP,
     ),
     Mutant(
