@@ -14,13 +14,11 @@ from tests.support.layouts import build, config_of, name_of, tokens_of
 from tests.support.ranks import run_ranks, start_again
 
 RANKS, SAMPLES = 4, 8
-HUGE = 2.0**26
+HUGE = 2.0**23
 KEYS = ("train.precision=fp16", "model.dropout=0.2", "train.micro_batch=1", f"train.global_batch={SAMPLES}")
 LAYOUTS: list[dict[str, Any]] = [
-    {"tensor": 2, "pipeline": 2, "zero": 1},
-    {"tensor": 2, "pipeline": 1, "zero": 1, "sequence": True},
+    {"tensor": 2, "pipeline": 2, "zero": 1, "sequence": True},
     {"tensor": 1, "pipeline": 2, "zero": 1, "offload": "cpu"},
-    {"tensor": 1, "pipeline": 1, "zero": 2},
     {"tensor": 1, "pipeline": 1, "zero": 3},
 ]
 NAMES = [name_of(keys, ranks=RANKS) for keys in LAYOUTS]
