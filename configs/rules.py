@@ -219,6 +219,40 @@ def _validation(config: RunConfig) -> Iterator[str]:
             f"evaluate.every is {config.evaluate.every} but data.split is 0, so nothing is held out: "
             "set data.split to 0.02"
         )
+    for key, value in (("validation_lengths", [*config.evaluate.validation_lengths]), ("by_source", "true")):
+        if getattr(config.evaluate, key) and not config.evaluate.every:
+            yield (
+                f"evaluate.{key} is {value} but evaluate.every is 0, so nothing is validated: set evaluate.every to "
+                "the steps between two validations"
+            )
+
+
+def _validation_lengths(config: RunConfig) -> Iterator[str]:
+    further, tensor = config.evaluate.validation_lengths, config.parallel.tensor
+    if not further:
+        return
+    lengths = {config.data.sequence_length, *further}
+    longest = max(lengths)
+    if other := [length for length in sorted(lengths) if longest % length]:
+        yield (
+            f"data.sequence_length and evaluate.validation_lengths must divide the longest of them ({longest}), got "
+            f"{', '.join(map(str, other))}: the same text is cut into each length, so use multiples such as "
+            f"{2 * config.data.sequence_length} and {4 * config.data.sequence_length}"
+        )
+    if config.parallel.sequence and (other := [length for length in further if length % tensor]):
+        yield (
+            f"with parallel.sequence, parallel.tensor ({tensor}) must divide evaluate.validation_lengths, got "
+            f"{', '.join(map(str, other))}: use multiples"
+        )
+
+
+def _sources_apart(config: RunConfig) -> Iterator[str]:
+    sources = config.data.sources
+    if config.evaluate.by_source and any(source.weight is None for source in sources):
+        yield (
+            "evaluate.by_source is true but not all of data.sources have a weight: without weights they are prepared "
+            "as one; write each as {path: ..., weight: ...}, or set it to false"
+        )
 
 
 def _memory(config: RunConfig) -> Iterator[str]:
@@ -327,6 +361,8 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _protocols,
     _strides,
     _validation,
+    _validation_lengths,
+    _sources_apart,
     _memory,
     _requests,
     _mounts,

@@ -281,6 +281,14 @@ class Evaluate(Section):
     )
     every: NonNegativeInt = Field(default=0, description="Steps between validations during training; 0 for none.")
     samples: PositiveInt = Field(default=64, description="Held-out sequences of a validation; all if there are fewer.")
+    validation_lengths: Annotated[tuple[SequenceLength, ...], TUPLE] = Field(
+        default=(),
+        description="Further lengths of each validation, on the same text as the training length: [2048, 4096] shows "
+        "during training how a model of 1,024 tokens extrapolates.",
+    )
+    by_source: bool = Field(
+        default=False, description="Whether validations also tell the loss of each of data.sources; they need weights."
+    )
 
 
 class Track(Section):
@@ -373,3 +381,9 @@ class RunConfig(Section):
     def evaluation_lengths(self) -> tuple[int, ...]:
         """Lengths that `evaluate` measures by default."""
         return self.evaluate.lengths or tuple(n * self.data.sequence_length for n in (1, 2, 4, 8))
+
+    @property
+    def validation_lengths(self) -> tuple[int, ...]:
+        """Lengths of a validation in ascending order, the training length among them; none if the run has none."""
+        lengths = {self.data.sequence_length, *self.evaluate.validation_lengths}
+        return tuple(sorted(lengths)) if self.evaluate.every else ()

@@ -1,5 +1,6 @@
 """Count the samples of prepared data from its index. Imports no torch: the launcher checks data with it too."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +15,34 @@ from data_pipeline.order import shares
 from data_pipeline.split import held_out_sequences, training_sequences
 
 
-def load_trainable(data: Data, *, folder: Path, validates: bool) -> Prepared:
+def load_trainable(data: Data, *, folder: Path, validation_lengths: Sequence[int]) -> Prepared:
     """Load prepared data and check that it is long enough to train on, and to validate on.
 
     Args:
         data: The run's `data` section; must match the prepared data.
         folder: RUN_DIR/data or data.dir.
-        validates: Whether the run validates, so that held-out samples are needed.
+        validation_lengths: Lengths of its validations, of whose longest a sample must be held out; none without them.
     Raises:
         InputError: see `load_prepared` and `sample_counts`.
     """
     prepared = load_prepared(data, folder=folder)
     # sample_counts raises if the text is too short
-    for held_out in (False, True) if validates else (False,):
-        sample_counts(prepared, sequence_length=data.sequence_length, split=data.split, held_out=held_out)
+    sample_counts(prepared, sequence_length=data.sequence_length, split=data.split, held_out=False)
+    if validation_lengths:
+        longest = max(validation_lengths)
+        key = "data.sequence_length" if longest == data.sequence_length else "evaluate.validation_lengths"
+        sample_counts(prepared, sequence_length=longest, split=data.split, held_out=True, key=key)
     return prepared
 
 
-def sample_counts(prepared: Prepared, *, sequence_length: int, split: float, held_out: bool) -> tuple[int, ...]:
+def sample_counts(
+    prepared: Prepared,
+    *,
+    sequence_length: int,
+    split: float,
+    held_out: bool,
+    key: str = "data.sequence_length",
+) -> tuple[int, ...]:
     """Return the number of samples of each part in one epoch, [parts]; 0 if a part is shorter than one sample.
 
     Neighbouring samples share a token: the last target of one is the first input of the next. So n samples need
@@ -42,6 +53,7 @@ def sample_counts(prepared: Prepared, *, sequence_length: int, split: float, hel
         sequence_length: Tokens of a sample's input.
         split: Share of the sequences held out.
         held_out: Count the held-out samples instead of the training samples.
+        key: The key that has the length, for the error.
     Raises:
         InputError: the text is shorter than one sample, or a source's weight is too small for one.
     """
@@ -50,9 +62,9 @@ def sample_counts(prepared: Prepared, *, sequence_length: int, split: float, hel
     for part, available, count in zip(prepared.parts, tokens, counts, strict=True):
         # without weights a short part is dropped, like the remainder at the end of a longer one
         if not count and (prepared.weights is not None or len(prepared.parts) == 1):
-            raise _too_short(f"{part.name} has", available, sequence_length, held_out)
+            raise _too_short(f"{part.name} has", available, sequence_length, held_out, key)
     if not any(counts):
-        raise _too_short("every data source has at most", max(tokens), sequence_length, held_out)
+        raise _too_short("every data source has at most", max(tokens), sequence_length, held_out, key)
     if prepared.weights is not None:
         _check_shares(prepared, sum(counts))
     return counts
@@ -74,12 +86,11 @@ def _tokens(prepared: Prepared, part: Part, *, split: float, held_out: bool) -> 
     return int(read_index(prepared.prefix(part)).lengths[indices].sum(dtype=np.int64))
 
 
-def _too_short(subject: str, tokens: int, sequence_length: int, held_out: bool) -> InputError:
+def _too_short(subject: str, tokens: int, sequence_length: int, held_out: bool, key: str) -> InputError:
     kind = "held-out" if held_out else "training"
     advice = "add text, raise data.split" if held_out else "add text"
     return InputError(
-        f"{subject} {tokens} {kind} tokens and one sample needs {sequence_length + 1}: "
-        f"{advice} or lower data.sequence_length"
+        f"{subject} {tokens} {kind} tokens and one sample needs {sequence_length + 1}: {advice} or lower {key}"
     )
 
 

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from configs.step_sizes import StepSize
 from data_pipeline.order import SampleOrder
@@ -69,30 +71,43 @@ def _pieces(batch: torch.Tensor, *, length: int) -> torch.Tensor:
     return pieces.contiguous()  # those of one sample overlap in memory, from which a GPU does not copy on its own
 
 
-def held_out_parts(
-    samples: Samples, *, count: int, micro_batch: int, data_rank: int, data_size: int
-) -> Iterator[tuple[list[torch.Tensor], int]]:
-    """Yield the held-out samples in parts: this rank's micro-batches, and how many samples all ranks have in theirs.
+def held_out_ids(samples: Samples, *, count: int) -> NDArray[np.int64]:
+    """Return the held-out samples of a validation, always the same: `count` of them, or all if there are fewer."""
+    # not simply the first samples: with weights, each source must have its share
+    order = SampleOrder(seed=HELD_OUT_SEED, sizes=samples.sizes, weights=samples.weights)
+    return order.distinct_ids(count)
 
-    The samples are the same at every call, for any number of data ranks and any micro-batch. The micro-batches of a
-    part have one shape on all ranks, [up to micro_batch, seq + 1] int64. So the mean loss over all samples is the mean
-    over the parts, weighted by their samples.
+
+def held_out_parts(
+    samples: Samples, ids: NDArray[np.int64], *, length: int, micro_batch: int, data_rank: int, data_size: int
+) -> Iterator[tuple[list[torch.Tensor], int]]:
+    """Yield held-out samples, cut into pieces, in parts: this rank's micro-batches, and the pieces that all ranks have.
+
+    The micro-batches of a part have one shape on all ranks, [up to micro_batch, length + 1] int64. So the mean loss
+    over all samples is the mean over the parts, weighted by their pieces.
 
     Args:
         samples: Held-out samples.
-        count: Samples over all ranks; all there are if there are fewer.
-        micro_batch: Most samples of one forward pass on one data rank.
+        ids: Which of them, over all ranks.
+        length: Tokens of a piece; a divisor of the samples'.
+        micro_batch: Most pieces of one forward pass on one data rank.
         data_rank: This rank's place among the data ranks.
         data_size: Number of data ranks.
     """
-    # not simply the first samples: with weights, each source must have its share
-    order = SampleOrder(seed=HELD_OUT_SEED, sizes=samples.sizes, weights=samples.weights)
-    ids = order.distinct_ids(count)
-    divided = len(ids) - len(ids) % data_size
-    own = ids[:divided].reshape(-1, data_size)[:, data_rank]
-    # Fewer samples than ranks are left: every rank takes all of them, and their mean is the same as if one did.
-    for taken, ranks in ((own, data_size), (ids[divided:], 1)):
+    each = samples.sequence_length // length
+    pieces = (ids[:, None] * each + np.arange(each)).reshape(-1)  # piece p is the (p % each)-th of sample p // each
+    divided = len(pieces) - len(pieces) % data_size
+    own = pieces[:divided].reshape(-1, data_size)[:, data_rank]
+    # Fewer pieces than ranks are left: every rank takes all of them, and their mean is the same as if one did.
+    for taken, ranks in ((own, data_size), (pieces[divided:], 1)):
         full = len(taken) - len(taken) % micro_batch
         for batches in (taken[:full].reshape(-1, micro_batch), taken[None, full:]):
             if batches.size:
-                yield [torch.from_numpy(samples.read(batch)) for batch in batches], batches.size * ranks
+                yield [_read_pieces(samples, batch, length=length) for batch in batches], batches.size * ranks
+
+
+def _read_pieces(samples: Samples, pieces: NDArray[np.int64], *, length: int) -> torch.Tensor:
+    each = samples.sequence_length // length
+    ids, places = np.unique(pieces // each, return_inverse=True)
+    cut = _pieces(torch.from_numpy(samples.read(ids)), length=length)
+    return cut[torch.from_numpy(places * each + pieces % each)]

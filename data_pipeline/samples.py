@@ -42,6 +42,7 @@ class Samples:
         datasets: The dataset of each part, None if the part is too short for a sample, [parts].
         sequence_length: Tokens of a sample's input.
         weights: Weight of each part, [parts]; None to sample in proportion to the text.
+        names: Name of each part, [parts]: the path of a source that has a weight.
         end: The token that ends a document, if samples say where documents begin; else None.
     """
 
@@ -51,17 +52,22 @@ class Samples:
         *,
         sequence_length: int,
         weights: tuple[float, ...] | None,
+        names: tuple[str, ...],
         end: int | None = None,
     ) -> None:
         self._datasets, self._end = tuple(datasets), end
         self.sequence_length = sequence_length
-        self.weights = weights
+        self.weights, self.names = weights, names
         self.sizes = tuple(0 if dataset is None else len(dataset) for dataset in self._datasets)
         """Samples of each part."""
         self._ends = np.cumsum(self.sizes)
 
     def __len__(self) -> int:
         return sum(self.sizes)
+
+    def parts_of(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of the part that each sample is from, [len(ids)]."""
+        return np.searchsorted(self._ends, ids, side="right")
 
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return samples, [len(ids), sequence_length + 1], int64: inputs are [:, :-1] and targets [:, 1:].
@@ -74,8 +80,7 @@ class Samples:
         """
         # without documents there is one row: a view of two would not be copied to a GPU without waiting
         rows = np.empty((len(ids), 1 if self._end is None else 2, self.sequence_length + 1), np.int64)
-        for row, sample in zip(rows, ids, strict=True):
-            part = int(np.searchsorted(self._ends, sample, side="right"))
+        for row, sample, part in zip(rows, ids, self.parts_of(ids), strict=True):
             dataset = self._datasets[part]
             assert dataset is not None, f"there is no sample {sample}"
             number = int(sample) - int(self._ends[part]) + self.sizes[part]
@@ -111,7 +116,8 @@ def open_samples(
         sequences = chosen_sequences(part, split=split, held_out=held_out)
         datasets.append(_open_part(prepared, part, sequences, key) if count else None)
     end = prepared.end_of_document if documents else None
-    samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights, end=end)
+    names = tuple(part.name for part in prepared.parts)
+    samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights, names=names, end=end)
     assert samples.sizes == counts, f"megatron-core makes {samples.sizes} samples where {counts} were counted"
     return samples
 

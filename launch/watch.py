@@ -6,6 +6,7 @@ disk is seen.
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,6 +36,7 @@ from training.followed_metrics import Curve, FollowedMetrics, mean_rate, number
 from training.incarnation import Incarnation, newest_incarnation
 from training.metrics_file import Best
 from training.metrics_reader import step_fields
+from training.observers import losses_by_length, losses_by_source
 from training.pace import Pace
 
 ACTIVE, ENDED = ("running", "starting", "silent"), ("finished", "stopped", "failed")
@@ -64,6 +66,7 @@ class RunView:
         tokens_per_second, utilization, causal_utilization: Means of the recent steps of the newest start.
         seconds_left: To the end of the run, with validations and saves.
         validation, best: The newest and the lowest validation.
+        by_length, by_source: Further losses of the newest one, by length and by source.
         checkpoints, newest_checkpoint, checkpoint_seconds: Their number, the newest one's step and age.
         warnings: Warnings of the newest start, the newest last, with how often each was said; at most KEPT_WARNINGS.
         saying: The last line of the log.
@@ -91,6 +94,8 @@ class RunView:
     seconds_left: float | None
     validation: Best | None
     best: Best | None
+    by_length: dict[int, float]
+    by_source: dict[str, float]
     checkpoints: int
     newest_checkpoint: int | None
     checkpoint_seconds: float | None
@@ -118,6 +123,8 @@ class RunView:
             **last,
             "validation_loss": self.validation and self.validation.loss,
             "validation_step": self.validation and self.validation.step,
+            "validation_by_length": self.by_length,
+            "validation_by_source": self.by_source,
             "best_validation": self.best and self.best.loss,
             "best_validation_step": self.best and self.best.step,
             "tokens_seen": self.newest.get("tokens_seen"),
@@ -198,8 +205,7 @@ class RunWatcher:
             utilization=mean_rate(recent, "model_flops_utilization"),
             causal_utilization=mean_rate(recent, "model_flops_utilization_causal"),
             seconds_left=pace.seconds_left if pace and steps and step < steps else None,
-            validation=metrics.validation,
-            best=metrics.best,
+            **self._validations(),
             checkpoints=len(self._checkpoints),
             newest_checkpoint=saved.step if saved else None,
             checkpoint_seconds=_age(saved.path) if saved else None,
@@ -208,6 +214,21 @@ class RunWatcher:
             curves=metrics.curves,
             problem=problem,
         )
+
+    def _validations(self) -> dict[str, Any]:
+        """Return the newest validation, also by length and by source, and the best one."""
+
+        def measured(fields: Mapping[str, int | str]) -> dict[int | str, float]:
+            known = {key: number(self._metrics.validated, field) for field, key in fields.items()}
+            return {key: loss for key, loss in known.items() if loss is not None and isfinite(loss)}
+
+        config = self._config
+        return {
+            "validation": self._metrics.validation,
+            "best": self._metrics.best,
+            "by_length": measured(losses_by_length(config)) if config else {},
+            "by_source": measured(losses_by_source(config)) if config else {},
+        }
 
     def _silent_seconds(self, saved: CheckpointFolder | None) -> float | None:
         """Return the seconds since the run's last sign; None if it has given none."""

@@ -19,21 +19,24 @@ def open_data(config: RunConfig, *, prepared: Prepared, groups: Groups) -> tuple
     """
     open_run_samples = partial(_open_on_first_rank_first, config, prepared=prepared, groups=groups)
     loader = Loader(
-        open_run_samples(held_out=False),
+        open_run_samples(config.data.sequence_length, held_out=False),
         seed=config.run.seed,
         micro_batch=config.train.micro_batch,
         data_rank=groups.data.rank,
         data_size=groups.data.size,
     )
-    return loader, open_run_samples(held_out=True) if config.evaluate.every else None
+    longest = max(config.validation_lengths, default=None)
+    return loader, None if longest is None else open_run_samples(longest, held_out=True)
 
 
-def _open_on_first_rank_first(config: RunConfig, *, prepared: Prepared, groups: Groups, held_out: bool) -> Samples:
+def _open_on_first_rank_first(
+    config: RunConfig, sequence_length: int, *, prepared: Prepared, groups: Groups, held_out: bool
+) -> Samples:
     """Open the samples on rank 0 first: it builds their index, which the other ranks then find."""
     open_now = partial(
         open_samples,
         prepared,
-        sequence_length=config.data.sequence_length,
+        sequence_length=sequence_length,
         split=config.data.split,
         seed=config.run.seed,
         held_out=held_out,

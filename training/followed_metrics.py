@@ -63,6 +63,7 @@ class FollowedMetrics:
         newest: Fields of the last step; empty if there is none.
         recent: Fields of the last steps, at most RECENT_STEPS.
         validation: The newest validation; None if there is none.
+        validated: All fields of its step; empty likewise.
         best: The lowest one.
         curves: Curves of the fields in CURVES, over all steps.
     """
@@ -75,6 +76,7 @@ class FollowedMetrics:
         self.newest: dict[str, Any] = {}
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
         self.validation: Best | None = None
+        self.validated: dict[str, Any] = {}
         self.best: Best | None = None
         self.curves = {name: Curve() for name in CURVES}
         self._pauses: deque[dict[str, Any]] = deque(maxlen=_KEPT_PAUSES)
@@ -97,7 +99,7 @@ class FollowedMetrics:
         if "save_seconds" in step or "validation_seconds" in step:
             self._pauses.append(step)
         if (measured := validation_of(step)) is not None:
-            self.validation, self.best = measured, better_of(self.best, measured)
+            self.validation, self.validated, self.best = measured, step, better_of(self.best, measured)
         for name, curve in self.curves.items():
             value = step.get(name)
             if isinstance(value, int | float) and math.isfinite(value):

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class MetricsFile(Observer):
 
     def on_step(self, result: StepResult) -> None:
         """Append one line; while the disk is full, keep lines in memory."""
-        values = asdict(result)
+        values = result.fields()
         fields = {name: value for name, value in values.items() if value is not None or name not in SPARSE_FIELDS}
         warned = bool(self._waiting)
         self._waiting += json.dumps(fields).encode() + b"\n"

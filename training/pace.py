@@ -114,7 +114,8 @@ class Pace:
     def _validation_seconds(self) -> float:
         if self._validations:
             return _mean(self._validations)
-        return self.sample_seconds * FORWARD_SHARE * self._config.evaluate.samples
+        samples = self._config.evaluate.samples * len(self._config.validation_lengths)
+        return self.sample_seconds * FORWARD_SHARE * samples
 
     def spent(self) -> Spent:
         """Return where the time of this process went; the rest of the total is its start and its end."""

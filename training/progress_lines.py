@@ -149,15 +149,23 @@ def live_line(
     return fitted(figures, spares=(3,), columns=None if columns is None else columns - 1)
 
 
-def validation_line(step: int, *, loss: float, seconds: float, best: Best | None) -> str:
-    """Return the line of a validation; `best` includes it."""
+def validation_lines(result: StepResult, *, loss: float, best: Best | None) -> list[str]:
+    """Return the line of a validation, and one of each kind of further losses; `best` includes it."""
+    step, seconds = result.step, result.validation_seconds or 0.0
     if best is None:
         compared = ""
     elif best.step == step:
         compared = ", the best so far"
     else:
         compared = f", best {best.loss:.4f} at step {best.step}"
-    return f"validation at step {step}: loss {loss:.4f}{compared} ({duration(seconds)})"
+    lines = [f"validation at step {step}: loss {loss:.4f}{compared} ({duration(seconds)})"]
+    if result.validation_by_length:
+        losses = (f"{each:.4f} at {length:,}" for length, each in result.validation_by_length.items())
+        lines.append(f"loss by length: {', '.join(losses)} tokens")
+    if result.validation_by_source:
+        losses = (f"{each:.4f} of {source}" for source, each in result.validation_by_source.items())
+        lines.append(f"loss by source: {', '.join(losses)}")
+    return lines
 
 
 def save_line(save: Save, *, size_bytes: int) -> str:

@@ -13,7 +13,7 @@ from training.metrics_file import Best, better_of, validation_of
 from training.metrics_reader import read_steps
 from training.observers import Observer, Save, Status, StepResult
 from training.pace import Pace
-from training.progress_lines import closing_lines, live_line, save_line, step_line, validation_line
+from training.progress_lines import closing_lines, live_line, save_line, step_line, validation_lines
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +110,8 @@ class ProgressLog(Observer):
 
     def _log_validation(self, result: StepResult, *, loss: float) -> None:
         self._best = better_of(self._best, Best(loss, result.step))
-        seconds = result.validation_seconds or 0.0
-        logger.info("%s", validation_line(result.step, loss=loss, seconds=seconds, best=self._best))
+        for line in validation_lines(result, loss=loss, best=self._best):
+            logger.info("%s", line)
 
     def _show(self, doing: str = "") -> None:
         columns = self._terminal.columns

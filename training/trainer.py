@@ -163,13 +163,13 @@ class Trainer:
             for taken in self.steps(read_step, start=start, rollbacks=rollbacks):
                 state = taken.after
                 watch.check(state, loss=taken.figures.loss, grad_norm=taken.figures.grad_norm)
-                validation_loss, validation_seconds = self._validate(state, observers)
+                validated = self._validate(state, observers)
+                validation_loss = validated.get("validation_loss")
                 # Report before saving: a resume drops the lines past its checkpoint, but cannot recover a lost one.
                 self._report(
                     observers,
                     taken,
-                    validation_loss=validation_loss,
-                    validation_seconds=validation_seconds,
+                    **validated,
                     save_seconds=saves.take_seconds(),
                     failed_saves=saves.failed or None,
                     rollbacks=sum(rollback.step < state.step for rollback in own) or None,
@@ -273,14 +273,21 @@ class Trainer:
             logger.info("after step %d, %s are left out, as after the rollback to it", state.step, left_out)
         return past
 
-    def _validate(self, state: TrainState, observers: Sequence[Observer]) -> tuple[float | None, float | None]:
-        """Return the validation loss and its seconds if the run validates after this step."""
+    def _validate(self, state: TrainState, observers: Sequence[Observer]) -> dict[str, Any]:
+        """Validate if that is due after this step, and return the fields of its result."""
         if not self.validator.is_due(state.step):
-            return None, None
+            return {}
         for observer in observers:
             observer.before_validation(state.step)
         began = time.perf_counter()
-        return self.validator.loss(), time.perf_counter() - began
+        measured = self.validator.measure()
+        seconds = time.perf_counter() - began
+        return {
+            "validation_loss": measured.loss,
+            "validation_by_length": measured.by_length or None,
+            "validation_by_source": measured.by_source or None,
+            "validation_seconds": seconds,
+        }
 
     def _report(self, observers: Sequence[Observer], taken: TakenStep, **sparse: Any) -> None:
         """Report a step to the observers; `sparse` holds the fields that only some steps have."""

@@ -1,10 +1,30 @@
-"""Validation during training: the mean loss on held-out samples."""
+"""Validation during training: mean losses on held-out samples."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from configs.schema import RunConfig
-from data_pipeline.loader import held_out_parts
+from data_pipeline.loader import held_out_ids, held_out_parts
 from data_pipeline.samples import Samples
 from parallel.axes import Group
 from parallel.engine import Engine
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean losses of a validation, nats per token.
+
+    Attributes:
+        loss: At the training length.
+        by_length: At each further length, on the same text; empty without `evaluate.validation_lengths`.
+        by_source: Of each source's samples at the training length; empty without `evaluate.by_source`.
+    """
+
+    loss: float
+    by_length: dict[int, float]
+    by_source: dict[str, float]
 
 
 class Validator:
@@ -12,7 +32,7 @@ class Validator:
 
     Args:
         engine: The model.
-        samples: Held-out samples; None if the run does not validate.
+        samples: Held-out samples of the longest length that the run validates at; None if it does not validate.
         config: The run.
         data: The data axis.
     """
@@ -24,18 +44,38 @@ class Validator:
         """Return whether the run validates after this step."""
         return self._samples is not None and step % self._config.evaluate.every == 0
 
-    def loss(self) -> float:
-        """Return the mean loss in nats over all ranks; every rank must call it."""
-        assert self._samples is not None, "the run does not validate"
+    def measure(self) -> Validation:
+        """Return the losses over all ranks; every rank must call it."""
+        samples, trained = self._samples, self._config.data.sequence_length
+        assert samples is not None, "the run does not validate"
+        ids = held_out_ids(samples, count=-(-self._config.evaluate.samples * trained // samples.sequence_length))
+        further = [length for length in self._config.validation_lengths if length != trained]
+        by_length = {length: self._loss(samples, ids, length=length) for length in further}
+        if not self._config.evaluate.by_source:
+            return Validation(self._loss(samples, ids, length=trained), by_length, {})
+        sources = self._sources(samples, ids)
+        by_source = {name: self._loss(samples, chosen, length=trained) for name, chosen in sources.items()}
+        loss = sum(by_source[name] * len(chosen) for name, chosen in sources.items()) / len(ids)
+        return Validation(loss, by_length, by_source)
+
+    def _sources(self, samples: Samples, ids: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Return the samples of each source that has some, by the source's name."""
+        parts = samples.parts_of(ids)
+        return {samples.names[part]: ids[parts == part] for part in np.unique(parts)}
+
+    def _loss(self, samples: Samples, ids: NDArray[np.int64], *, length: int) -> float:
+        """Return the mean loss of samples that are cut into pieces of a length; a forward pass has no more tokens."""
+        tokens = self._config.train.micro_batch * self._config.data.sequence_length
         parts = held_out_parts(
-            self._samples,
-            count=self._config.evaluate.samples,
-            micro_batch=self._config.train.micro_batch,
+            samples,
+            ids,
+            length=length,
+            micro_batch=max(1, tokens // length),
             data_rank=self._data.rank,
             data_size=self._data.size,
         )
         total, count = 0.0, 0
-        for batches, samples in parts:
-            total += samples * self._engine.mean_loss(batches)
-            count += samples
+        for batches, pieces in parts:
+            total += pieces * self._engine.mean_loss(batches)
+            count += pieces
         return total / count

@@ -69,6 +69,10 @@ def figure_rows(comparison: "Comparison") -> list[Row]:
     def row(name: str, key: str, text: Callable[[Any], str]) -> Row:
         return name, [_NOT_KNOWN if run[key] is None else text(run[key]) for run in runs]
 
+    def further_losses(key: str, name: Callable[[Any], str]) -> Iterator[Row]:
+        for which in dict.fromkeys(each for run in runs for each in run[key]):
+            yield name(which), [_LOSS(run[key][which]) if which in run[key] else _NOT_KNOWN for run in runs]
+
     rows: list[Row] = [
         row("position", "position", str),
         row("training length", "train_length", "{:,}".format),
@@ -79,6 +83,8 @@ def figure_rows(comparison: "Comparison") -> list[Row]:
         row("  best", "best_loss", _LOSS),
         row("validation loss", "validation_loss", _LOSS),
         row("  best", "best_validation_loss", _LOSS),
+        *further_losses("validation_by_length", "  at {:,} tokens".format),
+        *further_losses("validation_by_source", lambda source: f"  of {printable(source)}"),
         row("tokens/s, median", "tokens_per_second", scaled),
         row("utilization, %", "model_flops_utilization", lambda share: f"{100 * share:.1f}"),
         row("peak memory", "memory_gb", lambda gigabytes: byte_size(gigabytes * 1e9)),

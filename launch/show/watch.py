@@ -104,6 +104,10 @@ def _figures(view: RunView, *, width: int, marks: str) -> list[Text]:
         if view.best is not None:
             rest += f"; best {view.best.loss:.4f} at {view.best.step}"
         lines.append(_row("validation", f"{view.validation.loss:.4f}", rest))
+        for length, loss in view.by_length.items():
+            more = loss - view.validation.loss
+            lines.append(_row(f"  at {length:,}", f"{loss:.4f}", f"{more:+.4f} by the length alone"))
+        lines += [_row("  of source", f"{loss:.4f}", source) for source, loss in view.by_source.items()]
     rate, norm, speed = number(newest, "learning_rate"), number(newest, "grad_norm"), view.tokens_per_second
     for label, name, text in (
         ("lr", "learning_rate", None if rate is None else f"{rate:.3g}"),

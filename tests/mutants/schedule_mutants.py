@@ -85,6 +85,27 @@ SCHEDULE_MUTANTS = (
         BY_PIECES,
     ),
     Mutant(
+        "validation: a piece is the first one of its sample",
+        "data_pipeline/loader.py",
+        "places * each + pieces % each",
+        "places * each",
+        "tests/unit/test_data_samples.py::test_validation_has_the_same_samples_for_any_ranks[None]",
+    ),
+    Mutant(
+        "validation: sources count alike",
+        "training/validator.py",
+        "sum(by_source[name] * len(chosen) for name, chosen in sources.items()) / len(ids)",
+        "sum(by_source.values()) / len(sources)",
+        "tests/unit/test_validator.py::test_a_validation_is_the_mean_of_the_same_samples[12]",
+    ),
+    Mutant(
+        "validation: as many sequences of a longer length",
+        "training/validator.py",
+        "count=-(-self._config.evaluate.samples * trained // samples.sequence_length)",
+        "count=self._config.evaluate.samples",
+        "tests/unit/test_validation_losses.py::test_a_run_measures_lengths_and_sources_on_one_text",
+    ),
+    Mutant(
         "lengths: one step too many is short",
         "configs/step_sizes.py",
         "if step <= ends:",

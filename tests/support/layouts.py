@@ -44,7 +44,8 @@ LONG = 768  # more than the keys that the CPU's kernel takes in any case
 DIFFERENCE: Values = {
     "model": {"init_std": 0.08, "embedding_init_std": 0.08},
     "data": {"vocab_size": VOCABULARY},
-    "evaluate": {"every": 1, "samples": 7},  # a prime: no number of ranks and no micro-batch divides it
+    # 3 samples, and 9 pieces of them: no number of ranks and no micro-batch divides them
+    "evaluate": {"every": 1, "samples": 7, "validation_lengths": [3 * SMALL["data"]["sequence_length"]]},
     "train": {"clip": 0.3},  # below the norms seen, so that wrong clipping shows in the losses
 }
 
@@ -61,7 +62,7 @@ class Trained:
         long_density: Share of the scores that a step at the length LONG computed, over all ranks.
         logits: This rank's columns by length, [1, length, local_vocab]; None except on the last stage.
         held_out_loss: Mean loss at four times the training length.
-        validation_loss: Mean loss of a validation.
+        validation_losses: Mean losses of a validation at the training length and at three times it.
         wide_gradients: Share of the gradients that the optimizer was given, in the step with the fewest, that need more
             than 11 bits of mantissa: none of those that were rounded to bf16 or fp16, if they were not clipped.
     """
@@ -74,7 +75,7 @@ class Trained:
     long_density: float | None
     logits: dict[int, torch.Tensor | None]
     held_out_loss: float
-    validation_loss: float
+    validation_losses: list[float]
     wide_gradients: float
 
 
@@ -101,11 +102,11 @@ def tokens_of(step: int, *, samples: int = 8, length: int = LENGTH) -> torch.Ten
 class HeldOut:
     """Held-out samples of random tokens, without files."""
 
-    sizes, weights = (11,), None
+    sizes, weights, sequence_length = (5,), None, 3 * LENGTH
 
     def read(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return samples, [ids, LENGTH + 1]."""
-        return tokens_of(98, samples=11)[ids].numpy()
+        """Return samples, [ids, 3 x LENGTH + 1]."""
+        return tokens_of(98, samples=5, length=3 * LENGTH)[ids].numpy()
 
 
 def train_layouts(
@@ -183,7 +184,7 @@ def train_one(
         taken = [take(tokens_of(step), learning_rate=3e-3) for step in steps]
     logits = {length: _logits(engine, length=length) for length in (LENGTH, 4 * LENGTH)}
     held_out = engine.mean_loss([tokens_of(99, samples=2, length=4 * LENGTH)])
-    validation = Validator(engine, HeldOut(), config=config, data=groups.data).loss()  # type: ignore[arg-type]
+    validation = Validator(engine, HeldOut(), config=config, data=groups.data).measure()  # type: ignore[arg-type]
     taken.append(take(tokens_of(steps[-1]), learning_rate=0.0))  # at the training length again
     save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
     dist.barrier()
@@ -197,7 +198,7 @@ def train_one(
         long_density=long.attention_density,
         logits=logits,
         held_out_loss=held_out,
-        validation_loss=validation,
+        validation_losses=[validation.loss, *validation.by_length.values()],
         wide_gradients=min(shares),
     )
 

@@ -27,7 +27,7 @@ from training.model.kernels.flex import Flex
 from training.model.kernels.sdpa import Sdpa
 from training.model.positions.method import make_position
 from training.model.single import SingleModel
-from training.validator import Validator
+from training.validator import Validation, Validator
 
 LONG = 1280
 NONOVERLAPPING = parse_protocol("nonoverlapping")
@@ -104,7 +104,7 @@ def test_a_step_says_the_share_of_the_scores_that_it_computed(
     wrong = torch.tensor(100.0)
     windows.add(wrong)
     monkeypatch.setattr(Validator, "is_due", lambda self, step: True)
-    monkeypatch.setattr(Validator, "loss", lambda self: windows.add(wrong) or 1.0)
+    monkeypatch.setattr(Validator, "measure", lambda self: windows.add(wrong) or Validation(1.0, {}, {}))
     long_rank.start(tmp_path / "run", steps=3)
     steps = lines_of(tmp_path / "run")
     shares = [step["attention_density"] for step in steps]

@@ -120,7 +120,7 @@ def test_a_rule_says_nothing_of_values_that_are_refused() -> None:
         ("slurm", "gpus", "did you mean gpus_per_node?"),
         ("model", "seq_len", "did you mean data.sequence_length?"),
         ("parallel", "pipe", "did you mean pipeline?"),
-        ("data", "validation", "remove it"),
+        ("data", "validation", "did you mean evaluate.validation_lengths?"),
         ("model", "activation", "remove it"),
         ("data", "zzz", "remove it"),
     ],

@@ -175,6 +175,31 @@ RULES = [
         "evaluate.every is 5 but data.split is 0, so nothing is held out: set data.split to 0.02",
     ),
     (
+        {
+            "evaluate.validation_lengths": [64],
+            "evaluate.by_source": True,
+            "data.sources": [{"path": "a.txt", "weight": 1.0}],
+        },
+        "evaluate.validation_lengths is [64] but evaluate.every is 0, so nothing is validated: set evaluate.every to "
+        "the steps between two validations\n"
+        "  evaluate.by_source is true but evaluate.every is 0, so nothing is validated: set evaluate.every to "
+        "the steps between two validations",
+    ),
+    (
+        {"evaluate.validation_lengths": [64, 96], "evaluate.every": 5, "data.split": 0.1},
+        "data.sequence_length and evaluate.validation_lengths must divide the longest of them (96), got 64: the same "
+        "text is cut into each length, so use multiples such as 64 and 128",
+    ),
+    (
+        {"evaluate.validation_lengths": [3, 96], "parallel.sequence": True, "evaluate.every": 5, "data.split": 0.1},
+        "with parallel.sequence, parallel.tensor (2) must divide evaluate.validation_lengths, got 3: use multiples",
+    ),
+    (
+        {"evaluate.by_source": True, "evaluate.every": 5, "data.split": 0.1},
+        "evaluate.by_source is true but not all of data.sources have a weight: without weights they are prepared as "
+        "one; write each as {path: ..., weight: ...}, or set it to false",
+    ),
+    (
         {"track.tags": {"team/a b": "1", "ticket#5": "1"}},
         "track.tags has 'ticket#5', which MLflow refuses as the name of a tag: use at most 250 letters, digits, blanks "
         "and _ - . : /",

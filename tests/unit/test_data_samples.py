@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from configs.errors import InputError
 from configs.step_sizes import StepSize
-from data_pipeline.loader import Loader, held_out_parts
+from data_pipeline.loader import Loader, held_out_ids, held_out_parts
 from data_pipeline.manifest import Prepared
 from data_pipeline.manifest_file import Part
 from data_pipeline.order import SampleOrder
@@ -210,10 +210,13 @@ def test_a_step_has_the_same_samples_for_any_ranks(tmp_path: Path) -> None:
             assert np.array_equal(stream_order(batches).numpy(), samples.read(ids))
 
 
-def held_out_tokens(samples: Samples, *, count: int, micro_batch: int, data_size: int) -> list[list[int]]:
-    """Return the samples of a validation over all ranks, sorted; one that every rank takes comes once."""
+def held_out_tokens(
+    samples: Samples, *, count: int, micro_batch: int, data_size: int, length: int = 16
+) -> list[list[int]]:
+    """Return the pieces of a validation over all ranks, sorted; one that every rank takes comes once."""
+    ids = held_out_ids(samples, count=count)
     ranks = [
-        list(held_out_parts(samples, count=count, micro_batch=micro_batch, data_rank=rank, data_size=data_size))
+        list(held_out_parts(samples, ids, length=length, micro_batch=micro_batch, data_rank=rank, data_size=data_size))
         for rank in range(data_size)
     ]
     rows = []
@@ -240,3 +243,8 @@ def test_validation_has_the_same_samples_for_any_ranks(tmp_path: Path, weights: 
         assert len(one) == len({tuple(row) for row in one}) == min(count, len(samples))
         for micro_batch, data_size in layouts:
             assert held_out_tokens(samples, count=count, micro_batch=micro_batch, data_size=data_size) == one
+            for length in (4, 1):  # of the same tokens
+                pieces = held_out_tokens(
+                    samples, count=count, micro_batch=micro_batch, data_size=data_size, length=length
+                )
+                assert pieces == sorted(row[n : n + length + 1] for row in one for n in range(0, 16, length))

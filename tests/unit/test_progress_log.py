@@ -31,7 +31,7 @@ from training.progress_lines import (
     save_line,
     start_lines,
     step_line,
-    validation_line,
+    validation_lines,
     verified_line,
 )
 from training.progress_log import ProgressLog
@@ -112,13 +112,17 @@ def test_how_often_lines_come_may_change_between_starts(tmp_path: Path) -> None:
 
 def test_validation_and_save_lines_say_what_matters(tmp_path: Path) -> None:
     best = Best(4.0, 80)
-    assert validation_line(80, loss=4.0, seconds=2.3, best=best) == (
+    first, second = (step_result(step=80, validation_seconds=2.3), step_result(step=90, validation_seconds=75.0))
+    assert validation_lines(first, loss=4.0, best=best) == [
         "validation at step 80: loss 4.0000, the best so far (2.3 s)"
-    )
-    assert validation_line(90, loss=4.1, seconds=75.0, best=best) == (
-        "validation at step 90: loss 4.1000, best 4.0000 at step 80 (75 s)"
-    )
-    assert "loss nan (1.0 s)" in validation_line(1, loss=float("nan"), seconds=1.0, best=None)
+    ]
+    further = replace(second, validation_by_length={512: 4.2, 1024: 4.25}, validation_by_source={"a.txt": 5.0})
+    assert validation_lines(further, loss=4.1, best=best) == [
+        "validation at step 90: loss 4.1000, best 4.0000 at step 80 (75 s)",
+        "loss by length: 4.2000 at 512, 4.2500 at 1,024 tokens",
+        "loss by source: 5.0000 of a.txt",
+    ]
+    assert "loss nan (75 s)" in validation_lines(second, loss=float("nan"), best=None)[0]
     save = Save(80, Path("runs/my/checkpoints/step_0000080"), 0.42)
     assert save_line(save, size_bytes=1_234_567) == "saved step 80: runs/my/checkpoints/step_0000080 (1.23 MB in 0.4 s)"
     assert lost_lines(last_step=130, checkpoint=save.folder, saved_step=80) == [

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from configs.schema import RunConfig
 from tests.support.mlflow_database import MlflowDatabase
 from tests.support.steps import step_result
 from training.families.table import parameter_count
-from training.observers import StepResult
+from training.observers import BY_LENGTH, BY_SOURCE, StepResult
 from training.tracking.names import METRIC_NAMES
 from training.tracking.observer import TrackingObserver
 from training.tracking.tracker import MlflowTracker, attach
@@ -75,7 +75,7 @@ def test_tags_that_mlflow_refuses_are_no_tags_of_a_run_file() -> None:
 
 
 def test_every_field_of_a_step_has_a_name_in_a_group() -> None:
-    assert {*METRIC_NAMES} == {field.name for field in fields(StepResult)} - {"step"}
+    assert {*METRIC_NAMES} == {field.name for field in fields(StepResult)} - {"step", BY_LENGTH, BY_SOURCE}
     assert len({*METRIC_NAMES.values()}) == len(METRIC_NAMES)
     assert {name.partition("/")[0] for name in METRIC_NAMES.values()} == {
         "train",
@@ -163,7 +163,7 @@ def test_losses_are_drawn_over_tokens_too(run_dir: Path, database: MlflowDatabas
 def test_energy_is_summed_over_all_starts(run_dir: Path, database: MlflowDatabase) -> None:
     steps = [step_result(step=step, energy_joules=360_000.0) for step in (1, 2, 3)]
     observe(run_dir, step_result(step=0), *steps[:2])
-    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(asdict(step))}\n" for step in steps[:2]))
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(step.fields())}\n" for step in steps[:2]))
     observe(run_dir, steps[2])
     query = "select step, value from metrics where key = 'energy/{}' order by step"
     assert database.rows(query.format("step_joules")) == [(step, 360_000.0) for step in (1, 2, 3)]

@@ -23,7 +23,7 @@ from training.checkpoint.manifest import list_checkpoints
 from training.metrics_file import MetricsFile
 from training.observers import Observer, StepResult
 from training.state import TrainState
-from training.validator import Validator
+from training.validator import Validation, Validator
 
 STEPS, FOUR = 7, StepSize(4, 8)
 
@@ -111,7 +111,8 @@ def test_ranks_with_states_of_their_own_draw_other_dropout(
 def test_a_validation_sees_no_later_step(rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, validated = launched(rank, monkeypatch, lambda step: None), []
     monkeypatch.setattr(Validator, "is_due", lambda self, step: step % 2 == 0)
-    monkeypatch.setattr(Validator, "loss", lambda self: float(validated.append(steps[0]) or 1.5))  # type: ignore[func-returns-value]
+    measured = Validation(1.5, {}, {})
+    monkeypatch.setattr(Validator, "measure", lambda self: validated.append(steps[0]) or measured)
     train(rank, tmp_path / "run")
     assert validated == [2, 4, 6]
     assert [line["step"] for line in lines_of(tmp_path / "run") if "validation_loss" in line] == [2, 4, 6]

@@ -1,7 +1,7 @@
 """The charts of a page: how runs trained, their perplexities, and the bias of each head. Imports no torch."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from configs.schema import RunConfig
 from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
 from training.evaluation.results import is_whole
+from training.observers import losses_by_length, losses_by_source
 from training.page.axis import ChartAxis, Unit, fit_axis, lengths_axis, linear_ticks
 from training.page.chart import COLOURS, DASHES, Chart, Mark, Point, Series, smooth, thin
 
@@ -65,7 +66,7 @@ def training_charts(comparison: Comparison, *, marks: Sequence[int]) -> list[Cha
     # runs whose steps have other sizes compare by tokens
     sizes = {_step_tokens(run.config) for _, run in runs}
     by: Literal["step", "tokens_seen"] = "step" if len(sizes) == 1 else "tokens_seen"
-    charts = [_loss_chart(runs, by=by, marks=marks)]
+    charts = [_loss_chart(runs, by=by, marks=marks), _lengths_chart(runs, by=by), _sources_chart(runs, by=by)]
     charts += [_field_chart(runs, curve, by=by, marks=marks) for curve in STEP_CURVES]
     return [chart for chart in charts if chart is not None]
 
@@ -137,6 +138,56 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
         y=fit_axis(shown),
         series=_in_order(series),
         marks=tuple(map(Mark, marks)),
+    )
+
+
+def _lengths_chart(runs: Runs, *, by: str) -> Chart | None:
+    """Return a chart of what further lengths add to the losses of validations; None if no run has further lengths."""
+    curves = [
+        {f"{length:,} tokens": [*_added(run, field, by=by)] for field, length in losses_by_length(run.config).items()}
+        for _, run in runs
+    ]
+    facts = "validation loss less that at the training length, on one text"
+    return _validations_chart(runs, curves, "Extrapolation during training", facts, by=by)
+
+
+def _added(run: ComparedRun, field: str, *, by: str) -> Iterator[Point]:
+    """Yield what a loss of each validation is above that at the training length."""
+    trained = dict(run.steps.points(by, "validation_loss"))
+    return ((x, loss - trained[x]) for x, loss in run.steps.points(by, field) if x in trained)
+
+
+def _sources_chart(runs: Runs, *, by: str) -> Chart | None:
+    """Return a chart of the losses of validations on each source; None if no run tells them."""
+    curves = [
+        {source: run.steps.points(by, field) for field, source in losses_by_source(run.config).items()}
+        for _, run in runs
+    ]
+    return _validations_chart(runs, curves, "Validation by source", "each on its held-out text", by=by)
+
+
+def _validations_chart(
+    runs: Runs, curves: Sequence[Mapping[str, list[Point]]], title: str, facts: str, *, by: str
+) -> Chart | None:
+    """Return a chart of some curves of each run: those of one run differ in colour, those of several in dashes."""
+    several = len(runs) > 1
+    series = []
+    for (number, run), of_run in zip(runs, curves, strict=True):
+        for place, (words, points) in enumerate(of_run.items()):
+            label, colour, dash = (
+                (f"{run.label}, {words}", number, place) if several else (words, place, place // COLOURS)
+            )
+            series.append(Series(label, thin(points), kind="marked", dash=dash, colour=colour))
+    losses = [y for each in series for _, y in each.points]
+    if not losses:
+        return None
+    return Chart(
+        title=title,
+        facts=f"nats per token, {facts}",
+        x_title=_X_TITLES[by],
+        x=_steps_axis([x for each in series for x, _ in each.points]),
+        y=fit_axis(losses),
+        series=_in_order(series),
     )
 
 

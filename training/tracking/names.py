@@ -1,6 +1,7 @@
 """Names in MLflow: of a step's metrics, grouped as MLflow draws them, and of a run's parameters and tags."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,22 @@ METRIC_NAMES = {
     "loss_scale": "train/loss_scale",
     "energy_joules": "energy/step_joules",
 }
+_BY_NAME = "validation_loss_"  # the losses of each length and source
 TOTAL_ENERGY = "energy/total_kwh"
 # What is logged a second time with the tokens seen as its step: MLflow then draws it over tokens, and runs with other
 # batches compare. Any metric is drawn over tokens if `train/tokens_seen` is chosen as the X-axis of its chart.
 BY_TOKENS = {"loss": "by_tokens/train_loss", "validation_loss": "by_tokens/validation_loss"}
 LONG_PARAMS = "long_params.json"  # artifact with the values that are longer than MLflow's limit
 _LONGEST_KEY, _LONGEST_VALUE = 250, 6000  # MLflow's limits
+
+
+def tracked_name(field: str) -> str:
+    """Return the MLflow name of a field of a step."""
+    if field in METRIC_NAMES:
+        return METRIC_NAMES[field]
+    assert field.startswith(_BY_NAME), f"{field} has no name in MLflow"
+    # the path of a source may have characters that MLflow refuses
+    return "validation/loss_" + re.sub(r"[^\w.-]", "_", field.removeprefix(_BY_NAME))[: _LONGEST_KEY // 2]
 
 
 def run_params(config: RunConfig, *, environment_file: Path, certificate: Path) -> dict[str, Any]:

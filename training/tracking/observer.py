@@ -7,10 +7,18 @@ from configs.figures import JOULES_PER_KWH
 from configs.paths import config_file, environment_path, reproduction_file
 from configs.schema import RunConfig
 from training.energy import spent_joules
-from training.observers import Observer, Status, StepResult
+from training.observers import BY_LENGTH, BY_SOURCE, Observer, Status, StepResult
 from training.rollbacks import last_step_taken_again
 from training.tracking.inputs import data_inputs, inputs_event
-from training.tracking.names import BY_TOKENS, METRIC_NAMES, TOTAL_ENERGY, run_params, run_tags, tags_of_starts
+from training.tracking.names import (
+    BY_TOKENS,
+    METRIC_NAMES,
+    TOTAL_ENERGY,
+    run_params,
+    run_tags,
+    tags_of_starts,
+    tracked_name,
+)
 from training.tracking.system import SystemMetrics, wait_for_other_nodes
 from training.tracking.tracker import MlflowTracker
 
@@ -22,7 +30,7 @@ class TrackingObserver(Observer):
     """Log a run to MLflow: parameters, files and tags at the start, metrics at each step, and what the node does."""
 
     def __init__(self, config: RunConfig, *, run_dir: Path, certificate: Path) -> None:
-        unnamed = sorted({field.name for field in fields(StepResult)} - {"step", *METRIC_NAMES})
+        unnamed = sorted({field.name for field in fields(StepResult)} - {"step", BY_LENGTH, BY_SOURCE, *METRIC_NAMES})
         assert not unnamed, f"add to METRIC_NAMES in training/tracking/names.py what MLflow calls {', '.join(unnamed)}"
         self._tracker = MlflowTracker(
             run_dir,
@@ -50,7 +58,7 @@ class TrackingObserver(Observer):
     def on_step(self, result: StepResult) -> None:
         """Queue the step's values; the tracker's thread sends them."""
         measured = result.values()
-        values = {METRIC_NAMES[name]: value for name, value in measured.items()}
+        values = {tracked_name(name): value for name, value in measured.items()}
         if result.energy_joules is not None:
             self._joules += result.energy_joules
             values[TOTAL_ENERGY] = self._joules / JOULES_PER_KWH

@@ -1,0 +1,89 @@
+"""Validations at further lengths and by source: what is measured, and that all that shows losses shows them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.loader import held_out_ids
+from data_pipeline.samples import open_samples
+from launch.watch import RunWatcher
+from tests.support.command_line import Call
+from tests.support.compared_runs import make_run
+from tests.support.data import BOOK
+from tests.support.one_rank import one_rank
+from training.observers import losses_by_length, losses_by_source
+from training.tracking.names import tracked_name
+
+ASKED = ("evaluate.every=2", "evaluate.samples=15", "evaluate.validation_lengths=[4, 32]", "evaluate.by_source=true")
+
+
+def test_a_run_measures_lengths_and_sources_on_one_text(tmp_path: Path) -> None:
+    for name, text in (("a.txt", BOOK), ("b.txt", BOOK.upper())):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    sources = f"data.sources=[{{path: {paths[0]}, weight: 1}}, {{path: {paths[1]}, weight: 2}}]"
+    with one_rank(tmp_path, sources, "data.split=0.3", "data.vocab_size=400", *ASKED) as rank:
+        config = rank.config(tmp_path / "run")
+        rank.start(tmp_path / "run", steps=2)
+        samples = open_samples(rank.prepared, sequence_length=32, split=0.3, seed=1, held_out=True)
+        ids = held_out_ids(samples, count=4)  # each holds four sequences of 8 tokens
+        rows = torch.from_numpy(samples.read(ids))
+
+        def mean_loss(rows: torch.Tensor, *, length: int) -> float:
+            return rank.engine.mean_loss([rows[:, n : n + length + 1] for n in range(0, 32, length)])
+
+        expected = {length: mean_loss(rows, length=length) for length in (4, 8, 32)}
+        parts = torch.from_numpy(samples.parts_of(ids))
+        by_source = {path: mean_loss(rows[parts == part], length=8) for part, path in enumerate(paths)}
+    first, second = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert not [field for field in first if field.startswith("validation")]
+    assert second["validation_loss"] == pytest.approx(expected[8], rel=1e-5)
+    assert {length: second[field] for field, length in losses_by_length(config).items()} == pytest.approx(
+        {length: expected[length] for length in (4, 32)}, rel=1e-5
+    )
+    fields = losses_by_source(config)
+    assert fields == {f"validation_loss_of_{path}": path for path in paths}
+    measured = {path: second[field] for field, path in fields.items() if field in second}
+    assert len(measured) == 2
+    assert measured == pytest.approx(by_source, rel=1e-5)
+
+
+def test_what_mlflow_refuses_is_no_part_of_a_name() -> None:
+    assert tracked_name("validation_loss_at_2048") == "validation/loss_at_2048"
+    assert tracked_name("validation_loss_of_/data/*.jsonl zst") == "validation/loss_of__data__.jsonl_zst"
+    assert len(tracked_name(f"validation_loss_of_{'x' * 4000}")) < 250
+
+
+@pytest.fixture
+def validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder whose last validation has two further lengths and two sources."""
+    monkeypatch.chdir(tmp_path)  # `compare` writes its plot there
+    sources = [{"path": "a.txt", "weight": 1.0}, {"path": "b.txt", "weight": 1.0}]
+    evaluate = {"every": 5, "validation_lengths": [64, 128], "by_source": True}
+    run_dir = make_run(tmp_path / "run", data={"sources": sources, "split": 0.1}, evaluate=evaluate)
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for step in (steps[4], steps[9]):
+        loss = step["validation_loss"]
+        step |= {"validation_loss_at_64": loss + 0.25, "validation_loss_at_128": loss + 1.0}
+        step |= {"validation_loss_of_a.txt": loss - 0.5, "validation_loss_of_b.txt": loss + 0.5}
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    return run_dir
+
+
+def test_commands_show_each_length_and_source(validated: Path, trainshort: Call) -> None:
+    view = RunWatcher(validated).look()
+    assert view.by_length == pytest.approx({64: 3.85, 128: 4.6})
+    assert view.by_source == pytest.approx({"a.txt": 3.1, "b.txt": 4.1})
+    out = trainshort("watch", str(validated)).out
+    for line in ("  at 64        3.8500  +0.2500 by the length alone", "  of source    3.1000  a.txt"):
+        assert line in out.splitlines()
+    assert json.loads(trainshort("watch", str(validated), "--json").out)["validation_by_length"]["128"] == 4.6
+    rows = [line.split() for line in trainshort("compare", str(validated)).out.splitlines()]
+    assert ["at", "64", "tokens", "3.8500"] in rows
+    assert ["of", "b.txt", "4.1000"] in rows
+    trainshort("report", str(validated))
+    page = (validated / "report.html").read_text()
+    for chart in ("Extrapolation during training: 64 tokens, 128 tokens", "Validation by source: a.txt, b.txt"):
+        assert f'aria-label="{chart}"' in page
