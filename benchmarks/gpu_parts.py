@@ -32,7 +32,8 @@ from training.model.single import SingleModel, lone_decoder
 from training.profiling.recording import read_recording, recording, window
 from training.profiling.report import category_times
 from training.sampling import Sampling
-from training.utilization import causal_flops_per_token, flops_per_token, peak_flops
+from training.flops import causal_flops_per_token, flops_per_token
+from training.utilization import peak_flops
 
 POLL_SECONDS = 0.05
 

@@ -11,7 +11,8 @@ from configs.load import load_run
 from tests.support.steps import step_result
 from training.metrics_file import MetricsFile
 from training.schedule import learning_rate
-from training.utilization import causal_flops_per_token, flops_per_token, peak_flops
+from training.flops import causal_flops_per_token, flops_per_token
+from training.utilization import peak_flops
 
 
 def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
