@@ -142,7 +142,7 @@ def losses_before(start: TrainState, *, run_dir: Path, train: Train) -> list[flo
 
 
 def _trunk_losses(last: int, *, train: Train) -> list[float]:
-    """Return the losses of a trunk's steps up to one, as far back as its sequences had the length that they have now."""
+    """Return the losses of a trunk's steps up to one, as far back as they have the length of the branch's."""
     folder, length_steps = trunk_folder(train), 0
     with suppress(InputError):  # it may be gone
         length_steps = steps_of_one_length(last, train, load_run(str(config_file(folder))).train)

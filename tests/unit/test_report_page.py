@@ -269,6 +269,15 @@ def test_scores_are_drawn_only_if_some_were_left_out(trainshort: Call) -> None:
     assert title in written(trainshort, "some", page="some/report.html").headings
 
 
+def test_the_loss_scale_of_fp16_is_drawn(trainshort: Call) -> None:
+    run_dir = make_run(Path("half"))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run_dir / "metrics.jsonl", [{**line, "loss_scale": 2.0**16} for line in lines])
+    make_run(Path("whole"))
+    half, whole = (written(trainshort, name, page=f"{name}/report.html") for name in ("half", "whole"))
+    assert {*half.headings} - {*whole.headings} == {"Loss scale"}
+
+
 def test_a_thousand_starts_stay_on_the_time_line(tmp_path: Path) -> None:
     steps = StepColumns(STEP_FIELDS, [{"step": step, "step_seconds": 1.0} for step in range(1, 1001)])
     write_lines(tmp_path / "certificates.jsonl", [certificate(step=step, minute=1) for step in range(1000)])

@@ -137,9 +137,7 @@ def test_a_branch_sees_a_rise_above_its_trunk(rank: OneRank, tmp_path: Path, mon
         train(rank, branch, *keys, steps=40)
 
 
-def test_a_branch_compares_losses_of_one_length(
-    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_branch_compares_losses_of_one_length(rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trunk, short = tmp_path / "trunk", "train.length_warmup=[[2, 5], [4, 99]]"
     losses_given(rank, monkeypatch, lambda number: 2.0)
     train(rank, trunk, short, steps=21)
