@@ -27,12 +27,13 @@ from parallel.layout import Layout
 from parallel.seeds import initial_weights
 from training.build import build_engine
 from training.families.table import parameter_count
+from training.flops import causal_flops_per_token, flops_per_token
 from training.generation import continue_tokens
 from training.model.single import SingleModel, lone_decoder
 from training.profiling.recording import read_recording, recording, window
 from training.profiling.report import category_times
 from training.sampling import Sampling
-from training.utilization import causal_flops_per_token, flops_per_token, peak_flops
+from training.utilization import peak_flops
 
 POLL_SECONDS = 0.05
 

@@ -1,7 +1,8 @@
 """The size of each step: its batch, and the length that its sequences are cut to. Imports no torch."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,19 +24,43 @@ class StepSize:
 
 def size_of(step: int, config: "RunConfig") -> StepSize:
     """Return the size of a step, counted from 1."""
-    ends, length = 0, config.data.sequence_length
-    for shorter, steps in config.train.length_warmup:
-        ends += steps
-        if step <= ends:
-            length = shorter
-            break
-    return StepSize(batch_of(step, config.train), length)
+    shorter, _ = _length_of(step, config.train)
+    return StepSize(batch_of(step, config.train), shorter or config.data.sequence_length)
 
 
 def steps_of_its_length(step: int, train: "Train") -> int:
     """Return how many steps up to one, counted from 1, have its length: 2 for the second of them."""
-    begins = accumulate((steps for _, steps in train.length_warmup), initial=0)
-    return step - max(before for before in begins if before < step)
+    _, before = _length_of(step, train)
+    return step - before
+
+
+def steps_of_one_length(step: int, train: "Train", other: "Train") -> int:
+    """Return how many steps up to one have the same length in two runs of one `data.sequence_length`."""
+    (length, before), (other_length, other_before) = (_length_of(step, each) for each in (train, other))
+    return step - max(before, other_before) if length == other_length else 0
+
+
+def samples_by_length(first: int, last: int, config: "RunConfig") -> Iterator[tuple[int, int]]:
+    """Yield each length of the steps after one and up to another, with the sequences of these steps."""
+    for shorter, before, end in _lengths(config.train):
+        begins, ends = max(first, before), int(min(last, end))
+        if begins < ends:
+            samples = samples_until(ends, config.train) - samples_until(begins, config.train)
+            yield shorter or config.data.sequence_length, samples
+
+
+def _length_of(step: int, train: "Train") -> tuple[int | None, int]:
+    """Return the length of a step, None for the full one, and how many steps there are before its first."""
+    return next((length, before) for length, before, end in _lengths(train) if step <= end)
+
+
+def _lengths(train: "Train") -> Iterator[tuple[int | None, int, float]]:
+    """Yield each length, None for the full one, how many steps there are before its first, and its last step."""
+    before = 0
+    for length, steps in train.length_warmup:
+        yield length, before, before + steps
+        before += steps
+    yield None, before, math.inf
 
 
 def batch_of(step: int, train: "Train") -> int:

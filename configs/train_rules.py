@@ -1,6 +1,6 @@
 """Rules across the keys of the section `train`, as those of `configs.rules`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from configs.figures import divisors
 from configs.schedules import SCHEDULES, cooldown_steps, schedule_steps
@@ -58,11 +58,7 @@ def _learning_rates(config: RunConfig) -> Iterator[str]:
 
 def _batches(config: RunConfig) -> Iterator[str]:
     train, batches = config.train, batches_of(config.train)
-    if list(batches) != sorted(set(batches)):
-        yield (
-            f"train.batch_warmup must have growing batches below train.global_batch ({train.global_batch}), got "
-            f"{', '.join(map(str, batches[:-1]))}: lower or order them"
-        )
+    yield from _growing(batches, key="train.batch_warmup", what="batches", below="train.global_batch")
     for batch in batches[:-1]:
         if batch % train.micro_batch:
             yield (
@@ -74,11 +70,7 @@ def _batches(config: RunConfig) -> Iterator[str]:
 
 def _lengths(config: RunConfig) -> Iterator[str]:
     length, lengths = config.data.sequence_length, lengths_of(config)
-    if list(lengths) != sorted(set(lengths)):
-        yield (
-            f"train.length_warmup must have growing lengths below data.sequence_length ({length}), got "
-            f"{', '.join(map(str, lengths[:-1]))}: lower or order them"
-        )
+    yield from _growing(lengths, key="train.length_warmup", what="lengths", below="data.sequence_length")
     for shorter in lengths[:-1]:
         if length % shorter:
             yield (
@@ -92,6 +84,13 @@ def _lengths(config: RunConfig) -> Iterator[str]:
                 f"train.length_warmup, got {shorter}: use a multiple"
             )
             return
+
+
+def _growing(values: Sequence[int], *, key: str, what: str, below: str) -> Iterator[str]:
+    *smaller, full = values
+    if list(values) != sorted(set(values)):
+        got = ", ".join(map(str, smaller))
+        yield f"{key} must have growing {what} below {below} ({full}), got {got}: lower or order them"
 
 
 def _beginning(config: RunConfig) -> Iterator[str]:

@@ -169,6 +169,10 @@ def _run_parser(*, color: bool | None) -> Any:
     except OSError:
         write_output("")  # fails again if this is what failed
         raise
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return None  # the library's own answer to a reader of help that has gone; see `write_output`
 
 
 def _usage_message(error: Any) -> str:

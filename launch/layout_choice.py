@@ -25,7 +25,7 @@ def default_layout(config: RunConfig, *, environ: Mapping[str, str]) -> tuple[La
 def simpler_layout_lines(config: RunConfig, *, layout: Layout, environ: Mapping[str, str]) -> list[str]:
     """Return what to say if a layout with fewer splits fits this machine's GPUs too; empty without GPUs."""
     is_split = layout.tensor * layout.pipeline > 1
-    size = gpu_bytes() if is_split and gpu_count(environ) else None
+    size = gpu_bytes(environ) if is_split and gpu_count(environ) else None
     simpler = simpler_layout(config, layout=layout, gpu_bytes=size) if size else None
     return simpler_lines(simpler, gpu_bytes=size) if simpler and size else []
 

@@ -75,17 +75,20 @@ def _visible_count(visible: str, *, present: int) -> int:
 
     So an empty text, -1, none, void and SLURM's NoDevFiles mean no GPU.
     """
-    entries = [entry.strip() for entry in visible.split(",")]
-    kind = entries[0][:4]
-    chosen: list[str] | list[int]
-    if kind in ("GPU-", "MIG-"):
-        chosen = list(takewhile(lambda entry: entry.startswith(kind), entries))
-    else:
-        chosen = list(takewhile(lambda index: index in range(present), map(_index, entries)))
+    kind, chosen = _visible_entries(visible, present=present)
     if len(set(chosen)) < len(chosen):
         return 0  # a repeated entry is a mistake: CUDA shows nothing
     # A process sees one slice of a divided GPU, however many are listed.
     return min(present, 1 if kind == "MIG-" else len(chosen))
+
+
+def _visible_entries(visible: str, *, present: int) -> tuple[str, list[str] | list[int]]:
+    """Return the entries of CUDA_VISIBLE_DEVICES that count, after what they begin with: GPU- or MIG-, or a number."""
+    entries = [entry.strip() for entry in visible.split(",")]
+    kind = entries[0][:4]
+    if kind in ("GPU-", "MIG-"):
+        return kind, list(takewhile(lambda entry: entry.startswith(kind), entries))
+    return "", list(takewhile(lambda index: index in range(present), map(_index, entries)))
 
 
 def _index(entry: str) -> int:
@@ -93,24 +96,39 @@ def _index(entry: str) -> int:
     return int(number[0]) if number else -1
 
 
-def gpu_bytes() -> int | None:
-    """Return the memory of this machine's smallest GPU, as nvidia-smi reports it; None if that fails."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+def gpu_bytes(environ: Mapping[str, str]) -> int | None:
+    """Return the memory of the smallest GPU that a process with this environment would see.
+
+    None if nvidia-smi does not tell, as it does not of a slice of a divided GPU (MIG).
+    """
+    sizes = [memory for _, memory, _ in _visible_gpus(environ)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        return min(int(line) for line in done.stdout.split()) * (1 << 20)  # it counts in MiB
-    except (OSError, ValueError, subprocess.SubprocessError):
+        return min(map(int, sizes)) * (1 << 20)  # it counts in MiB
+    except ValueError:
         return None
 
 
-def gpu_name() -> str | None:
-    """Return the name of this machine's first GPU, as nvidia-smi reports it; None if that fails."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+def gpu_name(environ: Mapping[str, str]) -> str | None:
+    """Return the name of the first GPU that a process with this environment would see; None as for its memory."""
+    return next((name for *_, name in _visible_gpus(environ)), None)
+
+
+def _visible_gpus(environ: Mapping[str, str]) -> list[list[str]]:
+    """Return UUID, memory and name of each GPU that may be seen, as nvidia-smi reports them; none if that fails."""
+    fields = "mig.mode.current,uuid,memory.total,name"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        return done.stdout.splitlines()[0].strip()
-    except (OSError, IndexError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError):
+        return []
+    gpus = [line.split(", ", 3) for line in done.stdout.splitlines()]
+    if (visible := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        kind, chosen = _visible_entries(visible, present=len(gpus))
+        if kind:
+            gpus = [gpu for gpu in gpus if any(gpu[1].startswith(str(entry)) for entry in chosen)]
+        elif environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":  # CUDA counts them otherwise, the fastest first
+            gpus = [gpus[int(index)] for index in chosen]
+    return [] if any(mode == "Enabled" for mode, *_ in gpus) else [rest for _, *rest in gpus]
 
 
 def core_count() -> int:

@@ -147,10 +147,16 @@ class _ZeroEngine:
             if not getattr(self._engine.optimizer, "overflow", False):  # torch's own optimizers have none
                 return outcome
             zero.drop_gradients(self._engine)  # all ranks have left the step out
-            if loss_scale is None or loss_scale <= 1:
+            if loss_scale is None or loss_scale <= 1 or not self._is_finite_everywhere(loss):
                 return outcome
             loss_scale /= 2
             torch.manual_seed(seed)
+
+    def _is_finite_everywhere(self, loss: Tensor) -> bool:
+        """Return whether no rank's forward pass overflowed, which no scale of the loss helps. A collective."""
+        is_finite = loss.isfinite().float()
+        dist.all_reduce(is_finite, dist.ReduceOp.MIN)
+        return bool(is_finite)
 
     def state(self) -> State:
         zero.require_moments(self._engine, moments=self._state.kinds[1:])

@@ -16,7 +16,7 @@ class StepOutcome:
     Attributes:
         loss: Mean over this rank's micro-batches, nats per token, fp32; zero on ranks of other stages than the last.
         grad_norm: Global, before clipping, fp32; the same on every rank.
-        loss_scale: Factor of the loss with which no gradient overflowed, or the smallest; None where none was given.
+        loss_scale: Factor of the loss with which no gradient overflowed, or the last; None where none was given.
     """
 
     loss: Tensor
@@ -63,7 +63,7 @@ class Engine(Protocol):
         """Take one optimizer step on this data rank's micro-batches.
 
         Where the gradients overflow, they are computed again with half the loss scale and torch's same seed, until they
-        fit or it is 1. With a gradient norm that is not finite nothing changes.
+        fit or it is 1, or the loss is not finite either. With a gradient norm that is not finite nothing changes.
 
         Args:
             micro_batches: Each as `parallel.documents.split_batch` takes it.

@@ -3,9 +3,11 @@
 import logging
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 from configs.schema import RunConfig
-from configs.step_sizes import batch_of, samples_until
+from configs.step_sizes import batch_of, samples_by_length
+from training.flops import causal_flops_per_token
 from training.observers import StepResult
 
 RECENT_STEPS = 100  # the speed may change, for example when another job shares the machine
@@ -38,7 +40,7 @@ class Pace:
         self._config, self._step, self._saved_step = config, step, step
         self.steps_taken = self.samples_taken = 0
         self._training = 0.0
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)  # seconds from step to step, and sequences
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT_STEPS)  # seconds, work, sequences
         self._validations: list[float] = []
         self._saves: list[float] = []  # seconds that training waited for each
         self._waited = 0.0  # for the one that goes on
@@ -59,7 +61,8 @@ class Pace:
         if self.steps_taken == 1:
             self._recent.clear()  # the first step warms up: kernels are compiled, memory is allocated
         samples = batch_of(result.step, self._config.train)
-        self._recent.append((max(seconds, result.step_seconds), samples))
+        work = self._work(result.step - 1, result.step)
+        self._recent.append((max(seconds, result.step_seconds), work, samples))
         if result.validation_seconds is not None:
             self._validations.append(result.validation_seconds)
         self._training += result.step_seconds
@@ -87,14 +90,21 @@ class Pace:
         self._stepped_at, self._paused = None, 0.0
 
     @property
+    def tokens_per_second(self) -> float:
+        """Speed of the recent steps; at least one must have been taken."""
+        seconds, _, samples = map(sum, zip(*self._recent, strict=True))
+        return samples * self._config.data.sequence_length / seconds
+
+    @property
     def sample_seconds(self) -> float:
-        """Time of a sequence in the recent steps; at least one must have been taken."""
-        return sum(seconds for seconds, _ in self._recent) / sum(samples for _, samples in self._recent)
+        """Time of a sequence that is not cut, by the recent steps; at least one must have been taken."""
+        seconds, work, _ = map(sum, zip(*self._recent, strict=True))
+        return seconds / work
 
     @property
     def step_seconds(self) -> float:
         """Time that the next step is expected to take."""
-        return self.sample_seconds * batch_of(self._step + 1, self._config.train)
+        return self.sample_seconds * self._work(self._step, self._step + 1)
 
     @property
     def seconds_left(self) -> float:
@@ -105,10 +115,17 @@ class Pace:
         unsaved = step if self._saved_step == step else step - 1
         saves = -(-steps // saves_every) - max(0, unsaved) // saves_every
         return (
-            (samples_until(steps, config.train) - samples_until(step, config.train)) * self.sample_seconds
+            self._work(step, steps) * self.sample_seconds
             + validations * self._validation_seconds
             + saves * (_mean(self._saves) if self._saves else 0.0)
         )
+
+    def _work(self, first: int, last: int) -> float:
+        """Return the work of the steps after one and up to another, in sequences that are not cut."""
+        model, data = self._config.model, self._config.data
+        count = partial(causal_flops_per_token, model, vocab_size=data.vocab_size)
+        by_length = samples_by_length(first, last, self._config)
+        return sum(samples * count(length=length) for length, samples in by_length) / count(length=data.sequence_length)
 
     @property
     def _validation_seconds(self) -> float:

@@ -120,7 +120,7 @@ class ProgressLog(Observer):
         text = live_line(
             self._newest,
             steps=self._config.train.steps,
-            speed=self._config.data.sequence_length / self._pace.sample_seconds,
+            speed=self._pace.tokens_per_second,
             seconds_left=self._pace.seconds_left,
             doing=doing,
             columns=columns,

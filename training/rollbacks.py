@@ -17,9 +17,11 @@ from pydantic import TypeAdapter, ValidationError
 from configs.errors import InputError
 from configs.figures import counted
 from configs.files import move_aside, write_json
-from configs.paths import evaluation_folder, rollbacks_file
+from configs.load import load_run
+from configs.paths import config_file, evaluation_folder, rollbacks_file
 from configs.schema import Train
 from configs.schema_problems import first_problem
+from configs.step_sizes import steps_of_one_length
 from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 from training.checkpoint.retention import remove_after
 from training.divergence import LOSSES_WATCHED, Diverged
@@ -135,9 +137,17 @@ def losses_before(start: TrainState, *, run_dir: Path, train: Train) -> list[flo
     losses = newest_values(run_dir, "loss")[-LOSSES_WATCHED:]
     if train.branch_from is not None and len(losses) < LOSSES_WATCHED:
         last = steps_before_first(run_dir) if losses else start.step  # what the trunk did later was another future
-        trunk = (fields for fields in read_steps(trunk_folder(train)) if fields["step"] <= last)
-        losses = [*StepColumns(["loss"], trunk).known("loss"), *losses][-LOSSES_WATCHED:]
+        losses = [*_trunk_losses(last, train=train), *losses][-LOSSES_WATCHED:]
     return losses
+
+
+def _trunk_losses(last: int, *, train: Train) -> list[float]:
+    """Return the losses of a trunk's steps up to one, as far back as they have the length of the branch's."""
+    folder, length_steps = trunk_folder(train), 0
+    with suppress(InputError):  # it may be gone
+        length_steps = steps_of_one_length(last, train, load_run(str(config_file(folder))).train)
+    steps = (fields for fields in read_steps(folder) if last - length_steps < fields["step"] <= last)
+    return StepColumns(["loss"], steps).known("loss")
 
 
 def without_left_out(state: TrainState, rollbacks: Sequence[Rollback]) -> TrainState:

@@ -1,23 +1,16 @@
-"""How much of the hardware a step used: the model's FLOPs over the peak, in the two published conventions.
-
-`full` counts attention as if it had no causal mask: 6 N + 12 layers x hidden x length FLOPs a token, as PaLM (Chowdhery
-et al. 2022, appendix B), llm-foundry and Megatron-LM do. `causal` counts the half that a causal model needs: 6 N + 6
-layers x hidden x length, as FlashAttention's papers do. N counts all parameters, a tied embedding once. Recomputation
-is not counted. Keys that a sliding window or lossless windows leave out are: both conventions are of the whole length.
-"""
+"""How much of the hardware a step used: the model's FLOPs over the peak, in the two conventions of `training.flops`."""
 
 import math
 import re
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 
 from configs.precisions import PRECISIONS
 from configs.schema import Model
-from training.families.table import parameter_count
+from training.flops import causal_flops_per_token, flops_per_token
 
 # Dense peaks from the vendors' data sheets, FLOP/s: (16 bit, fp32 as torch runs it by default). Sheets often give the
 # double, for sparse matrices. The first one that the device's name has as words wins: H100 PCIe must come before H100.
@@ -78,19 +71,6 @@ class Utilization:
         return tokens_per_second * full / self.peak, tokens_per_second * causal / self.peak
 
 
-@lru_cache  # each step asks, and the parameters of all layers are listed
-def flops_per_token(model: Model, *, vocab_size: int, length: int) -> float:
-    """Return forward and backward FLOPs of one token by the `full` convention: 6 N + 12 layers x hidden x length."""
-    parameters = parameter_count(model, vocab_size=vocab_size)
-    return 6.0 * parameters + 12.0 * model.layers * model.hidden * length
-
-
-def causal_flops_per_token(model: Model, *, vocab_size: int, length: int) -> float:
-    """Return forward and backward FLOPs of one token by the `causal` convention: 6 N + 6 layers x hidden x length."""
-    full = flops_per_token(model, vocab_size=vocab_size, length=length)
-    return full - 6.0 * model.layers * model.hidden * length
-
-
 def world_peak_flops(device: torch.device, *, precision: str) -> float | None:
     """Return the peak FLOP/s of all ranks together, or None if one is unknown; every rank must call it."""
     dist.barrier()  # CPU ranks share cores, so they measure at the same time
@@ -116,13 +96,16 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
 
 
 def measured_gemm(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matrix product, measured now: the fastest of five."""
+    """Return the FLOP/s of a large matrix product, measured now: the fastest of five.
+
+    It multiplies as linear layers do, by a matrix's transpose: torch has no fast fp16 product for a CPU but that.
+    """
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     fastest = float("inf")
     for _ in range(5):
         started = time.perf_counter()
-        left @ right
+        left @ right.t()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - started)

@@ -27,7 +27,9 @@ def reproduce_command(
     from training.reproduction.reproduce import compare_with_here
 
     gpus = gpu_count(os.environ)
-    here = Here(gpu=(gpu_name() or "a GPU") if gpus else None, gpus=gpus, cores=core_count(), variables=os.environ)
+    here = Here(
+        gpu=(gpu_name(os.environ) or "a GPU") if gpus else None, gpus=gpus, cores=core_count(), variables=os.environ
+    )
     reproduction = compare_with_here(run_dir, here=here, reads_all=verify)
     if as_json:
         show_json(reproduction.to_json())

@@ -142,7 +142,7 @@ def _fit_memory(config: "RunConfig", *, ranks: int | None, gpu_memory_gb: float 
         size = int(gpu_memory_gb * 1e9)
         available = AvailableMemory(size, f"a GPU of {byte_size(size)} (--gpu-memory-gb)", on_gpu=True)
     elif gpus:
-        memory = gpu_bytes()
+        memory = gpu_bytes(os.environ)
         name = f"this machine's GPU of {byte_size(memory)}" if memory else "name the GPU's memory, --gpu-memory-gb 80"
         available = AvailableMemory(memory, name, on_gpu=True, host=host_limit(), gpus=gpus)
     else:

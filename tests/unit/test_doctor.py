@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from configs.backends import BACKENDS
 from configs.errors import MachineError
 from launch import doctor
-from launch.machine import require_usable_gpus
+from launch.machine import gpu_bytes, gpu_name, require_usable_gpus
 from tests.support.command_line import Call, refused
 from training.evaluation.text import EvaluationText
 from training.model.positions import bias
@@ -87,6 +88,27 @@ def test_ranks_refuse_gpus_that_torch_cannot_use(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "open", forbidden)
     require_usable_gpus({}, devices=tmp_path)
+
+
+def test_memory_is_that_of_the_gpus_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "Disabled, GPU-aa1, 81559, NVIDIA A",
+        "Disabled, GPU-bb2, 24576, NVIDIA B",
+        "Enabled, GPU-cc3, 9, NVIDIA C",
+    ]
+
+    def seen(count: int, **environ: str) -> tuple[int | None, str | None]:
+        answer = subprocess.CompletedProcess([], 0, stdout="\n".join(lines[:count]))
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+        return gpu_bytes(environ), gpu_name(environ)
+
+    large, small = (81559 << 20, "NVIDIA A"), (24576 << 20, "NVIDIA B")
+    assert seen(2) == (small[0], large[1])
+    assert seen(2, CUDA_VISIBLE_DEVICES="GPU-aa") == seen(3, CUDA_VISIBLE_DEVICES="GPU-aa1") == large
+    assert seen(2, CUDA_VISIBLE_DEVICES="1", CUDA_DEVICE_ORDER="PCI_BUS_ID") == small
+    assert seen(2, CUDA_VISIBLE_DEVICES="0") == (small[0], large[1]), "which one that is, CUDA alone knows"
+    assert seen(3) == seen(3, CUDA_VISIBLE_DEVICES="MIG-dd4") == seen(0) == (None, None)
+    assert seen(2, CUDA_VISIBLE_DEVICES="MIG-dd4") == (None, None)
 
 
 def test_a_host_name_that_does_not_resolve_is_reported(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,21 @@ def test_a_step_that_overflowed_equals_one_that_did_not(half: OneRank, tmp_path:
     assert all(torch.equal(one, other) for one, other in zip(after, expected, strict=True))
 
 
+def test_only_gradients_are_tried_with_smaller_scales(half: OneRank, tmp_path: Path) -> None:
+    half.trainer(half.config(tmp_path / "run"))  # the initial weights
+    batches = half.loader(half.config(tmp_path / "run")).step(0, StepSize(4, 8))
+    weight = next(half.engine.module.parameters())
+    hook = weight.register_hook(lambda gradient: gradient * torch.inf)
+    try:
+        outcome = half.engine.train_step(batches, learning_rate=1e-2, loss_scale=16.0)
+    finally:
+        hook.remove()
+    assert (outcome.loss_scale, outcome.loss.isfinite(), outcome.grad_norm.isfinite()) == (1.0, True, False)
+    weight.data.fill_(torch.inf)
+    outcome = half.engine.train_step(batches, learning_rate=1e-2, loss_scale=16.0)
+    assert (outcome.loss_scale, outcome.loss.isfinite(), outcome.grad_norm.isfinite()) == (16.0, False, False)
+
+
 def test_small_gradients_need_the_scale(rank: OneRank, half: OneRank, tmp_path: Path) -> None:
     batches = rank.loader(rank.config(tmp_path / "run")).step(0, StepSize(4, 8))
     # Gradients of a long batch are that small: here of weights of the head, by a loss of 2^-16.

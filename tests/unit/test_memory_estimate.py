@@ -185,7 +185,7 @@ def test_check_says_what_fits_and_what_to_change(trainshort: Call, monkeypatch: 
     assert values["largest"] == max(stage["total"] for stage in values["stages"])
     assert values["changes"][0]["key"] == "train.micro_batch"
 
-    monkeypatch.setattr(machine, "gpu_bytes", lambda: None)
+    monkeypatch.setattr(machine, "gpu_bytes", lambda environ: None)
     use_gpus(8, monkeypatch)
     unknown = trainshort("check", "alibi-1b3", "--memory").out
     assert "whether it fits is not known" in unknown
@@ -231,7 +231,7 @@ def test_check_says_that_a_simpler_layout_fits(trainshort: Call, monkeypatch: py
     split = (*check, "80", "--set", "parallel.sequence=true", "--json")
     assert json.loads(trainshort(*split).out)["memory"]["simpler"]["set"][-1] == "parallel.sequence=false"
     assert "would fit" not in trainshort("check", "alibi-1b3").out
-    monkeypatch.setattr(layout_choice, "gpu_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr(layout_choice, "gpu_bytes", lambda environ: 80 * 10**9)
     use_gpus(4, monkeypatch)
     assert "note: tensor 1 x pipeline 1 would fit too" in trainshort("check", "alibi-1b3").out
 
@@ -239,7 +239,7 @@ def test_check_says_that_a_simpler_layout_fits(trainshort: Call, monkeypatch: py
 def test_offloaded_state_must_fit_the_machine(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     # 4.55 GB of each rank
     check = ("check", "alibi-1b3", "--memory", "--set", "parallel.offload=cpu", "--ranks")
-    monkeypatch.setattr(machine, "gpu_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr(machine, "gpu_bytes", lambda environ: 80 * 10**9)
     monkeypatch.setattr(host_memory, "host_limit", lambda: MemoryLimit(15 * 10**9, "this machine's memory"))
     use_gpus(4, monkeypatch)
     too_much = trainshort(*check, "4").out
@@ -254,7 +254,7 @@ def test_offloaded_state_must_fit_the_machine(trainshort: Call, monkeypatch: pyt
     other = trainshort(*check, "4", "--gpu-memory-gb", "80").out
     assert "whether its machine has that for each rank is not checked\n" in other
     # nor does a change fit that offloads more than there is
-    monkeypatch.setattr(machine, "gpu_bytes", lambda: 16 * 10**9)
+    monkeypatch.setattr(machine, "gpu_bytes", lambda environ: 16 * 10**9)
     use_gpus(4, monkeypatch)
     change = next(line for line in trainshort("check", "alibi-1b3", "--memory").out.splitlines() if "-> cpu" in line)
     assert not change.endswith("which fits")
@@ -263,7 +263,7 @@ def test_offloaded_state_must_fit_the_machine(trainshort: Call, monkeypatch: pyt
 def test_copies_of_a_save_in_the_background_count(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     # 4.55 GB of weights and moments on each of four ranks; of two data ranks one takes two of the three kinds: 3.03 GB
     check = ("check", "alibi-1b3", "--memory", "--set", "checkpoint.background=true")
-    monkeypatch.setattr(machine, "gpu_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr(machine, "gpu_bytes", lambda environ: 80 * 10**9)
     monkeypatch.setattr(host_memory, "host_limit", lambda: MemoryLimit(15 * 10**9, "this machine's memory"))
     use_gpus(4, monkeypatch)
     too_much = trainshort(*check).out

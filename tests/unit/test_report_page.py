@@ -269,14 +269,23 @@ def test_scores_are_drawn_only_if_some_were_left_out(trainshort: Call) -> None:
     assert title in written(trainshort, "some", page="some/report.html").headings
 
 
+def test_the_loss_scale_of_fp16_is_drawn(trainshort: Call) -> None:
+    run_dir = make_run(Path("half"))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run_dir / "metrics.jsonl", [{**line, "loss_scale": 2.0**16} for line in lines])
+    make_run(Path("whole"))
+    half, whole = (written(trainshort, name, page=f"{name}/report.html") for name in ("half", "whole"))
+    assert {*half.headings} - {*whole.headings} == {"Loss scale"}
+
+
 def test_a_thousand_starts_stay_on_the_time_line(tmp_path: Path) -> None:
     steps = StepColumns(STEP_FIELDS, [{"step": step, "step_seconds": 1.0} for step in range(1, 1001)])
     write_lines(tmp_path / "certificates.jsonl", [certificate(step=step, minute=1) for step in range(1000)])
     timeline = draw_timeline(read_starts(tmp_path, steps), run_dir=tmp_path)
     lefts = [bar.left for bar in timeline.bars]
     assert lefts == sorted(lefts)
-    assert min(bar.kept for bar in timeline.bars) > 0
-    assert (lefts[0], round(timeline.bars[-1].left + timeline.bars[-1].kept, 6)) == (0.0, 100.0)
+    assert min(bar.width for bar in timeline.bars) > 0
+    assert (lefts[0], round(timeline.bars[-1].left + timeline.bars[-1].width, 6)) == (0.0, 100.0)
 
 
 def test_a_new_run_says_what_is_missing_and_what_makes_it(trainshort: Call) -> None:
@@ -350,6 +359,19 @@ def test_lost_steps_belong_to_the_start_that_took_them(tmp_path: Path) -> None:
         [],
         [],
     ]
+
+
+def test_lost_steps_are_drawn_when_they_were_taken(tmp_path: Path) -> None:
+    steps = [{"step": step, "loss": 1.0, "step_seconds": 2.5} for step in range(1, 11)]
+    # twice the start went back to step 3, then once to step 8
+    groups = [steps[3:6], steps[3:5], steps[8:9]]
+    lost = [{**line, "save_seconds": 2.5, "rolled_back": 1} for group in groups for line in group]
+    write_lines(tmp_path / "logs" / "metrics_discarded.jsonl", lost)
+    write_lines(tmp_path / "certificates.jsonl", [certificate(step=0, minute=1)])
+    (start,) = read_starts(tmp_path, StepColumns(STEP_FIELDS, steps))
+    bars = [(round(bar.width * 0.55, 6), bar.is_lost) for bar in draw_timeline([start], run_dir=tmp_path).bars]
+    assert bars == [(7.5, False), (15.0, True), (10.0, True), (12.5, False), (5.0, True), (5.0, False)]
+    assert [(at, step) for at, step, _ in start.saves()] == [(10, 3), (15, 4), (20, 5), (25, 3), (30, 4), (47.5, 8)]
 
 
 def test_a_file_that_is_no_page_is_never_overwritten(trainshort: Call) -> None:

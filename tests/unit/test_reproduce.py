@@ -210,7 +210,7 @@ def test_other_hardware_differs_up_to_rounding(trainshort: Call) -> None:
 @pytest.mark.usefixtures("started")
 def test_a_run_of_cpu_ranks_is_repeated_on_the_cpu(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.machine.gpu_count", lambda _: 1)
-    monkeypatch.setattr("launch.machine.gpu_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr("launch.machine.gpu_name", lambda environ: "NVIDIA H100")
     document = reproduced(trainshort)
     assert [(each["what"], each["now"]) for each in document["differences"]] == [
         ("device", "NVIDIA H100"),

@@ -137,6 +137,20 @@ def test_a_branch_sees_a_rise_above_its_trunk(rank: OneRank, tmp_path: Path, mon
         train(rank, branch, *keys, steps=40)
 
 
+def test_a_branch_compares_losses_of_one_length(rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk, short = tmp_path / "trunk", "train.length_warmup=[[2, 5], [4, 99]]"
+    losses_given(rank, monkeypatch, lambda number: 2.0)
+    train(rank, trunk, short, steps=21)
+    monkeypatch.undo()
+    losses_given(rank, monkeypatch, lambda number: 9.0)
+    keys = (f"train.branch_from={trunk}/checkpoints/step_0000021", "train.spike=1", "train.rollbacks=0")
+    assert train(rank, tmp_path / "full", *keys, steps=40).step == 40, "its sequences are longer from step 22 on"
+    with pytest.raises(InputError, match=r"^the loss is 9.0000 at step 31: .* above 2.0000, the mean of the 16"):
+        train(rank, tmp_path / "short", *keys, short, steps=40)
+    with pytest.raises(InputError, match=r"^the loss is 9.0000 at step 31: .* above 2.0000, the mean of the 16"):
+        train(rank, tmp_path / "longer", *keys, "train.length_warmup=[[4, 99]]", steps=40)
+
+
 def test_steps_that_are_taken_again_are_known_after_a_kill(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

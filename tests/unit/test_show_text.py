@@ -151,6 +151,11 @@ def test_a_closed_pipe_ends_output_quietly(run_dir: Path, capsys: pytest.Capture
         warnings = capsys.readouterr().err.splitlines()
         assert all(line.endswith(" is used instead") for line in warnings), warnings
     assert written_to(None, "checkpoint", "list", str(run_dir)) == 0  # closed by the shell: >&-
+    for arguments in (("--help",), ("train", "--help"), ("jobs", "--help")):
+        reader, writer = os.pipe()
+        os.close(reader)
+        assert written_to(os.fdopen(writer, "w"), *arguments) == 0, arguments
+    assert not capsys.readouterr().err
 
 
 def test_a_full_disk_under_the_output_is_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

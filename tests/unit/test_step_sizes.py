@@ -17,11 +17,12 @@ from tests.support.steps import step_result
 from training.export.facts import ModelFacts
 from training.export.formats.model_card import model_card
 from training.export.formats.readers import TRANSFORMERS
+from training.flops import causal_flops_per_token, flops_per_token
 from training.pace import Pace
 from training.progress_lines import step_lengths, step_tokens, tokens_between
 from training.schedule import learning_rate
 from training.state import TrainState
-from training.utilization import Utilization, causal_flops_per_token, flops_per_token
+from training.utilization import Utilization
 
 WARM_UP = "train.batch_warmup=[[2, 3]]"  # train.global_batch is 4
 STEPS = 6
@@ -171,6 +172,20 @@ def test_time_left_counts_sequences_not_steps(rank: OneRank, tmp_path: Path) -> 
     assert pace.seconds_left == pytest.approx(3 * 4 * 0.5)
     assert pace.step_seconds == pytest.approx(4 * 0.5), "the next one is larger"
     assert (pace.steps_taken, pace.samples_taken) == (3, 6)
+
+
+def test_time_left_counts_the_length_of_later_steps(rank: OneRank, tmp_path: Path) -> None:
+    run = rank.config(tmp_path, "train.length_warmup=[[2, 3]]", "train.steps=5", "evaluate.samples=6")
+    short, full = (causal_flops_per_token(run.model, vocab_size=400, length=length) for length in (2, 8))
+    pace = Pace(run, step=0)
+    for step in (1, 2, 3):
+        pace.on_step(step_result(step=step, step_seconds=1.0), now=float(step))
+    assert full > 1.005 * short
+    assert pace.step_seconds == pytest.approx(full / short)
+    assert pace.seconds_left == pytest.approx(2 * full / short)
+    assert pace.tokens_per_second == pytest.approx(4 * 8), "that of the steps that were taken"
+    pace.on_step(step_result(step=4, step_seconds=5.0), now=8.0)
+    assert pace.seconds_left == pytest.approx(7.0 * full / (2 * short + full)), "the first step warms up"
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,19 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from configs.load import load_run
 from tests.support.steps import step_result
+from training.flops import causal_flops_per_token, flops_per_token
 from training.metrics_file import MetricsFile
 from training.schedule import learning_rate
-from training.utilization import causal_flops_per_token, flops_per_token, peak_flops
+from training.utilization import measured_gemm, peak_flops
 
 
 def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
@@ -34,6 +37,15 @@ def test_peak_of_a_cpu_is_measured() -> None:
     peak = peak_flops(torch.device("cpu"), precision="fp32")
     assert peak is not None
     assert 1e8 < peak < 1e14
+
+
+def test_a_large_product_is_as_fast_as_a_linear_layer() -> None:
+    x, weight = torch.ones(512, 256, dtype=torch.float16), torch.ones(256, 256, dtype=torch.float16)
+    functional.linear(x, weight)
+    began = time.perf_counter()
+    functional.linear(x, weight)
+    rate = 2 * 512 * 256 * 256 / (time.perf_counter() - began)
+    assert measured_gemm(torch.device("cpu"), torch.float16) > rate / 5, "the rest is what other processes take"
 
 
 @pytest.mark.parametrize(

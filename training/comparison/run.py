@@ -37,6 +37,7 @@ STEP_FIELDS = (
     "validation_loss",
     "learning_rate",
     "grad_norm",
+    "loss_scale",
     "tokens_per_second",
     "model_flops_utilization",
     "memory_gb",

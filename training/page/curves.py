@@ -46,6 +46,7 @@ class StepCurve:
 STEP_CURVES = (
     StepCurve("learning_rate", "Learning rate", "of each step", "plain", averaged=False),
     StepCurve("grad_norm", "Gradient norm", "before clipping", "plain", from_zero=False),
+    StepCurve("loss_scale", "Loss scale", "of fp16, of each step", "plain", averaged=False, from_zero=False),
     StepCurve("tokens_per_second", "Throughput", "tokens per second, all ranks, the step alone", "count"),
     StepCurve("model_flops_utilization", "Model FLOPs utilization", "share of all ranks' peak", "share"),
     StepCurve("memory_gb", "Memory", "peak of the rank that holds most", "gigabytes", averaged=False),

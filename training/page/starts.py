@@ -4,6 +4,7 @@ metrics.jsonl has no times of day, but the seconds of each step, validation and 
 at which each start began to train.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from training.metrics_file import ROLLED_BACK
 from training.metrics_reader import step_fields
 from training.step_columns import StepColumns
 
-_FIELDS = ("step", *STEP_TIMES, "failed_saves", "energy_joules")
+_TIMED = ("step", *STEP_TIMES, "failed_saves")
+_FIELDS = (*_TIMED, "energy_joules")
 
 Happening = Literal["saved", "failed"]
 
@@ -45,6 +47,19 @@ class _Certificate(Kept):
 
     position: str = ""
     ranks: Annotated[list[_Rank], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps that follow each other, all kept or all lost."""
+
+    steps: StepColumns
+    is_lost: bool
+
+    @cached_property
+    def seconds(self) -> float:
+        """Their time, with validations and saves."""
+        return sum(time or 0.0 for times in self.steps.rows(*STEP_TIMES) for time in times)
 
 
 @dataclass(frozen=True)
@@ -84,17 +99,30 @@ class RunStart:
     @cached_property
     def kept_seconds(self) -> float:
         """Time of the steps that the run kept, with their validations and saves."""
-        return _seconds(self.steps)
+        return sum(stretch.seconds for stretch in self.stretches if not stretch.is_lost)
 
     @cached_property
     def lost_seconds(self) -> float:
         """Time of the steps that were lost."""
-        return _seconds(self.lost)
+        return sum(stretch.seconds for stretch in self.stretches if stretch.is_lost)
 
     @property
     def last_step(self) -> int:
         """The last step that it took."""
         return int(max([self.step, *self.steps.known("step"), *self.lost.known("step")]))
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Its steps in the order in which it took them: those that it lost lie before those that it took again."""
+        kept, lost = ([int(step or 0) for step in steps.values("step")] for steps in (self.steps, self.lost))
+        stretches, done = [], 0
+        for again in _runs(lost):
+            until = bisect_left(kept, lost[again.start], lo=done)
+            stretches += [Stretch(self.steps.chosen(range(done, until), fields=_TIMED), is_lost=False)]
+            stretches += [Stretch(self.lost.chosen(again, fields=_TIMED), is_lost=True)]
+            done = until
+        stretches.append(Stretch(self.steps.chosen(range(done, len(kept)), fields=_TIMED), is_lost=False))
+        return tuple(stretch for stretch in stretches if stretch.steps)
 
     def saves(self) -> Iterator[tuple[float, int, Happening]]:
         """Yield each save that a later step reports: seconds since the start began to train, the step, what happened.
@@ -102,9 +130,7 @@ class RunStart:
         A step reports the save before it, and how many have failed so far. So the save after the last step is missing.
         """
         seconds, failed = 0.0, 0
-        for step, *times, failures in chain.from_iterable(
-            steps.rows("step", *STEP_TIMES, "failed_saves") for steps in (self.steps, self.lost)
-        ):
+        for step, *times, failures in chain.from_iterable(stretch.steps.rows(*_TIMED) for stretch in self.stretches):
             now_failed = int(failures or failed)
             if (saving := times[-1]) is not None:
                 # in the background one save may fail at its end and the next at its begin
@@ -182,5 +208,10 @@ def _is_whole(certificate: dict[str, Any]) -> bool:
     return False
 
 
-def _seconds(steps: StepColumns) -> float:
-    return sum(time or 0.0 for times in steps.rows(*STEP_TIMES) for time in times)
+def _runs(numbers: Sequence[int]) -> Iterator[range]:
+    """Yield the places of each stretch of numbers that follow each other."""
+    begin = 0
+    for place in range(1, len(numbers) + 1):
+        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:
+            yield range(begin, place)
+            begin = place

@@ -22,11 +22,11 @@ _TICKS = 4
 
 @dataclass(frozen=True)
 class TimelineBar:
-    """The work of one start: place and widths in per cent of the line; the lost part is at its end."""
+    """Steps of one start, all kept or all lost: place and width in per cent of the line."""
 
     left: float
-    kept: float
-    lost: float
+    width: float
+    is_lost: bool
     title: str
 
 
@@ -44,7 +44,7 @@ class Timeline:
     """A run's starts on one line, and a table of them.
 
     Attributes:
-        bars: One per start that took a step.
+        bars: The steps of each start in their order.
         marks: Saves and refused starts.
         ticks: Place in per cent, and the time of training there.
         headings: Headings of the table.
@@ -67,17 +67,17 @@ def draw_timeline(starts: Sequence[RunStart], *, run_dir: Path) -> Timeline:
     marks: list[TimelineMark] = []
     left = 0.0
     for number, start in enumerate(starts, 1):
-        kept, lost = start.kept_seconds * scale, start.lost_seconds * scale
         if start.refused is not None:
             marks.append(TimelineMark(left, "refused", f"start {number} was refused: {start.refused}"))
-        elif kept + lost:
-            steps = f"steps {start.step + 1:,} to {start.last_step:,}"
-            lost_text = f", {counted(len(start.lost), 'step')} taken again" if start.lost else ""
-            bars.append(TimelineBar(left, kept, lost, f"start {number}: {steps}{lost_text}"))
         for seconds, step, happened in start.saves():
             words = "a save ended" if happened == "saved" else "a save failed"
             marks.append(TimelineMark(left + seconds * scale, happened, f"{words} after step {step:,}"))
-        left += kept + lost + gap
+        lost_text = f", {counted(len(start.lost), 'step')} taken again" if start.lost else ""
+        title = f"start {number}: steps {start.step + 1:,} to {start.last_step:,}{lost_text}"
+        for stretch in start.stretches:
+            bars.append(TimelineBar(left, stretch.seconds * scale, stretch.is_lost, title))
+            left += bars[-1].width
+        left += gap
     newest = [checkpoint.step for checkpoint in list_checkpoints(run_dir)[-1:]]
     if newest == [starts[-1].last_step] and bars:
         marks.append(TimelineMark(left - gap, "saved", f"a save ended after step {newest[0]:,}"))
