@@ -122,17 +122,21 @@ class Pace:
 
     def _work(self, first: int, last: int) -> float:
         """Return the work of the steps after one and up to another, in sequences that are not cut."""
+        by_length = samples_by_length(first, last, self._config)
+        return sum(samples * self._cost(length) for length, samples in by_length)
+
+    def _cost(self, length: int) -> float:
+        """Return the work of a token in sequences of a length, in that of one at the training length."""
         model, data = self._config.model, self._config.data
         count = partial(causal_flops_per_token, model, vocab_size=data.vocab_size)
-        by_length = samples_by_length(first, last, self._config)
-        return sum(samples * count(length=length) for length, samples in by_length) / count(length=data.sequence_length)
+        return count(length=length) / count(length=data.sequence_length)
 
     @property
     def _validation_seconds(self) -> float:
         if self._validations:
             return _mean(self._validations)
-        samples = self._config.evaluate.samples * len(self._config.validation_lengths)
-        return self.sample_seconds * FORWARD_SHARE * samples
+        cost = sum(map(self._cost, self._config.validation_lengths))  # each has as many tokens
+        return self.sample_seconds * FORWARD_SHARE * self._config.evaluate.samples * cost
 
     def spent(self) -> Spent:
         """Return where the time of this process went; the rest of the total is its start and its end."""
