@@ -280,7 +280,10 @@ class Evaluate(Section):
         default=1, description="Stages that share the layers in `evaluate`; it runs on tensor x pipeline ranks."
     )
     every: NonNegativeInt = Field(default=0, description="Steps between validations during training; 0 for none.")
-    samples: PositiveInt = Field(default=64, description="Held-out sequences of a validation; all if there are fewer.")
+    samples: PositiveInt = Field(
+        default=64,
+        description="Held-out sequences of a validation, of its longest length; all if there are fewer.",
+    )
     validation_lengths: Annotated[tuple[SequenceLength, ...], TUPLE] = Field(
         default=(),
         description="Further lengths of each validation, on the same text as the training length: [2048, 4096] shows "

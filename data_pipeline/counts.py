@@ -1,37 +1,38 @@
 """Count the samples of prepared data from its index. Imports no torch: the launcher checks data with it too."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from configs.schema import Data
+from configs.schema import RunConfig
 from data_pipeline.indexed import read_index
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.manifest_file import Part
-from data_pipeline.order import shares
+from data_pipeline.order import held_out_ids, shares
 from data_pipeline.split import held_out_sequences, training_sequences
 
 
-def load_trainable(data: Data, *, folder: Path, validation_lengths: Sequence[int]) -> Prepared:
+def load_trainable(config: RunConfig, *, folder: Path) -> Prepared:
     """Load prepared data and check that it is long enough to train on, and to validate on.
 
     Args:
-        data: The run's `data` section; must match the prepared data.
+        config: The run, whose section `data` must match the prepared data.
         folder: RUN_DIR/data or data.dir.
-        validation_lengths: Lengths of its validations, of whose longest a sample must be held out; none without them.
     Raises:
-        InputError: see `load_prepared` and `sample_counts`.
+        InputError: see `load_prepared` and `sample_counts`; or the run validates by source, and one gets no sample.
     """
+    data = config.data
     prepared = load_prepared(data, folder=folder)
     # sample_counts raises if the text is too short
     sample_counts(prepared, sequence_length=data.sequence_length, split=data.split, held_out=False)
-    if validation_lengths:
-        longest = max(validation_lengths)
+    if config.validation_lengths:
+        longest = max(config.validation_lengths)
         key = "data.sequence_length" if longest == data.sequence_length else "evaluate.validation_lengths"
-        sample_counts(prepared, sequence_length=longest, split=data.split, held_out=True, key=key)
+        counts = sample_counts(prepared, sequence_length=longest, split=data.split, held_out=True, key=key)
+        if config.evaluate.by_source:
+            _check_sources(config, counts)
     return prepared
 
 
@@ -66,7 +67,7 @@ def sample_counts(
     if not any(counts):
         raise _too_short("every data source has at most", max(tokens), sequence_length, held_out, key)
     if prepared.weights is not None:
-        _check_shares(prepared, sum(counts))
+        _check_shares(prepared, sum(counts), sequence_length, held_out, key)
     return counts
 
 
@@ -94,10 +95,23 @@ def _too_short(subject: str, tokens: int, sequence_length: int, held_out: bool, 
     )
 
 
-def _check_shares(prepared: Prepared, total: int) -> None:
+def _check_sources(config: RunConfig, counts: tuple[int, ...]) -> None:
+    weights = tuple(source.weight or 0.0 for source in config.data.sources)
+    ids = held_out_ids(counts, weights=weights, count=config.evaluate.samples)
+    measured = {*np.searchsorted(np.cumsum(counts), ids, side="right").tolist()}
+    if others := [source.path for number, source in enumerate(config.data.sources) if number not in measured]:
+        raise InputError(
+            f"evaluate.by_source is true, but none of the {len(ids)} sequences of a validation is of "
+            f"{', '.join(others)}: raise evaluate.samples or the weight, or set evaluate.by_source to false"
+        )
+
+
+def _check_shares(prepared: Prepared, total: int, sequence_length: int, held_out: bool, key: str) -> None:
     weights = prepared.weights or ()
     for part, share in zip(prepared.parts, shares(weights, total=total), strict=True):
         if not share:
+            kind, advice = ("held-out ", f", raise data.split or lower {key}") if held_out else ("", "")
             raise InputError(
-                f"data source {part.name} with weight {part.weight} gets none of the {total} samples: raise its weight"
+                f"data source {part.name} with weight {part.weight} gets none of the {total} {kind}samples of "
+                f"{sequence_length} tokens: raise its weight{advice}"
             )

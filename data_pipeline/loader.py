@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from configs.step_sizes import StepSize
 from data_pipeline.order import SampleOrder
-from data_pipeline.samples import HELD_OUT_SEED, Samples
+from data_pipeline.samples import Samples
 
 _HASHED_IDS, _HASHED_SAMPLES = 1024, 16  # for order_hash: samples hashed by id, and samples hashed by tokens
 
@@ -71,13 +71,6 @@ def _pieces(batch: torch.Tensor, *, length: int) -> torch.Tensor:
     return pieces.contiguous()  # those of one sample overlap in memory, from which a GPU does not copy on its own
 
 
-def held_out_ids(samples: Samples, *, count: int) -> NDArray[np.int64]:
-    """Return the held-out samples of a validation, always the same: `count` of them, or all if there are fewer."""
-    # not simply the first samples: with weights, each source must have its share
-    order = SampleOrder(seed=HELD_OUT_SEED, sizes=samples.sizes, weights=samples.weights)
-    return order.distinct_ids(count)
-
-
 def held_out_parts(
     samples: Samples, ids: NDArray[np.int64], *, length: int, micro_batch: int, data_rank: int, data_size: int
 ) -> Iterator[tuple[list[torch.Tensor], int]]:
@@ -97,13 +90,17 @@ def held_out_parts(
     each = samples.sequence_length // length
     pieces = (ids[:, None] * each + np.arange(each)).reshape(-1)  # piece p is the (p % each)-th of sample p // each
     divided = len(pieces) - len(pieces) % data_size
-    own = pieces[:divided].reshape(-1, data_size)[:, data_rank]
-    # Fewer pieces than ranks are left: every rank takes all of them, and their mean is the same as if one did.
-    for taken, ranks in ((own, data_size), (pieces[divided:], 1)):
+    own, rest = pieces[:divided].reshape(-1, data_size)[:, data_rank], pieces[divided:]
+    groups = [(own, data_size)]
+    while rest.size:  # fewer pieces than ranks: as many ranks take each of a group, so that the ranks' mean is its mean
+        group = max(size for size in range(1, len(rest) + 1) if data_size % size == 0)
+        groups.append((rest[[data_rank % group]], group))
+        rest = rest[group:]
+    for taken, different in groups:
         full = len(taken) - len(taken) % micro_batch
         for batches in (taken[:full].reshape(-1, micro_batch), taken[None, full:]):
             if batches.size:
-                yield [_read_pieces(samples, batch, length=length) for batch in batches], batches.size * ranks
+                yield [_read_pieces(samples, batch, length=length) for batch in batches], batches.size * different
 
 
 def _read_pieces(samples: Samples, pieces: NDArray[np.int64], *, length: int) -> torch.Tensor:

@@ -10,6 +10,8 @@ from data_pipeline.split import shuffled
 # purposes: each draws its own random numbers from one seed
 _EPOCHS, _POSITIONS, _SOURCES = 1, 2, 3
 
+HELD_OUT_SEED = 1  # validation is the same for every seed of the run
+
 
 class SampleOrder:
     """An endless stream of sample ids, as a pure function: its only state is a cache of permutations.
@@ -76,6 +78,18 @@ class SampleOrder:
         begin = start - first * size
         ids: NDArray[np.int64] = np.concatenate(permutations)[begin : begin + share] + self._offsets[source]
         return ids
+
+
+def held_out_ids(sizes: tuple[int, ...], *, weights: tuple[float, ...] | None, count: int) -> NDArray[np.int64]:
+    """Return the held-out samples of a validation, always the same, [count]; all of them if there are fewer.
+
+    Args:
+        sizes: Held-out samples of each source, [sources].
+        weights: Weight of each source, [sources]; None to take samples in proportion to the sizes.
+        count: How many to take.
+    """
+    # not simply the first samples: with weights, each source must have its share
+    return SampleOrder(seed=HELD_OUT_SEED, sizes=sizes, weights=weights).distinct_ids(count)
 
 
 def shares(weights: tuple[float, ...], *, total: int) -> tuple[int, ...]:

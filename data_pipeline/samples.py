@@ -19,6 +19,7 @@ from data_pipeline.counts import chosen_sequences, sample_counts
 from data_pipeline.documents import document_begins
 from data_pipeline.manifest import Prepared
 from data_pipeline.manifest_file import Part
+from data_pipeline.order import HELD_OUT_SEED
 
 with warnings.catch_warnings():
     # megatron-core warns that optional GPU libraries are missing; reading tokens needs none
@@ -30,8 +31,6 @@ with warnings.catch_warnings():
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_SEED = 1  # validation is the same for every seed of the run
-
 
 class Samples:
     """One epoch of samples of `sequence_length` + 1 tokens, in which each token is a target at most once.
@@ -42,7 +41,6 @@ class Samples:
         datasets: The dataset of each part, None if the part is too short for a sample, [parts].
         sequence_length: Tokens of a sample's input.
         weights: Weight of each part, [parts]; None to sample in proportion to the text.
-        names: Name of each part, [parts]: the path of a source that has a weight.
         end: The token that ends a document, if samples say where documents begin; else None.
     """
 
@@ -52,12 +50,11 @@ class Samples:
         *,
         sequence_length: int,
         weights: tuple[float, ...] | None,
-        names: tuple[str, ...],
         end: int | None = None,
     ) -> None:
         self._datasets, self._end = tuple(datasets), end
         self.sequence_length = sequence_length
-        self.weights, self.names = weights, names
+        self.weights = weights
         self.sizes = tuple(0 if dataset is None else len(dataset) for dataset in self._datasets)
         """Samples of each part."""
         self._ends = np.cumsum(self.sizes)
@@ -116,8 +113,7 @@ def open_samples(
         sequences = chosen_sequences(part, split=split, held_out=held_out)
         datasets.append(_open_part(prepared, part, sequences, key) if count else None)
     end = prepared.end_of_document if documents else None
-    names = tuple(part.name for part in prepared.parts)
-    samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights, names=names, end=end)
+    samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights, end=end)
     assert samples.sizes == counts, f"megatron-core makes {samples.sizes} samples where {counts} were counted"
     return samples
 

@@ -192,7 +192,7 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
         windows=model.windows != "off",
     )
     with inference(row):
-        lengths = sorted({config.data.sequence_length, *config.evaluation_lengths})
+        lengths = sorted({config.data.sequence_length, *config.evaluation_lengths, *config.validation_lengths})
         audits = [audit_at(length=length) for length in lengths]
     return {
         "run": config.run.name,

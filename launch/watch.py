@@ -33,10 +33,10 @@ from training.appended_lines import AppendedLines
 from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
 from training.followed_log import FollowedLog
 from training.followed_metrics import Curve, FollowedMetrics, mean_rate, number
+from training.further_losses import fields_by_length, fields_by_source
 from training.incarnation import Incarnation, newest_incarnation
 from training.metrics_file import Best
 from training.metrics_reader import step_fields
-from training.observers import losses_by_length, losses_by_source
 from training.pace import Pace
 
 ACTIVE, ENDED = ("running", "starting", "silent"), ("finished", "stopped", "failed")
@@ -217,17 +217,17 @@ class RunWatcher:
 
     def _validations(self) -> dict[str, Any]:
         """Return the newest validation, also by length and by source, and the best one."""
+        validated = self._metrics.validated
 
-        def measured(fields: Mapping[str, int | str]) -> dict[int | str, float]:
-            known = {key: number(self._metrics.validated, field) for field, key in fields.items()}
+        def measured(fields: Mapping[Any, str]) -> dict[Any, float]:
+            known = {key: number(validated, field) for key, field in fields.items()}
             return {key: loss for key, loss in known.items() if loss is not None and isfinite(loss)}
 
-        config = self._config
         return {
             "validation": self._metrics.validation,
             "best": self._metrics.best,
-            "by_length": measured(losses_by_length(config)) if config else {},
-            "by_source": measured(losses_by_source(config)) if config else {},
+            "by_length": measured(fields_by_length(validated)),
+            "by_source": measured(fields_by_source(validated)),
         }
 
     def _silent_seconds(self, saved: CheckpointFolder | None) -> float | None:

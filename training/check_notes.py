@@ -57,7 +57,7 @@ def _data_notes(config: RunConfig, prepared: "list[Prepared]") -> Iterator[str]:
     from data_pipeline.manifest_file import read_data_manifest
 
     try:
-        prepared.append(load_trainable(data, folder=folder, validation_lengths=config.validation_lengths))
+        prepared.append(load_trainable(config, folder=folder))
     except (InputError, OSError) as error:
         yield from (*inputs, str(error))
         return

@@ -5,36 +5,14 @@ training asks the run's `StopRequest`: all ranks then save and stop after the sa
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.schema import RunConfig
+from training.further_losses import loss_at, loss_of
 
 # MLflow's words for how a run ends; SUPERSEDED, a newer start has taken over, is ours
 Status = Literal["FINISHED", "FAILED", "KILLED", "SUPERSEDED"]
-# Fields of a result whose values are fields of their own in a line
-BY_LENGTH, BY_SOURCE = "validation_by_length", "validation_by_source"
-
-
-def losses_by_length(config: RunConfig) -> dict[str, int]:
-    """Return the fields of a line that hold the losses of a validation at further lengths, each with its length."""
-    further = [length for length in config.validation_lengths if length != config.data.sequence_length]
-    return {_loss_at(length): length for length in further}
-
-
-def losses_by_source(config: RunConfig) -> dict[str, str]:
-    """Return the fields of a line that hold the losses of a validation by source, each with the source."""
-    paths = [source.path for source in config.data.sources] if config.evaluate.by_source else []
-    return {_loss_of(path): path for path in paths}
-
-
-def _loss_at(length: int) -> str:
-    return f"validation_loss_at_{length}"
-
-
-def _loss_of(source: str) -> str:
-    return f"validation_loss_of_{source}"
 
 
 @dataclass(frozen=True)
@@ -56,8 +34,8 @@ class StepResult:
         attention_density: Mean share of the causal score blocks that attention computed, over all blocks, heads and
             micro-batches; None if no kernel counts them.
         validation_loss: Mean over the held-out samples; None in steps that did not measure it.
-        validation_by_length: The mean at each further length, in a line `validation_loss_at_2048`; None without them.
-        validation_by_source: The mean over each source's samples, in a line `validation_loss_of_NAME`; None likewise.
+        validation_by_length: The mean at each further length, each a field of its own: `validation_loss_at_2048`.
+        validation_by_source: The mean over each source's samples, likewise: `validation_loss_of_NAME`.
         validation_seconds: Time of these measurements.
         save_seconds: Time that training waited for the save that ended between the step before and this one; None if
             none did.
@@ -80,8 +58,8 @@ class StepResult:
     memory_gb: float
     attention_density: float | None = None
     validation_loss: float | None = None
-    validation_by_length: Mapping[int, float] | None = None
-    validation_by_source: Mapping[str, float] | None = None
+    validation_by_length: Mapping[int, float] = field(default_factory=dict)
+    validation_by_source: Mapping[str, float] = field(default_factory=dict)
     validation_seconds: float | None = None
     save_seconds: float | None = None
     failed_saves: int | None = None
@@ -92,9 +70,9 @@ class StepResult:
     def fields(self) -> dict[str, Any]:
         """Return the fields of a line, by name."""
         fields = asdict(self)
-        by_length, by_source = fields.pop(BY_LENGTH), fields.pop(BY_SOURCE)
-        fields |= {_loss_at(length): loss for length, loss in (by_length or {}).items()}
-        return fields | {_loss_of(source): loss for source, loss in (by_source or {}).items()}
+        by_length, by_source = fields.pop("validation_by_length"), fields.pop("validation_by_source")
+        fields |= {loss_at(length): loss for length, loss in by_length.items()}
+        return fields | {loss_of(source): loss for source, loss in by_source.items()}
 
     def values(self) -> dict[str, float]:
         """Return the fields that have a value, by name, without the step."""

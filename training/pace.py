@@ -134,7 +134,7 @@ class Pace:
     @property
     def _validation_seconds(self) -> float:
         if self._validations:
-            return _mean(self._validations)
+            return _mean(self._validations[1:] or self._validations)  # in the first kernels are compiled
         cost = sum(map(self._cost, self._config.validation_lengths))  # each has as many tokens
         return self.sample_seconds * FORWARD_SHARE * self._config.evaluate.samples * cost
 

@@ -89,7 +89,7 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     check_compiling(config.train.compile, device=device, environ=environment())
     run_dir = check_run_folder(config)
     config = with_fixed_keys(config, run_dir=run_dir)
-    prepared = load_trainable(config.data, folder=data_folder(config), validation_lengths=config.validation_lengths)
+    prepared = load_trainable(config, folder=data_folder(config))
     newest = newest_to_resume(config, run_dir=run_dir, warn=False)
     require_learning(config.train, trained=newest.step if newest else 0)
     rollbacks_of(run_dir)  # that they can be read

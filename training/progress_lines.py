@@ -162,10 +162,7 @@ def validation_lines(result: StepResult, *, loss: float, best: Best | None) -> l
     if result.validation_by_length:
         losses = (f"{each:.4f} at {length:,}" for length, each in result.validation_by_length.items())
         lines.append(f"loss by length: {', '.join(losses)} tokens")
-    if result.validation_by_source:
-        losses = (f"{each:.4f} of {source}" for source, each in result.validation_by_source.items())
-        lines.append(f"loss by source: {', '.join(losses)}")
-    return lines
+    return lines + [f"loss of {source}: {each:.4f}" for source, each in result.validation_by_source.items()]
 
 
 def save_line(save: Save, *, size_bytes: int) -> str:

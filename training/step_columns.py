@@ -18,21 +18,30 @@ class StepColumns:
     A value is None where the step lacks the field, or where it is no finite number: a diverged run has nan.
     """
 
-    def __init__(self, fields: Sequence[str], steps: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, fields: Sequence[str], steps: Iterable[Mapping[str, Any]] = (), *, prefix: str = "") -> None:
         """Take the fields out of each step.
 
         Args:
             fields: The fields, at least one.
             steps: All fields of each step.
+            prefix: How the names of further fields begin; none unless given.
         """
         self._columns: dict[str, _Column] = {field: array("d") for field in fields}
         rest = iter(steps)
         while some := [*islice(rest, _STEPS_AT_ONCE)]:
+            before = len(self)
+            for name in dict.fromkeys(name for step in some for name in step if prefix and name.startswith(prefix)):
+                self._columns.setdefault(name, array("d", [math.nan]) * before)
             for field, column in self._columns.items():
                 self._columns[field] = _extended(column, [step.get(field) for step in some])
 
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields, with those that were found by their prefix."""
+        return tuple(self._columns)
 
     def values(self, field: str) -> Iterator[float | None]:
         """Yield the value of a field of each step."""

@@ -284,8 +284,8 @@ class Trainer:
         seconds = time.perf_counter() - began
         return {
             "validation_loss": measured.loss,
-            "validation_by_length": measured.by_length or None,
-            "validation_by_source": measured.by_source or None,
+            "validation_by_length": measured.by_length,
+            "validation_by_source": measured.by_source,
             "validation_seconds": seconds,
         }
 

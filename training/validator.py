@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.schema import RunConfig
-from data_pipeline.loader import held_out_ids, held_out_parts
+from data_pipeline.loader import held_out_parts
+from data_pipeline.order import held_out_ids
 from data_pipeline.samples import Samples
 from parallel.axes import Group
 from parallel.engine import Engine
@@ -48,7 +49,7 @@ class Validator:
         """Return the losses over all ranks; every rank must call it."""
         samples, trained = self._samples, self._config.data.sequence_length
         assert samples is not None, "the run does not validate"
-        ids = held_out_ids(samples, count=-(-self._config.evaluate.samples * trained // samples.sequence_length))
+        ids = held_out_ids(samples.sizes, weights=samples.weights, count=self._config.evaluate.samples)
         further = [length for length in self._config.validation_lengths if length != trained]
         by_length = {length: self._loss(samples, ids, length=length) for length in further}
         if not self._config.evaluate.by_source:
@@ -59,9 +60,9 @@ class Validator:
         return Validation(loss, by_length, by_source)
 
     def _sources(self, samples: Samples, ids: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return the samples of each source that has some, by the source's name."""
-        parts = samples.parts_of(ids)
-        return {samples.names[part]: ids[parts == part] for part in np.unique(parts)}
+        """Return the samples of each source that has some; with weights each source is a part of the data."""
+        parts, sources = samples.parts_of(ids), self._config.data.sources
+        return {sources[part].path: ids[parts == part] for part in np.unique(parts)}
 
     def _loss(self, samples: Samples, ids: NDArray[np.int64], *, length: int) -> float:
         """Return the mean loss of samples that are cut into pieces of a length; a forward pass has no more tokens."""

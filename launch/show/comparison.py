@@ -70,7 +70,7 @@ def figure_rows(comparison: "Comparison") -> list[Row]:
         return name, [_NOT_KNOWN if run[key] is None else text(run[key]) for run in runs]
 
     def further_losses(key: str, name: Callable[[Any], str]) -> Iterator[Row]:
-        for which in dict.fromkeys(each for run in runs for each in run[key]):
+        for which in sorted({each for run in runs for each in run[key]}):
             yield name(which), [_LOSS(run[key][which]) if which in run[key] else _NOT_KNOWN for run in runs]
 
     rows: list[Row] = [

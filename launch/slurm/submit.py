@@ -92,7 +92,7 @@ def _check_run(config: RunConfig, *, nodes: int) -> RunConfig:
     require_known_scheme(choose_store(config.track.uri, run_dir=run_folder(config), environ=os.environ))
     if config.slurm.container:  # the packages installed here are not those of the image
         config = with_fixed_keys(config, run_dir=check_run_folder(config))
-        load_trainable(config.data, folder=data_folder(config), validation_lengths=config.validation_lengths)
+        load_trainable(config, folder=data_folder(config))
         return config
     ranks = nodes * ranks_per_node(config, nodes=nodes)
     return make_ready(config, world_size=ranks, device="cuda" if config.slurm.gpus_per_node else "cpu").config

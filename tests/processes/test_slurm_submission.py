@@ -171,7 +171,7 @@ def test_a_refused_submission_changes_no_frozen_file(
     for name in ("sbatch", "scontrol"):
         stub(name, "exit 1")
     # In a container the ranks are checked last, by the scripts.
-    monkeypatch.setattr(submit, "load_trainable", lambda data, **_: None)
+    monkeypatch.setattr(submit, "load_trainable", lambda config, folder: None)
     run_values["slurm"] = {"container": "image.sqsh"}
     with pytest.raises(InputError, match=r"train.global_batch must be a multiple of"):
         submit_run(check_run(run_values, name="small"), nodes=3, folder=tmp_path)
@@ -181,7 +181,7 @@ def test_a_refused_submission_changes_no_frozen_file(
 def test_a_chain_may_end_before_the_export(
     run_values: dict[str, Any], tmp_path: Path, stub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "load_trainable", lambda data, **_: None)
+    monkeypatch.setattr(submit, "load_trainable", lambda config, folder: None)
     stub("sbatch", "[[ $2 == *-train ]] && echo 101 || echo 102")
     stub("scontrol", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
     run_values["slurm"] = {"container": "image.sqsh", "gpus_per_node": 4}

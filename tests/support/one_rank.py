@@ -120,7 +120,7 @@ def one_rank(home: Path, *more: str) -> Iterator[OneRank]:
     ]
     config = load_run("demo", overrides=[*overrides, f"run.dir={home / 'unused'}"])
     prepare_data(config.data, folder=data_folder(config), progress=False)
-    prepared = load_trainable(config.data, folder=data_folder(config), validation_lengths=())
+    prepared = load_trainable(config, folder=data_folder(config))
     with one_thread(), asked_once():
         engine, groups = engine_of(config, vocab_size=prepared.vocab_size)
         state = engine.state()

@@ -41,7 +41,7 @@ def started(started_once: Path, folder: Path) -> Path:
 def resume(*overrides: str) -> RunConfig:
     """Check a second start of the run as the launcher does, and return what it would write to config.yaml."""
     config = with_fixed_keys(load_run("run.yaml", overrides=overrides), run_dir=Path("run"))
-    load_trainable(config.data, folder=Path(config.data.dir or "run/data"), validation_lengths=())
+    load_trainable(config, folder=Path(config.data.dir or "run/data"))
     return config
 
 

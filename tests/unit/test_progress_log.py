@@ -120,7 +120,7 @@ def test_validation_and_save_lines_say_what_matters(tmp_path: Path) -> None:
     assert validation_lines(further, loss=4.1, best=best) == [
         "validation at step 90: loss 4.1000, best 4.0000 at step 80 (75 s)",
         "loss by length: 4.2000 at 512, 4.2500 at 1,024 tokens",
-        "loss by source: 5.0000 of a.txt",
+        "loss of a.txt: 5.0000",
     ]
     assert "loss nan (75 s)" in validation_lines(second, loss=float("nan"), best=None)[0]
     save = Save(80, Path("runs/my/checkpoints/step_0000080"), 0.42)

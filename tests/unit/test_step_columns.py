@@ -38,3 +38,7 @@ def test_columns_hold_what_each_step_says(steps: list[dict[str, Any]], copies: i
         (columns.last("loss"), rows[-1][1] if rows else None),
     ):
         assert repr(got) == repr(wanted), "1, 1.0 and True are different"
+    found = StepColumns(FIELDS[:1], iter(steps), prefix="oth")
+    assert found.fields == (("step", "other") if any("other" in step for step in steps) else ("step",))
+    others = [*found.values("other")] if len(found.fields) == 2 else [None] * len(steps)
+    assert repr(others) == repr([finite(step.get("other")) for step in steps])

@@ -20,8 +20,8 @@ from configs.schema import RunConfig
 from tests.support.mlflow_database import MlflowDatabase
 from tests.support.steps import step_result
 from training.families.table import parameter_count
-from training.observers import BY_LENGTH, BY_SOURCE, StepResult
-from training.tracking.names import METRIC_NAMES
+from training.observers import StepResult
+from training.tracking.names import BY_NAME, METRIC_NAMES
 from training.tracking.observer import TrackingObserver
 from training.tracking.tracker import MlflowTracker, attach
 
@@ -75,7 +75,7 @@ def test_tags_that_mlflow_refuses_are_no_tags_of_a_run_file() -> None:
 
 
 def test_every_field_of_a_step_has_a_name_in_a_group() -> None:
-    assert {*METRIC_NAMES} == {field.name for field in fields(StepResult)} - {"step", BY_LENGTH, BY_SOURCE}
+    assert {*METRIC_NAMES} == {field.name for field in fields(StepResult)} - {"step", *BY_NAME}
     assert len({*METRIC_NAMES.values()}) == len(METRIC_NAMES)
     assert {name.partition("/")[0] for name in METRIC_NAMES.values()} == {
         "train",

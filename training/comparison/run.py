@@ -24,8 +24,8 @@ from training.checkpoint.manifest import (
 from training.comparison.text import WantedText
 from training.evaluation.kept import HELD_OUT, checkpoint_reports, newest_report, read_report
 from training.families.table import parameter_count
+from training.further_losses import PREFIX, fields_by_length, fields_by_source
 from training.metrics_reader import read_steps
-from training.observers import losses_by_length, losses_by_source
 from training.step_columns import StepColumns
 
 STEP_TIMES = ("step_seconds", "validation_seconds", "save_seconds")  # what the time of a run is made of
@@ -86,9 +86,9 @@ class ComparedRun:
         """Whether its model was trained elsewhere: it has no held-out text, and its run file's steps say nothing."""
         return self.manifest is not None and self.manifest.step == 0
 
-    def _last(self, fields: Mapping[str, _Key]) -> dict[_Key, float]:
+    def _last(self, fields: Mapping[_Key, str]) -> dict[_Key, float]:
         """Return the last values of fields of steps that have some, by what they are of."""
-        known = {key: self.steps.known(field) for field, key in fields.items()}
+        known = {key: self.steps.known(field) for key, field in fields.items()}
         return {key: values[-1] for key, values in known.items() if values}
 
     @property
@@ -112,8 +112,8 @@ class ComparedRun:
             "best_loss": min(losses, default=None),
             "validation_loss": validations[-1] if validations else None,
             "best_validation_loss": min(validations, default=None),
-            "validation_by_length": self._last(losses_by_length(self.config)),
-            "validation_by_source": self._last(losses_by_source(self.config)),
+            "validation_by_length": self._last(fields_by_length(self.steps.fields)),
+            "validation_by_source": self._last(fields_by_source(self.steps.fields)),
             "tokens_per_second": _median(self.steps.known("tokens_per_second")),
             "model_flops_utilization": _median(self.steps.known("model_flops_utilization")),
             "memory_gb": max(self.steps.known("memory_gb"), default=None),
@@ -155,7 +155,7 @@ def _read_run(path: Path, *, text: WantedText | None) -> ComparedRun:
         run_dir, config, newest = path, _run_file(path), _newest_checkpoint(path)
     name, manifest = (newest[0].name, newest[1]) if newest else (None, None)
     last = manifest.step if manifest and is_checkpoint else None
-    fields = (*STEP_FIELDS, *losses_by_length(config), *losses_by_source(config))
+    taken = (step for step in read_steps(run_dir) if last is None or step["step"] <= last)
     report_path = _choose_report(run_dir, checkpoint=name, is_given=is_checkpoint, text=text)
     return ComparedRun(
         label=config.run.name,
@@ -164,7 +164,7 @@ def _read_run(path: Path, *, text: WantedText | None) -> ComparedRun:
         checkpoint=name,
         config=config,
         manifest=manifest,
-        steps=StepColumns(fields, (step for step in read_steps(run_dir) if last is None or step["step"] <= last)),
+        steps=StepColumns(STEP_FIELDS, taken, prefix=PREFIX),
         report_path=report_path,
         report=None if report_path is None else read_report(report_path),
     )

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from configs.positions import POSITIONS
 from configs.schema import RunConfig
 from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
 from training.evaluation.results import is_whole
-from training.observers import losses_by_length, losses_by_source
+from training.further_losses import fields_by_length, fields_by_source
 from training.page.axis import ChartAxis, Unit, fit_axis, lengths_axis, linear_ticks
 from training.page.chart import COLOURS, DASHES, Chart, Mark, Point, Series, smooth, thin
 
@@ -114,6 +114,7 @@ def bias_chart(config: RunConfig) -> Chart | None:
 
 
 Runs = Sequence[tuple[int, ComparedRun]]
+_Key = TypeVar("_Key", int, str)
 
 
 def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
@@ -145,11 +146,12 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
 def _lengths_chart(runs: Runs, *, by: str) -> Chart | None:
     """Return a chart of what further lengths add to the losses of validations; None if no run has further lengths."""
     curves = [
-        {f"{length:,} tokens": [*_added(run, field, by=by)] for field, length in losses_by_length(run.config).items()}
+        {length: [*_added(run, field, by=by)] for length, field in fields_by_length(run.steps.fields).items()}
         for _, run in runs
     ]
+    names = {length: f"{length:,} tokens" for length in sorted({length for of_run in curves for length in of_run})}
     facts = "validation loss less that at the training length, on one text"
-    return _validations_chart(runs, curves, "Extrapolation during training", facts, by=by)
+    return _validations_chart(runs, curves, names, "Extrapolation during training", facts, by=by)
 
 
 def _added(run: ComparedRun, field: str, *, by: str) -> Iterator[Point]:
@@ -161,24 +163,31 @@ def _added(run: ComparedRun, field: str, *, by: str) -> Iterator[Point]:
 def _sources_chart(runs: Runs, *, by: str) -> Chart | None:
     """Return a chart of the losses of validations on each source; None if no run tells them."""
     curves = [
-        {source: run.steps.points(by, field) for field, source in losses_by_source(run.config).items()}
+        {source: run.steps.points(by, field) for source, field in fields_by_source(run.steps.fields).items()}
         for _, run in runs
     ]
-    return _validations_chart(runs, curves, "Validation by source", "each on its held-out text", by=by)
+    names = {source: source for of_run in curves for source in of_run}
+    return _validations_chart(runs, curves, names, "Validation by source", "each on its held-out text", by=by)
 
 
 def _validations_chart(
-    runs: Runs, curves: Sequence[Mapping[str, list[Point]]], title: str, facts: str, *, by: str
+    runs: Runs,
+    curves: Sequence[Mapping[_Key, list[Point]]],
+    names: Mapping[_Key, str],
+    title: str,
+    facts: str,
+    *,
+    by: str,
 ) -> Chart | None:
     """Return a chart of some curves of each run: those of one run differ in colour, those of several in dashes."""
-    several = len(runs) > 1
+    several, places = len(runs) > 1, {key: place for place, key in enumerate(names)}
     series = []
     for (number, run), of_run in zip(runs, curves, strict=True):
-        for place, (words, points) in enumerate(of_run.items()):
-            label, colour, dash = (
-                (f"{run.label}, {words}", number, place) if several else (words, place, place // COLOURS)
-            )
-            series.append(Series(label, thin(points), kind="marked", dash=dash, colour=colour))
+        for key, points in of_run.items():
+            label, colour, dash = names[key], places[key], places[key] // COLOURS
+            if several:
+                label, colour, dash = f"{run.label}, {label}", number, places[key]
+            series.append(Series(label, thin(points), number, "marked", dash=dash, colour=colour))
     losses = [y for each in series for _, y in each.points]
     if not losses:
         return None

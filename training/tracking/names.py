@@ -1,6 +1,8 @@
 """Names in MLflow: of a step's metrics, grouped as MLflow draws them, and of a run's parameters and tags."""
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ from configs.paths import environment_path
 from configs.schema import RunConfig
 from training.families.table import parameter_count
 from training.folder import with_dotted_keys
+from training.further_losses import PREFIX
 from training.incarnation import newest_incarnation
 
 # The MLflow name of each field of `StepResult` but the step. MLflow draws what has one prefix in one group.
@@ -33,22 +36,37 @@ METRIC_NAMES = {
     "loss_scale": "train/loss_scale",
     "energy_joules": "energy/step_joules",
 }
-_BY_NAME = "validation_loss_"  # the losses of each length and source
+BY_NAME = ("validation_by_length", "validation_by_source")  # fields whose values have names of their own
 TOTAL_ENERGY = "energy/total_kwh"
-# What is logged a second time with the tokens seen as its step: MLflow then draws it over tokens, and runs with other
-# batches compare. Any metric is drawn over tokens if `train/tokens_seen` is chosen as the X-axis of its chart.
-BY_TOKENS = {"loss": "by_tokens/train_loss", "validation_loss": "by_tokens/validation_loss"}
 LONG_PARAMS = "long_params.json"  # artifact with the values that are longer than MLflow's limit
 _LONGEST_KEY, _LONGEST_VALUE = 250, 6000  # MLflow's limits
+_LONGEST_SOURCE = 100
 
 
 def tracked_name(field: str) -> str:
     """Return the MLflow name of a field of a step."""
     if field in METRIC_NAMES:
         return METRIC_NAMES[field]
-    assert field.startswith(_BY_NAME), f"{field} has no name in MLflow"
-    # the path of a source may have characters that MLflow refuses
-    return "validation/loss_" + re.sub(r"[^\w.-]", "_", field.removeprefix(_BY_NAME))[: _LONGEST_KEY // 2]
+    assert field.startswith(PREFIX), f"{field} has no name in MLflow"
+    return "validation/loss_" + _allowed(field.removeprefix(PREFIX))
+
+
+def name_over_tokens(field: str) -> str | None:
+    """Return the second MLflow name of a loss, which is logged with the tokens seen as its step; None for other fields.
+
+    MLflow then draws it over tokens, and runs with other batches compare. Any metric is drawn over tokens if
+    `train/tokens_seen` is chosen as the X-axis of its chart.
+    """
+    group, _, name = tracked_name(field).partition("/")
+    return f"by_tokens/{group}_{name}" if name.startswith("loss") and group in ("train", "validation") else None
+
+
+def _allowed(name: str) -> str:
+    """Return a name that MLflow takes, of the path of a source: its end, and where that is not all of it, a hash."""
+    allowed = re.sub(r"[^\w.-]", "_", name)
+    if allowed == name and len(name) <= _LONGEST_SOURCE:
+        return name
+    return f"{allowed[-_LONGEST_SOURCE:]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:4]}"
 
 
 def run_params(config: RunConfig, *, environment_file: Path, certificate: Path) -> dict[str, Any]:

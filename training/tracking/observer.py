@@ -7,13 +7,14 @@ from configs.figures import JOULES_PER_KWH
 from configs.paths import config_file, environment_path, reproduction_file
 from configs.schema import RunConfig
 from training.energy import spent_joules
-from training.observers import BY_LENGTH, BY_SOURCE, Observer, Status, StepResult
+from training.observers import Observer, Status, StepResult
 from training.rollbacks import last_step_taken_again
 from training.tracking.inputs import data_inputs, inputs_event
 from training.tracking.names import (
-    BY_TOKENS,
+    BY_NAME,
     METRIC_NAMES,
     TOTAL_ENERGY,
+    name_over_tokens,
     run_params,
     run_tags,
     tags_of_starts,
@@ -30,7 +31,7 @@ class TrackingObserver(Observer):
     """Log a run to MLflow: parameters, files and tags at the start, metrics at each step, and what the node does."""
 
     def __init__(self, config: RunConfig, *, run_dir: Path, certificate: Path) -> None:
-        unnamed = sorted({field.name for field in fields(StepResult)} - {"step", BY_LENGTH, BY_SOURCE, *METRIC_NAMES})
+        unnamed = sorted({field.name for field in fields(StepResult)} - {"step", *BY_NAME, *METRIC_NAMES})
         assert not unnamed, f"add to METRIC_NAMES in training/tracking/names.py what MLflow calls {', '.join(unnamed)}"
         self._tracker = MlflowTracker(
             run_dir,
@@ -65,7 +66,7 @@ class TrackingObserver(Observer):
         # Steps that were taken again after a rollback have other values, after a kill the same.
         again = result.step <= self._taken_again
         self._tracker.metrics(result.step, values, again=again)
-        by_tokens = {name: measured[field] for field, name in BY_TOKENS.items() if field in measured}
+        by_tokens = {over: loss for name, loss in measured.items() if (over := name_over_tokens(name))}
         self._tracker.metrics(result.tokens_seen, by_tokens, again=again)
 
     def on_rollback(self, step: int) -> None:
