@@ -1,5 +1,6 @@
 """`trainshort study`: what it plans, what it repeats after a stop, what it refuses."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -193,6 +194,24 @@ def test_other_lengths_are_evaluated_without_training(study: Run, files: StudyFi
         "study.rows.jsonl has no results of alibi-seed1 on held-out at all lengths, and study/alibi-seed1 is not here "
         "to evaluate it: bring the folder, or remove the line to train the run again"
     )
+
+
+def test_a_text_that_was_changed_is_evaluated_again(study: Run, files: StudyFiles, trainshort: Call) -> None:
+    other, texts = Path("other.txt"), ["held-out", "other.txt"]
+    other.write_text("a text")
+    study("--only", "rotary", texts=texts)
+    assert files.calls == ["prepare", "train rotary-seed1", *["evaluate rotary-seed1"] * 2]
+    before = ROWS.read_text()
+    other.write_text("another text")
+    study("--only", "rotary", texts=texts)
+    assert files.calls == ["evaluate rotary-seed1"]
+    hashes = {result["text"]: result["text_sha256"] for result in rows()[0]["results"]}
+    assert hashes == {"held-out": "of held-out", "other.txt": hashlib.sha256(b"another text").hexdigest()}
+    ROWS.write_text(before)
+    shutil.rmtree("study/rotary-seed1")
+    assert "has no results of rotary-seed1 on other.txt at all" in refused(trainshort, "study", "study.yaml")
+    other.unlink()  # on another machine, where the text is missing too
+    assert study("--only", "rotary", texts=texts).out
 
 
 def test_a_report_of_other_weights_is_no_result(study: Run, files: StudyFiles) -> None:
