@@ -106,6 +106,12 @@ def refused_problems(answer: Answer) -> list[str]:
     return [problem.strip() for problem in problems]
 
 
+def test_a_file_in_place_of_the_folder_is_named(trainshort: Call) -> None:
+    Path("study").touch()
+    answer = trainshort("study", write_study())
+    assert (answer.code, answer.error.partition(" (")[0]) == (3, "error: study folder study cannot be written")
+
+
 def test_one_problem_is_one_line(trainshort: Call) -> None:
     for key, value, message in (
         ("base", "none.yaml", "study.yaml: run file none.yaml does not exist: give a YAML file or one of "),
