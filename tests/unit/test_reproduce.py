@@ -371,9 +371,7 @@ def test_a_run_is_reproduced_from_another_folder(trainshort: Call, monkeypatch: 
 def test_commands_hold_a_folder_of_any_name(trainshort: Call, name: str) -> None:
     for folder in ("run", "data"):
         Path(folder).rename(f"{name} {folder}")
-    answer = trainshort("reproduce", "--json", "--", f"{name} run")
-    # the run file names the data where it was
-    [*_, command] = json.loads(answer.out)["commands"]
+    [*_, command] = json.loads(trainshort("reproduce", "--json", "--", f"{name} run").out)["commands"]
     words = shlex.split(command)
     overrides = [word for option, word in zip(words, words[1:], strict=False) if option == "--set"]
     assert load_run(words[2], overrides=overrides).run.dir == f"{name} run-again"
