@@ -198,7 +198,8 @@ def test_other_lengths_are_evaluated_without_training(study: Run, files: StudyFi
     write_study(lengths=[32, 256])
     assert refused(trainshort, "study", "study.yaml") == (
         "study.rows.jsonl has no results of alibi-seed1 on held-out at all lengths, and study/alibi-seed1 is not here "
-        "to evaluate it: bring the folder, or remove the line to train the run again"
+        "to evaluate it: bring the folder, bring back a text that was changed, or remove the line to train the "
+        "run again"
     )
 
 

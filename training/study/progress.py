@@ -99,7 +99,8 @@ class ProgressReader:
         elif row is not None:
             raise InputError(
                 f"{self._loaded.rows} has no results of {planned.label} on {', '.join(missing)} at all lengths, and "
-                f"{run_dir} is not here to evaluate it: bring the folder, or remove the line to train the run again"
+                f"{run_dir} is not here to evaluate it: bring the folder, bring back a text that was changed, or "
+                "remove the line to train the run again"
             )
         else:
             step = next((checkpoint.step for checkpoint in reversed(list_checkpoints(run_dir))), 0)
