@@ -14,7 +14,7 @@ from configs.document import field_type
 from configs.errors import InputError, MachineError
 from configs.load import RUNS, check_run, shipped_runs
 from configs.schema import RunConfig
-from configs.strict_yaml import parse_yaml, read_yaml
+from configs.strict_yaml import plain_yaml, read_yaml
 
 _WIDTH = 100
 _SECTION = re.compile(r"(\w+):")
@@ -77,7 +77,7 @@ def commented_run(shipped: str, *, name: str, source: str) -> str:
         source: Name of the shipped run.
     """
     head, sections = _read_shipped(shipped)
-    written = name if parse_yaml(name).value == name else f'"{name}"'  # 123 and true would not be text
+    written = plain_yaml(name)  # 123 and true would not be text
     sections["run"] |= {"name": ShippedKey(written, (), ""), "dir": ShippedKey(f"runs/{name}", (), "")}
     lines = [
         f"# From the shipped run {source}:",

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from configs.errors import InputError
@@ -14,7 +13,7 @@ from configs.rules import problems
 from configs.schema import RunConfig
 from configs.schema_problems import refused_keys, schema_problems
 from configs.secrets import HIDDEN, hide_secrets, is_secret_name
-from configs.strict_yaml import parse_yaml, read_yaml, with_subject
+from configs.strict_yaml import dump_yaml, parse_yaml, read_yaml, with_subject
 
 RUNS = Path(__file__).parent / "runs"
 EXAMPLE = RUNS / "demo.yaml"
@@ -98,7 +97,7 @@ def shipped_runs() -> list[str]:
 
 def dump_run(config: RunConfig) -> str:
     """Return a run as YAML with every default filled in; `load_run` reads it back as an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _check(data: dict[str, Any], *, name: str, wrong: list[str], is_whole: bool) -> RunConfig:

@@ -1,6 +1,7 @@
 """YAML without its surprises: 1e-3 is a number, `on`, 12:30:00 and dates are text, repeated keys are problems."""
 
 import json
+import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,19 @@ def as_yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def plain_yaml(text: str) -> str:
+    """Return a text as a value of YAML in one line, quoted only where it would be read as something else: 1e3, a #1."""
+    if parse_yaml(text).value == text:
+        return text
+    quoted: str = yaml.dump(text, Dumper=_StrictDumper, default_style='"', width=math.inf, allow_unicode=True)
+    return quoted.removesuffix("\n")
+
+
+def dump_yaml(values: Any) -> str:
+    """Return plain values as YAML that `parse_yaml` reads back as equal ones."""
+    return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+
+
 def with_subject(name: str, problem: str) -> str:
     """Return a problem of `parse_yaml` as a sentence about the text of this name."""
     return f"{name} {problem}" if problem.startswith("is ") else f"{name}, {problem}"
@@ -137,6 +151,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes what either resolver would read as something else than text: `on` as well as 1e3."""
+
+
 def _written(number: float, kind: type[WrittenInt] | type[WrittenFloat], text: str) -> float:
     """Return a number; of another kind, with its text, where Python would not write it so."""
     if str(number) == text:
@@ -160,7 +178,8 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 def _resolve(tag: str, pattern: str, first: Sequence[str]) -> None:
     """Read unquoted words that match the pattern as a type. PyYAML tries only words that begin with one of `first`."""
-    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+    for kind in (_StrictLoader, _StrictDumper):
+        kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
 
 
 _resolve("bool", r"^(?:true|false|True|False)$", "tfTF")

@@ -70,7 +70,7 @@ def _lines(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[bytes]:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
             for line in file:
                 yield from line.splitlines(keepends=True)  # damage may hold other ends of lines
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): fix its permissions") from None

@@ -14,6 +14,7 @@ from configs.figures import perplexity_text
 from configs.files import whole_file
 from configs.terminal import printable
 from launch.show.comparison import Row, figure_rows, setting_text
+from training.evaluation.results import is_whole
 from training.own_file import check_own_file
 from training.page.curves import perplexity_charts, training_charts
 from training.page.details import read_details
@@ -124,7 +125,7 @@ def _tiles(figures: list[Row]) -> Iterator[Tile]:
 def _length_tiles(comparison: "Comparison") -> Iterator[Tile]:
     """Yield the perplexity of one run at the longest length, and how many times its training length that is."""
     for text in comparison.texts:
-        values = {key[2]: text.value(0, key) for key in text.keys if not key[1]}
+        values = {key[2]: text.value(0, key) for key, result in text.results[0].items() if is_whole(result)}
         longest, trained = max(values, default=0), comparison.runs[0].config.data.sequence_length
         if (value := values.get(longest)) is None:
             continue

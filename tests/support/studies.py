@@ -1,5 +1,6 @@
 """A study of the small run, and what its commands leave behind, without a process."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,8 +93,10 @@ def _train(config: RunConfig, *, steps: int) -> None:
 
 
 def _evaluate(config: RunConfig, words: list[str]) -> None:
-    lengths = next(value for flag, value in _options(words) if flag == "--lengths")
+    options = dict(_options(words))
+    lengths, file = options["--lengths"], options.get("--data")
     perplexity, step = PERPLEXITIES.get(config.run.name, OTHERS), config.train.steps
     weights = model_sha256(read_manifest(step_folder(run_folder(config) / "checkpoints", step=step)))
     values: Mapping[int, float] = {int(length): perplexity + int(length) / 32 for length in lengths.split(",")}
-    add_report(run_folder(config), dict(values), step=step, weights_sha256=weights)
+    of_file = {"text": file, "text_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
+    add_report(run_folder(config), dict(values), step=step, weights_sha256=weights, **of_file)

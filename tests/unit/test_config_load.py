@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from configs.errors import InputError
 from configs.load import RUNS, check_run, dump_run, load_run, read_yaml
+from configs.strict_yaml import dump_yaml, plain_yaml
 
 
 def write(path: Path, values: Any) -> str:
@@ -97,6 +98,13 @@ def test_a_number_where_text_is_wanted_stays_as_written(text: str) -> None:
     assert (run.track.tags, run.slurm.env) == ({"version": text}, {"VERSION": text})
     assert type(run.train.learning_rate) is float
     assert run.train.learning_rate == float(text)
+
+
+@given(st.text() | st.from_regex(r"[-+]?[0-9_.]{0,3}[eE]?[-+]?[0-9]{0,2}", fullmatch=True))
+def test_every_text_is_read_back(text: str) -> None:
+    written = dump_yaml({text: [text]})
+    assert read_yaml(written, name="here") == yaml.safe_load(written) == {text: [text]}
+    assert read_yaml(plain_yaml(text), name="here") == text
 
 
 def test_dumped_runs_load_to_equal_values(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no shape": (change_config(n_layers=None), r"does not describe a model"),
     "another end token": (change_config(eos_token_id=5), r"ends a document with token 2, config\.json says .* 5"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
+    "a file": (lambda folder: (shutil.rmtree(folder), folder.touch()), r"^HF_DIR .*/hf is a file: give a folder with"),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), r"does not hold a JSON object"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), r"tokenizer"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights: it needs"),

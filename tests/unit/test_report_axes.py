@@ -1,9 +1,18 @@
 """The charts of a page: the points that a curve keeps, and the ticks of its axes."""
 
+import json
 import math
+from pathlib import Path
 
+import pytest
+
+from configs.load import check_run
+from tests.support.compared_runs import make_run
+from tests.support.small_run import ONE_RANK, small_run
+from training.comparison.comparison import compare_runs
 from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
 from training.page.chart import MOST_POINTS, thin
+from training.page.curves import bias_chart, training_charts
 
 
 def test_a_curve_keeps_its_ends_and_its_spikes() -> None:
@@ -38,3 +47,23 @@ def test_axes_hold_the_largest_and_the_smallest_numbers() -> None:
             assert -math.inf < axis.low < axis.high < math.inf
             assert all(math.isfinite(axis.place(value)) for value in (axis.low, 1.0, axis.high))
             assert axis.ticks
+
+
+@pytest.mark.parametrize("trained", [2, 8, 1000])
+def test_the_distances_of_a_bias_are_whole(trained: int) -> None:
+    chart = bias_chart(check_run(small_run(ONE_RANK, {"data": {"sequence_length": trained}}), name="a run"))
+    assert chart is not None
+    ticks = chart.x.ticks
+    assert {1, trained} <= {*ticks}
+    assert [write_value(tick, unit="count") for tick in ticks] == [f"{tick:,}" for tick in ticks]
+
+
+def test_the_axis_of_losses_fits_the_curves_that_are_drawn(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in "abc"]
+    for run in runs:
+        steps = [{"step": step, "tokens_seen": step, "loss": 3 + 2 * (step % 2)} for step in range(1, 401)]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    # of three runs the means alone are drawn, which are near 4
+    for some, (low, high) in ((runs[:2], (2.9, 5.1)), (runs, (3.8, 4.2))):
+        axis = training_charts(compare_runs(some, text=None), marks=[])[0].y
+        assert (axis.low, axis.high) == pytest.approx((low, high), abs=0.1)

@@ -366,6 +366,17 @@ def test_a_run_is_reproduced_from_another_folder(trainshort: Call, monkeypatch: 
     assert command.endswith(f" ../run/config.yaml --ranks 4 --set run.dir=../run-again --set data.dir={home}/data")
 
 
+@pytest.mark.usefixtures("started")
+@pytest.mark.parametrize("name", ["it's #1", "[a], {b}: c", "-1e3"])
+def test_commands_hold_a_folder_of_any_name(trainshort: Call, name: str) -> None:
+    for folder in ("run", "data"):
+        Path(folder).rename(f"{name} {folder}")
+    [*_, command] = json.loads(trainshort("reproduce", "--json", "--", f"{name} run").out)["commands"]
+    words = shlex.split(command)
+    overrides = [word for option, word in zip(words, words[1:], strict=False) if option == "--set"]
+    assert load_run(words[2], overrides=overrides).run.dir == f"{name} run-again"
+
+
 def test_a_folder_without_a_manifest_says_what_it_has(trainshort: Call, folder: Path) -> None:
     assert refused(trainshort, "reproduce", "none").startswith("run folder none does not exist: give the run.dir")
     assert refused(trainshort, "reproduce", "book.txt").startswith("run folder book.txt is a file: ")

@@ -1,5 +1,6 @@
 """`trainshort study`: what it plans, what it repeats after a stop, what it refuses."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -105,6 +106,12 @@ def refused_problems(answer: Answer) -> list[str]:
     return [problem.strip() for problem in problems]
 
 
+def test_a_file_in_place_of_the_folder_is_named(trainshort: Call) -> None:
+    Path("study").touch()
+    answer = trainshort("study", write_study())
+    assert (answer.code, answer.error.partition(" (")[0]) == (3, "error: study folder study cannot be written")
+
+
 def test_one_problem_is_one_line(trainshort: Call) -> None:
     for key, value, message in (
         ("base", "none.yaml", "study.yaml: run file none.yaml does not exist: give a YAML file or one of "),
@@ -191,8 +198,27 @@ def test_other_lengths_are_evaluated_without_training(study: Run, files: StudyFi
     write_study(lengths=[32, 256])
     assert refused(trainshort, "study", "study.yaml") == (
         "study.rows.jsonl has no results of alibi-seed1 on held-out at all lengths, and study/alibi-seed1 is not here "
-        "to evaluate it: bring the folder, or remove the line to train the run again"
+        "to evaluate it: bring the folder, bring back a text that was changed, or remove the line to train the "
+        "run again"
     )
+
+
+def test_a_text_that_was_changed_is_evaluated_again(study: Run, files: StudyFiles, trainshort: Call) -> None:
+    other, texts = Path("other.txt"), ["held-out", "other.txt"]
+    other.write_text("a text")
+    study("--only", "rotary", texts=texts)
+    assert files.calls == ["prepare", "train rotary-seed1", *["evaluate rotary-seed1"] * 2]
+    before = ROWS.read_text()
+    other.write_text("another text")
+    study("--only", "rotary", texts=texts)
+    assert files.calls == ["evaluate rotary-seed1"]
+    hashes = {result["text"]: result["text_sha256"] for result in rows()[0]["results"]}
+    assert hashes == {"held-out": "of held-out", "other.txt": hashlib.sha256(b"another text").hexdigest()}
+    ROWS.write_text(before)
+    shutil.rmtree("study/rotary-seed1")
+    assert "has no results of rotary-seed1 on other.txt at all" in refused(trainshort, "study", "study.yaml")
+    other.unlink()  # on another machine, where the text is missing too
+    assert study("--only", "rotary", texts=texts).out
 
 
 def test_a_report_of_other_weights_is_no_result(study: Run, files: StudyFiles) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from configs.study import load_study
 from tests.support.studies import write_study
 from training.evaluation.chart import save_figure
 from training.study.plot import draw_study
-from training.study.rows import StudyRow
+from training.study.rows import StudyRow, read_study_rows, write_row
 from training.study.table import StudyTable, build_table, format_study, perplexity_cells, write_table
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -198,3 +199,16 @@ def test_a_study_without_a_row_draws_nothing() -> None:
     assert draw_study(table) is None
     assert list(table.notes()) == ["not finished: alibi-seed1, alibi-seed2, rotary-seed1"]
     assert "study.png" not in format_study(table)
+
+
+def test_two_studies_write_to_one_file_at_once() -> None:
+    path, seeds = Path("shared.jsonl"), range(1, 21)
+
+    def write_rows(study: str) -> None:
+        for seed in seeds:
+            write_row(path, row("alibi", seed, {32: 20.0}, train_length=32, study=study))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(write_rows, ("one", "two"))] == [None, None]
+    for study in ("one", "two"):
+        assert {*read_study_rows(path, study=study)} == {("alibi", seed) for seed in seeds}

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from configs.errors import InputError, first_line
+from configs.path_text import require_folder
 from configs.positions import ALIBI_BIAS_MAX
 from configs.schema import Model
 from training.families.bloom import BLOOM
@@ -40,6 +41,7 @@ def read_model(folder: Path) -> IncomingModel:
     Raises:
         InputError: it is missing, or describes a model that cannot be represented exactly; names each key.
     """
+    require_folder(folder, what="HF_DIR", advice="give a folder with a model of Hugging Face")
     config = _read_json(folder / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _READERS:

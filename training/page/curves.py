@@ -106,7 +106,7 @@ def bias_chart(config: RunConfig) -> Chart | None:
         title="Attention bias per head",
         facts="added to the score of a key at a distance; -4.6 leaves 1 % of its weight",
         x_title="distance to the key (tokens)",
-        x=lengths_axis([trained * 2**doubling for doubling in range(-int(math.log2(trained)), 4)], keep=[trained]),
+        x=lengths_axis({8 * trained >> halving for halving in range((8 * trained).bit_length())}, keep=[trained]),
         y=ChartAxis(_LEAST_BIAS, _BIAS_TOP, False, "plain", linear_ticks(_LEAST_BIAS, 0.0)),
         series=tuple(series),
         marks=(Mark(trained, f"training length {trained:,}"), *window),
@@ -124,11 +124,13 @@ def _loss_chart(runs: Runs, *, by: str, marks: Sequence[int]) -> Chart | None:
     shown: list[float] = []
     for number, run in runs:
         points, validated = run.steps.points(by, "loss"), run.steps.points(by, "validation_loss")
-        series += _averaged(number, run, points, faint=len(runs) <= _MOST_FAINT, several=several)
+        drawn = [*_averaged(number, run, points, faint=len(runs) <= _MOST_FAINT, several=several)]
+        series += drawn
         label = f"{run.label}, validation" if several else "validation"
         series.append(Series(label, thin(validated), number, "dots", colour=number if several else 1))
         places += _ends(points) + _ends(validated)
-        shown += [y for _, y in (*points[int(_SHOWN_FROM * len(points)) :], *validated)]
+        begin = points[int(_SHOWN_FROM * len(points))][0] if points else 0.0
+        shown += [y for each in drawn for x, y in each.points if x >= begin] + [y for _, y in validated]
     if not shown:
         return None
     return Chart(

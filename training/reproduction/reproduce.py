@@ -12,6 +12,7 @@ from configs.commands import typed_path
 from configs.errors import InputError
 from configs.path_text import require_folder
 from configs.paths import config_file, data_folder, environment_path, own_data_folder, reproduction_file, rollbacks_file
+from configs.strict_yaml import plain_yaml
 from data_pipeline.manifest_file import read_data_manifest
 from training.averaging.record import averaged_steps, mean_of_steps
 from training.incarnation import newest_incarnation
@@ -240,15 +241,15 @@ def _commands(
     """Return the commands that repeat a run in a new folder, from here."""
     config, layout = found.config, start["layout"]
     again = next(folder for folder in _new_folders(run_dir) if not folder.exists())
-    overrides = {"run.dir": str(again)}
+    overrides = {"run.dir": plain_yaml(str(again))}
     if prepares := any(each.section in ("data", "tokenizer") for each in differing):
         overrides |= {"data.dir": "null"} if config.data.dir else {}
     elif config.data.dir is None or data_of(run_dir, config, start) != data_folder(config):
-        overrides["data.dir"] = str(data_of(run_dir, config, start))
+        overrides["data.dir"] = plain_yaml(str(data_of(run_dir, config, start)))
     beginning = begins_with_here(config, start)
     if beginning is not None and beginning != begins_with(config):
         key, path = beginning
-        overrides[key] = path
+        overrides[key] = plain_yaml(path)
     sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
     file = typed_path(found.file)
     prepare = [f"trainshort prepare {file}{sets}"] if prepares else []

@@ -5,7 +5,7 @@ A run whose configuration has changed since it began is refused, whether it is f
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from operator import mul
 from pathlib import Path
@@ -99,7 +99,8 @@ class ProgressReader:
         elif row is not None:
             raise InputError(
                 f"{self._loaded.rows} has no results of {planned.label} on {', '.join(missing)} at all lengths, and "
-                f"{run_dir} is not here to evaluate it: bring the folder, or remove the line to train the run again"
+                f"{run_dir} is not here to evaluate it: bring the folder, bring back a text that was changed, or "
+                "remove the line to train the run again"
             )
         else:
             step = next((checkpoint.step for checkpoint in reversed(list_checkpoints(run_dir))), 0)
@@ -122,17 +123,24 @@ class ProgressReader:
 
     def _wanted_text(self, text: str) -> WantedText:
         if text not in self._wanted:
-            self._wanted[text] = WantedText.of(text)  # reads the whole file
+            wanted = WantedText.of(text)  # reads the whole file
+            # where the file is here, by its content alone: what it held before is another text
+            self._wanted[text] = wanted if wanted.sha256 is None else replace(wanted, name="")
         return self._wanted[text]
 
+    def _is_of(self, result: Mapping[str, Any], text: str) -> bool:
+        """Return whether a result is of a text, as far as that is known here."""
+        if result["text"] != text_key(text):
+            return False
+        return text == HELD_OUT_TEXT or self._wanted_text(text).sha256 in (None, result["text_sha256"])
+
     def _missing_texts(self, planned: PlannedRun, results: Sequence[Mapping[str, Any]]) -> list[str]:
-        have = {(result["text"], result["protocol"], result["length"]) for result in results}
         config = planned.config
         wanted = {(protocol, length) for protocol in config.evaluate.protocols for length in config.evaluation_lengths}
         return [
             text
             for text in self._loaded.study.texts
-            if not {(text_key(text), *each) for each in wanted} <= have  # a text of which some are missing
+            if wanted - {(each["protocol"], each["length"]) for each in results if self._is_of(each, text)}
         ]
 
     def _refuse_changes(self, planned: PlannedRun, row: StudyRow | None) -> None:

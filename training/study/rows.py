@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import InputError, MachineError
-from configs.files import whole_file
+from configs.files import try_to_lock, whole_file
 from configs.schema import RunConfig
 from configs.schema_problems import first_problem
 from data_pipeline.hashes import json_sha256
@@ -154,12 +154,13 @@ def write_row(path: Path, row: StudyRow) -> None:
         InputError: the file cannot be read, or a line is not a row.
         MachineError: it cannot be written.
     """
-    lines = [line for line, other in _lines(path) if other.key != row.key]
-    lines.append(json.dumps(_ADAPTER.dump_python(row, mode="json"), allow_nan=False))
+    added = json.dumps(_ADAPTER.dump_python(row, mode="json"), allow_nan=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        with try_to_lock(path.parent):  # another study may have the same file
+            lines = [*(line for line, other in _lines(path) if other.key != row.key), added]
+            with whole_file(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise MachineError(
             f"rows file {path} cannot be written ({error.strerror}): free space, fix its permissions, or set `rows` of "
