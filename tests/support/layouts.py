@@ -45,7 +45,7 @@ DIFFERENCE: Values = {
     "model": {"init_std": 0.08, "embedding_init_std": 0.08},
     "data": {"vocab_size": VOCABULARY},
     # 3 samples, and 9 pieces of them: no number of ranks and no micro-batch divides them
-    "evaluate": {"every": 1, "samples": 7, "validation_lengths": [3 * SMALL["data"]["sequence_length"]]},
+    "evaluate": {"every": 1, "samples": 3, "validation_lengths": [3 * SMALL["data"]["sequence_length"]]},
     "train": {"clip": 0.3},  # below the norms seen, so that wrong clipping shows in the losses
 }
 
