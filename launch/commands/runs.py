@@ -45,7 +45,7 @@ def runs_remove_command(
         list[Path],
         typer.Argument(metavar="RUN_DIR", parser=path_of, autocompletion=complete_run_folders, help="Run folders."),
     ],
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking what cannot be in use.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; refuse what may be in use.")] = False,
 ) -> None:
     """Ask, then remove run folders with everything in them; their MLflow runs stay."""
     from configs.figures import counted
