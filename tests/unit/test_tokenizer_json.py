@@ -260,7 +260,8 @@ def test_a_vocabulary_has_a_row_for_each_token(trainshort: Call, folder: Path) -
     expected = "data.vocab_size must be at least that of data.tokenizer home/tokenizer.json (380), got 379: use 380"
     assert refused(trainshort, "prepare", "run.yaml") == refused(trainshort, "check", "run.yaml") == expected
     (folder / "home" / "tokenizer.json").unlink()
-    assert "note: data.tokenizer home holds no tokenizer.json: check the path" in trainshort("check", "run.yaml").out
+    expected = "note: data.tokenizer home holds neither tokenizer.json nor tokenizer.model: check the path"
+    assert expected in trainshort("check", "run.yaml").out
 
 
 def test_it_goes_with_a_run_from_data_to_export(rank: OneRank, homes: dict[str, Path], tmp_path: Path) -> None:
