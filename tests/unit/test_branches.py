@@ -58,7 +58,7 @@ def test_a_branch_with_the_same_keys_equals_its_trunk(
     branch = tmp_path / "branch"
     with caplog.at_level("INFO"):
         assert rank.start(branch, f"train.branch_from={point}", KEPT) == TrainState(AT, AT * 4)
-    assert f"Branching off after step {AT}, {point}" in caplog.text
+    assert f"branching off after step {AT}, {point}" in caplog.text
     exact = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "consumed_samples")
     assert column(branch, *exact) == column(trunk, *exact)[AT:]
     assert steps_before_first(branch) == AT
