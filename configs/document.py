@@ -30,7 +30,7 @@ In every key that holds a path, `~` and environment variables (`$SCRATCH/data`, 
 is not set is an error. In `track.uri` this holds for stores that are files.
 
 On the command line, `--set section.key=value` overrides a key. The value is read as YAML; if a key is set twice, the
-last value wins. `trainshort check` names the values that this version does not support yet.
+last value wins.
 """
 
 

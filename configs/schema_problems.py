@@ -20,7 +20,16 @@ _NEAR, _NEAR_ELSEWHERE = 0.7, 0.8
 
 
 class _Shortened(Repr):
-    """Show values in messages: truncated, since a few YAML aliases can expand into a huge list, and without secrets."""
+    """Show values in messages: truncated, since a few YAML aliases can expand into a huge list, and without secrets.
+
+    What has no text is shown as YAML writes it.
+    """
+
+    def repr_NoneType(self, _: None, __: int) -> str:  # the name that Repr looks for
+        return "null"
+
+    def repr_bool(self, x: bool, _: int) -> str:
+        return str(x).lower()
 
     def repr_str(self, x: str, level: int) -> str:
         # before it is truncated: what remains of a URI may not look like one

@@ -77,7 +77,7 @@ def require_tokenizer(data: Data) -> None:
                 "give the tokenizer that it was prepared with"
             )
     elif not find_tokenizer(Path(data.tokenizer)).is_file():
-        seen = "holds no tokenizer.json" if Path(data.tokenizer).is_dir() else "does not exist"
+        seen = "holds neither tokenizer.json nor tokenizer.model" if Path(data.tokenizer).is_dir() else "does not exist"
         raise InputError(f"data.tokenizer {data.tokenizer} {seen}: check the path, it is relative to {Path.cwd()}")
 
 

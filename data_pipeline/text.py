@@ -110,6 +110,8 @@ def require_text_file(path: Path) -> None:
     Raises:
         InputError: it does not.
     """
+    if path.is_dir():
+        raise InputError(f"evaluation text {path} is a folder: give one file of it")
     if len(source_files(str(path))) != 1 or not path.is_file():
         raise InputError(f"evaluation text {path} is not a single file: give the path of one")
     file_kind(path)

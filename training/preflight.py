@@ -34,7 +34,14 @@ from training.schedule import first_changed_step, zero_from
 from training.state import TrainState
 
 # What decides the optimizer's state and the order of the samples; their content is compared by a hash.
-_SAME_IN_A_BRANCH = ("train.optimizer", "run.seed", "data.sequence_length", "data.split", "data.mask_documents")
+_SAME_IN_A_BRANCH = (
+    "train.optimizer",
+    "run.seed",
+    "data.vocab_size",
+    "data.sequence_length",
+    "data.split",
+    "data.mask_documents",
+)
 
 
 @dataclass(frozen=True)
@@ -214,17 +221,15 @@ def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None,
     folder, manifest = find_checkpoint(path, warn=warn)
     subject = f"train.init_from {folder}"
     _require_same_model(load_run(str(folder / CONFIG_NAME)).model, config.model, subject=subject)
-    if prepared is None:
-        return
-    if manifest.tokenizer_sha256 != prepared.tokenizer_sha256:
+    if prepared is not None and manifest.tokenizer_sha256 != prepared.tokenizer_sha256:
         raise InputError(
             f"{subject} has another tokenizer than the data in {prepared.folder}: "
             f"set data.tokenizer to {folder / manifest.tokenizer_name} and prepare in another data.dir"
         )
-    if manifest.vocab_size != prepared.vocab_size:  # rows that stand for no token
+    if manifest.vocab_size != config.data.vocab_size:  # with the same tokenizer, rows that stand for no token
         raise InputError(
-            f"{subject} has a vocabulary of {manifest.vocab_size}, the data in {prepared.folder} one of "
-            f"{prepared.vocab_size}: set data.vocab_size to {manifest.vocab_size} and prepare in another data.dir"
+            f"{subject} has a vocabulary of {manifest.vocab_size}, the run has data.vocab_size "
+            f"{config.data.vocab_size}: set it to {manifest.vocab_size}, and prepare in another data.dir"
         )
 
 

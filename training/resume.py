@@ -68,7 +68,7 @@ def resume(
         say("checking the %s", "newest checkpoint" if resumes else "checkpoint of train.branch_from")
         with timed("checked it", say=say):
             checkpoint = open_on_all_ranks(path, kinds=engine.state().kinds, world=groups.world)
-        say("%s step %d, %s", "Resuming from" if resumes else "Branching off after", checkpoint.step, checkpoint.path)
+        say("%s step %d, %s", "resuming from" if resumes else "branching off after", checkpoint.step, checkpoint.path)
         if not resumes:
             broadcast_from_first(lambda: inherit_rollbacks(train, fence=fence), group=groups.world)
             _say_rates(checkpoint, train=train, say=say)

@@ -104,8 +104,8 @@ def read_prompt(text: str | None, file: Path | None) -> str:
         InputError: both are given or neither, the file cannot be read, or the prompt is not UTF-8.
     """
     if (text is None) == (file is None):
-        given = "neither" if text is None else "both"
-        raise InputError(f"--prompt TEXT or --prompt-file FILE must be given, got {given}: give one of them")
+        given = "neither: give one, or --interactive" if text is None else "both: give one of them"
+        raise InputError(f"--prompt TEXT or --prompt-file FILE must be given, got {given}")
     if file is None:
         assert text is not None
         return require_utf8(text.removeprefix(BYTE_ORDER_MARK), name="--prompt")

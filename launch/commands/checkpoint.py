@@ -95,7 +95,7 @@ def checkpoint_average_command(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CHECKPOINT...",
+            metavar="CHECKPOINT",
             parser=path_of,
             autocompletion=complete_checkpoints,
             help="Two checkpoints or more, or one run folder for its newest ones.",

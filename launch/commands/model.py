@@ -94,15 +94,14 @@ ProtocolNames = Annotated[
     typer.Option(metavar="NAME", autocompletion=complete_protocols, help=f"{PROTOCOL_NAMES}; may be repeated."),
 ]
 EvaluationFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", parser=path_of, help="A text file.  [default: the run's held-out text]")
+    Path | None,
+    typer.Option(metavar="FILE", parser=path_of, help="A file of text or records.  [default: the run's held-out text]"),
 ]
 SameTokensFlag = Annotated[
     bool, typer.Option("--same-tokens", help="Score the same tokens at each length of a protocol.")
 ]
 
-ContextFlag = Annotated[
-    bool, typer.Option("--context", help="Also cut and shuffle far context: how much of it is used?")
-]
+ContextFlag = Annotated[bool, typer.Option("--context", help="Also measure how much of the context is used.")]
 
 EvaluationTensor = Annotated[
     int | None, count_option("--tensor", "Ranks that share each layer.  [default: evaluate.tensor of the run file]")

@@ -35,7 +35,7 @@ def profile_command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", parser=path_of, help="Folder of the trace.  [default: RUN_DIR/profile]"),
+        typer.Option(metavar="DIR", parser=path_of, help="Folder of the profile.  [default: RUN_DIR/profile]"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -72,7 +72,7 @@ def check_command(
     ] = False,
     gpu_memory_gb: Annotated[
         float | None,
-        gigabytes_option("--gpu-memory-gb", "With --memory: the GPU to fit.  [default: that of this machine]"),
+        gigabytes_option("--gpu-memory-gb", "With --memory: memory of the GPU.  [default: that of this machine]"),
     ] = None,
     ranks: Annotated[
         int | None,

@@ -43,9 +43,9 @@ def runs_list_command(
 def runs_remove_command(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN_DIR...", parser=path_of, autocompletion=complete_run_folders, help="Run folders."),
+        typer.Argument(metavar="RUN_DIR", parser=path_of, autocompletion=complete_run_folders, help="Run folders."),
     ],
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking what cannot be in use.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; refuse what may be in use.")] = False,
 ) -> None:
     """Ask, then remove run folders with everything in them; their MLflow runs stay."""
     from configs.figures import counted

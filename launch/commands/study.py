@@ -40,7 +40,7 @@ def study_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train and evaluate a list of runs that differ in some keys, go on where it stopped; one table, one figure."""
+    """Train and evaluate a list of runs that differ in some keys, resuming where it stopped; one table, one figure."""
     from configs.study import load_study
     from launch.show.study import show_plan
     from launch.study.execution import StudyExecution, sole_study

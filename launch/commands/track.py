@@ -26,7 +26,7 @@ def _is_a_group() -> None:
 def track_sync_command(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN_DIR...", parser=path_of, autocompletion=complete_run_folders, help="Run folders."),
+        typer.Argument(metavar="RUN_DIR", parser=path_of, autocompletion=complete_run_folders, help="Run folders."),
     ],
     every: Annotated[
         float | None,

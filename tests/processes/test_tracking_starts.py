@@ -44,3 +44,27 @@ def test_a_sweep_started_at_once_on_nothing_loses_no_run(tmp_path: Path) -> None
     assert sorted(database.rows("select value from metrics")) == [(float(number),) for number in range(RUNS)]
     assert database.rows("select name from experiments order by experiment_id") == [("Default",), ("sweep",)]
     assert len(list((tmp_path / "mlartifacts").rglob("config.yaml"))) == RUNS
+
+
+# The monitors' thread has begun to import mlflow when the sender's does, as on a busy machine.
+TWO_IMPORTS = """
+import sys, time
+from training.tracking.client import import_client, set_mlflow_defaults
+from training.tracking.system import SystemMetrics
+set_mlflow_defaults()
+metrics = SystemMetrics(lambda event: None)
+while "mlflow" not in sys.modules:
+    time.sleep(0.001)
+import_client()
+while not metrics.measures.is_set():
+    time.sleep(0.01)
+print(*sorted(name for name in sys.modules if name.endswith("_monitor")))
+"""
+
+
+def test_monitors_do_not_break_the_senders_import() -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", TWO_IMPORTS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {f"mlflow.system_metrics.metrics.{kind}_monitor" for kind in ("cpu", "disk", "network")} <= set(
+        done.stdout.split()
+    )

@@ -186,7 +186,7 @@ def test_a_file_and_the_log_have_all_progress(job: Job) -> None:
         assert words in first, first
     for words in (
         f"\nto go: {STEPS - stop} steps, ",
-        f"\nResuming from step {stop}, one/run/checkpoints/step_{stop:07d}\n",
+        f"\nresuming from step {stop}, one/run/checkpoints/step_{stop:07d}\n",
         f"\ntraining from step {stop + 1}\nstep {stop + 1}/{STEPS}  loss ",
         f"\nstep {STEPS}/{STEPS}  loss ",
         f"\nsaved step {STEPS}: {last} (",

@@ -58,7 +58,7 @@ def test_a_branch_with_the_same_keys_equals_its_trunk(
     branch = tmp_path / "branch"
     with caplog.at_level("INFO"):
         assert rank.start(branch, f"train.branch_from={point}", KEPT) == TrainState(AT, AT * 4)
-    assert f"Branching off after step {AT}, {point}" in caplog.text
+    assert f"branching off after step {AT}, {point}" in caplog.text
     exact = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "consumed_samples")
     assert column(branch, *exact) == column(trunk, *exact)[AT:]
     assert steps_before_first(branch) == AT
@@ -142,6 +142,9 @@ def test_what_a_branch_cannot_continue_is_refused(rank: OneRank, point: Path, tm
             f"{of_point} was trained with {key} {then}, the run has {now}: a branch continues with the same optimizer "
             f"and the samples that follow; set {key} to that, {instead}"
         )
+    unprepared = (f"train.branch_from={point}", "data.vocab_size=600", f"data.dir={tmp_path / 'none'}")
+    notes = check_notes(rank.config(tmp_path / "branch", *unprepared), device="cpu", environ={})
+    assert any(note.startswith(f"{of_point} was trained with data.vocab_size 400, the run has 600: ") for note in notes)
     assert message(at=tmp_path / "no").startswith(f"checkpoint {tmp_path / 'no'} does not exist: ")
     copy = tmp_path / "copy" / point.name
     shutil.copytree(point, copy)

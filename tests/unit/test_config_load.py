@@ -181,7 +181,7 @@ def test_overrides_are_yaml_and_the_last_one_wins() -> None:
         ("slurm.env={a: b, a: c}", "--set slurm.env, key 'a' appears twice: remove one"),
         ("train.stepps=3", "demo: unknown key train.stepps: did you mean steps?"),
         ("trian.steps=3", "demo: unknown key trian: did you mean train?"),
-        ("train.steps=", "demo: train.steps: must be a valid integer, got None"),
+        ("train.steps=", "demo: train.steps: must be a valid integer, got null"),
     ],
 )
 def test_overrides_that_are_wrong_are_named(override: str, message: str) -> None:

@@ -52,7 +52,7 @@ MISTAKES = {
     "an unknown section": ({"optimizer": {"lr": 1}}, "unknown key optimizer: did you mean train.optimizer?"),
     "a section that is a number": ({"checkpoint": 3}, "checkpoint: must be a section of keys, got 3"),
     "a variable that is not set": ({"data": {"dir": "$NOT_SET_HERE/x"}}, "data.dir is '$NOT_SET_HERE/x', but the"),
-    "a missing key": ({"run": {"name": None}}, "run.name: must be a valid string, got None"),
+    "a missing key": ({"run": {"name": None}}, "run.name: must be a valid string, got null"),
 }
 # Rules that none of the mistakes is about.
 BROKEN = {"parallel": {"tensor": 3, "pipeline": 1}, "train": {"micro_batch": 3}, "slurm": {"time": "soon"}}
@@ -150,9 +150,9 @@ def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
         ({"train": {"deterministic": "on"}}, "train.deterministic: must be true or false, got 'on': write true"),
         ({"parallel": {"sequence": "maybe"}}, "parallel.sequence: must be true or false, got 'maybe'"),
         ({"parallel": {"sequence": 1}}, "parallel.sequence: must be true or false, got 1: write true"),
-        ({"train": {"compile": True}}, "train.compile: must be 'auto', 'on', 'triton' or 'off', got True: write on"),
+        ({"train": {"compile": True}}, "train.compile: must be 'auto', 'on', 'triton' or 'off', got true: write on"),
         ({"model": {"attention": "On"}}, f"model.attention: must be {WORDS}, got 'On': write auto"),
-        ({"parallel": {"offload": False}}, "parallel.offload: must be 'none' or 'cpu', got False: write none"),
+        ({"parallel": {"offload": False}}, "parallel.offload: must be 'none' or 'cpu', got false: write none"),
         ({"evaluate": {"lengths": [8, 1]}}, "evaluate.lengths.1: must be greater than or equal to 2, got 1"),
         ({"train": {"recompute": "No"}}, "train.recompute: must be false, true or 'selective', got 'No': write false"),
         ({"train": {"recompute": 1}}, "train.recompute: must be false, true or 'selective', got '1': write true"),
@@ -160,7 +160,7 @@ def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
         ({"model": {"layers": "010"}}, "model.layers: must be a valid integer, got '010': write 10"),
         ({"train": {"clip": "0.5"}}, "train.clip: must be a valid number, got '0.5': write 0.5"),
         ({"run": {"name": 7}}, 'run.name: must be a valid string, got 7: write "7"'),
-        ({"run": {"name": True}}, 'run.name: must be a valid string, got True: write "true"'),
+        ({"run": {"name": True}}, 'run.name: must be a valid string, got true: write "true"'),
         ({"data": {"sources": []}}, "data.sources must have at least one item, got none: add one"),
         ({"run": {"name": ""}}, "run.name must not be empty: write a text"),
         ({"track": {"uri": ""}}, "track.uri must not be empty: write a text"),

@@ -30,7 +30,7 @@ def message_of(values: dict[str, Any], changes: dict[str, Any]) -> str:
         ("model.zzz", 4, "unknown key model.zzz: remove it"),
         ("model.layers", "four", "model.layers: must be a valid integer, got 'four'"),
         ("model.layers", 4.0, "model.layers: must be a valid integer, got 4.0"),
-        ("model.layers", True, "model.layers: must be a valid integer, got True"),
+        ("model.layers", True, "model.layers: must be a valid integer, got true"),
         ("model.layers", 0, "model.layers: must be greater than or equal to 1, got 0"),
         (
             "model.position",
@@ -54,8 +54,8 @@ def message_of(values: dict[str, Any], changes: dict[str, Any]) -> str:
         ("slurm.time", "90", "slurm.time must be hours:minutes:seconds in quotes, got 90: write "),
         ("slurm.time", "24:00", "slurm.time must be hours:minutes:seconds in quotes, got 24:00: write "),
         ("slurm.time", "soon", "slurm.time must be hours:minutes:seconds in quotes, got soon: write "),
-        ("slurm.time", True, "slurm.time: must be a valid string, got True"),
-        ("slurm.env", {"A": True}, "slurm.env.A: must be a valid string, got True"),
+        ("slurm.time", True, "slurm.time: must be a valid string, got true"),
+        ("slurm.env", {"A": True}, "slurm.env.A: must be a valid string, got true"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_seen(

@@ -64,7 +64,7 @@ def test_a_wrong_file_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     assert "holds no text" in problem(tmp_path / "empty.txt")
     assert "is not UTF-8 at byte 3" in problem(tmp_path / "latin.txt")
     assert "does not exist" in problem(tmp_path / "no.txt")
-    assert "is a folder" in problem(tmp_path)
+    assert problem(tmp_path).endswith(" is a folder: give one file of it")
     assert "is not a single file" in problem(tmp_path / "*.txt")
 
 

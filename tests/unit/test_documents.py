@@ -21,6 +21,7 @@ from training.evaluation.sums import LossSums
 from training.evaluation.windows import place_windows
 from training.model.attention import make_attention
 from training.model.kernels import sdpa
+from training.model.kernels.each_document import attend_each
 from training.model.kernels.flex import Flex
 from training.model.kernels.reference import Reference
 from training.model.kernels.sdpa import Sdpa
@@ -33,9 +34,20 @@ from training.model.windows import LosslessWindows
 CPU = torch.device("cpu")
 HEADS, SEQ = 3, 40
 FIRSTS = ((0, 1, 17, 39), (0,), (0, 20))  # first tokens of each row's documents: some have a single token
-KERNELS = {"reference": Reference, "sdpa": Sdpa}
 SLOPES = local_slopes(HEADS, tensor=Group(0, 1, None))
 T5_TABLE = torch.linspace(-2, 2, HEADS * T5_BUCKETS, dtype=torch.float64).view(HEADS, T5_BUCKETS)
+
+
+class Own(Reference):
+    """A kernel that takes documents as docs/extending.md says."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        if documents is not None:
+            return attend_each(Reference, q, k, v, documents=documents, bias=self.bias)
+        return super().__call__(q, k, v)
+
+
+KERNELS = {"reference": Reference, "sdpa": Sdpa, "own": Own}
 
 
 def begins_of(firsts: Sequence[Sequence[int]], *, seq: int) -> Tensor:

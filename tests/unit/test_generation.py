@@ -121,7 +121,7 @@ def test_a_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--prompt TEXT or --prompt-file FILE must be given, got neither: give one of them"),
+        ((), "--prompt TEXT or --prompt-file FILE must be given, got neither: give one, or --interactive"),
         (
             ("--prompt", "", "--prompt-file", "-"),
             "--prompt TEXT or --prompt-file FILE must be given, got both: give one of them",

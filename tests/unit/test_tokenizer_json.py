@@ -260,7 +260,8 @@ def test_a_vocabulary_has_a_row_for_each_token(trainshort: Call, folder: Path) -
     expected = "data.vocab_size must be at least that of data.tokenizer home/tokenizer.json (380), got 379: use 380"
     assert refused(trainshort, "prepare", "run.yaml") == refused(trainshort, "check", "run.yaml") == expected
     (folder / "home" / "tokenizer.json").unlink()
-    assert "note: data.tokenizer home holds no tokenizer.json: check the path" in trainshort("check", "run.yaml").out
+    expected = "note: data.tokenizer home holds neither tokenizer.json nor tokenizer.model: check the path"
+    assert expected in trainshort("check", "run.yaml").out
 
 
 def test_it_goes_with_a_run_from_data_to_export(rank: OneRank, homes: dict[str, Path], tmp_path: Path) -> None:
@@ -290,9 +291,11 @@ def test_it_goes_with_a_run_from_data_to_export(rank: OneRank, homes: dict[str, 
     with pytest.raises(InputError, match=r"format gguf cannot hold .*tokenizer.json: .*; export to hf"):
         export_checkpoint(tmp_path / "run", format="gguf", out=tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
-    told = "has a vocabulary of 400, the data in .* one of 380: set data.vocab_size to 400 and prepare in "
-    with pytest.raises(InputError, match=told):
-        check_init_from(tmp_path / "run", config=config, prepared=replace(prepared, vocab_size=380))
+    smaller = rank.config(tmp_path / "run", *more, "data.vocab_size=380")
+    told = r"a vocabulary of 400, the run has data\.vocab_size 380: set it to 400, and prepare in another data\.dir"
+    for data in (None, replace(prepared, vocab_size=380)):
+        with pytest.raises(InputError, match=told):
+            check_init_from(tmp_path / "run", config=smaller, prepared=data)
     # the tokenizer is among the checked files
     (checkpoint.path / "tokenizer_config.json").write_bytes(b"{}")
     (broken,) = verify_checkpoints(checkpoint.path)

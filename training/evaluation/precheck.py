@@ -43,7 +43,9 @@ def check_request(checkpoint: Path, request: EvaluationRequest) -> None:
         for length in request.lengths or config.evaluation_lengths:
             require_fit(protocol, length=length)
     if request.hf is not None and not (request.hf / "config.json").is_file():
-        raise InputError(f"{request.hf} has no config.json: give a folder with a causal model of Hugging Face")
+        raise InputError(
+            f"{request.hf} has no config.json: give a folder with a causal model of Hugging Face; nothing is downloaded"
+        )
     if request.data is not None:
         require_text_file(request.data)
     else:

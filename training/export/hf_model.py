@@ -141,7 +141,9 @@ def _read_json(file: Path) -> Config:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file.parent} has no {file.name}: give a folder with a model of Hugging Face") from None
+        raise InputError(
+            f"{file.parent} has no {file.name}: give a folder with a model of Hugging Face; nothing is downloaded"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read ({first_line(error)}): check the file") from None
     if not isinstance(config, dict):

@@ -19,6 +19,7 @@ from parallel.start import ProcessRank, environment, node_count
 from training.energy import EnergyMonitor, counters_of_node, open_nvml
 from training.incarnation import newest_incarnation
 from training.observers import Observer, Status
+from training.tracking.client import import_client
 from training.tracking.spool import Event, SpoolWriter, is_closed, now_ms, spool_files
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def _monitors() -> list[Any]:
     monitors: list[Any] = [EnergyMonitor(counters)] if counters else []
     for kind in MONITORS:
         try:
+            import_client()  # as the sender does: threads that enter mlflow by different modules break its import
             module = import_module(f"mlflow.system_metrics.metrics.{kind.lower()}_monitor")
             monitors.append(getattr(module, f"{kind}Monitor")())
         except Exception as error:  # noqa: BLE001  a package or a driver that is not there

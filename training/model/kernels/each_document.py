@@ -8,10 +8,11 @@ from torch import Tensor
 
 from parallel.documents import Documents
 from training.model.positions.bias import Bias
+from training.model.positions.by_distance import CalledOnce
 
 
 def attend_each(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    kernel: Callable[[Bias], Callable[[Tensor, Tensor, Tensor], Tensor]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -22,15 +23,16 @@ def attend_each(
     """Return the attention of each document, computed as if it were alone.
 
     Args:
-        attend: Attention of a whole sequence.
+        kernel: Makes attention of a whole sequence of a bias.
         q: [batch, local_heads, seq, head_dim].
         k: Like q.
         v: Like q.
         documents: The documents.
-        bias: The bias of the attention, which counts the scores.
+        bias: The bias, which counts the scores.
     Returns:
         [batch, local_heads, seq, head_dim], in memory [seq, batch, local_heads, head_dim].
     """
+    attend = kernel(CalledOnce(bias, longest=documents.longest) if bias.learned else bias)
     batch, seq = documents.starts.shape
     if len(documents.lengths) == sum(map(len, documents.lengths)):
         return attend(q, k, v)

@@ -11,7 +11,6 @@ from training.model.kernels.bias_blocks import bias_blocks
 from training.model.kernels.each_document import attend_each
 from training.model.kernels.sdpa_cpu import attend_by_blocks, computed_share
 from training.model.positions.bias import QUERY_BLOCK, Bias, padded
-from training.model.positions.by_distance import CalledOnce
 
 NEAR_KEYS = 512  # on a CPU, keys of a strip that stays in the caches
 KERNEL_READS = 8  # elements of a mask that a GPU kernel loads together, of any type
@@ -30,8 +29,7 @@ class Sdpa:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Return [batch, local_heads, queries, head_dim]."""
         if documents is not None:
-            alone = Sdpa(CalledOnce(self.bias, longest=documents.longest)) if self.bias.learned else self
-            return attend_each(alone, q, k, v, documents=documents, bias=self.bias)
+            return attend_each(Sdpa, q, k, v, documents=documents, bias=self.bias)
         queries, keys = q.shape[2], k.shape[2]
         window = self.bias.window
         if window is not None and window >= keys:
