@@ -77,7 +77,7 @@ def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> Ev
     return EvaluatedModel(
         path=checkpoint.path.absolute(),
         step=checkpoint.step,
-        train_length=checkpoint.config.data.sequence_length,
+        train_length=checkpoint.train_length,
         position=rank["position"],
         attention=", ".join(backends),
         precision=rank["precision"],

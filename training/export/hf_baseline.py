@@ -99,7 +99,7 @@ def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) 
     evaluated = EvaluatedModel(
         path=folder.absolute(),
         step=0,
-        train_length=lengths[0] if lengths else opened.config.data.sequence_length,
+        train_length=lengths[0] if lengths else opened.train_length,
         position=str(model.config.model_type),
         attention=f"transformers' {getattr(model.config, '_attn_implementation', None) or 'eager'}",
         precision=request.precision,
