@@ -273,6 +273,28 @@ def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:
 
 
 @pytest.mark.usefixtures("started")
+def test_a_trunk_that_went_back_makes_another_branch(trainshort: Call) -> None:
+    saved_at(Path("first/checkpoints/step_0000004"))
+    shutil.rmtree("run")
+    start("train.branch_from=first", "train.steps=9", step=4)
+    before, at, after = (
+        {"step": step, "next_sample": 8 * step, "left_out": 16, "from_step": step + 2, "why": "nan", "at": "now"}
+        for step in (2, 4, 6)
+    )
+    for rollbacks, now in (([before], None), ([before, at], "to step 4"), ([at, after], "to step 4, to step 6")):
+        Path("first/rollbacks.json").write_text(json.dumps({"rollbacks": rollbacks}))
+        if now is None:  # the branch does not come by it
+            assert reproduced(trainshort)["differences"] == []
+        else:
+            assert only_difference(trainshort, code=3) == ("rollbacks of first", "none", now, "other")
+    # what it inherited is the same again
+    (RUN / "rollbacks.json").write_text(
+        json.dumps({"rollbacks": [{**at, "at": "then"}], "inherited": [before, at, after]})
+    )
+    assert reproduced(trainshort)["differences"] == []
+
+
+@pytest.mark.usefixtures("started")
 def test_missing_data_is_prepared_again(trainshort: Call) -> None:
     shutil.rmtree("data")
     assert only_difference(trainshort, code=3)[2:] == ("not in data", "other"), "it was prepared in another place"
