@@ -257,6 +257,11 @@ def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:
     assert document["differences"] == []
     assert document["notes"] == [f"steps 1 to 4 are those of {source}, which it branches off from"]
     assert f"branch_from: {source}\n" in Path("run/config.yaml").read_text()
+    for step, seen in ((2, []), (4, ["to step 4"])):  # where the trunk went back since; the branch does not come by 2
+        back = {"step": step, "next_sample": 8 * step, "left_out": 16, "from_step": 6, "why": "nan", "at": "now"}
+        Path("first/rollbacks.json").write_text(json.dumps({"rollbacks": [back]}))
+        assert [each["now"] for each in reproduced(trainshort, code=3 * len(seen))["differences"]] == seen
+    (RUN / "rollbacks.json").write_text(json.dumps({"rollbacks": [], "inherited": [back]}))
     # once it has saved, it needs the trunk no more: what is there at a later start decides nothing
     Path("first").rename("away")
     (RUN / "metrics.jsonl").write_text('{"step": 6, "loss": 1.0}\n')
@@ -270,28 +275,6 @@ def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:
     moments.write_bytes(b"otherss")
     edit_manifest(source, lambda manifest: manifest["files"].update({moments.name: vars(describe_file(moments))}))
     assert only_difference(trainshort, code=3)[0] == "train.branch_from"
-
-
-@pytest.mark.usefixtures("started")
-def test_a_trunk_that_went_back_makes_another_branch(trainshort: Call) -> None:
-    saved_at(Path("first/checkpoints/step_0000004"))
-    shutil.rmtree("run")
-    start("train.branch_from=first", "train.steps=9", step=4)
-    before, at, after = (
-        {"step": step, "next_sample": 8 * step, "left_out": 16, "from_step": step + 2, "why": "nan", "at": "now"}
-        for step in (2, 4, 6)
-    )
-    for rollbacks, now in (([before], None), ([before, at], "to step 4"), ([at, after], "to step 4, to step 6")):
-        Path("first/rollbacks.json").write_text(json.dumps({"rollbacks": rollbacks}))
-        if now is None:  # the branch does not come by it
-            assert reproduced(trainshort)["differences"] == []
-        else:
-            assert only_difference(trainshort, code=3) == ("rollbacks of first", "none", now, "other")
-    # what it inherited is the same again
-    (RUN / "rollbacks.json").write_text(
-        json.dumps({"rollbacks": [{**at, "at": "then"}], "inherited": [before, at, after]})
-    )
-    assert reproduced(trainshort)["differences"] == []
 
 
 @pytest.mark.usefixtures("started")
