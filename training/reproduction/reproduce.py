@@ -39,7 +39,7 @@ from training.reproduction.here import (
     prepares_the_same,
 )
 from training.reproduction.starts import recorded_starts
-from training.rollbacks import read_rollbacks, rollbacks_of, trunk_folder
+from training.rollbacks import inherited_and_own, read_rollbacks, rollbacks_of, trunk_folder
 
 SECTIONS = ("code", "configuration", "data", "tokenizer", "weights", "versions", "hardware", "variables", "layout")
 
@@ -208,8 +208,8 @@ def _rollbacks_here(
     beginning = begins_with_here(config, start)
     if beginning is None or beginning[0] != BRANCH_FROM:
         return
-    own, trunk = read_rollbacks(run_dir), trunk_folder(config.train.model_copy(update={"branch_from": beginning[1]}))
-    inherited = [rollback for rollback in rollbacks_of(run_dir) if rollback not in own]
+    inherited, _ = inherited_and_own(run_dir)
+    trunk = trunk_folder(config.train.model_copy(update={"branch_from": beginning[1]}))
     then, now = (
         ", ".join(f"to step {rollback.step}" for rollback in rollbacks if rollback.step >= first_step) or "none"
         for rollbacks in (inherited, rollbacks_of(trunk))
