@@ -52,7 +52,7 @@ class TrainedModel:
         self._model = load_single(checkpoint, precision=precision, scale=chosen)
         self.precision, self.scale = precision, None if chosen is None else str(chosen)
         self.path, self.step, self.config = checkpoint.path.absolute(), checkpoint.step, checkpoint.config
-        self.train_length = checkpoint.config.data.sequence_length
+        self.train_length = checkpoint.train_length
         self.vocab_size = checkpoint.vocab_size
         self.certificate = self._model.certificate
 

@@ -27,7 +27,7 @@ from configs.train_rules import train_problems
 from data_pipeline.manifest import same_content, same_inputs
 from parallel.layout import Layout
 from parallel.start import environment, slurm_job
-from training.checkpoint.manifest import CONFIG_NAME, list_checkpoints, require_checkpoint
+from training.checkpoint.manifest import CONFIG_NAME, find_checkpoint, list_checkpoints
 from training.incarnation import Fence, begin_incarnation
 from training.metrics_reader import newest_step
 from training.schedule import first_changed_step
@@ -62,9 +62,14 @@ _CHECKPOINT_KEYS = ("train.init_from", "train.branch_from")
 _SCHEDULE_KEYS = ("train.decay_steps", "train.cooldown_steps")
 
 
-def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
+def with_fixed_keys(config: RunConfig, *, run_dir: Path, warn: bool = False) -> RunConfig:
     """Return the run with the keys that its first start fixed: the schedule's steps, the trunk's checkpoint.
 
+    Args:
+        config: The run file with its overrides.
+        run_dir: The run folder.
+        warn: Whether to warn about the trunk's broken checkpoints that are skipped: no, if a later check of the same
+            start does.
     Raises:
         InputError: the folder holds a run that differs in keys that must not change; names each. Or the schedule does
             not fit its fixed steps; or, at a first start, there is no checkpoint at `train.branch_from`.
@@ -77,7 +82,7 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path) -> RunConfig:
         config = _with_train(config, cooldown_steps=before.train.cooldown_steps)
     if config.train.branch_from is not None and (before is None or not _has_trained(run_dir)):
         # A run folder's newest checkpoint may be another one at the next start.
-        config = _with_train(config, branch_from=str(require_checkpoint(Path(config.train.branch_from))))
+        config = _with_train(config, branch_from=str(find_checkpoint(Path(config.train.branch_from), warn=warn)[0]))
         before = before and _with_train(before, branch_from=config.train.branch_from)
     elif before is not None:
         config = with_fixed_branch(config, first=before)

@@ -78,13 +78,14 @@ class Ready:
         return first_whole(candidate_folders(self.run_dir), check=check_whole, warn=False)[1].step >= steps
 
 
-def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
+def make_ready(config: RunConfig, *, world_size: int, device: str, warn: bool = False) -> Ready:
     """Check a run as far as one process can, and write nothing.
 
     Args:
         config: The run file with its overrides.
         world_size: All ranks.
         device: Device type of the ranks: cpu or cuda.
+        warn: See `with_fixed_keys`.
     Raises:
         InputError: the ranks, the machine, the format of its exports, the run folder, the data or a checkpoint does
             not fit the run.
@@ -95,7 +96,7 @@ def make_ready(config: RunConfig, *, world_size: int, device: str) -> Ready:
     check_export_every(config)
     check_compiling(config.train.compile, device=device, environ=environment())
     run_dir = check_run_folder(config)
-    config = with_fixed_keys(config, run_dir=run_dir)
+    config = with_fixed_keys(config, run_dir=run_dir, warn=warn)
     prepared = load_trainable(config, folder=data_folder(config))
     newest = newest_to_resume(config, run_dir=run_dir, warn=False)
     require_learning(config.train, trained=newest.step if newest else 0)

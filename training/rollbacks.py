@@ -92,14 +92,24 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
     return _read(run_dir).rollbacks
 
 
+def inherited_and_own(run_dir: Path) -> tuple[list[Rollback], list[Rollback]]:
+    """Return the rollbacks that a branch inherited, and the run's own, each oldest first.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    known = _read(run_dir)
+    return known.inherited, known.rollbacks
+
+
 def rollbacks_of(run_dir: Path) -> list[Rollback]:
     """Return the rollbacks whose samples a run leaves out: of a branch, first those that it inherited.
 
     Raises:
         InputError: the file is damaged.
     """
-    known = _read(run_dir)
-    return [*known.inherited, *known.rollbacks]
+    inherited, own = inherited_and_own(run_dir)
+    return [*inherited, *own]
 
 
 def inherit_rollbacks(train: Train, *, fence: Fence) -> None:

@@ -53,7 +53,8 @@ def train_rank(
     stop_request = StopRequest()
     # Before the slow part: a signal during start-up must not kill the rank.
     stop_request.listen(announce=process.rank == 0 and process.starter != "local")
-    ready = make_ready(config, world_size=process.world_size, device="cuda" if torch.cuda.is_available() else "cpu")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    ready = make_ready(config, world_size=process.world_size, device=device_type, warn=process.rank == 0)
     config, layout = ready.config, ready.layout
     if config.train.deterministic:
         use_deterministic_algorithms()

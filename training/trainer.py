@@ -32,7 +32,7 @@ from training.model.attention import windows_of
 from training.observers import Observer, Status, StepResult
 from training.preflight import Ready
 from training.resume import go_back, resume
-from training.rollbacks import Rollback, losses_before, read_rollbacks, rollbacks_of, without_left_out
+from training.rollbacks import Rollback, inherited_and_own, losses_before, without_left_out
 from training.saver import Saver
 from training.saves import Saves
 from training.schedule import learning_rate
@@ -156,11 +156,11 @@ class Trainer:
         """Train from a position on, whose state the engine holds; raise Diverged on every rank if that cannot go on."""
         state, train, world, run_dir = start, self.config.train, self.groups.world, self.fence.run_dir
         validation_loss: float | None = None
-        rollbacks, own = broadcast_from_first(lambda: (rollbacks_of(run_dir), read_rollbacks(run_dir)), group=world)
+        inherited, own = broadcast_from_first(partial(inherited_and_own, run_dir), group=world)
         losses = broadcast_from_first(lambda: losses_before(start, run_dir=run_dir, train=train), group=world)
         watch = LossWatch(train, losses)
         with reading_ahead(self.loader, device=self.device) as read_step:
-            for taken in self.steps(read_step, start=start, rollbacks=rollbacks):
+            for taken in self.steps(read_step, start=start, rollbacks=[*inherited, *own]):
                 state = taken.after
                 watch.check(state, loss=taken.figures.loss, grad_norm=taken.figures.grad_norm)
                 validated = self._validate(state, observers)

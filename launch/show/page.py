@@ -126,7 +126,7 @@ def _length_tiles(comparison: "Comparison") -> Iterator[Tile]:
     """Yield the perplexity of one run at the longest length, and how many times its training length that is."""
     for text in comparison.texts:
         values = {key[2]: text.value(0, key) for key, result in text.results[0].items() if is_whole(result)}
-        longest, trained = max(values, default=0), comparison.runs[0].config.data.sequence_length
+        longest, trained = max(values, default=0), comparison.runs[0].train_length
         if (value := values.get(longest)) is None:
             continue
         at_trained = values.get(trained) if longest != trained else None
@@ -141,7 +141,7 @@ def _length_table(comparison: "Comparison", text: "TextResults") -> LengthTable:
     for key in text.keys:
         protocols.setdefault(text.protocol(key), {})[key[2]] = key
     lengths = sorted({key[2] for key in text.keys})
-    trained = {runs[number].config.data.sequence_length for number in text.runs}
+    trained = {runs[number].train_length for number in text.runs}
     times = [f"{length / min(trained):.3g} x" if len(trained) == 1 else "" for length in lengths]
     rows = []
     for protocol, keys in protocols.items():

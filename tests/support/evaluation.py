@@ -89,12 +89,13 @@ def opened_checkpoint(path: Path, values: dict[str, Any], *, step: int, sha256: 
         step: Its step.
         sha256: Stands for the hash of its weights.
     """
-    file = SimpleNamespace(sha256=sha256)
+    file, config = SimpleNamespace(sha256=sha256), check_run(values, name="small")
     return SimpleNamespace(
         path=path,
         run_dir=path.parent.parent,
         step=step,
-        config=check_run(values, name="small"),
+        config=config,
+        train_length=config.data.sequence_length,
         manifest=SimpleNamespace(files={"stage_00_tensor_00.weight.safetensors": file}, tokenizer_sha256="22" * 32),
         tokenizer=TOKENIZER,
     )

@@ -116,6 +116,21 @@ def ready(rank: OneRank, run_dir: Path, *more: str) -> RunConfig:
     return make_ready(rank.config(run_dir, *more), world_size=1, device="cpu").config
 
 
+def test_a_broken_checkpoint_of_a_trunk_is_skipped_with_a_warning(
+    rank: OneRank, trunk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy, config = tmp_path / "trunk", rank.config(tmp_path / "run", f"train.branch_from={tmp_path / 'trunk'}")
+    shutil.copytree(trunk, copy)
+    newest, before = [each.path for each in reversed(list_checkpoints(copy))][:2]
+    (newest / "manifest.json").write_text("{")
+    for warn in (False, True):
+        started = make_ready(config, world_size=1, device="cpu", warn=warn)
+        assert started.config.train.branch_from == str(before)
+        assert len(caplog.messages) == warn
+    assert caplog.messages[0].startswith(f"checkpoint {newest} has a broken manifest.json (")
+    assert caplog.messages[0].endswith(f"; it is skipped, and {before.name} is used instead")
+
+
 def refused(rank: OneRank, run_dir: Path, *more: str) -> str:
     with pytest.raises(InputError) as caught:
         ready(rank, run_dir, *more)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from tests.support.command_line import Call
@@ -81,6 +82,20 @@ def test_a_baseline_is_measured_in_its_own_tokens(home: Path, trainshort: Call) 
         assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert (report["position"], report["train_length"], report["step"]) == ("gpt2", 24, 0)
     assert (home / "run" / "evaluation" / "hf-gpt-2" / "texts.json").is_file()
+
+
+def test_other_tokenizers_and_libraries_are_other_evaluations(home: Path, trainshort: Call) -> None:
+    def asked() -> dict[str, Any]:
+        return report_from(trainshort, home, "--lengths", "8", "--hf", "exported")
+
+    before = asked()
+    assert before["versions"]["transformers"] == transformers.__version__
+    assert set(before["versions"]) == {"trainshort", "torch", "transformers", "tokenizers", "commit"}
+    (home / "exported" / "README.md").write_text("another text about the model")
+    assert asked()["weights_sha256"] == before["weights_sha256"]
+    tokenizer = home / "exported" / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert asked()["weights_sha256"] != before["weights_sha256"]
 
 
 def _change(folder: Path, **keys: Any) -> None:

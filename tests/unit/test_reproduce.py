@@ -257,6 +257,11 @@ def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:
     assert document["differences"] == []
     assert document["notes"] == [f"steps 1 to 4 are those of {source}, which it branches off from"]
     assert f"branch_from: {source}\n" in Path("run/config.yaml").read_text()
+    for step, seen in ((2, []), (4, ["to step 4"])):  # where the trunk went back since; the branch does not come by 2
+        back = {"step": step, "next_sample": 8 * step, "left_out": 16, "from_step": 6, "why": "nan", "at": "now"}
+        Path("first/rollbacks.json").write_text(json.dumps({"rollbacks": [back]}))
+        assert [each["now"] for each in reproduced(trainshort, code=3 * len(seen))["differences"]] == seen
+    (RUN / "rollbacks.json").write_text(json.dumps({"rollbacks": [], "inherited": [back]}))
     # once it has saved, it needs the trunk no more: what is there at a later start decides nothing
     Path("first").rename("away")
     (RUN / "metrics.jsonl").write_text('{"step": 6, "loss": 1.0}\n')

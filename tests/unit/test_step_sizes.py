@@ -14,11 +14,16 @@ from parallel.layout import Layout
 from tests.support.diverging import lines_of, poison_steps, results_of, train, train_without
 from tests.support.one_rank import OneRank, one_rank
 from tests.support.steps import step_result
+from training.api import load
+from training.comparison.run import read_runs
+from training.evaluation.request import EvaluationRequest
+from training.evaluation.run import evaluate_checkpoint
 from training.export.facts import ModelFacts
 from training.export.formats.model_card import model_card
 from training.export.formats.readers import TRANSFORMERS
 from training.flops import causal_flops_per_token, flops_per_token
 from training.pace import Pace
+from training.page.curves import bias_chart
 from training.progress_lines import step_lengths, step_tokens, tokens_between
 from training.schedule import learning_rate
 from training.state import TrainState
@@ -108,6 +113,23 @@ def test_the_card_tells_the_largest_step_so_far(rank: OneRank, tmp_path: Path) -
         assert f"| trained on | {said} sequences |" in card
         assert f"| training length | {length} tokens |" in card
         assert f"trained at {length} tokens by" in card
+
+
+def test_a_checkpoint_was_trained_at_the_length_of_its_step(rank: OneRank, tmp_path: Path) -> None:
+    train(rank, tmp_path / "run", "train.length_warmup=[[2, 4]]", "checkpoint.every=3", steps=STEPS)
+    steps = [tmp_path / "run" / "checkpoints" / f"step_000000{step}" for step in (3, 6)]
+    text = tmp_path / "text.txt"
+    text.write_text("the tower of the town over the river " * 9)
+    for checkpoint, length in zip(steps, (2, 8), strict=True):
+        report = evaluate_checkpoint(checkpoint, EvaluationRequest(lengths=(8,), data=text, scale="linear"))
+        assert report["train_length"] == length
+        assert report["results"][0]["scale_factor"] == 8 / length
+        (run,) = read_runs([checkpoint], text=None)
+        assert run.values()["train_length"] == length
+        chart = bias_chart(run.config.model, trained=run.train_length)
+        assert chart is not None
+        assert [mark.text for mark in chart.marks] == [f"training length {length}"]
+        assert load(checkpoint).train_length == length
 
 
 def test_samples_are_cut_into_pieces_that_follow_each_other(rank: OneRank, tmp_path: Path) -> None:

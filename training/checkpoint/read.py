@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from configs.errors import InputError
 from configs.load import load_run
 from configs.schema import RunConfig
+from configs.step_sizes import size_of
 from parallel.axes import Group, Groups
 from parallel.collectives import broadcast_from_first, raise_everywhere, wait_for_all
 from parallel.parameter import Shard, local_shape, span
@@ -64,6 +65,11 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps taken."""
         return self.manifest.step
+
+    @property
+    def train_length(self) -> int:
+        """Tokens of a sequence of its step, to which train.length_warmup may have cut them."""
+        return size_of(self.step, self.config).length
 
     @property
     def vocab_size(self) -> int:

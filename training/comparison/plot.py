@@ -91,7 +91,7 @@ def _draw_perplexities(axes: Axes, comparison: Comparison, text: TextResults) ->
         for number in text.runs
     }
     measured = {number: points for number, points in measured.items() if points}
-    trained_at = {number: comparison.runs[number].config.data.sequence_length for number in measured}
+    trained_at = {number: comparison.runs[number].train_length for number in measured}
     for number, points in measured.items():
         draw_curve(axes, points.items(), label=_label(comparison.runs[number]), number=number)
     scale_axes(

@@ -13,6 +13,7 @@ from configs.load import load_run
 from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME, config_file
 from configs.schema import RunConfig
+from configs.step_sizes import size_of
 from training.checkpoint.manifest import (
     CONFIG_NAME,
     Manifest,
@@ -82,6 +83,12 @@ class ComparedRun:
         return None if self.manifest is None else self.manifest.tokenizer_sha256
 
     @property
+    def train_length(self) -> int:
+        """Tokens of a sequence of the checkpoint's step, or without one the last, as train.length_warmup cut them."""
+        step = self.manifest.step if self.manifest else self.steps.last("step")
+        return size_of(int(step or 0), self.config).length
+
+    @property
     def is_imported(self) -> bool:
         """Whether its model was trained elsewhere: it has no held-out text, and its run file's steps say nothing."""
         return self.manifest is not None and self.manifest.step == 0
@@ -103,7 +110,7 @@ class ComparedRun:
         vocab_size = self.manifest.vocab_size if self.manifest else self.config.data.vocab_size
         return {
             "position": self.config.model.position,
-            "train_length": self.config.data.sequence_length,
+            "train_length": self.train_length,
             "parameters": parameter_count(self.config.model, vocab_size=vocab_size),
             "step": self.steps.last("step") if self.steps else self.manifest.step if self.manifest else 0,
             "steps": 0 if self.is_imported else self.config.train.steps,

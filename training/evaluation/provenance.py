@@ -23,7 +23,8 @@ class Provenance:
     Attributes:
         date: When it began, in UTC, as ISO 8601 with seconds.
         command: The command line, quoted for a shell; None if no command made it.
-        versions: Versions of trainshort and torch, and the code's commit; None where unknown.
+        versions: Versions of trainshort, torch and what else decides the result, and the code's commit; None where
+            unknown.
         weights_sha256: Hash of the checkpoint's weights, configuration and tokenizer.
         tokenizer_sha256: Hash of its tokenizer.
         text_sha256: Hash of the text, whatever the tokenizer.
@@ -77,7 +78,7 @@ def evaluated_model(checkpoint: "Checkpoint", certificate: dict[str, Any]) -> Ev
     return EvaluatedModel(
         path=checkpoint.path.absolute(),
         step=checkpoint.step,
-        train_length=checkpoint.config.data.sequence_length,
+        train_length=checkpoint.train_length,
         position=rank["position"],
         attention=", ".join(backends),
         precision=rank["precision"],
@@ -92,6 +93,7 @@ def provenance_of(
     command: str | None,
     begins: NDArray[np.bool_] | None = None,
     weights_sha256: str | None = None,
+    versions: dict[str, str | None] | None = None,
 ) -> Provenance:
     """Return what an evaluation that begins now is made from.
 
@@ -101,13 +103,14 @@ def provenance_of(
         data: The text's file; None for the held-out text.
         command: The command line, quoted for a shell.
         begins: Whether each token begins a document that attention stays inside of, [tokens]; None if it sees all.
-        weights_sha256: Hash of the weights; None for the checkpoint's.
+        weights_sha256: Hash of weights, configuration and tokenizer; None for the checkpoint's.
+        versions: Versions that decide the result; None for those of a checkpoint.
     """
     text = identify_text(tokens, checkpoint.tokenizer)
     return Provenance(
         date=evaluation_date(),
         command=command,
-        versions=product_versions(),
+        versions=versions or product_versions(),
         weights_sha256=weights_sha256 or model_sha256(checkpoint.manifest),
         tokenizer_sha256=checkpoint.manifest.tokenizer_sha256,
         text_sha256=text.sha256,

@@ -28,7 +28,7 @@ from training.checkpoint.read import Checkpoint, open_checkpoint
 from training.evaluation.folder import check_evaluation_folder
 from training.evaluation.kept import OTHER_MODEL
 from training.evaluation.partial import PartialResults
-from training.evaluation.provenance import EvaluatedModel, provenance_of
+from training.evaluation.provenance import EvaluatedModel, product_versions, provenance_of
 from training.evaluation.record import EvaluationRecord
 from training.evaluation.report import build_report
 from training.evaluation.request import EvaluationRequest
@@ -39,6 +39,7 @@ from training.export.formats.huggingface import HuggingFaceTokenizer, quiet_tran
 from training.model.proof.attention_weights import dtype_of
 from training.model.single import CPU_BATCH_TOKENS, inference, inference_device
 
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
 _ANY_VOCABULARY = 1 << 30
 _GPU_BATCH_TOKENS = 8192  # transformers keeps the logits of all of them in memory
 # keys of configurations that say how long a training sequence was
@@ -92,14 +93,19 @@ def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) 
     place, name = evaluation_folder(opened.run_dir), OTHER_MODEL + re.sub(r"[^\w.-]+", "-", folder.resolve().name)
     check_evaluation_folder(place, name=name)
     provenance = provenance_of(
-        opened, of_run.tokens, data=request.data, command=request.command, weights_sha256=_weights_sha256(folder)
+        opened,
+        of_run.tokens,
+        data=request.data,
+        command=request.command,
+        weights_sha256=_model_sha256(folder),
+        versions=product_versions("transformers", "tokenizers"),
     )
     stated = [getattr(model.config, key, None) for key in _LENGTH_KEYS]
     lengths = [length for length in stated if isinstance(length, int) and length > 0]
     evaluated = EvaluatedModel(
         path=folder.absolute(),
         step=0,
-        train_length=lengths[0] if lengths else opened.config.data.sequence_length,
+        train_length=lengths[0] if lengths else opened.train_length,
         position=str(model.config.model_type),
         attention=f"transformers' {getattr(model.config, '_attn_implementation', None) or 'eager'}",
         precision=request.precision,
@@ -216,6 +222,7 @@ def _exported_tokenizer(folder: Path) -> str | None:
         return None
 
 
-def _weights_sha256(folder: Path) -> str:
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")])
+def _model_sha256(folder: Path) -> str:
+    """Return the hash of a folder's weights, configuration and tokenizer."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES and path.is_file())
     return json_sha256({file.name: describe_file(file).sha256 for file in files})

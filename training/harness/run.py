@@ -72,7 +72,7 @@ def run_harness(
         report = {
             "checkpoint": str(checkpoint.path.absolute()),
             "step": checkpoint.step,
-            "train_length": checkpoint.config.data.sequence_length,
+            "train_length": checkpoint.train_length,
             "weights_sha256": model_sha256(checkpoint.manifest),
             "evaluations": [{"date": date, "command": command, "versions": versions, "cut": model.cut}],
             "results": result_rows(results, **facts),
@@ -87,9 +87,8 @@ def longest_input(checkpoint: Checkpoint) -> int:
     It is the longest text that was measured to be usable, which an export names too; without a measurement, the
     training length.
     """
-    trained = checkpoint.config.data.sequence_length
     report = find_held_out_report(checkpoint.path, step=checkpoint.step, sha256=model_sha256(checkpoint.manifest))
-    return max(trained, usable_length(report.contents) if report else 0)
+    return max(checkpoint.train_length, usable_length(report.contents) if report else 0)
 
 
 def _evaluate(model: CheckpointLM, loaded: Any, *, limit: int | None) -> Mapping[str, Any]:

@@ -287,13 +287,12 @@ def load_single(
     )
     if scale is None:
         return SingleModel(decoder, device=device, certificate=measure(scaling=None), precision=precision)
-    train_length = checkpoint.config.data.sequence_length
     positions = ScaledPositions(
         decoder,
         model,
         tensor=groups.tensor,
         scale=scale,
-        train_length=train_length,
+        train_length=checkpoint.train_length,
         measure=lambda scaling: measure(scaling=scaling),
         documents=documents,
     )

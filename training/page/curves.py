@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from configs.positions import POSITIONS
-from configs.schema import RunConfig
+from configs.schema import Model, RunConfig
 from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
 from training.evaluation.results import is_whole
@@ -84,9 +84,13 @@ def perplexity_charts(comparison: Comparison) -> list[Chart]:
     return charts + [chart for text in comparison.texts if (chart := _position_chart(comparison, text)) is not None]
 
 
-def bias_chart(config: RunConfig) -> Chart | None:
-    """Return a chart of the bias of each head against distance; None for positions without slopes."""
-    model, trained = config.model, config.data.sequence_length
+def bias_chart(model: Model, *, trained: int) -> Chart | None:
+    """Return a chart of the bias of each head against distance; None for positions without slopes.
+
+    Args:
+        model: The decoder's shape.
+        trained: The training length.
+    """
     slopes_of = POSITIONS[model.position].slopes
     if slopes_of is None:
         return None
@@ -316,7 +320,7 @@ def _position_chart(comparison: Comparison, text: TextResults) -> Chart | None:
 
 
 def _trained_lengths(comparison: Comparison, text: TextResults) -> list[int]:
-    return sorted({comparison.runs[number].config.data.sequence_length for number in text.runs})
+    return sorted({comparison.runs[number].train_length for number in text.runs})
 
 
 def _by_position(result: dict[str, Any]) -> Iterator[Point]:

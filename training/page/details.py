@@ -96,7 +96,7 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
         cost=_cost(run.run_dir, starts, device=device) if took_steps else [],
         certificate=None if newest is None else certificate_facts(newest),
         layout=None if newest is None else layout_facts(newest, config=config, vocab_size=vocab_size),
-        bias=bias_chart(config),
+        bias=bias_chart(config.model, trained=run.train_length),
         heads=head_rows(config, certificate=newest),
         positions=f"model.position is {config.model.position}, which {about}.",
         environment=environment_rows(environment, run_dir=run.run_dir),

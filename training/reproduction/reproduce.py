@@ -12,6 +12,7 @@ from configs.commands import typed_path
 from configs.errors import InputError
 from configs.path_text import require_folder
 from configs.paths import config_file, data_folder, environment_path, own_data_folder, reproduction_file, rollbacks_file
+from configs.schema import RunConfig
 from configs.strict_yaml import plain_yaml
 from data_pipeline.manifest_file import read_data_manifest
 from training.averaging.record import averaged_steps, mean_of_steps
@@ -39,7 +40,7 @@ from training.reproduction.here import (
     prepares_the_same,
 )
 from training.reproduction.starts import recorded_starts
-from training.rollbacks import read_rollbacks
+from training.rollbacks import inherited_and_own, read_rollbacks, rollbacks_of, trunk_folder
 
 SECTIONS = ("code", "configuration", "data", "tokenizer", "weights", "versions", "hardware", "variables", "layout")
 
@@ -141,6 +142,8 @@ def compare_with_here(run_dir: Path, *, here: Here, reads_all: bool) -> Reproduc
         *differences(start, now, drops=drops),
         *_layout_here(start, here, drops=drops),
     ]
+    if now["weights"]["problem"] is None:
+        differing += _rollbacks_here(run_dir, found.config, start, first_step=surviving[0][1]["step"])
     if now["data"]["problem"] is not None and prepares_the_same(found.config, start):
         differing = [_prepared_again(each) if each.section == "data" else each for each in differing]
     changes = [
@@ -197,6 +200,23 @@ def _layout_here(start: Mapping[str, Any], here: Here, *, drops: bool) -> Iterat
         yield Difference("layout", "layout", layout_text(start), lacking, grade_drawn(drops))
     if not start["settings"].get("train.deterministic"):
         yield Difference("settings", "train.deterministic", "false", "GPUs repeat no bits without it", "rounding")
+
+
+def _rollbacks_here(
+    run_dir: Path, config: RunConfig, start: Mapping[str, Any], *, first_step: int
+) -> Iterator[Difference]:
+    """Yield how the rollbacks of a branch's trunk have changed since it began: it leaves out what they left out."""
+    beginning = begins_with_here(config, start)
+    if beginning is None or beginning[0] != BRANCH_FROM:
+        return
+    inherited, _ = inherited_and_own(run_dir)
+    trunk = trunk_folder(config.train.model_copy(update={"branch_from": beginning[1]}))
+    then, now = (
+        ", ".join(f"to step {rollback.step}" for rollback in rollbacks if rollback.step >= first_step) or "none"
+        for rollbacks in (inherited, rollbacks_of(trunk))
+    )
+    if then != now:
+        yield Difference("weights", f"rollbacks of {trunk.name}", then, now, "other")
 
 
 def _prepared_again(data: Difference) -> Difference:

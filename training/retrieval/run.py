@@ -53,7 +53,7 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     inference_device(request.precision)
     opened = open_checkpoint(checkpoint)
     folder, name = evaluation_folder(opened.run_dir), opened.path.resolve().name
-    lengths = request.resolved_lengths(train_length=opened.config.data.sequence_length)
+    lengths = request.resolved_lengths(train_length=opened.train_length)
     stream = _read_text(opened, request.data)
     tokenizer = load_tokenizer(opened.tokenizer)
     haystack = make_haystack(stream.tokens, tokenizer, longest=lengths[-1])
