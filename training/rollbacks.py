@@ -17,7 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from configs.errors import InputError
 from configs.figures import counted
 from configs.files import move_aside, write_json
-from configs.paths import evaluation_folder, rollbacks_file
+from configs.load import load_run
+from configs.paths import config_file, evaluation_folder, rollbacks_file
 from configs.schema import Train
 from configs.schema_problems import first_problem
 from training.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
@@ -127,17 +128,25 @@ def last_step_taken_again(run_dir: Path) -> int:
 def losses_before(start: TrainState, *, run_dir: Path, train: Train) -> list[float]:
     """Return the losses of the steps up to a position, of a branch also its trunk's; none if nobody looks for a spike.
 
+    A trunk with another `train.length_warmup` has losses of other lengths, which do not compare.
+
     Raises:
         InputError: a file cannot be read.
     """
     if train.spike is None:
         return []
     losses = newest_values(run_dir, "loss")[-LOSSES_WATCHED:]
-    if train.branch_from is not None and len(losses) < LOSSES_WATCHED:
+    if train.branch_from is not None and len(losses) < LOSSES_WATCHED and _has_lengths_of_trunk(train):
         last = steps_before_first(run_dir) if losses else start.step  # what the trunk did later was another future
         trunk = (fields for fields in read_steps(trunk_folder(train)) if fields["step"] <= last)
         losses = [*StepColumns(["loss"], trunk).known("loss"), *losses][-LOSSES_WATCHED:]
     return losses
+
+
+def _has_lengths_of_trunk(train: Train) -> bool:
+    with suppress(InputError):  # it may be gone
+        return load_run(str(config_file(trunk_folder(train)))).train.length_warmup == train.length_warmup
+    return False
 
 
 def without_left_out(state: TrainState, rollbacks: Sequence[Rollback]) -> TrainState:

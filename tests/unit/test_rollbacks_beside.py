@@ -137,6 +137,18 @@ def test_a_branch_sees_a_rise_above_its_trunk(rank: OneRank, tmp_path: Path, mon
         train(rank, branch, *keys, steps=40)
 
 
+def test_a_branch_of_other_lengths_forgets_its_trunks_losses(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    losses_given(rank, monkeypatch, lambda number: 2.0)
+    train(rank, trunk, "train.length_warmup=[[4, 99]]", steps=24)
+    monkeypatch.undo()
+    losses_given(rank, monkeypatch, lambda number: 9.0)
+    keys = (f"train.branch_from={trunk}/checkpoints/step_0000021", "train.spike=1", "train.rollbacks=0")
+    assert train(rank, branch, *keys, steps=40).step == 40, "each of its steps has the full length, none of the trunk's"
+
+
 def test_steps_that_are_taken_again_are_known_after_a_kill(
     rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
