@@ -44,7 +44,7 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxoth
 _TEXTS = {
     "missing": "{key} is missing: add it",
     "finite_number": "{key} must be a finite number, got {seen}",
-    "tuple_type": "{key} must be a list, got {seen}: write [{seen}]",
+    "tuple_type": "{key} must be a list, got {seen}: write [{item}]",
     "too_short": "{key} must have at least one item, got none: add one",
     "too_long": "{key} must have {most} entries, got {seen}: remove the others",
     "string_too_short": "{key} must not be empty: write a text",
@@ -91,8 +91,8 @@ def _problem(error: Any, schema: type[BaseModel]) -> str:
     if error["type"] in ("extra_forbidden", "invalid_key"):
         return f"unknown key {key}" + _advice_on_unknown(location, schema)
     if error["type"] in _TEXTS:
-        most = error.get("ctx", {}).get("max_length")
-        return _TEXTS[error["type"]].format(key=key, seen=seen, most=most)
+        most, item = error.get("ctx", {}).get("max_length"), "" if error["input"] is None else seen
+        return _TEXTS[error["type"]].format(key=key, seen=seen, most=most, item=item)
     if error["type"] == BAD_PATH:
         return f"{key} is {seen}, but {error['msg']}"
     if error["type"] == "model_type" and len(location) == 1:

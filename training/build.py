@@ -30,7 +30,7 @@ from training.folder import record_certificate, report_write_errors
 from training.model.decoder import Decoder, plan_layers
 from training.model.proof.attention_weights import dtype_of
 from training.model.proof.certificate import Certificate, WrongPositions, certificates_to_json, certify
-from training.model.proof.kernel_error import Batch
+from training.model.proof.kernel_error import batches_of_training
 from training.preflight import Ready
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def build_engine(
             precision=train.precision,
             device=device,
             documents=config.data.mask_documents,
-            batch=Batch.of_training(train.micro_batch, config.data.sequence_length, apart=compiled is not as_it_is),
+            batches=batches_of_training(config, apart=compiled is not as_it_is),
         )
     engine = make_engine(module, train=train, layout=layout, groups=groups, seed=seed if draws else None)
     return engine, certificates

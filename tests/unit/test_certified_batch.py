@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.load import load_run
 from configs.schema import Model
 from parallel import compiled
 from parallel.groups import lone_groups
@@ -16,7 +17,7 @@ from training.model.kernels import sdpa_cpu
 from training.model.kernels.reference import Reference
 from training.model.kernels.sdpa import Sdpa
 from training.model.proof.certificate import WrongPositions, certify
-from training.model.proof.kernel_error import LONGEST, ROWS, SHORT, Batch, kernel_error
+from training.model.proof.kernel_error import LONGEST, ROWS, SHORT, Batch, batches_of_training, kernel_error
 
 CPU = torch.device("cpu")
 
@@ -26,15 +27,15 @@ def test_a_long_sequence_is_compared_where_windows_are_wrong(monkeypatch: pytest
     model = Model(layers=2, hidden=128, heads=8, attention="sdpa")
     told: Any = {"groups": lone_groups(), "precision": "fp32", "device": CPU}
     longer = Batch.of_training(2, 1024, apart=False)
-    certify(decoder, model, **told, batch=longer)
+    certify(decoder, model, **told, batches=[longer])
 
     def too_late(distances: Tensor, *, position: int, step: int) -> list[int]:
         return [max(0, position - 600) // step * step] * distances.shape[1]
 
     monkeypatch.setattr(sdpa_cpu, "first_keys", too_late)
-    certify(decoder, model, **told, batch=SHORT)
+    certify(decoder, model, **told, batches=[SHORT])
     with pytest.raises(WrongPositions, match=r"cannot train .*: its output or gradients are wrong by"):
-        certify(decoder, model, **told, batch=longer)
+        certify(decoder, model, **told, batches=[longer])
 
 
 @pytest.mark.parametrize("wrong", ["output", "gradient"])
@@ -78,8 +79,20 @@ def test_long_sequences_are_compared_alone() -> None:
     assert Batch.of_training(4, 64, apart=False) == Batch(4, ROWS)
 
 
+def test_each_length_of_a_warm_up_is_compared() -> None:
+    keys = ["data.sequence_length=4096", "train.micro_batch=2", "train.global_batch=2"]
+    run = load_run("demo", overrides=[*keys, "train.length_warmup=[[64, 1], [128, 1], [512, 1]]"])
+    assert batches_of_training(run, apart=True) == [
+        Batch(64, ROWS, True),
+        Batch(16, 512, True),
+        Batch(1, LONGEST, True),
+    ]
+    short = load_run("demo", overrides=["data.sequence_length=64", "train.micro_batch=2"])
+    assert batches_of_training(short, apart=False) == [Batch(2, ROWS)]
+
+
 @pytest.mark.parametrize("compiles", [False, True])
-def test_the_first_step_has_the_shape_that_was_compared(
+def test_each_step_has_a_shape_that_was_compared(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiles: bool
 ) -> None:
     seen: list[tuple[Any, ...]] = []
@@ -91,13 +104,14 @@ def test_the_first_step_has_the_shape_that_was_compared(
         return attend(self, q, k, v, documents)
 
     monkeypatch.setattr(Sdpa, "__call__", recorded)
-    overrides = ["data.sequence_length=136", "train.micro_batch=2", "train.global_batch=2"]
+    overrides = ["train.micro_batch=2", "train.global_batch=2"]
+    overrides += ["data.sequence_length=272", "train.length_warmup=[[136, 1]]"]
     if compiles:
         monkeypatch.setattr(compiled, "missing_compiler", lambda *_, **__: None)
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # as compiled: in one piece each
         overrides.append("train.compile=on")
     with one_rank(tmp_path, *overrides) as rank:
-        rank.start(tmp_path / "run", steps=1)
-    assert len(seen) > 1
-    assert set(seen) == {seen[0]}
-    assert seen[0][0][0][2] == 136
+        compared = set(seen)
+        rank.start(tmp_path / "run", steps=2)
+    assert {shapes[0][0][2] for shapes in compared} == {136, 272}
+    assert set(seen) == compared

@@ -92,7 +92,7 @@ def certify(
     precision: str,
     device: torch.device,
     documents: bool = False,
-    batch: Batch = SHORT,
+    batches: Sequence[Batch] = (SHORT,),
     otherwise: str = TRAIN_OTHERWISE,
     scaling: Scaling | None = None,
 ) -> list[Certificate]:
@@ -107,7 +107,7 @@ def certify(
         precision: Value of `train.precision`: the type of the forward pass.
         device: Where it runs.
         documents: Whether attention must be able to stay inside documents: then it is compared inside some.
-        batch: What its attention is compared on.
+        batches: What its attention is compared on.
         otherwise: What a user can do if this machine's attention is wrong.
         scaling: Scales the slopes; None to leave them as trained.
     Returns:
@@ -118,7 +118,7 @@ def certify(
     tolerance = PRECISIONS[precision].row_tolerance
     # found first: `auto` then takes another kernel
     fault = _attention_fault(
-        module, model, groups=groups, precision=precision, device=device, batch=batch, documents=documents
+        module, model, groups=groups, precision=precision, device=device, batches=batches, documents=documents
     )
     mine = measure_certificate(module, model, groups=groups, precision=precision, device=device, fault=fault)
     stated = all_gather_object((mine, fault), group=groups.world)
@@ -142,7 +142,7 @@ def _attention_fault(
     groups: Groups,
     precision: str,
     device: torch.device,
-    batch: Batch,
+    batches: Sequence[Batch],
     documents: bool,
 ) -> str | None:
     """Return what is wrong with the output or the gradients of this rank's attention, None if nothing is."""
@@ -154,7 +154,7 @@ def _attention_fault(
             dtype=dtype_of(precision),
             device=device,
             limit=ROW_ERRORS * PRECISIONS[precision].row_tolerance,
-            batch=batch,
+            batches=batches,
             documents=documents,
         )
         if fault is not None:

@@ -4,13 +4,15 @@ A compiled kernel has been seen to give NaN gradients where its output was right
 are checked once at start, on the device, before they are used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from configs.schema import RunConfig
+from configs.step_sizes import lengths_of
 from parallel.compiled import CompilerFailure, compiling
 from parallel.documents import Documents
 from training.model.attention import Attention, AutoAttention
@@ -18,6 +20,7 @@ from training.model.kernels.reference import Reference
 
 ROWS = 131  # last queries that are compared: more than one block of a kernel, and a multiple of none
 LONGEST = 2048  # tokens; kernels leave out keys without weight from here on at the latest
+SHORTEST = 128  # tokens of pieces that are compared: shorter ones, at ROWS each, would take far more than they train on
 ROW_ERRORS = 10  # what gradients may be off, in units of what a row may: bf16 rounds queries, weights and outputs
 
 
@@ -44,6 +47,15 @@ class Batch:
 
 
 SHORT = Batch()
+
+
+def batches_of_training(config: RunConfig, *, apart: bool) -> list[Batch]:
+    """Return a run's micro-batch at each of its lengths, without those of `train.length_warmup` under SHORTEST."""
+    *shorter, full = lengths_of(config)
+    tokens = config.train.micro_batch * full
+    lengths = [*(length for length in shorter if length >= SHORTEST), full]
+    batches = (Batch.of_training(tokens // length, length, apart=apart) for length in lengths)
+    return list(dict.fromkeys(batches))
 
 
 def kernel_error(
@@ -124,7 +136,7 @@ def kernel_fault(
     dtype: torch.dtype,
     device: torch.device,
     limit: float,
-    batch: Batch = SHORT,
+    batches: Sequence[Batch],
     documents: bool = False,
 ) -> str | None:
     """Return what is wrong with an attention as `kernel_error` measures it, None if nothing is.
@@ -138,7 +150,7 @@ def kernel_fault(
         dtype: Type of queries, keys and values.
         device: Where to compute.
         limit: Largest error allowed, as `kernel_error` measures it.
-        batch: What to compare it on.
+        batches: What to compare it on.
         documents: Whether to compare it inside documents.
     """
     measure = partial(
@@ -148,11 +160,11 @@ def kernel_fault(
         head_dim=head_dim,
         dtype=dtype,
         device=device,
-        batch=batch,
         documents=documents,
     )
     while True:
-        fault = _fault(measure, limit=limit)
+        faults = (_fault(partial(measure, batch=batch), limit=limit) for batch in batches)
+        fault = next(filter(None, faults), None)
         if fault is None or not isinstance(attend, AutoAttention):
             return fault
         if not attend.refuse(torch.empty(1, heads, 1, head_dim, dtype=dtype, device=device), fault):
