@@ -53,12 +53,11 @@ def train_rank(
     stop_request = StopRequest()
     # Before the slow part: a signal during start-up must not kill the rank.
     stop_request.listen(announce=process.rank == 0 and process.starter != "local")
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    ready = make_ready(config, world_size=process.world_size, device=device_type, warn=process.rank == 0)
-    config, layout = ready.config, ready.layout
+    device_type, is_first = "cuda" if torch.cuda.is_available() else "cpu", process.rank == 0
+    ready = make_ready(config, world_size=process.world_size, device=device_type, warn=is_first)
+    config, layout, say = ready.config, ready.layout, logger.info if is_first else logger.debug
     if config.train.deterministic:
         use_deterministic_algorithms()
-    say = logger.info if process.rank == 0 else logger.debug
     device, groups, fence = _join(process, ready, say=say)
     resumes = has_checkpoint(config, world=groups.world)
     draws = not resumes and config.train.init_from is None and config.train.branch_from is None

@@ -116,7 +116,7 @@ def ready(rank: OneRank, run_dir: Path, *more: str) -> RunConfig:
     return make_ready(rank.config(run_dir, *more), world_size=1, device="cpu").config
 
 
-def test_a_broken_checkpoint_of_a_trunk_is_skipped_with_a_warning(
+def test_a_trunks_broken_checkpoint_is_skipped_with_a_warning(
     rank: OneRank, trunk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy, config = tmp_path / "trunk", rank.config(tmp_path / "run", f"train.branch_from={tmp_path / 'trunk'}")

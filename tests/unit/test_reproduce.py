@@ -27,6 +27,8 @@ RUN = Path("run")
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
 TYPED = "trainshort train run.yaml --set track.uri=https://me:pw@host"
 
+pytestmark = pytest.mark.usefixtures("started")
+
 
 def start(*overrides: str, step: int = 0) -> None:
     """Record a start of the run on CPU ranks, as rank 0 does."""
@@ -68,7 +70,6 @@ def edit(change: Callable[[dict[str, Any]], None]) -> None:
     file.write_text(json.dumps(document))
 
 
-@pytest.mark.usefixtures("started")
 def test_nothing_differs_right_after_a_start(trainshort: Call) -> None:
     for option in ((), ("--verify",)):
         document = reproduced(trainshort, *option)
@@ -89,7 +90,6 @@ def test_nothing_differs_right_after_a_start(trainshort: Call) -> None:
     assert document["commands"][0] == "mkdir -p run-again-2 && cp run/rollbacks.json run-again-2"
 
 
-@pytest.mark.usefixtures("started")
 def test_a_start_records_what_decides_its_result() -> None:
     [start] = recorded_starts(RUN)
     assert (start["step"], start["folder"], start["command"]) == (0, str(Path.cwd()), "trainshort train run.yaml")
@@ -108,7 +108,6 @@ def test_a_start_records_what_decides_its_result() -> None:
     assert start["settings"]["run.seed"] == load_run("run.yaml").run.seed
 
 
-@pytest.mark.usefixtures("started")
 def test_the_command_line_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(COMMAND_VARIABLE)
     monkeypatch.setattr("sys.argv", shlex.split(TYPED))
@@ -120,7 +119,6 @@ def test_the_command_line_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatc
     assert "pw" not in (RUN / "reproduce.json").read_text()
 
 
-@pytest.mark.usefixtures("started")
 def test_versions_differ_up_to_rounding_or_not_at_all(trainshort: Call) -> None:
     edit(lambda start: start["versions"].update(torch="2.1.0"))
     assert only_difference(trainshort) == ("torch", "2.1.0", torch.__version__, "rounding")
@@ -129,7 +127,6 @@ def test_versions_differ_up_to_rounding_or_not_at_all(trainshort: Call) -> None:
     assert only_difference(trainshort)[3] == "same"
 
 
-@pytest.mark.usefixtures("started")
 def test_with_dropout_what_draws_otherwise_makes_another_run(trainshort: Call) -> None:
     one_tensor_rank, one_rank = ("parallel.tensor=1",), ("parallel.tensor=1", "parallel.pipeline=1")
     for dropout, worst in (("0.0", "rounding"), ("0.1", "other")):
@@ -152,7 +149,6 @@ def test_with_dropout_what_draws_otherwise_makes_another_run(trainshort: Call) -
         assert lacking == [worst]
 
 
-@pytest.mark.usefixtures("started")
 def test_tensor_ranks_draw_otherwise_where_a_sequence_is_split() -> None:
     then = recorded_starts(RUN)[-1]
     now = {**then, "layout": {**then["layout"], "tensor": 4}}
@@ -162,7 +158,6 @@ def test_tensor_ranks_draw_otherwise_where_a_sequence_is_split() -> None:
         assert [each.grade for each in differences(*sides, drops=False)] == ["rounding"]
 
 
-@pytest.mark.usefixtures("started")
 def test_other_code_makes_another_run(trainshort: Call) -> None:
     edit(lambda start: start["code"]["sha256"].update(launch="0"))
     assert only_difference(trainshort)[0::3] == ("code of launch", "same")
@@ -174,7 +169,6 @@ def test_other_code_makes_another_run(trainshort: Call) -> None:
     assert note.endswith("git checkout 0123456789abcdef, and apply the diff in run/environment.json")
 
 
-@pytest.mark.usefixtures("started")
 def test_threads_differ_up_to_rounding(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = recorded_starts(RUN)[0]["variables"]["OMP_NUM_THREADS"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
@@ -190,7 +184,6 @@ def test_threads_differ_up_to_rounding(trainshort: Call, monkeypatch: pytest.Mon
     assert reproduced(trainshort)["differences"] == []  # the launcher would set as many
 
 
-@pytest.mark.usefixtures("started")
 def test_other_hardware_differs_up_to_rounding(trainshort: Call) -> None:
     edit(lambda start: start["hardware"].update(device="Z80", cpu="Z80"))
     assert only_difference(trainshort) == ("device", "Z80", cpu_name(), "rounding")
@@ -207,7 +200,6 @@ def test_other_hardware_differs_up_to_rounding(trainshort: Call) -> None:
     assert command.startswith("torchrun --nnodes 2 --nproc-per-node 8 --no-python trainshort train run/config.yaml ")
 
 
-@pytest.mark.usefixtures("started")
 def test_a_run_of_cpu_ranks_is_repeated_on_the_cpu(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.machine.gpu_count", lambda _: 1)
     monkeypatch.setattr("launch.machine.gpu_name", lambda environ: "NVIDIA H100")
@@ -231,7 +223,6 @@ def saved_at(source: Path) -> None:
     write_manifest(source, manifest)
 
 
-@pytest.mark.usefixtures("started")
 def test_initial_weights_must_be_those_of_then(trainshort: Call) -> None:
     source = Path("first/checkpoints/step_0000004")
     saved_at(source)
@@ -247,7 +238,6 @@ def test_initial_weights_must_be_those_of_then(trainshort: Call) -> None:
     assert only_difference(trainshort, code=3)[2:] == ("checkpoint first does not exist", "other")
 
 
-@pytest.mark.usefixtures("started")
 def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:
     source = Path("first/checkpoints/step_0000004")
     saved_at(source)
@@ -277,7 +267,6 @@ def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:
     assert only_difference(trainshort, code=3)[0] == "train.branch_from"
 
 
-@pytest.mark.usefixtures("started")
 def test_missing_data_is_prepared_again(trainshort: Call) -> None:
     shutil.rmtree("data")
     assert only_difference(trainshort, code=3)[2:] == ("not in data", "other"), "it was prepared in another place"
@@ -304,7 +293,6 @@ def test_missing_data_is_prepared_again(trainshort: Call) -> None:
     assert json.loads(Path("data/manifest.json").read_text())["files_sha256"] != again["files_sha256"]
 
 
-@pytest.mark.usefixtures("started")
 def test_altered_data_is_seen_by_size_or_with_verify(trainshort: Call) -> None:
     tokens = Path("data/part-000.bin")
     content = bytearray(tokens.read_bytes())
@@ -316,7 +304,6 @@ def test_altered_data_is_seen_by_size_or_with_verify(trainshort: Call) -> None:
     assert only_difference(trainshort, code=3)[2] == "data/part-000.bin has another size"
 
 
-@pytest.mark.usefixtures("started")
 def test_data_of_an_older_version_is_known_by_its_inputs(trainshort: Call) -> None:
     file = Path("data/manifest.json")
     manifest = json.loads(file.read_text())
@@ -327,7 +314,6 @@ def test_data_of_an_older_version_is_known_by_its_inputs(trainshort: Call) -> No
     assert only_difference(trainshort, code=3)[0] == "data"
 
 
-@pytest.mark.usefixtures("started")
 def test_a_changed_run_file_is_named_with_its_keys(trainshort: Call) -> None:
     file, copy = RUN / "config.yaml", RUN / "checkpoints" / "step_0000004" / "config.yaml"
     then = file.read_text()
@@ -342,7 +328,6 @@ def test_a_changed_run_file_is_named_with_its_keys(trainshort: Call) -> None:
     assert reproduced(trainshort)["commands"][0].startswith("trainshort train run/checkpoints/step_0000004/config.yaml")
 
 
-@pytest.mark.usefixtures("started")
 def test_starts_that_differ_are_named(trainshort: Call) -> None:
     start("parallel.tensor=4", step=3)  # its steps are lost: the next start begins before it
     start("parallel.tensor=1", "train.micro_batch=4", step=3)
@@ -360,7 +345,6 @@ def test_starts_that_differ_are_named(trainshort: Call) -> None:
     assert note.startswith("steps 1 to 3 were trained by a version that kept no manifest")
 
 
-@pytest.mark.usefixtures("started")
 def test_a_run_is_reproduced_from_another_folder(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Path.cwd()
     (home / "elsewhere").mkdir()
@@ -371,7 +355,6 @@ def test_a_run_is_reproduced_from_another_folder(trainshort: Call, monkeypatch: 
     assert command.endswith(f" ../run/config.yaml --ranks 4 --set run.dir=../run-again --set data.dir={home}/data")
 
 
-@pytest.mark.usefixtures("started")
 @pytest.mark.parametrize("name", ["it's #1", "[a], {b}: c", "-1e3"])
 def test_commands_hold_a_folder_of_any_name(trainshort: Call, name: str) -> None:
     for folder in ("run", "data"):
@@ -385,13 +368,15 @@ def test_commands_hold_a_folder_of_any_name(trainshort: Call, name: str) -> None
 def test_a_folder_without_a_manifest_says_what_it_has(trainshort: Call, folder: Path) -> None:
     assert refused(trainshort, "reproduce", "none").startswith("run folder none does not exist: give the run.dir")
     assert refused(trainshort, "reproduce", "book.txt").startswith("run folder book.txt is a file: ")
-    assert refused(trainshort, "reproduce", ".").startswith(". has no reproduce.json: give the run.dir of a run")
+    (folder / "empty").mkdir()
+    assert refused(trainshort, "reproduce", "empty").startswith(
+        "empty has no reproduce.json: give the run.dir of a run"
+    )
     shutil.copytree(OLD_RUN, folder / "old")
     said = refused(trainshort, "reproduce", "old")
     assert said.startswith("old has no reproduce.json, which each start of this version writes; of what decides its ")
 
 
-@pytest.mark.usefixtures("started")
 def test_a_broken_manifest_is_refused_and_kept(trainshort: Call) -> None:
     file = RUN / "reproduce.json"
     for content in ("{", "[]", '{"format_version": 1, "starts": []}', '{"format_version": 1, "starts": [{"step": 0}]}'):
