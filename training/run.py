@@ -53,8 +53,7 @@ def train_rank(
     stop_request = StopRequest()
     # Before the slow part: a signal during start-up must not kill the rank.
     stop_request.listen(announce=process.rank == 0 and process.starter != "local")
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    ready = make_ready(config, world_size=process.world_size, device=device_type, warn=process.rank == 0)
+    ready = make_ready(config, world_size=process.world_size, device=_device_type(), warn=process.rank == 0)
     config, layout = ready.config, ready.layout
     if config.train.deterministic:
         use_deterministic_algorithms()
@@ -86,6 +85,10 @@ def train_rank(
     with _exporting(trainer, process, terminal=terminal) as exports:
         trainer.run([*observers, *exports])
         stop()  # not after an error: other ranks may wait in a collective, and are ended only once this one has ended
+
+
+def _device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _backend(config: RunConfig, *, device: torch.device) -> Backend:

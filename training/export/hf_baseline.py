@@ -100,16 +100,7 @@ def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) 
         weights_sha256=_model_sha256(folder),
         versions=product_versions("transformers", "tokenizers"),
     )
-    stated = [getattr(model.config, key, None) for key in _LENGTH_KEYS]
-    lengths = [length for length in stated if isinstance(length, int) and length > 0]
-    evaluated = EvaluatedModel(
-        path=folder.absolute(),
-        step=0,
-        train_length=lengths[0] if lengths else opened.train_length,
-        position=str(model.config.model_type),
-        attention=f"transformers' {getattr(model.config, '_attn_implementation', None) or 'eager'}",
-        precision=request.precision,
-    )
+    evaluated = _evaluated(model, folder, precision=request.precision, train_length=opened.train_length)
     record = EvaluationRecord(
         partial(build_report, model=evaluated, text=text, provenance=provenance), place, name, is_newest=False
     )
@@ -121,6 +112,20 @@ def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) 
         parts=PartialResults(place / name, evaluated, provenance),
         tracker=None,  # its figures are not the run's
         attention=None,
+    )
+
+
+def _evaluated(model: Any, folder: Path, *, precision: str, train_length: int) -> EvaluatedModel:
+    """Return what a report says of a folder's model, with the run's training length if it states none."""
+    stated = [getattr(model.config, key, None) for key in _LENGTH_KEYS]
+    lengths = [length for length in stated if isinstance(length, int) and length > 0]
+    return EvaluatedModel(
+        path=folder.absolute(),
+        step=0,
+        train_length=lengths[0] if lengths else train_length,
+        position=str(model.config.model_type),
+        attention=f"transformers' {getattr(model.config, '_attn_implementation', None) or 'eager'}",
+        precision=precision,
     )
 
 
