@@ -19,6 +19,18 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.run.dir)
 
 
+def started_in(run_dir: Path, *, named: str) -> Path:
+    """Return the folder in which a run was started, as far as a relative `run.dir` tells; else the current one.
+
+    Args:
+        run_dir: The run folder, found from here.
+        named: Its `run.dir`.
+    """
+    place, parts = run_dir.resolve().parts, Path(named).parts
+    is_told = 0 < len(parts) < len(place) and place[-len(parts) :] == parts
+    return Path(*place[: -len(parts)]) if is_told else Path()
+
+
 def name_of_folder(run_dir: Path) -> str:
     """Return the name of a run that a command makes in a folder: the folder's, as far as `run.name` can hold it."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", run_dir.absolute().name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from configs.commands import typed_path
 from configs.errors import InputError, MachineError
 from configs.path_text import require_folder
-from configs.paths import chain_file, config_file, incarnation_file, own_data_folder, stop_file
+from configs.paths import chain_file, config_file, incarnation_file, own_data_folder, started_in, stop_file
 from configs.saved import saved_values
 from launch.runs import RunSummary, find_runs, is_run_folder, reported_end, size_and_time, summarize_run
 from launch.slurm.record import find_jobs, read_chain
@@ -180,9 +180,6 @@ def _data_of(run_dir: Path) -> Path:
     named, own_name = values.get("data", {}).get("dir"), values.get("run", {}).get("dir")
     if not named:
         return own_data_folder(run_dir).resolve()
-    data, run_path = Path(os.path.expandvars(str(named))).expanduser(), Path(str(own_name))
-    resolved = run_dir.resolve()
-    if resolved.parts[-len(run_path.parts) :] == run_path.parts:
-        there = Path(*resolved.parts[: -len(run_path.parts)]) / data
-        data = there if there.exists() else data
-    return data.resolve()
+    data = Path(os.path.expandvars(str(named))).expanduser()
+    there = started_in(run_dir, named=str(own_name)) / data
+    return (there if there.exists() else data).resolve()

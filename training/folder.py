@@ -20,6 +20,7 @@ from configs.paths import (
     logs_folder,
     rollbacks_file,
     run_folder,
+    started_in,
 )
 from configs.schema import RunConfig, Train
 from configs.strict_yaml import as_yaml
@@ -101,9 +102,12 @@ def _has_trained(run_dir: Path) -> bool:
 def with_fixed_branch(config: RunConfig, *, first: RunConfig) -> RunConfig:
     """Return the run with the checkpoint of `train.branch_from` that its first start took from the same run folder."""
     given, fixed = config.train.branch_from, first.train.branch_from
-    if given is None or fixed is None or Path(given).resolve() != Path(fixed).resolve().parent.parent:
+    if given is None or fixed is None:
         return config
-    return _with_train(config, branch_from=fixed)
+    there = started_in(run_folder(config), named=first.run.dir) / fixed
+    if Path(given) != Path(fixed).parent.parent and Path(given).resolve() != there.resolve().parent.parent:
+        return config
+    return _with_train(config, branch_from=fixed if Path(fixed).resolve() == there.resolve() else str(there))
 
 
 def _with_train(config: RunConfig, **keys: Any) -> RunConfig:
@@ -196,7 +200,12 @@ def refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path, traine
     changed = [key for key in before if before[key] != now.get(key) and not key.startswith(MAY_CHANGE)]
     if any(key in _DATA_KEYS for key in changed) and _is_same_data(first, config):
         changed = [key for key in changed if key not in _DATA_KEYS]
-    changed = [key for key in changed if key not in _CHECKPOINT_KEYS or _absolute(before[key]) != _absolute(now[key])]
+    there = started_in(run_dir, named=first.run.dir)
+    changed = [
+        key
+        for key in changed
+        if key not in _CHECKPOINT_KEYS or _absolute(before[key], there) != _absolute(now[key], Path())
+    ]
     step = first_changed_step(first.train, config.train)
     if step is None or step > trained:
         changed = [key for key in changed if key not in _SCHEDULE_KEYS]
@@ -231,8 +240,8 @@ def _is_same_data(first: RunConfig, config: RunConfig) -> bool:
     return same_inputs(folders[1], first.data, config.data) and same_content(*folders)
 
 
-def _absolute(path: str | None) -> Path | None:
-    return None if path is None else Path(path).resolve()
+def _absolute(path: str | None, folder: Path) -> Path | None:
+    return None if path is None else (folder / path).resolve()
 
 
 def with_dotted_keys(value: Any, *, prefix: str = "") -> dict[str, Any]:

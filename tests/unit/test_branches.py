@@ -1,5 +1,6 @@
 """Runs that branch off: they go on exactly as the run whose checkpoint they continue, and refuse what would not."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def ready(rank: OneRank, run_dir: Path, *more: str) -> RunConfig:
     return make_ready(rank.config(run_dir, *more), world_size=1, device="cpu").config
 
 
-def test_a_trunks_broken_checkpoint_is_skipped_with_a_warning(
+def test_skipping_a_broken_checkpoint_of_a_trunk_is_a_warning(
     rank: OneRank, trunk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy, config = tmp_path / "trunk", rank.config(tmp_path / "run", f"train.branch_from={tmp_path / 'trunk'}")
@@ -129,6 +130,25 @@ def test_a_trunks_broken_checkpoint_is_skipped_with_a_warning(
         assert len(caplog.messages) == warn
     assert caplog.messages[0].startswith(f"checkpoint {newest} has a broken manifest.json (")
     assert caplog.messages[0].endswith(f"; it is skipped, and {before.name} is used instead")
+
+
+def test_relative_checkpoints_begin_where_the_run_was_started(rank: OneRank, trunk: Path, tmp_path: Path) -> None:
+    home, away = tmp_path / "home", tmp_path / "away"
+    away.mkdir()
+    shutil.copytree(trunk, home / "trunk")
+    point = Path("trunk", "checkpoints", f"step_{AT:07d}")
+    for key, given in (("branch_from", "trunk"), ("branch_from", point), ("init_from", point)):
+        run_dir = Path("runs", f"{key}-{Path(given).name}")
+        with contextlib.chdir(home):
+            rank.start(run_dir, f"train.{key}={point}", KEPT)
+        with contextlib.chdir(away):
+            for again in (given, home / given):  # as it was typed, and as it is named from here
+                config = rank.config(home / run_dir, f"train.{key}={again}", "train.decay_steps=4", "train.steps=4")
+                fixed = getattr(with_fixed_keys(config, run_dir=home / run_dir).train, key)
+                assert Path(home, fixed) == home / point, (key, again)
+            config = rank.config(home / run_dir, f"train.{key}={away}", "train.decay_steps=4", "train.steps=4")
+            with pytest.raises(InputError, match=f"train.{key} was '{point}', is '{away}': set the old values"):
+                with_fixed_keys(config, run_dir=home / run_dir)
 
 
 def refused(rank: OneRank, run_dir: Path, *more: str) -> str:
