@@ -47,8 +47,8 @@ DIVERGENCE_MUTANTS = (
     Mutant(
         "divergence: a start knows nothing of the rollbacks before",
         TRAINER,
-        "broadcast_from_first(lambda: (rollbacks_of(run_dir), read_rollbacks(run_dir)), group=world)",
-        "(rollbacks_of(run_dir) if self.start.step < 3 else [], [])",
+        "broadcast_from_first(partial(inherited_and_own, run_dir), group=world)",
+        "inherited_and_own(run_dir) if self.start.step < 3 else ([], [])",
         BY_KILL,
     ),
     Mutant(

@@ -38,7 +38,7 @@ SCHEDULE_MUTANTS = (
     Mutant(
         "branches: the newest checkpoint of a run folder at each start",
         "training/folder.py",
-        "return _with_train(config, branch_from=fixed)",
+        "return _with_train(config, branch_from=fixed if Path(fixed).resolve() == there.resolve() else str(there))",
         "return config",
         BRANCHES + "test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start",
     ),
@@ -87,8 +87,8 @@ SCHEDULE_MUTANTS = (
     Mutant(
         "lengths: one step too many is short",
         "configs/step_sizes.py",
-        "if step <= ends:",
-        "if step <= ends + 1:",
+        "if step <= end)",
+        "if step <= end + 1)",
         BY_PIECES,
     ),
     Mutant(
