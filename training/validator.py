@@ -65,7 +65,10 @@ class Validator:
         return {sources[part].path: ids[parts == part] for part in np.unique(parts)}
 
     def _loss(self, samples: Samples, ids: NDArray[np.int64], *, length: int) -> float:
-        """Return the mean loss of samples that are cut into pieces of a length; a forward pass has no more tokens."""
+        """Return the mean loss of samples that are cut into pieces of a length.
+
+        A forward pass has as many tokens as in training, or one piece.
+        """
         tokens = self._config.train.micro_batch * self._config.data.sequence_length
         parts = held_out_parts(
             samples,

@@ -107,6 +107,7 @@ def test_commands_show_each_length_and_source(validated: Path, trainshort: Call)
         assert f'aria-label="{chart}"' in page
     shutil.copytree(validated, validated.with_name("second"))
     trainshort("report", str(validated), "second", "--out", "both.html")
+    assert "on one text; solid: 64 tokens, dashed: 128 tokens" in Path("both.html").read_text()
     drawn = re.findall(
         r'data-run="(\d)"[^>]*data-label="(?:run|second)[^"]*, (64|128) tokens"', Path("both.html").read_text()
     )

@@ -197,6 +197,8 @@ def _validations_chart(
     losses = [y for each in series for _, y in each.points]
     if not losses:
         return None
+    if several:  # their legend is that of the runs
+        facts += "; " + ", ".join(f"{line}: {name}" for line, name in zip(DASHES, names.values(), strict=False))
     return Chart(
         title=title,
         facts=f"nats per token, {facts}",
