@@ -10,7 +10,7 @@ from configs.schema import RunConfig
 from data_pipeline.indexed import read_index
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.manifest_file import Part
-from data_pipeline.order import held_out_ids, shares
+from data_pipeline.order import held_out_ids, parts_of, shares
 from data_pipeline.split import held_out_sequences, training_sequences
 
 
@@ -32,7 +32,7 @@ def load_trainable(config: RunConfig, *, folder: Path) -> Prepared:
         key = "data.sequence_length" if longest == data.sequence_length else "evaluate.validation_lengths"
         counts = sample_counts(prepared, sequence_length=longest, split=data.split, held_out=True, key=key)
         if config.evaluate.by_source:
-            _check_sources(config, counts)
+            _check_sources(config, prepared, counts)
     return prepared
 
 
@@ -95,10 +95,9 @@ def _too_short(subject: str, tokens: int, sequence_length: int, held_out: bool, 
     )
 
 
-def _check_sources(config: RunConfig, counts: tuple[int, ...]) -> None:
-    weights = tuple(source.weight or 0.0 for source in config.data.sources)
-    ids = held_out_ids(counts, weights=weights, count=config.evaluate.samples)
-    measured = {*np.searchsorted(np.cumsum(counts), ids, side="right").tolist()}
+def _check_sources(config: RunConfig, prepared: Prepared, counts: tuple[int, ...]) -> None:
+    ids = held_out_ids(counts, weights=prepared.weights, count=config.evaluate.samples)
+    measured = {*parts_of(ids, counts).tolist()}
     if others := [source.path for number, source in enumerate(config.data.sources) if number not in measured]:
         raise InputError(
             f"evaluate.by_source is true, but none of the {len(ids)} sequences of a validation is of "

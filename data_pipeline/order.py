@@ -1,5 +1,6 @@
 """The order of samples: position in an endless stream -> sample id, the same for any number of ranks."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -90,6 +91,11 @@ def held_out_ids(sizes: tuple[int, ...], *, weights: tuple[float, ...] | None, c
     """
     # not simply the first samples: with weights, each source must have its share
     return SampleOrder(seed=HELD_OUT_SEED, sizes=sizes, weights=weights).distinct_ids(count)
+
+
+def parts_of(ids: Sequence[int] | NDArray[np.int64], sizes: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return the number of the source that each sample is from, [len(ids)], by the samples of each source."""
+    return np.searchsorted(np.cumsum(sizes), ids, side="right")
 
 
 def shares(weights: tuple[float, ...], *, total: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from data_pipeline.counts import chosen_sequences, sample_counts
 from data_pipeline.documents import document_begins
 from data_pipeline.manifest import Prepared
 from data_pipeline.manifest_file import Part
-from data_pipeline.order import HELD_OUT_SEED
+from data_pipeline.order import HELD_OUT_SEED, parts_of
 
 with warnings.catch_warnings():
     # megatron-core warns that optional GPU libraries are missing; reading tokens needs none
@@ -62,10 +62,6 @@ class Samples:
     def __len__(self) -> int:
         return sum(self.sizes)
 
-    def parts_of(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the number of the part that each sample is from, [len(ids)]."""
-        return np.searchsorted(self._ends, ids, side="right")
-
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return samples, [len(ids), sequence_length + 1], int64: inputs are [:, :-1] and targets [:, 1:].
 
@@ -77,7 +73,7 @@ class Samples:
         """
         # without documents there is one row: a view of two would not be copied to a GPU without waiting
         rows = np.empty((len(ids), 1 if self._end is None else 2, self.sequence_length + 1), np.int64)
-        for row, sample, part in zip(rows, ids, self.parts_of(ids), strict=True):
+        for row, sample, part in zip(rows, ids, parts_of(ids, self.sizes), strict=True):
             dataset = self._datasets[part]
             assert dataset is not None, f"there is no sample {sample}"
             number = int(sample) - int(self._ends[part]) + self.sizes[part]

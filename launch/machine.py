@@ -121,7 +121,7 @@ def _visible_gpus(environ: Mapping[str, str]) -> list[list[str]]:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return []
-    gpus = [line.split(", ", 3) for line in done.stdout.splitlines()]
+    gpus = [gpu for line in done.stdout.splitlines() if len(gpu := line.split(", ", 3)) == 4]  # else it is a message
     if (visible := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         kind, chosen = _visible_entries(visible, present=len(gpus))
         if kind:

@@ -135,7 +135,9 @@ class Pace:
     def _validation_seconds(self) -> float:
         if self._validations:
             return _mean(self._validations[1:] or self._validations)  # in the first kernels are compiled
-        cost = sum(map(self._cost, self._config.validation_lengths))  # each has as many tokens
+        lengths = self._config.validation_lengths
+        longer = max(lengths) / self._config.data.sequence_length  # each length has the tokens of the longest samples
+        cost = longer * sum(map(self._cost, lengths))
         return self.sample_seconds * FORWARD_SHARE * self._config.evaluate.samples * cost
 
     def spent(self) -> Spent:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from configs.schema import RunConfig
 from data_pipeline.loader import held_out_parts
-from data_pipeline.order import held_out_ids
+from data_pipeline.order import held_out_ids, parts_of
 from data_pipeline.samples import Samples
 from parallel.axes import Group
 from parallel.engine import Engine
@@ -61,7 +61,7 @@ class Validator:
 
     def _sources(self, samples: Samples, ids: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Return the samples of each source that has some; with weights each source is a part of the data."""
-        parts, sources = samples.parts_of(ids), self._config.data.sources
+        parts, sources = parts_of(ids, samples.sizes), self._config.data.sources
         return {sources[part].path: ids[parts == part] for part in np.unique(parts)}
 
     def _loss(self, samples: Samples, ids: NDArray[np.int64], *, length: int) -> float:

@@ -136,6 +136,8 @@ def test_relative_checkpoints_begin_where_the_run_was_started(rank: OneRank, tru
     home, away = tmp_path / "home", tmp_path / "away"
     away.mkdir()
     shutil.copytree(trunk, home / "trunk")
+    (tmp_path / "scratch").mkdir()
+    (home / "runs").symlink_to(tmp_path / "scratch")  # a run was started where its link is
     point = Path("trunk", "checkpoints", f"step_{AT:07d}")
     for key, given in (("branch_from", "trunk"), ("branch_from", point), ("init_from", point)):
         run_dir = Path("runs", f"{key}-{Path(given).name}")

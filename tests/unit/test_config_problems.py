@@ -49,7 +49,7 @@ MISTAKES = {
     "a number out of range": ({"data": {"vocab_size": 3}}, "data.vocab_size: must be greater than or equal to 300"),
     "a word that is none": ({"model": {"position": "alibbi"}}, "model.position: must be 'alibi'"),
     "a list that is none": ({"evaluate": {"lengths": 64}}, "evaluate.lengths must be a list, got 64: write [64]"),
-    "null for a list": ({"slurm": {"setup": None}}, "slurm.setup must be a list, got None: write []"),
+    "null for a list": ({"slurm": {"setup": None}}, "slurm.setup must be a list, got null: write []"),
     "an unknown section": ({"optimizer": {"lr": 1}}, "unknown key optimizer: did you mean train.optimizer?"),
     "a section that is a number": ({"checkpoint": 3}, "checkpoint: must be a section of keys, got 3"),
     "a variable that is not set": ({"data": {"dir": "$NOT_SET_HERE/x"}}, "data.dir is '$NOT_SET_HERE/x', but the"),

@@ -109,6 +109,8 @@ def test_memory_is_that_of_the_gpus_that_may_be_seen(monkeypatch: pytest.MonkeyP
     assert seen(2, CUDA_VISIBLE_DEVICES="0") == (small[0], large[1]), "which one that is, CUDA alone knows"
     assert seen(3) == seen(3, CUDA_VISIBLE_DEVICES="MIG-dd4") == seen(0) == (None, None)
     assert seen(2, CUDA_VISIBLE_DEVICES="MIG-dd4") == (None, None)
+    lines = ["No devices were found"]
+    assert seen(1) == (None, None)
 
 
 def test_a_host_name_that_does_not_resolve_is_reported(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,7 @@ def loaded(position: str, scale: str | None, *, precision: str = "fp32") -> Sing
         config=SimpleNamespace(
             model=model_of(position), data=SimpleNamespace(sequence_length=TRAINED, mask_documents=False)
         ),
+        train_length=TRAINED,
         vocab_size=VOCABULARY,
         slice=lambda shard, *, kind, part: weights[shard.name].detach().clone(),
     )

@@ -51,7 +51,7 @@ def test_axes_hold_the_largest_and_the_smallest_numbers() -> None:
 
 @pytest.mark.parametrize("trained", [2, 8, 1000])
 def test_the_distances_of_a_bias_are_whole(trained: int) -> None:
-    chart = bias_chart(check_run(small_run(ONE_RANK, {"data": {"sequence_length": trained}}), name="a run"))
+    chart = bias_chart(check_run(small_run(ONE_RANK), name="a run").model, trained=trained)
     assert chart is not None
     ticks = chart.x.ticks
     assert {1, trained} <= {*ticks}

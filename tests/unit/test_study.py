@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -219,6 +220,22 @@ def test_a_text_that_was_changed_is_evaluated_again(study: Run, files: StudyFile
     assert "has no results of rotary-seed1 on other.txt at all" in refused(trainshort, "study", "study.yaml")
     other.unlink()  # on another machine, where the text is missing too
     assert study("--only", "rotary", texts=texts).out
+
+
+def test_a_tokenizer_may_change_a_text(study: Run, files: StudyFiles) -> None:
+    other, texts = Path("other.txt"), ["held-out", "other.txt"]
+    other.write_text("a text")
+    study("--only", "rotary", texts=texts)
+    spelled = hashlib.sha256(b"a text").hexdigest(), hashlib.sha256(b"A TEXT").hexdigest()
+    for file in (ROWS, *Path("study/rotary-seed1/evaluation").rglob("*.json")):
+        file.write_text(file.read_text().replace(*spelled).replace("/texts/other.txt", str(other.resolve())))
+    os.utime(other, (0, 0))
+    files.calls.clear()
+    study("--only", "rotary", texts=texts)
+    ROWS.unlink()
+    study("--only", "rotary", texts=texts)
+    assert files.calls == []
+    assert spelled[1] in ROWS.read_text()
 
 
 def test_a_report_of_other_weights_is_no_result(study: Run, files: StudyFiles) -> None:

@@ -10,7 +10,7 @@ import torch
 from mlflow.utils.validation import validate_param_and_metric_name
 
 from configs.errors import InputError
-from data_pipeline.order import held_out_ids
+from data_pipeline.order import held_out_ids, parts_of
 from data_pipeline.samples import open_samples
 from launch.watch import RunWatcher
 from tests.support.command_line import Call
@@ -38,7 +38,7 @@ def test_a_run_measures_lengths_and_sources_on_one_text(tmp_path: Path) -> None:
             return rank.engine.mean_loss([rows[:, n : n + length + 1] for n in range(0, 32, length)])
 
         expected = {length: mean_loss(rows, length=length) for length in (4, 8, 32)}
-        parts = torch.from_numpy(samples.parts_of(ids))
+        parts = torch.from_numpy(parts_of(ids, samples.sizes))
         by_source = {path: mean_loss(rows[parts == part], length=8) for part, path in enumerate(paths)}
     first, second = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert not [field for field in first if field.startswith("validation")]
@@ -53,7 +53,7 @@ def test_what_mlflow_refuses_is_no_part_of_a_name() -> None:
     assert tracked_name("validation_loss_at_2048") == "validation/loss_at_2048"
     assert tracked_name("validation_loss_of_a.txt") == "validation/loss_of_a.txt"
     assert name_over_tokens("validation_loss_at_2048") == "by_tokens/validation_loss_at_2048"
-    assert name_over_tokens("validation_seconds") is None
+    assert [name_over_tokens(field) for field in ("validation_seconds", "loss_scale")] == [None, None]
     names = [
         tracked_name(f"validation_loss_of_{source}") for source in ("a/*.txt", "a_*.txt", "x" * 4000, "y" + "x" * 4000)
     ]
@@ -101,6 +101,13 @@ def test_commands_show_each_length_and_source(validated: Path, trainshort: Call)
     rows = [line.split() for line in trainshort("compare", str(validated)).out.splitlines()]
     assert ["at", "64", "tokens", "3.8500"] in rows
     assert ["of", "b.txt", "4.1000"] in rows
+    steps = (validated / "metrics.jsonl").read_text().splitlines()
+    last = {field: value for field, value in json.loads(steps[-1]).items() if field != "validation_loss_at_64"}
+    (validated / "metrics.jsonl").write_text("\n".join([*steps[:-1], json.dumps(last), ""]))
+    shown = trainshort("compare", str(validated)).out
+    assert "at 128 tokens" in shown
+    assert "at 64 tokens" not in shown, "the last validation did not measure it"
+    (validated / "metrics.jsonl").write_text("\n".join([*steps, ""]))
     trainshort("report", str(validated))
     page = (validated / "report.html").read_text()
     for chart in ("Extrapolation during training: 64 tokens, 128 tokens", "Validation by source: a.txt, b.txt"):

@@ -17,11 +17,7 @@ LENGTH = 8
 class HeldOut:
     """Samples that repeat a token, whose loss is its id."""
 
-    sizes, weights, names, sequence_length = (9, 4), (1.0, 3.0), ("a", "b"), LENGTH
-
-    def parts_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return [ids]."""
-        return np.asarray(ids >= self.sizes[0], np.int64)
+    sizes, weights, sequence_length = (9, 4), (1.0, 3.0), LENGTH
 
     def read(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return [ids, LENGTH + 1]."""

@@ -93,10 +93,10 @@ class ComparedRun:
         """Whether its model was trained elsewhere: it has no held-out text, and its run file's steps say nothing."""
         return self.manifest is not None and self.manifest.step == 0
 
-    def _last(self, fields: Mapping[_Key, str]) -> dict[_Key, float]:
-        """Return the last values of fields of steps that have some, by what they are of."""
-        known = {key: self.steps.known(field) for key, field in fields.items()}
-        return {key: values[-1] for key, values in known.items() if values}
+    def _validated(self, fields: Mapping[_Key, str]) -> dict[_Key, float]:
+        """Return what the last validation measured of some fields, by what they are of."""
+        *_, last = ((), *(step for step in self.steps.rows("validation_loss", *fields.values()) if step[0] is not None))
+        return {key: loss for key, loss in zip(fields, last[1:], strict=False) if loss is not None}
 
     @property
     def evaluate_command(self) -> str:
@@ -119,8 +119,8 @@ class ComparedRun:
             "best_loss": min(losses, default=None),
             "validation_loss": validations[-1] if validations else None,
             "best_validation_loss": min(validations, default=None),
-            "validation_by_length": self._last(fields_by_length(self.steps.fields)),
-            "validation_by_source": self._last(fields_by_source(self.steps.fields)),
+            "validation_by_length": self._validated(fields_by_length(self.steps.fields)),
+            "validation_by_source": self._validated(fields_by_source(self.steps.fields)),
             "tokens_per_second": _median(self.steps.known("tokens_per_second")),
             "model_flops_utilization": _median(self.steps.known("model_flops_utilization")),
             "memory_gb": max(self.steps.known("memory_gb"), default=None),

@@ -186,7 +186,12 @@ def _validations_chart(
     by: str,
 ) -> Chart | None:
     """Return a chart of some curves of each run: those of one run differ in colour, those of several in dashes."""
-    several, places = len(runs) > 1, {key: place for place, key in enumerate(names)}
+    if several := len(runs) > 1:  # the legend is that of the runs
+        drawn = dict(zip(names, DASHES, strict=False))
+        facts += f"; {', '.join(f'{line}: {names[key]}' for key, line in drawn.items())}"
+        facts += f"; {len(names) - len(drawn)} more are not drawn" if len(drawn) < len(names) else ""
+        curves = [{key: points for key, points in of_run.items() if key in drawn} for of_run in curves]
+    places = {key: place for place, key in enumerate(names)}
     series = []
     for (number, run), of_run in zip(runs, curves, strict=True):
         for key, points in of_run.items():
@@ -197,8 +202,6 @@ def _validations_chart(
     losses = [y for each in series for _, y in each.points]
     if not losses:
         return None
-    if several:  # their legend is that of the runs
-        facts += "; " + ", ".join(f"{line}: {name}" for line, name in zip(DASHES, names.values(), strict=False))
     return Chart(
         title=title,
         facts=f"nats per token, {facts}",

@@ -5,7 +5,7 @@ A run whose configuration has changed since it began is refused, whether it is f
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import mul
 from pathlib import Path
@@ -88,7 +88,7 @@ class ProgressReader:
         """
         run_dir, step = run_folder(planned.config), 0
         self._refuse_changes(planned, row)
-        missing = self._missing_texts(planned, [] if row is None else row.results)
+        missing = self._missing_texts(planned, [] if row is None else self._results_in(row))
         stage: Stage = "train"
         if row is not None and not missing:
             stage = "finished"
@@ -117,22 +117,34 @@ class ProgressReader:
             if path is not None:
                 with suppress(InputError):  # a broken one is moved aside by the next evaluation
                     report = read_report(path)
-            if report is not None and manifest and report.get("weights_sha256") == model_sha256(manifest):
+            if report is None or self._is_outdated(text, report.get("text_sha256"), measured=report["date"]):
+                continue
+            if manifest and report.get("weights_sha256") == model_sha256(manifest):
                 results += [_row_result(result, report=report, text=text) for result in report["results"]]
         return results
 
     def _wanted_text(self, text: str) -> WantedText:
         if text not in self._wanted:
-            wanted = WantedText.of(text)  # reads the whole file
-            # where the file is here, by its content alone: what it held before is another text
-            self._wanted[text] = wanted if wanted.sha256 is None else replace(wanted, name="")
+            self._wanted[text] = WantedText.of(text)  # reads the whole file
         return self._wanted[text]
 
-    def _is_of(self, result: Mapping[str, Any], text: str) -> bool:
-        """Return whether a result is of a text, as far as that is known here."""
-        if result["text"] != text_key(text):
+    def _is_outdated(self, text: str, sha256: str | None, *, measured: str) -> bool:
+        """Return whether a result is of what the file of a text held before it was changed.
+
+        A tokenizer that changes text gives it another hash than the file's, so the file must be newer than the result
+        too.
+        """
+        if text == HELD_OUT_TEXT or self._wanted_text(text).sha256 in (None, sha256):
             return False
-        return text == HELD_OUT_TEXT or self._wanted_text(text).sha256 in (None, result["text_sha256"])
+        return datetime.fromtimestamp(Path(text).stat().st_mtime, UTC) > datetime.fromisoformat(measured)
+
+    def _results_in(self, row: StudyRow) -> list[dict[str, Any]]:
+        """Return the results of a row that are of the texts as they are now."""
+        texts = {text_key(text): text for text in self._loaded.study.texts}
+        known = [(each, texts[each["text"]]) for each in row.results if each["text"] in texts]
+        return [
+            each for each, text in known if not self._is_outdated(text, each["text_sha256"], measured=row.finished_at)
+        ]
 
     def _missing_texts(self, planned: PlannedRun, results: Sequence[Mapping[str, Any]]) -> list[str]:
         config = planned.config
@@ -140,7 +152,7 @@ class ProgressReader:
         return [
             text
             for text in self._loaded.study.texts
-            if wanted - {(each["protocol"], each["length"]) for each in results if self._is_of(each, text)}
+            if wanted - {(each["protocol"], each["length"]) for each in results if each["text"] == text_key(text)}
         ]
 
     def _refuse_changes(self, planned: PlannedRun, row: StudyRow | None) -> None:

@@ -57,8 +57,9 @@ def name_over_tokens(field: str) -> str | None:
     MLflow then draws it over tokens, and runs with other batches compare. Any metric is drawn over tokens if
     `train/tokens_seen` is chosen as the X-axis of its chart.
     """
-    group, _, name = tracked_name(field).partition("/")
-    return f"by_tokens/{group}_{name}" if name.startswith("loss") and group in ("train", "validation") else None
+    if field not in ("loss", "validation_loss") and not field.startswith(PREFIX):
+        return None
+    return f"by_tokens/{tracked_name(field).replace('/', '_')}"
 
 
 def _allowed(name: str) -> str:
