@@ -244,7 +244,8 @@ class RunWatcher:
         # In the background only the last save, or that of a stop, is without a sign: no pause before it tells how long.
         in_background = self._config is not None and self._config.checkpoint.background
         least = QUIET_STARTING_SECONDS if in_background else QUIET_SECONDS
-        return max(least, QUIET_STEPS * pace.step_seconds, QUIET_PAUSES * self._metrics.longest_pause)
+        pause = max(self._metrics.longest_pause, pace.validation_seconds)  # the first validation is not known yet
+        return max(least, QUIET_STEPS * pace.step_seconds, QUIET_PAUSES * pause)
 
     def _refuse_others(self) -> None:
         path = self._run_dir

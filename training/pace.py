@@ -116,7 +116,7 @@ class Pace:
         saves = -(-steps // saves_every) - max(0, unsaved) // saves_every
         return (
             self._work(step, steps) * self.sample_seconds
-            + validations * self._validation_seconds
+            + validations * self.validation_seconds
             + saves * (_mean(self._saves) if self._saves else 0.0)
         )
 
@@ -132,7 +132,10 @@ class Pace:
         return count(length=length) / count(length=data.sequence_length)
 
     @property
-    def _validation_seconds(self) -> float:
+    def validation_seconds(self) -> float:
+        """Time that a validation is expected to take; 0 if the run has none."""
+        if not self._config.evaluate.every:
+            return 0.0
         if self._validations:
             return _mean(self._validations[1:] or self._validations)  # in the first kernels are compiled
         lengths = self._config.validation_lengths

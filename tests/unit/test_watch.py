@@ -247,6 +247,15 @@ def test_the_last_save_of_the_background_may_take_long(
     assert RunWatcher(run_dir).look().state == state
 
 
+@pytest.mark.parametrize(("samples", "state"), [(64, "silent"), (100_000, "running")])
+def test_the_first_validation_may_take_long(tmp_path: Path, samples: int, state: str) -> None:
+    keys = (f"evaluate.samples={samples}", "evaluate.every=40", "data.split=0.1")
+    run_dir = start_run(make_run(tmp_path / "my", *keys, steps=100, saved=(20,)), **ELSEWHERE)
+    write_steps(run_dir, 1, 39, step_seconds=0.1)
+    make_old(run_dir, seconds=200.0)
+    assert RunWatcher(run_dir).look().state == state
+
+
 def test_a_run_before_its_first_step_shows_its_log(tmp_path: Path) -> None:
     run_dir = tmp_path / "my"
     run_dir.mkdir()
