@@ -36,7 +36,7 @@ WRONG = {
     "evaluate run.yaml": "checkpoint run.yaml is a file: ",
     "evaluate #": "data is not prepared in ",
     "evaluate # --data no.txt": "data source no.txt does not exist: ",
-    "evaluate # --data empty": "data source empty is a folder: ",
+    "evaluate # --data empty": "evaluation text empty is a folder: ",
     "evaluate # --data table.csv": "data source table.csv is a table: ",
     "evaluate # --protocol rolling": "protocol 'rolling' is not known: ",
     "evaluate # --protocol sliding:9 --lengths 8,16": "protocol sliding:9 moves further than its window of 8 tokens",
