@@ -22,7 +22,6 @@ MORE = (
     "model.hidden=256",
     "model.heads=4",
     f"data.sequence_length={LENGTH}",
-    "evaluate.validation_lengths=[]",
     f"data.vocab_size={VOCABULARY}",
     "train.micro_batch=1",
     "train.global_batch=4",

@@ -12,17 +12,15 @@ from training.model.proof.attention_weights import dtype_of
 
 LAYOUTS = [
     {"tensor": 2, "pipeline": 1, "zero": 1},
-    {"tensor": 2, "pipeline": 2, "zero": 1},
     {"tensor": 2, "pipeline": 1, "zero": 2, "sequence": True},
     {"tensor": 2, "pipeline": 2, "zero": 1, "sequence": True},
-    {"tensor": 1, "pipeline": 2, "zero": 1},
     {"tensor": 1, "pipeline": 2, "zero": 1, "offload": "cpu"},
     {"tensor": 1, "pipeline": 1, "zero": 1},
     {"tensor": 1, "pipeline": 1, "zero": 2},
     {"tensor": 1, "pipeline": 1, "zero": 3},
     {"tensor": 1, "pipeline": 1, "zero": 3, "offload": "cpu"},
 ]
-FP16_LAYOUTS = [LAYOUTS[index] for index in (3, 5, 7, 8)]  # stages and a split sequence, offload, ZeRO 2 and 3
+FP16_LAYOUTS = [LAYOUTS[index] for index in (2, 3, 5, 6)]  # stages and a split sequence, offload, ZeRO 2 and 3
 RANKS = 4  # without stages and tensor ranks one micro-batch each, so that only the data ranks' sum can round
 BY_PRECISION = {"fp32": LAYOUTS[:1], "bf16": LAYOUTS, "fp16": FP16_LAYOUTS}
 EXACT = name_of(LAYOUTS[0], ranks=RANKS)

@@ -44,8 +44,7 @@ LONG = 768  # more than the keys that the CPU's kernel takes in any case
 DIFFERENCE: Values = {
     "model": {"init_std": 0.08, "embedding_init_std": 0.08},
     "data": {"vocab_size": VOCABULARY},
-    # 3 samples, and 9 pieces of them: no number of ranks and no micro-batch divides them
-    "evaluate": {"every": 1, "samples": 3, "validation_lengths": [3 * SMALL["data"]["sequence_length"]]},
+    "evaluate": {"every": 1, "samples": 3},
     "train": {"clip": 0.3},  # below the norms seen, so that wrong clipping shows in the losses
 }
 
@@ -133,7 +132,10 @@ def train_layouts(
     trained = []
     for number, keys in enumerate(layouts):
         start_again(process, number=number)
-        config = config_of(keys, run_dir=folder / name_of(keys, ranks=process.world_size), more=more)
+        # 3 samples of a validation, and 9 pieces of them: no number of ranks and no micro-batch divides them
+        lengths = f"evaluate.validation_lengths=[{3 * LENGTH}]"
+        run_dir = folder / name_of(keys, ranks=process.world_size)
+        config = config_of(keys, run_dir=run_dir, more=(*more, lengths))
         trained.append(train_one(process, config, steps=steps, tokenizer=tokenizer, start_from=start_from))
     return trained
 
