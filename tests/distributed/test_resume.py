@@ -51,7 +51,6 @@ def collectives_of(process: ProcessRank, *, runs: list[list[str]]) -> list[list[
 
 LAYOUTS = {
     "t2p2z1": (["parallel.tensor=2", "parallel.pipeline=2", "parallel.zero=1"], 4),
-    "t1p1z2": (["parallel.tensor=1", "parallel.pipeline=1", "parallel.zero=2"], 2),
     "t1p1z3": (["parallel.tensor=1", "parallel.pipeline=1", "parallel.zero=3"], 2),
     "t2p1z0": (["parallel.tensor=2", "parallel.pipeline=1", "parallel.zero=0"], 2),
     "t1p2z1-bf16": (["parallel.tensor=1", "parallel.pipeline=2", "parallel.zero=1", "train.precision=bf16"], 2),
