@@ -3,7 +3,7 @@
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 _STEPS_AT_ONCE = 1024
@@ -30,8 +30,9 @@ class StepColumns:
         rest = iter(steps)
         while some := [*islice(rest, _STEPS_AT_ONCE)]:
             before = len(self)
-            for name in dict.fromkeys(name for step in some for name in step if prefix and name.startswith(prefix)):
-                self._columns.setdefault(name, array("d", [math.nan]) * before)
+            for name in dict.fromkeys(chain.from_iterable(some)) if prefix else ():
+                if name.startswith(prefix):
+                    self._columns.setdefault(name, array("d", [math.nan]) * before)
             for field, column in self._columns.items():
                 self._columns[field] = _extended(column, [step.get(field) for step in some])
 

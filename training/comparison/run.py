@@ -95,8 +95,9 @@ class ComparedRun:
 
     def _validated(self, fields: Mapping[_Key, str]) -> dict[_Key, float]:
         """Return what the last validation measured of some fields, by what they are of."""
-        *_, last = ((), *(step for step in self.steps.rows("validation_loss", *fields.values()) if step[0] is not None))
-        return {key: loss for key, loss in zip(fields, last[1:], strict=False) if loss is not None}
+        measured = [step for step in self.steps.rows("validation_loss", *fields.values()) if step[0] is not None]
+        losses = measured[-1][1:] if measured else (None,) * len(fields)
+        return {key: loss for key, loss in zip(fields, losses, strict=True) if loss is not None}
 
     @property
     def evaluate_command(self) -> str:

@@ -162,8 +162,9 @@ def _lengths_chart(runs: Runs, *, by: str) -> Chart | None:
 
 def _added(run: ComparedRun, field: str, *, by: str) -> Iterator[Point]:
     """Yield what a loss of each validation is above that at the training length."""
-    trained = dict(run.steps.points(by, "validation_loss"))
-    return ((x, loss - trained[x]) for x, loss in run.steps.points(by, field) if x in trained)
+    for x, trained, loss in run.steps.rows(by, "validation_loss", field):
+        if x is not None and trained is not None and loss is not None:
+            yield x, loss - trained
 
 
 def _sources_chart(runs: Runs, *, by: str) -> Chart | None:
