@@ -63,18 +63,33 @@ class OptimizerChoice(Choice):
 
     Attributes:
         moments: Tensors that it keeps per parameter in addition to the weight, named as in its state.
+        moments_of_matrices: Those of `moments` that it keeps of a block's weight matrix; all unless set.
     """
 
     moments: tuple[str, ...] = ()
+    moments_of_matrices: tuple[str, ...] | None = None
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
         """The tensors kept per parameter, in the order of a checkpoint's files: the weight, then the moments."""
         return ("weight", *self.moments)
 
+    def moments_of(self, *, is_matrix: bool) -> tuple[str, ...]:
+        """Return the moments of a block's weight matrix, or of another parameter."""
+        return self.moments if self.moments_of_matrices is None or not is_matrix else self.moments_of_matrices
 
+    def kinds_of(self, *, is_matrix: bool) -> tuple[str, ...]:
+        """Return those of `state_kinds` that are kept of a block's weight matrix, or of another parameter."""
+        return ("weight", *self.moments_of(is_matrix=is_matrix))
+
+
+_ADAM = ("exp_avg", "exp_avg_sq")
 OPTIMIZERS = {
-    row.name: row for row in (OptimizerChoice("adamw", "parallel.optimizers.adamw", moments=("exp_avg", "exp_avg_sq")),)
+    row.name: row
+    for row in (
+        OptimizerChoice("adamw", "parallel.optimizers.adamw", moments=_ADAM),
+        OptimizerChoice("muon", "parallel.optimizers.muon", moments=_ADAM, moments_of_matrices=("exp_avg",)),
+    )
 }
 
 

@@ -192,8 +192,9 @@ class Train(Section):
     min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="Learning rate after the fall.")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
         default=0.1,
-        description="AdamW decay of matrices and the embedding; norms, biases and learned positions do not decay.",
+        description="Decay of matrices and the embedding; norms, biases and learned positions do not decay.",
     )
+    momentum: Fraction = Field(default=0.95, description="Muon's momentum of matrices.")
     beta1: Fraction = Field(default=0.9, description="AdamW beta 1.")
     beta2: Fraction = Field(default=0.95, description="AdamW beta 2.")
     epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-8, description="AdamW epsilon.")
@@ -206,7 +207,9 @@ class Train(Section):
     precision: Annotated[str, OneOf(PRECISIONS)] = Field(
         default="fp32", description="Type of the forward and backward pass; tf32 is fp32 that a GPU multiplies faster."
     )
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(default="adamw", description="Optimizer.")
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(
+        default="adamw", description="Optimizer. muon is Muon for the matrices of blocks, and AdamW for the rest."
+    )
     compile: Literal["auto", "on", "triton", "off"] = Field(
         default="auto",
         description="Fuse what lies between the matrix products: `on` compiles it with torch.compile, auto does so on "

@@ -21,10 +21,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The axes of a layout; `grid` is DeepSpeed's description of them, None in a world of one."""
+    """The axes of a layout.
+
+    Attributes:
+        grid: DeepSpeed's description of the axes; None in a world of one.
+        stage: All ranks of this rank's pipeline stage, the tensor ranks of data rank 0 first; None unless the layout
+            asks for it.
+    """
 
     world: Group
     tensor: Group
     pipeline: Group
     data: Group
     grid: Any
+    stage: Group | None = None

@@ -36,7 +36,7 @@ def equalize_copies(state: State, *, groups: Groups) -> list[str]:
 def _equalize(state: State, names: Iterable[str], *, axis: str, group: Group) -> list[str]:
     if group.size == 1:
         return []
-    mine = {(name, kind): _digest(state.read(name, kind)) for name in names for kind in state.kinds}
+    mine = {(name, kind): _digest(state.read(name, kind)) for name in names for kind in state.kinds_of(name)}
     digests = all_gather_object(mine, group=group)
     differences = []
     for name, kind in sorted(set().union(*digests)):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configs.choices import OPTIMIZERS
+from configs.choices import OPTIMIZERS, OptimizerChoice
 from configs.precisions import PRECISIONS
 from configs.schema import Train
 from configs.slow_parts import timed
@@ -24,11 +24,13 @@ from parallel.axes import Group, Groups
 from parallel.documents import split_batch
 from parallel.engine import Engine, State, StepOutcome
 from parallel.gradients import add_from_now_on, add_no_more, adds_in_turn, patch_gradients, sum_tied_gradients
-from parallel.layout import Layout
+from parallel.layout import Layout, effective_zero
 from parallel.libraries import BackwardPass, NoopTimer, ReduceTiedGrads, deepspeed
+from parallel.muon import Muon
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_range
 from parallel.shards import declared
+from parallel.whole_matrices import WholeMatrices
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +66,7 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
         groups: Their process groups.
         seed: Seed of the initial weights; None to leave them unset, because a checkpoint will be loaded.
     """
-    optimizer = OPTIMIZERS[train.optimizer]
-    kinds = optimizer.state_kinds
+    row = OPTIMIZERS[train.optimizer]
     staged = isinstance(module, StagedModule)
     say = logger.info if groups.world.rank == 0 else logger.debug
     # DeepSpeed takes fp16 on the newest CPUs alone; the others compute it too.
@@ -73,16 +74,17 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
     with timed("built the engine", say=say), any_cpu, redirect_stdout(StringIO()):  # DeepSpeed prints its settings
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer.load()(module.parameters(), train=train),
+            optimizer=row.load()(module.parameters(), train=train),
             config=zero.deepspeed_config(train, layout=layout),
             mpu=None if staged else groups.grid,
             dist_init_required=False,
         )
-        zero.start_optimizer(engine, moments=kinds[1:])
+        zero.start_optimizer(engine, row=row)
         if PRECISIONS[train.precision].scales_loss:
             engine.optimizer._update_scale = lambda has_overflow: None  # it would say that the step is left out
         patch_gradients(engine, groups=groups, clip=train.clip)
-    state = ZeroState(engine, kinds=kinds)
+        _share_matrices(engine, train=train, layout=layout, groups=groups)
+    state = ZeroState(engine, row=row)
     if seed is not None:
         with timed(f"drew {state.held_weights:,} initial weights", say=say):
             state.draw_weights(seed=seed, tensor=groups.tensor)
@@ -91,13 +93,33 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
     return _PlainEngine(engine, state, data=groups.data)
 
 
+def _share_matrices(engine: Any, *, train: Train, layout: Layout, groups: Groups) -> None:
+    """Let Muon work on whole matrices: each rank of those that hold their parts on some."""
+    optimizer = zero.base_optimizer(engine)
+    if isinstance(optimizer, Muon):
+        holders = groups.stage if effective_zero(train, layout=layout) else groups.tensor
+        assert holders is not None, "the layout did not ask for the groups of the stages"
+        parts = zero.parts_of_matrices(engine, data=groups.data)
+        optimizer.on_whole_matrices = WholeMatrices(
+            parts, tensor=groups.tensor.size, group=holders, device=engine.device
+        )
+
+
 class ZeroState:
     """`State` of a DeepSpeed engine: reads gather ZeRO's shards, writes split into them."""
 
-    def __init__(self, engine: Any, *, kinds: tuple[str, ...]) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, *, row: OptimizerChoice) -> None:
+        self._engine, self._row = engine, row
         self.parameters = declared(engine.module)
-        self.kinds = kinds
+        self.kinds = row.state_kinds
+
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """Return those of `kinds` that are kept of a parameter."""
+        return self._row.kinds_of(is_matrix=self.parameters[name][1].is_matrix)
+
+    def check(self) -> None:
+        """Fail if the optimizer keeps other tensors than its row names."""
+        zero.require_moments(self._engine, row=self._row)
 
     def read(self, name: str, kind: str) -> Tensor:
         """Return this tensor rank's slice, fp32. A collective: all data ranks call it in one order."""
@@ -128,7 +150,7 @@ class ZeroState:
 class _ZeroEngine:
     """What both engines share."""
 
-    def __init__(self, engine: Any, state: State) -> None:
+    def __init__(self, engine: Any, state: ZeroState) -> None:
         self._engine, self._state = engine, state
         self.module: nn.Module = engine.module
         self._adds_in_turn = adds_in_turn(engine)
@@ -159,7 +181,7 @@ class _ZeroEngine:
         return bool(is_finite)
 
     def state(self) -> State:
-        zero.require_moments(self._engine, moments=self._state.kinds[1:])
+        self._state.check()
         return self._state
 
     def _step(self, micro_batches: Sequence[Tensor]) -> Tensor:
@@ -168,7 +190,7 @@ class _ZeroEngine:
 
 
 class _PlainEngine(_ZeroEngine):
-    def __init__(self, engine: Any, state: State, *, data: Group) -> None:
+    def __init__(self, engine: Any, state: ZeroState, *, data: Group) -> None:
         super().__init__(engine, state)
         self._data = data
 
@@ -206,7 +228,7 @@ class _PlainEngine(_ZeroEngine):
 
 
 class _PipelineEngine(_ZeroEngine):
-    def __init__(self, engine: Any, state: State, *, data: Group) -> None:
+    def __init__(self, engine: Any, state: ZeroState, *, data: Group) -> None:
         super().__init__(engine, state)
         engine.timers = NoopTimer()  # DeepSpeed's own keep two CUDA events per step for ever
         engine._INSTRUCTION_MAP = {

@@ -29,11 +29,15 @@ class State(Protocol):
 
     Attributes:
         parameters: This rank's parameters and their shards.
-        kinds: The tensors that training keeps per parameter: `weight`, then the optimizer's moments.
+        kinds: The kinds of tensors that training keeps per parameter: `weight`, then the optimizer's moments.
     """
 
     parameters: dict[str, tuple[nn.Parameter, Shard]]
     kinds: tuple[str, ...]
+
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """Return those of `kinds` that are kept of a parameter; the optimizer may have fewer moments of some."""
+        ...
 
     def read(self, name: str, kind: str) -> Tensor:
         """Return this tensor rank's slice, fp32. A collective: all data ranks call it in one order."""

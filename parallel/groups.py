@@ -49,6 +49,8 @@ def partitions_of(layout: Layout) -> dict[str, Partition]:
         # one copy of the model: DeepSpeed sums the gradient norm over it
         "model": mesh.transpose(0, 1).reshape(layout.data, -1).tolist(),
     }
+    if layout.shares_matrices:
+        cuts["stage"] = mesh.view(layout.pipeline, -1).tolist()
     if layout.pipeline > 2:
         # The first and the last stage share the word embedding. Nobody uses the groups of the stages between them, but
         # every rank must create as many groups as the others: torch numbers them, and a number is part of a name.
@@ -114,7 +116,8 @@ def _share(handles: Mapping[str, Any]) -> None:
 
 def _groups(handles: Mapping[str, Any], *, grid: Any) -> Groups:
     world, tensor, pipeline, data = (_group(handles[axis]) for axis in ("world", "tensor", "pipeline", "data"))
-    return Groups(world=world, tensor=tensor, pipeline=pipeline, data=data, grid=grid)
+    stage = _group(handles["stage"]) if "stage" in handles else None
+    return Groups(world=world, tensor=tensor, pipeline=pipeline, data=data, grid=grid, stage=stage)
 
 
 def _group(handle: Any) -> Group:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
+from configs.choices import OPTIMIZERS
 from configs.errors import InputError
 from configs.precisions import PRECISIONS
 from configs.schema import Model, RunConfig, Train
@@ -14,7 +15,10 @@ HEAD_CHUNK_BYTES = 2**28  # of a chunk's logits on one rank, in the type of the 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks are split into tensor, pipeline and data axes; tensor varies fastest."""
+    """How the ranks are split into tensor, pipeline and data axes; tensor varies fastest.
+
+    With `shares_matrices` the ranks of a stage exchange parts of matrices in each step, as Muon does.
+    """
 
     tensor: int
     pipeline: int
@@ -22,6 +26,7 @@ class Layout:
     zero: int
     micro_batches: int
     offload: str = "none"
+    shares_matrices: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, *, world_size: int) -> "Layout":
@@ -53,6 +58,7 @@ class Layout:
             zero=parallel.zero,
             micro_batches=train.global_batch // (train.micro_batch * data),
             offload=parallel.offload,
+            shares_matrices=OPTIMIZERS[train.optimizer].moments_of_matrices is not None,
         )
 
     @property

@@ -18,6 +18,7 @@ class Shard:
         init_std: Std of the initial normal values; None for a constant.
         constant: Initial value if init_std is None.
         decays: Whether the optimizer's weight decay applies to it.
+        heads: Of a fused query, key and value, whose rows are ordered by head, part, dim; None for others.
         tied: Whether several pipeline stages hold it and keep it equal; the first stage saves it.
     """
 
@@ -27,12 +28,18 @@ class Shard:
     init_std: float | None = None
     constant: float = 0.0
     decays: bool = False
+    heads: int | None = None
     tied: bool = False
 
     @property
     def dim(self) -> int | None:
         """The tensor dimension that is split, or None."""
         return _DIM[self.rule]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a weight matrix of a block, which no embedding, head or table of positions is."""
+        return self.name.startswith("blocks.") and len(self.shape) == 2
 
 
 def span(shard: Shard, *, tensor_rank: int, tensor_size: int) -> tuple[int, int]:

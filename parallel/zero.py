@@ -3,16 +3,17 @@
 ZeRO flattens both and splits them over the data ranks. Callers see one tensor per parameter, at any ZeRO stage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from configs.choices import OptimizerChoice
 from configs.precisions import PRECISIONS
 from configs.schema import Train
-from parallel.axes import Groups
+from parallel.axes import Group, Groups
 from parallel.layout import REDUCE_BUCKET, Layout, effective_zero
 from parallel.libraries import (
     BF16_Optimizer,
@@ -22,6 +23,8 @@ from parallel.libraries import (
     deepspeed,
 )
 from parallel.parameter import Shard
+from parallel.shards import shard_of
+from parallel.whole_matrices import Part
 
 
 def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
@@ -58,21 +61,22 @@ def partition_layer(layer: nn.Module, *, train: Train, layout: Layout, groups: G
     )
 
 
-def start_optimizer(engine: Any, *, moments: Sequence[str]) -> None:
+def start_optimizer(engine: Any, *, row: OptimizerChoice) -> None:
     """Allocate the optimizer's moments now instead of at the first step, so that a checkpoint can be read into them."""
-    base = _base(engine)
-    for master in _masters(engine):
-        zeros = {moment: torch.zeros_like(master) for moment in moments}
+    base = base_optimizer(engine)
+    for master, parameters in _masters(engine):
+        zeros = {moment: torch.zeros_like(master) for moment in _moments(row, parameters)}
         # beside its moments, where a fused optimizer counts steps without waiting
         base.state[master] = {"step": torch.zeros((), device=master.device), **zeros}
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def require_moments(engine: Any, *, moments: Sequence[str]) -> None:
+def require_moments(engine: Any, *, row: OptimizerChoice) -> None:
     """Fail if the optimizer keeps other tensors than its row names: a checkpoint would lose them without a word."""
-    for state in _base(engine).state.values():
-        kept = {name for name in state if name != "step"}
+    base = base_optimizer(engine)
+    for master, parameters in _masters(engine):
+        kept, moments = {name for name in base.state[master] if name != "step"}, _moments(row, parameters)
         assert kept == set(moments), (
             f"the optimizer keeps {sorted(kept)}, its row in configs/choices.py {sorted(moments)}"
         )
@@ -80,7 +84,7 @@ def require_moments(engine: Any, *, moments: Sequence[str]) -> None:
 
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Set the optimizer's step count; Adam's bias correction needs it."""
-    for state in _base(engine).state.values():
+    for state in base_optimizer(engine).state.values():
         state["step"].fill_(float(step))
 
 
@@ -113,7 +117,7 @@ def read_state(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
     A collective over the data ranks: each must call it for the same parameters in the same order.
     """
     if not _is_sharded(engine):
-        state = parameter.data if kind == "weight" else _base(engine).state[parameter][kind]
+        state = parameter.data if kind == "weight" else base_optimizer(engine).state[parameter][kind]
         return state.detach().float().clone()
     whole = (
         deepspeed.utils.safe_get_full_fp32_param(parameter)
@@ -165,7 +169,7 @@ def write_held(engine: Any, parameter: nn.Parameter, kind: str, part: Tensor) ->
         return
     value = part.view(parameter.shape)
     if not _is_sharded(engine):
-        target = parameter.data if kind == "weight" else _base(engine).state[parameter][kind]
+        target = parameter.data if kind == "weight" else base_optimizer(engine).state[parameter][kind]
         target.copy_(value)
     elif kind == "weight":
         deepspeed.utils.safe_set_full_fp32_param(parameter, value)
@@ -178,21 +182,59 @@ def _is_sharded(engine: Any) -> bool:
     return isinstance(engine.optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer | DeepSpeedZeroOptimizer_Stage3)
 
 
-def _base(engine: Any) -> torch.optim.Optimizer:
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that DeepSpeed steps, as it was given."""
     base: torch.optim.Optimizer = engine.optimizer.optimizer if _is_sharded(engine) else engine.optimizer
     return base
 
 
-def _masters(engine: Any) -> list[Tensor]:
-    """Return the tensors that the optimizer steps: flat fp32 partitions under ZeRO, else the parameters."""
+def parts_of_matrices(engine: Any, *, data: Group) -> dict[Tensor, list[Part]]:
+    """Return what this rank holds of blocks' weight matrices, by the tensors that the optimizer steps."""
+    return {
+        master: list(_parts(engine, master, parameters, data=data))
+        for master, parameters in _masters(engine)
+        if shard_of(parameters[0]).is_matrix
+    }
+
+
+def _parts(engine: Any, master: Tensor, parameters: list[nn.Parameter], *, data: Group) -> Iterator[Part]:
+    begin = 0
+    for parameter in parameters:
+        shard, numel = shard_of(parameter), parameter.numel()
+        if not _is_sharded(engine):
+            yield Part(shard, (0, numel), 0)
+        elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):  # each parameter is cut, the parts are joined
+            numel, size = parameter.ds_numel, parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            yield Part(shard, _even_cuts(0, numel, size=size, ranks=data.size), begin)
+            begin += size
+        else:  # the parameters are joined, then cut
+            cuts = _even_cuts(begin, numel, size=len(master), ranks=data.size)
+            yield Part(shard, cuts, max(begin - data.rank * len(master), 0))
+            begin += numel
+
+
+def _even_cuts(begin: int, numel: int, *, size: int, ranks: int) -> tuple[int, ...]:
+    """Return where [begin, begin + numel) is cut by the multiples of a size, from its own beginning."""
+    return tuple(min(max(rank * size - begin, 0), numel) for rank in range(ranks + 1))
+
+
+def _moments(row: OptimizerChoice, parameters: list[nn.Parameter]) -> tuple[str, ...]:
+    return row.moments_of(is_matrix=shard_of(parameters[0]).is_matrix)
+
+
+def _masters(engine: Any) -> list[tuple[Tensor, list[nn.Parameter]]]:
+    """Return the tensors that the optimizer steps, each with the parameters that it is part of.
+
+    They are flat fp32 partitions under ZeRO, else the parameters.
+    """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return list(optimizer.fp32_partitioned_groups_flat)
+        return list(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True))
     if isinstance(optimizer, BF16_Optimizer):
-        return list(optimizer.fp32_groups_flat_partition)
+        return list(zip(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True))
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return list(optimizer.single_partition_of_fp32_groups)
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return list(zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True))
+    return [(parameter, [parameter]) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _name(parameter: nn.Parameter) -> str:

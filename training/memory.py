@@ -99,30 +99,30 @@ def estimate_memory(config: RunConfig, *, layout: Layout, on_gpu: bool, bucket: 
         bucket: Elements of DeepSpeed's buffer.
     """
     offloads = on_gpu and layout.offload == "cpu"
-    stages, offloaded, saved = [], 0, 0
+    stages, offloaded = [], 0
+    saved: tuple[int, ...] = (0,)
     for stage in range(layout.pipeline):
         state = _State.of(config, layout, stage, on_gpu=on_gpu, bucket=bucket)
         activations = stage_activations(config, layout, stage, on_gpu=on_gpu)
-        copies = 0 if on_gpu else _copies(config, layout, state.saved)
+        copies = 0 if on_gpu else _copies(layout, state.saved)
         parts = _parts(state, activations, offloads=offloads, copies=copies)
         overhead = GPU_OVERHEAD + int(ALLOCATOR_SHARE * sum(parts.values())) if on_gpu else CPU_OVERHEAD
         stages.append(StageMemory(**parts, overhead=overhead))
         offloaded = max(offloaded, state.optimizer if offloads else 0)
-        saved = max(saved, state.saved if on_gpu else 0)
-    return MemoryEstimate(tuple(stages), offloaded, _copies(config, layout, saved), saved, layout)
+        saved = max(saved, state.saved if on_gpu else (0,), key=sum)
+    return MemoryEstimate(tuple(stages), offloaded, _copies(layout, saved), sum(saved), layout)
 
 
-def _copies(config: RunConfig, layout: Layout, saved: int) -> int:
-    """Return what the data rank that saves most copies, of the bytes that all data ranks save together."""
-    kinds = len(OPTIMIZERS[config.train.optimizer].state_kinds)
-    return -(-kinds // layout.data) * saved // kinds
+def _copies(layout: Layout, saved: tuple[int, ...]) -> int:
+    """Return what the data rank that saves most copies, of the bytes of each kind, which the data ranks share."""
+    return max(sum(saved[rank :: layout.data]) for rank in range(layout.data))
 
 
 def evaluation_weights(config: RunConfig) -> int:
     """Return the bytes of the weights on the largest rank of `evaluate`, in fp32, its default precision."""
     split = config.evaluate
     layout = Layout(tensor=split.tensor, pipeline=split.pipeline, data=1, zero=0, micro_batches=1)
-    return max(FP32 * sum(_sizes(config, layout, stage)) for stage in range(layout.pipeline))
+    return max(FP32 * sum(_sizes(config, layout, stage).values()) for stage in range(layout.pipeline))
 
 
 def _parts(state: "_State", activations: Activations, *, offloads: bool, copies: int) -> dict[str, int]:
@@ -140,12 +140,19 @@ def _parts(state: "_State", activations: Activations, *, offloads: bool, copies:
     }
 
 
-def _sizes(config: RunConfig, layout: Layout, stage: int) -> list[int]:
-    """Return the elements of each parameter that a rank of a stage holds, with padding."""
+def _sizes(config: RunConfig, layout: Layout, stage: int) -> dict[Shard, int]:
+    """Return the elements that a rank of a stage holds of each of its parameters, with padding."""
     shards = shards_of(config.model, vocab_size=config.data.vocab_size)
     bounds = block_bounds(config, layout)  # once: a search over the layers
     held = (shard for shard in shards.values() if _is_on(shard, stage, bounds=bounds))
-    return [prod(padded_shape(shard, tensor_size=layout.tensor)) for shard in held]
+    return {shard: prod(padded_shape(shard, tensor_size=layout.tensor)) for shard in held}
+
+
+def _on_whole_matrices(sizes: dict[Shard, int], layout: Layout, *, share: float) -> int:
+    """Return the bytes with which an optimizer works on whole matrices, of which each rank holds a share."""
+    matrices = {shard: size for shard, size in sizes.items() if shard.is_matrix}
+    exchanged = 2 * round(share * sum(matrices.values())) if layout.tensor * layout.data > 1 else 0
+    return FP32 * (exchanged + 4 * layout.tensor * max(matrices.values()))
 
 
 def _is_on(shard: Shard, stage: int, *, bounds: Sequence[int]) -> bool:
@@ -171,7 +178,7 @@ class _State:
         optimizer: Master weights and moments.
         buffers: Held all the time.
         step: Held only when the backward pass has ended.
-        saved: Weights and moments, copied for a save in the background; 0 without.
+        saved: Weights and moments, each kind by itself, copied for a save in the background; none without.
     """
 
     weights: int
@@ -180,16 +187,19 @@ class _State:
     optimizer: int
     buffers: int
     step: int
-    saved: int
+    saved: tuple[int, ...]
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, stage: int, *, on_gpu: bool, bucket: int) -> "_State":
         """Return the state of a stage's rank, as DeepSpeed keeps it at each ZeRO stage."""
         precision, sizes = PRECISIONS[config.train.precision], _sizes(config, layout, stage)
-        zero = effective_zero(config.train, layout=layout)
-        width, count, largest = precision.width, sum(sizes), max(sizes)
+        row, zero = OPTIMIZERS[config.train.optimizer], effective_zero(config.train, layout=layout)
+        width, count, largest = precision.width, sum(sizes.values()), max(sizes.values())
         share = -(-count // layout.data) if zero else count
-        optimizer = share * FP32 * (len(OPTIMIZERS[config.train.optimizer].moments) + (zero > 0))
+        kinds = [
+            sum(n for s, n in sizes.items() if kind in row.kinds_of(is_matrix=s.is_matrix)) for kind in row.state_kinds
+        ]
+        optimizer = FP32 * (-(-sum(kinds[1:]) * share // count) + (share if zero else 0))
         flat = min(count, REDUCED_AT_ONCE) if layout.data > 1 else 0
         # Gradients of one micro-batch, and a sum of them that is kept apart.
         each, summed, buffers, weights, step = width * count, 0, 0, width * count, 0
@@ -212,5 +222,7 @@ class _State:
         # While all activations are held, gradients of micro-batches before are there, if there were any.
         accumulates = layout.micro_batches > in_flight(layout, stage)
         early = (each if accumulates and zero < 2 else 0) + (summed if accumulates or in_place or zero == 3 else 0)
-        kinds = len(OPTIMIZERS[config.train.optimizer].state_kinds) if config.checkpoint.background else 0
-        return cls(weights, each + summed, early, optimizer, buffers, step, kinds * FP32 * count)
+        if layout.shares_matrices:
+            step += _on_whole_matrices(sizes, layout, share=share / count)
+        saved = tuple(FP32 * kind for kind in kinds) if config.checkpoint.background else (0,)
+        return cls(weights, each + summed, early, optimizer, buffers, step, saved)

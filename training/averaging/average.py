@@ -71,7 +71,7 @@ def average_checkpoints(paths: Sequence[Path], *, out: Path, last: int | None = 
     require_space(out, needed_bytes=_FP32 * parameters)
     opened = [open_checkpoint(each.path) for each in chosen]
     for checkpoint in opened:
-        checkpoint.require(shards, kinds=("weight",))
+        checkpoint.require(dict.fromkeys(shards, ("weight",)))
     config, averaged = _run_config(chosen[-1], out=out), tuple(map(_origin, chosen))
     with new_folder(out) as folder, report_failed_writes(out, undone="averaged"):
         step = step_folder(checkpoints_folder(folder), step=newest.step)

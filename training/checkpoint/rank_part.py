@@ -1,6 +1,6 @@
 """One rank's part of a save: its tensors and its files, written as they are gathered, or in the background."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from training.incarnation import Fence
 CHUNK_VALUES = 2**28  # fp32 values that a rank holds before it writes them: 1 GiB
 
 ToHost = Callable[[str, str, Tensor], Tensor]
+Shapes = dict[str, tuple[int, ...]]  # of this rank's slices of one kind, by name
 GatheredTensor = tuple[str, str, Tensor]  # kind, name, value in the machine's memory
 
 
@@ -97,20 +98,23 @@ def save_part(
     """
     stage = groups.pipeline.rank
     tensors = {name: TensorEntry(s.shape, s.rule, stage, s.tied) for name, (_, s) in state.parameters.items()}
-    shapes = {
-        name: local_shape(shard, tensor_rank=groups.tensor.rank, tensor_size=groups.tensor.size)
-        for name, (_, shard) in state.parameters.items()
-        if not _is_tied_copy(shard, groups=groups)
-    }
     # All data ranks hold the same state, so each writes its share of the kinds.
-    mine = [kind for index, kind in enumerate(state.kinds) if index % groups.data.size == groups.data.rank]
+    mine = {
+        kind: {
+            name: local_shape(shard, tensor_rank=groups.tensor.rank, tensor_size=groups.tensor.size)
+            for name, (_, shard) in state.parameters.items()
+            if kind in state.kinds_of(name) and not _is_tied_copy(shard, groups=groups)
+        }
+        for index, kind in enumerate(state.kinds)
+        if index % groups.data.size == groups.data.rank
+    }
     writer = _RankWriter(staging, folder=folder, groups=groups, fence=fence)
     to_host: ToHost = _to_host if background is None else background.copy
-    gathered = _gathered(state, mine, shapes=shapes, groups=groups, to_host=to_host)
+    gathered = _gathered(state, mine, groups=groups, to_host=to_host)
     if background is not None:
-        return background.start(partial(writer.write, list(gathered), mine, tensors=tensors, shapes=shapes))
+        return background.start(partial(writer.write, list(gathered), mine, tensors=tensors))
     part: Future[WrittenPart] = Future()
-    part.set_result(writer.write(gathered, mine, tensors=tensors, shapes=shapes))
+    part.set_result(writer.write(gathered, mine, tensors=tensors))
     return part
 
 
@@ -119,7 +123,7 @@ def _to_host(kind: str, name: str, value: Tensor) -> Tensor:
 
 
 def _gathered(
-    state: State, mine: Sequence[str], *, shapes: dict[str, tuple[int, ...]], groups: Groups, to_host: ToHost
+    state: State, mine: Mapping[str, Shapes], *, groups: Groups, to_host: ToHost
 ) -> Iterator[list[GatheredTensor]]:
     """Yield the tensors that this rank writes, a chunk at a time, without padding."""
     for chunk in _chunks(state, groups=groups):
@@ -127,9 +131,9 @@ def _gathered(
         parts = []
         for name, kind in chunk:
             value = state.read(name, kind)  # a collective: every data rank calls it, even after its disk failed
-            if kind in mine and name in shapes:
+            if name in mine.get(kind, {}):
                 shard = state.parameters[name][1]
-                own = _without_padding(value, shard=shard, shape=shapes[name])
+                own = _without_padding(value, shard=shard, shape=mine[kind][name])
                 parts.append((kind, name, to_host(kind, name, own)))
         yield parts
 
@@ -141,7 +145,7 @@ def _chunks(state: State, *, groups: Groups) -> Iterator[list[tuple[str, str]]]:
     """
     chunk, values = [], 0
     for name, (_, shard) in state.parameters.items():
-        for kind in state.kinds:
+        for kind in state.kinds_of(name):
             chunk.append((name, kind))
             values += prod(local_shape(shard, tensor_rank=groups.tensor.rank, tensor_size=groups.tensor.size))
             if values >= CHUNK_VALUES:
@@ -162,14 +166,13 @@ class _RankWriter:
     def write(
         self,
         chunks: Iterable[list[GatheredTensor]],
-        kinds: Sequence[str],
+        kinds: Mapping[str, Shapes],
         *,
         tensors: dict[str, TensorEntry],
-        shapes: dict[str, tuple[int, ...]],
     ) -> WrittenPart:
         """Write the files of some kinds; take every chunk, even after an error, since they may be gathered now."""
         self._unless_failed(self._fence.check)
-        self._unless_failed(partial(self._open, kinds, shapes=shapes))
+        self._unless_failed(partial(self._open, kinds))
         for chunk in chunks:
             while chunk:  # what is written is let go before the next chunk is gathered
                 self._unless_failed(partial(self._add, *chunk.pop(0)))
@@ -189,8 +192,8 @@ class _RankWriter:
         except TrainshortError as error:
             self._problem = error
 
-    def _open(self, kinds: Sequence[str], *, shapes: dict[str, tuple[int, ...]]) -> None:
-        for kind in kinds:
+    def _open(self, kinds: Mapping[str, Shapes]) -> None:
+        for kind, shapes in kinds.items():
             name = file_name(stage=self._groups.pipeline.rank, tensor=self._groups.tensor.rank, kind=kind)
             self._files[kind] = TensorFile(self._staging / name, shapes=shapes)
 

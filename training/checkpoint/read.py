@@ -43,6 +43,10 @@ class LoadedInto(Protocol):
 
     parameters: dict[str, tuple[nn.Parameter, Shard]]
 
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """Return the kinds of state that it has of a parameter."""
+        ...
+
     def write(self, name: str, kind: str, value: Tensor) -> None:
         """Set this tensor rank's slice, given in fp32."""
         ...
@@ -106,21 +110,21 @@ class Checkpoint:
         self._entry_of(shard)
         return self._slice(shard.name, kind=kind, part=part)
 
-    def require(self, shards: Iterable[Shard], *, kinds: Sequence[str]) -> None:
+    def require(self, kinds: Mapping[Shard, Iterable[str]]) -> None:
         """Check that a model's tensors can be loaded, from the manifest and the files' headers; read no tensor.
 
         Args:
-            shards: Tensors of the model.
-            kinds: Kinds of state that will be loaded.
+            kinds: The kinds of state that will be loaded of each tensor of the model.
         Raises:
             InputError: the checkpoint lacks one or has another shape, or its files contradict its manifest.
         """
-        by_stage: defaultdict[int, list[Shard]] = defaultdict(list)
-        for shard in shards:
-            by_stage[self._entry_of(shard).stage].append(shard)
-        for (stage, of_stage), kind, rank in product(by_stage.items(), kinds, range(self.manifest.tensor)):
+        by_file: defaultdict[tuple[int, str], list[Shard]] = defaultdict(list)
+        for shard, of_shard in kinds.items():
+            for kind in of_shard:
+                by_file[self._entry_of(shard).stage, kind].append(shard)
+        for ((stage, kind), shards), rank in product(by_file.items(), range(self.manifest.tensor)):
             with self._open_file(stage=stage, tensor_rank=rank, kind=kind) as file:
-                for shard in of_stage:
+                for shard in shards:
                     self._check_header(file, self._saved_shard(shard.name), tensor_rank=rank)
 
     def _entry_of(self, shard: Shard) -> TensorEntry:
@@ -275,21 +279,22 @@ def _with_config(folder: Path, manifest: Manifest) -> Checkpoint:
 
 
 def load_slices(state: LoadedInto, checkpoint: Checkpoint, *, kinds: Sequence[str], groups: Groups) -> None:
-    """Load this rank's slices of weights or moments, saved in any layout. A collective.
+    """Load this rank's slices of some kinds of state, saved in any layout. A collective.
 
     Raises:
         InputError: the checkpoint is of another model, or its files contradict its manifest; raised on every rank,
             before any value is set.
     """
     problem, tensor = None, groups.tensor
+    wanted = {name: [kind for kind in kinds if kind in state.kinds_of(name)] for name in state.parameters}
     try:
-        checkpoint.require([shard for _, shard in state.parameters.values()], kinds=kinds)
+        checkpoint.require({shard: wanted[name] for name, (_, shard) in state.parameters.items()})
     except InputError as error:
         problem = error
     raise_everywhere(problem, group=groups.world)
     for name, (_, shard) in state.parameters.items():
         part = None if shard.dim is None else span(shard, tensor_rank=tensor.rank, tensor_size=tensor.size)
-        for kind in kinds:
+        for kind in wanted[name]:
             value = checkpoint.slice(shard, kind=kind, part=part)
             state.write(name, kind, pad(value, shard=shard, tensor=tensor))
     wait_for_all(groups.world)  # a disk may be slow, and the next collective must not wait for it

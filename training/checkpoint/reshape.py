@@ -92,8 +92,9 @@ def plan_reshape(path: Path, *, overrides: Sequence[str], ranks: int | None) -> 
         )
         for shard in shards
     )
-    parameter_bytes = 4 * len(OPTIMIZERS[config.train.optimizer].state_kinds)  # all kinds are saved in fp32
-    state_bytes = parameter_bytes * sum(prod(shard.shape) for shard in shards)
+    row = OPTIMIZERS[config.train.optimizer]
+    # all kinds are saved in fp32
+    state_bytes = sum(4 * len(row.kinds_of(is_matrix=shard.is_matrix)) * prod(shard.shape) for shard in shards)
     return Reshape(folder, manifest.tensor, manifest.pipeline, layout, cuts, state_bytes)
 
 

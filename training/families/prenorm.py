@@ -32,7 +32,9 @@ def _block(family: Family, model: Model, block: int) -> Iterator[Parameter]:
     # Each block adds to the residual stream twice: this keeps its variance independent of the depth.
     out_std = std / (2 * model.layers) ** 0.5
     yield from _norm(family, model, "attention_norm", block=block)
-    yield from _linear(family, "attention.query_key_value", (3 * hidden, hidden), "column", std, block=block)
+    yield from _linear(
+        family, "attention.query_key_value", (3 * hidden, hidden), "column", std, block=block, heads=model.heads
+    )
     yield from _linear(family, "attention.output", (hidden, hidden), "row", out_std, block=block)
     yield from _norm(family, model, "feed_forward_norm", block=block)
     yield from _linear(family, "feed_forward.up", (inner, hidden), "column", std, block=block)
@@ -48,11 +50,12 @@ def _norm(family: Family, model: Model, module: str, *, block: int | None = None
 
 
 def _linear(
-    family: Family, module: str, shape: tuple[int, int], rule: Rule, std: float, *, block: int
+    family: Family, module: str, shape: tuple[int, int], rule: Rule, std: float, *, block: int, heads: int | None = None
 ) -> Iterator[Parameter]:
     """Yield weight and bias of a linear of shape [outputs, inputs]."""
     name = f"blocks.{block}.{module}"
-    yield _named(family, Shard(f"{name}.weight", shape, rule, std, decays=True), module, block=block)
+    weight = Shard(f"{name}.weight", shape, rule, std, decays=True, heads=heads)
+    yield _named(family, weight, module, block=block)
     if family.biases:
         # A row-split linear adds its bias after the sum over the tensor ranks, so each rank holds all of it.
         bias_rule: Rule = "replicated" if rule == "row" else rule

@@ -188,6 +188,10 @@ class _Weights:
     def __init__(self, module: nn.Module) -> None:
         self.parameters: dict[str, tuple[nn.Parameter, Shard]] = declared(module)
 
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """Return the weight alone."""
+        return ("weight",)
+
     def write(self, name: str, kind: str, value: Tensor) -> None:
         """Set this tensor rank's slice, given in fp32."""
         assert kind == "weight", f"a model without an optimizer has no {kind}"
