@@ -61,7 +61,9 @@ def main() -> None:
             load_slices(state, opened, kinds=state.kinds, groups=groups)
 
         def save_by_torch() -> None:
-            tensors = {f"{name}.{kind}": state.read(name, kind) for name in state.parameters for kind in state.kinds}
+            tensors = {
+                f"{name}.{kind}": state.read(name, kind) for name in state.parameters for kind in state.kinds_of(name)
+            }
             dcp.save(tensors, checkpoint_id=Path(home) / "torch", no_dist=True)
             for file in (Path(home) / "torch").iterdir():
                 _sync(file)

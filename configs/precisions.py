@@ -24,6 +24,7 @@ class Precision:
         scales_loss: Whether training multiplies the loss, so that small gradients stay above the smallest number.
         gpu_only: Whether a CPU cannot compute in it.
         fp32_products: How a GPU multiplies fp32 matrices, as torch.set_float32_matmul_precision takes it.
+        orthogonalizes_in: Torch dtype of Muon's products, by name; they bear the rounding of 16 bits, not fp16's range.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Precision:
     scales_loss: bool = False
     gpu_only: bool = False
     fp32_products: str = "highest"
+    orthogonalizes_in: str = "float32"
 
     @property
     def width(self) -> int:
@@ -68,6 +70,7 @@ PRECISIONS = {
             deepspeed={"bf16": {"enabled": True}, **_FP32_SUMS},
             row_tolerance=3e-3,
             resume_tolerance=0.05,
+            orthogonalizes_in="bfloat16",
         ),
         Precision(
             "fp16",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.precisions import PRECISIONS
 from configs.schema import Train
 from parallel.muon import Muon
 from parallel.parameter import Shard
@@ -25,7 +26,7 @@ def muon(parameters: Iterable[nn.Parameter], *, train: Train) -> torch.optim.Opt
     groups = _groups(parameters, train, lambda shard: (shard.is_matrix, shard.decays))
     for group in groups:
         group["of_matrices"] = shard_of(group["params"][0]).is_matrix
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    dtype = getattr(torch, PRECISIONS[train.precision].orthogonalizes_in)
     return Muon(groups, momentum=train.momentum, dtype=dtype, **_adamw_arguments(train))
 
 

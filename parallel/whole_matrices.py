@@ -19,7 +19,7 @@ from parallel.parameter import Shard, local_shape
 
 
 @dataclass(frozen=True)
-class Part:
+class MatrixPart:
     """What this rank holds of a matrix, in one of the optimizer's tensors.
 
     Attributes:
@@ -41,7 +41,7 @@ class Part:
 class WholeMatrices:
     """The matrices of an optimizer's tensors, and which rank works on which."""
 
-    def __init__(self, parts: dict[Tensor, list[Part]], *, tensor: int, group: Group, device: torch.device) -> None:
+    def __init__(self, parts: dict[Tensor, list[MatrixPart]], *, tensor: int, group: Group, device: torch.device) -> None:
         """Take the parts of this rank.
 
         Args:
@@ -82,10 +82,10 @@ class WholeMatrices:
     def _data_rank(self, rank: int) -> int:
         return rank // self._tensor
 
-    def _cut(self, value: Tensor, part: Part) -> Tensor:
+    def _cut(self, value: Tensor, part: MatrixPart) -> Tensor:
         return value.view(-1)[part.offset : part.offset + part.size(self._data_rank(self._group.rank))]
 
-    def _work(self, own: Sequence[Part], received: Sequence[Tensor], work: Work) -> None:
+    def _work(self, own: Sequence[MatrixPart], received: Sequence[Tensor], work: Work) -> None:
         """Put the results of this rank's matrices in the place of their parts.
 
         Args:

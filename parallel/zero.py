@@ -24,7 +24,7 @@ from parallel.libraries import (
 )
 from parallel.parameter import Shard
 from parallel.shards import shard_of
-from parallel.whole_matrices import Part
+from parallel.whole_matrices import MatrixPart
 
 
 def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return base
 
 
-def parts_of_matrices(engine: Any, *, data: Group) -> dict[Tensor, list[Part]]:
+def parts_of_matrices(engine: Any, *, data: Group) -> dict[Tensor, list[MatrixPart]]:
     """Return what this rank holds of blocks' weight matrices, by the tensors that the optimizer steps."""
     return {
         master: list(_parts(engine, master, parameters, data=data))
@@ -197,19 +197,19 @@ def parts_of_matrices(engine: Any, *, data: Group) -> dict[Tensor, list[Part]]:
     }
 
 
-def _parts(engine: Any, master: Tensor, parameters: list[nn.Parameter], *, data: Group) -> Iterator[Part]:
+def _parts(engine: Any, master: Tensor, parameters: list[nn.Parameter], *, data: Group) -> Iterator[MatrixPart]:
     begin = 0
     for parameter in parameters:
         shard, numel = shard_of(parameter), parameter.numel()
         if not _is_sharded(engine):
-            yield Part(shard, (0, numel), 0)
+            yield MatrixPart(shard, (0, numel), 0)
         elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):  # each parameter is cut, the parts are joined
             numel, size = parameter.ds_numel, parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            yield Part(shard, _even_cuts(0, numel, size=size, ranks=data.size), begin)
+            yield MatrixPart(shard, _even_cuts(0, numel, size=size, ranks=data.size), begin)
             begin += size
         else:  # the parameters are joined, then cut
             cuts = _even_cuts(begin, numel, size=len(master), ranks=data.size)
-            yield Part(shard, cuts, max(begin - data.rank * len(master), 0))
+            yield MatrixPart(shard, cuts, max(begin - data.rank * len(master), 0))
             begin += numel
 
 

@@ -148,6 +148,13 @@ def _sizes(config: RunConfig, layout: Layout, stage: int) -> dict[Shard, int]:
     return {shard: prod(padded_shape(shard, tensor_size=layout.tensor)) for shard in held}
 
 
+def _sizes_of_kinds(config: RunConfig, sizes: dict[Shard, int]) -> list[int]:
+    """Return the elements of each kind of state, the weights first, of parameters with these numbers of elements."""
+    row = OPTIMIZERS[config.train.optimizer]
+    kept = {shard: row.kinds_of(is_matrix=shard.is_matrix) for shard in sizes}
+    return [sum(size for shard, size in sizes.items() if kind in kept[shard]) for kind in row.state_kinds]
+
+
 def _on_whole_matrices(sizes: dict[Shard, int], layout: Layout, *, share: float) -> int:
     """Return the bytes with which an optimizer works on whole matrices, of which each rank holds a share."""
     matrices = {shard: size for shard, size in sizes.items() if shard.is_matrix}
@@ -193,12 +200,9 @@ class _State:
     def of(cls, config: RunConfig, layout: Layout, stage: int, *, on_gpu: bool, bucket: int) -> "_State":
         """Return the state of a stage's rank, as DeepSpeed keeps it at each ZeRO stage."""
         precision, sizes = PRECISIONS[config.train.precision], _sizes(config, layout, stage)
-        row, zero = OPTIMIZERS[config.train.optimizer], effective_zero(config.train, layout=layout)
+        kinds, zero = _sizes_of_kinds(config, sizes), effective_zero(config.train, layout=layout)
         width, count, largest = precision.width, sum(sizes.values()), max(sizes.values())
         share = -(-count // layout.data) if zero else count
-        kinds = [
-            sum(n for s, n in sizes.items() if kind in row.kinds_of(is_matrix=s.is_matrix)) for kind in row.state_kinds
-        ]
         optimizer = FP32 * (-(-sum(kinds[1:]) * share // count) + (share if zero else 0))
         flat = min(count, REDUCED_AT_ONCE) if layout.data > 1 else 0
         # Gradients of one micro-batch, and a sum of them that is kept apart.
@@ -223,6 +227,7 @@ class _State:
         accumulates = layout.micro_batches > in_flight(layout, stage)
         early = (each if accumulates and zero < 2 else 0) + (summed if accumulates or in_place or zero == 3 else 0)
         if layout.shares_matrices:
-            step += _on_whole_matrices(sizes, layout, share=share / count)
+            exchange = _on_whole_matrices(sizes, layout, share=share / count)
+            step = max(step, exchange) if in_place else step + exchange
         saved = tuple(FP32 * kind for kind in kinds) if config.checkpoint.background else (0,)
         return cls(weights, each + summed, early, optimizer, buffers, step, saved)

@@ -100,12 +100,12 @@ def train_copies(process: ProcessRank, *, folder: Path) -> dict[str, Copies]:
             for step in range(STEPS):
                 mine = tokens_of(step, samples=6).chunk(groups.data.size)[groups.data.rank]
                 engine.train_step(list(mine.chunk(2)), learning_rate=3e-3)
-        trained = {kind: state.read(case.parameter, kind).clone() for kind in state.kinds}
+        trained = {kind: state.read(case.parameter, kind).clone() for kind in state.kinds_of(case.parameter)}
         drifted = equalize_copies(state, groups=groups)
         if second:
             state.write(case.parameter, "exp_avg", trained["exp_avg"] + 1e-3)
         changed = warnings_of_a_save(engine, config, groups=groups, tokenizer=folder / "tokenizer.model")
-        repaired = {kind: state.read(case.parameter, kind).clone() for kind in state.kinds}
+        repaired = {kind: state.read(case.parameter, kind).clone() for kind in state.kinds_of(case.parameter)}
         measured[name] = Copies(trained, drifted, repaired, changed, timings_kept())
     return measured
 

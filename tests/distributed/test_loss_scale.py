@@ -51,7 +51,7 @@ class Measured:
 
 def state_of(engine: Engine) -> dict[tuple[str, str], Tensor]:
     state = engine.state()
-    return {(name, kind): state.read(name, kind).clone() for name in state.parameters for kind in state.kinds}
+    return {(name, kind): state.read(name, kind).clone() for name in state.parameters for kind in state.kinds_of(name)}
 
 
 def measure(process: ProcessRank, *, folder: Path) -> list[Measured]:

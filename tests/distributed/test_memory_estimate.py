@@ -27,6 +27,7 @@ MORE = (
     "train.global_batch=4",
 )
 RECOMPUTE, SELECTIVE, SEQUENCE = "train.recompute=true", "train.recompute=selective", "parallel.sequence=true"
+MUON = "train.optimizer=muon"
 BF16, FP16 = "train.precision=bf16", "train.precision=fp16"
 CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "zero 2": ({"tensor": 1, "pipeline": 1, "zero": 2}, ()),
@@ -44,6 +45,9 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "selective": ({"tensor": 2, "pipeline": 1, "zero": 1}, (SELECTIVE,)),
     "sequence": ({"tensor": 4, "pipeline": 1, "zero": 1}, (SEQUENCE, "train.global_batch=1", "train.micro_batch=1")),
     "sequence, selective": ({"tensor": 2, "pipeline": 2, "zero": 1}, (SEQUENCE, SELECTIVE)),
+    "muon, zero 3": ({"tensor": 2, "pipeline": 1, "zero": 3}, (MUON,)),
+    "muon, bf16": ({"tensor": 1, "pipeline": 2, "zero": 1}, (MUON, BF16)),
+    "muon, one data rank": ({"tensor": 4, "pipeline": 1, "zero": 1}, (MUON,)),
     "reference": ({"tensor": 2, "pipeline": 1, "zero": 1}, ("model.attention=reference",)),
 }
 

@@ -97,7 +97,7 @@ class OneRank:
         state = self.engine.state()
         for name, weight in self.initial.items():
             state.write(name, "weight", weight)
-            for kind in state.kinds[1:]:
+            for kind in state.kinds_of(name)[1:]:
                 state.write(name, kind, torch.zeros_like(weight))
         state.set_step(0)
 

@@ -24,7 +24,7 @@ from training.incarnation import Fence
 CHUNK_VALUES = 2**28  # fp32 values that a rank holds before it writes them: 1 GiB
 
 ToHost = Callable[[str, str, Tensor], Tensor]
-Shapes = dict[str, tuple[int, ...]]  # of this rank's slices of one kind, by name
+LocalShapes = dict[str, tuple[int, ...]]  # of this rank's slices of one kind, by name
 GatheredTensor = tuple[str, str, Tensor]  # kind, name, value in the machine's memory
 
 
@@ -123,7 +123,7 @@ def _to_host(kind: str, name: str, value: Tensor) -> Tensor:
 
 
 def _gathered(
-    state: State, mine: Mapping[str, Shapes], *, groups: Groups, to_host: ToHost
+    state: State, mine: Mapping[str, LocalShapes], *, groups: Groups, to_host: ToHost
 ) -> Iterator[list[GatheredTensor]]:
     """Yield the tensors that this rank writes, a chunk at a time, without padding."""
     for chunk in _chunks(state, groups=groups):
@@ -166,7 +166,7 @@ class _RankWriter:
     def write(
         self,
         chunks: Iterable[list[GatheredTensor]],
-        kinds: Mapping[str, Shapes],
+        kinds: Mapping[str, LocalShapes],
         *,
         tensors: dict[str, TensorEntry],
     ) -> WrittenPart:
@@ -192,7 +192,7 @@ class _RankWriter:
         except TrainshortError as error:
             self._problem = error
 
-    def _open(self, kinds: Mapping[str, Shapes]) -> None:
+    def _open(self, kinds: Mapping[str, LocalShapes]) -> None:
         for kind, shapes in kinds.items():
             name = file_name(stage=self._groups.pipeline.rank, tensor=self._groups.tensor.rank, kind=kind)
             self._files[kind] = TensorFile(self._staging / name, shapes=shapes)
