@@ -7,6 +7,7 @@ gets about as much as it holds, in one exchange each, and the ranks share the wo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -38,10 +39,51 @@ class MatrixPart:
         return self.bounds[data_rank + 1] - self.bounds[data_rank]
 
 
+def joined_then_cut(
+    shards: Sequence[Shard], numels: Sequence[int], *, size: int, rank: int = 0, ranks: int = 1
+) -> list[MatrixPart]:
+    """Return a data rank's parts of slices that are joined and then cut evenly, as ZeRO 1 and 2 do.
+
+    Args:
+        shards: The matrices.
+        numels: Elements of a tensor rank's slice of each.
+        size: Elements of a part of all together.
+        rank: The data rank.
+        ranks: Number of data ranks.
+    """
+    begins = accumulate(numels, initial=0)
+    return [
+        MatrixPart(shard, _cuts(begin, numel, size=size, ranks=ranks), max(begin - rank * size, 0))
+        for shard, numel, begin in zip(shards, numels, begins, strict=False)
+    ]
+
+
+def cut_then_joined(shards: Sequence[Shard], sizes: Sequence[tuple[int, int]], *, ranks: int) -> list[MatrixPart]:
+    """Return a data rank's parts of slices that are each cut evenly, the parts being joined, as ZeRO 3 does.
+
+    Args:
+        shards: The matrices.
+        sizes: Elements of a tensor rank's slice of each, and of a part of it, with padding.
+        ranks: Number of data ranks.
+    """
+    begins = accumulate((size for _, size in sizes), initial=0)
+    return [
+        MatrixPart(shard, _cuts(0, numel, size=size, ranks=ranks), begin)
+        for shard, (numel, size), begin in zip(shards, sizes, begins, strict=False)
+    ]
+
+
+def _cuts(begin: int, numel: int, *, size: int, ranks: int) -> tuple[int, ...]:
+    """Return where [begin, begin + numel) is cut by the multiples of a size, from its own beginning."""
+    return tuple(min(max(rank * size - begin, 0), numel) for rank in range(ranks + 1))
+
+
 class WholeMatrices:
     """The matrices of an optimizer's tensors, and which rank works on which."""
 
-    def __init__(self, parts: dict[Tensor, list[MatrixPart]], *, tensor: int, group: Group, device: torch.device) -> None:
+    def __init__(
+        self, parts: dict[Tensor, list[MatrixPart]], *, tensor: int, group: Group, device: torch.device
+    ) -> None:
         """Take the parts of this rank.
 
         Args:

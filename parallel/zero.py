@@ -3,7 +3,6 @@
 ZeRO flattens both and splits them over the data ranks. Callers see one tensor per parameter, at any ZeRO stage.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from parallel.libraries import (
 )
 from parallel.parameter import Shard
 from parallel.shards import shard_of
-from parallel.whole_matrices import MatrixPart
+from parallel.whole_matrices import MatrixPart, cut_then_joined, joined_then_cut
 
 
 def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
@@ -197,25 +196,16 @@ def parts_of_matrices(engine: Any, *, data: Group) -> dict[Tensor, list[MatrixPa
     }
 
 
-def _parts(engine: Any, master: Tensor, parameters: list[nn.Parameter], *, data: Group) -> Iterator[MatrixPart]:
-    begin = 0
-    for parameter in parameters:
-        shard, numel = shard_of(parameter), parameter.numel()
-        if not _is_sharded(engine):
-            yield MatrixPart(shard, (0, numel), 0)
-        elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):  # each parameter is cut, the parts are joined
-            numel, size = parameter.ds_numel, parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            yield MatrixPart(shard, _even_cuts(0, numel, size=size, ranks=data.size), begin)
-            begin += size
-        else:  # the parameters are joined, then cut
-            cuts = _even_cuts(begin, numel, size=len(master), ranks=data.size)
-            yield MatrixPart(shard, cuts, max(begin - data.rank * len(master), 0))
-            begin += numel
-
-
-def _even_cuts(begin: int, numel: int, *, size: int, ranks: int) -> tuple[int, ...]:
-    """Return where [begin, begin + numel) is cut by the multiples of a size, from its own beginning."""
-    return tuple(min(max(rank * size - begin, 0), numel) for rank in range(ranks + 1))
+def _parts(engine: Any, master: Tensor, parameters: list[nn.Parameter], *, data: Group) -> list[MatrixPart]:
+    shards = [shard_of(parameter) for parameter in parameters]
+    if not _is_sharded(engine):
+        return joined_then_cut(shards, [parameter.numel() for parameter in parameters], size=len(master.view(-1)))
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        held: list[Any] = [parameter.ds_tensor for parameter in parameters]  # type: ignore[attr-defined]
+        sizes = [(parameter.ds_numel, part.ds_numel) for parameter, part in zip(parameters, held, strict=True)]  # type: ignore[attr-defined]
+        return cut_then_joined(shards, sizes, ranks=data.size)
+    numels = [parameter.numel() for parameter in parameters]
+    return joined_then_cut(shards, numels, size=len(master), rank=data.rank, ranks=data.size)
 
 
 def _moments(row: OptimizerChoice, parameters: list[nn.Parameter]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from tests.mutants.forks import CODE, IDS, PROJECT, SAID
 from tests.mutants.fused_mutants import FUSED_MUTANTS
 from tests.mutants.measurement_mutants import MEASUREMENT_MUTANTS
 from tests.mutants.mutants import MUTANTS, Mutant
+from tests.mutants.optimizer_mutants import OPTIMIZER_MUTANTS
 from tests.mutants.scale_mutants import SCALE_MUTANTS
 from tests.mutants.schedule_mutants import SCHEDULE_MUTANTS
 from tests.mutants.study_mutants import STUDY_MUTANTS
@@ -41,6 +42,7 @@ ALL = (
     *DOCUMENT_MUTANTS,
     *TRACKING_MUTANTS,
     *MEASUREMENT_MUTANTS,
+    *OPTIMIZER_MUTANTS,
 )
 TIMEOUT_SECONDS = 1800
 # Output of a test that noticed the mistake; a broken import or fixture does not count.
