@@ -66,11 +66,12 @@ def test_every_legal_layout_has_the_same_losses_and_norms(
 
 
 @pytest.mark.slow
-def test_an_untied_mpt_has_the_same_losses_in_every_layout(tmp_path: Path) -> None:
-    reference = _train(tmp_path, ranks=1, layouts=[{"tensor": 1, "pipeline": 1, "zero": 0}], model=UNTIED_MPT)
+@pytest.mark.parametrize(("model", "ranks"), [(UNTIED_MPT, 4), (("train.optimizer=muon",), 8)], ids=["mpt", "muon"])
+def test_other_runs_have_the_same_losses_in_every_layout(tmp_path: Path, model: tuple[str, ...], ranks: int) -> None:
+    reference = _train(tmp_path, ranks=1, layouts=[{"tensor": 1, "pipeline": 1, "zero": 0}], model=model)
     losses, norms = zip(*reference["t1p1z0w1"][0], strict=True)
-    layouts = [*legal_layouts(4), {"tensor": 2, "pipeline": 2, "zero": 1, "sequence": True}]
-    for name, by_rank in _train(tmp_path, ranks=4, layouts=layouts, model=UNTIED_MPT).items():
+    layouts = [*legal_layouts(ranks), {"tensor": 2, "pipeline": 2, "zero": 1, "sequence": True}]
+    for name, by_rank in _train(tmp_path, ranks=ranks, layouts=layouts, model=model).items():
         for steps in by_rank:
             assert [loss for loss, _ in steps] == pytest.approx(losses, rel=1e-5), name
             assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-5), name

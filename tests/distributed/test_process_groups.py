@@ -139,3 +139,5 @@ def test_ranks_are_numbered_tensor_first_then_data() -> None:
         "model": [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]],
         "ends": [[0, 8], [1, 9], [2, 10], [3, 11], [4], [5], [6], [7]],
     }
+    shared = partitions_of(Layout(2, 3, 2, zero=1, micro_batches=3, shares_matrices=True))
+    assert shared["stage"] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]

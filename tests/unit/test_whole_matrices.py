@@ -66,7 +66,7 @@ matrices = st.lists(
 )
 
 
-@settings(max_examples=60, report_multiple_bugs=False)
+@settings(max_examples=60, deadline=None, report_multiple_bugs=False)
 @given(matrices, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3]), st.booleans())
 def test_results_are_those_of_whole_matrices(
     drawn: list[tuple[Rule, int, int]], tensor: int, data: int, joins_first: bool
