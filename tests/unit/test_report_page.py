@@ -12,7 +12,8 @@ from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
 from tests.support.measured_runs import add_harness, add_retrieval
 from tests.support.started_runs import certificate, whole_run, write_lines
-from training.comparison.run import STEP_FIELDS, STEP_TIMES
+from training.comparison.run import STEP_FIELDS
+from training.metrics_reader import STEP_TIMES
 from training.page.starts import RunStart, read_starts
 from training.page.timeline import draw_timeline
 from training.step_columns import StepColumns

@@ -17,10 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from configs.paths import certificates_path, discarded_metrics_path
-from training.comparison.run import STEP_TIMES
 from training.evaluation.kept import Kept, Step
 from training.metrics_file import ROLLED_BACK
-from training.metrics_reader import step_fields
+from training.metrics_reader import STEP_TIMES, step_fields
 from training.step_columns import StepColumns
 
 _TIMED = ("step", *STEP_TIMES, "failed_saves")
