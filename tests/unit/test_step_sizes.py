@@ -242,7 +242,8 @@ def test_a_length_that_cannot_be_is_refused(warm_up: str, message: str) -> None:
         ("[[8, 0]]", "train.batch_warmup.0.1: must be greater than or equal to 1, got 0"),
         ("[[8]]", "train.batch_warmup.0.1 is missing: add it"),
         ("[[8, 1, 2]]", "train.batch_warmup.0 must have 2 entries, got (8, 1, 2): remove the others"),
-        ("8", "train.batch_warmup must be a list, got 8: write [8]"),
+        ("8", "train.batch_warmup: must be a list of pairs, as [[256, 1000]], got 8"),
+        ("null", "train.batch_warmup: must be a list of pairs, as [[256, 1000]], got null"),
         ("[8, 1]", "train.batch_warmup: must be a list of pairs, as [[256, 1000]], got [8, 1]"),
     ],
 )
