@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +113,38 @@ def one_writer(folder: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def try_to_lock(folder: Path) -> Iterator[None]:
+def try_to_lock(folder: Path) -> AbstractContextManager[None]:
     """Hold the lock of a folder itself while the block runs, if its file system has such locks; leaves no file.
 
     Args:
         folder: It is made if it does not exist; where it cannot be locked, the block runs without the lock.
     """
+    return _holding(folder, fcntl.LOCK_EX)
+
+
+def in_use(folder: Path) -> AbstractContextManager[None]:
+    """Show that this process uses a folder while the block runs, as others may too; without locks, show nothing."""
+    return _holding(folder, fcntl.LOCK_SH)
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a process of this machine uses a folder, or holds its lock."""
+    try:
+        with ExitStack() as stack:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
+
+
+@contextmanager
+def _holding(folder: Path, kind: int) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, kind)
         yield

@@ -29,7 +29,7 @@ def _countable(value: int) -> int:
 
 
 def _list_of_lists(value: Any) -> Any:
-    if isinstance(value, list) and not all(isinstance(each, list) for each in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(each, list | tuple) for each in value):
         raise PydanticCustomError("pairs", "Input should be a list of pairs, as [[256, 1000]]")
     return value
 

@@ -8,8 +8,17 @@ from pathlib import Path
 
 from configs.commands import typed_path
 from configs.errors import InputError, MachineError
+from configs.files import is_in_use
 from configs.path_text import require_folder
-from configs.paths import chain_file, config_file, incarnation_file, own_data_folder, started_in, stop_file
+from configs.paths import (
+    chain_file,
+    checkpoints_folder,
+    config_file,
+    incarnation_file,
+    own_data_folder,
+    started_in,
+    stop_file,
+)
 from configs.saved import saved_values
 from launch.runs import RunSummary, find_runs, is_run_folder, reported_end, size_and_time, summarize_run
 from launch.slurm.record import find_jobs, read_chain
@@ -99,6 +108,8 @@ def _refuse(folder: Path) -> None:
         pid = f" (process {start.pid})" if start else ""
         stop = typed_path(stop_file(folder))
         raise InputError(f"{folder} runs here{pid}: stop it first, with Ctrl-C or touch {stop}")
+    if is_in_use(checkpoints_folder(folder)):
+        raise InputError(f"{folder} is being evaluated here: stop that first, with Ctrl-C, or wait for it")
     if chain_file(folder).is_file():
         _slurm_answers(folder)
     if Path.cwd().is_relative_to(folder.resolve()):

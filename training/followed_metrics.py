@@ -6,7 +6,6 @@ Imports no torch.
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from configs.paths import metrics_path
 from configs.schema import RunConfig
 from training.appended_lines import AppendedLines
 from training.metrics_file import Best, better_of, validation_of
-from training.metrics_reader import step_fields
-from training.observers import StepResult
+from training.metrics_reader import STEP_TIMES, step_fields
 from training.pace import RECENT_STEPS, Pace
 
 CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -120,15 +118,14 @@ class FollowedMetrics:
         pace, now = Pace(config, step=step), 0.0
         known = {each["step"]: each for each in (*self._pauses, *self.recent) if each["step"] > step}
         for done in sorted(known):
-            numbers = {field.name: number(known[done], field.name) for field in fields(StepResult)}
-            values: dict[str, Any] = {name: value for name, value in numbers.items() if math.isfinite(value or 0.0)}
-            result = StepResult(**{**dict.fromkeys(numbers), **values, "step": done})
-            if not result.step_seconds:
+            times = [number(known[done], name) for name in STEP_TIMES]
+            seconds, validation, save = (time if math.isfinite(time or 0.0) else None for time in times)
+            if not seconds:
                 continue  # of a version that did not measure it
-            if result.save_seconds:
-                pace.on_save(result.save_seconds)
-            now += result.step_seconds + (result.validation_seconds or 0.0) + (result.save_seconds or 0.0)
-            pace.on_step(result, now=now)
+            if save:
+                pace.on_save(save)
+            now += seconds + (validation or 0.0) + (save or 0.0)
+            pace.on_step(done, seconds=seconds, validation_seconds=validation, now=now)
         return pace if pace.steps_taken else None
 
     @property

@@ -14,7 +14,14 @@ from configs.schema import RunConfig
 from parallel.layout import REDUCE_BUCKET, Layout, effective_zero
 from parallel.parameter import Shard, padded_shape
 from training.families.table import shards_of
-from training.memory_activations import FP32, Activations, block_bounds, in_flight, stage_activations
+from training.memory_activations import (
+    FP32,
+    Activations,
+    block_bounds,
+    in_flight,
+    stage_activations,
+    validation_states,
+)
 
 REDUCED_AT_ONCE = 500_000_000  # elements that DeepSpeed copies to sum them over data ranks without ZeRO
 GATHERED_BY_ZERO_3 = 1_000_000_000  # elements that DeepSpeed keeps gathered, by default, where they are needed again
@@ -35,6 +42,7 @@ class StageMemory:
         activations: What all layers keep for the backward pass, of all micro-batches in flight.
         head: A chunk of logits, and the gradients of the head's input and weight; or, if it needs more, the backward
             pass of one block.
+        validation: What a validation at the longest length needs more than a step does.
         overhead: Python, torch, CUDA and NCCL, and free blocks of the wrong size.
     """
 
@@ -44,6 +52,7 @@ class StageMemory:
     buffers: int
     activations: int
     head: int
+    validation: int
     overhead: int
 
     @property
@@ -106,6 +115,9 @@ def estimate_memory(config: RunConfig, *, layout: Layout, on_gpu: bool, bucket: 
         activations = stage_activations(config, layout, stage, on_gpu=on_gpu)
         copies = 0 if on_gpu else _copies(layout, state.saved)
         parts = _parts(state, activations, offloads=offloads, copies=copies)
+        validating = parts["weights"] + parts["optimizer"] + state.buffers + state.held_gradients + copies
+        validating += validation_states(config, layout, stage, on_gpu=on_gpu)
+        parts["validation"] = max(0, validating - sum(parts.values()))
         overhead = GPU_OVERHEAD + int(ALLOCATOR_SHARE * sum(parts.values())) if on_gpu else CPU_OVERHEAD
         stages.append(StageMemory(**parts, overhead=overhead))
         offloaded = max(offloaded, state.optimizer if offloads else 0)
@@ -182,6 +194,7 @@ class _State:
         weights: Weights of the forward pass.
         gradients: When the backward pass has ended.
         early_gradients: While all activations are still held.
+        held_gradients: Between two steps.
         optimizer: Master weights and moments.
         buffers: Held all the time.
         step: Held only when the backward pass has ended.
@@ -191,6 +204,7 @@ class _State:
     weights: int
     gradients: int
     early_gradients: int
+    held_gradients: int
     optimizer: int
     buffers: int
     step: int
@@ -229,5 +243,6 @@ class _State:
         if layout.shares_matrices:
             exchange = _on_whole_matrices(sizes, layout, share=share / count)
             step = max(step, exchange) if in_place else step + exchange
+        held = summed if in_place else 0
         saved = tuple(FP32 * kind for kind in kinds) if config.checkpoint.background else (0,)
-        return cls(weights, each + summed, early, optimizer, buffers, step, saved)
+        return cls(weights, each + summed, early, held, optimizer, buffers, step, saved)

@@ -66,6 +66,34 @@ def stage_activations(config: RunConfig, layout: Layout, stage: int, *, on_gpu: 
     return Activations(held, max(backward, _head(config, layout, on_gpu=on_gpu) if last else 0))
 
 
+def validation_states(config: RunConfig, layout: Layout, stage: int, *, on_gpu: bool) -> int:
+    """Return the bytes of states and logits of a stage in a validation at the run's longest length; 0 without one.
+
+    Nothing is kept for a backward pass: the largest of attention, the feed-forward of one block, and the head.
+    """
+    if not config.validation_lengths:
+        return 0
+    model, train, width = config.model, config.train, PRECISIONS[config.train.precision].width
+    length = max(config.validation_lengths)
+    batch = max(1, train.micro_batch * config.data.sequence_length // length)
+    data = config.data.model_copy(update={"sequence_length": length})
+    longest = config.model_copy(update={"data": data, "train": train.model_copy(update={"micro_batch": batch})})
+    backend, last = _backend(config, on_gpu=on_gpu), stage == layout.pipeline - 1
+    whole, parts, tensor = width * batch * length * model.hidden, _parts(config, layout), layout.tensor
+    # input and norm; queries, keys, values, the output, and what they are rotated to
+    attention = 2 * whole // parts + (6 if POSITIONS[model.position].rotates else 4) * whole // tensor
+    attention += _strip(longest, layout, on_gpu=on_gpu)
+    if backend.keeps_scores:  # its mask, the scores and their softmax
+        attention += 3 * FP32 * batch * length * length * model.heads // tensor
+    # and the residual stream, the outputs of both parts, and both sides of the GELU
+    feed_forward = 5 * whole // parts + (4 * whole + 2 * whole * model.inner // model.hidden) // tensor
+    logits = _chunk(longest, layout) * (width + FP32 * (1 if width == FP32 else 2))
+    head = whole // parts + (whole if parts > 1 else 0) + logits
+    # DeepSpeed keeps what it receives and sends of two micro-batches; megatron gathered inputs of column linears
+    between = (4 if stage else 2) * whole // parts if layout.pipeline > 1 else 0
+    return max(attention, feed_forward, head if last else 0) + between + (whole if parts > 1 else 0)
+
+
 def _parts(config: RunConfig, layout: Layout) -> int:
     """Return into how many parts the tensor ranks split a sequence between the linears."""
     return layout.tensor if config.parallel.sequence else 1
@@ -75,13 +103,21 @@ def _head(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
     """Return the bytes of a chunk of logits, and of the gradients of the head's input and weight."""
     train, hidden, width = config.train, config.model.hidden, PRECISIONS[config.train.precision].width
     tokens = train.micro_batch * config.data.sequence_length
-    columns = padded_vocabulary(config.data.vocab_size, tensor=layout.tensor) // layout.tensor
-    most = max(1, HEAD_CHUNK_BYTES // (columns * width))
-    chunk = columns * min(tokens, 1 << (most.bit_length() - 1))
     # Logits and, of the same size, their gradient; uncompiled also log probabilities, which fp32 overwrites.
     element = 2 * width + (FP32 if width < FP32 and not _is_compiled(config, on_gpu=on_gpu) else 0)
     states = width * tokens * hidden * (2 if _parts(config, layout) > 1 else 1)
-    return element * chunk + states + FP32 * columns * hidden
+    return element * _chunk(config, layout) + states + FP32 * _columns(config, layout) * hidden
+
+
+def _chunk(config: RunConfig, layout: Layout) -> int:
+    """Return the elements of a chunk of logits."""
+    most = max(1, HEAD_CHUNK_BYTES // (_columns(config, layout) * PRECISIONS[config.train.precision].width))
+    tokens = config.train.micro_batch * config.data.sequence_length
+    return _columns(config, layout) * min(tokens, 1 << (most.bit_length() - 1))
+
+
+def _columns(config: RunConfig, layout: Layout) -> int:
+    return padded_vocabulary(config.data.vocab_size, tensor=layout.tensor) // layout.tensor
 
 
 def _is_compiled(config: RunConfig, *, on_gpu: bool) -> bool:

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from configs.errors import InputError
 from configs.rules import problems
-from configs.schema import CheckpointRules, Parallel, RunConfig, Train
+from configs.schema import CheckpointRules, Evaluate, Parallel, RunConfig, Train
 from parallel.layout import Layout
 from training.memory import estimate_memory
 
@@ -56,13 +56,16 @@ def memory_changes(config: RunConfig, *, layout: Layout, on_gpu: bool) -> list[M
     """
     model, train, parallel = config.model, config.train, config.parallel
     # Without DeepSpeed's buffer: a rank may run out before it is used, and in a small run it is most of the estimate.
-    largest = estimate_memory(config, layout=layout, on_gpu=on_gpu, bucket=0).largest
+    stages = estimate_memory(config, layout=layout, on_gpu=on_gpu, bucket=0).stages
+    stage = max(stages, key=attrgetter("total"))
+    largest, lengths = stage.total, sorted(config.evaluate.validation_lengths)
 
     def may_help(changed: RunConfig, new_layout: Layout) -> bool:
         return estimate_memory(changed, layout=new_layout, on_gpu=on_gpu, bucket=0).largest < TOLERANCE * largest
 
     first = partial(_first_change, config, layout, may_help=may_help)
     candidates = [
+        first("evaluate.validation_lengths", [tuple(lengths[:-1])] if stage.validation and lengths else []),
         # a GPU's rank copies to another memory
         first("checkpoint.background", [False] if config.checkpoint.background and not on_gpu else []),
         first("train.micro_batch", _smaller(train.micro_batch)),
@@ -106,13 +109,13 @@ def _first_change(
     config: RunConfig,
     layout: Layout,
     key: str,
-    values: Iterable[int | str],
+    values: Iterable[int | str | tuple[int, ...]],
     *,
     may_help: Callable[[RunConfig, Layout], bool],
 ) -> MemoryChange | None:
     """Return the change to the first value that may help and is legal without other changes; None if there is none."""
     section_name, _, name = key.partition(".")
-    section: CheckpointRules | Train | Parallel = getattr(config, section_name)
+    section: CheckpointRules | Evaluate | Parallel | Train = getattr(config, section_name)
     for value in values:
         changed = config.model_copy(update={section_name: section.model_copy(update={name: value})})
         if problems(changed):
@@ -134,4 +137,5 @@ def _first_change(
 
 
 def _as_written(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    text = str([*value] if isinstance(value, tuple) else value)
+    return text.lower() if isinstance(value, bool) else text

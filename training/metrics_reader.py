@@ -11,6 +11,7 @@ from configs.errors import InputError
 from configs.paths import metrics_path
 from training.step_columns import StepColumns
 
+STEP_TIMES = ("step_seconds", "validation_seconds", "save_seconds")  # what the time of a run is made of
 _END_BYTES = 1 << 20  # a run of months has hundreds of megabytes
 
 

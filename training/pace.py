@@ -8,7 +8,6 @@ from functools import partial
 from configs.schema import RunConfig
 from configs.step_sizes import batch_of, samples_by_length
 from training.flops import causal_flops_per_token
-from training.observers import StepResult
 
 RECENT_STEPS = 100  # the speed may change, for example when another job shares the machine
 FORWARD_SHARE = 1 / 3  # of a step's time per sample
@@ -47,28 +46,28 @@ class Pace:
         self._stepped_at: float | None = None
         self._paused = 0.0  # seconds of saves since then
 
-    def on_step(self, result: StepResult, *, now: float) -> None:
+    def on_step(self, step: int, *, seconds: float, validation_seconds: float | None = None, now: float) -> None:
         """Take the times of a step.
 
         Args:
-            result: The step.
+            step: Its number.
+            seconds: Time of the step alone.
+            validation_seconds: Time of the validation after it; None if there was none.
             now: Seconds of a clock that never goes back.
         """
-        if self._stepped_at is None:
-            seconds = result.step_seconds
-        else:
-            seconds = now - self._stepped_at - self._paused - (result.validation_seconds or 0.0)
+        passed = seconds
+        if self._stepped_at is not None:
+            passed = max(seconds, now - self._stepped_at - self._paused - (validation_seconds or 0.0))
         if self.steps_taken == 1:
             self._recent.clear()  # the first step warms up: kernels are compiled, memory is allocated
-        samples = batch_of(result.step, self._config.train)
-        work = self._work(result.step - 1, result.step)
-        self._recent.append((max(seconds, result.step_seconds), work, samples))
-        if result.validation_seconds is not None:
-            self._validations.append(result.validation_seconds)
-        self._training += result.step_seconds
+        samples = batch_of(step, self._config.train)
+        self._recent.append((passed, self._work(step - 1, step), samples))
+        if validation_seconds is not None:
+            self._validations.append(validation_seconds)
+        self._training += seconds
         self.steps_taken += 1
         self.samples_taken += samples
-        self._step, self._stepped_at, self._paused = result.step, now, 0.0
+        self._step, self._stepped_at, self._paused = step, now, 0.0
 
     def on_save(self, seconds: float, *, goes_on: bool = False) -> None:
         """Take the time that training waited for a save, also for one that failed.

@@ -44,7 +44,8 @@ class ProgressLog(Observer):
         now, train = time.monotonic(), self._config.train
         self._newest = result
         self._since_line.append(result)
-        self._pace.on_step(result, now=now)
+        seconds, validation_seconds = result.step_seconds, result.validation_seconds
+        self._pace.on_step(result.step, seconds=seconds, validation_seconds=validation_seconds, now=now)
         due = now - self._line_at >= LOG_SECONDS if train.log_every is None else result.step % train.log_every == 0
         if due or result.step == train.steps:
             self._log_step(result)

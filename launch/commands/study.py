@@ -53,6 +53,7 @@ def study_command(
         show_plan(loaded, execution.chosen, unprepared=execution.unprepared())
         return
     with sole_study(loaded):
+        execution.read()  # again: another may have gone on until here
         code = _submit(loaded, execution) if slurm else _execute(execution)
         _show_results(loaded, execution, as_json=as_json)
     if code:

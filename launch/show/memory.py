@@ -27,6 +27,8 @@ def show_memory(fit: MemoryFit, *, origin: str) -> None:
     )
     table = narrow_table(("", *(f"stage {number}" for number in range(layout.pipeline))), left=("",))
     for part in stages[0]:
+        if part == "validation" and not any(stage[part] for stage in stages):
+            continue
         table.add_row(part, *(f"{stage[part] / 1e9:.2f}" for stage in stages))
     show_table(table)
     show_lines(*_verdict(fit))

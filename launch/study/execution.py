@@ -46,10 +46,18 @@ class StudyExecution:
             if name not in names:
                 raise InputError(f"--only {name} is not a run of {loaded.study.name}: use one of {', '.join(names)}")
         self._loaded, self._reader = loaded, ProgressReader(loaded)
-        self._rows = read_study_rows(loaded.rows, study=loaded.study.name)
         self._chosen = [run for run in loaded.runs if not only or run.run in only or run.label in only]
-        self.progress = {planned.label: self._read(planned) for planned in loaded.runs}
         self.collected: list[str] = []
+        self.read()
+
+    def read(self) -> None:
+        """Read the rows and how far each run is.
+
+        Raises:
+            InputError: a run has changed since it began, or a file is broken.
+        """
+        self._rows = read_study_rows(self._loaded.rows, study=self._loaded.study.name)
+        self.progress = {planned.label: self._read(planned) for planned in self._loaded.runs}
 
     @property
     def chosen(self) -> list[RunProgress]:

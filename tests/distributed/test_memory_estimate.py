@@ -29,6 +29,9 @@ MORE = (
 RECOMPUTE, SELECTIVE, SEQUENCE = "train.recompute=true", "train.recompute=selective", "parallel.sequence=true"
 MUON = "train.optimizer=muon"
 BF16, FP16 = "train.precision=bf16", "train.precision=fp16"
+# at 64 times the training length, or 16
+VALIDATED = ("data.sequence_length=64", "evaluate.every=1", "evaluate.samples=4")
+LONG, LESS_LONG = ((*VALIDATED, f"evaluate.validation_lengths=[{length}]") for length in (4096, 1024))
 CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "zero 2": ({"tensor": 1, "pipeline": 1, "zero": 2}, ()),
     "zero 3": ({"tensor": 1, "pipeline": 1, "zero": 3}, ()),
@@ -49,11 +52,16 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "muon, bf16": ({"tensor": 1, "pipeline": 2, "zero": 1}, (MUON, BF16)),
     "muon, one data rank": ({"tensor": 4, "pipeline": 1, "zero": 1}, (MUON,)),
     "reference": ({"tensor": 2, "pipeline": 1, "zero": 1}, ("model.attention=reference",)),
+    "validation, zero 3": ({"tensor": 1, "pipeline": 1, "zero": 3}, LONG),
+    "validation, bf16": ({"tensor": 1, "pipeline": 1, "zero": 1}, (*LONG, BF16)),
+    "validation, tensor 2 x pipeline 2": ({"tensor": 2, "pipeline": 2, "zero": 1}, LONG),
+    "validation, sequence": ({"tensor": 4, "pipeline": 1, "zero": 1}, (*LONG, SEQUENCE)),
+    "validation, reference": ({"tensor": 2, "pipeline": 1, "zero": 1}, (*LESS_LONG, "model.attention=reference")),
 }
 
 
 def measure_training(process: ProcessRank, *, folder: Path) -> dict[str, tuple[int, int]]:
-    """Return the most bytes of tensors that this rank held in two steps of each case, and the estimate of them."""
+    """Return the most bytes of tensors that this rank held in each case, and the estimate of them."""
     zero.REDUCE_BUCKET = BUCKET  # its size is fixed: here it would be larger than the model
     measured = {}
     for number, (name, (keys, more)) in enumerate(CASES.items()):
@@ -61,7 +69,8 @@ def measure_training(process: ProcessRank, *, folder: Path) -> dict[str, tuple[i
         config = config_of(keys, run_dir=folder, more=(*MORE, *more))
         layout = Layout.of(config, world_size=process.world_size)
         groups = make_groups(layout)
-        batches = [tokens_of(number, samples=1, length=LENGTH) for _ in range(layout.micro_batches)]
+        length = config.data.sequence_length
+        batches = [tokens_of(number, samples=1, length=length) for _ in range(layout.micro_batches)]
         with PeakBytes() as memory:
             engine, _ = build_engine(
                 config, layout=layout, groups=groups, vocab_size=VOCABULARY, device=torch.device("cpu")
@@ -73,6 +82,8 @@ def measure_training(process: ProcessRank, *, folder: Path) -> dict[str, tuple[i
                 save(engine, config, **places, step=number, background=writer)
             memory.forget_peak()
             engine.train_step(batches, learning_rate=1e-3)
+            for length in config.validation_lengths:
+                engine.mean_loss([tokens_of(number, samples=1, length=length) for _ in range(3)])
         stage = estimate_memory(config, layout=layout, on_gpu=False, bucket=BUCKET).stages[groups.pipeline.rank]
         measured[name] = (memory.peak, stage.total - stage.overhead)
     return measured

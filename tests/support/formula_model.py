@@ -61,6 +61,7 @@ def open_formula_model(
         config=check_run(run_values, name="small"),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
+        train_length=32,
         weights=lambda: weights,
         run_dir=tmp_path / "no run",
     )

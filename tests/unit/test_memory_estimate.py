@@ -236,6 +236,23 @@ def test_check_says_that_a_simpler_layout_fits(trainshort: Call, monkeypatch: py
     assert "note: tensor 1 x pipeline 1 would fit too" in trainshort("check", "alibi-1b3").out
 
 
+def test_a_long_validation_counts_and_may_be_left_out(trainshort: Call) -> None:
+    check = ("check", "alibi-1b3-80gb", "--memory", "--gpu-memory-gb", "80", "--json", "--set")
+    usual, long = (
+        json.loads(trainshort(*check, f"evaluate.validation_lengths={lengths}").out)["memory"]
+        for lengths in ([2048], [2048, 2**20])
+    )
+    assert (usual["stages"][0]["validation"], usual["fits"], usual["changes"]) == (0, True, [])
+    # 17 states of 2^20 tokens in bf16, in place of activations and of the gradients of the head
+    (stage,) = long["stages"]
+    states = 17 * 2 * 2**20 * 2048
+    held = sum(stage[part] for part in ("weights", "gradients", "optimizer", "buffers"))
+    assert held + states == pytest.approx(stage["total"] - stage["overhead"], rel=0.01)
+    first = {"key": "evaluate.validation_lengths", "old": "[2048, 1048576]", "new": "[2048]", "ranks": 1}
+    assert long["changes"][0] == {**first, "largest": usual["largest"]}
+    assert long["fits"] is False
+
+
 def test_offloaded_state_must_fit_the_machine(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     # 4.55 GB of each rank
     check = ("check", "alibi-1b3", "--memory", "--set", "parallel.offload=cpu", "--ranks")

@@ -205,10 +205,10 @@ LONGER = ("evaluate.validation_lengths=[1024]", "data.sequence_length=128")
 def test_the_time_left_counts_validations_and_saves() -> None:
     run = progress_run("train.steps=100", "evaluate.every=10", "evaluate.samples=16", "checkpoint.every=30")
     pace, now = Pace(run, step=0), 100.0
-    pace.on_step(step_result(step=1, step_seconds=9.0), now=now)
+    pace.on_step(1, seconds=9.0, now=now)
     assert pace.seconds_left == pytest.approx(99 * 9.0 + 10 * 3.0), "a validation is a third of a step until measured"
     longer = Pace(progress_run("train.steps=100", "evaluate.every=100", "evaluate.samples=16", *LONGER), step=0)
-    longer.on_step(step_result(step=1, step_seconds=9.0), now=now)
+    longer.on_step(1, seconds=9.0, now=now)
     work = (
         longer.seconds_left - 99 * 9.0
     ) / 3.0  # in that of 16 sequences of 128 tokens, twice with 8 times the tokens
@@ -216,11 +216,11 @@ def test_the_time_left_counts_validations_and_saves() -> None:
     for step in range(2, 31):
         validation = 5.0 if step % 10 == 0 else None
         now += 2.0 + (validation or 0.0)  # 1 s of the step, and 1 s between two steps
-        pace.on_step(step_result(step=step, step_seconds=1.0, validation_seconds=validation), now=now)
+        pace.on_step(step, seconds=1.0, validation_seconds=validation, now=now)
     pace.on_save(7.0)
     now += 7.0
     assert pace.seconds_left == pytest.approx(70 * 2.0 + 7 * 5.0 + 3 * 7.0), "the first step warms up: it is left out"
-    pace.on_step(step_result(step=31, step_seconds=1.0), now=now + 2.0)
+    pace.on_step(31, seconds=1.0, now=now + 2.0)
     assert pace.step_seconds == pytest.approx(2.0), "a save does not count as time of a step"
     spent = pace.spent()
     assert (spent.training, spent.validation, spent.saving) == (9.0 + 30.0, 15.0, 7.0)

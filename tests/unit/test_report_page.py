@@ -12,10 +12,6 @@ from tests.support.command_line import Call, refused
 from tests.support.compared_runs import add_report, make_run
 from tests.support.measured_runs import add_harness, add_retrieval
 from tests.support.started_runs import certificate, whole_run, write_lines
-from training.comparison.run import STEP_FIELDS, STEP_TIMES
-from training.page.starts import RunStart, read_starts
-from training.page.timeline import draw_timeline
-from training.step_columns import StepColumns
 
 VOID = {"meta", "link", "br", "path", "circle", "line"}
 SECTIONS = ("Loss", "Learning rate", "Gradient norm", "Throughput", "Memory", "Perplexity by length", "Certificate",
@@ -98,16 +94,6 @@ def test_a_page_has_every_part_and_needs_no_network(trainshort: Call) -> None:
     for fact in ("device a card", "SLURM job 77", "nodes n[1-2]", "torch 2.13.0", f"{'a' * 12}, with changes"):
         assert fact in page.text
     assert "gguf" not in page.text, "it was not installed"
-
-
-def test_all_saves_that_failed_between_two_steps_are_marked() -> None:
-    lines = [{"step": step, "step_seconds": 1.0} for step in range(1, 7)]
-    lines[2] |= {"save_seconds": 0.5}
-    lines[4] |= {"save_seconds": 0.5, "failed_saves": 2}  # in the background one failed, and the next to begin
-    lines[5] |= {"failed_saves": 2}
-    steps = StepColumns(("step", *STEP_TIMES, "failed_saves"), lines)
-    marks = [*RunStart({}, 0, steps=steps).saves()]
-    assert marks == [(2.5, 2, "saved"), (5.0, 4, "failed"), (5.0, 4, "failed")]
 
 
 def test_starts_and_failed_saves_are_on_the_time_line(trainshort: Call) -> None:
@@ -284,16 +270,6 @@ def test_the_loss_scale_of_fp16_is_drawn(trainshort: Call) -> None:
     assert {*half.headings} - {*whole.headings} == {"Loss scale"}
 
 
-def test_a_thousand_starts_stay_on_the_time_line(tmp_path: Path) -> None:
-    steps = StepColumns(STEP_FIELDS, [{"step": step, "step_seconds": 1.0} for step in range(1, 1001)])
-    write_lines(tmp_path / "certificates.jsonl", [certificate(step=step, minute=1) for step in range(1000)])
-    timeline = draw_timeline(read_starts(tmp_path, steps), run_dir=tmp_path)
-    lefts = [bar.left for bar in timeline.bars]
-    assert lefts == sorted(lefts)
-    assert min(bar.width for bar in timeline.bars) > 0
-    assert (lefts[0], round(timeline.bars[-1].left + timeline.bars[-1].width, 6)) == (0.0, 100.0)
-
-
 def test_a_new_run_says_what_is_missing_and_what_makes_it(trainshort: Call) -> None:
     run_dir = make_run(Path("a run"), steps=0, checkpoints=(), run={"name": "new"})
     page = written(trainshort, "a run", page="a run/report.html")
@@ -346,38 +322,6 @@ def test_a_refused_start_shows_its_wrong_rank(trainshort: Call) -> None:
     assert "refused: positions are wrong: rank 1" in page.text
     assert "1 0 / 0 / 1 0 to 3 not a number wrong sdpa, fp32, cpu 0 0 / 0 / 0 0 to 3 2e-07 right" in page.text
     assert "verified" not in page.text
-
-
-def test_lost_steps_belong_to_the_start_that_took_them(tmp_path: Path) -> None:
-    steps = [{"step": step, "loss": 1.0, "step_seconds": 1.0} for step in range(1, 21)]
-    # the second start lost 9 to 12 too, the third found its newest checkpoint broken
-    groups = [steps[4:10], steps[8:12], steps[2:6]]
-    write_lines(tmp_path / "logs" / "metrics_discarded.jsonl", [line for group in groups for line in group])
-    starts = [certificate(step=step, minute=step) for step in (0, 4, 8)]
-    starts += [certificate(step=2, minute=30), certificate(step=8, minute=40, refused="why")]
-    write_lines(tmp_path / "certificates.jsonl", starts)
-    read = read_starts(tmp_path, StepColumns(STEP_FIELDS, steps))
-    assert [start.steps.known("step") for start in read] == [[1, 2], [], [], [*range(3, 21)], []]
-    assert [start.lost.known("step") for start in read] == [
-        [3, 4, *range(5, 11)],
-        [5, 6, *range(9, 13)],
-        [],
-        [],
-        [],
-    ]
-
-
-def test_lost_steps_are_drawn_when_they_were_taken(tmp_path: Path) -> None:
-    steps = [{"step": step, "loss": 1.0, "step_seconds": 2.5} for step in range(1, 11)]
-    # twice the start went back to step 3, then once to step 8
-    groups = [steps[3:6], steps[3:5], steps[8:9]]
-    lost = [{**line, "save_seconds": 2.5, "rolled_back": 1} for group in groups for line in group]
-    write_lines(tmp_path / "logs" / "metrics_discarded.jsonl", lost)
-    write_lines(tmp_path / "certificates.jsonl", [certificate(step=0, minute=1)])
-    (start,) = read_starts(tmp_path, StepColumns(STEP_FIELDS, steps))
-    bars = [(round(bar.width * 0.55, 6), bar.is_lost) for bar in draw_timeline([start], run_dir=tmp_path).bars]
-    assert bars == [(7.5, False), (15.0, True), (10.0, True), (12.5, False), (5.0, True), (5.0, False)]
-    assert [(at, step) for at, step, _ in start.saves()] == [(10, 3), (15, 4), (20, 5), (25, 3), (30, 4), (47.5, 8)]
 
 
 def test_a_file_that_is_no_page_is_never_overwritten(trainshort: Call) -> None:

@@ -8,12 +8,14 @@ from typing import NoReturn
 
 import pytest
 
-from configs.errors import MachineError
+from configs.errors import InputError, MachineError
 from configs.figures import byte_size
 from configs.paths import chain_file, incarnation_file, stop_file
+from launch.remove import plan_removals
 from launch.slurm.query import Job
 from launch.slurm.record import Chain, write_chain
 from tests.support.command_line import Call, contents, refused
+from tests.support.evaluation import TOKENIZER
 from tests.support.run_folders import make_run, start_run
 from training.tracking.record import RunRecord, write_record
 from training.tracking.spool import SpoolWriter
@@ -166,6 +168,23 @@ def test_what_is_no_run_or_in_use_stays(trainshort: Call, runs: Path, monkeypatc
         refused(trainshort, "runs", "rm", "runs/good", path, "--yes")  # nothing goes before all is checked
     monkeypatch.chdir(good / "data")
     assert "contains the current folder" in refused(trainshort, "runs", "rm", str(good), "--yes")
+
+
+def test_a_run_that_is_evaluated_stays(trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(TOKENIZER.parents[1], runs / "old")
+    Path("text.txt").write_text("alpha beta gamma delta epsilon zeta theta iota kappa lambda " * 99)
+
+    def meanwhile(*_: object, **__: object) -> NoReturn:
+        with pytest.raises(InputError, match="^runs/old is being evaluated here: stop that first"):
+            plan_removals([Path("runs/old")])
+        raise InputError("all was seen")
+
+    for command in ("evaluate", "retrieval"):
+        monkeypatch.setattr(f"training.{command.replace('evaluate', 'evaluation')}.run.load_single", meanwhile)
+        answer = trainshort(command, "runs/old", "--data", "text.txt", "--lengths", "400")
+        assert answer.error.splitlines()[-1] == "error: all was seen", answer
+    assert trainshort("runs", "rm", "runs/old", "--yes").code == 0
+    assert not run.exists()
 
 
 def test_what_waits_for_mlflow_is_no_other_run(trainshort: Call, folder: Path, runs: Path) -> None:

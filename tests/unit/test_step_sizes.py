@@ -13,7 +13,6 @@ from data_pipeline.samples import open_samples
 from parallel.layout import Layout
 from tests.support.diverging import lines_of, poison_steps, results_of, train, train_without
 from tests.support.one_rank import OneRank, one_rank
-from tests.support.steps import step_result
 from training.api import load
 from training.comparison.run import read_runs
 from training.evaluation.request import EvaluationRequest
@@ -108,7 +107,7 @@ def test_the_card_tells_the_largest_step_so_far(rank: OneRank, tmp_path: Path) -
         (3, 6, 2, "48 tokens: 3 steps of up to 2"),
         (4, 10, 8, "80 tokens: 4 steps of up to 4"),
     ):
-        facts = ModelFacts(config, step, samples, vocab_size=400, parameters=9, report=None)
+        facts = ModelFacts(config, step, samples, vocab_size=400, parameters=9, train_length=length, report=None)
         card = model_card(facts, comparison="", engine=TRANSFORMERS, dtype="fp32")
         assert f"| trained on | {said} sequences |" in card
         assert f"| training length | {length} tokens |" in card
@@ -189,7 +188,7 @@ def test_time_left_counts_sequences_not_steps(rank: OneRank, tmp_path: Path) -> 
     run = rank.config(tmp_path, WARM_UP, "train.steps=6")
     pace = Pace(run, step=0)
     for step in (1, 2, 3):
-        pace.on_step(step_result(step=step, step_seconds=1.0), now=float(step))
+        pace.on_step(step, seconds=1.0, now=float(step))
     assert pace.sample_seconds == pytest.approx(0.5)
     assert pace.seconds_left == pytest.approx(3 * 4 * 0.5)
     assert pace.step_seconds == pytest.approx(4 * 0.5), "the next one is larger"
@@ -201,12 +200,12 @@ def test_time_left_counts_the_length_of_later_steps(rank: OneRank, tmp_path: Pat
     short, full = (causal_flops_per_token(run.model, vocab_size=400, length=length) for length in (2, 8))
     pace = Pace(run, step=0)
     for step in (1, 2, 3):
-        pace.on_step(step_result(step=step, step_seconds=1.0), now=float(step))
+        pace.on_step(step, seconds=1.0, now=float(step))
     assert full > 1.005 * short
     assert pace.step_seconds == pytest.approx(full / short)
     assert pace.seconds_left == pytest.approx(2 * full / short)
     assert pace.tokens_per_second == pytest.approx(4 * 8), "that of the steps that were taken"
-    pace.on_step(step_result(step=4, step_seconds=5.0), now=8.0)
+    pace.on_step(4, seconds=5.0, now=8.0)
     assert pace.seconds_left == pytest.approx(7.0 * full / (2 * short + full)), "the first step warms up"
 
 
@@ -243,7 +242,8 @@ def test_a_length_that_cannot_be_is_refused(warm_up: str, message: str) -> None:
         ("[[8, 0]]", "train.batch_warmup.0.1: must be greater than or equal to 1, got 0"),
         ("[[8]]", "train.batch_warmup.0.1 is missing: add it"),
         ("[[8, 1, 2]]", "train.batch_warmup.0 must have 2 entries, got (8, 1, 2): remove the others"),
-        ("8", "train.batch_warmup must be a list, got 8: write [8]"),
+        ("8", "train.batch_warmup: must be a list of pairs, as [[256, 1000]], got 8"),
+        ("null", "train.batch_warmup: must be a list of pairs, as [[256, 1000]], got null"),
         ("[8, 1]", "train.batch_warmup: must be a list of pairs, as [[256, 1000]], got [8, 1]"),
     ],
 )

@@ -78,6 +78,20 @@ def test_a_folders_name_may_look_like_a_part_of_a_uri(tmp_path: Path) -> None:
     assert recorded_uri(other, run_dir=run_dir) == f"sqlite:///{tmp_path / 'a b.db'}"
 
 
+def test_the_current_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / """a 'b' "c" :d \\e %27"""
+    here.mkdir()
+    monkeypatch.chdir(here)
+    tracker = start(Path("runs/first"))
+    tracker.metrics(1, {"loss": 3.0})
+    tracker.finish("FINISHED")
+    database, artifacts = MlflowDatabase(here / "runs" / "mlflow.db"), here / "runs" / "mlartifacts"
+    assert database.rows("select name, status from runs") == [("first", "FINISHED")]
+    assert len([*artifacts.rglob("config.yaml")]) == 1
+    default = database.rows("select artifact_location from experiments where name = 'Default'")
+    assert default == [(f"{artifacts.as_uri()}/0",)]
+
+
 def test_an_interrupted_creation_leaves_no_file(tmp_path: Path) -> None:
     def fill(uri: str) -> None:
         raise sqlite3.OperationalError("database or disk is full")

@@ -109,7 +109,7 @@ def test_the_time_left_is_that_of_the_progress_log(run_dir: Path) -> None:
         if step == 21:
             pace.on_save(2.0)
         now = 9.0 + step * 0.1 + 3.0 * (step >= 20) + 2.0 * (step >= 21)
-        pace.on_step(step_result(step=step, step_seconds=seconds, **pauses), now=now)
+        pace.on_step(step, seconds=seconds, validation_seconds=pauses.get("validation_seconds"), now=now)
     view = RunWatcher(run_dir).look()
     assert view.seconds_left == pytest.approx(pace.seconds_left)
     assert view.seconds_left is not None

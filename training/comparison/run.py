@@ -26,10 +26,9 @@ from training.comparison.text import WantedText
 from training.evaluation.kept import HELD_OUT, checkpoint_reports, newest_report, read_report
 from training.families.table import parameter_count
 from training.further_losses import PREFIX, fields_by_length, fields_by_source
-from training.metrics_reader import read_steps
+from training.metrics_reader import STEP_TIMES, read_steps
 from training.step_columns import StepColumns
 
-STEP_TIMES = ("step_seconds", "validation_seconds", "save_seconds")  # what the time of a run is made of
 # what comparisons and pages show of steps
 STEP_FIELDS = (
     "step",

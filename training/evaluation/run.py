@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from configs.files import in_use
 from configs.paths import evaluation_folder
 from configs.positions import scale_for
 from configs.protocols import parse_protocol
@@ -168,10 +169,11 @@ def _begin(opened: Checkpoint, request: EvaluationRequest, *, until: ExitStack) 
     Args:
         opened: The checkpoint.
         request: What to measure.
-        until: Its end closes the tracker.
+        until: Its end closes the tracker, and lets go of the run folder.
     Raises:
         InputError, MachineError: see `evaluate_checkpoint`.
     """
+    until.enter_context(in_use(opened.path.parent))
     folder = evaluation_folder(opened.run_dir)
     text = held_out_text(opened) if request.data is None else file_text(opened, request.data)
     plan = plan_evaluation(request, config=opened.config, tokens=len(text.tokens))

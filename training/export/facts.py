@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from configs.figures import counted
 from configs.schema import RunConfig
-from configs.step_sizes import size_of
 from training.evaluation.usable import HeldOutReport, usable_length, whole_windows
 from training.evaluation.verdict import measured_context
 
@@ -27,6 +26,7 @@ class ModelFacts:
         samples: Sequences that it was trained on.
         vocab_size: Tokens, without padding.
         parameters: Number of parameters; the tied embedding counts once.
+        train_length: Tokens of a sequence of its step, which train.length_warmup may have cut.
         report: What was measured of it on held-out text; None if nothing was.
         averaged: Steps of the checkpoints that its weights are the mean of; none if they are no mean.
     """
@@ -36,6 +36,7 @@ class ModelFacts:
     samples: int
     vocab_size: int
     parameters: int
+    train_length: int
     report: HeldOutReport | None
     averaged: tuple[int, ...] = ()
 
@@ -43,11 +44,6 @@ class ModelFacts:
     def is_imported(self) -> bool:
         """Whether the model was trained elsewhere: `trainshort import` makes a checkpoint of step 0."""
         return self.step == 0
-
-    @property
-    def train_length(self) -> int:
-        """Tokens of a sequence of the newest step, which train.length_warmup may have cut."""
-        return size_of(self.step, self.config).length
 
     @property
     def longest(self) -> int:

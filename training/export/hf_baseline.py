@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from configs.errors import InputError, first_line
+from configs.files import in_use
 from configs.paths import evaluation_folder
 from configs.precisions import require_precision
 from data_pipeline.hashes import json_sha256
@@ -104,15 +105,16 @@ def evaluate_folder(checkpoint: Path, folder: Path, request: EvaluationRequest) 
     record = EvaluationRecord(
         partial(build_report, model=evaluated, text=text, provenance=provenance), place, name, is_newest=False
     )
-    return run_evaluation(
-        TransformersScorer(model, device=device, precision=request.precision),
-        text,
-        plan,
-        record=record,
-        parts=PartialResults(place / name, evaluated, provenance),
-        tracker=None,  # its figures are not the run's
-        attention=None,
-    )
+    with in_use(opened.path.parent):
+        return run_evaluation(
+            TransformersScorer(model, device=device, precision=request.precision),
+            text,
+            plan,
+            record=record,
+            parts=PartialResults(place / name, evaluated, provenance),
+            tracker=None,  # its figures are not the run's
+            attention=None,
+        )
 
 
 def _described(model: Any, folder: Path, *, precision: str, length_of_run: int) -> EvaluatedModel:

@@ -185,6 +185,7 @@ def _facts(checkpoint: Checkpoint) -> ModelFacts:
         samples=manifest.consumed_samples,
         vocab_size=manifest.vocab_size,
         parameters=parameter_count(checkpoint.config.model, vocab_size=manifest.vocab_size),
+        train_length=checkpoint.train_length,
         report=find_held_out_report(checkpoint.path, step=manifest.step, sha256=model_sha256(manifest)),
         averaged=averaged_steps(checkpoint.run_dir),
     )

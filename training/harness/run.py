@@ -9,6 +9,7 @@ from typing import Any
 
 from lm_eval.evaluator import evaluate
 
+from configs.files import in_use
 from configs.paths import evaluation_folder
 from data_pipeline.tokenizer import load_tokenizer
 from training.checkpoint.manifest import model_sha256
@@ -62,7 +63,7 @@ def run_harness(
     date, versions, began_ms = evaluation_date(), product_versions("lm_eval"), now_ms()
     track = checkpoint.config.track
     # Attach now: the tracker's thread imports mlflow while the model runs.
-    with attached(checkpoint.run_dir, uri=track.uri, offline=track.offline) as tracker:
+    with in_use(checkpoint.path.parent), attached(checkpoint.run_dir, uri=track.uri, offline=track.offline) as tracker:
         single, tokenizer = load_single(checkpoint, precision=precision), load_tokenizer(checkpoint.tokenizer)
         model = CheckpointLM(single, tokenizer, max_length=longest, seed=_SEED)
         results = _evaluate(model, loaded, limit=request.limit)

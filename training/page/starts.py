@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from configs.paths import certificates_path, discarded_metrics_path
-from training.comparison.run import STEP_TIMES
 from training.evaluation.kept import Kept, Step
 from training.metrics_file import ROLLED_BACK
-from training.metrics_reader import step_fields
+from training.metrics_reader import STEP_TIMES, step_fields
 from training.step_columns import StepColumns
 
 _TIMED = ("step", *STEP_TIMES, "failed_saves")
 _FIELDS = (*_TIMED, "energy_joules")
+_LOST_FIELDS = (*_FIELDS, "rollbacks")
 
 Happening = Literal["saved", "failed"]
 
@@ -70,13 +70,14 @@ class RunStart:
         certificate: What it stated in certificates.jsonl; empty for a run of a version without.
         step: The step that it continued from.
         steps: Times, failed saves and energy of the steps that it took and that the run kept.
-        lost: The same of those that no checkpoint had when the next start began, and that were taken again.
+        lost: The same of those that no checkpoint had when the next start began, or that were before a rollback: they
+            were taken again. Each has its number of rollbacks before it too.
     """
 
     certificate: dict[str, Any]
     step: int
     steps: StepColumns = StepColumns(_FIELDS)
-    lost: StepColumns = StepColumns(_FIELDS)
+    lost: StepColumns = StepColumns(_LOST_FIELDS)
 
     @property
     def began_at(self) -> datetime | None:
@@ -114,10 +115,11 @@ class RunStart:
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
         """Its steps in the order in which it took them: those that it lost lie before those that it took again."""
-        kept, lost = ([int(step or 0) for step in steps.values("step")] for steps in (self.steps, self.lost))
+        kept = [int(step or 0) for step in self.steps.values("step")]
+        lost = [(int(step or 0), times) for step, times in self.lost.rows("step", "rollbacks")]
         stretches, done = [], 0
         for again in _runs(lost):
-            until = bisect_left(kept, lost[again.start], lo=done)
+            until = bisect_left(kept, lost[again.start][0], lo=done)
             stretches += [Stretch(self.steps.chosen(range(done, until), fields=_TIMED), is_lost=False)]
             stretches += [Stretch(self.lost.chosen(again, fields=_TIMED), is_lost=True)]
             done = until
@@ -161,7 +163,7 @@ def read_starts(run_dir: Path, steps: StepColumns) -> tuple[RunStart, ...]:
     for before, fields in _discarded(run_dir, starts):
         lost[_taker(starts[:before], fields["step"])].append(fields)
     return tuple(
-        replace(start, steps=steps.chosen(places, fields=_FIELDS), lost=StepColumns(_FIELDS, lost_steps))
+        replace(start, steps=steps.chosen(places, fields=_FIELDS), lost=StepColumns(_LOST_FIELDS, lost_steps))
         for start, places, lost_steps in zip(starts, taken, lost, strict=True)
     )
 
@@ -208,10 +210,11 @@ def _is_whole(certificate: dict[str, Any]) -> bool:
     return False
 
 
-def _runs(numbers: Sequence[int]) -> Iterator[range]:
-    """Yield the places of each stretch of numbers that follow each other."""
+def _runs(lost: Sequence[tuple[int, float | None]]) -> Iterator[range]:
+    """Yield the places of each stretch of steps that follow each other, with as many rollbacks before them."""
     begin = 0
-    for place in range(1, len(numbers) + 1):
-        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:
+    for place in range(1, len(lost) + 1):
+        step, rollbacks = lost[place - 1]
+        if place == len(lost) or lost[place] != (step + 1, rollbacks):
             yield range(begin, place)
             begin = place

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from configs.errors import InputError
+from configs.files import in_use
 from configs.paths import evaluation_folder
 from configs.positions import scale_for
 from data_pipeline.text import TokenStream, file_stream, held_out_stream
@@ -64,7 +65,7 @@ def measure_retrieval(checkpoint: Path, request: RetrievalRequest) -> dict[str, 
     scale = None if request.scale is None else scale_for(request.scale, opened.config.model)
     track = opened.config.track
     # Attach now: the tracker's thread imports mlflow while the model runs.
-    with attached(opened.run_dir, uri=track.uri, offline=track.offline) as tracker:
+    with in_use(opened.path.parent), attached(opened.run_dir, uri=track.uri, offline=track.offline) as tracker:
         keep = partial(keep_retrieval, folder=folder, name=name, tracker=tracker, began_ms=now_ms())
         model = load_single(opened, precision=request.precision, scale=scale)
         build = partial(

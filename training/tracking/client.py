@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,18 @@ def connect(target: TrackingTarget, *, run_id: str | None, experiment: str | Non
     # alembic logs one line per migration of a new database
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if target.store.file is not None:
-        create_file(target.store.file, fill=lambda uri: client(tracking_uri=uri).search_experiments(max_results=1))
+        create_file(target.store.file, fill=partial(_fill, artifacts=target.store.artifact_location))
         if follow_move(target.store.file, experiment=experiment, run_id=run_id):
             _forget_artifact_places()
     return client(tracking_uri=target.store.with_passwords(environment()))
+
+
+def _fill(uri: str, *, artifacts: str | None) -> None:
+    """Create MLflow's tables in a sqlite file; its default experiment keeps its artifacts there."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    # a client would name a place in the current folder, in SQL that a colon or both kinds of quotes break
+    SqlAlchemyStore(uri, artifacts)  # type: ignore[no-untyped-call]
 
 
 def _forget_artifact_places() -> None:
