@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import InputError, not_prepared
+from configs.errors import InputError, TrainshortError, not_prepared
 from configs.paths import (
     MANIFEST_NAME,
     check_run_folder,
@@ -53,7 +53,7 @@ def _data_notes(config: RunConfig, prepared: "list[Prepared]") -> Iterator[str]:
         yield from (*inputs, str(not_prepared(folder)))
         return
 
-    from data_pipeline.counts import load_trainable
+    from data_pipeline.counts import check_index, load_trainable
     from data_pipeline.manifest import check_inputs, describe_inputs
     from data_pipeline.manifest_file import read_data_manifest
 
@@ -62,6 +62,7 @@ def _data_notes(config: RunConfig, prepared: "list[Prepared]") -> Iterator[str]:
     except (InputError, OSError) as error:
         yield from (*inputs, _words(error))
         return
+    yield from _answer(partial(check_index, config, prepared[0]))
     manifest = read_data_manifest(folder)
     assert manifest is not None, "it was loaded"
     for note in inputs or _answer(lambda: check_inputs(manifest, describe_inputs(data), folder=folder)):
@@ -137,13 +138,13 @@ def _answer(check: Callable[[], object]) -> Iterator[str]:
     """Yield what a check refuses, or the text that it returns."""
     try:
         answer = check()
-    except (InputError, OSError) as error:
+    except (TrainshortError, OSError) as error:
         answer = _words(error)
     if isinstance(answer, str):
         yield answer
 
 
-def _words(error: InputError | OSError) -> str:
+def _words(error: TrainshortError | OSError) -> str:
     if isinstance(error, OSError):
         return f"{error.filename} cannot be read ({error.strerror}): check its mode"
     return str(error)

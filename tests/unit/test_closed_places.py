@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from configs.load import load_run
+from data_pipeline.manifest import load_prepared
+from data_pipeline.samples import open_samples
 from tests.support.command_line import Call
 from tests.support.run_folders import make_run
 
@@ -36,13 +40,15 @@ def closed(path: Path, *, mode: int = 0) -> Iterator[None]:
 
 
 @pytest.fixture
-def runs(folder: Path, prepared_once: Path, trainshort: Call) -> Path:
+def runs(folder: Path, prepared_once: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with prepared data, a run that trains on it and another one."""
     shutil.copytree(prepared_once, folder, dirs_exist_ok=True)
     for name in ("a", "b"):
         make_run(folder / "runs" / name, last=6, saved=(6,))
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
+    # torch sets it to a folder of the user that imports it
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     for command in ("check run.yaml", "runs", *READERS):  # what they import is not imported as another user
         trainshort(*command.split())
     return folder
@@ -86,6 +92,19 @@ def test_closed_data_is_said_before_any_rank_starts(runs: Path, trainshort: Call
             assert f"note: {words}" in trainshort("check", "run.yaml").out
             refusal = trainshort("train", "run.yaml", "--dry-run")
         assert (refusal.code, refusal.error.startswith(f"error: {words}")) == (2, True), refusal
+
+
+def test_an_index_that_may_not_be_written_is_noted(runs: Path, trainshort: Call) -> None:
+    words = "note: the index of samples data/index/{}-32-"
+    with closed(runs / "data", mode=0o555):
+        assert words.format("training") in trainshort("check", "run.yaml").out
+    prepared = load_prepared(load_run("run.yaml").data, folder=runs / "data")
+    open_samples(prepared, sequence_length=32, split=0.1, seed=1, held_out=False)
+    with closed(runs / "data", mode=0o555):
+        assert "note: " not in trainshort("check", "run.yaml").out
+        noted = trainshort("check", "run.yaml", "--set", "evaluate.every=5").out
+    assert words.format("held-out") in noted
+    assert "copy the data to a folder of yours and set data.dir to it" in noted
 
 
 def test_a_current_folder_that_is_gone_is_one_line(trainshort: Call, folder: Path) -> None:
