@@ -18,7 +18,7 @@ from launch.show.streams import write_error
 
 FLUSH_SECONDS = 5
 # What a disk and its permissions refuse, whatever was to be done there.
-_REFUSED_BY_DISK = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EIO ESTALE".split()}
+_REFUSED_BY_DISK = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EIO ESTALE ENAMETOOLONG".split()}
 
 
 def report_failure(message: str, *, code: int) -> int:

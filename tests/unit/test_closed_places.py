@@ -117,3 +117,9 @@ def test_a_current_folder_that_is_gone_is_one_line(trainshort: Call, folder: Pat
         3,
         "error: the folder in which this was started does not exist any more: change to one that does\n",
     )
+
+
+def test_a_name_that_is_too_long_is_one_line(trainshort: Call, folder: Path) -> None:
+    answer = trainshort("jobs", "status", "a" * 300)
+    assert (answer.code, answer.error.count("\n")) == (3, 1)
+    assert answer.error.endswith("a cannot be used (File name too long): fix that, or choose another place\n")
