@@ -359,8 +359,9 @@ class Slurm(Section):
     env: Annotated[dict[str, TextOrNumber], PUBLIC_VARIABLES] = Field(
         default_factory=dict,
         repr=False,
-        description="Environment variables of the ranks. The values of secrets, such as HF_TOKEN, stay out of every "
-        "file: the jobs get them from the environment of the submission.",
+        description="Environment variables of the ranks, as they are written: a $ is not replaced, for which there is "
+        "`slurm.setup`. The values of secrets, such as HF_TOKEN, stay out of every file: the jobs get them from the "
+        "environment of the submission.",
     )
     setup: Annotated[tuple[str, ...], TUPLE, PUBLIC_LINES] = Field(
         default=(), repr=False, description="Lines of shell before the ranks start, verbatim; no secrets."

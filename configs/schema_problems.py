@@ -120,7 +120,7 @@ def _advice_on_type(kind: str, message: str, value: Any) -> str:
     if kind == "string_pattern_mismatch":  # of names
         return ": use letters, digits, dots, _ and -"
     if kind == "string_type" and isinstance(value, bool | int | float):
-        return f': write "{str(value).lower()}"'
+        return f': write "{getattr(value, "text", str(value).lower())}"'  # as it is written: 2026.10, not 2026.1
     return ""
 
 

@@ -1,17 +1,30 @@
 """Count the samples of prepared data from its index. Imports no torch: the launcher checks data with it too."""
 
+import hashlib
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import InputError
+from configs.errors import InputError, MachineError
 from configs.schema import RunConfig
 from data_pipeline.indexed import read_index
 from data_pipeline.manifest import Prepared, load_prepared
 from data_pipeline.manifest_file import Part
-from data_pipeline.order import held_out_ids, parts_of, shares
+from data_pipeline.order import HELD_OUT_SEED, held_out_ids, parts_of, shares
 from data_pipeline.split import held_out_sequences, training_sequences
+
+
+class IndexKey(NamedTuple):
+    """What decides the samples of prepared data, beside the data itself."""
+
+    sequence_length: int
+    split: float
+    seed: int
+    """Of the order in which sequences are joined; of held-out samples always HELD_OUT_SEED."""
+    held_out: bool
 
 
 def load_trainable(config: RunConfig, *, folder: Path) -> Prepared:
@@ -80,6 +93,40 @@ def chosen_sequences(part: Part, *, split: float, held_out: bool) -> NDArray[np.
 def held_out_tokens(prepared: Prepared) -> int:
     """Return the number of tokens of the held-out text, which `evaluate` measures by default."""
     return sum(_tokens(prepared, part, split=prepared.split, held_out=True) for part in prepared.parts)
+
+
+def index_folder(prepared: Prepared, part: Part, key: IndexKey) -> Path:
+    """Return the folder of the index of a part's samples."""
+    # megatron-core names a cached index without regard to the chosen sequences, so each choice gets its own folder
+    text = f"{prepared.fingerprint} {part.prefix} {part.bin_bytes} {tuple(key)}"
+    name = hashlib.sha256(os.fsencode(text)).hexdigest()[:16]  # the path of a part may not be UTF-8
+    return prepared.folder / "index" / f"{'held-out' if key.held_out else 'training'}-{key.sequence_length}-{name}"
+
+
+def check_index(config: RunConfig, prepared: Prepared) -> None:
+    """Check that a start finds the indices of its samples, or may write them.
+
+    Raises:
+        MachineError: it may not.
+    """
+    if os.access(prepared.folder, os.W_OK | os.X_OK):
+        return
+    split = prepared.split
+    keys = [IndexKey(config.data.sequence_length, split, config.run.seed, held_out=False)]
+    keys += [IndexKey(length, split, HELD_OUT_SEED, held_out=True) for length in config.validation_lengths[-1:]]
+    for key in keys:
+        counts = sample_counts(prepared, sequence_length=key.sequence_length, split=split, held_out=key.held_out)
+        for part, count in zip(prepared.parts, counts, strict=True):
+            if count and not (folder := index_folder(prepared, part, key)).is_dir():
+                raise unwritable_index(folder, "Permission denied")
+
+
+def unwritable_index(folder: Path, reason: str) -> MachineError:
+    """Return the error of an index of samples that the first start would write beside the data, and cannot."""
+    return MachineError(
+        f"the index of samples {folder} cannot be written ({reason}): copy the data to a folder of yours and set "
+        "data.dir to it, or let its owner start such a run once"
+    )
 
 
 def _tokens(prepared: Prepared, part: Part, *, split: float, held_out: bool) -> int:

@@ -162,6 +162,7 @@ class JsonTokenizer(Tokenizer):
                 'which training does not: set "post_processor" to null in a copy of it'
             )
         self._warn_if_text_changes()
+        self._warn_of_end_in_text(str(self._tokenizer.id_to_token(self.end_of_document)))
         self._require_rows(vocab_size)
 
     def _warn_if_text_changes(self) -> None:

@@ -1,5 +1,6 @@
 """Prepared data, and the checks before it is used. Imports no torch."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -296,6 +297,8 @@ def _check_files(prepared: Prepared) -> None:
                 raise InputError(f"prepared data {file} is missing: {PREPARE_AGAIN}")
             if size != expected:
                 raise InputError(f"prepared data {file} has {size} bytes, {expected} were written: {PREPARE_AGAIN}")
+            if not os.access(file, os.R_OK):
+                raise InputError(f"prepared data {file} cannot be read (Permission denied): fix its permissions")
 
 
 def _check_tokenizer(data: Data, prepared: Prepared) -> None:

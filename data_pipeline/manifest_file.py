@@ -99,7 +99,11 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
         return None
     except ValidationError as error:
         raise InputError(f"{file} is damaged ({first_problem(error)}): {PREPARE_AGAIN}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read ({error.strerror}): fix its permissions, or set data.dir to another folder"
+        ) from None
+    except ValueError as error:
         raise InputError(f"{file} cannot be read ({error}): {PREPARE_AGAIN}") from None
     return manifest
 

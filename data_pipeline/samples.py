@@ -1,8 +1,7 @@
 """Read samples of fixed length from prepared data, with megatron-core's GPTDataset. Imports torch."""
 
-import hashlib
+import errno
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError, first_line
 from configs.files import one_writer
-from data_pipeline.counts import chosen_sequences, sample_counts
+from data_pipeline.counts import IndexKey, chosen_sequences, index_folder, sample_counts, unwritable_index
 from data_pipeline.documents import document_begins
 from data_pipeline.manifest import Prepared
 from data_pipeline.manifest_file import Part
@@ -103,11 +102,10 @@ def open_samples(
         InputError: see `sample_counts`; or the index is damaged, or is not where this rank looks for it.
     """
     counts = sample_counts(prepared, sequence_length=sequence_length, split=split, held_out=held_out)
-    key = (sequence_length, split, HELD_OUT_SEED if held_out else seed, held_out)
-    datasets = []
-    for part, count in zip(prepared.parts, counts, strict=True):
-        sequences = chosen_sequences(part, split=split, held_out=held_out)
-        datasets.append(_open_part(prepared, part, sequences, key) if count else None)
+    key = IndexKey(sequence_length, split, HELD_OUT_SEED if held_out else seed, held_out)
+    datasets = [
+        _open_part(prepared, part, key) if count else None for part, count in zip(prepared.parts, counts, strict=True)
+    ]
     end = prepared.end_of_document if documents else None
     samples = Samples(datasets, sequence_length=sequence_length, weights=prepared.weights, end=end)
     assert samples.sizes == counts, f"megatron-core makes {samples.sizes} samples where {counts} were counted"
@@ -123,19 +121,16 @@ def _joins(dataset: GPTDataset, number: int) -> NDArray[np.int64]:
     return joins
 
 
-def _open_part(
-    prepared: Prepared, part: Part, sequences: NDArray[np.int64], key: tuple[int, float, int, bool]
-) -> GPTDataset:
-    """Open the dataset of some sequences of a part; build its index if it is not there yet.
+def _open_part(prepared: Prepared, part: Part, key: IndexKey) -> GPTDataset:
+    """Open the dataset of a part's chosen sequences; build its index if it is not there yet.
 
     Raises:
         InputError: the index is damaged, or rank 0 has built it where this rank does not see it.
+        MachineError: the index cannot be written.
     """
     sequence_length, split, seed, held_out = key
-    # megatron-core names a cached index without regard to the chosen sequences, so each choice gets its own folder
-    text = f"{prepared.fingerprint} {part.prefix} {part.bin_bytes} {key}"
-    name = hashlib.sha256(os.fsencode(text)).hexdigest()[:16]  # the path of a part may not be UTF-8
-    cache = prepared.folder / "index" / f"{'held-out' if held_out else 'training'}-{sequence_length}-{name}"
+    sequences = chosen_sequences(part, split=split, held_out=held_out)
+    cache = index_folder(prepared, part, key)
     dataset = IndexedDataset(str(prepared.prefix(part)), multimodal=False, mmap=True)
 
     def open_with(cache: Path) -> GPTDataset:
@@ -161,14 +156,19 @@ def _build_index(open_with: Callable[[Path], GPTDataset], cache: Path) -> None:
             "that all nodes see, or start once on one node and copy the data again, with its index"
         )
     waiting = partial(logger.info, "waiting: another process is writing to %s", cache.parent.parent)
-    with one_writer(cache.parent.parent, on_wait=waiting):  # two runs may share the data
-        if cache.is_dir():
-            return
-        logger.info("building the index of samples, %s", cache)
-        temporary = cache.with_name(f".{cache.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        open_with(temporary)  # GPTDataset writes the index where there is none
-        temporary.replace(cache)
+    try:
+        with one_writer(cache.parent.parent, on_wait=waiting):  # two runs may share the data
+            if cache.is_dir():
+                return
+            logger.info("building the index of samples, %s", cache)
+            temporary = cache.with_name(f".{cache.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            open_with(temporary)  # GPTDataset writes the index where there is none
+            temporary.replace(cache)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:  # not the disk: the rank says what it held
+            raise
+        raise unwritable_index(cache, error.strerror or str(error)) from None
 
 
 def _config(sequence_length: int, seed: int, prepared: Prepared, cache: Path) -> GPTDatasetConfig:

@@ -155,6 +155,7 @@ class SentencePieceTokenizer(Tokenizer):
     def check(self, *, vocab_size: int) -> None:
         """Refuse a model that no export can hold, or has more pieces than rows; see `Tokenizer`."""
         check_portable(self)
+        self._warn_of_end_in_text(self._processor.id_to_piece(self.end_of_document))
         self._require_rows(vocab_size)
 
 

@@ -99,6 +99,16 @@ class Tokenizer(ABC):
             InputError: names what does not fit.
         """
 
+    def _warn_of_end_in_text(self, end: str) -> None:
+        """Warn of an end token, spelled `end`, that a text may hold: documents end there, and it counts as no text."""
+        if self.end_of_document in self.encode(f"a{end} {end}"):
+            logger.warning(
+                "tokenizer %s gives the token that ends documents for %r in a text too, which ends a document there: "
+                "name another as eos_token, or keep it out of the text",
+                self.path,
+                end,
+            )
+
     def _require_rows(self, vocab_size: int) -> None:
         """Refuse an embedding with fewer rows than tokens; say so if it has more, as imported models may."""
         if self.vocab_size > vocab_size:

@@ -126,7 +126,7 @@ def _special_tokens(file: Path, content: bytes) -> dict[str, str]:
         named["eos_token"] = next((text for text in _END_TOKENS if text in special), None)
         if named["eos_token"] is None:
             raise InputError(
-                f"tokenizer {file} names no token that ends a document: write one of its tokens into {beside}, as "
+                f"tokenizer {file} names no token that ends a document: write a special token of it into {beside}, as "
                 f'{{"eos_token": "{special[0] if special else _END_TOKENS[0]}"}}'
             )
     return {role: text for role, text in named.items() if text is not None}

@@ -1,6 +1,7 @@
 """Report why a command failed, and end the process of a failed rank at once."""
 
 import ctypes
+import errno
 import logging
 import os
 import signal
@@ -9,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from configs.errors import TrainshortError
+from configs.errors import MachineError, TrainshortError
 from configs.secrets import hide_secrets
 from configs.terminal import printable
 from launch.local import STOPPED_BY_HAND
 from launch.show.streams import write_error
 
 FLUSH_SECONDS = 5
+# What a disk and its permissions refuse, whatever was to be done there.
+_REFUSED_BY_DISK = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EIO ESTALE ENAMETOOLONG".split()}
 
 
 def report_failure(message: str, *, code: int) -> int:
@@ -24,6 +27,35 @@ def report_failure(message: str, *, code: int) -> int:
     lines = "\n  ".join(map(printable, hide_secrets(message).split("\n  ")))
     write_error(f"error: {lines}\n" if message else "")
     return code
+
+
+@contextmanager
+def explain_refused_place() -> Iterator[None]:
+    """Report a file or folder that may not be used here, and a current folder that is gone: neither is our mistake.
+
+    Raises:
+        MachineError: names it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not _has_current_folder():
+            raise MachineError(
+                "the folder in which this was started does not exist any more: change to one that does"
+            ) from None
+        if error.errno not in _REFUSED_BY_DISK or error.filename is None:
+            raise
+        raise MachineError(
+            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): fix that, or choose another place"
+        ) from None
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -90,9 +90,11 @@ def find_runs(folder: Path) -> list[Path]:
     A link to a folder is followed; no folder is read twice.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or it cannot be listed.
     """
     require_folder(folder, what="folder", advice="give the folder of your runs, as in `trainshort runs FOLDER`")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"folder {folder} cannot be listed (Permission denied): fix its permissions")
     runs: list[Path] = []
     level, real_paths = [folder], set[str]()
     for _ in range(DEPTH + 1):
@@ -126,7 +128,7 @@ def _has_broken_run_file(path: Path) -> bool:
     try:
         saved_values(file)
     except OSError:
-        return metrics_path(path).is_file()
+        return os.path.isfile(metrics_path(path))  # not Path.is_file: the folder may be closed to this user
     except NotYamlError:
         return True
     except ValueError:  # YAML without a run is another program's

@@ -5,9 +5,10 @@ A user types `check` often: what takes a tenth of a second to import, numpy firs
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import InputError, not_prepared
+from configs.errors import InputError, TrainshortError, not_prepared
 from configs.paths import (
     MANIFEST_NAME,
     check_run_folder,
@@ -48,23 +49,34 @@ def _data_notes(config: RunConfig, prepared: "list[Prepared]") -> Iterator[str]:
     """Yield what is wrong with the sources, the tokenizer and the data; append the data if nothing is."""
     data, folder = config.data, data_folder(config)
     inputs = list(_input_notes(data))
-    if not (folder / MANIFEST_NAME).exists():
+    if _is_missing(folder / MANIFEST_NAME):  # before the slow imports below
         yield from (*inputs, str(not_prepared(folder)))
         return
 
-    from data_pipeline.counts import load_trainable
+    from data_pipeline.counts import check_index, load_trainable
     from data_pipeline.manifest import check_inputs, describe_inputs
     from data_pipeline.manifest_file import read_data_manifest
 
     try:
         prepared.append(load_trainable(config, folder=folder))
     except (InputError, OSError) as error:
-        yield from (*inputs, str(error))
+        yield from (*inputs, _words(error))
         return
+    yield from _answer(partial(check_index, config, prepared[0]))
     manifest = read_data_manifest(folder)
     assert manifest is not None, "it was loaded"
     for note in inputs or _answer(lambda: check_inputs(manifest, describe_inputs(data), folder=folder)):
         yield f"{note} (training does without: its data is prepared)"
+
+
+def _is_missing(file: Path) -> bool:
+    try:
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # closed to this user, which the reader says
+        return False
+    return False
 
 
 def _input_notes(data: Data) -> Iterator[str]:
@@ -126,9 +138,13 @@ def _answer(check: Callable[[], object]) -> Iterator[str]:
     """Yield what a check refuses, or the text that it returns."""
     try:
         answer = check()
-    except InputError as error:
-        answer = str(error)
-    except OSError as error:
-        answer = f"{error.filename} cannot be read ({error.strerror}): check its mode"
+    except (TrainshortError, OSError) as error:
+        answer = _words(error)
     if isinstance(answer, str):
         yield answer
+
+
+def _words(error: TrainshortError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename} cannot be read ({error.strerror}): check its mode"
+    return str(error)

@@ -21,7 +21,7 @@ from launch.slurm.script import (
     ranks_per_node,
     render_scripts,
 )
-from tests.support.slurm import run_script, words_of
+from tests.support.slurm import render_small, run_script, words_of
 
 SHIPPED = sorted(file.stem for file in RUNS.glob("*.yaml"))
 
@@ -225,6 +225,15 @@ def test_torchrun_is_one_task_per_node_with_all_its_cpus(run_values: dict[str, A
     config = check_run(run_values, name="small")
     export = render_scripts(config, run_file="small.yaml", nodes=1, folder=tmp_path)["export"]
     assert "cpus" not in export, "those that the cluster gives a process"
+
+
+def test_ranks_get_the_cpus_that_the_user_asks_for(run_values: dict[str, Any], tmp_path: Path) -> None:
+    for name, extra in (("extra", ["--cpus-per-task=6"]), ("key", [])):
+        script = render_small(run_values, tmp_path, gpus_per_node=0, extra=extra, cpus_per_rank=None if extra else 6)
+        done = {"DURING": f"echo $SRUN_CPUS_PER_TASK >{name}; mkdir -p run/checkpoints/step_0000010"}
+        run_script(script, tmp_path, SLURM_CPUS_PER_TASK="6", **done)
+        assert (tmp_path / name).read_text() == "6\n"
+        shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,10 @@ def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
         ({"model": {"layers": "010"}}, "model.layers: must be a valid integer, got '010': write 10"),
         ({"train": {"clip": "0.5"}}, "train.clip: must be a valid number, got '0.5': write 0.5"),
         ({"run": {"name": 7}}, 'run.name: must be a valid string, got 7: write "7"'),
+        (
+            {"run": {"name": parse_yaml("2026.10").value}},
+            'run.name: must be a valid string, got 2026.1: write "2026.10"',
+        ),
         ({"run": {"name": True}}, 'run.name: must be a valid string, got true: write "true"'),
         ({"data": {"sources": []}}, "data.sources must have at least one item, got none: add one"),
         ({"run": {"name": ""}}, "run.name must not be empty: write a text"),

@@ -209,6 +209,13 @@ def test_symbols_that_an_export_can_hold_are_accepted(tmp_path: Path) -> None:
     check_portable(load_tokenizer(foreign_model(tmp_path, user_defined_symbols=symbols, control_symbols=["<c d>"])))
 
 
+def test_an_end_piece_that_is_text_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_tokenizer(foreign_model(tmp_path, control_symbols=["<end>"], eos_piece="<end>")).check(vocab_size=500)
+    assert "ends documents" not in caplog.text
+    load_tokenizer(foreign_model(tmp_path, user_defined_symbols=["</s>"])).check(vocab_size=500)
+    assert "foreign.model gives the token that ends documents for '</s>' in a text too" in caplog.text
+
+
 @pytest.mark.usefixtures("folder")
 def test_check_refuses_a_tokenizer_that_prepare_refuses(trainshort: Call, folder: Path) -> None:
     model = foreign_model(folder, user_defined_symbols=["  "])

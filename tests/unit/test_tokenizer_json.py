@@ -129,7 +129,8 @@ def test_other_kinds_encode_too_and_say_that_they_change_text(
         assert ours.encode(text) == ids
         assert "".join(ours.decode_each(ids)) == ours.decode(ids)
     ours.check(vocab_size=400)
-    told, *_ = caplog.messages
+    told, *more = caplog.messages
+    assert ("ends documents for '</s>' in a text too" in "".join(more)) == (kind == "unigram"), "its pieces hold it"
     assert "mine.json changes text: " in told
     assert '(its normalizer: {"type": "Lowercase"}); the model learns the changed text' in told
 
@@ -151,6 +152,20 @@ def test_a_lossless_tokenizer_passes_without_a_word(ours: Tokenizer, caplog: pyt
     assert caplog.messages == [
         "data.vocab_size 400 is 20 more than the tokenizer's 380: those rows of the embedding stand for no token"
     ]
+
+
+def test_an_end_token_that_is_text_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home = train_byte_level(tmp_path / "home", eos_token=END)
+    load_tokenizer(home).check(vocab_size=VOCABULARY)
+    assert caplog.messages == []
+    change_json(home / CONFIG, eos_token="e")
+    load_tokenizer(home).check(vocab_size=VOCABULARY)
+    change_json(home / CONFIG, eos_token=END)
+    tokens = json.loads((home / "tokenizer.json").read_text())["added_tokens"]
+    change_json(home / "tokenizer.json", added_tokens=[{**token, "special": False} for token in tokens])
+    load_tokenizer(home).check(vocab_size=VOCABULARY)
+    for end, message in zip(("e", END), caplog.messages, strict=True):
+        assert f"gives the token that ends documents for '{end}' in a text too" in message
 
 
 @pytest.mark.parametrize(
@@ -227,7 +242,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown model": (rewrite(model={"type": "Tiny"}), "home/tokenizer.json is not a tokenizer.json that "),
     "no end token": (
         text(CONFIG, "{}"),
-        'write one of its tokens into home/tokenizer_config.json, as {"eos_token": "<',
+        'write a special token of it into home/tokenizer_config.json, as {"eos_token": "<',
     ),
     "another end": (
         text(CONFIG, '{"eos_token": "</s>"}'),

@@ -62,7 +62,7 @@ def test_an_index_that_cannot_be_written_is_said(rank: OneRank, tmp_path: Path) 
     shutil.copytree(rank.prepared.folder, tmp_path / "data", ignore=shutil.ignore_patterns("index"))
     (tmp_path / "data" / "index").write_text("a file")
     elsewhere = replace(rank, prepared=replace(rank.prepared, folder=tmp_path / "data"))
-    with pytest.raises(MachineError, match=r"rank 0 cannot use the disk \(.* \S+/data/index\S*\): fix it"):
+    with pytest.raises(MachineError, match=r"the index of samples \S+/data/index/\S+ cannot be written \(.*\): copy "):
         elsewhere.trainer(rank.config(tmp_path / "run"))
 
 
