@@ -145,6 +145,9 @@ def test_an_unknown_section_names_what_is_meant(key: str, expected: str) -> None
     assert message_of({**small_run(), key: {"a": 1}}) == f"small: unknown key {key}: {expected}"
 
 
+UNQUOTED = parse_yaml("2026.10").value
+
+
 def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
     for keys, expected in (
         ({"train": {"steps": 1e3}}, "train.steps: must be a valid integer, got 1000.0: write 1000"),
@@ -161,10 +164,7 @@ def test_what_yaml_reads_as_another_type_says_what_to_write() -> None:
         ({"model": {"layers": "010"}}, "model.layers: must be a valid integer, got '010': write 10"),
         ({"train": {"clip": "0.5"}}, "train.clip: must be a valid number, got '0.5': write 0.5"),
         ({"run": {"name": 7}}, 'run.name: must be a valid string, got 7: write "7"'),
-        (
-            {"run": {"name": parse_yaml("2026.10").value}},
-            'run.name: must be a valid string, got 2026.1: write "2026.10"',
-        ),
+        ({"run": {"name": UNQUOTED}}, 'run.name: must be a valid string, got 2026.1: write "2026.10"'),
         ({"run": {"name": True}}, 'run.name: must be a valid string, got true: write "true"'),
         ({"data": {"sources": []}}, "data.sources must have at least one item, got none: add one"),
         ({"run": {"name": ""}}, "run.name must not be empty: write a text"),
