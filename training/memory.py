@@ -168,9 +168,9 @@ def _sizes_of_kinds(config: RunConfig, sizes: dict[Shard, int]) -> list[int]:
 
 
 def _on_whole_matrices(sizes: dict[Shard, int], layout: Layout, *, share: float) -> int:
-    """Return the bytes with which an optimizer works on whole matrices, of which each rank holds a share."""
+    """Return the bytes with which an optimizer works on whole matrices, of which each data rank holds a share."""
     matrices = {shard: size for shard, size in sizes.items() if shard.is_matrix}
-    exchanged = 2 * round(share * sum(matrices.values())) if layout.tensor * layout.data > 1 else 0
+    exchanged = 2 * round(share * sum(matrices.values())) if layout.tensor > 1 or share < 1 else 0
     return FP32 * (exchanged + 4 * layout.tensor * max(matrices.values()))
 
 

@@ -116,6 +116,19 @@ def test_ranks_share_the_state_as_the_layout_says() -> None:
     assert recomputed.activations < alone.activations / 10
 
 
+def test_muon_exchanges_matrices_only_where_they_are_cut() -> None:
+    small = (*ONE_RANK, "train.micro_batch=1", "data.sequence_length=128", "train.precision=fp32")
+    (whole, whole_without), (cut, cut_without) = (
+        [
+            stages_of(*small, f"parallel.zero={zero}", f"train.optimizer={name}", ranks=2)[0].buffers
+            for name in ("muon", "adamw")
+        ]
+        for zero in (0, 1)
+    )
+    assert whole - whole_without == 4 * 4 * (4 * 2048**2), "fp32 values in a few copies of the largest matrix"
+    assert cut - cut_without > 10 * (whole - whole_without)
+
+
 def test_a_thousand_layers_on_stages_take_no_time() -> None:
     config = load_run("demo", overrides=["model.layers=1000"])
     began = time.perf_counter()

@@ -1,19 +1,24 @@
 """Muon steps whole matrices as torch's does, and as a formula in fp64; the rest is AdamW's."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from configs.paths import MANIFEST_NAME
 from parallel.muon import Muon, Work, orthogonal
 from parallel.parameter import Shard
 from tests.support.one_rank import one_rank
-from training.checkpoint.manifest import list_checkpoints
+from training.checkpoint.disk import describe_file
+from training.checkpoint.manifest import list_checkpoints, read_manifest, write_manifest
 from training.checkpoint.read import open_checkpoint
+from training.checkpoint.verify import verify_checkpoints
 
 SHAPES = {"tall": (96, 32), "wide": (32, 96), "square": (48, 48)}
 LEARNING_RATE, DECAY, MOMENTUM = 0.01, 0.1, 0.95
@@ -155,3 +160,18 @@ def test_a_run_keeps_one_moment_of_a_matrix_and_resumes(tmp_path: Path) -> None:
     assert kinds["blocks.0.feed_forward.up.weight"] == {"weight", "exp_avg"}
     for name in ("embedding.word.weight", "blocks.0.attention.output.bias", "final_norm.weight"):
         assert kinds[name] == {"weight", "exp_avg", "exp_avg_sq"}
+    assert not any(verdict.problems for verdict in verify_checkpoints(tmp_path / "run"))
+    for kind, name in (("exp_avg", "blocks.0.feed_forward.up.weight"), ("exp_avg_sq", "final_norm.weight")):
+        remove_tensor(folder, name, kind=kind)
+        (verdict,) = verify_checkpoints(folder)
+        assert any(problem.endswith(f".{kind}.safetensors lacks {name}") for problem in verdict.problems)
+
+
+def remove_tensor(folder: Path, name: str, *, kind: str) -> None:
+    """Leave a tensor out of a checkpoint's file, and let the manifest have the hash of what is left."""
+    (path,) = folder.glob(f"*.{kind}.safetensors")
+    manifest, tensors = read_manifest(folder), load_file(path)
+    del tensors[name]
+    save_file(tensors, path)
+    (folder / MANIFEST_NAME).unlink()
+    write_manifest(folder, replace(manifest, files={**manifest.files, path.name: describe_file(path)}))

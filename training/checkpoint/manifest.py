@@ -5,8 +5,8 @@
         config.yaml, tokenizer.model                so that the checkpoint needs no file outside its folder; or, of the
                                                     other kind, tokenizer.json and tokenizer_config.json
         stage_00_tensor_01.weight.safetensors       fp32 weights of one pipeline stage and tensor rank
-        stage_00_tensor_01.exp_avg.safetensors      Adam's first moments, split in the same way
-        stage_00_tensor_01.exp_avg_sq.safetensors   Adam's second moments, likewise
+        stage_00_tensor_01.exp_avg.safetensors      first moments, split in the same way
+        stage_00_tensor_01.exp_avg_sq.safetensors   Adam's second moments, likewise; Muon keeps none of a matrix
 
 A tensor has the same logical name and whole shape in every layout. The manifest records which rule split it and
 which stage saved it, so any layout can read a checkpoint of any other. A checkpoint may come from a stranger: check

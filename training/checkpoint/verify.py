@@ -1,6 +1,7 @@
 """`trainshort checkpoint list` and `verify`: which checkpoints are whole, what is wrong with the others. No torch."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from configs.choices import OPTIMIZERS
 from configs.errors import InputError
+from configs.load import load_run
 from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME
 from training.checkpoint.manifest import (
+    CONFIG_NAME,
     Manifest,
     NoCheckpoint,
     candidate_folders,
@@ -19,6 +23,7 @@ from training.checkpoint.manifest import (
     is_checkpoint_name,
     list_checkpoints,
     read_manifest,
+    saved_shard,
 )
 
 
@@ -111,13 +116,16 @@ def _check_bytes(folder: Path) -> Verdict:
 
 def _format_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Yield the tensor files that are invalid or incomplete; a forged manifest may list them with correct hashes."""
-    names_of: dict[int, set[str]] = {}
-    for name, entry in manifest.tensors.items():
-        names_of.setdefault(entry.stage, set()).add(name)
+    try:
+        names_of = _names_by_file(folder, manifest)
+    except InputError as error:
+        yield str(error)
+        return
     for name in sorted(name for name in manifest.files if name.endswith(".safetensors")):
         try:
             with safe_open(folder / name, framework="np") as file:  # numpy: verify imports no torch
-                lacking = names_of.get(int(name.split("_")[1]), set()) - set(file.keys())
+                prefix, kind, _ = name.split(".")
+                lacking = names_of[int(prefix.split("_")[1]), kind] - set(file.keys())
                 types = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  it is not a dict
         except (SafetensorError, OSError, ValueError, IndexError) as error:
             yield f"checkpoint file {folder / name} is not a safetensors file ({error})"
@@ -126,3 +134,17 @@ def _format_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"checkpoint file {folder / name} lacks {min(lacking)}"
         if types - {"F32"}:
             yield f"checkpoint file {folder / name} has tensors of {min(types - {'F32'})}, not F32"
+
+
+def _names_by_file(folder: Path, manifest: Manifest) -> defaultdict[tuple[int, str], set[str]]:
+    """Return the tensors that the files of each stage and kind of state must have.
+
+    Raises:
+        InputError: the run's configuration cannot be read, or a tensor's split rule is unknown.
+    """
+    row = OPTIMIZERS[load_run(str(folder / CONFIG_NAME)).train.optimizer]
+    names: defaultdict[tuple[int, str], set[str]] = defaultdict(set)
+    for name, entry in manifest.tensors.items():
+        for kind in row.kinds_of(is_matrix=saved_shard(name, entry, folder=folder).is_matrix):
+            names[entry.stage, kind].add(name)
+    return names
