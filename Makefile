@@ -37,7 +37,7 @@ unit-rest: $(INSTALLED)
 # What starts processes waits half of its time, so two halves run beside each other, with one thread each: more of them
 # spin while they wait, and take what the other half needs. But first, alone, what is timed, and the mutants, which use
 # all cores.
-TIMED := tests/processes/test_cli_commands.py tests/processes/test_tracking_outages.py
+TIMED := tests/processes/test_start_seconds.py tests/processes/test_tracking_outages.py
 test: quick
 	$(BIN)/python -P -m pytest -q $(TIMED)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q tests/mutants

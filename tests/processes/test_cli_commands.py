@@ -1,20 +1,14 @@
-"""The command line in its own process: output, exit codes, start-up time."""
+"""The command line in its own process: output and exit codes."""
 
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-# What every command needs; how long it takes is a measure of the machine.
-LIBRARIES = (sys.executable, "-P", "-c", "import typer, pydantic, yaml, rich.console")
-OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
 
 
 def trainshort(*arguments: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -29,57 +23,9 @@ def trainshort(*arguments: str, folder: Path, **environment: str) -> "subprocess
     )
 
 
-def cpu_seconds(run: Callable[[], object]) -> float:
-    """Return what a child process computes, which other processes on the machine do not change."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-@pytest.fixture(scope="module")
-def least_seconds() -> float:
-    """What a process computes that imports the libraries of every command."""
-    return min(cpu_seconds(lambda: subprocess.run(LIBRARIES, check=True)) for _ in range(5))
-
-
 def run_file(folder: Path, values: dict[str, Any]) -> str:
     (folder / "small.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return "small.yaml"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--help",),
-        ("check", "alibi-1b3"),
-        ("slurm", "alibi-1b3", "--nodes", "4"),
-        ("checkpoint", "list", "."),
-        ("runs", str(OLD_RUN.parent)),
-        ("watch", str(OLD_RUN)),
-        ("checkpoint", "reshape", str(OLD_RUN), "--dry-run"),
-    ],
-)
-def test_login_node_commands_start_fast_and_without_torch(
-    arguments: tuple[str, ...], tmp_path: Path, least_seconds: float
-) -> None:
-    def run() -> None:
-        done = trainshort(*arguments, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-
-    seconds = min(cpu_seconds(run) for _ in range(3))
-    code = (
-        "import sys, trainshort\n"
-        "try: trainshort.main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'deepspeed', 'megatron', 'mlflow', 'transformers', 'matplotlib'}\n"
-        "sys.stderr.write(repr(sorted(heavy & set(sys.modules))))\n"
-    )
-    wrapped = subprocess.run(
-        [sys.executable, "-P", "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert wrapped.stderr == "[]"
-    assert seconds < 5.5 * least_seconds, "0.7 s, where the libraries take 0.12"
 
 
 def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
