@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+# With the plugins of other packages, such as trio's. Imported in a fork, it would not find who refers to objects that
+# gc.freeze has hidden, and warn of it.
+from hypothesis import Phase, settings
+
 AT_ONCE = 2
 IDS, SAID, CODE = "mutant_ids", "mutant_said", "mutant_code"
 PROJECT = ("configs", "parallel", "data_pipeline", "training", "launch", "tests")
@@ -23,9 +27,6 @@ WARM = (
     "training.export.run",
     "transformers.models.bloom.modeling_bloom",
     "transformers.models.t5.modeling_t5",
-    # With the plugins of other packages, such as trio's. Imported in a fork, hypothesis would not find who refers to
-    # objects that gc.freeze has hidden, and warn of it.
-    "hypothesis",
     "matplotlib.pyplot",
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
@@ -48,7 +49,16 @@ def run_copy(folder: Path, *, house: str) -> int:
     ids = (folder / IDS).read_text(encoding="utf-8").splitlines()
     # Asserts stay as they are compiled: rewriting them in each copy takes longer than most of the tests.
     plain = ("--assert=plain", f"--basetemp={folder / 'temporary'}")
-    return pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", *plain, *ids])
+    return pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", *plain, *ids], plugins=[Unshrunk()])
+
+
+class Unshrunk:
+    """A plugin that keeps a failing example as it is found: to look for a simpler one takes seconds."""
+
+    def pytest_configure(self) -> None:
+        """Change hypothesis's settings after tests/conftest.py, before tests are imported."""
+        settings.register_profile("unshrunk", settings.default, phases=(Phase.explicit, Phase.generate))
+        settings.load_profile("unshrunk")
 
 
 def main(folders: list[Path]) -> None:
