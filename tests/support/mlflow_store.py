@@ -12,7 +12,7 @@ from training.tracking.store import Store, create_file
 
 @contextmanager
 def filled_once(empty: Path) -> Iterator[None]:
-    """Create each new store as ever, but fill all later ones in this process with a copy of the first.
+    """Create each new store as ever, but fill all later ones in this process and its forks with a copy of the first.
 
     Args:
         empty: Where to keep the copy.
