@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 
 # While you work: the linters, and the tests that start no process, on two cores: about four minutes. All three at once:
 # mypy, which begins with an empty cache in CI, computes where a test waits.
-HALF := model export import tokenizer tracking retrieval next
+HALF := model export import tokenizer tracking retrieval next evaluat
 quick:
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync --jobs=3 unit-rest unit-model lint
 
