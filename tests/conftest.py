@@ -13,6 +13,7 @@ from hypothesis import settings
 from launch import local
 from tests.support.command_line import Answer, Call, run_here, write_run
 from tests.support.data import write_book
+from tests.support.mlflow_store import filled_once
 from tests.support.small_run import small_run
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _store_filled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let MLflow make its tables once: a second that each new store would take."""
+    with filled_once(tmp_path_factory.mktemp("mlflow") / "empty.db"):
+        yield
 
 
 @pytest.fixture(autouse=True)

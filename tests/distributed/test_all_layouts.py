@@ -43,8 +43,10 @@ def _train(
 ) -> dict[str, list[list[tuple[float, float]]]]:
     tokenizer = runs / "tokenizer.model"
     tokenizer.write_bytes(b"no test here reads it")
-    arguments = {"steps": STEPS, "folder": runs, "tokenizer": tokenizer, "start_from": None, "more": (*MORE, *model)}
-    by_rank = run_ranks(train_layouts, ranks=ranks, arguments={**arguments, "layouts": layouts})
+    arguments = {"steps": STEPS, "folder": runs, "tokenizer": tokenizer, "start_from": None, "long": None}
+    by_rank = run_ranks(
+        train_layouts, ranks=ranks, arguments={**arguments, "layouts": layouts, "more": (*MORE, *model)}
+    )
     return {name_of(keys, ranks=ranks): [r[i].steps for r in by_rank] for i, keys in enumerate(layouts)}
 
 

@@ -16,7 +16,7 @@ from training.build import build_engine
 from training.checkpoint.rank_part import BackgroundWriter
 from training.memory import estimate_memory
 
-RANKS, BUCKET, LENGTH, VOCABULARY = 4, 500_000, 320, 4096
+RANKS, BUCKET, LENGTH, VOCABULARY = 4, 500_000, 272, 4096  # more than one block of queries
 MORE = (
     "model.layers=4",
     "model.hidden=256",
@@ -32,6 +32,7 @@ BF16, FP16 = "train.precision=bf16", "train.precision=fp16"
 # at 64 times the training length, or 16
 VALIDATED = ("data.sequence_length=64", "evaluate.every=1", "evaluate.samples=4")
 LONG, LESS_LONG = ((*VALIDATED, f"evaluate.validation_lengths=[{length}]") for length in (4096, 1024))
+TWO = "train.global_batch=2"  # micro-batches of one data rank: without stages, more of them hold no more
 CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "zero 2": ({"tensor": 1, "pipeline": 1, "zero": 2}, ()),
     "zero 3": ({"tensor": 1, "pipeline": 1, "zero": 3}, ()),
@@ -39,12 +40,12 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "zero 1, fp16": ({"tensor": 1, "pipeline": 1, "zero": 1}, (FP16,)),
     "zero 1, fp16, two micro-batches": ({"tensor": 1, "pipeline": 1, "zero": 1}, (FP16, "train.global_batch=8")),
     "tensor 2": ({"tensor": 2, "pipeline": 1, "zero": 1}, ()),
-    "saved in the background": ({"tensor": 4, "pipeline": 1, "zero": 1}, ("checkpoint.background=true",)),
+    "saved in the background": ({"tensor": 4, "pipeline": 1, "zero": 1}, ("checkpoint.background=true", TWO)),
     "pipeline 2": ({"tensor": 1, "pipeline": 2, "zero": 1}, ()),
     "tensor 2 x pipeline 2, recompute": ({"tensor": 2, "pipeline": 2, "zero": 1}, (RECOMPUTE,)),
-    "one data rank": ({"tensor": 4, "pipeline": 1, "zero": 1}, ()),
+    "one data rank": ({"tensor": 4, "pipeline": 1, "zero": 1}, (TWO,)),
     "one data rank, one micro-batch": ({"tensor": 4, "pipeline": 1, "zero": 1}, ("train.global_batch=1",)),
-    "one data rank, bf16": ({"tensor": 4, "pipeline": 1, "zero": 1}, (BF16,)),
+    "one data rank, bf16": ({"tensor": 4, "pipeline": 1, "zero": 1}, (BF16, TWO)),
     "selective": ({"tensor": 2, "pipeline": 1, "zero": 1}, (SELECTIVE,)),
     "sequence": ({"tensor": 4, "pipeline": 1, "zero": 1}, (SEQUENCE, "train.global_batch=1", "train.micro_batch=1")),
     "sequence, selective": ({"tensor": 2, "pipeline": 2, "zero": 1}, (SEQUENCE, SELECTIVE)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel.start import ProcessRank
-from tests.support.layouts import LENGTH, Trained, config_of, name_of, train_one, whole_of
+from tests.support.layouts import LENGTH, LONG, Trained, config_of, name_of, train_one, whole_of
 from tests.support.ranks import run_ranks, start_again
 from training.checkpoint.read import open_checkpoint
 
@@ -27,7 +27,8 @@ def train_positions(
         start_again(process, number=number)
         run_dir = folder / f"{position}_{name_of(keys, ranks=process.world_size)}"
         config = config_of(keys, run_dir=run_dir, more=(f"model.position={position}", *MORE.get(position, ())))
-        trained.append(train_one(process, config, steps=range(4), tokenizer=tokenizer, start_from=None))
+        long = LONG if position in MORE else LENGTH  # only a window leaves out scores
+        trained.append(train_one(process, config, steps=range(4), tokenizer=tokenizer, start_from=None, long=long))
     return trained
 
 

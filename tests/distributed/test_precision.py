@@ -48,6 +48,7 @@ def trained(runs: Path) -> dict[str, dict[str, list[Trained]]]:
             "folder": runs / precision,
             "tokenizer": tokenizer,
             "start_from": None,
+            "long": None,
             "more": (f"train.precision={precision}", "train.recompute=true", "train.clip=1e9"),
         }
         by_rank = run_ranks(train_layouts, ranks=RANKS, arguments=arguments)

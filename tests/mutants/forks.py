@@ -1,7 +1,7 @@
 """Run pytest in copies of the code, each in a fork of one process that has imported the libraries already.
 
 Importing libraries takes most of a small test's time. `python -m tests.mutants.forks FOLDER...`: each folder holds a
-copy of the code and a file of test ids, and receives pytest's output and exit code.
+copy of the code and a file of test ids when standard input ends, and receives pytest's output and exit code.
 """
 
 import gc
@@ -12,18 +12,21 @@ from pathlib import Path
 
 import pytest
 
+# With the plugins of other packages, such as trio's. Imported in a fork, it would not find who refers to objects that
+# gc.freeze has hidden, and warn of it.
+from hypothesis import Phase, settings
+
 AT_ONCE = 2
-ALREADY = "pytest.PytestAssertRewriteWarning"
 IDS, SAID, CODE = "mutant_ids", "mutant_said", "mutant_code"
 PROJECT = ("configs", "parallel", "data_pipeline", "training", "launch", "tests")
 # Import these before forking; main drops the project's own modules again.
 WARM = (
+    "launch.cli",
+    "parallel.engine",
     "training.model.single",
+    "training.export.run",
     "transformers.models.bloom.modeling_bloom",
     "transformers.models.t5.modeling_t5",
-    # With the plugins of other packages, such as trio's. Imported in a fork, hypothesis would not find who refers to
-    # objects that gc.freeze has hidden, and warn of it.
-    "hypothesis",
     "matplotlib.pyplot",
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
@@ -44,8 +47,18 @@ def run_copy(folder: Path, *, house: str) -> int:
     os.dup2(said, 1)
     os.dup2(said, 2)
     ids = (folder / IDS).read_text(encoding="utf-8").splitlines()
-    # pytest warns that its plugins are imported already.
-    return pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", "-W", f"ignore::{ALREADY}", *ids])
+    # Asserts stay as they are compiled: rewriting them in each copy takes longer than most of the tests.
+    plain = ("--assert=plain", f"--basetemp={folder / 'temporary'}")
+    return pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", *plain, *ids], plugins=[Unshrunk()])
+
+
+class Unshrunk:
+    """A plugin that keeps a failing example as it is found: to look for a simpler one takes seconds."""
+
+    def pytest_configure(self) -> None:
+        """Change hypothesis's settings after tests/conftest.py, before tests are imported."""
+        settings.register_profile("unshrunk", settings.default, phases=(Phase.explicit, Phase.generate))
+        settings.load_profile("unshrunk")
 
 
 def main(folders: list[Path]) -> None:
@@ -55,6 +68,7 @@ def main(folders: list[Path]) -> None:
         importlib.import_module(name)
     forget_project()
     gc.freeze()  # else each fork's first collection would copy every page
+    assert sys.stdin.read(), "the copies, which are made meanwhile, were not"
     running: dict[int, Path] = {}
 
     def finish_one() -> None:

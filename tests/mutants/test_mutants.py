@@ -6,8 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from importlib.util import cache_from_source
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,40 +53,49 @@ CAUGHT = re.compile(
 )
 
 
-def copy_code(source: Path, folder: Path, *left_out: str, copy: Callable[..., object] = shutil.copy2) -> None:
-    """Copy the code of a folder into another, without files of some names."""
+def copy_code(folder: Path) -> None:
+    """Copy the code into a folder and compile it: this takes longer than most of the tests."""
     for name in PROJECT:
-        ignored = shutil.ignore_patterns(".*", *left_out)
-        shutil.copytree(source / name, folder / name, ignore=ignored, copy_function=copy)
-    copy(source / "pyproject.toml", folder / "pyproject.toml")
+        shutil.copytree(HOUSE / name, folder / name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        assert compileall.compile_dir(folder / name, quiet=1)
+    shutil.copy2(HOUSE / "pyproject.toml", folder)
 
 
-def make_wrong(folder: Path, mutant: Mutant) -> None:
-    """Make a wrong change in a copy of the code."""
-    file = folder / mutant.file
-    text = file.read_text(encoding="utf-8")
+def link_code(right: Path, folder: Path, *, left_out: Path) -> None:
+    """Fill a folder with links to the code, but for one file and its bytecode; the folders that it is in are no links.
+
+    Args:
+        right: The code, compiled.
+        folder: An empty folder.
+        left_out: The file, from the root of the code.
+    """
+    around = (*reversed(left_out.parents), left_out.parent / "__pycache__")
+    own = {right / path for path in (left_out, *around)} | {Path(cache_from_source(str(right / left_out)))}
+    for each in around:
+        (folder / each).mkdir(exist_ok=True)
+        for path in (right / each).iterdir():
+            if path not in own:
+                (folder / each / path.name).symlink_to(path)
+
+
+def make_wrong(right: Path, folder: Path, mutant: Mutant) -> None:
+    """Make a copy of the right code with a wrong change."""
+    text = (right / mutant.file).read_text(encoding="utf-8")
     assert text.count(mutant.right) == 1, f"{mutant.file} must hold once: {mutant.right}"
-    file.unlink()  # a link: the file itself is every copy's
-    file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
-    # Python would use the original's bytecode for a mutant of the same age and length.
-    for bytecode in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
-        bytecode.unlink()
+    link_code(right, folder, left_out=Path(mutant.file))
+    (folder / mutant.file).write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
 
 
 def make_copies(folders: dict[str | None, Path]) -> None:
-    """Copy the code into each mutant's folder and change it there, and note the tests to run.
+    """Copy the code, make each mutant's copy of it, and note the tests to run.
 
     Args:
         folders: Empty folders by the mutant's name; that of None is for the right code.
     """
     right = folders[None]
-    copy_code(HOUSE, right, "__pycache__")
-    # compiled once, not in each copy: this takes longer than most of the tests
-    for name in PROJECT:
-        assert compileall.compile_dir(right / name, quiet=1)
+    copy_code(right)
     for mutant in ALL:
-        copy_code(right, folders[mutant.name], copy=os.link)  # a hundred thousand files
-        make_wrong(folders[mutant.name], mutant)
+        make_wrong(right, folders[mutant.name], mutant)
         (folders[mutant.name] / IDS).write_text(mutant.caught_by, encoding="utf-8")
     (right / IDS).write_text("\n".join(sorted({mutant.caught_by for mutant in ALL})), encoding="utf-8")
 
@@ -94,13 +104,14 @@ def make_copies(folders: dict[str | None, Path]) -> None:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, tuple[int, str]]:
     """Pytest's exit code and output for each mutant, by name, and for the right code, by None."""
     folders = {mutant and mutant.name: tmp_path_factory.mktemp("copy") for mutant in (None, *ALL)}
-    make_copies(folders)
-    environment = {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    # Other plugins than pytest's own, such as anyio's, would be imported in each fork.
+    more = {"PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-P", "-m", "tests.mutants.forks", *map(str, folders.values())]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env={**os.environ, **more}, stdin=subprocess.PIPE, **output) as forks:
+        make_copies(folders)  # while it imports the libraries
+        said, _ = forks.communicate("made", timeout=TIMEOUT_SECONDS)
+    assert forks.returncode == 0, said
     return {name: (int((folder / CODE).read_text()), (folder / SAID).read_text()) for name, folder in folders.items()}
 
 

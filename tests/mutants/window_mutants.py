@@ -19,7 +19,7 @@ BY_GROWING = "tests/unit/test_next_token.py::test_a_model_decodes_by_parts[in la
 BY_SEARCH = "tests/unit/test_tile_search.py::test_what_is_left_out_has_no_weight"
 BY_SUM = "tests/unit/test_tile_search.py::test_the_weights_of_tiles_add_up"
 BY_SEEN = "tests/unit/test_tile_search.py::test_keys_that_are_not_seen_count_for_nothing"
-BY_SEARCH_NAN = "tests/unit/test_tile_search.py::test_all_tiles_are_taken_where_a_number_is_not_finite[nan-near key]"
+BY_SEARCH_NAN = "tests/unit/test_tile_search.py::test_all_tiles_are_taken_where_a_number_is_not_finite[near key-nan]"
 BY_HALF = "tests/unit/test_model_windows.py::test_keys_of_equal_weight_fill_half_of_the_limit"
 
 WINDOW_MUTANTS = (

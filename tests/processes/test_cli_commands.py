@@ -1,23 +1,19 @@
-"""The command line in its own process: output, exit codes, start-up time."""
+"""The command line: output and exit codes, in a process of its own where one is enough to prove them."""
 
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-# What every command needs; how long it takes is a measure of the machine.
-LIBRARIES = (sys.executable, "-P", "-c", "import typer, pydantic, yaml, rich.console")
-OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
+from tests.support.command_line import Call, refused
 
 
-def trainshort(*arguments: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run_apart(*arguments: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-P", "-m", "trainshort", *arguments],
         cwd=folder,
@@ -29,61 +25,13 @@ def trainshort(*arguments: str, folder: Path, **environment: str) -> "subprocess
     )
 
 
-def cpu_seconds(run: Callable[[], object]) -> float:
-    """Return what a child process computes, which other processes on the machine do not change."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-@pytest.fixture(scope="module")
-def least_seconds() -> float:
-    """What a process computes that imports the libraries of every command."""
-    return min(cpu_seconds(lambda: subprocess.run(LIBRARIES, check=True)) for _ in range(5))
-
-
 def run_file(folder: Path, values: dict[str, Any]) -> str:
     (folder / "small.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return "small.yaml"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--help",),
-        ("check", "alibi-1b3"),
-        ("slurm", "alibi-1b3", "--nodes", "4"),
-        ("checkpoint", "list", "."),
-        ("runs", str(OLD_RUN.parent)),
-        ("watch", str(OLD_RUN)),
-        ("checkpoint", "reshape", str(OLD_RUN), "--dry-run"),
-    ],
-)
-def test_login_node_commands_start_fast_and_without_torch(
-    arguments: tuple[str, ...], tmp_path: Path, least_seconds: float
-) -> None:
-    def run() -> None:
-        done = trainshort(*arguments, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-
-    seconds = min(cpu_seconds(run) for _ in range(3))
-    code = (
-        "import sys, trainshort\n"
-        "try: trainshort.main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'deepspeed', 'megatron', 'mlflow', 'transformers', 'matplotlib'}\n"
-        "sys.stderr.write(repr(sorted(heavy & set(sys.modules))))\n"
-    )
-    wrapped = subprocess.run(
-        [sys.executable, "-P", "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert wrapped.stderr == "[]"
-    assert seconds < 5.5 * least_seconds, "0.7 s, where the libraries take 0.12"
-
-
 def test_help_names_the_commands_and_only_those(tmp_path: Path) -> None:
-    shown = trainshort("--help", folder=tmp_path).stdout
+    shown = run_apart("--help", folder=tmp_path).stdout
     commands = [line.split()[1] for line in shown.split("Commands")[1].splitlines() if line[2:3].isalpha()]
     assert commands == [
         *("init", "check", "prepare", "train", "watch", "profile", "evaluate", "compare", "report", "generate"),
@@ -111,7 +59,7 @@ def test_escape_codes_reach_a_terminal_that_wants_them(plain: dict[str, str], tm
 
 
 def test_check_summarizes_the_run(tmp_path: Path) -> None:
-    done = trainshort("check", "alibi-1b3", folder=tmp_path)
+    done = run_apart("check", "alibi-1b3", folder=tmp_path)
     assert done.returncode == 0
     assert done.stderr == ""
     for part in ("alibi-1b3 is valid", "1,361,987,584 parameters", "1,048,576 tokens", "tensor 2 x pipeline 2, ZeRO-1"):
@@ -119,7 +67,7 @@ def test_check_summarizes_the_run(tmp_path: Path) -> None:
 
 
 def test_check_prints_one_json_document(tmp_path: Path) -> None:
-    done = trainshort("check", "demo", "--json", "--set", "run.dir=here", folder=tmp_path)
+    done = run_apart("check", "demo", "--json", "--set", "run.dir=here", folder=tmp_path)
     summary = json.loads(done.stdout)
     assert summary["parameters"] > 1_000_000
     assert (summary["dir"], summary["data"]) == ("here", "here/data")
@@ -128,7 +76,7 @@ def test_check_prints_one_json_document(tmp_path: Path) -> None:
 def test_a_wrong_run_is_one_message_and_exit_2(tmp_path: Path, run_values: dict[str, Any]) -> None:
     run_values["model"]["heads"] = 5
     run = run_file(tmp_path, run_values)
-    done = trainshort("check", run, "--set", "train.micro_batch=3", folder=tmp_path)
+    done = run_apart("check", run, "--set", "train.micro_batch=3", folder=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
@@ -146,25 +94,30 @@ def one_line(done: "subprocess.CompletedProcess[str]", code: int = 2) -> str:
     return done.stderr.removeprefix("error: ").rstrip("\n")
 
 
-def test_train_refuses_before_any_process_starts(tmp_path: Path, run_values: dict[str, Any]) -> None:
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_train_refuses_before_any_process_starts(here: Path, run_values: dict[str, Any], trainshort: Call) -> None:
     run_values["run"]["dir"] = "run"
-    run = run_file(tmp_path, run_values)
-    assert one_line(trainshort("train", run, "--ranks", "3", folder=tmp_path)).startswith(
+    run = run_file(here, run_values)
+    assert refused(trainshort, "train", run, "--ranks", "3").startswith(
         "ranks must be a multiple of parallel.tensor x parallel.pipeline (2 x 2 = 4), got 3: start 4 or 8 ranks"
     )
-    assert one_line(trainshort("train", run, folder=tmp_path)) == (
-        f"data is not prepared in run/data (relative to {tmp_path}): run `trainshort prepare small.yaml`"
+    assert refused(trainshort, "train", run) == (
+        f"data is not prepared in run/data (relative to {here}): run `trainshort prepare small.yaml`"
     )
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").write_text("")
+    assert not (here / "run").exists()
+    (here / "run").write_text("")
     for command in ("train", "prepare", "slurm"):
-        assert one_line(trainshort(command, run, folder=tmp_path)).startswith(
-            "run.dir run: run is a file, not a folder"
-        )
+        assert refused(trainshort, command, run).startswith("run.dir run: run is a file, not a folder")
 
 
 def test_ranks_inside_a_job_are_refused(tmp_path: Path) -> None:
-    done = trainshort(
+    done = run_apart(
         "train", "demo", "--ranks", "2", folder=tmp_path,
         TRAINSHORT_RANK="1", TRAINSHORT_RANKS="4", TRAINSHORT_RENDEZVOUS="/tmp/none",
     )  # fmt: skip
@@ -173,43 +126,43 @@ def test_ranks_inside_a_job_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named(here: Path, trainshort: Call) -> None:
     missing = "checkpoint run does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR"
-    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
-    assert one_line(trainshort("checkpoint", "list", "run", folder=tmp_path)) == (
+    (here / "new" / "checkpoints").mkdir(parents=True)
+    assert refused(trainshort, "checkpoint", "list", "run") == (
         "run folder run does not exist: give the run.dir of a run"
     )
-    assert trainshort("checkpoint", "list", "new", folder=tmp_path).stdout == "new has no checkpoint yet\n"
-    assert json.loads(trainshort("checkpoint", "list", "new", "--json", folder=tmp_path).stdout) == []
-    assert one_line(trainshort("evaluate", "run", folder=tmp_path)) == missing
-    assert one_line(trainshort("evaluate", "new", folder=tmp_path)) == "new has no checkpoint yet: train it first"
-    assert one_line(trainshort("export", "run", "--format", "hf", "--out", "x", folder=tmp_path)) == missing
-    (tmp_path / "begun" / "logs").mkdir(parents=True)  # a start that ended before its first checkpoint
-    assert one_line(trainshort("checkpoint", "verify", "begun", folder=tmp_path)) == (
-        "begun has no checkpoint yet: train it first"
+    assert trainshort("checkpoint", "list", "new").out == "new has no checkpoint yet\n"
+    assert json.loads(trainshort("checkpoint", "list", "new", "--json").out) == []
+    assert refused(trainshort, "evaluate", "run") == missing
+    assert refused(trainshort, "evaluate", "new") == "new has no checkpoint yet: train it first"
+    assert refused(trainshort, "export", "run", "--format", "hf", "--out", "x") == missing
+    (here / "begun" / "logs").mkdir(parents=True)  # a start that ended before its first checkpoint
+    assert refused(trainshort, "checkpoint", "verify", "begun") == "begun has no checkpoint yet: train it first"
+
+
+def test_slurm_prints_scripts_with_the_overrides(here: Path, trainshort: Call) -> None:
+    assert refused(trainshort, "slurm", "demo", "--nodes", "2", "--set", "run.name=two words").startswith(
+        "demo: run.name: string should match pattern"
     )
+    answer = trainshort("slurm", "demo", "--nodes", "2", "--set", "track.experiment=two words")
+    assert answer.code == 0
+    assert answer.out.count("#!/bin/bash") == 3
+    assert f"cd {here}" in answer.out
+    assert "train demo --set 'track.experiment=two words' &" in answer.out
+    assert not (here / "runs").exists()
 
 
-def test_slurm_prints_scripts_with_the_overrides(tmp_path: Path) -> None:
-    done = trainshort("slurm", "demo", "--nodes", "2", "--set", "run.name=two words", folder=tmp_path)
-    assert one_line(done).startswith("demo: run.name: string should match pattern")
-    done = trainshort("slurm", "demo", "--nodes", "2", "--set", "track.experiment=two words", folder=tmp_path)
-    assert done.returncode == 0
-    assert done.stdout.count("#!/bin/bash") == 3
-    assert f"cd {tmp_path}" in done.stdout
-    assert "train demo --set 'track.experiment=two words' &" in done.stdout
-    assert not (tmp_path / "runs").exists()
-
-
-def test_slurm_refuses_ranks_that_do_not_fit(tmp_path: Path) -> None:
-    done = trainshort("slurm", "bloom-176b", "--nodes", "4", folder=tmp_path)
-    assert one_line(done).startswith("ranks must be a multiple of parallel.tensor x parallel.pipeline (4 x 12 = 48)")
-    assert done.stdout == ""
-    assert "#SBATCH --nodes=6\n" in trainshort("slurm", "bloom-176b", folder=tmp_path).stdout
+@pytest.mark.usefixtures("here")
+def test_slurm_refuses_ranks_that_do_not_fit(trainshort: Call) -> None:
+    assert refused(trainshort, "slurm", "bloom-176b", "--nodes", "4").startswith(
+        "ranks must be a multiple of parallel.tensor x parallel.pipeline (4 x 12 = 48)"
+    )
+    assert "#SBATCH --nodes=6\n" in trainshort("slurm", "bloom-176b").out
 
 
 def test_submit_without_slurm_is_a_machine_error(tmp_path: Path) -> None:
-    done = trainshort("slurm", "demo", "--submit", folder=tmp_path, PATH=str(tmp_path))
+    done = run_apart("slurm", "demo", "--submit", folder=tmp_path, PATH=str(tmp_path))
     assert one_line(done, code=3).startswith("sbatch is not on this machine")
 
 
@@ -219,7 +172,7 @@ def test_a_foreign_package_is_named_and_not_imported(tmp_path: Path, regular: bo
     foreign.mkdir(parents=True)
     if regular:
         (foreign / "__init__.py").write_text("raise SystemExit('imported')")
-    message = one_line(trainshort("check", "demo", folder=tmp_path, PYTHONPATH=str(foreign.parent)), code=3)
+    message = one_line(run_apart("check", "demo", folder=tmp_path, PYTHONPATH=str(foreign.parent)), code=3)
     assert message.startswith(f"Python would import the package training from {foreign}, not from ")
     assert message.endswith(f": take {foreign.parent} out of PYTHONPATH, or rename training there")
 
@@ -228,7 +181,7 @@ def test_a_package_in_the_working_directory_does_no_harm(tmp_path: Path) -> None
     for name in ("training", "configs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported')")
-    assert trainshort("check", "demo", folder=tmp_path).returncode == 0
+    assert run_apart("check", "demo", folder=tmp_path).returncode == 0
 
 
 def test_a_bug_shows_its_traceback_and_is_exit_1(tmp_path: Path) -> None:

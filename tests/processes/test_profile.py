@@ -6,17 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command_line import run_here
 from tests.support.data import write_book
-from tests.support.processes import run
+from tests.support.processes import quick, run
 
 
-def test_a_profile_reports_two_ranks_and_leaves_the_run_alone(tmp_path: Path) -> None:
+def test_a_profile_reports_two_ranks_and_leaves_the_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_book(tmp_path)
     layout = ("parallel.tensor=2", "parallel.pipeline=1", "run.dir=run")
-    unprepared = run(tmp_path, "profile", *layout)
-    assert (unprepared.returncode, unprepared.stdout) == (2, "")
-    assert "run `trainshort prepare demo" in unprepared.stderr
-    assert run(tmp_path, "prepare", *layout).returncode == 0
+    assert run_here(*quick("profile", *layout)) == 2
+    said, error = capsys.readouterr()
+    assert said == ""
+    assert "run `trainshort prepare demo" in error
+    assert run_here(*quick("prepare", *layout)) == 0
     before = {path for path in tmp_path.rglob("*") if "index" not in path.parts}
     done = run(tmp_path, "profile", *layout)
     assert done.returncode == 0, done.stderr

@@ -58,7 +58,7 @@ class Trained:
         stage: Pipeline stage.
         initial: This rank's slices of the initial weights, by name.
         steps: (loss, gradient norm) of each step.
-        long_density: Share of the scores that a step at the length LONG computed, over all ranks.
+        long_density: Share of the scores that a long step computed, over all ranks.
         logits: This rank's columns by length, [1, length, local_vocab]; None except on the last stage.
         held_out_loss: Mean loss at four times the training length.
         validation_losses: Mean losses of a validation at the training length and at three times it.
@@ -117,6 +117,7 @@ def train_layouts(
     tokenizer: Path,
     start_from: Path | None,
     more: tuple[str, ...] = (),
+    long: int | None = LONG,
 ) -> list[Trained]:
     """Train each layout in turn and save it to a run folder named after it; return this rank's measurements.
 
@@ -128,6 +129,7 @@ def train_layouts(
         tokenizer: A sentencepiece model, for the checkpoints.
         start_from: A checkpoint to load first; None starts from the initial weights.
         more: Further overrides.
+        long: Length of one more step, most of the work; None to leave it out.
     """
     trained = []
     for number, keys in enumerate(layouts):
@@ -136,7 +138,7 @@ def train_layouts(
         lengths = f"evaluate.validation_lengths=[{3 * LENGTH}]"
         run_dir = folder / name_of(keys, ranks=process.world_size)
         config = config_of(keys, run_dir=run_dir, more=(*more, lengths))
-        trained.append(train_one(process, config, steps=steps, tokenizer=tokenizer, start_from=start_from))
+        trained.append(train_one(process, config, steps=steps, tokenizer=tokenizer, start_from=start_from, long=long))
     return trained
 
 
@@ -170,7 +172,13 @@ def take_step(
 
 
 def train_one(
-    process: ProcessRank, config: RunConfig, *, steps: range, tokenizer: Path, start_from: Path | None
+    process: ProcessRank,
+    config: RunConfig,
+    *,
+    steps: range,
+    tokenizer: Path,
+    start_from: Path | None,
+    long: int | None = LONG,
 ) -> Trained:
     """Train one run and save it at the end; return this rank's measurements."""
     engine, groups, layout = build(config, world_size=process.world_size)
@@ -190,14 +198,17 @@ def train_one(
     taken.append(take(tokens_of(steps[-1]), learning_rate=0.0))  # at the training length again
     save(engine, config, groups=groups, tokenizer=tokenizer, step=steps.stop)
     dist.barrier()
-    long = take(tokens_of(97, samples=groups.data.size * layout.micro_batches, length=LONG), learning_rate=0.0)
+    density = None
+    if long is not None:
+        samples = tokens_of(97, samples=groups.data.size * layout.micro_batches, length=long)
+        density = take(samples, learning_rate=0.0).attention_density
     return Trained(
         rank=groups.tensor.rank,
         size=groups.tensor.size,
         stage=groups.pipeline.rank,
         initial=initial,
         steps=[(figures.loss, figures.grad_norm) for figures in taken],
-        long_density=long.attention_density,
+        long_density=density,
         logits=logits,
         held_out_loss=held_out,
         validation_losses=[validation.loss, *validation.by_length.values()],

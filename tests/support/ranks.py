@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.start import ProcessRank, start, stop
+from tests.support.mlflow_store import filled_once
 
 TIMEOUT_SECONDS = 900
 GRACE_SECONDS = 10  # for what other ranks have to say of a failed one
@@ -146,11 +147,12 @@ def main() -> None:
     for module in WARM:
         importlib.import_module(module)
     gc.freeze()  # else each fork's first collection would copy every page
-    for request in sys.stdin:
-        count, folder = request.rstrip("\n").split(" ", 1)
-        processes = [_fork_rank(Path(folder), ranks=int(count), rank=rank) for rank in range(int(count))]
-        sys.stdout.write(" ".join(map(str, _exit_codes(processes))) + "\n")
-        sys.stdout.flush()
+    with tempfile.TemporaryDirectory() as home, filled_once(Path(home) / "empty.db"):
+        for request in sys.stdin:
+            count, folder = request.rstrip("\n").split(" ", 1)
+            processes = [_fork_rank(Path(folder), ranks=int(count), rank=rank) for rank in range(int(count))]
+            sys.stdout.write(" ".join(map(str, _exit_codes(processes))) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

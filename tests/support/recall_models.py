@@ -1,6 +1,7 @@
 """Models whose recall is known: one that reads the answer from its context, one that knows nothing."""
 
 import re
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class ReadingModel:
             sees: How many of the last tokens it sees; None for all.
         """
         self._tokenizer, self._sees = tokenizer, sees
+        self._encode = cache(tokenizer.encode)
         self._ids: Tensor = torch.empty(0)
         self.largest = 0  # tokens of a call
 
@@ -62,11 +64,7 @@ class ReadingModel:
         keys = re.split(r", | and ", asked[1]) if asked[1] else [""]
         values = [value for key in keys for _, owner, value in _NEEDLE.findall(text) if owner == key]
         ends = ["," for _ in values[1:]] + [".\n"]
-        return [
-            token
-            for value, end in zip(values, ends, strict=False)
-            for token in self._tokenizer.encode(f" {value}{end}")
-        ]
+        return [token for value, end in zip(values, ends, strict=False) for token in self._encode(f" {value}{end}")]
 
 
 class KnowsNothing(ReadingModel):

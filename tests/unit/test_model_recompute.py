@@ -22,7 +22,7 @@ from training.memory_activations import stage_activations
 from training.model.decoder import Decoder, plan_layers
 
 VOCABULARY = 97
-LENGTH = 600  # more than one block of queries
+SHORT, LENGTH = 300, 600  # each more than one block of queries
 HIDDEN, HEADS, LAYERS, BATCH = 64, 4, 3, 2
 
 
@@ -36,7 +36,7 @@ def make(recompute: Recompute, *, compiled: Compile = as_it_is, **keys: Any) -> 
 
 
 def gradients(decoder: Decoder) -> list[Tensor]:
-    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, VOCABULARY, (BATCH, SHORT + 1), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(5)
     decoder(tokens[:, :-1], tokens[:, 1:]).backward()
     parts = [parameter.grad for parameter in decoder.parameters()]

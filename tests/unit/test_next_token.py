@@ -10,6 +10,7 @@ from torch import Tensor
 
 from configs.positions import slopes
 from tests.support.models import VOCABULARY, make_wandering_decoder
+from training.model import decoding
 from training.model.cache import KeyValueCache
 from training.model.decoding import SMALLEST
 from training.model.kernels import next_token
@@ -151,13 +152,14 @@ def test_numbers_that_are_not_finite_reach_the_output(bad: float, where: str) ->
 
 @pytest.mark.parametrize("position", ["alibi", "rotary"])
 @pytest.mark.parametrize(
-    ("fewest", "sizes"),
-    [(SMALLEST, [100, 1, 1, 50, 1, 7]), (2 * SMALLEST, [20, *[1] * 236, 1, 1])],
+    ("smallest", "fewest", "sizes"),
+    [(SMALLEST, SMALLEST, [100, 1, 1, 50, 1, 7]), (64, 2 * 64, [20, *[1] * 44, 1, 1])],
     ids=["from the first token", "in larger buffers"],
 )
 def test_a_model_decodes_by_parts(
-    position: str, fewest: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    position: str, smallest: int, fewest: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decoding, "SMALLEST", smallest)
     tokens = torch.randint(3, VOCABULARY, (2, sum(sizes)), generator=torch.Generator().manual_seed(0))
     logits, caches = [], []
     for least in (math.inf, fewest):

@@ -1,14 +1,12 @@
 """Waiting for other ranks in each kind of store that ranks can meet in; a rank is a thread here."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch.distributed as dist
 
 from parallel.axes import Group
@@ -23,7 +21,7 @@ def file_stores(folder: Path) -> list[Any]:
     return [dist.FileStore(str(folder / "meet"), RANKS) for _ in range(RANKS)]  # type: ignore[attr-defined]
 
 
-def tcp_stores(_: Path) -> list[Any]:
+def tcp_stores() -> list[Any]:
     first = dist.TCPStore("127.0.0.1", 0, RANKS, True, LONG, wait_for_workers=False)
     others = [dist.TCPStore("127.0.0.1", first.port, RANKS, False, LONG) for _ in range(RANKS - 1)]
     for store in (first, *others):
@@ -31,9 +29,13 @@ def tcp_stores(_: Path) -> list[Any]:
     return [first, *others]
 
 
-@pytest.mark.parametrize("stores_of", [file_stores, tcp_stores])
-def test_ranks_wait_for_the_last_one_in_every_round(tmp_path: Path, stores_of: Callable[[Path], list[Any]]) -> None:
-    stores = [dist.PrefixStore("group/", store) for store in stores_of(tmp_path)]
+def test_ranks_wait_for_the_last_one_in_every_round(tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as kinds:  # at the same time: they sleep
+        list(kinds.map(check_waiting, (file_stores(tmp_path), tcp_stores())))
+
+
+def check_waiting(stores_of_ranks: list[Any]) -> None:
+    stores = [dist.PrefixStore("group/", store) for store in stores_of_ranks]
 
     def arrive(rank: int) -> list[tuple[float, float]]:
         group = Group(rank, RANKS, SimpleNamespace(get_group_store=lambda: stores[rank], group_desc="data"))

@@ -56,9 +56,10 @@ def test_any_part_has_the_values_of_the_whole(
 ) -> None:
     length = data.draw(st.integers(1, part * ranks)) if rule == "vocabulary" else part * ranks
     shard = weight((other, length) if rule == "row" else (length, other), rule)
+    drawn_whole = whole(shard)
     for rank in range(ranks):
         tensor = Group(rank, ranks, None)
-        expected = cut(whole(shard), shard=shard, tensor=tensor)
+        expected = cut(drawn_whole, shard=shard, tensor=tensor)
         assert torch.equal(initial_slice(shard, seed=1, tensor=tensor), expected)
         start = data.draw(st.integers(0, expected.numel()))
         stop = data.draw(st.integers(start, expected.numel() + 100))
