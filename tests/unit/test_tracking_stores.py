@@ -82,6 +82,7 @@ def test_the_current_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytes
     here = tmp_path / """a 'b' "c" :d \\e %27"""
     here.mkdir()
     monkeypatch.chdir(here)
+    monkeypatch.setattr("training.tracking.client.create_file", create_file)  # no copy of another folder's
     tracker = start(Path("runs/first"))
     tracker.metrics(1, {"loss": 3.0})
     tracker.finish("FINISHED")
