@@ -214,7 +214,11 @@ def refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path, traine
         return
     advice = "set the old values, or choose another run.dir"
     if all(key.startswith("train.") for key in changed):
-        advice += ", which train.branch_from lets go on from a checkpoint of this one"
+        advice += (
+            ", which train.init_from lets begin with the weights of this one"
+            if "train.optimizer" in changed
+            else ", which train.branch_from lets go on from a checkpoint of this one"
+        )
     if step is not None and set(changed) <= set(_SCHEDULE_KEYS):
         advice = (
             f"the learning rate would change from step {step} on, and step {trained} is done; set the old values, or "

@@ -127,6 +127,11 @@ def test_check_notes_what_a_start_would_do(trainshort: Call) -> None:
         "run holds a run that this one would change: run.seed was 1, is 3: set the old values, or choose another "
         "run.dir"
     ]
+    for change, advice in (
+        ("train.optimizer=muon", "train.init_from lets begin with the weights of this one"),
+        ("train.beta1=0.8", "train.branch_from lets go on from a checkpoint of this one"),
+    ):
+        assert notes(trainshort, change)[0].endswith(f", or choose another run.dir, which {advice}")
     for change in ("model.windows=off", "evaluate.tensor=2"):
         assert notes(trainshort, change) == ["training resumes from step 4, run/checkpoints/step_0000004"]
     assert notes(trainshort, "model.window=8")[0].startswith(
