@@ -1,12 +1,14 @@
-"""Gradients between the backward pass and the optimizer, where DeepSpeed does not partition them.
+"""Gradients between the backward pass and the optimizer.
 
-That is DeepSpeed's engine without ZeRO, whose optimizer steps the parameters, and its BF16_Optimizer. Their gradients
-are added up once, in fp32, and clipped by the optimizer's own kernel. Nothing waits for the device.
+Where DeepSpeed does not partition them, they are added up once, in fp32, and clipped by the optimizer's own kernel:
+in its engine without ZeRO, whose optimizer steps the parameters, and in its BF16_Optimizer. Nothing waits for the
+device.
 """
 
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -35,7 +37,7 @@ megatron_layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(  # type: ignor
 def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
     """Patch an engine to reduce, clip and step without copies and without waiting for the device.
 
-    Engines whose gradients DeepSpeed partitions are left as they are.
+    Engines whose gradients DeepSpeed partitions do as DeepSpeed does, but for the sum of the norm over stages.
 
     Args:
         engine: DeepSpeed's engine, with its optimizer's state.
@@ -43,6 +45,8 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
         clip: Largest global gradient norm.
     """
     optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        _sum_norm_once(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         return
     if groups.data.size == 1:
@@ -71,6 +75,23 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
         optimizer.update_lp_params()
 
     optimizer.step = step
+
+
+def _sum_norm_once(optimizer: Any) -> None:
+    """Sum the gradient norm over tensor ranks and stages once a step.
+
+    DeepSpeed does so once for each parameter group. Stages need not have as many groups as each other, and those with
+    fewer would leave the others waiting: only the first and the last stage have an embedding.
+    """
+    own_norm, sum_over_model = optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce
+
+    def scaled_global_norm() -> Tensor:
+        with patch.object(optimizer, "_model_parallel_all_reduce", lambda tensor, op: None):
+            squares: Tensor = own_norm().square()  # infinite if this rank's norm is not finite
+        sum_over_model(tensor=squares, op=dist.ReduceOp.SUM)
+        return squares.sqrt()
+
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "tensor 2, zero 2": ({"tensor": 2, "pipeline": 1, "zero": 2}, ("parallel.sequence=true",)),
     "tensor 2, zero 3": ({"tensor": 2, "pipeline": 1, "zero": 3}, ()),
     "tensor 2 x pipeline 2": ({"tensor": 2, "pipeline": 2, "zero": 1}, ()),
+    # The stages between have no embedding, and DeepSpeed's ZeRO sums the gradient norm.
+    "pipeline 4, offload": ({"tensor": 1, "pipeline": 4, "zero": 1}, ("parallel.offload=cpu",)),
     "tensor 2, zero 1, bf16": ({"tensor": 2, "pipeline": 1, "zero": 1}, (BF16,)),
     "tensor 2, zero 3, offload, bf16": ({"tensor": 2, "pipeline": 1, "zero": 3}, ("parallel.offload=cpu", BF16)),
 }
