@@ -76,6 +76,11 @@ def logs_folder(run_dir: Path) -> Path:
     return run_dir / "logs"
 
 
+def hook_log(run_dir: Path) -> Path:
+    """Return the file of what `track.hook` writes."""
+    return logs_folder(run_dir) / "hook.log"
+
+
 def rank_log(logs: Path, *, rank: int) -> Path:
     """Return the log of a rank in a folder of logs: all of its output, over all starts; rank 0's is the run's."""
     return logs / f"rank_{rank}.log"

@@ -12,6 +12,7 @@ from configs.positions import ALIBI_BIAS_MAX, POSITIONS
 from configs.precisions import PRECISIONS
 from configs.protocols import PROTOCOL_NAMES, WindowProtocol, parse_protocol
 from configs.schema import RunConfig
+from configs.secrets import hide_secrets
 from configs.train_rules import train_problems
 
 
@@ -291,6 +292,15 @@ def _tags(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _hook(config: RunConfig) -> Iterator[str]:
+    hook = config.track.hook
+    if hook is not None and hide_secrets(hook) != hook:
+        yield (
+            f"track.hook contains a secret, {hide_secrets(hook)!r}, which MLflow and config.yaml would show: write "
+            "$NAME, and set that environment variable"
+        )
+
+
 def _one_line(config: RunConfig) -> Iterator[str]:
     for key in ("partition", "account", "qos", "constraint", "container", "mounts", "modules", "setup"):
         values = getattr(config.slurm, key, None) or ()  # None also where a partial run does not have the key
@@ -367,6 +377,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _requests,
     _mounts,
     _tags,
+    _hook,
     _variables,
     _one_line,
     _extra,

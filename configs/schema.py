@@ -317,6 +317,9 @@ class Track(Section):
         description="Record for MLflow in the run folder only and never connect, as on nodes without a network; "
         "`trainshort track sync` sends it.",
     )
+    hook: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="Shell command at each event: started, saved, rolled_back, and how training ended."
+    )
 
 
 class Slurm(Section):

@@ -18,7 +18,7 @@ _WARNS = re.compile(
     r"\bwarning\b|error: |not saved|\bcannot\b|could not|not exported(?! again)|is not used|functions: |lacks its|"
     r"\bdiffered\b|is skipped|is replaced|left in place|\bunfinished\b|^accepted: |^asked by|^stopped |"
     r"^saving, |^stopping, |without saving|may be missing|dropped|nothing is logged|training continues|in memory$|"
-    r"^rolled back |taken again",
+    r"^rolled back |taken again|^track\.hook ",
     re.IGNORECASE,
 )
 _STARTS = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d)  ")  # first line of `start_lines`
@@ -73,6 +73,16 @@ class FollowedLog:
         self.warnings[line] = self.warnings.pop(line, 0) + 1
         for oldest in [*self.warnings][:-KEPT_WARNINGS]:
             del self.warnings[oldest]
+
+
+def last_error(run_dir: Path) -> str:
+    """Return the last error in rank 0's log, to which the launcher writes those of the others; empty if it has none."""
+    log = AppendedLines(rank_log(logs_folder(run_dir), rank=0), last_bytes=LOG_BYTES)
+    with suppress(OSError):
+        log.starts_over()
+        lines = [line.decode("utf-8", "replace").rstrip() for line in log.read()]
+        return next((line.removeprefix(_ERRORS[0]) for line in reversed(lines) if line.startswith(_ERRORS[0])), "")
+    return ""
 
 
 def ends_in_error(lines: Sequence[str]) -> bool:

@@ -4,15 +4,18 @@ Rank 0 has those of the run, and the first rank of each other node may have one 
 training asks the run's `StopRequest`: all ranks then save and stop after the same step.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from configs.terminal import Terminal
 from training.further_losses import loss_at, loss_of
 
 # MLflow's words for how a run ends; SUPERSEDED, a newer start has taken over, is ours
 Status = Literal["FINISHED", "FAILED", "KILLED", "SUPERSEDED"]
+
+LOOK_SECONDS = 0.1  # between two looks at work in the background, once training has ended
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,21 @@ class Observer:
 
     def close(self, status: Status) -> None:
         """Release resources; training has ended with this status."""
+
+
+class BackgroundObserver(Observer):
+    """An observer with work of its own beside training, which it may have to finish when training has ended.
+
+    Attributes:
+        training_finished: Whether the last step was taken and saved.
+    """
+
+    training_finished = False
+
+    def finish(self, *, asked: Callable[[], bool], terminal: Terminal) -> None:
+        """Do what is left, once the last step is saved and the other ranks have ended.
+
+        Args:
+            asked: Returns whether to end instead, as before a job's time limit.
+            terminal: Where to show what is waited for.
+        """

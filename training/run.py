@@ -18,10 +18,11 @@ from training.build import build_engine, record_refusal
 from training.determinism import limits_of_determinism, nondeterminism_named
 from training.export.while_training import ExportsWhileTraining
 from training.folder import claim_run_folder, device_name, record_certificate, report_write_errors
+from training.hook import HookObserver
 from training.incarnation import Fence
 from training.metrics_file import MetricsFile
 from training.model.proof.certificate import Certificate, certificates_to_json
-from training.observers import Observer
+from training.observers import BackgroundObserver, Observer
 from training.preflight import Ready, make_ready
 from training.progress_lines import build_line, verified_line
 from training.progress_log import ProgressLog
@@ -82,8 +83,8 @@ def train_rank(
     observers = _observers(ready, process, trainer=trainer, certificates=certificates, terminal=terminal)
     if not stop_request.asked:
         say("training from step %d", trainer.start.step + 1)
-    with _exporting(trainer, process, terminal=terminal) as exports:
-        trainer.run([*observers, *exports])
+    with _in_background(trainer, process, terminal=terminal or Terminal()) as background:
+        trainer.run([*background, *observers])
         stop()  # not after an error: other ranks may wait in a collective, and are ended only once this one has ended
 
 
@@ -112,18 +113,20 @@ def _join(process: ProcessRank, ready: Ready, *, say: Callable[..., None]) -> tu
 
 
 @contextmanager
-def _exporting(trainer: Trainer, process: ProcessRank, *, terminal: Terminal | None) -> Iterator[list[Observer]]:
-    """Yield what exports during training, on rank 0 of a run that asks for it; at the end wait for what is left."""
-    if process.rank or not trainer.config.checkpoint.export_every:
-        yield []
-        return
-    exports = ExportsWhileTraining(trainer.config, fence=trainer.fence)
-    exports.resume(trainer.start.step)
-    yield [exports]
-    if exports.training_finished:
-        exports.finish(
-            asked=lambda: bool(trainer.stop.verdict(fence=trainer.fence, reads_folder=True)), terminal=terminal
-        )
+def _in_background(trainer: Trainer, process: ProcessRank, *, terminal: Terminal) -> Iterator[list[BackgroundObserver]]:
+    """Yield what works beside training, on rank 0 of a run that asks for it; at the end wait for what is left."""
+    config, background = trainer.config, list[BackgroundObserver]()
+    if not process.rank and config.track.hook:
+        background.append(HookObserver(config, step=trainer.start.step, ranks=process.world_size))
+    if not process.rank and config.checkpoint.export_every:
+        exports = ExportsWhileTraining(config, fence=trainer.fence)
+        exports.resume(trainer.start.step)
+        background.append(exports)
+    yield background
+    finished = [each for each in background if each.training_finished]
+    for each in finished:
+        each.finish(asked=lambda: bool(trainer.stop.verdict(fence=trainer.fence, reads_folder=True)), terminal=terminal)
+    if finished:
         remove_stop_file(trainer.fence)
         trainer.saver.remove_old()
 

@@ -257,6 +257,7 @@ def _start_local_ranks(
     from launch.show.train import following_launcher, say_end, train_command_line, verbosity_options
     from launch.start_check import check_start, finished_lines
     from training.export.formats.table import export_problems
+    from training.hook import tell_end
     from training.incarnation import refuse_second_start, sole_launcher
     from training.rank_errors import rank_out_of_memory
 
@@ -284,14 +285,16 @@ def _start_local_ranks(
         say_end(config, code=code, again=again)
         if code:
             _end_tracking(ready.run_dir, config=config, stopped=code == STOPPED_BY_HAND)
+        tell_end(config, code=code, stopped=code == STOPPED_BY_HAND)
         return code
 
 
 def _environment_of_ranks() -> dict[str, str]:
     """Return this process's environment with its command line, which the ranks record and cannot see."""
+    from training.hook import ENDS_TOLD
     from training.reproduction.starts import COMMAND_VARIABLE
 
-    return {**os.environ, COMMAND_VARIABLE: typed_command()}
+    return {**os.environ, COMMAND_VARIABLE: typed_command(), ENDS_TOLD: "1"}
 
 
 def _end_tracking(run_dir: Path, *, config: "RunConfig", stopped: bool) -> None:

@@ -215,6 +215,7 @@ def _names(config: RunConfig, *, folder: Path) -> dict[str, Any]:
         "last": _last_checkpoint(config).name,
         "export": path_argument(export_folder(run_dir, form=CHAIN_FORMAT)),
         "stopped": STOPPED_EXIT_CODE,
+        "hook": config.track.hook,
     }
 
 

@@ -16,6 +16,7 @@ SAVE_ALL = "mkdir -p run/checkpoints/step_0000010;"
 LIMIT, STOP = "kill -USR1 $$; command sleep 0.3;", "kill -USR2 $$; command sleep 0.3;"
 PREEMPTED = "2026-11-24T12:00:00"
 QUEUED = "queueing again from step_0000004"
+HOOK = 'echo "$TRAINSHORT_EVENT|$TRAINSHORT_STEP|$TRAINSHORT_CHECKPOINT|$TRAINSHORT_MESSAGE" >>events; sleep 0.01'
 
 
 @pytest.mark.parametrize(
@@ -43,11 +44,24 @@ QUEUED = "queueing again from step_0000004"
 def test_a_training_job_ends_as_its_checkpoints_require(
     run_values: dict[str, Any], tmp_path: Path, during: str, preempted: str, code: int, line: str
 ) -> None:
+    run_values["track"] = {"hook": HOOK}
     train = render_small(run_values, tmp_path)
     done = run_script(train, tmp_path, DURING=during, PREEMPTED=preempted)
     assert done.returncode == code, done.stdout + done.stderr
     assert line in done.stdout.splitlines()[-1]
     assert "start 0 from step 0 on n, job 20007" in done.stdout
+    (event,) = (tmp_path / "events").read_text().splitlines()
+    name, step, checkpoint, message = event.split("|")
+    end = "finished" if "trained to" in line else {130: "stopped"}.get(code, "failed")
+    assert name == ("requeued" if "queueing" in line else end)
+    newest = f"step_{int(step):07d}"
+    assert checkpoint == (str(tmp_path / "run" / "checkpoints" / newest) if int(step) else "")
+    assert message.startswith(f"small: {name}, the newest checkpoint is {newest if int(step) else 'step 0'}")
+    assert int(step) == max(
+        number for name, number in {"step_0000010": 10, "step_0000004": 4, "": 0}.items() if name in during
+    )
+    assert name not in ("failed", "requeued") or line.split(":")[0] in message
+    assert message.split(", ", 1)[1] in (tmp_path / "run" / "logs" / "hook.log").read_text()
 
 
 def test_a_request_before_the_ranks_start_reaches_them(run_values: dict[str, Any], tmp_path: Path) -> None:
@@ -113,6 +127,13 @@ def test_saving_a_step_again_is_progress(run_values: dict[str, Any], tmp_path: P
 def test_a_failed_save_shows_the_errors_of_the_ranks(run_values: dict[str, Any], tmp_path: Path) -> None:
     train = render_small(run_values, tmp_path)
     fail = "echo 'error: the disk is full' >run/logs/rank_0.log; exit 3"
+    told = render_small({**run_values, "track": {"hook": HOOK + "; exit 5"}}, tmp_path)
+    done = run_script(told, tmp_path, DURING=STOP + fail)
+    assert done.stdout.splitlines()[-2] == "error: the disk is full"
+    assert done.stdout.splitlines()[-1].endswith("track.hook failed at 'failed' (exit code 5): see run/logs/hook.log")
+    message = "small: failed, the newest checkpoint is step 0: the disk is full\n"
+    assert (done.returncode, (tmp_path / "events").read_text().split("|")[-1]) == (3, message)
+    (tmp_path / "run" / "slurm" / "starts").unlink()
     for request, code in ((STOP, 3), (LIMIT, 1)):
         done = run_script(train, tmp_path, DURING=request + fail)
         assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "error: the disk is full")

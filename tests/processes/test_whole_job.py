@@ -40,7 +40,8 @@ from training.reproduction.starts import recorded_starts
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 PROMPT = topics["with"][:1200]  # longer than the training length
 # The demo's own model, on fewer and shorter samples, with what a bit-for-bit repetition asks for on a GPU.
-BACKGROUND = ("--set", "checkpoint.background=true")
+HOOK = 'track.hook=echo "$TRAINSHORT_EVENT $TRAINSHORT_STEP" >>events'
+BACKGROUND = ("--set", "checkpoint.background=true", "--set", HOOK)
 OVERRIDES = overrides_of(WHOLE_JOB, {"train": {"micro_batch": 8, "deterministic": True}, "evaluate": {"samples": 16}})
 ON_RANKS = set_options(["evaluate.tensor=2"])  # any start may add them
 STEPS: int = WHOLE_JOB["train"]["steps"]
@@ -160,6 +161,15 @@ def test_a_stopped_run_has_saved_the_last_step_that_it_finished(job: Job) -> Non
     assert 2 <= len(steps) < STEPS, "the stop came too late to test anything"
     assert steps == list(range(1, len(steps) + 1))
     assert job.saved == sorted({*range(4, len(steps) + 1, 4), len(steps)})
+
+
+def test_a_command_is_told_of_both_starts(job: Job) -> None:
+    stop = len(job.stopped)
+    later = [f"saved {step}" for step in range(4, STEPS + 1, 4) if step > stop]
+    assert (job.folder / "events").read_text().splitlines() == [
+        *["started 0", *(f"saved {step}" for step in job.saved), f"stopped {stop}"],
+        *[f"started {stop}", *later, f"finished {STEPS}"],
+    ]
 
 
 def test_a_file_and_the_log_have_all_progress(job: Job) -> None:
@@ -377,19 +387,8 @@ def test_mlflow_has_all_starts_and_the_evaluation_in_one_run(job: Job) -> None:
 
 
 def test_the_commands_leave_only_the_files_asked_for(job: Job) -> None:
-    assert sorted(os.listdir(job.folder)) == ["book.txt", "data", "first.log", "one", "two"]
+    assert sorted(os.listdir(job.folder)) == ["book.txt", "data", "events", "first.log", "one", "two"]
     assert sorted(os.listdir(job.folder / "one")) == ["mlartifacts", "mlflow.db", "run"]
-    assert sorted(os.listdir(job.broken)) == [
-        "certificates.jsonl",
-        "checkpoints",
-        "config.yaml",
-        "environment.json",
-        "evaluation",
-        "export",
-        "incarnation",
-        "logs",
-        "metrics.jsonl",
-        "mlflow_run.json",
-        "reproduce.json",
-        "tracking",
-    ]
+    records = ["certificates.jsonl", "config.yaml", "environment.json", "metrics.jsonl", "reproduce.json"]
+    folders = ["checkpoints", "evaluation", "export", "logs", "tracking"]
+    assert sorted(os.listdir(job.broken)) == sorted([*records, *folders, "incarnation", "mlflow_run.json"])

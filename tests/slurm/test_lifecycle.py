@@ -13,6 +13,7 @@ from tests.support.processes import trainshort, wait_until
 pytestmark = pytest.mark.slurm
 
 BACKGROUND = "checkpoint.background=true"
+HOOK = 'track.hook=echo "$TRAINSHORT_EVENT $TRAINSHORT_STEP" >>"$TRAINSHORT_RUN_DIR/events"'
 
 
 def on_nodes(*command: str) -> None:
@@ -24,7 +25,7 @@ def wait_for_node(node: str, run: Submitted) -> None:
 
 
 def test_a_time_limit_requeues_the_job_and_changes_no_loss(home: Path, unbroken: Submitted) -> None:
-    options = ("slurm.time='0:03:00'", "slurm.signal_seconds=60", BACKGROUND)
+    options = ("slurm.time='0:03:00'", "slurm.signal_seconds=60", BACKGROUND, HOOK)
     run = submit(home, "limited", *options, run_dir="runs/10% limited")  # SLURM must read the % as part of the name
     run.suspend(3)
     # A change of the run file has no effect before the next submission.
@@ -42,6 +43,11 @@ def test_a_time_limit_requeues_the_job_and_changes_no_loss(home: Path, unbroken:
     run.jobs("stop")
     assert f"start 1 from {saved} on node" in run.log()
     assert run.exact() == unbroken.exact()
+    step = int(saved.removeprefix("step_"))
+    told = (run.folder / "events").read_text().splitlines()
+    ends = [event for event in told if not event.startswith("saved ")]
+    assert ends == ["started 0", f"requeued {step}", f"started {step}", f"finished {STEPS}"]
+    assert {f"saved {step}", f"saved {STEPS}"} <= {*told}
     logs = run.folder / "logs"
     assert {file.name for file in logs.glob("rank_*")} == {f"rank_{rank}.log" for rank in range(4)}
     text = (logs / "rank_0.log").read_text()
@@ -88,7 +94,7 @@ def test_stop_and_resume_under_torchrun_change_no_loss(home: Path, unbroken: Sub
 def test_a_failed_training_leaves_nothing_waiting(home: Path) -> None:
     sections = ("parallel", "evaluate")
     one_rank = [f"{section}.{axis}=1" for section in sections for axis in ("tensor", "pipeline")]
-    run = submit(home, "failed", *one_rank, "slurm.ranks_per_node=1", "train.learning_rate=1e30", nodes=1)
+    run = submit(home, "failed", *one_rank, "slurm.ranks_per_node=1", "train.learning_rate=1e30", HOOK, nodes=1)
     run.wait_for(state="FAILED")
     assert [file.name for file in (run.folder / "logs").glob("rank_*")] == ["rank_0.log"]
     assert (run.folder / "logs" / "rank_0.log").read_text().count("data 1, ZeRO-1") == 1
@@ -96,6 +102,7 @@ def test_a_failed_training_leaves_nothing_waiting(home: Path) -> None:
         lambda: run.states() == {"train": "FAILED", "evaluate": "CANCELLED", "export": "CANCELLED"}, run.diagnosis
     )
     assert run.field("Restarts") == "0"
+    assert (run.folder / "events").read_text().splitlines()[-1] == "failed 0"
     *_, summary, error = run.log().splitlines()
     assert summary.endswith(": read runs/failed/logs/rank_*.log")
     assert error.startswith("error: the loss is nan")

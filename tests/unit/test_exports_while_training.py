@@ -12,6 +12,7 @@ import pytest
 
 from configs.load import load_run
 from configs.schema import RunConfig
+from configs.terminal import Terminal
 from parallel.start import environment_beside_ranks, find_process_rank
 from tests.support.one_rank import STEPS, OneRank
 from tests.support.steps import step_result
@@ -221,7 +222,7 @@ def test_a_finished_run_waits_for_its_last_export(exports: Exports, caplog: pyte
         exports.started[-1].succeed()
         return False
 
-    exports.observer.finish(asked=nobody_asks, terminal=None)
+    exports.observer.finish(asked=nobody_asks, terminal=Terminal())
     assert exports.folders == ["step-00000098", "step-00000099"]
     assert asked == [2]
     assert caplog.messages[0] == "training has ended: waiting for the export of step 99"
@@ -230,7 +231,7 @@ def test_a_finished_run_waits_for_its_last_export(exports: Exports, caplog: pyte
 
 def test_a_stop_after_training_says_what_to_type(exports: Exports, caplog: pytest.LogCaptureFixture) -> None:
     exports.save(99)
-    exports.observer.finish(asked=lambda: True, terminal=None)
+    exports.observer.finish(asked=lambda: True, terminal=Terminal())
     run = exports.run_dir
     assert exports.folders == []
     assert caplog.messages[1] == (

@@ -69,6 +69,7 @@ LIGHT = (
     "training/export/formats/table.py",
     "training/export/result.py",
     "training/export/while_training.py",
+    "training/hook.py",
     "training/families/",
     "training/folder.py",
     "training/followed_log.py",

@@ -29,11 +29,10 @@ from training.checkpoint.manifest import list_checkpoints
 from training.export.folder import remove_partial_folders
 from training.export.formats.table import FORMATS
 from training.incarnation import Fence
-from training.observers import Observer, Save, Status, StepResult
+from training.observers import LOOK_SECONDS, BackgroundObserver, Save, Status, StepResult
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.1  # while nothing else is left to do
 LOWEST_PRIORITY = 19
 FIRST_VICTIM = "1000"  # of the kernel, where memory runs out: never a rank
 
@@ -114,7 +113,7 @@ class _RunningExport:
     began: float
 
 
-class ExportsWhileTraining(Observer):
+class ExportsWhileTraining(BackgroundObserver):
     """Exports each `export_every`-th checkpoint, and that of the last step. Only rank 0 has it.
 
     The newest checkpoint waits for the export that runs; an older one that waits gives way. Retention removes neither
@@ -124,9 +123,6 @@ class ExportsWhileTraining(Observer):
         config: The run; `export_every` is not 0.
         fence: Shows whether this start of the run is still the newest.
         start: Starts a command with its output in a file.
-
-    Attributes:
-        training_finished: Whether the last step was taken and saved.
     """
 
     def __init__(
@@ -138,7 +134,6 @@ class ExportsWhileTraining(Observer):
     ) -> None:
         self._rules, self._last_step, self._run_dir = config.checkpoint, config.train.steps, run_folder(config)
         self._fence = fence
-        self.training_finished = False
         self._start = start
         self._running: _RunningExport | None = None
         self._waiting: _Export | None = None
@@ -196,14 +191,8 @@ class ExportsWhileTraining(Observer):
         if ended is not None:
             logger.info("the export of step %d is left to the next start", ended.step)
 
-    def finish(self, *, asked: Callable[[], bool], terminal: Terminal | None) -> None:
-        """Wait for the exports that are left, once training has ended.
-
-        Args:
-            asked: Returns whether to end instead of waiting, as before a job's time limit.
-            terminal: Shows which one runs, and for how long.
-        """
-        terminal = terminal or Terminal()
+    def finish(self, *, asked: Callable[[], bool], terminal: Terminal) -> None:
+        """Wait for the exports that are left."""
         self._look()
         if self._running is not None:
             newest = self._waiting or self._running.export
