@@ -109,7 +109,9 @@ def _refuse(folder: Path) -> None:
         stop = typed_path(stop_file(folder))
         raise InputError(f"{folder} runs here{pid}: stop it first, with Ctrl-C or touch {stop}")
     if is_in_use(checkpoints_folder(folder)):
-        raise InputError(f"{folder} is being evaluated here: stop that first, with Ctrl-C, or wait for it")
+        raise InputError(
+            f"{folder} is being read here, to evaluate or export it: stop that first, with Ctrl-C, or wait for it"
+        )
     if chain_file(folder).is_file():
         _slurm_answers(folder)
     if Path.cwd().is_relative_to(folder.resolve()):

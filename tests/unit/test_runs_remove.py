@@ -170,18 +170,26 @@ def test_what_is_no_run_or_in_use_stays(trainshort: Call, runs: Path, monkeypatc
     assert "contains the current folder" in refused(trainshort, "runs", "rm", str(good), "--yes")
 
 
-def test_a_run_that_is_evaluated_stays(trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_read_stays(trainshort: Call, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = shutil.copytree(TOKENIZER.parents[1], runs / "old")
+    shutil.copytree(run, runs / "other")
     Path("text.txt").write_text("alpha beta gamma delta epsilon zeta theta iota kappa lambda " * 99)
 
     def meanwhile(*_: object, **__: object) -> NoReturn:
-        with pytest.raises(InputError, match="^runs/old is being evaluated here: stop that first"):
+        with pytest.raises(InputError, match="^runs/old is being read here, to evaluate or export it: stop that first"):
             plan_removals([Path("runs/old")])
         raise InputError("all was seen")
 
-    for command in ("evaluate", "retrieval"):
-        monkeypatch.setattr(f"training.{command.replace('evaluate', 'evaluation')}.run.load_single", meanwhile)
-        answer = trainshort(command, "runs/old", "--data", "text.txt", "--lengths", "400")
+    text = ("runs/old", "--data", "text.txt", "--lengths", "400")
+    two = [f"runs/{name}/checkpoints/step_0000002" for name in ("old", "other")]
+    for place, *words in (
+        ("evaluation.run.load_single", "evaluate", *text),
+        ("retrieval.run.load_single", "retrieval", *text),
+        ("export.run.compute_trained", "export", "runs/old", "--format", "hf", "--out", "hf"),
+        ("averaging.average.write_weights_only", "checkpoint", "average", *two, "--out", "mean"),
+    ):
+        monkeypatch.setattr(f"training.{place}", meanwhile)
+        answer = trainshort(*words)
         assert answer.error.splitlines()[-1] == "error: all was seen", answer
     assert trainshort("runs", "rm", "runs/old", "--yes").code == 0
     assert not run.exists()

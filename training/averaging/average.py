@@ -1,6 +1,7 @@
 """`trainshort checkpoint average`: the mean of several checkpoints' weights, as the checkpoint of a new run folder."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import InputError
+from configs.files import in_use
 from configs.load import dump_run
 from configs.paths import MANIFEST_NAME, checkpoints_folder, config_file, name_of_folder
 from configs.schema import RunConfig
@@ -73,7 +75,9 @@ def average_checkpoints(paths: Sequence[Path], *, out: Path, last: int | None = 
     for checkpoint in opened:
         checkpoint.require(dict.fromkeys(shards, ("weight",)))
     config, averaged = _run_config(chosen[-1], out=out), tuple(map(_origin, chosen))
-    with new_folder(out) as folder, report_failed_writes(out, undone="averaged"):
+    with ExitStack() as until, new_folder(out) as folder, report_failed_writes(out, undone="averaged"):
+        for parent in {checkpoint.path.parent for checkpoint in opened}:
+            until.enter_context(in_use(parent))
         step = step_folder(checkpoints_folder(folder), step=newest.step)
         step.mkdir(parents=True)
         write_weights_only(

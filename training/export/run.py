@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from configs.files import in_use
 from configs.paths import config_file
 from data_pipeline.portable import EDGE_CASE_TEXTS
 from data_pipeline.tokenizer import load_tokenizer
@@ -67,24 +68,25 @@ def export_checkpoint(
     began_ms = now_ms()
     exporter = _early_checks(format, dtype=dtype, with_code=with_code, serve_check=serve_check, out=out)
     opened = open_checkpoint(checkpoint)
-    exporter.check(opened.config.model)
-    registry = None if register is None else _registry(register, checkpoint=opened, format=format)
-    server = server_of(format, with_code=with_code, model=opened.config.model) if serve_check else None
-    facts = _facts(opened)
-    require_space(out, needed_bytes=int(exporter.bytes_per_weight * facts.parameters))  # by far the most of it
-    lengths, limit = _compared_lengths(exporter, opened)
-    trained = compute_trained(opened, exporter, lengths=lengths)
-    with new_folder(out) as folder:
-        with report_failed_writes(out, undone="exported"):
-            _write_model(folder, exporter, opened, facts, certificate=trained.certificate)
-        # Compare before the folder takes its name: a wrong export must not be left where an engine would load it.
-        result = _compare(opened, trained, exporter, folder, out=out, facts=facts, limit=limit)
-        if server is not None:
-            result = replace(result, served=_serve(opened, trained, server, exporter, folder))
-        with report_failed_writes(out, undone="exported"):
-            _write_cards(folder, result, exporter, checkpoint=opened, format=format)
-    _record(opened, result, format=format, dtype=exporter.dtype, began_ms=began_ms)
-    return replace(result, registered=registry.register(out)) if registry else result
+    with in_use(opened.path.parent):
+        exporter.check(opened.config.model)
+        registry = None if register is None else _registry(register, checkpoint=opened, format=format)
+        server = server_of(format, with_code=with_code, model=opened.config.model) if serve_check else None
+        facts = _facts(opened)
+        require_space(out, needed_bytes=int(exporter.bytes_per_weight * facts.parameters))  # by far the most of it
+        lengths, limit = _compared_lengths(exporter, opened)
+        trained = compute_trained(opened, exporter, lengths=lengths)
+        with new_folder(out) as folder:
+            with report_failed_writes(out, undone="exported"):
+                _write_model(folder, exporter, opened, facts, certificate=trained.certificate)
+            # Compare before the folder takes its name: a wrong export must not be left where an engine would load it.
+            result = _compare(opened, trained, exporter, folder, out=out, facts=facts, limit=limit)
+            if server is not None:
+                result = replace(result, served=_serve(opened, trained, server, exporter, folder))
+            with report_failed_writes(out, undone="exported"):
+                _write_cards(folder, result, exporter, checkpoint=opened, format=format)
+        _record(opened, result, format=format, dtype=exporter.dtype, began_ms=began_ms)
+        return replace(result, registered=registry.register(out)) if registry else result
 
 
 def _early_checks(format: str, *, dtype: str | None, with_code: bool, serve_check: bool, out: Path) -> ExportFormat:
