@@ -139,10 +139,13 @@ def _backend(config: RunConfig, *, on_gpu: bool) -> Backend:
 
 def _strip(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
     """Return the bytes of the strip of mask that an attention reads, of each head if there is a bias."""
-    model, seq = config.model, config.data.sequence_length
-    rows = min(seq, _backend(config, on_gpu=on_gpu).query_block) if _has_mask(config) else 0
+    model, seq, backend = config.model, config.data.sequence_length, _backend(config, on_gpu=on_gpu)
+    rows = min(seq, backend.query_block) if _has_mask(config) else 0
     heads = model.heads // layout.tensor if POSITIONS[model.position].has_bias else 1
     columns = seq if model.window is None else min(seq, rows + model.window)
+    if POSITIONS[model.position].slopes is not None and model.window is None and not on_gpu and rows:
+        # of far keys a line, and one row of bias
+        return FP32 * heads * (rows * min(seq, max(rows, backend.nearest)) + seq)
     if POSITIONS[model.position].bias == "table":
         columns += rows  # it is cut from one that is wider
     return (PRECISIONS[config.train.precision].width if on_gpu else FP32) * heads * rows * columns

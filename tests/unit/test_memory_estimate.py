@@ -15,8 +15,10 @@ from tests.support.command_line import Call, refused
 from training import host_memory
 from training.host_memory import MemoryLimit
 from training.memory import StageMemory, estimate_memory
+from training.memory_activations import stage_activations
 from training.memory_changes import change_lines, memory_changes
 from training.memory_fit import AvailableMemory, fit_memory
+from training.model.kernels.sdpa import NEAR_KEYS
 from training.model.positions.bias import QUERY_BLOCK
 
 ONE_RANK = ("parallel.tensor=1", "parallel.pipeline=1", "train.global_batch=16")
@@ -94,6 +96,18 @@ def test_recompute_and_split_sequences_keep_less() -> None:
         )
     ]
     assert kept == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize("length", [128, 1024, 32_768])
+def test_a_cpu_keeps_a_row_of_bias_for_far_keys(length: int) -> None:
+    def activations_of(position: str) -> int:
+        keys = [f"data.sequence_length={length}", "train.micro_batch=1", "train.precision=fp32"]
+        config = run_of(*ONE_RANK, f"model.position={position}", *keys)
+        layout = Layout.of(config, world_size=1)
+        return stage_activations(config, layout, 0, on_gpu=False).kept
+
+    rows, near = min(length, QUERY_BLOCK), min(length, NEAR_KEYS)
+    assert activations_of("alibi") - activations_of("none") == 4 * 16 * (rows * near + length)
 
 
 def test_the_kernel_takes_as_many_queries_as_its_row_says() -> None:
