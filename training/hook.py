@@ -142,13 +142,12 @@ class HookObserver(BackgroundObserver):
 
     def finish(self, *, asked: Callable[[], bool], terminal: Terminal) -> None:
         """Wait for the command, which may copy the last checkpoint."""
-        self._look()
-        if self._running:
-            logger.info("training has ended: waiting for track.hook")
         self._wait(until=asked)
 
     def _wait(self, *, until: Callable[[], bool]) -> None:
         self._look()
+        if self._running:
+            logger.info("training has ended: waiting for track.hook")
         while self._running:
             if until():
                 event, process = self._running
