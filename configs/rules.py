@@ -293,8 +293,10 @@ def _tags(config: RunConfig) -> Iterator[str]:
 
 
 def _hook(config: RunConfig) -> Iterator[str]:
-    hook = config.track.hook
-    if hook is not None and hide_secrets(hook) != hook:
+    hook = config.track.hook or ""
+    if "\0" in hook:
+        yield f"track.hook has a NUL, {hook!r}, which no command can hold: remove it"
+    if hide_secrets(hook) != hook:
         yield (
             f"track.hook contains a secret, {hide_secrets(hook)!r}, which MLflow and config.yaml would show: write "
             "$NAME, and set that environment variable"

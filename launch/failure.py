@@ -95,5 +95,6 @@ def _report(error: BaseException) -> int:
             return error.code or 0
         write_error(f"{error.code}\n")
         return 1
-    sys.excepthook(type(error), error, error.__traceback__)
+    # Not torch's own hook, which writes the rank before each line: the launcher and `runs` look for a traceback.
+    sys.__excepthook__(type(error), error, error.__traceback__)
     return 1

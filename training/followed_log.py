@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 from configs.paths import logs_folder, rank_log
@@ -76,12 +77,13 @@ class FollowedLog:
 
 
 def last_error(run_dir: Path) -> str:
-    """Return the last error in rank 0's log, to which the launcher writes those of the others; empty if it has none."""
+    """Return the newest start's last error in rank 0's log, to which the launcher writes the others'; else nothing."""
     log = AppendedLines(rank_log(logs_folder(run_dir), rank=0), last_bytes=LOG_BYTES)
     with suppress(OSError):
         log.starts_over()
         lines = [line.decode("utf-8", "replace").rstrip() for line in log.read()]
-        return next((line.removeprefix(_ERRORS[0]) for line in reversed(lines) if line.startswith(_ERRORS[0])), "")
+        of_start = takewhile(lambda line: not _STARTS.match(line), reversed(lines))
+        return next((line.removeprefix(_ERRORS[0]) for line in of_start if line.startswith(_ERRORS[0])), "")
     return ""
 
 

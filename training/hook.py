@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -100,7 +100,7 @@ class HookObserver(BackgroundObserver):
         self._tells_end = ENDS_TOLD not in environment()
         self._running: tuple[RunEvent, subprocess.Popen[bytes]] | None = None
         self._waiting: deque[RunEvent] = deque()
-        self._loss = float("nan")
+        self._loss = self._saved_loss = float("nan")
         begins = f"started, from step {step + 1} to {config.train.steps} on {counted(ranks, 'rank')}"
         self._tell_beside_newest("started", begins, step=step)
 
@@ -108,6 +108,10 @@ class HookObserver(BackgroundObserver):
         """See whether the command has ended, and run it for the event that waits."""
         self._loss = result.loss
         self._look()
+
+    def before_save(self) -> None:
+        """Remember the loss: one in the background ends some steps later."""
+        self._saved_loss = self._loss
 
     def checkpoints_in_use(self) -> list[Path]:
         """Return the checkpoints of the saves that the command runs for, or that wait for it."""
@@ -117,13 +121,13 @@ class HookObserver(BackgroundObserver):
 
     def on_save(self, save: Save) -> None:
         """Tell of a checkpoint."""
-        for event in [event for event in self._waiting if event.name == "saved"]:
-            logger.warning("track.hook is not run for the save of step %d: it still runs for another", event.step)
-            self._waiting.remove(event)
-        self._tell(RunEvent("saved", f"saved step {save.step}, loss {self._loss:.4f}", save.step, save.folder))
+        self._drop([event for event in self._waiting if event.name == "saved"], why="it still runs for another event")
+        self._tell(RunEvent("saved", f"saved step {save.step}, loss {self._saved_loss:.4f}", save.step, save.folder))
 
     def on_rollback(self, step: int) -> None:
         """Tell that training has gone back."""
+        gone = [event for event in self._waiting if event.name == "saved" and event.step > step]
+        self._drop(gone, why="the checkpoint is removed")
         message = f"rolled back, training has diverged and goes on from step {step}"
         self._tell_beside_newest("rolled_back", message, step=step)
 
@@ -138,21 +142,27 @@ class HookObserver(BackgroundObserver):
 
     def finish(self, *, asked: Callable[[], bool], terminal: Terminal) -> None:
         """Wait for the command, which may copy the last checkpoint."""
-        self._look()
-        if self._running:
-            logger.info("training has ended: waiting for track.hook")
         self._wait(until=asked)
 
     def _wait(self, *, until: Callable[[], bool]) -> None:
         self._look()
+        if self._running:
+            logger.info("training has ended: waiting for track.hook")
         while self._running:
             if until():
                 event, process = self._running
                 logger.warning("track.hook did not end at %r of step %d: killed", event.name, event.step)
                 _kill(process)
+                self._running = None
+                self._drop([*self._waiting], why="it ran too long for another event")
                 return
             time.sleep(LOOK_SECONDS)
             self._look()
+
+    def _drop(self, events: Iterable[RunEvent], *, why: str) -> None:
+        for event in events:
+            logger.warning("track.hook is not run at %r of step %d: %s", event.name, event.step, why)
+            self._waiting.remove(event)
 
     def _tell_beside_newest(self, name: EventName, message: str, *, step: int) -> None:
         newest = _newest(self._config)
@@ -188,7 +198,7 @@ def tell_end(config: RunConfig, *, code: int, stopped: bool) -> None:
     if code and not stopped:
         event = end_event(config, "failed", why=last_error(run_dir))
     else:
-        event = end_event(config, "finished" if is_complete and not code else "stopped")
+        event = end_event(config, "finished" if is_complete else "stopped")
     process = _start(config, event)
     if process is None:
         return
@@ -197,7 +207,8 @@ def tell_end(config: RunConfig, *, code: int, stopped: bool) -> None:
     except subprocess.TimeoutExpired:
         logger.warning("track.hook did not end at %r within %.0f s: killed", event.name, LAUNCHER_SECONDS)
     finally:
-        _kill(process)
+        if process.returncode is None:
+            _kill(process)
 
 
 def _newest(config: RunConfig) -> CheckpointFolder | None:
@@ -205,13 +216,16 @@ def _newest(config: RunConfig) -> CheckpointFolder | None:
 
 
 def _start(config: RunConfig, event: RunEvent) -> "subprocess.Popen[bytes] | None":
-    """Start the command, its output in a file; None, and a warning, if that fails. It dies with this thread."""
+    """Start the command, its output in a file; None, and a warning, if that fails. Its shell dies with this thread."""
     hook, log = config.track.hook, hook_log(run_folder(config))
     assert hook is not None
     try:
         with log.open("ab") as output:
             output.write(f"--- {datetime.now().isoformat(' ', 'seconds')} {event.message}\n".encode())
-            output.flush()
+    except OSError:  # a full disk is what a run should tell of
+        log = Path(os.devnull)
+    try:
+        with log.open("ab") as output:
             return subprocess.Popen(
                 dying_with_parent("sh", "-c", hook),
                 env={**environment_beside_ranks(environment()), **event.variables(config)},
@@ -227,7 +241,7 @@ def _start(config: RunConfig, event: RunEvent) -> "subprocess.Popen[bytes] | Non
 
 def _report(config: RunConfig, event: RunEvent, *, code: int) -> None:
     if code:
-        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        how = f"exit code {code}" if code > 0 else f"signal {-code}"
         log = hook_log(run_folder(config))
         logger.warning("track.hook failed at %r of step %d (%s): see %s", event.name, event.step, how, log)
 

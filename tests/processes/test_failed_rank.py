@@ -142,6 +142,16 @@ def test_a_rank_out_of_memory_says_so_and_the_others_nothing(tmp_path: Path, cap
     assert other.splitlines()[-1].startswith("error: rank 0 lost its connection to the other ranks: the cause is in")
 
 
+BUG = SHORT_OF_MEMORY.partition("    if process")[0] + "    raise KeyError(process.rank)\n"
+
+
+def test_a_bug_after_the_ranks_have_met_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert end_of_two(BUG, tmp_path) == 1
+    said = capfd.readouterr().err.splitlines()[0]
+    assert re.fullmatch(r"error: rank ([01]) failed, which is a bug in trainshort: KeyError: \1", said)
+    assert "\nTraceback (most recent call last):\n" in "\n" + (tmp_path / f"rank_{said[-1]}.log").read_text()
+
+
 def test_a_rank_that_cannot_start_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(f"{BLOCKED}import sys\nsys.modules['torch'] = None")
     rank = {"TRAINSHORT_RANK": "1", "TRAINSHORT_RANKS": "4", "TRAINSHORT_RENDEZVOUS": str(tmp_path / "meet")}

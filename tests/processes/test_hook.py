@@ -45,6 +45,8 @@ def save(observer: HookObserver, step: int) -> Path:
     folder = step_folder(checkpoints_folder(Path("run")), step=step)
     folder.mkdir(parents=True)
     observer.on_step(step_result(step=step, loss=2.5))
+    observer.before_save()
+    observer.on_step(step_result(step=step + 1, loss=9.0))  # while the save goes on in the background
     observer.on_save(Save(step, folder, seconds=0.1))
     return folder
 
@@ -56,6 +58,10 @@ def finish(observer: HookObserver, *, asked: Callable[[], bool] = lambda: False)
 
 def events() -> list[str]:
     return Path("events").read_text().splitlines()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def wait_for_event(name: str) -> None:
@@ -82,36 +88,52 @@ def test_each_event_is_told_in_its_order() -> None:
 
 
 def test_the_command_has_absolute_paths_and_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRAINSHORT_RANK", "0")
+    for name in ("TRAINSHORT_RANK", "TRAINSHORT_COMMAND", ENDS_TOLD):
+        monkeypatch.setenv(name, "0")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WEBHOOK", "https://somewhere")
     finish(observer_of("env >environment"))
     told = dict(line.split("=", 1) for line in Path("environment").read_text().splitlines() if "=" in line)
     assert told["TRAINSHORT_RUN_DIR"] == os.path.abspath("run")
     assert (told["TRAINSHORT_RUN_NAME"], told["WEBHOOK"]) == ("small", "https://somewhere")
-    assert not {"TRAINSHORT_RANK", "RANK"} & {*told}
+    assert not {"TRAINSHORT_RANK", "TRAINSHORT_COMMAND", ENDS_TOLD, "RANK"} & {*told}
 
 
 def test_a_slow_command_keeps_its_checkpoints_and_the_newest(caplog: pytest.LogCaptureFixture) -> None:
     observer = observer_of(WAIT)
     first = [save(observer, step) for step in (4, 8)]
     assert observer.checkpoints_in_use() == [first[-1]], "one of a save waits, beside what is told of the start"
-    assert caplog.messages == ["track.hook is not run for the save of step 4: it still runs for another"]
+    assert warnings_of(caplog) == ["track.hook is not run at 'saved' of step 4: it still runs for another event"]
     Path("go").touch()
     finish(observer)
     assert [event.split("|")[:2] for event in events()] == [["started", "0"], ["saved", "8"], ["finished", "8"]]
     assert not observer.checkpoints_in_use()
 
 
+def test_saves_that_a_rollback_removes_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    observer = observer_of(WAIT)
+    save(observer, 8)
+    observer.on_rollback(4)
+    assert warnings_of(caplog) == ["track.hook is not run at 'saved' of step 8: the checkpoint is removed"]
+    Path("go").touch()
+    finish(observer)
+    assert [event.split("|")[0] for event in events()] == ["started", "rolled_back", "finished"]
+
+
 @pytest.mark.parametrize("status", ["KILLED", "FAILED", "SUPERSEDED"])
 def test_an_early_end_waits_a_while_and_kills(
     status: hook.Status, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setenv(ENDS_TOLD, "1")
     monkeypatch.setitem(hook.LAST_SECONDS, status, 0.2)  # type: ignore[index]
-    observer = observer_of(f"{TELL}; sleep 1000 & echo $! >child; wait")
+    observer = observer_of(f"sleep 1000 & echo $! >child; {TELL}; wait")
     wait_for_event("started")
+    save(observer, 4)
     observer.close(status)
-    assert caplog.messages == ["track.hook did not end at 'started' of step 0: killed"]
+    assert warnings_of(caplog) == [
+        "track.hook did not end at 'started' of step 0: killed",
+        "track.hook is not run at 'saved' of step 4: it ran too long for another event",
+    ]
     child = Path("child").read_text().strip()
     assert not Path(f"/proc/{child}").exists() or ") Z" in Path(f"/proc/{child}/stat").read_text()
 
@@ -124,22 +146,40 @@ def test_a_finished_run_waits_until_somebody_asks(caplog: pytest.LogCaptureFixtu
     assert caplog.messages == [
         "training has ended: waiting for track.hook",
         "track.hook did not end at 'started' of step 0: killed",
+        "track.hook is not run at 'finished' of step 0: it ran too long for another event",
     ]
 
 
 def test_a_failing_command_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     finish(observer_of("echo something; exit 4"))
     finish(observer_of("kill -9 $$"))
+    finish(observer_of("kill -40 $$"))  # which has no name
     how = "track.hook failed at {!r} of step 0 ({}): see run/logs/hook.log"
-    assert caplog.messages == [
-        how.format(event, why) for why in ("exit code 4", "SIGKILL") for event in ("started", "finished")
+    assert warnings_of(caplog) == [
+        how.format(event, why) for why in ("exit code 4", "signal 9", "signal 40") for event in ("started", "finished")
     ]
     assert hook_log(Path("run")).read_text().count("something\n") == 2
     caplog.clear()
-    hook_log(Path("run")).unlink()
-    hook_log(Path("run")).mkdir()
-    finish(observer_of(TELL))
-    assert caplog.messages[0].startswith("track.hook could not be run at 'started' of step 0: [Errno 21]")
+    finish(observer_of("#" * (1 << 18)))
+    assert warnings_of(caplog)[0].startswith("track.hook could not be run at 'started' of step 0: [Errno 7]")
+
+
+@pytest.mark.parametrize("log", ["/dev/full", "."])
+def test_a_log_that_cannot_be_written_stops_no_message(log: str) -> None:
+    config = config_of(TELL)
+    hook_log(Path("run")).symlink_to(log)
+    tell_end(config, code=1, stopped=False)
+    assert events() == ["failed|0||small: failed, nothing is saved"]
+
+
+def test_what_the_last_command_leaves_running_lives_on() -> None:
+    tell_end(config_of(f"({WAIT}; echo done >>events) &"), code=0, stopped=False)
+    wait_for_event("stopped")
+    Path("go").touch()
+    deadline = time.monotonic() + 20
+    while events()[-1] != "done":
+        assert time.monotonic() < deadline, "it was killed with the command"
+        time.sleep(0.01)
 
 
 def test_ends_are_left_to_who_started_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +192,7 @@ def test_ends_are_left_to_who_started_the_ranks(monkeypatch: pytest.MonkeyPatch)
     ("saved", "code", "stopped", "event"),
     [
         (20, 0, False, "finished|20|step_0000020|small: finished, the newest checkpoint is that of step 20"),
+        (20, 130, True, "finished|20|step_0000020|small: finished, the newest checkpoint is that of step 20"),
         (8, 0, False, "stopped|8|step_0000008|small: stopped, the newest checkpoint is that of step 8"),
         (8, 130, True, "stopped|8|step_0000008|small: stopped, the newest checkpoint is that of step 8"),
         (None, 3, False, "failed|0||small: failed, nothing is saved: the loss is nan"),
@@ -168,6 +209,14 @@ def test_the_launcher_tells_how_ranks_ended(saved: int | None, code: int, stoppe
     assert events() == [event]
 
 
+def test_the_launcher_tells_no_error_of_an_earlier_start() -> None:
+    log = rank_log(logs_folder(Path("run")), rank=0)
+    config = config_of(TELL)
+    log.write_text("error: an older one\n2026-11-29 08:45:28+00:00  small in run\nstep 1\n")
+    tell_end(config, code=3, stopped=False)
+    assert events() == ["failed|0||small: failed, nothing is saved"]
+
+
 def test_the_launcher_says_nothing_of_a_newer_start() -> None:
     config = config_of(TELL)
     begin_incarnation(Path("run"))  # by this process, which lives
@@ -176,8 +225,10 @@ def test_the_launcher_says_nothing_of_a_newer_start() -> None:
     assert not Path("events").exists()
 
 
-def test_a_secret_in_the_command_is_refused() -> None:
+def test_commands_with_a_secret_or_a_nul_are_refused() -> None:
     with pytest.raises(InputError) as error:
         load_run("demo", overrides=["track.hook='curl -u me:abc123 https://somewhere'"])
     assert "track.hook contains a secret, 'curl -u me:*** https://somewhere'" in str(error.value)
+    with pytest.raises(InputError, match="track.hook has a NUL"):
+        load_run("demo", overrides=['track.hook="echo \\0"'])
     load_run("demo", overrides=["track.hook='curl -u me:$PASSWORD https://somewhere'"])

@@ -146,16 +146,37 @@ def test_a_failed_save_shows_the_errors_of_the_ranks(run_values: dict[str, Any],
     assert done.stdout.endswith(f": read run/logs/rank_*.log\n{memory}\n")
 
 
+def test_the_hook_is_told_of_a_job_that_is_killed(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small({**run_values, "track": {"hook": HOOK}}, tmp_path)
+    run_script(train, tmp_path, DURING=SAVE_4 + "kill -TERM $$; command sleep 0.3")
+    (event,) = (tmp_path / "events").read_text().splitlines()
+    assert event.startswith("failed|4|")
+    assert event.endswith("|small: failed, the newest checkpoint is step_0000004: this script was killed")
+
+
+def test_a_hook_log_that_cannot_be_written_changes_nothing(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = render_small({**run_values, "track": {"hook": HOOK + "; echo something"}}, tmp_path)
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "hook.log").symlink_to("/dev/full")
+    assert run_script(train, tmp_path, DURING=SAVE_ALL).returncode == 0, "else the evaluation would not start"
+    assert (tmp_path / "events").read_text().startswith("finished|10|")
+
+
 def test_an_error_of_an_earlier_start_is_not_repeated(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = render_small(run_values, tmp_path)
+    train = render_small({**run_values, "track": {"hook": HOOK}}, tmp_path)
     logs = tmp_path / "run" / "logs"
     logs.mkdir(parents=True)
     (logs / "rank_0.log").write_text("error: the node was cold\n")
     os.utime(logs / "rank_0.log", (1, 1))
-    done = run_script(train, tmp_path, DURING="echo 'error: the loss is nan' >>run/logs/rank_1.log; exit 1")
+    for rank in (2, 3):  # this start writes to them too
+        (logs / f"rank_{rank}.log").write_text("error: the node was cold\n")
+    steps = "for rank in 2 3; do printf '%s\n' {1..9} >>run/logs/rank_$rank.log; done;"
+    fail = "echo 'error: the loss is nan' >>run/logs/rank_1.log; exit 1"
+    done = run_script(train, tmp_path, DURING=f"command sleep 0.1; {steps} {fail}")
     *_, summary, error = done.stdout.splitlines()
     assert summary.endswith("failed with exit code 1: read run/logs/rank_*.log")
     assert error == "error: the loss is nan"
+    assert (tmp_path / "events").read_text().endswith("the newest checkpoint is step 0: the loss is nan\n")
 
 
 @pytest.mark.parametrize(

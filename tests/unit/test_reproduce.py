@@ -267,6 +267,12 @@ def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:
     assert only_difference(trainshort, code=3)[0] == "train.branch_from"
 
 
+def test_a_repetition_does_not_copy_over_the_run(trainshort: Call) -> None:
+    start("track.hook=rclone copy $TRAINSHORT_CHECKPOINT bucket:x")
+    [command] = reproduced(trainshort)["commands"]
+    assert command.endswith(" --set run.dir=run-again --set track.hook=null")
+
+
 def test_missing_data_is_prepared_again(trainshort: Call) -> None:
     shutil.rmtree("data")
     assert only_difference(trainshort, code=3)[2:] == ("not in data", "other"), "it was prepared in another place"

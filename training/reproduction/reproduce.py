@@ -266,6 +266,8 @@ def _commands(
         overrides |= {"data.dir": "null"} if config.data.dir else {}
     elif config.data.dir is None or data_of(run_dir, config, start) != data_folder(config):
         overrides["data.dir"] = plain_yaml(str(data_of(run_dir, config, start)))
+    if config.track.hook:
+        overrides["track.hook"] = "null"  # else copies of its checkpoints would replace those of the run
     beginning = begins_with_here(config, start)
     if beginning is not None and beginning != begins_with(config):
         key, path = beginning
