@@ -24,7 +24,6 @@ from training.checkpoint.manifest import (
     find_checkpoint,
     first_whole,
     list_checkpoints,
-    needed_files,
     step_folder,
 )
 from training.export.while_training import check_export_every
@@ -151,7 +150,8 @@ def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> 
 
 def is_weights_only(manifest: Manifest) -> bool:
     """Return whether a checkpoint has no optimizer state, as imported models and averages have none."""
-    return needed_files(manifest, kinds=("weight",)) == manifest.files
+    kinds = {name.split(".")[1] for name in manifest.files if name.endswith(".safetensors")}
+    return kinds == {"weight"}
 
 
 def require_learning(train: Train, *, trained: int) -> None:
