@@ -67,12 +67,13 @@ def checkpoint_reshape_command(
     from configs.paths import config_file
     from launch.show.console import show_json, show_lines
     from training.checkpoint.manifest import find_checkpoint
-    from training.preflight import is_weights_only
 
     if not dry_run:
         for option, is_given in (("--set", overrides), ("--ranks", ranks), ("--json", as_json)):
             if is_given:
                 raise InputError(f"{option} is for --dry-run: add --dry-run, or leave {option} out")
+        from training.preflight import is_weights_only  # here: it imports numpy
+
         folder, manifest = find_checkpoint(checkpoint)
         run_file = config_file(folder.parents[1])
         file = typed_path(run_file) if run_file.is_file() else "RUN.yaml"
