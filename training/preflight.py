@@ -135,7 +135,7 @@ def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> 
         InputError: no checkpoint is whole, or the newest has no optimizer state, or more steps than the run.
     """
     newest = find_checkpoint(run_dir, warn=warn)[1] if list_checkpoints(run_dir) else None
-    if newest is not None and _is_weights_only(newest):
+    if newest is not None and is_weights_only(newest):
         raise InputError(
             f"{run_dir} holds weights without optimizer state, from which no training resumes: train in another "
             f"run.dir with train.init_from: {run_dir}"
@@ -148,7 +148,7 @@ def newest_to_resume(config: RunConfig, *, run_dir: Path, warn: bool = True) -> 
     return newest
 
 
-def _is_weights_only(manifest: Manifest) -> bool:
+def is_weights_only(manifest: Manifest) -> bool:
     """Return whether a checkpoint has no optimizer state, as imported models and averages have none."""
     kinds = {name.split(".")[1] for name in manifest.files if name.endswith(".safetensors")}
     return kinds == {"weight"}
@@ -252,7 +252,7 @@ def check_branch(path: Path, *, config: RunConfig, prepared: Prepared | None, wa
     subject, instead = f"train.branch_from {folder}", "or take its weights alone with train.init_from"
     source = load_run(str(folder / CONFIG_NAME))
     _require_same_model(source.model, config.model, subject=subject)
-    if _is_weights_only(manifest):
+    if is_weights_only(manifest):
         raise InputError(
             f"{subject} has no optimizer state, as imported models and averages: use another checkpoint, {instead}"
         )

@@ -72,11 +72,17 @@ def checkpoint_reshape_command(
         for option, is_given in (("--set", overrides), ("--ranks", ranks), ("--json", as_json)):
             if is_given:
                 raise InputError(f"{option} is for --dry-run: add --dry-run, or leave {option} out")
-        run_file = config_file(find_checkpoint(checkpoint)[0].parents[1])
+        from training.preflight import is_weights_only  # here: it imports numpy
+
+        folder, manifest = find_checkpoint(checkpoint)
+        run_file = config_file(folder.parents[1])
         file = typed_path(run_file) if run_file.is_file() else "RUN.yaml"
+        start = f"start it there, as in `trainshort train {file} --set parallel.tensor=4`"
+        if is_weights_only(manifest):
+            start = f"this one has no optimizer state, so start one in any layout with train.init_from: {folder}"
         show_lines(
-            "nothing has to be done: a run resumes from any checkpoint in any layout; start it there, as in "
-            f"`trainshort train {file} --set parallel.tensor=4`, or see what is read with --dry-run"
+            f"nothing has to be done: a run resumes from any checkpoint in any layout; {start}, or see what is read "
+            "with --dry-run"
         )
         return
 

@@ -43,7 +43,7 @@ def show_reshape(plan: "Reshape") -> None:
     """Write how each tensor of a checkpoint would be split in another layout."""
     show_lines(
         f"{plan.path}: saved with tensor {plan.tensor} x pipeline {plan.pipeline}, read by {plan.layout}; "
-        f"{byte_size(plan.state_bytes)} of weights and moments"
+        f"{byte_size(plan.state_bytes)} of tensors"
     )
     names = ("tensor", "rule", "shape", "saved", "read", "padding")
     table = wide_table(names, left=names)

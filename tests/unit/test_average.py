@@ -136,6 +136,12 @@ def test_an_average_is_used_as_any_model(trainshort: Call, home: Home, monkeypat
     answer = trainshort("train", "run.yaml", "--dry-run", *more)
     assert (answer.code, "begins at step 0, with the weights of deep/my mean" in answer.out) == (0, True)
     assert trainshort("checkpoint", "verify", "deep/my mean").code == 0
+    # it holds no moments
+    weights = weight_file(Path("deep/my mean"), 8).stat().st_size
+    reshaped = trainshort("checkpoint", "reshape", "deep/my mean", "--dry-run", "--json").out
+    assert json.loads(reshaped)["state_bytes"] == weights
+    said = trainshort("checkpoint", "reshape", "deep/my mean").out
+    assert "start one in any layout with train.init_from: deep/my mean/checkpoints/step_0000008, or" in said
     assert "8/10" in trainshort("runs", "deep").out
     text = held_out_text(open_checkpoint(home.run))
     # from another folder, and on the text of the run

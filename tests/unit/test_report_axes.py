@@ -5,14 +5,16 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from configs.load import check_run
-from tests.support.compared_runs import make_run
+from tests.support.compared_runs import add_report, make_run
 from tests.support.small_run import ONE_RANK, small_run
 from training.comparison.comparison import compare_runs
+from training.comparison.plot import draw_comparison
 from training.page.axis import fit_axis, lengths_axis, linear_ticks, write_value
 from training.page.chart import MOST_POINTS, thin
-from training.page.curves import bias_chart, training_charts
+from training.page.curves import bias_chart, perplexity_charts, training_charts
 
 
 def test_a_curve_keeps_its_ends_and_its_spikes() -> None:
@@ -67,3 +69,19 @@ def test_the_axis_of_losses_fits_the_curves_that_are_drawn(tmp_path: Path) -> No
     for some, (low, high) in ((runs[:2], (2.9, 5.1)), (runs, (3.8, 4.2))):
         axis = training_charts(compare_runs(some, text=None), marks=[])[0].y
         assert (axis.low, axis.high) == pytest.approx((low, high), abs=0.1)
+
+
+def test_windows_that_do_not_overlap_are_drawn_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run in runs:
+        report = add_report(run, {32: 20.0, 64: 19.0})
+        contents = json.loads(report.read_text())
+        contents["results"] += [{**each, "protocol": "last", "scored": 8} for each in contents["results"]]
+        report.write_text(json.dumps(contents))
+    compared = compare_runs(runs, text=None)
+    (chart,) = perplexity_charts(compared)
+    assert chart.facts.endswith("; solid: nonoverlapping, dashed: last:8")
+    figures: list[Figure] = []
+    monkeypatch.setattr("training.comparison.plot.save_figure", lambda figure, path, **_: figures.append(figure))
+    draw_comparison(compared, tmp_path / "comparison.png")
+    assert "nonoverlapping" in figures[0].axes[0].get_title(loc="left")

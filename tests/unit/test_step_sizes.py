@@ -114,6 +114,20 @@ def test_the_card_tells_the_largest_step_so_far(rank: OneRank, tmp_path: Path) -
         assert f"trained at {length} tokens by" in card
 
 
+def test_the_card_tells_what_a_run_began_with(rank: OneRank, tmp_path: Path) -> None:
+    for keys, rows in (
+        (("train.init_from=runs/a",), "2 steps of 4 sequences |\n| began with the weights of | `runs/a` |\n"),
+        # its trunk took smaller steps
+        (
+            ("train.branch_from=/home/me/step_1", "train.global_batch=8"),
+            "2 steps |\n| branched off from | `step_1` |\n",
+        ),
+    ):
+        config = rank.config(tmp_path, *keys)
+        facts = ModelFacts(config, 2, 8, vocab_size=400, parameters=9, train_length=8, report=None)
+        assert f": {rows}" in model_card(facts, comparison="", engine=TRANSFORMERS, dtype="fp32")
+
+
 def test_a_checkpoint_was_trained_at_the_length_of_its_step(rank: OneRank, tmp_path: Path) -> None:
     train(rank, tmp_path / "run", "train.length_warmup=[[2, 4]]", "checkpoint.every=3", steps=STEPS)
     steps = [tmp_path / "run" / "checkpoints" / f"step_000000{step}" for step in (3, 6)]

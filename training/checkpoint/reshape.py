@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from configs.choices import OPTIMIZERS
 from configs.load import load_run
 from parallel.layout import Layout
 from parallel.parameter import Shard, padded_rows, span
@@ -46,7 +44,7 @@ class Reshape:
         pipeline: Stages of that layout.
         layout: The layout that would resume it.
         cuts: How each tensor is split.
-        state_bytes: Weights and optimizer state on disk; every byte is read once per data rank.
+        state_bytes: Its tensors on disk; every byte is read once per data rank.
     """
 
     path: Path
@@ -92,9 +90,7 @@ def plan_reshape(path: Path, *, overrides: Sequence[str], ranks: int | None) -> 
         )
         for shard in shards
     )
-    row = OPTIMIZERS[config.train.optimizer]
-    # all kinds are saved in fp32
-    state_bytes = sum(4 * len(row.kinds_of(is_matrix=shard.is_matrix)) * prod(shard.shape) for shard in shards)
+    state_bytes = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".safetensors"))
     return Reshape(folder, manifest.tensor, manifest.pipeline, layout, cuts, state_bytes)
 
 

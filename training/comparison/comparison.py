@@ -45,8 +45,9 @@ class TextResults:
 
     @property
     def keys(self) -> list[tuple[str, int, int]]:
-        """What was measured of any of the runs: protocol, stride and length."""
-        return sorted({key for results in self.results for key in results})
+        """What was measured of any of the runs: protocol, stride and length; windows that do not overlap come first."""
+        measured = {key for results in self.results for key in results}
+        return sorted(measured, key=lambda key: (not key[0].startswith("nonoverlapping"), key))
 
     def value(self, run: int, key: tuple[str, int, int]) -> float | None:
         """Return a perplexity of a run; None if it was not measured."""

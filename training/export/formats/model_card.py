@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from configs.figures import counted
+from configs.schema import Train
 from configs.step_sizes import batch_of
 from configs.terminal import printable
 from training.averaging.record import mean_of_steps
@@ -76,8 +78,8 @@ def _training(facts: ModelFacts, *, dtype: str) -> str:
         rows |= {"imported from": sources, "weights here": dtype}
     else:
         rows |= {
-            "trained on": f"{facts.samples * data.sequence_length:,} tokens: {facts.step:,} steps of "
-            f"{'up to ' * bool(train.batch_warmup)}{batch_of(facts.step, train):,} sequences",
+            "trained on": f"{facts.samples * data.sequence_length:,} tokens: {_steps(facts)}",
+            **_beginning(train),
             "data": sources,
             "precision": f"{train.precision}; the weights here are {dtype}",
             "learning rate": f"{train.learning_rate:g} at most, {train.schedule}",
@@ -88,6 +90,20 @@ def _training(facts: ModelFacts, *, dtype: str) -> str:
         rows["weights"] = mean_of_steps(facts.averaged)
     table = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(("## Training\n", "| | |", "|---|---|", *table, ""))
+
+
+def _steps(facts: ModelFacts) -> str:
+    """Return how many steps were taken, and how large they were; a branch does not know the steps of its trunk."""
+    steps, train = counted(facts.step, "step"), facts.config.train
+    if train.branch_from is not None:
+        return steps
+    return f"{steps} of {'up to ' * bool(train.batch_warmup)}{batch_of(facts.step, train):,} sequences"
+
+
+def _beginning(train: Train) -> dict[str, str]:
+    """Return what the run began with, if not with new weights."""
+    named = {"began with the weights of": train.init_from, "branched off from": train.branch_from}
+    return {name: _source_name(path) for name, path in named.items() if path is not None}
 
 
 def _source_name(path: str) -> str:
