@@ -25,6 +25,7 @@ _WARNS = re.compile(
 _STARTS = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d)  ")  # first line of `start_lines`
 _ERRORS = ("error: ", "Traceback (most recent call last):")
 _ENDS = (*_ERRORS, "to continue: ", "next: ")
+_OF_HOOK = ("track.hook ", "waiting for track.hook")  # the launcher runs it last
 _DETAIL_LINES = 400  # of a traceback
 
 
@@ -93,6 +94,6 @@ def ends_in_error(lines: Sequence[str]) -> bool:
 
 
 def _last_word(lines: Sequence[str]) -> str:
-    """Return the last line that is not a detail of the one before; of a traceback, the first line."""
-    words = [line for line in lines if not line.startswith("  ")][-2:]
+    """Return the last line that is no detail of another, nor of the user's command; of a traceback, the first."""
+    words = [line for line in lines if not line.startswith(("  ", *_OF_HOOK))][-2:]
     return words[0] if words[:1] == [_ERRORS[1]] else "".join(words[-1:])

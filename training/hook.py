@@ -36,6 +36,7 @@ ENDS_TOLD = "TRAINSHORT_ENDS_TOLD"
 """Variable of ranks whose starter tells how they ended."""
 
 LAUNCHER_SECONDS = 60.0  # that the launcher, and a job's script, give the command
+UNSAID_SECONDS = 1.0  # of them, before the launcher says that it waits
 # That rank 0 gives it if training ends before the last step; a failed rank is killed soon.
 LAST_SECONDS: Mapping[Status, float] = {"KILLED": 30.0, "FAILED": 5.0, "SUPERSEDED": 0.0}
 _END_NAMES: Mapping[Status, EventName] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
@@ -203,12 +204,20 @@ def tell_end(config: RunConfig, *, code: int, stopped: bool) -> None:
     if process is None:
         return
     try:
-        _report(config, event, code=process.wait(LAUNCHER_SECONDS))
+        _report(config, event, code=_code_of(process))
     except subprocess.TimeoutExpired:
         logger.warning("track.hook did not end at %r within %.0f s: killed", event.name, LAUNCHER_SECONDS)
     finally:
         if process.returncode is None:
             _kill(process)
+
+
+def _code_of(process: "subprocess.Popen[bytes]") -> int:
+    """Wait for the command's end and return its exit code; say so if that is not at once."""
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(UNSAID_SECONDS)
+    logger.info("waiting for track.hook")
+    return process.wait(LAUNCHER_SECONDS)
 
 
 def _newest(config: RunConfig) -> CheckpointFolder | None:

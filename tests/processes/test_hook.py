@@ -16,6 +16,7 @@ from configs.terminal import Terminal
 from tests.support.steps import step_result
 from training import hook
 from training.checkpoint.manifest import step_folder
+from training.followed_log import FollowedLog
 from training.hook import ENDS_TOLD, HookObserver, tell_end
 from training.incarnation import begin_incarnation
 from training.observers import Save
@@ -68,6 +69,19 @@ def wait_for_event(name: str) -> None:
     deadline = time.monotonic() + 20
     while not (Path("events").exists() and f"{name}|" in Path("events").read_text()):
         assert time.monotonic() < deadline, f"nothing was told of {name}"
+        time.sleep(0.01)
+
+
+def wait_for_end(process: int) -> None:
+    def is_alive() -> bool:
+        try:
+            return ") Z" not in Path(f"/proc/{process}/stat").read_text()
+        except OSError:
+            return False
+
+    deadline = time.monotonic() + 20
+    while is_alive():
+        assert time.monotonic() < deadline, f"{process} lives"
         time.sleep(0.01)
 
 
@@ -134,8 +148,7 @@ def test_an_early_end_waits_a_while_and_kills(
         "track.hook did not end at 'started' of step 0: killed",
         "track.hook is not run at 'saved' of step 4: it ran too long for another event",
     ]
-    child = Path("child").read_text().strip()
-    assert not Path(f"/proc/{child}").exists() or ") Z" in Path(f"/proc/{child}/stat").read_text()
+    wait_for_end(int(Path("child").read_text()))
 
 
 def test_a_finished_run_waits_until_somebody_asks(caplog: pytest.LogCaptureFixture) -> None:
@@ -207,6 +220,31 @@ def test_the_launcher_tells_how_ranks_ended(saved: int | None, code: int, stoppe
         step_folder(checkpoints_folder(Path("run")), step=saved).mkdir(parents=True)
     tell_end(config, code=code, stopped=stopped)
     assert events() == [event]
+
+
+def test_the_launcher_waits_a_minute_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(hook, "UNSAID_SECONDS", 0.05)
+    tell_end(config_of("sleep 0.2"), code=0, stopped=False)
+    assert caplog.messages == ["waiting for track.hook"]
+    monkeypatch.setattr(hook, "LAUNCHER_SECONDS", 0.2)
+    tell_end(config_of("sleep 1000 & echo $! >child; wait"), code=0, stopped=False)
+    assert caplog.messages[1:] == ["waiting for track.hook", "track.hook did not end at 'stopped' within 0 s: killed"]
+    wait_for_end(int(Path("child").read_text()))
+
+
+@pytest.mark.parametrize("last", ["next: trainshort evaluate run", "error: the loss is nan"])
+def test_what_the_command_said_is_not_a_starts_last_word(last: str) -> None:
+    config_of(TELL)
+    begins, log = "2026-11-29 08:45:28+00:00  small in run", FollowedLog(Path("run"))
+    after = ("waiting for track.hook", "track.hook failed at 'failed' of step 0 (exit code 4): see run/logs/hook.log")
+    for words, has_ended in (((last, *after), True), (after, False)):
+        rank_log(logs_folder(Path("run")), rank=0).write_text("\n".join([begins, "step 1/10", *words, ""]))
+        log.update()
+        assert log.has_ended == has_ended
+        assert [*log.warnings][-1] == after[-1]
 
 
 def test_the_launcher_tells_no_error_of_an_earlier_start() -> None:
