@@ -119,11 +119,13 @@ def try_to_lock(folder: Path) -> AbstractContextManager[None]:
     Args:
         folder: It is made if it does not exist; where it cannot be locked, the block runs without the lock.
     """
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
     return _holding(folder, fcntl.LOCK_EX)
 
 
 def in_use(folder: Path) -> AbstractContextManager[None]:
-    """Show that this process uses a folder while the block runs, as others may too; without locks, show nothing."""
+    """Show that this process uses a folder while the block runs, as others may too; where it cannot, do nothing."""
     return _holding(folder, fcntl.LOCK_SH)
 
 
@@ -143,7 +145,6 @@ def is_in_use(folder: Path) -> bool:
 def _holding(folder: Path, kind: int) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
             fcntl.flock(handle, kind)

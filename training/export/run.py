@@ -68,8 +68,8 @@ def export_checkpoint(
     began_ms = now_ms()
     exporter = _early_checks(format, dtype=dtype, with_code=with_code, serve_check=serve_check, out=out)
     opened = open_checkpoint(checkpoint)
+    exporter.check(opened.config.model)
     with in_use(opened.path.parent):
-        exporter.check(opened.config.model)
         registry = None if register is None else _registry(register, checkpoint=opened, format=format)
         server = server_of(format, with_code=with_code, model=opened.config.model) if serve_check else None
         facts = _facts(opened)
