@@ -25,7 +25,7 @@ from parallel.die_with_parent import dying_with_parent
 from parallel.start import environment, environment_beside_ranks
 from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
 from training.followed_log import last_error
-from training.incarnation import has_ended, newest_incarnation
+from training.incarnation import may_run
 from training.observers import LOOK_SECONDS, BackgroundObserver, Save, Status, StepResult
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def tell_end(config: RunConfig, *, code: int, stopped: bool) -> None:
         stopped: Whether a person ended them.
     """
     run_dir = run_folder(config)
-    if config.track.hook is None or (code and newest_incarnation(run_dir) is not None and not has_ended(run_dir)):
+    if config.track.hook is None or (code and may_run(run_dir)):
         return
     newest = _newest(config)
     is_complete = newest is not None and newest.step >= config.train.steps

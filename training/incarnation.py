@@ -148,6 +148,11 @@ def has_ended(run_dir: Path) -> bool:
     return died_here(run_dir) or bool(rebooted)
 
 
+def may_run(run_dir: Path) -> bool:
+    """Return whether there is a start of a run folder, and the newest is not known to have ended."""
+    return newest_incarnation(run_dir) is not None and not has_ended(run_dir)
+
+
 def runs_here(run_dir: Path) -> bool:
     """Return whether the newest start of a run folder runs on this machine."""
     newest = newest_incarnation(run_dir)

@@ -16,7 +16,7 @@ from launch.machine import device_type
 from launch.show.streams import following
 from parallel.start import ProcessRank
 from training.checkpoint.manifest import list_checkpoints
-from training.incarnation import has_ended, newest_incarnation
+from training.incarnation import may_run
 from training.metrics_file import last_reported_step
 from training.metrics_reader import steps_before_first
 from training.preflight import Ready, make_ready
@@ -89,8 +89,7 @@ def say_end(config: RunConfig, *, code: int, again: str) -> None:
     run_dir = run_folder(config)
     newest = next(reversed(list_checkpoints(run_dir)), None)
     saved_step = newest.step if newest else 0
-    newer_trains = newest_incarnation(run_dir) is not None and not has_ended(run_dir)
-    if code == InputError.exit_code or (code and newer_trains):
+    if code == InputError.exit_code or (code and may_run(run_dir)):
         return
     if code and not run_dir.is_dir():  # moved while it ran
         logger.warning(

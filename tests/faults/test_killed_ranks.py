@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.data import write_book
-from tests.support.processes import PATIENCE_SECONDS, command, environment, metrics, run
+from tests.support.processes import PATIENCE_SECONDS, command, environment, is_alive, metrics, run
 
 STEPS, RANKS, ENDED_SECONDS = 60, 4, 120
 
@@ -30,13 +30,6 @@ def ranks_of(launcher: int) -> dict[int, int]:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         ranks.update({int(word[16:]): int(pid) for word in environment if word.startswith(b"TRAINSHORT_RANK=")})
     return ranks
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 class Job:
@@ -62,7 +55,7 @@ class Job:
 
     def wait_for_the_ranks(self) -> None:
         deadline = time.monotonic() + ENDED_SECONDS
-        while any(alive(pid) for pid in self.ranks.values()):
+        while any(is_alive(pid) for pid in self.ranks.values()):
             assert time.monotonic() < deadline, "a rank is left"
             time.sleep(0.05)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.processes import wait_until
+from tests.support.processes import is_alive, wait_until
 from training.export.while_training import LOWEST_PRIORITY, start_export
 
 RANK = """
@@ -16,13 +16,6 @@ from training.export.while_training import start_export
 print(start_export(["sleep", "600"], Path(sys.argv[1])).pid, flush=True)
 time.sleep(600)
 """
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_it_gives_way_to_the_ranks(tmp_path: Path) -> None:

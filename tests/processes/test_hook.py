@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from configs.load import load_run
 from configs.paths import checkpoints_folder, hook_log, logs_folder, rank_log
 from configs.schema import RunConfig
 from configs.terminal import Terminal
+from tests.support.processes import is_alive, wait_until
 from tests.support.steps import step_result
 from training import hook
 from training.checkpoint.manifest import step_folder
@@ -66,23 +66,17 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def wait_for_event(name: str) -> None:
-    deadline = time.monotonic() + 20
-    while not (Path("events").exists() and f"{name}|" in Path("events").read_text()):
-        assert time.monotonic() < deadline, f"nothing was told of {name}"
-        time.sleep(0.01)
+    file = Path("events")
+    wait_until(
+        lambda: file.exists() and f"{name}|" in file.read_text(),
+        lambda: f"{name} is not told",
+        seconds=20,
+        pause_seconds=0.01,
+    )
 
 
-def wait_for_end(process: int) -> None:
-    def is_alive() -> bool:
-        try:
-            return ") Z" not in Path(f"/proc/{process}/stat").read_text()
-        except OSError:
-            return False
-
-    deadline = time.monotonic() + 20
-    while is_alive():
-        assert time.monotonic() < deadline, f"{process} lives"
-        time.sleep(0.01)
+def wait_for_end(pid: int) -> None:
+    wait_until(lambda: not is_alive(pid), lambda: f"{pid} lives", seconds=20, pause_seconds=0.01)
 
 
 def test_each_event_is_told_in_its_order() -> None:
@@ -189,10 +183,7 @@ def test_what_the_last_command_leaves_running_lives_on() -> None:
     tell_end(config_of(f"({WAIT}; echo done >>events) &"), code=0, stopped=False)
     wait_for_event("stopped")
     Path("go").touch()
-    deadline = time.monotonic() + 20
-    while events()[-1] != "done":
-        assert time.monotonic() < deadline, "it was killed with the command"
-        time.sleep(0.01)
+    wait_until(lambda: events()[-1] == "done", lambda: "it was killed with the command", seconds=20)
 
 
 def test_ends_are_left_to_who_started_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

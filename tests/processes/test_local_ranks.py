@@ -17,6 +17,7 @@ from launch import local, rank_failure
 from launch.local import STOPPED_BY_HAND, start_ranks
 from launch.machine import core_count, gpu_count
 from parallel import die_with_parent
+from tests.support.processes import is_alive
 from training.host_memory import OomKills, host_limit
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
@@ -37,14 +38,6 @@ def start(script: str, logs: Path, *, ranks: int = 3, grace_seconds: float = 0.3
         explain_memory=lambda rank, how: f"rank {rank} {how}",
         grace_seconds=grace_seconds,
     )
-
-
-def alive(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def wait_until(condition: object, seconds: float = 20.0) -> None:
@@ -101,7 +94,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         process.kill()
         process.communicate()
     for pid in (int(file.read_text()) for file in tmp_path.glob("pid[01]")):
-        if alive(pid):
+        if is_alive(pid):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
 
@@ -263,7 +256,7 @@ def test_ranks_that_ignore_sigterm_are_killed_after_a_failure(tmp_path: Path) ->
         f"trap '' TERM; echo $$ >{tmp_path}/pid; while true; do sleep 1; done"
     )
     assert start(script, tmp_path, ranks=2) == 1
-    assert not alive(int((tmp_path / "pid").read_text()))
+    assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -284,7 +277,7 @@ def test_a_second_ctrl_c_does_not_wait(launch: Launch, tmp_path: Path) -> None:
     wait_until(lambda: (tmp_path / "asked").exists())
     process.send_signal(signal.SIGINT)
     assert end(process) == (STOPPED_BY_HAND, PRESSED)
-    assert not any(alive(pid) for pid in pids(tmp_path))
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 
 def test_a_stop_before_anything_can_be_saved_is_exit_130(launch: Launch) -> None:
@@ -305,10 +298,10 @@ def test_a_terminals_ctrl_c_reaches_the_launcher_alone(launch: Launch, tmp_path:
 def test_ranks_die_with_a_killed_launcher(launch: Launch, tmp_path: Path) -> None:
     process = launch("trap '' TERM INT HUP")
     ranks = pids(tmp_path)
-    assert all(alive(pid) for pid in ranks)
+    assert all(is_alive(pid) for pid in ranks)
     process.kill()
     process.wait(timeout=10)
-    wait_until(lambda: not any(alive(pid) for pid in ranks), seconds=5)
+    wait_until(lambda: not any(is_alive(pid) for pid in ranks), seconds=5)
 
 
 def test_a_rank_whose_launcher_is_gone_never_starts(tmp_path: Path) -> None:

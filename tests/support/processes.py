@@ -64,6 +64,14 @@ def wait_until(
         time.sleep(pause_seconds)
 
 
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs: one that has ended may not have been waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the whole lines of metrics.jsonl; none where there is no such file yet."""
     file = run_dir / "metrics.jsonl"
