@@ -39,9 +39,20 @@ class FamilyChoice(Choice):
 
     Attributes:
         layers: Dotted path of the function that plans its layers; it imports torch, the description does not.
+        feed_forward_matrices: Matrices of a feed-forward: two, or three with a gate.
     """
 
     layers: str | None = None
+    feed_forward_matrices: int = 2
+
+    def default_inner(self, hidden: int) -> int:
+        """Return the width of the feed-forward unless it is set: 8 hidden^2 weights, with a gate as without one.
+
+        With a gate that is 8/3 x hidden, rounded up to a multiple of 64, which tensor ranks can divide.
+        """
+        if self.feed_forward_matrices == 2:
+            return 4 * hidden
+        return -(-8 * hidden // (3 * 64)) * 64
 
     def load_layers(self) -> Any:
         """Import and return the function that plans the layers."""
@@ -53,6 +64,12 @@ FAMILIES = {
     for row in (
         FamilyChoice("bloom", "training.families.bloom.BLOOM", layers="training.model.blocks.prenorm.plan_prenorm"),
         FamilyChoice("mpt", "training.families.mpt.MPT", layers="training.model.blocks.prenorm.plan_prenorm"),
+        FamilyChoice(
+            "jais",
+            "training.families.jais.JAIS",
+            layers="training.model.blocks.prenorm.plan_prenorm",
+            feed_forward_matrices=3,
+        ),
     )
 }
 

@@ -53,11 +53,11 @@ class Model(Section):
     hidden: PositiveInt = Field(description="Width of the residual stream.")
     heads: PositiveInt = Field(description="Attention heads, over all tensor ranks.")
     feed_forward: PositiveInt | None = Field(
-        default=None, description="Width of the feed-forward; 4 x hidden unless set."
+        default=None, description="Width of the feed-forward; 4 x hidden unless set, 8/3 x hidden with a gate (jais)."
     )
     position: Annotated[str, OneOf(POSITIONS)] = Field(default="alibi", description="How order enters the model.")
     family: Annotated[str, OneOf(FAMILIES)] = Field(
-        default="bloom", description="Block design; it determines the export format."
+        default="bloom", description="Block design: GELU and biases (bloom), GELU (mpt), or SwiGLU and biases (jais)."
     )
     attention: Annotated[str, OneOf(BACKENDS, also=("auto",))] = Field(
         default="auto", description="Attention backend; auto is flex on a GPU where it can, else sdpa."
@@ -101,7 +101,7 @@ class Model(Section):
     @property
     def inner(self) -> int:
         """Width of the feed-forward."""
-        return self.feed_forward or 4 * self.hidden
+        return self.feed_forward or FAMILIES[self.family].default_inner(self.hidden)
 
     def window_hides(self, length: int) -> bool:
         """Return whether the sliding window hides keys of a sequence of this many tokens."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.errors import NO_MEMORY
 from parallel.compilers import is_compiled, missing_compiler
-from parallel.fused import add_and_normalize, add_to_residual, normalize, split_heads
+from parallel.fused import add_and_normalize, add_to_residual, normalize, split_heads, swiglu
 from parallel.head import Compile, as_it_is
 from parallel.start import environment
 
@@ -81,7 +81,7 @@ def compile_now(
     split: bool,
     drops: bool,
     biases: bool,
-    gelu: Callable[..., Tensor],
+    activation: Callable[..., Tensor],
 ) -> None:
     """Compile the functions of `parallel.fused`, called as the layers will, or read what another rank compiled.
 
@@ -95,7 +95,7 @@ def compile_now(
         split: Whether the sequence is split: whole parameters then come through `with_summed_gradients`.
         drops: Whether there is dropout: a bias is then added before it.
         biases: Whether linears and norms have biases.
-        gelu: The model's, of `parallel.fused`.
+        activation: The model's, of `parallel.fused`.
     """
     (hidden, inner), projected = widths, 3 * heads[0] * heads[1]
 
@@ -110,13 +110,14 @@ def compile_now(
 
     bias, epsilon = whole() if biases and not drops else None, 1e-5
     norm = (whole(), whole() if biases else None, epsilon)
+    wide = [x for _ in range(1 + (activation is swiglu)) for x in (states(inner), local(inner) if biases else None)]
     results = [
         compiled(normalize)(states(hidden), *norm),
         *compiled(add_and_normalize)(states(hidden), None, None, *norm),
         *compiled(add_and_normalize)(states(hidden), states(hidden), bias, *norm),
         compiled(add_to_residual)(states(hidden), states(hidden), bias),
         *compiled(split_heads)(states(projected), local(projected) if biases else None, heads[0]),
-        compiled(gelu)(states(inner), local(inner) if biases else None),
+        compiled(activation)(*wide),
     ]
     torch.autograd.backward(results, [torch.zeros_like(result) for result in results])
 

@@ -3,6 +3,8 @@
 Rows are tokens: states are [tokens, hidden], or of any leading shape.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,5 +54,11 @@ def gelu_exact(up: Tensor, bias: Tensor | None) -> Tensor:
     return F.gelu(up if bias is None else up + bias)
 
 
-GELUS = {"tanh": gelu_tanh, "erf": gelu_exact}
-"""The GELUs by the word of a family's description."""
+def swiglu(gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None) -> Tensor:
+    """Return the SiLU of one linear's output and its bias times another's output and its bias, [..., inner]."""
+    gate = gate if gate_bias is None else gate + gate_bias
+    return F.silu(gate) * (up if up_bias is None else up + up_bias)
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"gelu_tanh": gelu_tanh, "gelu_erf": gelu_exact, "swiglu": swiglu}
+"""The activations by the word of a family's description."""

@@ -126,6 +126,40 @@ class _Gelu(Function):
         return result, None if sums is None else _total(sums, bias.dtype), None
 
 
+class _SwiGLU(Function):
+    """The SiLU of one linear's output and its bias times another's output and its bias."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None) -> Tensor:
+        (rows, width), gate, up = up.shape, gate.contiguous(), up.contiguous()
+        out, (lines, columns) = torch.empty_like(up), _tile(width)
+        grid = (-(-rows // lines), -(-width // columns))
+        fused_triton.swiglu_forward[grid](
+            *(gate, gate_bias, up, up_bias, out, rows, width), ROWS=lines, COLUMNS=columns
+        )
+        ctx.save_for_backward(gate, gate_bias, up, up_bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gate, gate_bias, up, up_bias = ctx.saved_tensors
+        (rows, width), (lines, columns) = up.shape, _tile(up.shape[1])
+        blocks = -(-width // columns)
+        stripes, each = _stripes(rows, programs=TILE_PROGRAMS // blocks, multiple=lines)
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        sums = tuple(
+            None if bias is None else up.new_empty(stripes, width, dtype=torch.float32) for bias in (gate_bias, up_bias)
+        )
+        fused_triton.swiglu_backward[(stripes, blocks)](
+            *(gradient.contiguous(), gate, gate_bias, up, up_bias, of_gate, of_up, *sums, rows, each, width),
+            ROWS=lines,
+            COLUMNS=columns,
+        )
+        of_biases = (None if total is None else _total(total, up.dtype) for total in sums)
+        return of_gate, next(of_biases), of_up, next(of_biases)
+
+
 class _SplitHeads(Function):
     """Queries, keys and values in a piece each, with the projection's bias."""
 
@@ -204,5 +238,6 @@ FUSED_KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
     fused.split_heads: _SplitHeads.apply,
     fused.gelu_tanh: _gelu_tanh,
     fused.gelu_exact: _gelu_exact,
+    fused.swiglu: _SwiGLU.apply,
 }
 """What takes the place of a function of `parallel.fused`, called alike but for keywords."""

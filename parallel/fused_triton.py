@@ -164,6 +164,41 @@ def gelu_backward(
         _store_sums(sums, total, width, COLUMNS)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def swiglu_forward(gate, gate_bias, up, up_bias, out, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store a tile of one linear's SiLU times the other's output, each with its bias."""
+    places, inside, columns = _tile(tl.program_id(0) * ROWS, rows, width, ROWS, COLUMNS)
+    x = _inputs(gate, gate_bias, places, inside, columns, width)
+    value = x / (1 + tl.exp(-x)) * _inputs(up, up_bias, places, inside, columns, width)
+    tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def swiglu_backward(
+    gradient, gate, gate_bias, up, up_bias, of_gate, of_up, gate_sums, up_sums, rows, each, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store a stripe's gradients of both linears' outputs, and the sums of those that have a bias."""
+    start = tl.program_id(0) * each
+    end, gate_total = tl.minimum(start + each, rows), tl.zeros([ROWS, COLUMNS], tl.float32)
+    up_total = gate_total
+    for line in range(start, end, ROWS):
+        places, inside, columns = _tile(line, end, width, ROWS, COLUMNS)
+        x = _inputs(gate, gate_bias, places, inside, columns, width)
+        factor = _inputs(up, up_bias, places, inside, columns, width)
+        share = 1 / (1 + tl.exp(-x))
+        given = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
+        gate_part, up_part = given * factor * share * (1 + x * (1 - share)), given * x * share
+        tl.store(of_gate + places, gate_part.to(of_gate.dtype.element_ty), mask=inside)
+        tl.store(of_up + places, up_part.to(of_up.dtype.element_ty), mask=inside)
+        gate_total += gate_part
+        up_total += up_part
+    if gate_sums is not None:
+        _store_sums(gate_sums, gate_total, width, COLUMNS)
+    if up_sums is not None:
+        _store_sums(up_sums, up_total, width, COLUMNS)
+
+
 @triton.jit
 def _head_tile(start, end, heads, head_dim, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Return where a head's dims of some rows are in a tensor of heads and in the projection's output, and which are.

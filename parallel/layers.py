@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from parallel.axes import Group
-from parallel.fused import add_and_normalize, add_to_residual, normalize, split_heads
+from parallel.fused import add_and_normalize, add_to_residual, normalize, split_heads, swiglu
+from parallel.gate import gated
 from parallel.head import Compile, as_it_is
 from parallel.heads import view_heads
 from parallel.layout import padded_vocabulary
@@ -20,6 +21,8 @@ from parallel.libraries import (
     ModelParallelConfig,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     parallel_state,
 )
 from parallel.parameter import Rule, Shard
@@ -38,11 +41,25 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     """A linear whose outputs are split: states -> [seq, batch, outputs / tensor] and a bias that is still to add."""
 
     def __init__(
-        self, shape: tuple[int, ...], *, tensor: Group, config: ModelParallelConfig, bias: bool, adds_bias: bool
+        self,
+        shape: tuple[int, ...],
+        *,
+        tensor: Group,
+        config: ModelParallelConfig,
+        bias: bool,
+        adds_bias: bool,
+        paired: bool = False,
     ) -> None:
         outputs, inputs = shape
         super().__init__(
-            inputs, outputs, config=config, init_method=_unused, bias=bias, skip_bias_add=True, tp_group=tensor.handle
+            inputs,
+            outputs,
+            config=config,
+            init_method=_unused,
+            bias=bias,
+            skip_bias_add=True,
+            disable_grad_reduce=paired,
+            tp_group=tensor.handle,
         )
         self._adds_bias = bias and adds_bias
 
@@ -51,6 +68,27 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         out, bias = super().forward(x)
         # The output is new and not kept for the backward pass.
         return (out.add_(bias), None) if self._adds_bias else (out, bias)
+
+
+class ColumnPair(nn.Module):
+    """Two linears of the same states, whose outputs are split.
+
+    States are gathered, and their gradients summed over the tensor ranks, once for both. Where the sequence is split,
+    the gathered states are kept for the backward pass, not gathered again.
+    """
+
+    def __init__(self, first: ColumnLinear, second: ColumnLinear, *, tensor: Group, sequence: bool) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self._tensor, self._sequence = tensor, sequence
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return each linear's output and its bias, as `ColumnLinear` does."""
+        if self._sequence:
+            x = gather_from_sequence_parallel_region(x, group=self._tensor.handle)
+        elif self._tensor.size > 1:
+            x = copy_to_tensor_model_parallel_region(x, group=self._tensor.handle)
+        return *self.first(x), *self.second(x)
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
@@ -149,7 +187,7 @@ class Layers:
         shards: Mapping[str, Shard],
         *,
         tensor: Group,
-        gelu: Callable[..., Tensor],
+        activation: Callable[..., Tensor],
         sequence: bool = False,
         compiled: Compile = as_it_is,
     ) -> None:
@@ -158,7 +196,7 @@ class Layers:
         Args:
             shards: The model's shards; `name`.weight and, if there is one, `name`.bias are the layer's of that name.
             tensor: The tensor axis.
-            gelu: The GELU of `parallel.fused`.
+            activation: The feed-forward's, of `parallel.fused`.
             sequence: Whether the sequence is split between the linears.
             compiled: Compiles a function of tensors.
         """
@@ -167,14 +205,19 @@ class Layers:
         if self._split is not None:
             _let_megatron_split()
         self._config = _config(tensor, sequence=self._split is not None)
-        self._gelu, self._add_to_residual = compiled(gelu), compiled(add_to_residual)
-        self._split_heads = compiled(split_heads)
+        keeps_little = compiled is as_it_is and activation is swiglu
+        self._activate: Callable[..., Tensor] = gated if keeps_little else compiled(activation)
+        self._add_to_residual, self._split_heads = compiled(add_to_residual), compiled(split_heads)
 
     def column_linear(self, name: str) -> ColumnLinear:
         """Return the linear of a name, whose outputs are split; a compiled function that follows adds its bias."""
-        shape, bias, adds = self._shape(name, rule="column"), self._has_bias(name), self._compiled is as_it_is
-        linear = ColumnLinear(shape, tensor=self._tensor, config=self._config, bias=bias, adds_bias=adds)
-        return self._declared(linear, name)
+        return self._column_linear(name, self._config, paired=False)
+
+    def column_pair(self, first: str, second: str) -> ColumnPair:
+        """Return the linears of two names, which take the same states; see `column_linear`."""
+        config = _config(self._tensor, sequence=False)
+        linears = (self._column_linear(name, config, paired=True) for name in (first, second))
+        return ColumnPair(*linears, tensor=self._tensor, sequence=self._split is not None)
 
     def row_linear(self, name: str) -> RowLinear:
         """Return the linear of a name, whose inputs are split."""
@@ -206,9 +249,10 @@ class Layers:
         parts = self._split_heads(_rows(qkv), bias, heads)
         return tuple(part.view(*qkv.shape[:2], heads, -1).permute(1, 2, 0, 3) for part in parts)
 
-    def gelu(self, up: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the GELU of a linear's output and its bias, [..., inner / tensor]."""
-        out: Tensor = self._gelu(_rows(up), bias)
+    def activate(self, up: Tensor, bias: Tensor | None, *second: Tensor | None) -> Tensor:
+        """Return the activation of a linear's output and its bias, or of a pair's, [..., inner / tensor] each."""
+        rows = (x if x is None or x.ndim == 1 else _rows(x) for x in second)
+        out: Tensor = self._activate(_rows(up), bias, *rows)
         return out.view(up.shape)
 
     def add_to_residual(self, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
@@ -225,6 +269,11 @@ class Layers:
 
     def _has_bias(self, name: str) -> bool:
         return f"{name}.bias" in self._shards
+
+    def _column_linear(self, name: str, config: ModelParallelConfig, *, paired: bool) -> ColumnLinear:
+        shape, bias, adds = self._shape(name, rule="column"), self._has_bias(name), self._compiled is as_it_is
+        linear = ColumnLinear(shape, tensor=self._tensor, config=config, bias=bias, adds_bias=adds, paired=paired)
+        return self._declared(linear, name)
 
     def _norm(self, kind: type[_Norm], name: str, *, epsilon: float) -> _Norm:
         shape, bias = self._shape(name, rule="replicated"), self._has_bias(name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
-from configs.choices import OPTIMIZERS
+from configs.choices import FAMILIES, OPTIMIZERS
 from configs.errors import InputError
 from configs.precisions import PRECISIONS
 from configs.schema import Model, RunConfig, Train
@@ -90,10 +90,11 @@ def effective_zero(train: Train, *, layout: Layout) -> int:
 def head_blocks(model: Model, *, vocab_size: int, length: int) -> float:
     """Return how many blocks the head is worth, by the multiplications of a token.
 
-    A block multiplies by its weights, 4 hidden^2 + 2 hidden x inner, and with length / 2 keys and values; the head by
-    hidden x vocab_size. The embedding multiplies nothing.
+    A block multiplies by its weights, 4 hidden^2 + 2 hidden x inner (3 with a gate), and with length / 2 keys and
+    values; the head by hidden x vocab_size. The embedding multiplies nothing.
     """
-    return vocab_size / (4 * model.hidden + 2 * model.inner + length)
+    matrices = FAMILIES[model.family].feed_forward_matrices
+    return vocab_size / (4 * model.hidden + matrices * model.inner + length)
 
 
 def stage_bounds(blocks: int, *, stages: int, head: float) -> tuple[int, ...]:

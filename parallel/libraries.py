@@ -49,6 +49,8 @@ with _lean():
         ColumnParallelLinear,
         RowParallelLinear,
         VocabParallelEmbedding,
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
     )
 
     # DeepSpeed imports it when an engine is built, for an optimizer that we do not use, and passes it to torch.compile.
@@ -75,9 +77,11 @@ __all__ = [
     "TiedLayerSpec",
     "VocabParallelEmbedding",
     "ZeroParamStatus",
+    "copy_to_tensor_model_parallel_region",
     "deepspeed",
     "deepspeed_backend",
     "deepspeed_comm",
+    "gather_from_sequence_parallel_region",
     "megatron_layers",
     "parallel_state",
 ]

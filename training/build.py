@@ -20,7 +20,7 @@ from parallel.collectives import all_gather_object
 from parallel.compiled import compile_now, compiling_fault, make_compile
 from parallel.deepspeed_engine import layer_placer, make_engine
 from parallel.engine import Engine
-from parallel.fused import GELUS
+from parallel.fused import ACTIVATIONS
 from parallel.head import Compile, as_it_is
 from parallel.layout import Layout, head_blocks, stage_bounds
 from parallel.pipeline import StagedModule
@@ -111,7 +111,7 @@ def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Ca
         split=split,
         drops=config.model.dropout > 0,
         biases=family.biases,
-        gelu=GELUS[family.gelu],
+        activation=ACTIVATIONS[family.activation],
     )
     for my_turn in (first, not first):
         fault = compiling_fault(compiling, device=device) if my_turn else None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from configs.backends import Backend, backend_of, keeps_only_states
+from configs.choices import FAMILIES
 from configs.positions import POSITIONS
 from configs.precisions import PRECISIONS
 from configs.schema import RunConfig
@@ -62,7 +63,7 @@ def stage_activations(config: RunConfig, layout: Layout, stage: int, *, on_gpu: 
         held += min(2, layout.micro_batches) * state  # DeepSpeed keeps the last layer's output of micro-batches before
     if _parts(config, layout) > 1:
         held += whole_state  # megatron's buffer for the inputs of column linears, gathered
-    backward = state + 2 * whole_state * model.inner // model.hidden // layout.tensor + again
+    backward = state + _matrices(config) * whole_state * model.inner // model.hidden // layout.tensor + again
     return Activations(held, max(backward, _head(config, layout, on_gpu=on_gpu) if last else 0))
 
 
@@ -85,13 +86,18 @@ def validation_states(config: RunConfig, layout: Layout, stage: int, *, on_gpu: 
     attention += _strip(longest, layout, on_gpu=on_gpu)
     if backend.keeps_scores:  # its mask, the scores and their softmax
         attention += 3 * FP32 * batch * length * length * model.heads // tensor
-    # and the residual stream, the outputs of both parts, and both sides of the GELU
-    feed_forward = 5 * whole // parts + (4 * whole + 2 * whole * model.inner // model.hidden) // tensor
+    # and the residual stream, the outputs of both parts, and both sides of the activation
+    feed_forward = 5 * whole // parts + (4 * whole + _matrices(config) * whole * model.inner // model.hidden) // tensor
     logits = _chunk(longest, layout) * (width + FP32 * (1 if width == FP32 else 2))
     head = whole // parts + (whole if parts > 1 else 0) + logits
     # DeepSpeed keeps what it receives and sends of two micro-batches; megatron gathered inputs of column linears
     between = (4 if stage else 2) * whole // parts if layout.pipeline > 1 else 0
     return max(attention, feed_forward, head if last else 0) + between + (whole if parts > 1 else 0)
+
+
+def _matrices(config: RunConfig) -> int:
+    """Return the matrices of a feed-forward, which are also the tensors on both sides of its activation."""
+    return FAMILIES[config.model.family].feed_forward_matrices
 
 
 def _parts(config: RunConfig, layout: Layout) -> int:
@@ -178,19 +184,22 @@ def _block(config: RunConfig, layout: Layout, *, on_gpu: bool) -> tuple[int, int
         attention += hidden
     if backend.keeps_scores:
         attention += 3 * (FP32 - width) * model.hidden + FP32 * model.heads * seq
-    # Inputs of both norms and of the linears after them; queries, keys, values; input and output of the GELU.
-    whole, split = 4 * hidden, 3 * hidden + attention + 2 * inner
+    # Inputs of both norms and of the linears after them; queries, keys, values; input and output of the activation.
+    whole, split = 4 * hidden, 3 * hidden + attention + _matrices(config) * inner
     if model.dropout:
         whole += 2 * model.hidden * (1 if on_gpu else width)
-    everything = tokens * (whole // parts + split // layout.tensor)
+    gathered = hidden - hidden // parts if _matrices(config) > 2 else 0  # a pair of linears keeps all of its input
+    everything = tokens * (whole // parts + split // layout.tensor + gathered)
     if position.bias == "table":
         everything += _strip(config, layout, on_gpu=on_gpu)
     if train.recompute is False:
         return everything, 0
     if train.recompute is True:
         kept = tokens * hidden // parts
-    else:  # the block's input, attention's output after its linear; queries, keys, values; input of the GELU
+    else:  # the block's input, attention's output after its linear; queries, keys, values; input of the activation
         states_only = keeps_only_states(model.attention, position=model.position, head_dim=model.head_dim)
-        split = 3 * hidden + (attention if states_only else 0) + inner
+        split = 3 * hidden + (attention if states_only else 0) + (_matrices(config) - 1) * inner
         kept = tokens * ((whole - 2 * hidden) // parts + split // layout.tensor)
+        if gathered:
+            kept += tokens * hidden
     return kept, everything - kept

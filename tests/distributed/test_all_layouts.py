@@ -11,6 +11,7 @@ from tests.support.layouts import config_of, name_of, train_layouts
 from tests.support.ranks import run_ranks
 
 MORE = ("train.micro_batch=1",)  # so that each of eight data ranks has one
+JAIS = ("model.family=jais",)
 UNTIED_MPT = ("model.family=mpt", "model.tie_embeddings=false", "model.alibi_bias_max=5")
 STEPS = range(10)
 AXES = (1, 2, 4, 8)
@@ -68,7 +69,9 @@ def test_every_legal_layout_has_the_same_losses_and_norms(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "ranks"), [(UNTIED_MPT, 4), (("train.optimizer=muon",), 8)], ids=["mpt", "muon"])
+@pytest.mark.parametrize(
+    ("model", "ranks"), [(UNTIED_MPT, 4), (JAIS, 4), (("train.optimizer=muon",), 8)], ids=["mpt", "jais", "muon"]
+)
 def test_other_runs_have_the_same_losses_in_every_layout(tmp_path: Path, model: tuple[str, ...], ranks: int) -> None:
     reference = _train(tmp_path, ranks=1, layouts=[{"tensor": 1, "pipeline": 1, "zero": 0}], model=model)
     losses, norms = zip(*reference["t1p1z0w1"][0], strict=True)

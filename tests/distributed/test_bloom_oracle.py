@@ -1,4 +1,4 @@
-"""The decoder in many layouts equals transformers' Bloom and Mpt with random weights: logits and every gradient."""
+"""The decoder in many layouts equals transformers' Bloom and Mpt, and the formula of Jais: logits, every gradient."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import Model, RunConfig
@@ -16,7 +15,7 @@ from parallel.shards import cut
 from parallel.start import ProcessRank
 from tests.support.exports import random_weights
 from tests.support.layouts import LENGTH, VOCABULARY, build, config_of, tokens_of
-from tests.support.models import counterpart_of, gradients_of
+from tests.support.models import logits_and_gradients
 from tests.support.ranks import run_ranks, start_again
 
 HEAD_DIM = 8
@@ -31,6 +30,7 @@ MODELS = {
     "bloom-12": model_of(12),
     "mpt-24": model_of(24, family="mpt"),
     "mpt-8-untied": model_of(8, family="mpt", tie_embeddings=False),
+    "jais-8": model_of(8, family="jais"),
 }
 LENGTHS = (LENGTH, 4 * LENGTH)
 # (tensor, pipeline) by number of ranks; the rest of the ranks are data parallel.
@@ -117,22 +117,17 @@ def joined(slices: dict[int, Tensor], shard: Shard) -> Tensor:
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [*LAYOUTS[4], *LAYOUTS[8]])
 @pytest.mark.parametrize("model", MODELS)
-def test_logits_and_gradients_of_every_layout_equal_transformers(
+def test_logits_and_gradients_of_every_layout_equal_the_oracle(
     parts: dict[tuple[int, int, str], list[Part]], tensor: int, pipeline: int, model: str
 ) -> None:
     ranks, weights = parts[tensor, pipeline, model], weights_for(model)
-    theirs = counterpart_of(weights, MODELS[model])
     for length in LENGTHS:
         columns = {rank.rank: rank.logits[length] for rank in ranks if rank.logits[length] is not None}
         assert sorted(columns) == list(range(tensor))
         logits = torch.cat([columns[rank] for rank in range(tensor)], dim=-1)[..., :VOCABULARY]  # type: ignore[misc]
-        with torch.no_grad():
-            expected = theirs(tokens_of(7, samples=1, length=length - 1)).logits
+        expected, _ = logits_and_gradients(weights, MODELS[model], tokens_of(7, samples=1, length=length))
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-        theirs.zero_grad()
-        batch = tokens_of(0, length=length)
-        F.cross_entropy(theirs(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
-        gradients = gradients_of(theirs, MODELS[model])
+        _, gradients = logits_and_gradients(weights, MODELS[model], tokens_of(0, length=length))
         for name in weights:
             holders = [rank for rank in ranks if name in rank.shards]
             whole = joined({rank.rank: rank.gradients[length][name] for rank in holders}, holders[0].shards[name])

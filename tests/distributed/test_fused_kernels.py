@@ -17,7 +17,7 @@ from training import build as building
 # What is not named is data parallel.
 CASES: tuple[tuple[dict[str, object], tuple[str, ...]], ...] = (
     ({"tensor": 2, "zero": 1}, ("model.family=mpt",)),
-    ({"tensor": 2, "zero": 1, "sequence": True}, ("train.recompute=selective",)),
+    ({"tensor": 2, "zero": 1, "sequence": True}, ("model.family=jais", "train.recompute=selective")),
     ({"tensor": 1, "zero": 3}, ("train.recompute=true",)),
 )
 # The interpreter takes milliseconds for each row.

@@ -55,7 +55,7 @@ def test_each_function_is_compiled_once_and_changes_nothing() -> None:
         split=False,
         drops=False,
         biases=True,
-        gelu=gelu_tanh,
+        activation=gelu_tanh,
     )
     before = counters["stats"]["unique_graphs"]
     assert before == 6  # a residual norm is compiled with an output and without one

@@ -85,6 +85,8 @@ CASES: list[tuple[Any, ...]] = [
     ("fused", 90, 0, "bf16", [], "gelu_forward", {**TILE, "EXACT": True}, 4),
     ("fused", 90, 0, "bf16", [], "gelu_backward", {**TILE, "EXACT": False}, 4),
     ("fused", 80, 0, "bf16", ["bias", "sums"], "gelu_backward", {**TILE, "EXACT": True}, 4),
+    ("fused", 90, 0, "bf16", [], "swiglu_forward", TILE, 4),
+    ("fused", 80, 0, "bf16", [], "swiglu_backward", TILE, 4),
     ("fused", 90, 128, "bf16", [], "heads_forward", {"ROWS": 8}, 4),
     ("fused", 90, 128, "bf16", [], "heads_backward", {"ROWS": 8}, 4),
 ]

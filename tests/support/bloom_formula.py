@@ -1,6 +1,6 @@
-"""Bloom and Mpt in plain tensor arithmetic from logical weights: no transformers, no code of the project.
+"""Bloom, Mpt and Jais in plain tensor arithmetic from logical weights: no transformers, no code of the project.
 
-The weights tell the family: Mpt has no norm after the embedding, no biases, and an exact GELU.
+The weights tell the family: Mpt has no norm after the embedding, no biases, and an exact GELU; Jais has a gate.
 """
 
 import math
@@ -43,8 +43,7 @@ def bloom_logits(
         return functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     batch, seq = tokens.shape
-    places = torch.arange(seq)
-    distance = places[None, :] - places[:, None]
+    distance = torch.arange(seq)[None, :] - torch.arange(seq)[:, None]
     bias = _slopes(heads, bias_max=bias_max)[:, None, None] * distance if penalty is None else penalty
     bias = bias.masked_fill(distance > 0, -math.inf).to(weights["embedding.word.weight"].dtype)
     x = weights["embedding.word.weight"][tokens]
@@ -58,9 +57,17 @@ def bloom_logits(
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + bias
         attended = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, seq, -1)
         x = x + linear(attended, f"{prefix}.attention.output")
-        up = linear(norm(x, f"{prefix}.feed_forward_norm"), f"{prefix}.feed_forward.up")
-        x = x + linear(functional.gelu(up, approximate="tanh" if is_bloom else "none"), f"{prefix}.feed_forward.down")
+        normal, gated = norm(x, f"{prefix}.feed_forward_norm"), f"{prefix}.feed_forward.gate.weight" in weights
+        gate = linear(normal, f"{prefix}.feed_forward.gate") if gated else None
+        wide = _activated(linear(normal, f"{prefix}.feed_forward.up"), gate, tanh=is_bloom)
+        x = x + linear(wide, f"{prefix}.feed_forward.down")
     return norm(x, "final_norm") @ weights.get("head.weight", weights["embedding.word.weight"]).T
+
+
+def _activated(up: torch.Tensor, gate: torch.Tensor | None, *, tanh: bool) -> torch.Tensor:
+    if gate is None:
+        return functional.gelu(up, approximate="tanh" if tanh else "none")
+    return gate / (1 + torch.exp(-gate)) * up
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -69,4 +69,6 @@ FUSED_CASES = {
     "tanh": FusedCase(fused.gelu_tanh, (STATE, BIAS)),
     "exact": FusedCase(fused.gelu_exact, (STATE, BIAS)),
     "exact without bias": FusedCase(fused.gelu_exact, (STATE, NONE)),
+    "swiglu": FusedCase(fused.swiglu, (STATE, BIAS, STATE, BIAS)),
+    "swiglu without biases": FusedCase(fused.swiglu, (STATE, NONE, STATE, NONE)),
 }

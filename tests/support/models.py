@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
@@ -13,6 +14,7 @@ from parallel.groups import lone_groups
 from parallel.seeds import initial_weights
 from parallel.shards import declared
 from parallel.start import start_alone
+from tests.support.bloom_formula import bloom_logits
 from training.families.table import huggingface_names, shards_of
 from training.model.decoder import Decoder, plan_layers
 from training.model.positions.t5 import BucketBias
@@ -101,6 +103,26 @@ def counterpart_of(weights: Mapping[str, Tensor], model: Model) -> BloomForCausa
             parameters.pop(names[name]).copy_(theirs_order)
     assert not parameters, f"never set: {list(parameters)}"
     return theirs.eval()
+
+
+def logits_and_gradients(
+    weights: Mapping[str, Tensor], model: Model, tokens: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a model's logits of tokens [batch, seq + 1] but the last, and the gradients of its mean loss, by name.
+
+    They are those of transformers' model of the family, or of the formula where transformers has none.
+    """
+    theirs = None if model.family == "jais" else counterpart_of(weights, model)
+    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    inputs = tokens[:, :-1]
+    if theirs is None:
+        logits = bloom_logits(leaves, inputs, layers=model.layers, heads=model.heads)
+    else:
+        logits = theirs(inputs).logits
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    if theirs is not None:
+        return logits.detach(), gradients_of(theirs, model)
+    return logits.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 def gradients_of(theirs: BloomForCausalLM | MptForCausalLM, model: Model) -> dict[str, Tensor]:

@@ -88,7 +88,8 @@ def test_the_facts_name_the_positions_that_the_code_has() -> None:
 @pytest.mark.parametrize("position", CARRIED_POSITIONS)
 def test_every_model_has_its_own_logits(tmp_path: Path, tokenizer: Path, vocab_size: int, position: str) -> None:
     steep = {"alibi_bias_max": 5} if POSITIONS[position].slopes else {}
-    for name, keys in {"bloom": {}, "mpt": {**MPT, **steep}, "window": {"window": 40}}.items():
+    jais = {"jais": {"family": "jais"}} if position in ("alibi", "rotary") else {}
+    for name, keys in {"bloom": {}, "mpt": {**MPT, **steep}, "window": {"window": 40}, **jais}.items():
         model = small_model(6, position=position, **keys)
         decoder = decoder_of(model, vocab_size=vocab_size)
         folder = folder_of(FORMAT, tmp_path / name, decoder, model=model, tokenizer=tokenizer)
@@ -141,7 +142,7 @@ def test_attention_rows_are_within_the_audits_limit(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
 def test_stock_classes_give_the_same_logits(family: str) -> None:
-    plain = {"biases": False, "embedding_norm": False, "gelu": "none", "tie_word_embeddings": False}
+    plain = {"biases": False, "embedding_norm": False, "activation": "gelu_erf", "tie_word_embeddings": False}
     carried = carried_of(**(plain if family == "mpt" else {}))
     model = small_model(6, family=family, tie_embeddings=family == "bloom")
     weights = {
@@ -211,7 +212,7 @@ def test_the_folder_holds_code_weights_and_configuration(tmp_path: Path, tokeniz
         "window": 40,
         "biases": False,
         "embedding_norm": False,
-        "gelu": "none",
+        "activation": "gelu_erf",
         "norm_epsilon": 1e-5,
         "tie_word_embeddings": False,
         "dropout": 0.1,

@@ -69,7 +69,7 @@ def _decoder(family: str, compiled: Compile, recompute: Any) -> Decoder:
     return decoder.train()
 
 
-@pytest.mark.parametrize(("family", "recompute"), [("bloom", "selective"), ("mpt", True)])
+@pytest.mark.parametrize(("family", "recompute"), [("bloom", "selective"), ("mpt", True), ("jais", "selective")])
 def test_a_decoder_of_kernels_has_the_same_gradients(family: str, recompute: Any) -> None:
     tokens = torch.randint(0, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
     results = []

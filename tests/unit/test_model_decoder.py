@@ -77,9 +77,15 @@ def test_reference_equals_an_explicit_formula_in_fp64(length: int, all_heads: tu
         check_against_the_formula(heads, length=length)
 
 
-def check_against_the_formula(heads: int, *, length: int) -> None:
+@pytest.mark.parametrize("ties", [True, False])
+def test_jais_equals_the_formula_in_fp64(ties: bool) -> None:
+    for heads, length in ((1, 40), (6, 40), (12, 160)):
+        check_against_the_formula(heads, length=length, family="jais", tie_embeddings=ties)
+
+
+def check_against_the_formula(heads: int, *, length: int, **keys: object) -> None:
     # Transformers and megatron round to fp32 inside, so neither can be this oracle.
-    decoder = make_decoder(heads, head_dim=8 if heads <= 24 else 4, backend="reference").double()
+    decoder = make_decoder(heads, head_dim=8 if heads <= 24 else 4, backend="reference", **keys).double()
     weights = weights_of(decoder)
     tokens = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(heads))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]

@@ -15,6 +15,7 @@ from parallel.parameter import Shard
 
 OWN_PROBABILITY = 1 / 50  # of a token after itself, before training
 
+Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
 Axis = Literal["head", "part", "dim"]
 QKV_ORDER: tuple[Axis, Axis, Axis] = ("head", "part", "dim")
 """Order of the rows of a fused query-key-value matrix here, the slowest axis first; part is query, key or value.
@@ -50,7 +51,7 @@ class Family:
             tables.
         names: Names of each module in transformers and in GGUF, by the name here; {block} is the number of its block.
         norm_epsilon: Added to the variance in each LayerNorm.
-        gelu: The GELU's form: `tanh`, an approximation, or `erf`, the exact one.
+        activation: Of the feed-forward: a GELU in its tanh form, an approximation, or the exact one; or SwiGLU.
         biases: Whether linears and norms have biases.
         huggingface_qkv, gguf_qkv: Order of the rows of a fused query-key-value matrix in these formats.
     """
@@ -59,7 +60,7 @@ class Family:
     parameters: "Callable[[Family, Model, int], Iterable[Parameter]]"
     names: Mapping[str, tuple[str, str]]
     norm_epsilon: float
-    gelu: Literal["tanh", "erf"]
+    activation: Activation
     biases: bool
     huggingface_qkv: tuple[Axis, Axis, Axis]
     gguf_qkv: tuple[Axis, Axis, Axis]
@@ -68,6 +69,11 @@ class Family:
     def embedding_norm(self) -> bool:
         """Whether a LayerNorm follows the word embedding."""
         return "embedding.norm" in self.names
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate: a third matrix, beside the one that widens the states."""
+        return "feed_forward.gate" in self.names
 
 
 def embedding_std(model: Model, *, vocab_size: int) -> float:

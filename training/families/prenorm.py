@@ -11,7 +11,7 @@ def prenorm_parameters(family: Family, model: Model, vocab_size: int) -> Iterato
     """Yield the parameters of a model, in the order of the layers.
 
     Args:
-        family: Its names, and whether it has biases and a norm after the word embedding.
+        family: Its names, and whether it has biases, a norm after the word embedding and a gate.
         model: The decoder's shape.
         vocab_size: Rows of the embedding, without padding.
     """
@@ -37,6 +37,8 @@ def _block(family: Family, model: Model, block: int) -> Iterator[Parameter]:
     )
     yield from _linear(family, "attention.output", (hidden, hidden), "row", out_std, block=block)
     yield from _norm(family, model, "feed_forward_norm", block=block)
+    if family.gated:
+        yield from _linear(family, "feed_forward.gate", (inner, hidden), "column", std, block=block)
     yield from _linear(family, "feed_forward.up", (inner, hidden), "column", std, block=block)
     yield from _linear(family, "feed_forward.down", (hidden, inner), "row", out_std, block=block)
 

@@ -32,7 +32,6 @@ from training.families.description import Family
 from training.families.table import describe
 
 _CODE = Path(modeling_trainshort.__file__)
-_GELUS = {"tanh": "tanh", "erf": "none"}  # as torch names them
 
 
 class WithCodeFormat(HuggingFaceFormat):
@@ -117,7 +116,7 @@ def _architecture(model: Model, *, vocab_size: int) -> dict[str, Any]:
         "window": model.window,
         "biases": family.biases,
         "embedding_norm": family.embedding_norm,
-        "gelu": _GELUS[family.gelu],
+        "activation": family.activation,
         "norm_epsilon": family.norm_epsilon,
         "tie_word_embeddings": model.tie_embeddings,
         "dropout": model.dropout,

@@ -15,7 +15,7 @@ from configs.backends import keeps_only_states
 from configs.choices import FAMILIES
 from configs.schema import Model
 from parallel.axes import Group
-from parallel.fused import GELUS
+from parallel.fused import ACTIVATIONS
 from parallel.head import Compile, Head
 from parallel.layers import HeadWeight, Layers, WordEmbedding
 from parallel.plan import LayerPlan, Recompute
@@ -68,7 +68,8 @@ class Block(nn.Module):
         self.query_key_value = layers.column_linear(f"{name}.attention.query_key_value")
         self.output = layers.row_linear(f"{name}.attention.output")
         self.feed_forward_norm = layers.residual_norm(f"{name}.feed_forward_norm", epsilon=epsilon)
-        self.up = layers.column_linear(f"{name}.feed_forward.up")
+        up = f"{name}.feed_forward.up"
+        self.up = layers.column_pair(f"{name}.feed_forward.gate", up) if family.gated else layers.column_linear(up)
         self.down = layers.row_linear(f"{name}.feed_forward.down")
         self.dropout = nn.Dropout(model.dropout)
 
@@ -92,8 +93,8 @@ class Block(nn.Module):
             x, attended = x[-last:], attended[-last:]
         output = self._drop(*after(self.output, attended))
         x, normalized = run(self.feed_forward_norm, x, *output)
-        up = into(self.up, normalized)  # [seq, batch, inner / tensor]
-        down = self._drop(*into(self.down, run(self.layers.gelu, *up)))
+        up = into(self.up, normalized)  # [seq, batch, inner / tensor], with a gate two of them
+        down = self._drop(*into(self.down, run(self.layers.activate, *up)))
         return self.layers.add_to_residual(x, *down)
 
     def _attention(self, qkv: Tensor, bias: Tensor | None, cache: Cache | None) -> Tensor:
@@ -149,7 +150,8 @@ def plan_prenorm(
         compiled: Compiles a function of tensors.
     """
     family: Family = FAMILIES[model.family].load()
-    layers = Layers(shards, tensor=tensor, gelu=GELUS[family.gelu], sequence=sequence, compiled=compiled)
+    activation = ACTIVATIONS[family.activation]
+    layers = Layers(shards, tensor=tensor, activation=activation, sequence=sequence, compiled=compiled)
     head_weight = None if model.tie_embeddings else partial(HeadWeight, shards["head.weight"], tensor=tensor)
 
     def block(index: int) -> Block:

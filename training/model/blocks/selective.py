@@ -45,19 +45,39 @@ def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
 
 def feed(linear: Callable[[Tensor], Any], result: Tensor) -> Any:
     """Return a linear's output for a result of `recomputed`, without keeping the result for the backward pass."""
-    node: Any = result.grad_fn
-    address = result.data_ptr()
+    again, address = _Again(result), result.data_ptr()
 
     def pack(saved: Tensor) -> Any:
-        return node if saved.data_ptr() == address else saved
+        return again.promised() if saved.data_ptr() == address else saved
 
     def unpack(packed: Any) -> Tensor:
-        # Read once: a checkpoint gives each saved tensor only once.
-        tensor: Tensor = packed if isinstance(packed, Tensor) else packed.saved_tensors[0]
+        tensor: Tensor = packed if isinstance(packed, Tensor) else packed.read()
         return tensor
 
     with saved_tensors_hooks(pack, unpack):
         return linear(result)
+
+
+class _Again:
+    """A result of `recomputed`, which is computed again for the first that reads it and kept until the last has.
+
+    A checkpoint gives each saved tensor only once, and a pair of linears has two readers.
+    """
+
+    def __init__(self, result: Tensor) -> None:
+        self._node: Any = result.grad_fn
+        self._result: Tensor | None = None
+        self._readers = 0
+
+    def promised(self) -> "_Again":
+        self._readers += 1
+        return self
+
+    def read(self) -> Tensor:
+        result: Tensor = self._node.saved_tensors[0] if self._result is None else self._result
+        self._readers -= 1
+        self._result = result if self._readers else None
+        return result
 
 
 def directly(function: Callable[..., Any], *inputs: Any) -> Any:

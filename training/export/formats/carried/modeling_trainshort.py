@@ -32,7 +32,7 @@ class TrainshortConfig(PretrainedConfig):
         alibi_bias_max: ALiBi's steepness: of a power of two of heads the flattest has slope 2^-alibi_bias_max.
         window: Tokens that a query sees, itself included; None for all before it.
         biases, embedding_norm: Whether linears and norms have biases, and a LayerNorm follows the word embedding.
-        gelu: `tanh`, an approximation, or `none`, the exact function.
+        activation: `gelu_tanh`, an approximation, `gelu_erf`, the exact function, or `swiglu`, which has a gate.
         norm_epsilon: Added to the variance in each LayerNorm.
         dropout: In training, on the embedding and on what each sublayer adds.
         train_length: Tokens of a training sequence.
@@ -56,7 +56,7 @@ class TrainshortConfig(PretrainedConfig):
         window: int | None = None,
         biases: bool = True,
         embedding_norm: bool = True,
-        gelu: str = "tanh",
+        activation: str = "gelu_tanh",
         norm_epsilon: float = 1e-5,
         dropout: float = 0.0,
         train_length: int | None = None,
@@ -69,7 +69,7 @@ class TrainshortConfig(PretrainedConfig):
             raise ValueError(f"position is {position!r}, and this code knows {', '.join(CARRIED_POSITIONS)}")
         self.vocab_size, self.layers, self.hidden, self.heads = vocab_size, layers, hidden, heads
         self.feed_forward, self.position, self.alibi_bias_max = feed_forward, position, alibi_bias_max
-        self.window, self.biases, self.embedding_norm, self.gelu = window, biases, embedding_norm, gelu
+        self.window, self.biases, self.embedding_norm, self.activation = window, biases, embedding_norm, activation
         self.norm_epsilon, self.dropout, self.use_cache = norm_epsilon, dropout, use_cache
         self.train_length, self.seq_length = train_length, seq_length
         super().__init__(**others)
@@ -117,17 +117,19 @@ class TrainshortAttention(nn.Module):
 
 
 class TrainshortFeedForward(nn.Module):
-    """Two linears and a GELU."""
+    """Two linears and a GELU, or a SwiGLU: a third linear, whose SiLU multiplies the first one's output."""
 
     def __init__(self, config: TrainshortConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden, config.feed_forward, bias=config.biases)
-        self.down = nn.Linear(config.feed_forward, config.hidden, bias=config.biases)
-        self.gelu = config.gelu
+        hidden, inner, biases = config.hidden, config.feed_forward, config.biases
+        self.up, self.down = nn.Linear(hidden, inner, bias=biases), nn.Linear(inner, hidden, bias=biases)
+        self.gate = nn.Linear(hidden, inner, bias=biases) if config.activation == "swiglu" else None
+        self.form = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [batch, seq, hidden]."""
-        return self.down(F.gelu(self.up(x), approximate=self.gelu))
+        wide = self.up(x)
+        return self.down(F.gelu(wide, approximate=self.form) if self.gate is None else F.silu(self.gate(x)) * wide)
 
 
 class TrainshortBlock(nn.Module):
