@@ -102,14 +102,12 @@ def compile_now(
     def states(width: int) -> Tensor:
         return torch.zeros(rows, width, dtype=dtype, device=device, requires_grad=True)
 
-    def local(width: int) -> Tensor:
-        return nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+    def local(width: int, *, viewed: bool = False) -> Tensor:
+        parameter = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+        return parameter.view(width) if viewed else parameter
 
-    def whole() -> Tensor:
-        return local(hidden).view(hidden) if split else local(hidden)
-
-    bias, epsilon = whole() if biases and not drops else None, 1e-5
-    norm = (whole(), whole() if biases else None, epsilon)
+    bias, epsilon = local(hidden, viewed=split) if biases and not drops else None, 1e-5
+    norm = (local(hidden, viewed=split), local(hidden, viewed=split) if biases else None, epsilon)
     wide = [x for _ in range(1 + (activation is swiglu)) for x in (states(inner), local(inner) if biases else None)]
     results = [
         compiled(normalize)(states(hidden), *norm),

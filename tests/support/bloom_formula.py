@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 Hook = Callable[[torch.Tensor], torch.Tensor]
+_INTO = ("up", "gate")  # a feed-forward
 
 
 def bloom_logits(
@@ -57,14 +58,14 @@ def bloom_logits(
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + bias
         attended = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, seq, -1)
         x = x + linear(attended, f"{prefix}.attention.output")
-        normal, gated = norm(x, f"{prefix}.feed_forward_norm"), f"{prefix}.feed_forward.gate.weight" in weights
-        gate = linear(normal, f"{prefix}.feed_forward.gate") if gated else None
-        wide = _activated(linear(normal, f"{prefix}.feed_forward.up"), gate, tanh=is_bloom)
-        x = x + linear(wide, f"{prefix}.feed_forward.down")
+        normal, names = norm(x, f"{prefix}.feed_forward_norm"), (f"{prefix}.feed_forward.{part}" for part in _INTO)
+        up, gate = (linear(normal, name) if f"{name}.weight" in weights else None for name in names)
+        x = x + linear(_activated(up, gate, tanh=is_bloom), f"{prefix}.feed_forward.down")
     return norm(x, "final_norm") @ weights.get("head.weight", weights["embedding.word.weight"]).T
 
 
-def _activated(up: torch.Tensor, gate: torch.Tensor | None, *, tanh: bool) -> torch.Tensor:
+def _activated(up: torch.Tensor | None, gate: torch.Tensor | None, *, tanh: bool) -> torch.Tensor:
+    assert up is not None
     if gate is None:
         return functional.gelu(up, approximate="tanh" if tanh else "none")
     return gate / (1 + torch.exp(-gate)) * up
