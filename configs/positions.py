@@ -72,7 +72,7 @@ ALIBI_BIAS_MAX = 8
 """The paper's value of `model.alibi_bias_max`, and the only one of BLOOM."""
 
 
-def slopes(heads: int, *, bias_max: int = ALIBI_BIAS_MAX) -> list[float]:
+def slopes(heads: int, *, bias_max: float = ALIBI_BIAS_MAX) -> list[float]:
     """Return the slope of every head of the model.
 
     For a power of two n, a geometric sequence that begins at its own ratio, 2^(-bias_max/n). For any other number, the

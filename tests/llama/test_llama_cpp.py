@@ -29,6 +29,8 @@ SHAPES = {
     "bloom-8-untied": Model(layers=2, hidden=128, heads=8, tie_embeddings=False),
     "mpt-8": Model(layers=2, hidden=128, heads=8, family="mpt", alibi_bias_max=12),
     "mpt-12-untied": Model(layers=2, hidden=192, heads=12, family="mpt", tie_embeddings=False),
+    "jais-8": Model(layers=2, hidden=256, heads=8, family="jais", alibi_bias_max=10),
+    "jais-12-untied": Model(layers=2, hidden=192, heads=12, family="jais", tie_embeddings=False),
 }
 
 

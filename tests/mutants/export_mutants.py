@@ -2,7 +2,7 @@
 
 from tests.mutants.mutants import Mutant
 
-ROW_ORDER, CARRIED = "training/export/row_order.py", "training/export/formats/carried/modeling_trainshort.py"
+WEIGHTS, CARRIED = "training/export/format_weights.py", "training/export/formats/carried/modeling_trainshort.py"
 VERIFIED = "tests/unit/test_export_verified.py"
 BY_GGUF = "tests/unit/test_export_gguf.py::test_transformers_reads_the_logits_of_its_own_format"
 BY_FAMILIES = "tests/unit/test_export_families.py::test_both_formats_have_the_logits_of_the_formula"
@@ -12,16 +12,16 @@ BY_ROUND_TRIP = "tests/unit/test_import_hf.py::test_a_model_comes_in_and_goes_ou
 EXPORT_MUTANTS = (
     Mutant(
         "gguf: rows stay in our order",
-        ROW_ORDER,
+        WEIGHTS,
         "parts.permute(*order, *range(3, parts.ndim))",
         "parts",
         BY_GGUF,
     ),
     Mutant(
         "gguf: biases stay in our order",
-        ROW_ORDER,
-        "if not parameter.is_qkv:",
-        "if not parameter.is_qkv or weight.ndim == 1:",
+        WEIGHTS,
+        "    if parameter.is_qkv:\n",
+        "    if parameter.is_qkv and weight.ndim > 1:\n",
         BY_GGUF,
     ),
     Mutant(
@@ -34,7 +34,7 @@ EXPORT_MUTANTS = (
     Mutant(
         "export: what is compared keeps its weights",
         "training/export/trained.py",
-        "    model.change_weights(exporter.rounded)\n",
+        "    model.change_weights(partial(exporter.rounded, model=checkpoint.config.model))\n",
         "",
         "tests/unit/test_export_run.py::test_rounded_weights_are_compared_as_they_are_written",
     ),
@@ -83,8 +83,8 @@ EXPORT_MUTANTS = (
     Mutant(
         "export: Mpt's matrix has Bloom's order",
         "training/families/mpt.py",
-        'huggingface_qkv=("part", "head", "dim")',
-        'huggingface_qkv=("head", "part", "dim")',
+        'huggingface=WeightLayout(("part", "head", "dim"))',
+        'huggingface=WeightLayout(("head", "part", "dim"))',
         f"{BY_FAMILIES}[mpt]",
     ),
     Mutant(
@@ -96,15 +96,36 @@ EXPORT_MUTANTS = (
     ),
     Mutant(
         "export: a bias is dropped",
-        ROW_ORDER,
+        WEIGHTS,
         "    weight = weights[parameter.shard.name]\n",
         "    weight = weights[parameter.shard.name] * (parameter.shard.name != 'blocks.1.attention.output.bias')\n",
         f"{BY_FAMILIES}[bloom-untied]",
     ),
     Mutant(
-        "import: rows stay in their order",
+        "gguf: queries of Jais are not larger",
+        WEIGHTS,
+        "return model.head_dim**0.5 if layout.divides_by_width else 1.0",
+        "return 1.0",
+        "tests/unit/test_export_families.py::test_gguf_has_the_logits_of_a_jais",
+    ),
+    Mutant(
+        "gguf: Jais's queries are rounded as they were trained",
+        "training/export/formats/gguf.py",
+        "scale = 1.0 if shard.heads is None else query_scale(FAMILIES[model.family].load().gguf, model)",
+        "scale = 1.0",
+        "tests/unit/test_export_families.py::test_gguf_has_the_logits_of_a_jais",
+    ),
+    Mutant(
+        "import: the logits' scale of a tied Jais stays out of the last norm's bias",
         "training/export/import_hf.py",
-        "source=family.huggingface_qkv, target=QKV_ORDER",
+        'dict.fromkeys(("final_norm.weight", "final_norm.bias"), scales.logits / scales.embedding)',
+        'dict.fromkeys(("final_norm.weight",), scales.logits / scales.embedding)',
+        "tests/unit/test_import_jais.py::test_a_jais_has_the_logits_of_the_formula",
+    ),
+    Mutant(
+        "import: rows stay in their order",
+        WEIGHTS,
+        "source=layout.qkv, target=QKV_ORDER",
         "source=QKV_ORDER, target=QKV_ORDER",
         f"{BY_ROUND_TRIP}[mpt]",
     ),

@@ -49,6 +49,13 @@ FUSED_MUTANTS = (
         BY_KERNEL + "[37-75-tanh]",
     ),
     Mutant(
+        "fused: SwiGLU's gate has the slope of a sigmoid times its input alone",
+        KERNELS,
+        "given * factor * share * (1 + x * (1 - share)), given * x * share",
+        "given * factor * share * (x * (1 - share)), given * x * share",
+        BY_KERNEL + "[37-75-swiglu]",
+    ),
+    Mutant(
         "fused: keys' gradients lie where values' belong",
         KERNELS,
         "of_k += _moved(k + apart, result + together, inside, head_dim, 1)",

@@ -14,9 +14,11 @@ from configs.schema import Model
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.tokenizer_files import tokenizer_sha256
 from data_pipeline.vocabulary import read_vocabulary
+from parallel.parameter import Shard
 from tests.support.bloom_formula import bloom_logits
 from tests.support.exports import SHAPE, random_weights, train_sentencepiece
 from training.evaluation.text import EvaluationText
+from training.families.table import shards_of
 from training.model.cache import KeyValueCache
 
 SENTENCE = "The quick brown fox jumps over the lazy dog.\n" * 40
@@ -31,8 +33,9 @@ class FormulaModel:
         self.error = 0.0
         self._ids: list[int] = []
 
-    def change_weights(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.weights = {name: change(weight) for name, weight in self.weights.items()}
+    def change_weights(self, change: Callable[[torch.Tensor, Shard], torch.Tensor]) -> None:
+        shards = shards_of(self._shape, vocab_size=len(self.weights["embedding.word.weight"]))
+        self.weights = {name: change(weight, shards[name]) for name, weight in self.weights.items()}
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         return bloom_logits(self.weights, tokens, layers=self._shape.layers, heads=self._shape.heads) + self.error

@@ -19,6 +19,7 @@ from tests.support.exports import random_weights, train_sentencepiece, write_exp
 from training.export.formats.gguf import GgufFormat
 from training.export.formats.huggingface import HuggingFaceFormat
 from training.export.formats.table import ExportFormat
+from training.families.table import shards_of
 
 SHAPE = Model(layers=2, hidden=96, heads=6)  # slopes between two powers of two; rows for q8_0
 UNUSED = 3  # rows of the embedding that no piece has
@@ -65,7 +66,8 @@ def test_a_file_has_the_logits_of_the_rounded_weights(
     form = GgufFormat(dtype)
     form.check(SHAPE)
     exported = form.read_logits(write(form, tmp_path, weights=weights, tokenizer=tokenizer))
-    rounded = {name: form.rounded(weight) for name, weight in weights.items()}
+    shards = shards_of(SHAPE, vocab_size=len(weights["embedding.word.weight"]))
+    rounded = {name: form.rounded(weight, shards[name], model=SHAPE) for name, weight in weights.items()}
     assert all(
         torch.equal(rounded[name], weights[name]) == (dtype == "f32" or weights[name].ndim == 1) for name in rounded
     )

@@ -29,6 +29,7 @@ from training.export.formats.carried.modeling_trainshort import (
 )
 from training.export.formats.table import load_format
 from training.export.formats.with_code import WithCodeFormat
+from training.families.table import shards_of
 from training.model.decoder import Decoder
 from training.model.proof.attention_weights import read_rows, total_variation
 from training.model.single import lone_decoder
@@ -105,7 +106,8 @@ def test_bf16_is_nearer_to_fp32_than_stock_bloom(tmp_path: Path, tokenizer: Path
     form = WithCodeFormat("bf16")
     weights = random_weights(SHAPE, vocab_size=vocab_size)
     folder = write_export(form, tmp_path, weights=weights, model=SHAPE, tokenizer=tokenizer)
-    rounded = {name: form.rounded(weight) for name, weight in weights.items()}
+    shards = shards_of(SHAPE, vocab_size=vocab_size)
+    rounded = {name: form.rounded(weight, shards[name], model=SHAPE) for name, weight in weights.items()}
     tokens = tokens_of(vocab_size, length=8 * 128)
     exact = bloom_logits(rounded, tokens, layers=SHAPE.layers, heads=SHAPE.heads)
     loader: Any = TrainshortForCausalLM

@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         change_weights(lambda w: w.update({NORM: torch.zeros(48, dtype=torch.int8)})),
         r"norm_2\.weight in int8",
     ),
-    "another architecture": (change_config(model_type="llama"), r"a model of type 'llama': only bloom and mpt"),
+    "another architecture": (change_config(model_type="llama"), r"a model of type 'llama': only bloom, mpt, jais"),
     "clipped queries": (
         change_config(attn_config={"clip_qkv": 6.0}),
         r"MPT with attn_config\.clip_qkv 6\.0 \(only null\): it cannot be represented exactly",
@@ -171,7 +171,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         change_config(eos_token_id=2.0),
         r"not describe a model \(eos_token_id 2\.0 is not a whole",
     ),
-    "two architectures": (change_config(model_type=["mpt"]), r"a model of type \['mpt'\]: only bloom and mpt"),
+    "two architectures": (change_config(model_type=["mpt"]), r"a model of type \['mpt'\]: only bloom, mpt, jais"),
     "another number's type": (
         change_config(n_layers="2"),
         r"does not describe a model \(model\.layers '2': Input should be a valid integer\)",

@@ -1,8 +1,8 @@
-"""What a Hugging Face configuration says of a BLOOM or MPT model, in our words. Imports no torch."""
+"""What a Hugging Face configuration says of a BLOOM, MPT or Jais model, in our words. Imports no torch."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,25 @@ from configs.path_text import require_folder
 from configs.positions import ALIBI_BIAS_MAX
 from configs.schema import Model
 from training.families.bloom import BLOOM
+from training.families.jais import JAIS
 from training.families.mpt import MPT
 
 Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunningScales:
+    """What Jais multiplies by when it runs, muP's scales, and what is folded into the weights here.
+
+    Attributes:
+        embedding: Of the word embedding.
+        logits: Of the logits.
+        divides_by_width: Whether scores are divided by the width of a head, not by its square root.
+    """
+
+    embedding: float = 1.0
+    logits: float = 1.0
+    divides_by_width: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,12 +43,14 @@ class IncomingModel:
         vocab_size: Rows of its word embedding.
         train_length: Tokens that it was trained at; None if the configuration does not say.
         end_token: Id of the token that ends a document; None if it does not say.
+        scales: What the model multiplies by when it runs.
     """
 
     model: Model
     vocab_size: int
     train_length: int | None
     end_token: int | None
+    scales: RunningScales = RunningScales()
 
 
 def read_model(folder: Path) -> IncomingModel:
@@ -46,7 +64,7 @@ def read_model(folder: Path) -> IncomingModel:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _READERS:
         raise InputError(
-            f"{folder} holds a model of type {kind!r}: only {' and '.join(_READERS)} can be imported, as others have "
+            f"{folder} holds a model of type {kind!r}: only {', '.join(_READERS)} can be imported, as others have "
             "other blocks"
         )
     try:
@@ -120,6 +138,40 @@ def _mpt(config: Config) -> tuple[IncomingModel, list[str]]:
     return _incoming(model, config, length=config.get("train_length", config.get("max_seq_len"))), problems
 
 
+def _jais(config: Config) -> tuple[IncomingModel, list[str]]:
+    wanted = {
+        "activation_function": "swiglu",
+        "position_embedding_type": "alibi",
+        "layer_norm_epsilon": JAIS.norm_epsilon,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+        "alibi_scaling": None,
+    }
+    missing = [key for key in ("activation_function", "position_embedding_type") if key not in config]
+    hidden = config.get("n_embd", config.get("hidden_size"))
+    model = Model(
+        layers=config.get("n_layer", config.get("num_hidden_layers")),
+        hidden=hidden,
+        heads=config.get("n_head", config.get("num_attention_heads")),
+        feed_forward=config.get("n_inner") or 4 * hidden,
+        family=JAIS.name,
+        tie_embeddings=config.get("tie_word_embeddings", True),
+        dropout=float(config.get("resid_pdrop", 0.1)),
+    )
+    # the first models have the second names
+    logits = config.get("mup_output_alpha", 1.0) * config.get("mup_width_scale", 1.0)
+    scales = RunningScales(
+        embedding=float(config.get("mup_embeddings_scale", config.get("embeddings_scale", 1.0))),
+        logits=float(config.get("width_scale", logits)),
+        divides_by_width=bool(config.get("mup_scale_qk_dot_by_d", config.get("scale_qk_dot_by_d", False))),
+    )
+    length = config.get("train_length", config.get("n_positions", config.get("max_position_embeddings")))
+    incoming = replace(_incoming(model, config, length=length), scales=scales)
+    return incoming, [*(f"no {key}" for key in missing), *_differing(config, wanted)]
+
+
 def _incoming(model: Model, config: Config, *, length: int | None) -> IncomingModel:
     end, rows = config.get("eos_token_id"), config["vocab_size"]
     if isinstance(end, list):
@@ -151,4 +203,8 @@ def _read_json(file: Path) -> Config:
     return config
 
 
-_READERS: dict[str, Callable[[Config], tuple[IncomingModel, list[str]]]] = {BLOOM.name: _bloom, MPT.name: _mpt}
+_READERS: dict[str, Callable[[Config], tuple[IncomingModel, list[str]]]] = {
+    BLOOM.name: _bloom,
+    MPT.name: _mpt,
+    JAIS.name: _jais,
+}

@@ -1,4 +1,4 @@
-"""`trainshort import`: a BLOOM or MPT model of a Hugging Face folder becomes a checkpoint of step 0."""
+"""`trainshort import`: a BLOOM, MPT or Jais model of a Hugging Face folder becomes a checkpoint of step 0."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 from configs.choices import FAMILIES
 from configs.errors import InputError, TrainshortError
 from configs.paths import TOKENIZER_NAME, checkpoints_folder, name_of_folder
+from configs.positions import slopes
 from configs.rules import problems
 from configs.schema import Data, Run, RunConfig, Train
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
@@ -21,18 +22,20 @@ from training.checkpoint.manifest import step_folder
 from training.checkpoint.read import open_checkpoint
 from training.checkpoint.weights_only import write_weights_only
 from training.export.folder import new_folder, report_failed_writes, require_space, try_new_folder
+from training.export.format_weights import from_format, scale_queries, shape_in
 from training.export.formats.huggingface import (
     HuggingFaceFormat,
     TransformersModel,
     load_exported,
     refusing_unreadable,
 )
+from training.export.formats.jais import JaisModel, JaisShape
 from training.export.formats.mpt import with_slopes
 from training.export.hf_model import IncomingModel, read_model
 from training.export.hf_weights import HuggingFaceWeights
 from training.export.parity import LOGIT_TOLERANCE
-from training.export.row_order import reorder_rows
-from training.families.description import QKV_ORDER, Family, Parameter
+from training.families.description import Parameter
+from training.families.jais import JAIS
 from training.families.mpt import MPT
 from training.families.table import describe
 from training.model.single import load_single
@@ -49,7 +52,8 @@ class ImportResult:
     Attributes:
         checkpoint: Its checkpoint.
         parameters: Number of its parameters.
-        length: Tokens of the text on which its logits were compared with transformers'.
+        length: Tokens of the text on which its logits were compared.
+        reference: With whose.
         difference: The largest difference of a logit.
         scale: The largest absolute logit.
     """
@@ -57,13 +61,14 @@ class ImportResult:
     checkpoint: Path
     parameters: int
     length: int
+    reference: str
     difference: float
     scale: float
 
     def __str__(self) -> str:
         return (
             f"{self.checkpoint}: {self.parameters:,} parameters; logits of {self.length} random tokens differ from "
-            f"transformers' by {self.difference:.2g} at most (largest {self.scale:.3g})"
+            f"{self.reference} by {self.difference:.2g} at most (largest {self.scale:.3g})"
         )
 
 
@@ -103,9 +108,13 @@ def import_model(source: Path, *, out: Path, train_length: int | None = None) ->
                 tokenizer=tokenizer.path,
                 vocab_size=incoming.vocab_size,
             )
-        length, difference, scale = _compare(source, step, incoming, length=config.data.sequence_length)
+        length = min(config.data.sequence_length, HuggingFaceFormat().length_limit(incoming.model).tokens)
+        tokens = torch.randint(incoming.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            reference, theirs = _their_logits(names, weights, incoming, tokens)  # one model is in memory at a time
+        difference, scale = _compare(step, tokens, theirs, reference=reference)
     checkpoint = step_folder(checkpoints_folder(out), step=0)
-    return ImportResult(checkpoint, parameters, length, difference, scale)
+    return ImportResult(checkpoint, parameters, length, reference, difference, scale)
 
 
 def _tokenizer(source: Path, incoming: IncomingModel) -> Tokenizer:
@@ -155,16 +164,17 @@ def _names(weights: HuggingFaceWeights, incoming: IncomingModel) -> dict[Paramet
     """
     described = describe(incoming.model, vocab_size=incoming.vocab_size)
     names = {each: _name_in(weights, str(each.huggingface)) for each in described}
+    layout = FAMILIES[incoming.model.family].load().huggingface
     for each, name in names.items():
         if name not in weights:
             raise InputError(f"{weights.folder} has no tensor {name}, which its config.json implies: download it again")
-        if (shape := weights.shape(name)) != each.shard.shape:
+        if (shape := weights.shape(name)) != (implied := shape_in(layout, each)):
             raise InputError(
-                f"{weights.folder} has {name} as {list(shape)}, its config.json implies {list(each.shard.shape)}: they "
+                f"{weights.folder} has {name} as {list(shape)}, its config.json implies {list(implied)}: they "
                 "are of different models"
             )
     for name in sorted(weights.keys() - {*names.values()}):
-        if not _is_tied_copy(name, weights, names):
+        if not (_is_tied_copy(name, weights, names) or _is_implied(name, weights, incoming)):
             raise InputError(
                 f"{weights.folder} has a tensor {name}, for which {incoming.model.family.upper()} has no place: it "
                 "cannot be represented exactly, so it is not imported"
@@ -182,40 +192,74 @@ def _is_tied_copy(name: str, weights: Mapping[str, Tensor], names: Mapping[Param
     return name == "lm_head.weight" and torch.equal(weights[name], weights[next(iter(names.values()))])
 
 
+def _is_implied(name: str, weights: Mapping[str, Tensor], incoming: IncomingModel) -> bool:
+    """Return whether a tensor says what the configuration says: causal masks of each block, the heads' slopes."""
+    if incoming.model.family != JAIS.name:
+        return False
+    if name.endswith(".relative_pe.slopes") or name == "relative_pe.slopes":
+        expected = torch.tensor(slopes(incoming.model.heads))
+        seen = weights[name].flatten()
+        return seen.shape == expected.shape and torch.allclose(seen, expected, rtol=1e-2)  # 16 bits have 8 of them
+    return name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
 def _ordered(
     names: Mapping[Parameter, str], weights: Mapping[str, Tensor], incoming: IncomingModel
 ) -> Iterator[Tensor]:
-    """Yield each weight with its rows in our order."""
-    family: Family = FAMILIES[incoming.model.family].load()
+    """Yield each weight as we have it, with what the model multiplies by when it runs."""
+    model, scales = incoming.model, incoming.scales
+    factors = {"embedding.word.weight": scales.embedding, "head.weight": scales.logits}
+    if model.tie_embeddings:  # the last norm's output is what the word embedding is multiplied with
+        factors |= dict.fromkeys(("final_norm.weight", "final_norm.bias"), scales.logits / scales.embedding)
+    layout = FAMILIES[model.family].load().huggingface
     for each, name in names.items():
-        weight = weights[name]
-        if each.is_qkv:
-            heads = incoming.model.heads
-            weight = reorder_rows(weight, heads=heads, source=family.huggingface_qkv, target=QKV_ORDER)
-        yield weight
+        weight = from_format(layout, each, weights[name], model=model)
+        if each.is_qkv and scales.divides_by_width:
+            weight = scale_queries(weight, model=model, by=model.head_dim**-0.5)
+        factor = factors.get(each.shard.name, 1.0)
+        yield weight if factor == 1.0 else weight * factor
 
 
-def _compare(source: Path, checkpoint: Path, incoming: IncomingModel, *, length: int) -> tuple[int, float, float]:
-    """Compare the logits of both models on random tokens; return the length, the largest difference and logit.
+def _their_logits(
+    names: Mapping[Parameter, str], weights: HuggingFaceWeights, incoming: IncomingModel, tokens: Tensor
+) -> tuple[str, Tensor]:
+    """Return the logits of tokens, [1, seq], by the folder's model, and whose they are, in words.
 
     Raises:
         InputError: transformers cannot load its model.
+    """
+    model, scales = incoming.model, incoming.scales
+    if model.family == JAIS.name:
+        shape = JaisShape(
+            model.layers,
+            model.heads,
+            model.alibi_bias_max,
+            divides_by_width=scales.divides_by_width,
+            embedding_scale=scales.embedding,
+            logit_scale=scales.logits,
+            transposes=True,
+        )
+        their_weights = {str(each.huggingface): weights[name] for each, name in names.items()}
+        return "those of Jais's formula", JaisModel(their_weights, shape)(tokens)
+    # transformers' Mpt takes no longer text than max_seq_len, which changes nothing else
+    options = {"max_seq_len": tokens.shape[1]} if model.family == MPT.name else {}
+    with refusing_unreadable(weights.folder):
+        loaded = load_exported(weights.folder, **options)
+    return "transformers'", TransformersModel(with_slopes(loaded, model.alibi_bias_max))(tokens)
+
+
+def _compare(checkpoint: Path, tokens: Tensor, theirs: Tensor, *, reference: str) -> tuple[float, float]:
+    """Compare the checkpoint's logits of tokens with those of the folder's model; return the largest difference, logit.
+
+    Raises:
         TrainshortError: they differ by more than `LOGIT_TOLERANCE`, relative to the largest logit or 1.
     """
-    length = min(length, HuggingFaceFormat().length_limit(incoming.model).tokens)
-    tokens = torch.randint(incoming.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    # transformers' Mpt takes no longer text than max_seq_len, which changes nothing else
-    options = {"max_seq_len": length} if incoming.model.family == MPT.name else {}
-    with refusing_unreadable(source):
-        loaded = load_exported(source, **options)
-    with torch.no_grad():
-        theirs = TransformersModel(with_slopes(loaded, incoming.model.alibi_bias_max))(tokens)
-    del loaded  # one model is in memory at a time
+    length = tokens.shape[1]
     ours = load_single(open_checkpoint(checkpoint)).logits(tokens)
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not difference <= LOGIT_TOLERANCE * max(1.0, scale):  # nan fails too
         raise TrainshortError(
-            f"the imported model's logits differ from transformers' by {difference:.3g} at length {length} (largest "
+            f"the imported model's logits differ from {reference} by {difference:.3g} at length {length} (largest "
             f"logit {scale:.3g}): nothing was imported; report this"
         )
-    return length, difference, scale
+    return difference, scale

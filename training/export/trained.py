@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -62,7 +63,7 @@ def compute_trained(checkpoint: Checkpoint, exporter: ExportFormat, *, lengths: 
     model = load_single(checkpoint)
     first = tokens[None, : lengths[0]]
     before = model.logits(first)
-    model.change_weights(exporter.rounded)
+    model.change_weights(partial(exporter.rounded, model=checkpoint.config.model))
     logits = tuple(model.logits(tokens[None, :length]) for length in lengths)
     return TrainedOutputs(
         tokens=tokens,

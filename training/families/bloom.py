@@ -3,7 +3,7 @@
 Source: BigScience, "BLOOM", 2022, section 3.2; the names are those of transformers' BloomForCausalLM and llama.cpp.
 """
 
-from training.families.description import QKV_ORDER, Family
+from training.families.description import QKV_ORDER, Family, WeightLayout
 from training.families.prenorm import prenorm_parameters
 
 _NAMES = {
@@ -26,6 +26,6 @@ BLOOM = Family(
     norm_epsilon=1e-5,
     activation="gelu_tanh",
     biases=True,
-    huggingface_qkv=QKV_ORDER,
-    gguf_qkv=("part", "head", "dim"),
+    huggingface=WeightLayout(QKV_ORDER),
+    gguf=WeightLayout(("part", "head", "dim")),
 )

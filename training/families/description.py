@@ -17,7 +17,8 @@ OWN_PROBABILITY = 1 / 50  # of a token after itself, before training
 
 Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
 Axis = Literal["head", "part", "dim"]
-QKV_ORDER: tuple[Axis, Axis, Axis] = ("head", "part", "dim")
+RowOrder = tuple[Axis, Axis, Axis]
+QKV_ORDER: RowOrder = ("head", "part", "dim")
 """Order of the rows of a fused query-key-value matrix here, the slowest axis first; part is query, key or value.
 
 Heads come first so that a tensor rank's slice is whole heads, each with its query, key and value.
@@ -42,6 +43,21 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class WeightLayout:
+    """How another format has a family's weights.
+
+    Attributes:
+        qkv: Order of the rows of a fused query-key-value matrix, the slowest axis first.
+        transposes: Whether a block's matrices are [inputs, outputs].
+        divides_by_width: Whether scores are divided by the width of a head, not by its square root.
+    """
+
+    qkv: RowOrder
+    transposes: bool = False
+    divides_by_width: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """The description of one block design.
 
@@ -53,7 +69,7 @@ class Family:
         norm_epsilon: Added to the variance in each LayerNorm.
         activation: Of the feed-forward: a GELU in its tanh form, an approximation, or the exact one; or SwiGLU.
         biases: Whether linears and norms have biases.
-        huggingface_qkv, gguf_qkv: Order of the rows of a fused query-key-value matrix in these formats.
+        huggingface, gguf: How weights are in these formats.
     """
 
     name: str
@@ -62,8 +78,8 @@ class Family:
     norm_epsilon: float
     activation: Activation
     biases: bool
-    huggingface_qkv: tuple[Axis, Axis, Axis]
-    gguf_qkv: tuple[Axis, Axis, Axis]
+    huggingface: WeightLayout
+    gguf: WeightLayout
 
     @property
     def embedding_norm(self) -> bool:

@@ -4,7 +4,7 @@ Source: Sengupta et al., "Jais and Jais-chat", 2023, section 3.1, without its mu
 the weights. The names are those of its JAISLMHeadModel and of llama.cpp; the gate is its c_fc2.
 """
 
-from training.families.description import Family
+from training.families.description import Family, WeightLayout
 from training.families.prenorm import prenorm_parameters
 
 _NAMES = {
@@ -27,6 +27,6 @@ JAIS = Family(
     norm_epsilon=1e-5,
     activation="swiglu",
     biases=True,
-    huggingface_qkv=("part", "head", "dim"),
-    gguf_qkv=("part", "head", "dim"),
+    huggingface=WeightLayout(("part", "head", "dim"), transposes=True),
+    gguf=WeightLayout(("part", "head", "dim"), divides_by_width=True),
 )

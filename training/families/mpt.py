@@ -3,7 +3,7 @@
 Source: MosaicML, "MPT-7B", 2023; the names are those of transformers' MptForCausalLM and llama.cpp.
 """
 
-from training.families.description import Family
+from training.families.description import Family, WeightLayout
 from training.families.prenorm import prenorm_parameters
 
 _NAMES = {
@@ -25,6 +25,6 @@ MPT = Family(
     norm_epsilon=1e-5,
     activation="gelu_erf",
     biases=False,
-    huggingface_qkv=("part", "head", "dim"),
-    gguf_qkv=("part", "head", "dim"),
+    huggingface=WeightLayout(("part", "head", "dim")),
+    gguf=WeightLayout(("part", "head", "dim")),
 )

@@ -15,6 +15,7 @@ from configs.schema import Model
 from parallel.axes import Groups
 from parallel.documents import split_batch
 from parallel.groups import lone_groups
+from parallel.parameter import Shard
 from parallel.shards import declared
 from parallel.start import flush_denormals, start_alone
 from training.checkpoint.read import Checkpoint
@@ -142,11 +143,11 @@ class SingleModel:
                 self.windows.take()  # the certificate's calls
             self._steps = self._new_steps()
 
-    def change_weights(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace each weight, fp32, by what a function makes of it."""
+    def change_weights(self, change: Callable[[Tensor, Shard], Tensor]) -> None:
+        """Replace each weight, fp32, by what a function makes of it and its declaration."""
         with torch.no_grad():
-            for parameter in self._decoder.parameters():
-                parameter.copy_(change(parameter.float()))
+            for parameter, shard in declared(self._decoder).values():
+                parameter.copy_(change(parameter.float(), shard))
         self._steps = self._new_steps()
 
     def _new_steps(self) -> TokenSteps | None:

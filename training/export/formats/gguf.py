@@ -1,7 +1,7 @@
 """GGUF: one file with weights and tokenizer, which llama.cpp and what is built on it run.
 
 `GgufFormat` writes the file and reads it back: the weights into transformers' model, the tokenizer from the file's own
-fields. Names and fields: llama.cpp's loaders of the architectures `bloom` and `mpt`.
+fields. Names and fields: llama.cpp's loaders of the architectures `bloom`, `mpt` and `jais`.
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,19 @@ from configs.schema import Model
 from data_pipeline.sentencepiece_tokenizer import SentencePieceTokenizer
 from data_pipeline.tokenizer_files import is_tokenizer_json
 from data_pipeline.vocabulary import PieceType, Vocabulary, read_vocabulary, write_proto
+from parallel.parameter import Shard
+from training.export.format_weights import in_format, query_scale, scale_queries
 from training.export.formats.family_limits import gguf_problem
 from training.export.formats.huggingface import HuggingFaceFormat, TransformersModel, load_exported
+from training.export.formats.jais import load_jais
 from training.export.formats.mpt import load_mpt
-from training.export.formats.readers import LLAMA_CPP, MPT_IN_LLAMA_CPP, Reader
+from training.export.formats.readers import JAIS_IN_LLAMA_CPP, LLAMA_CPP, MPT_IN_LLAMA_CPP, Reader
 from training.export.formats.rounding import finite
-from training.export.formats.table import LengthLimit
+from training.export.formats.table import ExportedModel, LengthLimit
 from training.export.formats.tokenizer_json import require_rows
-from training.export.row_order import in_order_of
-from training.families.description import Family
+from training.families.bloom import BLOOM
+from training.families.description import Family, Parameter
+from training.families.jais import JAIS
 from training.families.mpt import MPT
 from training.families.table import describe
 
@@ -60,8 +64,11 @@ _TAKEN = frozenset(
 )
 
 
+_READERS = {MPT.name: MPT_IN_LLAMA_CPP, JAIS.name: JAIS_IN_LLAMA_CPP}
+
+
 class GgufFormat:
-    """Implement `ExportFormat` for llama.cpp's architectures `bloom` and `mpt`."""
+    """Implement `ExportFormat` for llama.cpp's architectures `bloom`, `mpt` and `jais`."""
 
     def __init__(self, dtype: str) -> None:
         """Take the type of the matrices: f32, f16 or q8_0; norms and biases are f32 in each."""
@@ -75,15 +82,19 @@ class GgufFormat:
         """Refuse a model that the file cannot hold; see `ExportFormat`."""
         if problem := gguf_problem(model):
             raise InputError(problem)
-        if self._type is GGMLQuantizationType.Q8_0 and model.hidden % _Q8_BLOCK:
-            raise InputError(
-                f"q8_0 needs rows of a multiple of {_Q8_BLOCK}, and model.hidden is {model.hidden}: export in f16"
-            )
+        for key, width in {"hidden": model.hidden, "feed_forward": model.inner}.items():
+            if self._type is GGMLQuantizationType.Q8_0 and width % _Q8_BLOCK:
+                raise InputError(
+                    f"q8_0 needs rows of a multiple of {_Q8_BLOCK}, and model.{key} is {width}: export in f16"
+                )
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        """Return a weight as the file has it; see `ExportFormat`."""
-        is_matrix = weight.ndim > 1
-        rounded = torch.from_numpy(dequantize(self._stored(weight), self._type)) if is_matrix else weight
+    def rounded(self, weight: Tensor, shard: Shard, *, model: Model) -> Tensor:
+        """Return a weight as the file has it, but for the order and the scale of its rows; see `ExportFormat`."""
+        if weight.ndim == 1:
+            return finite(weight, weight=weight, dtype=self.dtype)
+        scale = 1.0 if shard.heads is None else query_scale(FAMILIES[model.family].load().gguf, model)
+        stored = self._stored(scale_queries(weight, model=model, by=scale))
+        rounded = scale_queries(torch.from_numpy(dequantize(stored, self._type)), model=model, by=1 / scale)
         return finite(rounded, weight=weight, dtype=self.dtype)
 
     def write(
@@ -117,23 +128,23 @@ class GgufFormat:
         writer.add_uint32("trainshort.train_length", sequence_length)
         _add_shape(writer, model, vocab_size=vocab_size)
         _add_vocabulary(writer, vocabulary, rows=vocab_size)
-        parameters = describe(model, vocab_size=vocab_size)
-        for each in parameters:
+        tensors, family = _tensors(model, vocab_size=vocab_size), FAMILIES[model.family].load()
+        for name, each in tensors:
             shape = each.shard.shape
             kind = GGMLQuantizationType.F32 if len(shape) == 1 else self._type
             block, size = gguf.GGML_QUANT_SIZES[kind]
             nbytes = int(np.prod(shape)) // block * size
-            writer.add_tensor_info(str(each.gguf), shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for each in parameters:
-            writer.write_tensor_data(self._stored(in_order_of("gguf", each, weights, model=model)))
+        for _, each in tensors:
+            writer.write_tensor_data(self._stored(in_format(family.gguf, each, weights, model=model)))
         writer.close()
 
     def reader(self, model: Model) -> Reader:
         """Return what the cards say of llama.cpp."""
-        return MPT_IN_LLAMA_CPP if model.family == MPT.name else LLAMA_CPP
+        return _READERS.get(model.family, LLAMA_CPP)
 
     def length_limit(self, model: Model) -> LengthLimit:
         """Return transformers' limit, which reads the file back; see `ExportFormat`."""
@@ -143,10 +154,12 @@ class GgufFormat:
         """Return the tokenizer that the file's fields describe."""
         return read_gguf_tokenizer(folder / self.file)
 
-    def read_logits(self, folder: Path) -> TransformersModel:
-        """Return the file's model in transformers, in fp32; see `ExportFormat`."""
-        fields = gguf.GGUFReader(folder / self.file).fields
-        if fields["general.architecture"].contents() == MPT.name:  # which transformers does not read from this format
+    def read_logits(self, folder: Path) -> ExportedModel:
+        """Return the file's model in fp32, in transformers if that has a class for it; see `ExportFormat`."""
+        architecture = gguf.GGUFReader(folder / self.file).fields["general.architecture"].contents()
+        if architecture == JAIS.name:
+            return load_jais(folder / self.file)
+        if architecture == MPT.name:  # which transformers does not read from this format
             return TransformersModel(load_mpt(folder / self.file))
         with redirect_stderr(StringIO()):  # transformers shows this format's tensors in a bar that has no switch
             return TransformersModel(load_exported(folder, gguf_file=self.file))
@@ -183,6 +196,14 @@ def _check_vocabulary(vocabulary: Vocabulary, *, tokenizer: Path, rows: int) -> 
         )
 
 
+def _tensors(model: Model, *, vocab_size: int) -> list[tuple[str, Parameter]]:
+    """Return the tensors of a file by name; a tied head's weight is there twice where llama.cpp wants one."""
+    tensors = [(str(each.gguf), each) for each in describe(model, vocab_size=vocab_size)]
+    if model.family == JAIS.name and model.tie_embeddings:
+        tensors.append(("output.weight", tensors[0][1]))
+    return tensors
+
+
 def _add_shape(writer: gguf.GGUFWriter, model: Model, *, vocab_size: int) -> None:
     writer.add_embedding_length(model.hidden)
     writer.add_block_count(model.layers)
@@ -192,7 +213,7 @@ def _add_shape(writer: gguf.GGUFWriter, model: Model, *, vocab_size: int) -> Non
     family: Family = FAMILIES[model.family].load()
     writer.add_layer_norm_eps(family.norm_epsilon)
     writer.add_vocab_size(vocab_size)
-    if family is MPT:  # without it llama.cpp computes no bias; its bloom has 8
+    if family is not BLOOM:  # without it llama.cpp computes no bias for MPT; its bloom has 8
         writer.add_max_alibi_bias(float(model.alibi_bias_max))
 
 

@@ -18,8 +18,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from configs.choices import FAMILIES
 from configs.errors import InputError, TrainshortError
 from configs.schema import Model
+from parallel.parameter import Shard
+from training.export.format_weights import in_format
 from training.export.formats.family_limits import huggingface_problem
 from training.export.formats.huggingface_config import make_config, save_configuration
 from training.export.formats.readers import MPT_IN_TRANSFORMERS, TRANSFORMERS, UNTIED_IN_TRANSFORMERS, Reader
@@ -28,7 +31,6 @@ from training.export.formats.safetensors_folder import SHARD_BYTES, write_safete
 from training.export.formats.table import LengthLimit
 from training.export.formats.tokenizer_json import write_tokenizer
 from training.export.parity import COMPARED_MULTIPLE
-from training.export.row_order import in_order_of
 from training.families.mpt import MPT
 from training.families.table import describe
 from training.model.proof.attention_weights import dtype_of
@@ -56,7 +58,7 @@ class HuggingFaceFormat:
         if problem := huggingface_problem(model):
             raise InputError(problem)
 
-    def rounded(self, weight: Tensor) -> Tensor:
+    def rounded(self, weight: Tensor, shard: Shard, *, model: Model) -> Tensor:
         """Return a weight as the written model has it; see `ExportFormat`."""
         return finite(weight.to(self._dtype).float(), weight=weight, dtype=self.dtype)
 
@@ -89,13 +91,13 @@ class HuggingFaceFormat:
         save_configuration(config, folder, special_ids=special_ids)
         described = {each.shard.name: each for each in describe(model, vocab_size=vocab_size)}
         parameters = {str(described[name].huggingface): described[name] for name in weights}
-        planned = _planned(config)
+        planned, family = _planned(config), FAMILIES[model.family].load()
         differing = sorted(planned.keys() ^ parameters.keys())
         assert not differing, f"weights that do not fit transformers' class: {differing[:5]}"
         write_safetensors(
             folder,
             {name: tensor.to(self._dtype) for name, tensor in planned.items()},
-            read=lambda name: in_order_of("huggingface", parameters[name], weights, model=model),
+            read=lambda name: in_format(family.huggingface, parameters[name], weights, model=model),
             shard_bytes=self._shard_bytes,
         )
 

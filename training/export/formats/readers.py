@@ -104,6 +104,10 @@ _LIMITS_LLAMA_CPP = """\
 _LIMITS_LLAMA_CPP_MPT = f"""\
 {_LIMITS_LLAMA_CPP}- It computes the tanh approximation of the GELU, MPT the exact one: about half of the difference.
 """
+_LIMITS_LLAMA_CPP_JAIS = """\
+- llama.cpp divides the scores of Jais by the width of a head, others by its square root: the queries in the file are
+  larger by that root than the trained ones.
+"""
 
 _BLOOM_IN_TRANSFORMERS = (
     "load it in float32: in bf16 and fp16 its BLOOM rounds the bias, slope x key, to that type, and the error grows "
@@ -245,4 +249,9 @@ MPT_IN_LLAMA_CPP = replace(
     limits=_LIMITS_LLAMA_CPP_MPT,
     precision={"llama.cpp": LLAMA_CPP.precision["llama.cpp"]},
     serving=LLAMA_CPP.serving[:2],  # transformers does not read MPT from this format
+)
+JAIS_IN_LLAMA_CPP = replace(
+    MPT_IN_LLAMA_CPP,
+    limits=_LIMITS_LLAMA_CPP_JAIS,
+    packages=("torch", "gguf", "sentencepiece"),
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from configs.schema import Model
+    from parallel.parameter import Shard
 
 
 class TextTokenizer(Protocol):
@@ -86,9 +87,13 @@ class ExportFormat(Protocol):
         """
         ...
 
-    def rounded(self, weight: "Tensor") -> "Tensor":
+    def rounded(self, weight: "Tensor", shard: "Shard", *, model: "Model") -> "Tensor":
         """Return a weight as the written model has it, in fp32.
 
+        Args:
+            weight: The weight, whole.
+            shard: Its declaration.
+            model: The decoder's shape.
         Raises:
             InputError: it has no such value in this type.
         """
