@@ -27,7 +27,7 @@ MORE = (
     "train.global_batch=4",
 )
 RECOMPUTE, SELECTIVE, SEQUENCE = "train.recompute=true", "train.recompute=selective", "parallel.sequence=true"
-MUON = "train.optimizer=muon"
+MUON, GATE = "train.optimizer=muon", "model.family=jais"
 BF16 = "train.precision=bf16"
 FP16 = ("train.precision=fp16", "data.sequence_length=64")  # in which CPUs multiply slowly
 # at 64 times the training length, or 16
@@ -53,6 +53,9 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "muon, zero 3": ({"tensor": 2, "pipeline": 1, "zero": 3}, (MUON,)),
     "muon, bf16": ({"tensor": 1, "pipeline": 2, "zero": 1}, (MUON, BF16)),
     "muon, one data rank": ({"tensor": 4, "pipeline": 1, "zero": 1}, (MUON,)),
+    "gate": ({"tensor": 2, "pipeline": 1, "zero": 1}, (GATE,)),
+    "gate, sequence": ({"tensor": 4, "pipeline": 1, "zero": 1}, (GATE, SEQUENCE, "train.global_batch=1")),
+    "gate, sequence, selective": ({"tensor": 2, "pipeline": 2, "zero": 1}, (GATE, SEQUENCE, SELECTIVE)),
     "reference": ({"tensor": 2, "pipeline": 1, "zero": 1}, ("model.attention=reference",)),
     "validation, zero 3": ({"tensor": 1, "pipeline": 1, "zero": 3}, LONG),
     "validation, bf16": ({"tensor": 1, "pipeline": 1, "zero": 1}, (*LONG, BF16)),
