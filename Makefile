@@ -5,11 +5,11 @@ INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo quick unit-model unit-rest test test-processes test-ranks lint bench bench-gpu test-gpu \
-	test-gpu-full test-layouts test-faults test-slurm test-llama test-vllm test-browser test-harness
+	test-gpu-full test-layouts test-faults test-slurm test-llama test-vllm test-browser test-harness test-trackers
 
 help:
 	@echo "make demo | quick | test | lint | install | test-layouts | test-faults | test-slurm | bench"
-	@echo "in another engine: make test-llama | test-vllm | test-harness; in Chromium: make test-browser"
+	@echo "in another engine: make test-llama | test-vllm | test-harness | test-trackers; in Chromium: make test-browser"
 	@echo "on a GPU: make test-gpu | test-gpu-full | bench-gpu"
 
 install: $(INSTALLED)
@@ -90,6 +90,11 @@ test-browser: $(INSTALLED)
 test-harness: $(INSTALLED)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[harness]' peft
 	$(BIN)/python -P -m pytest -q -m harness tests/harness
+
+# Copies of curves in TensorBoard and Weights & Biases, read with their own libraries; nothing is sent.
+test-trackers: $(INSTALLED)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[tensorboard,wandb]'
+	$(BIN)/python -P -m pytest -q -m trackers tests/trackers
 
 test-slurm: $(INSTALLED)
 	tests/slurm/test.sh $(BIN)/python

@@ -62,6 +62,13 @@ def complete_formats(incomplete: str) -> list[str]:
     return _matching(incomplete, FORMATS)
 
 
+def complete_trackers(incomplete: str) -> list[str]:
+    """Return the trackers of `track copy`."""
+    from training.curves.trackers import TRACKERS
+
+    return _matching(incomplete, TRACKERS)
+
+
 def complete_dtypes(incomplete: str) -> list[str]:
     """Return the types of weights of `export`."""
     from training.export.formats.table import DTYPES

@@ -1,4 +1,4 @@
-"""`trainshort track`: what a run has to tell MLflow."""
+"""`trainshort track`: what a run has to tell MLflow, and copies of its curves for other trackers."""
 
 import logging
 import time
@@ -10,24 +10,22 @@ import typer
 
 from configs.errors import InputError, MachineError, TrainshortError
 from launch.commands.options import AsJson, path_of, seconds_option
-from launch.complete import complete_run_folders
+from launch.complete import complete_run_folders, complete_trackers
+from training.curves.trackers import TRACKERS, require_tracker
 
 logger = logging.getLogger(__name__)
 
-track_commands = typer.Typer(help="Send to MLflow what runs have recorded for it.")
+track_commands = typer.Typer(help="Send to MLflow what runs have recorded for it, and copy their curves elsewhere.")
 
-
-@track_commands.callback()
-def _is_a_group() -> None:
-    """Keep `sync` a word of its own while it is the only command."""
+RunFolders = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUN_DIR", parser=path_of, autocompletion=complete_run_folders, help="Run folders."),
+]
 
 
 @track_commands.command("sync")
 def track_sync_command(
-    folders: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN_DIR", parser=path_of, autocompletion=complete_run_folders, help="Run folders."),
-    ],
+    folders: RunFolders,
     every: Annotated[
         float | None,
         seconds_option(
@@ -78,3 +76,39 @@ def _raise(problems: Sequence[TrainshortError]) -> None:
     if problems:
         kind = InputError if any(isinstance(each, InputError) for each in problems) else MachineError
         raise kind("; ".join(map(str, problems)))
+
+
+@track_commands.command("copy")
+def track_copy_command(
+    folders: RunFolders,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(TRACKERS),
+            autocompletion=complete_trackers,
+            help="TensorBoard's files in RUN_DIR/tensorboard, or a run of Weights & Biases.",
+        ),
+    ],
+    project: Annotated[str, typer.Option(metavar="NAME", help="wandb: the project of the runs there.")] = "trainshort",
+    every: Annotated[
+        float | None,
+        seconds_option(
+            "--every",
+            "Copy again and again, until the runs and their SLURM jobs have ended; Ctrl-C ends it.",
+            least=1,
+            example=30,
+        ),
+    ] = None,
+) -> None:
+    """Copy the curves of runs to another tracker, each step once: losses, speed, validations, evaluations."""
+    from launch.copies import copy_curves
+    from launch.show.track import show_copied
+
+    tracker = require_tracker(to)
+    copy_curves(
+        list(dict.fromkeys(folders)),
+        tracker=tracker,
+        project=project,
+        every=every,
+        on_copied=lambda folder, count: show_copied(folder, count, to=to),
+    )

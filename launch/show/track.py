@@ -1,6 +1,7 @@
 """Output of `trainshort track`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.figures import counted
@@ -23,3 +24,8 @@ def show_synced(runs: "Sequence[Synced]", *, again: bool = False) -> None:
         if run.is_open and not again:
             show_lines("  it trains, or it was killed on another machine, which shows after 15 minutes of silence")
         show_lines(*(f"  MLflow refused a record, which is dropped: {reason}" for reason in run.refused))
+
+
+def show_copied(run_dir: Path, count: int, *, to: str) -> None:
+    """Write how much of a run's curves was copied."""
+    show_lines(f"{run_dir}: copied {counted(count, 'record')} to {to}")

@@ -31,7 +31,7 @@ TODAY = tuple(page for page in PAGES if page.name not in HISTORY)
 # Programs whose command lines say nothing about ours.
 OTHER_PROGRAMS = (
     *(".", "cd", "cp", "export", "ls", "rm", "tail", "touch"),
-    *("curl", "git", "llama-completion", "llama-server", "mlflow", "pip", "pre-commit", "vllm"),
+    *("curl", "git", "llama-completion", "llama-server", "mlflow", "pip", "pre-commit", "tensorboard", "vllm"),
 )
 OPTIONS_OF_OTHERS = {
     "--context-window": "fairseq",
@@ -39,6 +39,7 @@ OPTIONS_OF_OTHERS = {
     "--exclusive": "sbatch",
     "--export": "sbatch",
     "--gpu-bind": "srun",
+    "--logdir": "TensorBoard",
     "--long": "zstd",
     "--hf-overrides": "vLLM",
     "--kv-cache-memory-bytes": "vLLM",

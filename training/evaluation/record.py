@@ -12,6 +12,7 @@ from training.evaluation.folder import write_evaluation
 from training.evaluation.kept import report_label
 from training.evaluation.perplexity import PerplexityResult
 from training.evaluation.results import protocol_name
+from training.evaluation.tracked import tracked_protocol, tracked_values
 from training.observers import Status
 from training.tracking.inputs import evaluation_input
 from training.tracking.measured import TrackedMeasurement, track_measurement
@@ -20,8 +21,6 @@ from training.tracking.tables import evaluation_table, table_event
 from training.tracking.tracker import MlflowTracker
 
 logger = logging.getLogger(__name__)
-
-_MEASURED = ("loss", "perplexity", "bits_per_byte", "standard_error", "attention_density")
 
 
 @dataclass
@@ -95,23 +94,19 @@ def tracked_evaluation(report: dict[str, Any], *, label: str, checkpoint: str) -
         label: The report's label: its text and precision.
         checkpoint: Name of the checkpoint's folder.
     """
-    results, values = report["results"], dict[str, float]()
+    results = report["results"]
     curves: list[tuple[int, dict[str, float]]] = []
     points: list[tuple[str, float, int]] = []
     curve = re.sub(r"[^\w.-]", "_", checkpoint, flags=re.ASCII)  # a user may have renamed the folder
     for result in results:
-        # MLflow does not allow a colon in a name on every system.
-        protocol, length = protocol_name(result).replace(":", "_"), result["length"]
-        values |= {f"evaluation/{label}/{protocol}/{length}/{key}": result[key] for key in _MEASURED if key in result}
+        protocol, length = tracked_protocol(result), result["length"]
         curves.append((length, {f"evaluation/{label}/{protocol}/{curve}/perplexity": result["perplexity"]}))
         points += [(f"{protocol}/{key}", result[key], length) for key in ("loss", "perplexity")]
-    verdict = {key: report["verdict"][key] for key in ("usable_length", "effective_context")}
-    values |= {f"evaluation/{label}/{key}": value for key, value in verdict.items() if value is not None}
     return TrackedMeasurement(
         kind="evaluate",
         name=f"evaluate {checkpoint}, {label}",
         folder=f"evaluation/{checkpoint}",
-        values=[*curves, (report["step"], values)],
+        values=[*curves, (report["step"], tracked_values(report, label=label))],
         params={
             "checkpoint": checkpoint,
             "step": report["step"],

@@ -1,0 +1,186 @@
+"""Curves for other trackers: each step once over several commands, steps that are taken again, and evaluations."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import InputError, MachineError
+from launch import copies
+from launch.copies import copy_curves
+from tests.support.command_line import Call
+from tests.support.compared_runs import add_report, make_run
+from training.curves.copied import Copied
+from training.curves.copy import CurveCopy, Evaluation
+from training.curves.trackers import TRACKERS, TrackerRow
+from training.tracking.ending import Ending
+
+
+class Recorder:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.firsts: list[int] = []
+        self.steps: list[tuple[int, dict[str, float]]] = []
+        self.evaluations: list[list[Evaluation]] = []
+        self.flushed = self.closed = 0
+
+    def start(self, *, first_step: int) -> None:
+        self.firsts.append(first_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps.append((step, dict(values)))
+
+    def write_evaluations(self, evaluations: Sequence[Evaluation]) -> None:
+        self.evaluations.append([*evaluations])
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def written(self) -> list[int]:
+        return [step for step, _ in self.steps]
+
+
+def copied(run_dir: Path) -> Recorder:
+    """Copy a run by a command of its own."""
+    recorder = Recorder()
+    with CurveCopy(run_dir, "tensorboard") as copy:
+        copy.update(recorder)
+    return recorder
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def replace_lines(run_dir: Path, lines: list[dict[str, Any]]) -> None:
+    """Replace metrics.jsonl as a start does: by another file of that name."""
+    new = run_dir / "new"
+    new.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    os.replace(new, run_dir / "metrics.jsonl")
+
+
+def test_each_step_is_copied_once(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my")
+    first = copied(run_dir)
+    assert (first.firsts, first.written) == ([1], [*range(1, 11)])
+    step, values = first.steps[4]
+    assert step == 5
+    assert values["train/loss"] == 4.5
+    assert values["validation/loss"] == pytest.approx(3.7)
+    assert values["memory/peak_gb"] == 1.5
+    assert "time/model_flops_utilization" not in values, "null on a CPU that is not known"
+    lines = lines_of(run_dir)
+    more = [{**lines[-1], "step": step, "loss": float("nan"), "of a later version": 1} for step in (11, 12)]
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write("".join(f"{json.dumps(line)}\n" for line in more) + '{"step": 13, "lo')
+    second = copied(run_dir)
+    assert (second.firsts, second.written) == ([11], [11, 12])
+    assert "train/loss" not in second.steps[0][1]
+    assert copied(run_dir).steps == []
+
+
+def test_steps_that_are_taken_again_are_copied_again(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my")
+    lines, recorder = lines_of(run_dir), Recorder()
+    with CurveCopy(run_dir, "tensorboard") as copy:
+        for count in (4, 6, 10):
+            replace_lines(run_dir, lines[:count])
+            copy.update(recorder)
+        assert recorder.written == [*range(1, 11)]
+        # a start that goes on from step 5, whose first step has another loss
+        replace_lines(run_dir, [*lines[:5], {**lines[5], "loss": 9.0}])
+        copy.update(recorder)
+        assert recorder.firsts == [1, 5, 7, 5]
+        assert recorder.written[10:] == [5, 6]
+        assert recorder.steps[-1][1]["train/loss"] == 9.0
+    assert copied(run_dir).firsts == [7]
+    replace_lines(run_dir, [{**lines[0], "loss": 8.0}])
+    again = copied(run_dir)
+    assert (again.firsts, again.written) == ([1], [1])
+
+
+def test_a_run_before_its_first_step_is_followed(tmp_path: Path) -> None:
+    run_dir, recorder = make_run(tmp_path / "my"), Recorder()
+    lines = lines_of(run_dir)
+    (run_dir / "metrics.jsonl").unlink()
+    with CurveCopy(run_dir, "tensorboard") as copy:
+        assert copy.update(recorder) == 0
+        replace_lines(run_dir, lines)
+        assert copy.update(recorder) == 10
+    assert recorder.flushed == 2
+    assert recorder.firsts == [1, 1]
+
+
+def test_evaluations_are_copied_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my", checkpoints=(5, 10))
+    add_report(run_dir, {32: 21.0, 64: 20.5})
+    (first,) = copied(run_dir).evaluations
+    assert [(each.step, each.is_new) for each in first] == [(10, True)]
+    assert first[0].values["evaluation/held-out/nonoverlapping/64/perplexity"] == 20.5
+    add_report(run_dir, {32: 30.0}, step=5, newest=False)
+    (second,) = copied(run_dir).evaluations
+    assert [(each.step, each.is_new) for each in second] == [(5, True), (10, False)]
+    assert copied(run_dir).evaluations == []
+    add_report(run_dir, {32: 19.0})
+    (third,) = copied(run_dir).evaluations
+    assert [(each.step, each.is_new) for each in third] == [(5, False), (10, True)]
+
+
+def test_few_marks_of_a_long_run_are_kept() -> None:
+    copied = Copied()
+    lines = [(step, b"%d" % step) for step in range(1, 10_001)]
+    for step, line in lines[99::100]:
+        copied.mark(step, line)
+        assert len(copied.marks) <= 64
+    assert copied.marks[0][0] == 100
+    assert [step for step, _ in copied.marks[-20:]] == [*range(8100, 10_001, 100)]
+    assert copied.forget_after(lines[:9950]) == 9900
+    assert copied.forget_after(lines[:150]) == 100
+    assert copied.forget_after(lines[:50]) == 0
+
+
+def test_a_damaged_state_begins_again(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my")
+    copied(run_dir)
+    for text in ("", "[]", '{"marks": [[1]], "reports": {}, "run_id": null}', '{"marks": 3}'):
+        (run_dir / "tensorboard" / "copied.json").write_text(text)
+        assert copied(run_dir).firsts == [1]
+
+
+def test_copies_go_on_until_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recorder, told = make_run(tmp_path / "my"), Recorder(), list[tuple[Path, int]]()
+    lines = lines_of(run_dir)
+    replace_lines(run_dir, lines[:3])
+    rounds = iter((lines[:3], lines[:8], lines))
+    ends = iter((None, None, None, Ending("FINISHED", 0)))
+    monkeypatch.setattr(copies, "ending_of", lambda _: next(ends))
+    monkeypatch.setattr(copies.time, "sleep", lambda _: replace_lines(run_dir, next(rounds)))
+    row = TrackerRow("tensorboard", lambda copy, project: recorder)
+    keys = {"tracker": row, "project": "p", "every": 5.0}
+    copy_curves([run_dir], **keys, on_copied=lambda *copied: told.append(copied))  # type: ignore[arg-type]
+    assert told == [(run_dir, 3), (run_dir, 5), (run_dir, 2)]
+    assert recorder.written == [*range(1, 11)]
+    assert recorder.closed == 1
+
+
+def test_what_cannot_be_copied_is_refused(tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = make_run(tmp_path / "my")
+    with pytest.raises(InputError, match="is no run folder: name the folder of a run that has started"):
+        CurveCopy(tmp_path, "tensorboard")
+    with CurveCopy(run_dir, "tensorboard"), pytest.raises(MachineError, match="another process copies"):
+        CurveCopy(run_dir, "tensorboard")
+    unknown = trainshort("track", "copy", str(run_dir), "--to", "paper")
+    assert (unknown.code, unknown.error) == (2, "error: --to 'paper' is not known: use tensorboard or wandb\n")
+    monkeypatch.setattr("training.curves.trackers.find_spec", lambda _: None)
+    for name in TRACKERS:
+        refused = trainshort("track", "copy", str(run_dir), "--to", name)
+        assert refused.code == 3
+        assert refused.error == f"error: {name} is not installed: run pip install 'trainshort[{name}]'\n"

@@ -1,0 +1,59 @@
+"""How far a run's curves are copied: a file beside the copy, which a killed or second command goes on from."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from zlib import crc32
+
+from configs.files import write_json
+
+_MARKS = 64  # at most; half of them are dropped where there are more
+
+
+@dataclass
+class Copied:
+    """What is copied.
+
+    Attributes:
+        marks: Steps up to which all was copied, in order, each with the checksum of its line of metrics.jsonl.
+        reports: Checksums of the reports of evaluations, by path in the run folder.
+        run_id: The copy's name at its tracker, if that needs one.
+    """
+
+    marks: list[tuple[int, int]] = field(default_factory=list)
+    reports: dict[str, int] = field(default_factory=dict)
+    run_id: str | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> "Copied":
+        """Return what a file says; nothing is copied if there is none, or it is damaged."""
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            marks = [(int(step), int(checksum)) for step, checksum in values["marks"]]
+            return cls(marks, {str(path): int(each) for path, each in values["reports"].items()}, values["run_id"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls()
+
+    def write(self, file: Path) -> None:
+        """Write the file, whole."""
+        write_json(file, vars(self))
+
+    def mark(self, step: int, line: bytes) -> None:
+        """Note that all up to the step of a line is copied. Of older marks, fewer and fewer are kept."""
+        self.marks.append((step, crc32(line)))
+        if len(self.marks) > _MARKS:
+            self.marks = [*self.marks[: _MARKS // 2 : 2], *self.marks[_MARKS // 2 :]]
+
+    def forget_after(self, lines: Iterable[tuple[int, bytes]]) -> int:
+        """Drop the marks that a file no longer has, and return the step of the newest that it has, or 0.
+
+        A start that goes on from a checkpoint, or a rollback, takes steps again.
+
+        Args:
+            lines: Its steps and their lines.
+        """
+        wanted = dict(self.marks)
+        there = {step for step, line in lines if step in wanted and wanted[step] == crc32(line)}
+        self.marks = [(step, checksum) for step, checksum in self.marks if step in there]
+        return self.marks[-1][0] if self.marks else 0

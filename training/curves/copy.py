@@ -1,0 +1,173 @@
+"""Copy a run's curves to another tracker than MLflow, from its files: each step once, and what was evaluated.
+
+It runs beside training, on any machine that sees the run folder, and asks nothing of the ranks.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from zlib import crc32
+
+from configs.errors import InputError, MachineError
+from configs.files import one_writer
+from configs.paths import config_file, evaluation_folder, metrics_path
+from configs.saved import saved_values
+from training.appended_lines import AppendedLines
+from training.curves.copied import Copied
+from training.evaluation.kept import checkpoint_reports, read_report
+from training.evaluation.tracked import tracked_values
+from training.further_losses import PREFIX
+from training.metrics_reader import step_fields
+from training.tracking.names import METRIC_NAMES, tracked_name
+
+STATE_FILE = "copied.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a report says.
+
+    Attributes:
+        step: The checkpoint's step.
+        values: By their names in MLflow.
+        is_new: Whether it was not copied before.
+    """
+
+    step: int
+    values: Mapping[str, float]
+    is_new: bool
+
+
+class CurveWriter(Protocol):
+    """Another tracker's run."""
+
+    def start(self, *, first_step: int) -> None:
+        """Begin or go on; what was written of this step and those after it does not hold any more."""
+        ...
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of a step, by their names in MLflow."""
+        ...
+
+    def write_evaluations(self, evaluations: Sequence[Evaluation]) -> None:
+        """Add the new ones among all evaluations, which are in the order of their steps."""
+        ...
+
+    def flush(self) -> None:
+        """Hand over what was written."""
+        ...
+
+    def close(self) -> None:
+        """End the copy, not the run."""
+        ...
+
+
+class CurveCopy:
+    """The copy of one run folder. A context manager: close it before another process copies the same.
+
+    Attributes:
+        run_dir: The run folder.
+        copied: How far it is copied.
+    """
+
+    def __init__(self, run_dir: Path, folder: str) -> None:
+        """Take a run folder, and the name of the folder in it that holds the copy's files.
+
+        Raises:
+            InputError: it is no run folder, or cannot be written.
+            MachineError: another process copies it there.
+        """
+        if not config_file(run_dir).is_file():
+            raise InputError(f"{run_dir} is no run folder: name the folder of a run that has started")
+        self.run_dir, self.folder = run_dir, run_dir / folder
+        self._stack = ExitStack()
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._stack.enter_context(one_writer(self.folder, on_wait=self._refuse))
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written ({error.strerror}): fix its permissions") from None
+        self._state = self.folder / STATE_FILE
+        self.copied = Copied.read(self._state)
+        self._lines = AppendedLines(metrics_path(run_dir))
+        self._has_started = False
+
+    def __enter__(self) -> "CurveCopy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(self.config()["run"]["name"])
+
+    def config(self) -> dict[str, Any]:
+        """Return the run file's values."""
+        return saved_values(config_file(self.run_dir))
+
+    def update(self, writer: CurveWriter) -> int:
+        """Copy what was added since the last time; return the number of steps and reports.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        try:
+            count = self._copy_steps(writer) + self._copy_evaluations(writer)
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}): fix its permissions") from None
+        writer.flush()
+        self.copied.write(self._state)
+        return count
+
+    def _copy_steps(self, writer: CurveWriter) -> int:
+        done, count, last = 0, 0, None
+        if self._lines.starts_over() or not self._has_started:
+            self._has_started = True
+            done = self.copied.forget_after(_steps_of(AppendedLines(metrics_path(self.run_dir))))
+            writer.start(first_step=done + 1)
+        for step, line in _steps_of(self._lines, starts_over=False):
+            if step > done:
+                writer.write(step, _values_of(line))
+                last, count = (step, line), count + 1
+        if last is not None:
+            self.copied.mark(*last)
+        return count
+
+    def _copy_evaluations(self, writer: CurveWriter) -> int:
+        evaluations, reports = [], dict[str, int]()
+        for folder in sorted(evaluation_folder(self.run_dir).glob("*/")):
+            for file in checkpoint_reports(self.run_dir, checkpoint=folder.name).values():
+                name, checksum = str(file.relative_to(self.run_dir)), crc32(file.read_bytes())
+                with suppress(InputError):  # of a version whose reports cannot be read
+                    report, is_new = read_report(file), self.copied.reports.get(name) != checksum
+                    evaluations.append(Evaluation(report["step"], tracked_values(report, label=file.stem), is_new))
+                    reports[name] = checksum
+        count = sum(each.is_new for each in evaluations)
+        if count:
+            writer.write_evaluations(sorted(evaluations, key=lambda each: each.step))
+            self.copied.reports = reports
+        return count
+
+    def _refuse(self) -> None:
+        raise MachineError(f"another process copies {self.run_dir} to {self.folder.name}: let it, or end it")
+
+
+def _steps_of(lines: AppendedLines, *, starts_over: bool = True) -> Iterator[tuple[int, bytes]]:
+    if starts_over:
+        lines.starts_over()
+    return ((int(fields["step"]), line) for line in lines.read() if (fields := step_fields(line)) is not None)
+
+
+def _values_of(line: bytes) -> dict[str, float]:
+    """Return the finite numbers of a line of metrics.jsonl by their names in MLflow."""
+    values = {
+        tracked_name(field): float(value)
+        for field, value in json.loads(line).items()
+        if (field in METRIC_NAMES or field.startswith(PREFIX)) and isinstance(value, int | float)
+    }
+    return {name: value for name, value in values.items() if math.isfinite(value)}
