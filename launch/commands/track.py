@@ -11,6 +11,7 @@ import typer
 from configs.errors import InputError, MachineError, TrainshortError
 from launch.commands.options import AsJson, path_of, seconds_option
 from launch.complete import complete_run_folders, complete_trackers
+from parallel.start import interrupt_on_sigterm
 from training.curves.trackers import TRACKERS, require_tracker
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ def track_copy_command(
     from launch.copies import copy_curves
     from launch.show.track import show_copied
 
+    interrupt_on_sigterm()  # a tracker's run must be closed
     tracker = require_tracker(to)
     copy_curves(
         list(dict.fromkeys(folders)),

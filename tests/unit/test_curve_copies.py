@@ -1,5 +1,6 @@
 """Curves for other trackers: each step once over several commands, steps that are taken again, and evaluations."""
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -169,6 +170,17 @@ def test_copies_go_on_until_the_run_has_ended(tmp_path: Path, monkeypatch: pytes
     assert told == [(run_dir, 3), (run_dir, 5), (run_dir, 2)]
     assert recorder.written == [*range(1, 11)]
     assert recorder.closed == 1
+
+
+def test_a_full_disk_is_said_and_copied_later(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run_dir, recorder = make_run(tmp_path / "my"), Recorder()
+    recorder.flush = full  # type: ignore[method-assign]
+    with CurveCopy(run_dir, "tensorboard") as copy, pytest.raises(MachineError, match="No space left .*: free space"):
+        copy.update(recorder)
+    assert copied(run_dir).written == [*range(1, 11)]
 
 
 def test_what_cannot_be_copied_is_refused(tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:

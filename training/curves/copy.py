@@ -114,14 +114,17 @@ class CurveCopy:
         """Copy what was added since the last time; return the number of steps and reports.
 
         Raises:
-            InputError: a file cannot be read.
+            MachineError: a file of the run cannot be read, or one of the copy cannot be written.
         """
         try:
             count = self._copy_steps(writer) + self._copy_evaluations(writer)
+            writer.flush()
+            self.copied.write(self._state)
         except OSError as error:
-            raise InputError(f"{error.filename} cannot be read ({error.strerror}): fix its permissions") from None
-        writer.flush()
-        self.copied.write(self._state)
+            raise MachineError(
+                f"{self.run_dir} cannot be copied to {error.filename or self.folder} ({error.strerror}): free space, or fix "
+                "permissions, and run the command again"
+            ) from None
         return count
 
     def _copy_steps(self, writer: CurveWriter) -> int:
