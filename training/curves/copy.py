@@ -122,8 +122,8 @@ class CurveCopy:
             self.copied.write(self._state)
         except OSError as error:
             raise MachineError(
-                f"{self.run_dir} cannot be copied to {error.filename or self.folder} ({error.strerror}): free space, or fix "
-                "permissions, and run the command again"
+                f"{self.run_dir} cannot be copied to {error.filename or self.folder} ({error.strerror}): free space or "
+                "fix permissions, and run the command again"
             ) from None
         return count
 
