@@ -28,7 +28,7 @@ from configs.train_rules import train_problems
 from data_pipeline.manifest import same_content, same_inputs
 from parallel.layout import Layout
 from parallel.start import environment, slurm_job
-from training.checkpoint.manifest import CONFIG_NAME, find_checkpoint, list_checkpoints
+from training.checkpoint.manifest import CONFIG_NAME, Manifest, find_checkpoint, list_checkpoints
 from training.incarnation import Fence, begin_incarnation
 from training.metrics_reader import newest_step
 from training.schedule import first_changed_step
@@ -83,7 +83,8 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path, warn: bool = False) -> 
         config = _with_train(config, cooldown_steps=before.train.cooldown_steps)
     if config.train.branch_from is not None and (before is None or not _has_trained(run_dir)):
         # A run folder's newest checkpoint may be another one at the next start.
-        config = _with_train(config, branch_from=str(find_checkpoint(Path(config.train.branch_from), warn=warn)[0]))
+        trunk, _ = named_checkpoint(Path(config.train.branch_from), key="train.branch_from", warn=warn)
+        config = _with_train(config, branch_from=str(trunk))
         before = before and _with_train(before, branch_from=config.train.branch_from)
     elif before is not None:
         config = with_fixed_branch(config, first=before)
@@ -93,6 +94,18 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path, warn: bool = False) -> 
     for problem in train_problems(config):  # with the schedule's steps that the first start fixed
         raise InputError(problem)
     return config
+
+
+def named_checkpoint(path: Path, *, key: str, warn: bool = True) -> tuple[Path, Manifest]:
+    """Return the checkpoint that a key of the run file names, and its manifest; see `find_checkpoint`.
+
+    Raises:
+        InputError: there is no checkpoint, or none is whole; names the key.
+    """
+    try:
+        return find_checkpoint(path, warn=warn)
+    except InputError as error:
+        raise InputError(f"{key} {path}: {error}") from None
 
 
 def _has_trained(run_dir: Path) -> bool:

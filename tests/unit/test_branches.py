@@ -182,7 +182,8 @@ def test_what_a_branch_cannot_continue_is_refused(rank: OneRank, point: Path, tm
     unprepared = (f"train.branch_from={point}", "data.vocab_size=600", f"data.dir={tmp_path / 'none'}")
     notes = check_notes(rank.config(tmp_path / "branch", *unprepared), device="cpu", environ={})
     assert any(note.startswith(f"{of_point} was trained with data.vocab_size 400, the run has 600: ") for note in notes)
-    assert message(at=tmp_path / "no").startswith(f"checkpoint {tmp_path / 'no'} does not exist: ")
+    no = tmp_path / "no"
+    assert message(at=no).startswith(f"train.branch_from {no}: checkpoint {no} does not exist: give a folder of ")
     copy = tmp_path / "copy" / point.name
     shutil.copytree(point, copy)
     edit_manifest(copy, lambda manifest: manifest.update(vocab_size=399))

@@ -94,7 +94,7 @@ def test_check_notes_what_else_is_missing(trainshort: Call, folder: Path) -> Non
     seen = notes(trainshort, "data.tokenizer=no.model", "train.init_from=no/run", "track.uri=localhost:5000")
     assert seen[0] == f"data.tokenizer no.model does not exist: check the path, it is relative to {folder}"
     assert seen[1].startswith(ready[:-1])
-    assert seen[2].startswith("checkpoint no/run does not exist: ")
+    assert seen[2].startswith("train.init_from no/run: checkpoint no/run does not exist: ")
     assert seen[3] == "track.uri is localhost:5000, a host without http: write http://localhost:5000"
     (folder / "run").write_text("mine")
     assert notes(trainshort)[-1].startswith("run.dir run: run is a file, not a folder")
