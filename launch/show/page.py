@@ -51,6 +51,14 @@ class LengthTable:
     rows: list[tuple[int, str, str, list[str]]]
 
 
+def default_page(comparison: "Comparison") -> Path:
+    """Return where a page is written if nothing else is said: that of one checkpoint is not that of its run."""
+    if len(comparison.runs) > 1:
+        return Path("comparison.html")
+    (run,) = comparison.runs
+    return run.run_dir / ("report.html" if run.path == run.run_dir else f"report-{run.checkpoint}.html")
+
+
 def check_page_file(path: Path) -> None:
     """Refuse a path whose file is not a page that `write_page` wrote: it would be overwritten.
 
