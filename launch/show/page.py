@@ -13,7 +13,7 @@ from configs.errors import MachineError
 from configs.figures import perplexity_text
 from configs.files import whole_file
 from configs.terminal import printable
-from launch.show.comparison import Row, figure_rows, setting_text
+from launch.show.comparison import Row, difference_rows, figure_rows
 from training.evaluation.results import is_whole
 from training.own_file import check_own_file
 from training.page.curves import perplexity_charts, training_charts
@@ -108,9 +108,7 @@ def render_page(comparison: "Comparison") -> str:
         figures=figures,
         tiles=[*_length_tiles(comparison), *_tiles(figures)] if one else [],
         tables=[_length_table(comparison, text) for text in comparison.texts],
-        differences=[
-            (key, [setting_text(value) for value in values]) for key, values in comparison.differences.items()
-        ],
+        differences=difference_rows(comparison),
         notes=[note for note in comparison.notes if note not in comparison.unevaluated],
         losses=[chart for chart in training if chart.is_large],
         training=[chart for chart in training if not chart.is_large],
