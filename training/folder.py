@@ -58,7 +58,7 @@ MAY_CHANGE = (
 # keys that name the data: the same data in another place, or spelled differently, is not a change
 _DATA_KEYS = ("data.dir", "data.sources", "data.tokenizer")
 # keys that name a checkpoint, which may be spelled differently
-_CHECKPOINT_KEYS = ("train.init_from", "train.branch_from")
+CHECKPOINT_KEYS = ("train.init_from", "train.branch_from")
 # keys that may change while the learning rates of all steps that were taken stay the same
 _SCHEDULE_KEYS = ("train.decay_steps", "train.cooldown_steps")
 
@@ -217,7 +217,7 @@ def refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path, traine
     changed = [
         key
         for key in changed
-        if key not in _CHECKPOINT_KEYS or _absolute(before[key], there) != _absolute(now[key], Path())
+        if key not in CHECKPOINT_KEYS or _absolute(before[key], there) != _absolute(now[key], Path())
     ]
     step = first_changed_step(first.train, config.train)
     if step is None or step > trained:

@@ -121,7 +121,7 @@ def _differences(comparison: "Comparison", labels: list[str]) -> Table:
 
 def difference_rows(comparison: "Comparison") -> list[Row]:
     """Return the keys of the run files that differ, with a value of each run as text for one line."""
-    return [(key, [*map(_setting, comparison.runs, values)]) for key, values in comparison.differences.items()]
+    return [(key, [*map(_setting, comparison.runs, values)]) for key, values in comparison.named_differences().items()]
 
 
 def _setting(run: "ComparedRun", value: Any) -> str:

@@ -42,6 +42,31 @@ def test_one_trunk_spelled_twice_is_no_difference(here: Path) -> None:
     assert differences("a", "c", "d") == {"train.branch_from": [points[0], "other", None]}
 
 
+def test_a_trunk_is_called_by_its_run(here: Path) -> None:
+    make_run(Path("x/trunk"))
+    make_run(Path("y/trunk"))
+    points = ("x/trunk/checkpoints/step_0000010", "y/trunk", f"{here}/x/trunk", "b/checkpoints/step_1234567", "none")
+    for name, point in zip("abcde", points, strict=True):
+        make_run(Path(name), train={"branch_from": point})
+
+    def cells(*runs: str) -> list[str]:
+        [(key, values)] = difference_rows(compare_runs([*map(Path, runs)], text=None))
+        assert key == "train.branch_from"
+        return values
+
+    assert cells("a", "c", "d", "e") == ["trunk at step 10", "trunk", "b at step 1,234,567", "none"]
+    # a name that would stand for two runs stands for the first; those of compared runs are told apart
+    assert cells("a", "b") == ["trunk at step 10", "y/trunk"]
+    make_run(Path("f"), train={"branch_from": None, "init_from": "x/trunk"})
+    comparison = compare_runs([*map(Path, ("y/trunk", "x/trunk", "b", "f"))], text=None)
+    assert dict(difference_rows(comparison)) == {
+        "train.branch_from": ["null", "null", "y/trunk", "null"],
+        "train.init_from": ["null", "null", "null", "x/trunk"],
+    }
+    Path("y/trunk/config.yaml").write_text("[")
+    assert cells("b", "d") == ["y/trunk", "b at step 1,234,567"]
+
+
 def test_an_import_has_no_keys_of_training() -> None:
     trained = {"train": {"steps": 40, "global_batch": 16}, "data": {"split": 0.2, "dir": "data"}, "run": {"seed": 2}}
     make_run(Path("a"), **trained)

@@ -9,7 +9,8 @@ from configs.commands import typed_path
 from configs.paths import evaluation_folder
 from configs.precisions import DEFAULT_PRECISION
 from training.checkpoint.manifest import list_checkpoints
-from training.comparison.run import PLACE_KEYS, ComparedRun, read_runs
+from training.checkpoint.title import checkpoint_title, named_run
+from training.comparison.run import PLACE_KEYS, ComparedRun, name_of_run, read_runs
 from training.evaluation.kept import (
     checkpoint_reports,
     is_held_out,
@@ -20,6 +21,7 @@ from training.evaluation.kept import (
     text_name,
 )
 from training.evaluation.results import DIFFERENT_TOKENS, protocol_name, result_key
+from training.folder import CHECKPOINT_KEYS
 
 _SAME_PRECISION = f"Evaluate each in the same --precision; {DEFAULT_PRECISION} is the default"
 # They differ between any two runs; the labels show them.
@@ -77,6 +79,23 @@ class Comparison:
     differences: dict[str, list[Any]]
     notes: tuple[str, ...]
     unevaluated: tuple[str, ...]
+
+    def named_differences(self) -> dict[str, list[Any]]:
+        """Return `differences` with checkpoints called by their runs, where these are known."""
+        return {
+            key: self._titles(key, values) if key in CHECKPOINT_KEYS else values
+            for key, values in self.differences.items()
+        }
+
+    def _titles(self, key: str, values: list[Any]) -> list[Any]:
+        places = [run.place(key, value) for run, value in zip(self.runs, values, strict=True)]
+        runs = {run.run_dir.resolve(): run.label for run in self.runs}
+        for folder in (named_run(place) for place in places if place is not None):
+            name = name_of_run(folder)
+            if name is not None and name not in runs.values():  # else it would be taken for another run
+                runs.setdefault(folder, name)
+        titles = [None if place is None else checkpoint_title(place, runs=runs) for place in places]
+        return [title or value for title, value in zip(titles, values, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""

@@ -25,7 +25,7 @@ from training.checkpoint.manifest import (
 from training.comparison.text import WantedText
 from training.evaluation.kept import HELD_OUT, checkpoint_reports, newest_report, read_report
 from training.families.table import parameter_count
-from training.folder import with_dotted_keys
+from training.folder import CHECKPOINT_KEYS, with_dotted_keys
 from training.further_losses import PREFIX, fields_by_length, fields_by_source
 from training.metrics_reader import STEP_TIMES, read_steps
 from training.step_columns import StepColumns
@@ -49,7 +49,7 @@ STEP_FIELDS = (
 )
 
 # keys that name a place, which may be spelled differently
-PLACE_KEYS = ("data.dir", "data.tokenizer", "train.init_from", "train.branch_from")
+PLACE_KEYS = ("data.dir", "data.tokenizer", *CHECKPOINT_KEYS)
 # what the run file of an imported model says of it: the rest are values that an import has no others for
 _OF_IMPORTED = ("model.", "data.vocab_size", "data.sequence_length")
 
@@ -200,6 +200,13 @@ def _run_file(run_dir: Path) -> RunConfig:
         if file.is_file():
             return load_run(str(file))
     raise InputError(f"{run_dir} holds no run, there is no {files[0].name} in it: give a run.dir that was trained in")
+
+
+def name_of_run(run_dir: Path) -> str | None:
+    """Return the name of the run in a folder; None if there is none, or if it cannot be read."""
+    with suppress(InputError, OSError):
+        return _run_file(run_dir).run.name
+    return None
 
 
 def _newest_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:
