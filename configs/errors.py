@@ -41,10 +41,10 @@ def first_line(error: BaseException) -> str:
     """Return the first line of a library's message, shortened; the name of its type if it has none."""
     # the text of a KeyError is the key in quotes
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return shortened(next(iter(text.splitlines()), type(error).__name__))
+    return in_brief(next(iter(text.splitlines()), type(error).__name__))
 
 
-def shortened(text: str, *, most: int = 200) -> str:
+def in_brief(text: str, *, most: int = 200) -> str:
     """Return a foreign text as one line that may stand in a message: if it is too long, whole sentences or words of it.
 
     Args:

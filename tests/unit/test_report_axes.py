@@ -42,6 +42,33 @@ def test_axes_have_round_ticks_that_read_well() -> None:
     assert sizes == ["500 MB", "1 GB", "1.5 GB", "20 GB", "1.25 GB", "100 GB"]
 
 
+def test_the_ticks_of_an_axis_differ() -> None:
+    # what a branch of a long run shows: a narrow part of an axis far from 0
+    for values, unit, texts in (
+        ((-3.42e-3, -3.21e-3), "plain", ["-3.4e-3", "-3.35e-3", "-3.3e-3", "-3.25e-3"]),
+        ((1.0e-3, 1.01e-3), "plain", ["9.95e-4", "1e-3", "1.005e-3", "1.01e-3", "1.015e-3"]),
+        ((2.0e6, 2.01e6), "plain", ["1.99e6", "2e6", "2.01e6", "2.02e6"]),
+        ((100_000, 102_000), "count", ["100k", "100.5k", "101k", "101.5k", "102k"]),
+        ((2_000_000, 2_030_000), "count", ["2M", "2.005M", "2.01M", "2.015M", "2.02M", "2.025M", "2.03M"]),
+        ((80.0, 80.8), "gigabytes", ["80 GB", "80.5 GB", "81 GB"]),
+    ):
+        axis = fit_axis(values, unit=unit, pad=False)
+        assert axis.tick_texts() == texts
+
+
+def test_the_counts_of_the_plot_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "a")
+    steps = [{"step": step, "tokens_seen": 10_000_000 + 1_000 * step, "loss": 3.0} for step in range(1, 11)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    figures: list[Figure] = []
+    monkeypatch.setattr("training.comparison.plot.save_figure", lambda figure, path, **_: figures.append(figure))
+    draw_comparison(compare_runs([run], text=None), tmp_path / "comparison.png")
+    axis = figures[0].axes[-1].xaxis
+    texts = axis.get_major_formatter().format_ticks(axis.get_majorticklocs())
+    assert len({*texts}) == len(texts) > 3
+    assert "10.002M" in texts
+
+
 def test_axes_hold_the_largest_and_the_smallest_numbers() -> None:
     for values in ([20.0, 1e300], [1e-320, 1.0], [-1.7e308, 1.7e308], [1e308], [1e-310, 1e-309]):
         for logarithmic in (False, True):

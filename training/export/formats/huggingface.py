@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from configs.errors import InputError, TrainshortError, shortened
+from configs.errors import InputError, TrainshortError, in_brief
 from configs.schema import Model
 from training.export.formats.family_limits import huggingface_problem
 from training.export.formats.huggingface_config import make_config, save_configuration
@@ -238,7 +238,7 @@ def refusing_unreadable(folder: Path) -> Iterator[None]:
     except (*_BAD_CONFIGURATION, *_BAD_WEIGHTS) as error:
         if memory_error(error) is not None:
             raise
-        said = shortened(str(error).rstrip(".")) or type(error).__name__
+        said = in_brief(str(error).rstrip(".")) or type(error).__name__
         if isinstance(error, _BAD_WEIGHTS):
             raise InputError(f"{folder} has weights that cannot be read ({said}): download it again") from None
         raise InputError(
