@@ -65,7 +65,7 @@ def fit_axis(
         unit: How they are written.
         from_zero: Whether the axis begins at 0.
         may_be_logarithmic: Whether it is logarithmic where the values span much.
-        pad: Whether to leave room beyond the smallest and the largest value.
+        pad: Whether to leave room beyond the smallest and the largest value, much where they are nearly equal.
     """
     known = [*values]
     low, high = _within_range(min(known)), _within_range(max(known))
@@ -74,8 +74,9 @@ def fit_axis(
         low, high = low / ratio, high * ratio
         return ChartAxis(low, high, True, unit, logarithmic_ticks(low, high))
     low = min(0.0, low) if from_zero else low
-    # a range of at least a hundredth of the value, so that rounding does not look like a cliff
-    margin = max(high - low, 0.01 * max(abs(high), abs(low))) or 1.0
+    margin = high - low
+    if pad or not margin:  # at least a hundredth of the value, so that rounding does not look like a cliff
+        margin = max(margin, 0.01 * max(abs(high), abs(low))) or 1.0
     if high - low < margin:
         low, high = (low if from_zero else low - margin / 2), high + margin / 2
     if pad:
