@@ -128,6 +128,11 @@ def certificates_path(run_dir: Path) -> Path:
     return run_dir / "certificates.jsonl"
 
 
+def study_file(folder: Path) -> Path:
+    """Return the results of the study whose folder it is, as JSON."""
+    return folder / "study.json"
+
+
 def incarnation_file(run_dir: Path) -> Path:
     """Return the file that identifies the newest start of a run."""
     return run_dir / "incarnation"

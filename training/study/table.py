@@ -10,14 +10,14 @@ from typing import Any
 from configs.errors import MachineError
 from configs.figures import byte_size, duration, perplexity_text, scaled
 from configs.files import write_whole
-from configs.paths import run_folder
+from configs.paths import run_folder, study_file
 from configs.study import LoadedStudy, PlannedRun
 from training.checkpoint.title import checkpoint_title
 from training.evaluation.results import DIFFERENT_TOKENS
 from training.folder import CHECKPOINT_KEYS
 from training.study.rows import StudyRow
 
-TABLE_NAME, FIGURE_NAME = "study", "study.png"
+FIGURE_NAME = "study.png"
 NOT_MEASURED = "-"
 RUN_COLUMNS = ("run", "seed", "differs in", "parameters", "tokens", "time", "tokens/s", "peak memory", "loss")
 
@@ -247,7 +247,8 @@ def write_table(table: StudyTable) -> tuple[Path, Path]:
         MachineError: it cannot be written.
     """
     folder = table.loaded.folder
-    as_json, markdown = folder / f"{TABLE_NAME}.json", folder / f"{TABLE_NAME}.md"
+    as_json = study_file(folder)
+    markdown = as_json.with_suffix(".md")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(as_json, json.dumps(table.to_json(), indent=1, allow_nan=False) + "\n")
