@@ -77,6 +77,7 @@ def write_page(comparison: "Comparison", path: Path) -> None:
     """
     text = render_page(comparison)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
             # a name of a file that is not UTF-8 is shown with escapes
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -126,6 +126,7 @@ def test_the_page_of_a_checkpoint_is_not_that_of_its_run(trainshort: Call) -> No
     written(trainshort, "link", page="run/report-step_0000010.html")
     with contextlib.chdir("run"):
         written(trainshort, ".", page="report.html")
+    written(trainshort, "run", "--out", "new/folder/page.html", page="new/folder/page.html")
 
 
 def test_a_rollback_is_part_of_the_cost(trainshort: Call) -> None:
@@ -350,6 +351,6 @@ def test_a_file_that_is_no_page_is_never_overwritten(trainshort: Call) -> None:
     assert refused(trainshort, "report", "run", "--out", "page.txt").endswith("the page is HTML, write --out page.html")
     for _ in range(2):  # its own page is replaced
         written(trainshort, "run", "--out", "page.html", page="page.html")
-    answer = trainshort("report", "run", "--out", "none/page.html")
-    assert (answer.code, answer.error[:36]) == (3, "error: page none/page.html cannot be")
+    answer = trainshort("report", "run", "--out", "/proc/none/page.html")
+    assert (answer.code, answer.error[:42]) == (3, "error: page /proc/none/page.html cannot be")
     assert {path.name for path in Path().iterdir()} == {"run", "mine.html", "folder.html", "page.html"}
