@@ -11,7 +11,7 @@ from configs.paths import data_folder, run_folder
 from configs.schema import RunConfig
 from configs.terminal import printable
 from launch.show.console import show_lines, show_table, wide_table
-from training.checkpoint.manifest import find_checkpoint
+from training.checkpoint.manifest import read_manifest
 from training.export.formats.table import export_problems
 from training.families.table import parameter_count
 from training.least_density import attention_here
@@ -60,8 +60,11 @@ def _begins_at(config: RunConfig) -> TrainState:
     """Return where a run begins: of a branch after the steps of its trunk, of other sizes, if they can be read."""
     trunk = None
     if config.train.branch_from is not None:
+        from training.folder import with_fixed_keys  # here: it imports numpy
+
         with suppress(InputError):  # a note says so
-            trunk = find_checkpoint(Path(config.train.branch_from), warn=False)[1]
+            fixed = with_fixed_keys(config, run_dir=run_folder(config)).train
+            trunk = read_manifest(Path(str(fixed.branch_from)))
     return trunk if trunk is not None and trunk.step < config.train.steps else TrainState(0, 0)
 
 

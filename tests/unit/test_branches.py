@@ -264,6 +264,7 @@ def test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start(rank: OneRank, t
     (branch / "metrics.jsonl").write_text('{"step": 4}\n')
     assert ready(rank, branch, *keys).train.branch_from == newest
     assert ready(rank, branch, f"train.branch_from={newest}", "train.steps=9").train.branch_from == newest
+    assert run_summary(rank.config(branch, *keys), device="cpu", notes=[])["first_step"] == STEPS, "not the newer one's"
     for changed in (f"train.branch_from={trunk}", "train.branch_from=null"):
         with pytest.raises(InputError, match=r"would change: train.branch_from was "):
             with_fixed_keys(rank.config(branch, changed, "train.steps=9"), run_dir=branch)
