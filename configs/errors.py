@@ -10,6 +10,8 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 
+_CUT = " ..."
+
 
 class TrainshortError(Exception):
     """Base class. The message says what is wrong, the value seen and what to do."""
@@ -36,10 +38,25 @@ class LostPeers(TrainshortError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's message, at most 200 characters; the name of its type if it has none."""
+    """Return the first line of a library's message, shortened; the name of its type if it has none."""
     # the text of a KeyError is the key in quotes
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return next(iter(text.splitlines()), type(error).__name__)[:200]
+    return in_brief(next(iter(text.splitlines()), type(error).__name__))
+
+
+def in_brief(text: str, *, most: int = 200) -> str:
+    """Return a foreign text as one line that may stand in a message: if it is too long, whole sentences or words of it.
+
+    Args:
+        text: The text.
+        most: Characters that it may have.
+    """
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    kept = line[: most - len(_CUT)]
+    sentences, words = kept.rpartition(". ")[0].rstrip(), kept.rpartition(" ")[0]
+    return (sentences if len(sentences) > most // 2 else words or kept) + _CUT
 
 
 def not_prepared(folder: Path) -> InputError:

@@ -1,9 +1,11 @@
 """Figures as a person reads them: times, counts, sizes. Each has about three digits, and one form everywhere."""
 
+from collections.abc import Callable, Sequence
 from math import isqrt
 
 JOULES_PER_KWH = 3.6e6
 _LARGEST_DIVIDED = 10**12
+_MOST_DIGITS = 12
 
 
 def duration(seconds: float) -> str:
@@ -16,14 +18,28 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours < 48 else f"{hours // 24}d{hours % 24:02}h"
 
 
-def scaled(number: float) -> str:
+def scaled(number: float, digits: int = 3) -> str:
     """Return a count with a letter for its thousands: 999, 36.7k, 1.23M, 1.36B, 1.40T."""
-    return "".join(_in_thousands(number, ("", "k", "M", "B", "T")))
+    return "".join(_in_thousands(number, ("", "k", "M", "B", "T"), digits))
 
 
-def byte_size(number: float) -> str:
+def byte_size(number: float, digits: int = 3) -> str:
     """Return a number of bytes: 512 B, 340 MB, 1.23 GB; of 10^3, 10^6, 10^9 bytes."""
-    return " ".join(_in_thousands(number, ("B", "kB", "MB", "GB", "TB")))
+    return " ".join(_in_thousands(number, ("B", "kB", "MB", "GB", "TB"), digits))
+
+
+def told_apart(values: Sequence[float], write: Callable[[float, int], str]) -> list[str]:
+    """Return values, as those of an axis, as texts of three digits, or of as many as tell them apart.
+
+    Args:
+        values: Finite values.
+        write: Returns a value as a text of some digits.
+    """
+    for digits in range(3, _MOST_DIGITS):
+        texts = [write(value, digits) for value in values]
+        if len(set(texts)) == len(set(values)):
+            return texts
+    return [write(value, _MOST_DIGITS) for value in values]
 
 
 def energy(joules: float) -> str:
@@ -46,14 +62,14 @@ def perplexity_text(value: float) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _in_thousands(number: float, units: tuple[str, ...]) -> tuple[str, str]:
+def _in_thousands(number: float, units: tuple[str, ...], digits: int) -> tuple[str, str]:
     first, *larger = units
     if number < 999.5:
-        return f"{number:.3g}", first
+        return f"{number:.{digits}g}", first
     for unit in larger:
         number /= 1000
         if number < 999.5:
-            return f"{number:#.3g}".rstrip("."), unit
+            return f"{number:#.{digits}g}".rstrip("."), unit
     return f"{number:,.0f}", units[-1]
 
 

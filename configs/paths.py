@@ -26,7 +26,9 @@ def started_in(run_dir: Path, *, named: str) -> Path:
         run_dir: The run folder, found from here.
         named: Its `run.dir`.
     """
-    place, parts = run_dir.absolute().parts, Path(named).parts  # its link, as it was named, not what that points to
+    # its link, as it was named, not what that points to
+    place = (run_dir.resolve() if ".." in run_dir.parts else run_dir.absolute()).parts
+    parts = Path(named).parts
     is_told = 0 < len(parts) < len(place) and place[-len(parts) :] == parts
     return Path(*place[: -len(parts)]) if is_told else Path()
 
@@ -124,6 +126,11 @@ def discarded_metrics_path(run_dir: Path) -> Path:
 def certificates_path(run_dir: Path) -> Path:
     """Return the file that has a line of JSON per start: what it measured of its ranks' positions."""
     return run_dir / "certificates.jsonl"
+
+
+def study_file(folder: Path) -> Path:
+    """Return the results of the study whose folder it is, as JSON."""
+    return folder / "study.json"
 
 
 def incarnation_file(run_dir: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError
+from configs.errors import InputError, in_brief
 from data_pipeline.reading import OnRead, iter_lines
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -63,7 +63,7 @@ def parquet_texts(path: Path, on_read: OnRead) -> Iterator[str]:
                         yield _text({"text": text}, f"data source {path}, row {row}")
                 on_read(group_bytes)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = in_brief(str(error), most=120)
         raise InputError(f"data source {path} is broken after row {row} ({reason}): write or copy it again") from None
 
 

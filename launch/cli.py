@@ -28,7 +28,7 @@ from launch.commands.study import study_commands
 from launch.commands.track import track_commands
 from launch.commands.watch import watch_commands
 from launch.complete import COMPLETE_VARIABLE
-from launch.failure import explain_refused_place, report_failure
+from launch.failure import explain_refused_place, report_failure, require_current_folder
 from launch.local import STOPPED_BY_HAND
 from launch.show.streams import ready_streams, write_output
 from training.out_of_memory import explain_out_of_memory
@@ -146,6 +146,7 @@ def run_command_line() -> None:
     logging.getLogger().setLevel(logging.INFO)
     try:
         check_frozen()
+        require_current_folder()
         with explain_refused_place(), explain_out_of_memory():
             code = _run_parser(color=color)
         write_output("")  # flush the help text

@@ -31,7 +31,7 @@ def report_failure(message: str, *, code: int) -> int:
 
 @contextmanager
 def explain_refused_place() -> Iterator[None]:
-    """Report a file or folder that may not be used here, and a current folder that is gone: neither is our mistake.
+    """Report a file or folder that may not be used here, and a current folder that goes: neither is our mistake.
 
     Raises:
         MachineError: names it.
@@ -39,10 +39,7 @@ def explain_refused_place() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not _has_current_folder():
-            raise MachineError(
-                "the folder in which this was started does not exist any more: change to one that does"
-            ) from None
+        require_current_folder()
         if error.errno not in _REFUSED_BY_DISK or error.filename is None:
             raise
         raise MachineError(
@@ -50,12 +47,18 @@ def explain_refused_place() -> Iterator[None]:
         ) from None
 
 
-def _has_current_folder() -> bool:
+def require_current_folder() -> None:
+    """Check that the current folder is there: in one that is gone, torch's library for matrices ends the process.
+
+    Raises:
+        MachineError: it is gone.
+    """
     try:
         os.getcwd()
     except OSError:
-        return False
-    return True
+        raise MachineError(
+            "the folder in which this was started does not exist any more: change to one that does"
+        ) from None
 
 
 @contextmanager

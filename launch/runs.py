@@ -22,6 +22,7 @@ from configs.paths import (
     metrics_path,
     own_data_folder,
     slurm_folder,
+    study_file,
 )
 from configs.saved import NotYamlError, saved_values
 from training.checkpoint.manifest import CheckpointFolder, list_checkpoints
@@ -111,8 +112,10 @@ def find_runs(folder: Path) -> list[Path]:
 
 def is_run_folder(path: Path) -> bool:
     """Return whether a run was prepared, submitted, started or saved in a folder; a checkpoint is not a run folder."""
-    marks = (incarnation_file(path), chain_file(path), record_file(path), own_data_folder(path) / MANIFEST_NAME)
+    marks = [incarnation_file(path), chain_file(path)]
     try:
+        if not study_file(path).is_file():  # a study's data and MLflow run are those of its runs
+            marks += [record_file(path), own_data_folder(path) / MANIFEST_NAME]
         if any(mark.is_file() for mark in marks) or list_checkpoints(path):
             return True
         # a checkpoint holds a run file too, and so does the folder of a submission

@@ -1,4 +1,4 @@
-"""What `check` says beyond the run file: what `prepare` and `train` would refuse or resume.
+"""What `check` says of a valid run file: what `prepare` and `train` would refuse, resume or not use.
 
 A user types `check` often: what takes a tenth of a second to import, numpy first, is imported where it is needed.
 """
@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.choices import OPTIMIZERS
 from configs.errors import InputError, TrainshortError, not_prepared
 from configs.paths import (
     MANIFEST_NAME,
@@ -17,7 +18,7 @@ from configs.paths import (
     data_folder,
     run_folder,
 )
-from configs.schema import Data, RunConfig
+from configs.schema import Data, RunConfig, Train
 from data_pipeline.sources import check_source, require_tokenizer
 from parallel.compilers import check_compiling
 
@@ -29,7 +30,7 @@ OPENED_FILES = 50
 
 
 def check_notes(config: RunConfig, *, device: str, environ: Mapping[str, str]) -> list[str]:
-    """Return what `prepare` and `train` would refuse or resume, a line each. Reads little, writes nothing.
+    """Return what `prepare` and `train` would refuse, resume or not use, a line each. Reads little, writes nothing.
 
     Args:
         config: The run file with its overrides.
@@ -42,7 +43,24 @@ def check_notes(config: RunConfig, *, device: str, environ: Mapping[str, str]) -
         partial(_check_store, config, environ),
         partial(check_compiling, config.train.compile, device=device, environ=environ),
     )
-    return [*_data_notes(config, prepared), *(note for check in checks for note in _answer(check))]
+    return [
+        *_data_notes(config, prepared),
+        *(note for check in checks for note in _answer(check)),
+        *_unused_notes(config.train),
+    ]
+
+
+def _unused_notes(train: Train) -> Iterator[str]:
+    """Yield what has no effect, and is legal: studies change the optimizer alone."""
+    if (
+        train.momentum != Train.model_fields["momentum"].default
+        and OPTIMIZERS[train.optimizer].moments_of_matrices is None
+    ):
+        using = " or ".join(row.name for row in OPTIMIZERS.values() if row.moments_of_matrices is not None)
+        yield (
+            f"train.momentum is {train.momentum}, but train.optimizer {train.optimizer} does not use it: remove it, or "
+            f"set train.optimizer to {using}"
+        )
 
 
 def _data_notes(config: RunConfig, prepared: "list[Prepared]") -> Iterator[str]:

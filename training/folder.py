@@ -28,7 +28,7 @@ from configs.train_rules import train_problems
 from data_pipeline.manifest import same_content, same_inputs
 from parallel.layout import Layout
 from parallel.start import environment, slurm_job
-from training.checkpoint.manifest import CONFIG_NAME, find_checkpoint, list_checkpoints
+from training.checkpoint.manifest import CONFIG_NAME, Manifest, find_checkpoint, list_checkpoints
 from training.incarnation import Fence, begin_incarnation
 from training.metrics_reader import newest_step
 from training.schedule import first_changed_step
@@ -58,7 +58,7 @@ MAY_CHANGE = (
 # keys that name the data: the same data in another place, or spelled differently, is not a change
 _DATA_KEYS = ("data.dir", "data.sources", "data.tokenizer")
 # keys that name a checkpoint, which may be spelled differently
-_CHECKPOINT_KEYS = ("train.init_from", "train.branch_from")
+CHECKPOINT_KEYS = ("train.init_from", "train.branch_from")
 # keys that may change while the learning rates of all steps that were taken stay the same
 _SCHEDULE_KEYS = ("train.decay_steps", "train.cooldown_steps")
 
@@ -83,7 +83,8 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path, warn: bool = False) -> 
         config = _with_train(config, cooldown_steps=before.train.cooldown_steps)
     if config.train.branch_from is not None and (before is None or not _has_trained(run_dir)):
         # A run folder's newest checkpoint may be another one at the next start.
-        config = _with_train(config, branch_from=str(find_checkpoint(Path(config.train.branch_from), warn=warn)[0]))
+        trunk, _ = named_checkpoint(Path(config.train.branch_from), key="train.branch_from", warn=warn)
+        config = _with_train(config, branch_from=str(trunk))
         before = before and _with_train(before, branch_from=config.train.branch_from)
     elif before is not None:
         config = with_fixed_branch(config, first=before)
@@ -93,6 +94,18 @@ def with_fixed_keys(config: RunConfig, *, run_dir: Path, warn: bool = False) -> 
     for problem in train_problems(config):  # with the schedule's steps that the first start fixed
         raise InputError(problem)
     return config
+
+
+def named_checkpoint(path: Path, *, key: str, warn: bool = True) -> tuple[Path, Manifest]:
+    """Return the checkpoint that a key of the run file names, and its manifest; see `find_checkpoint`.
+
+    Raises:
+        InputError: there is no checkpoint, or none is whole; names the key.
+    """
+    try:
+        return find_checkpoint(path, warn=warn)
+    except InputError as error:
+        raise InputError(f"{key} {path}: {error}") from None
 
 
 def _has_trained(run_dir: Path) -> bool:
@@ -204,7 +217,7 @@ def refuse_changes(first: RunConfig, config: RunConfig, *, run_dir: Path, traine
     changed = [
         key
         for key in changed
-        if key not in _CHECKPOINT_KEYS or _absolute(before[key], there) != _absolute(now[key], Path())
+        if key not in CHECKPOINT_KEYS or _absolute(before[key], there) != _absolute(now[key], Path())
     ]
     step = first_changed_step(first.train, config.train)
     if step is None or step > trained:

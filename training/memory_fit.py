@@ -6,7 +6,7 @@ from typing import Any
 from configs.schema import RunConfig
 from parallel.layout import Layout
 from training.host_memory import MemoryLimit
-from training.memory import MemoryEstimate, estimate_memory, evaluation_weights
+from training.memory import CPU_OVERHEAD, GPU_OVERHEAD, MemoryEstimate, estimate_memory, evaluation_weights
 from training.memory_changes import MemoryChange, memory_changes
 from training.simpler_layouts import MARGIN, SimplerLayout, simpler_layout
 
@@ -35,6 +35,16 @@ class AvailableMemory:
             return None
         return estimate.largest <= self.size and not self.lacks_host(estimate, ranks=ranks)
 
+    @property
+    def libraries(self) -> int:
+        """Bytes that Python and libraries take before anything of a run."""
+        return GPU_OVERHEAD if self.on_gpu else CPU_OVERHEAD
+
+    @property
+    def is_too_small(self) -> bool:
+        """Whether no run fits; not if the memory is not known."""
+        return self.size is not None and self.size <= self.libraries
+
     def lacks_host(self, estimate: MemoryEstimate, *, ranks: int) -> bool:
         """Return whether the ranks of a machine need more of its memory than it has; not if nothing is known of it."""
         return self.host is not None and estimate.host(ranks=min(ranks, self.gpus)) > self.host.size
@@ -49,7 +59,7 @@ class MemoryFit:
         estimate: What its ranks will hold.
         available: What one rank can have.
         changes: What needs less, in the order in which to try it, each with its estimate; empty if the largest rank
-            fits.
+            fits, and where no run does.
         simpler: A layout with fewer splits that fits the same GPUs; None if there is none, or if they are not known.
         evaluation: Bytes of the weights on the largest rank of `evaluate`.
         evaluation_ranks: Ranks of `evaluate`.
@@ -67,7 +77,7 @@ class MemoryFit:
     def evaluation_fits(self) -> bool | None:
         """Whether the weights leave `evaluate` room to compute on a GPU; None if none is known."""
         size = self.available.size if self.available.on_gpu else None
-        return None if size is None else self.evaluation <= MARGIN * size
+        return None if size is None else self.evaluation <= MARGIN * size and not self.available.is_too_small
 
     @property
     def fits(self) -> bool | None:
@@ -112,7 +122,7 @@ def fit_memory(config: RunConfig, *, layout: Layout, available: AvailableMemory)
     """
     estimate = estimate_memory(config, layout=layout, on_gpu=available.on_gpu)
     changes = []
-    if available.size is not None and estimate.largest > available.size:
+    if available.size is not None and available.libraries < available.size < estimate.largest:
         for change in memory_changes(config, layout=layout, on_gpu=available.on_gpu):
             then = estimate_memory(change.config, layout=change.layout, on_gpu=available.on_gpu)
             if then.largest < estimate.largest:

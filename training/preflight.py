@@ -27,7 +27,7 @@ from training.checkpoint.manifest import (
     step_folder,
 )
 from training.export.while_training import check_export_every
-from training.folder import another_run, with_dotted_keys, with_fixed_keys
+from training.folder import another_run, named_checkpoint, with_dotted_keys, with_fixed_keys
 from training.rollbacks import rollbacks_of
 from training.same_model import model_difference
 from training.schedule import first_changed_step, zero_from
@@ -219,7 +219,7 @@ def check_init_from(path: Path, *, config: RunConfig, prepared: Prepared | None,
     Raises:
         InputError: there is no checkpoint, or it does not fit the run or its data.
     """
-    folder, manifest = find_checkpoint(path, warn=warn)
+    folder, manifest = named_checkpoint(path, key="train.init_from", warn=warn)
     subject = f"train.init_from {folder}"
     _require_same_model(load_run(str(folder / CONFIG_NAME)).model, config.model, subject=subject)
     if prepared is not None and manifest.tokenizer_sha256 != prepared.tokenizer_sha256:
@@ -248,7 +248,7 @@ def check_branch(path: Path, *, config: RunConfig, prepared: Prepared | None, wa
         InputError: there is no checkpoint, it has no optimizer state or as many steps as the run, or it is of another
             model, optimizer or data.
     """
-    folder, manifest = find_checkpoint(path, warn=warn)
+    folder, manifest = named_checkpoint(path, key="train.branch_from", warn=warn)
     subject, instead = f"train.branch_from {folder}", "or take its weights alone with train.init_from"
     source = load_run(str(folder / CONFIG_NAME))
     _require_same_model(source.model, config.model, subject=subject)

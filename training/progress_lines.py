@@ -34,19 +34,19 @@ def tokens_between(first: int, last: int, config: RunConfig) -> int:
     return (samples_until(last, config.train) - samples_until(first, config.train)) * config.data.sequence_length
 
 
-def step_tokens(config: RunConfig) -> str:
-    """Return the tokens of a step: 1,024, or 256 to 1,024 if the run takes smaller batches first."""
-    return _first_to_last([size.batch * config.data.sequence_length for size in _sizes(config)])
+def step_tokens(config: RunConfig, *, after: int = 0) -> str:
+    """Return the tokens of a step after some: 1,024, or 256 to 1,024 if the run takes smaller batches first."""
+    return _first_to_last([size.batch * config.data.sequence_length for size in _sizes(config, after=after)])
 
 
-def step_lengths(config: RunConfig) -> str:
-    """Return the lengths of a run's sequences: 1,024, or 256 to 1,024 if the run takes shorter ones first."""
-    return _first_to_last([size.length for size in _sizes(config)])
+def step_lengths(config: RunConfig, *, after: int = 0) -> str:
+    """Return the lengths of sequences after some steps: 1,024, or 256 to 1,024 if the run takes shorter ones first."""
+    return _first_to_last([size.length for size in _sizes(config, after=after)])
 
 
-def _sizes(config: RunConfig) -> list[StepSize]:
-    """Return the smallest and the largest step: the first and the last, which may lie in a warm-up."""
-    return [size_of(step, config) for step in (1, config.train.steps)]
+def _sizes(config: RunConfig, *, after: int) -> list[StepSize]:
+    """Return the smallest and the largest step after some: the first and the last, which may lie in a warm-up."""
+    return [size_of(step, config) for step in (after + 1, config.train.steps)]
 
 
 def _first_to_last(numbers: Sequence[int]) -> str:
@@ -67,11 +67,12 @@ def start_lines(ready: "Ready", *, device: str) -> list[str]:
     past_fall = min(steps_left, train.steps - schedule_steps(train)) if SCHEDULES[train.schedule].falls else 0
     least = f"; the last {past_fall:,} at train.min_learning_rate" if past_fall > 0 else ""
     in_all, left = tokens_in_all(config, start=ready.start), tokens_between(ready.start.step, train.steps, config)
+    each = step_tokens(config, after=ready.start.step)  # those before may have had other sizes, of a branch's trunk
     ranks = counted(ready.layout.world_size, "CPU rank" if device == "cpu" else "GPU rank")
     return [
         f"{now}  {config.run.name} in {ready.run_dir}",
-        f"{parameters:,} parameters; {train.steps:,} steps of {step_tokens(config)} tokens, {scaled(in_all)} in all",
-        f"to go: {counted(steps_left, 'step')}, {scaled(left)} tokens{least}",
+        f"{parameters:,} parameters; {train.steps:,} steps, {scaled(in_all)} tokens in all",
+        f"to go: {counted(steps_left, 'step')}, {scaled(left)} tokens, {each} a step{least}",
         f"{ranks}: {ready.layout}, {train.precision}",
         f"attention {attention_here(config, device=device)}",
     ]

@@ -251,7 +251,7 @@ def report_command(
             metavar="FILE.html",
             parser=path_of,
             help="The page; only a page of this command is ever overwritten.  "
-            "[default: RUN_DIR/report.html, of several runs comparison.html]",
+            "[default: RUN_DIR/report.html, of a checkpoint RUN_DIR/report-NAME.html, of several comparison.html]",
         ),
     ] = None,
     text: Annotated[
@@ -267,10 +267,9 @@ def report_command(
 
     comparison = compare_runs(runs, text=text)
 
-    from launch.show.page import check_page_file, write_page
+    from launch.show.page import check_page_file, default_page, write_page
 
-    one = comparison.runs[0].run_dir if len(comparison.runs) == 1 else None
-    page = out or (one / "report.html" if one else Path("comparison.html"))
+    page = out or default_page(comparison)
     check_page_file(page)
     write_page(comparison, page)
     logger.info("page: %s", page)

@@ -50,6 +50,7 @@ def study_command(
     loaded = load_study(study, overrides=overrides)
     execution = StudyExecution(loaded, only=only or [])
     if dry_run:
+        execution.check()
         show_plan(loaded, execution.chosen, unprepared=execution.unprepared())
         return
     with sole_study(loaded):

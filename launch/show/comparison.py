@@ -13,6 +13,7 @@ from launch.show.console import narrow_table, output_width, show_folded, show_li
 
 if TYPE_CHECKING:
     from training.comparison.comparison import Comparison, TextResults
+    from training.comparison.run import ComparedRun
 
 _NOT_KNOWN = "-"
 _LOSS = "{:.4f}".format
@@ -113,15 +114,21 @@ def _differences(comparison: "Comparison", labels: list[str]) -> Table:
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.overflow = "fold"
-    for key, values in comparison.differences.items():
-        table.add_row(key, *map(setting_text, values))
+    for key, cells in difference_rows(comparison):
+        table.add_row(key, *cells)
     return table
+
+
+def difference_rows(comparison: "Comparison") -> list[Row]:
+    """Return the keys of the run files that differ, with a value of each run as text for one line."""
+    return [(key, [*map(_setting, comparison.runs, values)]) for key, values in comparison.named_differences().items()]
+
+
+def _setting(run: "ComparedRun", value: Any) -> str:
+    if value is None and run.is_imported:  # its run file may say nothing of the key
+        return _NOT_KNOWN
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _steps(run: dict[str, Any]) -> str:
     return f"{run['step']:,}" if run["step"] == run["steps"] else f"{run['step']:,} of {run['steps']:,}"
-
-
-def setting_text(value: Any) -> str:
-    """Return the value of a key as text for one line."""
-    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

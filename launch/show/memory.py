@@ -46,7 +46,8 @@ def _evaluation(fit: MemoryFit) -> list[str]:
         return [held]
     if fit.evaluation_fits:
         return [f"{held}, which fits"]
-    return [f"{held}, which leaves no room", "  raise evaluate.tensor or evaluate.pipeline"]
+    advice = [] if fit.available.is_too_small else ["  raise evaluate.tensor or evaluate.pipeline"]
+    return [f"{held}, which leaves no room", *advice]
 
 
 def _verdict(fit: MemoryFit) -> list[str]:
@@ -61,12 +62,16 @@ def _verdict(fit: MemoryFit) -> list[str]:
         changes = [f"set {key} to {_WITHOUT[key]}" for key in _host_keys(fit)]
         return [*lines, ", or ".join([*changes, "use a machine with more memory"])]
     lines.append(f"it does not fit {fit.available.name}")
+    if fit.available.is_too_small:
+        lines.append(f"Python and libraries alone take {byte_size(fit.available.libraries)} of a rank's memory")
     if fit.changes:
         lines.append("to need less memory, change the first of these that you can:")
     for change, then in fit.changes:
         enough = ", which fits" if fit.available.holds(then, ranks=change.layout.world_size) else ""
         lines += [f"  {line}: {byte_size(then.largest)}{enough}" for line in change_lines([change])]
     more = f"use a {'GPU' if fit.available.on_gpu else 'machine'} with more memory"
+    if fit.available.is_too_small and not fit.available.on_gpu and fit.layout.world_size > 1:  # they share it
+        more += ", or fewer ranks"
     lines.append(f"or {more}" if fit.changes else more)
     return lines if fit.available.on_gpu else [*lines, _FOR_A_GPU]
 

@@ -13,7 +13,7 @@ from configs.errors import MachineError
 from configs.figures import perplexity_text
 from configs.files import whole_file
 from configs.terminal import printable
-from launch.show.comparison import Row, figure_rows, setting_text
+from launch.show.comparison import Row, difference_rows, figure_rows
 from training.evaluation.results import is_whole
 from training.own_file import check_own_file
 from training.page.curves import perplexity_charts, training_charts
@@ -51,6 +51,14 @@ class LengthTable:
     rows: list[tuple[int, str, str, list[str]]]
 
 
+def default_page(comparison: "Comparison") -> Path:
+    """Return where a page is written if nothing else is said: that of one checkpoint is not that of its run."""
+    if len(comparison.runs) > 1:
+        return Path("comparison.html")
+    (run,) = comparison.runs
+    return run.run_dir / ("report.html" if run.path == run.run_dir else f"report-{run.checkpoint}.html")
+
+
 def check_page_file(path: Path) -> None:
     """Refuse a path whose file is not a page that `write_page` wrote: it would be overwritten.
 
@@ -69,6 +77,7 @@ def write_page(comparison: "Comparison", path: Path) -> None:
     """
     text = render_page(comparison)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, mark=f".{secrets.token_hex(4)}") as temporary:
             # a name of a file that is not UTF-8 is shown with escapes
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -100,9 +109,7 @@ def render_page(comparison: "Comparison") -> str:
         figures=figures,
         tiles=[*_length_tiles(comparison), *_tiles(figures)] if one else [],
         tables=[_length_table(comparison, text) for text in comparison.texts],
-        differences=[
-            (key, [setting_text(value) for value in values]) for key, values in comparison.differences.items()
-        ],
+        differences=difference_rows(comparison),
         notes=[note for note in comparison.notes if note not in comparison.unevaluated],
         losses=[chart for chart in training if chart.is_large],
         training=[chart for chart in training if not chart.is_large],

@@ -11,7 +11,7 @@ from configs.paths import data_folder, run_folder
 from configs.schema import RunConfig
 from configs.terminal import printable
 from launch.show.console import show_lines, show_table, wide_table
-from training.checkpoint.manifest import find_checkpoint
+from training.checkpoint.manifest import read_manifest
 from training.export.formats.table import export_problems
 from training.families.table import parameter_count
 from training.least_density import attention_here
@@ -30,7 +30,7 @@ def run_summary(config: RunConfig, *, device: str, notes: Sequence[str]) -> dict
         device: Device type of this machine's ranks: cpu or cuda.
         notes: What it noticed.
     """
-    parallel, model = config.parallel, config.model
+    parallel, model, start = config.parallel, config.model, _begins_at(config)
     return {
         "run": config.run.name,
         "dir": str(run_folder(config)),
@@ -42,10 +42,11 @@ def run_summary(config: RunConfig, *, device: str, notes: Sequence[str]) -> dict
         "parameters": parameter_count(model, vocab_size=config.data.vocab_size),
         "sequence_length": config.data.sequence_length,
         "tokens_per_step": config.train.global_batch * config.data.sequence_length,
-        "step_tokens": step_tokens(config),
-        "step_lengths": step_lengths(config),
-        "tokens": _tokens_of(config),
+        "step_tokens": step_tokens(config, after=start.step),
+        "step_lengths": step_lengths(config, after=start.step),
+        "tokens": tokens_in_all(config, start=start),
         "steps": config.train.steps,
+        "first_step": start.step + 1,
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
         "zero": parallel.zero,
@@ -55,13 +56,16 @@ def run_summary(config: RunConfig, *, device: str, notes: Sequence[str]) -> dict
     }
 
 
-def _tokens_of(config: RunConfig) -> int:
-    """Return the tokens of all steps; those before a branch had the batch of its trunk, if that can be read."""
-    start = TrainState(0, 0)
+def _begins_at(config: RunConfig) -> TrainState:
+    """Return where a run begins: of a branch after the steps of its trunk, of other sizes, if they can be read."""
+    trunk = None
     if config.train.branch_from is not None:
+        from training.folder import with_fixed_keys  # here: it imports numpy
+
         with suppress(InputError):  # a note says so
-            start = find_checkpoint(Path(config.train.branch_from), warn=False)[1]
-    return tokens_in_all(config, start=start)
+            fixed = with_fixed_keys(config, run_dir=run_folder(config)).train
+            trunk = read_manifest(Path(str(fixed.branch_from)))
+    return trunk if trunk is not None and trunk.step < config.train.steps else TrainState(0, 0)
 
 
 def show_summary(summary: dict[str, Any]) -> None:
@@ -72,7 +76,7 @@ def show_summary(summary: dict[str, Any]) -> None:
         f"  model     {summary['layers']} layers x {summary['hidden']} x {summary['heads']} heads, "
         f"{summary['position']}: {summary['parameters']:,} parameters",
         f"  attention {summary['attention']}",
-        f"  training  {summary['steps']:,} steps of {summary['step_tokens']} tokens "
+        f"  training  {_steps(summary)} of {summary['step_tokens']} tokens "
         f"({summary['tokens']:,} in all) at length {summary['step_lengths']}",
         f"  layout    tensor {summary['tensor']} x pipeline {summary['pipeline']}, ZeRO-{summary['zero']}: "
         f"ranks in multiples of {model_ranks}",
@@ -80,6 +84,11 @@ def show_summary(summary: dict[str, Any]) -> None:
         *(f"  export    {problem}" for problem in dict.fromkeys(summary["export_problems"].values())),
         *(f"note: {note}" for note in summary["notes"]),
     )
+
+
+def _steps(summary: dict[str, Any]) -> str:
+    first, last = summary["first_step"], summary["steps"]
+    return f"{last:,} steps" if first == 1 else f"steps {first:,} to {last:,}"
 
 
 def show_prepared(prepared: "Prepared") -> None:

@@ -12,7 +12,7 @@ from configs.terminal import printable
 from launch.show.console import narrow_table, show_folded, show_lines
 from launch.study.execution import prepare_arguments, summary_line
 from training.study.progress import RunProgress, expected_seconds
-from training.study.table import NOT_MEASURED, perplexity_cells
+from training.study.table import NOT_MEASURED, named_differences, perplexity_cells
 
 if TYPE_CHECKING:
     from configs.study import LoadedStudy, PlannedRun
@@ -28,12 +28,13 @@ def show_plan(loaded: "LoadedStudy", progress: Sequence[RunProgress], *, unprepa
     table = narrow_table(_PLAN_COLUMNS, left=_PLAN_COLUMNS[:3])
     for each in progress:
         planned, seconds = each.planned, times[each.planned.label]
+        differing = named_differences(planned, loaded)
         steps = planned.config.train.steps
         step = steps if each.stage in ("finished", "collect", "evaluate") else each.step
         trains = each.stage == "train"
         table.add_row(
             planned.label,
-            printable(", ".join(f"{key}: {value}" for key, value in planned.differing.items()) or NOT_MEASURED),
+            printable(", ".join(f"{key}: {value}" for key, value in differing.items()) or NOT_MEASURED),
             _STATES.get(each.stage, f"to go on at {each.step:,}" if each.step else "new"),
             f"{step:,}/{steps:,}",
             scaled(each.tokens_left) if trains else NOT_MEASURED,

@@ -71,9 +71,20 @@ class StudyExecution:
 
     def unprepared(self) -> list[PlannedRun]:
         """Return a run for each data folder that is needed and not prepared."""
-        pending = [each.planned for each in self.chosen if each.stage == "train"]
-        runs = {data_folder(planned.config): planned for planned in reversed(pending)}
+        runs = {data_folder(planned.config): planned for planned in reversed(self._untrained())}
         return [planned for folder, planned in reversed(runs.items()) if read_data_manifest(folder) is None]
+
+    def check(self) -> None:
+        """Refuse what can be known before the data is prepared.
+
+        Raises:
+            InputError: a text is not there, or see `prepare`.
+        """
+        self._require_texts()
+        for planned in self._untrained():
+            if read_data_manifest(data_folder(planned.config)) is not None:
+                self._refuse_other_data(planned)
+                self._refuse_short_text(planned)
 
     def run(self, *, again: str) -> int:
         """Execute what is left, one run after the other; return the exit code.
@@ -120,10 +131,13 @@ class StudyExecution:
             code = commands.run("prepare", *_run_arguments(planned, self._loaded))
             if code or commands.asked:
                 return code
-        for planned in [each.planned for each in self.chosen if each.stage == "train"]:
+        for planned in self._untrained():
             self._refuse_other_data(planned)
             self._refuse_short_text(planned)
         return 0
+
+    def _untrained(self) -> list[PlannedRun]:
+        return [each.planned for each in self.chosen if each.stage == "train"]
 
     def _pending(self) -> list[RunProgress]:
         pending = [each for each in self.chosen if each.stage in ("train", "evaluate")]

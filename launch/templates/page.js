@@ -12,23 +12,26 @@ for (const button of document.querySelectorAll(".legend button")) {
 }
 
 // A chart shows the values of its curves at the pointer, read back from their coordinates.
-const scaled = (value) => {
+const scaled = (value, digits) => {
   const units = ["", "k", "M", "B", "T"];
   let unit = 0;
   while (Math.abs(value) >= 999.5 && unit < 4) { value /= 1000; unit += 1; }
-  return value.toPrecision(3) + units[unit];
+  return value.toPrecision(digits) + units[unit];
 };
 const written = {
-  plain: (value) => (value !== 0 && (Math.abs(value) < 1e-2 || Math.abs(value) >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(4)))),
-  count: (value) => (Math.abs(value) < 1e5 ? Math.round(value).toLocaleString("en") : scaled(value)),
-  share: (value) => `${(100 * value).toPrecision(3)} %`,
-  gigabytes: (value) => `${value.toPrecision(3)} GB`,
+  plain: (value, digits) => (value !== 0 && (Math.abs(value) < 1e-2 || Math.abs(value) >= 1e5) ? value.toExponential(digits - 1) : String(Number(value.toPrecision(digits + 1)))),
+  count: (value, digits) => (Math.abs(value) < 1e5 ? Math.round(value).toLocaleString("en") : scaled(value, digits)),
+  share: (value, digits) => `${(100 * value).toPrecision(digits)} %`,
+  gigabytes: (value, digits) => `${value.toPrecision(digits)} GB`,
 };
 const axis = (text) => {
   const [low, high, kind, unit] = text.split(" ");
   const [from, to] = [Number(low), Number(high)];
   const at = kind === "log" ? (share) => from * (to / from) ** share : (share) => from + (to - from) * share;
-  return { at, write: written[unit] };
+  // an axis that shows a narrow part far from 0 needs more digits
+  const narrow = kind === "log" ? 1 : Math.max(Math.abs(from), Math.abs(to)) / (to - from);
+  const digits = narrow < 10 ? 3 : 3 + Math.ceil(Math.log10(narrow));
+  return { at, write: (value) => written[unit](value, digits) };
 };
 
 for (const chart of document.querySelectorAll("svg.chart")) {

@@ -181,7 +181,7 @@ def test_a_file_and_the_log_have_all_progress(job: Job) -> None:
     begin, *_ = first.splitlines()
     assert begin.endswith("  demo in one/run")
     for words in (
-        f" parameters; {STEPS} steps of 2,048 tokens, 24.6k in all\n",
+        f" parameters; {STEPS} steps, 24.6k tokens in all\n",
         "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32\n"
         "attention sdpa, lossless windows: all scores at length 128\nimporting torch",
         "ALiBi verified on 4 ranks: attention sdpa, fp32, ",

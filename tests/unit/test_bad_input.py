@@ -41,10 +41,7 @@ CHECKED = {
     ),
     "unknown key": (["model.head=4"], "run.yaml: unknown key model.head: did you mean heads?"),
     "unknown section": (["modle.heads=4"], "run.yaml: unknown key modle: did you mean model?"),
-    "wrong type": (
-        ["model.layers=four"],
-        "run.yaml: model.layers: must be a valid integer, got 'four'",
-    ),
+    "wrong type": (["model.layers=four"], "run.yaml: model.layers: must be a valid integer, got 'four'"),
     "not a number": (
         ["train.learning_rate=.nan"],
         "run.yaml: train.learning_rate must be a finite number, got nan",
@@ -225,13 +222,14 @@ TRAINED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     ),
     "first weights that are not there": (
         nothing,
-        ["--set", "train.init_from=no/checkpoint"],
-        "checkpoint no/checkpoint does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
+        ["--set", "train.init_from=no"],
+        "train.init_from no: checkpoint no does not exist: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
     ),
     "first weights that are none": (
         nothing,
         ["--set", "train.init_from=empty"],
-        ".*/empty is not a checkpoint, it has no manifest.json: give a folder of RUN_DIR/checkpoints, or RUN_DIR",
+        "train.init_from empty: .*/empty is not a checkpoint, it has no manifest.json: give a folder of "
+        "RUN_DIR/checkpoints, or RUN_DIR",
     ),
 }
 

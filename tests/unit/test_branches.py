@@ -11,6 +11,7 @@ import torch
 from configs.errors import InputError
 from configs.schema import RunConfig
 from configs.step_sizes import StepSize
+from launch.show.run import run_summary, show_summary
 from launch.start_check import dry_run_lines
 from tests.support.diverging import lines_of
 from tests.support.edited_manifest import edit_manifest
@@ -182,7 +183,8 @@ def test_what_a_branch_cannot_continue_is_refused(rank: OneRank, point: Path, tm
     unprepared = (f"train.branch_from={point}", "data.vocab_size=600", f"data.dir={tmp_path / 'none'}")
     notes = check_notes(rank.config(tmp_path / "branch", *unprepared), device="cpu", environ={})
     assert any(note.startswith(f"{of_point} was trained with data.vocab_size 400, the run has 600: ") for note in notes)
-    assert message(at=tmp_path / "no").startswith(f"checkpoint {tmp_path / 'no'} does not exist: ")
+    no = tmp_path / "no"
+    assert message(at=no).startswith(f"train.branch_from {no}: checkpoint {no} does not exist: give a folder of ")
     copy = tmp_path / "copy" / point.name
     shutil.copytree(point, copy)
     edit_manifest(copy, lambda manifest: manifest.update(vocab_size=399))
@@ -210,15 +212,25 @@ def test_other_samples_are_refused_by_their_hash(rank: OneRank, point: Path, tmp
     )
 
 
-def test_a_start_says_where_it_branches_off(rank: OneRank, point: Path, tmp_path: Path) -> None:
+def test_a_start_says_where_it_branches_off(
+    rank: OneRank, point: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     keys = (f"train.branch_from={point}", f"train.steps={STEPS}", "train.global_batch=6")
     config = rank.config(tmp_path / "branch", *keys)
     line = f"branches off after step {AT}, {point}"
     assert check_notes(config, device="cpu", environ={}) == [f"training {line}"]
     lines = dry_run_lines(config, None, ranks=1, environ={"CUDA_VISIBLE_DEVICES": ""})
     assert line in lines
-    assert f"to go: {STEPS - AT} steps, 96 tokens" in lines
-    assert any(text.endswith("; 4 steps of 48 tokens, 160 in all") for text in lines), "those of the trunk are smaller"
+    # those of the trunk are smaller: 2 of 32 tokens
+    assert any(text.endswith(" parameters; 4 steps, 160 tokens in all") for text in lines)
+    assert f"to go: {STEPS - AT} steps, 96 tokens, 48 a step" in lines
+    # with as many steps as the trunk, which a note refuses, nothing is said of it
+    for run, shown in (
+        (config, "steps 3 to 4 of 48 tokens (160"),
+        (rank.config(tmp_path, *keys, "train.steps=2"), "2 steps of 48 tokens (96"),
+    ):
+        show_summary(run_summary(run, device="cpu", notes=[]))
+        assert f"  training  {shown} in all) at length 8\n" in capsys.readouterr().out
 
 
 def test_a_start_counts_the_steps_past_its_schedule(rank: OneRank, tmp_path: Path) -> None:
@@ -227,10 +239,14 @@ def test_a_start_counts_the_steps_past_its_schedule(rank: OneRank, tmp_path: Pat
         lines = dry_run_lines(config, None, ranks=1, environ={"CUDA_VISIBLE_DEVICES": ""})
         return next(line for line in lines if line.startswith("to go: "))
 
-    assert to_go("train.decay_steps=5") == "to go: 9 steps, 288 tokens; the last 4 at train.min_learning_rate"
+    assert (
+        to_go("train.decay_steps=5") == "to go: 9 steps, 288 tokens, 32 a step; the last 4 at train.min_learning_rate"
+    )
     for keys in (("train.decay_steps=9",), ("train.schedule=constant", "train.min_learning_rate=0")):
-        assert to_go(*keys) == "to go: 9 steps, 288 tokens"
-    assert to_go("train.schedule=constant", "train.min_learning_rate=0", "train.decay_steps=5").endswith("288 tokens")
+        assert to_go(*keys) == "to go: 9 steps, 288 tokens, 32 a step"
+    assert to_go("train.schedule=constant", "train.min_learning_rate=0", "train.decay_steps=5").endswith(
+        "288 tokens, 32 a step"
+    )
 
 
 def test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start(rank: OneRank, trunk: Path, tmp_path: Path) -> None:
@@ -248,6 +264,7 @@ def test_the_checkpoint_of_a_branch_is_fixed_at_its_first_start(rank: OneRank, t
     (branch / "metrics.jsonl").write_text('{"step": 4}\n')
     assert ready(rank, branch, *keys).train.branch_from == newest
     assert ready(rank, branch, f"train.branch_from={newest}", "train.steps=9").train.branch_from == newest
+    assert run_summary(rank.config(branch, *keys), device="cpu", notes=[])["first_step"] == STEPS, "not the newer one's"
     for changed in (f"train.branch_from={trunk}", "train.branch_from=null"):
         with pytest.raises(InputError, match=r"would change: train.branch_from was "):
             with_fixed_keys(rank.config(branch, changed, "train.steps=9"), run_dir=branch)

@@ -112,11 +112,13 @@ def test_a_current_folder_that_is_gone_is_one_line(trainshort: Call, folder: Pat
     run = folder / "run.yaml"
     os.chdir(folder / "gone")
     (folder / "gone").rmdir()
-    answer = trainshort("check", str(run))
-    assert (answer.code, answer.error) == (
-        3,
-        "error: the folder in which this was started does not exist any more: change to one that does\n",
-    )
+    for words in (("check", str(run)), ("doctor",), ("runs",), ("checkpoint", "average", str(folder), "--out", "new")):
+        answer = trainshort(*words)
+        assert (answer.code, answer.out, answer.error) == (
+            3,
+            "",
+            "error: the folder in which this was started does not exist any more: change to one that does\n",
+        ), words
 
 
 def test_a_name_that_is_too_long_is_one_line(trainshort: Call, folder: Path) -> None:

@@ -129,7 +129,11 @@ def save_gpt2(folder: Path, *, rows: int) -> None:
     ("change", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json: give a folder with a causal model"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "holds no causal model that transformers "),
+        (lambda folder: (folder / "config.json").write_text("{}"), "key in its config.json): give another"),
+        (
+            lambda folder: _change(folder, model_type="bloomm"),
+            "does not recognize this architecture ...): give another",
+        ),
         (lambda folder: _change(folder, hidden_dropout="0.1"), "Field 'hidden_dropout' with value '0.1'"),
         (lambda folder: _change(folder, vocab_size=9999), "or has them in other shapes"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no causal model that transformers "),

@@ -1,7 +1,8 @@
-"""Times, counts and sizes are written in one way."""
+"""Times, counts, sizes and what others say are written in one way."""
 
 import re
 
+from configs.errors import first_line, in_brief
 from configs.figures import byte_size, counted, duration, scaled
 from tests.support.house.source import FLOORS, sources_of
 
@@ -21,6 +22,17 @@ def test_a_count_has_three_digits_and_a_letter() -> None:
         *("1.33B", "1.40T"),
     ]
     assert scaled(2.5e18) == "2,500,000T"
+
+
+def test_a_long_message_ends_after_a_sentence_or_word() -> None:
+    message = "Should have a `model_type` key, or one of these:\n  albert, align, bert"
+    assert in_brief(message) == message.replace("\n ", "")
+    assert in_brief(message, most=60) == "Should have a `model_type` key, or one of these: ..."
+    assert in_brief(message, most=29) == "Should have a ..."
+    assert in_brief("It is so. It is not so.", most=20) == "It is so. It is ..."
+    assert in_brief("It is not so . Or is it so?", most=22) == "It is not so ..."
+    assert in_brief("a" * 300, most=20) == "a" * 16 + " ..."
+    assert first_line(ValueError("word " * 100 + "\nmore")) == "word " * 39 + "..."
 
 
 def test_a_size_has_three_digits_and_a_unit() -> None:

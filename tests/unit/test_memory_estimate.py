@@ -181,7 +181,9 @@ def test_a_change_that_needs_more_is_left_out() -> None:
     assert all(estimate_memory(each.config, layout=each.layout, on_gpu=True).largest < now for each in changes)
     # `check` knows no rank that ran out before the peak of the estimate: what leaves that as it is does not help
     small = load_run("demo", overrides=["parallel.pipeline=1"])
-    fit = fit_memory(small, layout=Layout.of(small, world_size=4), available=AvailableMemory(10**8, "", on_gpu=False))
+    fit = fit_memory(
+        small, layout=Layout.of(small, world_size=4), available=AvailableMemory(701_000_000, "", on_gpu=False)
+    )
     assert [change.key for change, _ in fit.changes] == ["parallel.tensor", "parallel.pipeline"]
     assert all(then.largest < fit.estimate.largest for _, then in fit.changes)
 
@@ -220,6 +222,25 @@ def test_check_says_what_fits_and_what_to_change(trainshort: Call, monkeypatch: 
     assert "estimated for 4 ranks\n" in trainshort("check", "alibi-1b3", "--memory", "--ranks", "4").out
     use_gpus(1, monkeypatch)  # a run for another machine
     assert "estimated for 4 ranks (tensor x pipeline; " in trainshort("check", "alibi-1b3", "--memory").out
+
+
+def test_nothing_is_advised_where_libraries_alone_need_more(trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = ("check", "demo", "--memory")
+    too_small = trainshort(*check, "--gpu-memory-gb", "1.5")
+    assert too_small.out.endswith(
+        "\nit does not fit a GPU of 1.50 GB (--gpu-memory-gb)\nPython and libraries alone take 1.50 GB of a rank's "
+        "memory\nuse a GPU with more memory\nevaluate: 5.27 MB of weights in one process, which leaves no room\n"
+    )
+    assert "\nto need less memory, change " in trainshort(*check, "--gpu-memory-gb", "1.51").out
+    use_gpus(0, monkeypatch)
+    monkeypatch.setattr(host_memory, "host_limit", lambda: MemoryLimit(2 * 10**9, "this machine's memory"))
+    shared = trainshort(*check).out
+    assert (
+        "\nPython and libraries alone take 700 MB of a rank's memory\nuse a machine with more memory, or fewer"
+        in shared
+    )
+    values = json.loads(trainshort(*check, "--json").out)["memory"]
+    assert (values["available"], values["fits"], values["changes"]) == (5 * 10**8, False, [])
 
 
 def test_check_says_whether_the_evaluation_fits(trainshort: Call) -> None:

@@ -15,6 +15,7 @@ from configs.paths import MANIFEST_NAME
 from parallel.muon import Muon, Work, orthogonal
 from parallel.parameter import Shard
 from tests.support.one_rank import one_rank
+from training.check_notes import check_notes
 from training.checkpoint.disk import describe_file
 from training.checkpoint.manifest import list_checkpoints, read_manifest, write_manifest
 from training.checkpoint.read import open_checkpoint
@@ -175,3 +176,16 @@ def remove_tensor(folder: Path, name: str, *, kind: str) -> None:
     save_file(tensors, path)
     (folder / MANIFEST_NAME).unlink()
     write_manifest(folder, replace(manifest, files={**manifest.files, path.name: describe_file(path)}))
+
+
+def test_check_notes_a_momentum_that_adamw_ignores(tmp_path: Path) -> None:
+    with one_rank(tmp_path) as rank:
+
+        def notes(*keys: str) -> list[str]:
+            return check_notes(rank.config(tmp_path / "run", *keys), device="cpu", environ={})
+
+        assert notes("train.momentum=0.9") == [
+            "train.momentum is 0.9, but train.optimizer adamw does not use it: remove it, or set train.optimizer to "
+            "muon"
+        ]
+        assert notes("train.momentum=0.95") == notes("train.momentum=0.9", "train.optimizer=muon") == []

@@ -155,9 +155,9 @@ def test_the_start_says_what_is_to_go(tmp_path: Path) -> None:
     run = progress_run("train.steps=400", "run.dir=runs/my")
     date, *lines = start_lines(ready_to(run, world_size=4), device="cpu")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  demo in runs/my", date)
-    assert lines[0].endswith(" parameters; 400 steps of 1,024 tokens, 410k in all")
+    assert lines[0].endswith(" parameters; 400 steps, 410k tokens in all")
     assert lines[1:] == [
-        "to go: 400 steps, 410k tokens",
+        "to go: 400 steps, 410k tokens, 1,024 a step",
         "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32",
         "attention sdpa, lossless windows: all scores at length 64",
     ]

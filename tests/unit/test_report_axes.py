@@ -42,6 +42,44 @@ def test_axes_have_round_ticks_that_read_well() -> None:
     assert sizes == ["500 MB", "1 GB", "1.5 GB", "20 GB", "1.25 GB", "100 GB"]
 
 
+def test_the_ticks_of_an_axis_differ() -> None:
+    # what a branch of a long run shows: a narrow part of an axis far from 0
+    for values, unit, texts in (
+        ((-3.42e-3, -3.21e-3), "plain", ["-3.4e-3", "-3.35e-3", "-3.3e-3", "-3.25e-3"]),
+        ((1.0e-3, 1.01e-3), "plain", ["1e-3", "1.002e-3", "1.004e-3", "1.006e-3", "1.008e-3", "1.01e-3"]),
+        ((2.0e6, 2.01e6), "plain", ["2e6", "2.002e6", "2.004e6", "2.006e6", "2.008e6", "2.01e6"]),
+        ((100_000, 102_000), "count", ["100k", "100.5k", "101k", "101.5k", "102k"]),
+        ((2_000_000, 2_030_000), "count", ["2M", "2.005M", "2.01M", "2.015M", "2.02M", "2.025M", "2.03M"]),
+        ((80.0, 80.8), "gigabytes", ["80 GB", "80.2 GB", "80.4 GB", "80.6 GB", "80.8 GB"]),
+    ):
+        axis = fit_axis(values, unit=unit, pad=False)
+        assert axis.tick_texts() == texts
+
+
+def test_the_steps_of_a_branch_fill_the_axis() -> None:
+    # a range of less than a hundredth of its ends, which an axis of losses would widen
+    axis = fit_axis([1_000_001, 1_002_000], unit="count", pad=False)
+    assert (axis.low, axis.high) == (1_000_001, 1_002_000)
+    assert axis.tick_texts() == ["1.0005M", "1.001M", "1.0015M", "1.002M"]
+    loss = fit_axis([2.4999, 2.5001])
+    assert loss.high - loss.low > 0.025
+    alone = fit_axis([5.0], unit="count", pad=False)
+    assert (alone.low < 5 < alone.high, alone.tick_texts()) == (True, ["5"])
+
+
+def test_the_counts_of_the_plot_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "a")
+    steps = [{"step": step, "tokens_seen": 10_000_000 + 1_000 * step, "loss": 3.0} for step in range(1, 11)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    figures: list[Figure] = []
+    monkeypatch.setattr("training.comparison.plot.save_figure", lambda figure, path, **_: figures.append(figure))
+    draw_comparison(compare_runs([run], text=None), tmp_path / "comparison.png")
+    axis = figures[0].axes[-1].xaxis
+    texts = axis.get_major_formatter().format_ticks(axis.get_majorticklocs())
+    assert len({*texts}) == len(texts) > 3
+    assert "10.002M" in texts
+
+
 def test_axes_hold_the_largest_and_the_smallest_numbers() -> None:
     for values in ([20.0, 1e300], [1e-320, 1.0], [-1.7e308, 1.7e308], [1e308], [1e-310, 1e-309]):
         for logarithmic in (False, True):

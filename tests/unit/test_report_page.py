@@ -1,5 +1,6 @@
 """`trainshort report`: what the page shows of one run and of several, and what it never overwrites."""
 
+import contextlib
 import json
 import re
 from html.parser import HTMLParser
@@ -112,6 +113,20 @@ def test_starts_and_failed_saves_are_on_the_time_line(trainshort: Call) -> None:
         "time of training 80 s device hours 0.0444 on a card energy 1.1 kWh by the GPUs' own counters in" in page.text
     )
     assert "11 of 12 steps lost 13 s: 2 steps trained again" in page.text
+
+
+def test_the_page_of_a_checkpoint_is_not_that_of_its_run(trainshort: Call) -> None:
+    make_run(Path("run"), checkpoints=(5, 10))
+    page = written(trainshort, "run", page="run/report.html")
+    part = written(trainshort, "run/checkpoints/step_0000005/", page="run/report-step_0000005.html")
+    assert ReadPage(Path("run/report.html")).source == page.source
+    assert "run run · written" in page.text, "its name, and what was given"
+    assert "run run/checkpoints/step_0000005 · written" in part.text
+    Path("link").symlink_to("run/checkpoints/step_0000010")
+    written(trainshort, "link", page="run/report-step_0000010.html")
+    with contextlib.chdir("run"):
+        written(trainshort, ".", page="report.html")
+    written(trainshort, "run", "--out", "new/folder/page.html", page="new/folder/page.html")
 
 
 def test_a_rollback_is_part_of_the_cost(trainshort: Call) -> None:
@@ -336,6 +351,6 @@ def test_a_file_that_is_no_page_is_never_overwritten(trainshort: Call) -> None:
     assert refused(trainshort, "report", "run", "--out", "page.txt").endswith("the page is HTML, write --out page.html")
     for _ in range(2):  # its own page is replaced
         written(trainshort, "run", "--out", "page.html", page="page.html")
-    answer = trainshort("report", "run", "--out", "none/page.html")
-    assert (answer.code, answer.error[:36]) == (3, "error: page none/page.html cannot be")
+    answer = trainshort("report", "run", "--out", "/proc/none/page.html")
+    assert (answer.code, answer.error[:42]) == (3, "error: page /proc/none/page.html cannot be")
     assert {path.name for path in Path().iterdir()} == {"run", "mine.html", "folder.html", "page.html"}

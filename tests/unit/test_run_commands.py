@@ -94,7 +94,7 @@ def test_check_notes_what_else_is_missing(trainshort: Call, folder: Path) -> Non
     seen = notes(trainshort, "data.tokenizer=no.model", "train.init_from=no/run", "track.uri=localhost:5000")
     assert seen[0] == f"data.tokenizer no.model does not exist: check the path, it is relative to {folder}"
     assert seen[1].startswith(ready[:-1])
-    assert seen[2].startswith("checkpoint no/run does not exist: ")
+    assert seen[2].startswith("train.init_from no/run: checkpoint no/run does not exist: ")
     assert seen[3] == "track.uri is localhost:5000, a host without http: write http://localhost:5000"
     (folder / "run").write_text("mine")
     assert notes(trainshort)[-1].startswith("run.dir run: run is a file, not a folder")
@@ -236,7 +236,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(trainshort: Call, prepared:
     head, *lines = answer.out.splitlines()
     assert head.endswith("  small in run")
     assert lines[1:] == [
-        "to go: 10 steps, 2.56k tokens",
+        "to go: 10 steps, 2.56k tokens, 256 a step",
         "4 CPU ranks: tensor 2 x pipeline 2 x data 1, ZeRO-1, fp32",
         "attention sdpa, lossless windows: all scores at length 32",
         "begins at step 0",
@@ -264,7 +264,7 @@ def test_no_run_and_no_data_go_among_checkpoints(trainshort: Call) -> None:
 def test_a_dry_run_says_what_it_would_resume_from(trainshort: Call) -> None:
     before = contents(Path.cwd())
     out = trainshort("train", "run.yaml", "--dry-run").out
-    assert "to go: 6 steps, 1.54k tokens\n" in out
+    assert "to go: 6 steps, 1.54k tokens, 256 a step\n" in out
     assert "resumes from step 4, run/checkpoints/step_0000004\n" in out
     assert "begins at" not in out
     started = trainshort("train", "run.yaml", "--dry-run", "--set", "run.dir=new", "--set", "train.init_from=run").out

@@ -28,6 +28,20 @@ def listed(trainshort: Call, *arguments: str) -> dict[str, dict[str, Any]]:
     return {run["path"].removeprefix("runs/"): run for run in json.loads(answer.out)}
 
 
+def test_the_folder_of_a_study_is_no_run(trainshort: Call, folder: Path) -> None:
+    study = folder / "runs" / "study"
+    (study / "data").mkdir(parents=True)
+    (study / "data" / "manifest.json").write_text("{}")
+    write_record(study, RunRecord("1", None))
+    assert [*listed(trainshort)] == ["study"], "a run, as far as this shows"
+    (study / "study.json").write_text("{}")
+    assert listed(trainshort) == {}
+    for command in (("watch",), ("runs", "rm", "--yes")):
+        assert refused(trainshort, *command, "runs/study").startswith("runs/study is not a run folder: ")
+    start_run(make_run(study / "alibi-seed1"))
+    assert [*listed(trainshort)] == ["study/alibi-seed1"]
+
+
 def test_the_state_of_a_run_is_read_from_its_files(trainshort: Call, folder: Path) -> None:
     runs = folder / "runs"
     start_run(make_run(runs / "running", last=6, saved=(4,)))

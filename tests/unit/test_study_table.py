@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from configs.study import load_study
+from launch.show.study import show_plan
 from tests.support.studies import write_study
 from training.evaluation.chart import save_figure
 from training.study.plot import draw_study
+from training.study.progress import RunProgress
 from training.study.rows import StudyRow, read_study_rows, write_row
 from training.study.table import StudyTable, build_table, format_study, perplexity_cells, write_table
 
@@ -92,6 +95,24 @@ def test_rows_stand_in_the_order_of_the_study(table: StudyTable) -> None:
         "in all runs `parallel.tensor: 1`, `parallel.pipeline: 1`, `checkpoint.every: 3`, `train.clip: 2.0`\n"
         in markdown
     )
+
+
+def test_a_trunk_of_the_study_is_called_by_its_run(capsys: pytest.CaptureFixture[str]) -> None:
+    point = "study/trunk-seed1/checkpoints/step_0001000"
+    froms = {"a": f"./{point}", "b": "study/trunk-seed1", "c": point.replace("study/", "other/")}
+    own = {name: {"set": {"train.branch_from": path, "train.steps": 1500}} for name, path in froms.items()}
+    loaded = load_study(write_study(runs={"trunk": None, **own}))
+    table = build_table(loaded, {(name, 1): row(name, 1, ALIBI[1], train_length=32) for name in own})
+    named = ["trunk-seed1 at step 1,000", "trunk-seed1", froms["c"]]
+    assert [cells[2] for cells in cells_of(format_study(table), "Runs")] == [
+        f'train.branch_from: "{name}", train.steps: 1500' for name in named
+    ]
+    differing = [run["differing"]["train.branch_from"] for run in table.to_json()["runs"]]
+    assert differing == [*froms.values()], "JSON is for programs"
+    show_plan(loaded, [RunProgress(planned, "train", 0, (), None, None) for planned in loaded.runs], unprepared=[])
+    plan = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    shown = [cells[1] for cells in plan if cells[0] in ("a-seed1", "b-seed1", "c-seed1")]
+    assert shown == [f"train.branch_from: {name}, train.steps: 1500" for name in named]
 
 
 def test_the_json_has_each_seed_and_their_means(table: StudyTable) -> None:

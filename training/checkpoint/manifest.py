@@ -205,7 +205,7 @@ def first_whole(folders: Sequence[Path], *, check: FolderCheck, warn: bool = Tru
         return folder, manifest
     for problem in problems:
         logger.warning("%s", problem)
-    raise InputError(f"no checkpoint in {folders[0].parent} is whole: move that folder away to start from step 0")
+    raise InputError(f"no checkpoint in {folders[0].parent} is whole: use another run, or move it away to start over")
 
 
 def find_checkpoint(path: Path, *, warn: bool = True) -> tuple[Path, Manifest]:

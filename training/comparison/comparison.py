@@ -9,7 +9,8 @@ from configs.commands import typed_path
 from configs.paths import evaluation_folder
 from configs.precisions import DEFAULT_PRECISION
 from training.checkpoint.manifest import list_checkpoints
-from training.comparison.run import ComparedRun, read_runs
+from training.checkpoint.title import checkpoint_title, named_run
+from training.comparison.run import PLACE_KEYS, ComparedRun, name_of_run, read_runs
 from training.evaluation.kept import (
     checkpoint_reports,
     is_held_out,
@@ -20,7 +21,7 @@ from training.evaluation.kept import (
     text_name,
 )
 from training.evaluation.results import DIFFERENT_TOKENS, protocol_name, result_key
-from training.folder import with_dotted_keys
+from training.folder import CHECKPOINT_KEYS
 
 _SAME_PRECISION = f"Evaluate each in the same --precision; {DEFAULT_PRECISION} is the default"
 # They differ between any two runs; the labels show them.
@@ -67,7 +68,8 @@ class Comparison:
     Attributes:
         runs: The runs.
         texts: Perplexities, a table per text; the one with the most runs first.
-        differences: Values of each key of the run files that differs, in the order of the runs.
+        differences: Values of each key of the run files that differs, in the order of the runs; None also where a run
+            file says nothing of its run.
         notes: What keeps the runs from being compared, and what to do about it.
         unevaluated: The notes about runs without an evaluation.
     """
@@ -77,6 +79,23 @@ class Comparison:
     differences: dict[str, list[Any]]
     notes: tuple[str, ...]
     unevaluated: tuple[str, ...]
+
+    def named_differences(self) -> dict[str, list[Any]]:
+        """Return `differences` with checkpoints called by their runs, where these are known."""
+        return {
+            key: self._titles(key, values) if key in CHECKPOINT_KEYS else values
+            for key, values in self.differences.items()
+        }
+
+    def _titles(self, key: str, values: list[Any]) -> list[Any]:
+        places = [run.place(key, value) for run, value in zip(self.runs, values, strict=True)]
+        runs = {run.run_dir.resolve(): run.label for run in self.runs}
+        for folder in (named_run(place) for place in places if place is not None):
+            name = name_of_run(folder)
+            if name is not None and name not in runs.values():  # else it would be taken for another run
+                runs.setdefault(folder, name)
+        titles = [None if place is None else checkpoint_title(place, runs=runs) for place in places]
+        return [title or value for title, value in zip(titles, values, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -171,11 +190,17 @@ def _results_of(group: list[int], runs: Sequence[ComparedRun]) -> TextResults:
 
 def _differences(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     """Return the keys in which the run files differ; none for a single run."""
-    # the JSON form holds no secrets
-    files = [with_dotted_keys(run.config.model_dump(mode="json")) for run in runs]
-    keys = dict.fromkeys(key for file in files for key in file if key not in _OWN_KEYS)
-    values = {key: [file.get(key) for file in files] for key in keys}
-    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+    settings = [run.settings() for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each if key not in _OWN_KEYS)
+    return {key: [each.get(key) for each in settings] for key in keys if _differ(key, runs, settings)}
+
+
+def _differ(key: str, runs: Sequence[ComparedRun], settings: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a key has several values; the same place may be spelled differently."""
+    told = [(run, each[key]) for run, each in zip(runs, settings, strict=True) if key in each]
+    if all(value == told[0][1] for _, value in told):
+        return False
+    return key not in PLACE_KEYS or len({run.place(key, value) for run, value in told}) > 1
 
 
 def _unevaluated(runs: Sequence[ComparedRun], *, text: str | None) -> Iterator[str]:

@@ -1,15 +1,17 @@
 """Draw runs in one picture: perplexity against length, and loss against tokens."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.ticker import Formatter
 
 from configs.errors import MachineError
-from configs.figures import scaled
+from configs.figures import scaled, told_apart
 from configs.terminal import printable
 from training.comparison.comparison import Comparison, TextResults
 from training.comparison.run import ComparedRun
@@ -153,10 +155,20 @@ def _draw_losses(axes: Axes, comparison: Comparison, trained: list[int]) -> None
     bottom, _ = axes.get_ylim()
     axes.set_ylim(bottom, max(tops) + 0.05 * (max(tops) - bottom) or None)
     write_large_numbers(axes, highest=max(tops))
-    axes.xaxis.set_major_formatter(lambda value, _: scaled(value))
+    axes.xaxis.set_major_formatter(_Counts())
     axes.set_xlabel("training tokens")
     axes.set_ylabel("loss (nats per token)")
     head_axes(axes, heading="Loss against tokens", facts="lines: training, smoothed · points: validation")
+
+
+class _Counts(Formatter):
+    """Writes ticks as counts."""
+
+    def __call__(self, x: float, _: int | None = None) -> str:
+        return scaled(x)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        return told_apart(values, scaled)
 
 
 def _losses(run: ComparedRun) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

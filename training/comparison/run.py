@@ -11,7 +11,7 @@ from configs.commands import typed_path
 from configs.errors import InputError
 from configs.load import load_run
 from configs.path_text import require_folder
-from configs.paths import MANIFEST_NAME, config_file
+from configs.paths import MANIFEST_NAME, config_file, own_data_folder, started_in
 from configs.schema import RunConfig
 from configs.step_sizes import size_of
 from training.checkpoint.manifest import (
@@ -25,6 +25,7 @@ from training.checkpoint.manifest import (
 from training.comparison.text import WantedText
 from training.evaluation.kept import HELD_OUT, checkpoint_reports, newest_report, read_report
 from training.families.table import parameter_count
+from training.folder import CHECKPOINT_KEYS, with_dotted_keys
 from training.further_losses import PREFIX, fields_by_length, fields_by_source
 from training.metrics_reader import STEP_TIMES, read_steps
 from training.step_columns import StepColumns
@@ -46,6 +47,11 @@ STEP_FIELDS = (
     "failed_saves",
     *STEP_TIMES,
 )
+
+# keys that name a place, which may be spelled differently
+PLACE_KEYS = ("data.dir", "data.tokenizer", *CHECKPOINT_KEYS)
+# what the run file of an imported model says of it: the rest are values that an import has no others for
+_OF_IMPORTED = ("model.", "data.vocab_size", "data.sequence_length")
 
 _Key = TypeVar("_Key", int, str)
 
@@ -102,6 +108,17 @@ class ComparedRun:
     def evaluate_command(self) -> str:
         """The command that evaluates it."""
         return f"trainshort evaluate {typed_path(self.path)}{' --data FILE' if self.is_imported else ''}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keys of its run file that say something of it, `section.key`, without secrets."""
+        keys = with_dotted_keys(self.config.model_dump(mode="json"))  # the JSON form holds no secrets
+        return {key: keys[key] for key in keys if not self.is_imported or key.startswith(_OF_IMPORTED)}
+
+    def place(self, key: str, value: str | None) -> Path | None:
+        """Return the place that the value of one of `PLACE_KEYS` names; None for none."""
+        if value is None:
+            return own_data_folder(self.run_dir).resolve() if key == "data.dir" else None
+        return (started_in(self.run_dir, named=self.config.run.dir) / value).resolve()
 
     def values(self) -> dict[str, Any]:
         """Return the figures of a comparison by name; None where unknown."""
@@ -183,6 +200,13 @@ def _run_file(run_dir: Path) -> RunConfig:
         if file.is_file():
             return load_run(str(file))
     raise InputError(f"{run_dir} holds no run, there is no {files[0].name} in it: give a run.dir that was trained in")
+
+
+def name_of_run(run_dir: Path) -> str | None:
+    """Return the name of the run in a folder; None if there is none, or if it cannot be read."""
+    with suppress(InputError, OSError):
+        return _run_file(run_dir).run.name
+    return None
 
 
 def _newest_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
 
-from configs.errors import MachineError, TrainshortError
+from configs.errors import MachineError, TrainshortError, in_brief
 from configs.terminal import printable
 from data_pipeline.tokenizer import Tokenizer
 from parallel.die_with_parent import dying_with_parent
@@ -64,7 +64,7 @@ def check_served(
         text, prompt_tokens = str(answer["choices"][0]["text"]), int(answer["usage"]["prompt_tokens"])
     except (KeyError, IndexError, TypeError, ValueError):
         raise TrainshortError(
-            f"{server.name} gave an answer without a text ({str(answer)[:200]}): nothing was exported"
+            f"{server.name} gave an answer without a text ({in_brief(str(answer))}): nothing was exported"
         ) from None
     if prompt_tokens != len(expected.prompt_ids):
         raise TrainshortError(
@@ -150,7 +150,7 @@ def _reason(log: IO[bytes]) -> str:
     causes = [cause[1] for cause in _EXCEPTION.finditer(text)]
     written = [line for line in text.split("\n") if line.strip()]
     line = next(iter([*causes, *written[-1:]]), None)
-    return "it wrote nothing" if line is None else f"it wrote {printable(line.strip())[:300]}"
+    return "it wrote nothing" if line is None else f"it wrote {in_brief(printable(line), most=300)}"
 
 
 def _free_port() -> int:

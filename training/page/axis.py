@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.figures import byte_size, scaled
+from configs.figures import byte_size, scaled, told_apart
 
 Unit = Literal["plain", "count", "share", "gigabytes"]
 """How values of an axis are written; page.js knows the same names."""
@@ -14,7 +14,7 @@ Unit = Literal["plain", "count", "share", "gigabytes"]
 _LOGARITHMIC_RATIO = 6.0  # an axis that may be logarithmic is so from this ratio of its ends
 _LEAST_SCALED, _LEAST_PLAIN = 1e5, 1e-2  # between them a number is written with all its digits
 _TRAILING_ZEROS = re.compile(r"\.0+(?=\D)|(\.\d*[1-9])0+(?=\D)")
-_NO_ZEROS = re.compile(r"(?:\.0)?e\+?(-?)0?")  # 2.0e-04 is 2e-4
+_EXPONENT = re.compile(r"e\+?(-?)0?")  # 2e-04 is 2e-4
 _SMALLEST, _LARGEST = 1e-100, 1e100  # what is smaller counts as 0; no product of others overflows
 _MOST_TICKS = 6  # of an axis that is not logarithmic
 _MANY_DECADES = 3.0  # from here on, only powers of ten get a tick
@@ -36,6 +36,10 @@ class ChartAxis:
     logarithmic: bool
     unit: Unit
     ticks: tuple[float, ...]
+
+    def tick_texts(self) -> list[str]:
+        """Return the ticks as texts, which differ."""
+        return told_apart(self.ticks, lambda value, digits: write_value(value, unit=self.unit, digits=digits))
 
     def place(self, value: float) -> float:
         """Return where a value lies: 0 at the low end, 1 at the high one, outside of both for others."""
@@ -61,7 +65,7 @@ def fit_axis(
         unit: How they are written.
         from_zero: Whether the axis begins at 0.
         may_be_logarithmic: Whether it is logarithmic where the values span much.
-        pad: Whether to leave room beyond the smallest and the largest value.
+        pad: Whether to leave room beyond the smallest and the largest value, much where they are nearly equal.
     """
     known = [*values]
     low, high = _within_range(min(known)), _within_range(max(known))
@@ -70,8 +74,9 @@ def fit_axis(
         low, high = low / ratio, high * ratio
         return ChartAxis(low, high, True, unit, logarithmic_ticks(low, high))
     low = min(0.0, low) if from_zero else low
-    # a range of at least a hundredth of the value, so that rounding does not look like a cliff
-    margin = max(high - low, 0.01 * max(abs(high), abs(low))) or 1.0
+    margin = high - low
+    if pad or not margin:  # at least a hundredth of the value, so that rounding does not look like a cliff
+        margin = max(margin, 0.01 * max(abs(high), abs(low))) or 1.0
     if high - low < margin:
         low, high = (low if from_zero else low - margin / 2), high + margin / 2
     if pad:
@@ -111,20 +116,22 @@ def logarithmic_ticks(low: float, high: float) -> tuple[float, ...]:
     return tuple(tick for tick in ticks if low <= tick <= high)
 
 
-def write_value(value: float, *, unit: Unit) -> str:
-    """Return a value as text, in few characters."""
+def write_value(value: float, *, unit: Unit, digits: int = 3) -> str:
+    """Return a value as text of about so many digits, in few characters."""
     match unit:
         case "count":
-            return f"{value:,.0f}" if abs(value) < _LEAST_SCALED else _TRAILING_ZEROS.sub(r"\1", scaled(value))
+            return f"{value:,.0f}" if abs(value) < _LEAST_SCALED else _TRAILING_ZEROS.sub(r"\1", scaled(value, digits))
         case "share":
-            return f"{100 * value:.3g} %"
+            return f"{100 * value:.{digits}g} %"
         case "gigabytes":
-            return _TRAILING_ZEROS.sub(r"\1", byte_size(1e9 * value))
+            return _TRAILING_ZEROS.sub(r"\1", byte_size(1e9 * value, digits))
         case "plain":
             if 1000 <= abs(value) < _LEAST_SCALED:
                 return f"{value:,.0f}"
             is_common = value == 0 or _LEAST_PLAIN <= abs(value) < 1000
-            return f"{value:.4g}" if is_common else _NO_ZEROS.sub(r"e\1", f"{value:.1e}")
+            if is_common:
+                return f"{value:.{digits + 1}g}"
+            return _EXPONENT.sub(r"e\1", _TRAILING_ZEROS.sub(r"\1", f"{value:.{digits - 2}e}"))
 
 
 def _within_range(value: float) -> float:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Literal
 
 from configs.terminal import printable
-from training.page.axis import ChartAxis, write_value
+from training.page.axis import ChartAxis
 
 MOST_POINTS = 1000  # of a curve; a screen is not wider
 COLOURS = 8  # classes c0 to c7 of the style sheet
@@ -190,18 +190,17 @@ def _data(name: str, axis: ChartAxis) -> str:
 def _grid(x: ChartAxis, y: ChartAxis) -> list[str]:
     bottom, right = _TOP + _PLOT_HEIGHT, _LEFT + _PLOT_WIDTH
     parts = []
-    for tick in y.ticks:
+    for tick, text in zip(y.ticks, y.tick_texts(), strict=True):
         height = bottom - y.place(tick) * _PLOT_HEIGHT
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        text = _text(write_value(tick, unit=y.unit))
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{text}</text>')
-    for tick in x.ticks:
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{_text(text)}</text>')
+    for tick, text in zip(x.ticks, x.tick_texts(), strict=True):
         place = _LEFT + x.place(tick) * _PLOT_WIDTH
         parts.append(f'<line class="base" x1="{place:.1f}" x2="{place:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        text, anchor = _text(write_value(tick, unit=x.unit)), "end" if place > right - 12 else "middle"
+        anchor = "end" if place > right - 12 else "middle"
         shift = min(_RIGHT, 12) if anchor == "end" else 0
         parts.append(
-            f'<text class="tick" x="{place + shift:.1f}" y="{bottom + 17}" text-anchor="{anchor}">{text}</text>'
+            f'<text class="tick" x="{place + shift:.1f}" y="{bottom + 17}" text-anchor="{anchor}">{_text(text)}</text>'
         )
     parts.append(f'<line class="base" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     return parts

@@ -36,7 +36,7 @@ class RunDetails:
     Attributes:
         number: Its place in the comparison, which selects its colour.
         label: Its label there.
-        folder: The run folder.
+        path: The run folder or checkpoint, as given.
         starts: Its starts.
         timeline: None before the first start.
         cost: Names and values; empty before the first step.
@@ -53,7 +53,7 @@ class RunDetails:
 
     number: int
     label: str
-    folder: Path
+    path: Path
     starts: tuple[RunStart, ...]
     timeline: Timeline | None
     cost: list[tuple[str, str]]
@@ -90,7 +90,7 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
     return RunDetails(
         number=number,
         label=run.label,
-        folder=run.run_dir,
+        path=run.path,
         starts=starts,
         timeline=draw_timeline(starts, run_dir=run.run_dir) if starts else None,
         cost=_cost(run.run_dir, starts, device=device) if took_steps else [],

@@ -17,7 +17,8 @@ from configs.load import load_run
 from configs.paths import checkpoints_folder, config_file, run_folder
 from configs.schema import RunConfig
 from configs.study import HELD_OUT_TEXT, LoadedStudy, PlannedRun, text_key
-from training.checkpoint.manifest import is_checkpoint_name, list_checkpoints, model_sha256, read_manifest, step_folder
+from training.checkpoint.manifest import list_checkpoints, model_sha256, read_manifest, step_folder
+from training.checkpoint.title import named_step
 from training.comparison.run import read_runs
 from training.comparison.text import WantedText
 from training.evaluation.kept import checkpoint_reports, read_report
@@ -203,8 +204,7 @@ class ProgressReader:
 
 def _branched_step(config: RunConfig) -> int:
     """Return the step that a branch begins after, by the name of its checkpoint, which need not exist yet; else 0."""
-    name = Path(config.train.branch_from or "").name
-    return int(name.removeprefix("step_")) if is_checkpoint_name(name) else 0
+    return named_step(Path(config.train.branch_from or "")) or 0
 
 
 def last_checkpoint(planned: PlannedRun) -> Path:

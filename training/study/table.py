@@ -10,11 +10,14 @@ from typing import Any
 from configs.errors import MachineError
 from configs.figures import byte_size, duration, perplexity_text, scaled
 from configs.files import write_whole
-from configs.study import LoadedStudy
+from configs.paths import run_folder, study_file
+from configs.study import LoadedStudy, PlannedRun
+from training.checkpoint.title import checkpoint_title
 from training.evaluation.results import DIFFERENT_TOKENS
+from training.folder import CHECKPOINT_KEYS
 from training.study.rows import StudyRow
 
-TABLE_NAME, FIGURE_NAME = "study", "study.png"
+FIGURE_NAME = "study.png"
 NOT_MEASURED = "-"
 RUN_COLUMNS = ("run", "seed", "differs in", "parameters", "tokens", "time", "tokens/s", "peak memory", "loss")
 
@@ -99,7 +102,7 @@ class StudyTable:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
-        study, differing = self.loaded.study, self._differing()
+        study, differing = self.loaded.study, {planned.run: planned.differing for planned in self.loaded.runs}
         return {
             "study": study.name,
             "base": study.base,
@@ -130,7 +133,7 @@ class StudyTable:
 
     def run_rows(self) -> list[list[str]]:
         """Return the cells of `RUN_COLUMNS` for each row."""
-        differing = self._differing()
+        differing = {planned.run: named_differences(planned, self.loaded) for planned in self.loaded.runs}
         return [
             [
                 row.run,
@@ -160,9 +163,6 @@ class StudyTable:
             if len({json.dumps(value) for value in values}) > 1:
                 yield f"the runs are of different {name}: see the rows"
 
-    def _differing(self) -> dict[str, dict[str, Any]]:
-        return {planned.run: planned.differing for planned in self.loaded.runs}
-
 
 _FORMATS = {
     "parameters": scaled,
@@ -172,6 +172,17 @@ _FORMATS = {
     "memory_gb": lambda gigabytes: byte_size(gigabytes * 1e9),
     "loss": "{:.4f}".format,
 }
+
+
+def named_differences(planned: PlannedRun, loaded: LoadedStudy) -> dict[str, Any]:
+    """Return the keys in which a run differs from the base, with a checkpoint of the study called by its run."""
+    runs = {run_folder(each.config).resolve(): each.label for each in loaded.runs}
+    titles = {
+        key: checkpoint_title(Path(planned.differing[key]).resolve(), runs=runs)
+        for key in CHECKPOINT_KEYS
+        if planned.differing.get(key)
+    }
+    return {key: titles.get(key) or value for key, value in planned.differing.items()}
 
 
 def build_table(loaded: LoadedStudy, rows: Mapping[tuple[str, int], StudyRow]) -> StudyTable:
@@ -236,7 +247,8 @@ def write_table(table: StudyTable) -> tuple[Path, Path]:
         MachineError: it cannot be written.
     """
     folder = table.loaded.folder
-    as_json, markdown = folder / f"{TABLE_NAME}.json", folder / f"{TABLE_NAME}.md"
+    as_json = study_file(folder)
+    markdown = as_json.with_suffix(".md")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(as_json, json.dumps(table.to_json(), indent=1, allow_nan=False) + "\n")

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from configs.choices import FAMILIES
-from configs.errors import InputError, TrainshortError
+from configs.errors import InputError, TrainshortError, in_brief
 from configs.schema import Model
 from parallel.parameter import Shard
 from training.export.format_weights import in_format
@@ -240,7 +240,7 @@ def refusing_unreadable(folder: Path) -> Iterator[None]:
     except (*_BAD_CONFIGURATION, *_BAD_WEIGHTS) as error:
         if memory_error(error) is not None:
             raise
-        said = " ".join(str(error).split())[:200] or type(error).__name__
+        said = in_brief(str(error).rstrip(".")) or type(error).__name__
         if isinstance(error, _BAD_WEIGHTS):
             raise InputError(f"{folder} has weights that cannot be read ({said}): download it again") from None
         raise InputError(
