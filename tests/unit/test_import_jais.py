@@ -70,6 +70,7 @@ def test_a_jais_goes_out_to_llama_cpp_and_with_code(tmp_path: Path, tokenizer: P
         assert result.continued > 0
     card = (tmp_path / "as-gguf" / "README.md").read_text()
     assert "divides the scores of Jais by the width of a head" in card
+    assert "transformers" not in card  # which has no Jais: it did not read the file back
     with pytest.raises(InputError, match=r"transformers has no class for model\.family jais \(it has bloom, mpt\)"):
         export_checkpoint(tmp_path / "run", format="hf", out=tmp_path / "plain")
 
