@@ -89,6 +89,22 @@ def test_masks_and_slopes_that_jais_saves_are_understood(tmp_path: Path, tokeniz
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("mup_embeddings_scale", 0, "0"),  # by which the last norm would be divided
+        ("embeddings_scale", float("nan"), "NaN"),
+        ("mup_output_alpha", None, "null"),
+        ("mup_width_scale", "2", '"2"'),
+        ("width_scale", -0.5, "-0.5"),
+    ],
+)
+def test_a_scale_must_be_a_positive_number(tmp_path: Path, tokenizer: Path, key: str, value: Any, said: str) -> None:
+    save_jais(tmp_path / "hf", tokenizer=tokenizer, **{key: value})
+    with pytest.raises(InputError, match=rf"not describe a model \({key} {said} is not a positive number\): check"):
+        import_model(tmp_path / "hf", out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"activation_function": "gelu"}, r'JAIS with activation_function "gelu" \(only "swiglu"\)'),
