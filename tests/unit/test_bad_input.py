@@ -75,11 +75,6 @@ CHECKED = {
         "BLOOM cannot hold model.position rotary (it holds alibi): "
         "set checkpoint.export_every (4) to 0, or change the model",
     ),
-    "exports of a model that another format holds": (
-        ["checkpoint.every=4", "checkpoint.export_every=4", "model.family=jais"],
-        "transformers has no class for model.family jais (it has bloom, mpt): "
-        "set checkpoint.export_format to gguf, checkpoint.export_every (4) to 0, or change the model",
-    ),
     "an unknown format of exports": (
         ["checkpoint.export_format=onnx"],
         "checkpoint.export_format 'onnx' is not known: use hf or gguf",
