@@ -108,7 +108,9 @@ def export_command(
 def import_command(
     source: Annotated[
         Path,
-        typer.Argument(metavar="HF_DIR", parser=path_of, help="A folder with a BLOOM or MPT model of Hugging Face."),
+        typer.Argument(
+            metavar="HF_DIR", parser=path_of, help="A folder with a BLOOM, MPT or Jais model of Hugging Face."
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", parser=path_of, help="The run folder to make, new or empty.")],
     length: Annotated[

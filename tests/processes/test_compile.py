@@ -1,5 +1,6 @@
 """`train.compile`: a compiled model is the same as the other, in few compilations, whatever the length."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from configs.schema import Model
 from parallel.compiled import compile_now, make_compile
-from parallel.fused import gelu_tanh
+from parallel.fused import gelu_tanh, swiglu
 from parallel.groups import lone_groups
 from parallel.head import Compile, as_it_is
 from parallel.seeds import initial_weights
@@ -20,9 +21,9 @@ VOCABULARY, HIDDEN, HEADS = 97, 32, 4
 CPU = torch.device("cpu")
 
 
-def make(compiled: Compile, *, recompute: Any = False) -> Decoder:
+def make(compiled: Compile, *, family: str, recompute: Any = False) -> Decoder:
     start_alone()
-    model = Model(layers=3, hidden=HIDDEN, heads=HEADS, init_std=0.2, embedding_init_std=0.2)
+    model = Model(layers=3, hidden=HIDDEN, heads=HEADS, family=family, init_std=0.2, embedding_init_std=0.2)
     tensor = lone_groups().tensor
     plan = plan_layers(model, vocab_size=VOCABULARY, tensor=tensor, recompute=recompute, compiled=compiled)
     decoder = Decoder(plan).double()
@@ -41,8 +42,10 @@ def loss_and_gradients(decoder: Decoder, *, length: int) -> list[Tensor]:
 
 # Dynamo asks each tensor for its gradient.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_each_function_is_compiled_once_and_changes_nothing() -> None:
+@pytest.mark.parametrize(("family", "activation"), [("bloom", gelu_tanh), ("jais", swiglu)])
+def test_each_function_is_compiled_once_and_changes_nothing(family: str, activation: Callable[..., Tensor]) -> None:
     start_alone()  # its settings are part of what torch compiled for
+    torch._dynamo.reset()  # what another model compiled
     counters.clear()
     compiled = make_compile("on", device=CPU)
     compile_now(
@@ -55,12 +58,12 @@ def test_each_function_is_compiled_once_and_changes_nothing() -> None:
         split=False,
         drops=False,
         biases=True,
-        activation=gelu_tanh,
+        activation=activation,
     )
     before = counters["stats"]["unique_graphs"]
     assert before == 6  # a residual norm is compiled with an output and without one
-    plain = make(as_it_is)
-    fast = [make(compiled, recompute=recompute) for recompute in (False, True, "selective")]
+    plain = make(as_it_is, family=family)
+    fast = [make(compiled, family=family, recompute=recompute) for recompute in (False, True, "selective")]
     for length in (37, 64, 129):
         expected = loss_and_gradients(plain, length=length)
         for decoder in fast:

@@ -24,7 +24,7 @@ SHARPER = 4  # weights are so many times as large, or attention is so even that 
 def test_each_way_is_what_it_says(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(shutil.copytree(OLD_RUN, tmp_path / "run"))  # an export adds to its certificates
     model = load_single(checkpoint)
-    model.change_weights(lambda weight: SHARPER * weight)
+    model.change_weights(lambda weight, _: SHARPER * weight)
     tokens = torch.randint(0, checkpoint.vocab_size, (LENGTH + 1,), generator=torch.Generator().manual_seed(1))
     ours = model.losses(tokens[None]).double().mean().exp().item()
     measured = {}

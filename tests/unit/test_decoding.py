@@ -68,7 +68,7 @@ def test_a_captured_step_takes_changed_weights(position: str) -> None:
     for capture in (None, RecordedGraph):
         model = single(position, capture=capture)
         for factor in (1.0, 2.0):  # a table of biases is among the weights
-            model.change_weights(lambda weight, factor=factor: factor * weight)  # type: ignore[misc]
+            model.change_weights(lambda weight, _, factor=factor: factor * weight)  # type: ignore[misc]
             cache = KeyValueCache()
             model.next_logits(tokens, cache)
             found.append(model.next_logits(tokens[:, :1], cache).clone())

@@ -214,7 +214,7 @@ def test_generation_without_a_model_is_refused(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"position": "sinusoidal"}, r"model\.position sinusoidal \(it holds alibi\): export with .* --with-code"),
-        ({"position": "kerple"}, r"model\.position kerple \(it holds alibi\): nor can any other format"),
+        ({"position": "kerple"}, r"model\.position kerple \(it holds alibi\): no other format can hold it"),
         ({"feed_forward": 100}, r"model\.feed_forward 100 \(it holds 4 x hidden, 192\)"),
         ({"window": 128}, r"model\.window 128 \(it holds null, all tokens\): export with --format hf --with-code"),
         ({"alibi_bias_max": 16}, r"model\.alibi_bias_max 16 \(it holds 8\)"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import InputError
 from configs.load import load_run
 from configs.schema import RunConfig
 from configs.terminal import Terminal
@@ -17,7 +18,7 @@ from parallel.start import environment_beside_ranks, find_process_rank
 from tests.support.one_rank import STEPS, OneRank
 from tests.support.steps import step_result
 from training.checkpoint.manifest import list_checkpoints, step_folder
-from training.export.while_training import ExportsWhileTraining
+from training.export.while_training import ExportsWhileTraining, check_export_every
 from training.incarnation import Fence, begin_incarnation
 from training.metrics_file import MetricsFile
 from training.observers import Observer, Save
@@ -97,6 +98,13 @@ def config(tmp_path: Path) -> RunConfig:
 def exports(config: RunConfig, caplog: pytest.LogCaptureFixture) -> Exports:
     caplog.set_level(logging.INFO)
     return Exports(config)
+
+
+def test_a_format_that_has_the_models_family_is_named(config: RunConfig) -> None:
+    jais = config.model_copy(update={"model": config.model.model_copy(update={"family": "jais"})})
+    advice = r"set checkpoint\.export_format to gguf, checkpoint\.export_every \(2\) to 0, or change the model"
+    with pytest.raises(InputError, match=rf"has no class for model\.family jais \(it has bloom, mpt\): {advice}"):
+        check_export_every(jais)
 
 
 def test_the_newest_step_waits_for_the_one_that_runs(exports: Exports, caplog: pytest.LogCaptureFixture) -> None:

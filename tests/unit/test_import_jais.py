@@ -70,6 +70,7 @@ def test_a_jais_goes_out_to_llama_cpp_and_with_code(tmp_path: Path, tokenizer: P
         assert result.continued > 0
     card = (tmp_path / "as-gguf" / "README.md").read_text()
     assert "divides the scores of Jais by the width of a head" in card
+    assert "transformers" not in card  # which has no Jais: it did not read the file back
     with pytest.raises(InputError, match=r"transformers has no class for model\.family jais \(it has bloom, mpt\)"):
         export_checkpoint(tmp_path / "run", format="hf", out=tmp_path / "plain")
 
@@ -85,6 +86,22 @@ def test_masks_and_slopes_that_jais_saves_are_understood(tmp_path: Path, tokeniz
     save_file({**load_file(file), "transformer.relative_pe.slopes": 2 * slopes}, file)
     with pytest.raises(InputError, match=r"has a tensor transformer\.relative_pe\.slopes, for which JAIS has no place"):
         import_model(tmp_path / "hf", out=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("mup_embeddings_scale", 0, "0"),  # by which the last norm would be divided
+        ("embeddings_scale", float("nan"), "NaN"),
+        ("mup_output_alpha", None, "null"),
+        ("mup_width_scale", "2", '"2"'),
+        ("width_scale", -0.5, "-0.5"),
+    ],
+)
+def test_a_scale_must_be_a_positive_number(tmp_path: Path, tokenizer: Path, key: str, value: Any, said: str) -> None:
+    save_jais(tmp_path / "hf", tokenizer=tokenizer, **{key: value})
+    with pytest.raises(InputError, match=rf"not describe a model \({key} {said} is not a positive number\): check"):
+        import_model(tmp_path / "hf", out=tmp_path / "run")
 
 
 @pytest.mark.parametrize(

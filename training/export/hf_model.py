@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +162,23 @@ def _jais(config: Config) -> tuple[IncomingModel, list[str]]:
         dropout=float(config.get("resid_pdrop", 0.1)),
     )
     # the first models have the second names
-    logits = config.get("mup_output_alpha", 1.0) * config.get("mup_width_scale", 1.0)
     scales = RunningScales(
-        embedding=float(config.get("mup_embeddings_scale", config.get("embeddings_scale", 1.0))),
-        logits=float(config.get("width_scale", logits)),
+        embedding=_scale(config, "mup_embeddings_scale", "embeddings_scale"),
+        logits=_scale(config, "mup_output_alpha") * _scale(config, "mup_width_scale", "width_scale"),
         divides_by_width=bool(config.get("mup_scale_qk_dot_by_d", config.get("scale_qk_dot_by_d", False))),
     )
     length = config.get("train_length", config.get("n_positions", config.get("max_position_embeddings")))
     incoming = replace(_incoming(model, config, length=length), scales=scales)
     return incoming, [*(f"no {key}" for key in missing), *_differing(config, wanted)]
+
+
+def _scale(config: Config, *names: str) -> float:
+    """Return the number of the first key that is there; 1 if none is."""
+    name = next((name for name in names if name in config), None)
+    value = 1.0 if name is None else config[name]
+    if type(value) not in (int, float) or not 0 < value < inf:
+        raise TypeError(f"{name} {json.dumps(value)} is not a positive number")
+    return float(value)
 
 
 def _incoming(model: Model, config: Config, *, length: int | None) -> IncomingModel:

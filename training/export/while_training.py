@@ -50,7 +50,11 @@ def check_export_every(config: RunConfig) -> None:
     problem = FORMATS[rules.export_format].problem_of(config.model) if rules.export_every else None
     if problem is not None:
         what = problem.rpartition(": ")[0]  # what follows is advice on `trainshort export`
-        raise InputError(f"{what}: set checkpoint.export_every ({rules.export_every}) to 0, or change the model")
+        others = (name for name, row in FORMATS.items() if row.problem_of(config.model) is None)
+        advice = "".join(f"checkpoint.export_format to {name}, " for name in others)
+        raise InputError(
+            f"{what}: set {advice}checkpoint.export_every ({rules.export_every}) to 0, or change the model"
+        )
 
 
 class ExportProcess(Protocol):

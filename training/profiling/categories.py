@@ -36,7 +36,7 @@ _OPTIMIZER_KERNEL = re.compile(r"multi_tensor|adam", re.IGNORECASE)
 _LOSS_KERNEL = re.compile(r"softmax|nll_loss|cross_entropy", re.IGNORECASE)
 _ELEMENTWISE_KERNEL = re.compile(
     r"at::native|triton_|elementwise|reduce|norm|cub::|thrust|Memset|DtoD|vectorized"
-    r"|^(residual|gelu|heads)_(forward|backward)$|^column_sums$",
+    r"|^(residual|gelu|swiglu|heads)_(forward|backward)$|^column_sums$",
     re.IGNORECASE,
 )
 

@@ -46,7 +46,7 @@ def carried_code_problem(model: Model) -> str | None:
 def _advice(model: Model, *, other: str = "") -> str:
     """Return what to do with a model that a format cannot hold."""
     carried = POSITIONS[model.position].carried
-    return f"export with {other}--format hf --with-code" if carried else "nor can any other format"
+    return f"export with {other}--format hf --with-code" if carried else "no other format can hold it"
 
 
 def _no_class(engine: str, model: Model, *, known: Sequence[str], advice: str) -> str:

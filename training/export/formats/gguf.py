@@ -1,7 +1,7 @@
 """GGUF: one file with weights and tokenizer, which llama.cpp and what is built on it run.
 
-`GgufFormat` writes the file and reads it back: the weights into transformers' model, the tokenizer from the file's own
-fields. Names and fields: llama.cpp's loaders of the architectures `bloom`, `mpt` and `jais`.
+`GgufFormat` writes the file and reads it back: the weights into transformers' model or `JaisModel`, the tokenizer from
+the file's own fields. Names and fields: llama.cpp's loaders of the architectures `bloom`, `mpt` and `jais`.
 """
 
 from collections.abc import Mapping

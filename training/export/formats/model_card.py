@@ -55,8 +55,7 @@ def model_card(facts: ModelFacts, *, comparison: str, engine: Reader, dtype: str
             _perplexity(facts),
             engine.use.format(name=name, longest=facts.longest, more=2 * facts.longest, file=file),
             _LIMITS + engine.limits,
-            f"Before this folder was written, it was loaded with transformers and compared with the trained model: "
-            f"{comparison}.\n",
+            f"Before this folder was written, it was loaded and compared with the trained model: {comparison}.\n",
             "[EXPORT.md](EXPORT.md) and export.json have the hashes of the files, the slopes, what must be computed in "
             "fp32, and what was verified with which versions.",
             "",
