@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
-from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
-from wandb.proto import wandb_internal_pb2
 
 from tests.support.command_line import Call
 from tests.support.compared_runs import add_report, make_run
@@ -42,6 +39,8 @@ LOSSES = [(step, 5 - step / 10 + (step > 5)) for step in range(1, 11)]
 
 
 def test_tensorboard_shows_each_step_once(tmp_path: Path, trainshort: Call) -> None:
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
     run_dir = make_run(tmp_path / "my", checkpoints=(5, 10))
     train(run_dir, trainshort, "--to", "tensorboard")
     shown = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
@@ -78,6 +77,8 @@ def test_wandb_continues_one_run(tmp_path: Path, trainshort: Call, monkeypatch: 
 
 def records(file: Path) -> list[Any]:
     """Return the records of wandb's own file: LevelDB's log format, after a header of seven bytes."""
+    from wandb.proto import wandb_internal_pb2
+
     content, place, found, parts = file.read_bytes(), _HEADER, [], b""
     while place + _HEADER <= len(content):
         if _BLOCK - place % _BLOCK < _HEADER:
@@ -96,7 +97,7 @@ def records(file: Path) -> list[Any]:
 
 def test_without_a_login_it_says_what_to_do(tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr("wandb.init", refuse)
     run_dir = make_run(tmp_path / "my")
     answer = trainshort("track", "copy", str(run_dir), "--to", "wandb")
     assert answer.code == 3
@@ -107,4 +108,6 @@ def test_without_a_login_it_says_what_to_do(tmp_path: Path, trainshort: Call, mo
 
 
 def refuse(**_: Any) -> None:
-    raise wandb.errors.UsageError("no API key configured")
+    from wandb.errors import UsageError
+
+    raise UsageError("no API key configured")
