@@ -76,6 +76,19 @@ def test_wandb_continues_one_run(tmp_path: Path, trainshort: Call, monkeypatch: 
     assert perplexities == [(5, 30.0), (10, 21.0)]
 
 
+def test_wandb_gives_each_run_folder_its_run(
+    tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dirs = [make_run(tmp_path / name, steps=steps) for name, steps in (("one", 3), ("two", 4))]
+    assert trainshort("track", "copy", *map(str, run_dirs), "--to", "wandb").code == 0
+    for run_dir, steps in zip(run_dirs, (3, 4), strict=True):
+        (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+        wait_until(lambda file=file: any(record.HasField("exit") for record in records(file)), lambda: "not written")
+        assert {record.run.display_name for record in records(file) if record.HasField("run")} == {run_dir.name}
+        assert sum(record.HasField("history") for record in records(file)) == steps
+
+
 def records(file: Path) -> list[Any]:
     """Return the records of wandb's own file: LevelDB's log format, after a header of seven bytes."""
     content, place, found, parts = file.read_bytes(), _HEADER, [], b""

@@ -28,6 +28,7 @@ class WandbWriter:
                 project=project,
                 id=copy.copied.run_id,
                 resume="allow",
+                reinit="create_new",  # else the second of two run folders writes to the first one's run
                 name=copy.name,
                 dir=str(copy.run_dir),
                 config=flatten(copy.config()),
