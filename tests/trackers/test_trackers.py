@@ -76,9 +76,7 @@ def test_wandb_continues_one_run(tmp_path: Path, trainshort: Call, monkeypatch: 
     assert perplexities == [(5, 30.0), (10, 21.0)]
 
 
-def test_wandb_gives_each_run_folder_its_run(
-    tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gives_each_run_folder_its_run(tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dirs = [make_run(tmp_path / name, steps=steps) for name, steps in (("one", 3), ("two", 4))]
     assert trainshort("track", "copy", *map(str, run_dirs), "--to", "wandb").code == 0

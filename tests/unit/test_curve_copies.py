@@ -79,7 +79,10 @@ def test_each_step_is_copied_once(tmp_path: Path) -> None:
     assert values["memory/peak_gb"] == 1.5
     assert "time/model_flops_utilization" not in values, "null on a CPU that is not known"
     lines = lines_of(run_dir)
-    more = [{**lines[-1], "step": step, "loss": float("nan"), "of a later version": 1} for step in (11, 12)]
+    more = [
+        {**lines[-1], "step": step, "loss": float("nan"), "tokens_seen": 10**400, "of a later version": 1}
+        for step in (11, 12)
+    ]
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write("".join(f"{json.dumps(line)}\n" for line in more) + '{"step": 13, "lo')
     second = copied(run_dir)
@@ -133,6 +136,23 @@ def test_evaluations_are_copied_in_the_order_of_their_steps(tmp_path: Path) -> N
     add_report(run_dir, {32: 19.0})
     (third,) = copied(run_dir).evaluations
     assert [(each.step, each.is_new) for each in third] == [(5, False), (10, True)]
+
+
+def test_only_reports_on_the_run_are_copied(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my", checkpoints=(5, 10))
+    (run_dir / "evaluation" / "hf-other").mkdir(parents=True)
+    (run_dir / "evaluation" / "step_0000003").mkdir()
+    (run_dir / "evaluation" / "step_0000003" / "report.json").write_text("{")
+    other = add_report(run_dir, {32: 99.0}, step=0)
+    other.rename(run_dir / "evaluation" / "hf-other" / other.name)
+    old = add_report(run_dir, {32: 30.0}, step=5)
+    old.rename(old.with_name("report.json"))  # as version 0.1.0 named it
+    add_report(run_dir, {32: 21.0}, text="gone.txt").unlink()
+    replaced = run_dir / "evaluation" / "step_0000010" / "gone.json"
+    replaced.symlink_to("nothing")
+    (evaluations,) = copied(run_dir).evaluations
+    assert [each.step for each in evaluations] == [5]
+    assert evaluations[0].values["evaluation/held-out/nonoverlapping/32/perplexity"] == 30.0
 
 
 def test_few_marks_of_a_long_run_are_kept() -> None:

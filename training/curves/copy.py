@@ -18,7 +18,7 @@ from configs.paths import config_file, evaluation_folder, metrics_path
 from configs.saved import saved_values
 from training.appended_lines import AppendedLines
 from training.curves.copied import Copied
-from training.evaluation.kept import checkpoint_reports, read_report
+from training.evaluation.kept import OTHER_MODEL, checkpoint_reports, read_report
 from training.evaluation.tracked import tracked_values
 from training.further_losses import PREFIX
 from training.metrics_reader import step_fields
@@ -143,13 +143,12 @@ class CurveCopy:
 
     def _copy_evaluations(self, writer: CurveWriter) -> int:
         evaluations, reports = [], dict[str, int]()
-        for folder in sorted(evaluation_folder(self.run_dir).glob("*/")):
-            for file in checkpoint_reports(self.run_dir, checkpoint=folder.name).values():
+        for label, file in _reports_of(self.run_dir):
+            with suppress(InputError, FileNotFoundError):  # of another version, or about to be replaced
                 name, checksum = str(file.relative_to(self.run_dir)), crc32(file.read_bytes())
-                with suppress(InputError):  # of a version whose reports cannot be read
-                    report, is_new = read_report(file), self.copied.reports.get(name) != checksum
-                    evaluations.append(Evaluation(report["step"], tracked_values(report, label=file.stem), is_new))
-                    reports[name] = checksum
+                report, is_new = read_report(file), self.copied.reports.get(name) != checksum
+                evaluations.append(Evaluation(report["step"], tracked_values(report, label=label), is_new))
+                reports[name] = checksum
         count = sum(each.is_new for each in evaluations)
         if count:
             writer.write_evaluations(sorted(evaluations, key=lambda each: each.step))
@@ -158,6 +157,14 @@ class CurveCopy:
 
     def _refuse(self) -> None:
         raise MachineError(f"another process copies {self.run_dir} to {self.folder.name}: let it, or end it")
+
+
+def _reports_of(run_dir: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the reports on the run's checkpoints, each after its label; those on other models are not the run's."""
+    for folder in sorted(evaluation_folder(run_dir).glob("*/")):
+        with suppress(InputError):  # one of version 0.1.0 that is damaged
+            if not folder.name.startswith(OTHER_MODEL):
+                yield from checkpoint_reports(run_dir, checkpoint=folder.name).items()
 
 
 def _steps_of(lines: AppendedLines, *, starts_over: bool = True) -> Iterator[tuple[int, bytes]]:
@@ -169,8 +176,8 @@ def _steps_of(lines: AppendedLines, *, starts_over: bool = True) -> Iterator[tup
 def _values_of(line: bytes) -> dict[str, float]:
     """Return the finite numbers of a line of metrics.jsonl by their names in MLflow."""
     values = {
-        tracked_name(field): float(value)
-        for field, value in json.loads(line).items()
-        if (field in METRIC_NAMES or field.startswith(PREFIX)) and isinstance(value, int | float)
+        tracked_name(field): value
+        for field, value in json.loads(line, parse_int=float).items()  # damage may make a number of hundreds of digits
+        if (field in METRIC_NAMES or field.startswith(PREFIX)) and isinstance(value, float)
     }
     return {name: value for name, value in values.items() if math.isfinite(value)}
