@@ -155,17 +155,39 @@ def test_only_reports_on_the_run_are_copied(tmp_path: Path) -> None:
     assert evaluations[0].values["evaluation/held-out/nonoverlapping/32/perplexity"] == 30.0
 
 
-def test_few_marks_of_a_long_run_are_kept() -> None:
+def test_marks_of_a_long_run_become_few() -> None:
     copied = Copied()
-    lines = [(step, b"%d" % step) for step in range(1, 10_001)]
-    for step, line in lines[99::100]:
-        copied.mark(step, line)
-        assert len(copied.marks) <= 64
-    assert copied.marks[0][0] == 100
-    assert [step for step, _ in copied.marks[-20:]] == [*range(8100, 10_001, 100)]
-    assert copied.forget_after(lines[:9950]) == 9900
-    assert copied.forget_after(lines[:150]) == 100
-    assert copied.forget_after(lines[:50]) == 0
+    lines = [b'{"step": %d}\n' % step for step in range(1, 100_001)]
+    for step in range(20, 100_001, 20):
+        copied.mark(step, lines[step - 1])
+        assert len(copied.marks) <= 1024
+    # a day of marks every half minute are 2880: at each, little is copied again
+    for count in range(100_000, 50_000, -5000):
+        assert count - Copied([*copied.marks]).forget_after(lines[:count]) <= (100_000 - count) / 10 + 20
+    assert copied.forget_after(lines[:50]) == 20
+    assert copied.forget_after(lines[:10]) == 0
+
+
+def test_a_long_copy_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recorder = make_run(tmp_path / "my"), Recorder()
+    monkeypatch.setattr("training.curves.copy._MARK_EVERY", 4)
+    monkeypatch.setattr(recorder, "write_evaluations", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    add_report(run_dir, {32: 21.0})
+    with CurveCopy(run_dir, "tensorboard") as copy, pytest.raises(KeyboardInterrupt):
+        copy.update(recorder)
+    again = copied(run_dir)
+    assert (again.firsts, again.written) == ([9], [9, 10])
+    lines = lines_of(run_dir)
+    replace_lines(run_dir, [*lines[:6], {**lines[6], "loss": 9.0}])  # a start from step 6
+    assert copied(run_dir).written == [5, 6, 7]
+
+
+def test_the_id_is_kept_before_it_is_used(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my")
+    with CurveCopy(run_dir, "wandb") as copy:
+        first = copy.tracker_id()
+    with CurveCopy(run_dir, "wandb") as copy:
+        assert copy.tracker_id() == first
 
 
 def test_a_damaged_state_begins_again(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ It runs beside training, on any machine that sees the run folder, and asks nothi
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -25,6 +26,7 @@ from training.metrics_reader import step_fields
 from training.tracking.names import METRIC_NAMES, tracked_name
 
 STATE_FILE = "copied.json"
+_MARK_EVERY = 1000  # steps
 
 
 @dataclass(frozen=True)
@@ -110,36 +112,62 @@ class CurveCopy:
         """Return the run file's values."""
         return saved_values(config_file(self.run_dir))
 
+    def tracker_id(self) -> str:
+        """Return the copy's name at its tracker, which is kept before it is used.
+
+        Raises:
+            MachineError: it cannot be kept.
+        """
+        if self.copied.run_id is None:
+            self.copied.run_id = token_hex(4)
+            with self._saying_what_fails():
+                self.copied.write(self._state)
+        return self.copied.run_id
+
     def update(self, writer: CurveWriter) -> int:
         """Copy what was added since the last time; return the number of steps and reports.
 
         Raises:
             MachineError: a file of the run cannot be read, or one of the copy cannot be written.
         """
-        try:
+        with self._saying_what_fails():
             count = self._copy_steps(writer) + self._copy_evaluations(writer)
-            writer.flush()
-            self.copied.write(self._state)
+            self._save(writer)
+        return count
+
+    @contextmanager
+    def _saying_what_fails(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise MachineError(
                 f"{self.run_dir} cannot be copied to {error.filename or self.folder} ({error.strerror}): free space or "
                 "fix permissions, and run the command again"
             ) from None
-        return count
 
     def _copy_steps(self, writer: CurveWriter) -> int:
         done, count, last = 0, 0, None
         if self._lines.starts_over() or not self._has_started:
             self._has_started = True
-            done = self.copied.forget_after(_steps_of(AppendedLines(metrics_path(self.run_dir))))
+            whole = AppendedLines(metrics_path(self.run_dir))
+            whole.starts_over()
+            done = self.copied.forget_after(whole.read())
             writer.start(first_step=done + 1)
-        for step, line in _steps_of(self._lines, starts_over=False):
-            if step > done:
-                writer.write(step, _values_of(line))
-                last, count = (step, line), count + 1
-        if last is not None:
+        for line in self._lines.read():
+            fields = step_fields(line)
+            if fields is not None and fields["step"] > done:
+                writer.write(fields["step"], _values_of(line))
+                last, count = (fields["step"], line), count + 1
+                if count % _MARK_EVERY == 0:  # a command that is killed in a long copy goes on from here
+                    self.copied.mark(*last)
+                    self._save(writer)
+        if last is not None and count % _MARK_EVERY:
             self.copied.mark(*last)
         return count
+
+    def _save(self, writer: CurveWriter) -> None:
+        writer.flush()
+        self.copied.write(self._state)
 
     def _copy_evaluations(self, writer: CurveWriter) -> int:
         evaluations, reports = [], dict[str, int]()
@@ -165,12 +193,6 @@ def _reports_of(run_dir: Path) -> Iterator[tuple[str, Path]]:
         with suppress(InputError):  # one of version 0.1.0 that is damaged
             if not folder.name.startswith(OTHER_MODEL):
                 yield from checkpoint_reports(run_dir, checkpoint=folder.name).items()
-
-
-def _steps_of(lines: AppendedLines, *, starts_over: bool = True) -> Iterator[tuple[int, bytes]]:
-    if starts_over:
-        lines.starts_over()
-    return ((int(fields["step"]), line) for line in lines.read() if (fields := step_fields(line)) is not None)
 
 
 def _values_of(line: bytes) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """A run's curves as a run of Weights & Biases, whose own files are in RUN_DIR/wandb."""
 
 from collections.abc import Mapping, Sequence
-from secrets import token_hex
 from typing import Any
 
 import wandb
@@ -22,11 +21,10 @@ class WandbWriter:
         Raises:
             MachineError: wandb begins no run: it is not logged in, or its server is not reached.
         """
-        copy.copied.run_id = copy.copied.run_id or token_hex(4)
         try:
             self._run: Any = wandb.init(
                 project=project,
-                id=copy.copied.run_id,
+                id=copy.tracker_id(),
                 resume="allow",
                 reinit="create_new",  # else the second of two run folders writes to the first one's run
                 name=copy.name,
