@@ -17,6 +17,7 @@ from tests.support.compared_runs import add_report, make_run
 from training.curves.copied import Copied
 from training.curves.copy import CurveCopy, Evaluation
 from training.curves.trackers import TRACKERS, TrackerRow
+from training.incarnation import begin_incarnation
 from training.tracking.ending import Ending
 
 
@@ -202,6 +203,7 @@ def test_copies_go_on_until_the_run_has_ended(tmp_path: Path, monkeypatch: pytes
     run_dir, recorder, told = make_run(tmp_path / "my"), Recorder(), list[tuple[Path, int]]()
     lines = lines_of(run_dir)
     replace_lines(run_dir, lines[:3])
+    begin_incarnation(run_dir)
     rounds = iter((lines[:3], lines[:8], lines))
     ends = iter((None, None, None, Ending("FINISHED", 0)))
     monkeypatch.setattr(copies, "ending_of", lambda _: next(ends))
@@ -212,6 +214,20 @@ def test_copies_go_on_until_the_run_has_ended(tmp_path: Path, monkeypatch: pytes
     assert told == [(run_dir, 3), (run_dir, 5), (run_dir, 2)]
     assert recorder.written == [*range(1, 11)]
     assert recorder.closed == 1
+
+
+def test_a_run_that_was_never_started_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recorder = make_run(tmp_path / "average"), Recorder()
+    monkeypatch.setattr(copies.time, "sleep", lambda _: pytest.fail("it waits for an average to end"))
+    row = TrackerRow("tensorboard", lambda copy, project: recorder)
+    copy_curves([run_dir], tracker=row, project="p", every=5.0, on_copied=lambda *_: None)
+    assert recorder.written == [*range(1, 11)]
+
+
+def test_no_copy_begins_if_a_folder_is_refused(tmp_path: Path) -> None:
+    row = TrackerRow("tensorboard", lambda copy, project: pytest.fail("a run begins at the tracker"))
+    with pytest.raises(InputError, match="is no run folder"):
+        copy_curves([make_run(tmp_path / "my"), tmp_path], tracker=row, project="p", every=None, on_copied=print)
 
 
 def test_a_full_disk_is_said_and_copied_later(tmp_path: Path) -> None:
@@ -228,6 +244,9 @@ def test_a_full_disk_is_said_and_copied_later(tmp_path: Path) -> None:
 def test_what_cannot_be_copied_is_refused(tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = make_run(tmp_path / "my")
     with pytest.raises(InputError, match="is no run folder: name the folder of a run that has started"):
+        CurveCopy(tmp_path, "tensorboard")
+    (tmp_path / "config.yaml").write_text("{{")
+    with pytest.raises(InputError, match="config.yaml is not the run file of a start .is not YAML"):
         CurveCopy(tmp_path, "tensorboard")
     with CurveCopy(run_dir, "tensorboard"), pytest.raises(MachineError, match="another process copies"):
         CurveCopy(run_dir, "tensorboard")

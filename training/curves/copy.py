@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Protocol
+from typing import Protocol
 from zlib import crc32
 
 from configs.errors import InputError, MachineError
@@ -73,6 +73,8 @@ class CurveCopy:
 
     Attributes:
         run_dir: The run folder.
+        config: The run file's values.
+        name: The run's name.
         copied: How far it is copied.
     """
 
@@ -80,11 +82,18 @@ class CurveCopy:
         """Take a run folder, and the name of the folder in it that holds the copy's files.
 
         Raises:
-            InputError: it is no run folder, or cannot be written.
+            InputError: it is no run folder, its run file is damaged, or it cannot be written.
             MachineError: another process copies it there.
         """
         if not config_file(run_dir).is_file():
             raise InputError(f"{run_dir} is no run folder: name the folder of a run that has started")
+        try:
+            self.config = saved_values(config_file(run_dir))
+            self.name = str(self.config["run"]["name"])
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{config_file(run_dir)} is not the run file of a start ({error}): copy that of a checkpoint there"
+            ) from None
         self.run_dir, self.folder = run_dir, run_dir / folder
         self._stack = ExitStack()
         try:
@@ -102,15 +111,6 @@ class CurveCopy:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return str(self.config()["run"]["name"])
-
-    def config(self) -> dict[str, Any]:
-        """Return the run file's values."""
-        return saved_values(config_file(self.run_dir))
 
     def tracker_id(self) -> str:
         """Return the copy's name at its tracker, which is kept before it is used.

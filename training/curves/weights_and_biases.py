@@ -29,7 +29,7 @@ class WandbWriter:
                 reinit="create_new",  # else the second of two run folders writes to the first one's run
                 name=copy.name,
                 dir=str(copy.run_dir),
-                config=flatten(copy.config()),
+                config=flatten(copy.config),
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.errors.Error as error:
