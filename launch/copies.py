@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from configs.paths import incarnation_file
+from launch.runs import reported_end
 from launch.slurm.record import has_active_jobs
 from training.curves.copy import CurveCopy, CurveWriter
 from training.curves.trackers import TrackerRow
@@ -52,5 +53,7 @@ def copy_curves(
 
 
 def _has_ended(run_dir: Path) -> bool:
-    is_over = not incarnation_file(run_dir).is_file() or ending_of(run_dir) is not None  # without it, none was started
-    return is_over and not has_active_jobs(run_dir)
+    if has_active_jobs(run_dir):
+        return False
+    # no start, as of an average; one that has told its end, on any machine; one that is seen to be dead
+    return not incarnation_file(run_dir).is_file() or reported_end(run_dir) or ending_of(run_dir) is not None

@@ -14,11 +14,13 @@ from launch import copies
 from launch.copies import copy_curves
 from tests.support.command_line import Call
 from tests.support.compared_runs import add_report, make_run
+from tests.support.run_folders import start_run
 from training.curves.copied import Copied
 from training.curves.copy import CurveCopy, Evaluation
 from training.curves.trackers import TRACKERS, TrackerRow
 from training.incarnation import begin_incarnation
 from training.tracking.ending import Ending
+from training.tracking.record import RunRecord, write_record
 
 
 class Recorder:
@@ -222,6 +224,15 @@ def test_a_run_that_was_never_started_has_ended(tmp_path: Path, monkeypatch: pyt
     row = TrackerRow("tensorboard", lambda copy, project: recorder)
     copy_curves([run_dir], tracker=row, project="p", every=5.0, on_copied=lambda *_: None)
     assert recorder.written == [*range(1, 11)]
+
+
+def test_an_end_on_another_machine_is_seen(tmp_path: Path) -> None:
+    run_dir = start_run(make_run(tmp_path / "my"), machine="another", host="node7")
+    assert not copies._has_ended(run_dir)
+    write_record(run_dir, RunRecord("id", None, is_open=True))
+    assert not copies._has_ended(run_dir)
+    write_record(run_dir, RunRecord("id", None))
+    assert copies._has_ended(run_dir)
 
 
 def test_no_copy_begins_if_a_folder_is_refused(tmp_path: Path) -> None:
