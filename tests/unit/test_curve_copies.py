@@ -173,7 +173,7 @@ def test_marks_of_a_long_run_become_few() -> None:
 
 def test_a_long_copy_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, recorder = make_run(tmp_path / "my"), Recorder()
-    monkeypatch.setattr("training.curves.copy._MARK_EVERY", 4)
+    monkeypatch.setattr("training.curves.copy.STEPS_PER_MARK", 4)
     monkeypatch.setattr(recorder, "write_evaluations", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     add_report(run_dir, {32: 21.0})
     with CurveCopy(run_dir, "tensorboard") as copy, pytest.raises(KeyboardInterrupt):
@@ -226,13 +226,14 @@ def test_a_run_that_was_never_started_has_ended(tmp_path: Path, monkeypatch: pyt
     assert recorder.written == [*range(1, 11)]
 
 
-def test_an_end_on_another_machine_is_seen(tmp_path: Path) -> None:
-    run_dir = start_run(make_run(tmp_path / "my"), machine="another", host="node7")
-    assert not copies._has_ended(run_dir)
+def test_an_end_on_another_machine_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recorder = start_run(make_run(tmp_path / "my"), machine="another", host="node7"), Recorder()
     write_record(run_dir, RunRecord("id", None, is_open=True))
-    assert not copies._has_ended(run_dir)
-    write_record(run_dir, RunRecord("id", None))
-    assert copies._has_ended(run_dir)
+    rounds = iter((RunRecord("id", None, is_open=True), RunRecord("id", None)))
+    monkeypatch.setattr(copies.time, "sleep", lambda _: write_record(run_dir, next(rounds)))
+    row = TrackerRow("tensorboard", lambda copy, project: recorder)
+    copy_curves([run_dir], tracker=row, project="p", every=5.0, on_copied=lambda *_: None)
+    assert (recorder.flushed, next(rounds, None)) == (3, None)
 
 
 def test_no_copy_begins_if_a_folder_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from training.metrics_reader import step_fields
 from training.tracking.names import METRIC_NAMES, tracked_name
 
 STATE_FILE = "copied.json"
-_MARK_EVERY = 1000  # steps
+STEPS_PER_MARK = 1000
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,10 @@ class CurveCopy:
             if fields is not None and fields["step"] > done:
                 writer.write(fields["step"], _values_of(line))
                 last, count = (fields["step"], line), count + 1
-                if count % _MARK_EVERY == 0:  # a command that is killed in a long copy goes on from here
+                if count % STEPS_PER_MARK == 0:  # a command that is killed in a long copy goes on from here
                     self.copied.mark(*last)
                     self._save(writer)
-        if last is not None and count % _MARK_EVERY:
+        if last is not None and count % STEPS_PER_MARK:
             self.copied.mark(*last)
         return count
 
