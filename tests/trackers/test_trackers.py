@@ -135,8 +135,8 @@ def test_without_a_login_it_says_what_to_do(tmp_path: Path, trainshort: Call, mo
     answer = trainshort("track", "copy", str(run_dir), "--to", "wandb")
     assert answer.code == 3
     assert answer.error == (
-        "error: wandb begins no run (no API key configured): run `wandb login`, or set WANDB_MODE=offline and run "
-        "`wandb sync` later\n"
+        "error: wandb begins no run (no API key configured): fix that; without a login, run `wandb login`, or set "
+        "WANDB_MODE=offline and run `wandb sync` later\n"
     )
 
 

@@ -114,6 +114,22 @@ def test_steps_that_are_taken_again_are_copied_again(tmp_path: Path) -> None:
     assert (again.firsts, again.written) == ([1], [1])
 
 
+def test_a_file_replaced_twice_is_read_again(tmp_path: Path) -> None:
+    run_dir, recorder = make_run(tmp_path / "my"), Recorder()
+    lines = lines_of(run_dir)
+    with CurveCopy(run_dir, "tensorboard") as copy:
+        replace_lines(run_dir, lines[:6])
+        inode = (run_dir / "metrics.jsonl").stat().st_ino
+        copy.update(recorder)
+        again = [*lines[:5], *({**line, "loss": 9.0} for line in lines[5:])]
+        for _ in range(8):  # until the inode comes back, which most file systems reuse
+            replace_lines(run_dir, again)
+            if (run_dir / "metrics.jsonl").stat().st_ino == inode:
+                break
+        copy.update(recorder)
+    assert [values["train/loss"] for step, values in recorder.steps if step >= 6] == [4.4, *[9.0] * 5]
+
+
 def test_a_run_before_its_first_step_is_followed(tmp_path: Path) -> None:
     run_dir, recorder = make_run(tmp_path / "my"), Recorder()
     lines = lines_of(run_dir)

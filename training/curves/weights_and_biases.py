@@ -34,8 +34,8 @@ class WandbWriter:
             )
         except wandb.errors.Error as error:
             raise MachineError(
-                f"wandb begins no run ({first_line(error)}): run `wandb login`, or set WANDB_MODE=offline and run "
-                "`wandb sync` later"
+                f"wandb begins no run ({first_line(error)}): fix that; without a login, run `wandb login`, or set "
+                "WANDB_MODE=offline and run `wandb sync` later"
             ) from None
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
