@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,14 @@ def test_an_end_on_another_machine_is_seen(tmp_path: Path, monkeypatch: pytest.M
     row = TrackerRow("tensorboard", lambda copy, project: recorder)
     copy_curves([run_dir], tracker=row, project="p", every=5.0, on_copied=lambda *_: None)
     assert (recorder.flushed, next(rounds, None)) == (3, None)
+
+
+def test_a_run_that_is_removed_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recorder = start_run(make_run(tmp_path / "my")), Recorder()
+    monkeypatch.setattr(copies.time, "sleep", lambda _: shutil.rmtree(run_dir))
+    row = TrackerRow("tensorboard", lambda copy, project: recorder)
+    copy_curves([run_dir], tracker=row, project="p", every=5.0, on_copied=lambda *_: None)
+    assert (recorder.firsts, recorder.closed, run_dir.exists()) == ([1], 1, False)
 
 
 def test_no_copy_begins_if_a_folder_is_refused(tmp_path: Path) -> None:

@@ -125,11 +125,13 @@ class CurveCopy:
         return self.copied.run_id
 
     def update(self, writer: CurveWriter) -> int:
-        """Copy what was added since the last time; return the number of steps and reports.
+        """Copy what was added since the last time; return the number of steps and reports: 0 if the folder was removed.
 
         Raises:
             MachineError: a file of the run cannot be read, or one of the copy cannot be written.
         """
+        if not self.folder.is_dir():  # a tracker would make it again
+            return 0
         with self._saying_what_fails():
             count = self._copy_steps(writer) + self._copy_evaluations(writer)
             self._save(writer)
