@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from configs.paths import incarnation_file
+from launch.runs import reported_end
 from launch.slurm.record import has_active_jobs
 from training.curves.copy import CurveCopy, CurveWriter
 from training.curves.trackers import TrackerRow
@@ -32,29 +34,26 @@ def copy_curves(
         MachineError: the tracker cannot be used, or another process copies a run there.
     """
     with ExitStack() as stack:
-        copies = [_Opened(folder, tracker, project, stack) for folder in folders]
+        opened = [stack.enter_context(CurveCopy(folder, tracker.package)) for folder in folders]
+        copies = list[tuple[CurveCopy, CurveWriter]]()
+        for copy in opened:  # now that no folder is refused
+            writer = tracker.open(copy, project)
+            stack.callback(writer.close)
+            copies.append((copy, writer))
         while copies:
             # asked before: what a run does until it has ended is then copied
-            ended = [copy for copy in copies if every is None or _has_ended(copy.run_dir)]
-            for copy in copies:
-                count = copy.update()
+            going_on = [pair for pair in copies if every is not None and not _has_ended(pair[0].run_dir)]
+            for copy, writer in copies:
+                count = copy.update(writer)
                 if count or every is None:
                     on_copied(copy.run_dir, count)
-            copies = [copy for copy in copies if copy not in ended]
+            copies = going_on
             if copies and every is not None:
                 time.sleep(every)
 
 
-class _Opened:
-    def __init__(self, folder: Path, tracker: TrackerRow, project: str, stack: ExitStack) -> None:
-        self.run_dir = folder
-        self._copy = stack.enter_context(CurveCopy(folder, tracker.package))
-        self._writer: CurveWriter = tracker.open(self._copy, project)
-        stack.callback(self._writer.close)
-
-    def update(self) -> int:
-        return self._copy.update(self._writer)
-
-
 def _has_ended(run_dir: Path) -> bool:
-    return not has_active_jobs(run_dir) and ending_of(run_dir) is not None
+    if has_active_jobs(run_dir):
+        return False
+    # no start, as of an average; one that has told its end, on any machine; one that is seen to be dead
+    return not incarnation_file(run_dir).is_file() or reported_end(run_dir) or ending_of(run_dir) is not None

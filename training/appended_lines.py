@@ -17,7 +17,7 @@ class AppendedLines:
     def __init__(self, path: Path, *, last_bytes: int | None = None) -> None:
         self._path, self._last_bytes = path, last_bytes
         self._file: tuple[int, int] | None = None  # device and inode
-        self._offset = 0
+        self._offset, self._last_line = 0, b""
 
     def starts_over(self) -> bool:
         """Return whether `read` starts over: the name is another file's now, or the file was truncated.
@@ -31,9 +31,9 @@ class AppendedLines:
             file, size = None, 0
         else:
             file, size = (status.st_dev, status.st_ino), status.st_size
-        if file == self._file and size >= self._offset:
+        if file == self._file and size >= self._offset and self._ends_in_last_line():
             return False
-        self._file = file
+        self._file, self._last_line = file, b""
         self._offset = 0 if self._last_bytes is None else max(0, size - self._last_bytes)
         return True
 
@@ -50,5 +50,13 @@ class AppendedLines:
             while line := file.readline(_LONGEST_LINE):
                 if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
                     return
-                self._offset += len(line)
+                self._offset, self._last_line = self._offset + len(line), line
                 yield line
+
+    def _ends_in_last_line(self) -> bool:
+        """Return whether the last line read is still there: the second of two replacements may get the old inode."""
+        if not self._last_line:
+            return True
+        with self._path.open("rb") as file:
+            file.seek(self._offset - len(self._last_line))
+            return file.read(len(self._last_line)) == self._last_line

@@ -56,7 +56,7 @@ def step_fields(line: bytes) -> dict[str, Any] | None:
     """Return the fields of a whole line of metrics.jsonl, which ends in a line break; None for any other line."""
     try:
         fields = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict) or type(fields.get("step")) is not int:
         return None

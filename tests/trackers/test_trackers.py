@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import struct
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,31 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path, trainshort: Call) -> N
     assert b"sequence_length: 32" in text
 
 
+@pytest.mark.parametrize("limit", [500, 2500])  # bytes: of the steps, of the evaluations
+def test_a_full_disk_under_tensorboard_is_said(tmp_path: Path, trainshort: Call, limit: int) -> None:
+    run_dir, before = make_run(tmp_path / "my", steps=3), resource.getrlimit(resource.RLIMIT_FSIZE)
+    add_report(run_dir, {length: 21.0 for length in range(32, 96)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        answer = trainshort("track", "copy", str(run_dir), "--to", "tensorboard")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert answer.code == 3
+    place = run_dir / "tensorboard"
+    assert answer.error.endswith("(File too large): free space or fix permissions, and run the command again\n")
+    assert answer.error.startswith(f"error: {run_dir} cannot be copied to {place}")
+    assert trainshort("track", "copy", str(run_dir), "--to", "tensorboard").out.endswith(
+        "copied 4 records to tensorboard\n"
+    )
+
+
 def test_wandb_continues_one_run(tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = make_run(tmp_path / "my", checkpoints=(5, 10))
     train(run_dir, trainshort, "--to", "wandb", "--project", "mine")
     runs, losses, perplexities = set(), [], []
     files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
-    wait_until(lambda: any(record.HasField("exit") for record in records(files[-1])), lambda: "not written")
+    wait_until_ended(files[-1])
     for file in files:
         for record in records(file):
             if record.HasField("run"):
@@ -73,6 +92,21 @@ def test_wandb_continues_one_run(tmp_path: Path, trainshort: Call, monkeypatch: 
     assert dict(losses) == {step: pytest.approx(loss) for step, loss in LOSSES}, "the last of each step"
     assert [step for step, _ in losses] == [*range(1, 9), *range(5, 11)]
     assert perplexities == [(5, 30.0), (10, 21.0)]
+
+
+def test_wandb_gives_each_run_folder_its_run(tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dirs = [make_run(tmp_path / name, steps=steps) for name, steps in (("one", 3), ("two", 4))]
+    assert trainshort("track", "copy", *map(str, run_dirs), "--to", "wandb").code == 0
+    for run_dir, steps in zip(run_dirs, (3, 4), strict=True):
+        (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+        wait_until_ended(file)
+        assert {record.run.display_name for record in records(file) if record.HasField("run")} == {run_dir.name}
+        assert sum(record.HasField("history") for record in records(file)) == steps
+
+
+def wait_until_ended(file: Path) -> None:
+    wait_until(lambda: any(record.HasField("exit") for record in records(file)), lambda: "not written")
 
 
 def records(file: Path) -> list[Any]:
@@ -102,8 +136,8 @@ def test_without_a_login_it_says_what_to_do(tmp_path: Path, trainshort: Call, mo
     answer = trainshort("track", "copy", str(run_dir), "--to", "wandb")
     assert answer.code == 3
     assert answer.error == (
-        "error: wandb begins no run (no API key configured): run `wandb login`, or set WANDB_MODE=offline and run "
-        "`wandb sync` later\n"
+        "error: wandb begins no run (no API key configured): fix that; without a login, run `wandb login`, or set "
+        "WANDB_MODE=offline and run `wandb sync` later\n"
     )
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from launch import copies
 from launch.copies import copy_curves
 from tests.support.command_line import Call
 from tests.support.compared_runs import add_report, make_run
+from tests.support.run_folders import start_run
 from training.curves.copied import Copied
 from training.curves.copy import CurveCopy, Evaluation
 from training.curves.trackers import TRACKERS, TrackerRow
+from training.incarnation import begin_incarnation
 from training.tracking.ending import Ending
+from training.tracking.record import RunRecord, write_record
 
 
 class Recorder:
@@ -79,7 +83,10 @@ def test_each_step_is_copied_once(tmp_path: Path) -> None:
     assert values["memory/peak_gb"] == 1.5
     assert "time/model_flops_utilization" not in values, "null on a CPU that is not known"
     lines = lines_of(run_dir)
-    more = [{**lines[-1], "step": step, "loss": float("nan"), "of a later version": 1} for step in (11, 12)]
+    more = [
+        {**lines[-1], "step": step, "loss": float("nan"), "tokens_seen": 10**400, "of a later version": 1}
+        for step in (11, 12)
+    ]
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write("".join(f"{json.dumps(line)}\n" for line in more) + '{"step": 13, "lo')
     second = copied(run_dir)
@@ -106,6 +113,22 @@ def test_steps_that_are_taken_again_are_copied_again(tmp_path: Path) -> None:
     replace_lines(run_dir, [{**lines[0], "loss": 8.0}])
     again = copied(run_dir)
     assert (again.firsts, again.written) == ([1], [1])
+
+
+def test_a_file_replaced_twice_is_read_again(tmp_path: Path) -> None:
+    run_dir, recorder = make_run(tmp_path / "my"), Recorder()
+    lines = lines_of(run_dir)
+    with CurveCopy(run_dir, "tensorboard") as copy:
+        replace_lines(run_dir, lines[:6])
+        inode = (run_dir / "metrics.jsonl").stat().st_ino
+        copy.update(recorder)
+        again = [*lines[:5], *({**line, "loss": 9.0} for line in lines[5:])]
+        for _ in range(8):  # until the inode comes back, which most file systems reuse
+            replace_lines(run_dir, again)
+            if (run_dir / "metrics.jsonl").stat().st_ino == inode:
+                break
+        copy.update(recorder)
+    assert [values["train/loss"] for step, values in recorder.steps if step >= 6] == [4.4, *[9.0] * 5]
 
 
 def test_a_run_before_its_first_step_is_followed(tmp_path: Path) -> None:
@@ -135,17 +158,56 @@ def test_evaluations_are_copied_in_the_order_of_their_steps(tmp_path: Path) -> N
     assert [(each.step, each.is_new) for each in third] == [(5, False), (10, True)]
 
 
-def test_few_marks_of_a_long_run_are_kept() -> None:
+def test_only_reports_on_the_run_are_copied(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my", checkpoints=(5, 10))
+    (run_dir / "evaluation" / "hf-other").mkdir(parents=True)
+    (run_dir / "evaluation" / "step_0000003").mkdir()
+    (run_dir / "evaluation" / "step_0000003" / "report.json").write_text("{")
+    other = add_report(run_dir, {32: 99.0}, step=0)
+    other.rename(run_dir / "evaluation" / "hf-other" / other.name)
+    old = add_report(run_dir, {32: 30.0}, step=5)
+    old.rename(old.with_name("report.json"))  # as version 0.1.0 named it
+    add_report(run_dir, {32: 21.0}, text="gone.txt").unlink()
+    replaced = run_dir / "evaluation" / "step_0000010" / "gone.json"
+    replaced.symlink_to("nothing")
+    (evaluations,) = copied(run_dir).evaluations
+    assert [each.step for each in evaluations] == [5]
+    assert evaluations[0].values["evaluation/held-out/nonoverlapping/32/perplexity"] == 30.0
+
+
+def test_marks_of_a_long_run_become_few() -> None:
     copied = Copied()
-    lines = [(step, b"%d" % step) for step in range(1, 10_001)]
-    for step, line in lines[99::100]:
-        copied.mark(step, line)
-        assert len(copied.marks) <= 64
-    assert copied.marks[0][0] == 100
-    assert [step for step, _ in copied.marks[-20:]] == [*range(8100, 10_001, 100)]
-    assert copied.forget_after(lines[:9950]) == 9900
-    assert copied.forget_after(lines[:150]) == 100
-    assert copied.forget_after(lines[:50]) == 0
+    lines = [b'{"step": %d}\n' % step for step in range(1, 100_001)]
+    for step in range(20, 100_001, 20):
+        copied.mark(step, lines[step - 1])
+        assert len(copied.marks) <= 1024
+    # a day of marks every half minute are 2880: at each, little is copied again
+    for count in range(100_000, 50_000, -5000):
+        assert count - Copied([*copied.marks]).forget_after(lines[:count]) <= (100_000 - count) / 10 + 20
+    assert copied.forget_after(lines[:50]) == 20
+    assert copied.forget_after(lines[:10]) == 0
+
+
+def test_a_long_copy_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recorder = make_run(tmp_path / "my"), Recorder()
+    monkeypatch.setattr("training.curves.copy.STEPS_PER_MARK", 4)
+    monkeypatch.setattr(recorder, "write_evaluations", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    add_report(run_dir, {32: 21.0})
+    with CurveCopy(run_dir, "tensorboard") as copy, pytest.raises(KeyboardInterrupt):
+        copy.update(recorder)
+    again = copied(run_dir)
+    assert (again.firsts, again.written) == ([9], [9, 10])
+    lines = lines_of(run_dir)
+    replace_lines(run_dir, [*lines[:6], {**lines[6], "loss": 9.0}])  # a start from step 6
+    assert copied(run_dir).written == [5, 6, 7]
+
+
+def test_the_id_is_kept_before_it_is_used(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my")
+    with CurveCopy(run_dir, "wandb") as copy:
+        first = copy.tracker_id()
+    with CurveCopy(run_dir, "wandb") as copy:
+        assert copy.tracker_id() == first
 
 
 def test_a_damaged_state_begins_again(tmp_path: Path) -> None:
@@ -160,6 +222,7 @@ def test_copies_go_on_until_the_run_has_ended(tmp_path: Path, monkeypatch: pytes
     run_dir, recorder, told = make_run(tmp_path / "my"), Recorder(), list[tuple[Path, int]]()
     lines = lines_of(run_dir)
     replace_lines(run_dir, lines[:3])
+    begin_incarnation(run_dir)
     rounds = iter((lines[:3], lines[:8], lines))
     ends = iter((None, None, None, Ending("FINISHED", 0)))
     monkeypatch.setattr(copies, "ending_of", lambda _: next(ends))
@@ -170,6 +233,38 @@ def test_copies_go_on_until_the_run_has_ended(tmp_path: Path, monkeypatch: pytes
     assert told == [(run_dir, 3), (run_dir, 5), (run_dir, 2)]
     assert recorder.written == [*range(1, 11)]
     assert recorder.closed == 1
+
+
+def test_a_run_that_was_never_started_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recorder = make_run(tmp_path / "average"), Recorder()
+    monkeypatch.setattr(copies.time, "sleep", lambda _: pytest.fail("it waits for an average to end"))
+    row = TrackerRow("tensorboard", lambda copy, project: recorder)
+    copy_curves([run_dir], tracker=row, project="p", every=5.0, on_copied=lambda *_: None)
+    assert recorder.written == [*range(1, 11)]
+
+
+def test_an_end_on_another_machine_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recorder = start_run(make_run(tmp_path / "my"), machine="another", host="node7"), Recorder()
+    write_record(run_dir, RunRecord("id", None, is_open=True))
+    rounds = iter((RunRecord("id", None, is_open=True), RunRecord("id", None)))
+    monkeypatch.setattr(copies.time, "sleep", lambda _: write_record(run_dir, next(rounds)))
+    row = TrackerRow("tensorboard", lambda copy, project: recorder)
+    copy_curves([run_dir], tracker=row, project="p", every=5.0, on_copied=lambda *_: None)
+    assert (recorder.flushed, next(rounds, None)) == (3, None)
+
+
+def test_a_run_that_is_removed_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recorder = start_run(make_run(tmp_path / "my")), Recorder()
+    monkeypatch.setattr(copies.time, "sleep", lambda _: shutil.rmtree(run_dir))
+    row = TrackerRow("tensorboard", lambda copy, project: recorder)
+    copy_curves([run_dir], tracker=row, project="p", every=5.0, on_copied=lambda *_: None)
+    assert (recorder.firsts, recorder.closed, run_dir.exists()) == ([1], 1, False)
+
+
+def test_no_copy_begins_if_a_folder_is_refused(tmp_path: Path) -> None:
+    row = TrackerRow("tensorboard", lambda copy, project: pytest.fail("a run begins at the tracker"))
+    with pytest.raises(InputError, match="is no run folder"):
+        copy_curves([make_run(tmp_path / "my"), tmp_path], tracker=row, project="p", every=None, on_copied=print)
 
 
 def test_a_full_disk_is_said_and_copied_later(tmp_path: Path) -> None:
@@ -186,6 +281,9 @@ def test_a_full_disk_is_said_and_copied_later(tmp_path: Path) -> None:
 def test_what_cannot_be_copied_is_refused(tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = make_run(tmp_path / "my")
     with pytest.raises(InputError, match="is no run folder: name the folder of a run that has started"):
+        CurveCopy(tmp_path, "tensorboard")
+    (tmp_path / "config.yaml").write_text("{{")
+    with pytest.raises(InputError, match="config.yaml is not the run file of a start .is not YAML"):
         CurveCopy(tmp_path, "tensorboard")
     with CurveCopy(run_dir, "tensorboard"), pytest.raises(MachineError, match="another process copies"):
         CurveCopy(run_dir, "tensorboard")

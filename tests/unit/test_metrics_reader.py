@@ -18,7 +18,7 @@ def test_only_whole_lines_are_steps() -> None:
     assert step_fields(WHOLE.replace(b"\n", b"\r\n")), "an editor may have changed the line's end"
     damaged = (WHOLE[:-1], b"", b"\n", b"\0\n", b"\xff\n", b"[]\n", b'"x"\n', b"{}\n", WHOLE[3:])
     wrong = (b'{"step": 1.0}\n', b'{"step": true}\n', b'{"step": "1"}\n', b'{"step": 1, "loss": "3"}\n')
-    for line in (*damaged, *wrong):
+    for line in (*damaged, *wrong, b"[" * 100_000 + b"\n"):
         assert step_fields(line) is None, line
 
 

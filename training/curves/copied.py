@@ -7,8 +7,9 @@ from pathlib import Path
 from zlib import crc32
 
 from configs.files import write_json
+from training.metrics_reader import step_fields
 
-_MARKS = 64  # at most; half of them are dropped where there are more
+_MARKS = 1024  # at most; every second one is dropped where there are more
 
 
 @dataclass
@@ -43,17 +44,21 @@ class Copied:
         """Note that all up to the step of a line is copied. Of older marks, fewer and fewer are kept."""
         self.marks.append((step, crc32(line)))
         if len(self.marks) > _MARKS:
-            self.marks = [*self.marks[: _MARKS // 2 : 2], *self.marks[_MARKS // 2 :]]
+            del self.marks[1:-1:2]
 
-    def forget_after(self, lines: Iterable[tuple[int, bytes]]) -> int:
+    def forget_after(self, lines: Iterable[bytes]) -> int:
         """Drop the marks that a file no longer has, and return the step of the newest that it has, or 0.
 
         A start that goes on from a checkpoint, or a rollback, takes steps again.
 
         Args:
-            lines: Its steps and their lines.
+            lines: Its lines.
         """
-        wanted = dict(self.marks)
-        there = {step for step, line in lines if step in wanted and wanted[step] == crc32(line)}
-        self.marks = [(step, checksum) for step, checksum in self.marks if step in there]
+        checksums = {checksum for _, checksum in self.marks}
+        there = {
+            (fields["step"], checksum)
+            for line in lines
+            if (checksum := crc32(line)) in checksums and (fields := step_fields(line)) is not None
+        }
+        self.marks = [mark for mark in self.marks if mark in there]
         return self.marks[-1][0] if self.marks else 0

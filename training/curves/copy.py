@@ -6,10 +6,11 @@ It runs beside training, on any machine that sees the run folder, and asks nothi
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from secrets import token_hex
+from typing import Protocol
 from zlib import crc32
 
 from configs.errors import InputError, MachineError
@@ -18,13 +19,14 @@ from configs.paths import config_file, evaluation_folder, metrics_path
 from configs.saved import saved_values
 from training.appended_lines import AppendedLines
 from training.curves.copied import Copied
-from training.evaluation.kept import checkpoint_reports, read_report
+from training.evaluation.kept import OTHER_MODEL, checkpoint_reports, read_report
 from training.evaluation.tracked import tracked_values
 from training.further_losses import PREFIX
 from training.metrics_reader import step_fields
 from training.tracking.names import METRIC_NAMES, tracked_name
 
 STATE_FILE = "copied.json"
+STEPS_PER_MARK = 1000
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class CurveCopy:
 
     Attributes:
         run_dir: The run folder.
+        config: The run file's values.
+        name: The run's name.
         copied: How far it is copied.
     """
 
@@ -78,11 +82,18 @@ class CurveCopy:
         """Take a run folder, and the name of the folder in it that holds the copy's files.
 
         Raises:
-            InputError: it is no run folder, or cannot be written.
+            InputError: it is no run folder, its run file is damaged, or it cannot be written.
             MachineError: another process copies it there.
         """
         if not config_file(run_dir).is_file():
             raise InputError(f"{run_dir} is no run folder: name the folder of a run that has started")
+        try:
+            self.config = saved_values(config_file(run_dir))
+            self.name = str(self.config["run"]["name"])
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{config_file(run_dir)} is not the run file of a start ({error}): copy that of a checkpoint there"
+            ) from None
         self.run_dir, self.folder = run_dir, run_dir / folder
         self._stack = ExitStack()
         try:
@@ -101,55 +112,73 @@ class CurveCopy:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return str(self.config()["run"]["name"])
+    def tracker_id(self) -> str:
+        """Return the copy's name at its tracker, which is kept before it is used.
 
-    def config(self) -> dict[str, Any]:
-        """Return the run file's values."""
-        return saved_values(config_file(self.run_dir))
+        Raises:
+            MachineError: it cannot be kept.
+        """
+        if self.copied.run_id is None:
+            self.copied.run_id = token_hex(4)
+            with self._saying_what_fails():
+                self.copied.write(self._state)
+        return self.copied.run_id
 
     def update(self, writer: CurveWriter) -> int:
-        """Copy what was added since the last time; return the number of steps and reports.
+        """Copy what was added since the last time; return the number of steps and reports: 0 if the folder was removed.
 
         Raises:
             MachineError: a file of the run cannot be read, or one of the copy cannot be written.
         """
-        try:
+        if not self.folder.is_dir():  # a tracker would make it again
+            return 0
+        with self._saying_what_fails():
             count = self._copy_steps(writer) + self._copy_evaluations(writer)
-            writer.flush()
-            self.copied.write(self._state)
+            self._save(writer)
+        return count
+
+    @contextmanager
+    def _saying_what_fails(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise MachineError(
                 f"{self.run_dir} cannot be copied to {error.filename or self.folder} ({error.strerror}): free space or "
                 "fix permissions, and run the command again"
             ) from None
-        return count
 
     def _copy_steps(self, writer: CurveWriter) -> int:
         done, count, last = 0, 0, None
         if self._lines.starts_over() or not self._has_started:
             self._has_started = True
-            done = self.copied.forget_after(_steps_of(AppendedLines(metrics_path(self.run_dir))))
+            whole = AppendedLines(metrics_path(self.run_dir))
+            whole.starts_over()
+            done = self.copied.forget_after(whole.read())
             writer.start(first_step=done + 1)
-        for step, line in _steps_of(self._lines, starts_over=False):
-            if step > done:
-                writer.write(step, _values_of(line))
-                last, count = (step, line), count + 1
-        if last is not None:
+        for line in self._lines.read():
+            fields = step_fields(line)
+            if fields is not None and fields["step"] > done:
+                writer.write(fields["step"], _values_of(line))
+                last, count = (fields["step"], line), count + 1
+                if count % STEPS_PER_MARK == 0:  # a command that is killed in a long copy goes on from here
+                    self.copied.mark(*last)
+                    self._save(writer)
+        if last is not None and count % STEPS_PER_MARK:
             self.copied.mark(*last)
         return count
 
+    def _save(self, writer: CurveWriter) -> None:
+        writer.flush()
+        self.copied.write(self._state)
+
     def _copy_evaluations(self, writer: CurveWriter) -> int:
         evaluations, reports = [], dict[str, int]()
-        for folder in sorted(evaluation_folder(self.run_dir).glob("*/")):
-            for file in checkpoint_reports(self.run_dir, checkpoint=folder.name).values():
+        for label, file in _reports_of(self.run_dir):
+            with suppress(InputError, FileNotFoundError):  # of another version, or about to be replaced
                 name, checksum = str(file.relative_to(self.run_dir)), crc32(file.read_bytes())
-                with suppress(InputError):  # of a version whose reports cannot be read
-                    report, is_new = read_report(file), self.copied.reports.get(name) != checksum
-                    evaluations.append(Evaluation(report["step"], tracked_values(report, label=file.stem), is_new))
-                    reports[name] = checksum
+                report, is_new = read_report(file), self.copied.reports.get(name) != checksum
+                evaluations.append(Evaluation(report["step"], tracked_values(report, label=label), is_new))
+                reports[name] = checksum
         count = sum(each.is_new for each in evaluations)
         if count:
             writer.write_evaluations(sorted(evaluations, key=lambda each: each.step))
@@ -160,17 +189,19 @@ class CurveCopy:
         raise MachineError(f"another process copies {self.run_dir} to {self.folder.name}: let it, or end it")
 
 
-def _steps_of(lines: AppendedLines, *, starts_over: bool = True) -> Iterator[tuple[int, bytes]]:
-    if starts_over:
-        lines.starts_over()
-    return ((int(fields["step"]), line) for line in lines.read() if (fields := step_fields(line)) is not None)
+def _reports_of(run_dir: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the reports on the run's checkpoints, each after its label; those on other models are not the run's."""
+    for folder in sorted(evaluation_folder(run_dir).glob("*/")):
+        with suppress(InputError):  # one of version 0.1.0 that is damaged
+            if not folder.name.startswith(OTHER_MODEL):
+                yield from checkpoint_reports(run_dir, checkpoint=folder.name).items()
 
 
 def _values_of(line: bytes) -> dict[str, float]:
     """Return the finite numbers of a line of metrics.jsonl by their names in MLflow."""
     values = {
-        tracked_name(field): float(value)
-        for field, value in json.loads(line).items()
-        if (field in METRIC_NAMES or field.startswith(PREFIX)) and isinstance(value, int | float)
+        tracked_name(field): value
+        for field, value in json.loads(line, parse_int=float).items()  # damage may make a number of hundreds of digits
+        if (field in METRIC_NAMES or field.startswith(PREFIX)) and isinstance(value, float)
     }
     return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -1,6 +1,7 @@
 """A run's curves as TensorBoard's event files, in RUN_DIR/tensorboard."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ class TensorBoardWriter:
 
     def __init__(self, copy: CurveCopy) -> None:
         """Take the copy."""
-        self._folder, self._config = copy.folder, copy.config()
+        self._folder, self._config = copy.folder, copy.config
         self._steps: Any = None
 
     def start(self, *, first_step: int) -> None:
@@ -38,6 +39,7 @@ class TensorBoardWriter:
         for evaluation in evaluations:
             for name, value in evaluation.values.items():
                 writer.add_scalar(name, value, evaluation.step)
+        writer.flush()  # says what close() does not
         writer.close()
 
     def flush(self) -> None:
@@ -47,7 +49,8 @@ class TensorBoardWriter:
     def close(self) -> None:
         """See `CurveWriter`."""
         if self._steps is not None:
-            self._steps.close()
+            with suppress(OSError):  # flush() has said so
+                self._steps.close()
 
 
 def _open(folder: Path, *, first_step: int) -> Any:

@@ -1,7 +1,6 @@
 """A run's curves as a run of Weights & Biases, whose own files are in RUN_DIR/wandb."""
 
 from collections.abc import Mapping, Sequence
-from secrets import token_hex
 from typing import Any
 
 import wandb
@@ -22,21 +21,21 @@ class WandbWriter:
         Raises:
             MachineError: wandb begins no run: it is not logged in, or its server is not reached.
         """
-        copy.copied.run_id = copy.copied.run_id or token_hex(4)
         try:
             self._run: Any = wandb.init(
                 project=project,
-                id=copy.copied.run_id,
+                id=copy.tracker_id(),
                 resume="allow",
+                reinit="create_new",  # else the second of two run folders writes to the first one's run
                 name=copy.name,
                 dir=str(copy.run_dir),
-                config=flatten(copy.config()),
+                config=flatten(copy.config),
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.errors.Error as error:
             raise MachineError(
-                f"wandb begins no run ({first_line(error)}): run `wandb login`, or set WANDB_MODE=offline and run "
-                "`wandb sync` later"
+                f"wandb begins no run ({first_line(error)}): fix that; without a login, run `wandb login`, or set "
+                "WANDB_MODE=offline and run `wandb sync` later"
             ) from None
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
