@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from configs.errors import InputError, MachineError
-from training.curves.copy import CurveCopy, CurveWriter
+
+if TYPE_CHECKING:  # every command reads the table for its help, and would wait for what a copy needs
+    from training.curves.copy import CurveCopy, CurveWriter
 
 
-def _tensorboard(copy: CurveCopy, project: str) -> CurveWriter:
+def _tensorboard(copy: "CurveCopy", project: str) -> "CurveWriter":
     from training.curves.tensorboard import TensorBoardWriter
 
     return TensorBoardWriter(copy)
 
 
-def _wandb(copy: CurveCopy, project: str) -> CurveWriter:
+def _wandb(copy: "CurveCopy", project: str) -> "CurveWriter":
     from training.curves.weights_and_biases import WandbWriter
 
     return WandbWriter(copy, project=project)
@@ -30,7 +33,7 @@ class TrackerRow:
     """
 
     package: str
-    open: Callable[[CurveCopy, str], CurveWriter]
+    open: "Callable[[CurveCopy, str], CurveWriter]"
 
 
 TRACKERS = {row.package: row for row in (TrackerRow("tensorboard", _tensorboard), TrackerRow("wandb", _wandb))}
