@@ -92,10 +92,11 @@ def user_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def runs_here(command: Command) -> bool:
-    """Return whether a command needs nothing but this machine: no srun, torchrun, SLURM, lm_eval, or other program."""
+    """Return whether a command needs nothing but this machine: no srun, torchrun, SLURM, optional package or program."""
     arguments = command.arguments or ()
     submits = {"--submit", "--slurm"} & set(arguments)
-    return command.words[0] == "trainshort" and arguments[0] not in ("jobs", "harness") and not submits
+    needs_more = arguments[:1] in (("jobs",), ("harness",)) or arguments[:2] == ("track", "copy")
+    return command.words[0] == "trainshort" and not needs_more and not submits
 
 
 def run_command(command: Command) -> None:
