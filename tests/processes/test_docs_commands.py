@@ -92,7 +92,7 @@ def user_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def runs_here(command: Command) -> bool:
-    """Return whether a command needs nothing but this machine: no srun, torchrun, SLURM, optional package or program."""
+    """Return whether a command needs nothing but this machine: no srun, torchrun, SLURM, optional package, program."""
     arguments = command.arguments or ()
     submits = {"--submit", "--slurm"} & set(arguments)
     needs_more = arguments[:1] in (("jobs",), ("harness",)) or arguments[:2] == ("track", "copy")
