@@ -18,6 +18,8 @@ OWNERS = {
     "tokenizers": "data_pipeline/",
     "gguf": "training/export/",
     "lm_eval": "training/harness/",
+    "torch.utils.tensorboard": "training/curves/tensorboard.py",
+    "wandb": "training/curves/weights_and_biases.py",
     "typer": "launch/",
     "jinja2": "launch/",
     "yaml": "configs/",
