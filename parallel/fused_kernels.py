@@ -156,8 +156,8 @@ class _SwiGLU(Function):
             ROWS=lines,
             COLUMNS=columns,
         )
-        of_biases = (None if total is None else _total(total, up.dtype) for total in sums)
-        return of_gate, next(of_biases), of_up, next(of_biases)
+        of_gate_bias, of_up_bias = (None if total is None else _total(total, up.dtype) for total in sums)
+        return of_gate, of_gate_bias, of_up, of_up_bias
 
 
 class _SplitHeads(Function):

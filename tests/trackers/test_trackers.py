@@ -1,7 +1,6 @@
 """Curves in TensorBoard and Weights & Biases themselves: `make test-trackers`, which installs them."""
 
 import json
-import os
 import resource
 import struct
 from pathlib import Path
@@ -10,17 +9,11 @@ from typing import Any
 import pytest
 
 from tests.support.command_line import Call
-from tests.support.compared_runs import add_report, make_run
+from tests.support.compared_runs import add_report, make_run, replace_lines
 from tests.support.processes import wait_until
 
 _HEADER, _BLOCK, _WHOLE, _LAST = 7, 1 << 15, 1, 4
 pytestmark = [pytest.mark.trackers, pytest.mark.filterwarnings("default")]
-
-
-def replace_lines(run_dir: Path, lines: list[dict[str, Any]]) -> None:
-    new = run_dir / "new"
-    new.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    os.replace(new, run_dir / "metrics.jsonl")
 
 
 def train(run_dir: Path, trainshort: Call, *options: str) -> None:

@@ -14,7 +14,7 @@ from configs.errors import InputError, MachineError
 from launch import copies
 from launch.copies import copy_curves
 from tests.support.command_line import Call
-from tests.support.compared_runs import add_report, make_run
+from tests.support.compared_runs import add_report, make_run, replace_lines
 from tests.support.run_folders import start_run
 from training.curves.copied import Copied
 from training.curves.copy import CurveCopy, Evaluation
@@ -63,13 +63,6 @@ def copied(run_dir: Path) -> Recorder:
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def replace_lines(run_dir: Path, lines: list[dict[str, Any]]) -> None:
-    """Replace metrics.jsonl as a start does: by another file of that name."""
-    new = run_dir / "new"
-    new.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    os.replace(new, run_dir / "metrics.jsonl")
 
 
 def test_each_step_is_copied_once(tmp_path: Path) -> None:

@@ -228,17 +228,9 @@ def _their_logits(
     Raises:
         InputError: transformers cannot load its model.
     """
-    model, scales = incoming.model, incoming.scales
+    model = incoming.model
     if model.family == JAIS.name:
-        shape = JaisShape(
-            model.layers,
-            model.heads,
-            model.alibi_bias_max,
-            divides_by_width=scales.divides_by_width,
-            embedding_scale=scales.embedding,
-            logit_scale=scales.logits,
-            transposes=True,
-        )
+        shape = JaisShape(model.layers, model.heads, model.alibi_bias_max, incoming.scales, transposes=True)
         their_weights = {str(each.huggingface): weights[name] for each, name in names.items()}
         return "those of Jais's formula", JaisModel(their_weights, shape)(tokens)
     # transformers' Mpt takes no longer text than max_seq_len, which changes nothing else

@@ -12,14 +12,13 @@ from typing import Any
 import gguf
 import torch
 import torch.nn.functional as F
-from gguf.quants import dequantize
 from torch import Tensor
 
-from configs.errors import TrainshortError
 from configs.positions import slopes
 from configs.schema import Model
+from training.export.formats.gguf_weights import gguf_weights
+from training.export.hf_model import RunningScales
 from training.families.jais import JAIS
-from training.families.table import describe
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,14 @@ class JaisShape:
     Attributes:
         layers, heads: Blocks, and heads of each.
         bias_max: ALiBi's flattest slope is 2^-bias_max, for a power of two of heads.
-        divides_by_width: Whether scores are divided by the width of a head, not by its square root.
-        embedding_scale: Times the word embedding.
-        logit_scale: Times the logits.
+        scales: What it multiplies by when it runs.
         transposes: Whether a block's matrices are [inputs, outputs].
     """
 
     layers: int
     heads: int
     bias_max: float
-    divides_by_width: bool
-    embedding_scale: float = 1.0
-    logit_scale: float = 1.0
+    scales: RunningScales
     transposes: bool = False
 
 
@@ -59,12 +54,12 @@ class JaisModel:
         bias = torch.tensor(slopes(shape.heads, bias_max=shape.bias_max))[:, None, None] * -distance
         bias.masked_fill_(distance < 0, -inf)
         word = self._weights["transformer.wte.weight"]
-        x = word[tokens] * shape.embedding_scale
+        x = word[tokens] * shape.scales.embedding
         for block in range(shape.layers):
             at = f"transformer.h.{block}"
             qkv = self._linear(self._norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn")
             q, k, v = qkv.view(batch, seq, 3, shape.heads, -1).permute(2, 0, 3, 1, 4)
-            scale = q.shape[-1] ** (-1.0 if shape.divides_by_width else -0.5)
+            scale = q.shape[-1] ** (-1.0 if shape.scales.divides_by_width else -0.5)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
             x = x + self._linear(attended.transpose(1, 2).reshape(batch, seq, -1), f"{at}.attn.c_proj")
             normal = self._norm(x, f"{at}.ln_2")
@@ -72,7 +67,7 @@ class JaisModel:
             x = x + self._linear(wide, f"{at}.mlp.c_proj")
         x = self._norm(x, "transformer.ln_f")
         head = self._weights["lm_head.weight"] if "lm_head.weight" in self._weights else word
-        return F.linear(x, head).mul_(shape.logit_scale)
+        return F.linear(x, head).mul_(shape.scales.logits)
 
     def continue_greedily(self, ids: Sequence[int], *, tokens: int, end: int) -> list[int]:
         """Return the ids of at most `tokens` new tokens; see `ExportedModel`."""
@@ -103,15 +98,6 @@ def load_jais(file: Path) -> JaisModel:
 
     layers, heads = field("block_count"), field("attention.head_count")
     model = Model(layers=layers, hidden=field("embedding_length"), heads=heads, family=JAIS.name, tie_embeddings=False)
-    described = {each.gguf: each for each in describe(model, vocab_size=field("vocab_size"))}
-    tensors = {each.name: each for each in reader.tensors}
-    if wrong := sorted(described.keys() ^ tensors.keys(), key=str):
-        raise TrainshortError(
-            f"the GGUF file lacks these weights, or has them and should not: {wrong[:5]}; report this"
-        )
-    weights = {
-        str(described[name].huggingface): torch.tensor(dequantize(each.data, each.tensor_type))
-        for name, each in tensors.items()
-    }
-    bias_max = field("attention.max_alibi_bias")
-    return JaisModel(weights, JaisShape(layers, heads, bias_max, divides_by_width=True))
+    weights = dict(gguf_weights(reader, model, vocab_size=field("vocab_size")))
+    scales = RunningScales(divides_by_width=True)
+    return JaisModel(weights, JaisShape(layers, heads, field("attention.max_alibi_bias"), scales))

@@ -6,15 +6,13 @@ from typing import Any
 
 import gguf
 import torch
-from gguf.quants import dequantize
 from transformers import MptConfig, MptForCausalLM
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from configs.errors import TrainshortError
 from configs.schema import Model
+from training.export.formats.gguf_weights import gguf_weights
 from training.export.parity import COMPARED_MULTIPLE
 from training.families.mpt import MPT
-from training.families.table import describe
 
 
 def load_mpt(file: Path) -> Any:
@@ -32,11 +30,6 @@ def load_mpt(file: Path) -> Any:
     longest = max(field("mpt.context_length"), COMPARED_MULTIPLE * field("trainshort.train_length"))
     ties = all(each.name != "output.weight" for each in reader.tensors)
     model = Model(layers=layers, hidden=hidden, heads=heads, family=MPT.name, tie_embeddings=ties)
-    names = {each.gguf: str(each.huggingface) for each in describe(model, vocab_size=field("mpt.vocab_size"))}
-    if wrong := sorted(names.keys() ^ {each.name for each in reader.tensors}, key=str):
-        raise TrainshortError(
-            f"the GGUF file lacks these weights, or has them and should not: {wrong[:5]}; report this"
-        )
     config = MptConfig(
         d_model=hidden,
         n_layers=layers,
@@ -48,8 +41,8 @@ def load_mpt(file: Path) -> Any:
     )
     mpt: Any = MptForCausalLM(config)  # its eval is untyped
     with torch.no_grad():
-        for each in reader.tensors:
-            mpt.get_parameter(names[each.name]).copy_(torch.tensor(dequantize(each.data, each.tensor_type)))
+        for name, weight in gguf_weights(reader, model, vocab_size=field("mpt.vocab_size")):
+            mpt.get_parameter(name).copy_(weight)
     return with_slopes(mpt.eval(), field("mpt.attention.max_alibi_bias"))
 
 
