@@ -3,8 +3,10 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.commands import typed_path
 from configs.errors import InputError, MachineError
@@ -19,9 +21,10 @@ from configs.paths import (
     started_in,
     stop_file,
 )
-from configs.saved import saved_values
-from launch.runs import RunSummary, find_runs, is_run_folder, reported_end, size_and_time, summarize_run
+from launch.runs import RunSummary, find_runs, is_run_folder, reported_end, run_values, size_and_time, summarize_run
 from launch.slurm.record import find_jobs, read_chain
+from training.averaging.record import averaged_checkpoints
+from training.folder import CHECKPOINT_KEYS, with_dotted_keys
 from training.incarnation import has_ended, newest_incarnation, runs_here, sole_launcher
 from training.tracking.record import RunRecord, read_record
 from training.tracking.sync import waiting_records
@@ -38,6 +41,7 @@ class Removal:
         kept: The data in the folder that other runs train on; None if there is no such run.
         kept_bytes: Its size.
         users: Those runs.
+        successors: Runs that begin with one of its checkpoints, or are a mean of some, found in the same folders.
         data: The data elsewhere that the run trains on; None for data in its folder, or in another that is removed.
         record: Its MLflow run; None if it has none.
         unsent: Number of records that were not sent to MLflow.
@@ -49,6 +53,7 @@ class Removal:
     kept: Path | None
     kept_bytes: int
     users: tuple[Path, ...]
+    successors: tuple[Path, ...]
     data: Path | None
     record: RunRecord | None
     unsent: int
@@ -122,16 +127,18 @@ def _refuse(folder: Path) -> None:
 
 
 def _plan(folder: Path, *, removed: Sequence[Path]) -> Removal:
-    own, data, searched = own_data_folder(folder), _data_of(folder), _places_beside(folder)
+    own, data, searched = own_data_folder(folder), _data_of(folder, run_values(folder, [])), _places_beside(folder)
     neighbours = {run.resolve() for place in searched for run in find_runs(place)} - {folder.resolve(), *removed}
-    trained_on = {run: _data_of(run) for run in sorted(neighbours)}
+    values = {run: run_values(run, []) for run in sorted(neighbours)}
+    trained_on = {run: _data_of(run, keys) for run, keys in values.items()}
     users = tuple(run for run, used in trained_on.items() if used == own.resolve())
     for run, used in trained_on.items():
-        if run not in users and used.is_relative_to(folder.resolve()):
+        if run not in users and _is_in(folder, used):
             raise InputError(
                 f"{folder} holds data that {run} trains on, {used}: move it and change data.dir there, or remove that "
                 "run too"
             )
+    successors = (run for run, keys in values.items() if any(_is_in(folder, each) for each in _begins_with(run, keys)))
     return Removal(
         summary=summarize_run(folder),
         unseen=_unseen(folder),
@@ -139,7 +146,8 @@ def _plan(folder: Path, *, removed: Sequence[Path]) -> Removal:
         kept=own if users else None,
         kept_bytes=size_and_time(own)[0] if users and not own.is_symlink() else 0,
         users=users,
-        data=None if data == own.resolve() or any(data.is_relative_to(each) for each in removed) else data,
+        successors=tuple(successors),
+        data=None if data == own.resolve() or any(_is_in(each, data) for each in removed) else data,
         record=read_record(folder),
         unsent=waiting_records(folder),
     )
@@ -180,19 +188,32 @@ def _places_beside(folder: Path) -> tuple[Path, ...]:
     return tuple({place.resolve(): place for place in reversed(places) if place.is_dir()}.values())
 
 
-def _data_of(run_dir: Path) -> Path:
-    """Return the folder that a run's data is in.
+def _data_of(run_dir: Path, values: dict[str, dict[str, Any]]) -> Path:
+    """Return the folder that the data of a run with these keys is in."""
+    named = values.get("data", {}).get("dir")
+    return (_place_of(named, run_dir, values) if named else own_data_folder(run_dir)).resolve()
 
-    A relative `data.dir` is taken from where the run was started, if `run.dir` tells that and there is such a folder,
-    else from the current folder.
+
+def _begins_with(run_dir: Path, values: dict[str, dict[str, Any]]) -> list[Path]:
+    """Return the checkpoints, or their run folders, that a run with these keys begins with or is the mean of."""
+    named = map(with_dotted_keys(values).get, CHECKPOINT_KEYS)
+    places = [_place_of(path, run_dir, values) for path in named if path]
+    with suppress(InputError):  # it cannot be read
+        places += averaged_checkpoints(run_dir)
+    return places
+
+
+def _place_of(named: Any, run_dir: Path, values: dict[str, dict[str, Any]]) -> Path:
+    """Return the place that a key of a run names.
+
+    A relative path is taken from where the run was started, if `run.dir` tells that and there is such a place, else
+    from the current folder.
     """
-    try:
-        values = saved_values(config_file(run_dir))
-    except (OSError, ValueError):
-        values = {}
-    named, own_name = values.get("data", {}).get("dir"), values.get("run", {}).get("dir")
-    if not named:
-        return own_data_folder(run_dir).resolve()
-    data = Path(os.path.expandvars(str(named))).expanduser()
-    there = started_in(run_dir, named=str(own_name)) / data
-    return (there if there.exists() else data).resolve()
+    path = Path(os.path.expandvars(str(named))).expanduser()
+    there = started_in(run_dir, named=str(values.get("run", {}).get("dir"))) / path
+    return there if there.exists() else path.absolute()
+
+
+def _is_in(folder: Path, path: Path) -> bool:
+    """Return whether a path leads to a folder or through it, also if its end is a link to another place."""
+    return any(place.resolve() == folder.resolve() for place in (path, *path.parents))

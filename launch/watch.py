@@ -64,7 +64,7 @@ class RunView:
         step, steps: The last step, and those of the whole run.
         newest: Fields of the last step in metrics.jsonl.
         tokens_per_second, utilization, causal_utilization: Means of the recent steps of the newest start.
-        seconds_left: To the end of the run, with validations and saves.
+        seconds_left: To the end of the run, with validations and saves; None for a run that has ended.
         validation, best: The newest and the lowest validation.
         by_length, by_source: Further losses of the newest one, by length and by source.
         checkpoints, newest_checkpoint, checkpoint_seconds: Their number, the newest one's step and age.
@@ -204,7 +204,7 @@ class RunWatcher:
             tokens_per_second=mean_rate(recent, "tokens_per_second"),
             utilization=mean_rate(recent, "model_flops_utilization"),
             causal_utilization=mean_rate(recent, "model_flops_utilization_causal"),
-            seconds_left=pace.seconds_left if pace and steps and step < steps else None,
+            seconds_left=pace.seconds_left if pace and steps and step < steps and state in ACTIVE else None,
             **self._validations(),
             checkpoints=len(self._checkpoints),
             newest_checkpoint=saved.step if saved else None,

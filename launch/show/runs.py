@@ -93,10 +93,14 @@ def removed_lines(removal: "Removal") -> list[str]:
 
 def _left(removal: "Removal", *, keep: str) -> list[str]:
     lines = []
+    if removal.successors:
+        come = _who(removal.successors, "comes", "come")
+        lines.append(f"{come} from its checkpoints, without which that cannot be done again")
     if removal.searched and not removal.kept:
         lines.append(f"its data too: no other run in {' or '.join(map(str, removal.searched))} trains on it")
     if removal.kept:
-        lines.append(f"{keep} {removal.kept} ({byte_size(removal.kept_bytes)}): {_train(removal.users)} on it")
+        users = _who(removal.users, "trains", "train")
+        lines.append(f"{keep} {removal.kept} ({byte_size(removal.kept_bytes)}): {users} on it")
     if removal.data:
         lines.append(f"{keep} {removal.data}, which it trained on")
     if removal.record:
@@ -110,15 +114,15 @@ def _records(count: int) -> str:
     return f"{counted(count, 'record')} {'was' if count == 1 else 'were'}"
 
 
-def _train(runs: Sequence[Path]) -> str:
-    """Return who trains, as in `runs/a, runs/b and 7 others train`."""
+def _who(runs: Sequence[Path], one: str, more: str) -> str:
+    """Return which runs do something, as in `runs/a, runs/b and 7 others train`, with the verb for one and for more."""
     here = Path.cwd()
     names = [str(run.relative_to(here) if run.is_relative_to(here) else run) for run in runs]
     if len(names) == 1:
-        return f"{names[0]} trains"
+        return f"{names[0]} {one}"
     if len(names) > _NAMED_RUNS:
         names = [*names[: _NAMED_RUNS - 1], f"{len(names) - _NAMED_RUNS + 1:,} others"]
-    return f"{', '.join(names[:-1])} and {names[-1]} train"
+    return f"{', '.join(names[:-1])} and {names[-1]} {more}"
 
 
 def age_text(seconds: float) -> str:

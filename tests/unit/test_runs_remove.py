@@ -10,13 +10,14 @@ import pytest
 
 from configs.errors import InputError, MachineError
 from configs.figures import byte_size
-from configs.paths import chain_file, incarnation_file, stop_file
+from configs.paths import average_file, chain_file, config_file, frozen_config, incarnation_file, stop_file
 from launch.remove import plan_removals
 from launch.slurm.query import Job
 from launch.slurm.record import Chain, write_chain
 from tests.support.command_line import Call, contents, refused
 from tests.support.evaluation import TOKENIZER
 from tests.support.run_folders import make_run, start_run
+from training.averaging.record import write_origins
 from training.tracking.record import RunRecord, write_record
 from training.tracking.spool import SpoolWriter
 
@@ -239,6 +240,41 @@ def test_shared_data_and_what_links_lead_to_are_kept(
     gone = trainshort("runs", "rm", str(folder / "owner"), "--yes")
     assert gone.out.endswith(f"\nits data too: no other run in runs or {folder} trains on it\n")
     assert not (folder / "owner").exists()
+
+
+def test_runs_that_come_from_its_checkpoints_are_named(
+    trainshort: Call, folder: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = make_run(runs / "trunk", last=8, saved=(4, 8))
+    (runs / "trunk 2").mkdir()  # a name that begins alike is another run's
+    make_run(runs / "other", "train.init_from=runs/trunk 2")
+    make_run(runs / "cool", "train.branch_from=runs/trunk/checkpoints/step_0000004", last=9, saved=(9,))
+    make_run(runs / "deep" / "tuned", f"train.init_from={trunk}")
+    write_origins(make_run(runs / "mean", saved=(8,)), [{"path": f"{trunk}/checkpoints/step_0000008", "step": 8}])
+    average_file(make_run(runs / "broken", saved=(8,))).write_text("[")
+    branch = ("run.dir=runs/submitted", "train.branch_from=runs/trunk/checkpoints/step_0000008")
+    submitted = submit(make_run(runs / "submitted", *branch))
+    config_file(submitted).rename(frozen_config(submitted))
+    monkeypatch.setattr(sys, "stdin", Terminal("n\n"))
+    come = "runs/cool, runs/deep/tuned, runs/mean and runs/submitted come from its checkpoints, without which that"
+    assert f"\n  {come} cannot be done again\n" in trainshort("runs", "rm", "runs/trunk").error
+    for name in ("cool", "mean"):
+        assert "its checkpoints" not in trainshort("runs", "rm", f"runs/{name}", "--yes").out
+    monkeypatch.chdir(runs)
+    # checkpoints on another disk
+    shutil.move(trunk / "checkpoints", folder / "disk")
+    (trunk / "checkpoints").symlink_to(folder / "disk")
+    removed = trainshort("runs", "rm", "trunk", "deep/tuned", "--yes").out
+    assert "submitted comes from its checkpoints, without which that cannot be done again\n" in removed
+
+
+def test_data_that_a_submitted_run_waits_for_is_kept(trainshort: Call, runs: Path) -> None:
+    owner = make_run(runs / "owner", last=1, saved=(1,))
+    (owner / "data").mkdir()
+    user = submit(make_run(runs / "user", "data.dir=runs/owner/data"))
+    config_file(user).rename(frozen_config(user))
+    assert "kept runs/owner/data (0 B): runs/user trains on it\n" in trainshort("runs", "rm", "runs/owner", "--yes").out
+    assert (owner / "data").is_dir()
 
 
 @pytest.mark.parametrize("place", ["tokens/shared", "."])

@@ -193,12 +193,13 @@ def test_curves_are_drawn_from_the_lowest_to_the_highest() -> None:
 
 def test_states_are_seen_from_the_files_alone(tmp_path: Path) -> None:
     def run(name: str, **start: object) -> Path:
-        return start_run(make_run(tmp_path / name, last=6, saved=(6,)), **start)
+        write_steps(folder := make_run(tmp_path / name, saved=(6,)), 1, 6)
+        return start_run(folder, **start)
 
     folders = {
         "running": run("running"),
         "stopped": run("stopped", **ENDED),
-        "failed": start_run(make_run(tmp_path / "failed", last=6, saved=(4,)), **ENDED),
+        "failed": run("failed", **ENDED),
         "finished": start_run(make_run(tmp_path / "finished", last=10, saved=(10,)), **ENDED),
         "new": make_run(tmp_path / "new"),
         "running elsewhere": run("elsewhere", **ELSEWHERE),
@@ -208,9 +209,8 @@ def test_states_are_seen_from_the_files_alone(tmp_path: Path) -> None:
         "failed again": run("failed again", **ENDED),
         "broke again": run("broke again", **ENDED),
     }
-    write_log(
-        folders["stopped elsewhere"], START, "stopped after step 6, saved: start again to continue", "to continue: x"
-    )
+    write_steps(folders["failed"], 7, 7)
+    write_log(folders["stopped elsewhere"], START, "stopped after step 6, saved: start again", "to continue: x")
     now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime(time.time() + 2))
     write_log(folders["starting again"], START, "error: old", f"{now}  my in runs/my", "importing torch")
     write_log(folders["failed again"], f"{now}  my in runs/my", "error: out of memory", "  held: 2 GB", "  limit: 3 GB")
@@ -227,6 +227,8 @@ def test_states_are_seen_from_the_files_alone(tmp_path: Path) -> None:
         "failed again": "stopped",
         "broke again": "stopped",
     }
+    left = {name for name, view in views.items() if view.seconds_left is not None}
+    assert left == {"running", "running elsewhere", "silent elsewhere", "starting again"}
     assert re.search(r"\nsilent for 6m4\ds  on node7", picture(views["silent elsewhere"]))
     assert re.search(r"\nrunning, silent for 6m4\ds  on ", picture(views["running"]))
     assert "silent" not in picture(views["running elsewhere"])

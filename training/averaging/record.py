@@ -21,11 +21,24 @@ def averaged_steps(run_dir: Path) -> tuple[int, ...]:
     Raises:
         InputError: the file cannot be read.
     """
+    return tuple(step for step, _ in _origins(run_dir))
+
+
+def averaged_checkpoints(run_dir: Path) -> tuple[Path, ...]:
+    """Return the places of these checkpoints when they were averaged.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return tuple(path for _, path in _origins(run_dir))
+
+
+def _origins(run_dir: Path) -> list[tuple[int, Path]]:
     file = average_file(run_dir)
     if not file.is_file():
-        return ()
+        return []
     try:
-        return tuple(int(each["step"]) for each in json.loads(file.read_bytes())["checkpoints"])
+        return [(int(each["step"]), Path(each["path"])) for each in json.loads(file.read_bytes())["checkpoints"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file} cannot be read ({error}): average the checkpoints again") from None
 
