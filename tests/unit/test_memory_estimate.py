@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from configs.backends import BACKENDS, EVERYWHERE
 from configs.load import load_run
 from configs.schema import RunConfig
 from launch import layout_choice, machine, start_check
@@ -108,10 +107,6 @@ def test_a_cpu_keeps_a_row_of_bias_for_far_keys(length: int) -> None:
 
     rows, near = min(length, QUERY_BLOCK), min(length, NEAR_KEYS)
     assert activations_of("alibi") - activations_of("none") == 4 * 16 * (rows * near + length)
-
-
-def test_the_kernel_takes_as_many_queries_as_its_row_says() -> None:
-    assert BACKENDS[EVERYWHERE].query_block == QUERY_BLOCK
 
 
 def test_ranks_share_the_state_as_the_layout_says() -> None:

@@ -9,7 +9,7 @@ from training.families.jais import JAIS
 from training.families.mpt import MPT
 
 _IN_TRANSFORMERS = (BLOOM.name, MPT.name)
-_IN_LLAMA_CPP = (BLOOM.name, MPT.name, JAIS.name)
+LLAMA_CPP_FAMILIES = (BLOOM.name, MPT.name, JAIS.name)
 _POSITIONS = ("alibi",)
 
 
@@ -27,8 +27,8 @@ def huggingface_problem(model: Model) -> str | None:
 
 def gguf_problem(model: Model) -> str | None:
     """Return why llama.cpp's architecture of its family cannot hold a model; see `huggingface_problem`."""
-    if model.family not in _IN_LLAMA_CPP:
-        return _no_class("llama.cpp", model, known=_IN_LLAMA_CPP, advice=_advice(model))
+    if model.family not in LLAMA_CPP_FAMILIES:
+        return _no_class("llama.cpp", model, known=LLAMA_CPP_FAMILIES, advice=_advice(model))
     return _problem(model, any_slopes=model.family != BLOOM.name, advice=_advice(model))
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from configs.errors import InputError
 from configs.schema import Model
+from training.export.formats.family_limits import LLAMA_CPP_FAMILIES
 from training.families.bloom import BLOOM
-from training.families.jais import JAIS
-from training.families.mpt import MPT
 from training.versions import installed_version
 
 
@@ -84,7 +83,7 @@ LLAMA_CPP_SERVERS = (
         packages=("llama-cpp-python",),
         tolerances=_LLAMA_CPP_TOLERANCES,
         request={"repeat_penalty": 1.0},  # this server's default is 1.1
-        families=(BLOOM.name, MPT.name, JAIS.name),
+        families=LLAMA_CPP_FAMILIES,
     ),
     InferenceServer(
         name="llama-server",
@@ -94,7 +93,7 @@ LLAMA_CPP_SERVERS = (
         packages=(),
         tolerances=_LLAMA_CPP_TOLERANCES,
         request={},
-        families=(BLOOM.name, MPT.name, JAIS.name),
+        families=LLAMA_CPP_FAMILIES,
     ),
 )
 VLLM_SERVERS = (

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.backends import BACKENDS
 from parallel.documents import Documents
 from training.model.kernels.sdpa import Sdpa
 from training.model.kernels.slopes import DeviceSlopes
@@ -25,7 +26,7 @@ from training.model.positions.bias import Bias
 
 FEWEST_TILES = 2  # torch compiles again for a size of 1
 # Finding tiles without weight reads all queries and keys once: in shorter sequences that costs about what it saves.
-FEWEST_TILES_OF_WINDOWS = 16
+FEWEST_TILES_OF_WINDOWS = -(-BACKENDS["flex"].shortest // TILE)
 
 
 class Flex:

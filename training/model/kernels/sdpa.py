@@ -6,13 +6,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from configs.backends import BACKENDS
 from parallel.documents import Documents
 from training.model.kernels.bias_blocks import bias_blocks
 from training.model.kernels.each_document import attend_each
 from training.model.kernels.sdpa_cpu import attend_by_blocks, computed_share
 from training.model.positions.bias import QUERY_BLOCK, Bias, padded
 
-NEAR_KEYS = 512  # on a CPU, keys of a strip that stays in the caches
+NEAR_KEYS = BACKENDS["sdpa"].nearest  # on a CPU, keys of a strip that stays in the caches
 KERNEL_READS = 8  # elements of a mask that a GPU kernel loads together, of any type
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.backends import BACKENDS
 from parallel.compiled import CompilerFailure, compiling
 from parallel.documents import Documents
 from training.model.kernels.tile_search import first_tiles_with_weight
@@ -21,7 +22,7 @@ from training.model.windows import norms, reach
 
 logger = logging.getLogger(__name__)
 
-TILE = 128
+TILE = BACKENDS["flex"].tile
 NEAREST = 8  # keys whose weights bound a query's sum of weights; on trained weights, more gain little
 
 

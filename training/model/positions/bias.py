@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from configs.backends import BACKENDS
 from training.model.windows import LosslessWindows
 
-QUERY_BLOCK = 256
+QUERY_BLOCK = BACKENDS["sdpa"].query_block
 ALIGNED = 16  # elements; on a GPU torch copies a mask whose rows begin or end off a multiple of 8
 
 
