@@ -163,11 +163,7 @@ class ProgressReader:
                 f"{self._loaded.rows} has {planned.label} finished with another configuration ({'; '.join(changes)}): "
                 f"{_ANOTHER_NAME}, or remove its line to train it again"
             )
-        if not config_file(run_dir).is_file():
-            return
-        first = load_run(str(config_file(run_dir)))
-        now = deciding_values(with_fixed_branch(planned.config, first=first))
-        if changes := changed_values(deciding_values(first), now):
+        if config_file(run_dir).is_file() and (changes := changed_values(deciding_values(_begun(run_dir)), now)):
             raise InputError(
                 f"{run_dir} was begun with another configuration ({'; '.join(changes)}): {_ANOTHER_NAME}, or remove "
                 f"the folder with trainshort runs rm {typed_path(run_dir)}"
@@ -179,7 +175,9 @@ class ProgressReader:
         Raises:
             InputError: a file of it is broken.
         """
-        run_dir, values = run_folder(planned.config), deciding_values(planned.config)
+        run_dir = run_folder(planned.config)
+        # with the checkpoint that a branch took, where its trunk is named by its folder
+        values = deciding_values(with_fixed_branch(planned.config, first=_begun(run_dir)))
         figures = read_runs([run_dir], text=None)[0].values()
         start: dict[str, Any] = next(reversed(recorded_starts(run_dir)), {})
         data, code = start.get("data", {}), start.get("code", {})
@@ -200,6 +198,10 @@ class ProgressReader:
             figures={key: figures[key] for key in _FIGURES},
             results=self.results_of(planned),
         )
+
+
+def _begun(run_dir: Path) -> RunConfig:
+    return load_run(str(config_file(run_dir)))
 
 
 def _branched_step(config: RunConfig) -> int:

@@ -16,12 +16,14 @@ from configs.files import try_to_lock, whole_file
 from configs.schema import RunConfig
 from configs.schema_problems import first_problem
 from data_pipeline.hashes import json_sha256
+from training.checkpoint.title import named_run
 from training.evaluation.kept import AtLeastOne, Kept
-from training.folder import MAY_CHANGE, with_dotted_keys
+from training.folder import CHECKPOINT_KEYS, MAY_CHANGE, with_dotted_keys
 
 # Keys that say where things are and what they are called. The data's hashes identify the data.
 _PLACES = ("run.name", "data.dir", "data.sources", "data.tokenizer")
 _STEPS = "train.steps"  # a later start may change it, but it decides the result
+_BRANCH_FROM = "train.branch_from"
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,27 @@ def values_sha256(values: Mapping[str, Any]) -> str:
 
 
 def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return how deciding values differ, as in `train.steps was 10, is 20`; a missing key has its default."""
+    """Return how deciding values differ, as in `train.steps was 10, is 20`.
+
+    A missing key has its default. A checkpoint may be spelled differently; relative paths begin at the current folder.
+    """
     if values_sha256(before) == values_sha256(now):
         return []
     keys = dict.fromkeys((*before, *now))
     pairs = ((key, *(values.get(key, _default(key)) for values in (before, now))) for key in keys)
-    return [f"{key} was {json.dumps(then)}, is {json.dumps(value)}" for key, then, value in pairs if then != value]
+    return [
+        f"{key} was {json.dumps(then)}, is {json.dumps(value)}"
+        for key, then, value in pairs
+        if not _is_same(key, then, value)
+    ]
+
+
+def _is_same(key: str, then: Any, now: Any) -> bool:
+    if key not in CHECKPOINT_KEYS or not (isinstance(then, str) and isinstance(now, str)):
+        return bool(then == now)
+    before, place = Path(then).resolve(), Path(now).resolve()
+    # of a run folder, a branch's first start took the checkpoint that was the newest then
+    return before == place or (key == _BRANCH_FROM and named_run(before) == place)
 
 
 def _default(key: str) -> Any:
