@@ -233,6 +233,26 @@ def test_a_start_says_where_it_branches_off(
         assert f"  training  {shown} in all) at length 8\n" in capsys.readouterr().out
 
 
+def test_a_check_knows_what_it_can_of_a_lost_trunk(
+    rank: OneRank, point: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, branch = tmp_path / "trunk" / "checkpoints" / point.name, tmp_path / "branch"
+    keys = (f"train.steps={STEPS}", "train.global_batch=6", KEPT)
+
+    def shown(*more: str) -> str:
+        show_summary(run_summary(rank.config(branch, *keys, *more), device="cpu", notes=[]))
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  training"))
+        return line.removeprefix("  training").strip()
+
+    unknown = "of 48 tokens (those of its trunk are not known) at length 8"
+    assert shown(f"train.branch_from={gone}") == f"steps 3 to 4 {unknown}"
+    assert shown(f"train.branch_from={tmp_path}") == f"steps up to 4 {unknown}"
+    shutil.copytree(point, gone)
+    rank.start(branch, *keys[1:], f"train.branch_from={gone}")
+    shutil.rmtree(gone)
+    assert shown(f"train.branch_from={gone}") == "steps 3 to 4 of 48 tokens (160 in all) at length 8"
+
+
 def test_a_start_counts_the_steps_past_its_schedule(rank: OneRank, tmp_path: Path) -> None:
     def to_go(*keys: str) -> str:
         config = rank.config(tmp_path / "run", "train.steps=9", *keys)
