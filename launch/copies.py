@@ -1,16 +1,20 @@
 """`trainshort track copy`: copy curves of runs once, or until the runs have ended. Imports no torch."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from configs.errors import TrainshortError
 from configs.paths import incarnation_file
 from launch.runs import reported_end
 from launch.slurm.record import has_active_jobs
 from training.curves.copy import CurveCopy, CurveWriter
 from training.curves.trackers import TrackerRow
 from training.tracking.ending import ending_of
+
+logger = logging.getLogger(__name__)
 
 
 def copy_curves(
@@ -20,8 +24,8 @@ def copy_curves(
     project: str,
     every: float | None,
     on_copied: Callable[[Path, int], None],
-) -> None:
-    """Copy the curves of runs.
+) -> list[TrainshortError]:
+    """Copy the curves of runs; return why the last copy of some failed. The next one copies what they lack.
 
     Args:
         folders: Run folders.
@@ -40,16 +44,25 @@ def copy_curves(
             writer = tracker.open(copy, project)
             stack.callback(writer.close)
             copies.append((copy, writer))
+        problems = dict[Path, TrainshortError]()
         while copies:
             # asked before: what a run does until it has ended is then copied
             going_on = [pair for pair in copies if every is not None and not _has_ended(pair[0].run_dir)]
             for copy, writer in copies:
-                count = copy.update(writer)
+                try:
+                    count = copy.update(writer)
+                except TrainshortError as error:
+                    if every is not None and copy.run_dir not in problems:  # once for each outage
+                        logger.warning("%s; until it has ended, it is tried again every %g s", error, every)
+                    problems[copy.run_dir] = error
+                    continue
+                problems.pop(copy.run_dir, None)
                 if count or every is None:
                     on_copied(copy.run_dir, count)
             copies = going_on
             if copies and every is not None:
                 time.sleep(every)
+    return [*problems.values()]
 
 
 def _has_ended(run_dir: Path) -> bool:

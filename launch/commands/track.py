@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -50,29 +50,34 @@ def track_sync_command(
     if every is None:
         runs, problems = sync_runs(folders)
         if as_json:
-            show_json({"runs": [run.to_json() for run in runs], "problems": [str(each) for each in problems]})
+            show_json({"runs": [run.to_json() for run in runs], "problems": [str(each) for each in problems.values()]})
         else:
             show_synced(runs)
-        _raise(problems)
+        _raise(problems.values())
         return
-    fails = False
+    fails, refused = False, list[TrainshortError]()
     while True:
         # asked before: a job that ends meanwhile has left records that the next round sends
         active = {folder for folder in folders if has_active_jobs(folder)}
         runs, problems = sync_runs([folder for folder in folders if folder not in active or has_begun(folder)])
+        wrong = {folder: each for folder, each in problems.items() if isinstance(each, InputError)}
+        refused += wrong.values()
         ended = {run.run_dir for run in runs if not run.is_open} - active
         show_synced([run for run in runs if run.sent or run.run_dir in ended], again=True)
-        _raise([each for each in problems if isinstance(each, InputError)])
-        for problem in () if fails else problems:  # once for each outage
-            logger.warning("%s; it is tried again every %g s", problem, every)
-        fails = bool(problems)
-        folders = [folder for folder in folders if folder not in ended]
+        folders = [folder for folder in folders if folder not in ended and folder not in wrong]
         if not folders:
-            return
+            break
+        for folder, problem in problems.items():
+            if folder in wrong:
+                logger.warning("%s; the other runs go on", problem)
+            elif not fails:  # once for each outage
+                logger.warning("%s; it is tried again every %g s", problem, every)
+        fails = len(problems) > len(wrong)
         time.sleep(every)
+    _raise(refused)
 
 
-def _raise(problems: Sequence[TrainshortError]) -> None:
+def _raise(problems: Collection[TrainshortError]) -> None:
     """Raise the errors as one: a user's, if there is one."""
     if problems:
         kind = InputError if any(isinstance(each, InputError) for each in problems) else MachineError
@@ -107,10 +112,11 @@ def track_copy_command(
 
     interrupt_on_sigterm()  # a tracker's run must be closed
     tracker = require_tracker(to)
-    copy_curves(
+    problems = copy_curves(
         list(dict.fromkeys(folders)),
         tracker=tracker,
         project=project,
         every=every,
         on_copied=lambda folder, count: show_copied(folder, count, to=to),
     )
+    _raise(problems)

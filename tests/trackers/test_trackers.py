@@ -3,6 +3,7 @@
 import json
 import resource
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path, trainshort: Call) -> N
 
 
 @pytest.mark.parametrize("limit", [500, 2500])  # bytes: of the steps, of the evaluations
-def test_a_full_disk_under_tensorboard_is_said(tmp_path: Path, trainshort: Call, limit: int) -> None:
+def test_a_full_disk_under_tensorboard_is_said(
+    tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    told = list[object]()
+    monkeypatch.setattr(threading, "excepthook", told.append)
     run_dir, before = make_run(tmp_path / "my", steps=3), resource.getrlimit(resource.RLIMIT_FSIZE)
     add_report(run_dir, {length: 21.0 for length in range(32, 96)})
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -56,7 +61,7 @@ def test_a_full_disk_under_tensorboard_is_said(tmp_path: Path, trainshort: Call,
         answer = trainshort("track", "copy", str(run_dir), "--to", "tensorboard")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert answer.code == 3
+    assert (answer.code, told) == (3, []), "TensorBoard's thread prints nothing"
     place = run_dir / "tensorboard"
     assert answer.error.endswith("(File too large): free space or fix permissions, and run the command again\n")
     assert answer.error.startswith(f"error: {run_dir} cannot be copied to {place}")

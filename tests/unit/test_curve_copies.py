@@ -4,8 +4,11 @@ import errno
 import json
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -269,6 +272,103 @@ def test_a_full_disk_is_said_and_copied_later(tmp_path: Path) -> None:
     with CurveCopy(run_dir, "tensorboard") as copy, pytest.raises(MachineError, match="No space left .*: free space"):
         copy.update(recorder)
     assert copied(run_dir).written == [*range(1, 11)]
+
+
+class FullDisk(Recorder):
+    """A tracker whose disk is full for the first rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__()
+        self._rounds = rounds
+
+    def flush(self) -> None:
+        super().flush()
+        if self.flushed <= self._rounds:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_one_run_that_fails_keeps_no_other_back(
+    tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [make_run(tmp_path / name) for name in ("full", "good")]
+    writers: dict[str, Recorder] = {"full": FullDisk(1), "good": Recorder()}
+    row = TrackerRow("tensorboard", lambda copy, project: writers[copy.run_dir.name])
+    monkeypatch.setattr("launch.commands.track.require_tracker", lambda _: row)
+    command = ("track", "copy", *map(str, folders), "--to", "tensorboard")
+    answer = trainshort(*command)
+    assert (answer.code, answer.out) == (3, f"{folders[1]}: copied 10 records to tensorboard\n")
+    assert answer.error == (
+        f"error: {folders[0]} cannot be copied to {folders[0]}/tensorboard (No space left on device): free space or "
+        "fix permissions, and run the command again\n"
+    )
+    assert trainshort(*command).code == 0
+    assert [writer.written for writer in writers.values()] == [[*range(1, 11)] * 2, [*range(1, 11)]]
+
+
+@pytest.mark.parametrize(("rounds", "code"), [(2, 0), (9, 3)])
+def test_a_run_that_fails_is_tried_until_it_has_ended(
+    tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch, rounds: int, code: int
+) -> None:
+    folders = [make_run(tmp_path / name) for name in ("full", "good")]
+    writers: dict[str, Recorder] = {"full": FullDisk(rounds), "good": Recorder()}
+    lines, row = lines_of(folders[0]), TrackerRow("tensorboard", lambda copy, project: writers[copy.run_dir.name])
+    replace_lines(folders[0], lines[:3])
+    begin_incarnation(folders[0])
+    ends = iter((None, None, None, Ending("FINISHED", 0)))
+    monkeypatch.setattr("launch.commands.track.require_tracker", lambda _: row)
+    monkeypatch.setattr(copies, "ending_of", lambda _: next(ends))
+    monkeypatch.setattr(copies.time, "sleep", lambda _: replace_lines(folders[0], lines))
+    answer = trainshort("track", "copy", *map(str, folders), "--to", "tensorboard", "--every", "5")
+    assert (answer.code, answer.error.count("until it has ended, it is tried again every 5 s\n")) == (code, 1)
+    assert answer.error.count("error: ") == (code > 0)
+    # each time anew, since nothing is known to be there
+    assert writers["full"].firsts[: rounds + 1] == [1] * min(rounds + 1, 4)
+    assert writers["full"].written[-10:] == [*range(1, 11)]
+
+
+def test_a_damaged_step_hides_no_later_ones(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my")
+    lines = lines_of(run_dir)
+    replace_lines(run_dir, [*lines[:3], {**lines[3], "step": 4_000_000}])
+    assert copied(run_dir).written == [1, 2, 3, 4_000_000]
+    replace_lines(run_dir, [*lines[:3], {**lines[3], "step": 4_000_000}, *lines[4:]])
+    assert copied(run_dir).written == [*range(5, 11)]
+    assert copied(run_dir).written == []
+
+
+def test_a_full_disk_under_a_thread_prints_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writer:
+        """Writes in a thread, as TensorBoard does, and raises what that has met."""
+
+        def __init__(self, folder: str, *, purge_step: int) -> None:
+            self.add_text = self.add_scalar = self.close = lambda *_: None
+
+        def flush(self) -> None:
+            writing = threading.Thread(target=self._write)
+            writing.start()
+            writing.join()
+            self._write()
+
+        def _write(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fake, name = ModuleType("torch.utils.tensorboard"), "training.curves.tensorboard"
+    fake.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    told = list[object]()
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    with CurveCopy(make_run(tmp_path / "my"), "tensorboard") as copy:
+        writer = TRACKERS["tensorboard"].open(copy, "p")
+        with pytest.raises(MachineError, match="No space left"):
+            copy.update(writer)
+        assert told == []
+        bug = threading.Thread(target=int, args=("x",))
+        bug.start()
+        bug.join()
+        writer.close()
+    assert (len(told), threading.excepthook) == (1, told.append)
+    del sys.modules[name]
 
 
 def test_what_cannot_be_copied_is_refused(tmp_path: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,3 +112,20 @@ def test_a_folder_without_records_keeps_no_other_back(
     answer = trainshort("track", "sync", "second", "run", "--json")
     document = json.loads(answer.out)
     assert (answer.code, document["problems"], len(document["runs"])) == (3, ["second is not reached"], 1)
+
+
+def test_a_refused_folder_does_not_end_what_goes_on(
+    trainshort: Call, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = iter([True, True, False])
+
+    def sync(folder: Path) -> Synced:
+        if folder != run:
+            raise InputError("first holds nothing")
+        return synced(folder, sent=1, is_open=next(rounds))
+
+    monkeypatch.setattr("training.tracking.sync.sync_run", sync)
+    monkeypatch.setattr("launch.commands.track.time.sleep", lambda seconds: None)
+    answer = trainshort("track", "sync", "first", "run", "--every", "60")
+    assert (answer.code, answer.out.count("sent 1 record")) == (2, 3)
+    assert answer.error == "first holds nothing; the other runs go on\nerror: first holds nothing\n"

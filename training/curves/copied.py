@@ -46,19 +46,25 @@ class Copied:
         if len(self.marks) > _MARKS:
             del self.marks[1:-1:2]
 
-    def forget_after(self, lines: Iterable[bytes]) -> int:
-        """Drop the marks that a file no longer has, and return the step of the newest that it has, or 0.
+    @property
+    def newest_step(self) -> int:
+        """The step up to which all was copied; 0 if nothing was."""
+        return self.marks[-1][0] if self.marks else 0
 
-        A start that goes on from a checkpoint, or a rollback, takes steps again.
+    def forget_after(self, lines: Iterable[bytes]) -> int:
+        """Drop the marks that a file no longer has, and return how many of its lines were copied.
+
+        A start that goes on from a checkpoint, or a rollback, takes steps again. Lines are counted, since the number of
+        a damaged step may be larger than those of the steps after it.
 
         Args:
             lines: Its lines.
         """
         checksums = {checksum for _, checksum in self.marks}
         there = {
-            (fields["step"], checksum)
-            for line in lines
+            (fields["step"], checksum): number
+            for number, line in enumerate(lines, start=1)
             if (checksum := crc32(line)) in checksums and (fields := step_fields(line)) is not None
         }
         self.marks = [mark for mark in self.marks if mark in there]
-        return self.marks[-1][0] if self.marks else 0
+        return there[self.marks[-1]] if self.marks else 0

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from secrets import token_hex
 from typing import Protocol
@@ -102,8 +103,11 @@ class CurveCopy:
         except OSError as error:
             raise InputError(f"{self.folder} cannot be written ({error.strerror}): fix its permissions") from None
         self._state = self.folder / STATE_FILE
+        self._begin()
+
+    def _begin(self) -> None:
         self.copied = Copied.read(self._state)
-        self._lines = AppendedLines(metrics_path(run_dir))
+        self._lines = AppendedLines(metrics_path(self.run_dir))
         self._has_started = False
 
     def __enter__(self) -> "CurveCopy":
@@ -127,14 +131,20 @@ class CurveCopy:
     def update(self, writer: CurveWriter) -> int:
         """Copy what was added since the last time; return the number of steps and reports: 0 if the folder was removed.
 
+        After an error, the next call goes on from what the copy is known to hold.
+
         Raises:
             MachineError: a file of the run cannot be read, or one of the copy cannot be written.
         """
         if not self.folder.is_dir():  # a tracker would make it again
             return 0
-        with self._saying_what_fails():
-            count = self._copy_steps(writer) + self._copy_evaluations(writer)
-            self._save(writer)
+        try:
+            with self._saying_what_fails():
+                count = self._copy_steps(writer) + self._copy_evaluations(writer)
+                self._save(writer)
+        except MachineError:
+            self._begin()
+            raise
         return count
 
     @contextmanager
@@ -148,16 +158,16 @@ class CurveCopy:
             ) from None
 
     def _copy_steps(self, writer: CurveWriter) -> int:
-        done, count, last = 0, 0, None
+        known, count, last = 0, 0, None  # lines that are copied
         if self._lines.starts_over() or not self._has_started:
             self._has_started = True
             whole = AppendedLines(metrics_path(self.run_dir))
             whole.starts_over()
-            done = self.copied.forget_after(whole.read())
-            writer.start(first_step=done + 1)
-        for line in self._lines.read():
+            known = self.copied.forget_after(whole.read())
+            writer.start(first_step=self.copied.newest_step + 1)
+        for line in islice(self._lines.read(), known, None):
             fields = step_fields(line)
-            if fields is not None and fields["step"] > done:
+            if fields is not None:
                 writer.write(fields["step"], _values_of(line))
                 last, count = (fields["step"], line), count + 1
                 if count % STEPS_PER_MARK == 0:  # a command that is killed in a long copy goes on from here

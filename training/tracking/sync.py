@@ -53,14 +53,14 @@ class Synced:
         return {**vars(self), "run_dir": str(self.run_dir), "refused": list(self.refused)}
 
 
-def sync_runs(folders: Sequence[Path]) -> tuple[list[Synced], list[TrainshortError]]:
+def sync_runs(folders: Sequence[Path]) -> tuple[list[Synced], dict[Path, TrainshortError]]:
     """Send the spools of run folders; return what was sent of each, and the errors of `sync_run` of the others."""
-    synced, problems = [], list[TrainshortError]()
+    synced, problems = [], dict[Path, TrainshortError]()
     for folder in folders:
         try:
             synced.append(sync_run(folder))
         except (InputError, MachineError) as error:  # the other folders may have another store
-            problems.append(error)
+            problems[folder] = error
     return synced, problems
 
 
