@@ -49,6 +49,13 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 _CURL_USER = re.compile(r"((?<!\S)(?:-u|--(?:proxy-)?user)[\s=]*['\"]?(?!\d+:\d+\b)[^\s:/'\"-][^\s:/'\"]*:)" + _VALUE)
+# Whoever has the address of a webhook may post there: Slack's, Zapier's, Discord's, Teams', Telegram's, Mattermost's.
+_WEBHOOK = re.compile(
+    r"(\b(?:hooks\.(?:slack(?:-gov)?|zapier)\.com/[a-z]+/|discord(?:app)?\.com/api/(?:v\d+/)?webhooks/"
+    r"|webhook\.office\.com/\w+/|api\.telegram\.org/bot|(?<=://)[^\s/]+/hooks/(?=[a-z\d]{26}\b)))"
+    r"(?![^\s'\"]*\$)[^\s'\"?]+",
+    re.IGNORECASE,
+)
 _REFERENCE = re.compile(r"\$\{(\w+)\}", re.ASCII)
 
 
@@ -146,7 +153,7 @@ def hide_secrets(text: str, *, known: Iterable[str] = ()) -> str:
     for secret in sorted(known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     text = _MISTYPED_USER.sub(r"\1", _USER.sub(r"\1", text))
-    for pattern in (_HEADER, _CURL_USER):
+    for pattern in (_HEADER, _CURL_USER, _WEBHOOK):
         text = pattern.sub(rf"\1{HIDDEN}", text)
     return _ASSIGNED.sub(rf"\1{HIDDEN}", _NAMED.sub(_without_value, text))
 

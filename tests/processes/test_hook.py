@@ -258,6 +258,9 @@ def test_commands_with_a_secret_or_a_nul_are_refused() -> None:
     with pytest.raises(InputError) as error:
         load_run("demo", overrides=["track.hook='curl -u me:abc123 https://somewhere'"])
     assert "track.hook contains a secret, 'curl -u me:*** https://somewhere'" in str(error.value)
+    with pytest.raises(InputError) as error:
+        load_run("demo", overrides=["track.hook='curl -d @- https://hooks.slack.com/services/T0/B0/abc123'"])
+    assert "contains a secret, 'curl -d @- https://hooks.slack.com/services/***', which" in str(error.value)
     with pytest.raises(InputError, match="track.hook has a NUL"):
         load_run("demo", overrides=['track.hook="echo \\0"'])
     load_run("demo", overrides=["track.hook='curl -u me:$PASSWORD https://somewhere'"])

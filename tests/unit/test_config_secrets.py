@@ -76,6 +76,7 @@ def test_references_are_filled_in_when_a_store_is_opened() -> None:
 
 def test_variables_that_hold_secrets_are_hidden_by_name_or_value() -> None:
     secret = {
+        "CHAT_URL": "https://hooks.slack.com/services/T0/B0/x1",
         "MLFLOW_TRACKING_PASSWORD": "a",
         "HF_TOKEN": "b",
         "WANDB_API_KEY": "c",
@@ -147,6 +148,15 @@ def test_a_variable_is_secret_by_its_value(value: str) -> None:
         ('curl -H "authorization: x"', 'curl -H "authorization: ***"'),
         ("got Basic bWU6cHc= here", "got Basic *** here"),
         ("a=1;AccountKey=x==;b", "a=1;AccountKey=***"),
+        ("curl -d x 'https://hooks.slack.com/services/T0/B0/x1'", "curl -d x 'https://hooks.slack.com/services/***'"),
+        (
+            "post https://ptb.discord.com/api/v10/webhooks/1/x?wait=1",
+            "post https://ptb.discord.com/api/v10/webhooks/***?wait=1",
+        ),
+        ("CHAT=https://discordapp.com/api/webhooks/1/x", "CHAT=https://discordapp.com/api/webhooks/***"),
+        ("a.webhook.office.com/webhookb2/1@2/Incoming/x", "a.webhook.office.com/webhookb2/***"),
+        ("https://api.telegram.org/bot1:x/sendMessage?chat_id=1", "https://api.telegram.org/bot***?chat_id=1"),
+        ("https://chat.host:8065/hooks/3n9x1ypq7jyq8mwo1ngs1q6z9c", "https://chat.host:8065/hooks/***"),
         ("no store at https:/me:pw@h, https//me:pw@h", "no store at https:/h, https//h"),
         ("no store at '//me:pw@h' or me:pw@h", "no store at '//h' or h"),
     ],
@@ -173,6 +183,9 @@ def test_a_line_is_shown_without_its_secret(line: str, shown: str) -> None:
         "a basic test of the bearer",
         'curl -H "Authorization: Bearer $TOKEN" -u me:$PW h',
         "export hf_token=$(cat ~/token) my_pw=${PW}",
+        'curl "$CHAT_URL" https://hooks.slack.com/services/$SLACK https://discord.com/api/webhooks/1/${PW}',
+        "https://hooks.slack.com http://localhost:9000/hooks/deploy https://docs.host/webhooks/about",
+        "/data/hooks/3n9x1ypq7jyq8mwo1ngs1q6z9c.git",
     ],
 )
 def test_a_harmless_text_stays(text: str) -> None:
