@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from configs.figures import counted
+from configs.figures import counted, duration
 from configs.paths import hook_log, run_folder
 from configs.schema import RunConfig
 from configs.terminal import Terminal
@@ -37,8 +37,8 @@ ENDS_TOLD = "TRAINSHORT_ENDS_TOLD"
 
 LAUNCHER_SECONDS = 60.0  # that the launcher, and a job's script, give the command
 UNSAID_SECONDS = 1.0  # of them, before the launcher says that it waits
-# That rank 0 gives it if training ends before the last step; a failed rank is killed soon.
-LAST_SECONDS: Mapping[Status, float] = {"KILLED": 30.0, "FAILED": 5.0, "SUPERSEDED": 0.0}
+# That rank 0 gives it when training has ended. The last checkpoint may take long to copy; a failed rank is killed soon.
+LAST_SECONDS: Mapping[Status, float] = {"FINISHED": 3600.0, "KILLED": 30.0, "FAILED": 5.0, "SUPERSEDED": 0.0}
 _END_NAMES: Mapping[Status, EventName] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 
 
@@ -138,19 +138,19 @@ class HookObserver(BackgroundObserver):
         if self._tells_end and status in _END_NAMES:
             self._tell(end_event(self._config, _END_NAMES[status]))
         if not self.training_finished:
-            deadline = time.monotonic() + LAST_SECONDS[status]
-            self._wait(until=lambda: time.monotonic() >= deadline)
+            self._wait(seconds=LAST_SECONDS[status])
 
     def finish(self, *, asked: Callable[[], bool], terminal: Terminal) -> None:
         """Wait for the command, which may copy the last checkpoint."""
-        self._wait(until=asked)
+        self._wait(seconds=LAST_SECONDS["FINISHED"], asked=asked)
 
-    def _wait(self, *, until: Callable[[], bool]) -> None:
+    def _wait(self, *, seconds: float, asked: Callable[[], bool] = lambda: False) -> None:
+        deadline = time.monotonic() + seconds
         self._look()
-        if self._running:
-            logger.info("training has ended: waiting for track.hook")
+        if self._running and seconds:
+            logger.info("training has ended: waiting for track.hook, for at most %s", duration(seconds))
         while self._running:
-            if until():
+            if asked() or time.monotonic() >= deadline:
                 event, process = self._running
                 logger.warning("track.hook did not end at %r of step %d: killed", event.name, event.step)
                 _kill(process)

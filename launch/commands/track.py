@@ -41,20 +41,28 @@ def track_sync_command(
     """Send to MLflow what waits in run folders, each record once, and end the runs there that were killed."""
     from launch.show.console import show_json
     from launch.show.track import show_synced
-    from launch.slurm.record import has_active_jobs
-    from training.tracking.sync import has_begun, sync_runs
+    from training.tracking.sync import sync_runs
 
     if every is not None and as_json:
         raise InputError("--json prints one document: leave out --every")
     folders = list(dict.fromkeys(folders))
-    if every is None:
-        runs, problems = sync_runs(folders)
-        if as_json:
-            show_json({"runs": [run.to_json() for run in runs], "problems": [str(each) for each in problems.values()]})
-        else:
-            show_synced(runs)
-        _raise(problems.values())
+    if every is not None:
+        _raise(_sync_until_ended(folders, every=every))
         return
+    runs, problems = sync_runs(folders)
+    if as_json:
+        show_json({"runs": [run.to_json() for run in runs], "problems": [str(each) for each in problems.values()]})
+    else:
+        show_synced(runs)
+    _raise(problems.values())
+
+
+def _sync_until_ended(folders: list[Path], *, every: float) -> list[TrainshortError]:
+    """Send again and again until the runs and their jobs have ended; return why some were refused."""
+    from launch.show.track import show_synced
+    from launch.slurm.record import has_active_jobs
+    from training.tracking.sync import has_begun, sync_runs
+
     fails, refused = False, list[TrainshortError]()
     while True:
         # asked before: a job that ends meanwhile has left records that the next round sends
@@ -66,7 +74,7 @@ def track_sync_command(
         show_synced([run for run in runs if run.sent or run.run_dir in ended], again=True)
         folders = [folder for folder in folders if folder not in ended and folder not in wrong]
         if not folders:
-            break
+            return refused
         for folder, problem in problems.items():
             if folder in wrong:
                 logger.warning("%s; the other runs go on", problem)
@@ -74,7 +82,6 @@ def track_sync_command(
                 logger.warning("%s; it is tried again every %g s", problem, every)
         fails = len(problems) > len(wrong)
         time.sleep(every)
-    _raise(refused)
 
 
 def _raise(problems: Collection[TrainshortError]) -> None:

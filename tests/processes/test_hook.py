@@ -151,10 +151,19 @@ def test_a_finished_run_waits_until_somebody_asks(caplog: pytest.LogCaptureFixtu
     wait_for_event("started")
     finish(observer, asked=lambda: True)
     assert caplog.messages == [
-        "training has ended: waiting for track.hook",
+        "training has ended: waiting for track.hook, for at most 1h00m",
         "track.hook did not end at 'started' of step 0: killed",
         "track.hook is not run at 'finished' of step 0: it ran too long for another event",
     ]
+
+
+def test_a_finished_run_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(hook.LAST_SECONDS, "FINISHED", 0.2)  # type: ignore[index]
+    observer = observer_of("sleep 1000")
+    finish(observer)
+    assert warnings_of(caplog)[0] == "track.hook did not end at 'started' of step 0: killed"
 
 
 def test_a_failing_command_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
