@@ -163,6 +163,7 @@ def test_runs_whose_steps_differ_are_drawn_by_tokens(trainshort: Call, steps: in
     make_run(Path("a"), train={"batch_warmup": [[4, 5]]})
     make_run(Path("b"), train={"batch_warmup": [[8, steps]], "global_batch": 16}, data={"sequence_length": 16})
     assert f">{axis}</text>" in written(trainshort, "a", "b", page="comparison.html").source
+    assert ">step</text>" in written(trainshort, "a", page="a/report.html").source, "as its restarts are numbered"
 
 
 def test_a_long_run_shows_each_step_and_their_mean(trainshort: Call) -> None:
