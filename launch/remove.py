@@ -211,7 +211,7 @@ def _place_of(named: Any, run_dir: Path, values: dict[str, dict[str, Any]]) -> P
     """
     path = Path(os.path.expandvars(str(named))).expanduser()
     there = started_in(run_dir, named=str(values.get("run", {}).get("dir"))) / path
-    return there if there.exists() else path.absolute()
+    return there if os.path.exists(there) else path.absolute()  # not Path.exists: it may be closed to this user
 
 
 def _is_in(folder: Path, path: Path) -> bool:

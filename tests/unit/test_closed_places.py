@@ -125,3 +125,18 @@ def test_a_name_that_is_too_long_is_one_line(trainshort: Call, folder: Path) -> 
     answer = trainshort("jobs", "status", "a" * 300)
     assert (answer.code, answer.error.count("\n")) == (3, 1)
     assert answer.error.endswith("a cannot be used (File name too long): fix that, or choose another place\n")
+
+
+def test_a_closed_checkpoint_of_another_run_hinders_no_removal(
+    runs: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
+        away, folder = Path(place) / "away", shutil.copytree(runs, Path(place) / "open")
+        Path(place).chmod(0o755)
+        (away / "of").mkdir(parents=True)
+        make_run(folder / "runs" / "c", f"train.init_from={away}/of/another")
+        monkeypatch.chdir(folder)
+        with closed(away):
+            answer = trainshort("runs", "rm", "runs/a")
+        assert "standard input is not a terminal to ask on" in answer.error
+        monkeypatch.chdir(runs)
