@@ -235,6 +235,8 @@ class _State:
             # With several data ranks a GPU fills one bucket while the other is on its way.
             each, summed = width * largest, FP32 * share
             buffers = width * bucket * (2 if on_gpu and layout.data > 1 else 1)
+        if layout.offload == "cpu" and zero in (1, 2):  # the gradient that is on its way, on both sides of it
+            buffers += width * largest * (1 if on_gpu else 2)
         if zero == 3:
             weights, buffers = width * share, buffers + width * min(count, GATHERED_BY_ZERO_3)
         # While all activations are held, gradients of micro-batches before are there, if there were any.

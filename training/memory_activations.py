@@ -109,8 +109,10 @@ def _head(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
     """Return the bytes of a chunk of logits, and of the gradients of the head's input and weight."""
     train, hidden, width = config.train, config.model.hidden, PRECISIONS[config.train.precision].width
     tokens = train.micro_batch * config.data.sequence_length
-    # Logits and, of the same size, their gradient; uncompiled also log probabilities, which fp32 overwrites.
-    element = 2 * width + (FP32 if width < FP32 and not _is_compiled(config, on_gpu=on_gpu) else 0)
+    # Logits and, of the same size, their gradient; uncompiled, softmax first copies shorter ones to fp32, which fp32
+    # overwrites: logits, their copy and log probabilities.
+    copied = width < FP32 and not _is_compiled(config, on_gpu=on_gpu)
+    element = width + 2 * FP32 if copied else 2 * width
     states = width * tokens * hidden * (2 if _parts(config, layout) > 1 else 1)
     return element * _chunk(config, layout) + states + FP32 * _columns(config, layout) * hidden
 

@@ -1,0 +1,52 @@
+"""Steps of ranks of GPU jobs, on tensors that say they lie on a GPU: devices, waiting and memory, in many layouts."""
+
+from typing import Any
+
+import pytest
+
+from tests.support.simulated_gpu import Case, simulate
+
+SHAPE = ("model.layers=2", "train.micro_batch=8", "train.global_batch=16", "evaluate.validation_lengths=[1024]")
+STAGES = ("parallel.tensor=2", "parallel.pipeline=2", "model.layers=4")
+CASES = {
+    "default": Case(SHAPE),
+    "swiglu, selective": Case((*SHAPE, "model.family=jais", "train.recompute=selective", "train.z_loss=1e-4")),
+    "documents, recompute": Case((*SHAPE, "data.mask_documents=true", "train.recompute=true")),
+    "rotary, dropout": Case((*SHAPE, "model.position=rotary", "model.dropout=0.1")),
+    "windows": Case((*SHAPE, "data.sequence_length=4096", "train.micro_batch=2", "evaluate.validation_lengths=[4096]")),
+    "tf32": Case((*SHAPE, "train.precision=tf32")),
+    "first stage": Case((*SHAPE, *STAGES), 0, 4),
+    "last stage, split sequence, t5": Case(
+        (*SHAPE, *STAGES, "parallel.sequence=true", "model.position=t5", "train.global_batch=32"), 7, 8
+    ),
+    "muon, tensor ranks": Case((*SHAPE, "train.optimizer=muon", "parallel.tensor=2", "train.global_batch=32"), 3, 4),
+    "fp16": Case((*SHAPE, "train.precision=fp16")),
+    "zero 2": Case((*SHAPE, "parallel.zero=2"), 1, 2),
+    "zero 3, muon": Case((*SHAPE, "parallel.zero=3", "train.optimizer=muon"), 1, 2),
+    "offload": Case((*SHAPE, "parallel.offload=cpu"), 0, 2),
+}
+# DeepSpeed looks at gradients with these: whether they are finite, and how large each is on the CPU.
+WAITS = {"fp16": 8, "zero 2": 12, "zero 3, muon": 8, "offload": 60}
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, dict[str, Any]]:
+    return dict(zip(CASES, simulate(list(CASES.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_ranks_tensors_lie_on_its_gpu(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    assert "error" not in seen[name], seen[name]["error"]
+    assert seen[name]["off_device"] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_step_waits_for_the_gpu(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    waits = seen[name]["waits"]
+    assert len(waits) <= WAITS.get(name, 0), "\n".join(waits)
+    assert not [wait for wait in waits if "deepspeed/" not in wait]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_what_check_estimates(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    assert seen[name]["estimate"] == pytest.approx(seen[name]["peak"], rel=0.05)

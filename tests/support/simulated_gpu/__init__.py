@@ -1,0 +1,64 @@
+"""Run the steps of ranks of a GPU job without a GPU: their tensors say that they lie on one, and hold nothing.
+
+torch's fake tensors compute shapes, types and devices; its fake process group answers at once. What is seen: operations
+on tensors of two devices, collectives of tensors that are not on the GPU, where the host waits for the GPU, and how
+much memory is held. What is not: numbers, kernels and NCCL.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.support.processes import environment
+
+
+class Case(NamedTuple):
+    """A rank of a job.
+
+    Attributes:
+        overrides: Changes to the run file alibi-1b3-80gb.
+        rank, world_size: Which rank, of how many.
+    """
+
+    overrides: Sequence[str]
+    rank: int = 0
+    world_size: int = 1
+
+
+def simulate(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Run two steps, a validation and a pass for logits of each rank, and return what was seen.
+
+    Returns:
+        Of each case, either `error`, or: `waits`, what the host waited for in the second step, and where; `off_device`,
+        the collectives of tensors that are not on the GPU; `peak`, the most bytes that both steps held; and `estimate`,
+        what `check --memory` says of it, without overhead.
+    """
+    torch_folder = Path(next(iter(find_spec("torch").submodule_search_locations)))  # type: ignore[union-attr,arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "device.so"
+        compile_device = [
+            "g++",
+            "-O1",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            f"-I{torch_folder / 'include'}",
+            "-o",
+            library,
+        ]
+        links = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+        subprocess.run([*compile_device, Path(__file__).with_name("device.cpp"), *links], check=True)
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "tests.support.simulated_gpu"],
+            input=json.dumps(cases),
+            env=environment(LD_PRELOAD=str(library), LD_LIBRARY_PATH=str(torch_folder / "lib")),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    return [json.loads(line) for line in ended.stdout.splitlines()]

@@ -1,0 +1,121 @@
+"""Tensors that say they lie on a GPU: what computes with them, and what is noted while it does."""
+
+import sys
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+OURS = Path(__file__).parents[3]
+BLOCK = 512  # torch's allocator gives whole blocks of so many bytes
+READS = {
+    torch.ops.aten._local_scalar_dense.default: 0,
+    torch.ops.aten.equal.default: True,
+}
+
+
+@dataclass
+class Seen:
+    """What has happened on the GPU.
+
+    Attributes:
+        waits: Where the host waited for it.
+        off_device: Collectives of tensors that are not on it, and where.
+        held, peak: Bytes that are held now, and the most that were.
+    """
+
+    waits: list[str] = field(default_factory=list)
+    off_device: list[str] = field(default_factory=list)
+    held: int = 0
+    peak: int = 0
+    storages: dict[int, int] = field(default_factory=dict)
+
+    def hold(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
+        key = storage._cdata
+        if key not in self.storages:
+            self.storages[key] = -(-storage.nbytes() // BLOCK) * BLOCK
+            self.held += self.storages[key]
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.held -= self.storages.pop(key)
+
+
+class OnGpu(TorchDispatchMode):
+    """Notes what operations on fake tensors do; those are computed by the mode around which it is."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute an operation."""
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+        on_gpu = any(leaf.is_cuda for leaf in leaves)
+        for leaf in leaves:
+            leaf.constant = None  # a number that is known would really be sent to the GPU
+        if func in READS or func is torch.ops.aten.nonzero.default:
+            if on_gpu:
+                self._seen.waits.append(f"{func} at {place()}")
+            return READS[func] if func in READS else leaves[0].new_empty(1, leaves[0].ndim, dtype=torch.int64)
+        if func.namespace == "c10d" and func is not torch.ops.c10d.barrier.default and not on_gpu:
+            self._seen.off_device.append(f"{func} at {place()}")
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and on_gpu and not result.is_cuda:
+            self._seen.waits.append(f"{func} at {place()}")
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, FakeTensor) and leaf.is_cuda:
+                self._seen.hold(leaf.untyped_storage())
+        return result
+
+
+class AsFake(TorchFunctionMode):
+    """Lets functions that fake tensors do not know work with them."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
+            device = kwargs.pop("device", None)
+            value = func(*args, **kwargs)
+            if device is None or torch.device(device).type == "cpu":
+                return value
+            self._seen.waits.append(f"torch.tensor at {place()}")
+            return value.to(device)
+        if func in (Tensor.pin_memory, Tensor.is_pinned, Tensor.record_stream):
+            return {Tensor.pin_memory: args[0], Tensor.is_pinned: True}.get(func)
+        result = func(*args, **kwargs)
+        if func == Tensor.data.__set__ and isinstance(args[1], FakeTensor):  # type: ignore[attr-defined]
+            args[0].fake_device = args[1].fake_device
+        return result
+
+
+def move(module: torch.nn.Module, *to: Any) -> torch.nn.Module:
+    """Stand in for `Module.to`, which swaps tensors that others know."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.to(*to) if to else tensor.data
+    return module
+
+
+def place() -> str:
+    """Return where our code, or a library's that it calls, is now: the innermost three lines outside torch."""
+    frame, lines = sys._getframe(1), list[str]()
+    while frame is not None and len(lines) < 3:
+        path = frame.f_code.co_filename
+        if "/torch/" not in path and "simulated_gpu" not in path and ("site-packages" in path or str(OURS) in path):
+            lines.append(f"{path.rpartition('site-packages/')[2].removeprefix(f'{OURS}/')}:{frame.f_lineno}")
+        frame = frame.f_back  # type: ignore[assignment]
+    return " < ".join(lines)
