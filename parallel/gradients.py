@@ -46,7 +46,7 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        _sum_norm_once(optimizer)
+        _sum_norm_once(optimizer, device=engine.device)
     if isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         return
     if groups.data.size == 1:
@@ -77,7 +77,7 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
     optimizer.step = step
 
 
-def _sum_norm_once(optimizer: Any) -> None:
+def _sum_norm_once(optimizer: Any, *, device: torch.device) -> None:
     """Sum the gradient norm over tensor ranks and stages once a step.
 
     DeepSpeed does so once for each parameter group. Stages need not have as many groups as each other, and those with
@@ -87,9 +87,10 @@ def _sum_norm_once(optimizer: Any) -> None:
 
     def scaled_global_norm() -> Tensor:
         with patch.object(optimizer, "_model_parallel_all_reduce", lambda tensor, op: None):
-            squares: Tensor = own_norm().square()  # infinite if this rank's norm is not finite
+            own: Tensor = own_norm()  # infinite if it is not finite; on the CPU if the optimizer is offloaded
+        squares = own.to(device).square()  # NCCL sends from GPUs alone
         sum_over_model(tensor=squares, op=dist.ReduceOp.SUM)
-        return squares.sqrt()
+        return squares.sqrt().to(own.device)
 
     optimizer.scaled_global_norm = scaled_global_norm
 
