@@ -47,6 +47,8 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         _sum_norm_once(optimizer, device=engine.device)
+        if optimizer.overlap_comm:
+            _keep_until_reduced(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         return
     if groups.data.size == 1:
@@ -93,6 +95,22 @@ def _sum_norm_once(optimizer: Any, *, device: torch.device) -> None:
         return squares.sqrt().to(own.device)
 
     optimizer.scaled_global_norm = scaled_global_norm
+
+
+def _keep_until_reduced(optimizer: Any) -> None:
+    """Keep the memory of a gradient that ZeRO 2 drops until the stream that reduces gradients has read it.
+
+    DeepSpeed copies gradients into a bucket, but reduces one that is larger than the bucket in its own memory. The ranks
+    that keep no part of it drop it at once: the backward pass would write over it before it is sent.
+    """
+    drop = optimizer.clear_grad_attribute
+
+    def clear_grad_attribute(parameter: nn.Parameter) -> None:
+        if (gradient := optimizer.get_gradient_for_reduction(parameter)) is not None:
+            gradient.record_stream(optimizer.reduction_stream)
+        drop(parameter)
+
+    optimizer.clear_grad_attribute = clear_grad_attribute
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""What is sent to the other ranks between the backward pass and the optimizer; tensors of a GPU are faked."""
+"""What ranks of a GPU do between the backward pass and the optimizer; there is none, so its tensors are faked."""
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 class PartitionedGradients(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """The part of ZeRO's optimizer that computes a norm, on one device."""
+    """The part of ZeRO's optimizer that computes a norm, on one device, and drops gradients."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, overlaps: bool = False) -> None:
         self.norm_is_on, self.sent = device, list[Tensor]()
+        self.overlap_comm, self.use_grad_accum_attribute = overlaps, False
+        self.reduction_stream = "the stream that reduces"
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         return torch.tensor(3.0, device=self.norm_is_on)
@@ -30,12 +33,26 @@ class PartitionedGradients(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         self.sent.append(tensor)
 
 
+def patched(optimizer: PartitionedGradients) -> PartitionedGradients:
+    engine, groups = SimpleNamespace(optimizer=optimizer, device=GPU), Groups(*[None] * 5)  # type: ignore[arg-type]
+    patch_gradients(engine, groups=groups, clip=1.0)
+    return optimizer
+
+
 @pytest.mark.parametrize("norm_is_on", [GPU, CPU], ids=["state on the GPU", "state on the CPU"])
 def test_the_norm_is_sent_from_the_gpu(norm_is_on: torch.device) -> None:
-    optimizer = PartitionedGradients(norm_is_on)
-    engine, groups = SimpleNamespace(optimizer=optimizer, device=GPU), Groups(*[None] * 5)  # type: ignore[arg-type]
+    optimizer = patched(PartitionedGradients(norm_is_on))
     with FakeTensorMode():
-        patch_gradients(engine, groups=groups, clip=1.0)
         norm = optimizer.scaled_global_norm()
     assert [tensor.device for tensor in optimizer.sent] == [GPU]  # NCCL sends from GPUs alone
     assert norm.device == norm_is_on  # where DeepSpeed clips with it
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_gradient_in_flight_keeps_its_memory(overlaps: bool) -> None:
+    optimizer, gradient = patched(PartitionedGradients(GPU, overlaps=overlaps)), Mock()
+    parameter = SimpleNamespace(grad=gradient)
+    optimizer.clear_grad_attribute(parameter)
+    optimizer.clear_grad_attribute(parameter)  # it has none any more
+    assert parameter.grad is None
+    assert [call.args for call in gradient.record_stream.mock_calls] == [("the stream that reduces",)] * overlaps
