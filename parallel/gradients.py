@@ -47,8 +47,7 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         _sum_norm_once(optimizer, device=engine.device)
-        if optimizer.overlap_comm:
-            _keep_until_reduced(optimizer)
+        _keep_until_reduced(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         return
     if groups.data.size == 1:
@@ -100,13 +99,14 @@ def _sum_norm_once(optimizer: Any, *, device: torch.device) -> None:
 def _keep_until_reduced(optimizer: Any) -> None:
     """Keep the memory of a gradient that ZeRO 2 drops until the stream that reduces gradients has read it.
 
-    DeepSpeed copies gradients into a bucket, but reduces one that is larger than the bucket in its own memory. The ranks
-    that keep no part of it drop it at once: the backward pass would write over it before it is sent.
+    DeepSpeed copies gradients into a bucket, but reduces one that is larger than that in its own memory. The ranks that
+    keep no part of it drop it at once: the backward pass would write over it before it is sent.
     """
     drop = optimizer.clear_grad_attribute
 
     def clear_grad_attribute(parameter: nn.Parameter) -> None:
-        if (gradient := optimizer.get_gradient_for_reduction(parameter)) is not None:
+        gradient = optimizer.get_gradient_for_reduction(parameter)
+        if gradient is not None and optimizer.overlap_comm:  # else one stream does both
             gradient.record_stream(optimizer.reduction_stream)
         drop(parameter)
 
