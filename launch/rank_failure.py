@@ -90,7 +90,7 @@ def explain(rank: Rank, *, kills_before: OomKills, explain_memory: ExplainMemory
     elif shown := _reported_error(rank, lines):
         pass
     elif rank.code == -signal.SIGABRT and (gave_up := _GAVE_UP.search("\n".join(lines))) is not None:
-        waited, code = duration(int(gave_up[2]) / 1000), MachineError.exit_code
+        waited = duration(int(gave_up[2]) / 1000)
         shown = [
             f"error: rank {rank.number} waited {waited} for the other ranks in a collective ({gave_up[1]}) and gave "
             "up: one of them hangs, or the network between them",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import LostPeers, MachineError
+from configs.errors import LostPeers, TrainshortError
 from configs.figures import byte_size
 from configs.load import load_run
 from data_pipeline import prepare
@@ -178,11 +178,23 @@ def nccl_error(kind: str, last: str) -> Exception:
         (nccl_error("ncclInternalError", ""), ""),
     ],
 )
-def test_nccl_names_what_is_wrong_with_a_machine(error: Exception, why: str) -> None:
+def test_nccl_says_what_is_wrong_with_a_machine(error: Exception, why: str) -> None:
     assert re.fullmatch(
         rf"rank 3 cannot exchange data with the others \(nccl\w+Error{why}\): repair .*",
-        message_of(error, kind=MachineError),
+        message_of(error, kind=TrainshortError),
     )
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "The client socket has timed out after 1800000ms while trying to connect to (node1, 12345)",
+        "Timed out after 1801 seconds waiting for clients. 1/2 clients joined",
+    ],
+)
+def test_ranks_that_do_not_meet_say_why(why: str) -> None:
+    said = message_of(torch.distributed.DistNetworkError(f"{why}."), kind=TrainshortError)
+    assert said.startswith(f"rank 3 cannot exchange data with the others ({why}): repair what this names; ")
 
 
 @pytest.mark.parametrize(
