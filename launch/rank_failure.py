@@ -1,6 +1,7 @@
 """Say why local ranks failed: by the error of the rank that caused it, from its log."""
 
 import logging
+import re
 import resource
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from configs.errors import InputError, LostPeers, MachineError
-from configs.figures import byte_size
+from configs.figures import byte_size, duration
 from configs.secrets import hide_secrets
 from launch.show.streams import write_error
 from training.host_memory import OomKills, host_limit, oom_kills
@@ -21,6 +22,8 @@ SHOWN_LINES = 20
 READ_BYTES = 20_000
 _ERROR, _TRACEBACK = "error: ", "Traceback (most recent call last):"
 _REPORTED_CODES = (InputError.exit_code, MachineError.exit_code)
+# What torch logs before it aborts a rank that waited in a collective of NCCL; the end of the log are its C++ frames.
+_GAVE_UP = re.compile(r"collective operation timeout: .*?OpType=(\w+).* ran for (\d+) milliseconds")
 
 ExplainMemory = Callable[[int, str], str]
 """Function from a rank and what happened to it to the message about a rank that ran out of memory."""
@@ -86,6 +89,13 @@ def explain(rank: Rank, *, kills_before: OomKills, explain_memory: ExplainMemory
         shown, code = [f"error: {explain_memory(rank.number, how)}"], MachineError.exit_code
     elif shown := _reported_error(rank, lines):
         pass
+    elif rank.code == -signal.SIGABRT and (gave_up := _GAVE_UP.search("\n".join(lines))) is not None:
+        waited = duration(int(gave_up[2]) / 1000)
+        shown = [
+            f"error: rank {rank.number} waited {waited} for the other ranks in a collective ({gave_up[1]}) and gave "
+            "up: one of them hangs, or the network between them",
+            f"  the rank that hangs is the one whose log ends otherwise, beside {rank.log}",
+        ]
     elif rank.code == 1 and _TRACEBACK in lines:
         shown = [
             f"error: rank {rank.number} failed, which is a bug in trainshort: {_exception(lines)}",

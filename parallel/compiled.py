@@ -1,7 +1,7 @@
 """`train.compile`: the functions between the matrix products compiled, each once, whatever layers use it.
 
 Collectives and attention are left out, so that it works in every layout. torch keeps what it compiled in a folder of
-the machine, TORCHINDUCTOR_CACHE_DIR or one in /tmp: other ranks and later starts read it.
+the machine, TORCHINDUCTOR_CACHE_DIR or one in /tmp: later starts read it, and other CPU ranks.
 """
 
 import subprocess
@@ -83,7 +83,7 @@ def compile_now(
     biases: bool,
     activation: Callable[..., Tensor],
 ) -> None:
-    """Compile the functions of `parallel.fused`, called as the layers will, or read what another rank compiled.
+    """Compile the functions of `parallel.fused`, called as the layers will, or read what was compiled before.
 
     Args:
         compiled: What the layers are built with.

@@ -46,7 +46,8 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        _sum_norm_once(optimizer)
+        _sum_norm_once(optimizer, device=engine.device)
+        _keep_until_reduced(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         return
     if groups.data.size == 1:
@@ -77,7 +78,7 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
     optimizer.step = step
 
 
-def _sum_norm_once(optimizer: Any) -> None:
+def _sum_norm_once(optimizer: Any, *, device: torch.device) -> None:
     """Sum the gradient norm over tensor ranks and stages once a step.
 
     DeepSpeed does so once for each parameter group. Stages need not have as many groups as each other, and those with
@@ -87,11 +88,29 @@ def _sum_norm_once(optimizer: Any) -> None:
 
     def scaled_global_norm() -> Tensor:
         with patch.object(optimizer, "_model_parallel_all_reduce", lambda tensor, op: None):
-            squares: Tensor = own_norm().square()  # infinite if this rank's norm is not finite
+            own: Tensor = own_norm()  # infinite if it is not finite; on the CPU if the optimizer is offloaded
+        squares = own.to(device).square()  # NCCL sends from GPUs alone
         sum_over_model(tensor=squares, op=dist.ReduceOp.SUM)
-        return squares.sqrt()
+        return squares.sqrt().to(own.device)
 
     optimizer.scaled_global_norm = scaled_global_norm
+
+
+def _keep_until_reduced(optimizer: Any) -> None:
+    """Keep the memory of a gradient that ZeRO 2 drops until the stream that reduces gradients has read it.
+
+    DeepSpeed copies gradients into a bucket, but reduces one that is larger than that in its own memory. The ranks that
+    keep no part of it drop it at once: the backward pass would write over it before it is sent.
+    """
+    drop = optimizer.clear_grad_attribute
+
+    def clear_grad_attribute(parameter: nn.Parameter) -> None:
+        gradient = optimizer.get_gradient_for_reduction(parameter)
+        if gradient is not None and optimizer.overlap_comm:  # else one stream does both
+            gradient.record_stream(optimizer.reduction_stream)
+        drop(parameter)
+
+    optimizer.clear_grad_attribute = clear_grad_attribute
 
 
 @torch.no_grad()

@@ -352,5 +352,7 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", module=rf"{package}\..*")
     # DeepSpeed calls these functions, but torch attributes the warning to its own module.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # With NCCL, stages send by the communicator of all ranks, of which torch warns: they take turns in any case.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     # One rank alone has no `device_id`; `start` has set the current device.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")

@@ -88,7 +88,7 @@ def build_engine(
 
 
 def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Callable[..., None]) -> Compile:
-    """Compile what `train.compile` asks for, on one rank of each machine first: the others read its results.
+    """Compile what `train.compile` asks for; of CPU ranks on the first one first, as the others read its results.
 
     Raises:
         MachineError: it must compile, and a rank cannot; raised on every rank.
@@ -98,7 +98,8 @@ def _compile(config: RunConfig, *, groups: Groups, device: torch.device, say: Ca
     if compiled is as_it_is:  # on every rank
         return compiled
     family: Family = FAMILIES[config.model.family].load()
-    first = device.index == 0 or groups.world.rank == 0
+    # torch reads what was compiled for one GPU of a machine for no other one: GPUs do not wait for each other.
+    first = device.type == "cuda" or groups.world.rank == 0
     began, split = time.perf_counter(), config.parallel.sequence and tensor > 1
     compiling = partial(
         compile_now,

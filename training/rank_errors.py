@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from configs.errors import LostPeers, TrainshortError
+from configs.errors import LostPeers, TrainshortError, first_line, in_brief
 from configs.schema import RunConfig
 from parallel.layout import Layout
 from parallel.start import ProcessRank
@@ -25,6 +25,11 @@ _LOST_PEERS = re.compile(
     r"remote process|communicator was aborted",
     re.IGNORECASE,
 )
+# What torch says if the ranks do not meet.
+_NOT_MET = re.compile(r"(?:client|server) socket has|waiting for clients")
+# Kinds of NCCL's errors that come from the machine; after an error of a kernel, NCCL's calls of CUDA fail too.
+_NCCL_FAILED = re.compile(r"nccl(?:System|Internal|UnhandledCuda)Error")
+_KERNEL_FAILED = re.compile(r"illegal (?:memory access|address|instruction)|device-side assert|misaligned address")
 
 
 ExplainRank = Callable[[int, str, bool], str]
@@ -53,6 +58,8 @@ def explain_failure_of(process: ProcessRank, *, explain: ExplainRank) -> Iterato
     Raises:
         OutOfMemory: names the rank, what it held, and what to change.
         LostPeers: points to the rank that failed first.
+        TrainshortError: the ranks cannot meet, or NCCL cannot work on this machine or its network, and why. Its exit
+            code lets a batch script look whether a node is lost.
     """
     try:
         yield
@@ -65,6 +72,11 @@ def explain_failure_of(process: ProcessRank, *, explain: ExplainRank) -> Iterato
                 f"rank {process.rank} lost its connection to the other ranks: the cause is in the log of the rank that "
                 "failed first"
             )
+        elif isinstance(error, RuntimeError) and (why := _network_failure(str(error))) is not None:
+            words = TrainshortError(
+                f"rank {process.rank} cannot exchange data with the others ({why}): repair what this names; with "
+                "NCCL_DEBUG=INFO, NCCL says more"
+            )
         else:
             raise
         if process.starter == "local":  # its output is its log
@@ -72,6 +84,20 @@ def explain_failure_of(process: ProcessRank, *, explain: ExplainRank) -> Iterato
         else:
             logger.debug("rank %d failed", process.rank, exc_info=error)
         raise words from None
+
+
+def _network_failure(text: str) -> str | None:
+    """Return what torch says of ranks that do not meet, or NCCL of a machine on which it cannot work.
+
+    None for any other error, which may be ours.
+    """
+    if _NOT_MET.search(text):
+        return first_line(RuntimeError(text)).rstrip(".")
+    kind = _NCCL_FAILED.search(text)
+    if kind is None or _KERNEL_FAILED.search(text):
+        return None
+    last = text.partition("Last error:")[2].strip()
+    return in_brief(f"{kind[0]}: {last}" if last else kind[0])
 
 
 def rank_out_of_memory(config: RunConfig, layout: Layout, rank: int, how: str, *, on_gpu: bool) -> str:

@@ -249,6 +249,16 @@ def test_a_rank_that_c_code_aborted_may_have_run_out_of_memory(
     assert capfd.readouterr().err.startswith("error: rank 1 ran out of memory and was aborted, with signal 6 (SIGABRT)")
 
 
+def test_a_rank_that_waited_in_vain_says_for_what(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    work = "WorkNCCL(SeqNum=8, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=1800000)"
+    told = f"[rank1]:[E] Watchdog caught collective operation timeout: {work} ran for 1800027 milliseconds before ..."
+    script = f"""[[ $TRAINSHORT_RANK == 1 ]] || sleep 60; echo "{told}"; seq 99; kill -ABRT $$"""
+    assert start(script, tmp_path) == 1
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("error: rank 1 waited 30m00s for the other ranks in a collective (ALLREDUCE) and gave up: ")
+    assert second.startswith("  the rank that hangs is the one whose log ends otherwise, beside ")
+
+
 def test_ranks_that_ignore_sigterm_are_killed_after_a_failure(tmp_path: Path) -> None:
     ready = f"until [[ -s {tmp_path}/pid ]]; do sleep 0.05; done"
     script = (

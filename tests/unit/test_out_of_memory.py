@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import LostPeers
+from configs.errors import LostPeers, TrainshortError
 from configs.figures import byte_size
 from configs.load import load_run
 from data_pipeline import prepare
@@ -165,8 +165,48 @@ def test_a_rank_that_lost_the_others_says_only_that(error: Exception) -> None:
     assert LostPeers.exit_code not in (0, 1, 2, 3)
 
 
-def test_other_errors_of_a_rank_stay_as_they_are() -> None:
-    assert message_of(RuntimeError("boom"), kind=RuntimeError) == "boom"
+def nccl_error(kind: str, last: str) -> Exception:
+    where = "NCCL error in: /pytorch/NCCLUtils.cpp:94, unhandled error (run with NCCL_DEBUG=INFO), NCCL version 2.28.9"
+    return torch.distributed.DistBackendError(f"{where}\n{kind}: It failed. \nLast error:\n{last}")
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (nccl_error("ncclSystemError", "shm_open: No space left on device (28)\n"), ": shm_open: No space left .*"),
+        (nccl_error("ncclUnhandledCudaError", "Cuda failure 801 'not supported'"), ": Cuda failure 801 .*"),
+        (nccl_error("ncclInternalError", ""), ""),
+    ],
+)
+def test_nccl_says_what_is_wrong_with_a_machine(error: Exception, why: str) -> None:
+    assert re.fullmatch(
+        rf"rank 3 cannot exchange data with the others \(nccl\w+Error{why}\): repair .*",
+        message_of(error, kind=TrainshortError),
+    )
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "The client socket has timed out after 1800000ms while trying to connect to (node1, 12345)",
+        "Timed out after 1801 seconds waiting for clients. 1/2 clients joined",
+    ],
+)
+def test_ranks_that_do_not_meet_say_why(why: str) -> None:
+    said = message_of(torch.distributed.DistNetworkError(f"{why}."), kind=TrainshortError)
+    assert said.startswith(f"rank 3 cannot exchange data with the others ({why}): repair what this names; ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("boom"),
+        nccl_error("ncclInvalidUsage", "a tensor of the CPU"),
+        nccl_error("ncclUnhandledCudaError", "Cuda failure 700 'an illegal memory access was encountered'"),
+    ],
+)
+def test_other_errors_of_a_rank_stay_as_they_are(error: Exception) -> None:
+    assert message_of(error, kind=type(error)) == str(error)
 
 
 def test_a_command_says_it_in_words(folder: Path, trainshort: Call, monkeypatch: pytest.MonkeyPatch) -> None:

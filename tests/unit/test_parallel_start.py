@@ -14,6 +14,7 @@ from parallel.start import (
     choose_gpu,
     find_process_rank,
     open_gpu_early,
+    quiet_libraries,
     start,
     start_alone,
 )
@@ -139,6 +140,16 @@ def test_tensor_ranks_order_the_kernels_of_a_gpu(
         del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
     open_gpu_early(place(0, "local"), tensor=tensor)
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == used
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "false"), ("true", "true")])
+def test_stages_on_gpus_send_without_a_warning(monkeypatch: pytest.MonkeyPatch, given: str | None, used: str) -> None:
+    name = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
+    monkeypatch.setenv(name, given or "")  # restored, whatever happens to it
+    if given is None:
+        del os.environ[name]
+    quiet_libraries()
+    assert os.environ[name] == used
 
 
 def test_a_gpu_that_two_ranks_share_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ PRIVATE_NAMES_OF_OTHERS = (
     "_python_dispatch",  # torch's hooks on every operation
     "_relative_position_bucket",
     "_replace",
+    "_subclasses",  # torch's tensors without memory
     "_triton",  # torch: whether it finds Triton
     "_world",
 )
