@@ -4,9 +4,25 @@ from tests.mutants.mutants import Mutant
 
 TORCHS = "tests/unit/test_muon.py::test_steps_are_those_of_torchs_muon_and_adamw"
 WHOLE = "tests/unit/test_whole_matrices.py::test_results_are_those_of_whole_matrices"
+ON_GPU = "tests/processes/test_simulated_gpu.py::test_a_ranks_tensors_lie_on_its_gpu[offload]"
+NO_WAIT = "tests/processes/test_simulated_gpu.py::test_no_step_waits_for_the_gpu[default]"
 FINITE = "tests/unit/test_muon.py::test_a_step_without_finite_gradients_changes_nothing"
 
 OPTIMIZER_MUTANTS = (
+    Mutant(
+        "norm: summed over ranks where the optimizer is offloaded to",
+        "parallel/gradients.py",
+        "own.to(device).square()",
+        "own.square()",
+        ON_GPU,
+    ),
+    Mutant(
+        "norm: read in each step",
+        "parallel/zero.py",
+        "torch.as_tensor(engine.get_global_grad_norm(), ",
+        "torch.as_tensor(float(engine.get_global_grad_norm()), ",
+        NO_WAIT,
+    ),
     Mutant(
         "muon: no Nesterov momentum",
         "parallel/muon.py",

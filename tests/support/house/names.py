@@ -10,17 +10,24 @@ from tests.support.house.source import FLOORS, Source
 FILE_LINES, FUNCTION_LINES, TEST_NAME_LENGTH = 400, 50, 60
 # Private names of the standard library and third parties; never add one of ours.
 PRIVATE_NAMES_OF_OTHERS = (
+    "_allocate_or_extend_buffers",  # DeepSpeed: memory for what a stage receives
     "_asdict",
+    "_cdata",  # torch: which memory it is
     "_dynamo",  # torch: how often it compiled
     "_exit",
     "_fields",
+    "_getframe",
     "_get_backend",  # torch: whether a group can be split
     "_inductor",  # torch: which compiler it finds
     "_internal",  # torch's fake process group
+    "_local_scalar_dense",  # torch: an operation, as two others are
     "_python_dispatch",  # torch's hooks on every operation
+    "_pytree",
     "_relative_position_bucket",
     "_replace",
+    "_store_based_barrier",  # torch: ranks wait for each other
     "_subclasses",  # torch's tensors without memory
+    "_to_copy",
     "_triton",  # torch: whether it finds Triton
     "_world",
 )
