@@ -6,7 +6,7 @@ each rank's layers by 1F1B (ZeRO 1).
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +25,7 @@ from parallel.documents import split_batch
 from parallel.engine import Engine, State, StepOutcome
 from parallel.gradients import add_from_now_on, add_no_more, adds_in_turn, patch_gradients, sum_tied_gradients
 from parallel.layout import Layout, effective_zero
-from parallel.libraries import BackwardPass, NoopTimer, ReduceTiedGrads, bf16_optimizer, deepspeed, runtime_engine
+from parallel.libraries import BackwardPass, NoopTimer, ReduceTiedGrads, deepspeed
 from parallel.muon import Muon
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_range
@@ -69,7 +69,9 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
     row = OPTIMIZERS[train.optimizer]
     staged = isinstance(module, StagedModule)
     say = logger.info if groups.world.rank == 0 else logger.debug
-    with timed("built the engine", say=say), _as_we_use_it(), redirect_stdout(StringIO()):  # DeepSpeed prints settings
+    # DeepSpeed takes fp16 on the newest CPUs alone; the others compute it too.
+    any_cpu = patch.object(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
+    with timed("built the engine", say=say), any_cpu, redirect_stdout(StringIO()):  # DeepSpeed prints its settings
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=row.load()(module.parameters(), train=train),
@@ -89,22 +91,6 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
     if staged:
         return _PipelineEngine(engine, state, data=groups.data)
     return _PlainEngine(engine, state, data=groups.data)
-
-
-@contextmanager
-def _as_we_use_it() -> Iterator[None]:
-    """Change what DeepSpeed does while it builds an engine."""
-    with ExitStack() as stack:
-        for target, name, value in (
-            # It takes fp16 on the newest CPUs alone; the others compute it too.
-            (deepspeed.accelerator.get_accelerator(), "is_fp16_supported", True),
-            # On a GPU it imports a compiler of its own, which we do not use.
-            (runtime_engine, "is_deepcompile_supported", False),
-            # In bf16 it collects garbage six times, of all modules, to print how much memory is used.
-            (bf16_optimizer, "see_memory_usage", None),
-        ):
-            stack.enter_context(patch.object(target, name, lambda *_, value=value, **__: value))
-        yield
 
 
 def _share_matrices(engine: Any, *, train: Train, layout: Layout, groups: Groups) -> None:

@@ -53,25 +53,34 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
     if groups.data.size == 1:
         # DeepSpeed would copy all gradients into a buffer, sum it over one rank, and copy them back.
         engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
-    if not isinstance(optimizer, BF16_Optimizer):
-
-        def clip_gradients() -> None:
-            engine._global_grad_norm = _clip(engine, optimizer, groups=groups, clip=clip)
-
-        engine.clip_fp32_gradients = clip_gradients
+    if isinstance(optimizer, BF16_Optimizer):
+        _patch_bf16(engine, groups=groups, clip=clip)
         return
+
+    def clip_gradients() -> None:
+        engine._global_grad_norm = _global_norm(engine, groups=groups)
+        _clip(optimizer, engine._global_grad_norm, clip=clip)
+
+    engine.clip_fp32_gradients = clip_gradients
+
+
+def _patch_bf16(engine: Any, *, groups: Groups, clip: float) -> None:
+    optimizer = engine.optimizer
     for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter._hp_grad = gradient
     add_from_now_on(engine)
     optimizer.update_hp_grads = lambda **_: _add_others(optimizer)
+    engine.buffered_allreduce_fallback = lambda **_: _reduce_to_owners(optimizer, data=groups.data)
     masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition
     for master, gradient in zip(masters, gradients, strict=True):
         master.grad = gradient
+    counted = _counted_parts(optimizer, groups=groups)
 
     def step() -> None:
         # As DeepSpeed's own, which would read the norm on the host, and set gradients to zero once more than needed.
-        optimizer._global_grad_norm = _clip(engine, optimizer.optimizer, groups=groups, clip=clip)
+        optimizer._global_grad_norm = _norm(counted, group=groups.world.handle, size=groups.world.size)
+        _clip(optimizer.optimizer, optimizer._global_grad_norm, clip=clip)
         optimizer.optimizer.step()
         optimizer.update_lp_params()
 
@@ -134,6 +143,18 @@ def _add_others(optimizer: Any) -> None:
             parameter.grad = None
 
 
+@torch.no_grad()
+def _reduce_to_owners(optimizer: Any, *, data: Group) -> None:
+    """Average each data rank's own part of the fp32 gradients over the data ranks; the other parts are then of no use.
+
+    DeepSpeed's own averages all of them on all ranks, which sends twice as much, and joins small groups in a copy.
+    """
+    wholes, parts = optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition
+    for whole, part in zip(wholes, parts, strict=True):
+        dist.reduce_scatter_tensor(part, whole, group=data.handle)  # NCCL needs no copy, as the part lies in the whole
+        part.mul_(1 / data.size)
+
+
 def gradient_of(engine: Any, parameter: nn.Parameter) -> Tensor | None:
     """Return a parameter's gradient so far, in its shape; None before the first backward pass of a step."""
     if isinstance(engine.optimizer, BF16_Optimizer):
@@ -186,32 +207,49 @@ def adds_in_turn(engine: Any) -> bool:
     return not isinstance(engine.optimizer, wrappers)
 
 
-def _clip(engine: Any, optimizer: torch.optim.Optimizer, *, groups: Groups, clip: float) -> Tensor:
-    """Make the optimizer's next step clip to a global norm; return the norm, a scalar on the device.
-
-    A step without a finite norm changes nothing.
-    """
-    norm = _global_norm(engine, groups=groups)
+def _clip(optimizer: torch.optim.Optimizer, norm: Tensor, *, clip: float) -> None:
+    """Make the optimizer's next step clip to a global norm; a step without a finite norm changes nothing."""
     scale = ((norm + 1e-6) / clip).clamp(min=1.0)
     assert getattr(optimizer, "_step_supports_amp_scaling", False), "an optimizer must be one of torch's fused ones"
     # They divide gradients and skip a step themselves, without a pass over memory.
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-    return norm
 
 
 def _global_norm(engine: Any, *, groups: Groups) -> Tensor:
-    """Return the norm of all gradients, each parameter counted once: those of one rank of the data axis."""
-    gradients = [
-        gradient_of(engine, parameter)
-        for parameter in engine.module.parameters()
-        # DeepSpeed marks a tied weight on all stages but one.
-        if not getattr(parameter, "ds_pipe_replicated", False)
-        and (groups.tensor.rank == 0 or shard_of(parameter).dim is not None)
-    ]
-    total = get_total_norm([gradient for gradient in gradients if gradient is not None]).square()
-    if groups.tensor.size * groups.pipeline.size > 1:
-        dist.all_reduce(total, group=groups.grid.get_model_parallel_group())
+    """Return the norm of all gradients, of which each data rank has all; a scalar on the device."""
+    counted = (parameter for parameter in engine.module.parameters() if _counts(parameter, tensor=groups.tensor))
+    gradients = [parameter.grad for parameter in counted if parameter.grad is not None]
+    size = groups.tensor.size * groups.pipeline.size
+    return _norm(gradients, group=groups.grid.get_model_parallel_group(), size=size)
+
+
+def _counted_parts(optimizer: Any, *, groups: Groups) -> list[Tensor]:
+    """Return the gradients that this rank counts of its own part, each parameter's; BF16_Optimizer keeps them."""
+    counted = []
+    for parameters, part in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradient_flat_partition, strict=True):
+        first = -groups.data.rank * len(part)  # in this rank's part
+        for parameter in parameters:
+            begin, end = max(first, 0), min(first + parameter.numel(), len(part))
+            if begin < end and _counts(parameter, tensor=groups.tensor):
+                counted.append(part[begin:end])
+            first += parameter.numel()
+        counted.append(part[:0])  # some tensor, on the device
+    return counted
+
+
+def _counts(parameter: nn.Parameter, *, tensor: Group) -> bool:
+    """Return whether a parameter is counted on this rank: on one of those that hold the same."""
+    # DeepSpeed marks a tied weight on all stages but one.
+    is_tied = getattr(parameter, "ds_pipe_replicated", False)
+    return not is_tied and (tensor.rank == 0 or shard_of(parameter).dim is not None)
+
+
+def _norm(gradients: list[Tensor], *, group: Any, size: int) -> Tensor:
+    """Return the norm of gradients of this rank and of the others of a process group, a scalar on the device."""
+    total = get_total_norm(gradients).square()
+    if size > 1:
+        dist.all_reduce(total, group=group)
     return total.sqrt()
 
 

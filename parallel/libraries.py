@@ -37,8 +37,6 @@ def _lean() -> Iterator[None]:
 with _lean():
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-    from deepspeed.runtime import bf16_optimizer
-    from deepspeed.runtime import engine as runtime_engine
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
@@ -79,7 +77,6 @@ __all__ = [
     "TiedLayerSpec",
     "VocabParallelEmbedding",
     "ZeroParamStatus",
-    "bf16_optimizer",
     "copy_to_tensor_model_parallel_region",
     "deepspeed",
     "deepspeed_backend",
@@ -87,5 +84,4 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "megatron_layers",
     "parallel_state",
-    "runtime_engine",
 ]

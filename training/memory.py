@@ -224,7 +224,9 @@ class _State:
         # DeepSpeed's BF16_Optimizer
         in_place = zero == 1 and precision.dtype == "bfloat16" and layout.offload == "none"
         if in_place:  # of the micro-batch only the embedding's, once in each precision
-            each, summed, step = 0, FP32 * count, max(FP32 * flat, (width + FP32) * largest)
+            each, summed, step = 0, FP32 * count, (width + FP32) * largest
+            if layout.data > 1 and not on_gpu:  # gloo sums over data ranks in a copy
+                step = max(step, summed)
         elif zero == 0:
             step = FP32 * flat
         elif zero == 1:
