@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from posixpath import normpath
 
 from configs.backends import BACKENDS, EVERYWHERE, named_backend, unsupported
 from configs.errors import InputError
 from configs.figures import divisors
+from configs.parallel_rules import PARALLEL_RULES
 from configs.positions import ALIBI_BIAS_MAX, POSITIONS
-from configs.precisions import PRECISIONS
 from configs.protocols import PROTOCOL_NAMES, WindowProtocol, parse_protocol
 from configs.schema import RunConfig
 from configs.secrets import hide_secrets
@@ -79,70 +78,6 @@ def _attention(config: RunConfig) -> Iterator[str]:
     )
     if why is not None:
         yield f"model.attention {why}"
-
-
-def _tensor_heads(config: RunConfig, *, of: str) -> Iterator[str]:
-    heads, tensor = config.model.heads, getattr(config, of).tensor
-    if heads % tensor:
-        yield f"{of}.tensor must divide model.heads ({heads}), got {tensor}: use {divisors(heads)}"
-
-
-def _tensor_columns(config: RunConfig, *, of: str) -> Iterator[str]:
-    inner, tensor = config.model.inner, getattr(config, of).tensor
-    if inner % tensor:
-        yield f"{of}.tensor must divide model.feed_forward ({inner}), got {tensor}: use {divisors(inner)}"
-
-
-def _tensor_vocabulary(config: RunConfig, *, of: str) -> Iterator[str]:
-    vocab_size, tensor = config.data.vocab_size, getattr(config, of).tensor
-    if -(-vocab_size // tensor) * (tensor - 1) >= vocab_size:
-        yield (
-            f"{of}.tensor {tensor} leaves a rank without any of the {vocab_size} tokens of data.vocab_size: use "
-            "fewer tensor ranks, or a larger vocabulary"
-        )
-
-
-def _stages(config: RunConfig, *, of: str) -> Iterator[str]:
-    layers, pipeline = config.model.layers, getattr(config, of).pipeline
-    if pipeline > layers:
-        yield f"{of}.pipeline must be at most model.layers ({layers}), got {pipeline}: use {layers} stages or fewer"
-
-
-def _zero_with_stages(config: RunConfig) -> Iterator[str]:
-    parallel = config.parallel
-    if parallel.pipeline > 1 and parallel.zero != 1:
-        yield (
-            f"parallel.zero must be 1 with pipeline stages (parallel.pipeline is {parallel.pipeline}), got "
-            f"{parallel.zero}: DeepSpeed's pipeline refuses ZeRO 2 and 3 and clips wrongly at ZeRO 0; "
-            "set parallel.zero to 1, or parallel.pipeline to 1"
-        )
-
-
-def _sequence(config: RunConfig) -> Iterator[str]:
-    parallel, length = config.parallel, config.data.sequence_length
-    if parallel.sequence and length % parallel.tensor:
-        yield (
-            f"data.sequence_length must be a multiple of parallel.tensor ({parallel.tensor}) with parallel.sequence "
-            f"true, got {length}: use {length - length % parallel.tensor or parallel.tensor}, or set parallel.sequence "
-            "to false"
-        )
-
-
-def _zero_with_offload(config: RunConfig) -> Iterator[str]:
-    parallel = config.parallel
-    if parallel.zero == 0 and parallel.offload != "none":
-        yield (
-            f"parallel.zero must be 1 or more with parallel.offload {parallel.offload}, got 0: "
-            "ZeRO keeps the state that is offloaded"
-        )
-
-
-def _zero_with_precision(config: RunConfig) -> Iterator[str]:
-    if config.parallel.zero == 0 and PRECISIONS[config.train.precision].master_weights:
-        yield (
-            f"parallel.zero must be 1 or more with train.precision {config.train.precision}, got 0: "
-            "ZeRO keeps the fp32 master weights"
-        )
 
 
 def _weights(config: RunConfig) -> Iterator[str]:
@@ -349,21 +284,13 @@ def _ranks_of_a_node(config: RunConfig) -> Iterator[str]:
         )
 
 
-# Rules of each section that splits the model: those of training and of `evaluate`.
-_SPLITS = (_tensor_heads, _tensor_columns, _tensor_vocabulary, _stages)
-
 # A rule about each few keys that belong together: where one of them is wrong, the others are still checked.
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _heads,
     _position,
     _bias_max,
     _attention,
-    *(partial(rule, of="parallel") for rule in _SPLITS),
-    *(partial(rule, of="evaluate") for rule in _SPLITS),
-    _zero_with_stages,
-    _sequence,
-    _zero_with_offload,
-    _zero_with_precision,
+    *PARALLEL_RULES,
     _weights,
     _micro_batch,
     train_problems,

@@ -38,9 +38,7 @@ def _source_of_path(value: Any) -> Any:
 class Run(Section):
     """What the run is called and where it lives."""
 
-    name: str = Field(
-        min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, shown in MLflow and SLURM."
-    )
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name, also in MLflow and SLURM.")
     seed: Annotated[int, Field(ge=0)] = Field(default=1, description="Seed of weights, sample order and dropout.")
     dir: PathText = Field(description="The run folder; relative to where the command is started.")
 
@@ -158,6 +156,7 @@ class Parallel(Section):
     sequence: bool = Field(default=False, description="Split norms and dropout along the sequence over tensor ranks.")
     zero: Annotated[int, Field(ge=0, le=3)] = Field(default=1, description="DeepSpeed ZeRO stage.")
     offload: Literal["none", "cpu"] = Field(default="none", description="Where ZeRO keeps the optimizer state.")
+    overlap: bool = Field(default=False, description="Average gradients while others are computed (bf16, ZeRO 1).")
 
 
 class Train(Section):

@@ -82,7 +82,7 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
         zero.start_optimizer(engine, row=row)
         if PRECISIONS[train.precision].scales_loss:
             engine.optimizer._update_scale = lambda has_overflow: None  # it would say that the step is left out
-        patch_gradients(engine, groups=groups, clip=train.clip)
+        patch_gradients(engine, groups=groups, clip=train.clip, overlap=layout.overlap)
         _share_matrices(engine, train=train, layout=layout, groups=groups)
     state = ZeroState(engine, row=row)
     if seed is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from parallel.axes import Group, Groups
+from parallel.early_reduction import EarlyReduction
 from parallel.libraries import (
     BF16_Optimizer,
     ColumnParallelLinear,
@@ -34,7 +35,7 @@ megatron_layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(  # type: ignor
 )
 
 
-def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
+def patch_gradients(engine: Any, *, groups: Groups, clip: float, overlap: bool = False) -> None:
     """Patch an engine to reduce, clip and step without copies and without waiting for the device.
 
     Engines whose gradients DeepSpeed partitions do as DeepSpeed does, but for the sum of the norm over stages.
@@ -43,6 +44,7 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
         engine: DeepSpeed's engine, with its optimizer's state.
         groups: The axes.
         clip: Largest global gradient norm.
+        overlap: Whether to reduce gradients while others are computed, with BF16_Optimizer.
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -55,6 +57,9 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float) -> None:
         engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
     if isinstance(optimizer, BF16_Optimizer):
         _patch_bf16(engine, groups=groups, clip=clip)
+        if overlap and groups.data.size > 1:
+            reduction = EarlyReduction(engine, data=groups.data)
+            engine.buffered_allreduce_fallback = lambda **_: reduction.finish()
         return
 
     def clip_gradients() -> None:

@@ -26,6 +26,7 @@ class Layout:
     zero: int
     micro_batches: int
     offload: str = "none"
+    overlap: bool = False
     shares_matrices: bool = False
 
     @classmethod
@@ -58,6 +59,7 @@ class Layout:
             zero=parallel.zero,
             micro_batches=train.global_batch // (train.micro_batch * data),
             offload=parallel.offload,
+            overlap=parallel.overlap,
             shares_matrices=OPTIMIZERS[train.optimizer].moments_of_matrices is not None,
         )
 

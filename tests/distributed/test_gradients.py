@@ -23,6 +23,7 @@ CASES: list[tuple[dict[str, int], str, int]] = [
     ({"tensor": 2, "pipeline": 1, "zero": 2}, "bf16", 0),
     ({"tensor": 1, "pipeline": 2, "zero": 1}, "bf16", 0),
     ({"tensor": 1, "pipeline": 1, "zero": 1}, "bf16", 0),
+    ({"tensor": 1, "pipeline": 1, "zero": 1, "overlap": True}, "bf16", 0),
     ({"tensor": 1, "pipeline": 1, "zero": 2}, "bf16", 4),
     ({"tensor": 1, "pipeline": 1, "zero": 3}, "bf16", 1),
 ]

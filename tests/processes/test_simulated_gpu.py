@@ -20,6 +20,7 @@ CASES = {
         (*SHAPE, *STAGES, "parallel.sequence=true", "model.position=t5", "train.global_batch=32"), 7, 8
     ),
     "muon, tensor ranks": Case((*SHAPE, "train.optimizer=muon", "parallel.tensor=2", "train.global_batch=32"), 3, 4),
+    "overlap": Case((*SHAPE, "parallel.overlap=true", "parallel.sequence=true", "parallel.tensor=2"), 1, 4),
     "fp16": Case((*SHAPE, "train.precision=fp16")),
     "zero 2": Case((*SHAPE, "parallel.zero=2"), 1, 2),
     "zero 3, muon": Case((*SHAPE, "parallel.zero=3", "train.optimizer=muon"), 1, 2),

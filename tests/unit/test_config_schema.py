@@ -248,6 +248,21 @@ def test_offload_needs_state_that_zero_keeps(run_values: dict[str, Any]) -> None
     assert message_of(run_values, values) == f"small: {message}"
 
 
+def test_overlap_needs_gradients_in_one_buffer(run_values: dict[str, Any]) -> None:
+    values = {"parallel.overlap": True, "train.precision": "bf16"}
+    load_problems = (
+        ({"train.precision": "fp32"}, "fp32, 1 and none"),
+        ({"parallel.pipeline": 1, "parallel.zero": 2}, "bf16, 2 and none"),
+        ({"parallel.offload": "cpu"}, "bf16, 1 and cpu"),
+    )
+    for more, got in load_problems:
+        message = (
+            "parallel.overlap true needs train.precision bf16, parallel.zero 1 and parallel.offload none, got "
+            f"{got}: set it to false"
+        )
+        assert message_of(run_values, {**values, **more}) == f"small: {message}"
+
+
 def test_all_problems_come_at_once(run_values: dict[str, Any]) -> None:
     in_the_schema = message_of(run_values, {"model.layers": "x", "train.steps": 0, "data.colour": 1})
     assert in_the_schema.splitlines()[0] == "small has 3 problems:"

@@ -94,7 +94,7 @@ def test_a_start_records_what_decides_its_result() -> None:
     [start] = recorded_starts(RUN)
     assert (start["step"], start["folder"], start["command"]) == (0, str(Path.cwd()), "trainshort train run.yaml")
     assert start["layout"] == {
-        **{"tensor": 2, "pipeline": 2, "data": 1, "zero": 1, "offload": "none"},
+        **{"tensor": 2, "pipeline": 2, "data": 1, "zero": 1, "offload": "none", "overlap": False},
         **{"ranks": 4, "nodes": 1, "starter": "local"},
     }
     assert start["hardware"]["device"] == start["hardware"]["cpu"] == cpu_name()

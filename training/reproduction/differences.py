@@ -102,7 +102,8 @@ def layout_text(start: Mapping[str, Any]) -> str:
     axes = " x ".join(f"{axis} {layout.get(axis)}" for axis in ("tensor", "pipeline", "data"))
     nodes = f" on {layout['nodes']} nodes" if layout.get("nodes", 1) > 1 else ""
     offload = "" if layout.get("offload", "none") == "none" else f", offload {layout['offload']}"
-    return f"{axes}, ZeRO-{layout.get('zero')}{offload}{nodes}"
+    overlap = ", overlap" if layout.get("overlap") else ""
+    return f"{axes}, ZeRO-{layout.get('zero')}{offload}{overlap}{nodes}"
 
 
 def grade_drawn(drops: bool) -> Grade:

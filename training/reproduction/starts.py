@@ -78,6 +78,7 @@ def record_start(
         "layout": {
             **recorded["layout"],
             "offload": layout.offload,
+            "overlap": layout.overlap,
             "ranks": layout.world_size,
             "nodes": node_count(environ),
             "starter": process.starter,
