@@ -1,5 +1,6 @@
 """`parallel.overlap`: average gradients over data ranks while the backward pass computes others."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,7 +106,7 @@ def _segments(parameters: list[nn.Parameter], whole: Tensor, *, data: Group) -> 
         for begin in range(0, size, SEGMENT)
     ]
     ends = torch.tensor([parameter.numel() for parameter in parameters]).cumsum(0).tolist()
-    placed = list(zip([0, *ends[:-1]], ends, map(_block_of, parameters), strict=True))  # begin, end, block
+    placed = list(zip([0, *ends[:-1]], ends, map(_early_block_of, parameters), strict=True))  # begin, end, block
     segments = []
     for owner, begin, end in cuts:
         blocks = {block for first, stop, block in placed if first < end and begin < stop}
@@ -115,16 +116,21 @@ def _segments(parameters: list[nn.Parameter], whole: Tensor, *, data: Group) -> 
 
 
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the outermost modules that have weight matrices of a single block, by its name."""
+    """Return the outermost modules all of whose parameters are a single block's, by its name."""
     blocks: dict[str, nn.Module] = {}
     for each in module.modules():  # outer ones first
-        names = {_block_of(parameter) for parameter in each.parameters()} - {None}
-        if len(names) == 1:
-            blocks.setdefault(next(iter(names)), each)  # type: ignore[arg-type]
+        names = {_block_of(parameter) for parameter in each.parameters()}
+        if len(names) == 1 and (name := names.pop()) is not None:
+            blocks.setdefault(name, each)
     return blocks
 
 
 def _block_of(parameter: nn.Parameter) -> str | None:
+    """Return the block that a parameter belongs to; None for one of no block."""
+    number = re.match(r"blocks\.\d+", shard_of(parameter).name)
+    return number and number[0]
+
+
+def _early_block_of(parameter: nn.Parameter) -> str | None:
     """Return the block whose weight matrix this is; None for parameters whose gradients are added in the end."""
-    shard = shard_of(parameter)
-    return ".".join(shard.name.split(".")[:2]) if shard.is_matrix else None
+    return _block_of(parameter) if shard_of(parameter).is_matrix else None

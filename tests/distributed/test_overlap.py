@@ -14,9 +14,9 @@ from parallel.start import ProcessRank
 from tests.support.layouts import build, config_of, take_step, tokens_of
 from tests.support.ranks import run_ranks, start_again
 
-# Two data ranks, whose sums have one order, and four.
+# Two data ranks, whose sums have one order, and four; stages of one block, and several blocks.
 LAYOUTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"tensor": 1, "pipeline": 2, "zero": 1}, ()),
+    ({"tensor": 1, "pipeline": 2, "zero": 1}, ("model.layers=2",)),
     ({"tensor": 2, "pipeline": 1, "zero": 1, "sequence": True}, ("train.recompute=true",)),
     ({"tensor": 1, "pipeline": 1, "zero": 1}, ("model.position=t5", "train.optimizer=muon")),
 ]
