@@ -26,8 +26,9 @@ CASES = {
     "zero 3, muon": Case((*SHAPE, "parallel.zero=3", "train.optimizer=muon"), 1, 2),
     "offload": Case((*SHAPE, "parallel.offload=cpu", "parallel.tensor=2", "train.global_batch=32"), 2, 4),
 }
-# DeepSpeed looks at gradients with these: whether they are finite, and how large each is on the CPU.
-WAITS = {"fp16": 8, "zero 2": 12, "zero 3, muon": 8, "offload": 60}
+# DeepSpeed waits where it looks whether gradients are finite, or how large each is on the CPU, and for their reduction.
+WAITS = {"fp16": 6, "zero 2": 7, "zero 3, muon": 6, "offload": 48}
+OURS = {"offload": 3}  # of those: the norm goes to the GPU, to be summed, and back
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,8 @@ def test_a_ranks_tensors_lie_on_its_gpu(name: str, seen: dict[str, dict[str, Any
 @pytest.mark.parametrize("name", CASES)
 def test_no_step_waits_for_the_gpu(name: str, seen: dict[str, dict[str, Any]]) -> None:
     waits = seen[name]["waits"]
-    assert len(waits) <= WAITS.get(name, 0), "\n".join(waits)
-    assert not [wait for wait in waits if "deepspeed/" not in wait]
+    assert len(waits) == WAITS.get(name, 0), "\n".join(waits)
+    assert len([wait for wait in waits if " at deepspeed/" not in wait]) == OURS.get(name, 0), "\n".join(waits)
 
 
 @pytest.mark.parametrize("name", CASES)

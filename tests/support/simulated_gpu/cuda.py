@@ -17,6 +17,9 @@ class Stream:
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
 
+    def synchronize(self) -> None:
+        """Wait for nothing."""
+
     def __enter__(self) -> "Stream":
         return self
 
@@ -29,6 +32,10 @@ class Event(Stream):
 
     def __init__(self, **_: Any) -> None:
         pass
+
+    def query(self) -> bool:
+        """Return that it has happened."""
+        return True
 
 
 @contextmanager

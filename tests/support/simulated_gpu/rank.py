@@ -20,6 +20,7 @@ from configs.schema import RunConfig
 from parallel.groups import make_groups
 from parallel.layout import Layout
 from tests.support.simulated_gpu import Case
+from tests.support.simulated_gpu.cuda import Stream
 from tests.support.simulated_gpu.tensors import AsFake, OnGpu, Seen, move
 from training.memory import estimate_memory
 
@@ -56,7 +57,7 @@ def _flex_kernel(*_: bool) -> Any:
     return attend
 
 
-def _stand_ins(config: RunConfig, layout: Layout, micro_batch: list[int]) -> ExitStack:
+def _stand_ins(config: RunConfig, layout: Layout, micro_batch: list[int], seen: Seen) -> ExitStack:
     """Replace what reads numbers, which fake tensors have none of."""
     split = layout.tensor if config.parallel.sequence else 1
 
@@ -72,6 +73,7 @@ def _stand_ins(config: RunConfig, layout: Layout, micro_batch: list[int]) -> Exi
         (training.model.kernels.flex, "flex_kernel", _flex_kernel),
         (zero_3, "assert_ints_same_as_other_ranks", lambda *_: None),
         (PipelineEngine, "_recv_tensor_meta", received),
+        *((waits, "synchronize", lambda *_: seen.wait("synchronize")) for waits in (torch.cuda, Stream)),
         *((nn.Module, name, move) for name in ("to", "bfloat16", "half", "float")),
     ):
         stack.enter_context(patch.object(target, name, stand_in))
@@ -88,7 +90,7 @@ def run(case: Case) -> dict[str, Any]:
     shape = [train.micro_batch, config.data.sequence_length]
     with patch.object(dist.distributed_c10d, "_store_based_barrier", lambda *_: None):
         groups = make_groups(layout)
-    with _stand_ins(config, layout, shape), FakeTensorMode(allow_non_fake_inputs=True), OnGpu(seen), AsFake(seen):
+    with _stand_ins(config, layout, shape, seen), FakeTensorMode(allow_non_fake_inputs=True), OnGpu(seen), AsFake():
         engine, _ = training.build.build_engine(
             config, layout=layout, groups=groups, vocab_size=VOCAB_SIZE, device=GPU, draws=False
         )

@@ -19,6 +19,7 @@ READS = {
     torch.ops.aten._local_scalar_dense.default: 0,
     torch.ops.aten.equal.default: True,
 }
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 @dataclass
@@ -36,6 +37,10 @@ class Seen:
     held: int = 0
     peak: int = 0
     storages: dict[int, int] = field(default_factory=dict)
+
+    def wait(self, what: object) -> None:
+        """Note that the host waits for the GPU, and where."""
+        self.waits.append(f"{what} at {place()}")
 
     def hold(self, storage: torch.UntypedStorage) -> None:
         """Count a storage until it is freed."""
@@ -65,13 +70,15 @@ class OnGpu(TorchDispatchMode):
             leaf.constant = None  # a number that is known would really be sent to the GPU
         if func in READS or func is torch.ops.aten.nonzero.default:
             if on_gpu:
-                self._seen.waits.append(f"{func} at {place()}")
+                self._seen.wait(func)
             return READS[func] if func in READS else leaves[0].new_empty(1, leaves[0].ndim, dtype=torch.int64)
-        if func.namespace == "c10d" and func is not torch.ops.c10d.barrier.default and not on_gpu:
+        are_on_gpu = bool(leaves) and all(leaf.is_cuda for leaf in leaves)
+        if func.namespace == "c10d" and func is not torch.ops.c10d.barrier.default and not are_on_gpu:
             self._seen.off_device.append(f"{func} at {place()}")
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and on_gpu and not result.is_cuda:
-            self._seen.waits.append(f"{func} at {place()}")
+        if func in COPIES and len({leaf.is_cuda for leaf in (*leaves, result)}) == 2:  # from one device to the other
+            if not (kwargs or {}).get("non_blocking", args[2:] == (True,)):
+                self._seen.wait(func)
         for leaf in tree_leaves(result):
             if isinstance(leaf, FakeTensor) and leaf.is_cuda:
                 self._seen.hold(leaf.untyped_storage())
@@ -81,20 +88,12 @@ class OnGpu(TorchDispatchMode):
 class AsFake(TorchFunctionMode):
     """Lets functions that fake tensors do not know work with them."""
 
-    def __init__(self, seen: Seen) -> None:
-        super().__init__()
-        self._seen = seen
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch."""
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
             device = kwargs.pop("device", None)
-            value = func(*args, **kwargs)
-            if device is None or torch.device(device).type == "cpu":
-                return value
-            self._seen.waits.append(f"torch.tensor at {place()}")
-            return value.to(device)
+            return func(*args, **kwargs).to(device or "cpu")
         if func in (Tensor.pin_memory, Tensor.is_pinned, Tensor.record_stream):
             return {Tensor.pin_memory: args[0], Tensor.is_pinned: True}.get(func)
         result = func(*args, **kwargs)
