@@ -111,20 +111,19 @@ def _sum_norm_once(optimizer: Any, *, device: torch.device) -> None:
 
 
 def _keep_until_reduced(optimizer: Any) -> None:
-    """Keep the memory of a gradient that ZeRO 2 drops until the stream that reduces gradients has read it.
+    """Keep a gradient's memory until the stream that reduces gradients has read it.
 
-    DeepSpeed copies gradients into a bucket, but reduces one that is larger than that in its own memory. The ranks that
-    keep no part of it drop it at once: the backward pass would write over it before it is sent.
+    DeepSpeed copies gradients into a bucket, but at ZeRO 2 reduces one that is larger than that in its own memory, and
+    drops it as soon as that is queued: the backward pass would write over it before it is sent.
     """
-    drop = optimizer.clear_grad_attribute
+    average = optimizer.average_tensor
 
-    def clear_grad_attribute(parameter: nn.Parameter) -> None:
-        gradient = optimizer.get_gradient_for_reduction(parameter)
-        if gradient is not None and optimizer.overlap_comm:  # else one stream does both
-            gradient.record_stream(optimizer.reduction_stream)
-        drop(parameter)
+    def average_tensor(tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        if optimizer.overlap_comm:  # else one stream does both
+            tensor.record_stream(optimizer.reduction_stream)
+        average(tensor, communication_data_type)
 
-    optimizer.clear_grad_attribute = clear_grad_attribute
+    optimizer.average_tensor = average_tensor
 
 
 @torch.no_grad()

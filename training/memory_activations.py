@@ -107,12 +107,13 @@ def _parts(config: RunConfig, layout: Layout) -> int:
 
 def _head(config: RunConfig, layout: Layout, *, on_gpu: bool) -> int:
     """Return the bytes of a chunk of logits, and of the gradients of the head's input and weight."""
-    train, hidden, width = config.train, config.model.hidden, PRECISIONS[config.train.precision].width
-    tokens = train.micro_batch * config.data.sequence_length
-    # Logits and, of the same size, their gradient; uncompiled, softmax first copies shorter ones to fp32, which fp32
-    # overwrites: logits, their copy and log probabilities.
-    copied = width < FP32 and not _is_compiled(config, on_gpu=on_gpu)
-    element = width + 2 * FP32 if copied else 2 * width
+    train, hidden, precision = config.train, config.model.hidden, PRECISIONS[config.train.precision]
+    tokens, width = train.micro_batch * config.data.sequence_length, precision.width
+    element = 2 * width  # logits and, of the same size, their gradient
+    if width < FP32 and not _is_compiled(config, on_gpu=on_gpu):  # log probabilities in fp32 are there too
+        element += FP32
+        if not (on_gpu and precision.dtype == "float16"):  # and before the gradient, what they are computed from
+            element += FP32 - width
     states = width * tokens * hidden * (2 if _parts(config, layout) > 1 else 1)
     return element * _chunk(config, layout) + states + FP32 * _columns(config, layout) * hidden
 

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -18,11 +18,11 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 class PartitionedGradients(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """The part of ZeRO's optimizer that computes a norm, on one device, and drops gradients."""
+    """The part of ZeRO's optimizer that computes a norm, on one device, and reduces gradients."""
 
     def __init__(self, device: torch.device, *, overlaps: bool = False) -> None:
         self.norm_is_on, self.sent = device, list[Tensor]()
-        self.overlap_comm, self.use_grad_accum_attribute = overlaps, False
+        self.overlap_comm = overlaps
         self.reduction_stream = "the stream that reduces"
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
@@ -31,6 +31,9 @@ class PartitionedGradients(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     def _model_parallel_all_reduce(self, tensor: Tensor, op: Any) -> None:
         assert op is dist.ReduceOp.SUM
         self.sent.append(tensor)
+
+    def average_tensor(self, tensor: Any, communication_data_type: torch.dtype) -> None:
+        tensor.reduce()
 
 
 def patched(optimizer: PartitionedGradients) -> PartitionedGradients:
@@ -51,8 +54,6 @@ def test_the_norm_is_sent_from_the_gpu(norm_is_on: torch.device) -> None:
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_a_gradient_in_flight_keeps_its_memory(overlaps: bool) -> None:
     optimizer, gradient = patched(PartitionedGradients(GPU, overlaps=overlaps)), Mock()
-    parameter = SimpleNamespace(grad=gradient)
-    optimizer.clear_grad_attribute(parameter)
-    optimizer.clear_grad_attribute(parameter)  # it has none any more
-    assert parameter.grad is None
-    assert [call.args for call in gradient.record_stream.mock_calls] == [("the stream that reduces",)] * overlaps
+    optimizer.average_tensor(gradient, torch.float32)
+    kept = [call.record_stream("the stream that reduces")] * overlaps
+    assert gradient.mock_calls == [*kept, call.reduce()]
