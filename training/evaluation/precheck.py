@@ -10,6 +10,7 @@ from configs.positions import scale_for
 from configs.precisions import require_precision
 from configs.protocols import parse_protocol
 from configs.rules import problems
+from configs.saved import overrides_here
 from configs.scales import parse_scale
 from configs.schema import Data, RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
@@ -139,7 +140,7 @@ def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:
     if not read_manifest(checkpoint).step:
         raise InputError(f"{checkpoint} is an imported model, which has no held-out text: give a text with --data")
     file, data, folder = locate_data(checkpoint, config=config)
-    with run_file_named(str(file)):
+    with run_file_named(str(file), overrides_here(file, checkpoint.parent.parent)):
         prepared = load_prepared(data, folder=folder)
     # Without this check, another tokenizer's ids would be scored as other text, without an error.
     if read_manifest(checkpoint).tokenizer_sha256 != prepared.tokenizer_sha256:
