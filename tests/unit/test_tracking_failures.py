@@ -147,3 +147,12 @@ def test_a_store_of_artifacts_without_access_is_waited_for() -> None:
         is_about_file(error) for error in (upload_refused(403), answered(401), PermissionError(13, "denied"))
     )
     assert all(map(is_about_file, (upload_refused(413), FileNotFoundError(2, "No such file"))))
+
+
+def test_records_that_cannot_be_written_are_told_as_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tracking").write_text("in place of the folder: root may write to a read-only one")
+    tracker = MlflowTracker(tmp_path, name="a", experiment=None, uri=None, offline=True)
+    tracker.start({}, tmp_path / "config.yaml")
+    tracker.finish("FINISHED")
+    assert caplog.messages[-1] == f"3 records for MLflow are lost: {tmp_path / 'tracking'} could not be written"
+    assert "sends them" not in caplog.text
