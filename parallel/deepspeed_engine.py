@@ -100,6 +100,8 @@ def _as_we_use_it() -> Iterator[None]:
             (deepspeed.accelerator.get_accelerator(), "is_fp16_supported", True),
             # On a GPU it imports a compiler of its own, which we do not use.
             (runtime_engine, "is_deepcompile_supported", False),
+            # ZeRO works with any optimizer of ours, and it would warn of those that it has not tried.
+            (runtime_engine, "is_zero_supported_optimizer", True),
             # In bf16 it collects garbage six times, of all modules, to print how much memory is used.
             (bf16_optimizer, "see_memory_usage", None),
         ):
