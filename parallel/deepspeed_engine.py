@@ -25,7 +25,7 @@ from parallel.documents import split_batch
 from parallel.engine import Engine, State, StepOutcome
 from parallel.gradients import add_from_now_on, add_no_more, adds_in_turn, patch_gradients, sum_tied_gradients
 from parallel.layout import Layout, effective_zero
-from parallel.libraries import BackwardPass, NoopTimer, ReduceTiedGrads, deepspeed
+from parallel.libraries import BackwardPass, NoopTimer, ReduceTiedGrads, deepspeed, runtime_engine
 from parallel.muon import Muon
 from parallel.pipeline import StagedModule
 from parallel.seeds import initial_range
@@ -71,7 +71,10 @@ def make_engine(module: nn.Module, *, train: Train, layout: Layout, groups: Grou
     say = logger.info if groups.world.rank == 0 else logger.debug
     # DeepSpeed takes fp16 on the newest CPUs alone; the others compute it too.
     any_cpu = patch.object(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
-    with timed("built the engine", say=say), any_cpu, redirect_stdout(StringIO()):  # DeepSpeed prints its settings
+    # ZeRO works with any optimizer of ours, and it would warn of those that it has not tried.
+    any_optimizer = patch.object(runtime_engine, "is_zero_supported_optimizer", lambda _: True)
+    # and it prints its settings
+    with timed("built the engine", say=say), any_cpu, any_optimizer, redirect_stdout(StringIO()):
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=row.load()(module.parameters(), train=train),

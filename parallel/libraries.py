@@ -37,6 +37,7 @@ def _lean() -> Iterator[None]:
 with _lean():
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime import engine as runtime_engine
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
@@ -84,4 +85,5 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "megatron_layers",
     "parallel_state",
+    "runtime_engine",
 ]

@@ -45,7 +45,6 @@ def deepspeed_config(train: Train, *, layout: Layout) -> dict[str, Any]:
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 10**12,  # never
         "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a micro-batch
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
 

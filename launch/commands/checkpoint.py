@@ -63,8 +63,7 @@ def checkpoint_reshape_command(
     as_json: AsJson = False,
 ) -> None:
     """Show what another layout reads of a checkpoint. Nothing needs converting: any layout resumes from it."""
-    from configs.commands import typed_path
-    from configs.paths import config_file
+    from configs.saved import typed_run
     from launch.show.console import show_json, show_lines
     from training.checkpoint.manifest import find_checkpoint
 
@@ -75,9 +74,7 @@ def checkpoint_reshape_command(
         from training.preflight import is_weights_only  # here: it imports numpy
 
         folder, manifest = find_checkpoint(checkpoint)
-        run_file = config_file(folder.parents[1])
-        file = typed_path(run_file) if run_file.is_file() else "RUN.yaml"
-        start = f"start it there, as in `trainshort train {file} --set parallel.tensor=4`"
+        start = f"start it there, as in `trainshort train {typed_run(folder.parents[1])} --set parallel.tensor=4`"
         if is_weights_only(manifest):
             start = f"this one has no optimizer state, so start one in any layout with train.init_from: {folder}"
         show_lines(

@@ -9,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 from configs.commands import typed_path
 from configs.errors import InputError, MachineError
 from configs.files import whole_file
-from configs.paths import chain_file, config_file
+from configs.paths import chain_file
+from configs.saved import typed_run
 from configs.schema_problems import first_problem
 from launch.slurm.query import Job, find_job
 from launch.slurm.script import job_name
@@ -46,10 +47,9 @@ def read_chain(run_dir: Path) -> Chain:
     try:
         return _ADAPTER.validate_json(chain_file(run_dir).read_bytes())
     except FileNotFoundError:
-        # the file of a run that was trained here without SLURM
-        file = typed_path(config_file(run_dir)) if config_file(run_dir).is_file() else "RUN.yaml"
+        # its run file, if it was trained here without SLURM
         raise InputError(
-            f"{run_dir} has no submitted jobs: submit them with trainshort slurm {file} --submit"
+            f"{run_dir} has no submitted jobs: submit them with trainshort slurm {typed_run(run_dir)} --submit"
         ) from None
     except ValidationError as error:
         raise InputError(

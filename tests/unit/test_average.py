@@ -168,6 +168,20 @@ def test_a_link_to_a_checkpoint_finds_the_text(trainshort: Call, home: Home) -> 
     assert message == f"links/newest and {home.checkpoints[-1]} are the same checkpoint: give each once"
 
 
+def test_shared_data_is_found_from_another_folder(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home.folder / "run/data").rename(home.folder / "shared")
+    Path("run/config.yaml").write_text(dump_run(load_run("run/config.yaml", overrides=["data.dir=shared"])))
+    text = held_out_text(open_checkpoint(home.run))
+    (home.folder / "deep").mkdir()
+    monkeypatch.chdir(home.folder / "deep")
+    assert np.array_equal(held_out_text(open_checkpoint(Path("../run"))).tokens, text.tokens)
+    average_checkpoints([Path("../run")], out=Path("mean"), last=2)
+    assert load_run("mean/config.yaml").data.dir == str(home.folder / "shared")
+    Path("shared").mkdir()  # as everywhere, a relative path begins here first
+    with pytest.raises(InputError, match=r"data is not prepared in shared \(relative to .*deep\)"):
+        held_out_text(open_checkpoint(Path("../run")))
+
+
 def alter(home: Home) -> None:
     file = weight_file(home.run, 2)
     content = bytearray(file.read_bytes())

@@ -202,8 +202,15 @@ def test_the_id_is_kept_before_it_is_used(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "my")
     with CurveCopy(run_dir, "wandb") as copy:
         first = copy.tracker_id()
-    with CurveCopy(run_dir, "wandb") as copy:
+        copy.update(Recorder())
+    shutil.copytree(run_dir, tmp_path / "copy")
+    with CurveCopy(run_dir, "wandb") as copy, CurveCopy(tmp_path / "copy", "wandb") as other:
         assert copy.tracker_id() == first
+        assert other.copied.newest_step == 0, "a copy of the run folder begins a run of its own there"
+        assert other.tracker_id() != first
+    run_dir.rename(tmp_path / "moved")
+    with CurveCopy(tmp_path / "moved", "wandb") as copy:
+        assert (copy.tracker_id(), copy.copied.newest_step) == (first, 10)
 
 
 def test_a_damaged_state_begins_again(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from data_pipeline.prepare import prepare_data
 from launch import local
 from tests.support.command_line import Call, prepare_here, refused
 from tests.support.data import BOOK, small_data, write_book
+from training.checkpoint.disk import describe_file
+from training.checkpoint.manifest import Manifest, write_manifest
 from training.folder import with_fixed_keys
 
 
@@ -141,3 +143,29 @@ def test_initial_weights_may_be_spelled_in_another_way(started: Path) -> None:
     Path("run/config.yaml").write_text(dump_run(config))
     resume(f"train.init_from={started}/old/run")
     assert "train.init_from was 'old/run', is 'new/run'" in resume_problem("train.init_from=new/run")
+
+
+@pytest.mark.usefixtures("started")
+def test_advice_on_a_moved_run_folder_means_that_folder(trainshort: Call) -> None:
+    """Its run file says where it was: a command on that file alone would begin another run there."""
+    config = load_run("run/config.yaml", overrides=["data.dir=null"])
+    Path("run").rename("my run")
+    checkpoint = Path("my run/checkpoints/step_0000004")
+    checkpoint.mkdir(parents=True)
+    for file in (Path("my run/config.yaml"), checkpoint / "config.yaml"):
+        file.write_text(dump_run(config))
+    shutil.copy("data/tokenizer.model", checkpoint)
+    files = {name: describe_file(checkpoint / name) for name in ("config.yaml", "tokenizer.model")}
+    manifest = Manifest(4, 32, 6.0, "", None, tensor=2, pipeline=2, vocab_size=600, tensors={}, files=files)
+    write_manifest(checkpoint, manifest)
+    this = "'my run/config.yaml' --set 'run.dir=my run'"
+    assert refused(trainshort, "evaluate", "my run").endswith(f": run `trainshort prepare {this}`")
+    train = f"trainshort train {this}"
+    assert f"as in `{train} --set parallel.tensor=4`" in trainshort("checkpoint", "reshape", "my run").out
+    assert refused(trainshort, "jobs", "status", "my run").endswith(f" with trainshort slurm {this} --submit")
+    Path("my run/config.yaml").unlink()
+    inner = "'my run/checkpoints/step_0000004/config.yaml' --set 'run.dir=my run'"
+    assert refused(trainshort, "evaluate", "my run").endswith(f": run `trainshort prepare {inner}`")
+    (checkpoint / "config.yaml").rename("my run/config.yaml")
+    shutil.rmtree(checkpoint)
+    assert refused(trainshort, "generate", "my run", "--prompt", "a").endswith(f" with `{train}`")

@@ -1,5 +1,6 @@
 """Muon steps whole matrices as torch's does, and as a formula in fp64; the rest is AdamW's."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,18 @@ def test_a_run_keeps_one_moment_of_a_matrix_and_resumes(tmp_path: Path) -> None:
         remove_tensor(folder, name, kind=kind)
         (verdict,) = verify_checkpoints(folder)
         assert any(problem.endswith(f".{kind}.safetensors lacks {name}") for problem in verdict.problems)
+
+
+def test_deepspeed_does_not_warn_of_muon(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`watch` would show it among the warnings of each run."""
+    deepspeed = logging.getLogger("DeepSpeed")
+    deepspeed.addHandler(caplog.handler)
+    try:
+        with one_rank(tmp_path, "train.optimizer=muon", "train.precision=fp16"):
+            pass
+    finally:
+        deepspeed.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.name == deepspeed.name] == []
 
 
 def remove_tensor(folder: Path, name: str, *, kind: str) -> None:

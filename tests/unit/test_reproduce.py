@@ -236,6 +236,7 @@ def test_initial_weights_must_be_those_of_then(trainshort: Call) -> None:
     assert "config.yaml was altered" in seen[2]
     shutil.rmtree("first")
     assert only_difference(trainshort, code=3)[2:] == ("checkpoint first does not exist", "other")
+    assert reproduced(trainshort, code=3)["notes"][0].startswith("bring the checkpoint of train.init_from back first")
 
 
 def test_a_branch_is_repeated_from_its_checkpoint(trainshort: Call) -> None:

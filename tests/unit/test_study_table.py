@@ -109,7 +109,7 @@ def test_a_trunk_of_the_study_is_called_by_its_run(capsys: pytest.CaptureFixture
     ]
     differing = [run["differing"]["train.branch_from"] for run in table.to_json()["runs"]]
     assert differing == [*froms.values()], "JSON is for programs"
-    show_plan(loaded, [RunProgress(planned, "train", 0, (), None, None) for planned in loaded.runs], unprepared=[])
+    show_plan(loaded, [RunProgress(planned, "train", 0, 0, (), None, None) for planned in loaded.runs], unprepared=[])
     plan = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     shown = [cells[1] for cells in plan if cells[0] in ("a-seed1", "b-seed1", "c-seed1")]
     assert shown == [f"train.branch_from: {name}, train.steps: 1500" for name in named]

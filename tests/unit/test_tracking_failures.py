@@ -14,7 +14,7 @@ from mlflow.protos import databricks_pb2 as codes
 from sqlalchemy.exc import OperationalError
 
 from training.tracking.failures import advice_on, is_about_file, may_pass, reason_of
-from training.tracking.store import Store
+from training.tracking.store import Store, default_store
 from training.tracking.tracker import MlflowTracker
 
 SERVER = Store("https://host:5000", "track.uri")
@@ -98,6 +98,9 @@ def test_the_advice_fits_the_error() -> None:
     assert advice_on(PASSING[-1], store=folder) == "change track.uri, for example to sqlite:///mlflow.db"
     file = Store("sqlite:////data/runs/mlflow.db", "MLFLOW_TRACKING_URI")
     assert file.file == Path("/data/runs/mlflow.db")
+    gone = LookupError("/data/runs/mlflow.db does not exist")  # beside a copy of a run folder
+    assert advice_on(gone, store=file) == "bring it back, or change MLFLOW_TRACKING_URI"
+    assert "or change track.uri" in advice_on(LOCKED, store=default_store(Path("runs/a")))
     assert advice_on(LOCKED, store=file) == "check the folder /data/runs and its disk, or change MLFLOW_TRACKING_URI"
 
 
@@ -144,3 +147,12 @@ def test_a_store_of_artifacts_without_access_is_waited_for() -> None:
         is_about_file(error) for error in (upload_refused(403), answered(401), PermissionError(13, "denied"))
     )
     assert all(map(is_about_file, (upload_refused(413), FileNotFoundError(2, "No such file"))))
+
+
+def test_records_that_cannot_be_written_are_told_as_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tracking").write_text("in place of the folder: root may write to a read-only one")
+    tracker = MlflowTracker(tmp_path, name="a", experiment=None, uri=None, offline=True)
+    tracker.start({}, tmp_path / "config.yaml")
+    tracker.finish("FINISHED")
+    assert caplog.messages[-1] == f"3 records for MLflow are lost: {tmp_path / 'tracking'} could not be written"
+    assert "sends them" not in caplog.text

@@ -1,6 +1,7 @@
 """Which MLflow store a run is logged to, how its file is created, and what happens when it moves."""
 
 import json
+import shutil
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,31 @@ def test_a_moved_runs_folder_logs_at_its_new_place(tmp_path: Path) -> None:
         "config.yaml",
         "evaluation/config.yaml",
     ]
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_copied_run_folder_gets_a_run_of_its_own(tmp_path: Path, is_named: bool) -> None:
+    """The steps of both would be those of one run, and each step would be that of the folder which comes first."""
+    uri = f"sqlite:///{tmp_path / 'named.db'}" if is_named else None
+    folder, copy, link = (tmp_path / name for name in ("first", "copy", "link"))
+    for place, step in ((folder, 1), (copy, 2), (folder, 2), (link, 3)):
+        tracker = start(place, uri=uri)
+        tracker.metrics(step, {"loss": step + 0.5 * (place == copy)})
+        tracker.finish("FINISHED")
+        if not copy.exists():
+            shutil.copytree(folder, copy)
+            link.symlink_to(folder)
+    database = MlflowDatabase(tmp_path / ("named.db" if is_named else "mlflow.db"))
+    for place, values in ((folder, [1.0, 2.0, 3.0]), (copy, [2.5])):
+        record = read_record(place)
+        assert record is not None
+        rows = f"select value from metrics where run_uuid = '{record.run_id}' order by step"
+        assert database.rows(rows) == [(value,) for value in values]
+    shutil.copytree(tmp_path, tmp_path / "all", ignore=shutil.ignore_patterns("all"))
+    if not is_named:  # with its own copy of the store it goes on there
+        before = read_record(copy)
+        start(tmp_path / "all" / "copy").finish("FINISHED")
+        assert read_record(tmp_path / "all" / "copy") == before
 
 
 def test_two_starts_may_create_one_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,10 @@ from typing import Annotated, Any, cast, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from configs.commands import typed_path
 from configs.errors import InputError, first_line
 from configs.path_text import require_folder
 from configs.paths import MANIFEST_NAME, checkpoints_folder, config_file, logs_folder
+from configs.saved import typed_run
 from configs.schema_problems import first_problem
 from data_pipeline.hashes import joined_sha256, json_sha256
 from data_pipeline.tokenizer_files import kept_names
@@ -165,8 +165,7 @@ def candidate_folders(path: Path) -> list[Path]:
     # a run whose start was cut short has logs/ but no checkpoints/ yet
     is_run = checkpoints_folder(path).is_dir() or logs_folder(path).is_dir()
     if is_run and not newest_first:
-        file = config_file(path)
-        how = f" with `trainshort train {typed_path(file)}`" if file.is_file() else ""
+        how = f" with `trainshort train {typed_run(path)}`" if config_file(path).is_file() else ""
         raise InputError(f"{path} has no checkpoint yet: train it first{how}")
     return newest_first or [_below_run_folder(path)]
 

@@ -20,19 +20,30 @@ class Copied:
         marks: Steps up to which all was copied, in order, each with the checksum of its line of metrics.jsonl.
         reports: Checksums of the reports of evaluations, by path in the run folder.
         run_id: The copy's name at its tracker, if that needs one.
+        place: Where the file was when the name was drawn.
     """
 
     marks: list[tuple[int, int]] = field(default_factory=list)
     reports: dict[str, int] = field(default_factory=dict)
     run_id: str | None = None
+    place: str | None = None
 
     @classmethod
     def read(cls, file: Path) -> "Copied":
-        """Return what a file says; nothing is copied if there is none, or it is damaged."""
+        """Return what a file says; nothing is copied if there is none, it is damaged, or its run folder is a copy."""
+        copied = cls._parse(file)
+        if copied.run_id is None or copied.place is None or cls._parse(Path(copied.place)).run_id != copied.run_id:
+            return copied
+        return copied if Path(copied.place).samefile(file) else cls()  # the original goes on under that name
+
+    @classmethod
+    def _parse(cls, file: Path) -> "Copied":
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             marks = [(int(step), int(checksum)) for step, checksum in values["marks"]]
-            return cls(marks, {str(path): int(each) for path, each in values["reports"].items()}, values["run_id"])
+            reports = {str(path): int(each) for path, each in values["reports"].items()}
+            place = values.get("place")  # an older version's has none
+            return cls(marks, reports, values["run_id"], place and str(place))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
 

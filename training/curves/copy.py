@@ -123,7 +123,7 @@ class CurveCopy:
             MachineError: it cannot be kept.
         """
         if self.copied.run_id is None:
-            self.copied.run_id = token_hex(4)
+            self.copied.run_id, self.copied.place = token_hex(4), str(self._state.absolute())
             with self._saying_what_fails():
                 self.copied.write(self._state)
         return self.copied.run_id

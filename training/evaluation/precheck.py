@@ -5,11 +5,12 @@ from pathlib import Path
 from configs.commands import run_file_named
 from configs.errors import InputError
 from configs.load import load_run
-from configs.paths import config_file, own_data_folder
+from configs.paths import config_file, own_data_folder, started_in
 from configs.positions import scale_for
 from configs.precisions import require_precision
 from configs.protocols import parse_protocol
 from configs.rules import problems
+from configs.saved import overrides_here
 from configs.scales import parse_scale
 from configs.schema import Data, RunConfig
 from data_pipeline.manifest import Prepared, load_prepared
@@ -139,7 +140,7 @@ def run_data(checkpoint: Path, *, config: RunConfig) -> Prepared:
     if not read_manifest(checkpoint).step:
         raise InputError(f"{checkpoint} is an imported model, which has no held-out text: give a text with --data")
     file, data, folder = locate_data(checkpoint, config=config)
-    with run_file_named(str(file)):
+    with run_file_named(str(file), overrides_here(file, checkpoint.parent.parent)):
         prepared = load_prepared(data, folder=folder)
     # Without this check, another tokenizer's ids would be scored as other text, without an error.
     if read_manifest(checkpoint).tokenizer_sha256 != prepared.tokenizer_sha256:
@@ -160,6 +161,10 @@ def locate_data(checkpoint: Path, *, config: RunConfig) -> tuple[Path, Data, Pat
     run_dir = checkpoint.parent.parent
     # The newest start's: the data may have been moved since the checkpoint was saved.
     newest = config_file(run_dir)
-    file, data = (newest, load_run(str(newest)).data) if newest.is_file() else (checkpoint / CONFIG_NAME, config.data)
-    # Not run.dir of the configuration: the run folder may have been moved.
-    return file, data, Path(data.dir) if data.dir else own_data_folder(run_dir)
+    file, run = (newest, load_run(str(newest))) if newest.is_file() else (checkpoint / CONFIG_NAME, config)
+    if run.data.dir is None:
+        # Not run.dir of the configuration: the run folder may have been moved.
+        return file, run.data, own_data_folder(run_dir)
+    folder = Path(run.data.dir)
+    there = started_in(run_dir, named=run.run.dir) / folder
+    return file, run.data, there if there.is_dir() and not folder.exists() else folder

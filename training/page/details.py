@@ -5,10 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.commands import typed_path
 from configs.errors import InputError
-from configs.paths import config_file
 from configs.positions import POSITIONS
+from configs.saved import typed_run
 from configs.secrets import hide_secrets
 from training.comparison.comparison import Comparison
 from training.comparison.run import ComparedRun
@@ -101,7 +100,7 @@ def _read(number: int, run: ComparedRun) -> RunDetails:
         positions=f"model.position is {config.model.position}, which {about}.",
         environment=environment_rows(environment, run_dir=run.run_dir),
         versions=version_rows(environment),
-        train_command=f"trainshort train {typed_path(config_file(run.run_dir))}",
+        train_command=f"trainshort train {typed_run(run.run_dir)}",
         evaluate_command=None if run.report else run.evaluate_command,
         has_checkpoint=run.checkpoint is not None,
     )

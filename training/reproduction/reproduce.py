@@ -29,7 +29,7 @@ from training.reproduction.differences import (
     surviving_starts,
     worst_grade,
 )
-from training.reproduction.facts import BRANCH_FROM, begins_with
+from training.reproduction.facts import BRANCH_FROM, INIT_FROM, begins_with
 from training.reproduction.here import (
     FoundConfig,
     Here,
@@ -156,7 +156,7 @@ def compare_with_here(run_dir: Path, *, here: Here, reads_all: bool) -> Reproduc
         starts=starts,
         differences=differing,
         changes=changes,
-        notes=list(_notes(run_dir, surviving, differing)),
+        notes=list(_notes(run_dir, surviving, differing, lacks_weights=now["weights"]["problem"] is not None)),
         commands=_commands(run_dir, found, start, differing, here=here),
         verified=reads_all,
     )
@@ -223,13 +223,18 @@ def _prepared_again(data: Difference) -> Difference:
     return Difference(data.section, data.what, data.then, f"{data.now}; its sources are as then", "same")
 
 
-def _notes(run_dir: Path, surviving: list[tuple[int, dict[str, Any]]], differing: list[Difference]) -> Iterator[str]:
+def _notes(
+    run_dir: Path, surviving: list[tuple[int, dict[str, Any]]], differing: list[Difference], *, lacks_weights: bool
+) -> Iterator[str]:
     """Yield what else to know before repeating a run: how to restore its code and package versions."""
     first, start = surviving[0][1], surviving[-1][1]
     if first["step"] and first["weights"].get("key") == BRANCH_FROM:
         yield f"steps 1 to {first['step']} are those of {first['weights']['path']}, which it branches off from"
     elif first["step"]:
         yield f"steps 1 to {first['step']} were trained by a version that kept no manifest: what they ran is not known"
+    if lacks_weights:
+        key = first["weights"].get("key") or INIT_FROM
+        yield f"bring the checkpoint of {key} back first, or add --set {key}=PATH with where it is now"
     if rollbacks := read_rollbacks(run_dir):
         times = "once" if len(rollbacks) == 1 else f"{len(rollbacks)} times"
         yield (

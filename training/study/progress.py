@@ -50,6 +50,7 @@ class RunProgress:
         planned: The run.
         stage: What is left.
         step: Step of the newest checkpoint; 0 if there is none.
+        begins_after: Step that it begins after without a checkpoint of its own: that of a branch, else 0.
         texts: Texts of which results are missing.
         row: Its row, which may lack results; None if there is none.
         tokens_per_second: Measured speed of its steps; None if it has none yet.
@@ -58,6 +59,7 @@ class RunProgress:
     planned: PlannedRun
     stage: Stage
     step: int
+    begins_after: int
     texts: tuple[str, ...]
     row: StudyRow | None
     tokens_per_second: float | None
@@ -68,7 +70,7 @@ class RunProgress:
         config = self.planned.config
         if self.stage != "train":
             return 0
-        return tokens_between(self.step or _branched_step(config), config.train.steps, config)
+        return tokens_between(self.step or self.begins_after, config.train.steps, config)
 
 
 class ProgressReader:
@@ -105,7 +107,20 @@ class ProgressReader:
             )
         else:
             step = next((checkpoint.step for checkpoint in reversed(list_checkpoints(run_dir))), 0)
-        return RunProgress(planned, stage, step, tuple(missing), row, _speed(planned.config, row))
+        begins_after = self._begins_after(planned.config)
+        return RunProgress(planned, stage, step, begins_after, tuple(missing), row, _speed(planned.config, row))
+
+    def _begins_after(self, config: RunConfig) -> int:
+        """Return the step that a branch begins after, also where its trunk is still to be trained; 0 of another run."""
+        if config.train.branch_from is None:
+            return 0
+        place = Path(config.train.branch_from)
+        if (step := named_step(place)) is not None:
+            return step
+        planned = [each.config for each in self._loaded.runs]
+        last = [each.train.steps for each in planned if run_folder(each).resolve() == place.resolve()]
+        saved = [checkpoint.step for checkpoint in list_checkpoints(place)]
+        return min((last or saved or [0])[-1], config.train.steps)
 
     def results_of(self, planned: PlannedRun) -> list[dict[str, Any]]:
         """Return the results of a run's last checkpoint, on all texts of the study."""
@@ -202,11 +217,6 @@ class ProgressReader:
 
 def _begun(run_dir: Path) -> RunConfig:
     return load_run(str(config_file(run_dir)))
-
-
-def _branched_step(config: RunConfig) -> int:
-    """Return the step that a branch begins after, by the name of its checkpoint, which need not exist yet; else 0."""
-    return named_step(Path(config.train.branch_from or "")) or 0
 
 
 def last_checkpoint(planned: PlannedRun) -> Path:

@@ -108,7 +108,7 @@ def open_run(target: TrackingTarget, start: Event) -> OpenRun:
     client = connect(target, run_id=record.run_id if record else None, experiment=experiment)
     run = find_recorded(client, record, target=target) if record else None
     folder = str(target.run_dir.absolute())
-    if run is None:
+    if run is None or record is None or _is_copied(target.run_dir, record, tagged=run.data.tags.get("run_dir")):
         # a run has a user only from the request that makes it
         tags = {"run_dir": folder, "mlflow.user": start["user"]}
         home = find_experiment(client, target, name=experiment)
@@ -120,6 +120,15 @@ def open_run(target: TrackingTarget, start: Event) -> OpenRun:
             client.set_tag(run.info.run_id, "run_dir", folder)
     record_run(target, run.info.run_id, is_open=True)
     return OpenRun.of(client, run)
+
+
+def _is_copied(run_dir: Path, record: RunRecord, *, tagged: str | None) -> bool:
+    """Return whether a run folder is a copy: the one that its MLflow run is of is still there, with the same store."""
+    other = Path(tagged or run_dir)
+    theirs = read_record(other)
+    if theirs is None or (theirs.run_id, theirs.uri) != (record.run_id, record.uri) or other.samefile(run_dir):
+        return False
+    return record.uri is not None or other.parent.samefile(run_dir.absolute().parent)
 
 
 def open_recorded_run(target: TrackingTarget) -> OpenRun:

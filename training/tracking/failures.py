@@ -66,6 +66,8 @@ def advice_on(error: Exception, *, store: Store) -> str:
     """Return what to do about an error."""
     if isinstance(error, ImportError):
         return f"install the package, or change {store.setting}"
+    if type(error) is LookupError:  # a recorded run's store or the run is gone, as beside a copy of a run folder
+        return f"bring it back, or change {store.setting}"
     if _NO_ACCESS.search(f"{getattr(error, 'error_code', '')} {reason_of(error)}"):
         return (
             "give user and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "

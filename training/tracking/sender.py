@@ -16,7 +16,7 @@ from training.tracking.ending import end_if_dead, ending_of
 from training.tracking.failures import advice_on, may_pass, reason_of
 from training.tracking.replay import FILE_LANE, LOG_LANE, Refusal, Replay
 from training.tracking.spool import TRAINS, SpoolWriter
-from training.tracking.sync import end_dead_runs
+from training.tracking.sync import end_dead_runs, waiting_records
 
 _logger = logging.getLogger(__name__)
 
@@ -113,15 +113,15 @@ class Sender:
             _logger.warning("%s", self._without_secrets(text))
 
     def say_what_waits(self) -> None:
-        """Say that events wait in the spool, and what sends them."""
-        path = typed_path(self._target.run_dir)
-        with suppress(OSError):
-            # not the thread's own, which may still send
-            waiting = Replay(self._target, own=self.writer, on_refusal=self._report_refusal).waiting()
-            if waiting:
-                what = f"{counted(waiting, 'record')} for MLflow {'waits' if waiting == 1 else 'wait'}"
-                where = spool_folder(self._target.run_dir)
-                _logger.info("%s in %s: `trainshort track sync %s` sends them", what, where, path)
+        """Say at the end which events are lost with this process, and which wait in the spool, and what sends them."""
+        run_dir = self._target.run_dir
+        folder = spool_folder(run_dir)
+        if lost := len(self.writer.waiting()):
+            verb = "is" if lost == 1 else "are"
+            _logger.warning("%s for MLflow %s lost: %s could not be written", counted(lost, "record"), verb, folder)
+        if waiting := waiting_records(run_dir):
+            what = f"{counted(waiting, 'record')} for MLflow {'waits' if waiting == 1 else 'wait'}"
+            _logger.info("%s in %s: `trainshort track sync %s` sends them", what, folder, typed_path(run_dir))
 
     def _run(self) -> None:
         if not self._is_offline:

@@ -78,8 +78,7 @@ class Store:
 
 def default_store(run_dir: Path) -> Store:
     """Return the sqlite file beside a run folder."""
-    file = run_dir.absolute().parent / "mlflow.db"
-    return Store(_file_uri(file), f"the folder {file.parent}")
+    return Store(_file_uri(run_dir.absolute().parent / "mlflow.db"), "track.uri")
 
 
 def choose_store(uri: str | None, *, run_dir: Path, environ: Mapping[str, str]) -> Store:
