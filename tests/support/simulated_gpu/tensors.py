@@ -15,9 +15,17 @@ from torch.utils._pytree import tree_leaves
 
 OURS = Path(__file__).parents[3]
 BLOCK = 512  # torch's allocator gives whole blocks of so many bytes
+COPIES = {  # and which argument is copied
+    torch.ops.aten._to_copy.default: 0,
+    torch.ops.aten.copy_.default: 1,
+}
 READS = {
     torch.ops.aten._local_scalar_dense.default: 0,
     torch.ops.aten.equal.default: True,
+}
+FINDS = {  # and the shape of what is returned: one place, in a tensor of so many dimensions
+    torch.ops.aten.nonzero.default: lambda dims: (1, dims),
+    torch.ops.aten.repeat_interleave.Tensor: lambda _: (1,),
 }
 
 
@@ -63,19 +71,35 @@ class OnGpu(TorchDispatchMode):
         on_gpu = any(leaf.is_cuda for leaf in leaves)
         for leaf in leaves:
             leaf.constant = None  # a number that is known would really be sent to the GPU
-        if func in READS or func is torch.ops.aten.nonzero.default:
+        if func in READS or func in FINDS:
             if on_gpu:
                 self._seen.waits.append(f"{func} at {place()}")
-            return READS[func] if func in READS else leaves[0].new_empty(1, leaves[0].ndim, dtype=torch.int64)
-        if func.namespace == "c10d" and func is not torch.ops.c10d.barrier.default and not on_gpu:
-            self._seen.off_device.append(f"{func} at {place()}")
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and on_gpu and not result.is_cuda:
+            return READS[func] if func in READS else leaves[0].new_empty(FINDS[func](leaves[0].ndim), dtype=torch.int64)
+        result = func(*self._known(func, args), **(kwargs or {}))
+        if func in COPIES and args[COPIES[func]].device != result.device and _is_waited_for(result, args, kwargs):
             self._seen.waits.append(f"{func} at {place()}")
         for leaf in tree_leaves(result):
             if isinstance(leaf, FakeTensor) and leaf.is_cuda:
                 self._seen.hold(leaf.untyped_storage())
         return result
+
+    def _known(self, func: Any, args: Any) -> Any:
+        """Return the arguments of an operation, with one place in place of those that truth values would give."""
+        if func is not torch.ops.aten.index.Tensor:
+            return args
+        numbers = list[Any]()
+        for index in args[1]:
+            if index is None or index.dtype is not torch.bool:
+                numbers.append(index)
+                continue
+            if index.is_cuda:
+                self._seen.waits.append(f"an index of truth values at {place()}")
+            numbers += [index.new_empty(1, dtype=torch.int64) for _ in range(index.ndim)]
+        return args[0], numbers
+
+
+def _is_waited_for(copy: Tensor, args: Any, kwargs: Any) -> bool:
+    return bool(copy.numel()) and not ((kwargs or {}).get("non_blocking") or any(args[2:]))
 
 
 class AsFake(TorchFunctionMode):
@@ -91,10 +115,7 @@ class AsFake(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
             device = kwargs.pop("device", None)
             value = func(*args, **kwargs)
-            if device is None or torch.device(device).type == "cpu":
-                return value
-            self._seen.waits.append(f"torch.tensor at {place()}")
-            return value.to(device)
+            return value if device is None else value.to(device)
         if func in (Tensor.pin_memory, Tensor.is_pinned, Tensor.record_stream):
             return {Tensor.pin_memory: args[0], Tensor.is_pinned: True}.get(func)
         result = func(*args, **kwargs)
