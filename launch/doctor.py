@@ -190,6 +190,7 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
         dtype=dtype_of(precision),
         device=torch.device(device),
         windows=model.windows != "off",
+        by_scores=model.windows == "scores",
     )
     with inference(row):
         lengths = sorted({config.data.sequence_length, *config.evaluation_lengths, *config.validation_lengths})
