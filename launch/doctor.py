@@ -169,7 +169,6 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
             f"--alibi audits ALiBi, but model.position is {model.position}: give a run with model.position alibi"
         )
     check_backend(model, device=device_type(os.environ))
-
     import torch
 
     from training.model.proof.attention_weights import dtype_of
