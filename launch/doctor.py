@@ -169,7 +169,6 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
             f"--alibi audits ALiBi, but model.position is {model.position}: give a run with model.position alibi"
         )
     check_backend(model, device=device_type(os.environ))
-
     import torch
 
     from training.model.proof.attention_weights import dtype_of
@@ -190,6 +189,7 @@ def alibi_report(config: RunConfig) -> dict[str, Any]:
         dtype=dtype_of(precision),
         device=torch.device(device),
         windows=model.windows != "off",
+        by_scores=model.windows == "scores",
     )
     with inference(row):
         lengths = sorted({config.data.sequence_length, *config.evaluation_lengths, *config.validation_lengths})

@@ -106,7 +106,8 @@ def drop_gradients(engine: Any) -> None:
 
 def gradient_norm(engine: Any) -> Tensor:
     """Return the global gradient norm of the last step before clipping, a scalar on the device, fp32."""
-    return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=engine.device)
+    norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32)
+    return norm.to(engine.device, non_blocking=True)  # with offload it is on the CPU
 
 
 def read_state(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:

@@ -183,15 +183,16 @@ def sample_token(logits: Tensor, *, sampling: Sampling, generator: torch.Generat
     Raises:
         TrainshortError: a logit is not finite.
     """
+    if not sampling.greedy:
+        logits = logits.cpu()  # where the generator draws
     # One read of both: each waits for the device.
     finite, likeliest = torch.stack([torch.isfinite(logits).all().long(), logits.argmax()]).tolist()
     if not finite:
         raise TrainshortError(
             "the model's logits are not finite: its weights have diverged, take an earlier checkpoint"
         )
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return int(likeliest)
-    logits = logits.cpu()  # where the generator draws
     # In fp64, and with the largest logit at 0, so that a tiny temperature cannot overflow.
     scaled = (logits.double() - logits.max().double()) / sampling.temperature
     probabilities = scaled.softmax(-1)

@@ -10,8 +10,30 @@ BY_ROW = f"{OF_HARNESS}::test_scores_are_those_of_each_row_alone[alibi]"
 BY_CUT = f"{OF_HARNESS}::test_a_long_context_loses_its_beginning"
 BY_ORDER = f"{OF_PROMPTS}::test_several_needles_lie_in_the_order_of_the_answer"
 BY_PASS = f"{OF_SCORES}::test_scores_are_those_of_one_pass_over_the_text"
+INFERENCE = "tests/processes/test_simulated_gpu.py::test_inference_waits_where_it_reads_alone[one process]"
 
 MEASUREMENT_MUTANTS = (
+    Mutant(
+        "saves: two tensors are gathered at a time",
+        "training/checkpoint/rank_part.py",
+        "            del value",
+        "            parts += ()",
+        "tests/unit/test_background_saves.py::test_a_save_gathers_one_tensor_at_a_time",
+    ),
+    Mutant(
+        "harness: a GPU counts the rows of each block's cache",
+        "training/model/cache.py",
+        ".repeat_interleave(counts).to(keys.device)",
+        ".to(keys.device).repeat_interleave(counts.to(keys.device))",
+        INFERENCE,
+    ),
+    Mutant(
+        "harness: a GPU finds the places that are scored",
+        "training/model/single.py",
+        "where.nonzero())",
+        "where.to(self._device).nonzero())",
+        INFERENCE,
+    ),
     Mutant(
         "harness: the context's last token counts",
         HARNESS,

@@ -6,11 +6,13 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -246,3 +248,20 @@ def test_a_run_folder_that_is_gone_is_to_be_put_back() -> None:
     with pytest.raises(SaveError, match=r"^run/step_1 was not saved \(No such file .* run/x\): put the folder back"):
         with as_save_error(Path("run/step_1")):
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", "run/x")
+
+
+def test_a_save_gathers_one_tensor_at_a_time(rank: OneRank, tmp_path: Path) -> None:
+    trainer = trainer_of(rank, tmp_path / "run", steps=EVERY + 1)
+    state, gathered = trainer.engine.state(), list[weakref.ref[torch.Tensor]]()
+    read = state.read
+
+    def read_alone(name: str, kind: str) -> torch.Tensor:
+        assert not any(value() is not None for value in gathered), "the tensor before takes memory of a GPU too"
+        value = read(name, kind)
+        gathered.append(weakref.ref(value))
+        return value
+
+    with patch.object(type(state), "read", staticmethod(read_alone)):
+        trainer.saver.begin(TrainState(EVERY, EVERY), validation_loss=None, background=True)
+        trainer.saver.finish()
+    assert len(gathered) == sum(len(state.kinds_of(name)) for name in state.parameters)

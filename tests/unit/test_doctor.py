@@ -19,6 +19,8 @@ from tests.support.command_line import Call, refused
 from training.evaluation.text import EvaluationText
 from training.model.positions import bias
 from training.model.positions.bias import causal_bias
+from training.model.proof import audit
+from training.model.windows import LosslessWindows
 
 HOUSE = Path(__file__).parents[2]
 BACKEND_KEYS = "name what positions precisions head_dims devices capability package memory has_run lacks".split()
@@ -140,6 +142,24 @@ def test_the_audit_takes_the_runs_lengths_and_precision(trainshort: Call) -> Non
     shown = trainshort("doctor", "--alibi", "run.yaml", *sets)
     assert "every row is within the limit for bf16, 0.003" in shown.out
     assert max(len(line) for line in shown.out.splitlines()) <= 80
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("windows", ["auto", "scores"])
+def test_the_audit_looks_at_scores_where_the_run_does(
+    trainshort: Call, monkeypatch: pytest.MonkeyPatch, windows: str
+) -> None:
+    made: list[bool] = []
+
+    class Windows(LosslessWindows):
+        def __init__(self, *, by_scores: bool = False) -> None:
+            made.append(by_scores)
+            super().__init__(by_scores=by_scores)
+
+    monkeypatch.setattr(audit, "LosslessWindows", Windows)
+    sets = ("--set", f"model.windows={windows}", "--set", "evaluate.lengths=[64]")
+    assert trainshort("doctor", "--alibi", "run.yaml", *sets).code == 0
+    assert set(made) == {windows == "scores"}
 
 
 def test_a_run_folder_shows_the_windows_of_its_weights(

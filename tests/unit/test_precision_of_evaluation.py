@@ -22,7 +22,7 @@ from tests.support.models import LAYERS, VOCABULARY, make_decoder, weights_of
 from training.api import load
 from training.evaluation.kept import checkpoint_reports, report_label
 from training.evaluation.usable import find_held_out_report
-from training.model.single import GPU_BATCH_TOKENS, SingleModel, gpu_batch_tokens, inference, load_single
+from training.model.single import GPU_BATCH_TOKENS, SingleModel, free_bytes, gpu_batch_tokens, inference, load_single
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0.1.0"
 CPU = torch.device("cpu")
@@ -242,3 +242,9 @@ def test_a_gpus_batch_is_what_fits_into_its_free_memory() -> None:
     assert gpu_batch_tokens(8 * 2**30, hidden=2048, width=4) == 32768
     assert gpu_batch_tokens(8 * 2**30, hidden=2048, width=2) == GPU_BATCH_TOKENS
     assert gpu_batch_tokens(2**20, hidden=2048, width=4) == 4
+
+
+def test_memory_that_torch_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"mem_get_info": (3, 100), "memory_reserved": 50, "memory_allocated": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert free_bytes(torch.device("cuda")) == 33, "a second evaluation makes passes as large as the first one's"

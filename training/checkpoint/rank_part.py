@@ -135,6 +135,8 @@ def _gathered(
                 shard = state.parameters[name][1]
                 own = _without_padding(value, shard=shard, shape=mine[kind][name])
                 parts.append((kind, name, to_host(kind, name, own)))
+                del own
+            del value  # before the next is gathered: a word embedding takes hundreds of megabytes of a GPU
         yield parts
 
 

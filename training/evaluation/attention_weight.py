@@ -38,7 +38,7 @@ def weight_within(q: Tensor, k: Tensor, *, bias: Bias, nearest: Sequence[int]) -
     added = added[:, distances.clamp(min=0)].masked_fill(distances < 0, -torch.inf)  # [heads or 1, rows, keys]
     weights = (q.float() @ k.float().mT / q.shape[3] ** 0.5 + added).softmax(-1).double()  # [batch, heads, rows, keys]
     shares = [(weights * (distances < number)).sum(-1).mean((0, 2)) for number in nearest]
-    return torch.stack(shares, dim=1).cpu()
+    return torch.stack(shares, dim=1)
 
 
 def measure_weights(

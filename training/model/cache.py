@@ -87,15 +87,15 @@ class KeyValueCache:
         """Return a cache of its own in which each row of the batch stands so often, for several continuations of it.
 
         Args:
-            counts: How often each row stands there, [batch] int64.
+            counts: How often each row stands there, [batch] int64, on the CPU.
         """
         copy = KeyValueCache()
         copy.length = self.length
-        for block, (keys, values) in self.pairs.items():
-            rows = counts.to(keys.device)
-            copy.pairs[block] = (keys.repeat_interleave(rows, 0), values.repeat_interleave(rows, 0))
-            if block in self.radii:
-                copy.radii[block] = self.radii[block].repeat_interleave(rows, 0)
+        keys, _ = next(iter(self.pairs.values()))
+        # Found on the CPU, once: a GPU would be waited for, to learn how many they are.
+        rows = torch.arange(len(counts)).repeat_interleave(counts).to(keys.device)
+        copy.pairs = {block: (keys[rows], values[rows]) for block, (keys, values) in self.pairs.items()}
+        copy.radii = {block: radius[rows] for block, radius in self.radii.items()}
         return copy
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

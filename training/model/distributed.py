@@ -25,7 +25,14 @@ from training.checkpoint.read import Checkpoint, load_slices
 from training.model.attention import windows_of
 from training.model.decoder import DecoderStage, plan_layers
 from training.model.proof.attention_weights import dtype_of
-from training.model.single import CPU_BATCH_TOKENS, gpu_batch_tokens, inference, inference_certificate, inference_model
+from training.model.single import (
+    CPU_BATCH_TOKENS,
+    free_bytes,
+    gpu_batch_tokens,
+    inference,
+    inference_certificate,
+    inference_model,
+)
 from training.model.windows import LosslessWindows
 
 _PARTS_OF_A_PASS = 4  # per stage: two stages then wait a ninth of the time for each other
@@ -118,8 +125,7 @@ class DistributedModel:
         """Return the inputs of one part of a pass that use this rank's device well."""
         if self._device.type == "cpu":
             return CPU_BATCH_TOKENS
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return max(1, gpu_batch_tokens(free, hidden=self._hidden, width=self._precision.width))
+        return max(1, gpu_batch_tokens(free_bytes(self._device), hidden=self._hidden, width=self._precision.width))
 
     def _tell(self, asked: _Pass) -> None:
         values = torch.tensor(astuple(asked), device=self._device)

@@ -186,9 +186,11 @@ class SingleModel:
             Nats [scored] fp32 and [scored] bool, row by row, on the CPU.
         """
         with inference(self._precision):
-            tokens, where = self._pinned(tokens).to(self._device, non_blocking=True), where.to(self._device)
+            # found on the CPU: a GPU would be waited for, to learn how many they are
+            tokens, scored = (self._pinned(x).to(self._device, non_blocking=True) for x in (tokens, where.nonzero()))
+            rows, places = scored.unbind(1)
             x = self._decoder.hidden(tokens[:, :-1], cache)  # [length, batch, hidden]
-            states, targets = x.transpose(0, 1)[where], tokens[:, 1:][where]
+            states, targets = x[places, rows], tokens[rows, places + 1]
             losses = self._decoder.token_losses(states, targets)
             likeliest = torch.cat([self._decoder.logits(part).argmax(-1) for part in torch.split(states, _LOGIT_ROWS)])
             return losses.float().cpu(), (likeliest == targets).cpu()
@@ -216,16 +218,21 @@ class SingleModel:
         """
         with inference(self._precision):
             x = self._decoder.hidden(tokens.to(self._device), cache)  # [seq, batch, hidden]
-            return self._decoder.logits(x).transpose(0, 1).float().cpu()
+            return self._decoder.logits(x).transpose(0, 1).cpu().float()  # in fp32 a GPU may not have room for them
 
     def _gpu_tokens(self, *, states: int) -> int:
-        free, _ = torch.cuda.mem_get_info(self._device)
         hidden = self._decoder.get_parameter("embedding.weight").shape[1]
-        return gpu_batch_tokens(free, hidden=hidden, width=self._precision.width, states=states)
+        return gpu_batch_tokens(free_bytes(self._device), hidden=hidden, width=self._precision.width, states=states)
 
     def _pinned(self, tokens: Tensor) -> Tensor:
         """Return tokens that can be copied to a GPU beside its work: in memory that cannot be paged out."""
         return tokens if self._device.type == "cpu" else tokens.pin_memory()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a GPU, with what torch keeps of earlier passes."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def gpu_batch_tokens(free: int, *, hidden: int, width: int, states: int = _STATES_KEPT) -> int:

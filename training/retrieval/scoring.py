@@ -30,7 +30,7 @@ class RetrievalModel(Protocol):
         ...
 
     def logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Return the logits after each token, [batch, new, vocab], and add tokens [batch, new] to the cache."""
+        """Return the logits after each token, [batch, new, vocab] on the CPU; add tokens [batch, new] to the cache."""
         ...
 
 
@@ -99,9 +99,9 @@ def _score(prompt: Prompt, text: str, likely: Tensor) -> PromptScore:
 
 def _generate(model: RetrievalModel, logits: Tensor, cache: KeyValueCache, *, tokens: int) -> Tensor:
     """Return the likeliest tokens, one after the other, [batch, tokens]; `logits` are those of the first."""
-    ids = [logits.argmax(1, keepdim=True).cpu()]
+    ids = [logits.argmax(1, keepdim=True)]  # they stay on the device: to read one would wait for it
     while len(ids) < tokens:
-        ids.append(model.next_logits(ids[-1], cache).argmax(1, keepdim=True).cpu())
+        ids.append(model.next_logits(ids[-1], cache).argmax(1, keepdim=True))
     return torch.cat(ids, dim=1)
 
 
@@ -119,7 +119,7 @@ def _candidate_log_probabilities(
         for tokens in candidates.unbind(1):  # [batch, width]
             known = first[:, None]
             if tokens.shape[1] > 1:
-                known = torch.cat([known, _log_probabilities(model.logits(tokens[:, :-1], cache).cpu())], dim=1)
+                known = torch.cat([known, _log_probabilities(model.logits(tokens[:, :-1], cache))], dim=1)
                 cache.cut(start)
             each.append(known.gather(2, tokens[..., None]).sum((1, 2)))
         slots.append(torch.stack(each, dim=1))

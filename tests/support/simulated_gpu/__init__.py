@@ -1,4 +1,4 @@
-"""Run the steps of ranks of a GPU job without a GPU: their tensors say that they lie on one, and hold nothing.
+"""Run ranks of a GPU job without a GPU: their tensors say that they lie on one, and hold nothing.
 
 torch's fake tensors compute shapes, types and devices; its fake process group answers at once. What is seen: operations
 on tensors of two devices, collectives of tensors that are not on the GPU, where the host waits for the GPU, and how
@@ -23,20 +23,25 @@ class Case(NamedTuple):
     Attributes:
         overrides: Changes to the run file alibi-1b3-80gb.
         rank, world_size: Which rank, of how many.
+        infers: Whether it evaluates and decodes, instead of training.
     """
 
     overrides: Sequence[str]
     rank: int = 0
     world_size: int = 1
+    infers: bool = False
 
 
 def simulate(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Run two steps, a validation and a pass for logits of each rank, and return what was seen.
+    """Run ranks, and return what was seen.
+
+    A rank that trains takes two steps, validates and computes logits; before that its positions are checked.
 
     Returns:
-        Of each case, either `error`, or: `waits`, what the host waited for in the second step, and where; `off_device`,
-        the collectives of tensors that are not on the GPU; `peak`, the most bytes that both steps held; and `estimate`,
-        what `check --memory` says of it, without overhead.
+        Of each case, either `error`, or: `attention`, the kernel with which its positions were found right; `waits`,
+        what the host waited for in the second step, and where; `off_device`, the collectives of tensors that are not
+        on the GPU; `peak`, the most bytes that both steps held; and `estimate`, what `check --memory` says of it,
+        without overhead. Where it infers, `waits` has those of each kind of call, and there is no memory.
     """
     torch_folder = Path(next(iter(find_spec("torch").submodule_search_locations)))  # type: ignore[union-attr,arg-type]
     with tempfile.TemporaryDirectory() as folder:

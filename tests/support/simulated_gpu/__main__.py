@@ -14,6 +14,7 @@ from parallel.axes import Group  # noqa: E402
 from parallel.parameter import Shard  # noqa: E402
 from parallel.seeds import initial_slice  # noqa: E402
 from tests.support.simulated_gpu import Case  # noqa: E402
+from tests.support.simulated_gpu.inference import infer  # noqa: E402
 from tests.support.simulated_gpu.rank import run  # noqa: E402
 
 
@@ -30,7 +31,7 @@ def main() -> None:
             os.waitpid(child, 0)
             continue
         try:
-            report = run(Case(*case))
+            report = (infer if Case(*case).infers else run)(Case(*case))
         except Exception as error:  # noqa: BLE001  # whatever it is, the test shows it
             report = {"error": f"{type(error).__name__}: {error}"}
         os.write(reports, (json.dumps(report) + "\n").encode())

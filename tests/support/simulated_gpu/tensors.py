@@ -15,11 +15,18 @@ from torch.utils._pytree import tree_leaves
 
 OURS = Path(__file__).parents[3]
 BLOCK = 512  # torch's allocator gives whole blocks of so many bytes
+COPIES = {  # and which argument is copied
+    torch.ops.aten._to_copy.default: 0,
+    torch.ops.aten.copy_.default: 1,
+}
 READS = {
     torch.ops.aten._local_scalar_dense.default: 0,
     torch.ops.aten.equal.default: True,
 }
-COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+FINDS = {  # and the shape of what is returned: one place, in a tensor of so many dimensions
+    torch.ops.aten.nonzero.default: lambda dims: (1, dims),
+    torch.ops.aten.repeat_interleave.Tensor: lambda _: (1,),
+}
 
 
 @dataclass
@@ -68,21 +75,38 @@ class OnGpu(TorchDispatchMode):
         on_gpu = any(leaf.is_cuda for leaf in leaves)
         for leaf in leaves:
             leaf.constant = None  # a number that is known would really be sent to the GPU
-        if func in READS or func is torch.ops.aten.nonzero.default:
+        if func in READS or func in FINDS:
             if on_gpu:
                 self._seen.wait(func)
-            return READS[func] if func in READS else leaves[0].new_empty(1, leaves[0].ndim, dtype=torch.int64)
+            return READS[func] if func in READS else leaves[0].new_empty(FINDS[func](leaves[0].ndim), dtype=torch.int64)
         are_on_gpu = bool(leaves) and all(leaf.is_cuda for leaf in leaves)
         if func.namespace == "c10d" and func is not torch.ops.c10d.barrier.default and not are_on_gpu:
             self._seen.off_device.append(f"{func} at {place()}")
-        result = func(*args, **(kwargs or {}))
-        if func in COPIES and len({leaf.is_cuda for leaf in (*leaves, result)}) == 2:  # from one device to the other
-            if not (kwargs or {}).get("non_blocking", args[2:] == (True,)):
-                self._seen.wait(func)
+        result = func(*self._known(func, args), **(kwargs or {}))
+        if func in COPIES and args[COPIES[func]].device != result.device and _is_waited_for(result, args, kwargs):
+            self._seen.wait(func)
         for leaf in tree_leaves(result):
             if isinstance(leaf, FakeTensor) and leaf.is_cuda:
                 self._seen.hold(leaf.untyped_storage())
         return result
+
+    def _known(self, func: Any, args: Any) -> Any:
+        """Return the arguments of an operation, with one place in place of those that truth values would give."""
+        if func is not torch.ops.aten.index.Tensor:
+            return args
+        numbers = list[Any]()
+        for index in args[1]:
+            if index is None or index.dtype is not torch.bool:
+                numbers.append(index)
+                continue
+            if index.is_cuda:
+                self._seen.wait("an index of truth values")
+            numbers += [index.new_empty(1, dtype=torch.int64) for _ in range(index.ndim)]
+        return args[0], numbers
+
+
+def _is_waited_for(copy: Tensor, args: Any, kwargs: Any) -> bool:
+    return bool(copy.numel()) and not ((kwargs or {}).get("non_blocking") or any(args[2:]))
 
 
 class AsFake(TorchFunctionMode):

@@ -101,6 +101,7 @@ def audit(
     dtype: torch.dtype,
     device: torch.device,
     windows: bool = True,
+    by_scores: bool = False,
 ) -> LengthAudit:
     """Compare a backend's ALiBi attention with the exact one at one length; memory stays bounded.
 
@@ -112,13 +113,14 @@ def audit(
         dtype: Type of queries and keys.
         device: Where attention runs; the oracle is computed on the CPU.
         windows: Whether the backend may leave out keys without weight.
+        by_scores: Whether a GPU's looks at scores for that, instead of norms alone.
     """
     queries = min(length, max(SAMPLE_QUERIES, SAMPLE_WEIGHTS // (len(slopes) * length)))
     chosen = sample_heads(slopes, count=max(2, SAMPLE_WEIGHTS // (queries * length)))
     at_once = max(1, GROUP_WEIGHTS // (max(queries, QUERY_BLOCK) * length))
     generator = torch.Generator().manual_seed(length)
     audits: list[HeadAudit] = []
-    lossless = LosslessWindows() if windows else None
+    lossless = LosslessWindows(by_scores=by_scores) if windows else None
     shares: list[tuple[Tensor, int]] = []
     for start in range(0, len(chosen), at_once):
         group = chosen[start : start + at_once]

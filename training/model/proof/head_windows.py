@@ -58,6 +58,7 @@ def windows_in_tokens(q: Tensor, k: Tensor, *, slopes: Tensor) -> Tensor:
     """
     queries, keys = q.shape[2], k.shape[2]
     largest = norms(k).cummax(2).values  # norm up to each key
+    slopes = slopes.to(largest)  # once: each copy waits for a GPU
     windows = []
     for start in range(0, queries, QUERY_BLOCK):
         rows = q[:, :, start : start + QUERY_BLOCK]
@@ -65,7 +66,7 @@ def windows_in_tokens(q: Tensor, k: Tensor, *, slopes: Tensor) -> Tensor:
         first = max(0, seen - _SUMMED_KEYS)
         wide = largest.dtype
         scores = rows.to(wide) @ k[:, :, first:seen].to(wide).mT / q.shape[3] ** 0.5
-        bias = causal_bias(slopes.to(wide).to(q.device), queries=rows.shape[2], keys=seen - first)
+        bias = causal_bias(slopes, queries=rows.shape[2], keys=seen - first)
         sums = (scores + bias).logsumexp(-1)
         distances = reach(rows, radius=largest[:, :, seen - 1 : seen], sums=sums, slopes=slopes)
         before = torch.arange(seen - rows.shape[2] + 1, seen + 1, device=q.device)  # tokens up to each query
