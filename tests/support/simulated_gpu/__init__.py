@@ -61,7 +61,11 @@ def simulate(cases: Sequence[Case]) -> list[dict[str, Any]]:
         ended = subprocess.run(
             [sys.executable, "-P", "-m", "tests.support.simulated_gpu"],
             input=json.dumps(cases),
-            env=environment(LD_PRELOAD=str(library), LD_LIBRARY_PATH=str(torch_folder / "lib")),
+            env=environment(
+                LD_PRELOAD=str(library),
+                LD_LIBRARY_PATH=str(torch_folder / "lib"),
+                DS_ACCELERATOR="cuda",  # this process may have told DeepSpeed that there is no GPU
+            ),
             stdout=subprocess.PIPE,
             text=True,
             check=True,
