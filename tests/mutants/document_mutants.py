@@ -8,16 +8,8 @@ BY_KERNEL = HERE + "test_attention_of_documents_is_that_of_each_alone"
 BY_PACKED = HERE + "test_a_packed_window_is_its_documents_alone"
 BY_SAMPLES = "tests/unit/test_data_samples.py::test_samples_say_where_documents_begin"
 BY_TILES = "tests/unit/test_flex_tiles.py::"
-ON_GPU = "tests/processes/test_simulated_gpu.py::test_a_ranks_tensors_lie_on_its_gpu[documents, recompute]"
 
 DOCUMENT_MUTANTS = (
-    Mutant(
-        "documents: compared before training on the CPU",
-        "training/model/proof/kernel_error.py",
-        "begins.expand(batch.sequences, -1), device=device)",
-        "begins.expand(batch.sequences, -1), device=begins.device)",
-        ON_GPU,
-    ),
     Mutant(
         "documents: the end token belongs to the document that it ends",
         DATA,

@@ -28,13 +28,6 @@ MEASUREMENT_MUTANTS = (
         INFERENCE,
     ),
     Mutant(
-        "harness: a GPU finds the places that are scored",
-        "training/model/single.py",
-        "where.nonzero())",
-        "where.to(self._device).nonzero())",
-        INFERENCE,
-    ),
-    Mutant(
         "harness: the context's last token counts",
         HARNESS,
         "[-(max_length + 1) :], len(pair.continuation))",

@@ -24,13 +24,6 @@ OPTIMIZER_MUTANTS = (
         NO_WAIT,
     ),
     Mutant(
-        "tokens: sent while the host waits",
-        "parallel/documents.py",
-        "batch.to(device, non_blocking=True), None",
-        "batch.to(device), None",
-        NO_WAIT,
-    ),
-    Mutant(
         "muon: no Nesterov momentum",
         "parallel/muon.py",
         "gradient.lerp_(average, self._momentum)",

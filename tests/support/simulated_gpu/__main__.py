@@ -1,5 +1,7 @@
 """Read cases from the standard input, and print a line of JSON for each; a process of its own runs each."""
 
+import gc
+import importlib
 import json
 import os
 import sys
@@ -25,6 +27,8 @@ def main() -> None:
     # A table that all draw from, whose numbers are read: before there are fake tensors.
     a_weight = Shard("weight", (1, 1), "replicated", init_std=1.0)
     initial_slice(a_weight, seed=0, tensor=Group(rank=0, size=1, handle=None), device=torch.device("cpu"))
+    importlib.import_module("deepspeed.compile.backend")  # each engine does on a GPU, and it takes a second
+    gc.freeze()  # DeepSpeed collects garbage six times
     for case in json.load(sys.stdin):
         child = os.fork()
         if child:
