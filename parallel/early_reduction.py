@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,14 +24,14 @@ class _Segment:
     Attributes:
         gradients: They, fp32.
         owner: That rank.
-        blocks: Those whose weights have gradients in it; None if others have some too, which are there only in the end.
+        blocks: Those whose weights have gradients in it; none if others have some too, which are there only in the end.
         waits_for: Those of the blocks that the last backward pass has not left.
         sent: The reduction that is under way, if any.
     """
 
     gradients: Tensor
     owner: int
-    blocks: frozenset[str] | None
+    blocks: set[str]
     waits_for: set[str] = field(default_factory=set)
     sent: Any = None
 
@@ -77,7 +78,7 @@ class EarlyReduction:
     def _begin(self) -> None:
         self._entered.clear()
         for segment in self._segments:
-            segment.waits_for, segment.sent = set(segment.blocks or ()), None
+            segment.waits_for, segment.sent = set(segment.blocks), None
 
     def _enter(self, name: str, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if not (block.training and torch.is_grad_enabled()):
@@ -88,7 +89,7 @@ class EarlyReduction:
 
     def _leave(self, name: str, _: Tensor) -> None:
         for segment in self._segments:
-            if segment.blocks is not None and name in segment.waits_for:
+            if name in segment.waits_for:
                 segment.waits_for.remove(name)
                 if not segment.waits_for:
                     self._send(segment)
@@ -105,13 +106,13 @@ def _segments(parameters: list[nn.Parameter], whole: Tensor, *, data: Group) -> 
         for owner in range(data.size)
         for begin in range(0, size, SEGMENT)
     ]
-    ends = torch.tensor([parameter.numel() for parameter in parameters]).cumsum(0).tolist()
-    placed = list(zip([0, *ends[:-1]], ends, map(_early_block_of, parameters), strict=True))  # begin, end, block
+    bounds = pairwise(accumulate((parameter.numel() for parameter in parameters), initial=0))
+    placed = list(zip(bounds, map(_early_block_of, parameters), strict=True))
     segments = []
     for owner, begin, end in cuts:
-        blocks = {block for first, stop, block in placed if first < end and begin < stop}
-        known = frozenset(block for block in blocks if block is not None)
-        segments.append(_Segment(whole[begin:end], owner, known if known and len(known) == len(blocks) else None))
+        blocks = [block for (first, stop), block in placed if first < end and begin < stop]
+        known = {block for block in blocks if block is not None}
+        segments.append(_Segment(whole[begin:end], owner, set() if None in blocks else known))
     return segments
 
 

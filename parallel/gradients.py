@@ -6,6 +6,7 @@ device.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,7 @@ from parallel.libraries import (
 )
 from parallel.shards import shard_of
 from parallel.weight_gradient import add_product
+from parallel.whole_matrices import joined_then_cut
 
 # megatron's linears call an extension of this name, which adds their weight's gradient to its `main_grad`.
 megatron_layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(  # type: ignore[attr-defined]
@@ -56,10 +58,7 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float, overlap: bool =
         # DeepSpeed would copy all gradients into a buffer, sum it over one rank, and copy them back.
         engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
     if isinstance(optimizer, BF16_Optimizer):
-        _patch_bf16(engine, groups=groups, clip=clip)
-        if overlap and groups.data.size > 1:
-            reduction = EarlyReduction(engine, data=groups.data)
-            engine.buffered_allreduce_fallback = lambda **_: reduction.finish()
+        _patch_bf16(engine, groups=groups, clip=clip, overlap=overlap)
         return
 
     def clip_gradients() -> None:
@@ -69,14 +68,16 @@ def patch_gradients(engine: Any, *, groups: Groups, clip: float, overlap: bool =
     engine.clip_fp32_gradients = clip_gradients
 
 
-def _patch_bf16(engine: Any, *, groups: Groups, clip: float) -> None:
-    optimizer = engine.optimizer
+def _patch_bf16(engine: Any, *, groups: Groups, clip: float, overlap: bool) -> None:
+    optimizer, data = engine.optimizer, groups.data
+    early = EarlyReduction(engine, data=data) if overlap and data.size > 1 else None
+    reduce = early.finish if early else partial(_reduce_to_owners, optimizer, data=data)
     for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter._hp_grad = gradient
     add_from_now_on(engine)
     optimizer.update_hp_grads = lambda **_: _add_others(optimizer)
-    engine.buffered_allreduce_fallback = lambda **_: _reduce_to_owners(optimizer, data=groups.data)
+    engine.buffered_allreduce_fallback = lambda **_: reduce()
     masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition
     for master, gradient in zip(masters, gradients, strict=True):
         master.grad = gradient
@@ -230,14 +231,14 @@ def _global_norm(engine: Any, *, groups: Groups) -> Tensor:
 
 def _counted_parts(optimizer: Any, *, groups: Groups) -> list[Tensor]:
     """Return the gradients that this rank counts of its own part, each parameter's; BF16_Optimizer keeps them."""
-    counted = []
+    counted, data = [], groups.data
     for parameters, part in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradient_flat_partition, strict=True):
-        first = -groups.data.rank * len(part)  # in this rank's part
-        for parameter in parameters:
-            begin, end = max(first, 0), min(first + parameter.numel(), len(part))
-            if begin < end and _counts(parameter, tensor=groups.tensor):
-                counted.append(part[begin:end])
-            first += parameter.numel()
+        shards, numels = [shard_of(parameter) for parameter in parameters], [each.numel() for each in parameters]
+        places = joined_then_cut(shards, numels, size=len(part), rank=data.rank, ranks=data.size)
+        for parameter, place in zip(parameters, places, strict=True):
+            size = place.size(data.rank)
+            if size and _counts(parameter, tensor=groups.tensor):
+                counted.append(part[place.offset : place.offset + size])
         counted.append(part[:0])  # some tensor, on the device
     return counted
 

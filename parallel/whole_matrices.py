@@ -45,7 +45,7 @@ def joined_then_cut(
     """Return a data rank's parts of slices that are joined and then cut evenly, as ZeRO 1 and 2 do.
 
     Args:
-        shards: The matrices.
+        shards: The matrices, or other parameters.
         numels: Elements of a tensor rank's slice of each.
         size: Elements of a part of all together.
         rank: The data rank.

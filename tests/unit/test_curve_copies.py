@@ -328,7 +328,7 @@ def test_a_run_that_fails_is_tried_until_it_has_ended(
     answer = trainshort("track", "copy", *map(str, folders), "--to", "tensorboard", "--every", "5")
     assert (answer.code, answer.error.count("until it has ended, it is tried again every 5 s\n")) == (code, 1)
     assert answer.error.count("error: ") == (code > 0)
-    # each time anew, since nothing is known to be there
+    # each time from the first step, since nothing is known to be there
     assert writers["full"].firsts[: rounds + 1] == [1] * min(rounds + 1, 4)
     assert writers["full"].written[-10:] == [*range(1, 11)]
 
